@@ -1,0 +1,393 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""From a stored sample to a batch on the device: decoding, transforms, order, loader, normalising.
+
+python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))"
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from errors import UserError
+from utils import mix, seed_all
+
+MODES = {1: "L", 3: "RGB"}  # channels -> what PIL calls them
+# What a damaged file raises, in PIL and in the decoders below it.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+UNREADABLE += (Image.DecompressionBombError,)
+
+
+# --- decoding ------------------------------------------------------------------------------------
+
+
+def load_image(path: str) -> Image.Image:
+    """Decode a whole file, in its own mode: `decode` makes it RGB or grey."""
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        image.load()
+    return image
+
+
+def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
+    """Make `sample` an RGB or grey PIL image, or a checked (in_chans, H, W) tensor."""
+    if isinstance(sample, Tensor):
+        bytes_ = sample.dtype == torch.uint8
+        if not (bytes_ or sample.is_floating_point()) or sample.ndim != 3:
+            raise UserError(f"expected (C, H, W) uint8 or float, got {_describe(sample)}")
+        if not (bytes_ and in_chans in MODES and len(sample) in MODES):
+            if len(sample) != in_chans:
+                raise UserError(f"expected --in_chans {in_chans}, got {_describe(sample)}")
+            return sample if bytes_ else sample.float()
+        sample = to_pil_image(sample)
+    if not isinstance(sample, Image.Image):
+        raise UserError(f"expected a PIL image or a tensor, got {type(sample).__name__}")
+    if in_chans not in MODES:
+        raise UserError(
+            f"--in_chans {in_chans} needs a dataset of ({in_chans}, H, W) tensors, got a PIL image "
+            f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
+        )
+    if sample.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion cuts off above 255
+        sample = Image.fromarray((np.asarray(sample) >> 8).clip(0, 255).astype(np.uint8))
+    if sample.mode == "F":
+        raise UserError("got an image of floats, whose range is unknown; expected 8 or 16 bits")
+    return sample.convert(MODES[in_chans])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} tensor {tuple(tensor.shape)}"
+
+
+# --- transforms: PIL image or (C, H, W) tensor -> (C, H, W) tensor, uint8 unless float came in ---
+
+
+def _to_tensor(image: Image.Image | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
+
+
+def _check_picture(image: Image.Image | Tensor) -> Image.Image:
+    if isinstance(image, Tensor):
+        raise UserError(
+            "--aa and --color_jitter act on 8-bit images of 1 or 3 channels, got "
+            f"{_describe(image)}; turn them off: --aa none --color_jitter 0"
+        )
+    return image
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    from timm.data.auto_augment import posterize
+
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits_to_keep, **kwargs)
+
+
+def _keep_posterize_working(step: Any) -> None:
+    """timm's policies ask for 0 bits, which Pillow 13 refuses; it is black, as Pillow had it."""
+    policy = getattr(step, "ops", None) or sum(getattr(step, "policy", []), [])
+    for op in policy:
+        if op.aug_fn.__name__ == "posterize":
+            op.aug_fn = _posterize
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """One number is a square's side."""
+    height, width = (size, size) if isinstance(size, int) else (*size, *size)[:2]
+    return height, width
+
+
+class RandomErasing:
+    """timm's random erasing for one (C, H, W) image that is not normalised yet."""
+
+    def __init__(self, prob: float, mode: str, count: int, mean: Sequence[float], std: Any):
+        from timm.data.random_erasing import RandomErasing as Erase
+
+        if mode not in ("const", "rand", "pixel"):
+            raise UserError(f"--remode {mode}: expected const, rand or pixel")
+        self.prob = prob
+        self.erase = Erase(1.0, mode=mode, max_count=count, device="cpu")
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if torch.rand(()).item() >= self.prob:
+            return image
+        scale = 1 if image.is_floating_point() else 255
+        erased = self.erase((image / scale - self.mean) / self.std)
+        pixels = (erased * self.std + self.mean) * scale
+        return pixels if scale == 1 else pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def mean_and_std(in_chans: int = 3, imagenet_default: bool = True) -> tuple[list, list]:
+    """Per-channel constants for images in 0..1: ImageNet's or Inception's 0.5."""
+    mean, std = (
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_default else ([0.5] * 3,) * 2
+    )
+    if in_chans == 3:
+        return list(mean), list(std)
+    return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
+
+
+def create_pretrain_transform(
+    input_size: int | Sequence[int], scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5
+) -> T.Compose:
+    """Random resized crop (bicubic) and horizontal flip, as MAE and FCMAE."""
+    bicubic = T.InterpolationMode.BICUBIC
+    crop = T.RandomResizedCrop(
+        height_and_width(input_size), scale=tuple(scale), interpolation=bicubic
+    )
+    return T.Compose([crop, T.RandomHorizontalFlip(hflip), _to_tensor])
+
+
+def create_train_transform(
+    input_size: int | Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    color_jitter: float | None = None,
+    aa: str | None = None,
+    interpolation: str = "bicubic",
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+    hflip: float = 0.5,
+    scale: Sequence[float] | None = None,
+) -> T.Compose:
+    """timm's ImageNet augmentation, random erasing included.
+
+    Up to 32 pixels a shift (padding 4) of the whole image replaces the random resized crop, as in
+    the official code, unless `scale` is other than None or timm's own 0.08 to 1.
+    """
+    from timm.data import create_transform
+
+    size, aa = height_and_width(input_size), None if (aa or "none").lower() == "none" else aa
+    modes = [mode.value for mode in T.InterpolationMode]
+    if interpolation not in ("random", *modes):
+        raise UserError(
+            f"--train_interpolation {interpolation}: expected random, {', '.join(modes)}"
+        )
+    if aa and color_jitter and "3a" not in aa:  # timm would drop it without a word
+        raise UserError(f"--color_jitter {color_jitter} has no effect with --aa {aa}; drop one")
+    try:
+        steps = create_transform(
+            size, is_training=True, use_prefetcher=True, color_jitter=color_jitter or None,
+            auto_augment=aa, interpolation=interpolation, hflip=hflip,
+            scale=None if scale is None else tuple(scale), mean=tuple(mean), std=tuple(std),
+        ).transforms  # fmt: skip
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--aa {aa}: {error!r}; expected e.g. rand-m9-mstd0.5-inc1") from error
+    for step in steps:
+        _keep_posterize_working(step)
+    if max(size) <= 32 and (scale is None or tuple(scale) == (0.08, 1.0)):
+        names = ["bilinear", "bicubic"] if interpolation == "random" else [interpolation]
+        whole = [T.Resize(size, interpolation=T.InterpolationMode(name)) for name in names]
+        steps[0] = T.Compose([T.RandomChoice(whole), T.RandomCrop(size, padding=4)])
+    head = [_check_picture] if aa or color_jitter else []
+    tail = [RandomErasing(reprob, remode, recount, mean, std)] if reprob > 0 else []
+    return T.Compose([*head, *steps, _to_tensor, *tail])
+
+
+def create_eval_transform(
+    input_size: int | Sequence[int], crop_pct: float | None = None
+) -> T.Compose:
+    """Shorter side to size / crop_pct, then the centre; bicubic.
+
+    Without `crop_pct`: 224/256 from 33 to 383 pixels; else the whole image, squashed to the size.
+    """
+    from timm.data import create_transform
+
+    size = height_and_width(input_size)
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise UserError(f"--crop_pct {crop_pct}: expected above 0 and at most 1, e.g. 0.875")
+    if crop_pct is None and (max(size) <= 32 or min(size) >= 384):
+        return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), _to_tensor])
+    pct = crop_pct or 224 / 256
+    steps = create_transform(size, interpolation="bicubic", crop_pct=pct, use_prefetcher=True)
+    return T.Compose([*steps.transforms, _to_tensor])
+
+
+# --- a sample is a function of (seed, epoch, index) ----------------------------------------------
+
+
+class Augmented(Dataset):
+    """`dataset` with `transform`, asked by keys (epoch, index) and seeded by (seed, epoch, index).
+
+    Returns (image (C, H, W), label, index), or a UserError where the sample cannot be used: as a
+    value, because what a worker raises reaches the user as a long traceback. What a transform
+    raises is a bug and stays an exception.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable,
+        seed: int,
+        in_chans: int = 3,
+        nb_classes: int | None = None,
+    ):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.in_chans, self.nb_classes = in_chans, nb_classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | UserError:
+        epoch, index = key
+        seed_all(self.seed, epoch, index)
+        try:
+            image, label = self._load(index)
+            return self.transform(image), label, index
+        except UserError as error:
+            return error
+
+    def _load(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        try:
+            sample, label = self.dataset[index]
+            image = decode(sample, self.in_chans)
+        except UserError as error:
+            raise UserError(f"{self._name(index)}: {error}") from error
+        except UNREADABLE as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"cannot read {self._name(index)} ({reason}); replace or remove it"
+            ) from error
+        label = int(label)
+        if self.nb_classes is not None and not 0 <= label < self.nb_classes:
+            expected = f"expected 0 to {self.nb_classes - 1}"
+            raise UserError(f"{self._name(index)}: label {label}; {expected}")
+        return image, label
+
+    def _name(self, index: int) -> str:
+        files = getattr(self.dataset, "samples", None)  # as torchvision's folders have it
+        path = files[index][0] if isinstance(files, list) else None
+        return f"image {path}" if isinstance(path, str) else f"image number {index}"
+
+
+class TrainSampler(Sampler):
+    """Keys (epoch, index) of one rank: every world_size-th position of the epoch's permutation.
+
+    All ranks' b-th batches together are one block of that order, whatever the number of ranks.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int, world_size: int, shuffle: bool = True):
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.seen = 0, 0
+
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Choose the order; skip its first `seen` images, which all ranks used before a resume."""
+        self.epoch, self.seen = epoch, seen
+
+    def __len__(self) -> int:
+        return (self.length - self.seen) // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = self.epoch, torch.arange(self.length)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator)
+        mine = order[self.seen :][: len(self) * self.world_size][self.rank :: self.world_size]
+        return iter([(epoch, index) for index in mine.tolist()])
+
+
+class EvalSampler(Sampler):
+    """Keys (0, index): every image once over all ranks, no padding; all on rank 0 if not shared."""
+
+    def __init__(self, length: int, rank: int, world_size: int, dist_eval: bool = True):
+        alone = range(length) if rank == 0 else range(0)
+        self.indices = range(rank, length, world_size) if dist_eval else alone
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(0, index) for index in self.indices])
+
+
+# --- loader --------------------------------------------------------------------------------------
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | UserError:
+    """Samples -> images (N, C, H, W), labels (N,), ids (N,); or the first UserError among them."""
+    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    if error is not None:
+        return error
+    images, labels, ids = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids)
+
+
+def create_loader(
+    dataset: Dataset,
+    sampler: Sampler,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_mem: bool = False,
+    drop_last: bool = False,
+) -> DataLoader:
+    """A DataLoader of `collate`d batches whose workers live as long as it does."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=max(1, batch_size),
+        num_workers=num_workers,
+        pin_memory=pin_mem and torch.cuda.is_available(),  # elsewhere torch only warns
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate,
+    )
+
+
+class Batches:
+    """A loader's batches on `device`: images (N, C, H, W) float, normalised, channels_last.
+
+    uint8 images are 0..255, float ones 0..1. Raises the UserErrors that `Augmented` returned.
+    `wait_seconds` sums the time spent waiting for the loader.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        device: torch.device | str,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.loader, self.device = loader, torch.device(device)
+        mean_std = torch.tensor([mean, std], dtype=torch.float32, device=self.device)
+        self.mean, self.std = mean_std[:, None, :, None, None]  # (1, C, 1, 1) each
+        self.wait_seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """`TrainSampler.set_epoch` of the loader's sampler."""
+        self.loader.sampler.set_epoch(epoch, seen)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        start, batches = time.perf_counter(), iter(self.loader)
+        while True:
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            if isinstance(batch, UserError):
+                raise batch
+            images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
+            yield self.normalise(images), labels, ids
+            start = time.perf_counter()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 or float in 0..1 -> float32 with `mean` taken off, over `std`."""
+        x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
+        x = x if images.is_floating_point() else x / 255
+        return (x - self.mean) / self.std

@@ -1,0 +1,392 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Data sets by name, and what the flags build of them; `data_pipeline` holds the steps in between.
+
+python -c "import datasets; print(list(datasets.DATASETS))"
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data_pipeline import (
+    Augmented,
+    Batches,
+    EvalSampler,
+    TrainSampler,
+    collate,
+    create_eval_transform,
+    create_loader,
+    create_pretrain_transform,
+    create_train_transform,
+    height_and_width,
+    load_image,
+    mean_and_std,
+)
+from errors import UserError, resolve
+from utils import barrier, get_rank, get_world_size, is_main_process, mix
+
+__all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
+    "DATASETS",
+    "Augmented",
+    "Batches",
+    "DataSpec",
+    "EvalSampler",
+    "TrainSampler",
+    "build_batches",
+    "build_dataset",
+    "build_datasets",
+    "build_loader",
+    "build_mean_and_std",
+    "build_mixup",
+    "build_pretrain_dataset",
+    "build_transform",
+    "check_class_maps",
+    "class_map",
+    "collate",
+    "create_dataset",
+    "create_loader",
+    "mean_and_std",
+]
+
+
+# --- data sets: (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label) -----
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a row of `DATASETS` may need to know; each uses what concerns it."""
+
+    data_path: str | None = None
+    eval_data_path: str | None = None
+    input_size: tuple[int, int] = (224, 224)
+    nb_classes: int | None = None
+
+
+def _folder_at(path: str | None, flag: str, holds: str) -> Path:
+    if not path:
+        raise UserError(f"{flag} is not given; expected a folder with {holds}")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{flag} {path}: no such folder; expected {holds} there")
+    return root
+
+
+def _class_folders(root: Path) -> ImageFolder:
+    try:
+        return ImageFolder(str(root), loader=load_image)
+    except FileNotFoundError as error:  # no class folders, or one without images
+        raise UserError(
+            f"{root}: {str(error).rstrip('. ')}; expected one folder of images a class: fill or "
+            "remove empty ones; images without labels pre-train with --data_set folder"
+        ) from error
+
+
+def imnet(spec: DataSpec, train: bool) -> ImageFolder:
+    """`train/` and `val/` under data_path, one folder a class."""
+    root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
+    split = root / ("train" if train else "val")
+    if not split.is_dir():
+        raise UserError(
+            f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
+            "folder a class. Class folders right there are --data_set image_folder, images "
+            "without labels --data_set folder"
+        )
+    return _class_folders(split)
+
+
+def image_folder(spec: DataSpec, train: bool) -> ImageFolder:
+    """One folder a class: in data_path for training, in eval_data_path for validation."""
+    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
+    return _class_folders(_folder_at(path, f"--{flag}", "one folder of images a class"))
+
+
+class UnlabelledFolder(Dataset):
+    """Every image below `root` in order of its path; all labels are 0."""
+
+    def __init__(self, root: Path):
+        walk = (os.path.join(top, n) for top, _, ns in os.walk(root, followlinks=True) for n in ns)
+        paths = sorted(path for path in walk if path.lower().endswith(IMG_EXTENSIONS))
+        if not paths:
+            raise UserError(f"{root}: no images; expected some of {' '.join(IMG_EXTENSIONS)}")
+        self.samples = [(path, 0) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return load_image(path), label
+
+
+def folder(spec: DataSpec, train: bool) -> UnlabelledFolder:
+    """Images without labels, flat or nested, for pre-training."""
+    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
+    return UnlabelledFolder(_folder_at(path, f"--{flag}", "images"))
+
+
+def _cifar(kind: type[CIFAR10], spec: DataSpec, train: bool) -> CIFAR10:
+    if not spec.data_path:
+        raise UserError(f"--data_path is not given; expected where {kind.__name__} is or shall be")
+    root = Path(spec.data_path).expanduser()
+    data, reason = None, "not there"
+    if is_main_process():
+        try:
+            data = kind(str(root), train=train, download=True)
+        except Exception as error:  # whatever it is, the other ranks wait at the barrier
+            reason = f"{type(error).__name__}: {error}"
+    barrier()
+    try:
+        data = data if is_main_process() else kind(str(root), train=train)
+    except (RuntimeError, OSError) as error:
+        reason = str(error)
+    if data is None:
+        raise UserError(
+            f"{kind.__name__} could not be had ({reason}); expected {root / kind.base_folder}/ "
+            f"with the files of {kind.url}: download and unpack it in {root}"
+        )
+    return data
+
+
+def cifar10(spec: DataSpec, train: bool) -> CIFAR10:
+    """CIFAR-10 in data_path, downloaded there if need be."""
+    return _cifar(CIFAR10, spec, train)
+
+
+def cifar100(spec: DataSpec, train: bool) -> CIFAR100:
+    """CIFAR-100 in data_path, downloaded there if need be."""
+    return _cifar(CIFAR100, spec, train)
+
+
+class Digits(Dataset):
+    """1797 grey 8x8 digits (assets/README.md); in each class every fifth is for validation."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, train: bool):
+        with np.load(Path(__file__).resolve().parent / "assets" / "digits.npz") as file:
+            images, labels = file["images"], file["labels"]
+        nth = np.zeros(len(labels), dtype=np.int64)  # how many of its class came before
+        for label in range(10):
+            nth[labels == label] = np.arange((labels == label).sum())
+        chosen = (nth % 5 != 4) if train else (nth % 5 == 4)
+        self.images = (images[chosen].astype(np.uint16) * 255 // 16).astype(np.uint8)  # was 0..16
+        self.labels = labels[chosen].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+
+class Synthetic(Dataset):
+    """Discs on noise; the label is the hue, which tints the noise for crops that miss the disc."""
+
+    def __init__(self, size: tuple[int, int], nb_classes: int, train: bool):
+        self.size, self.train = size, train
+        self.classes = tuple(f"hue{k}" for k in range(nb_classes))
+
+    def __len__(self) -> int:
+        return 1024 if self.train else 256
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        (height, width), label = self.size, index % len(self.classes)
+        random = np.random.default_rng(mix(int(self.train), index))
+        colour = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
+        radius = random.uniform(0.25, 0.45) * min(height, width)
+        y = np.arange(height)[:, None] + 0.5 - random.uniform(radius, height - radius)
+        x = np.arange(width)[None, :] + 0.5 - random.uniform(radius, width - radius)
+        share = np.where(y**2 + x**2 <= radius**2, 0.8, 0.2)[..., None]  # (H, W, 1) of colour
+        noise = random.uniform(0, 255, size=(height, width, 1))
+        pixels = (share * colour + (1 - share) * noise).astype(np.uint8)  # (H, W, 3)
+        return Image.fromarray(pixels), label
+
+
+DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
+    "IMNET": imnet,
+    "image_folder": image_folder,
+    "folder": folder,
+    "CIFAR": cifar100,
+    "CIFAR10": cifar10,
+    "DIGITS": lambda spec, train: Digits(train),
+    "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
+}
+
+
+def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:
+    """A row of `DATASETS`, or what `package.module:function` makes of (data_path, train)."""
+    make = resolve(data_set, DATASETS, kind="data set")
+    data = make(spec, train) if data_set in DATASETS else make(spec.data_path, train)
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise UserError(
+            f"--data_set {data_set} made {type(data).__name__}; expected a map-style set"
+        )
+    if len(data) == 0:
+        raise UserError(f"--data_set {data_set}: the {'train' if train else 'val'} set is empty")
+    return data
+
+
+def class_map(dataset: Any) -> dict[str, int] | None:
+    """Class name -> label, if the dataset (or the one it wraps) has names."""
+    while isinstance(dataset, Augmented):
+        dataset = dataset.dataset
+    if hasattr(dataset, "class_to_idx"):
+        return dict(dataset.class_to_idx)
+    names = getattr(dataset, "classes", None)
+    return None if names is None else {name: label for label, name in enumerate(names)}
+
+
+def check_class_maps(train: Any, val: Any) -> None:
+    """Raise UserError unless both name the same classes by the same labels (unnamed ones pass)."""
+    ours, theirs = class_map(train), class_map(val)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    found = {
+        "only in train": [name for name in ours if name not in theirs],
+        "only in val": [name for name in theirs if name not in ours],
+        "labels differ": [
+            f"{name} (train {ours[name]}, val {theirs[name]})"
+            for name in ours
+            if theirs.get(name, ours[name]) != ours[name]
+        ],
+    }
+    texts = []
+    for what, names in found.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        texts += [f"{what}: {', '.join(map(str, names[:5]))}{more}"] if names else []
+    raise UserError(
+        f"train has {len(ours)} classes, val {len(theirs)}, and they are not the same: "
+        f"{'; '.join(texts)}. Labels would shift; give both the same class folders"
+    )
+
+
+# --- what the flags build ------------------------------------------------------------------------
+
+
+def build_mean_and_std(args: Any) -> tuple[list, list]:
+    """`mean_and_std` as the flags say."""
+    return mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+
+
+def build_transform(is_train: bool, args: Any) -> Callable:
+    """The fine-tuning transform for training or evaluation; yields (C, H, W), not normalised."""
+    if not is_train:
+        return create_eval_transform(args.input_size, args.crop_pct)
+    mean, std = build_mean_and_std(args)
+    return create_train_transform(
+        args.input_size,
+        mean,
+        std,
+        color_jitter=args.color_jitter,
+        aa=args.aa,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        hflip=args.hflip,
+        scale=args.scale,
+    )
+
+
+def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
+    """The labelled data set and its number of classes, which --nb_classes may only confirm."""
+    if args.data_set == "folder":
+        raise UserError(
+            "--data_set folder has no labels; expected class folders (--data_set image_folder or "
+            "IMNET). Images without labels serve main_pretrain.py"
+        )
+    spec = DataSpec(
+        args.data_path, args.eval_data_path, height_and_width(args.input_size), args.nb_classes
+    )
+    data = create_dataset(args.data_set, spec, is_train)
+    names = class_map(data)
+    if names is None and args.nb_classes is None:
+        raise UserError(
+            f"--data_set {args.data_set} names no classes; give their number: --nb_classes"
+        )
+    if names is not None and args.nb_classes not in (None, len(names)):
+        raise UserError(
+            f"--nb_classes {args.nb_classes}, but the {'train' if is_train else 'val'} data has "
+            f"{len(names)} classes; drop --nb_classes or correct the data"
+        )
+    nb_classes = args.nb_classes if names is None else len(names)
+    transform = build_transform(is_train, args)
+    return Augmented(data, transform, args.seed, args.in_chans, nb_classes), nb_classes
+
+
+def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
+    """(train, val, number of classes), after checking that both number their classes alike.
+
+    No val with --disable_eval.
+    """
+    train, nb_classes = build_dataset(True, args)
+    if args.disable_eval:
+        return train, None, nb_classes
+    val, _ = build_dataset(False, args)
+    check_class_maps(train, val)
+    return train, val, nb_classes
+
+
+def build_pretrain_dataset(args: Any) -> Augmented:
+    """The training images of any data set; their labels are passed on but mean nothing here."""
+    size = height_and_width(args.input_size)
+    data = create_dataset(args.data_set, DataSpec(args.data_path, input_size=size), train=True)
+    transform = create_pretrain_transform(size, args.scale, args.hflip)
+    return Augmented(data, transform, args.seed, args.in_chans)
+
+
+def build_loader(dataset: Augmented, is_train: bool, args: Any) -> DataLoader:
+    """This rank's loader: shuffled whole batches to train, each image once to evaluate."""
+    rank, world_size = get_rank(), get_world_size()
+    if not is_train:
+        sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
+        size = int(1.5 * args.batch_size)  # as official; no activations are kept for a backward
+        return create_loader(dataset, sampler, size, args.num_workers, args.pin_mem)
+    needed, fits = args.batch_size * world_size, len(dataset) // world_size
+    if len(dataset) < needed:
+        fix = (
+            f"use --batch_size {fits} or less" if fits else f"use at most {len(dataset)} processes"
+        )
+        raise UserError(
+            f"{len(dataset)} training images, but one global batch takes {needed} "
+            f"({args.batch_size} x {world_size} processes); {fix}"
+        )
+    sampler = TrainSampler(len(dataset), args.seed, rank, world_size)
+    return create_loader(
+        dataset, sampler, args.batch_size, args.num_workers, args.pin_mem, drop_last=True
+    )
+
+
+def build_batches(dataset: Augmented, is_train: bool, args: Any, device: Any) -> Batches:
+    """`build_loader`'s batches, normalised on the device."""
+    return Batches(build_loader(dataset, is_train, args), device, *build_mean_and_std(args))
+
+
+def build_mixup(args: Any, nb_classes: int) -> Callable | None:
+    """timm's mixup and cutmix of a batch, (images, labels) -> (images, soft labels), or None."""
+    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        return None
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=nb_classes,
+    )

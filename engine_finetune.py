@@ -1,0 +1,92 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""One epoch of supervised training, and evaluation; main_finetune.py calls both.
+
+python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import utils
+from datasets import Batches
+from hooks import Reporter
+from meters import Means, accuracy
+from optim_factory import Schedule
+from stepper import Stepper, autocast
+from utils import TrainState
+
+
+def train_one_epoch(
+    model: nn.Module,
+    bare: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    batches: Batches,
+    stepper: Stepper,
+    schedule: Schedule,
+    state: TrainState,
+    reporter: Reporter,
+    seed: int,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    model_ema: Any = None,
+) -> dict[str, float]:
+    """Train on every batch once; returns the epoch's means and its last learning rate.
+
+    model: what is called, DistributedDataParallel perhaps; bare: the network inside, which
+    `model_ema` averages after every update that was taken. What the model and mixup draw is a
+    function of (seed, update, rank).
+    """
+    model.train()
+    means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches)
+    stepper.begin_epoch(len(batches))
+    lr = 0.0
+    for images, labels, _ in batches:
+        if stepper.micro == 0:
+            lr = schedule.apply(state.updates)
+        utils.seed_all(seed, state.updates, stepper.micro, utils.get_rank())
+        targets = labels
+        if mixup is not None:
+            images, targets = mixup(images, labels)
+
+        with stepper.micro_batch():
+            logits = model(images)
+            loss = criterion(logits.float(), targets)
+        update = stepper.step(loss)
+
+        means.update(len(images), loss=loss.detach())
+        if mixup is None:  # with mixed images there is no right answer to count
+            means.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
+        reporter.after_batch(len(images))
+        if update:
+            state.updates += 1
+            state.bad_steps += not update.taken
+            means.update(1, grad_norm=update.grad_norm)
+            if model_ema is not None and update.taken:
+                model_ema.update(bare, step=state.updates - state.bad_steps)
+            reporter.after_update(lr)
+    return means.total() | {"lr": lr}
+
+
+@torch.inference_mode()
+def evaluate(
+    batches: Batches, model: nn.Module, device: torch.device, amp: str
+) -> dict[str, float]:
+    """Loss and accuracies per image over all ranks, every image counted exactly once.
+
+    model: the bare network; DistributedDataParallel would wait for ranks that have fewer batches.
+    """
+    model.eval()
+    means = Means(["loss", "acc1", "acc5"], device)
+    for images, labels, _ in batches:
+        with autocast(device, amp):
+            logits = model(images)
+        logits = logits.float()
+        acc1, acc5 = accuracy(logits, labels, (1, 5))
+        means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
+    return means.read()

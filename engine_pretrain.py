@@ -1,0 +1,59 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""One epoch of FCMAE pre-training; main_pretrain.py calls it.
+
+python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+import utils
+from datasets import Batches
+from hooks import Reporter
+from models.fcmae import FCMAE, random_mask, visible_patches
+from optim_factory import Schedule
+from stepper import Stepper
+from utils import TrainState
+
+
+def train_one_epoch(
+    model: nn.Module,
+    fcmae: FCMAE,
+    batches: Batches,
+    stepper: Stepper,
+    schedule: Schedule,
+    state: TrainState,
+    reporter: Reporter,
+    seed: int,
+) -> dict[str, float]:
+    """Train on every batch once; returns the epoch's mean loss and gradient norm and its rate.
+
+    model: what is called, DistributedDataParallel perhaps; fcmae: the FCMAE inside.
+    A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
+    """
+    model.train()
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
+    stepper.begin_epoch(len(batches))
+    lr = 0.0
+    for images, _, ids in batches:
+        if stepper.micro == 0:
+            lr = schedule.apply(state.updates)
+        h, w = fcmae.grid_size(*images.shape[-2:])
+        visible = visible_patches(h * w, fcmae.mask_ratio)
+        mask = random_mask(utils.hash_noise(seed, state.epoch, ids, h * w), visible)
+
+        utils.seed_all(seed, state.updates, stepper.micro, utils.get_rank())
+        with stepper.micro_batch():
+            loss, _, _ = model(images, mask, visible)
+        update = stepper.step(loss)
+
+        means.update(len(images), loss=loss.detach())
+        reporter.after_batch(len(images))
+        if update:
+            state.updates += 1
+            state.bad_steps += not update.taken
+            means.update(1, grad_norm=update.grad_norm)
+            reporter.after_update(lr)
+    return means.total() | {"lr": lr}

@@ -1,0 +1,38 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What to say when the input is bad, and names looked up so that a typo gets a hint.
+
+python -c "from errors import resolve; resolve('sgdd', {'sgd': 1}, 'optimizer')"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+class UserError(ValueError):
+    """Bad input from outside: what was got, what is expected, what to do. Scripts exit with 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on, with the reason and a remedy. Scripts exit with 1."""
+
+
+def resolve(name: str, table: Mapping[str, Any], kind: str) -> Any:
+    """Look `name` up in `table`, or import it when written as `package.module:function`."""
+    if name in table:
+        return table[name]
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"cannot import {kind} {name!r}: {error}") from error
+    lowered = {key.lower(): key for key in table}
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(repr(lowered[key]) for key in close)}?" if close else ""
+    known = hint or f"Known: {', '.join(table)}."
+    raise UserError(f"unknown {kind} {name!r}. {known} Or pass 'package.module:function'.")

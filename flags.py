@@ -1,0 +1,186 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Every command-line flag, declared once: name, kind, default, what it does.
+
+python -c "import flags; print(*flags.FLAGS, sep=chr(10))"
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+
+
+def str2bool(text: str) -> bool:
+    """`true`, `yes`, `on`, `t`, `y`, `1` and their opposites, in any case."""
+    for value, words in ((True, "true yes on t y 1"), (False, "false no off f n 0")):
+        if text.lower() in words.split():
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+
+
+def number(kind: str) -> Callable[[str], float]:
+    """`int [1, inf)` -> an argparse type; a round bracket excludes its bound, NaN is outside."""
+    name, _, span = kind.partition(" ")
+    low, high = (float(bound) for bound in span[1:-1].split(","))
+    low = math.nextafter(low, math.inf) if span[0] == "(" else low
+    high = math.nextafter(high, -math.inf) if span[-1] == ")" else high
+
+    def convert(text: str) -> float:
+        try:
+            value = int(text) if name == "int" else float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {name} in {span}")
+        return value
+
+    return convert
+
+
+HELP = """%s
+
+  torchrun --nproc_per_node=8 %s --model convnextv2_tiny --data_path /data/imagenet
+  python %s --model convnextv2_atto --data_set DIGITS --input_size 32 --stem_stride 1
+
+BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml sets any flag."""
+COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
+CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
+DATA_SETS = "DIGITS IMNET CIFAR10 CIFAR image_folder folder SYNTHETIC"
+WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
+# group -> (flag, kind, default, help, nargs if several). Kind: str, str2bool, choices, or a range.
+FLAGS: dict[str, tuple] = {
+    "model": (
+        ("--model", str, "convnextv2_base", "a name in list_models(), or package.module:function"),
+        ("--input_size", COUNT, 224, "pixels: the side, or height and width", "+"),
+        ("--in_chans", COUNT, 3, "channels of an image"),
+        ("--stem_stride", (1, 2, 4), 4, "stride of the stem; the network's is 8 times that"),
+        ("--drop_path", BELOW_1, 0.0, "stochastic depth: chance to skip the deepest block"),
+    ),
+    "masked autoencoder": (
+        ("--patch_size", COUNT, None, "pixels, side of a mask patch; unset: 8 * stem_stride"),
+        ("--mask_ratio", "float (0, 1)", 0.6, "share of the patches removed"),
+        ("--norm_pix_loss", str2bool, True, "bring each target patch to mean 0 and variance 1"),
+        ("--decoder_depth", COUNT, 1, "blocks of the decoder"),
+        ("--decoder_embed_dim", COUNT, 512, "channels of the decoder"),
+        ("--picture_freq", WHOLE, 10, "epochs between reconstruction pictures; 0: none"),
+    ),
+    "data": (
+        ("--data_path", str, "", "folder of the data; DIGITS and SYNTHETIC need none"),
+        ("--data_set", str, "IMNET", f"one of {DATA_SETS}, or package.module:function"),
+        ("--imagenet_default_mean_and_std", str2bool, True, "false: Inception's mean and std"),
+        ("--num_workers", WHOLE, min(10, os.cpu_count() or 1), "loader processes of each rank"),
+        ("--pin_mem", str2bool, True, "page-locked host memory: faster copies to a GPU"),
+        ("--hflip", CHANCE, 0.5, "chance of a horizontal flip in training"),
+        ("--scale", SHARE, (0.08, 1.0), "area of the random crop: least and most", 2),
+        ("--crop_pct", SHARE, None, "evaluation: crop / resized side; unset: by input size"),
+    ),
+    "augmentation": (
+        ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
+        ("--color_jitter", AMOUNT, None, "strength of colour jitter without --aa; unset: none"),
+        ("--aa", str, "rand-m9-mstd0.5-inc1", "AutoAugment policy as timm writes it, or none"),
+        ("--reprob", CHANCE, 0.25, "chance of random erasing"),
+        ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, one colour or zero"),
+        ("--recount", COUNT, 1, "rectangles erased in an image, at most"),
+        ("--resplit", str2bool, False, "official flag without a use here: true is refused"),
+        ("--smoothing", BELOW_1, 0.1, "label smoothing; 0: none"),
+        ("--mixup", AMOUNT, 0.0, "alpha of mixup; 0: off"),
+        ("--cutmix", AMOUNT, 0.0, "alpha of cutmix; 0: off"),
+        ("--cutmix_minmax", CHANCE, None, "cutmix side, least and most share; turns it on", "+"),
+        ("--mixup_prob", CHANCE, 1.0, "chance that a batch is mixed"),
+        ("--mixup_switch_prob", CHANCE, 0.5, "chance of cutmix when mixup is on too"),
+        ("--mixup_mode", ("batch", "pair", "elem"), "batch", "one draw for each of these"),
+    ),
+    "optimizer and schedule": (
+        ("--epochs", COUNT, 100, "passes over the data"),
+        ("--start_epoch", WHOLE, 0, "first epoch to run; a resumed checkpoint knows better"),
+        ("--batch_size", COUNT, 64, "images in a micro-batch of one rank"),
+        ("--update_freq", COUNT, 1, "micro-batches in an update"),
+        ("--opt", str, "adamw", "optimizer, by timm's name"),
+        ("--opt_eps", "float (0, inf)", None, "epsilon; unset: the optimizer's own"),
+        (
+            "--opt_betas",
+            BELOW_1,
+            None,
+            "betas; unset: the optimizer's own, 0.9 0.95 in pre-training by adamw",
+            "+",
+        ),
+        ("--momentum", BELOW_1, 0.9, "for optimizers that have it, such as sgd"),
+        ("--weight_decay", AMOUNT, 0.05, "for matrices; vectors and GRN get none"),
+        ("--weight_decay_end", AMOUNT, None, "reached by cosine at the end; unset: constant"),
+        ("--clip_grad", "float (0, inf)", None, "largest gradient norm; unset: no clipping"),
+        ("--lr", AMOUNT, None, "peak rate, wins over --blr; unset: blr * images an update / 256"),
+        ("--blr", AMOUNT, 5e-4, "peak rate for 256 images an update"),
+        ("--min_lr", AMOUNT, 1e-6, "reached by cosine at the end"),
+        ("--warmup_epochs", AMOUNT, None, f"linear, fractions too; unset: {WARMUP}"),
+        ("--warmup_steps", "int [-1, inf)", -1, "updates, wins over epochs; -1: not used"),
+    ),
+    "starting weights and head": (
+        ("--finetune", str, "", "checkpoint to start from; empty: random weights"),
+        ("--model_key", str, "model|module", "keys under which it holds weights, tried in order"),
+        ("--model_prefix", str, "", "what precedes the names of its weights; empty: nothing"),
+        ("--head_init_scale", AMOUNT, None, "of a new head; unset: 0.001 with --finetune, else 1"),
+        ("--nb_classes", COUNT, None, "classes to tell apart; unset: as many as the data has"),
+        ("--layer_decay", SHARE, 1.0, "learning rate of a layer / of the next; 1: off"),
+        ("--layer_decay_type", ("single", "group"), "single", "a layer is a block or a group of 3"),
+    ),
+    "evaluation and moving average": (
+        ("--model_ema", str2bool, False, "keep an exponential moving average of the weights"),
+        ("--model_ema_decay", BELOW_1, 0.9999, "share of the average kept in an update"),
+        ("--model_ema_force_cpu", str2bool, False, "keep it in host memory"),
+        ("--model_ema_eval", str2bool, False, "evaluate it too"),
+        ("--eval", str2bool, False, "only evaluate: --resume, --finetune or the newest checkpoint"),
+        ("--disable_eval", str2bool, False, "train without evaluation"),
+        ("--dist_eval", str2bool, True, "share the evaluation among the ranks"),
+        ("--eval_data_path", str, None, "folder of the evaluation data; unset: by --data_set"),
+    ),
+    "run": (
+        ("--config", str, None, "YAML file of flags; the command line wins"),
+        ("--device", str, "auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N, mps"),
+        ("--seed", WHOLE, 0, "of every random draw"),
+        ("--amp", ("bf16", "fp16", "none"), None, "unset: bf16 on CUDA, none elsewhere"),
+        ("--use_amp", str2bool, None, "true: half precision on any device; false: --amp none"),
+        ("--max_bad_steps", WHOLE, 10, "non-finite updates skipped in a row before the run stops"),
+        ("--compile", str2bool, False, "torch.compile: slow first update, then faster"),
+        ("--print_freq", COUNT, 20, "updates between log lines"),
+        ("--progress", ("auto", "bar", "lines"), "auto", "auto: bar on a terminal, else lines"),
+    ),
+    "checkpoints and logs": (
+        ("--output_dir", str, "", "folder of checkpoints and logs; empty: write nothing"),
+        ("--log_dir", str, None, "for TensorBoard; unset: OUTPUT_DIR/tensorboard; none: off"),
+        ("--resume", str, "", "checkpoint to go on from; newer ones in OUTPUT_DIR win"),
+        ("--auto_resume", str2bool, True, "go on from the newest checkpoint in OUTPUT_DIR"),
+        ("--save_ckpt", str2bool, True, "write checkpoints"),
+        ("--save_ckpt_freq", COUNT, 1, "epochs between checkpoints"),
+        ("--save_ckpt_num", COUNT, 3, "how many of the newest to keep"),
+    ),
+    "processes (set by launchers)": (
+        ("--world_size", COUNT, 1, "if not 1, must agree with the launcher"),
+        ("--local_rank --local-rank", "int [-1, inf)", -1, "number of this process on its node"),
+        ("--dist_on_itp", str2bool, False, "read the ranks that Open MPI's mpirun sets"),
+        ("--dist_url", str, "env://", "where the processes meet"),
+    ),
+    "submitit": (
+        ("--cluster", ("slurm", "local", "debug"), "slurm", "local: here; debug: in this process"),
+        ("--ngpus", COUNT, 8, "GPUs, and so processes, of each node"),
+        ("--nodes", COUNT, 2, "nodes"),
+        ("--timeout", COUNT, 4320, "minutes until the job is requeued"),
+        ("--job_dir", str, "./runs/%j", "folder of the job; %%j becomes its number"),
+        ("--partition", str, "", "empty: the cluster's default"),
+        ("--use_volta32", str2bool, False, "ask for V100 GPUs of 32 GB"),
+        ("--comment", str, "", "note for the scheduler"),
+    ),
+    "pictures": (
+        ("--checkpoint", str, "", "of main_pretrain.py"),
+        ("--output", str, "imagined.png", "the PNG to write"),
+        ("--num_images", COUNT, 8, "rows of the picture"),
+        ("--split", ("train", "val"), "val", "which images"),
+        ("--data_set", str, None, "unset: as in pre-training"),
+        ("--data_path", str, None, "unset: as in pre-training"),
+        ("--eval_data_path", str, None, "folder of the val images for --data_set image_folder"),
+        ("--seed", int, 0, "of the masks"),
+        ("--device", str, "auto", "auto, cpu, cuda, cuda:N or mps"),
+    ),
+}

@@ -1,0 +1,310 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Observers of a run: log lines or a progress bar, log.txt, TensorBoard, pictures.
+
+python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir runs/look
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import utils
+import visualize
+from checkpoint import write_atomically
+from datasets import Batches
+from errors import UserError
+from meters import Means
+from utils import TrainState
+
+Record = dict[str, float]
+
+
+class Hook:
+    """What a run tells: override what you want to hear. Hooks never change a number."""
+
+    def on_update(self, state: TrainState) -> None:
+        """After every update; no values, so no host sync."""
+
+    def on_log(self, record: Record, state: TrainState) -> None:
+        """Every `print_freq` updates: means since the last time, speed, time left."""
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        """After training and evaluation of an epoch: what goes into log.txt."""
+
+    def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
+        """A picture (3, H, W) in 0 to 1 was made."""
+
+    def on_end(self) -> None:
+        """The run is over, or broke off."""
+
+
+class Reporter:
+    """Reads meters and clock at log lines and tells the hooks.
+
+    Every rank makes one, since reading meters is collective; only the main process has hooks.
+    updates_all: updates of the whole run, for the time left.
+    """
+
+    def __init__(
+        self,
+        hooks: Sequence[Hook],
+        device: torch.device,
+        state: TrainState,
+        updates_all: int,
+        updates_per_epoch: int,
+        print_freq: int,
+    ) -> None:
+        self.hooks, self.device, self.state = hooks, device, state
+        self.updates_all, self.updates_per_epoch = updates_all, updates_per_epoch
+        self.print_freq = print_freq
+        self.began, self.began_at = time.perf_counter(), state.updates
+
+    def begin_epoch(self, names: Sequence[str], batches: Batches) -> Means:
+        """Fresh meters for an epoch of training on `batches`."""
+        self.means, self.batches = Means(names, self.device), batches
+        self._restart_window()
+        return self.means
+
+    def _restart_window(self) -> None:
+        self.since, self.images = time.perf_counter(), 0
+        self.waited = self.batches.wait_seconds
+
+    def after_batch(self, images: int) -> None:
+        """A micro-batch of so many images went by."""
+        self.images += images * utils.get_world_size()
+
+    def after_update(self, lr: float) -> None:
+        """An update is done; at a log line this reads the meters, on every rank."""
+        for hook in self.hooks:
+            hook.on_update(self.state)
+        step = (self.state.updates - 1) % self.updates_per_epoch + 1
+        if step % self.print_freq and step != self.updates_per_epoch:
+            return
+        record = self.means.read()  # the only host sync between log lines but the finite check
+        now = time.perf_counter()
+        window = max(now - self.since, 1e-9)
+        done = self.state.updates - self.began_at
+        record |= {
+            "lr": lr,
+            "images_per_s": self.images / window,
+            "data_wait": (self.batches.wait_seconds - self.waited) / window,
+            "memory_mb": self._memory_mb(),
+            "eta_s": (now - self.began) / done * (self.updates_all - self.state.updates),
+            "step": step,
+            "steps": self.updates_per_epoch,
+        }
+        for hook in self.hooks:
+            hook.on_log(record, self.state)
+        self._restart_window()
+
+    def end_epoch(self, stats: Record) -> None:
+        """Tell what log.txt gets for the epoch."""
+        for hook in self.hooks:
+            hook.on_epoch(stats, self.state)
+
+    def picture(self, name: str, picture: Tensor) -> None:
+        """Show a picture."""
+        for hook in self.hooks:
+            hook.on_picture(name, picture, self.state)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self.hooks:
+            hook.on_end()
+
+    def _memory_mb(self) -> float:
+        """Largest memory so far: of the GPU if there is one, else of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB here
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def clock(seconds: float) -> str:
+    """3723.4 -> 1:02:03"""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+class LineHook(Hook):
+    """A line at every log point, a line an epoch: for files and schedulers' logs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_log(self, record: Record, state: TrainState) -> None:
+        utils.get_logger().info(
+            "epoch %d/%d  step %d/%d  %s",
+            state.epoch + 1,
+            self.epochs,
+            record["step"],
+            record["steps"],
+            describe(record),
+        )
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        utils.get_logger().info("epoch %d/%d done  %s", state.epoch, self.epochs, summary(stats))
+
+
+def describe(record: Record) -> str:
+    """The values of a log line."""
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
+        f"{record['images_per_s']:.0f} img/s  data {100 * record['data_wait']:.0f}%  "
+        f"mem {record['memory_mb']:.0f} MB  eta {clock(record['eta_s'])}"
+    )
+
+
+def summary(stats: Record) -> str:
+    """The losses and accuracies of an epoch."""
+    shown = [key for key in stats if key.endswith("loss") or "acc" in key]
+    return "  ".join(f"{key} {stats[key]:.4g}" for key in shown)
+
+
+class BarHook(Hook):
+    """One progress bar over the whole run, for a person at a terminal."""
+
+    def __init__(self, epochs: int, state: TrainState, updates_all: int) -> None:
+        from tqdm import tqdm
+
+        self.epochs = epochs
+        self.bar = tqdm(
+            total=updates_all, initial=state.updates, unit="update", dynamic_ncols=True, leave=False
+        )
+
+    def on_update(self, state: TrainState) -> None:
+        self.bar.update(state.updates - self.bar.n)
+
+    def on_log(self, record: Record, state: TrainState) -> None:
+        self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
+        self.bar.set_postfix_str(describe(record).split("  eta")[0])
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        self.bar.write(f"epoch {state.epoch}/{self.epochs}  {summary(stats)}")
+
+    def on_end(self) -> None:
+        self.bar.close()
+
+
+class JsonHook(Hook):
+    """log.txt: one JSON object an epoch. What a resumed run is about to repeat is taken out."""
+
+    def __init__(self, folder: Path, state: TrainState) -> None:
+        self.path = folder / "log.txt"
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if self._epoch(line) < state.epoch]
+            if kept != lines:
+                write_atomically("".join(kept), self.path)
+
+    @staticmethod
+    def _epoch(line: str) -> float:
+        try:
+            return json.loads(line)["epoch"]
+        except (ValueError, KeyError, TypeError):  # half a line of a run that was killed
+            return math.inf
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in stats.items()
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(finite) + "\n")  # NaN would not be JSON
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class TensorboardHook(Hook):
+    """Scalars by update and epoch, and pictures.  tensorboard --logdir runs"""
+
+    def __init__(self, folder: Path, state: TrainState) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
+            ) from error
+        self.writer = SummaryWriter(str(folder), purge_step=state.updates or None)
+
+    def on_log(self, record: Record, state: TrainState) -> None:
+        for key, value in record.items():
+            if key not in ("step", "steps"):
+                self.writer.add_scalar(f"train/{key}", value, state.updates)
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        for key, value in stats.items():
+            if key.startswith("test_"):
+                self.writer.add_scalar(f"test/{key[5:]}", value, state.updates)
+        self.writer.flush()
+
+    def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
+        self.writer.add_image(name, picture, state.updates)
+
+    def on_end(self) -> None:
+        self.writer.close()
+
+
+class PictureHook(Hook):
+    """Pictures as PNG files, numbered by the epoch after which they were made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
+        visualize.write_png(picture, self.folder / name / f"epoch-{state.epoch - 1}.png")
+
+
+def build_reporter(
+    args: Any,
+    folder: Path | None,
+    device: torch.device,
+    state: TrainState,
+    updates_per_epoch: int,
+) -> Reporter:
+    """The hooks that the flags ask for, on the main process, and the reporter that tells them."""
+    updates_all = updates_per_epoch * args.epochs
+    found: list[Hook] = []
+    if utils.is_main_process():
+        watched = args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty())
+        found.append(BarHook(args.epochs, state, updates_all) if watched else LineHook(args.epochs))
+        if folder:
+            found += [JsonHook(folder, state), PictureHook(folder)]
+        log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
+        if log_dir and log_dir != "none":
+            found.append(TensorboardHook(Path(log_dir), state))
+    return Reporter(found, device, state, updates_all, updates_per_epoch, args.print_freq)
+
+
+def log_cost(model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
+    """Log parameters and the forward cost of one image; returns the number of parameters."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = {name: value.to("meta") for name, value in model.state_dict().items()}
+    image = torch.empty(1, in_chans, *size, device="meta")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        torch.func.functional_call(model, weights, image)
+    utils.get_logger().info(
+        "%s: %.2fM parameters, %.3f GMAC an image forward",
+        type(model).__name__,
+        parameters / 1e6,
+        counter.get_total_flops() / 2e9,
+    )
+    return parameters

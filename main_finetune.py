@@ -1,0 +1,163 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Fine-tune from a checkpoint, train from scratch, or evaluate.
+
+torchrun --nproc_per_node=8 main_finetune.py --model convnextv2_tiny --data_path /data/imagenet
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from pathlib import Path
+
+import torch
+
+import datasets
+import hooks
+import models
+import options
+import utils
+from checkpoint import find_checkpoint
+from engine_finetune import evaluate, train_one_epoch
+from models.convert import load_pretrained
+from optim_factory import build_ema, build_optimizer, build_schedule, scale_lr
+from stepper import Stepper, choose_amp
+from utils import TrainState
+
+get_args_parser = options.finetune_parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Fine-tune, or only evaluate, as `args` from `options.parse` say."""
+    # --- 1. set-up --------------------------------------------------------------------------
+    device = utils.init_distributed_mode(
+        args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
+    )
+    log = utils.get_logger()
+    amp = choose_amp(args.amp, args.use_amp, device)
+    if args.eval:
+        return evaluate_checkpoint(args, device, amp)
+    folder = utils.prepare_output_dir(args.output_dir, options.dump_args(args))
+
+    # --- 2. data ----------------------------------------------------------------------------
+    train_set, val_set, nb_classes = datasets.build_datasets(args)
+    batches = datasets.build_batches(train_set, True, args, device)
+    val_batches = datasets.build_batches(val_set, False, args, device) if val_set else None
+    updates_per_epoch = math.ceil(len(batches) / args.update_freq)
+    mixup = datasets.build_mixup(args, nb_classes)
+
+    # --- 3. model ---------------------------------------------------------------------------
+    utils.seed_all(args.seed)
+    bare = models.build_classifier(args, nb_classes).to(device)
+    n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size)
+
+    # --- 4. weights -------------------------------------------------------------------------
+    if args.finetune:
+        load_pretrained(bare, args.finetune, args.model_key, args.model_prefix)
+    model_ema = build_ema(args, bare)
+
+    # --- 5. optimizer and schedule ----------------------------------------------------------
+    effective_batch = args.batch_size * args.update_freq * utils.get_world_size()
+    lr = scale_lr(args.lr, args.blr, effective_batch)
+    optimizer = build_optimizer(args, bare, lr, args.layer_decay, args.layer_decay_type)
+    schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
+    # Mixed labels are smoothed by mixup itself.
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    log.info("effective batch %d, peak lr %.3g, precision %s", effective_batch, lr, amp)
+
+    # --- 6. wrap ----------------------------------------------------------------------------
+    if args.compile:
+        bare.compile()
+    model = utils.wrap(bare, device)
+    stepper = Stepper(
+        model, optimizer, device, amp, args.update_freq, args.clip_grad, args.max_bad_steps
+    )
+
+    # --- 7. resume --------------------------------------------------------------------------
+    state = utils.auto_load_model(
+        folder,
+        bare,
+        optimizer,
+        stepper.scaler,
+        model_ema and model_ema.module,
+        resume=args.resume,
+        auto_resume=args.auto_resume,
+        fresh=TrainState(args.start_epoch, args.start_epoch * updates_per_epoch),
+    )
+
+    # --- 8. epoch loop ----------------------------------------------------------------------
+    with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
+        while state.epoch < args.epochs:
+            batches.set_epoch(state.epoch)
+            train = train_one_epoch(
+                model,
+                bare,
+                criterion,
+                batches,
+                stepper,
+                schedule,
+                state,
+                reporter,
+                args.seed,
+                mixup,
+                model_ema,
+            )
+            state.epoch += 1
+            stats = {f"train_{key}": value for key, value in train.items()}
+            if val_batches:
+                test = evaluate(val_batches, bare, device, amp)
+                stats |= {f"test_{key}": value for key, value in test.items()}
+            if val_batches and args.model_ema_eval:
+                test = evaluate(val_batches, on_device(model_ema.module, device), device, amp)
+                stats |= {f"test_{key}_ema": value for key, value in test.items()}
+            accuracies = {"best": stats.get("test_acc1"), "best-ema": stats.get("test_acc1_ema")}
+            improved = state.note_best(accuracies)
+            reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
+            if folder and args.save_ckpt:
+                utils.save_model(
+                    folder,
+                    state,
+                    bare,
+                    optimizer,
+                    vars(args),
+                    stepper.scaler,
+                    model_ema and model_ema.module,
+                    numbered=state.epoch == args.epochs or state.epoch % args.save_ckpt_freq == 0,
+                    improved=improved,
+                    keep=args.save_ckpt_num,
+                )
+    best = ", ".join(f"{name} acc1 {value:.2f}%" for name, value in state.best.items())
+    log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, best or "not evaluated")
+
+
+def on_device(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model, or a copy where it is needed: --model_ema_force_cpu keeps it elsewhere."""
+    here = next(model.parameters()).device.type == device.type
+    return model if here else copy.deepcopy(model).to(device)
+
+
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
+    """Evaluate the weights in a checkpoint, and with --model_ema their average too."""
+    path = args.resume or args.finetune or find_checkpoint(Path(args.output_dir))
+    dataset, nb_classes = datasets.build_dataset(False, args)
+    batches = datasets.build_batches(dataset, False, args, device)
+    model = models.build_classifier(args, nb_classes).to(device)
+    keys = [args.model_key] + ["model_ema"] * args.model_ema
+    for key in keys:
+        load_pretrained(model, path, key, args.model_prefix, allow_missing=())
+        stats = evaluate(batches, model, device, amp)
+        utils.get_logger().info(
+            "%s of %s on %d images: acc1 %.2f%%  acc5 %.2f%%  loss %.4f",
+            key,
+            path,
+            len(dataset),
+            stats["acc1"],
+            stats["acc5"],
+            stats["loss"],
+        )
+
+
+if __name__ == "__main__":
+    utils.launch(main, options.parse(get_args_parser()))

@@ -1,0 +1,110 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Pre-train FCMAE.
+
+torchrun --nproc_per_node=8 main_pretrain.py --model convnextv2_tiny --data_path /data/imagenet
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import datasets
+import hooks
+import models
+import options
+import utils
+import visualize
+from engine_pretrain import train_one_epoch
+from models.fcmae import visible_patches
+from optim_factory import build_optimizer, build_schedule, scale_lr
+from stepper import Stepper, choose_amp
+from utils import TrainState
+
+get_args_parser = options.pretrain_parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pre-train as `args` from `options.parse` say."""
+    # --- 1. set-up --------------------------------------------------------------------------
+    device = utils.init_distributed_mode(
+        args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
+    )
+    log = utils.get_logger()
+    amp = choose_amp(args.amp, args.use_amp, device)
+    folder = utils.prepare_output_dir(args.output_dir, options.dump_args(args))
+
+    # --- 2. data ----------------------------------------------------------------------------
+    dataset = datasets.build_pretrain_dataset(args)
+    batches = datasets.build_batches(dataset, True, args, device)
+    updates_per_epoch = math.ceil(len(batches) / args.update_freq)
+
+    # --- 3. model ---------------------------------------------------------------------------
+    utils.seed_all(args.seed)
+    fcmae = models.build_fcmae(args).to(device)
+    h, w = fcmae.grid_size(*args.input_size)
+    visible = visible_patches(h * w, args.mask_ratio)
+    n_parameters = hooks.log_cost(fcmae, args.in_chans, args.input_size)
+    log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
+
+    # --- 4. weights -------------------------------------------------------------------------
+    # Pre-training starts from random weights, or from a run: step 7.
+
+    # --- 5. optimizer and schedule ----------------------------------------------------------
+    effective_batch = args.batch_size * args.update_freq * utils.get_world_size()
+    lr = scale_lr(args.lr, args.blr, effective_batch)
+    optimizer = build_optimizer(args, fcmae, lr)
+    schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
+    log.info("effective batch %d, peak lr %.3g, precision %s", effective_batch, lr, amp)
+
+    # --- 6. wrap ----------------------------------------------------------------------------
+    if args.compile:
+        fcmae.compile()
+    model = utils.wrap(fcmae, device)
+    stepper = Stepper(
+        model, optimizer, device, amp, args.update_freq, args.clip_grad, args.max_bad_steps
+    )
+
+    # --- 7. resume --------------------------------------------------------------------------
+    state = utils.auto_load_model(
+        folder,
+        fcmae,
+        optimizer,
+        stepper.scaler,
+        resume=args.resume,
+        auto_resume=args.auto_resume,
+        fresh=TrainState(args.start_epoch, args.start_epoch * updates_per_epoch),
+    )
+    panel, panel_masks = visualize.build_panel(dataset.dataset, fcmae, args, device)
+
+    # --- 8. epoch loop ----------------------------------------------------------------------
+    with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
+        while state.epoch < args.epochs:
+            batches.set_epoch(state.epoch)
+            train = train_one_epoch(
+                model, fcmae, batches, stepper, schedule, state, reporter, args.seed
+            )
+            state.epoch += 1
+            last = state.epoch == args.epochs
+            stats = {f"train_{key}": value for key, value in train.items()}
+            reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
+            if folder and args.save_ckpt and (last or state.epoch % args.save_ckpt_freq == 0):
+                utils.save_model(
+                    folder,
+                    state,
+                    fcmae,
+                    optimizer,
+                    vars(args),
+                    stepper.scaler,
+                    keep=args.save_ckpt_num,
+                )
+            if args.picture_freq and (last or state.epoch % args.picture_freq == 0):
+                mean, std = datasets.build_mean_and_std(args)
+                pictures = visualize.reconstructions(fcmae, panel, panel_masks, mean, std)
+                reporter.picture("reconstructions", visualize.grid(pictures))
+    log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")
+
+
+if __name__ == "__main__":
+    utils.launch(main, options.parse(get_args_parser()))

@@ -1,0 +1,74 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Every model by name.
+
+python -c "import models; print(models.list_models())"
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from errors import resolve
+from models import convnextv2
+from models.fcmae import FCMAE
+
+_PREFIX = "fcmae_"
+
+
+def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
+    """An FCMAE around the encoder of that name; each keyword goes to the one that knows it."""
+    own = set(inspect.signature(FCMAE).parameters) - {"encoder"}
+    outer = {key: kwargs.pop(key) for key in own & kwargs.keys()}
+    return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **outer)
+
+
+MODELS = {f"convnextv2_{s}": getattr(convnextv2, f"convnextv2_{s}") for s in convnextv2.SIZES}
+MODELS |= {_PREFIX + name: partial(_fcmae, name) for name in MODELS}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows."""
+    return list(MODELS)
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """Build the model called `name`, or `package.module:function`; unknown names get a hint."""
+    return resolve(name, MODELS, kind="model")(**kwargs)
+
+
+def fcmae_name(name: str) -> str:
+    """The FCMAE around a model: `convnextv2_tiny` and `fcmae_convnextv2_tiny` mean the same."""
+    return name if name.startswith(_PREFIX) or ":" in name else _PREFIX + name
+
+
+def build_fcmae(args: Any) -> nn.Module:
+    """The pre-training model that the flags describe."""
+    return create_model(
+        fcmae_name(args.model),
+        in_chans=args.in_chans,
+        stem_stride=args.stem_stride,
+        drop_path_rate=args.drop_path,
+        patch_size=args.patch_size,
+        mask_ratio=args.mask_ratio,
+        decoder_depth=args.decoder_depth,
+        decoder_embed_dim=args.decoder_embed_dim,
+        norm_pix_loss=args.norm_pix_loss,
+    )
+
+
+def build_classifier(args: Any, num_classes: int) -> nn.Module:
+    """The classifier that the flags describe."""
+    scale = args.head_init_scale
+    return create_model(
+        args.model.removeprefix(_PREFIX),
+        in_chans=args.in_chans,
+        stem_stride=args.stem_stride,
+        drop_path_rate=args.drop_path,
+        num_classes=num_classes,
+        head_init_scale=(0.001 if args.finetune else 1.0) if scale is None else scale,
+    )

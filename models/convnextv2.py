@@ -1,0 +1,158 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""ConvNeXt V2 in its eight sizes, for whole images and for visible patches alone.
+
+python -c "from models import create_model; print(create_model('convnextv2_atto'))"
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import GRN, DropPath, LayerNorm, PatchConv, init_weights, linear
+from models.sparse import PatchGrid, depthwise
+
+
+class Block(nn.Module):
+    """Depthwise 7x7, LayerNorm, and an MLP with GRN, around a residual.
+
+    x: dense (N, H, W, C), or packed (N, V, p, p, C) together with its grid.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        init_weights(self.dwconv)
+        self.norm = LayerNorm(dim)
+        self.pwconv1 = linear(dim, 4 * dim)
+        self.grn = GRN(4 * dim)
+        self.pwconv2 = linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
+        y = self.norm(depthwise(x, self.dwconv, grid))
+        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(y))))
+        return x + self.drop_path(y)
+
+
+class ConvNeXtV2(nn.Module):
+    """ConvNeXt V2, `images (N, in_chans, H, W) -> logits (N, num_classes)`.
+
+    depths, dims: blocks and channels of the stages.
+    num_classes: 0 gives the normalised features (N, num_features) instead of logits.
+    drop_path_rate: rate of the last block; it grows linearly from 0 at the first.
+    head_init_scale: factor on the initial classifier; 0.001 for fine-tuning, 1 from scratch.
+    stem_stride: 4, or 1 or 2 for small images; also the stem's kernel.
+
+    Parameter names and shapes are the official ones. Source: arXiv 2301.00808, appendix A.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, ...],
+        dims: tuple[int, ...],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+        stem_stride: int = 4,
+    ) -> None:
+        super().__init__()
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride {stem_stride}: expected 1, 2 or 4")
+        self.depths = tuple(depths)
+        self.in_chans = in_chans
+        self.num_features = dims[-1]
+        self.total_stride = stem_stride * 2 ** (len(dims) - 1)
+
+        stem = nn.Sequential(PatchConv(in_chans, dims[0], stem_stride), LayerNorm(dims[0]))
+        self.downsample_layers = nn.ModuleList([stem])
+        for before, after in zip(dims[:-1], dims[1:], strict=True):
+            layer = nn.Sequential(LayerNorm(before), PatchConv(before, after, 2))
+            self.downsample_layers.append(layer)
+
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[Block(dim, rates.pop(0)) for _ in range(depth)])
+            for dim, depth in zip(dims, depths, strict=True)
+        )
+        self.norm = LayerNorm(dims[-1])
+        self.reset_classifier(num_classes, head_init_scale)
+
+    def reset_classifier(self, num_classes: int, head_init_scale: float = 1.0) -> None:
+        """A fresh head for `num_classes`; 0 removes it."""
+        self.num_classes = num_classes
+        self.head = linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
+
+    def forward_stages(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
+        """Stem and stages on channels-last maps: dense (N, H, W, C) or packed (N, V, p, p, C)."""
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = downsample(x)
+            for block in stage:
+                x = block(x, grid)
+        return x
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> (N, C, H/stride, W/stride), channels_last in memory."""
+        return self.forward_stages(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, C, h, w) -> (N, num_classes), or the normalised mean (N, C) with `pre_logits`."""
+        x = self.norm(features.mean((-2, -1)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def layer_of(self, name: str, kind: str = "single") -> int:
+        """The layer a parameter belongs to, counted from the stem, which is 0.
+
+        kind: `single` makes each block a layer, the downsampling before it included; `group`
+        makes the third stage's blocks layers of three and every other stage one layer. The final
+        norm belongs to the last layer and the head is one above.
+        """
+        first = {"single": self._layers_before, "group": self._groups_before}[kind]
+        top, *rest = name.split(".")
+        if top == "downsample_layers":
+            stage = int(rest[0])
+            return first(stage, 0) if stage else 0
+        if top == "stages":
+            return first(int(rest[0]), int(rest[1]))
+        last = first(len(self.depths) - 1, self.depths[-1] - 1)
+        return last if top == "norm" else last + 1
+
+    def _layers_before(self, stage: int, block: int) -> int:
+        return 1 + sum(self.depths[:stage]) + block
+
+    def _groups_before(self, stage: int, block: int) -> int:
+        if stage == 2:
+            return 3 + block // 3
+        return 1 + stage if stage < 2 else 2 + -(-self.depths[2] // 3) + stage - 2
+
+
+SIZES = {  # depths, dims; arXiv 2301.00808, appendix A
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+convnextv2_atto = partial(ConvNeXtV2, *SIZES["atto"])
+convnextv2_femto = partial(ConvNeXtV2, *SIZES["femto"])
+convnextv2_pico = partial(ConvNeXtV2, *SIZES["pico"])
+convnextv2_nano = partial(ConvNeXtV2, *SIZES["nano"])
+convnextv2_tiny = partial(ConvNeXtV2, *SIZES["tiny"])
+convnextv2_base = partial(ConvNeXtV2, *SIZES["base"])
+convnextv2_large = partial(ConvNeXtV2, *SIZES["large"])
+convnextv2_huge = partial(ConvNeXtV2, *SIZES["huge"])

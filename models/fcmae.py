@@ -1,0 +1,155 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""FCMAE: hide patches, encode what is left, imagine the rest.
+
+python -c "from models import create_model; print(create_model('fcmae_convnextv2_atto'))"
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.convnextv2 import Block, ConvNeXtV2
+from models.layers import PatchConv
+from models.sparse import PatchGrid
+
+
+def visible_patches(num_patches: int, mask_ratio: float) -> int:
+    """How many of `num_patches` stay visible: 19 of 49 at 0.6, 10 of 100 at 0.9."""
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio {mask_ratio}: expected a number between 0 and 1")
+    visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
+    if not 1 <= visible < num_patches:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches visible; "
+            "expected at least 1 visible and 1 removed"
+        )
+    return visible
+
+
+def random_mask(noise: Tensor, visible: int) -> Tensor:
+    """(N, L) noise -> (N, L) float mask, 0 at the `visible` lowest values of a row, else 1."""
+    keep = noise.argsort(dim=1)[:, :visible]
+    return torch.ones(noise.shape, device=noise.device).scatter_(1, keep, 0.0)
+
+
+class FCMAE(nn.Module):
+    """Fully convolutional masked autoencoder around a ConvNeXt V2 encoder.
+
+    encoder: a ConvNeXtV2; its final norm and head are removed, since pre-training uses neither.
+    patch_size: side of a mask patch in pixels, a multiple of the encoder's total stride, which
+        it is by default. mask_ratio: share of patches removed. decoder_depth,
+    decoder_embed_dim: blocks of the decoder and their width. norm_pix_loss: the target is each
+    patch with its own mean and variance taken out.
+
+    Source: arXiv 2301.00808, section 3. Parameter names are the official ones.
+    """
+
+    def __init__(
+        self,
+        encoder: ConvNeXtV2,
+        patch_size: int | None = None,
+        mask_ratio: float = 0.6,
+        decoder_depth: int = 1,
+        decoder_embed_dim: int = 512,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        stride = encoder.total_stride
+        self.patch_size = patch_size or stride
+        if self.patch_size % stride:
+            raise ValueError(f"patch_size {patch_size}: expected a multiple of {stride}")
+        self.in_chans = encoder.in_chans
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+
+        encoder.norm = nn.Identity()
+        encoder.reset_classifier(0)
+        self.encoder = encoder
+        self.proj = PatchConv(encoder.num_features, decoder_embed_dim, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder = nn.Sequential(*[Block(decoder_embed_dim) for _ in range(decoder_depth)])
+        self.pred = PatchConv(decoder_embed_dim, stride**2 * self.in_chans, 1)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) patches of an image of H x W pixels."""
+        p = self.patch_size
+        if height % p or width % p:
+            near = max(height // p, 1) * p, max(width // p, 1) * p
+            raise ValueError(
+                f"image of {height} x {width} pixels is not a whole number of {p} x {p} "
+                f"patches; try {near[0]} x {near[1]}"
+            )
+        return height // p, width // p
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, L, p*p*C), patches row by row, inside one: row, column, channel."""
+        n, c, height, width = images.shape
+        h, w = self.grid_size(height, width)
+        p = self.patch_size
+        cells = images.reshape(n, c, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # (N, h, w, p, p, C)
+        return cells.reshape(n, h * w, p * p * c)
+
+    def unpatchify(self, patches: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(N, L, p*p*C) -> (N, C, h*p, w*p); `size` is (h, w), a square one by default."""
+        n, length, dim = patches.shape
+        p = self.patch_size
+        h, w = size or (round(length**0.5),) * 2
+        if h * w != length:
+            raise ValueError(f"{length} patches do not fill {h} x {w}; pass size=(h, w)")
+        cells = patches.reshape(n, h, w, p, p, dim // p**2).permute(0, 5, 1, 3, 2, 4)
+        return cells.reshape(n, -1, h * p, w * p)
+
+    def forward_encoder(self, images: Tensor, mask: Tensor, visible: int | None = None) -> Tensor:
+        """Features of the visible patches alone, (N, D, H/stride, W/stride), zero where removed.
+
+        mask: (N, L), 1 = removed, 0 = visible, the same number of zeros in every image.
+        visible: that number, when known; finding out costs a host sync on a GPU.
+        """
+        grid = PatchGrid(mask, self.grid_size(*images.shape[-2:]), visible)
+        packed = self.encoder.forward_stages(grid.pack(images.permute(0, 2, 3, 1)), grid)
+        return grid.unpack(packed).permute(0, 3, 1, 2)
+
+    def forward_decoder(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features (N, D, H/stride, W/stride) and mask (N, L) -> prediction (N, p*p*C, h, w)."""
+        x = self.proj(features.permute(0, 2, 3, 1))  # (N, H/stride, W/stride, decoder dim)
+        n, height, width, dim = x.shape
+        cells = self.patch_size // self.encoder.total_stride  # feature cells along a patch
+        h, w = height // cells, width // cells
+        removed = mask.reshape(n, h, 1, w, 1, 1).expand(-1, -1, cells, -1, cells, -1)
+        token = self.mask_token.to(x.dtype).reshape(1, 1, 1, dim)
+        x = torch.where(removed.reshape(n, height, width, 1) > 0, token, x)
+        x = self.pred(self.decoder(x))  # (N, H/stride, W/stride, s*s*C), s = stride
+        # Where a patch holds several cells, lay their pixels out as `patchify` does.
+        s, c = self.encoder.total_stride, self.in_chans
+        x = x.reshape(n, h, cells, w, cells, s, s, c).permute(0, 2, 5, 4, 6, 7, 1, 3)
+        return x.reshape(n, -1, h, w)  # (N, [cell row, row, cell column, column, channel], h, w)
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error on removed patches, in float32 or better, a scalar."""
+        target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
+        if self.norm_pix_loss:
+            mean = target.mean(-1, keepdim=True)
+            variance = target.var(-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        pred = pred.flatten(2).transpose(1, 2)  # (N, L, p*p*C)
+        error = (pred.to(target.dtype) - target).square().mean(-1)  # (N, L)
+        return (error * mask).sum() / mask.sum()
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, visible: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (N, C, H, W) -> loss, prediction (N, p*p*C, h, w) and mask (N, L), 1 = removed.
+
+        Without a mask one is drawn from torch's generator of the images' device.
+        """
+        if mask is None:
+            h, w = self.grid_size(*images.shape[-2:])
+            visible = visible_patches(h * w, self.mask_ratio)
+            noise = torch.rand(len(images), h * w, device=images.device)
+            mask = random_mask(noise, visible)
+        features = self.forward_encoder(images, mask, visible)
+        pred = self.forward_decoder(features, mask)
+        return self.forward_loss(images, pred, mask), pred, mask

@@ -1,0 +1,111 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Visible patches packed side by side, and the one operation that must know where they lie.
+
+python -c "import torch; from models.sparse import PatchGrid; print(PatchGrid(torch.eye(3)).ids)"
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+class PatchGrid:
+    """Which patches of an image are visible, and how to move between dense and packed maps.
+
+    dense   (N, h*p, w*p, C)   all cells; p shrinks from stage to stage, h and w do not
+    packed  (N, V, p, p, C)    the V visible patches of every image, rows first
+
+    mask: (N, h, w) or (N, L) with `size`, 1 = removed, 0 = visible, V zeros in every image.
+    visible: V, when the caller knows it; finding out costs a host sync on a GPU.
+    """
+
+    def __init__(
+        self, mask: Tensor, size: tuple[int, int] | None = None, visible: int | None = None
+    ) -> None:
+        self.size = size or (mask.shape[-2], mask.shape[-1])
+        mask = mask.reshape(-1, self.size[0] * self.size[1])
+        if visible is None:
+            counts = (mask == 0).sum(1)
+            low, high = int(counts.min()), int(counts.max())
+            if low != high or low == 0:
+                raise ValueError(
+                    f"mask leaves between {low} and {high} patches visible; "
+                    "expected the same number, at least 1, in every image"
+                )
+            visible = high
+        order = mask.argsort(dim=1, stable=True)  # visible ones first, each kind row by row
+        self.ids = order[:, :visible]  # (N, V)
+
+    def pack(self, dense: Tensor) -> Tensor:
+        """(N, h*p, w*p, C) -> (N, V, p, p, C)"""
+        return _Pack.apply(dense, self.ids, *self.size)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(N, V, p, p, C) -> (N, h*p, w*p, C), zero where removed."""
+        return _Unpack.apply(packed, self.ids, *self.size)
+
+
+def _cells(dense: Tensor, h: int, w: int) -> Tensor:
+    """(N, h*p, w*p, C) -> a view (N, h, w, p, p, C)"""
+    n, height, width, dim = dense.shape
+    return dense.view(n, h, height // h, w, width // w, dim).transpose(2, 3)
+
+
+def _places(ids: Tensor, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    image = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    return image, torch.div(ids, w, rounding_mode="floor"), ids % w
+
+
+class _Pack(Function):
+    """Gather; its adjoint is `_Unpack`. Autograd's own would add up where nothing overlaps."""
+
+    @staticmethod
+    def forward(dense: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
+        return _cells(dense.contiguous(), h, w)[_places(ids, w)]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ids, *ctx.size = inputs
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Unpack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
+
+
+class _Unpack(Function):
+    """Scatter into zeros; its adjoint is `_Pack`."""
+
+    @staticmethod
+    def forward(packed: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
+        n, _, p, _, dim = packed.shape
+        dense = packed.new_zeros(n, h * p, w * p, dim)
+        _cells(dense, h, w)[_places(ids, w)] = packed
+        return dense
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ids, *ctx.size = inputs
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Pack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
+
+
+def depthwise(x: Tensor, conv: nn.Conv2d, grid: PatchGrid | None) -> Tensor:
+    """Depthwise convolution of a dense or packed map, in the layout it came in.
+
+    Removed patches count as zeros, as the zero padding around the image does.
+    """
+    dense = x if grid is None else grid.unpack(x)
+    # Through two dimensions and back, so that the weight's gradient has plain strides: DDP's
+    # gradient buckets have those, and a channels-last gradient would be copied every step.
+    weight = conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
+    y = F.conv2d(dense.permute(0, 3, 1, 2), weight, conv.bias, 1, conv.padding, 1, conv.groups)
+    y = y.permute(0, 2, 3, 1)  # (N, H, W, C)
+    return y if grid is None else grid.pack(y)

@@ -1,0 +1,252 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The command line of each script: parsers, --config files, cross-checks, frozen arguments.
+
+python -c "import options; options.parse(options.pretrain_parser(), ['--help'])"
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flags import FLAGS, HELP, number, str2bool
+
+
+class FrozenNamespace(argparse.Namespace):
+    """Parsed flags; a changed copy is `FrozenNamespace(**{**vars(args), "name": value})`."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any = None) -> NoReturn:
+        raise AttributeError(f"args are frozen, {name!r} cannot change: use a local or TrainState")
+
+    __delattr__ = __setattr__
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    source = ""  # names the config file while its values are parsed
+
+    def error(self, message: str) -> NoReturn:  # the usage, ninety flags, would hide the message
+        self.exit(2, f"{self.prog}: error: {self.source}{message}\n(see {self.prog} --help)\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        parsed, extra = self.parse_known_args(args, namespace)
+        if extra:
+            word = next((word for word in extra if word.startswith("-")), extra[0])
+            hint = _closest(word.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized argument {word!r}; {hint}")
+        return parsed
+
+
+def _closest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else "no flag is called anything like it"
+
+
+def add_args(parser: argparse.ArgumentParser, *groups: str) -> None:
+    """Declare these groups of FLAGS."""
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for flags, kind, default, text, *nargs in FLAGS[title]:
+            more: dict[str, Any] = {"nargs": nargs[0]} if nargs else {}
+            if isinstance(kind, tuple):
+                more |= {"type": type(kind[0]), "choices": kind}
+            elif kind is str2bool:
+                more |= {"type": kind, "metavar": "BOOL", "nargs": "?", "const": True}
+            else:
+                more |= {"type": number(kind), "metavar": "N"} if kind is not str else {}
+            group.add_argument(*flags.split(), default=default, help=text, **more)
+
+
+def add_submitit_args(parser: argparse.ArgumentParser) -> None:
+    """What `submitit_*.py` asks of the cluster, on top of a main's flags."""
+    add_args(parser, "submitit")
+
+
+def _make_parser(script: str, aim: str, *left_out: str) -> argparse.ArgumentParser:
+    parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False)
+    parser.description = HELP % (aim, script, script)
+    parser.formatter_class = partial(_Help, max_help_position=32)
+    add_args(
+        parser, *(title for title in FLAGS if title not in (*left_out, "submitit", "pictures"))
+    )
+    return parser
+
+
+def pretrain_parser() -> argparse.ArgumentParser:
+    """The flags of main_pretrain.py."""
+    aim = "Pre-train ConvNeXt V2 as a masked autoencoder (FCMAE)."
+    left_out = ("augmentation", "starting weights and head", "evaluation and moving average")
+    parser = _make_parser("main_pretrain.py", aim, *left_out)
+    parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0))
+    return parser
+
+
+def visualize_parser() -> argparse.ArgumentParser:
+    """The flags of visualize.py; a flag that is not given is as in the run that is looked at."""
+    parser = _Parser(allow_abbrev=False, description="Draw what a pre-trained model imagines.")
+    add_args(parser, "pictures")
+    return parser
+
+
+def finetune_parser() -> argparse.ArgumentParser:
+    """The flags of main_finetune.py."""
+    aim = "Fine-tune ConvNeXt V2 (--finetune CKPT), train from scratch, or evaluate (--eval true)."
+    return _make_parser("main_finetune.py", aim, "masked autoencoder")
+
+
+def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:
+    """What to type on the command line for a value of a config; nothing for an allowed null."""
+    if value is None and (action.default is None or action.dest == "aa"):
+        return []
+    several = action.nargs not in (None, "?")
+    items = value if several and isinstance(value, list) else [value]
+    for item in items:
+        wrong_bool = isinstance(item, bool) and action.type is not str2bool
+        if wrong_bool or not isinstance(item, (str, int, float)):
+            expected = f"one value{' or a list' * several}; quote words like no"
+            parser.error(f"{action.dest}: got {value!r}, expected {expected}")
+    option = action.option_strings[0]
+    return [f"{option}={items[0]}"] if len(items) == 1 else [option, *map(str, items)]
+
+
+def _read_config(parser: argparse.ArgumentParser, path: str) -> argparse.Namespace:
+    """Put a YAML file through the parser as if its lines were flags; null resets to None."""
+    import yaml
+
+    parser.source = f"--config {path}: "
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        parser.error(f"cannot read it: {error}")
+    if not isinstance(values, dict):
+        parser.error("expected lines of 'flag: value', without dashes")
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    words = []
+    for key, value in values.items():
+        if key not in actions:
+            parser.error(f"unknown key {key!r}; {_closest(str(key), actions)}")
+        words += _words(parser, actions[key], value)
+    args = parser.parse_args(words)
+    vars(args).update({key: None for key, value in values.items() if value is None})
+    parser.source = ""
+    return args
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
+    """Read the command line, over `--config` if given, resolve, check and freeze."""
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args(argv, _read_config(parser, args.config))
+    args = finalize(args)
+    for problem in _problems(args):
+        parser.error(problem)
+    return args
+
+
+def finalize(args: argparse.Namespace) -> FrozenNamespace:
+    """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
+
+    `--use_amp false` becomes `amp="none"`; with `amp=None` the main decides by the device:
+    bf16 on CUDA only, or half precision on any device when `use_amp` is True.
+    """
+    new = {key: tuple(x) if isinstance(x, list) else x for key, x in vars(args).items()}
+    size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
+    new["input_size"] = size * 2 if len(size) == 1 else size
+    if new["warmup_epochs"] is None:
+        new["warmup_epochs"] = min(40.0 if "mask_ratio" in new else 20.0, new["epochs"] / 5)
+    if new.get("job_dir") == "":
+        new["job_dir"] = "./runs/%j"
+    if "mask_ratio" in new and new["opt_betas"] is None and new["opt"] == "adamw":
+        new["opt_betas"] = (0.9, 0.95)
+    if new["use_amp"] is False and new["amp"] is None:
+        new["amp"] = "none"
+    if "mask_ratio" in new and new["patch_size"] is None:
+        new["patch_size"] = 8 * new["stem_stride"]
+    if "finetune" in new:
+        new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
+        if new["head_init_scale"] is None:
+            new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
+    return FrozenNamespace(**new)
+
+
+def dump_args(args: argparse.Namespace) -> str:
+    """YAML that `--config` reads back to the same args."""
+    import yaml
+
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(args).items()}
+    values.pop("config", None)
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    needs_data = args.data_set not in ("DIGITS", "SYNTHETIC") and ":" not in args.data_set
+    if needs_data and not args.data_path and not (vars(args).get("eval") and args.eval_data_path):
+        yield f"--data_path is missing, --data_set {args.data_set} needs it; give the folder"
+    if len(args.input_size) != 2:
+        yield f"--input_size: got {args.input_size}, expected one or two numbers (height, width)"
+    if args.scale[0] > args.scale[1]:
+        yield f"--scale: got {args.scale}, expected least and most; swap them"
+    if args.start_epoch >= args.epochs:
+        yield f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}; lower it"
+    if args.warmup_epochs > args.epochs:
+        yield f"--warmup_epochs {args.warmup_epochs:g} > --epochs {args.epochs}; lower the first"
+    if args.lr is not None and args.min_lr > args.lr:
+        yield f"--min_lr {args.min_lr} > --lr {args.lr}; lower --min_lr"
+    if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
+        yield f"--use_amp {args.use_amp} contradicts --amp {args.amp}; give only --amp"
+    yield from _pretrain_problems(args) if "mask_ratio" in args else _finetune_problems(args)
+
+
+def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
+    patch, stride = args.patch_size, 8 * args.stem_stride
+    if patch % stride:
+        yield f"--patch_size {patch}: not a multiple of 8 * stem_stride; try {_near(patch, stride)}"
+    for side in args.input_size:
+        if side % patch:
+            yield f"--input_size {side}: not a multiple of --patch_size; try {_near(side, patch)}"
+    patches = math.prod(side // patch for side in args.input_size)
+    kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
+    if not 1 <= kept < patches:
+        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
+        yield f"{got}, expected 1 to {patches - 1}; raise --input_size or change --mask_ratio"
+    if args.crop_pct is not None:
+        yield "--crop_pct: pre-training has no evaluation to crop for; leave it out"
+
+
+def _near(value: int, step: int) -> str:
+    low = value // step * step
+    return f"{low} or {low + step}" if low else str(step)
+
+
+def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
+    span, stride = args.cutmix_minmax, 8 * args.stem_stride
+    if args.model.startswith("convnextv2") and min(args.input_size) < stride:
+        yield f"--input_size {args.input_size}: expected at least {stride}; lower --stem_stride"
+    if args.resplit:
+        yield "--resplit true: there are no augmentation splits here; leave it out"
+    if span is not None and (len(span) != 2 or span[0] > span[1]):
+        yield f"--cutmix_minmax: got {span}, expected two numbers, least and most"
+    mixing = (args.mixup > 0 or args.cutmix > 0 or span is not None) and not args.eval
+    if mixing and args.batch_size % 2:
+        yield f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; make it even"
+    for name in ("model_ema_eval", "model_ema_force_cpu"):
+        if getattr(args, name) and not args.model_ema:
+            yield f"--{name} true needs --model_ema true; give both or neither"
+    if args.eval and args.disable_eval:
+        yield "--eval true and --disable_eval true leave nothing to do; drop one"
+    source = args.resume or args.finetune or (args.auto_resume and args.output_dir)
+    if args.eval and not (source or ":" in args.model):
+        yield "--eval true: no weights to evaluate; give --resume CHECKPOINT"

@@ -1,0 +1,74 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Jobs through submitit: what a job runs, how it is sent, how it goes on after a preemption.
+
+python submitit_pretrain.py --nodes 8 --ngpus 8 --model convnextv2_base --data_path /data/imagenet
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+SIGNAL_DELAY_S = 120  # between the scheduler's signal and its kill
+JOB_NUMBER = "%j"
+
+
+class Trainer:
+    """The job: one task of it is one rank of `module.main(args)`.
+
+    Output goes to the job's folder, from which a requeued job resumes by itself.
+    """
+
+    def __init__(self, module: str, args: Any) -> None:
+        self.module, self.args = module, args
+
+    def __call__(self) -> None:
+        import submitit
+
+        environment = submitit.helpers.TorchDistributedEnvironment().export()
+        job = submitit.JobEnvironment().job_id
+        values = vars(self.args) | {
+            "output_dir": (self.args.output_dir or self.args.job_dir).replace(JOB_NUMBER, job),
+            "local_rank": environment.local_rank,
+        }
+        importlib.import_module(self.module).main(type(self.args)(**values))
+
+    def checkpoint(self) -> Any:
+        """What submitit queues after a preemption or a timeout: the same job again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(Trainer(self.module, self.args))
+
+
+def submit(module: str, args: Any) -> Any:
+    """Send the job that `args` describe and print where it can be followed; returns it."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise SystemExit("submitting needs submitit: pip install submitit") from error
+    here = str(Path(__file__).resolve().parent)  # the job's python must find these files
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    executor = submitit.AutoExecutor(folder=args.job_dir, cluster=args.cluster)
+    parameters: dict[str, Any] = {
+        "name": module.removeprefix("main_"),
+        "nodes": args.nodes,
+        "tasks_per_node": args.ngpus,
+        "gpus_per_node": args.ngpus,
+        "timeout_min": args.timeout,
+        "slurm_signal_delay_s": SIGNAL_DELAY_S,
+    }
+    if args.partition:
+        parameters["slurm_partition"] = args.partition
+    if args.comment:
+        parameters["slurm_comment"] = args.comment
+    if args.use_volta32:
+        parameters["slurm_constraint"] = "volta32gb"
+    executor.update_parameters(**parameters)
+    job = executor.submit(Trainer(module, args))
+    print(f"job {job.job_id}; standard output of rank 0: {job.paths.stdout}")
+    if args.cluster == "debug":
+        job.result()  # runs it, in this process
+    return job

@@ -1,0 +1,147 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""One optimizer update: autocast, accumulation, scaling, clipping, finite check, step.
+
+python -c "import stepper, torch; print(stepper.choose_amp(None, None, torch.device('cpu')))"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import TrainingStopped, UserError
+from utils import get_logger, get_world_size
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_amp(amp: str | None, use_amp: bool | None, device: torch.device) -> str:
+    """`bf16`, `fp16` or `none`: as asked for, else bf16 on CUDA and none elsewhere.
+
+    `use_amp` true takes bf16, and fp16 on a GPU that has no bf16.
+    """
+    on_cuda = device.type == "cuda"
+    has_bf16 = not on_cuda or torch.cuda.is_bf16_supported()
+    if amp == "bf16" and not has_bf16:
+        raise UserError("--amp bf16: this GPU has no bf16; use --amp fp16")
+    if amp is not None:
+        return amp
+    if use_amp or (use_amp is None and on_cuda):
+        return "bf16" if has_bf16 else "fp16"
+    return "none"
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The autocast context of a precision that `choose_amp` returned."""
+    return torch.autocast(device.type, dtype=DTYPES.get(amp), enabled=amp != "none")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a closed group: `taken` is False when a value was not finite."""
+
+    taken: bool
+    grad_norm: Tensor  # before clipping, a scalar on the device
+
+
+class Stepper:
+    """Turns micro-batches into optimizer updates.
+
+    update_freq: micro-batches in a group; the last group of an epoch may hold fewer.
+    clip_grad: largest gradient norm, None for no limit.
+    max_bad_steps: skipped updates in a row that end the run.
+
+        stepper.begin_epoch(len(batches))
+        with stepper.micro_batch():
+            loss = ...                   # the mean over this micro-batch
+        update = stepper.step(loss)      # None until the group closes
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        amp: str = "none",
+        update_freq: int = 1,
+        clip_grad: float | None = None,
+        max_bad_steps: int = 10,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.amp = amp
+        self.update_freq = update_freq
+        self.clip_grad = clip_grad
+        self.max_bad_steps = max_bad_steps
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.bad_in_a_row = 0
+
+    def begin_epoch(self, num_batches: int) -> None:
+        """A new epoch of `num_batches` micro-batches; nothing is left over from the one before."""
+        self.left = num_batches
+        self._open_group()
+
+    def _open_group(self) -> None:
+        self.group_size = min(self.update_freq, self.left)
+        self.micro = 0  # number of the current micro-batch within its group
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around forward and loss: autocast, and no gradient exchange unless the group closes."""
+        closes = self.micro + 1 == self.group_size
+        waits = isinstance(self.model, DistributedDataParallel) and not closes
+        alone = self.model.no_sync() if waits else contextlib.nullcontext()
+        with alone, autocast(self.device, self.amp):
+            yield
+
+    def step(self, loss: Tensor) -> Update | None:
+        """Backward; with the last micro-batch of a group also the optimizer step.
+
+        The group's gradient is the mean over the micro-batches it really holds. If its loss or
+        gradient is not finite on any rank, every rank skips the step.
+        """
+        self.finite &= torch.isfinite(loss.detach())
+        self.scaler.scale(loss / self.group_size).backward()
+        self.micro += 1
+        self.left -= 1
+        if self.micro < self.group_size:
+            return None
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.clip_grad is None else self.clip_grad
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        taken = self._agree(self.finite & torch.isfinite(norm))
+        if taken:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._count(taken)
+        self._open_group()
+        return Update(taken, norm.detach())
+
+    def _agree(self, finite: Tensor) -> bool:
+        verdict = finite.to(torch.int32)
+        if get_world_size() > 1:
+            dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return bool(verdict)
+
+    def _count(self, taken: bool) -> None:
+        self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
+        if taken:
+            return
+        get_logger().warning("skipped an update: its loss or gradient is not finite")
+        if self.bad_in_a_row >= self.max_bad_steps:
+            raise TrainingStopped(
+                f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not "
+                "finite; lower --lr or --blr, set --clip_grad 1, or raise --max_bad_steps"
+            )

@@ -1,0 +1,21 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Send main_finetune.py to a cluster.
+
+python submitit_finetune.py --nodes 4 --ngpus 8 --model convnextv2_base --data_path /data/imagenet
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import main_finetune
+import options
+import slurm
+
+Trainer = partial(slurm.Trainer, "main_finetune")
+
+if __name__ == "__main__":
+    parser = main_finetune.get_args_parser()
+    options.add_submitit_args(parser)
+    slurm.submit("main_finetune", options.parse(parser))

@@ -1,0 +1,489 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Data sets, transforms, samplers and loaders.  pytest tests/test_datasets.py"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import datasets
+from data_pipeline import (
+    Augmented,
+    Batches,
+    EvalSampler,
+    RandomErasing,
+    TrainSampler,
+    collate,
+    create_eval_transform,
+    create_loader,
+    create_pretrain_transform,
+    create_train_transform,
+    decode,
+    mean_and_std,
+)
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_args(**changes):
+    flags = {
+        "data_set": "DIGITS", "data_path": "", "eval_data_path": None, "nb_classes": None,
+        "input_size": (16, 16), "in_chans": 3, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1",
+        "train_interpolation": "bicubic", "reprob": 0.25, "remode": "pixel", "recount": 1,
+        "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0, "batch_size": 4,
+        "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
+    }  # fmt: skip
+    return SimpleNamespace(**(flags | changes))
+
+
+def picture(height=20, width=30, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_folders(root, classes, images=2):
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(images):
+            picture(seed=10 * number + i).save(root / name / f"{i}.png")
+    return root
+
+
+class Listed(Dataset):
+    def __init__(self, samples):
+        self.items = samples
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+# --- data sets ------------------------------------------------------------------------------
+
+
+def test_digits_split_leaks_no_image_and_no_class():
+    train, val = datasets.Digits(True), datasets.Digits(False)
+    assert (len(train), len(val)) == (1442, 355)
+    assert np.bincount(val.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
+    assert train.images.max() == 255
+    first_val = np.load(ROOT / "assets" / "digits.npz", allow_pickle=False)
+    fifth_zero = first_val["images"][first_val["labels"] == 0][4]
+    assert (val.images[val.labels.index(0)] == fifth_zero.astype(int) * 255 // 16).all()
+
+
+def test_imnet_counts_classes_on_disk_not_1000(tmp_path):
+    make_folders(tmp_path / "train", "abc")
+    make_folders(tmp_path / "val", "abc")
+    train, val, nb_classes = datasets.build_datasets(
+        make_args(data_set="IMNET", data_path=tmp_path)
+    )
+    assert (nb_classes, len(train), len(val)) == (3, 6, 6)
+    with pytest.raises(UserError, match=r"--nb_classes 1000.* 3 classes"):
+        datasets.build_dataset(
+            True, make_args(data_set="IMNET", data_path=tmp_path, nb_classes=1000)
+        )
+
+
+def test_val_builds_without_train_data_for_eval(tmp_path):
+    make_folders(tmp_path / "val", "ab")
+    _, nb_classes = datasets.build_dataset(False, make_args(data_set="IMNET", data_path=tmp_path))
+    assert nb_classes == 2
+
+
+def test_missing_val_class_cannot_shift_labels(tmp_path):
+    make_folders(tmp_path / "train", ["ant", "bee", "cat"])
+    make_folders(tmp_path / "val", ["ant", "cat", "dog"])
+    args = make_args(data_set="IMNET", data_path=tmp_path)
+    with pytest.raises(UserError) as error:
+        datasets.build_datasets(args)
+    text = str(error.value)
+    assert "only in train: bee" in text
+    assert "only in val: dog" in text
+    assert "cat (train 2, val 1)" in text
+
+
+def test_synthetic_and_folder_need_no_surprise_classes(tmp_path):
+    args = make_args(data_set="SYNTHETIC", nb_classes=4)
+    train, val, nb_classes = datasets.build_datasets(args)
+    assert (len(train), len(val), nb_classes) == (1024, 256, 4)
+    with pytest.raises(UserError, match="has no labels"):
+        datasets.build_dataset(True, make_args(data_set="folder", data_path=tmp_path))
+
+
+def test_synthetic_label_survives_crops_flips_and_rotations():
+    crop = create_pretrain_transform(24, scale=(0.08, 1.0))
+    colours = [datasets.colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
+    colours = torch.tensor(colours) - torch.tensor(colours).mean(1, keepdim=True)
+    val = Augmented(datasets.Synthetic((24, 40), 10, train=False), crop, seed=0)
+    right = 0
+    for i in range(200):
+        image, label, _ = val[0, i]
+        mean = torch.rot90(image, i % 4, (1, 2)).float().mean((1, 2))
+        right += int(torch.cosine_similarity(colours, (mean - mean.mean())[None]).argmax()) == label
+    assert right >= 190
+
+
+def test_synthetic_differs_between_splits_but_not_between_reads():
+    train, val = (datasets.Synthetic((8, 12), 10, flag) for flag in (True, False))
+    assert train[3][0].size == (12, 8)
+    assert train[3][0].tobytes() == train[3][0].tobytes()
+    assert train[3][0].tobytes() != val[3][0].tobytes()
+
+
+def test_unlabelled_folder_finds_nested_images_in_order(tmp_path):
+    make_folders(tmp_path, ["b", "a/deep"])
+    picture().save(tmp_path / "c.JPEG")
+    (tmp_path / "notes.txt").write_text("no image")
+    args = make_args(data_set="folder", data_path=str(tmp_path), scale=(0.2, 1.0))
+    data = datasets.build_pretrain_dataset(args)
+    names = [path.removeprefix(f"{tmp_path}/") for path, _ in data.dataset.samples]
+    assert names == ["a/deep/0.png", "a/deep/1.png", "b/0.png", "b/1.png", "c.JPEG"]
+    image, label, index = data[0, 4]
+    assert (image.dtype, tuple(image.shape), label, index) == (torch.uint8, (3, 16, 16), 0, 4)
+
+
+def test_data_set_from_a_module_needs_no_edit(monkeypatch):
+    module = types.ModuleType("my_sets")
+    samples = [(torch.full((5, 9, 9), k, dtype=torch.uint8), k) for k in range(3)]
+    module.five = lambda data_path, train: Listed(samples)
+    monkeypatch.setitem(sys.modules, "my_sets", module)
+    args = make_args(data_set="my_sets:five", in_chans=5, aa="none", reprob=1.0)
+    with pytest.raises(UserError, match="--nb_classes"):
+        datasets.build_dataset(True, args)
+    data, nb_classes = datasets.build_dataset(
+        True, SimpleNamespace(**vars(args) | {"nb_classes": 3})
+    )
+    assert nb_classes == 3
+    assert data[0, 1][0].shape == (5, 16, 16)
+    two, _ = datasets.build_dataset(True, SimpleNamespace(**vars(args) | {"nb_classes": 2}))
+    assert "label 2; expected 0 to 1" in str(two[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_set": "IMNET"}, "--data_path is not given"),
+        ({"data_set": "IMNET", "data_path": "/nowhere"}, "no such folder"),
+        ({"data_set": "IMNET", "data_path": ROOT / "assets"}, "image_folder.*--data_set folder"),
+        (
+            {"data_set": "image_folder", "data_path": ROOT / "assets"},
+            "one folder of images a class",
+        ),
+        ({"data_set": "CIFAR"}, "--data_path is not given"),
+        ({"data_set": "DIGIT"}, "Did you mean 'DIGITS'"),
+        ({"aa": "foo"}, "--aa foo"),
+        ({"color_jitter": 0.4}, "no effect with --aa"),
+        ({"remode": "bad"}, "--remode bad"),
+        ({"train_interpolation": "bad"}, "--train_interpolation bad"),
+    ],
+)
+def test_bad_input_is_one_line_that_helps(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        datasets.build_dataset(True, make_args(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_empty_folders_are_user_errors(tmp_path):
+    make_folders(tmp_path / "sets", "ab")
+    (tmp_path / "sets" / "hollow").mkdir()
+    (tmp_path / "void").mkdir()
+    for name, data_set in [("sets", "image_folder"), ("void", "image_folder"), ("void", "folder")]:
+        args = make_args(data_set=data_set, data_path=tmp_path / name)
+        with pytest.raises(UserError, match="hollow" if name == "sets" else "void"):
+            datasets.build_pretrain_dataset(args)
+    args = make_args(data_set="image_folder", data_path=tmp_path / "sets")
+    with pytest.raises(UserError, match="--eval_data_path is not given"):
+        datasets.build_dataset(False, args)
+
+
+def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
+    def offline(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", offline)
+    for name, folder in [("CIFAR", "cifar-100-python"), ("CIFAR10", "cifar-10-batches-py")]:
+        with pytest.raises(UserError, match=rf"no network.*{tmp_path}/{folder}"):
+            datasets.build_dataset(True, make_args(data_set=name, data_path=str(tmp_path)))
+
+
+# --- decoding and transforms ----------------------------------------------------------------
+
+
+def test_every_pil_mode_decodes_to_rgb_and_grey():
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV"):
+        image = picture().convert("RGB").convert(mode) if mode != "LA" else picture().convert("LA")
+        for channels in (1, 3):
+            assert decode(image, channels).mode == {1: "L", 3: "RGB"}[channels]
+    red = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    assert decode(red, 3).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_sixteen_bit_image_is_scaled_not_clipped():
+    deep = Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16))
+    assert np.asarray(decode(deep, 1)).tolist() == [[0, 1, 128, 255]]
+
+
+def test_channel_counts_are_checked_not_guessed():
+    with pytest.raises(UserError, match="--in_chans 4"):
+        decode(picture(), 4)
+    with pytest.raises(UserError, match=r"--in_chans 4, got uint8 tensor \(5, 2, 2\)"):
+        decode(torch.zeros(5, 2, 2, dtype=torch.uint8), 4)
+    with pytest.raises(UserError, match="uint8 or float"):
+        decode(torch.zeros(3, 2, 2, dtype=torch.int32), 3)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (24, 32), (48, 40)])
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "none", ""])
+def test_train_transform_yields_uint8_of_the_size(size, in_chans, aa):
+    jitter = 0.4 if aa in ("3a", "none", "") else None
+    args = make_args(input_size=size, in_chans=in_chans, aa=aa, color_jitter=jitter, reprob=0.9)
+    data, _ = datasets.build_dataset(True, args)
+    pickle.loads(pickle.dumps(data.transform))  # workers may be spawned
+    for index in range(30):
+        image, label, number = data[0, index]
+        assert image.dtype == torch.uint8
+        assert image.shape == (in_chans, *size)
+        assert (type(label), number) == (int, index)
+
+
+@pytest.mark.parametrize(
+    "aa", ["rand-m10-n5-p1.0-inc1", "rand-m10-n5-p1.0", "original", "augmix-m10"]
+)
+def test_strongest_augmentation_does_not_crash_in_pillow(aa):
+    transform = create_train_transform(8, *mean_and_std(), aa=aa)
+    data = Augmented(Listed([(picture(8, 8), 0)]), transform, 0)
+    for epoch in range(60):  # Pillow 13 refuses the posterize that timm's magnitude 10 asks for
+        assert data[epoch, 0][0].shape == (3, 8, 8)
+
+
+def test_scale_acts_at_small_sizes_too():
+    mean, std = mean_and_std()
+    shift = create_train_transform(32, mean, std, scale=(0.08, 1.0))
+    crop = create_train_transform(32, mean, std, scale=(0.5, 1.0))
+    assert "RandomCrop(" in str(shift)
+    assert "scale=(0.5, 1.0)" in str(crop)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "resized"),
+    [
+        (224, None, 256),  # 224 / 256
+        ((64, 96), None, None),
+        (224, 1.0, 224),
+        (384, 0.95, 404),  # floor(384 / 0.95): official ignores crop_pct here
+        (384, None, (384, 384)),  # squashed
+        (32, None, (32, 32)),
+        (32, 0.8, 40),
+    ],
+)
+def test_crop_pct_acts_at_every_size(size, crop_pct, resized):
+    transform = create_eval_transform(size, crop_pct)
+    image = transform(picture(300, 420))
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, *((size, size) if isinstance(size, int) else size))
+    assert resized is None or f"size={resized}," in str(transform)
+
+
+def test_eval_of_small_images_of_any_size_collates():
+    transform = create_eval_transform(16)
+    shapes = {transform(picture(h, w)).shape for h, w in [(5, 9), (40, 8), (16, 16)]}
+    assert shapes == {(3, 16, 16)}
+
+
+def test_eval_centre_keeps_the_aspect_ratio():
+    image = Image.new("RGB", (100, 50))  # width 100: left half black, right half white
+    image.paste((255, 255, 255), (50, 0, 100, 50))
+    out = create_eval_transform((64, 96), crop_pct=1.0)(image)
+    assert out[0, 32, 40].item() == 0
+    assert out[0, 32, 55].item() == 255
+
+
+def test_random_erasing_leaves_other_pixels_bit_exact():
+    image = torch.arange(3 * 16 * 16).reshape(3, 16, 16).remainder(256).to(torch.uint8)
+    for mode in ("const", "rand", "pixel"):
+        erase = RandomErasing(1.0, mode, 1, *mean_and_std())
+        torch.manual_seed(0)
+        out = erase(image.clone())
+        changed = (out != image).any(0)
+        rows, columns = changed.nonzero().T
+        box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert out.dtype == torch.uint8
+        assert 0 < changed.sum() <= box < 0.6 * 256
+    black = RandomErasing(1.0, "const", 1, *mean_and_std())(
+        torch.zeros(3, 16, 16, dtype=torch.uint8)
+    )
+    assert black.flatten(1).amax(1).tolist() == [124, 116, 104]  # 0 after normalising is the mean
+    never = RandomErasing(0.0, "pixel", 1, *mean_and_std())
+    assert torch.equal(never(image), image)
+
+
+def test_flips_follow_the_flag():
+    sample = [(picture(8, 8), 0)]
+    outs = []
+    for hflip in (0.0, 1.0):
+        transform = create_pretrain_transform(8, scale=(1.0, 1.0), hflip=hflip)
+        transform.transforms[0].ratio = (1.0, 1.0)
+        outs.append(Augmented(Listed(sample), transform, 0)[0, 0][0])
+    assert torch.equal(outs[0].flip(2), outs[1])
+
+
+def test_mean_and_std_of_grey_is_the_average():
+    assert mean_and_std(3) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert mean_and_std(3, imagenet_default=False) == ([0.5] * 3, [0.5] * 3)
+    mean, std = mean_and_std(2)
+    assert mean == pytest.approx([0.449] * 2)
+    assert std == pytest.approx([0.226] * 2)
+
+
+# --- randomness and order -------------------------------------------------------------------
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_only():
+    data, _ = datasets.build_dataset(True, make_args(aa="augmix-m5", reprob=0.5))
+    first = data[2, 7][0]
+    torch.rand(3), np.random.rand(3), data[0, 1]
+    assert torch.equal(first, data[2, 7][0])
+    assert not torch.equal(first, data[3, 7][0])
+    other, _ = datasets.build_dataset(True, make_args(aa="augmix-m5", reprob=0.5, seed=1))
+    assert not torch.equal(first, other[2, 7][0])
+
+
+def test_workers_do_not_change_tensors():
+    epochs = []
+    for num_workers in (0, 2):
+        args = make_args(num_workers=num_workers, batch_size=300)
+        data, _ = datasets.build_dataset(True, args)
+        batches = Batches(datasets.build_loader(data, True, args), "cpu", *mean_and_std())
+        seen = []
+        for epoch in (0, 5):  # persistent workers must honour the second epoch too
+            batches.set_epoch(epoch)
+            seen += list(batches)
+        epochs.append(seen)
+        assert len(batches) == 4  # 1442 images
+    for one, two in zip(*epochs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(epochs[0][0][2], epochs[0][4][2])
+
+
+def test_ranks_share_the_order_of_one_process():
+    one = TrainSampler(50, seed=3, rank=0, world_size=1)
+    two = [TrainSampler(50, seed=3, rank=r, world_size=2) for r in range(2)]
+    for sampler in (one, *two):
+        sampler.set_epoch(4)
+    whole, parts = list(one), [list(sampler) for sampler in two]
+    assert {key for part in parts for key in part} == set(whole)
+    for b in range(3):  # the same images in each update of 16
+        block = {key for part in parts for key in part[8 * b : 8 * b + 8]}
+        assert block == set(whole[16 * b : 16 * b + 16])
+    one.set_epoch(5)
+    assert list(one)[0][0] == 5
+    assert [i for _, i in one] != [i for _, i in whole]
+
+
+def test_uneven_length_gives_every_rank_as_many():
+    samplers = [TrainSampler(11, 0, rank, 3) for rank in range(3)]
+    assert [len(list(sampler)) for sampler in samplers] == [len(s) for s in samplers] == [3, 3, 3]
+
+
+def test_resume_within_an_epoch_repeats_and_skips_nothing():
+    sampler = TrainSampler(20, 0, 0, 1)
+    whole = list(sampler)
+    sampler.set_epoch(0, seen=8)
+    assert list(sampler) == whole[8:]
+    assert len(sampler) == 12
+
+
+def test_evaluation_counts_every_image_once():
+    parts = [list(EvalSampler(10, rank, 4)) for rank in range(4)]
+    assert sorted(index for part in parts for _, index in part) == list(range(10))
+    alone = [len(list(EvalSampler(10, rank, 4, dist_eval=False))) for rank in range(4)]
+    assert alone == [10, 0, 0, 0]
+
+
+def test_eval_loader_drops_nothing_and_keeps_order():
+    args = make_args(batch_size=50)
+    data, _ = datasets.build_dataset(False, args)
+    ids = torch.cat([ids for _, _, ids in datasets.build_loader(data, False, args)])
+    assert ids.tolist() == list(range(355))
+
+
+def test_batch_larger_than_the_data_is_refused():
+    data = Augmented(Listed([(picture(), 0)] * 5), create_eval_transform(8), 0)
+    with pytest.raises(UserError, match=r"5 training images.* 6 \(6 x 1 .*--batch_size 5 or less"):
+        datasets.build_loader(data, True, make_args(batch_size=6))
+
+
+# --- errors and devices ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_image_names_its_file(tmp_path, num_workers):
+    make_folders(tmp_path, "a", images=3)
+    whole = (tmp_path / "a" / "1.png").read_bytes()
+    (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
+    args = make_args(data_set="image_folder", data_path=tmp_path, batch_size=1)
+    data, _ = datasets.build_dataset(True, args)
+    sampler = TrainSampler(3, 0, 0, 1, shuffle=False)
+    loader = create_loader(data, sampler, 1, num_workers)
+    batches = iter(Batches(loader, "cpu", *mean_and_std()))
+    next(batches)
+    with pytest.raises(UserError, match=r"cannot read image .*a/1\.png .*truncated.*replace"):
+        next(batches)
+
+
+def test_text_posing_as_an_image_names_its_file(tmp_path):
+    (tmp_path / "x.jpg").write_text("not a picture")
+    args = make_args(data_set="folder", data_path=tmp_path)
+    assert "x.jpg" in str(datasets.build_pretrain_dataset(args)[0, 0])
+
+
+def test_a_bug_in_a_transform_is_not_called_an_unreadable_image():
+    def broken(image):
+        raise ValueError("bug")
+
+    with pytest.raises(ValueError, match="^bug$"):
+        Augmented(Listed([(picture(), 0)]), broken, 0)[0, 0]
+
+
+def test_colour_augmentation_of_floats_is_refused():
+    transform = create_train_transform(8, *mean_and_std(), aa="rand-m9")
+    result = Augmented(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
+    assert isinstance(result, UserError)
+    assert "--aa none" in str(result)
+
+
+def test_batches_normalise_like_totensor_and_normalize():
+    images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
+    data = Augmented(Listed([(image, 1) for image in images]), decode_back, 0)
+    loader = create_loader(data, EvalSampler(2, 0, 1), 2)
+    batches = Batches(loader, "cpu", *mean_and_std())
+    ((x, labels, ids),) = list(batches)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in mean_and_std())
+    torch.testing.assert_close(x, (images / 255 - mean) / std)
+    torch.testing.assert_close(batches.normalise(images / 255), x)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert (labels.tolist(), ids.tolist(), labels.dtype) == ([1, 1], [0, 1], torch.int64)
+    assert batches.wait_seconds > 0
+
+
+def decode_back(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_collate_passes_an_error_on_instead_of_a_batch():
+    error = UserError("x")
+    assert collate([(torch.zeros(1), 0, 0), error]) is error

@@ -1,0 +1,350 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Process group, rank gating, seeding and checkpoints: what both mains need around a run.
+
+python -c "import utils; print(utils.mix(0, 1))"
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import (
+    link,
+    load_optimizer,
+    load_weights,
+    numbered_checkpoints,
+    read_checkpoint,
+    write_atomically,
+)
+from errors import TrainingStopped, UserError
+
+
+def get_logger() -> logging.Logger:
+    """The toolkit's logger; `init_distributed_mode` makes it quiet on every rank but the first."""
+    return logging.getLogger("convnextv2")
+
+
+def launch(main: Callable[[Any], Any], args: Any) -> None:
+    """Run a script's `main`: user errors become one line and exit code 2, the group is closed."""
+    try:
+        main(args)
+    except (UserError, TrainingStopped) as error:
+        rank = f" [rank {get_rank()}]" if get_world_size() > 1 else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; the checkpoints written so far are whole", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- process group ----------------------------------------------------------------------
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, else MPS, else CPU; a device that is asked for but absent is an error."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps") from error
+    if not available.get(device.type, True):
+        raise UserError(f"--device {name}: no such device here; use --device auto or cpu")
+    return device
+
+
+def _launcher_environment(dist_on_itp: bool, local_rank: int) -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) as the launcher's environment states them, or None."""
+    env = os.environ
+    if dist_on_itp:
+        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")]
+        absent = [name for name in names if name not in env]
+        if absent:
+            raise UserError(f"--dist_on_itp true: {absent[0]} is not set; start with mpirun")
+    elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun, torch.distributed.launch, submitit
+        env.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:  # srun
+        names = ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    else:
+        return None
+    rank, size, local = (int(env[name]) for name in names)
+    return rank, size, local
+
+
+def init_distributed_mode(
+    device: str = "auto",
+    dist_url: str = "env://",
+    world_size: int = 1,
+    local_rank: int = -1,
+    dist_on_itp: bool = False,
+) -> torch.device:
+    """Join the process group that the launcher describes, if any, and return this rank's device.
+
+    Without a launcher (plain `python`) no group is made. `world_size` other than 1 must agree
+    with the launcher. gloo serves CPU, nccl serves CUDA.
+    """
+    place = find_device(device)
+    found = _launcher_environment(dist_on_itp, local_rank)
+    if world_size > 1 and (found is None or found[1] != world_size):
+        got = "no launcher" if found is None else f"a launcher with {found[1]} processes"
+        raise UserError(
+            f"--world_size {world_size} but {got} was found; start with "
+            f"torchrun --nproc_per_node={world_size} and drop --world_size"
+        )
+    if found is not None:
+        rank, size, local = found
+        if place.type == "cuda":
+            place = torch.device("cuda", local % torch.cuda.device_count())
+            torch.cuda.set_device(place)
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=size)
+    _set_up_logging()
+    return place
+
+
+def _set_up_logging() -> None:
+    logger = get_logger()
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+
+
+def get_rank() -> int:
+    """This process's number in the group; 0 without a group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """How many processes there are; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """True on the one rank that writes and prints."""
+    return get_rank() == 0
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum of `values` over all ranks, in place; every rank must call it."""
+    if get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model for training: DistributedDataParallel if there is a group, else itself."""
+    if get_world_size() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+# --- randomness as a function of numbers ------------------------------------------------
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64, Steele et al. 2014
+_WORD = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """Hash whole numbers to 63 bits: the seed of whatever `numbers` identify."""
+    state = 0
+    for number in numbers:
+        state = (state + number + _GOLDEN) & _WORD
+        state = ((state ^ (state >> 30)) * _FACTORS[0]) & _WORD
+        state = ((state ^ (state >> 27)) * _FACTORS[1]) & _WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 tensors, whose products wrap and whose shifts keep sign."""
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def hash_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
+    """(N,) int64 sample ids -> (N, count) int64 noise that depends on nothing else.
+
+    Works on every device without a host sync, so a sample's mask is the same whatever the
+    number of ranks, workers or the batch it falls into.
+    """
+    rows = _scramble(ids[:, None] * _signed(_GOLDEN) + mix(seed, epoch))
+    return _scramble(rows + torch.arange(1, count + 1, device=ids.device) * _signed(_GOLDEN))
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw."""
+    import numpy as np
+
+    seed = mix(*numbers)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+# --- checkpoints ------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; all of it is stored in a checkpoint."""
+
+    epoch: int = 0  # the next epoch to run
+    updates: int = 0  # groups of micro-batches done, skipped ones included
+    bad_steps: int = 0  # updates skipped because something was not finite
+    best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
+
+    def note_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
+        """Remember the highest accuracy of each name; returns the names that have a new one."""
+        given = {name: value for name, value in accuracies.items() if value is not None}
+        better = [name for name, value in given.items() if value > self.best.get(name, -1.0)]
+        self.best |= {name: given[name] for name in better}
+        return better
+
+
+def prepare_output_dir(path: str, args_yaml: str) -> Path | None:
+    """Make the folder and write args.yaml, which --config takes back; '' means no folder at all."""
+    if not path:
+        return None
+    folder = Path(path)
+    if is_main_process():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(args_yaml, folder / "args.yaml")
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {path}: cannot write there ({error.strerror}); "
+                "choose a folder you own or free some space"
+            ) from error
+    return folder
+
+
+def save_model(
+    folder: Path,
+    state: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    args: Mapping[str, Any],
+    scaler: Any = None,
+    model_ema: nn.Module | None = None,
+    *,
+    numbered: bool = True,
+    improved: Iterable[str] = (),
+    keep: int = 3,
+) -> None:
+    """Write this epoch's checkpoints, atomically, on the main process only.
+
+    numbered: write `checkpoint-<epoch>.pth` and delete all but the `keep` newest of them.
+    improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
+        `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
+    Contents are plain types and tensors: they load with `weights_only=True`.
+    """
+    if not is_main_process():
+        return
+    content = {
+        "model": model.state_dict(),
+        "model_ema": model_ema.state_dict() if model_ema is not None else None,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "state": asdict(state),
+        "args": dict(args),
+    }
+    newest = folder / f"checkpoint-{state.epoch - 1}.pth"
+    if numbered:
+        write_atomically(content, newest)
+    for name in improved:
+        path = folder / f"checkpoint-{name}.pth"
+        if name == "best-ema":
+            short = {key: content[key] for key in ("state", "args")}
+            write_atomically({"model": content["model_ema"], **short}, path)
+        elif numbered:
+            link(newest, path)
+        else:
+            write_atomically(content, path)
+    if numbered:
+        for old in numbered_checkpoints(folder)[keep:]:
+            old.unlink()
+
+
+def auto_load_model(
+    folder: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any = None,
+    model_ema: nn.Module | None = None,
+    *,
+    resume: str = "",
+    auto_resume: bool = True,
+    fresh: TrainState | None = None,
+) -> TrainState:
+    """Continue a run: from the newest readable checkpoint of `folder`, else from `resume`.
+
+    A damaged newest file is passed over with a warning. Without any checkpoint the state is
+    `fresh`. `resume` is where a run starts: what the run has since saved itself wins.
+    """
+    log = get_logger()
+    paths = numbered_checkpoints(folder) if auto_resume and folder and folder.is_dir() else []
+    checkpoint, source = None, ""
+    for path in paths:
+        try:
+            checkpoint, source = read_checkpoint(path), str(path)
+            break
+        except UserError as error:
+            log.warning("%s; trying the one before", error)
+    if checkpoint is None and resume:
+        checkpoint, source = read_checkpoint(resume), resume
+    if checkpoint is None:
+        return fresh or TrainState()
+    absent = [key for key in ("model", "optimizer", "state") if key not in checkpoint]
+    if absent:
+        raise UserError(
+            f"{source} has no {', '.join(absent)}: it holds weights, not a run; "
+            "start from it with --finetune"
+        )
+    load_weights(model, checkpoint["model"], source)
+    load_optimizer(optimizer, checkpoint["optimizer"], source)
+    if scaler is not None and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    if model_ema is not None:
+        averaged = checkpoint.get("model_ema")
+        if averaged is None:
+            log.warning("%s has no averaged weights: the average starts from its weights", source)
+        load_weights(model_ema, averaged or checkpoint["model"], source)
+    state = TrainState(**checkpoint["state"])
+    log.info("resumed from %s: epoch %d, update %d", source, state.epoch, state.updates)
+    return state
