@@ -60,16 +60,22 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """What to evaluate in a folder: `checkpoint-best.pth`, else the newest."""
+    """What to use of a run's folder: `checkpoint-best.pth`, else the newest."""
     best = folder / "checkpoint-best.pth"
     found = [best] if best.exists() else numbered_checkpoints(folder) if folder.is_dir() else []
     if not found:
-        raise UserError(f"{folder} holds no checkpoint; give one with --resume CHECKPOINT")
+        raise UserError(
+            f"{folder} holds no checkpoint-<epoch>.pth; name a checkpoint or another folder"
+        )
     return found[0]
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Read a checkpoint's plain types and tensors to the CPU; code in it is never run."""
+    """Read a checkpoint's plain types and tensors to the CPU; code in it is never run.
+
+    A folder stands for its `find_checkpoint`.
+    """
+    path = find_checkpoint(Path(path)) if os.path.isdir(path) else path
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

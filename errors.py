@@ -21,11 +21,11 @@ class TrainingStopped(RuntimeError):
     """A run that cannot go on, with the reason and a remedy. Scripts exit with 1."""
 
 
-def resolve(name: str, table: Mapping[str, Any], kind: str) -> Any:
+def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = True) -> Any:
     """Look `name` up in `table`, or import it when written as `package.module:function`."""
     if name in table:
         return table[name]
-    if ":" in name:
+    if importable and ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module_name), attribute)
@@ -35,4 +35,5 @@ def resolve(name: str, table: Mapping[str, Any], kind: str) -> Any:
     close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(lowered[key]) for key in close)}?" if close else ""
     known = hint or f"Known: {', '.join(table)}."
-    raise UserError(f"unknown {kind} {name!r}. {known} Or pass 'package.module:function'.")
+    other = " Or pass 'package.module:function'." if importable else ""
+    raise UserError(f"unknown {kind} {name!r}. {known}{other}")

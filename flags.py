@@ -48,7 +48,8 @@ HELP = """%s
 BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml sets any flag."""
 COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
 CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
-DATA_SETS = "DIGITS IMNET CIFAR10 CIFAR image_folder folder SYNTHETIC"
+NEED_PATH = ("IMNET", "CIFAR10", "CIFAR", "image_folder", "folder")
+DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
 # group -> (flag, kind, default, help, nargs if several). Kind: str, str2bool, choices, or a range.
 FLAGS: dict[str, tuple] = {
@@ -118,7 +119,7 @@ FLAGS: dict[str, tuple] = {
         ("--warmup_steps", "int [-1, inf)", -1, "updates, wins over epochs; -1: not used"),
     ),
     "starting weights and head": (
-        ("--finetune", str, "", "checkpoint to start from; empty: random weights"),
+        ("--finetune", str, "", "checkpoint or run folder to start from; empty: random weights"),
         ("--model_key", str, "model|module", "keys under which it holds weights, tried in order"),
         ("--model_prefix", str, "", "what precedes the names of its weights; empty: nothing"),
         ("--head_init_scale", AMOUNT, None, "of a new head; unset: 0.001 with --finetune, else 1"),
@@ -173,14 +174,9 @@ FLAGS: dict[str, tuple] = {
         ("--comment", str, "", "note for the scheduler"),
     ),
     "pictures": (
-        ("--checkpoint", str, "", "of main_pretrain.py"),
+        ("--checkpoint", str, "", "of main_pretrain.py, or its output folder"),
         ("--output", str, "imagined.png", "the PNG to write"),
         ("--num_images", COUNT, 8, "rows of the picture"),
         ("--split", ("train", "val"), "val", "which images"),
-        ("--data_set", str, None, "unset: as in pre-training"),
-        ("--data_path", str, None, "unset: as in pre-training"),
-        ("--eval_data_path", str, None, "folder of the val images for --data_set image_folder"),
-        ("--seed", int, 0, "of the masks"),
-        ("--device", str, "auto", "auto, cpu, cuda, cuda:N or mps"),
     ),
 }

@@ -240,7 +240,7 @@ class TensorboardHook(Hook):
             raise UserError(
                 "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
             ) from error
-        self.writer = SummaryWriter(str(folder), purge_step=state.updates or None)
+        self.writer = SummaryWriter(str(folder), purge_step=state.updates + 1)
 
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():

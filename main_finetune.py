@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,6 @@ import hooks
 import models
 import options
 import utils
-from checkpoint import find_checkpoint
 from engine_finetune import evaluate, train_one_epoch
 from models.convert import load_pretrained
 from optim_factory import build_ema, build_optimizer, build_schedule, scale_lr
@@ -140,7 +138,7 @@ def on_device(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
     """Evaluate the weights in a checkpoint, and with --model_ema their average too."""
-    path = args.resume or args.finetune or find_checkpoint(Path(args.output_dir))
+    path = args.resume or args.finetune or args.output_dir
     dataset, nb_classes = datasets.build_dataset(False, args)
     batches = datasets.build_batches(dataset, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)

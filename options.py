@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flags import FLAGS, HELP, number, str2bool
+from flags import FLAGS, HELP, NEED_PATH, number, str2bool
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -55,11 +55,12 @@ def _closest(name: str, known: Any) -> str:
     return f"did you mean {' or '.join(close)}?" if close else "no flag is called anything like it"
 
 
-def add_args(parser: argparse.ArgumentParser, *groups: str) -> None:
-    """Declare these groups of FLAGS."""
+def add_args(parser: argparse.ArgumentParser, *groups: str, only: Sequence[str] = ()) -> None:
+    """Declare these groups of FLAGS, or of their flags only some."""
     for title in groups:
         group = parser.add_argument_group(title)
-        for flags, kind, default, text, *nargs in FLAGS[title]:
+        rows = [row for row in FLAGS[title] if not only or row[0] in only]
+        for flags, kind, default, text, *nargs in rows:
             more: dict[str, Any] = {"nargs": nargs[0]} if nargs else {}
             if isinstance(kind, tuple):
                 more |= {"type": type(kind[0]), "choices": kind}
@@ -95,9 +96,14 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 
 def visualize_parser() -> argparse.ArgumentParser:
-    """The flags of visualize.py; a flag that is not given is as in the run that is looked at."""
-    parser = _Parser(allow_abbrev=False, description="Draw what a pre-trained model imagines.")
+    """The flags of visualize.py; data that is not given is that of the run that is looked at."""
+    parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False, formatter_class=_Help)
+    parser.description = "Draw what a pre-trained model imagines behind the mask."
     add_args(parser, "pictures")
+    add_args(parser, "data", only=("--data_set", "--data_path"))
+    add_args(parser, "evaluation and moving average", only=("--eval_data_path",))
+    add_args(parser, "run", only=("--device", "--seed"))
+    parser.set_defaults(data_set=None, data_path=None)
     return parser
 
 
@@ -192,8 +198,9 @@ def dump_args(args: argparse.Namespace) -> str:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    needs_data = args.data_set not in ("DIGITS", "SYNTHETIC") and ":" not in args.data_set
-    if needs_data and not args.data_path and not (vars(args).get("eval") and args.eval_data_path):
+    if args.data_set in NEED_PATH and not (
+        args.data_path or (vars(args).get("eval") and args.eval_data_path)
+    ):
         yield f"--data_path is missing, --data_set {args.data_set} needs it; give the folder"
     if len(args.input_size) != 2:
         yield f"--input_size: got {args.input_size}, expected one or two numbers (height, width)"
@@ -248,5 +255,5 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.eval and args.disable_eval:
         yield "--eval true and --disable_eval true leave nothing to do; drop one"
     source = args.resume or args.finetune or (args.auto_resume and args.output_dir)
-    if args.eval and not (source or ":" in args.model):
+    if args.eval and not source:
         yield "--eval true: no weights to evaluate; give --resume CHECKPOINT"

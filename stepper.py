@@ -57,7 +57,7 @@ class Stepper:
 
     update_freq: micro-batches in a group; the last group of an epoch may hold fewer.
     clip_grad: largest gradient norm, None for no limit.
-    max_bad_steps: skipped updates in a row that end the run.
+    max_bad_steps: skipped updates in a row that a run survives.
 
         stepper.begin_epoch(len(batches))
         with stepper.micro_batch():
@@ -140,7 +140,7 @@ class Stepper:
         if taken:
             return
         get_logger().warning("skipped an update: its loss or gradient is not finite")
-        if self.bad_in_a_row >= self.max_bad_steps:
+        if self.bad_in_a_row > self.max_bad_steps:
             raise TrainingStopped(
                 f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not "
                 "finite; lower --lr or --blr, set --clip_grad 1, or raise --max_bad_steps"

@@ -41,7 +41,8 @@ def make_args(**changes):
         "data_set": "DIGITS", "data_path": "", "eval_data_path": None, "nb_classes": None,
         "input_size": (16, 16), "in_chans": 3, "color_jitter": None, "aa": "rand-m9-mstd0.5-inc1",
         "train_interpolation": "bicubic", "reprob": 0.25, "remode": "pixel", "recount": 1,
-        "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0, "batch_size": 4,
+        "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0,
+        "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
     }  # fmt: skip
     return SimpleNamespace(**(flags | changes))

@@ -1,0 +1,48 @@
+# make demo   pre-train, fine-tune and evaluate on real images; minutes on a laptop
+# make test   lint and all tests
+#
+# Without an active virtual environment both make .venv, with the versions of constraints.txt.
+# In an active one (venv or conda) only what is missing is installed.
+
+PYTHON ?= python3
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+BIN := $(if $(ACTIVE),$(ACTIVE)/bin,.venv/bin)
+DEMO ?= runs/demo
+
+.PHONY: demo test lint install clean
+
+install: $(if $(ACTIVE),active,.venv/installed)
+
+.PHONY: active
+active:
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing PyTorch and friends into .venv: a few minutes, some gigabytes, once"
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+demo: install
+	$(BIN)/python main_pretrain.py --config recipes/digits_pretrain.yaml --output_dir $(DEMO)/pretrain
+	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
+		--finetune $(DEMO)/pretrain --output_dir $(DEMO)/finetune
+	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
+		--eval --resume $(DEMO)/finetune
+	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
+		--output $(DEMO)/imagined.png
+	@echo
+	@echo "accuracy          the line above that ends in acc1, acc5 and loss"
+	@echo "picture           $(DEMO)/imagined.png (what the model imagines behind the mask)"
+	@echo "an epoch a line   $(DEMO)/pretrain/log.txt and $(DEMO)/finetune/log.txt"
+	@echo "curves            $(BIN)/tensorboard --logdir $(DEMO)"
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,345 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Two processes compute what one does.  pytest tests/test_distributed.py
+
+Two gloo ranks start once, run every function named `ranks_...`, and leave what they returned in
+files, which the tests then judge.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import hooks
+import utils
+from data_pipeline import Augmented, Batches, EvalSampler, create_eval_transform, create_loader
+from engine_finetune import evaluate
+from meters import Means
+from models.convnextv2 import ConvNeXtV2
+from optim_factory import create_optimizer
+from stepper import Stepper
+from utils import TrainState
+
+CPU = torch.device("cpu")
+RANKS = 2
+TIME_LIMIT_S = 120
+
+
+def toy(seed: int = 0) -> ConvNeXtV2:
+    """A toy classifier in float64 with every parameter away from its start."""
+    torch.manual_seed(seed)
+    model = ConvNeXtV2((1, 1, 1, 1), (4, 6, 8, 10), num_classes=3).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+# --- what the ranks do ----------------------------------------------------------------------
+
+
+def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
+    """Three epochs of AdamW on 20 images; groups of two micro-batches, the last one of one."""
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(7)).double()
+    labels = torch.arange(20) % 3
+    optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
+    wrapped = utils.wrap(model, CPU)
+    stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
+    own = slice(utils.get_rank() * batch, (utils.get_rank() + 1) * batch)
+    local = None
+    for _ in range(3):
+        stepper.begin_epoch(5)
+        for block in torch.arange(20).split(4):
+            with stepper.micro_batch():
+                logits = wrapped(images[block[own]])
+                loss = nn.functional.cross_entropy(logits, labels[block[own]])
+            stepper.step(loss)
+            if local is None:
+                local = model.head.weight.grad.clone()
+    return {**model.state_dict(), "first gradient": local}
+
+
+def ranks_see_no_warning(rank: int, folder: Path) -> list[str]:
+    """First of all, since torch warns of strides only once in a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(toy(), batch=2)
+    return [str(warning.message) for warning in caught]
+
+
+def ranks_train(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    return train(toy(seed=rank), batch=2)  # rank 1 must take over the weights of rank 0
+
+
+def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    return train(toy(), batch=2, clip_grad=0.05)
+
+
+def ranks_skip_together(rank: int, folder: Path) -> dict:
+    """Rank 1 alone meets NaN: in the loss and the gradient, or in the loss alone."""
+    result = {}
+    for place in (0, 1):
+        for kind in ("loss and gradient", "loss alone"):
+            layer = nn.Linear(1, 1, bias=False).double()
+            layer.weight.data[:] = 1.0
+            model = utils.wrap(layer, CPU)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            stepper = Stepper(model, optimizer, CPU, update_freq=2)
+            stepper.begin_epoch(4)
+            seen = []
+            for micro in range(4):
+                bad = rank == 1 and micro == place
+                with stepper.micro_batch():
+                    loss = model(torch.full((1, 1), rank + 1.0, dtype=torch.float64)).sum()
+                    loss = loss + math.nan if bad and kind == "loss alone" else loss
+                    loss = loss * math.nan if bad and kind != "loss alone" else loss
+                update = stepper.step(loss)
+                if update:
+                    seen.append((update.taken, layer.weight.item()))
+            result[f"{kind}, micro-batch {place}"] = seen
+    return result
+
+
+def ranks_average(rank: int, folder: Path) -> dict:
+    """Images 0 to 6 with values 0, 1, 4, ..., 36: four of them on rank 0."""
+    uneven = Means(["square"], CPU)
+    for image in range(rank, 7, RANKS):
+        uneven.update(1, square=torch.tensor(float(image**2)))
+    alone = Means(["square", "never"], CPU)
+    if rank == 0:
+        alone.update(3, square=torch.tensor(5.0))
+        alone.update(1, square=torch.tensor(1.0))
+    return {
+        "uneven": uneven.read(),
+        "uneven, all": uneven.total(),
+        "alone": alone.read(),
+        "alone, all": alone.total(),
+    }
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Seven images of noise, with labels of three classes."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), index % 3
+
+
+def evaluation(dist_eval: bool = True) -> dict[str, float]:
+    data = Augmented(Pictures(), create_eval_transform((32, 32)), seed=0)
+    sampler = EvalSampler(7, utils.get_rank(), utils.get_world_size(), dist_eval)
+    batches = Batches(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+    return evaluate(batches, toy().float(), CPU, "none")
+
+
+def ranks_evaluate(rank: int, folder: Path) -> dict:
+    return {"shared": evaluation(), "on one rank": evaluation(dist_eval=False)}
+
+
+class Recorder(hooks.Hook):
+    def on_log(self, record, state) -> None:
+        self.record = record
+
+
+def ranks_write(rank: int, folder: Path) -> dict:
+    """Each rank is given a folder of its own: only that of rank 0 may come to be."""
+    own = folder / f"run-{rank}"
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    utils.prepare_output_dir(str(own), "epochs: 1\n")
+    state = TrainState(epoch=1, updates=1)
+    utils.save_model(own, state, model, optimizer, {"epochs": 1}, improved=["best"])
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
+    running = TrainState()
+    with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
+        own_hooks = len(reporter.hooks)
+        recorder = Recorder()
+        reporter.hooks.append(recorder)
+        means = reporter.begin_epoch(["loss", "grad_norm"], SimpleNamespace(wait_seconds=0.0))
+        means.update(1, loss=torch.tensor(float(rank)), grad_norm=torch.tensor(1.0))
+        reporter.after_batch(4)
+        images = reporter.images
+        running.updates += 1
+        reporter.after_update(lr=0.1)
+        running.epoch += 1
+        reporter.end_epoch({"train_loss": 1.0, "epoch": 0})
+    return {
+        "hooks": own_hooks,
+        "images": images,
+        "loss": recorder.record["loss"],
+        "level": utils.get_logger().level,
+        "first": utils.is_main_process(),
+    }
+
+
+def ranks_resume(rank: int, folder: Path) -> dict:
+    """All read what rank 0 wrote."""
+    utils.barrier()
+    model = toy(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = utils.auto_load_model(folder / "run-0", model, optimizer)
+    return {"state": (state.epoch, state.updates), "head": model.head.weight.detach()}
+
+
+JOBS = [  # in this order
+    ranks_see_no_warning,
+    ranks_train,
+    ranks_train_clipped,
+    ranks_skip_together,
+    ranks_average,
+    ranks_evaluate,
+    ranks_write,
+    ranks_resume,
+]
+
+
+def rank_main(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    assert utils.init_distributed_mode("cpu").type == "cpu"
+    assert isinstance(utils.wrap(nn.Linear(1, 1), CPU), DistributedDataParallel)
+    results = {job.__name__: job(rank, folder) for job in JOBS}
+    torch.save(results, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+# --- what they must have found --------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the ranks have it: on a busy machine a second thread makes toy sizes ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where two ranks ran all jobs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ranks = mp.spawn(rank_main, (port, folder), nprocs=RANKS, join=False)
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail(f"the ranks wait for each other: {TIME_LIMIT_S} s are over")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> list[dict]:
+    """What each rank's jobs returned."""
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def assert_equal(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if name != "first gradient":
+            assert torch.allclose(got[name], value, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize(
+    ("job", "options"), [("train", {}), ("train_clipped", {"clip_grad": 0.05})]
+)
+def test_two_ranks_train_as_one_with_twice_the_batch(results, job, options):
+    expected = train(toy(), batch=4, **options)
+    before = toy().state_dict()
+    assert all(not torch.allclose(expected[name], before[name]) for name in before)
+    for result in results:
+        assert_equal(result[f"ranks_{job}"], expected)
+
+
+def test_gradients_are_exchanged_only_when_a_group_closes(results):
+    first, second = (result["ranks_train"]["first gradient"] for result in results)
+    assert not torch.allclose(first, second)
+    alone = train(toy(), batch=4)["first gradient"]
+    assert torch.allclose((first + second) / 2, alone, rtol=0, atol=1e-12)
+
+
+def test_gradient_strides_suit_ddps_buckets(results):
+    """`Grad strides do not match bucket view strides` means a copy of every gradient."""
+    assert [result["ranks_see_no_warning"] for result in results] == [[], []]
+
+
+def test_nan_on_one_rank_is_skipped_by_both(results):
+    """The official run exited on one rank and hung on the others."""
+    assert results[0]["ranks_skip_together"] == results[1]["ranks_skip_together"]
+    for case, seen in results[0]["ranks_skip_together"].items():
+        # inputs 1 and 2 on the ranks: the good group's mean gradient is 1.5
+        assert seen == [(False, 1.0), (True, -0.5)], case
+
+
+def test_means_count_each_image_once_whatever_rank_holds_it(results):
+    for result in results:
+        found = result["ranks_average"]
+        assert found["uneven"] == found["uneven, all"] == {"square": 91 / 7}  # 0 + 1 + ... + 36
+
+
+def test_rank_without_images_takes_part_in_means(results):
+    for result in results:
+        for key in ("alone", "alone, all"):
+            found = result["ranks_average"][key]
+            assert found["square"] == 4.0  # 3 of 5 and 1 of 1
+            assert math.isnan(found["never"])
+
+
+def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):
+    """A padded sampler counts an eighth image."""
+    expected = evaluation()
+    assert expected["acc1"] * 7 / 100 == pytest.approx(round(expected["acc1"] * 7 / 100))
+    for result in results:
+        for found in result["ranks_evaluate"].values():
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_first_rank_writes(results, folder):
+    assert not (folder / "run-1").exists()
+    written = {path.name for path in (folder / "run-0").iterdir()}
+    assert written == {
+        "args.yaml", "checkpoint-0.pth", "checkpoint-best.pth", "log.txt", "tensorboard",
+    }  # fmt: skip
+    assert len((folder / "run-0" / "log.txt").read_text().splitlines()) == 1
+    first, second = (result["ranks_write"] for result in results)
+    assert (first["hooks"] > 0, second["hooks"]) == (True, 0)
+    assert (first["level"], second["level"]) == (logging.INFO, logging.ERROR)
+    assert (first["first"], second["first"]) == (True, False)
+
+
+def test_log_line_counts_all_ranks(results):
+    for result in results:
+        assert result["ranks_write"]["images"] == 8  # 4 on each
+        assert result["ranks_write"]["loss"] == 0.5  # 0 and 1
+
+
+def test_all_ranks_resume_from_what_the_first_wrote(results):
+    for result in results:
+        found = result["ranks_resume"]
+        assert found["state"] == (1, 1)
+        assert torch.equal(found["head"], toy().head.weight)

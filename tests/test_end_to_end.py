@@ -1,0 +1,338 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The scripts, run as processes the way people run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [
+    "main_pretrain.py",
+    "main_finetune.py",
+    "submitit_pretrain.py",
+    "submitit_finetune.py",
+    "visualize.py",
+]
+# A run of seconds: 26 images of 16 x 16 pixels, 4 patches, 2 epochs of 4 or 3 updates.
+SMALL = [
+    *["--input_size", "16", "--stem_stride", "1", "--batch_size", "6", "--epochs", "2"],
+    *["--lr", "0.01", "--num_workers", "0", "--device", "cpu", "--print_freq", "2"],
+]
+COLOURS = ["--data_set", "tests.tiny:colours"]
+PRETRAIN = ["--model", "tests.tiny:fcmae", *COLOURS, *SMALL, "--decoder_embed_dim", "8"]
+FINETUNE = ["--model", "tests.tiny:classifier", *COLOURS, *SMALL, "--aa", "none"]
+
+
+def run(script: str, *words: object, expect: int = 0, torchrun: int = 0, env: dict | None = None):
+    """Run a script, with torchrun if asked for; returns the finished process."""
+    start = [sys.executable]
+    if torchrun:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    done = subprocess.run(
+        [*start, str(ROOT / script), *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def weights(path: Path, key: str = "model") -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)[key]
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    run("main_pretrain.py", *PRETRAIN, "--output_dir", folder, "--drop_path", "0.1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, pretrained) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    run(
+        *["main_finetune.py", *FINETUNE, "--finetune", pretrained, "--output_dir", folder],
+        *["--epochs", 4, "--model_ema", "--model_ema_eval", "--drop_path", "0.2"],
+        *["--mixup", 0.8, "--cutmix", "1.0", "--reprob", "0.5", "--update_freq", 3],
+    )
+    return folder
+
+
+def test_pretraining_leaves_everything_it_promises(pretrained):
+    assert [entry["epoch"] for entry in log(pretrained)] == [0, 1]
+    assert log(pretrained)[1]["train_loss"] < log(pretrained)[0]["train_loss"]
+    names = {path.name for path in pretrained.iterdir()}
+    assert names >= {"checkpoint-0.pth", "checkpoint-1.pth", "args.yaml", "log.txt"}
+    assert list((pretrained / "tensorboard").glob("events.*"))
+    picture = np.asarray(Image.open(pretrained / "reconstructions" / "epoch-1.png"))
+    assert picture.ndim == 3
+    assert picture.std() > 10
+
+
+def test_finetuning_leaves_everything_it_promises(finetuned):
+    entries = log(finetuned)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2, 3]
+    assert {"train_loss", "test_acc1", "test_acc5_ema", "n_parameters"} <= entries[0].keys()
+    names = {path.name for path in finetuned.iterdir()}
+    assert names >= {"checkpoint-3.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth"}
+    assert "checkpoint-0.pth" not in names  # three are kept
+    best = torch.load(finetuned / "checkpoint-best.pth", weights_only=True)["state"]["best"]["best"]
+    assert best == max(entry["test_acc1"] for entry in entries)
+
+
+def test_evaluation_of_a_checkpoint_is_that_of_the_run(finetuned):
+    done = run("main_finetune.py", *FINETUNE, "--eval", "--resume", finetuned / "checkpoint-3.pth")
+    entry = log(finetuned)[3]
+    assert f"on 7 images: acc1 {entry['test_acc1']:.2f}%" in done.stdout
+    assert f"loss {entry['test_loss']:.4f}" in done.stdout
+
+
+def test_evaluation_on_two_processes_counts_every_image_once(finetuned):
+    words = [*FINETUNE, "--eval", "true", "--resume", finetuned / "checkpoint-3.pth"]
+    words += ["--model_ema", "true"]
+    alone, two = run("main_finetune.py", *words), run("main_finetune.py", *words, torchrun=2)
+    said = re.compile(r"on 7 images: .*")
+    assert len(said.findall(alone.stdout)) == 2  # the weights and their average
+    assert said.findall(alone.stdout) == said.findall(two.stdout)
+    unshared = run("main_finetune.py", *words, "--dist_eval", "false", torchrun=2)
+    assert said.findall(alone.stdout) == said.findall(unshared.stdout)
+
+
+def test_visualize_draws_a_checkpoint(pretrained, tmp_path):
+    run(
+        "visualize.py",
+        "--checkpoint",
+        pretrained,
+        "--output",
+        tmp_path / "a.png",
+        "--device",
+        "cpu",
+    )
+    assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
+def test_interrupted_run_ends_like_the_one_that_was_not(script, tmp_path):
+    """Best metric, average, schedule, order of images, masks and dropped paths all go on."""
+    words = [*(PRETRAIN if "pretrain" in script else FINETUNE), "--drop_path", "0.2"]
+    words += ["--epochs", 4, "--save_ckpt_num", 9, "--output_dir", tmp_path]
+    if "finetune" in script:
+        words += ["--model_ema", "--model_ema_eval", "--mixup", "0.8", "--weight_decay_end", "0.2"]
+    run(script, *words)
+    whole = torch.load(tmp_path / "checkpoint-3.pth", weights_only=True)
+    entries = log(tmp_path)
+    for name in ("checkpoint-2.pth", "checkpoint-3.pth"):
+        (tmp_path / name).unlink()
+    (tmp_path / "checkpoint-1.pth").rename(tmp_path / "kept")
+    newest = (tmp_path / "kept").read_bytes()
+    (tmp_path / "checkpoint-1.pth").write_bytes(newest)
+    (tmp_path / "checkpoint-2.pth").write_bytes(newest[: len(newest) // 2])  # cut off by a crash
+    done = run(script, *words)
+    assert "trying the one before" in done.stdout + done.stderr
+    again = torch.load(tmp_path / "checkpoint-3.pth", weights_only=True)
+    assert_same(again["model"], whole["model"])
+    if whole["model_ema"]:
+        assert_same(again["model_ema"], whole["model_ema"])
+    assert again["state"] == whole["state"]
+    for ours, theirs in zip(
+        again["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True
+    ):
+        assert_same(ours, theirs)
+    assert log(tmp_path) == entries
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
+def test_number_of_workers_changes_nothing(script, tmp_path):
+    words = [*(PRETRAIN if "pretrain" in script else FINETUNE), "--scale", "0.3", "1"]
+    words += [] if "pretrain" in script else ["--reprob", "0.5"]
+    for workers in (0, 2):
+        run(script, *words, "--num_workers", workers, "--output_dir", tmp_path / str(workers))
+    name = "checkpoint-1.pth"
+    assert_same(weights(tmp_path / "0" / name), weights(tmp_path / "2" / name))
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
+def test_two_processes_learn_what_one_learns(script, tmp_path):
+    """The same images, masks and augmentations meet in an update, whoever computes it."""
+    words = [*(PRETRAIN if "pretrain" in script else FINETUNE), "--save_ckpt_num", 1]
+    run(script, *words, "--batch_size", 6, "--output_dir", tmp_path / "one")
+    run(script, *words, "--batch_size", 3, "--output_dir", tmp_path / "two", torchrun=2)
+    one, two = (weights(tmp_path / name / "checkpoint-1.pth") for name in ("one", "two"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), name
+    assert [entry["epoch"] for entry in log(tmp_path / "two")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--amp bf16",
+        "--amp fp16 --clip_grad 1",
+        "--opt lamb --use_amp true",
+        "--compile true --disable_eval true --epochs 1",
+    ],
+)
+def test_precisions_optimizers_and_compile_train(words, pretrained, tmp_path):
+    extra = [*words.split(), "--output_dir", tmp_path, "--finetune", pretrained]
+    run("main_finetune.py", *FINETUNE, *extra)
+    entries = log(tmp_path)
+    assert np.isfinite([entry["train_loss"] for entry in entries]).all()
+
+
+def test_a_poisoned_image_costs_its_update_and_not_the_run(tmp_path):
+    words = [*FINETUNE, "--data_set", "tests.tiny:poisoned", "--output_dir", tmp_path]
+    done = run("main_finetune.py", *words)
+    assert "skipped an update" in done.stdout + done.stderr
+    state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
+    assert state["bad_steps"] == 2  # once an epoch
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "checkpoint-1.pth").values())
+    run("main_finetune.py", *words, "--max_bad_steps", 0, "--auto_resume", "false", expect=1)
+
+
+def test_empty_output_dir_saves_and_resumes_nothing(tmp_path):
+    """The official code looked for checkpoints in the current directory."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    bait = tmp_path / "checkpoint-7.pth"
+    bait.write_bytes(b"not to be read")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, ROOT / "main_pretrain.py", *PRETRAIN],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing saved" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_args_yaml_repeats_a_run(pretrained, tmp_path):
+    run("main_pretrain.py", "--config", pretrained / "args.yaml", "--output_dir", tmp_path)
+    assert_same(weights(tmp_path / "checkpoint-1.pth"), weights(pretrained / "checkpoint-1.pth"))
+
+
+def test_head_that_fits_is_kept_and_another_is_new(finetuned, tmp_path):
+    best = finetuned / "checkpoint-best.pth"
+    words = [*FINETUNE, "--finetune", best, "--lr", 0, "--min_lr", 0, "--weight_decay", 0]
+    run("main_finetune.py", *words, "--output_dir", tmp_path)
+    assert_same(weights(tmp_path / "checkpoint-1.pth"), weights(best))
+    digits = ["--data_set", "DIGITS", "--batch_size", 700, "--epochs", 1]
+    done = run("main_finetune.py", *words, *digits, "--aa", "none")
+    assert "its head for 3 classes does not fit" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_works_and_groups(script):
+    done = run(script, "--help")
+    assert "--device" in done.stdout
+    assert done.stdout.count(":\n") >= 2
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_submitit_runs_the_main(cluster, tmp_path):
+    words = [*PRETRAIN, "--cluster", cluster, "--job_dir", tmp_path / "%j", "--nodes", 1]
+    code = (
+        "import sys, main_pretrain, options, slurm; p = main_pretrain.get_args_parser();"
+        "options.add_submitit_args(p); slurm.submit('main_pretrain', options.parse(p)).results()"
+    )
+    ranks = 2 if cluster == "local" else 1
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words), "--ngpus", str(ranks), "--batch_size", "3"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (path for path in tmp_path.iterdir() if path.name.isdigit() or "DEBUG" in path.name)
+    assert (folder / "checkpoint-1.pth").exists()
+    assert [entry["epoch"] for entry in log(folder)] == [0, 1]
+
+
+# --- bad input: one line, exit code 2, before any training -------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Image folders with one fault each, and an ImageNet-like one without."""
+    root = tmp_path_factory.mktemp("images")
+    picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
+    for split, names in {"train": "abc", "val": "abd"}.items():
+        for name in names:
+            (root / "differ" / split / name).mkdir(parents=True)
+            picture.save(root / "differ" / split / name / "1.png")
+    for i in range(12):
+        (root / "broken").mkdir(exist_ok=True)
+        picture.save(root / "broken" / f"{i}.png")
+    (root / "broken" / "5.png").write_bytes(b"no picture")
+    (root / "empty").mkdir()
+    (root / "file").write_text("a file")
+    torch.save({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, root / "resnet.pth")
+    return root
+
+
+BAD = {  # name -> script, flags, what the line must name
+    "wrong path": ("pretrain", "--data_set IMNET --data_path {0}/nowhere", "nowhere"),
+    "no train folder": ("pretrain", "--data_set IMNET --data_path {0}/empty", "--data_set folder"),
+    "empty folder": ("pretrain", "--data_set folder --data_path {0}/empty", "empty"),
+    "unreadable image": ("pretrain", "--data_set folder --data_path {0}/broken", "5.png"),
+    "class maps": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in val: d"),
+    "class count": ("finetune", "--nb_classes 7", "--nb_classes 7"),
+    "patches": ("pretrain", "--input_size 20", "--input_size 20"),
+    "mask ratio": ("pretrain", "--mask_ratio 0.9", "--mask_ratio 0.9"),
+    "large batch": ("pretrain", "--batch_size 27", "--batch_size 26"),
+    "odd batch": ("finetune", "--mixup 1 --batch_size 5", "--batch_size 5"),
+    "model": ("pretrain", "--model convnextv2_tiy", "convnextv2_tiny"),
+    "data set": ("finetune", "--data_set CIFAR11 --data_path {0}", "CIFAR10"),
+    "optimizer": ("finetune", "--opt adamv", "adam"),
+    "flag": ("finetune", "--warmup_epoch 3", "--warmup_epochs"),
+    "other network": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
+    "other size": ("finetune", "--stem_stride 2 --finetune {1}", "(4, 3, 1, 1) instead of"),
+    "no weights": ("finetune", "--eval", "--resume"),
+    "no checkpoint": ("finetune", "--eval --resume {0}/nothing.pth", "nothing.pth"),
+    "weights, no run": ("pretrain", "--resume {0}/resnet.pth", "--finetune"),
+    "output": ("pretrain", "--output_dir {0}/file", "--output_dir"),
+    "device": ("pretrain", "--device warp", "--device warp"),
+    "launcher": ("pretrain", "--world_size 2", "torchrun"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_that_helps(case, folders, finetuned):
+    kind, words, named = BAD[case]
+    base = PRETRAIN if kind == "pretrain" else FINETUNE
+    words = words.format(folders, finetuned / "checkpoint-best.pth").split()
+    done = run(f"main_{kind}.py", *base, *words, expect=2)
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1, done.stderr
+    assert named in errors[0]
+    assert "Traceback" not in done.stderr
+    assert "step 2/" not in done.stdout

@@ -1,0 +1,220 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Who imports whom, and how long files and functions are: ARCHITECTURE.  pytest tests/test_layout.py
+
+A file that is too long or imports upwards fails here. Raise a limit only with a reason.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {  # lines at most
+    "main_pretrain.py": 150,
+    "main_finetune.py": 200,
+    "submitit_pretrain.py": 40,
+    "submitit_finetune.py": 40,
+    "predict.py": 200,
+    "export.py": 200,
+    "visualize.py": 200,
+    "options.py": 300,
+    "flags.py": 300,
+    "datasets.py": 400,
+    "data_pipeline.py": 400,
+    "optim_factory.py": 350,
+    "utils.py": 400,
+    "checkpoint.py": 400,
+    "errors.py": 100,
+    "stepper.py": 200,
+    "meters.py": 250,
+    "losses.py": 200,
+    "hooks.py": 350,
+    "engine_pretrain.py": 100,
+    "engine_finetune.py": 180,
+    "slurm.py": 200,
+    "models/__init__.py": 120,
+    "models/layers.py": 250,
+    "models/sparse.py": 300,
+    "models/kernels.py": 400,
+    "models/convnextv2.py": 200,
+    "models/fcmae.py": 250,
+    "models/backbones.py": 250,
+    "models/heads.py": 250,
+    "models/convert.py": 300,
+}
+FUNCTION_LINES = 50
+
+# module -> what of ours it may import
+L0 = {"errors", "checkpoint", "utils"}
+FLAGS = {"flags", "options"}
+NETWORKS = {"models.convnextv2", "models.backbones", "models.heads"}
+BELOW_NETWORKS = L0 | {"models.layers", "models.kernels", "models.sparse"}
+MODELS = BELOW_NETWORKS | NETWORKS | {"models.fcmae", "models.convert", "models"}
+L1 = {"losses", "meters", "stepper", "optim_factory", "data_pipeline", "datasets"}
+SCRIPTS = {"visualize", "export", "predict"}
+BELOW_ENGINES = L0 | MODELS | L1 | SCRIPTS | {"hooks"}
+MAINS = {"main_pretrain", "main_finetune"}
+ALLOWED = {
+    "errors": set(),
+    "checkpoint": {"errors"},
+    "utils": {"errors", "checkpoint"},
+    "flags": set(),
+    "options": {"flags"},
+    "slurm": set(),
+    "models.layers": L0,
+    "models.kernels": L0 | {"models.layers"},
+    "models.sparse": L0 | {"models.layers", "models.kernels"},
+    **dict.fromkeys(NETWORKS, BELOW_NETWORKS),
+    "models.fcmae": BELOW_NETWORKS | NETWORKS,
+    "models.convert": L0,
+    "models": BELOW_NETWORKS | NETWORKS | {"models.fcmae"},
+    **dict.fromkeys(L1 - {"datasets"}, L0),  # so optim_factory asks the model, and imports none
+    "datasets": L0 | {"data_pipeline"},
+    **dict.fromkeys(SCRIPTS, L0 | MODELS | L1 | FLAGS),
+    "hooks": L0 | MODELS | L1 | {"visualize"},
+    "engine_pretrain": BELOW_ENGINES,
+    "engine_finetune": BELOW_ENGINES,
+    "main_pretrain": BELOW_ENGINES | FLAGS | {"engine_pretrain", "slurm"},
+    "main_finetune": BELOW_ENGINES | FLAGS | {"engine_finetune", "slurm"},
+    "submitit_pretrain": BELOW_ENGINES | FLAGS | {"main_pretrain", "slurm"},
+    "submitit_finetune": BELOW_ENGINES | FLAGS | {"main_finetune", "slurm"},
+}
+
+
+def sources() -> list[Path]:
+    """The toolkit's own files: scripts, modules, models."""
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("models/**/*.py")])
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """models/__init__.py -> models, models/layers.py -> models.layers"""
+    return name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def imported(text: str, package: str = "") -> set[str]:
+    """Every module that a source imports, inside functions and by importlib with a plain name too.
+
+    `from a import b` gives a.b and a: which of them is a module, the caller knows.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = getattr(node.func, "id", getattr(node.func, "attr", None))
+            if called in ("import_module", "__import__"):
+                found.add(node.args[0].value)
+    return found
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    """Modules of this toolkit that a file imports; `models` alone only where the package is meant."""
+    text = path.read_text(encoding="utf-8")
+    package = "models" if path.parent.name == "models" else ""
+    found = imported(text, package) & ALLOWED.keys()
+    if "models" in found and not uses_package(text):
+        found.discard("models")
+    return found - {module_of(path)}
+
+
+def uses_package(text: str) -> bool:
+    """Whether a source takes something from models/__init__.py and not only modules beside it."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import) and any(alias.name == "models" for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "models":
+            return any(f"models.{alias.name}" not in ALLOWED for alias in node.names)
+    return False
+
+
+def functions(text: str) -> list[tuple[str, int]]:
+    """(name, lines from `def` to its end) of every function and method."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    return [(node.name, node.end_lineno - node.lineno + 1) for node in nodes]
+
+
+def test_checks_see_what_they_look_for():
+    text = (
+        "import a.b, c\nfrom d import e\n\ndef f():\n    from .g import h\n"
+        "    importlib.import_module('i')\n    importlib.import_module(name)\n    __import__('j')\n"
+    )
+    expected = {"a.b", "c", "d", "d.e", "pack.g", "pack.g.h", "i", "j"}
+    assert imported(text, "pack") == expected
+    assert functions(text) == [("f", 5)]
+    assert uses_package("def f():\n    from models import create_model")
+    assert uses_package("import models")
+    assert not uses_package("from models import convnextv2\nfrom models.fcmae import FCMAE")
+
+
+def test_files_that_are_there_import_something():
+    """An empty result would pass every check below."""
+    assert {"utils", "stepper", "hooks"} <= imports_of_ours(ROOT / "engine_finetune.py")
+    assert imports_of_ours(ROOT / "models" / "fcmae.py") >= {"models.convnextv2", "models.sparse"}
+    assert "models" in imports_of_ours(ROOT / "main_finetune.py")
+    assert imports_of_ours(ROOT / "models" / "convert.py") == {"checkpoint", "errors", "utils"}
+
+
+def test_new_file_needs_a_reason():
+    extra = {name_of(path) for path in sources()} - LIMITS.keys()
+    assert not extra, f"{extra}: a new top-level file needs a reason: add it here"
+
+
+def test_every_file_has_a_layer():
+    modules = {name.removesuffix(".py").replace("/", ".") for name in LIMITS}
+    assert {name.removesuffix(".__init__") for name in modules} == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_file_imports_only_from_lower_layers(path):
+    upwards = imports_of_ours(path) - ALLOWED.get(module_of(path), set())
+    assert not upwards, f"{name_of(path)} imports {upwards}, which it may not"
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_file_is_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LIMITS.get(name_of(path), 0), f"{name_of(path)} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_functions_are_short(path):
+    """Engines and mains are read from top to bottom, so they may be longer."""
+    if path.name.startswith(("engine_", "main_")):
+        return
+    text = path.read_text(encoding="utf-8")
+    long = [pair for pair in functions(text) if pair[1] > FUNCTION_LINES]
+    assert not long, f"{name_of(path)}: {long}, expected {FUNCTION_LINES} lines at most"
+
+
+def all_python() -> list[Path]:
+    folders = ("tests", "benchmarks")
+    return sources() + sorted(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py"))
+
+
+@pytest.mark.parametrize("path", all_python(), ids=name_of)
+def test_file_says_whose_and_what_it_is(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(
+        "# Copyright (c) the ConvNeXt V2 toolkit authors.\n"
+        "# Licensed under the MIT License; see LICENSE.\n"
+    )
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_docstring_names_a_command_that_shows_the_file(path):
+    first, *rest = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()
+    assert first.endswith(".")
+    assert any(line.split(" ")[0] in ("python", "torchrun") for line in rest)

@@ -1,0 +1,61 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A model and data small enough to train in a test: --model tests.tiny:classifier and so on."""
+
+from __future__ import annotations
+
+import torch
+
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+
+SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
+CLASSES = 3
+
+
+def classifier(**kwargs) -> ConvNeXtV2:
+    """A ConvNeXt V2 of a few thousand parameters."""
+    return ConvNeXtV2(*SIZE, **kwargs)
+
+
+def fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
+    """An FCMAE around it."""
+    encoder = classifier(in_chans=in_chans, stem_stride=stem_stride, drop_path_rate=drop_path_rate)
+    return FCMAE(encoder, **kwargs)
+
+
+class Colours(torch.utils.data.Dataset):
+    """Noise that is brighter in the channel of its label."""
+
+    classes = ("red", "green", "blue")
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 128, (3, 20, 20), generator=generator, dtype=torch.uint8)
+        image[index % CLASSES] += 100
+        return image, index % CLASSES
+
+
+def colours(data_path: str, train: bool) -> Colours:
+    """26 images to train on, 7 to evaluate."""
+    return Colours(26 if train else 7)
+
+
+class Poisoned(Colours):
+    """Float images of which one batch holds a NaN."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = super().__getitem__(index)
+        image = image / 255
+        return image * float("nan") if index == 5 else image, label
+
+
+def poisoned(data_path: str, train: bool) -> Poisoned:
+    """`colours` with one image that is not finite."""
+    return Poisoned(26 if train else 7)
