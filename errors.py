@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +29,8 @@ def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = T
         return table[name]
     if importable and ":" in name:
         module_name, _, attribute = name.partition(":")
+        if os.getcwd() not in sys.path:  # scripts see their own folder, not the user's
+            sys.path.append(os.getcwd())
         try:
             return getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:

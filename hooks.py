@@ -291,16 +291,17 @@ def build_reporter(
     return Reporter(found, device, state, updates_all, updates_per_epoch, args.print_freq)
 
 
-def log_cost(model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
+def log_cost(
+    model: torch.nn.Module, in_chans: int, size: tuple[int, int], device: torch.device
+) -> int:
     """Log parameters and the forward cost of one image; returns the number of parameters."""
     from torch.utils.flop_counter import FlopCounterMode
 
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = {name: value.to("meta") for name, value in model.state_dict().items()}
-    image = torch.empty(1, in_chans, *size, device="meta")
     counter = FlopCounterMode(display=False)
+    model.eval()
     with torch.no_grad(), counter:
-        torch.func.functional_call(model, weights, image)
+        model(torch.zeros(1, in_chans, *size, device=device))
     utils.get_logger().info(
         "%s: %.2fM parameters, %.3f GMAC an image forward",
         type(model).__name__,

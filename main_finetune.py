@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     utils.seed_all(args.seed)
     bare = models.build_classifier(args, nb_classes).to(device)
-    n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size)
+    n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
 
     # --- 4. weights -------------------------------------------------------------------------
     if args.finetune:

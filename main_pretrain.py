@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     fcmae = models.build_fcmae(args).to(device)
     h, w = fcmae.grid_size(*args.input_size)
     visible = visible_patches(h * w, args.mask_ratio)
-    n_parameters = hooks.log_cost(fcmae, args.in_chans, args.input_size)
+    n_parameters = hooks.log_cost(fcmae, args.in_chans, args.input_size, device)
     log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
 
     # --- 4. weights -------------------------------------------------------------------------

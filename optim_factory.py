@@ -86,7 +86,12 @@ def create_optimizer(
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    resolve(opt.lower(), dict.fromkeys(list_optimizers()), "optimizer", importable=False)
+    resolve(
+        opt.lower().removeprefix("lookahead_"),
+        dict.fromkeys(list_optimizers()),
+        "optimizer",
+        importable=False,
+    )
     assigner = None
     if layer_decay < 1.0:
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)

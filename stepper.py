@@ -113,7 +113,8 @@ class Stepper:
         gradient is not finite on any rank, every rank skips the step.
         """
         self.finite &= torch.isfinite(loss.detach())
-        self.scaler.scale(loss / self.group_size).backward()
+        second_order = getattr(self.optimizer, "is_second_order", False)  # adahessian
+        self.scaler.scale(loss / self.group_size).backward(create_graph=second_order)
         self.micro += 1
         self.left -= 1
         if self.micro < self.group_size:

@@ -201,6 +201,7 @@ def measure(args: argparse.Namespace, variants: list[Variant]) -> None:
         variant.memory = measure_memory(variant, args.device)
     others = []
     for number in range(args.rounds):
+        print(f"round {number}", file=sys.stderr)
         turn = number % len(variants)
         for variant in variants[turn:] + variants[:turn]:
             for _ in range(1 if args.quiet is None else 20):

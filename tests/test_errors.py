@@ -56,6 +56,13 @@ def test_what_cannot_be_imported_is_a_user_error(name):
         resolve(name, TABLE, "optimizer")
 
 
+def test_table_that_takes_no_imports_offers_none():
+    with pytest.raises(UserError) as caught:
+        resolve("math:sqrt", TABLE, "optimizer", importable=False)
+    assert "unknown optimizer 'math:sqrt'" in str(caught.value)
+    assert "package.module" not in str(caught.value)
+
+
 def test_error_inside_a_users_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "broken_fork.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)

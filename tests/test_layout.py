@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Who imports whom, and how long files and functions are: ARCHITECTURE.  pytest tests/test_layout.py
+"""Who imports whom, and how long files and functions are.  pytest tests/test_layout.py
 
 A file that is too long or imports upwards fails here. Raise a limit only with a reason.
 """
@@ -119,7 +119,7 @@ def imported(text: str, package: str = "") -> set[str]:
 
 
 def imports_of_ours(path: Path) -> set[str]:
-    """Modules of this toolkit that a file imports; `models` alone only where the package is meant."""
+    """Modules of this toolkit that a file imports; `models` only where the package is meant."""
     text = path.read_text(encoding="utf-8")
     package = "models" if path.parent.name == "models" else ""
     found = imported(text, package) & ALLOWED.keys()
@@ -133,8 +133,9 @@ def uses_package(text: str) -> bool:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import) and any(alias.name == "models" for alias in node.names):
             return True
-        if isinstance(node, ast.ImportFrom) and node.module == "models":
-            return any(f"models.{alias.name}" not in ALLOWED for alias in node.names)
+        from_package = isinstance(node, ast.ImportFrom) and node.module == "models"
+        if from_package and any(f"models.{alias.name}" not in ALLOWED for alias in node.names):
+            return True
     return False
 
 
