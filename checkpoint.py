@@ -90,8 +90,8 @@ def read_checkpoint(path: str | Path) -> Any:
             f"checkpoint {path} is no torch checkpoint, or holds more than tensors and plain "
             "types, which could run code; save it again as a dict of tensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # torch's unpickler raises nearly anything on other files
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         raise UserError(f"checkpoint {path} is truncated or damaged ({reason})") from error
 
 
@@ -130,6 +130,9 @@ def load_weights(
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -> None:
     """Restore the moments; learning rate, decay and betas stay as the flags set them now."""
+    name = type(optimizer).__name__
+    if saved.get("name", name) != name:
+        raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in saved["param_groups"]]

@@ -33,7 +33,7 @@ def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = T
             sys.path.append(os.getcwd())
         try:
             return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"cannot import {kind} {name!r}: {error}") from error
     lowered = {key.lower(): key for key in table}
     close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)

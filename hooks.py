@@ -207,9 +207,10 @@ class JsonHook(Hook):
     def __init__(self, folder: Path, state: TrainState) -> None:
         self.path = folder / "log.txt"
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            text = self.path.read_text()
+            lines = [line + "\n" for line in text.splitlines()]
             kept = [line for line in lines if self._epoch(line) < state.epoch]
-            if kept != lines:
+            if "".join(kept) != text:
                 write_atomically("".join(kept), self.path)
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -84,22 +85,21 @@ def create_optimizer(
     lr is the peak of the schedule. opt_eps and opt_betas replace the optimizer's own where given;
     an optimizer that does not have them is an error.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
-    resolve(
-        opt.lower().removeprefix("lookahead_"),
-        dict.fromkeys(list_optimizers()),
-        "optimizer",
-        importable=False,
-    )
+    name = opt.lower().removeprefix("lookahead_")
+    resolve(name, dict.fromkeys(list_optimizers()), "optimizer", importable=False)
     assigner = None
     if layer_decay < 1.0:
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
     groups = get_parameter_groups(model, weight_decay, assigner)
     given = {"eps": opt_eps, "betas": opt_betas and tuple(opt_betas)}
     given = {key: value for key, value in given.items() if value is not None}
+    kind = get_optimizer_class(name, bind_defaults=False)
+    in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
+    fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
     try:
-        optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, momentum=momentum, **given)
+        optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, momentum=momentum, **given, **fused)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
     for key in given.keys() - optimizer.defaults.keys():  # timm leaves out what does not fit
@@ -114,7 +114,8 @@ def cosine(update: int, start: float, end: float, *, warmup: int, total: int) ->
     """
     if update < warmup:
         return start * (update + 1) / warmup
-    where = (update - warmup) / max(total - 1 - warmup, 1)
+    steps = total - 1 - warmup  # from the peak to the end
+    where = (update - warmup) / steps if steps > 0 else float(warmup > 0)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(where, 1.0)))
 
 

@@ -122,25 +122,30 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.clip_grad is None else self.clip_grad
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        taken = self._agree(self.finite & torch.isfinite(norm))
+        loss_is_finite, norm_is_finite = self._agree(self.finite, torch.isfinite(norm))
+        taken = loss_is_finite and norm_is_finite
         if taken:
             self.scaler.step(self.optimizer)
+        # With a finite loss the scaler may only be looking for a scale that fp16 can hold.
+        counts = not (taken or (loss_is_finite and self.scaler.get_scale() > 1))
         self.scaler.update()
-        self._count(taken)
+        self._count(taken, counts)
         self._open_group()
         return Update(taken, norm.detach())
 
-    def _agree(self, finite: Tensor) -> bool:
-        verdict = finite.to(torch.int32)
+    def _agree(self, *flags: Tensor) -> list[bool]:
+        """Each flag as it is on all ranks together; the one host sync of an update."""
+        verdict = torch.stack(flags).to(torch.int32)
         if get_world_size() > 1:
             dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return bool(verdict)
+        return [bool(flag) for flag in verdict.tolist()]
 
-    def _count(self, taken: bool) -> None:
-        self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
+    def _count(self, taken: bool, counts: bool) -> None:
         if taken:
+            self.bad_in_a_row = 0
             return
         get_logger().warning("skipped an update: its loss or gradient is not finite")
+        self.bad_in_a_row += counts
         if self.bad_in_a_row > self.max_bad_steps:
             raise TrainingStopped(
                 f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not "

@@ -279,7 +279,7 @@ def save_model(
     content = {
         "model": model.state_dict(),
         "model_ema": model_ema.state_dict() if model_ema is not None else None,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer.state_dict() | {"name": type(optimizer).__name__},
         "scaler": scaler.state_dict() if scaler is not None else None,
         "state": asdict(state),
         "args": dict(args),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import Block
 from models.fcmae import FCMAE, random_mask
-from models.sparse import depthwise
+from models.layers import GRN
 
 TOLERANCE = 1e-3  # float32, packed against dense-masked; 1e-6 is seen
 
@@ -69,11 +69,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def masked_block(block: Block, x: Tensor, visible: Tensor) -> Tensor:
-    """A block on the map x (N, H, W, C), zero in hidden cells; visible (N, H, W, 1) 1 or 0."""
-    y = block.norm(depthwise(x, block.dwconv, None))
-    y = F.gelu(block.pwconv1(y)).mul_(visible)
-    y = block.drop_path(block.pwconv2(block.grn(y)))
-    return torch.addcmul(x, y, visible)
+    """A block on the map x (N, H, W, C), zero in hidden cells; visible (N, H, W, 1) 1 or 0.
+
+    Plain torch operations, as those toolkits have them; none of `models`' own backward passes.
+    """
+    y = block.norm(block.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    y = grn(F.gelu(block.pwconv1(y)).mul_(visible), block.grn)
+    return torch.addcmul(x, block.drop_path(block.pwconv2(y)), visible)
+
+
+def grn(x: Tensor, layer: GRN) -> Tensor:
+    """GRN of (N, H, W, C) as the official code and timm write it."""
+    length = x.norm(p=2, dim=(1, 2), keepdim=True)
+    relative = (length / (length.mean(-1, keepdim=True) + layer.eps)).to(x.dtype)
+    return x + torch.addcmul(layer.beta.to(x.dtype), layer.gamma.to(x.dtype), x * relative)
 
 
 def assert_equal_to_packed(

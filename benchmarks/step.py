@@ -133,7 +133,7 @@ def make_variants(args: argparse.Namespace) -> list[Variant]:
         else:
             model = create_model(fcmae_name(args.model))
         model = model.to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
         forward = DenseMasked(model) if kind == "masked" else model
         forward = torch.compile(forward) if compiled else forward

@@ -10,10 +10,17 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import GRN, DropPath, LayerNorm, PatchConv, init_weights, linear
+from models.layers import (
+    GRN,
+    DropPath,
+    LayerNorm,
+    PatchConv,
+    block_mlp,
+    init_weights,
+    linear,
+)
 from models.sparse import PatchGrid, depthwise
 
 
@@ -35,7 +42,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
         y = self.norm(depthwise(x, self.dwconv, grid))
-        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(y))))
+        y = block_mlp(y, self.pwconv1, self.grn, self.pwconv2)
         return x + self.drop_path(y)
 
 

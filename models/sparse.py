@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from models.layers import in_autocast_dtype
+
 
 class PatchGrid:
     """Which patches of an image are visible, and how to move between dense and packed maps.
@@ -100,12 +102,70 @@ class _Unpack(Function):
 def depthwise(x: Tensor, conv: nn.Conv2d, grid: PatchGrid | None) -> Tensor:
     """Depthwise convolution of a dense or packed map, in the layout it came in.
 
-    Removed patches count as zeros, as the zero padding around the image does.
+    Stride 1, odd square kernel, as many cells out as in. Removed patches count as zeros, as the
+    zero padding around the image does.
     """
-    dense = x if grid is None else grid.unpack(x)
-    # Through two dimensions and back, so that the weight's gradient has plain strides: DDP's
-    # gradient buckets have those, and a channels-last gradient would be copied every step.
-    weight = conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
-    y = F.conv2d(dense.permute(0, 3, 1, 2), weight, conv.bias, 1, conv.padding, 1, conv.groups)
-    y = y.permute(0, 2, 3, 1)  # (N, H, W, C)
-    return y if grid is None else grid.pack(y)
+    x, weight, bias = in_autocast_dtype(x, conv.weight, conv.bias)
+    with torch.autocast(x.device.type, enabled=False):
+        place = (None, 0, 0) if grid is None else (grid.ids, *grid.size)
+        return _Depthwise.apply(x, weight, bias, *place)
+
+
+class _Depthwise(Function):
+    """The convolution on a canvas of the whole image, which is made again for the backward.
+
+    So a packed map saves its visible cells alone.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor | None, h: int, w: int
+    ) -> Tensor:
+        dense = x if ids is None else _Unpack.apply(x, ids, h, w)
+        y = _convolve(dense, weight, bias)
+        return y if ids is None else _Pack.apply(y, ids, h, w)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, _, ids, *ctx.size = inputs
+        ctx.save_for_backward(x, weight, ids)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        x, weight, ids = ctx.saved_tensors
+        if ids is not None:
+            x, dy = (_Unpack.apply(t, ids, *ctx.size) for t in (x, dy))
+        dx, dweight, dbias = _convolve_backward(dy, x, weight)
+        if ids is not None:
+            dx = _Pack.apply(dx, ids, *ctx.size)
+        return dx, dweight, dbias, None, None, None
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, H, W, C), weight (C, 1, k, k) -> (N, H, W, C)"""
+    pad, channels = weight.shape[-1] // 2, weight.shape[0]
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=channels)
+    return y.permute(0, 2, 3, 1)
+
+
+def _convolve_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_convolve` in x, weight and bias; the weight's has plain strides.
+
+    DDP's gradient buckets have plain strides too, and would copy any other every step.
+    """
+    dbias = dy.sum((0, 1, 2))
+    n, height, width, channels = x.shape
+    pad = weight.shape[-1] // 2
+    if x.device.type != "cpu":
+        rest = ([1, 1], [pad, pad], [1, 1], False, [0, 0], channels, [True, True, False])
+        x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)
+        return dx.permute(0, 2, 3, 1), dweight.contiguous(), dbias
+    # On a CPU torch's weight gradient takes most of the time. The same numbers come out of a
+    # forward convolution of each image's channel with its own gradient as the kernel.
+    dx = _convolve(dy, weight.flip(2, 3), None)
+    planes = x.new_zeros(n, channels, height + 2 * pad, width + 2 * pad)
+    planes[:, :, pad:-pad, pad:-pad] = x.permute(0, 3, 1, 2)
+    kernels = dy.permute(0, 3, 1, 2).reshape(n * channels, 1, height, width)
+    dweight = F.conv2d(planes.flatten(0, 1)[None], kernels, groups=n * channels)
+    return dx, dweight.reshape(n, *weight.shape).sum(0), dbias

@@ -285,3 +285,22 @@ def test_compiled_fcmae_is_one_graph_and_the_same(tmp_path):
     expected = model(images, mask, 1)[0]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert compiled(images, mask, 1)[0].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.gpu
+def test_gpu_computes_what_the_cpu_does():
+    """Packed network, masks and their gradients in float32, and bf16 close to it."""
+    model, images, mask = build(size=(64, 96))
+    expected, wanted, _ = model(images, mask)
+    expected.backward()
+    grads = [parameter.grad.float() for parameter in model.parameters()]
+    model, images, mask = model.float().cuda(), images.float().cuda(), mask.float().cuda()
+    model.zero_grad()
+    loss, pred, _ = model(images, mask, 1)
+    loss.backward()
+    assert torch.allclose(pred.cpu().double(), wanted, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(model.parameters(), grads, strict=True):
+        assert torch.allclose(ours.grad.cpu(), theirs, rtol=1e-2, atol=1e-3 * theirs.abs().max())
+    with torch.autocast("cuda", torch.bfloat16):
+        half, _, _ = model(images, mask, 1)
+    assert half.item() == pytest.approx(expected.item(), rel=0.03)

@@ -93,7 +93,6 @@ def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
     assert epochs(tmp_path) == [0, 1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="JsonHook appends to a line that lacks its newline")
 def test_line_that_lacks_only_its_newline_is_not_glued_to_the_next(tmp_path):
     write_epochs(tmp_path, 0, 2)
     path = tmp_path / "log.txt"

@@ -19,15 +19,6 @@ TOY = ((1, 1, 2, 1), (4, 6, 8, 10))  # depths, dims
 BASE = SIZES["base"][0]  # 3, 3, 27, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toy sizes: on a busy machine a second thread makes them ten times slower, not faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def toy(seed: int = 0, **kwargs) -> ConvNeXtV2:
     """A toy classifier in float64 with every parameter away from its start."""
     torch.manual_seed(seed)

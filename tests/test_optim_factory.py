@@ -340,7 +340,6 @@ def test_warm_up_over_the_whole_run_is_said(log):
     assert "warm-up of 10 updates is the whole run of 10" in log.text
 
 
-@pytest.mark.xfail(strict=True, reason="cosine: with one update after the warm-up it is the peak")
 def test_last_update_has_the_minimum_after_almost_a_whole_run_of_warm_up():
     assert cosine(9, 1.0, 0.25, warmup=9, total=10) == 0.25
 
