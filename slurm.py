@@ -30,11 +30,14 @@ class Trainer:
 
         environment = submitit.helpers.TorchDistributedEnvironment().export()
         job = submitit.JobEnvironment().job_id
-        values = vars(self.args) | {
+        main = importlib.import_module(self.module)
+        flags = {action.dest for action in main.get_args_parser()._actions}
+        values = {name: value for name, value in vars(self.args).items() if name in flags}
+        values |= {
             "output_dir": (self.args.output_dir or self.args.job_dir).replace(JOB_NUMBER, job),
             "local_rank": environment.local_rank,
         }
-        importlib.import_module(self.module).main(type(self.args)(**values))
+        main.main(type(self.args)(**values))
 
     def checkpoint(self) -> Any:
         """What submitit queues after a preemption or a timeout: the same job again."""

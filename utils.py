@@ -81,8 +81,8 @@ def _launcher_environment(dist_on_itp: bool, local_rank: int) -> tuple[int, int,
     elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun, torch.distributed.launch, submitit
         env.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:  # srun
-        names = ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun; SLURM_NTASKS is the allocation's
+        names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
         env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     else:

@@ -204,6 +204,7 @@ def measure(args: argparse.Namespace, variants: list[Variant]) -> None:
         print(f"round {number}", file=sys.stderr)
         turn = number % len(variants)
         for variant in variants[turn:] + variants[:turn]:
+            variant.step()  # not timed: caches and free memory are those of the one before
             for _ in range(1 if args.quiet is None else 20):
                 busy = others_busy()
                 seconds = time_steps(variant, args.steps, args.device)
@@ -259,7 +260,7 @@ def describe(args: argparse.Namespace) -> list[str]:
         f"{'float32' if args.amp == 'none' else 'autocast ' + args.amp}, images ({args.batch_size},"
         f" 3, {size}, {size}), {CLASSES} classes, patches {h} x {w}, {args.visible} visible; "
         f"forward + backward + AdamW, {args.steps} step(s) a timing, {args.rounds} interleaved "
-        f"rounds after {args.warmup} of warm-up."
+        f"rounds after {args.warmup} of warm-up, an untimed step before each timing."
     )
     machine = (
         f"{gpu}{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "

@@ -180,7 +180,7 @@ def test_local_rank_flag_serves_launchers_that_do_not_set_it(clean, flag, local)
     assert clean["LOCAL_RANK"] == str(local)
 
 
-SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "31337"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "31337"}
 
 
 def test_srun_is_understood(clean):
@@ -197,7 +197,7 @@ def test_given_address_wins_over_that_of_slurm(clean):
     assert (clean["MASTER_ADDR"], clean["MASTER_PORT"]) == ("here", "1234")
 
 
-@pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "1"}, {}])
+@pytest.mark.parametrize("tasks", [{"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_NTASKS": "4"}, {}])
 def test_single_task_of_slurm_is_plain_python(clean, tasks):
     """A plain `python` inside salloc was forced into a group and died without MASTER_ADDR."""
     clean |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"} | tasks
