@@ -30,7 +30,7 @@ demo: install
 	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
 		--eval --resume $(DEMO)/finetune
 	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
-		--output $(DEMO)/imagined.png
+		--split val --output $(DEMO)/imagined.png
 	@echo
 	@echo "accuracy          the line above that ends in acc1, acc5 and loss"
 	@echo "picture           $(DEMO)/imagined.png (what the model imagines behind the mask)"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from errors import UserError
 
 
 def write_atomically(content: Any, path: Path) -> None:
-    """Save text, or anything else with torch.save, so that `path` is always old or new, whole."""
+    """Save text or bytes, or with torch.save what it is, so that `path` is old or new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
+            if isinstance(content, str | bytes):
+                file.write(content.encode() if isinstance(content, str) else content)
             else:
                 torch.save(content, file)
             file.flush()
@@ -49,7 +48,7 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        return write_atomically(source.read_bytes(), target)
     os.replace(temporary, target)
 
 
@@ -85,6 +84,10 @@ def read_checkpoint(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist; check the path") from error
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path} may not be read; check its permissions") from error
+    except MemoryError:  # says nothing about the file
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} is no torch checkpoint, or holds more than tensors and plain "
@@ -133,7 +136,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -
     name = type(optimizer).__name__
     if saved.get("name", name) != name:
         raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
-    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    ours_now = ("lr", "lr_scale", "weight_decay", "decayed", "betas", "eps", "momentum", "fused")
+    options = [{k: g[k] for k in ours_now if k in g} for g in optimizer.param_groups]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     if ours != theirs:

@@ -252,7 +252,8 @@ class Augmented(Dataset):
 
     def _load(self, index: int) -> tuple[Image.Image | Tensor, int]:
         try:
-            sample, label = self.dataset[index]
+            item = self.dataset[index]
+            sample, label = item if isinstance(item, tuple | list) else (item, None)
             image = decode(sample, self.in_chans)
         except UserError as error:
             raise UserError(f"{self._name(index)}: {error}") from error
@@ -261,7 +262,9 @@ class Augmented(Dataset):
             raise UserError(
                 f"cannot read {self._name(index)} ({reason}); replace or remove it"
             ) from error
-        label = int(label)
+        if label is None and self.nb_classes is not None:
+            raise UserError(f"{self._name(index)} has no label; expected (image, label)")
+        label = 0 if label is None else int(label)  # pre-training has no use for it
         if self.nb_classes is not None and not 0 <= label < self.nb_classes:
             expected = f"expected 0 to {self.nb_classes - 1}"
             raise UserError(f"{self._name(index)}: label {label}; {expected}")

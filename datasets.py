@@ -226,9 +226,13 @@ DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
 
 
 def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:
-    """A row of `DATASETS`, or what `package.module:function` makes of (data_path, train)."""
+    """A row of `DATASETS`, or what `package.module:function` makes of (data_path, train).
+
+    The function gets eval_data_path, if given, to evaluate.
+    """
     make = resolve(data_set, DATASETS, kind="data set")
-    data = make(spec, train) if data_set in DATASETS else make(spec.data_path, train)
+    own_path = spec.data_path if train else spec.eval_data_path or spec.data_path
+    data = make(spec, train) if data_set in DATASETS else make(own_path, train)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise UserError(
             f"--data_set {data_set} made {type(data).__name__}; expected a map-style set"

@@ -82,7 +82,7 @@ def evaluate(
     model: the bare network; DistributedDataParallel would wait for ranks that have fewer batches.
     """
     model.eval()
-    means = Means(["loss", "acc1", "acc5"], device)
+    means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
     for images, labels, _ in batches:
         with autocast(device, amp):
             logits = model(images)

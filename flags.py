@@ -48,6 +48,7 @@ HELP = """%s
 BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml sets any flag."""
 COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
 CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 NEED_PATH = ("IMNET", "CIFAR10", "CIFAR", "image_folder", "folder")
 DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
@@ -72,7 +73,7 @@ FLAGS: dict[str, tuple] = {
         ("--data_path", str, "", "folder of the data; DIGITS and SYNTHETIC need none"),
         ("--data_set", str, "IMNET", f"one of {DATA_SETS}, or package.module:function"),
         ("--imagenet_default_mean_and_std", str2bool, True, "false: Inception's mean and std"),
-        ("--num_workers", WHOLE, min(10, os.cpu_count() or 1), "loader processes of each rank"),
+        ("--num_workers", WHOLE, min(10, CORES), "loader processes of each rank"),
         ("--pin_mem", str2bool, True, "page-locked host memory: faster copies to a GPU"),
         ("--hflip", CHANCE, 0.5, "chance of a horizontal flip in training"),
         ("--scale", SHARE, (0.08, 1.0), "area of the random crop: least and most", 2),
@@ -132,7 +133,12 @@ FLAGS: dict[str, tuple] = {
         ("--model_ema_decay", BELOW_1, 0.9999, "share of the average kept in an update"),
         ("--model_ema_force_cpu", str2bool, False, "keep it in host memory"),
         ("--model_ema_eval", str2bool, False, "evaluate it too"),
-        ("--eval", str2bool, False, "only evaluate: --resume, --finetune or the newest checkpoint"),
+        (
+            "--eval",
+            str2bool,
+            False,
+            "only evaluate: --resume, --finetune, or the best in OUTPUT_DIR",
+        ),
         ("--disable_eval", str2bool, False, "train without evaluation"),
         ("--dist_eval", str2bool, True, "share the evaluation among the ranks"),
         ("--eval_data_path", str, None, "folder of the evaluation data; unset: by --data_set"),
@@ -177,6 +183,6 @@ FLAGS: dict[str, tuple] = {
         ("--checkpoint", str, "", "of main_pretrain.py, or its output folder"),
         ("--output", str, "imagined.png", "the PNG to write"),
         ("--num_images", COUNT, 8, "rows of the picture"),
-        ("--split", ("train", "val"), "val", "which images"),
+        ("--split", ("train", "val"), "train", "which images; not every data set has val"),
     ),
 }

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import options
 import utils
 import visualize
 from checkpoint import write_atomically
@@ -241,7 +242,10 @@ class TensorboardHook(Hook):
             raise UserError(
                 "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
             ) from error
-        self.writer = SummaryWriter(str(folder), purge_step=state.updates + 1)
+        try:
+            self.writer = SummaryWriter(str(folder), purge_step=state.updates + 1)
+        except OSError as error:
+            raise UserError(f"--log_dir {folder}: cannot write there ({error.strerror})") from error
 
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():
@@ -285,6 +289,7 @@ def build_reporter(
         watched = args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty())
         found.append(BarHook(args.epochs, state, updates_all) if watched else LineHook(args.epochs))
         if folder:
+            write_atomically(options.dump_args(args), folder / "args.yaml")  # --config takes it
             found += [JsonHook(folder, state), PictureHook(folder)]
         log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
         if log_dir and log_dir != "none":

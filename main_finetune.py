@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     amp = choose_amp(args.amp, args.use_amp, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
-    folder = utils.prepare_output_dir(args.output_dir, options.dump_args(args))
+    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     train_set, val_set, nb_classes = datasets.build_datasets(args)
@@ -82,8 +82,9 @@ def main(args: argparse.Namespace) -> None:
         model_ema and model_ema.module,
         resume=args.resume,
         auto_resume=args.auto_resume,
-        fresh=TrainState(args.start_epoch, args.start_epoch * updates_per_epoch),
+        fresh=TrainState(args.start_epoch),
     )
+    state.updates = state.epoch * updates_per_epoch  # of this run's batches, whatever was before
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
@@ -142,6 +143,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     dataset, nb_classes = datasets.build_dataset(False, args)
     batches = datasets.build_batches(dataset, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
+    if args.compile:
+        model.compile()
     keys = [args.model_key] + ["model_ema"] * args.model_ema
     for key in keys:
         load_pretrained(model, path, key, args.model_prefix, allow_missing=())

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     )
     log = utils.get_logger()
     amp = choose_amp(args.amp, args.use_amp, device)
-    folder = utils.prepare_output_dir(args.output_dir, options.dump_args(args))
+    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)
@@ -74,9 +74,11 @@ def main(args: argparse.Namespace) -> None:
         stepper.scaler,
         resume=args.resume,
         auto_resume=args.auto_resume,
-        fresh=TrainState(args.start_epoch, args.start_epoch * updates_per_epoch),
+        fresh=TrainState(args.start_epoch),
     )
-    panel, panel_masks = visualize.build_panel(dataset.dataset, fcmae, args, device)
+    state.updates = state.epoch * updates_per_epoch  # of this run's batches, whatever was before
+    draws = args.picture_freq and utils.is_main_process()
+    panel = visualize.build_panel(dataset.dataset, fcmae, args, device) if draws else None
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
@@ -99,9 +101,9 @@ def main(args: argparse.Namespace) -> None:
                     stepper.scaler,
                     keep=args.save_ckpt_num,
                 )
-            if args.picture_freq and (last or state.epoch % args.picture_freq == 0):
-                mean, std = datasets.build_mean_and_std(args)
-                pictures = visualize.reconstructions(fcmae, panel, panel_masks, mean, std)
+            if panel and (last or state.epoch % args.picture_freq == 0):
+                mean_and_std = datasets.build_mean_and_std(args)
+                pictures = visualize.reconstructions(fcmae, *panel, *mean_and_std)
                 reporter.picture("reconstructions", visualize.grid(pictures))
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")
 

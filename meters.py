@@ -19,11 +19,14 @@ class Means:
     """Means of named values, each image (or update) counting once, over all ranks.
 
     names: fixed at the start, so that a rank without a single image still takes part.
-    A value that is not finite counts as not seen: the update that held it was skipped.
+    skip_nonfinite: a value that is not finite counts as not seen, as the update that held it was
+        skipped; else it makes the mean what it is itself.
     """
 
-    def __init__(self, names: Iterable[str], device: torch.device | str) -> None:
-        self.names = list(names)
+    def __init__(
+        self, names: Iterable[str], device: torch.device | str, skip_nonfinite: bool = True
+    ) -> None:
+        self.names, self.skip_nonfinite = list(names), skip_nonfinite
         kind = torch.device(device).type
         wide = torch.float32 if kind == "mps" else torch.float64  # MPS has no float64
         self.recent = torch.zeros(2, len(self.names), dtype=wide, device=device)
@@ -35,7 +38,7 @@ class Means:
         for name, value in values.items():
             i = self.names.index(name)
             value = value.to(self.recent.dtype)
-            seen = torch.isfinite(value)
+            seen = torch.isfinite(value) | (not self.skip_nonfinite)
             self.recent[0, i] += torch.where(seen, value, 0.0) * n
             self.recent[1, i] += seen * n
 

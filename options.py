@@ -100,10 +100,11 @@ def visualize_parser() -> argparse.ArgumentParser:
     parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False, formatter_class=_Help)
     parser.description = "Draw what a pre-trained model imagines behind the mask."
     add_args(parser, "pictures")
+    add_args(parser, "model", only=("--model",))
     add_args(parser, "data", only=("--data_set", "--data_path"))
     add_args(parser, "evaluation and moving average", only=("--eval_data_path",))
     add_args(parser, "run", only=("--device", "--seed"))
-    parser.set_defaults(data_set=None, data_path=None)
+    parser.set_defaults(model=None, data_set=None, data_path=None)
     return parser
 
 
@@ -175,7 +176,7 @@ def finalize(args: argparse.Namespace) -> FrozenNamespace:
         new["warmup_epochs"] = min(40.0 if "mask_ratio" in new else 20.0, new["epochs"] / 5)
     if new.get("job_dir") == "":
         new["job_dir"] = "./runs/%j"
-    if "mask_ratio" in new and new["opt_betas"] is None and new["opt"] == "adamw":
+    if "mask_ratio" in new and new["opt_betas"] is None and new["opt"].lower() == "adamw":
         new["opt_betas"] = (0.9, 0.95)
     if new["use_amp"] is False and new["amp"] is None:
         new["amp"] = "none"
@@ -252,6 +253,16 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("model_ema_eval", "model_ema_force_cpu"):
         if getattr(args, name) and not args.model_ema:
             yield f"--{name} true needs --model_ema true; give both or neither"
+    if args.disable_eval and args.model_ema_eval:
+        yield "--disable_eval true leaves --model_ema_eval nothing to do; drop one"
+    if args.eval_data_path and args.data_set in (
+        "IMNET",
+        "CIFAR10",
+        "CIFAR",
+        "DIGITS",
+        "SYNTHETIC",
+    ):
+        yield f"--eval_data_path: --data_set {args.data_set} has its own; use image_folder"
     if args.eval and args.disable_eval:
         yield "--eval true and --disable_eval true leave nothing to do; drop one"
     source = args.resume or args.finetune or (args.auto_resume and args.output_dir)

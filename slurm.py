@@ -60,6 +60,7 @@ def submit(module: str, args: Any) -> Any:
         "nodes": args.nodes,
         "tasks_per_node": args.ngpus,
         "gpus_per_node": args.ngpus,
+        "cpus_per_task": max(1, args.num_workers),
         "timeout_min": args.timeout,
         "slurm_signal_delay_s": SIGNAL_DELAY_S,
     }

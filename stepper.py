@@ -29,7 +29,7 @@ def choose_amp(amp: str | None, use_amp: bool | None, device: torch.device) -> s
     `use_amp` true takes bf16, and fp16 on a GPU that has no bf16.
     """
     on_cuda = device.type == "cuda"
-    has_bf16 = not on_cuda or torch.cuda.is_bf16_supported()
+    has_bf16 = not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     if amp == "bf16" and not has_bf16:
         raise UserError("--amp bf16: this GPU has no bf16; use --amp fp16")
     if amp is not None:

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,13 @@ def find_device(name: str = "auto") -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps") from error
-    if not available.get(device.type, True):
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", *available) or (number and not (kind == "cuda" and number.isdigit())):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    here = available.get(kind, True) and int(number or 0) < max(torch.cuda.device_count(), 1)
+    if not here:
         raise UserError(f"--device {name}: no such device here; use --device auto or cpu")
-    return device
+    return torch.device(name)
 
 
 def _launcher_environment(dist_on_itp: bool, local_rank: int) -> tuple[int, int, int] | None:
@@ -113,11 +114,19 @@ def init_distributed_mode(
         )
     if found is not None:
         rank, size, local = found
+        if ":" in device and size > 1:
+            raise UserError(f"--device {device}: each process takes its own GPU; use --device cuda")
+        if place.type == "mps" and size > 1:
+            raise UserError("--device mps: MPS has no process group; use --device cpu")
         if place.type == "cuda":
             place = torch.device("cuda", local % torch.cuda.device_count())
             torch.cuda.set_device(place)
         backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=size)
+        # Longer than the default for nccl: ranks may wait for a download or an evaluation.
+        patience = timedelta(hours=1)
+        dist.init_process_group(
+            backend, init_method=dist_url, rank=rank, world_size=size, timeout=patience
+        )
     _set_up_logging()
     return place
 
@@ -152,6 +161,14 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value of plain type, on every rank; every rank must call it."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def barrier() -> None:
@@ -237,15 +254,16 @@ class TrainState:
         return better
 
 
-def prepare_output_dir(path: str, args_yaml: str) -> Path | None:
-    """Make the folder and write args.yaml, which --config takes back; '' means no folder at all."""
+def prepare_output_dir(path: str) -> Path | None:
+    """Make the folder and check that files can be written there; '' means no folder at all."""
     if not path:
         return None
     folder = Path(path)
     if is_main_process():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(args_yaml, folder / "args.yaml")
+            write_atomically("", folder / ".writable")
+            (folder / ".writable").unlink()
         except OSError as error:
             raise UserError(
                 f"--output_dir {path}: cannot write there ({error.strerror}); "
@@ -298,7 +316,32 @@ def save_model(
             write_atomically(content, path)
     if numbered:
         for old in numbered_checkpoints(folder)[keep:]:
-            old.unlink()
+            if old != newest:
+                old.unlink()
+
+
+def _choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> str:
+    """The file to go on from, '' for none; only the main process looks."""
+    if not is_main_process():
+        return ""
+    paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
+    if paths and not auto_resume:
+        raise UserError(
+            f"--auto_resume false, but {folder} holds {paths[0].name}: a new run would mix with "
+            "that one; choose another --output_dir or move its files away"
+        )
+    for path in paths:
+        try:
+            read_checkpoint(path)
+            return str(path)
+        except UserError as error:
+            get_logger().warning("%s; trying the one before", error)
+    if paths and not resume:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; "
+            "choose another --output_dir, or move them away to start anew"
+        )
+    return resume
 
 
 def auto_load_model(
@@ -314,22 +357,14 @@ def auto_load_model(
 ) -> TrainState:
     """Continue a run: from the newest readable checkpoint of `folder`, else from `resume`.
 
-    A damaged newest file is passed over with a warning. Without any checkpoint the state is
-    `fresh`. `resume` is where a run starts: what the run has since saved itself wins.
+    A damaged newest file is passed over with a warning; if none can be read that is an error.
+    Without any checkpoint the state is `fresh`. `resume` is where a run starts: what the run has
+    since saved itself wins.
     """
-    log = get_logger()
-    paths = numbered_checkpoints(folder) if auto_resume and folder and folder.is_dir() else []
-    checkpoint, source = None, ""
-    for path in paths:
-        try:
-            checkpoint, source = read_checkpoint(path), str(path)
-            break
-        except UserError as error:
-            log.warning("%s; trying the one before", error)
-    if checkpoint is None and resume:
-        checkpoint, source = read_checkpoint(resume), resume
-    if checkpoint is None:
+    source = broadcast(_choose_checkpoint(folder, resume, auto_resume))  # one choice for all ranks
+    if not source:
         return fresh or TrainState()
+    log, checkpoint = get_logger(), read_checkpoint(source)
     absent = [key for key in ("model", "optimizer", "state") if key not in checkpoint]
     if absent:
         raise UserError(

@@ -39,7 +39,7 @@ def reconstructions(
     """
     was_training = model.training
     model.eval()
-    pred = model(images, mask)[1]
+    pred = model(images, mask, int((mask[0] == 0).sum()))[1]
     model.train(was_training)
     patches = model.patchify(images)  # (N, L, p*p*C)
     imagined = pred.flatten(2).transpose(1, 2).to(patches.dtype)
@@ -74,8 +74,11 @@ def write_png(picture: Tensor, path: Path) -> None:
     from torchvision.io import encode_png
 
     data = encode_png((picture * 255).round().to(torch.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(bytes(data.numpy()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(data.numpy()))
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another place") from error
 
 
 def build_panel(
@@ -103,6 +106,12 @@ def main(args: argparse.Namespace) -> None:
     if not isinstance(checkpoint, dict) or "mask_ratio" not in checkpoint.get("args", {}):
         raise UserError(f"{args.checkpoint}: expected a checkpoint that main_pretrain.py wrote")
     given = {key: value for key, value in vars(args).items() if value is not None}
+    for key in ("model", "data_set"):  # a file must not choose what code is imported
+        named = checkpoint["args"].get(key, "")
+        if ":" in named and key not in given:
+            raise UserError(
+                f"{args.checkpoint} names code, {named}; to run it give --{key} {named}"
+            )
     trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given)
     model = build_fcmae(trained)
     load_weights(model, checkpoint["model"], args.checkpoint)

@@ -273,8 +273,11 @@ def describe(args: argparse.Namespace) -> list[str]:
 
 def commit() -> str:
     """Of this repository, with a note where tracked files differ; empty without git."""
-    git = f"git --no-optional-locks -C '{ROOT}' describe --always --dirty --exclude='*'"
-    return subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -63,12 +63,11 @@ def build_fcmae(args: Any) -> nn.Module:
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
     """The classifier that the flags describe."""
-    scale = args.head_init_scale
     return create_model(
         args.model.removeprefix(_PREFIX),
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
         drop_path_rate=args.drop_path,
         num_classes=num_classes,
-        head_init_scale=(0.001 if args.finetune else 1.0) if scale is None else scale,
+        head_init_scale=args.head_init_scale,
     )

@@ -16,6 +16,7 @@ from checkpoint import load_weights, read_checkpoint
 from errors import UserError
 from utils import get_logger
 
+MODEL_KEY = "model|module"
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # what pre-training has beside `encoder.`
 
@@ -48,7 +49,7 @@ def _unwrap(name: str) -> str:
 
 
 def pick_weights(
-    checkpoint: Any, source: str, model_key: str = "model|module", model_prefix: str = ""
+    checkpoint: Any, source: str, model_key: str = MODEL_KEY, model_prefix: str = ""
 ) -> dict[str, Tensor]:
     """The state dict in a checkpoint: under the first of the keys that it has, or itself.
 
@@ -56,7 +57,8 @@ def pick_weights(
     """
     holds = checkpoint if isinstance(checkpoint, dict) else {}
     keys = [key for key in model_key.split("|") if key in holds]
-    state = checkpoint[keys[0]] if keys else checkpoint
+    named = checkpoint[keys[0]] if keys else None  # a bare state dict has no keys to ask for
+    state = checkpoint if not keys and model_key == MODEL_KEY else named
     tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
     if not tensors or not state:
         held = list(holds)[:5] or type(checkpoint).__name__
@@ -79,7 +81,7 @@ def pick_weights(
 def load_pretrained(
     model: nn.Module,
     path: str,
-    model_key: str = "model|module",
+    model_key: str = MODEL_KEY,
     model_prefix: str = "",
     allow_missing: Iterable[str] = ("norm.", "head."),
 ) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.layers import (
     GRN,
     DropPath,
@@ -70,7 +71,7 @@ class ConvNeXtV2(nn.Module):
     ) -> None:
         super().__init__()
         if stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride {stem_stride}: expected 1, 2 or 4")
+            raise UserError(f"stem_stride {stem_stride}: expected 1, 2 or 4")
         self.depths = tuple(depths)
         self.in_chans = in_chans
         self.num_features = dims[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.convnextv2 import Block, ConvNeXtV2
 from models.layers import PatchConv
 from models.sparse import PatchGrid
@@ -18,10 +19,10 @@ from models.sparse import PatchGrid
 def visible_patches(num_patches: int, mask_ratio: float) -> int:
     """How many of `num_patches` stay visible: 19 of 49 at 0.6, 10 of 100 at 0.9."""
     if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio {mask_ratio}: expected a number between 0 and 1")
+        raise UserError(f"mask_ratio {mask_ratio}: expected a number between 0 and 1")
     visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
     if not 1 <= visible < num_patches:
-        raise ValueError(
+        raise UserError(
             f"mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches visible; "
             "expected at least 1 visible and 1 removed"
         )
@@ -59,7 +60,7 @@ class FCMAE(nn.Module):
         stride = encoder.total_stride
         self.patch_size = patch_size or stride
         if self.patch_size % stride:
-            raise ValueError(f"patch_size {patch_size}: expected a multiple of {stride}")
+            raise UserError(f"patch_size {patch_size}: expected a multiple of {stride}")
         self.in_chans = encoder.in_chans
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
@@ -78,7 +79,7 @@ class FCMAE(nn.Module):
         p = self.patch_size
         if height % p or width % p:
             near = max(height // p, 1) * p, max(width // p, 1) * p
-            raise ValueError(
+            raise UserError(
                 f"image of {height} x {width} pixels is not a whole number of {p} x {p} "
                 f"patches; try {near[0]} x {near[1]}"
             )
@@ -98,7 +99,7 @@ class FCMAE(nn.Module):
         p = self.patch_size
         h, w = size or (round(length**0.5),) * 2
         if h * w != length:
-            raise ValueError(f"{length} patches do not fill {h} x {w}; pass size=(h, w)")
+            raise UserError(f"{length} patches do not fill {h} x {w}; pass size=(h, w)")
         cells = patches.reshape(n, h, w, p, p, dim // p**2).permute(0, 5, 1, 3, 2, 4)
         return cells.reshape(n, -1, h * p, w * p)
 

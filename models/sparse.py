@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from errors import UserError
 from models.layers import in_autocast_dtype
 
 
@@ -34,7 +35,7 @@ class PatchGrid:
             counts = (mask == 0).sum(1)
             low, high = int(counts.min()), int(counts.max())
             if low != high or low == 0:
-                raise ValueError(
+                raise UserError(
                     f"mask leaves between {low} and {high} patches visible; "
                     "expected the same number, at least 1, in every image"
                 )

@@ -164,7 +164,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
     own = folder / f"run-{rank}"
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    utils.prepare_output_dir(str(own), "epochs: 1\n")
+    utils.prepare_output_dir(str(own))
     state = TrainState(epoch=1, updates=1)
     utils.save_model(own, state, model, optimizer, {"epochs": 1}, improved=["best"])
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)

@@ -238,6 +238,7 @@ def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
         assert [type(hook).__name__ for hook in reporter.hooks] == expected
     place = "tensorboard" if folder else "tb"
     expected_files = {place} if "TensorboardHook" in expected else set()
+    expected_files |= {"args.yaml"} if folder else set()
     assert {path.name for path in tmp_path.iterdir()} == expected_files
 
 

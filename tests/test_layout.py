@@ -75,7 +75,7 @@ ALLOWED = {
     **dict.fromkeys(L1 - {"datasets"}, L0),  # so optim_factory asks the model, and imports none
     "datasets": L0 | {"data_pipeline"},
     **dict.fromkeys(SCRIPTS, L0 | MODELS | L1 | FLAGS),
-    "hooks": L0 | MODELS | L1 | {"visualize"},
+    "hooks": L0 | MODELS | L1 | {"visualize", "options"},
     "engine_pretrain": BELOW_ENGINES,
     "engine_finetune": BELOW_ENGINES,
     "main_pretrain": BELOW_ENGINES | FLAGS | {"engine_pretrain", "slurm"},

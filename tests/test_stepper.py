@@ -304,12 +304,12 @@ def test_gradients_are_scaled_for_fp16_alone(amp, enabled):
 def test_precision_is_as_asked_for_else_as_the_device_has_it(
     amp, use_amp, place, has_bf16, expected, monkeypatch
 ):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
     assert choose_amp(amp, use_amp, torch.device(place)) == expected
 
 
 def test_bf16_on_a_card_without_it_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     with pytest.raises(UserError, match="--amp bf16.*use --amp fp16"):
         choose_amp("bf16", None, torch.device("cuda"))
 

@@ -180,7 +180,12 @@ def test_local_rank_flag_serves_launchers_that_do_not_set_it(clean, flag, local)
     assert clean["LOCAL_RANK"] == str(local)
 
 
-SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "31337"}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "31337",
+}
 
 
 def test_srun_is_understood(clean):
@@ -320,18 +325,18 @@ def test_accuracy_that_is_not_a_number_is_no_best():
 def test_no_output_dir_is_no_folder(tmp_path, monkeypatch):
     """The official '' was the current folder, whose checkpoints were then resumed."""
     monkeypatch.chdir(tmp_path)
-    assert utils.prepare_output_dir("", "epochs: 1\n") is None
+    assert utils.prepare_output_dir("") is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_dir_is_made_with_its_parents_and_args(tmp_path):
-    for text in ("epochs: 1\n", "epochs: 2\n"):
-        folder = utils.prepare_output_dir(str(tmp_path / "a" / "b"), text)
-        assert [path.name for path in folder.iterdir()] == ["args.yaml"]
-        assert (folder / "args.yaml").read_text() == text
+def test_output_dir_is_made_with_its_parents_and_left_as_it_was(tmp_path):
+    for _ in range(2):
+        folder = utils.prepare_output_dir(str(tmp_path / "a" / "b"))
+        assert [path.name for path in folder.iterdir() if path.name != "kept"] == []
+        (folder / "kept").write_text("")
 
 
 def test_output_dir_that_cannot_be_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir .*file.*: cannot write there"):
-        utils.prepare_output_dir(str(tmp_path / "file" / "run"), "")
+        utils.prepare_output_dir(str(tmp_path / "file" / "run"))

@@ -1,0 +1,156 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What an epoch does, seen through the mains' own wiring.  pytest tests/test_engines.py"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import engine_finetune
+import engine_pretrain
+import main_finetune
+import main_pretrain
+import options
+from utils import TrainState
+
+COMMON = (
+    "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "
+    "--warmup_epochs 0"
+)
+PRETRAIN = f"--model tests.tiny:fcmae --data_set tests.tiny:colours {COMMON}"
+FINETUNE = f"--model tests.tiny:classifier --data_set tests.tiny:colours {COMMON} --aa none"
+
+
+def pretrain(words: str) -> None:
+    main_pretrain.main(
+        options.parse(main_pretrain.get_args_parser(), f"{PRETRAIN} {words}".split())
+    )
+
+
+def finetune(words: str) -> None:
+    main_finetune.main(
+        options.parse(main_finetune.get_args_parser(), f"{FINETUNE} {words}".split())
+    )
+
+
+class Watched:
+    """Notes what the loss function of an engine was given."""
+
+    def __init__(self, monkeypatch, owner, name: str) -> None:
+        self.calls: list[tuple] = []
+        real = getattr(owner, name)
+
+        def noting(*args, **kwargs):
+            self.calls.append(args)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noting)
+
+
+def test_images_come_in_another_order_every_epoch_of_a_single_process(monkeypatch):
+    """set_epoch was only called with more than one process: the same shuffle again and again."""
+    seen = Watched(monkeypatch, engine_pretrain.utils, "hash_noise")
+    pretrain("--epochs 2 --picture_freq 0")
+    first, second = ([call[2].tolist() for call in seen.calls[i : i + 4]] for i in (0, 4))
+    assert [call[1] for call in seen.calls[:8]] == [0] * 4 + [1] * 4  # epochs, of masks too
+    assert first != second
+    assert len({i for batch in first for i in batch}) == 24  # of 26: whole batches, none twice
+
+
+def test_masks_differ_between_epochs_and_keep_the_ratio(monkeypatch):
+    masks = []
+    real = engine_pretrain.random_mask
+    monkeypatch.setattr(
+        engine_pretrain, "random_mask", lambda *a: masks.append(real(*a)) or masks[-1]
+    )
+    pretrain("--epochs 2 --mask_ratio 0.5")
+    assert all((mask.sum(1) == 2).all() for mask in masks)
+    assert not torch.equal(torch.cat(masks[:4]), torch.cat(masks[4:]))
+
+
+@pytest.mark.parametrize(
+    ("words", "largest"),
+    [("--smoothing 0.3 --mixup 0", None), ("--smoothing 0 --mixup 0.8", 1.0)],
+)
+def test_mixup_gives_soft_labels_and_smoothing_acts_without_it(monkeypatch, words, largest):
+    seen = Watched(monkeypatch, torch.nn.functional, "cross_entropy")
+    smoothings = []
+    real = torch.nn.CrossEntropyLoss.__init__
+
+    def noting(self, *args, label_smoothing: float = 0.0, **kwargs) -> None:
+        smoothings.append(label_smoothing)
+        real(self, *args, label_smoothing=label_smoothing, **kwargs)
+
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "__init__", noting)
+    finetune(f"--epochs 1 --disable_eval {words}")
+    targets = seen.calls[0][1]
+    if largest is None:
+        assert smoothings == [0.3]
+        assert targets.shape == (6,)
+    else:
+        assert smoothings == [0.0]
+        assert targets.shape == (6, 3)
+        assert torch.allclose(targets.sum(1), torch.ones(6))
+        assert 0 < targets.max() <= largest
+
+
+def test_average_does_not_move_when_an_update_was_skipped(monkeypatch):
+    """The official average followed steps that the scaler had left out."""
+    averaged = []
+    build = main_finetune.build_ema
+
+    def watching(args, model):
+        ema = build(args, model)
+        update = ema.update
+        ema.update = lambda model, step: averaged.append(step) or update(model, step)
+        return ema
+
+    monkeypatch.setattr(main_finetune, "build_ema", watching)
+    finetune("--epochs 2 --model_ema --data_set tests.tiny:poisoned")
+    assert averaged == [1, 2, 3, 4, 5, 6]  # eight updates, two of them skipped
+
+
+def test_rate_and_decay_are_set_once_an_update_and_end_where_they_should(monkeypatch):
+    applied = []
+    real = engine_finetune.Schedule.apply
+    monkeypatch.setattr(
+        engine_finetune.Schedule,
+        "apply",
+        lambda self, update: applied.append((update, real(self, update))) or applied[-1][1],
+    )
+    finetune("--epochs 2 --update_freq 3 --min_lr 0.001 --disable_eval")
+    assert [update for update, _ in applied] == [0, 1, 2, 3]  # groups of 3 and 1, twice
+    assert applied[0][1] == pytest.approx(0.01)
+    assert applied[-1][1] == pytest.approx(0.001)
+
+
+def test_evaluation_shows_a_loss_that_is_not_finite():
+    """Leaving such a batch out would report a good loss for a broken model."""
+
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :3] * float("nan")
+
+    batches = [(torch.ones(2, 3, 2, 2), torch.tensor([0, 1]), torch.tensor([0, 1]))]
+    stats = engine_finetune.evaluate(batches, Broken(), torch.device("cpu"), "none")
+    assert stats["loss"] != stats["loss"]
+
+
+def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
+    """With another batch size the schedule would otherwise be long over, or start anew."""
+    words = f"--epochs 4 --disable_eval --output_dir {tmp_path}"
+    finetune(words)
+    for name in ("checkpoint-2.pth", "checkpoint-3.pth"):
+        (tmp_path / name).unlink()
+    states: list[TrainState] = []
+    real = main_finetune.train_one_epoch
+    monkeypatch.setattr(
+        main_finetune,
+        "train_one_epoch",
+        lambda *a, **k: states.append(copy.copy(a[6])) or real(*a, **k),
+    )
+    finetune(f"{words} --batch_size 12")
+    assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]
