@@ -35,7 +35,8 @@ opt_eps=1e-6 momentum=0.8 weight_decay_end=0.2 color_jitter=0.4 aa=rand-m5 smoot
 train_interpolation=bilinear reprob=0.1 remode=const recount=2 resplit=false mixup=0.8 cutmix=1.0
 mixup_prob=0.5 mixup_switch_prob=0.3 mixup_mode=elem finetune=b.pt head_init_scale=0.01
 model_key=model model_prefix=encoder. nb_classes=10 eval_data_path=/val
-imagenet_default_mean_and_std=false data_set=image_folder eval=false dist_eval=false disable_eval=false
+imagenet_default_mean_and_std=false data_set=image_folder eval=false
+dist_eval=false disable_eval=false
 crop_pct=0.9 use_amp=true
 """,
 }
