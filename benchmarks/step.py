@@ -22,15 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import timm  # noqa: E402, the path comes first
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import stepper  # noqa: E402
-from benchmarks.dense_masked import DenseMasked, check_against_packed  # noqa: E402
-from models import create_model, fcmae_name  # noqa: E402
-from models.fcmae import random_mask, visible_patches  # noqa: E402
+import stepper
+from benchmarks.dense_masked import DenseMasked, check_against_packed
+from models import create_model, fcmae_name
+from models.fcmae import random_mask, visible_patches
 
 VARIANTS = {  # what a row is called
     "packed": "FCMAE, packed (ours)",

@@ -7,6 +7,8 @@ python -c "import torch; from models.sparse import PatchGrid; print(PatchGrid(to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,12 +73,12 @@ class _Pack(Function):
         return _cells(dense.contiguous(), h, w)[_places(ids, w)]
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, ids, *ctx.size = inputs
         ctx.save_for_backward(ids)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Unpack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
 
 
@@ -91,12 +93,12 @@ class _Unpack(Function):
         return dense
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, ids, *ctx.size = inputs
         ctx.save_for_backward(ids)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Pack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
 
 
@@ -127,12 +129,12 @@ class _Depthwise(Function):
         return y if ids is None else _Pack.apply(y, ids, h, w)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, _, ids, *ctx.size = inputs
         ctx.save_for_backward(x, weight, ids)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight, ids = ctx.saved_tensors
         if ids is not None:
             x, dy = (_Unpack.apply(t, ids, *ctx.size) for t in (x, dy))

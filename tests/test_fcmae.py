@@ -80,12 +80,12 @@ def reference_encoder(model, p, images, mask):
     """The dense network of the definition in ARCHITECTURE: zero, operate, zero."""
     n, _, height, width = images.shape
     grid = 1 - mask.reshape(n, *model.grid_size(height, width))
-    x = images
+    x, visible = images, None
     for stage, blocks in enumerate(model.encoder.stages):
         name = f"encoder.downsample_layers.{stage}"
         conv, ln = ("0", "1") if stage == 0 else ("1", "0")
         if stage:
-            x = norm(x, p, f"{name}.{ln}") * visible  # noqa: F821, set by the stage before
+            x = norm(x, p, f"{name}.{ln}") * visible
         weight = p[f"{name}.{conv}.weight"]
         x = F.conv2d(x, weight, p[f"{name}.{conv}.bias"], stride=weight.shape[-1])
         visible = upsample(grid, x.shape[-2:])
