@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Checkpoint files: written whole or not at all, read without running code, loaded strictly.
 
-python -c "import checkpoint as c; print(c.read_checkpoint('checkpoint-best.pth')['state'])"
+python -c "import checkpoint as c, pathlib; print(c.numbered_checkpoints(pathlib.Path('.')))"
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+
+GROUP_STATE = ("step", "lookahead_step", "k")  # what optimizers count in a group, not in a state
 
 
 def write_atomically(content: Any, path: Path) -> None:
@@ -136,8 +138,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -
     name = type(optimizer).__name__
     if saved.get("name", name) != name:
         raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
-    ours_now = ("lr", "lr_scale", "weight_decay", "decayed", "betas", "eps", "momentum", "fused")
-    options = [{k: g[k] for k in ours_now if k in g} for g in optimizer.param_groups]
+    kept = GROUP_STATE + ("params",)
+    options = [{k: v for k, v in g.items() if k not in kept} for g in optimizer.param_groups]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     if ours != theirs:

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """What to say when the input is bad, and names looked up so that a typo gets a hint.
 
-python -c "from errors import resolve; resolve('sgdd', {'sgd': 1}, 'optimizer')"
+python -c "from errors import resolve; print(resolve('math:sqrt', {}, 'function'))"
 """
 
 from __future__ import annotations

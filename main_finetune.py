@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
         auto_resume=args.auto_resume,
         fresh=TrainState(args.start_epoch),
     )
-    state.updates = state.epoch * updates_per_epoch  # of this run's batches, whatever was before
+    state.count_updates(updates_per_epoch)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:

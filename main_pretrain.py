@@ -76,9 +76,8 @@ def main(args: argparse.Namespace) -> None:
         auto_resume=args.auto_resume,
         fresh=TrainState(args.start_epoch),
     )
-    state.updates = state.epoch * updates_per_epoch  # of this run's batches, whatever was before
-    draws = args.picture_freq and utils.is_main_process()
-    panel = visualize.build_panel(dataset.dataset, fcmae, args, device) if draws else None
+    state.count_updates(updates_per_epoch)
+    panel = args.picture_freq and visualize.build_panel(dataset.dataset, fcmae, args, device)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
@@ -101,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
                     stepper.scaler,
                     keep=args.save_ckpt_num,
                 )
-            if panel and (last or state.epoch % args.picture_freq == 0):
+            drawn = panel and (last or state.epoch % args.picture_freq == 0)
+            if drawn and utils.is_main_process():
                 mean_and_std = datasets.build_mean_and_std(args)
                 pictures = visualize.reconstructions(fcmae, *panel, *mean_and_std)
                 reporter.picture("reconstructions", visualize.grid(pictures))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SIGNAL_DELAY_S = 120  # between the scheduler's signal and its kill
+CPUS_PER_TASK = 10  # for the loader's workers, as the official script has it
 JOB_NUMBER = "%j"
 
 
@@ -43,7 +44,8 @@ class Trainer:
         """What submitit queues after a preemption or a timeout: the same job again."""
         import submitit
 
-        return submitit.helpers.DelayedSubmission(Trainer(self.module, self.args))
+        again = type(self.args)(**vars(self.args) | {"auto_resume": True})
+        return submitit.helpers.DelayedSubmission(Trainer(self.module, again))
 
 
 def submit(module: str, args: Any) -> Any:
@@ -60,7 +62,7 @@ def submit(module: str, args: Any) -> Any:
         "nodes": args.nodes,
         "tasks_per_node": args.ngpus,
         "gpus_per_node": args.ngpus,
-        "cpus_per_task": max(1, args.num_workers),
+        "cpus_per_task": CPUS_PER_TASK,
         "timeout_min": args.timeout,
         "slurm_signal_delay_s": SIGNAL_DELAY_S,
     }

@@ -62,13 +62,16 @@ def find_device(name: str = "auto") -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", *available) or (number and not (kind == "cuda" and number.isdigit())):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", *available):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    here = available.get(kind, True) and int(number or 0) < max(torch.cuda.device_count(), 1)
-    if not here:
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not available.get(device.type, True) or (device.index or 0) >= count:
         raise UserError(f"--device {name}: no such device here; use --device auto or cpu")
-    return torch.device(name)
+    return device
 
 
 def _launcher_environment(dist_on_itp: bool, local_rank: int) -> tuple[int, int, int] | None:
@@ -246,6 +249,12 @@ class TrainState:
     bad_steps: int = 0  # updates skipped because something was not finite
     best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
 
+    def count_updates(self, updates_per_epoch: int) -> None:
+        """Count the epochs behind in updates of this run's size, whatever it was before."""
+        updates = self.epoch * updates_per_epoch
+        self.bad_steps = self.bad_steps * updates // max(self.updates, 1)
+        self.updates = updates
+
     def note_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
         """Remember the highest accuracy of each name; returns the names that have a new one."""
         given = {name: value for name, value in accuracies.items() if value is not None}
@@ -361,7 +370,13 @@ def auto_load_model(
     Without any checkpoint the state is `fresh`. `resume` is where a run starts: what the run has
     since saved itself wins.
     """
-    source = broadcast(_choose_checkpoint(folder, resume, auto_resume))  # one choice for all ranks
+    try:
+        found, problem = _choose_checkpoint(folder, resume, auto_resume), ""
+    except (UserError, OSError) as error:
+        found, problem = "", str(error)
+    source, problem = broadcast((found, problem))  # one choice, or one error, for all ranks
+    if problem:
+        raise UserError(problem)
     if not source:
         return fresh or TrainState()
     log, checkpoint = get_logger(), read_checkpoint(source)

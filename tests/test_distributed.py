@@ -28,6 +28,7 @@ import hooks
 import utils
 from data_pipeline import Augmented, Batches, EvalSampler, create_eval_transform, create_loader
 from engine_finetune import evaluate
+from errors import UserError
 from meters import Means
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
@@ -199,6 +200,18 @@ def ranks_resume(rank: int, folder: Path) -> dict:
     return {"state": (state.epoch, state.updates), "head": model.head.weight.detach()}
 
 
+def ranks_refuse(rank: int, folder: Path) -> str:
+    """An error that only rank 0 can see ends every rank, and leaves none waiting."""
+    (folder / "mixed").mkdir(exist_ok=True)
+    (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
+    utils.barrier()
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(UserError) as caught:
+        utils.auto_load_model(folder / "mixed", model, optimizer, auto_resume=False)
+    return str(caught.value)
+
+
 JOBS = [  # in this order
     ranks_see_no_warning,
     ranks_train,
@@ -208,6 +221,7 @@ JOBS = [  # in this order
     ranks_evaluate,
     ranks_write,
     ranks_resume,
+    ranks_refuse,
 ]
 
 
@@ -344,3 +358,7 @@ def test_all_ranks_resume_from_what_the_first_wrote(results):
         found = result["ranks_resume"]
         assert found["state"] == (1, 1)
         assert torch.equal(found["head"], toy().head.weight)
+
+
+def test_error_of_the_first_rank_is_that_of_all(results):
+    assert ["checkpoint-3.pth" in result["ranks_refuse"] for result in results] == [True, True]
