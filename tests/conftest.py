@@ -1,13 +1,24 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""One thread for toy sizes: beside other programs, torch's threads wait for each other."""
+"""One thread for toy sizes, since beside other programs torch's threads wait for each other."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from utils import get_logger
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What the toolkit logs, even if a test before this one set its logger up for a run."""
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    monkeypatch.setattr(get_logger(), "handlers", [])
+    caplog.set_level("INFO", logger="convnextv2")
+    return caplog
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

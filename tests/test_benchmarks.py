@@ -57,7 +57,10 @@ def test_the_check_before_timing_can_fail(name, monkeypatch):
 def test_mask_that_is_left_out_is_found(monkeypatch):
     """Without its mask GRN would sum over hidden cells, as it does in mmpretrain."""
     model, images, mask = toy()
-    everything = lambda visible, x: torch.ones_like(x[..., :1])  # noqa: E731
+
+    def everything(visible, x):
+        return torch.ones_like(x[..., :1])
+
     monkeypatch.setattr("benchmarks.dense_masked.stage_mask", everything)
     with pytest.raises(AssertionError, match="prediction"):
         assert_equal_to_packed(model, images, mask, 1e-6)
@@ -67,7 +70,10 @@ def test_bytes_saved_count_each_storage_once():
     """x is saved twice, as a whole and as a view; the parameter not at all: 8 float32."""
     x = torch.ones(8)
     model = torch.nn.Linear(1, 1)
-    loss = lambda: (model.weight[0, 0] * x).sum() + (model.weight[0, 0] * x[:4]).sum()  # noqa: E731
+
+    def loss():
+        return (model.weight[0, 0] * x).sum() + (model.weight[0, 0] * x[:4]).sum()
+
     assert step.saved_bytes(step.Variant("toy", model, None, loss)) == 32
 
 

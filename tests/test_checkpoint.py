@@ -26,16 +26,7 @@ from checkpoint import (
     write_atomically,
 )
 from errors import UserError
-from utils import TrainState, auto_load_model, get_logger, save_model
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What the toolkit logs, even if a test before this one set its logger up for a run."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    monkeypatch.setattr(get_logger(), "handlers", [])
-    caplog.set_level("INFO", logger="convnextv2")
-    return caplog
+from utils import TrainState, auto_load_model, save_model
 
 
 class Run:

@@ -25,16 +25,6 @@ from optim_factory import (
     get_parameter_groups,
     scale_lr,
 )
-from utils import get_logger
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What the toolkit logs, even if a test before this one set its logger up for a run."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    monkeypatch.setattr(get_logger(), "handlers", [])
-    caplog.set_level("INFO", logger="convnextv2")
-    return caplog
 
 
 def classifier(depths=(1, 1, 2, 1)) -> ConvNeXtV2:

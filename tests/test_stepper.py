@@ -13,19 +13,9 @@ from torch import nn
 
 from errors import TrainingStopped, UserError
 from stepper import Stepper, autocast, choose_amp
-from utils import get_logger
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What the toolkit logs, even if a test before this one set its logger up for a run."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    monkeypatch.setattr(get_logger(), "handlers", [])
-    caplog.set_level("INFO", logger="convnextv2")
-    return caplog
 
 
 class Product(nn.Module):
