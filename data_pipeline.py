@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""From a stored sample to a batch on the device: decoding, transforms, order, loader, normalising.
+"""From a stored sample to a batch on the host: decoding, transforms, order, loader.
 
 python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))"
 """
@@ -8,7 +8,6 @@ python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))
 from __future__ import annotations
 
 import struct
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -348,49 +347,3 @@ def create_loader(
         persistent_workers=num_workers > 0,
         collate_fn=collate,
     )
-
-
-class Batches:
-    """A loader's batches on `device`: images (N, C, H, W) float, normalised, channels_last.
-
-    uint8 images are 0..255, float ones 0..1. Raises the UserErrors that `Augmented` returned.
-    `wait_seconds` sums the time spent waiting for the loader.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        device: torch.device | str,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ):
-        self.loader, self.device = loader, torch.device(device)
-        mean_std = torch.tensor([mean, std], dtype=torch.float32, device=self.device)
-        self.mean, self.std = mean_std[:, None, :, None, None]  # (1, C, 1, 1) each
-        self.wait_seconds = 0.0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def set_epoch(self, epoch: int, seen: int = 0) -> None:
-        """`TrainSampler.set_epoch` of the loader's sampler."""
-        self.loader.sampler.set_epoch(epoch, seen)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        start, batches = time.perf_counter(), iter(self.loader)
-        while True:
-            batch = next(batches, None)
-            self.wait_seconds += time.perf_counter() - start
-            if batch is None:
-                return
-            if isinstance(batch, UserError):
-                raise batch
-            images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
-            yield self.normalise(images), labels, ids
-            start = time.perf_counter()
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 or float in 0..1 -> float32 with `mean` taken off, over `std`."""
-        x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
-        x = x if images.is_floating_point() else x / 255
-        return (x - self.mean) / self.std

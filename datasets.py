@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Data sets by name, and what the flags build of them; `data_pipeline` holds the steps in between.
+"""Data sets by name, and what the flags build of them; `data_pipeline` and `batches` do the rest.
 
 python -c "import datasets; print(list(datasets.DATASETS))"
 """
@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from batches import Batches
 from data_pipeline import (
     Augmented,
-    Batches,
     EvalSampler,
     TrainSampler,
     collate,

@@ -8,7 +8,6 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ import utils
 from datasets import Batches
 from hooks import Reporter
 from meters import Means, accuracy
-from optim_factory import Schedule
+from optim_factory import MovingAverage, Schedule
 from stepper import Stepper, autocast
 from utils import TrainState
 
@@ -34,7 +33,7 @@ def train_one_epoch(
     reporter: Reporter,
     seed: int,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    model_ema: Any = None,
+    model_ema: MovingAverage | None = None,
 ) -> dict[str, float]:
     """Train on every batch once; returns the epoch's means and its last learning rate.
 
@@ -65,11 +64,13 @@ def train_one_epoch(
         reporter.after_batch(len(images))
         if update:
             state.updates += 1
-            state.bad_steps += not update.taken
             means.update(1, grad_norm=update.grad_norm)
-            if model_ema is not None and update.taken:
-                model_ema.update(bare, step=state.updates - state.bad_steps)
-            reporter.after_update(lr)
+            if model_ema is not None:
+                taken_in_all = state.updates - state.bad_steps - stepper.skipped  # not read here
+                model_ema.update(bare, taken_in_all, update.taken)
+            if reporter.after_update(lr):  # a log line waits for the device as well
+                state.bad_steps += stepper.check()
+    state.bad_steps += stepper.check()
     return means.total() | {"lr": lr}
 
 

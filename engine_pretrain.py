@@ -53,7 +53,8 @@ def train_one_epoch(
         reporter.after_batch(len(images))
         if update:
             state.updates += 1
-            state.bad_steps += not update.taken
             means.update(1, grad_norm=update.grad_norm)
-            reporter.after_update(lr)
+            if reporter.after_update(lr):  # a log line waits for the device as well
+                state.bad_steps += stepper.check()
+    state.bad_steps += stepper.check()
     return means.total() | {"lr": lr}

@@ -26,6 +26,7 @@ from checkpoint import write_atomically
 from datasets import Batches
 from errors import UserError
 from meters import Means
+from models.tune import choices, only_torch
 from utils import TrainState
 
 Record = dict[str, float]
@@ -85,14 +86,14 @@ class Reporter:
         """A micro-batch of so many images went by."""
         self.images += images * utils.get_world_size()
 
-    def after_update(self, lr: float) -> None:
-        """An update is done; at a log line this reads the meters, on every rank."""
+    def after_update(self, lr: float) -> bool:
+        """An update is done; if this is a log line read the meters, on every rank: returns if."""
         for hook in self.hooks:
             hook.on_update(self.state)
         step = (self.state.updates - 1) % self.updates_per_epoch + 1
         if step % self.print_freq and step != self.updates_per_epoch:
-            return
-        record = self.means.read()  # the only host sync between log lines but the finite check
+            return False
+        record = self.means.read()
         now = time.perf_counter()
         window = max(now - self.since, 1e-9)
         done = self.state.updates - self.began_at
@@ -107,7 +108,10 @@ class Reporter:
         }
         for hook in self.hooks:
             hook.on_log(record, self.state)
+        if done <= self.print_freq:  # the first line, when every choice is made
+            utils.get_logger().info("kernels %s", choices.summary())
         self._restart_window()
+        return True
 
     def end_epoch(self, stats: Record) -> None:
         """Tell what log.txt gets for the epoch."""
@@ -306,7 +310,7 @@ def log_cost(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counter = FlopCounterMode(display=False)
     model.eval()
-    with torch.no_grad(), counter:
+    with torch.no_grad(), only_torch(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
     utils.get_logger().info(
         "%s: %.2fM parameters, %.3f GMAC an image forward",

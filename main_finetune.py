@@ -19,7 +19,9 @@ import models
 import options
 import utils
 from engine_finetune import evaluate, train_one_epoch
+from graphs import Graphed
 from models.convert import load_pretrained
+from models.tune import set_kernels
 from optim_factory import build_ema, build_optimizer, build_schedule, scale_lr
 from stepper import Stepper, choose_amp
 from utils import TrainState
@@ -35,6 +37,7 @@ def main(args: argparse.Namespace) -> None:
     )
     log = utils.get_logger()
     amp = choose_amp(args.amp, args.use_amp, device)
+    set_kernels(args.kernels, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     folder = utils.prepare_output_dir(args.output_dir)
@@ -68,7 +71,11 @@ def main(args: argparse.Namespace) -> None:
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
         bare.compile()
-    model = utils.wrap(bare, device)
+    called = bare
+    if args.cuda_graphs:
+        shape = (args.batch_size, args.in_chans, *args.input_size)
+        called = Graphed(bare, device, amp, [shape])
+    model = utils.wrap(called, device)
     stepper = Stepper(
         model, optimizer, device, amp, args.update_freq, args.clip_grad, args.max_bad_steps
     )

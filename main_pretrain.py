@@ -17,7 +17,9 @@ import options
 import utils
 import visualize
 from engine_pretrain import train_one_epoch
+from graphs import Graphed
 from models.fcmae import visible_patches
+from models.tune import set_kernels
 from optim_factory import build_optimizer, build_schedule, scale_lr
 from stepper import Stepper, choose_amp
 from utils import TrainState
@@ -33,6 +35,7 @@ def main(args: argparse.Namespace) -> None:
     )
     log = utils.get_logger()
     amp = choose_amp(args.amp, args.use_amp, device)
+    set_kernels(args.kernels, device)
     folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
@@ -61,7 +64,11 @@ def main(args: argparse.Namespace) -> None:
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
         fcmae.compile()
-    model = utils.wrap(fcmae, device)
+    called = fcmae
+    if args.cuda_graphs:
+        shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
+        called = Graphed(fcmae, device, amp, shapes, visible)
+    model = utils.wrap(called, device)
     stepper = Stepper(
         model, optimizer, device, amp, args.update_freq, args.clip_grad, args.max_bad_steps
     )

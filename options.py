@@ -215,6 +215,12 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--min_lr {args.min_lr} > --lr {args.lr}; lower --min_lr"
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
         yield f"--use_amp {args.use_amp} contradicts --amp {args.amp}; give only --amp"
+    if args.cuda_graphs and args.compile:
+        yield "--cuda_graphs true and --compile true exclude each other; drop one"
+    if args.cuda_graphs and args.update_freq > 1:
+        yield f"--cuda_graphs true cannot accumulate: --update_freq {args.update_freq}; drop one"
+    if args.cuda_graphs and "adahessian" in args.opt.lower():
+        yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     yield from _pretrain_problems(args) if "mask_ratio" in args else _finetune_problems(args)
 
 

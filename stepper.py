@@ -39,17 +39,18 @@ def choose_amp(amp: str | None, use_amp: bool | None, device: torch.device) -> s
     return "none"
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
+def autocast(device: torch.device, amp: str, cache: bool = True) -> torch.autocast:
     """The autocast context of a precision that `choose_amp` returned."""
-    return torch.autocast(device.type, dtype=DTYPES.get(amp), enabled=amp != "none")
+    dtype, enabled = DTYPES.get(amp), amp != "none"
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=cache)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a closed group: `taken` is False when a value was not finite."""
+    """What became of a closed group, on the device: who reads it waits for the device."""
 
-    taken: bool
-    grad_norm: Tensor  # before clipping, a scalar on the device
+    taken: Tensor  # bool; False when a loss or gradient was not finite
+    grad_norm: Tensor  # before clipping
 
 
 class Stepper:
@@ -63,6 +64,10 @@ class Stepper:
         with stepper.micro_batch():
             loss = ...                   # the mean over this micro-batch
         update = stepper.step(loss)      # None until the group closes
+        skipped = stepper.check()        # at log lines, and before a checkpoint
+
+    torch's fused optimizers skip a step by themselves, so that the host reads nothing between
+    `check`s. With any other it waits for each update, to know whether that was finite.
     """
 
     def __init__(
@@ -84,7 +89,14 @@ class Stepper:
         self.max_bad_steps = max_bad_steps
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.bad_in_a_row = 0
+        self.can_skip = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.skips_alone = False  # before its first step fused SGD would skip on to no momentum
+        if not self.can_skip:
+            name = type(optimizer).__name__
+            get_logger().info("%s cannot skip a step by itself: the host waits for each", name)
+        kind = {"dtype": torch.int64, "device": device}
+        self.skipped, self.longest = torch.zeros((), **kind), torch.zeros((), **kind)
+        self.bad_in_a_row = torch.zeros((), **kind)
 
     def begin_epoch(self, num_batches: int) -> None:
         """A new epoch of `num_batches` micro-batches; nothing is left over from the one before."""
@@ -123,31 +135,48 @@ class Stepper:
         limit = math.inf if self.clip_grad is None else self.clip_grad
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         loss_is_finite, norm_is_finite = self._agree(self.finite, torch.isfinite(norm))
-        taken = loss_is_finite and norm_is_finite
-        if taken:
-            self.scaler.step(self.optimizer)
+        taken = loss_is_finite & norm_is_finite
+        self._step_if(taken)
         # With a finite loss the scaler may only be looking for a scale that fp16 can hold.
-        counts = not (taken or (loss_is_finite and self.scaler.get_scale() > 1))
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        self._count(~taken, hopeless=~(loss_is_finite & (scale > 1)))
         self.scaler.update()
-        self._count(taken, counts)
         self._open_group()
         return Update(taken, norm.detach())
 
-    def _agree(self, *flags: Tensor) -> list[bool]:
-        """Each flag as it is on all ranks together; the one host sync of an update."""
+    def _agree(self, *flags: Tensor) -> tuple[Tensor, ...]:
+        """Each flag as it is on all ranks together."""
         verdict = torch.stack(flags).to(torch.int32)
         if get_world_size() > 1:
             dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return [bool(flag) for flag in verdict.tolist()]
+        return verdict.bool().unbind()
 
-    def _count(self, taken: bool, counts: bool) -> None:
-        if taken:
-            self.bad_in_a_row = 0
-            return
-        get_logger().warning("skipped an update: its loss or gradient is not finite")
-        self.bad_in_a_row += counts
-        if self.bad_in_a_row > self.max_bad_steps:
+    def _step_if(self, taken: Tensor) -> None:
+        """The optimizer step; the gradients are unscaled, so the scaler has no part in it."""
+        if self.skips_alone:
+            self.optimizer.found_inf = (~taken).float()
+            self.optimizer.step()
+            del self.optimizer.found_inf
+        elif taken:  # here the host waits
+            self.optimizer.step()
+            self.skips_alone = self.can_skip
+
+    def _count(self, bad: Tensor, hopeless: Tensor) -> None:
+        self.skipped += bad
+        self.bad_in_a_row = (self.bad_in_a_row + hopeless) * bad
+        self.longest = torch.maximum(self.longest, self.bad_in_a_row)
+
+    def check(self) -> int:
+        """Updates skipped since the last `check`; an error if too many were so in a row."""
+        skipped, in_a_row = torch.stack([self.skipped, self.longest]).tolist()
+        self.skipped.zero_()
+        self.longest.zero_()
+        if skipped:
+            what = "an update" if skipped == 1 else f"{skipped} updates"
+            get_logger().warning("skipped %s: loss or gradient is not finite", what)
+        if in_a_row > self.max_bad_steps:
             raise TrainingStopped(
-                f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not "
+                f"{in_a_row} updates in a row had a loss or gradient that is not "
                 "finite; lower --lr or --blr, set --clip_grad 1, or raise --max_bad_steps"
             )
+        return skipped

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from models.depthwise import depthwise
 from models.layers import (
     GRN,
     DropPath,
@@ -22,7 +23,7 @@ from models.layers import (
     init_weights,
     linear,
 )
-from models.sparse import PatchGrid, depthwise
+from models.sparse import PatchGrid
 
 
 class Block(nn.Module):
@@ -42,7 +43,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        y = self.norm(depthwise(x, self.dwconv, grid))
+        y = depthwise(x, self.dwconv, grid, self.norm)
         y = block_mlp(y, self.pwconv1, self.grn, self.pwconv2)
         return x + self.drop_path(y)
 

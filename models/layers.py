@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from models import ops
+
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # statistics in float32 under autocast, unlike (x-u)^2
 
 
@@ -33,20 +35,8 @@ class GRN(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        length = vector_length(x.flatten(1, -2)).unflatten(0, (-1, *[1] * (x.ndim - 2)))
-        scale = 1 + self.gamma * (length / (length.mean(-1, keepdim=True) + self.eps))
-        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
-
-
-def vector_length(x: Tensor) -> Tensor:
-    """(N, L, C) -> (N, C), the Euclidean length over L, in float32 or better.
-
-    Half precision would overflow or stagnate in the sum. Where the length is 0 so is its
-    gradient; that of a plain square root is infinite. On a CPU ten times faster than torch's norm.
-    """
-    energy = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
-    alive = energy > 0
-    return torch.where(alive, energy, 1.0).sqrt() * alive
+        y = ops.grn(x.flatten(1, -2), self.gamma.flatten(), self.beta.flatten(), self.eps)
+        return y.unflatten(1, x.shape[1:-1])
 
 
 class DropPath(nn.Module):
@@ -81,13 +71,13 @@ class PatchConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         k = self.kernel_size[0]
         if k == 1:
-            return F.linear(x, self.weight.flatten(1), self.bias)
+            return affine(x, self.weight.flatten(1), self.bias)
         *lead, height, width, dim = x.shape
         h, w = height // k, width // k
         x = x[..., : h * k, : w * k, :].reshape(*lead, h, k, w, k, dim)
         x = x.transpose(-4, -3).reshape(*lead, h, w, k * k * dim)  # (..., h, w, k*k*C)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, k*k*C)
-        return F.linear(x, weight, self.bias)
+        return affine(x, weight, self.bias)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -116,27 +106,48 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear`, with its products and those of its gradients in the form that is fastest."""
+    x, weight, bias = in_autocast_dtype(x, weight, bias)
+    if ops.exporting() or not ops.has_onednn(x):
+        return F.linear(x, weight, bias)
+    return _Affine.apply(x, weight, bias)
+
+
+class _Affine(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            return ops.plain_gradients(F.linear, (x, weight, bias), dy)
+        dx = ops.product(dy, weight.mT) if ctx.needs_input_grad[0] else None
+        dy = dy.flatten(0, -2)
+        return dx, ops.gram(dy, x.flatten(0, -2)), dy.sum(0)
+
+
 def block_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
     """`fc2(grn(gelu(fc1(x))))` on (N, ..., C) in one piece, with a backward of its own.
 
     It saves x and fc1's output, one tensor of width 4C where plain autograd saves five, and
     never scales a wide tensor where the scale fits into the weights.
     """
-    args = in_autocast_dtype(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    y, w1, w2 = in_autocast_dtype(x, fc1.weight, fc2.weight)  # the vectors stay as they are
     gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
     with torch.autocast(x.device.type, enabled=False):
-        flat = args[0].flatten(1, -2)
-        y = _BlockMLP.apply(flat, *args[1:], gamma, beta, grn.eps)[0]
+        y = _BlockMLP.apply(y.flatten(1, -2), w1, fc1.bias, w2, fc2.bias, gamma, beta, grn.eps)[0]
     return y.unflatten(1, x.shape[1:-1])
 
 
 class _BlockMLP(Function):
-    """x (N, L, C), w1 (K, C), b1 (K), w2 (D, K), b2 (D), gamma (K), beta (K) -> y (N, L, D).
-
-    With a = gelu(x w1' + b1), G (N, K) the length of a over L and s = 1 + gamma G / mean(G):
-    y = (a s) w2' + (b2 + w2 beta). Where an image has more positions than the layer has
-    channels, s goes into the weights of the image, else into a.
-    """
+    """`ops.mlp` with its gradients; saves x and one wide tensor."""
 
     @staticmethod
     def forward(
@@ -149,64 +160,20 @@ class _BlockMLP(Function):
         beta: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        h = F.linear(x, w1, b1)
-        a = F.gelu(h)
-        length = vector_length(a)
-        scale = (1 + gamma * _relative(length, eps)[0]).to(a.dtype)[:, None]  # (N, 1, K)
-        bias = b2 + w2 @ beta.to(w2.dtype)
-        if x.shape[1] > w2.shape[0]:
-            y = torch.baddbmm(bias, a, (w2 * scale).transpose(1, 2))
-        else:
-            y = F.linear(a.mul_(scale), w2, bias)
-        return y, h, length
+        return ops.mlp(x, w1, b1, w2, b2, gamma, beta, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, w1, b1, w2, _, gamma, beta, ctx.eps = inputs
+        *tensors, ctx.eps = inputs
         _, h, length = output
         ctx.mark_non_differentiable(h, length)
-        ctx.save_for_backward(x, w1, b1, w2, gamma, beta, h, length)
+        ctx.set_materialize_grads(False)  # of h, zeros as wide as it
+        ctx.save_for_backward(*tensors, h, length)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _h: Tensor, _length: Tensor) -> tuple:
-        x, w1, b1, w2, gamma, beta, h, length = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative goes through h back to x
-            h = F.linear(x, w1, b1)
-            length = vector_length(F.gelu(h))
-        relative, mean = _relative(length, ctx.eps)
-        wide_scale = 1 + gamma * relative  # (N, K)
-        scale = wide_scale.to(dy.dtype)[:, None]
-        a = F.gelu(h)
-        db2 = dy.sum((0, 1))
-        if x.shape[1] > w2.shape[0]:
-            per_image = dy.transpose(1, 2) @ a  # (N, D, K)
-            dw2 = (per_image * scale).sum(0)
-            dscale = (per_image * w2).sum(1)
-            da = dy @ (w2 * scale)
-        else:
-            da = dy @ w2
-            dscale = (da * a).sum(1)
-            dw2 = dy.flatten(0, 1).mT @ (a * scale).flatten(0, 1)
-            da = da * scale
-        dw2 = dw2 + torch.outer(db2, beta.to(db2.dtype))
-        dbeta = db2 @ w2
-
-        dscale = dscale.to(relative.dtype)
-        drelative = dscale * gamma
-        spread = (drelative * length).sum(-1, keepdim=True) / (mean**2 * length.shape[-1])
-        dlength = drelative / mean - spread
-        alive = length > 0
-        direction = torch.where(alive, dlength / torch.where(alive, length, 1.0), 0.0)
-        da.addcmul_(a, direction.to(a.dtype)[:, None])  # nothing above needs da itself again
-
-        dh = torch.ops.aten.gelu_backward(da, h)
-        dx = dh @ w1
-        dw1 = dh.flatten(0, 1).mT @ x.flatten(0, 1)
-        dgamma = (dscale * relative).sum(0)
-        return dx, dw1, dh.sum((0, 1)), dw2, db2, dgamma, dbeta.to(beta.dtype), None
-
-
-def _relative(length: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(N, K) lengths -> each over the image's mean, and that mean (N, 1)."""
-    mean = length.mean(-1, keepdim=True) + eps
-    return length / mean, mean
+    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple:
+        *inputs, h, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            return ops.plain_gradients(ops.plain_mlp, (*inputs, ctx.eps), dy)
+        x, w1, _, w2, _, gamma, beta = inputs
+        return *ops.mlp_gradients(dy, x, w1, w2, gamma, beta, h, length, ctx.eps), None

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Visible patches packed side by side, and the one operation that must know where they lie.
+"""Visible patches packed side by side, and back in their places.
 
 python -c "import torch; from models.sparse import PatchGrid; print(PatchGrid(torch.eye(3)).ids)"
 """
@@ -10,12 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from errors import UserError
-from models.layers import in_autocast_dtype
 
 
 class PatchGrid:
@@ -44,14 +42,18 @@ class PatchGrid:
             visible = high
         order = mask.argsort(dim=1, stable=True)  # visible ones first, each kind row by row
         self.ids = order[:, :visible]  # (N, V)
+        packed = torch.arange(visible, dtype=torch.int32, device=mask.device)
+        slots = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
+        slots.scatter_(1, self.ids, packed.expand(len(mask), -1))
+        self.slots = slots.view(-1, *self.size)  # (N, h, w), where a patch is packed, -1 = removed
 
     def pack(self, dense: Tensor) -> Tensor:
         """(N, h*p, w*p, C) -> (N, V, p, p, C)"""
-        return _Pack.apply(dense, self.ids, *self.size)
+        return Pack.apply(dense, self.ids, *self.size)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(N, V, p, p, C) -> (N, h*p, w*p, C), zero where removed."""
-        return _Unpack.apply(packed, self.ids, *self.size)
+        return Unpack.apply(packed, self.ids, *self.size)
 
 
 def _cells(dense: Tensor, h: int, w: int) -> Tensor:
@@ -65,8 +67,8 @@ def _places(ids: Tensor, w: int) -> tuple[Tensor, Tensor, Tensor]:
     return image, torch.div(ids, w, rounding_mode="floor"), ids % w
 
 
-class _Pack(Function):
-    """Gather; its adjoint is `_Unpack`. Autograd's own would add up where nothing overlaps."""
+class Pack(Function):
+    """Gather; its adjoint is `Unpack`. Autograd's own would add up where nothing overlaps."""
 
     @staticmethod
     def forward(dense: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
@@ -79,11 +81,11 @@ class _Pack(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Unpack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
+        return Unpack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
 
 
-class _Unpack(Function):
-    """Scatter into zeros; its adjoint is `_Pack`."""
+class Unpack(Function):
+    """Scatter into zeros; its adjoint is `Pack`."""
 
     @staticmethod
     def forward(packed: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
@@ -99,76 +101,4 @@ class _Unpack(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Pack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
-
-
-def depthwise(x: Tensor, conv: nn.Conv2d, grid: PatchGrid | None) -> Tensor:
-    """Depthwise convolution of a dense or packed map, in the layout it came in.
-
-    Stride 1, odd square kernel, as many cells out as in. Removed patches count as zeros, as the
-    zero padding around the image does.
-    """
-    x, weight, bias = in_autocast_dtype(x, conv.weight, conv.bias)
-    with torch.autocast(x.device.type, enabled=False):
-        place = (None, 0, 0) if grid is None else (grid.ids, *grid.size)
-        return _Depthwise.apply(x, weight, bias, *place)
-
-
-class _Depthwise(Function):
-    """The convolution on a canvas of the whole image, which is made again for the backward.
-
-    So a packed map saves its visible cells alone.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor | None, h: int, w: int
-    ) -> Tensor:
-        dense = x if ids is None else _Unpack.apply(x, ids, h, w)
-        y = _convolve(dense, weight, bias)
-        return y if ids is None else _Pack.apply(y, ids, h, w)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ids, *ctx.size = inputs
-        ctx.save_for_backward(x, weight, ids)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, weight, ids = ctx.saved_tensors
-        if ids is not None:
-            x, dy = (_Unpack.apply(t, ids, *ctx.size) for t in (x, dy))
-        dx, dweight, dbias = _convolve_backward(dy, x, weight)
-        if ids is not None:
-            dx = _Pack.apply(dx, ids, *ctx.size)
-        return dx, dweight, dbias, None, None, None
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(N, H, W, C), weight (C, 1, k, k) -> (N, H, W, C)"""
-    pad, channels = weight.shape[-1] // 2, weight.shape[0]
-    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=channels)
-    return y.permute(0, 2, 3, 1)
-
-
-def _convolve_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_convolve` in x, weight and bias; the weight's has plain strides.
-
-    DDP's gradient buckets have plain strides too, and would copy any other every step.
-    """
-    dbias = dy.sum((0, 1, 2))
-    n, height, width, channels = x.shape
-    pad = weight.shape[-1] // 2
-    if x.device.type != "cpu":
-        rest = ([1, 1], [pad, pad], [1, 1], False, [0, 0], channels, [True, True, False])
-        x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)
-        return dx.permute(0, 2, 3, 1), dweight.contiguous(), dbias
-    # On a CPU torch's weight gradient takes most of the time. The same numbers come out of a
-    # forward convolution of each image's channel with its own gradient as the kernel.
-    dx = _convolve(dy, weight.flip(2, 3), None)
-    planes = x.new_zeros(n, channels, height + 2 * pad, width + 2 * pad)
-    planes[:, :, pad:-pad, pad:-pad] = x.permute(0, 3, 1, 2)
-    kernels = dy.permute(0, 3, 1, 2).reshape(n * channels, 1, height, width)
-    dweight = F.conv2d(planes.flatten(0, 1)[None], kernels, groups=n * channels)
-    return dx, dweight.reshape(n, *weight.shape).sum(0), dbias
+        return Pack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None

@@ -4,12 +4,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 
 from utils import get_logger
 
 torch.set_num_threads(1)
+CACHE = tempfile.TemporaryDirectory()  # of choices between kernels; the user's own stay his
+os.environ["XDG_CACHE_HOME"] = CACHE.name
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which must be set before a kernel is defined
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.depthwise import depthwise
 from models.layers import GRN, block_mlp, linear
-from models.sparse import depthwise
 
 
 def mlp_layers(dim):

@@ -17,9 +17,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import datasets
+from batches import Batches
 from data_pipeline import (
     Augmented,
-    Batches,
     EvalSampler,
     RandomErasing,
     TrainSampler,
@@ -378,6 +378,28 @@ def test_workers_do_not_change_tensors():
     for one, two in zip(*epochs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not torch.equal(epochs[0][0][2], epochs[0][4][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pin_mem", [False, True])
+def test_batches_on_a_gpu_are_those_on_the_cpu(pin_mem):
+    """Copied beside the work before them, none may be read too early or overwritten too soon."""
+    args = make_args(batch_size=100, pin_mem=pin_mem)
+    data, _ = datasets.build_dataset(True, args)
+    on_cpu, on_gpu = (
+        Batches(datasets.build_loader(data, True, args), place, *mean_and_std())
+        for place in ("cpu", "cuda")
+    )
+    for epoch in (0, 1):
+        on_cpu.set_epoch(epoch)
+        on_gpu.set_epoch(epoch)
+        work, sums = torch.randn(2000, 2000, device="cuda"), []
+        for images, labels, ids in on_gpu:
+            work = (work @ work).clamp(-1, 1)  # keeps the GPU behind the host
+            sums.append([part.double().sum() for part in (images.square(), labels, ids)])
+        expected = [[p.double().sum() for p in (x.square(), y, ids)] for x, y, ids in on_cpu]
+        got = torch.tensor(sums, dtype=torch.float64)
+        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
 def test_ranks_share_the_order_of_one_process():

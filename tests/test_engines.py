@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ import engine_pretrain
 import main_finetune
 import main_pretrain
 import options
+from errors import UserError
+from meters import Means
+from stepper import Stepper
 from utils import TrainState
 
 COMMON = (
@@ -97,7 +101,8 @@ def test_mixup_gives_soft_labels_and_smoothing_acts_without_it(monkeypatch, word
         assert 0 < targets.max() <= largest
 
 
-def test_average_does_not_move_when_an_update_was_skipped(monkeypatch):
+@pytest.mark.parametrize("print_freq", [1, 3, 100])
+def test_average_does_not_move_when_an_update_was_skipped(monkeypatch, print_freq):
     """The official average followed steps that the scaler had left out."""
     averaged = []
     build = main_finetune.build_ema
@@ -105,12 +110,27 @@ def test_average_does_not_move_when_an_update_was_skipped(monkeypatch):
     def watching(args, model):
         ema = build(args, model)
         update = ema.update
-        ema.update = lambda model, step: averaged.append(step) or update(model, step)
+
+        def noting(model, updates, taken):
+            averaged.append((updates.item(), taken.item()))
+            update(model, updates, taken)
+
+        ema.update = noting
         return ema
 
     monkeypatch.setattr(main_finetune, "build_ema", watching)
-    finetune("--epochs 2 --model_ema --data_set tests.tiny:poisoned")
-    assert averaged == [1, 2, 3, 4, 5, 6]  # eight updates, two of them skipped
+    finetune(f"--epochs 2 --model_ema --data_set tests.tiny:poisoned --print_freq {print_freq}")
+    assert [updates for updates, taken in averaged if taken] == [1, 2, 3, 4, 5, 6]
+    assert [taken for _, taken in averaged].count(False) == 2
+
+
+@pytest.mark.parametrize("print_freq", [1, 100])
+def test_checkpoint_knows_every_skipped_update(tmp_path, print_freq):
+    words = f"--epochs 2 --print_freq {print_freq} --output_dir {tmp_path}"
+    pretrain(f"{words} --data_set tests.tiny:poisoned --picture_freq 0")
+    for epoch in (0, 1):
+        state = torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["state"]
+        assert (state["updates"], state["bad_steps"]) == (4 * epoch + 4, epoch + 1)
 
 
 def test_rate_and_decay_are_set_once_an_update_and_end_where_they_should(monkeypatch):
@@ -154,3 +174,64 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
     )
     finetune(f"{words} --batch_size 12")
     assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]
+
+
+# --- CUDA -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [pretrain, finetune])
+def test_graphs_without_a_gpu_are_refused(run):
+    with pytest.raises(UserError, match="--cuda_graphs needs a CUDA device, this one is cpu"):
+        run("--cuda_graphs --epochs 1")
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """From the second epoch on it is an error to wait for the GPU, but where log lines read."""
+
+    def under(mode: str, owner, name: str, after: int = 0) -> None:
+        real, calls = getattr(owner, name), itertools.count()
+
+        def call(*args, **kwargs):
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode(mode if next(calls) >= after else before)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+        monkeypatch.setattr(owner, name, call)
+
+    under("error", main_pretrain, "train_one_epoch", after=1)
+    under("error", main_finetune, "train_one_epoch", after=1)
+    under("default", Means, "read")
+    under("default", Stepper, "check")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", ["", "--amp none", "--amp fp16", "--cuda_graphs"])
+@pytest.mark.parametrize(
+    ("run", "more"),
+    [
+        (pretrain, "--drop_path 0.2 --picture_freq 0"),
+        (finetune, "--drop_path 0.2 --model_ema --clip_grad 1"),
+        (finetune, "--mixup 0.8 --cutmix 1 --opt sgd"),
+    ],
+)
+def test_host_waits_for_the_gpu_at_log_lines_alone(no_waiting, run, more, words):
+    run(f"--epochs 3 --device cuda --print_freq 2 {more} {words}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("run", [pretrain, finetune])
+def test_graphs_change_no_number(tmp_path, run, drop_path):
+    """Twelve steps; with drop path the seed of each step must reach the graph."""
+    words = f"--epochs 3 --device cuda --amp none --opt sgd --drop_path {drop_path}"
+    weights = []
+    for more in ("", "--cuda_graphs"):
+        folder = tmp_path / f"run{more}"
+        run(f"{words} {more} --output_dir {folder}")
+        weights.append(torch.load(folder / "checkpoint-2.pth", weights_only=True)["model"])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)

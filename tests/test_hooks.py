@@ -16,7 +16,7 @@ import datasets
 import hooks
 import options
 import visualize
-from data_pipeline import Batches
+from batches import Batches
 from models import create_model
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE

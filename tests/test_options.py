@@ -283,6 +283,9 @@ def test_choices_are_refused_with_the_list(capsys):
         ("finetune", "--eval_data_path somewhere", ["--eval_data_path", "image_folder"]),
         ("finetune", "--eval", ["--eval", "--resume"]),
         ("finetune", "--input_size 16", ["--input_size", "at least 32", "--stem_stride"]),
+        ("pretrain", "--cuda_graphs --compile", ["--cuda_graphs", "--compile", "drop one"]),
+        ("finetune", "--cuda_graphs --update_freq 2", ["--cuda_graphs", "--update_freq 2"]),
+        ("finetune", "--cuda_graphs --opt adahessian", ["--cuda_graphs", "--opt adahessian"]),
     ],
 )
 def test_what_cannot_run_is_refused(capsys, kind, words, parts):

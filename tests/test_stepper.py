@@ -10,6 +10,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import TrainingStopped, UserError
 from stepper import Stepper, autocast, choose_amp
@@ -29,10 +31,10 @@ class Product(nn.Module):
         return (self.weight * x).sum()
 
 
-def product(lr: float = 1.0, weight: float = 1.0, momentum: float = 0.0, **options):
+def product(lr=1.0, weight=1.0, momentum=0.0, fused=False, **options):
     """A one-number model under SGD with its stepper, an epoch of a hundred micro-batches begun."""
     model = Product(weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=fused)
     stepper = Stepper(model, optimizer, CPU, **options)
     stepper.begin_epoch(100)
     return model, optimizer, stepper
@@ -169,10 +171,11 @@ def snapshot(model, optimizer):
     return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("fused", [False, True])  # decides the host, or the device
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_bad_loss_changes_neither_weights_nor_moments(bad, amp):
-    model, optimizer, stepper = product(lr=0.5, momentum=0.5, amp=amp)
+def test_bad_loss_changes_neither_weights_nor_moments(bad, amp, fused):
+    model, optimizer, stepper = product(lr=0.5, momentum=0.5, amp=amp, fused=fused)
     assert feed(model, stepper, 2).taken  # weight 0, momentum 2
     weights, moments = snapshot(model, optimizer)
     update = feed(model, stepper, bad)
@@ -184,6 +187,40 @@ def test_bad_loss_changes_neither_weights_nor_moments(bad, amp):
     assert feed(model, stepper, 1).taken  # momentum 0.5 * 2 + 1 = 2
     assert model.weight.item() == pytest.approx(-1)
     assert stepper.bad_in_a_row == 0
+
+
+def adamw(**options):
+    """`product` under fused AdamW, whose moments and step count are zero before the first step."""
+    model = Product()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    stepper = Stepper(model, optimizer, CPU, **options)
+    stepper.begin_epoch(100)
+    return model, optimizer, stepper
+
+
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_skipped_update_does_not_count_as_a_step_of_adamw(amp):
+    model, optimizer, stepper = adamw(amp=amp)
+    same, other, by_hand = adamw(amp=amp)
+    feed(model, stepper, 1, NAN, 2, NAN, NAN, 3)
+    feed(same, by_hand, 1, 2, 3)
+    assert torch.equal(model.weight, same.weight)
+    moments, expected = (list(o.state.values())[0] for o in (optimizer, other))
+    assert moments == expected
+    assert moments["step"] == 3
+    assert not hasattr(optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+def test_first_update_of_all_may_be_skipped(amp):
+    """fused SGD would make its momentum of what lay in memory."""
+    junk = [torch.full((1,), 7e8) for _ in range(100)]
+    model, _, stepper = product(momentum=0.5, fused=True, amp=amp)
+    del junk
+    assert not feed(model, stepper, NAN).taken
+    assert feed(model, stepper, 1).taken
+    assert feed(model, stepper, 1).taken
+    assert model.weight.item() == 1 - 1 - 1.5
 
 
 class BadGradient(torch.autograd.Function):
@@ -247,19 +284,82 @@ def test_run_stops_after_bad_updates_in_a_row(log):
     model, _, stepper = product(max_bad_steps=2)
     for x in (NAN, NAN, 1, NAN, NAN):  # never three in a row
         feed(model, stepper, x)
+        assert stepper.check() == (x != 1)
+    feed(model, stepper, NAN)
     with pytest.raises(
         TrainingStopped, match=r"3 updates in a row.*--clip_grad 1.*--max_bad_steps"
     ):
-        feed(model, stepper, NAN)
+        stepper.check()
     assert log.text.count("skipped an update") == 5
     assert model.weight.item() == 0  # the one good step
 
 
 def test_single_bad_update_stops_a_run_that_allows_none():
     model, _, stepper = product(max_bad_steps=0)
+    feed(model, stepper, NAN)
     with pytest.raises(TrainingStopped, match="1 updates in a row"):
-        feed(model, stepper, NAN)
+        stepper.check()
     assert model.weight.item() == 1
+
+
+def test_bad_updates_between_two_looks_are_not_missed(log):
+    """A log line comes every so many updates; what happened in between is kept on the device."""
+    model, _, stepper = product(max_bad_steps=2, fused=True)
+    feed(model, stepper, 1, NAN, NAN, 1, NAN)
+    assert stepper.check() == 3
+    assert "skipped 3 updates" in log.text
+    assert stepper.check() == 0
+    feed(model, stepper, NAN, NAN, 1, 1)  # with the one before the look it is three in a row
+    with pytest.raises(TrainingStopped, match="3 updates in a row"):
+        stepper.check()
+
+
+def test_updates_that_the_scaler_can_still_mend_do_not_stop_a_run():
+    """Seventeen halvings of 65536 give a scale below 1; only what is bad then counts."""
+    model, _, stepper = product(lr=1e-38, amp="fp16", max_bad_steps=1)
+    for x in [3e38] * 16:  # finite, but not times the scale
+        assert not feed(model, stepper, x).taken
+    assert stepper.check() == 16
+    assert stepper.scaler.get_scale() == 1
+
+
+class NoReading(TorchFunctionMode):
+    """Fails where the host reads a tensor, for which it would have to wait for a GPU."""
+
+    FORBIDDEN = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert getattr(func, "__name__", "") not in self.FORBIDDEN, func
+        return func(*args, **(kwargs or {}))
+
+
+class NoScalar(TorchDispatchMode):
+    """The same for what torch's own code reads."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_host_reads_nothing_between_two_looks(amp):
+    model, _, stepper = adamw(amp=amp, update_freq=2, clip_grad=1.0)
+    feed(model, stepper, 1, 2)  # the very first step may
+    with NoReading(), NoScalar():
+        updates = [feed(model, stepper, 1, x) for x in (2, NAN, 3)]
+    assert [update.taken.item() for update in updates] == [True, False, True]
+    with pytest.raises(AssertionError), NoReading():
+        stepper.check()
+    with pytest.raises(AssertionError), NoScalar():
+        bool(updates[0].taken)
+
+
+def test_optimizer_that_needs_the_host_is_named_once(log):
+    model, _, stepper = product()
+    feed(model, stepper, 1, 2)
+    assert log.text.count("SGD cannot skip a step by itself") == 1
+    adamw()
+    assert "AdamW" not in log.text
 
 
 # --- precision ------------------------------------------------------------------------------

@@ -1,0 +1,185 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Which of several equal computations runs: the fastest on this device, measured once and kept.
+
+python -c "from models import tune; print(tune.cache_file('cpu'))"
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import write_atomically
+from errors import UserError
+from utils import get_logger
+
+MODES = ("auto", "torch", "triton")
+GAIN = 0.9  # share of the first form's time that another must stay below to be taken
+ROUNDS = 5  # of which the shortest counts
+
+Forms = dict[str, Callable]  # name -> function; all equal, and torch's own comes first
+
+
+class Choices:
+    """The form taken for each operation and shape; one for the process, as `torch.backends`."""
+
+    def __init__(self) -> None:
+        self.mode = "auto"
+        self.taken: dict[Hashable, str] = {}
+        self.kept: dict[str, dict[str, str]] = {}  # device type -> what its file holds
+
+    def pick(
+        self, op: str, forms: Forms, key: tuple, like: Tensor, sample: Callable[[], tuple]
+    ) -> str:
+        """The name of the form to run for tensors as `like`; `sample()` is what to measure on."""
+        question = (op, like.device.type, like.dtype, key)
+        if question not in self.taken:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return next(iter(forms))  # nothing can be measured into a CUDA graph
+            self.taken[question] = self._decide(op, forms, key, like, sample)
+        return self.taken[question]
+
+    def _decide(
+        self, op: str, forms: Forms, key: tuple, like: Tensor, sample: Callable[[], tuple]
+    ) -> str:
+        names = list(forms)
+        if self.mode == "triton" and "triton" in names:
+            return "triton"
+        if not like.is_cuda:
+            names = [name for name in names if name != "triton"]  # interpreted it serves tests
+        if len(names) == 1 or self.mode != "auto":
+            return names[0]
+        kept = self._kept(like.device.type)
+        entry = " ".join([op, str(like.dtype).removeprefix("torch."), *map(str, key)])
+        if kept.get(entry) not in names:
+            seconds = {name: measure(forms[name], sample(), like.device) for name in names}
+            best = min(seconds, key=seconds.__getitem__)
+            kept[entry] = best if seconds[best] < GAIN * seconds[names[0]] else names[0]
+            self._keep(like.device.type)
+        return kept[entry]
+
+    def _kept(self, kind: str) -> dict[str, str]:
+        if kind not in self.kept:
+            try:
+                self.kept[kind] = dict(json.loads(cache_file(kind).read_text(encoding="utf-8")))
+            except (OSError, ValueError):  # absent, or not ours: it is measured and written anew
+                self.kept[kind] = {}
+        return self.kept[kind]
+
+    def _keep(self, kind: str) -> None:
+        path = cache_file(kind)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(json.dumps(self.kept[kind], indent=1, sort_keys=True), path)
+        except OSError as error:
+            get_logger().debug("kernels are measured in every run: %s: %s", path, error)
+
+    def summary(self) -> str:
+        """What runs, for the log: `depthwise triton 3, torch 1; product onednn 1`."""
+        counts: dict[str, dict[str, int]] = {}
+        for (op, *_), name in self.taken.items():
+            of_op = counts.setdefault(op, {})
+            of_op[name] = of_op.get(name, 0) + 1
+        texts = [
+            f"{op} {', '.join(f'{name} {count}' for name, count in sorted(of_op.items()))}"
+            for op, of_op in sorted(counts.items())
+        ]
+        return f"{self.mode}: {'; '.join(texts) or 'one form of everything'}"
+
+
+choices = Choices()
+
+
+def run(op: str, forms: Forms, key: tuple, *args: Any) -> Any:
+    """The operation on `args`, a tensor first, in the form that is fastest for its `key`.
+
+    key: what the speed depends on, apart from device and dtype. Under torch.compile the first
+    form runs: what the compiler sees is its to make fast.
+    """
+    if len(forms) == 1 or torch.compiler.is_compiling():
+        return next(iter(forms.values()))(*args)
+    return forms[choices.pick(op, forms, key, args[0], lambda: args)](*args)
+
+
+def set_kernels(mode: str, device: torch.device) -> None:
+    """auto: the fastest by measurement; torch: torch's own; triton: Triton's where there is one."""
+    if mode not in MODES:
+        raise UserError(f"--kernels {mode}: expected one of {', '.join(MODES)}")
+    if mode == "triton" and not runs_triton(device):
+        raise UserError(
+            f"--kernels triton: Triton does not run on this {device.type} device; use --kernels "
+            "auto, or set TRITON_INTERPRET=1 to run the kernels slowly without a GPU"
+        )
+    choices.mode = mode
+    choices.taken.clear()
+
+
+@contextmanager
+def only_torch() -> Iterator[None]:
+    """Within it torch's own forms run: for what counts or traces torch's operations."""
+    before = choices.mode, choices.taken
+    choices.mode, choices.taken = "torch", {}
+    try:
+        yield
+    finally:
+        choices.mode, choices.taken = before
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels can run there: on CUDA, or anywhere in its interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interpreted) and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.no_grad()
+def measure(form: Callable, args: tuple, device: torch.device) -> float:
+    """Seconds a call takes, at best, after one that compiles and warms up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        wait()
+        start = time.perf_counter()
+        form(*args)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def cache_file(kind: str) -> Path:
+    """Where choices for a type of device are kept: a file per device and versions."""
+    if kind == "cuda":
+        import triton
+
+        machine = f"{torch.cuda.get_device_name()} triton {triton.__version__}"
+    else:
+        machine = f"{kind} {_processor()} {torch.get_num_threads()} threads"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__}")
+    return Path(base) / "convnextv2" / f"{name}.json"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.machine()
+    fields = dict(re.findall(r"^(.*?)\s*: (.*)$", text, re.MULTILINE))
+    return " ".join(fields.get(key, "") for key in ("model name", "cpu family", "model"))
