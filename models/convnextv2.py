@@ -19,10 +19,10 @@ from models.layers import (
     DropPath,
     LayerNorm,
     PatchConv,
-    block_mlp,
     init_weights,
     linear,
 )
+from models.mlp import block_mlp
 from models.sparse import PatchGrid
 
 

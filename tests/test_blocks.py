@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.depthwise import depthwise
-from models.layers import GRN, block_mlp, linear
+from models.layers import GRN, linear
+from models.mlp import block_mlp
 
 
 def mlp_layers(dim):

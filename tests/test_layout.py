@@ -43,7 +43,8 @@ LIMITS = {  # lines at most
     "models/sparse.py": 150,
     "models/tune.py": 200,  # which of several equal computations runs
     "models/kernels.py": 400,
-    "models/ops.py": 300,  # products and the block's MLP, in several equal forms
+    "models/ops.py": 200,  # products in several equal forms; what own backward passes share
+    "models/mlp.py": 300,  # the block's MLP in one piece
     "models/depthwise.py": 300,  # the convolution that knows where patches lie, in several forms
     "models/convnextv2.py": 200,
     "models/fcmae.py": 250,
@@ -58,7 +59,7 @@ L0 = {"errors", "checkpoint", "utils"}
 FLAGS = {"flags", "options"}
 NETWORKS = {"models.convnextv2", "models.backbones", "models.heads"}
 BELOW_LAYERS = L0 | {"models.tune", "models.kernels", "models.ops"}
-BELOW_NETWORKS = BELOW_LAYERS | {"models.layers", "models.sparse", "models.depthwise"}
+BELOW_NETWORKS = BELOW_LAYERS | {"models.layers", "models.mlp", "models.sparse", "models.depthwise"}
 MODELS = BELOW_NETWORKS | NETWORKS | {"models.fcmae", "models.convert", "models"}
 L1 = {"losses", "meters", "stepper", "graphs", "optim_factory"}
 L1 |= {"data_pipeline", "batches", "datasets"}
@@ -78,6 +79,7 @@ ALLOWED = {
     "models.layers": BELOW_LAYERS,
     "models.sparse": {"errors"},
     "models.depthwise": BELOW_LAYERS | {"models.layers", "models.sparse"},
+    "models.mlp": BELOW_LAYERS | {"models.layers"},
     **dict.fromkeys(NETWORKS, BELOW_NETWORKS),
     "models.fcmae": BELOW_NETWORKS | NETWORKS,
     "models.convert": L0,
