@@ -8,6 +8,7 @@ python benchmarks/step.py --model convnextv2_tiny
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import platform
 import re
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 
 import stepper
 from benchmarks.dense_masked import DenseMasked, check_against_packed
-from models import create_model, fcmae_name
+from benchmarks.products import Products
+from models import create_model, fcmae_name, tune
 from models.fcmae import random_mask, visible_patches
 
 VARIANTS = {  # what a row is called
@@ -37,21 +39,32 @@ VARIANTS = {  # what a row is called
     "packed_compiled": "FCMAE, packed (ours), compiled",
     "masked": "FCMAE, dense-masked, eager",
     "masked_compiled": "FCMAE, dense-masked, compiled",
-    "dense": "supervised, ours, eager",
-    "dense_compiled": "supervised, ours, compiled",
-    "timm": "supervised, timm, eager channels_last",
-    "timm_compiled": "supervised, timm, compiled channels_last",
+    "dense": "fine-tune, ours, eager",
+    "dense_compiled": "fine-tune, ours, compiled",
+    "timm": "fine-tune, timm, eager channels_last",
+    "timm_compiled": "fine-tune, timm, compiled channels_last",
+    "infer": "inference, ours, eager",
+    "infer_compiled": "inference, ours, compiled",
+    "timminfer": "inference, timm, eager channels_last",
+    "timminfer_compiled": "inference, timm, compiled channels_last",
+    "products": "the matrix products of FCMAE, packed (ours), alone",
 }
-DEFAULT = [name for name in VARIANTS if name not in ("packed_compiled", "dense_compiled")]
+OURS_COMPILED = ("packed_compiled", "dense_compiled", "infer_compiled")
+DEFAULT = [name for name in VARIANTS if name not in OURS_COMPILED]
 RATIOS = (
     ("packed", "masked"),
     ("packed", "masked_compiled"),
     ("packed_compiled", "masked_compiled"),
+    ("packed", "dense"),
     ("dense", "timm"),
     ("dense", "timm_compiled"),
     ("dense_compiled", "timm_compiled"),
-    ("packed", "dense"),
+    ("infer", "timminfer"),
+    ("infer", "timminfer_compiled"),
+    ("infer_compiled", "timminfer_compiled"),
+    ("packed", "products"),
 )
+MEMORY_RATIOS = (("packed", "masked"), ("dense", "timm"))
 CLASSES = 1000
 
 
@@ -59,12 +72,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="convnextv2_tiny", help="one of the eight sizes")
     parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, help="for all; default 8 on CPU, 128 on CUDA")
+    parser.add_argument("--mask_ratio", type=float, default=0.6)
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        nargs="+",
+        help="each variant takes the fastest of these; default 4 8 16 on CPU, 64 128 256 on CUDA",
+    )
     parser.add_argument("--rounds", type=int, default=10, help="each times every variant once")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted")
     parser.add_argument("--steps", type=int, help="steps a timing; default 1 on CPU, 10 on CUDA")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default torch's own")
     parser.add_argument("--amp", choices=["none", "bf16"], help="default bf16 on CUDA, else none")
+    parser.add_argument("--kernels", choices=tune.MODES, default="auto", help="of ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help=f"comma separated, of {', '.join(VARIANTS)}")
     parser.add_argument("--no_compile", action="store_true", help="leave compiled variants out")
@@ -84,13 +104,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         names = [name for name in names if not name.endswith("_compiled")]
     if not names or args.rounds < 1:
         parser.error("nothing to measure: see --only, --no_compile and --rounds")
+    if "products" in names and "packed" not in names:
+        parser.error("--only products: they are those of packed; add it")
     args.only = [name for name in VARIANTS if name in names]
     args.device = torch.device(args.device)
     on_cuda = args.device.type == "cuda"
     args.model = args.model.removeprefix("fcmae_")
-    args.batch_size = args.batch_size or (128 if on_cuda else 8)
+    args.batch_size = args.batch_size or ([64, 128, 256] if on_cuda else [4, 8, 16])
     args.steps = args.steps or (10 if on_cuda else 1)
     args.amp = stepper.choose_amp(args.amp, None, args.device)
+    tune.set_kernels(args.kernels, args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -98,58 +121,107 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Variant:
-    """A model with its optimizer and its loss, and what was measured of it."""
+    """A step of one kind at one batch size, and what was measured of it.
+
+    optimizer: None for inference, in which `loss` gives the logits.
+    """
 
     name: str
+    batch: int
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     loss: Callable[[], Tensor]
     seconds: list[float] = field(default_factory=list)  # a step, one value a round
     memory: int | None = None  # bytes
 
     def step(self) -> None:
         """Forward, backward, optimizer; gradients are freed, as other variants share the memory."""
+        if self.optimizer is None:
+            with torch.inference_mode():
+                self.loss()
+            return
         self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def rate(self) -> float:
+        """Images a second, by the median."""
+        return self.batch / statistics.median(self.seconds)
 
-def make_variants(args: argparse.Namespace) -> list[Variant]:
-    """The variants that `args.only` names, each with parameters of its own, on the same images."""
-    device, size, batch = args.device, args.input_size, args.batch_size
+
+def make_variant(name: str, batch: int, args: argparse.Namespace) -> Variant:
+    """The variant with parameters of its own, the same for all; images on the device."""
     torch.manual_seed(0)
+    kind, _, compiled = name.partition("_")
+    if kind.startswith("timm"):
+        model = timm.create_model(args.model, num_classes=CLASSES)
+        model = model.to(memory_format=torch.channels_last)
+    elif kind in ("dense", "infer"):
+        model = create_model(args.model, num_classes=CLASSES)
+    else:
+        model = create_model(fcmae_name(args.model), mask_ratio=args.mask_ratio)
+    infers = kind.endswith("infer")
+    model = model.to(args.device).train(not infers)
+    optimizer = None
+    if not infers:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    forward = DenseMasked(model) if kind == "masked" else model
+    if compiled:
+        torch.compiler.reset()  # else the second batch size would be compiled for any
+        forward = torch.compile(forward, dynamic=False)
+    return Variant(name, batch, model, optimizer, make_loss(kind, forward, batch, args))
+
+
+def make_loss(
+    kind: str, forward: Callable, batch: int, args: argparse.Namespace
+) -> Callable[[], Tensor]:
+    """What a step differentiates; in inference the logits."""
+    device, size = args.device, args.input_size
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch,), device=device)
+    known = (args.visible,) if kind == "packed" else ()
 
-    def make(name: str) -> Variant:
-        torch.manual_seed(0)
-        kind, _, compiled = name.partition("_")
-        if kind == "timm":
-            model = timm.create_model(args.model, num_classes=CLASSES)
-            model = model.to(memory_format=torch.channels_last)
-        elif kind == "dense":
-            model = create_model(args.model, num_classes=CLASSES)
-        else:
-            model = create_model(fcmae_name(args.model))
-        model = model.to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    def loss() -> Tensor:
+        with stepper.autocast(device, args.amp):
+            if kind.endswith("infer"):
+                return forward(images)
+            if kind in ("dense", "timm"):
+                return F.cross_entropy(forward(images), labels)
+            noise = torch.rand(batch, args.grid[0] * args.grid[1], device=device)
+            mask = random_mask(noise, args.visible)
+            return forward(images, mask, *known)[0]
 
-        forward = DenseMasked(model) if kind == "masked" else model
-        forward = torch.compile(forward) if compiled else forward
-        known = (args.visible,) if kind == "packed" else ()
+    return loss
 
-        def loss() -> Tensor:
-            with stepper.autocast(device, args.amp):
-                if kind in ("dense", "timm"):
-                    return F.cross_entropy(forward(images), labels)
-                noise = torch.rand(batch, args.grid[0] * args.grid[1], device=device)
-                mask = random_mask(noise, args.visible)
-                return forward(images, mask, *known)[0]
 
-        return Variant(name, model, optimizer, loss)
+def fastest_variant(name: str, args: argparse.Namespace) -> Variant:
+    """The variant at the batch size that gives it the most images a second."""
+    best, best_rate = None, 0.0
+    for batch in args.batch_size:
+        try:
+            variant = make_variant(name, batch, args)
+            time_steps(variant, 1, args.device)
+            seconds = min(time_steps(variant, args.steps, args.device) for _ in range(3))
+        except torch.OutOfMemoryError:
+            break
+        print(f"{name}, batch {batch}: {batch / seconds:.2f} images/s", file=sys.stderr)
+        if batch / seconds > best_rate:
+            best, best_rate = variant, batch / seconds
+    if best is None:
+        sys.exit(f"benchmarks/step.py: {name} has no memory for {args.batch_size} images")
+    return best
 
-    return [make(name) for name in args.only]
+
+def make_variants(args: argparse.Namespace) -> list[Variant]:
+    """The variants that `args.only` names, each at its own best batch size."""
+    variants = [fastest_variant(name, args) for name in args.only if name != "products"]
+    if "products" in args.only:
+        packed = next(v for v in variants if v.name == "packed")
+        replay = Products(packed.step)
+        variants.append(Variant("products", packed.batch, packed.model, None, replay))
+    return variants
 
 
 def saved_bytes(variant: Variant) -> int:
@@ -169,7 +241,8 @@ def saved_bytes(variant: Variant) -> int:
 def measure_memory(variant: Variant, device: torch.device) -> int | None:
     """Bytes, in a step. CUDA: what a run of it alone would peak at. CPU: saved for backward."""
     if device.type == "cuda":
-        state = [v for s in variant.optimizer.state.values() for v in s.values()]
+        states = variant.optimizer.state.values() if variant.optimizer else ()
+        state = [v for s in states for v in s.values()]
         own = [*variant.model.parameters(), *state]
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -177,7 +250,8 @@ def measure_memory(variant: Variant, device: torch.device) -> int | None:
         resident = sum(t.nbytes for t in own if torch.is_tensor(t) and t.is_cuda)
         return torch.cuda.max_memory_allocated() - before + resident
     # In a compiled variant the hooks would be compiled in and change what is saved.
-    return None if variant.name.endswith("_compiled") else saved_bytes(variant)
+    skipped = variant.name.endswith("_compiled") or variant.optimizer is None
+    return None if skipped else saved_bytes(variant)
 
 
 def time_steps(variant: Variant, steps: int, device: torch.device) -> float:
@@ -231,44 +305,62 @@ def others_busy() -> float:
 def report(args: argparse.Namespace, variants: list[Variant]) -> str:
     """Markdown: what was measured, where, the rows and the ratios."""
     kind = "peak MiB" if args.device.type == "cuda" else "saved for backward, MiB"
+    named = {v.name: v for v in variants}
     rows, ratios = [], []
     for v in variants:
-        middle = statistics.median(v.seconds)
-        memory = "not measured, compiled" if v.memory is None else f"{v.memory / 2**20:.0f}"
-        times = " | ".join(f"{1000 * t:.1f}" for t in (middle, min(v.seconds), max(v.seconds)))
-        rows.append(f"| {VARIANTS[v.name]} | {args.batch_size / middle:.2f} | {times} | {memory} |")
-    seconds = {v.name: v.seconds for v in variants}
-    rate = {name: args.batch_size / statistics.median(s) for name, s in seconds.items()}
+        memory = "" if v.memory is None else f"{v.memory / 2**20:.0f}"
+        times = (statistics.median(v.seconds), min(v.seconds), max(v.seconds))
+        cells = " | ".join(f"{1000 * t:.1f}" for t in times)
+        rows.append(f"| {VARIANTS[v.name]} | {v.batch} | {v.rate:.2f} | {cells} | {memory} |")
     for top, low in RATIOS:
-        if top in rate and low in rate:
-            each = [b / a for a, b in zip(seconds[top], seconds[low], strict=True)]
+        if top in named and low in named:
+            a, b = named[top], named[low]
+            pairs = zip(a.seconds, b.seconds, strict=True)
+            each = [a.batch / mine / (b.batch / theirs) for mine, theirs in pairs]
+            best = a.batch / min(a.seconds) / (b.batch / min(b.seconds))
             ratios.append(
-                f"| {VARIANTS[top]} / {VARIANTS[low]} | {rate[top]:.2f} / {rate[low]:.2f} "
-                f"| **{rate[top] / rate[low]:.2f}** | {min(each):.2f} to {max(each):.2f} |"
+                f"| {VARIANTS[top]} / {VARIANTS[low]} | {a.rate:.2f} / {b.rate:.2f} "
+                f"| **{a.rate / b.rate:.2f}** | {best:.2f} | {min(each):.2f} to {max(each):.2f} |"
             )
-    head = f"| | images/s | ms a step: median | min | max | {kind} |\n|---|---|---|---|---|---|"
-    below = "| | images/s | ratio of medians | ratios of the rounds |\n|---|---|---|---|"
+    for top, low in MEMORY_RATIOS:
+        if top in named and low in named and named[top].memory:
+            mine, theirs = (named[n].memory / named[n].batch / 2**20 for n in (top, low))
+            ratios.append(
+                f"| {VARIANTS[top]} / {VARIANTS[low]}, MiB an image | {mine:.1f} / {theirs:.1f} "
+                f"| **{mine / theirs:.2f}** | | |"
+            )
+    head = f"| | batch | images/s | ms a step: median | min | max | {kind} |\n|---|{'---|' * 6}"
+    below = f"| | images/s | of medians | of minima | of the rounds |\n|---|{'---|' * 4}"
     return "\n".join([*describe(args), "", head, *rows, "", below, *ratios])
 
 
 def describe(args: argparse.Namespace) -> list[str]:
     """Model, shapes, settings and machine."""
-    gpu = f"{torch.cuda.get_device_name()}; " if args.device.type == "cuda" else ""
-    cpu = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
     size, (h, w), (mean, high) = args.input_size, args.grid, args.others
     settings = (
-        f"{'float32' if args.amp == 'none' else 'autocast ' + args.amp}, images ({args.batch_size},"
-        f" 3, {size}, {size}), {CLASSES} classes, patches {h} x {w}, {args.visible} visible; "
-        f"forward + backward + AdamW, {args.steps} step(s) a timing, {args.rounds} interleaved "
-        f"rounds after {args.warmup} of warm-up, an untimed step before each timing."
+        f"{'float32' if args.amp == 'none' else 'autocast ' + args.amp}, {size} px, {CLASSES} "
+        f"classes, patches {h} x {w}, {args.visible} visible; a training step is forward + "
+        f"backward + AdamW; batch: the fastest of {', '.join(map(str, args.batch_size))} for each; "
+        f"{args.steps} step(s) a timing, {args.rounds} interleaved rounds after {args.warmup} of "
+        "warm-up, an untimed step before each timing."
     )
-    machine = (
+    others = (
+        f"Other programs kept {mean:.2f} cores busy, in a timing at most {high:.2f}. Kernels: "
+        f"{tune.choices.summary()}."
+    )
+    return [f"### {args.model}", "", settings, machine(args.device), others, args.checked]
+
+
+def machine(device: torch.device) -> str:
+    """Processors, versions and commit, in a sentence."""
+    gpu = f"{torch.cuda.get_device_name()}; " if device.type == "cuda" else ""
+    cpu = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
+    triton = f", triton {importlib.metadata.version('triton')}" if device.type == "cuda" else ""
+    return (
         f"{gpu}{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, other programs kept {mean:.2f} cores busy (in a timing"
-        f" at most {high:.2f}); torch {torch.__version__}, timm {timm.__version__}, python "
-        f"{platform.python_version()}, commit {commit()}."
+        f"{torch.get_num_threads()} threads; torch {torch.__version__}{triton}, "
+        f"timm {timm.__version__}, python {platform.python_version()}, commit {commit()}."
     )
-    return [f"### {args.model}", "", settings, machine, args.checked]
 
 
 def commit() -> str:
@@ -284,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(0)
     try:
-        model = create_model(fcmae_name(args.model)).to(args.device)
+        model = create_model(fcmae_name(args.model), mask_ratio=args.mask_ratio).to(args.device)
         args.grid = model.grid_size(args.input_size, args.input_size)
         args.visible = visible_patches(args.grid[0] * args.grid[1], model.mask_ratio)
     except ValueError as error:

@@ -108,8 +108,9 @@ class _Depthwise(Function):
                 [True, True, True],
             )
             grad = grad.to(y.dtype)
-        dx = convolve(grad, weight.flip(2, 3), None, *place)
-        dweight = weight_gradient(grad, x, weight.shape[-1], *place)
+        compiling = torch.compiler.is_compiling()
+        run = torch.ops.convnextv2.depthwise_gradients if compiling else _gradients
+        dx, dweight = run(grad, x, weight, *place)
         dbias = grad.flatten(0, -2).sum(0, dtype=dweight.dtype)
         return dx, dweight, dbias, *norm_gradients, None, None, None, None, None
 
@@ -126,15 +127,6 @@ def convolve(
     """The convolution, in the fastest form; none of them has a gradient of its own."""
     run = torch.ops.convnextv2.depthwise if torch.compiler.is_compiling() else _fastest_convolve
     return run(x, weight, bias, ids, slots, h, w)
-
-
-def weight_gradient(
-    dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, h: int, w: int
-) -> Tensor:
-    """(C, 1, k, k), contiguous as DDP's gradient buckets are, which would copy any other."""
-    compiling = torch.compiler.is_compiling()
-    run = torch.ops.convnextv2.depthwise_weight_gradient if compiling else _fastest_weight_gradient
-    return run(dy, x, k, ids, slots, h, w)
 
 
 def _on_canvas(
@@ -165,30 +157,64 @@ def _parts(x: Tensor, ids: Tensor | None, h: int, w: int) -> Iterator[tuple[Tens
     return zip(parts, ids.split(images) if ids is not None else [None] * len(parts), strict=True)
 
 
-def _gradient_on_canvas(
-    dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, h: int, w: int
-) -> Tensor:
-    """torch's weight gradient on the whole map.
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    slots: Tensor | None,
+    h: int,
+    w: int,
+) -> tuple[Tensor, Tensor]:
+    """Of the convolution in x and weight.
 
-    On a CPU torch's own is slow. The same numbers come out of a forward convolution of an image's
-    channel with its own gradient as the kernel.
+    The weight's is contiguous as DDP's gradient buckets are, which would copy any other.
     """
-    channels, total = x.shape[-1], 0
-    pairs = zip(_parts(x, ids, h, w), _parts(dy, ids, h, w), strict=True)
-    for (part, part_ids), (grad, _) in pairs:
+    if x.device.type == "cpu" and tune.choices.mode != "triton":
+        return _cpu_gradients(dy, x, weight, ids, h, w)
+    key = _size(x, weight.shape[-1])
+    dx = _fastest_convolve(dy, weight.flip(2, 3), None, ids, slots, h, w)
+    arguments = (dy, x, weight.shape[-1], ids, slots, h, w)
+    dweight = tune.run("depthwise weight", WEIGHT_GRADIENT, key, *arguments)
+    return dx, dweight.to(weight.dtype).contiguous()
+
+
+def _cpu_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor | None, h: int, w: int
+) -> tuple[Tensor, Tensor]:
+    """`_gradients`, as many images at once as the cache holds.
+
+    On a CPU torch's own weight gradient is slow. The same numbers come out of a forward
+    convolution of an image's channel with its own gradient as the kernel.
+    """
+    flipped, pad = weight.flip(2, 3), weight.shape[-1] // 2
+    dxs, dweight = [], torch.zeros_like(weight)
+    for (part, part_ids), (grad, _) in zip(
+        _parts(x, ids, h, w), _parts(dy, ids, h, w), strict=True
+    ):
         if part_ids is not None:
             part, grad = (Unpack.apply(t, part_ids, h, w) for t in (part, grad))
-        part, grad = part.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
-        if x.device.type == "cpu":
-            planes = part.reshape(1, -1, *part.shape[2:])
-            kernels = grad.reshape(-1, 1, *grad.shape[2:])
-            each = F.conv2d(planes, kernels, padding=k // 2, groups=len(kernels))
-            total = total + each.reshape(-1, channels, 1, k, k).sum(0)
-        else:
-            weight = x.new_empty(channels, 1, k, k)
-            rest = ([1, 1], [k // 2] * 2, [1, 1], False, [0, 0], channels, [False, True, False])
-            total = torch.ops.aten.convolution_backward(grad, part, weight, None, *rest)[1]
-    return total.contiguous()
+        planes, grad = part.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+        dx = F.conv2d(grad, flipped, padding=pad, groups=len(weight)).permute(0, 2, 3, 1)
+        dxs.append(dx if part_ids is None else Pack.apply(dx, part_ids, h, w))
+        planes = planes.reshape(1, -1, *planes.shape[2:])
+        kernels = grad.reshape(-1, 1, *grad.shape[2:])
+        each = F.conv2d(planes, kernels, padding=pad, groups=len(kernels))
+        dweight += each.reshape(-1, *weight.shape).sum(0)
+    return ops.join(dxs), dweight
+
+
+def _weight_gradient_on_canvas(
+    dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, h: int, w: int
+) -> Tensor:
+    """torch's weight gradient (C, 1, k, k) on the whole map."""
+    if ids is not None:
+        x, dy = (Unpack.apply(t, ids, h, w) for t in (x, dy))
+    x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
+    channels = x.shape[1]
+    weight = x.new_empty(channels, 1, k, k)  # only its shape matters
+    rest = ([1, 1], [k // 2] * 2, [1, 1], False, [0, 0], channels, [False, True, False])
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *rest)[1]
 
 
 def _without_cudnn(form: Callable) -> Callable:
@@ -214,7 +240,7 @@ def _triton_convolve(
     return kernels.depthwise(x, weight, bias, ids, slots)
 
 
-def _triton_gradient(
+def _triton_weight_gradient(
     dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, *_: int
 ) -> Tensor:
     from models import kernels
@@ -247,7 +273,7 @@ def _forms(torch_form: Callable, triton_form: Callable) -> tune.Forms:
 
 
 CONVOLVE = _forms(_on_canvas, _triton_convolve)
-WEIGHT_GRADIENT = _forms(_gradient_on_canvas, _triton_gradient)
+WEIGHT_GRADIENT = _forms(_weight_gradient_on_canvas, _triton_weight_gradient)
 CONVOLVE_NORM = {"torch": _separate_norm, "triton": _triton_norm}
 
 
@@ -269,13 +295,6 @@ def _fastest_convolve(
     return tune.run("depthwise", CONVOLVE, key, x, weight, bias, ids, slots, h, w)
 
 
-def _fastest_weight_gradient(
-    dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, h: int, w: int
-) -> Tensor:
-    key = _size(x, k)
-    return tune.run("depthwise weight", WEIGHT_GRADIENT, key, dy, x, k, ids, slots, h, w)
-
-
 # The compiler takes both as they are: nothing of them could be fused with what surrounds them.
 _PLACE = "Tensor? ids, Tensor? slots, int h, int w"
 torch.library.custom_op(
@@ -285,8 +304,8 @@ torch.library.custom_op(
     schema=f"(Tensor x, Tensor weight, Tensor? bias, {_PLACE}) -> Tensor",
 ).register_fake(lambda x, *_: x.new_empty(x.shape))
 torch.library.custom_op(
-    "convnextv2::depthwise_weight_gradient",
-    _fastest_weight_gradient,
+    "convnextv2::depthwise_gradients",
+    _gradients,
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, int k, {_PLACE}) -> Tensor",
-).register_fake(lambda dy, x, k, *_: x.new_empty(x.shape[-1], 1, k, k))
+    schema=f"(Tensor dy, Tensor x, Tensor weight, {_PLACE}) -> (Tensor, Tensor)",
+).register_fake(lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))

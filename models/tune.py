@@ -29,6 +29,7 @@ from utils import get_logger
 MODES = ("auto", "torch", "triton")
 GAIN = 0.9  # share of the first form's time that another must stay below to be taken
 ROUNDS = 5  # of which the shortest counts
+CUDA_ONLY = ("native", "triton")  # Triton's interpreter serves tests, under --kernels triton
 
 Forms = dict[str, Callable]  # name -> function; all equal, and torch's own comes first
 
@@ -59,7 +60,7 @@ class Choices:
         if self.mode == "triton" and "triton" in names:
             return "triton"
         if not like.is_cuda:
-            names = [name for name in names if name != "triton"]  # interpreted it serves tests
+            names = [name for name in names if name not in CUDA_ONLY]
         if len(names) == 1 or self.mode != "auto":
             return names[0]
         kept = self._kept(like.device.type)
