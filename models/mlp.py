@@ -137,20 +137,18 @@ def _torch_to_h(
     a = F.gelu(h)
     wide = length.dtype  # of sums
     scale = (1 + gamma * relative_length(length, eps)[0]).to(a.dtype)[:, None]
+    da = product(dy, w2.mT)  # of what goes into w2, not yet scaled
     if per_image_weights(h, w2):
         each = gram(dy, a)  # (N, C, K)
         dw2, dbeta = _beta_in_bias((each * scale).sum(0), dy, w2, beta)
         dscale = (each * w2).sum(1, dtype=wide)
-        da = product(dy, (w2 * scale).mT)
     else:
-        da = product(dy, w2.mT)
         dbeta = da.sum((0, 1), dtype=wide)
         dscale = (da * a).sum(1, dtype=wide)
         scaled = torch.addcmul(beta.to(a.dtype), a, scale)
         dw2 = gram(dy.flatten(0, 1), scaled.flatten(0, 1))
-        da = da.mul_(scale)
     direction, dgamma = _through_length(dscale, gamma, length, eps)
-    da.addcmul_(a, direction.to(a.dtype)[:, None])
+    da.mul_(scale).addcmul_(a, direction.to(a.dtype)[:, None])
     dh = torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
     return dh, dh.sum((0, 1), dtype=wide), dw2, dgamma, dbeta
 

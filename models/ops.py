@@ -83,8 +83,8 @@ def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    pairs = zip(x.unbind(), weight.unbind(), strict=True)
-    return torch.stack([_onednn_product(image, own, bias) for image, own in pairs])
+    pairs = zip(x.split(1), weight.unbind(), strict=True)
+    return join([_onednn_product(image, own, bias) for image, own in pairs])
 
 
 # torch hands float32 products to MKL, which on AMD's Zen 5 reaches half of oneDNN's rate.

@@ -1,0 +1,281 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What cifar.py runs: images that stay on the device, FCMAE on them, a classifier on them.
+
+PYTHONPATH=. python -c "from benchmarks.cifar_runs import equal_epochs; help(equal_epochs)"
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+import sys
+import time
+import zipfile
+import zlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import engine_finetune
+import engine_pretrain
+import utils
+from checkpoint import load_weights
+from datasets import build_mixup, mean_and_std
+from errors import UserError
+from hooks import Reporter, summary
+from models import create_model
+from models.convert import to_convnextv2
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE, visible_patches
+from optim_factory import Schedule, create_optimizer
+from stepper import Stepper
+
+Data = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (N, H, W, 3) uint8, labels (N,)
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def load(path: Path, counts: dict[str, int]) -> Data:
+    """That many images of SPLIT/CLASS/*.jpg in a zip: the first by name, as many of each class."""
+    expected = " and ".join(f"{count} in {split}/CLASS/*.jpg" for split, count in counts.items())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = {split: _read(archive, split, count) for split, count in counts.items()}
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, UserError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"--data {path}: {reason}; expected a zip with {expected}") from error
+    classes = [names for _, _, names in data.values()]
+    sizes = [images.shape[1:] for images, _, _ in data.values()]
+    if len(set(sizes)) > 1 or classes != classes[:1] * len(classes):
+        raise UserError(f"--data {path}: other classes or sizes in {' than in '.join(counts)}")
+    return {split: (images, labels) for split, (images, labels, _) in data.items()}
+
+
+def _read(
+    archive: zipfile.ZipFile, split: str, count: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    files: dict[str, list[str]] = {}
+    for name in sorted(archive.namelist()):
+        if name.startswith(f"{split}/") and name.lower().endswith((".jpg", ".jpeg")):
+            files.setdefault(name.split("/")[1], []).append(name)
+    each, rest = divmod(count, max(len(files), 1))
+    least = min(map(len, files.values()), default=0)
+    if rest or not 1 <= each <= least:
+        raise UserError(f"holds {len(files)} classes in {split}/, the smallest of {least} images")
+    chosen = [name for names in files.values() for name in names[:each]]
+    images = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in chosen]
+    if len({image.size for image in images}) > 1:
+        raise UserError(f"holds images of several sizes in {split}/")
+    return np.stack(images), np.repeat(np.arange(len(files)), each), list(files)
+
+
+class InMemory:
+    """What the engines ask of `Batches`, from images that stay on the device as uint8.
+
+    images: (N, H, W, 3). seed: of order, crops and flips; None, to evaluate, leaves all as it is.
+    pad: pixels of reflected border that a crop may take in. cutout: side of a square without
+    content. `Batches` itself would copy on a stream that does not wait for crops made on the GPU.
+    """
+
+    wait_seconds = 0.0  # for a loader; there is none
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        pad: int = 0,
+        cutout: int = 0,
+    ) -> None:
+        border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+        self.images = torch.from_numpy(np.pad(images, border, "reflect")).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.mean, self.std = (torch.tensor(x, device=device) for x in mean_and_std(3, True))
+        self.size, self.batch_size, self.device = images.shape[1:3], batch_size, device
+        self.seed, self.pad, self.cutout, self.epoch = seed, pad, cutout, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, crops and flips."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        batches = len(self.labels) / self.batch_size
+        return math.ceil(batches) if self.seed is None else int(batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.arange(len(self.labels), device=self.device)
+        if self.seed is not None:
+            self.random = torch.Generator(self.device)
+            self.random.manual_seed(utils.mix(self.seed, self.epoch))
+            order = torch.randperm(len(order), generator=self.random, device=self.device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            ids = order[start : start + self.batch_size]
+            images = self.images[ids] if self.seed is None else self._crops(ids)
+            images = (images / 255 - self.mean) / self.std
+            if self.seed is not None and self.cutout:
+                images = images.masked_fill(self._squares(ids), 0.0)
+            yield images.permute(0, 3, 1, 2), self.labels[ids], ids
+
+    def _draw(self, ids: Tensor, high: int) -> Tensor:
+        """(N,) -> (N, 1, 1) whole numbers below `high`."""
+        shape = (len(ids), 1, 1)
+        return torch.randint(high, shape, generator=self.random, device=self.device)
+
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        """(H, 1) and (W,): numbers of rows and columns."""
+        height, width = (torch.arange(side, device=self.device) for side in self.size)
+        return height[:, None], width
+
+    def _crops(self, ids: Tensor) -> Tensor:
+        """(N,) -> (N, H, W, 3) uint8: crop and flip in one gather."""
+        rows, columns = self._lines()
+        columns = torch.where(self._draw(ids, 2) == 1, self.size[1] - 1 - columns, columns)
+        rows = rows + self._draw(ids, 2 * self.pad + 1)  # (N, H, 1)
+        columns = columns + self._draw(ids, 2 * self.pad + 1)  # (N, 1, W)
+        return self.images[ids[:, None, None], rows, columns]
+
+    def _squares(self, ids: Tensor) -> Tensor:
+        """(N,) -> (N, H, W, 1), true in a square whose centre may be any pixel."""
+        inside = True
+        for lines, side in zip(self._lines(), self.size, strict=True):
+            below = lines - self._draw(ids, side) + self.cutout // 2
+            inside = inside & (below >= 0) & (below < self.cutout)
+        return inside[..., None]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
+    """The network that --model means."""
+    if "/" not in args.model:
+        return create_model(args.model, stem_stride=args.stem_stride, **more)
+    parts = [part.split(",") for part in args.model.split("/")]
+    numbers = [int(n) for part in parts for n in part if n.isdecimal()]
+    half = len(numbers) // 2
+    if [len(part) for part in parts] != [half, half] or 0 in numbers:
+        raise UserError(f"--model {args.model}: expected a name, or like 1,2,2/24,48,96")
+    depths, dims = tuple(numbers[:half]), tuple(numbers[half:])
+    return ConvNeXtV2(depths, dims, stem_stride=args.stem_stride, **more)
+
+
+def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.Module:
+    """The model as --compile and --cuda_graphs make it; shapes: of its tensors."""
+    if args.compile:
+        model.compile()
+    if not args.cuda_graphs:
+        return model
+    from graphs import Graphed
+
+    return Graphed(model, args.device, args.amp, shapes, *fixed)
+
+
+def train(
+    title: str,
+    model: nn.Module,
+    one_epoch: Callable[..., dict[str, float]],
+    batches: InMemory,
+    epochs: int,
+    args: Namespace,
+    test: Callable[[], dict[str, float]] = dict,
+    **recipe: object,
+) -> tuple[list[float], dict[str, float]]:
+    """Train; returns the seconds of each epoch without `test`, and what `test` says at the end."""
+    optimizer = create_optimizer(model, weight_decay=args.weight_decay, **recipe)
+    updates, state = len(batches), utils.TrainState()
+    schedule = Schedule(
+        optimizer,
+        updates_per_epoch=updates,
+        epochs=epochs,
+        lr=recipe["lr"],
+        warmup_epochs=min(args.warmup_epochs, epochs / 5),
+        weight_decay=args.weight_decay,
+    )
+    stepper = Stepper(model, optimizer, args.device, args.amp)
+    reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
+    seconds = []
+    while state.epoch < epochs:
+        batches.set_epoch(state.epoch)
+        start = time.perf_counter()
+        stats = one_epoch(batches, stepper, schedule, state, reporter)
+        seconds.append(time.perf_counter() - start)  # it reads the meters: no queue is left
+        state.epoch += 1
+        if state.epoch == epochs or state.epoch % args.eval_every == 0:
+            tested = test()
+            stats |= {f"val_{key}": value for key, value in tested.items()}
+        told = summary({k: v for k, v in stats.items() if not math.isnan(v)})  # mixed: no class_acc
+        rate = updates * batches.batch_size / seconds[-1]
+        line = f"{title} {state.epoch}/{epochs}  {told}  {rate:.0f} img/s"
+        print(line, file=sys.stderr, flush=True)
+    return seconds, tested
+
+
+def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[str, Tensor]]:
+    """FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
+    batches = InMemory(*data["train"], args.pretrain_batch_size, args.device, seed, args.pad)
+    utils.seed_all(seed)
+    model = FCMAE(
+        encoder(args, num_classes=0),
+        args.patch_size,
+        args.mask_ratio,
+        decoder_embed_dim=args.decoder_embed_dim,
+    ).to(args.device)
+    patches = math.prod(model.grid_size(*batches.size))
+    shapes = [(batches.batch_size, 3, *batches.size), (batches.batch_size, patches)]
+    fast = called(model, args, shapes, visible_patches(patches, args.mask_ratio))
+    one_epoch = partial(engine_pretrain.train_one_epoch, fast, model, seed=seed)
+    recipe = {"lr": args.pretrain_lr, "opt_betas": (0.9, 0.95)}
+    title, epochs = f"seed {seed} pre-training", args.pretrain_epochs
+    seconds, _ = train(title, model, one_epoch, batches, epochs, args, **recipe)
+    return seconds, to_convnextv2(model.state_dict())[0]
+
+
+def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
+    """One of cifar.RUNS: what it reached and how long it took, in plain types."""
+    start, classes = time.perf_counter(), int(data["train"][1].max()) + 1
+    pretraining, weights = pretrain(seed, data, args) if name == "pretrained" else ([], {})
+    batches = InMemory(*data["train"], args.batch_size, args.device, seed, args.pad, args.cutout)
+    val = InMemory(*data["val"], 1000, args.device)
+    utils.seed_all(seed)
+    head = {"num_classes": classes, "head_init_scale": 0.001 if weights else 1.0}
+    model = encoder(args, drop_path_rate=args.drop_path, **head).to(args.device)
+    recipe = {"lr": args.scratch_lr}
+    if weights:
+        load_weights(model, weights, "FCMAE", ("norm.", "head."))
+        recipe = {"lr": args.finetune_lr, "layer_decay": args.layer_decay}
+    mixup = build_mixup(args, classes)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    fast = called(model, args, [(args.batch_size, 3, *batches.size)])
+    one_epoch = partial(engine_finetune.train_one_epoch, fast, model, criterion)
+    one_epoch = partial(one_epoch, seed=seed, mixup=mixup)
+    test = partial(engine_finetune.evaluate, val, model, args.device, args.amp)
+    title = f"seed {seed} {name}"
+    training, tested = train(title, model, one_epoch, batches, epochs, args, test, **recipe)
+    return {
+        "run": name,
+        "seed": seed,
+        "acc1": tested["acc1"],
+        "pretraining": pretraining,  # seconds of each epoch
+        "training": training,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def equal_epochs(pretraining: list[float], training: list[float], epochs: int) -> int:
+    """Epochs from scratch that take as long as pre-training and `epochs` of training, rounded up.
+
+    Both lists hold the seconds of each epoch; medians, since the first epoch warms up.
+    """
+    seconds = len(pretraining) * statistics.median(pretraining)
+    return epochs + math.ceil(seconds / statistics.median(training))
