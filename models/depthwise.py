@@ -152,7 +152,7 @@ def _on_canvas(
 def _parts(x: Tensor, ids: Tensor | None, h: int, w: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """As many images at a time as `ops.images_at_once` likes, with their ids."""
     cells = x.shape[2] * x.shape[1] if ids is None else h * w * x.shape[2] ** 2
-    images = ops.images_at_once(x, cells * x.shape[-1])
+    images = ops.images_at_once(x, 3 * cells * x.shape[-1])  # x, dy and dx
     parts = x.split(images)
     return zip(parts, ids.split(images) if ids is not None else [None] * len(parts), strict=True)
 

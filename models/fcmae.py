@@ -8,6 +8,7 @@ python -c "from models import create_model; print(create_model('fcmae_convnextv2
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
@@ -132,9 +133,11 @@ class FCMAE(nn.Module):
         """Mean squared error on removed patches, in float32 or better, a scalar."""
         target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
         if self.norm_pix_loss:
-            mean = target.mean(-1, keepdim=True)
-            variance = target.var(-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
+            # (x - mean) / sqrt(var + 1e-6), in one pass. The variance is the unbiased one, as
+            # official: n / (n - 1) of what layer_norm divides by.
+            n = target.shape[-1]
+            share = (n - 1) / n
+            target = F.layer_norm(target, (n,), eps=1e-6 * share) * share**0.5
         pred = pred.flatten(2).transpose(1, 2)  # (N, L, p*p*C)
         error = (pred.to(target.dtype) - target).square().mean(-1)  # (N, L)
         return (error * mask).sum() / mask.sum()

@@ -89,7 +89,7 @@ def forward(
     """y (N, L, C), and what the gradients need: h (N, L, K) and G (N, K)."""
     h = product(x, w1, b1.to(x.dtype))
     outs, lengths = [], []
-    for part in h.split(ops.images_at_once(h, h[0].numel())):
+    for part in h.split(ops.images_at_once(h, 2 * h[0].numel())):
         a, energy = tune.run("gelu", GELU, _size(part), part)
         lengths.append(ops.root(energy))
         scale = (1 + gamma * relative_length(lengths[-1], eps)[0]).to(a.dtype)[:, None]
@@ -119,7 +119,7 @@ def gradients(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Of y in x, w1, b1, w2, b2, gamma and beta."""
-    images = ops.images_at_once(h, h[0].numel())
+    images = ops.images_at_once(h, 2 * h[0].numel())
     parts = []
     for dy_, x_, h_, length_ in zip(*(t.split(images) for t in (dy, x, h, length)), strict=True):
         arguments = (h_, dy_, w2, gamma, beta, length_, eps)
@@ -144,8 +144,9 @@ def _torch_to_h(
         dscale = (each * w2).sum(1, dtype=wide)
     else:
         dbeta = da.sum((0, 1), dtype=wide)
-        dscale = (da * a).sum(1, dtype=wide)
-        scaled = torch.addcmul(beta.to(a.dtype), a, scale)
+        buffer = da * a  # its memory serves twice: fresh memory is slow
+        dscale = buffer.sum(1, dtype=wide)
+        scaled = torch.addcmul(beta.to(a.dtype), a, scale, out=buffer)
         dw2 = gram(dy.flatten(0, 1), scaled.flatten(0, 1))
     direction, dgamma = _through_length(dscale, gamma, length, eps)
     da.mul_(scale).addcmul_(a, direction.to(a.dtype)[:, None])
