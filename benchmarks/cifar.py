@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from flags import AMOUNT, BELOW_1, CHANCE, COUNT, SHARE, WHOLE, number
 
 HELP = """Train a ConvNeXt V2 on CIFAR-10, in three runs for each seed:
-  pretrained  FCMAE pre-training on the training images, then --epochs of fine-tuning
+  pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning
   scratch     --epochs of the same training from random weights
   longer      from random weights for as long as `pretrained` trains in all: for --epochs +
               --pretrain_epochs * P / S, rounded up, P and S the median seconds of an epoch of
@@ -50,10 +50,11 @@ SETTINGS = {  # flag: (kind, default on a GPU, default on a CPU, help)
     "patch_size": (COUNT, 8, 8, "pixels, side of a mask patch; a multiple of the whole stride"),
     "mask_ratio": (CHANCE, 0.6, 0.6, "share of the patches removed"),
     "decoder_embed_dim": (COUNT, 256, 64, "channels of the decoder's one block"),
-    "train_images": (COUNT, 20000, 2000, "to train on, as many of each class"),
+    "pretrain_images": (COUNT, 20000, 20000, "to pre-train on, as many of each class"),
+    "train_images": (COUNT, 20000, 2000, "with labels, to train on, as many of each class"),
     "val_images": (COUNT, 10000, 5000, "to evaluate on, as many of each class"),
-    "pretrain_epochs": (COUNT, 80, 48, "of pre-training"),
-    "epochs": (COUNT, 40, 12, "of fine-tuning, and from scratch"),
+    "pretrain_epochs": (COUNT, 80, 8, "of pre-training"),
+    "epochs": (COUNT, 40, 20, "of fine-tuning, and from scratch"),
     "pretrain_batch_size": (COUNT, 256, 32, "images in an update of pre-training"),
     "batch_size": (COUNT, 256, 64, "images in an update of fine-tuning and from scratch"),
     "pretrain_lr": (AMOUNT, 1.5e-3, 2e-3, "peak rate of pre-training"),
@@ -115,9 +116,9 @@ def fill_in(args: argparse.Namespace) -> None:
     for flag, (_, *defaults, _) in SETTINGS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, defaults[args.device.type == "cpu"])
-    size = max(args.batch_size, args.pretrain_batch_size)
-    if size > args.train_images:
-        raise UserError(f"a batch of {size}, but --train_images {args.train_images}; lower it")
+    for size, flag in ((args.batch_size, "train"), (args.pretrain_batch_size, "pretrain")):
+        if size > (images := getattr(args, f"{flag}_images")):
+            raise UserError(f"a batch of {size}, but --{flag}_images {images}; lower it")
     for path in filter(None, (args.results, args.output)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}; make it first")
@@ -168,11 +169,12 @@ def report(rows: dict[tuple[str, int], dict], args: argparse.Namespace, settings
         columns += [mean_and_each([row["seconds"] for row in own], ".1f")]
         table += [f"| {' | '.join(columns)} |"]
     first, rates = rows["pretrained", args.seeds[0]], []
-    for key, size in (("pretraining", args.pretrain_batch_size), ("training", args.batch_size)):
-        images = args.train_images // size * size  # what fills no batch is left out
+    sizes = (args.pretrain_images, args.pretrain_batch_size), (args.train_images, args.batch_size)
+    for key, (images, size) in zip(("pretraining", "training"), sizes, strict=True):
+        images = images // size * size  # what fills no batch is left out
         rates.append(f"{images / statistics.median(first[key]):.0f}")
     lines = [
-        f"### CIFAR-10, {args.train_images} training images\n",
+        f"### CIFAR-10, {args.pretrain_images} images, {args.train_images} of them with labels\n",
         f"`{settings} --seeds {' '.join(map(str, args.seeds))}`",
         *dict.fromkeys(row["machine"] for row in rows.values()),
         f"Median epoch: {rates[0]} img/s in pre-training, {rates[1]} in fine-tuning. Times are"
@@ -193,6 +195,7 @@ def main(args: argparse.Namespace) -> None:
     settings += " --compile" * args.compile + " --cuda_graphs" * args.cuda_graphs
     rows = finished(args.results, settings)
     data = load(args.data, {"train": args.train_images, "val": args.val_images})
+    data["pretrain"] = load(args.data, {"train": args.pretrain_images})["train"]
     for seed, name in itertools.product(args.seeds, RUNS):
         if (name, seed) in rows:
             continue

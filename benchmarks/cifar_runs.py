@@ -223,7 +223,7 @@ def train(
 
 def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[str, Tensor]]:
     """FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
-    batches = InMemory(*data["train"], args.pretrain_batch_size, args.device, seed, args.pad)
+    batches = InMemory(*data["pretrain"], args.pretrain_batch_size, args.device, seed, args.pad)
     utils.seed_all(seed)
     model = FCMAE(
         encoder(args, num_classes=0),

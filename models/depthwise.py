@@ -115,31 +115,15 @@ class _Depthwise(Function):
         return dx, dweight, dbias, *norm_gradients, None, None, None, None, None
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor | None,
-    slots: Tensor | None,
-    h: int,
-    w: int,
-) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
     """The convolution, in the fastest form; none of them has a gradient of its own."""
     run = torch.ops.convnextv2.depthwise if torch.compiler.is_compiling() else _fastest_convolve
-    return run(x, weight, bias, ids, slots, h, w)
+    return run(x, weight, bias, *place)
 
 
-def _on_canvas(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor | None,
-    slots: Tensor | None,
-    h: int,
-    w: int,
-) -> Tensor:
+def _on_canvas(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
     """torch's convolution of the whole map, hidden patches zero."""
-    outs = []
+    (ids, _, h, w), outs = place, []
     for part, part_ids in _parts(x, ids, h, w):
         dense = part if part_ids is None else Unpack.apply(part, part_ids, h, w)
         y = F.conv2d(
@@ -153,40 +137,33 @@ def _parts(x: Tensor, ids: Tensor | None, h: int, w: int) -> Iterator[tuple[Tens
     """As many images at a time as `ops.images_at_once` likes, with their ids."""
     cells = x.shape[2] * x.shape[1] if ids is None else h * w * x.shape[2] ** 2
     images = ops.images_at_once(x, 3 * cells * x.shape[-1])  # x, dy and dx
+    if images == x.shape[0]:
+        return iter([(x, ids)])  # an exported graph with `split` would take no other batch
     parts = x.split(images)
     return zip(parts, ids.split(images) if ids is not None else [None] * len(parts), strict=True)
 
 
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    ids: Tensor | None,
-    slots: Tensor | None,
-    h: int,
-    w: int,
-) -> tuple[Tensor, Tensor]:
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, *place: Any) -> tuple[Tensor, Tensor]:
     """Of the convolution in x and weight.
 
     The weight's is contiguous as DDP's gradient buckets are, which would copy any other.
     """
     if x.device.type == "cpu" and tune.choices.mode != "triton":
-        return _cpu_gradients(dy, x, weight, ids, h, w)
+        return _cpu_gradients(dy, x, weight, *place)
     key = _size(x, weight.shape[-1])
-    dx = _fastest_convolve(dy, weight.flip(2, 3), None, ids, slots, h, w)
-    arguments = (dy, x, weight.shape[-1], ids, slots, h, w)
+    dx = _fastest_convolve(dy, weight.flip(2, 3), None, *place)
+    arguments = (dy, x, weight.shape[-1], *place)
     dweight = tune.run("depthwise weight", WEIGHT_GRADIENT, key, *arguments)
     return dx, dweight.to(weight.dtype).contiguous()
 
 
-def _cpu_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor | None, h: int, w: int
-) -> tuple[Tensor, Tensor]:
+def _cpu_gradients(dy: Tensor, x: Tensor, weight: Tensor, *place: Any) -> tuple[Tensor, Tensor]:
     """`_gradients`, as many images at once as the cache holds.
 
     On a CPU torch's own weight gradient is slow. The same numbers come out of a forward
     convolution of an image's channel with its own gradient as the kernel.
     """
+    ids, _, h, w = place
     flipped, pad = weight.flip(2, 3), weight.shape[-1] // 2
     dxs, dweight = [], torch.zeros_like(weight)
     for (part, part_ids), (grad, _) in zip(
@@ -204,10 +181,9 @@ def _cpu_gradients(
     return ops.join(dxs), dweight
 
 
-def _weight_gradient_on_canvas(
-    dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, h: int, w: int
-) -> Tensor:
+def _weight_gradient_on_canvas(dy: Tensor, x: Tensor, k: int, *place: Any) -> Tensor:
     """torch's weight gradient (C, 1, k, k) on the whole map."""
+    ids, _, h, w = place
     if ids is not None:
         x, dy = (Unpack.apply(t, ids, h, w) for t in (x, dy))
     x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
@@ -240,12 +216,10 @@ def _triton_convolve(
     return kernels.depthwise(x, weight, bias, ids, slots)
 
 
-def _triton_weight_gradient(
-    dy: Tensor, x: Tensor, k: int, ids: Tensor | None, slots: Tensor | None, *_: int
-) -> Tensor:
+def _triton_weight_gradient(dy: Tensor, x: Tensor, k: int, *place: Any) -> Tensor:
     from models import kernels
 
-    return kernels.depthwise_weight_grad(dy, x, k, ids, slots)
+    return kernels.depthwise_weight_grad(dy, x, k, *place[:2])
 
 
 def _separate_norm(
@@ -282,17 +256,9 @@ def _size(x: Tensor, k: int) -> tuple[int, ...]:
     return 1 << (len(x) - 1).bit_length(), *x.shape[1:], k
 
 
-def _fastest_convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor | None,
-    slots: Tensor | None,
-    h: int,
-    w: int,
-) -> Tensor:
+def _fastest_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
     key = _size(x, weight.shape[-1])
-    return tune.run("depthwise", CONVOLVE, key, x, weight, bias, ids, slots, h, w)
+    return tune.run("depthwise", CONVOLVE, key, x, weight, bias, *place)
 
 
 # The compiler takes both as they are: nothing of them could be fused with what surrounds them.

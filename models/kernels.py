@@ -258,13 +258,12 @@ def depthwise(
     bias: Tensor | None,
     ids: Tensor | None = None,
     slots: Tensor | None = None,
-    flip: bool = False,
 ) -> Tensor:
-    """The convolution with weight (C, 1, k, k), or with it turned by 180 degrees."""
+    """The convolution with weight (C, 1, k, k)."""
     y = x.new_empty(x.shape)
     options, tiles = _options(x, ids, slots, _block(x.shape[-1], 64))
     programs = tiles * triton.cdiv(x.shape[-1], options["BLOCK"])
-    taps = _taps(weight.flip(2, 3) if flip else weight, x)
+    taps = _taps(weight, x)
     tensors = (x, taps, bias, y, *[None] * 5)
     _run(_depthwise_kernel, programs, *tensors, SIDE=weight.shape[-1], EPS=None, **options)
     return y

@@ -27,7 +27,7 @@ def images_at_once(x: Tensor, elements: int) -> int:
     elements: of all that lives at once for an image. On a GPU, and for the compiler, all images.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or exporting():
-        return len(x)
+        return x.shape[0]  # which an exported graph may leave open, and len() would not
     return max(1, min(len(x), CACHE // elements))
 
 

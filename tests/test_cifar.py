@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = cifar.get_args_parser().get_default("data")
 TOY = (
     "--device cpu --model 1,1/4,8 --stem_stride 2 --patch_size 4 --decoder_embed_dim 8 "
-    "--train_images 16 --val_images 10 --pretrain_epochs 2 --epochs 2 --pretrain_batch_size 8 "
+    "--pretrain_images 16 --train_images 16 --val_images 10 --pretrain_epochs 2 --epochs 2 "
+    "--pretrain_batch_size 8 "
     "--batch_size 4 --drop_path 0.1 --cutmix 1 --cutout 4 --seeds 0 3"
 )
 
@@ -209,13 +210,13 @@ def test_model_that_is_no_list_of_blocks_and_channels_is_refused(model):
     [
         ("--batch_size 5 --cutmix 1", "--batch_size 5: mixup mixes pairs; make it even"),
         ("--output no_such/table.md", "no_such/table.md: there is no folder no_such; make it"),
-        ("--pretrain_batch_size 64", "a batch of 64, but --train_images 40; lower it"),
+        ("--pretrain_batch_size 64", "a batch of 64, but --pretrain_images 40; lower it"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(words, told):
-    argv = ["--device", "cpu", "--train_images", "40", "--batch_size", "4", *words.split()]
+    argv = "--device cpu --pretrain_images 40 --train_images 40 --batch_size 4 " + words
     with pytest.raises(UserError, match=told):
-        cifar.fill_in(cifar.get_args_parser().parse_args(argv))
+        cifar.fill_in(cifar.get_args_parser().parse_args(argv.split()))
 
 
 @pytest.mark.parametrize(
