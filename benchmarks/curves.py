@@ -192,20 +192,15 @@ def measure_size(own: argparse.Namespace) -> str:
         done |= {v.name: (v.rate, (v.memory or 0) // v.batch) for v in variants}
         del variants
         free_bytes(own.device)
-    rates = [f"{done[name][0]:.2f}" if name in done else "no memory" for name in groups_of(groups)]
-    memory = [f"{done[name][1] / 2**20:.1f}" if name in done else "" for name in groups_of(groups)]
-    both = len(done) == 2
-    ratio = f"**{done['packed'][0] / done['dense'][0]:.2f}**" if both else ""
-    apart = ", one after the other" if len(groups) > 1 and both else ""
+    both = ("packed", "dense")
+    rates = [f"{done[name][0]:.2f}" if name in done else "no memory" for name in both]
+    memory = [f"{done[name][1] / 2**20:.1f}" if name in done else "" for name in both]
+    ratio = f"**{done['packed'][0] / done['dense'][0]:.2f}**" if len(done) == 2 else ""
+    apart = ", one after the other" if len(groups) > 1 and len(done) == 2 else ""
     pixels = own.input_size**2
     macs = [gmac(shape.encoder, n) for n in (own.visible * shape.patch_size**2, pixels)]
-    cells = [f"{own.label}{apart}", own.batch, *rates, ratio, *memory, *(f"{m:.2f}" for m in macs)]
+    cells = [f"{own.label}{apart}", own.batch, *rates, ratio, *memory, *(f"{m:.3f}" for m in macs)]
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def groups_of(groups: list[list[str]]) -> list[str]:
-    """[[a], [b]] -> [a, b]"""
-    return [name for group in groups for name in group]
 
 
 def measure_sizes(points: list[argparse.Namespace]) -> list[str]:
@@ -274,7 +269,8 @@ def describe_fit(found: list[Point]) -> str:
     return (
         f"ms an image = a + b * visible, by least squares: a = {a:.3f}, b = {b:.4f}; "
         f"largest deviation {gap:+.3f} ms ({100 * gap / ys[far]:+.1f}%), at {known[far][0].label}. "
-        f"a is {100 * a / ys[0]:.0f}% of the cost at {known[0][0].label}; 0% is proportional."
+        f"a is {100 * a / ys[0]:.0f}% of the cost at {known[0][0].label}; it holds "
+        "decoder, loss and the optimizer's share, which no mask makes smaller."
     )
 
 
@@ -283,21 +279,21 @@ def report(name: str, points: list[argparse.Namespace]) -> str:
     first, last = points[0], ""
     tune.set_kernels(first.kernels, first.device)  # forgets what the curve before took
     if name == "sizes":
-        lines, model = measure_sizes(points), "all sizes"
+        lines, title = measure_sizes(points), CURVES[name]
         others = [own.others for own in points if hasattr(own, "others")]
         last = first.note
     else:
-        found, model = measure_points(points), first.model
+        found, title = measure_points(points), f"{CURVES[name]}: {first.model}"
         lines = table(found, {"image": "224 px", "mask": "0.6"}.get(name, ""), CURVES[name])
         others = [first.others] if hasattr(first, "others") else []
         last = describe_fit(found) if name == "mask" else ""
     fixed = {"image": f"{first.input_size} px", "mask": f"mask ratio {first.mask_ratio:g}"}
     settings = [text for kind, text in fixed.items() if kind != name]
     settings += ["float32" if first.amp == "none" else f"autocast {first.amp}"]
-    busy = statistics.mean(mean for mean, _ in others) if others else 0.0
+    busy = max(0.0, statistics.mean(mean for mean, _ in others)) if others else 0.0
     return "\n".join(
         [
-            f"### {CURVES[name]}: {model}\n",
+            f"### {title}\n",
             f"{', '.join(settings)}; packed step: forward + backward + AdamW; medians of "
             f"{first.rounds} rounds after {first.warmup} of warm-up, {first.steps} step(s) a "
             "timing, the points in turn.",

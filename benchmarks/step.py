@@ -364,12 +364,12 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Of this repository, with a note where tracked files differ; empty without git."""
+    """Of this repository, with a note where tracked files differ; `unknown` without git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
-        return ""
+        return "unknown"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -165,7 +165,8 @@ def _cpu_gradients(dy: Tensor, x: Tensor, weight: Tensor, *place: Any) -> tuple[
     """
     ids, _, h, w = place
     flipped, pad = weight.flip(2, 3), weight.shape[-1] // 2
-    dxs, dweight = [], torch.zeros_like(weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dxs, dweight = [], torch.zeros_like(weight, dtype=wide)
     for (part, part_ids), (grad, _) in zip(
         _parts(x, ids, h, w), _parts(dy, ids, h, w), strict=True
     ):
@@ -177,8 +178,8 @@ def _cpu_gradients(dy: Tensor, x: Tensor, weight: Tensor, *place: Any) -> tuple[
         planes = planes.reshape(1, -1, *planes.shape[2:])
         kernels = grad.reshape(-1, 1, *grad.shape[2:])
         each = F.conv2d(planes, kernels, padding=pad, groups=len(kernels))
-        dweight += each.reshape(-1, *weight.shape).sum(0)
-    return ops.join(dxs), dweight
+        dweight += each.reshape(-1, *weight.shape).sum(0, dtype=wide)
+    return ops.join(dxs).contiguous(), dweight.to(weight.dtype)
 
 
 def _weight_gradient_on_canvas(dy: Tensor, x: Tensor, k: int, *place: Any) -> Tensor:
@@ -258,7 +259,8 @@ def _size(x: Tensor, k: int) -> tuple[int, ...]:
 
 def _fastest_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
     key = _size(x, weight.shape[-1])
-    return tune.run("depthwise", CONVOLVE, key, x, weight, bias, *place)
+    y = tune.run("depthwise", CONVOLVE, key, x, weight, bias, *place)
+    return y.contiguous()  # as the compiler is told; torch's own follows the strides of x
 
 
 # The compiler takes both as they are: nothing of them could be fused with what surrounds them.

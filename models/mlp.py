@@ -126,7 +126,10 @@ def gradients(
         dh, *rest = tune.run("mlp gradients", TO_H, _size(h_), *arguments)
         parts.append((product(dh, w1.mT), gram(dh.flatten(0, 1), x_.flatten(0, 1)), *rest))
     dxs, *sums = zip(*parts, strict=True)
-    dw1, db1, dw2, dgamma, dbeta = (reduce(torch.add, own) for own in sums)
+    wide = length.dtype  # a bf16 sum over parts would stagnate; autograd casts what it gets
+    dw1, db1, dw2, dgamma, dbeta = (
+        own[0] if len(own) == 1 else reduce(torch.add, (t.to(wide) for t in own)) for own in sums
+    )
     return ops.join(dxs), dw1, db1, dw2, dy.sum((0, 1), dtype=length.dtype), dgamma, dbeta
 
 

@@ -132,8 +132,11 @@ def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 def energy(x: Tensor) -> Tensor:
     """(N, L, C) -> (N, C), the sum of squares over L, in float32 or better.
 
-    Half precision would overflow or stagnate. On a CPU ten times faster than torch's norm.
+    Half precision would overflow or stagnate. torch's norm widens no tensor, but on a CPU it is ten
+    times slower than square and sum.
     """
+    if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
     return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
 
 

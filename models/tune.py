@@ -41,6 +41,7 @@ class Choices:
         self.mode = "auto"
         self.taken: dict[Hashable, str] = {}
         self.kept: dict[str, dict[str, str]] = {}  # device type -> what its file holds
+        self.seconds: dict[str, dict[str, float]] = {}  # entry -> of each form measured here
 
     def pick(
         self, op: str, forms: Forms, key: tuple, like: Tensor, sample: Callable[[], tuple]
@@ -67,6 +68,7 @@ class Choices:
         entry = " ".join([op, str(like.dtype).removeprefix("torch."), *map(str, key)])
         if kept.get(entry) not in names:
             seconds = {name: measure(forms[name], sample(), like.device) for name in names}
+            self.seconds[entry] = seconds
             best = min(seconds, key=seconds.__getitem__)
             kept[entry] = best if seconds[best] < GAIN * seconds[names[0]] else names[0]
             self._keep(like.device.type)
@@ -76,7 +78,7 @@ class Choices:
         if kind not in self.kept:
             try:
                 self.kept[kind] = dict(json.loads(cache_file(kind).read_text(encoding="utf-8")))
-            except (OSError, ValueError):  # absent, or not ours: it is measured and written anew
+            except (OSError, TypeError, ValueError):  # absent, or not ours: measured and written
                 self.kept[kind] = {}
         return self.kept[kind]
 

@@ -74,7 +74,7 @@ def test_bytes_saved_count_each_storage_once():
     def loss():
         return (model.weight[0, 0] * x).sum() + (model.weight[0, 0] * x[:4]).sum()
 
-    assert step.saved_bytes(step.Variant("toy", model, None, loss)) == 32
+    assert step.saved_bytes(step.Variant("toy", 1, model, None, loss)) == 32
 
 
 def test_unknown_variant_is_refused(capsys):

@@ -1,0 +1,213 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What benchmarks/gpu.py measures itself: machine, kernels of a step, their forms, CUDA graphs.
+
+python benchmarks/gpu_parts.py profile --model convnextv2_atto --batch 8 --output profile.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import curves
+from benchmarks.step import Variant, commit, machine, make_variant, time_steps
+from models import tune
+
+PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pytest", "submitit")
+TOP = 25  # kernels of a profile that the table shows
+STEPS = 3  # of a profile
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--model", nargs="+", default=["convnextv2_tiny"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[128], help="for each --model")
+    parser.add_argument("--toy", action="store_true", help="small images, few of them")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="markdown file to write")
+    return parser
+
+
+def steps_of(model: str, batch: int, args: argparse.Namespace) -> dict[str, Variant]:
+    """A packed and a dense step."""
+    flags = curves.parse_args(["--model", model, "--device", args.device])
+    flags = curves.flags_of(flags, input_size=64 if args.toy else 224)
+    return {name: make_variant(name, batch, flags) for name in ("packed", "dense")}
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def environment(args: argparse.Namespace) -> str:
+    """Versions, commit and what nvidia-smi says."""
+    rows = [["python", sys.version.split()[0]], ["commit", commit()]]
+    rows += [[name, version(name)] for name in PACKAGES]
+    rows += [["CUDA of torch", torch.version.cuda], ["cuDNN", torch.backends.cudnn.version()]]
+    rows += [["cores", os.cpu_count()], ["system", " ".join(os.uname())]]
+    if torch.cuda.is_available():
+        own = torch.cuda.get_device_properties(0)
+        rows += [["device", own.name], ["capability", f"{own.major}.{own.minor}"]]
+        rows += [["multiprocessors", own.multi_processor_count]]
+        rows += [["memory, GiB", f"{own.total_memory / 2**30:.1f}"]]
+    smi = "nvidia-smi: not found"
+    if shutil.which("nvidia-smi"):
+        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
+        smi = done.stdout + done.stderr
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(smi)
+        sys.exit("torch finds no CUDA device")
+    return f"{machine(torch.device(args.device))}\n\n{table(['', ''], rows)}\n\n```\n{smi}\n```"
+
+
+def events_of(
+    variant: Variant, steps: int, on_cuda: bool, file: Path
+) -> list[tuple[str, int, float]]:
+    """(kernel, calls, ms), all of one step, the longest first; the profiler's table in a file."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+    with profile(activities=kinds) as profiled:
+        for _ in range(steps):
+            variant.step()
+        if on_cuda:
+            torch.cuda.synchronize()
+    averages = profiled.key_averages()
+    order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    file.write_text(averages.table(sort_by=order, row_limit=100, max_name_column_width=100))
+    events = []
+    for event in averages:
+        # Operators are listed beside the kernels they launch, and a range spans others' kernels.
+        whole = getattr(event, "is_user_annotation", False) or "Optimizer.step#" in event.key
+        if not whole and ("CUDA" in str(event.device_type)) == on_cuda:
+            ms = getattr(event, order) / steps / 1000
+            events.append((event.key, round(event.count / steps), ms))
+    return sorted(events, key=lambda event: -event[2])
+
+
+def profiles(args: argparse.Namespace) -> str:
+    """The kernels that a packed and a dense step spend most time in."""
+    device, texts = torch.device(args.device), []
+    on_cuda, steps = device.type == "cuda", 1 if args.toy else STEPS
+    for name, variant in steps_of(args.model[0], args.batch[0], args).items():
+        time_steps(variant, steps, device)  # chooses and compiles kernels
+        wall = 1000 * statistics.median(time_steps(variant, steps, device) for _ in range(5))
+        file = args.output.with_name(f"{args.output.stem}_{name}.txt")
+        events = events_of(variant, steps, on_cuda, file)
+        total = sum(ms for *_, ms in events)
+        rows = [
+            [f"`{key[:100].replace('|', ' ')}`", calls, f"{ms:.3f}", f"{100 * ms / total:.1f}%"]
+            for key, calls, ms in events[:TOP]
+        ]
+        what = "kernels on the device" if on_cuda else "operators on the CPU"
+        texts.append(
+            f"### {name}, {args.model[0]}, batch {variant.batch}\n\nA step takes {wall:.2f} ms "
+            f"unprofiled; {what}: {total:.2f} ms in {sum(n for _, n, _ in events)} calls. "
+            f"The profiler's own table: {file.name}.\n\n"
+            + table(["kernel", "calls", "ms", "share"], rows)
+        )
+    return "\n\n".join(texts)
+
+
+def choices(args: argparse.Namespace) -> str:
+    """Every entry of the file of kernel choices, with the time of each form, measured anew."""
+    cache = args.output.with_name("cache") / "choices"
+    shutil.rmtree(cache, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    seconds, where = tune.choices.seconds, {}
+    for model, batch in zip(args.model, args.batch, strict=True):
+        for name, variant in steps_of(model, batch, args).items():
+            variant.step()
+            for entry in seconds.keys() - where.keys():
+                where[entry] = f"{model.removeprefix('convnextv2_')}, {name}"
+    kept = tune.choices.kept.get(torch.device(args.device).type, {})
+    forms = list(dict.fromkeys(form for own in seconds.values() for form in own))
+    rows = []
+    for entry, taken in sorted(kept.items(), key=lambda item: (where[item[0]], item[0])):
+        own = seconds[entry]
+        cells = [f"{1000 * own[form]:.3f}" if form in own else "" for form in forms]
+        gain = next(iter(own.values())) / own[taken]
+        rows.append([where[entry], entry, *cells, taken, f"{gain:.2f}"])
+    head = ["first met in", "operation, dtype, shape"]
+    return table([*head, *(f"{form}, ms" for form in forms), "taken", "first / taken"], rows)
+
+
+def rates(output: str) -> list[tuple[int, int]]:
+    """(img/s, % of time spent waiting for data) of every log line of a run."""
+    found = re.findall(r"(\d+) img/s +data (\d+)%", output)
+    return [(int(rate), int(share)) for rate, share in found]
+
+
+def graphs(args: argparse.Namespace) -> str:
+    """Pre-training by the real main, small, with and without CUDA graphs."""
+    words = (
+        "main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir= "
+        f"--device {args.device} --progress lines "
+    )
+    if args.toy:
+        words += "--input_size 64 --batch_size 256 --epochs 1 --num_workers 0 --print_freq 1"
+    else:
+        workers = min(12, max(1, (os.cpu_count() or 2) - 2))
+        words += "--input_size 96 --batch_size 32 --epochs 6 --print_freq 16 "
+        words += f"--num_workers {workers}"
+    rows = []
+    for flag in ("false", "true") if args.device == "cuda" else ("false",):
+        command = [sys.executable, *words.split(" "), "--cuda_graphs", flag]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        output = done.stdout + done.stderr
+        print(output)
+        if done.returncode or not (found := rates(output)):
+            sys.exit(f"--cuda_graphs {flag}: exit status {done.returncode}")
+        late = found[len(found) // 3 :]  # the first lines compile, capture and start workers
+        middle = [statistics.median(column) for column in zip(*late, strict=True)]
+        rows.append([flag, f"{middle[0]:.0f}", f"{middle[1]:.0f}%", len(late)])
+    if args.device != "cuda":
+        rows.append(["true", "CUDA only", "", ""])
+    head = ["--cuda_graphs", "images/s, median", "waiting for data", "log lines"]
+    return f"`{words.strip()}`\n\n{table(head, rows)}"
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "environment": environment,
+    "profile": profiles,
+    "choices": choices,
+    "graphs": graphs,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args_parser().parse_args(argv)
+    if len(args.batch) != len(args.model):
+        sys.exit(f"--batch has {len(args.batch)} numbers for {len(args.model)} models")
+    args.output = args.output.resolve()
+    text = PARTS[args.part](args)
+    args.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

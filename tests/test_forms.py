@@ -1,0 +1,352 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The models in what torch makes of models: compiled, exported.  pytest tests/test_forms.py"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models import tune
+from models.convnextv2 import Block
+from models.sparse import PatchGrid
+from tests import tiny
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MASK = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 1]])
+
+
+@pytest.fixture(autouse=True)
+def own_choices(monkeypatch, tmp_path):
+    """Choices and their file for one test; the compiler starts anew."""
+    monkeypatch.setattr(tune, "choices", tune.Choices())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch._dynamo.reset()
+
+
+def scramble(model, dtype=torch.float64, device="cpu"):
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.to(device, dtype)
+
+
+def classifier(dtype=torch.float64, device="cpu"):
+    """A classifier and a loss of it, so that `loss(model)` has a gradient everywhere."""
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
+    model = tiny.classifier(num_classes=3, stem_stride=1)
+    return scramble(model, dtype, device), lambda model: model(images).square().sum()
+
+
+def fcmae(dtype=torch.float64, device="cpu"):
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
+    mask = MASK.to(device)
+    model = tiny.fcmae(3, 1, 0.0, decoder_embed_dim=8)
+    return scramble(model, dtype, device), lambda model: model(images, mask, 1)[0]
+
+
+def with_gradients(loss, model):
+    """The loss, and the gradients by the names of parameters."""
+    model.zero_grad()
+    value = loss(model)
+    value.backward()
+    return {"loss": value.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_near(ours, theirs, tolerance=1e-10):
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        error = (ours[name].double() - wanted.double()).norm()
+        assert error <= tolerance * wanted.double().norm(), name
+
+
+# --- compiled ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_gradients_are_the_eager_ones(build, dtype):
+    """One graph forward and one backward; the custom operations have a gradient there too."""
+    model, loss = build(dtype)
+    wanted = with_gradients(loss, model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    assert_near(with_gradients(lambda _: loss(compiled), model), wanted, tolerance)
+
+
+def test_compiled_under_autocast_is_the_eager_one():
+    model, loss = fcmae(torch.float32)
+
+    def in_bf16(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model)
+
+    wanted = with_gradients(in_bf16, model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ours = with_gradients(lambda _: in_bf16(compiled), model)
+    assert_near(ours, wanted, 0.1)  # its forms round elsewhere
+
+
+@pytest.fixture
+def traced_backward():
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch cannot compile a backward pass along")
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        yield
+
+
+@pytest.mark.parametrize("build", [classifier, fcmae])
+def test_whole_training_step_compiles_without_a_graph_break(traced_backward, build):
+    """Forward, gradients and the update of all parameters, as one graph, thrice."""
+    losses = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model, loss = build()
+        parameters = list(model.parameters())
+
+        def step(model=model, loss=loss, parameters=parameters):
+            value = loss(model)
+            gradients = torch.autograd.grad(value, parameters)
+            with torch.no_grad():
+                torch._foreach_add_(parameters, list(gradients), alpha=-1e-4)
+            return value.detach()
+
+        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiling else step
+        losses.append([run().item() for _ in range(3)])
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+
+
+def test_compiled_step_with_fused_adamw_breaks_nowhere_but_in_torchs_optimizer(traced_backward):
+    """`Optimizer.step` breaks the graph itself; what is ours is whole, the numbers are eager's."""
+    runs = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model, loss = classifier()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+        def forward_backward(model=model, loss=loss):
+            value = loss(model)
+            value.backward()
+            return value.detach()
+
+        update = optimizer.step
+        if compiling:
+            forward_backward = torch.compile(forward_backward, fullgraph=True, backend="aot_eager")
+            update = torch.compile(update, backend="aot_eager")
+        values = []
+        for _ in range(3):
+            values.append(forward_backward().item())
+            update()
+            optimizer.zero_grad(set_to_none=False)
+        runs.append(values)
+    assert runs[0][0] > runs[0][2]
+    assert runs[1] == pytest.approx(runs[0], rel=1e-9)
+
+
+LAYOUTS = {  # shape and strides of what a custom operation gets
+    "dense": ((2, 5, 6, 4), None),
+    "channels first in memory": ((2, 5, 6, 4), (0, 3, 1, 2)),
+    "images last in memory": ((2, 5, 6, 4), (1, 2, 3, 0)),
+    "packed": ((2, 2, 3, 3, 4), None),
+    "packed, images last": ((2, 2, 3, 3, 4), (1, 2, 3, 4, 0)),
+    "one cell": ((1, 1, 1, 1), None),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_compiler_is_told_the_truth_about_shapes_and_strides(layout, dtype):
+    """Code generated for other strides would read the wrong values, or stop."""
+    shape, order = LAYOUTS[layout]
+    x = torch.randn(shape, dtype=dtype)
+    if order:
+        x = x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
+    weight, bias = torch.randn(shape[-1], 1, 7, 7, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    place = (None, None, 0, 0)
+    if len(shape) == 5:
+        grid = PatchGrid(torch.tensor([[[0, 1, 0], [1, 1, 1]], [[1, 1, 0], [0, 1, 1]]]))
+        place = (grid.ids, grid.slots, 2, 3)
+    checks = ("test_schema", "test_faketensor")
+    calls = torch.ops.convnextv2
+    torch.library.opcheck(calls.depthwise.default, (x, weight, bias, *place), test_utils=checks)
+    arguments = (x, x, weight, *place)
+    torch.library.opcheck(calls.depthwise_gradients.default, arguments, test_utils=checks)
+    if dtype == torch.float32:
+        factors = torch.randn(6, shape[-1]), torch.randn(6)
+        torch.library.opcheck(calls.product.default, (x, *factors), test_utils=checks)
+
+
+# --- recomputed, called with other parameters, copied ---------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_checkpointed_block_has_the_same_gradients(reentrant, packed, half):
+    """The second forward meets the same dropped paths, and under autocast the same precision."""
+    torch.manual_seed(0)
+    block = scramble(Block(4, drop_path=0.5), torch.float32)
+    x = torch.randn((4, 1, 2, 2, 4) if packed else (4, 5, 3, 4), requires_grad=True)
+    grid = PatchGrid(MASK.repeat(2, 1).view(4, 2, 2)) if packed else None
+
+    def gradients(run):
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = run(x, grid)
+        y.square().sum().backward()
+        found = {"x": x.grad, **{n: p.grad for n, p in block.named_parameters()}}
+        x.grad = None
+        block.zero_grad()
+        return found
+
+    wanted = gradients(block)
+    ours = gradients(lambda *inputs: checkpoint(block, *inputs, use_reentrant=reentrant))
+    assert_near(ours, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("build", [classifier, fcmae])
+def test_functional_call_computes_with_the_parameters_it_gets(build):
+    model, loss = build()
+    wanted = with_gradients(loss, model)
+    own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+
+    def called(own):
+        return loss(lambda *inputs: torch.func.functional_call(model, own, inputs))
+
+    value = called(own)
+    value.backward()
+    assert_near({"loss": value.detach()} | {n: p.grad for n, p in own.items()}, wanted)
+    gradients, value = torch.func.grad_and_value(called)(own)
+    assert_near({"loss": value.detach(), **gradients}, wanted)
+
+
+@pytest.mark.parametrize("build", [classifier, fcmae])
+def test_average_of_a_model_starts_as_the_model_and_follows_it(build):
+    """A moving average is a deep copy whose parameters are written in place."""
+    model, loss = build()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    other = copy.deepcopy(model)
+    assert loss(average).item() == loss(model).item() == loss(other).item()
+    average.update_parameters(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    average.update_parameters(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.75)
+    assert loss(average).item() == pytest.approx(loss(other).item(), rel=1e-12)
+
+
+# --- exported ----------------------------------------------------------------------------
+
+
+def operations(program):
+    """Names of what a program and the programs inside it call."""
+    modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    nodes = [node for module in modules for node in module.graph.nodes]
+    return {str(node.target) for node in nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_exported_classifier_is_of_torchs_operations_alone(strict, dtype):
+    """Whoever loads it has no convnextv2::depthwise, and maybe no oneDNN."""
+    model = classifier(dtype)[0].eval()
+    images = torch.randn(2, 3, 16, 16, dtype=dtype)
+    program = torch.export.export(model, (images,), strict=strict)
+    assert not any("convnextv2" in name or "mkldnn" in name for name in operations(program))
+    plain = program.run_decompositions()
+    foreign = {name for name in operations(plain) if not name.startswith("aten.")}
+    assert foreign <= {"<built-in function getitem>"}
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for other in (program.module(), plain.module()):
+        assert_near({"": other(images)}, {"": model(images)}, tolerance)
+
+
+def test_exported_classifier_takes_other_batches():
+    """`len` and `split` would have fixed the batch that export saw."""
+    model = classifier()[0].eval()
+    example = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    sizes = ({0: torch.export.Dim("n", min=1, max=64)},)
+    program = torch.export.export(model, (example,), dynamic_shapes=sizes, strict=False)
+    for n in (1, 5):
+        images = torch.randn(n, 3, 16, 16, dtype=torch.float64)
+        assert_near({"": program.module()(images)}, {"": model(images)}, 1e-12)
+
+
+def test_traced_classifier_is_of_torchs_operations_and_takes_other_batches():
+    model = classifier()[0].eval()
+    example, images = (torch.randn(n, 3, 16, 16, dtype=torch.float64) for n in (2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (example,))
+    graph = str(traced.inlined_graph)
+    assert "aten::_convolution" in graph
+    assert "convnextv2::" not in graph
+    assert "mkldnn::" not in graph
+    assert "PythonOp" not in graph
+    assert_near({"": traced(images)}, {"": model(images)}, 1e-12)
+
+
+def test_exporting_one_model_leaves_the_fast_path_to_others():
+    model, loss = classifier()
+    torch.export.export(model.eval(), (torch.zeros(1, 3, 16, 16, dtype=torch.float64),))
+    value = loss(model)
+    found, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        found.add(type(node).__name__)
+        stack += [above for above, _ in node.next_functions if above is not None]
+    assert {"_MLPBackward", "_DepthwiseBackward"} <= found
+
+
+# --- on a GPU ----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("half", [False, True])
+def test_every_form_is_the_same_on_a_gpu(build, half):
+    """Eager with each --kernels, compiled, checkpointed and graphed against torch's own."""
+    model, raw_loss = build(torch.float32, "cuda")
+
+    def loss(model):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+            return raw_loss(model)
+
+    with tune.only_torch():
+        wanted = with_gradients(loss, model)
+    tolerance = 0.1 if half else 2e-3  # TF32 may be on
+    for mode in ("auto", "triton"):
+        tune.set_kernels(mode, torch.device("cuda"))
+        assert_near(with_gradients(loss, model), wanted, tolerance)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_near(with_gradients(lambda _: loss(compiled), model), wanted, tolerance)
+    again = with_gradients(lambda m: checkpoint(loss, m, use_reentrant=False), model)
+    assert_near(again, wanted, tolerance)
+
+    parameters = list(model.parameters())
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.autograd.grad(loss(model), parameters)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = loss(model)
+        grads = torch.autograd.grad(value, parameters)
+    graph.replay()
+    names = [name for name, _ in model.named_parameters()]
+    assert_near({"loss": value.detach(), **dict(zip(names, grads, strict=True))}, wanted, tolerance)

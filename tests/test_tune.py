@@ -1,0 +1,372 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Which of several equal computations runs, and its memory.  pytest tests/test_tune.py"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hooks
+from batches import Batches
+from errors import UserError
+from models import tune
+from tests import tiny
+from tests.test_end_to_end import PRETRAIN, run
+from utils import TrainState
+
+CPU = torch.device("cpu")
+X = torch.ones(2, 3)
+FORMS = {"torch": lambda x: x + 1, "onednn": lambda x: 1 + x, "third": lambda x: x - -1}
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where this test's choices are kept; nothing has been chosen yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "choices", tune.Choices())
+    return tmp_path / "convnextv2"
+
+
+@pytest.fixture
+def timed(monkeypatch, folder):
+    """A function that sets how long each form of FORMS takes, and returns what is measured."""
+
+    def times(*seconds):
+        measured = []
+
+        def measure(form, args, device):
+            name = next(name for name, other in FORMS.items() if other is form)
+            measured.append(name)
+            return dict(zip(FORMS, seconds, strict=True))[name]
+
+        monkeypatch.setattr(tune, "measure", measure)
+        return measured
+
+    return times
+
+
+def pick(choices=None, key=(1, 2), like=X, forms=FORMS):
+    return (choices or tune.choices).pick("sum", forms, key, like, lambda: (like,))
+
+
+# --- the choice --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken"),
+    [
+        ((3.0, 2.0, 1.0), "third"),
+        ((3.0, 1.0, 2.0), "onednn"),
+        ((1.0, 2.0, 3.0), "torch"),
+        ((1.0, 0.91, 0.92), "torch"),  # noise may not decide
+        ((1.0, 0.89, 0.95), "onednn"),
+    ],
+)
+def test_fastest_form_is_taken_unless_torchs_is_nearly_as_fast(timed, seconds, taken):
+    timed(*seconds)
+    assert tune.GAIN == 0.9
+    assert pick() == taken
+
+
+def test_form_that_is_taken_is_the_one_that_runs(timed):
+    timed(3, 2, 1)
+    marked = {name: lambda x, name=name: name for name in FORMS}
+    tune.choices.taken[("sum", "cpu", torch.float32, (1, 2))] = "third"
+    assert tune.run("sum", marked, (1, 2), X) == "third"
+
+
+def test_each_question_is_measured_once(timed):
+    """One for each operation, key and dtype; not at every step."""
+    measured = timed(3, 2, 1)
+    for _ in range(3):
+        pick()
+    assert measured == list(FORMS)
+    pick(key=(2, 2))
+    pick(like=X.double())
+    tune.choices.pick("difference", FORMS, (1, 2), X, lambda: (X,))
+    assert len(measured) == 4 * len(FORMS)
+
+
+def test_operation_of_one_form_is_never_measured(timed, folder):
+    measured = timed(3, 2, 1)
+    assert tune.run("sum", {"torch": FORMS["torch"]}, (), X).equal(X + 1)
+    assert pick(forms={"torch": FORMS["torch"]}) == "torch"
+    assert measured == []
+    assert not folder.exists()
+
+
+def test_cpu_leaves_what_needs_a_gpu_untried(monkeypatch, folder):
+    """Triton's interpreter, which tests switch on, would be measured for minutes."""
+    monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured"))
+    forms = {"torch": FORMS["torch"], "native": FORMS["third"], "triton": FORMS["third"]}
+    assert pick(forms=forms) == "torch"
+
+
+def test_measuring_takes_the_shortest_call_and_leaves_no_graph(monkeypatch):
+    """The first call compiles; another program may slow one down."""
+    now = [0.0]
+    lengths = iter([9.0, 3.0, 5.0, 2.0, 4.0, 6.0])
+    grad = []
+
+    def form(x):
+        now[0] += next(lengths)
+        grad.append(torch.is_grad_enabled())
+
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
+    assert tune.measure(form, (X,), CPU) == 2
+    assert len(grad) == 1 + tune.ROUNDS
+    assert not any(grad)
+
+
+def test_compiler_sees_the_first_form_alone(timed):
+    """Measuring cannot be compiled, and would break the graph."""
+    measured = timed(3, 2, 1)
+    call = torch.compile(lambda x: tune.run("sum", FORMS, (), x), backend="eager", fullgraph=True)
+    assert call(X).equal(X + 1)
+    assert measured == []
+
+
+# --- the file ----------------------------------------------------------------------------
+
+
+def test_choice_is_kept_and_the_next_process_measures_nothing(timed, folder):
+    timed(3, 1, 2)
+    assert pick() == "onednn"
+    file = tune.cache_file("cpu")
+    assert list(folder.iterdir()) == [file]
+    assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn"}
+    measured = timed(1, 2, 3)  # it would decide otherwise
+    assert pick(tune.Choices()) == "onednn"
+    assert measured == []
+
+
+def test_second_choice_is_added_to_the_first(timed, folder):
+    timed(3, 1, 2)
+    pick()
+    pick(tune.Choices(), key=(5,))
+    kept = json.loads(tune.cache_file("cpu").read_text())
+    assert kept == {"sum float32 1 2": "onednn", "sum float32 5": "onednn"}
+
+
+FOREIGN = ["", "{", "no json", "[1, 2]", "3", "null", '"text"', "[[1, 2, 3]]", "\udcff"]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_file_that_is_not_ours_is_measured_anew_and_replaced(timed, folder, text):
+    timed(3, 1, 2)
+    folder.mkdir()
+    tune.cache_file("cpu").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert pick() == "onednn"
+    assert json.loads(tune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
+
+
+@pytest.mark.parametrize("value", ["gone", "triton", None, 3, ["onednn"], {}])
+def test_form_that_there_is_not_is_measured_anew(timed, folder, value):
+    """Left there by another version of the toolkit."""
+    measured = timed(3, 1, 2)
+    folder.mkdir()
+    file = tune.cache_file("cpu")
+    file.write_text(json.dumps({"sum float32 1 2": value, "other": "torch"}))
+    assert pick() == "onednn"
+    assert measured == list(FORMS)
+    assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn", "other": "torch"}
+
+
+@pytest.mark.parametrize("obstacle", ["a file in its place", "a read-only folder"])
+def test_folder_that_cannot_be_written_stops_nothing(timed, folder, tmp_path, obstacle):
+    timed(3, 1, 2)
+    if obstacle == "a file in its place":
+        folder.write_text("")
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("root may write everywhere")
+        tmp_path.chmod(0o500)
+    try:
+        assert pick() == "onednn"
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_disk_that_is_full_stops_nothing(timed, folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    timed(3, 1, 2)
+    monkeypatch.setattr(tune, "write_atomically", full)
+    assert pick() == pick() == "onednn"
+
+
+def test_other_machine_version_or_threads_have_a_file_of_their_own(folder, monkeypatch):
+    """A home directory is shared by a cluster's machines."""
+    files = {tune.cache_file("cpu")}
+    for target, name, value in (
+        (tune, "_processor", lambda: "Another CPU @ 3.0 GHz / 2"),
+        (torch, "__version__", "2.99.0+cu999"),
+        (torch, "get_num_threads", lambda: 77),
+        (torch.cuda, "get_device_name", lambda: "NVIDIA H999 80GB"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            files.add(tune.cache_file("cuda" if target is torch.cuda else "cpu"))
+    assert len(files) == 5
+    for file in files:
+        assert file.parent == folder
+        assert re.fullmatch(r"[\w.+-]+\.json", file.name)
+
+
+def test_without_xdg_the_file_is_below_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for unset in ("", None):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        if unset is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert tune.cache_file("cpu").parent == tmp_path / ".cache" / "convnextv2"
+
+
+def test_tests_write_nothing_into_the_users_own_cache():
+    assert Path(os.environ["XDG_CACHE_HOME"]).name.startswith("tmp")
+    assert Path.home() not in tune.cache_file("cpu").parents
+
+
+# --- --kernels ---------------------------------------------------------------------------
+
+
+def test_torch_takes_the_first_form_and_never_measures(timed, folder):
+    measured = timed(3, 2, 1)
+    tune.set_kernels("torch", CPU)
+    assert pick() == "torch"
+    assert tune.run("sum", FORMS, (), X).equal(X + 1)
+    assert measured == []
+    assert not folder.exists()
+
+
+def test_triton_takes_triton_where_there_is_one_and_never_measures(timed, monkeypatch):
+    measured = timed(3, 2, 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tune, "_has_triton", lambda: True)
+    tune.set_kernels("triton", CPU)
+    assert pick(forms={**FORMS, "triton": FORMS["torch"]}) == "triton"
+    assert pick(key=()) == "torch"
+    assert measured == []
+
+
+def test_mode_that_is_set_counts_for_what_was_chosen_before(timed):
+    timed(3, 2, 1)
+    assert pick() == "third"
+    tune.set_kernels("torch", CPU)
+    assert pick() == "torch"
+    tune.set_kernels("auto", CPU)
+    assert pick() == "third"
+
+
+@pytest.mark.parametrize("interpret", [None, "0"])
+def test_triton_without_a_gpu_is_refused_with_a_remedy(folder, monkeypatch, interpret):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpret:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(UserError, match=r"--kernels triton.*cpu.*--kernels auto.*TRITON_INTERPRET"):
+        tune.set_kernels("triton", CPU)
+    assert tune.choices.mode == "auto"
+
+
+def test_triton_that_is_not_installed_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(tune, "_has_triton", lambda: False)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UserError, match="--kernels auto"):
+            tune.set_kernels("triton", torch.device(device))
+
+
+def test_unknown_mode_is_refused_with_those_there_are(folder):
+    with pytest.raises(UserError, match=r"--kernels cuda: expected one of auto, torch, triton"):
+        tune.set_kernels("cuda", CPU)
+    assert tune.choices.mode == "auto"
+
+
+def test_only_torch_lasts_as_long_as_its_block_even_if_that_fails(timed):
+    timed(3, 2, 1)
+    assert pick() == "third"
+    found = []
+
+    def fail():
+        with tune.only_torch():
+            found.append((pick(), pick(key=(7,))))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert found == [("torch", "torch")]
+    assert tune.choices.mode == "auto"
+    assert pick() == pick(key=(7,)) == "third"
+
+
+# --- what the log says -------------------------------------------------------------------
+
+
+def test_summary_names_operations_and_forms(timed):
+    timed(3, 1, 2)
+    assert tune.choices.summary() == "auto: one form of everything"
+    for key in (1, 2):
+        pick(key=(key,))
+    timed(1, 2, 3)
+    pick(key=(3,))
+    tune.choices.pick("difference", FORMS, (), X, lambda: (X,))
+    assert tune.choices.summary() == "auto: difference torch 1; sum onednn 2, torch 1"
+    tune.set_kernels("torch", CPU)
+    assert tune.choices.summary() == "torch: one form of everything"
+
+
+def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
+    """At the first log line, when every choice is made: of a resumed run too."""
+    timed(3, 1, 2)
+    monkeypatch.setattr(hooks, "choices", tune.choices)
+    state = TrainState(updates=6)
+    reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
+    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]))
+    pick()
+    for _ in range(6):
+        state.updates += 1
+        reporter.after_batch(1)
+        reporter.after_update(0.1)
+    lines = [message for message in log.messages if message.startswith("kernels")]
+    assert lines == ["kernels auto: sum onednn 1"]
+
+
+def test_run_says_once_which_kernels_it_takes(tmp_path):
+    """The log's line as the issue asks for it; and the file lies where XDG says."""
+    words = [*PRETRAIN, "--output_dir", "", "--epochs", 2]
+    done = run("main_pretrain.py", *words, env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert len(re.findall(r"kernels auto: ", done.stdout)) == 1
+    if torch.backends.mkldnn.is_available() and not torch.cuda.is_available():
+        assert re.search(r"kernels auto: .*product (torch|onednn) 1", done.stdout)
+        assert len(list((tmp_path / "convnextv2").glob("cpu-*.json"))) == 1
+
+
+def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
+    words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton"]
+    done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "0"}, expect=2)
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "--kernels triton" in errors[0]
+    assert "TRITON_INTERPRET=1" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def two(data_path: str, train: bool) -> tiny.Colours:
+    """Images for one update, since Triton's interpreter is slow."""
+    return tiny.Colours(2)
+
+
+def test_run_with_triton_in_the_interpreter_trains():
+    pytest.importorskip("triton")
+    words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
+    words += ["--epochs", 1, "--data_set", "tests.test_tune:two"]
+    done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "1"})
+    line = re.search(r"kernels triton: (.*)", done.stdout)[1]
+    assert "depthwise norm triton" in line
+    assert "mlp gradients triton" in line
