@@ -49,6 +49,7 @@ BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml s
 COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
 CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+KERNELS = ("auto", "torch", "triton")
 NEED_PATH = ("IMNET", "CIFAR10", "CIFAR", "image_folder", "folder")
 DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
@@ -152,9 +153,9 @@ FLAGS: dict[str, tuple] = {
         ("--max_bad_steps", WHOLE, 10, "non-finite updates skipped in a row before the run stops"),
         (
             "--kernels",
-            ("auto", "torch", "triton"),
+            KERNELS,
             "auto",
-            "equal computations: the fastest here, measured once; torch's own; Triton's on CUDA",
+            "auto: the fastest here, measured once and kept; torch: its own; triton: Triton's",
         ),
         ("--compile", str2bool, False, "torch.compile: slow first update, then faster"),
         ("--cuda_graphs", str2bool, False, "launch a training step's kernels as one; CUDA only"),

@@ -17,6 +17,12 @@ from errors import UserError
 from stepper import autocast
 
 
+def check_device(asked: bool, device: torch.device) -> None:
+    """Raise UserError where --cuda_graphs is asked for and cannot be."""
+    if asked and device.type != "cuda":
+        raise UserError(f"--cuda_graphs needs a CUDA device, this one is {device}; drop it")
+
+
 class Graphed(nn.Module):
     """`model` in training as two CUDA graphs, one of its forward and one of its backward.
 
@@ -28,8 +34,7 @@ class Graphed(nn.Module):
         self, model: nn.Module, device: torch.device, amp: str, shapes: Sequence, *fixed: Any
     ) -> None:
         super().__init__()
-        if device.type != "cuda":
-            raise UserError(f"--cuda_graphs needs a CUDA device, this one is {device}; drop it")
+        check_device(True, device)
         self.model, self.device, self.amp, self.fixed = model, device, amp, fixed
         self.shapes = [torch.Size(shape) for shape in shapes]
         sample = [torch.ones(shape, device=device) for shape in shapes]
@@ -37,6 +42,8 @@ class Graphed(nn.Module):
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
             torch.cuda.make_graphed_callables(self.train(), tuple(sample))  # replaces `forward`
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(f"--cuda_graphs cannot capture this model, drop it: {error}") from error
         for buffer, before in buffers:  # the runs that warm up must not count in statistics

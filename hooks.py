@@ -71,6 +71,7 @@ class Reporter:
         self.updates_all, self.updates_per_epoch = updates_all, updates_per_epoch
         self.print_freq = print_freq
         self.began, self.began_at = time.perf_counter(), state.updates
+        self.told_kernels = False
 
     def begin_epoch(self, names: Sequence[str], batches: Batches) -> Means:
         """Fresh meters for an epoch of training on `batches`."""
@@ -87,7 +88,7 @@ class Reporter:
         self.images += images * utils.get_world_size()
 
     def after_update(self, lr: float) -> bool:
-        """An update is done; if this is a log line read the meters, on every rank: returns if."""
+        """An update is done; a log line reads the meters on every rank. Returns if this was one."""
         for hook in self.hooks:
             hook.on_update(self.state)
         step = (self.state.updates - 1) % self.updates_per_epoch + 1
@@ -108,8 +109,9 @@ class Reporter:
         }
         for hook in self.hooks:
             hook.on_log(record, self.state)
-        if done <= self.print_freq:  # the first line, when every choice is made
+        if not self.told_kernels:  # at the first line every choice is made
             utils.get_logger().info("kernels %s", choices.summary())
+            self.told_kernels = True
         self._restart_window()
         return True
 

@@ -11,22 +11,25 @@ import argparse
 import copy
 import math
 
+import options
+from options import finetune_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
+    args = options.parse(get_args_parser())
+
 import torch
 
 import datasets
 import hooks
 import models
-import options
 import utils
 from engine_finetune import evaluate, train_one_epoch
-from graphs import Graphed
+from graphs import Graphed, check_device
 from models.convert import load_pretrained
-from models.tune import set_kernels
+from models.tune import choices, set_kernels
 from optim_factory import build_ema, build_optimizer, build_schedule, scale_lr
 from stepper import Stepper, choose_amp
 from utils import TrainState
-
-get_args_parser = options.finetune_parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -38,6 +41,7 @@ def main(args: argparse.Namespace) -> None:
     log = utils.get_logger()
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
+    check_device(args.cuda_graphs, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     folder = utils.prepare_output_dir(args.output_dir)
@@ -165,7 +169,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             stats["acc5"],
             stats["loss"],
         )
+    utils.get_logger().info("kernels %s", choices.summary())
 
 
 if __name__ == "__main__":
-    utils.launch(main, options.parse(get_args_parser()))
+    utils.launch(main, args)

@@ -10,21 +10,24 @@ from __future__ import annotations
 import argparse
 import math
 
+import options
+from options import pretrain_parser as get_args_parser
+
+if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
+    args = options.parse(get_args_parser())
+
 import datasets
 import hooks
 import models
-import options
 import utils
 import visualize
 from engine_pretrain import train_one_epoch
-from graphs import Graphed
+from graphs import Graphed, check_device
 from models.fcmae import visible_patches
 from models.tune import set_kernels
 from optim_factory import build_optimizer, build_schedule, scale_lr
 from stepper import Stepper, choose_amp
 from utils import TrainState
-
-get_args_parser = options.pretrain_parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,6 +39,7 @@ def main(args: argparse.Namespace) -> None:
     log = utils.get_logger()
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
+    check_device(args.cuda_graphs, device)
     folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
@@ -116,4 +120,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.launch(main, options.parse(get_args_parser()))
+    utils.launch(main, args)

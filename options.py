@@ -269,6 +269,8 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         "SYNTHETIC",
     ):
         yield f"--eval_data_path: --data_set {args.data_set} has its own; use image_folder"
+    if args.eval and args.cuda_graphs:
+        yield "--cuda_graphs true serves training; drop it with --eval true"
     if args.eval and args.disable_eval:
         yield "--eval true and --disable_eval true leave nothing to do; drop one"
     source = args.resume or args.finetune or (args.auto_resume and args.output_dir)

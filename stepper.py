@@ -8,7 +8,6 @@ python -c "import stepper, torch; print(stepper.choose_amp(None, None, torch.dev
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -132,8 +131,9 @@ class Stepper:
         if self.micro < self.group_size:
             return None
         self.scaler.unscale_(self.optimizer)
-        limit = math.inf if self.clip_grad is None else self.clip_grad
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         loss_is_finite, norm_is_finite = self._agree(self.finite, torch.isfinite(norm))
         taken = loss_is_finite & norm_is_finite
         self._step_if(taken)

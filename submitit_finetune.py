@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import main_finetune
 import options
 import slurm
 
 Trainer = partial(slurm.Trainer, "main_finetune")
 
 if __name__ == "__main__":
-    parser = main_finetune.get_args_parser()
+    parser = options.finetune_parser()
     options.add_submitit_args(parser)
     slurm.submit("main_finetune", options.parse(parser))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import main_pretrain
 import options
 import slurm
 
 Trainer = partial(slurm.Trainer, "main_pretrain")
 
 if __name__ == "__main__":
-    parser = main_pretrain.get_args_parser()
+    parser = options.pretrain_parser()
     options.add_submitit_args(parser)
     slurm.submit("main_pretrain", options.parse(parser))

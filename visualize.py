@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import options
+
+if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
+    args = options.visualize_parser().parse_args()
+
 import torch
 from torch import Tensor
 
 import datasets
-import options
 import utils
 from checkpoint import load_weights, read_checkpoint
 from errors import UserError
@@ -124,4 +128,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.launch(main, options.visualize_parser().parse_args())
+    utils.launch(main, args)

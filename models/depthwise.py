@@ -31,12 +31,17 @@ def depthwise(
     Stride 1, odd square kernel, as many cells out as in. Removed patches count as zeros, as the
     zero padding around the image does. Under autocast the norm's statistics are in float32.
     """
+    fused = ops.can_fuse(conv, nn.Conv2d)
+    if norm is not None and not (fused and ops.can_fuse(norm, nn.LayerNorm)):
+        return norm(depthwise(x, conv, grid))
+    if not fused:
+        dense = x if grid is None else grid.unpack(x)
+        y = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y if grid is None else grid.pack(y)
     place = (None, None, 0, 0) if grid is None else (grid.ids, grid.slots, *grid.size)
     affine = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     x, weight, bias = in_autocast_dtype(x, conv.weight, conv.bias)
     with torch.autocast(x.device.type, enabled=False):
-        if ops.exporting():
-            return _plain(x, weight, bias, *affine, *place)
         return _Depthwise.apply(x, weight, bias, *affine, *place)[0]
 
 
@@ -65,19 +70,24 @@ class _Depthwise(Function):
     """Saves x, and with a norm the convolution's result: of packed maps the visible cells."""
 
     @staticmethod
-    def forward(
+    def forward(  # each by name: the compiler counts them
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         eps: float,
-        *place: Any,
+        ids: Tensor | None,
+        slots: Tensor | None,
+        h: int,
+        w: int,
     ) -> tuple[Tensor, ...]:
+        place = (ids, slots, h, w)
         if norm_weight is None:
             return (convolve(x, weight, bias, *place),)
         arguments = (x, weight, bias, norm_weight, norm_bias, eps, *place)
-        return tune.run("depthwise norm", CONVOLVE_NORM, _size(x, weight.shape[-1]), *arguments)
+        key = tune.size(x, weight.shape[-1], h, w)
+        return tune.run("depthwise norm", CONVOLVE_NORM, key, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -89,7 +99,9 @@ class _Depthwise(Function):
         ctx.save_for_backward(x, weight, bias, *rest)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, bias, norm_weight, norm_bias, ids, slots, *saved = ctx.saved_tensors
         place = (ids, slots, *ctx.size)
         if torch.is_grad_enabled():  # for a second derivative
@@ -108,10 +120,13 @@ class _Depthwise(Function):
                 [True, True, True],
             )
             grad = grad.to(y.dtype)
-        compiling = torch.compiler.is_compiling()
-        run = torch.ops.convnextv2.depthwise_gradients if compiling else _gradients
-        dx, dweight = run(grad, x, weight, *place)
-        dbias = grad.flatten(0, -2).sum(0, dtype=dweight.dtype)
+        dbias = grad.flatten(0, -2).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        if not ctx.needs_input_grad[1]:  # frozen
+            dx, dweight = convolve(grad, weight.flip(2, 3), None, *place), None
+        else:
+            compiling = torch.compiler.is_compiling()
+            run = torch.ops.convnextv2.depthwise_gradients if compiling else _gradients
+            dx, dweight = run(grad, x, weight, *place)
         return dx, dweight, dbias, *norm_gradients, None, None, None, None, None
 
 
@@ -150,7 +165,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, *place: Any) -> tuple[Tens
     """
     if x.device.type == "cpu" and tune.choices.mode != "triton":
         return _cpu_gradients(dy, x, weight, *place)
-    key = _size(x, weight.shape[-1])
+    key = tune.size(x, weight.shape[-1], *place[2:])
     dx = _fastest_convolve(dy, weight.flip(2, 3), None, *place)
     arguments = (dy, x, weight.shape[-1], *place)
     dweight = tune.run("depthwise weight", WEIGHT_GRADIENT, key, *arguments)
@@ -252,13 +267,8 @@ WEIGHT_GRADIENT = _forms(_weight_gradient_on_canvas, _triton_weight_gradient)
 CONVOLVE_NORM = {"torch": _separate_norm, "triton": _triton_norm}
 
 
-def _size(x: Tensor, k: int) -> tuple[int, ...]:
-    """What the speed depends on; images in powers of two, since a last batch may be smaller."""
-    return 1 << (len(x) - 1).bit_length(), *x.shape[1:], k
-
-
 def _fastest_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> Tensor:
-    key = _size(x, weight.shape[-1])
+    key = tune.size(x, weight.shape[-1], *place[2:])
     y = tune.run("depthwise", CONVOLVE, key, x, weight, bias, *place)
     return y.contiguous()  # as the compiler is told; torch's own follows the strides of x
 

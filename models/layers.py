@@ -106,10 +106,10 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, with its products and those of its gradients in the form that is fastest."""
-    x, weight, bias = in_autocast_dtype(x, weight, bias)
-    if ops.exporting() or not ops.has_onednn(x):
+    half = torch.is_autocast_enabled(x.device.type)
+    if half or bias is None or ops.exporting() or not ops.has_onednn(x):
         return F.linear(x, weight, bias)
     return _Affine.apply(x, weight, bias)
 
@@ -128,6 +128,7 @@ class _Affine(Function):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
             return ops.plain_gradients(F.linear, (x, weight, bias), dy)
-        dx = ops.product(dy, weight.mT) if ctx.needs_input_grad[0] else None
+        of_x, of_weight, _ = ctx.needs_input_grad
+        dx = ops.product(dy, weight.mT) if of_x else None
         dy = dy.flatten(0, -2)
-        return dx, ops.gram(dy, x.flatten(0, -2)), dy.sum(0)
+        return dx, ops.gram(dy, x.flatten(0, -2)) if of_weight else None, dy.sum(0)

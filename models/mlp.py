@@ -31,11 +31,14 @@ def block_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
     It saves x and fc1's output, one tensor of width 4C where plain autograd saves five, and
     never scales a wide tensor where the scale fits into the weights.
     """
+    kinds = ((fc1, nn.Linear), (grn, GRN), (fc2, nn.Linear))
+    if not all(ops.can_fuse(module, kind) for module, kind in kinds):
+        return fc2(grn(F.gelu(fc1(x))))
     y, w1, w2 = in_autocast_dtype(x, fc1.weight, fc2.weight)  # the vectors stay as they are
     gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
     arguments = (y.flatten(1, -2), w1, fc1.bias, w2, fc2.bias, gamma, beta, grn.eps)
     with torch.autocast(x.device.type, enabled=False):
-        y = plain(*arguments) if ops.exporting() else _MLP.apply(*arguments)[0]
+        y = _MLP.apply(*arguments)[0]
     return y.unflatten(1, x.shape[1:-1])
 
 
@@ -56,8 +59,17 @@ def plain(
 
 class _MLP(Function):
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return forward(*arguments)
+    def forward(  # each by name: the compiler counts them
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return forward(x, w1, b1, w2, b2, gamma, beta, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -68,7 +80,9 @@ class _MLP(Function):
         ctx.save_for_backward(*tensors, h, length)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         *inputs, h, length = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
             return ops.plain_gradients(plain, (*inputs, ctx.eps), dy)
@@ -89,15 +103,15 @@ def forward(
     """y (N, L, C), and what the gradients need: h (N, L, K) and G (N, K)."""
     h = product(x, w1, b1.to(x.dtype))
     outs, lengths = [], []
-    for part in h.split(ops.images_at_once(h, 2 * h[0].numel())):
-        a, energy = tune.run("gelu", GELU, _size(part), part)
+    for part in h.split(ops.images_at_once(h, 2 * h.shape[1] * h.shape[2])):
+        a, energy = tune.run("gelu", GELU, tune.size(part), part)
         lengths.append(ops.root(energy))
-        scale = (1 + gamma * relative_length(lengths[-1], eps)[0]).to(a.dtype)[:, None]
+        scale = (1 + gamma * relative_length(lengths[-1], eps)[0])[:, None]  # (N, 1, K)
         if per_image_weights(a, w2):
             bias = b2 + beta @ w2.mT.to(beta.dtype)
-            outs.append(product(a, w2 * scale, bias.to(a.dtype)))
+            outs.append(product(a, (w2 * scale).to(a.dtype), bias.to(a.dtype)))
         else:
-            scaled = torch.addcmul(beta.to(a.dtype), a, scale, out=a)
+            scaled = torch.addcmul(beta.to(a.dtype), a, scale.to(a.dtype), out=a)
             outs.append(product(scaled, w2, b2.to(a.dtype)))
     return ops.join(outs), h, ops.join(lengths)
 
@@ -119,11 +133,11 @@ def gradients(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """Of y in x, w1, b1, w2, b2, gamma and beta."""
-    images = ops.images_at_once(h, 2 * h[0].numel())
+    images = ops.images_at_once(h, 2 * h.shape[1] * h.shape[2])
     parts = []
     for dy_, x_, h_, length_ in zip(*(t.split(images) for t in (dy, x, h, length)), strict=True):
         arguments = (h_, dy_, w2, gamma, beta, length_, eps)
-        dh, *rest = tune.run("mlp gradients", TO_H, _size(h_), *arguments)
+        dh, *rest = tune.run("mlp gradients", BACKWARD, tune.size(h_), *arguments)
         parts.append((product(dh, w1.mT), gram(dh.flatten(0, 1), x_.flatten(0, 1)), *rest))
     dxs, *sums = zip(*parts, strict=True)
     wide = length.dtype  # a bf16 sum over parts would stagnate; autograd casts what it gets
@@ -133,7 +147,7 @@ def gradients(
     return ops.join(dxs), dw1, db1, dw2, dy.sum((0, 1), dtype=length.dtype), dgamma, dbeta
 
 
-def _torch_to_h(
+def _torch_backward(
     h: Tensor, dy: Tensor, w2: Tensor, gamma: Tensor, beta: Tensor, length: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
     """From dy back to h: dh (N, L, K), db1 (K), dw2 (C, K), dgamma (K), dbeta (K)."""
@@ -152,15 +166,18 @@ def _torch_to_h(
         scaled = torch.addcmul(beta.to(a.dtype), a, scale, out=buffer)
         dw2 = gram(dy.flatten(0, 1), scaled.flatten(0, 1))
     direction, dgamma = _through_length(dscale, gamma, length, eps)
+    if a.dtype == torch.float16:  # the direction of an almost dead channel is beyond 65504
+        unit = torch.where(length > 0, length, 1.0)
+        a, direction = (a / unit[:, None]).to(a.dtype), direction * unit
     da.mul_(scale).addcmul_(a, direction.to(a.dtype)[:, None])
     dh = torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
     return dh, dh.sum((0, 1), dtype=wide), dw2, dgamma, dbeta
 
 
-def _triton_to_h(
+def _triton_backward(
     h: Tensor, dy: Tensor, w2: Tensor, gamma: Tensor, beta: Tensor, length: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
-    """As `_torch_to_h`, in two passes that recompute a on the way."""
+    """As `_torch_backward`, in two passes that recompute a on the way."""
     from models import kernels
 
     scale = 1 + gamma * relative_length(length, eps)[0]
@@ -204,10 +221,5 @@ def _triton_gelu(h: Tensor) -> tuple[Tensor, Tensor]:
     return kernels.gelu_energy(h)
 
 
-def _size(h: Tensor) -> tuple[int, int, int]:
-    """Of a wide tensor; images in powers of two, since an epoch's last batch may be smaller."""
-    return 1 << (len(h) - 1).bit_length(), *h.shape[1:]
-
-
 GELU = {"torch": _torch_gelu, "triton": _triton_gelu}
-TO_H = {"torch": _torch_to_h, "triton": _triton_to_h}
+BACKWARD = {"torch": _torch_backward, "triton": _triton_backward}

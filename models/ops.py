@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import tune
 
@@ -44,6 +44,16 @@ def exporting() -> bool:
     return torch.jit.is_tracing() or _is_exporting()
 
 
+def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether our own function may stand for the module: not if someone changed or watches it.
+
+    A graph for elsewhere takes the modules too.
+    """
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    whole = getattr(module, "bias", True) is not None
+    return type(module) is kind and whole and not watched and not exporting()
+
+
 def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `function` in each of `inputs`, None where none is asked for.
 
@@ -71,7 +81,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def gram(y: Tensor, x: Tensor) -> Tensor:
     """y (..., L, D), x (..., L, C) -> y' x (..., D, C): the gradient of a weight."""
-    if y.shape[-1] > x.shape[-1] and y.shape[-2] >= 512:
+    wide = y.shape[-1] > x.shape[-1]
+    if wide and not torch.compiler.is_compiling() and y.shape[-2] >= 512:
         # oneDNN is faster with the shorter side first, by more than a copy of the result takes.
         return product(x.mT, y.mT).mT.contiguous()
     return product(y.mT, x.mT)

@@ -7,14 +7,16 @@ python -c "from models import tune; print(tune.cache_file('cpu'))"
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from torch import Tensor
 
 from checkpoint import write_atomically
 from errors import UserError
+from flags import KERNELS
 from utils import get_logger
 
-MODES = ("auto", "torch", "triton")
+FORMS = 1  # raise it with every change of a form: what was measured before counts no more
 GAIN = 0.9  # share of the first form's time that another must stay below to be taken
 ROUNDS = 5  # of which the shortest counts
 CUDA_ONLY = ("native", "triton")  # Triton's interpreter serves tests, under --kernels triton
@@ -49,46 +52,58 @@ class Choices:
         """The name of the form to run for tensors as `like`; `sample()` is what to measure on."""
         question = (op, like.device.type, like.dtype, key)
         if question not in self.taken:
+            name = self._decide(op, forms, key, like, sample)
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return next(iter(forms))  # nothing can be measured into a CUDA graph
-            self.taken[question] = self._decide(op, forms, key, like, sample)
+                return name  # perhaps only because nothing can be measured now
+            self.taken[question] = name
         return self.taken[question]
 
     def _decide(
         self, op: str, forms: Forms, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
-        names = list(forms)
+        device, names = like.device, list(forms)
         if self.mode == "triton" and "triton" in names:
             return "triton"
         if not like.is_cuda:
             names = [name for name in names if name not in CUDA_ONLY]
+        elif not runs_triton(device):
+            names = [name for name in names if name != "triton"]
         if len(names) == 1 or self.mode != "auto":
             return names[0]
-        kept = self._kept(like.device.type)
+        kept = self._kept(device.type)
         entry = " ".join([op, str(like.dtype).removeprefix("torch."), *map(str, key)])
         if kept.get(entry) not in names:
-            seconds = {name: measure(forms[name], sample(), like.device) for name in names}
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return names[0]  # nothing can be measured into a CUDA graph
+            seconds = {names[0]: measure(forms[names[0]], sample(), device)}
+            seconds |= {name: self._try(forms[name], sample(), like) for name in names[1:]}
             self.seconds[entry] = seconds
             best = min(seconds, key=seconds.__getitem__)
             kept[entry] = best if seconds[best] < GAIN * seconds[names[0]] else names[0]
-            self._keep(like.device.type)
+            self._keep(device.type, entry)
         return kept[entry]
+
+    def _try(self, form: Callable, args: tuple, like: Tensor) -> float:
+        try:
+            return measure(form, args, like.device)
+        except Exception as error:  # it may not fit this device, shape or memory: others do
+            get_logger().debug("kernel left out: %s: %s", type(error).__name__, error)
+            return math.inf
 
     def _kept(self, kind: str) -> dict[str, str]:
         if kind not in self.kept:
-            try:
-                self.kept[kind] = dict(json.loads(cache_file(kind).read_text(encoding="utf-8")))
-            except (OSError, TypeError, ValueError):  # absent, or not ours: measured and written
-                self.kept[kind] = {}
+            self.kept[kind] = _read(kind)
         return self.kept[kind]
 
-    def _keep(self, kind: str) -> None:
-        path = cache_file(kind)
+    def _keep(self, kind: str, entry: str) -> None:
         try:
+            path = cache_file(kind)
             path.parent.mkdir(parents=True, exist_ok=True)
+            answer = {entry: self.kept[kind][entry]}
+            self.kept[kind] = _read(kind) | answer  # other processes measure too
             write_atomically(json.dumps(self.kept[kind], indent=1, sort_keys=True), path)
-        except OSError as error:
-            get_logger().debug("kernels are measured in every run: %s: %s", path, error)
+        except (OSError, RuntimeError) as error:  # no home, or it cannot be written
+            get_logger().debug("kernels are measured in every run: %s", error)
 
     def summary(self) -> str:
         """What runs, for the log: `depthwise triton 3, torch 1; product onednn 1`."""
@@ -103,7 +118,24 @@ class Choices:
         return f"{self.mode}: {'; '.join(texts) or 'one form of everything'}"
 
 
+def _read(kind: str) -> dict[str, str]:
+    try:
+        return dict(json.loads(cache_file(kind).read_text(encoding="utf-8")))
+    except (OSError, RuntimeError, TypeError, ValueError):  # absent, or not ours: written anew
+        return {}
+
+
 choices = Choices()
+
+
+def size(x: Tensor, *more: int) -> tuple[int, ...]:
+    """A key for `run`: the shape, images in powers of two, since a last batch may be smaller.
+
+    Nothing while compiling, when a key would tie the graph to one batch size.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    return 1 << (x.shape[0] - 1).bit_length(), *x.shape[1:], *more
 
 
 def run(op: str, forms: Forms, key: tuple, *args: Any) -> Any:
@@ -119,8 +151,8 @@ def run(op: str, forms: Forms, key: tuple, *args: Any) -> Any:
 
 def set_kernels(mode: str, device: torch.device) -> None:
     """auto: the fastest by measurement; torch: torch's own; triton: Triton's where there is one."""
-    if mode not in MODES:
-        raise UserError(f"--kernels {mode}: expected one of {', '.join(MODES)}")
+    if mode not in KERNELS:
+        raise UserError(f"--kernels {mode}: expected one of {', '.join(KERNELS)}")
     if mode == "triton" and not runs_triton(device):
         raise UserError(
             f"--kernels triton: Triton does not run on this {device.type} device; use --kernels "
@@ -169,14 +201,19 @@ def measure(form: Callable, args: tuple, device: torch.device) -> float:
 def cache_file(kind: str) -> Path:
     """Where choices for a type of device are kept: a file per device and versions."""
     if kind == "cuda":
-        import triton
-
-        machine = f"{torch.cuda.get_device_name()} triton {triton.__version__}"
+        machine = f"{torch.cuda.get_device_name()} triton {_triton_version()}"
     else:
         machine = f"{kind} {_processor()} {torch.get_num_threads()} threads"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__}")
+    name = re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__} forms {FORMS}")
     return Path(base) / "convnextv2" / f"{name}.json"
+
+
+def _triton_version() -> str:
+    for package in ("triton", "pytorch-triton", "triton-windows"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return "none"
 
 
 def _processor() -> str:

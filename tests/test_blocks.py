@@ -192,7 +192,7 @@ def assert_near(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_block_is_the_written_out_one_whatever_runs(set_kernels, mode, case):
     set_kernels(mode)
     x, grid = case_of(case)
@@ -207,7 +207,7 @@ def test_block_is_the_written_out_one_whatever_runs(set_kernels, mode, case):
 
 
 @pytest.mark.parametrize("case", ["dense", "packed", "one visible patch"])
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_depthwise_without_norm_is_torchs_whatever_runs(set_kernels, mode, case):
     """Its gradient arrives unsmoothed by a norm: here expanded, as a mean's is."""
     set_kernels(mode)
@@ -224,7 +224,7 @@ def test_depthwise_without_norm_is_torchs_whatever_runs(set_kernels, mode, case)
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_dead_block_has_the_gradients_of_the_written_out_one(set_kernels, mode):
     """All channels of width 4C are zero: no length, and a mean of 0 to divide by."""
     set_kernels(mode)
@@ -239,7 +239,7 @@ def test_dead_block_has_the_gradients_of_the_written_out_one(set_kernels, mode):
     assert_near(ours, with_gradients(lambda: written_out(block, x, grid), inputs), 1e-9)
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_dropped_branches_are_those_of_the_written_out_block(set_kernels, mode):
     set_kernels(mode)
     block = new_block(3, drop_path=0.5)
@@ -273,7 +273,7 @@ def by_written_out_blocks(monkeypatch, loss, inputs):
         return with_gradients(loss, inputs)
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_fcmae_is_that_of_written_out_blocks_whatever_runs(set_kernels, monkeypatch, mode):
     set_kernels(mode)
     _, inputs, loss = fcmae_and_input()
@@ -281,7 +281,7 @@ def test_fcmae_is_that_of_written_out_blocks_whatever_runs(set_kernels, monkeypa
     assert_near(with_gradients(loss, inputs), wanted, 1e-9)
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_fcmae_in_bf16_is_close_to_itself_in_float32(set_kernels, monkeypatch, mode):
     """As close as bf16 is: three digits an operation, of which there are some thirty in a row."""
     set_kernels(mode)
@@ -292,7 +292,7 @@ def test_fcmae_in_bf16_is_close_to_itself_in_float32(set_kernels, monkeypatch, m
 
 
 @pytest.mark.parametrize("case", ["dense", "channels outnumber positions", "packed"])
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 def test_block_in_bf16_is_close_to_itself_in_float32(set_kernels, mode, case):
     set_kernels(mode)
     x, grid = case_of(case, torch.float32)
@@ -407,7 +407,7 @@ class WideFloats(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 @pytest.mark.parametrize("length", [3, 25])  # fewer and more than channels: two ways to scale
 def test_no_tensor_of_width_4c_is_promoted_in_bf16(set_kernels, monkeypatch, mode, length):
     """A float32 copy of one would be the largest tensor of a step. Torch's form squares one part
@@ -430,7 +430,7 @@ def test_no_tensor_of_width_4c_is_promoted_in_bf16(set_kernels, monkeypatch, mod
     assert backward.found == []
 
 
-@pytest.mark.parametrize("mode", tune.MODES)
+@pytest.mark.parametrize("mode", tune.KERNELS)
 @pytest.mark.parametrize("half", [False, True])
 def test_block_saves_one_tensor_of_width_4c(set_kernels, mode, half):
     """And in the low precision, if there is one."""

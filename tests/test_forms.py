@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from models import tune
@@ -350,3 +351,100 @@ def test_every_form_is_the_same_on_a_gpu(build, half):
     graph.replay()
     names = [name for name, _ in model.named_parameters()]
     assert_near({"loss": value.detach(), **dict(zip(names, grads, strict=True))}, wanted, tolerance)
+
+
+# --- what the review found -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", [classifier, fcmae])
+def test_compiled_inference_is_one_graph(build, without):
+    """The compiler drops a Function's context by counting the arguments of its `forward`."""
+    model, loss = build()
+    wanted = loss(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with without():
+        assert torch.allclose(loss(compiled), wanted)
+
+
+def test_new_batch_size_makes_one_graph_for_all():
+    """A key of the tuner made from the batch size would compile again for each."""
+    model, _ = classifier()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for batch in (4, 3, 7, 5, 9):
+        compiled(torch.randn(batch, 3, 16, 16, dtype=torch.float64)).sum().backward()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "norm", nn.RMSNorm(8)),
+        lambda block: setattr(block, "norm", nn.Identity()),
+        lambda block: setattr(block, "norm", nn.LayerNorm(8, bias=False)),
+        lambda block: setattr(block, "dwconv", nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False)),
+        lambda block: setattr(block, "pwconv1", nn.Linear(8, 32, bias=False)),
+        lambda block: setattr(block, "pwconv1", Doubled(8, 32)),
+        lambda block: nn.utils.parametrizations.weight_norm(block.pwconv2),
+        lambda block: block.grn.register_forward_hook(lambda module, args, out: 2 * out),
+        lambda block: block.dwconv.register_forward_hook(lambda module, args, out: 2 * out),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_module_that_someone_changed_is_called(change, packed):
+    """LoRA on a layer whose forward never runs would train nothing."""
+    block = Block(8)
+    change(block)
+    scramble(block)
+    grid = PatchGrid(MASK, (2, 2)) if packed else None
+    x = torch.randn(2, *((1, 3, 3) if packed else (6, 6)), 8, dtype=torch.float64)
+    dense = grid.unpack(x) if packed else x
+    y = block.dwconv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    y = block.norm(grid.pack(y) if packed else y)
+    y = x + block.pwconv2(block.grn(nn.functional.gelu(block.pwconv1(y))))
+    assert torch.allclose(block(x, grid), y)
+    block(x, grid).sum().backward()
+
+
+class Doubled(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_empty_batch_passes():
+    model, _ = classifier()
+    assert model(torch.empty(0, 3, 16, 16, dtype=torch.float64)).shape == (0, 3)
+
+
+def test_frozen_weights_get_no_gradient_and_the_rest_its_own():
+    block, x = scramble(Block(8)), torch.randn(2, 6, 6, 8, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(block(x).square().sum(), x)[0]
+    block.requires_grad_(False)
+    block(x).square().sum().backward()
+    assert torch.allclose(x.grad, wanted)
+    assert all(parameter.grad is None for parameter in block.parameters())
+
+
+def test_almost_dead_channel_keeps_fp16_gradients_finite():
+    """The gradient of its length over that length is beyond what fp16 holds."""
+    torch.manual_seed(0)
+    block = Block(8)
+    nn.init.normal_(block.grn.gamma)
+    with torch.no_grad():
+        block.pwconv1.bias[:4] = -4.5
+    x = torch.randn(2, 6, 6, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        y = block(x)
+    (65536.0 * y.float().mean()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_second_derivative_with_norm_and_grid(packed):
+    block = scramble(Block(3))
+    grid = PatchGrid(MASK, (2, 2)) if packed else None
+    x = torch.randn(2, *((1, 2, 2) if packed else (2, 2)), 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: block(x, grid), x.requires_grad_())

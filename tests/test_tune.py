@@ -370,3 +370,35 @@ def test_run_with_triton_in_the_interpreter_trains():
     line = re.search(r"kernels triton: (.*)", done.stdout)[1]
     assert "depthwise norm triton" in line
     assert "mlp gradients triton" in line
+
+
+def test_form_that_fails_is_left_out(folder):
+    """A kernel may not fit a device or its memory; the others still run."""
+
+    def failing(x):
+        raise RuntimeError("out of resources")
+
+    forms = {"torch": lambda x: x + 1, "onednn": failing}
+    assert pick(forms=forms) == "torch"
+    assert pick(tune.Choices(), forms=forms) == "torch"  # and the file says so
+
+
+def test_without_a_home_folder_a_run_goes_on(timed, folder, monkeypatch):
+    timed(3, 1, 2)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert pick() == "onednn"
+
+
+def test_what_another_process_kept_meanwhile_stays(timed, folder):
+    timed(3, 1, 2)
+    ours, theirs = tune.Choices(), tune.Choices()
+    pick(ours, key=(1,))
+    pick(theirs, key=(2,))
+    pick(ours, key=(3,))
+    kept = json.loads(tune.cache_file("cpu").read_text())
+    assert set(kept) == {"sum float32 1", "sum float32 2", "sum float32 3"}

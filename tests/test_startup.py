@@ -1,0 +1,85 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What a script loads before it answers, by `python -X importtime`: seconds would be no test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import startup
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [
+    "main_pretrain.py",
+    "main_finetune.py",
+    "submitit_pretrain.py",
+    "submitit_finetune.py",
+    "visualize.py",
+    "benchmarks/cifar.py",
+    "benchmarks/startup.py",
+]
+HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "triton", "submitit", "tensorboard"}
+UNUSED = {"timm", "submitit", "tensorboard", "models.kernels"}  # by imports of a main
+
+
+def start(*words: str) -> tuple[int, str, set[str]]:
+    """Exit code and standard output of `python` with these words, and the modules it loaded."""
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert lines, done.stderr
+    return done.returncode, done.stdout, {line.rpartition("|")[2].strip() for line in lines}
+
+
+def test_loaded_modules_are_seen():
+    code, out, loaded = start("-c", "import json.decoder; print('here')")
+    assert (code, out) == (0, "here\n")
+    assert "json.decoder" in loaded
+    assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_nothing_heavy(script):
+    code, out, loaded = start(script, "--help")
+    assert code == 0
+    assert "--device" in out
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py", "submitit_pretrain.py"])
+def test_a_typing_error_is_told_before_anything_heavy_loads(script):
+    code, _, loaded = start(script, "--data_set", "SYNTHETIC", "--modle", "convnextv2_atto")
+    assert code == 2
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("main", ["main_pretrain", "main_finetune"])
+def test_importing_a_main_loads_nothing_unused(main):
+    """torchvision and torch's optimizers load torch._dynamo and with it triton: not ours to cut."""
+    code, _, loaded = start("-c", f"import {main}")
+    assert code == 0
+    assert loaded & UNUSED == set()
+    assert {main, "torch", "torchvision"} <= loaded
+
+
+def test_seconds_end_with_the_text_or_the_program():
+    endless = "import time\nprint('step 1/2', flush=True)\ntime.sleep(1000)"
+    assert startup.seconds_to(["-c", endless], "step 1/") > 0
+    assert startup.seconds_to(["-c", "print('done')"]) > 0
+
+
+@pytest.mark.parametrize(("words", "text"), [("print('a')", "b"), ("raise SystemExit('a')", "")])
+def test_a_program_that_fails_gives_no_seconds(words, text):
+    with pytest.raises(SystemExit, match="failed:\na"):
+        startup.seconds_to(["-c", words], text)
+
+
+def test_first_round_does_not_count(monkeypatch):
+    taken = iter([9.0, 1.0, 3.0, 2.0])
+    monkeypatch.setattr(startup, "seconds_to", lambda words, text: next(taken))
+    seconds = startup.measure({"row": ([], "")}, rounds=3)
+    assert startup.table(seconds).endswith("| row | **2.00** | 1.00 | 3.00 |")
