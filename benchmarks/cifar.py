@@ -10,9 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 from functools import partial
@@ -99,12 +96,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
 
-import timm
-import torch
-
 import utils
 from benchmarks.cifar_runs import equal_epochs, load, run
-from benchmarks.step import commit, read
+from benchmarks.step import machine, read
 from errors import UserError
 from stepper import choose_amp
 
@@ -136,17 +130,6 @@ def finished(path: Path | None, settings: str) -> dict[tuple[str, int], dict]:
     if other:
         raise UserError(f"--results {path}: of other settings, {other}; name another file")
     return {(row["run"], row["seed"]): row for row in rows}
-
-
-def machine(device: torch.device) -> str:
-    """Device, processor, versions and commit."""
-    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
-    cpu = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    versions = (
-        f"torch {torch.__version__}, timm {timm.__version__}, python {sys.version.split()[0]}"
-    )
-    return f"{gpu}{cpu[1] if cpu else platform.machine()}, {cores}; {versions}, commit {commit()}."
 
 
 def mean_and_each(values: list[float], form: str) -> str:

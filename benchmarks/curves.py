@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 import stepper
-from benchmarks.step import Variant, machine, make_loss, make_variant, measure, read
+from benchmarks.step import machine, measure, read
+from benchmarks.variants import Variant, make_loss, make_variant
 from errors import resolve
 from models import create_model, fcmae_name, tune
 from models.convnextv2 import SIZES, ConvNeXtV2
@@ -73,7 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="steps a timing; default 1 on CPU, 5 on CUDA")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default torch's own")
     parser.add_argument("--amp", choices=["none", "bf16"], help="default bf16 on CUDA, else none")
-    parser.add_argument("--kernels", choices=tune.MODES, default="auto")
+    parser.add_argument("--kernels", choices=tune.KERNELS, default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
     parser.set_defaults(quiet=None)
@@ -290,13 +291,14 @@ def report(name: str, points: list[argparse.Namespace]) -> str:
     fixed = {"image": f"{first.input_size} px", "mask": f"mask ratio {first.mask_ratio:g}"}
     settings = [text for kind, text in fixed.items() if kind != name]
     settings += ["float32" if first.amp == "none" else f"autocast {first.amp}"]
+    fewer = " (fewer than the 10 of step.py)" if first.rounds < 10 else ""
     busy = max(0.0, statistics.mean(mean for mean, _ in others)) if others else 0.0
     return "\n".join(
         [
             f"### {title}\n",
             f"{', '.join(settings)}; packed step: forward + backward + AdamW; medians of "
-            f"{first.rounds} rounds after {first.warmup} of warm-up, {first.steps} step(s) a "
-            "timing, the points in turn.",
+            f"{first.rounds} rounds{fewer} after {first.warmup} of warm-up, {first.steps} step(s) "
+            "a timing, the points in turn.",
             machine(first.device),
             f"Other programs kept {busy:.2f} cores busy. Kernels: {tune.choices.summary()}.\n",
             *lines,

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What benchmarks/gpu.py measures itself: machine, kernels of a step, their forms, CUDA graphs.
+"""What benchmarks/gpu.py does itself: machine, compilation, profile, forms, CUDA graphs.
 
 python benchmarks/gpu_parts.py profile --model convnextv2_atto --batch 8 --output profile.md
 """
@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import curves
-from benchmarks.step import Variant, commit, machine, make_variant, time_steps
+from benchmarks.step import commit, machine
+from benchmarks.variants import Variant, make_variant, time_steps
 from models import tune
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pytest", "submitit")
 TOP = 25  # kernels of a profile that the table shows
 STEPS = 3  # of a profile
+COMPILED = ["model", "batch", "exit status", "seconds"]
+PEERS = "masked_compiled,timm_compiled"  # what takes minutes to compile
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,6 +60,11 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def save(text: str, args: argparse.Namespace) -> None:
+    """Write what is known so far."""
+    args.output.write_text(text + "\n", encoding="utf-8")
 
 
 def version(package: str) -> str:
@@ -84,6 +93,31 @@ def environment(args: argparse.Namespace) -> str:
         print(smi)
         sys.exit("torch finds no CUDA device")
     return f"{machine(torch.device(args.device))}\n\n{table(['', ''], rows)}\n\n```\n{smi}\n```"
+
+
+def compilations(args: argparse.Namespace) -> str:
+    """Compiled peers of each --model and --batch run once, at the same time: they fill the cache.
+
+    It lies in TORCHINDUCTOR_CACHE_DIR, where the parts that time these peers find it.
+    """
+    start, running = time.monotonic(), {}
+    words = f"benchmarks/step.py --device {args.device} --only {PEERS} --rounds 1 --warmup 0"
+    words += " --steps 1" + " --input_size 64" * args.toy
+    threads = max(1, (os.cpu_count() or 2) // len(args.model))
+    own = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    for model, batch in zip(args.model, args.batch, strict=True):
+        command = [sys.executable, *words.split(), "--model", model, "--batch_size", str(batch)]
+        file = args.output.with_name(f"{args.output.stem}_{model}_{batch}.txt").open("w")
+        running[model, batch] = subprocess.Popen(
+            command, cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT
+        )
+    rows: list[list[Any]] = []
+    while running:
+        time.sleep(0.5)
+        for key in [key for key, process in running.items() if process.poll() is not None]:
+            rows.append([*key, running.pop(key).returncode, round(time.monotonic() - start)])
+            save(table(COMPILED, rows), args)
+    return table(COMPILED, rows)
 
 
 def events_of(
@@ -130,6 +164,7 @@ def profiles(args: argparse.Namespace) -> str:
             f"The profiler's own table: {file.name}.\n\n"
             + table(["kernel", "calls", "ms", "share"], rows)
         )
+        save("\n\n".join(texts), args)  # what is finished stays if the next is cut off
     return "\n\n".join(texts)
 
 
@@ -138,12 +173,19 @@ def choices(args: argparse.Namespace) -> str:
     cache = args.output.with_name("cache") / "choices"
     shutil.rmtree(cache, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    seconds, where = tune.choices.seconds, {}
+    where: dict[str, str] = {}
     for model, batch in zip(args.model, args.batch, strict=True):
         for name, variant in steps_of(model, batch, args).items():
             variant.step()
-            for entry in seconds.keys() - where.keys():
+            for entry in tune.choices.seconds.keys() - where.keys():
                 where[entry] = f"{model.removeprefix('convnextv2_')}, {name}"
+            save(table_of_choices(where, args), args)
+    return table_of_choices(where, args)
+
+
+def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
+    """where: the step that met an entry first."""
+    seconds = tune.choices.seconds
     kept = tune.choices.kept.get(torch.device(args.device).type, {})
     forms = list(dict.fromkeys(form for own in seconds.values() for form in own))
     rows = []
@@ -193,6 +235,7 @@ def graphs(args: argparse.Namespace) -> str:
 
 PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
     "environment": environment,
+    "compile": compilations,
     "profile": profiles,
     "choices": choices,
     "graphs": graphs,
@@ -205,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"--batch has {len(args.batch)} numbers for {len(args.model)} models")
     args.output = args.output.resolve()
     text = PARTS[args.part](args)
-    args.output.write_text(text + "\n", encoding="utf-8")
+    save(text, args)
     print(text)
 
 

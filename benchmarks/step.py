@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+START = time.monotonic()  # --minutes counts from here, imports and compilation included
 
-import timm
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-import stepper
-from benchmarks.dense_masked import DenseMasked, check_against_packed
-from benchmarks.products import Products
-from models import create_model, fcmae_name, tune
-from models.fcmae import random_mask, visible_patches
+from flags import KERNELS
 
 VARIANTS = {  # what a row is called
     "packed": "FCMAE, packed (ours)",
@@ -65,7 +58,7 @@ RATIOS = (
     ("packed", "products"),
 )
 MEMORY_RATIOS = (("packed", "masked"), ("dense", "timm"))
-CLASSES = 1000
+MAKING = 0.65  # share of --minutes in which variants are compiled and batches tried
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -84,13 +77,34 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="steps a timing; default 1 on CPU, 10 on CUDA")
     parser.add_argument("--threads", type=int, help="of torch on the CPU; default torch's own")
     parser.add_argument("--amp", choices=["none", "bf16"], help="default bf16 on CUDA, else none")
-    parser.add_argument("--kernels", choices=tune.MODES, default="auto", help="of ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="of ours")
+    parser.add_argument("--device", help="default cuda where there is one, else cpu")
     parser.add_argument("--only", help=f"comma separated, of {', '.join(VARIANTS)}")
     parser.add_argument("--no_compile", action="store_true", help="leave compiled variants out")
     parser.add_argument("--quiet", type=float, help="repeat while others keep more cores busy")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="then report the batches and rounds so far"
+    )
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
     return parser
+
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+
+import timm
+import torch
+
+import stepper
+from benchmarks.dense_masked import check_against_packed
+from benchmarks.products import Products
+from benchmarks.variants import CLASSES, Variant, make_variant, measure_memory, time_steps
+from models import create_model, fcmae_name, tune
+from models.fcmae import visible_patches
+
+
+class TimeIsUp(BaseException):
+    """Raised by signals; no `except Exception` of a compiler catches it."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,188 +121,133 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "products" in names and "packed" not in names:
         parser.error("--only products: they are those of packed; add it")
     args.only = [name for name in VARIANTS if name in names]
-    args.device = torch.device(args.device)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = torch.device(args.device or cuda)
     on_cuda = args.device.type == "cuda"
     args.model = args.model.removeprefix("fcmae_")
     args.batch_size = args.batch_size or ([64, 128, 256] if on_cuda else [4, 8, 16])
     args.steps = args.steps or (10 if on_cuda else 1)
     args.amp = stepper.choose_amp(args.amp, None, args.device)
     tune.set_kernels(args.kernels, args.device)
+    args.missing = []  # sentences, of what has no row or was not tried
+    args.end = START + 60 * args.minutes
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
 
 
-@dataclass
-class Variant:
-    """A step of one kind at one batch size, and what was measured of it.
-
-    optimizer: None for inference, in which `loss` gives the logits.
-    """
-
-    name: str
-    batch: int
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None
-    loss: Callable[[], Tensor]
-    seconds: list[float] = field(default_factory=list)  # a step, one value a round
-    memory: int | None = None  # bytes
-
-    def step(self) -> None:
-        """Forward, backward, optimizer; gradients are freed, as other variants share the memory."""
-        if self.optimizer is None:
-            with torch.inference_mode():
-                self.loss()
-            return
-        self.loss().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def rate(self) -> float:
-        """Images a second, by the median."""
-        return self.batch / statistics.median(self.seconds)
+def stop(number: int, frame: Any) -> None:
+    """Handler of SIGALRM, which ends the trying of batches, and SIGTERM, which ends all."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    raise TimeIsUp(number)
 
 
-def make_variant(name: str, batch: int, args: argparse.Namespace) -> Variant:
-    """The variant with parameters of its own, the same for all; images on the device."""
-    torch.manual_seed(0)
-    kind, _, compiled = name.partition("_")
-    if kind.startswith("timm"):
-        model = timm.create_model(args.model, num_classes=CLASSES)
-        model = model.to(memory_format=torch.channels_last)
-    elif kind in ("dense", "infer"):
-        model = create_model(args.model, num_classes=CLASSES)
-    else:
-        model = create_model(fcmae_name(args.model), mask_ratio=args.mask_ratio)
-    infers = kind.endswith("infer")
-    model = model.to(args.device).train(not infers)
-    optimizer = None
-    if not infers:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    forward = DenseMasked(model) if kind == "masked" else model
-    if compiled:
-        torch.compiler.reset()  # else the second batch size would be compiled for any
-        forward = torch.compile(forward, dynamic=False)
-    return Variant(name, batch, model, optimizer, make_loss(kind, forward, batch, args))
-
-
-def make_loss(
-    kind: str, forward: Callable, batch: int, args: argparse.Namespace
-) -> Callable[[], Tensor]:
-    """What a step differentiates; in inference the logits."""
-    device, size = args.device, args.input_size
-    images = torch.randn(batch, 3, size, size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (batch,), device=device)
-    known = (args.visible,) if kind == "packed" else ()
-
-    def loss() -> Tensor:
-        with stepper.autocast(device, args.amp):
-            if kind.endswith("infer"):
-                return forward(images)
-            if kind in ("dense", "timm"):
-                return F.cross_entropy(forward(images), labels)
-            noise = torch.rand(batch, args.grid[0] * args.grid[1], device=device)
-            mask = random_mask(noise, args.visible)
-            return forward(images, mask, *known)[0]
-
-    return loss
-
-
-def fastest_variant(name: str, args: argparse.Namespace) -> Variant:
-    """The variant at the batch size that gives it the most images a second."""
-    best, best_rate = None, 0.0
-    for batch in args.batch_size:
-        try:
-            variant = make_variant(name, batch, args)
-            time_steps(variant, 1, args.device)
-            seconds = min(time_steps(variant, args.steps, args.device) for _ in range(3))
-        except torch.OutOfMemoryError:
-            break
-        print(f"{name}, batch {batch}: {batch / seconds:.2f} images/s", file=sys.stderr)
-        if batch / seconds > best_rate:
-            best, best_rate = variant, batch / seconds
-    if best is None:
-        sys.exit(f"benchmarks/step.py: {name} has no memory for {args.batch_size} images")
-    return best
+def try_variant(name: str, batch: int, args: argparse.Namespace) -> tuple[Variant, float]:
+    """The variant, compiled and warm, and its images a second."""
+    variant = make_variant(name, batch, args)
+    time_steps(variant, 1, args.device)
+    rate = batch / min(time_steps(variant, args.steps, args.device) for _ in range(3))
+    print(f"{name}, batch {batch}: {rate:.2f} images/s", file=sys.stderr, flush=True)
+    return variant, rate
 
 
 def make_variants(args: argparse.Namespace) -> list[Variant]:
-    """The variants that `args.only` names, each at its own best batch size."""
-    variants = [fastest_variant(name, args) for name in args.only if name != "products"]
-    if "products" in args.only:
-        packed = next(v for v in variants if v.name == "packed")
-        replay = Products(packed.step)
-        variants.append(Variant("products", packed.batch, packed.model, None, replay))
+    """The variants that `args.only` names, each at its own best batch size.
+
+    `args.missing` tells what was left out and why. All have a size before any tries the next.
+    """
+    best: dict[str, tuple[Variant, float]] = {}
+    names = [name for name in args.only if name != "products"]
+    points = [(name, batch) for batch in args.batch_size for name in names]
+    try:
+        if math.isfinite(args.end):  # repeated: what is raised within a destructor is lost
+            left = START + MAKING * (args.end - START) - time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), 1)
+        while points:
+            name, batch = points[0]
+            try:
+                variant, rate = try_variant(name, batch, args)
+            except Exception as error:  # of a compiler, or no memory: the others go on
+                leave_out(name, f"batch {batch}", error, args)
+            else:
+                if name not in best or rate > best[name][1]:
+                    best[name] = variant, rate
+            points.pop(0)
+    except TimeIsUp as up:
+        args.end = 0.0 if up.args[0] == signal.SIGTERM else args.end
+        for name, batch in points:
+            leave_out(name, f"batch {batch}", "the time was up", args)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    variants = [best[name][0] for name in names if name in best]
+    if "products" in args.only and "packed" in best:
+        variants += make_products(best["packed"][0], args)
     return variants
 
 
-def saved_bytes(variant: Variant) -> int:
-    """What forward saves for backward: distinct storages, parameters aside."""
-    seen = {p.untyped_storage().data_ptr(): 0 for p in variant.model.parameters()}
-
-    def pack(x: Tensor) -> Tensor:
-        seen.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = variant.loss()  # kept to the end: what is freed could be counted as one
-    del loss
-    return sum(seen.values())
-
-
-def measure_memory(variant: Variant, device: torch.device) -> int | None:
-    """Bytes, in a step. CUDA: what a run of it alone would peak at. CPU: saved for backward."""
-    if device.type == "cuda":
-        states = variant.optimizer.state.values() if variant.optimizer else ()
-        state = [v for s in states for v in s.values()]
-        own = [*variant.model.parameters(), *state]
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        variant.step()
-        resident = sum(t.nbytes for t in own if torch.is_tensor(t) and t.is_cuda)
-        return torch.cuda.max_memory_allocated() - before + resident
-    # In a compiled variant the hooks would be compiled in and change what is saved.
-    skipped = variant.name.endswith("_compiled") or variant.optimizer is None
-    return None if skipped else saved_bytes(variant)
+def make_products(packed: Variant, args: argparse.Namespace) -> list[Variant]:
+    """The limit that the step's matrix products set; nothing where they cannot be repeated."""
+    try:
+        replay = Products(packed.step)
+        if not replay.calls:
+            raise RuntimeError("the step makes none that is known")
+        replay()
+    except (Exception, TimeIsUp) as error:
+        up = isinstance(error, TimeIsUp)
+        args.end = 0.0 if up else args.end
+        leave_out("products", f"batch {packed.batch}", "the time was up" if up else error, args)
+        return []
+    return [Variant("products", packed.batch, packed.model, None, replay)]
 
 
-def time_steps(variant: Variant, steps: int, device: torch.device) -> float:
-    """Seconds a step; a GPU's queue is empty at both ends."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(steps):
-        variant.step()
-    wait()
-    return (time.perf_counter() - start) / steps
+def leave_out(name: str, what: str, why: object, args: argparse.Namespace) -> None:
+    """Say it on stderr and keep it for the report."""
+    if isinstance(why, Exception):
+        lines = str(why).strip().splitlines()
+        why = f"{type(why).__name__}: {lines[0][:200] if lines else ''}"
+    args.missing.append(f"{VARIANTS[name]}, {what}: {why}")
+    print(f"left out: {args.missing[-1]}", file=sys.stderr, flush=True)
 
 
-def measure(args: argparse.Namespace, variants: list[Variant]) -> None:
-    """Warm-up, memory, then rounds; each starts one variant later, so none has a fixed place."""
-    for number in range(args.warmup):
+def measure(args: argparse.Namespace, variants: list[Variant], end: float = math.inf) -> None:
+    """Warm-up, memory, then rounds: one at least, no more than end before `end`.
+
+    Each round starts one variant later, so that none has a fixed place.
+    """
+    others: list[float] = []
+    try:
+        for number in range(args.warmup if end else 0):
+            for variant in variants:
+                seconds = time_steps(variant, 1, args.device)
+                print(f"warm-up {number}: {variant.name} {seconds:.2f} s", file=sys.stderr)
         for variant in variants:
-            seconds = time_steps(variant, 1, args.device)
-            print(f"warm-up {number}: {variant.name} {seconds:.2f} s", file=sys.stderr)
+            variant.memory = measure_memory(variant, args.device)
+        for number in range(args.rounds):
+            print(f"round {number}", file=sys.stderr)
+            start, turn = time.monotonic(), number % len(variants)
+            others += [time_quietly(v, args) for v in variants[turn:] + variants[:turn]]
+            if 2 * time.monotonic() - start > end:
+                break
+    except TimeIsUp:
+        print("stopped: the time is up", file=sys.stderr)
+    done = min((len(v.seconds) for v in variants if v.seconds), default=0)
     for variant in variants:
-        variant.memory = measure_memory(variant, args.device)
-    others = []
-    for number in range(args.rounds):
-        print(f"round {number}", file=sys.stderr)
-        turn = number % len(variants)
-        for variant in variants[turn:] + variants[:turn]:
-            variant.step()  # not timed: caches and free memory are those of the one before
-            for _ in range(1 if args.quiet is None else 20):
-                busy = others_busy()
-                seconds = time_steps(variant, args.steps, args.device)
-                share = (others_busy() - busy) / (args.steps * seconds)
-                if args.quiet is None or share <= args.quiet:
-                    break
-                time.sleep(3)
-            variant.seconds.append(seconds)
-            others.append(share)
-    args.others = statistics.mean(others), max(others)
+        del variant.seconds[done:]  # of a round that was not finished
+    args.others = (statistics.mean(others), max(others)) if others else (0.0, 0.0)
+
+
+def time_quietly(variant: Variant, args: argparse.Namespace) -> float:
+    """Time the variant, again while others are busier than --quiet; the cores they kept busy."""
+    variant.step()  # not timed: caches and free memory are those of the one before
+    for _ in range(1 if args.quiet is None else 20):
+        busy = others_busy()
+        seconds = time_steps(variant, args.steps, args.device)
+        share = (others_busy() - busy) / (args.steps * seconds)
+        if args.quiet is None or share <= args.quiet:
+            break
+        time.sleep(3)
+    variant.seconds.append(seconds)
+    return share
 
 
 def read(path: str) -> str:
@@ -330,18 +289,22 @@ def report(args: argparse.Namespace, variants: list[Variant]) -> str:
                 f"| **{mine / theirs:.2f}** | | |"
             )
     head = f"| | batch | images/s | ms a step: median | min | max | {kind} |\n|---|{'---|' * 6}"
+    lost = [f"\nLeft out: {text}." for text in args.missing]
     below = f"| | images/s | of medians | of minima | of the rounds |\n|---|{'---|' * 4}"
-    return "\n".join([*describe(args), "", head, *rows, "", below, *ratios])
+    return "\n".join([*describe(args, variants), "", head, *rows, "", below, *ratios, *lost])
 
 
-def describe(args: argparse.Namespace) -> list[str]:
+def describe(args: argparse.Namespace, variants: list[Variant]) -> list[str]:
     """Model, shapes, settings and machine."""
     size, (h, w), (mean, high) = args.input_size, args.grid, args.others
+    rounds = str(done := len(variants[0].seconds))
+    if done < args.rounds:
+        rounds += f" of {args.rounds} (the time was up)"
     settings = (
         f"{'float32' if args.amp == 'none' else 'autocast ' + args.amp}, {size} px, {CLASSES} "
         f"classes, patches {h} x {w}, {args.visible} visible; a training step is forward + "
         f"backward + AdamW; batch: the fastest of {', '.join(map(str, args.batch_size))} for each; "
-        f"{args.steps} step(s) a timing, {args.rounds} interleaved rounds after {args.warmup} of "
+        f"{args.steps} step(s) a timing, {rounds} interleaved rounds after {args.warmup} of "
         "warm-up, an untimed step before each timing."
     )
     others = (
@@ -353,9 +316,12 @@ def describe(args: argparse.Namespace) -> list[str]:
 
 def machine(device: torch.device) -> str:
     """Processors, versions and commit, in a sentence."""
-    gpu = f"{torch.cuda.get_device_name()}; " if device.type == "cuda" else ""
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
     cpu = re.search(r"model name\s*: (.*)", read("/proc/cpuinfo"))
-    triton = f", triton {importlib.metadata.version('triton')}" if device.type == "cuda" else ""
+    try:
+        triton = f", triton {importlib.metadata.version('triton')}" if gpu else ""
+    except importlib.metadata.PackageNotFoundError:
+        triton = ", no triton"
     return (
         f"{gpu}{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads; torch {torch.__version__}{triton}, "
@@ -372,8 +338,8 @@ def commit() -> str:
         return "unknown"
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def prepare(args: argparse.Namespace) -> None:
+    """The grid and the number of visible patches; compare the two FCMAE before any is timed."""
     torch.manual_seed(0)
     try:
         model = create_model(fcmae_name(args.model), mask_ratio=args.mask_ratio).to(args.device)
@@ -382,14 +348,31 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"benchmarks/step.py: {error}")
     args.checked = check_against_packed(model, args.input_size, args.visible, args.device)
-    del model
-    variants = make_variants(args)
-    measure(args, variants)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """1 if a variant has no row, else 0. SIGTERM ends it early, with what is measured so far."""
+    args = parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, stop)
+    try:
+        prepare(args)
+        variants = make_variants(args)
+    except TimeIsUp:
+        variants = []
+    if variants:
+        measure(args, variants, args.end)
+    variants = [variant for variant in variants if variant.seconds]
+    if not variants:
+        sys.exit("benchmarks/step.py: nothing was measured")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the report takes no time
     print(text := report(args, variants))
     if args.output:
         with args.output.open("a", encoding="utf-8") as file:
             file.write(text + "\n\n")
+    rows = {"products", *(variant.name for variant in variants)}
+    return int(not rows.issuperset(args.only))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

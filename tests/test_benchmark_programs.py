@@ -12,12 +12,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import curves, gpu, gpu_parts
+from benchmarks import curves, gpu, gpu_parts, step
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = (
@@ -151,9 +152,53 @@ def test_dry_run_prints_every_part_and_writes_nothing(tmp_path):
     done = run("gpu.py", f"--dry_run --output {tmp_path / 'gpu'} --minutes 4")
     assert done.returncode == 0, done.stderr
     names = re.findall(r"^(\w+): at most \d+ s$", done.stdout, re.MULTILINE)
-    assert names == list(gpu.PARTS)
-    assert "tiny: at most 60 s\n" in done.stdout  # half of its share of eight minutes
+    assert names == [name for name in gpu.PARTS if name not in gpu.APART]
+    assert "tiny: at most 30 s\n" in done.stdout  # half of its share of eight minutes
+    assert "--minutes=0.50\n" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_goals_need_fit_into_the_budget():
+    names = list(gpu.PARTS)
+    needed = names[: names.index("choices") + 1]
+    assert {"gpu_tests", "tiny", "tiny_compiled", "base", "base_compiled"} < set(needed)
+    assert sum(gpu.PARTS[name][1] for name in needed) == pytest.approx(gpu.BUDGET)
+
+
+def test_goal_tables_have_ten_rounds_and_two_batch_sizes():
+    steps = [words for _, _, words in gpu.PARTS.values() if gpu.STEP in words]
+    assert len(steps) == 7
+    for words in steps:
+        args = step.parse_args([*words.split()[1:], "--device", "cpu"])
+        assert args.rounds == 10
+        assert len(args.batch_size) == 2
+
+
+def test_parts_chosen_alone_share_the_whole_time():
+    one, two = gpu.plan(gpu.parse_args(["--only", "tiny,base_compiled", "--minutes", "8"]))
+    assert one.limit + two.limit == pytest.approx(480)
+
+
+def test_a_part_that_fits_no_more_is_named_in_the_next_call(tmp_path):
+    args = gpu.parse_args(["--output", str(tmp_path)])
+    parts = gpu.plan(args)
+    for part in parts:
+        part.state = "done"
+    assert gpu.again(parts, args) == ""
+    parts[-1].state, parts[-2].state = "left out: the time was up", "stopped: it took more than 9 s"
+    assert gpu.again(parts, args).endswith(f" --only {parts[-1].name},{parts[-2].name}`")
+
+
+def test_reports_of_earlier_calls_are_kept(tmp_path):
+    for name in ("report.md", "report2.md", "report3.md"):
+        assert gpu.report_path(tmp_path).name == name
+        (tmp_path / name).touch()
+
+
+def test_cifar_without_its_zip_is_left_out_with_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ZIP", tmp_path / "no.zip")
+    (part,) = gpu.plan(gpu.parse_args(["--only", "cifar"]))
+    assert part.state == f"left out: there is no {tmp_path / 'no.zip'}"
 
 
 def test_parts_without_pytest_are_left_out_with_the_reason(monkeypatch):
@@ -186,7 +231,23 @@ def test_what_a_stopped_part_started_ends_with_it(tmp_path):
     assert part.state == "stopped: it took more than 2 s"
     pid = int((tmp_path / "slow.txt").read_text(encoding="utf-8").split()[-1])
     state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or " Z " in state.read_text(encoding="utf-8")
+    for _ in range(50):  # the kernel takes a moment
+        if not state.exists() or " Z " in state.read_text(encoding="utf-8"):
+            return
+        time.sleep(0.1)
+    pytest.fail("it runs on")
+
+
+def test_a_part_writes_down_what_it_has_at_its_limit(tmp_path):
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('so far')); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    part = gpu.Part("slow", "Slow", 60, [sys.executable, "-c", code])
+    gpu.run(part, 2, tmp_path)
+    assert part.state == "stopped: it took more than 2 s"
+    assert part.seconds < gpu.GRACE
+    assert "ready\nso far" in (tmp_path / "slow.txt").read_text(encoding="utf-8")
 
 
 def test_rates_are_read_from_log_lines():
@@ -195,24 +256,26 @@ def test_rates_are_read_from_log_lines():
 
 
 def test_whole_gpu_script_in_toy_size(tmp_path):
-    """Every part but one that is stopped at once, and two that would compile."""
+    """Every part but one that is stopped at once, and those that would compile."""
     done = run("gpu.py", f"--device cpu --toy --limit tiny_torch=0 --output {tmp_path}")
     assert done.returncode == 1, done.stderr  # for the stopped one
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     head = text.partition("\n## ")[0]
     states = dict(re.findall(r"^\| (\w+) \| (.*) \| \d+ \|$", head, re.MULTILINE))
-    assert list(states) == list(gpu.PARTS), done.stdout
+    names = [name for name in gpu.PARTS if name not in gpu.APART]
+    assert list(states) == names, done.stdout
     compiles = "left out: it compiles, which is not for toy size"
-    expected = dict.fromkeys(gpu.PARTS, "done")
-    expected |= {"tiny_compiled": compiles, "base_compiled": compiles}
+    expected = dict.fromkeys(names, "done") | dict.fromkeys(gpu.COMPILE, compiles)
     expected |= {"tiny_torch": "stopped: it took more than 0 s"}
     if not importlib.util.find_spec("triton"):
         expected["kernel_tests"] = "left out: triton is not installed"
     assert states == expected, text
     assert f"- tiny_torch: {expected['tiny_torch']}\n" in text.partition("## Not done")[2]
     titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    ran = [name for name in gpu.PARTS if not states[name].startswith("left out")]
+    ran = [name for name in names if not states[name].startswith("left out")]
     assert titles == [*(gpu.PARTS[name][0] for name in ran), "Not done"]
+    assert text.rstrip().endswith("--minutes 8 --only tiny_torch`")
+    assert text.count(f"| {step.VARIANTS['packed']} / {step.VARIANTS['products']} | ") == 3
     assert rows(text, "Mask ratio") == ["0.5", "0.75"]
     assert rows(text, "Model size") == ["atto", "femto"]
     for name in ("packed", "dense"):
