@@ -7,18 +7,23 @@ python -c "import checkpoint as c, pathlib; print(c.numbered_checkpoints(pathlib
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from sources import KINDS, WEIGHTS, locate
 
+# The official mains and submitit keep their flags so; neither can do anything.
+HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
 GROUP_STATE = ("step", "lookahead_step", "k")  # what optimizers count in a group, not in a state
 
 
@@ -60,44 +65,118 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
 
 
+def write_checkpoints(
+    folder: Path,
+    content: dict[str, Any],
+    epoch: int,
+    numbered: bool,
+    improved: Iterable[str],
+    keep: int,
+) -> None:
+    """The files of `utils.save_model`, and no more than `keep` of the numbered ones."""
+    newest = folder / f"checkpoint-{epoch}.pth"
+    if numbered:
+        write_atomically(content, newest)
+    for name in improved:
+        path = folder / f"checkpoint-{name}.pth"
+        if name == "best-ema":
+            short = {key: content[key] for key in ("state", "args", "classes")}
+            write_atomically({"model": content["model_ema"], **short}, path)
+        elif numbered:
+            link(newest, path)
+        else:
+            write_atomically(content, path)
+    if numbered:
+        for old in numbered_checkpoints(folder)[keep:]:
+            if old != newest:
+                old.unlink()
+
+
+def choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> str:
+    """The file that a run goes on from: the newest readable one, else `resume`, '' for none."""
+    paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
+    if paths and not auto_resume:
+        raise UserError(
+            f"--auto_resume false, but {folder} holds {paths[0].name}: a new run would mix with "
+            "that one; choose another --output_dir or move its files away"
+        )
+    for path in paths:
+        try:
+            read_checkpoint(path)
+            return str(path)
+        except UserError as error:
+            logging.getLogger("convnextv2").warning("%s; trying the one before", error)
+    if paths and not resume:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; "
+            "choose another --output_dir, or move them away to start anew"
+        )
+    return resume
+
+
 def find_checkpoint(folder: Path) -> Path:
-    """What to use of a run's folder: `checkpoint-best.pth`, else the newest."""
-    best = folder / "checkpoint-best.pth"
-    found = [best] if best.exists() else numbered_checkpoints(folder) if folder.is_dir() else []
+    """What to use of a run's folder: `checkpoint-best.pth`, else the newest; or a hub's weights."""
+    found = [path for path in (folder / "checkpoint-best.pth",) if path.exists()]
+    found += numbered_checkpoints(folder) if folder.is_dir() else []
+    found += [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not found:
         raise UserError(
-            f"{folder} holds no checkpoint-<epoch>.pth; name a checkpoint or another folder"
+            f"{folder} holds no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
+            "name a checkpoint or another folder"
         )
     return found[0]
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_checkpoint(source: str | Path, sha256: str = "") -> Any:
     """Read a checkpoint's plain types and tensors to the CPU; code in it is never run.
 
-    A folder stands for its `find_checkpoint`.
+    source: what `sources.locate` understands; a folder stands for its `find_checkpoint`.
+    sha256: of the file that is expected. `.safetensors` files are read as state dicts.
     """
-    path = find_checkpoint(Path(path)) if os.path.isdir(path) else path
+    path = locate(source, sha256)
+    path = find_checkpoint(path) if path.is_dir() else path
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):  # files of before torch 1.6
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":  # safetensors: a length of 8 bytes, then JSON
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if not start.startswith((b"PK", b"\x80")):  # a zip, or a pickle of before torch 1.6
+            raise UserError(
+                f"checkpoint {path} is no checkpoint, it begins with {start!r}; expected a .pth, "
+                ".pt, .bin or .safetensors file"
+            )
+        with torch.serialization.safe_globals(HARMLESS):
+            return _unpickle(path)
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path} does not exist; check the path") from error
+        raise UserError(f"checkpoint {path} does not exist; expected {KINDS}") from error
     except PermissionError as error:
         raise UserError(f"checkpoint {path} may not be read; check its permissions") from error
-    except MemoryError:  # says nothing about the file
+    except (UserError, MemoryError):  # the second says nothing about the file
         raise
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} is no torch checkpoint, or holds more than tensors and plain "
-            "types, which could run code; save it again as a dict of tensors"
-        ) from error
     except Exception as error:  # torch's unpickler raises nearly anything on other files
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and asked:
+            raise UserError(
+                f"checkpoint {path} is refused: it asks for {asked[1]}, and what a checkpoint "
+                "names could run. If you trust who made it, take its tensors out: python -c "
+                f"\"import torch; c = torch.load('{path}', weights_only=False); "
+                "torch.save(c['model'], 'weights.pth')\""
+            ) from error
         reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise UserError(f"checkpoint {path} is truncated or damaged ({reason})") from error
+        raise UserError(
+            f"checkpoint {path} is truncated, damaged or no checkpoint ({reason})"
+        ) from error
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):  # files of before torch 1.6
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(
@@ -150,3 +229,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -
     optimizer.load_state_dict(saved)
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
+
+
+def restore_run(
+    checkpoint: Mapping[str, Any],
+    source: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any = None,
+    model_ema: nn.Module | None = None,
+) -> None:
+    """Put what `utils.save_model` wrote back into the parts of a run."""
+    load_weights(model, checkpoint["model"], source)
+    load_optimizer(optimizer, checkpoint["optimizer"], source)
+    if scaler is not None and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    if model_ema is not None:
+        averaged = checkpoint.get("model_ema")
+        if averaged is None:
+            logging.getLogger("convnextv2").warning(
+                "%s has no averaged weights: the average starts from its weights", source
+            )
+        load_weights(model_ema, averaged or checkpoint["model"], source)

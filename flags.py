@@ -52,6 +52,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 KERNELS = ("auto", "torch", "triton")
 NEED_PATH = ("IMNET", "CIFAR10", "CIFAR", "image_folder", "folder")
 DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
+MODEL_KEY = "model|module|state_dict"
+SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
 WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
 # group -> (flag, kind, default, help, nargs if several). Kind: str, str2bool, choices, or a range.
 FLAGS: dict[str, tuple] = {
@@ -121,8 +123,9 @@ FLAGS: dict[str, tuple] = {
         ("--warmup_steps", "int [-1, inf)", -1, "updates, wins over epochs; -1: not used"),
     ),
     "starting weights and head": (
-        ("--finetune", str, "", "checkpoint or run folder to start from; empty: random weights"),
-        ("--model_key", str, "model|module", "keys under which it holds weights, tried in order"),
+        ("--finetune", str, "", f"{SOURCES} to start from, of any known layout; empty: random"),
+        ("--model_key", str, MODEL_KEY, "keys under which it holds weights, tried in order"),
+        ("--use_ema", str2bool, False, "take the averaged weights in --finetune, or with --eval"),
         ("--model_prefix", str, "", "what precedes the names of its weights; empty: nothing"),
         ("--head_init_scale", AMOUNT, None, "of a new head; unset: 0.001 with --finetune, else 1"),
         ("--nb_classes", COUNT, None, "classes to tell apart; unset: as many as the data has"),
@@ -165,7 +168,8 @@ FLAGS: dict[str, tuple] = {
     "checkpoints and logs": (
         ("--output_dir", str, "", "folder of checkpoints and logs; empty: write nothing"),
         ("--log_dir", str, None, "for TensorBoard; unset: OUTPUT_DIR/tensorboard; none: off"),
-        ("--resume", str, "", "checkpoint to go on from; newer ones in OUTPUT_DIR win"),
+        ("--resume", str, "", "run to go on from, or weights; newer ones in OUTPUT_DIR win"),
+        ("--sha256", str, "", "of the file that --resume or --finetune names; another is refused"),
         ("--auto_resume", str2bool, True, "go on from the newest checkpoint in OUTPUT_DIR"),
         ("--save_ckpt", str2bool, True, "write checkpoints"),
         ("--save_ckpt_freq", COUNT, 1, "epochs between checkpoints"),

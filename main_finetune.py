@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from functools import partial
 
 import options
 from options import finetune_parser as get_args_parser
@@ -25,7 +26,7 @@ import models
 import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_device
-from models.convert import load_pretrained
+from models.pretrained import EMA_KEY, load_pretrained
 from models.tune import choices, set_kernels
 from optim_factory import build_ema, build_optimizer, build_schedule, scale_lr
 from stepper import Stepper, choose_amp
@@ -59,8 +60,10 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
 
     # --- 4. weights -------------------------------------------------------------------------
+    key = EMA_KEY if args.use_ema else args.model_key
+    load = partial(load_pretrained, bare, model_prefix=args.model_prefix, sha256=args.sha256)
     if args.finetune:
-        load_pretrained(bare, args.finetune, args.model_key, args.model_prefix)
+        load(args.finetune, key)
     model_ema = build_ema(args, bare)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
@@ -93,6 +96,8 @@ def main(args: argparse.Namespace) -> None:
         model_ema and model_ema.module,
         resume=args.resume,
         auto_resume=args.auto_resume,
+        sha256=args.sha256,
+        start=partial(load, model_key=args.model_key),
         fresh=TrainState(args.start_epoch),
     )
     state.count_updates(updates_per_epoch)
@@ -134,6 +139,7 @@ def main(args: argparse.Namespace) -> None:
                     vars(args),
                     stepper.scaler,
                     model_ema and model_ema.module,
+                    datasets.class_map(train_set),
                     numbered=state.epoch == args.epochs or state.epoch % args.save_ckpt_freq == 0,
                     improved=improved,
                     keep=args.save_ckpt_num,
@@ -156,9 +162,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
-    keys = [args.model_key] + ["model_ema"] * args.model_ema
+    keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * args.model_ema
     for key in keys:
-        load_pretrained(model, path, key, args.model_prefix, allow_missing=())
+        load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(batches, model, device, amp)
         utils.get_logger().info(
             "%s of %s on %d images: acc1 %.2f%%  acc5 %.2f%%  loss %.4f",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 
 import options
 from options import pretrain_parser as get_args_parser
@@ -24,6 +25,7 @@ import visualize
 from engine_pretrain import train_one_epoch
 from graphs import Graphed, check_device
 from models.fcmae import visible_patches
+from models.pretrained import load_pretrained
 from models.tune import set_kernels
 from optim_factory import build_optimizer, build_schedule, scale_lr
 from stepper import Stepper, choose_amp
@@ -56,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
 
     # --- 4. weights -------------------------------------------------------------------------
-    # Pre-training starts from random weights, or from a run: step 7.
+    # Pre-training starts from random weights, or from what --resume names: step 7.
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     effective_batch = args.batch_size * args.update_freq * utils.get_world_size()
@@ -85,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
         stepper.scaler,
         resume=args.resume,
         auto_resume=args.auto_resume,
+        sha256=args.sha256,
+        start=partial(load_pretrained, fcmae, sha256=args.sha256),
         fresh=TrainState(args.start_epoch),
     )
     state.count_updates(updates_per_epoch)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flags import FLAGS, HELP, NEED_PATH, number, str2bool
+from flags import FLAGS, HELP, MODEL_KEY, NEED_PATH, number, str2bool
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -215,6 +215,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--min_lr {args.min_lr} > --lr {args.lr}; lower --min_lr"
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
         yield f"--use_amp {args.use_amp} contradicts --amp {args.amp}; give only --amp"
+    if args.sha256 and bool(args.resume) == bool(vars(args).get("finetune")):
+        yield "--sha256 belongs to one file; give either --resume or --finetune with it"
     if args.cuda_graphs and args.compile:
         yield "--cuda_graphs true and --compile true exclude each other; drop one"
     if args.cuda_graphs and args.update_freq > 1:
@@ -269,6 +271,10 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         "SYNTHETIC",
     ):
         yield f"--eval_data_path: --data_set {args.data_set} has its own; use image_folder"
+    if args.use_ema and not (args.finetune or args.eval):
+        yield "--use_ema true: there are no weights to choose among; give --finetune or --eval"
+    if args.use_ema and args.model_key != MODEL_KEY:
+        yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
     if args.eval and args.cuda_graphs:
         yield "--cuda_graphs true serves training; drop it with --eval true"
     if args.eval and args.disable_eval:

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (
-    link,
-    load_optimizer,
+    choose_checkpoint,
     load_weights,
-    numbered_checkpoints,
     read_checkpoint,
+    restore_run,
     write_atomically,
+    write_checkpoints,
 )
 from errors import TrainingStopped, UserError
 
@@ -174,6 +174,27 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def from_main_process(work: Callable[[], Any]) -> Any:
+    """What `work` returns on the main process, or its error, for all ranks; all must call it."""
+    value, problem = None, ""
+    if is_main_process():
+        try:
+            value = work()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    value, problem = broadcast((value, problem))
+    if problem:
+        raise UserError(problem)
+    return value
+
+
+def main_process_first(work: Callable[[], Any]) -> Any:
+    """Do `work` on every rank, after the main process: what that downloads, the others find."""
+    done: list[Any] = []
+    from_main_process(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if get_world_size() > 1:
@@ -289,6 +310,7 @@ def save_model(
     args: Mapping[str, Any],
     scaler: Any = None,
     model_ema: nn.Module | None = None,
+    classes: Sequence[str] | None = None,
     *,
     numbered: bool = True,
     improved: Iterable[str] = (),
@@ -299,6 +321,7 @@ def save_model(
     numbered: write `checkpoint-<epoch>.pth` and delete all but the `keep` newest of them.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
+    classes: their names, in the order of the head.
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
     if not is_main_process():
@@ -310,47 +333,9 @@ def save_model(
         "scaler": scaler.state_dict() if scaler is not None else None,
         "state": asdict(state),
         "args": dict(args),
+        "classes": list(classes) if classes is not None else None,
     }
-    newest = folder / f"checkpoint-{state.epoch - 1}.pth"
-    if numbered:
-        write_atomically(content, newest)
-    for name in improved:
-        path = folder / f"checkpoint-{name}.pth"
-        if name == "best-ema":
-            short = {key: content[key] for key in ("state", "args")}
-            write_atomically({"model": content["model_ema"], **short}, path)
-        elif numbered:
-            link(newest, path)
-        else:
-            write_atomically(content, path)
-    if numbered:
-        for old in numbered_checkpoints(folder)[keep:]:
-            if old != newest:
-                old.unlink()
-
-
-def _choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> str:
-    """The file to go on from, '' for none; only the main process looks."""
-    if not is_main_process():
-        return ""
-    paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
-    if paths and not auto_resume:
-        raise UserError(
-            f"--auto_resume false, but {folder} holds {paths[0].name}: a new run would mix with "
-            "that one; choose another --output_dir or move its files away"
-        )
-    for path in paths:
-        try:
-            read_checkpoint(path)
-            return str(path)
-        except UserError as error:
-            get_logger().warning("%s; trying the one before", error)
-    if paths and not resume:
-        raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read; "
-            "choose another --output_dir, or move them away to start anew"
-        )
-    return resume
+    write_checkpoints(folder, content, state.epoch - 1, numbered, improved, keep)
 
 
 def auto_load_model(
@@ -362,39 +347,39 @@ def auto_load_model(
     *,
     resume: str = "",
     auto_resume: bool = True,
+    sha256: str = "",
+    start: Callable[[str], Any] | None = None,
     fresh: TrainState | None = None,
 ) -> TrainState:
     """Continue a run: from the newest readable checkpoint of `folder`, else from `resume`.
 
     A damaged newest file is passed over with a warning; if none can be read that is an error.
     Without any checkpoint the state is `fresh`. `resume` is where a run starts: what the run has
-    since saved itself wins.
+    since saved itself wins. If it holds weights alone, `start(resume)` loads them and the run is
+    `fresh` too.
     """
-    try:
-        found, problem = _choose_checkpoint(folder, resume, auto_resume), ""
-    except (UserError, OSError) as error:
-        found, problem = "", str(error)
-    source, problem = broadcast((found, problem))  # one choice, or one error, for all ranks
-    if problem:
-        raise UserError(problem)
+    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume))
+    fresh = fresh or TrainState()
     if not source:
-        return fresh or TrainState()
-    log, checkpoint = get_logger(), read_checkpoint(source)
-    absent = [key for key in ("model", "optimizer", "state") if key not in checkpoint]
+        return fresh
+    log, expected = get_logger(), sha256 if source == resume else ""
+    checkpoint = main_process_first(lambda: read_checkpoint(source, expected))
+    holds = checkpoint if isinstance(checkpoint, dict) else {}
+    absent = [key for key in ("model", "optimizer", "state") if key not in holds]
+    if absent and (start is None or source != resume):
+        raise UserError(f"{source} has no {', '.join(absent)}: it is no run that can be resumed")
     if absent:
-        raise UserError(
-            f"{source} has no {', '.join(absent)}: it holds weights, not a run; "
-            "start from it with --finetune"
+        log.warning(
+            "%s has no %s of this toolkit: training starts from its weights, at epoch %d",
+            source,
+            " and ".join(absent),
+            fresh.epoch,
         )
-    load_weights(model, checkpoint["model"], source)
-    load_optimizer(optimizer, checkpoint["optimizer"], source)
-    if scaler is not None and checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    if model_ema is not None:
-        averaged = checkpoint.get("model_ema")
-        if averaged is None:
-            log.warning("%s has no averaged weights: the average starts from its weights", source)
-        load_weights(model_ema, averaged or checkpoint["model"], source)
+        start(source)
+        if model_ema is not None:
+            load_weights(model_ema, model.state_dict(), source)
+        return fresh
+    restore_run(checkpoint, source, model, optimizer, scaler, model_ema)
     state = TrainState(**checkpoint["state"])
     log.info("resumed from %s: epoch %d, update %d", source, state.epoch, state.updates)
     return state

@@ -273,7 +273,7 @@ def test_pretrained_encoder_is_the_fine_tuning_model():
     result = classifier.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert {name.split(".")[0] for name in result.missing_keys} == {"norm", "head"}
-    assert {name.split(".")[0] for name in report["dropped"]} == {
+    assert {name.split(".")[0] for name in report.dropped} == {
         "proj", "mask_token", "decoder", "pred",
     }  # fmt: skip
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
