@@ -72,12 +72,13 @@ def _from_hub(name: str, source: str) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    repository, _, revision = name.partition("@")
+    repository, _, version = name.partition("@")
+    revision = version or None  # the hub's main one
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{source}: expected hf-hub:owner/name, with @revision if wanted")
     for file in WEIGHTS:
         try:
-            return Path(hub.hf_hub_download(repository, file, revision=revision or None))
+            return Path(hub.hf_hub_download(repository, file, revision=revision))
         except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
             kept = [hub.try_to_load_from_cache(repository, w, revision=revision) for w in WEIGHTS]
             for path in kept:

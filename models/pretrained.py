@@ -84,6 +84,7 @@ def load_pretrained(
     absent = [part for part in new if not any(name.startswith(part) for name in state)]
     report.missing = load_weights(model, state, source, absent)
     report.loaded = list(state)
+    report.renamed = {theirs: ours for theirs, ours in report.renamed.items() if ours in state}
     log.info("%s: %s", source, report)
     _warn_of_wild_weights(state, source)
     return report

@@ -306,7 +306,12 @@ BAD = {  # name -> script, flags, what the line must name
     "other size": ("finetune", "--stem_stride 2 --finetune {1}", "(4, 3, 1, 1) instead of"),
     "no weights": ("finetune", "--eval", "--resume"),
     "no checkpoint": ("finetune", "--eval --resume {0}/nothing.pth", "nothing.pth"),
-    "weights, no run": ("pretrain", "--resume {0}/resnet.pth", "--finetune"),
+    "resume other": ("pretrain", "--resume {0}/resnet.pth", "conv1.weight"),
+    "text as weights": ("finetune", "--eval --resume {0}/file", "begins with b'a file'"),
+    "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has sha256"),
+    "hash of what": ("finetune", f"--sha256 {'0' * 64}", "either --resume or --finetune"),
+    "average of what": ("finetune", "--use_ema", "--finetune or --eval"),
+    "hub": ("finetune", "--finetune hf-hub:owner/name", "cannot be reached"),
     "output": ("pretrain", "--output_dir {0}/file", "--output_dir"),
     "device": ("pretrain", "--device warp", "--device warp"),
     "launcher": ("pretrain", "--world_size 2", "torchrun"),
@@ -318,7 +323,7 @@ def test_bad_input_is_one_line_that_helps(case, folders, finetuned):
     kind, words, named = BAD[case]
     base = PRETRAIN if kind == "pretrain" else FINETUNE
     words = words.format(folders, finetuned / "checkpoint-best.pth").split()
-    done = run(f"main_{kind}.py", *base, *words, expect=2)
+    done = run(f"main_{kind}.py", *base, *words, expect=2, env={"HF_HUB_OFFLINE": "1"})
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1, done.stderr
     assert named in errors[0]
