@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import os
 import pickle
@@ -252,6 +253,41 @@ def test_resumed_run_continues_as_if_it_had_not_stopped(tmp_path):
         one.step(torch.ones(2, 3))
     assert_same(other.model, run.model)
     assert_same(other.ema, run.ema)
+
+
+def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
+    """Published weights have no optimizer; a requeued job repeats its --resume every time."""
+    source = tmp_path / "published.pth"
+    torch.save({"model": Run(seed=3).model.state_dict(), "epoch": 99}, source)
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def load(run: Run) -> TrainState:
+        def start(path: str) -> None:
+            load_weights(run.model, read_checkpoint(path)["model"], path)
+
+        return run.load(folder, resume=str(source), start=start, fresh=TrainState(epoch=2))
+
+    run = Run(seed=1)
+    assert load(run) == TrainState(epoch=2)
+    assert_same(run.model, Run(seed=3).model)
+    assert_same(run.ema, Run(seed=3).model)
+    run.save(folder, 6)
+    again = Run(seed=4)
+    assert load(again).epoch == 7
+    assert_same(again.model, run.model)
+
+
+def test_hash_belongs_to_resume_and_not_to_what_the_run_saves(tmp_path):
+    source = Run(seed=3).save(tmp_path, 1)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert Run().load(folder, resume=str(source), sha256=digest).epoch == 2
+    with pytest.raises(UserError, match="has sha256"):
+        Run().load(folder, resume=str(source), sha256="0" * 64)
+    Run().save(folder, 6)
+    assert Run().load(folder, resume=str(source), sha256=digest).epoch == 7
 
 
 def test_newest_whole_checkpoint_wins(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
@@ -242,6 +243,43 @@ def test_head_that_fits_is_kept_and_another_is_new(finetuned, tmp_path):
     digits = ["--data_set", "DIGITS", "--batch_size", 700, "--epochs", 1]
     done = run("main_finetune.py", *words, *digits, "--aa", "none")
     assert "its head for 3 classes does not fit" in done.stdout
+
+
+def test_evaluation_takes_the_averaged_weights_when_asked_for(finetuned):
+    newest = finetuned / "checkpoint-3.pth"
+    done = run("main_finetune.py", *FINETUNE, "--eval", "--resume", newest, "--use_ema")
+    entry = log(finetuned)[3]
+    assert f"acc1 {entry['test_acc1_ema']:.2f}%" in done.stdout
+    assert f"loss {entry['test_loss_ema']:.4f}" in done.stdout
+    assert f"loss {entry['test_loss']:.4f}" not in done.stdout
+
+
+def test_published_weights_start_pretraining_and_finetuning(pretrained, finetuned, tmp_path):
+    """In timm's names, by --resume as the official README evaluates, and by --finetune."""
+    from models.convert import to_convnextv2, to_timm
+
+    encoder, _ = to_convnextv2(weights(pretrained / "checkpoint-1.pth"))
+    torch.save(to_timm(encoder), tmp_path / "encoder.bin")
+    frozen = ["--lr", 0, "--min_lr", 0, "--weight_decay", 0, "--epochs", 1]
+    words = [
+        *PRETRAIN,
+        *frozen,
+        "--resume",
+        tmp_path / "encoder.bin",
+        "--output_dir",
+        tmp_path / "a",
+    ]
+    done = run("main_pretrain.py", *words)
+    assert "timm layout" in done.stdout
+    kept = weights(tmp_path / "a" / "checkpoint-0.pth")
+    assert all(torch.equal(kept[f"encoder.{name}"], value) for name, value in encoder.items())
+    state = weights(finetuned / "checkpoint-3.pth")
+    save_file(to_timm(state), tmp_path / "whole.safetensors")
+    words = [*FINETUNE, "--eval", "--resume", tmp_path / "whole.safetensors"]
+    assert f"loss {log(finetuned)[3]['test_loss']:.4f}" in run("main_finetune.py", *words).stdout
+    words = [*FINETUNE, *frozen, "--finetune", tmp_path / "whole.safetensors"]
+    run("main_finetune.py", *words, "--output_dir", tmp_path / "b")
+    assert_same(weights(tmp_path / "b" / "checkpoint-0.pth"), state)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
