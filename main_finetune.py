@@ -73,6 +73,8 @@ def main(args: argparse.Namespace) -> None:
     # --- 4. weights -------------------------------------------------------------------------
     if args.finetune:
         load_pretrained(bare, args.finetune, args.model_key, args.model_prefix)
+    elif args.layer_decay < 1 and not args.resume:
+        log.warning("random weights, but --layer_decay < 1 spares trained ones; give --finetune")
     model_ema = build_ema(args, bare)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------

@@ -500,6 +500,7 @@ def test_a_run_says_its_recipe_and_its_effective_batch(tmp_path):
     assert "instead of it: --model tests.tiny:classifier" in done.stdout
     sizes = "effective batch 16 = 4 images x 2 micro-batches x 2 processes"
     assert done.stdout.count(sizes) == 1
+    assert "random weights" in done.stdout  # --finetune was forgotten
     assert "peak lr 1.25e-05" in done.stdout  # 2e-4 * 16 / 256
     saved = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
     assert saved["state"]["updates"] == math.ceil(26 // 8 / 2) == 2
