@@ -45,7 +45,8 @@ HELP = """%s
   torchrun --nproc_per_node=8 %s --model convnextv2_tiny --data_path /data/imagenet
   python %s --model convnextv2_atto --data_set DIGITS --input_size 32 --stem_stride 1
 
-BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml sets any flag."""
+BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml sets any flag,
+--recipe tiny_ft those of a published run (--recipe list)."""
 COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
 CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -102,7 +103,13 @@ FLAGS: dict[str, tuple] = {
         ("--epochs", COUNT, 100, "passes over the data"),
         ("--start_epoch", WHOLE, 0, "first epoch to run; a resumed checkpoint knows better"),
         ("--batch_size", COUNT, 64, "images in a micro-batch of one rank"),
-        ("--update_freq", COUNT, 1, "micro-batches in an update"),
+        ("--update_freq", COUNT, None, "micro-batches in an update; unset: by --effective_batch"),
+        (
+            "--effective_batch",
+            COUNT,
+            None,
+            "images in an update of all ranks, chooses --update_freq; unset: one micro-batch each",
+        ),
         ("--opt", str, "adamw", "optimizer, by timm's name"),
         ("--opt_eps", "float (0, inf)", None, "epsilon; unset: the optimizer's own"),
         (
@@ -149,6 +156,12 @@ FLAGS: dict[str, tuple] = {
     ),
     "run": (
         ("--config", str, None, "YAML file of flags; the command line wins"),
+        (
+            "--recipe",
+            str,
+            None,
+            "name in recipes/ or a file like those; --config wins; list: show all",
+        ),
         ("--device", str, "auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N, mps"),
         ("--seed", WHOLE, 0, "of every random draw"),
         ("--amp", ("bf16", "fp16", "none"), None, "unset: bf16 on CUDA, none elsewhere"),

@@ -17,8 +17,13 @@ from errors import UserError
 from stepper import autocast
 
 
-def check_device(asked: bool, device: torch.device) -> None:
+def check_graphs(asked: bool, device: torch.device, update_freq: int = 1) -> None:
     """Raise UserError where --cuda_graphs is asked for and cannot be."""
+    if asked and update_freq > 1:
+        raise UserError(
+            f"--cuda_graphs true cannot accumulate, and an update has {update_freq} micro-batches "
+            "of each process; drop it, raise --batch_size, or lower --effective_batch"
+        )
     if asked and device.type != "cuda":
         raise UserError(f"--cuda_graphs needs a CUDA device, this one is {device}; drop it")
 
@@ -34,7 +39,7 @@ class Graphed(nn.Module):
         self, model: nn.Module, device: torch.device, amp: str, shapes: Sequence, *fixed: Any
     ) -> None:
         super().__init__()
-        check_device(True, device)
+        check_graphs(True, device)
         self.model, self.device, self.amp, self.fixed = model, device, amp, fixed
         self.shapes = [torch.Size(shape) for shape in shapes]
         sample = [torch.ones(shape, device=device) for shape in shapes]

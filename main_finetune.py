@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from functools import partial
 
 import options
@@ -25,10 +24,17 @@ import hooks
 import models
 import utils
 from engine_finetune import evaluate, train_one_epoch
-from graphs import Graphed, check_device
+from graphs import Graphed, check_graphs
 from models.pretrained import EMA_KEY, load_pretrained
 from models.tune import choices, set_kernels
-from optim_factory import build_ema, build_optimizer, build_schedule, scale_lr
+from optim_factory import (
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    choose_update_freq,
+    count_updates,
+    scale_lr,
+)
 from stepper import Stepper, choose_amp
 from utils import TrainState
 
@@ -40,18 +46,24 @@ def main(args: argparse.Namespace) -> None:
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     log = utils.get_logger()
+    if args.recipe:
+        log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
-    check_device(args.cuda_graphs, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
+    processes = utils.get_world_size()
+    update_freq = choose_update_freq(
+        args.update_freq, args.effective_batch, args.batch_size, processes
+    )
+    check_graphs(args.cuda_graphs, device, update_freq)
     folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     train_set, val_set, nb_classes = datasets.build_datasets(args)
     batches = datasets.build_batches(train_set, True, args, device)
     val_batches = datasets.build_batches(val_set, False, args, device) if val_set else None
-    updates_per_epoch = math.ceil(len(batches) / args.update_freq)
+    updates_per_epoch = count_updates(len(batches), update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
 
     # --- 3. model ---------------------------------------------------------------------------
@@ -64,16 +76,17 @@ def main(args: argparse.Namespace) -> None:
     load = partial(load_pretrained, bare, model_prefix=args.model_prefix, sha256=args.sha256)
     if args.finetune:
         load(args.finetune, key)
+    elif args.layer_decay < 1 and not args.resume:
+        log.warning("random weights, but --layer_decay < 1 spares trained ones; give --finetune")
     model_ema = build_ema(args, bare)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
-    effective_batch = args.batch_size * args.update_freq * utils.get_world_size()
-    lr = scale_lr(args.lr, args.blr, effective_batch)
+    lr = scale_lr(args.lr, args.blr, args.batch_size * update_freq * processes)
     optimizer = build_optimizer(args, bare, lr, args.layer_decay, args.layer_decay_type)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     # Mixed labels are smoothed by mixup itself.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
-    log.info("effective batch %d, peak lr %.3g, precision %s", effective_batch, lr, amp)
+    log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
@@ -84,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         called = Graphed(bare, device, amp, [shape])
     model = utils.wrap(called, device)
     stepper = Stepper(
-        model, optimizer, device, amp, args.update_freq, args.clip_grad, args.max_bad_steps
+        model, optimizer, device, amp, update_freq, args.clip_grad, args.max_bad_steps
     )
 
     # --- 7. resume --------------------------------------------------------------------------

@@ -8,7 +8,6 @@ torchrun --nproc_per_node=8 main_pretrain.py --model convnextv2_tiny --data_path
 from __future__ import annotations
 
 import argparse
-import math
 from functools import partial
 
 import options
@@ -23,11 +22,17 @@ import models
 import utils
 import visualize
 from engine_pretrain import train_one_epoch
-from graphs import Graphed, check_device
+from graphs import Graphed, check_graphs
 from models.fcmae import visible_patches
 from models.pretrained import load_pretrained
 from models.tune import set_kernels
-from optim_factory import build_optimizer, build_schedule, scale_lr
+from optim_factory import (
+    build_optimizer,
+    build_schedule,
+    choose_update_freq,
+    count_updates,
+    scale_lr,
+)
 from stepper import Stepper, choose_amp
 from utils import TrainState
 
@@ -39,15 +44,21 @@ def main(args: argparse.Namespace) -> None:
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     log = utils.get_logger()
+    if args.recipe:
+        log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
-    check_device(args.cuda_graphs, device)
+    processes = utils.get_world_size()
+    update_freq = choose_update_freq(
+        args.update_freq, args.effective_batch, args.batch_size, processes
+    )
+    check_graphs(args.cuda_graphs, device, update_freq)
     folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)
     batches = datasets.build_batches(dataset, True, args, device)
-    updates_per_epoch = math.ceil(len(batches) / args.update_freq)
+    updates_per_epoch = count_updates(len(batches), update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
     utils.seed_all(args.seed)
@@ -61,11 +72,10 @@ def main(args: argparse.Namespace) -> None:
     # Pre-training starts from random weights, or from what --resume names: step 7.
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
-    effective_batch = args.batch_size * args.update_freq * utils.get_world_size()
-    lr = scale_lr(args.lr, args.blr, effective_batch)
+    lr = scale_lr(args.lr, args.blr, args.batch_size * update_freq * processes)
     optimizer = build_optimizer(args, fcmae, lr)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
-    log.info("effective batch %d, peak lr %.3g, precision %s", effective_batch, lr, amp)
+    log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
@@ -76,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         called = Graphed(fcmae, device, amp, shapes, visible)
     model = utils.wrap(called, device)
     stepper = Stepper(
-        model, optimizer, device, amp, args.update_freq, args.clip_grad, args.max_bad_steps
+        model, optimizer, device, amp, update_freq, args.clip_grad, args.max_bad_steps
     )
 
     # --- 7. resume --------------------------------------------------------------------------

@@ -27,6 +27,60 @@ def scale_lr(lr: float | None, blr: float, effective_batch: int) -> float:
     return blr * effective_batch / 256 if lr is None else lr
 
 
+def choose_update_freq(
+    update_freq: int | None, effective_batch: int | None, batch_size: int, processes: int
+) -> int:
+    """Micro-batches in an update: `update_freq`, or as many as make `effective_batch` images."""
+    step = batch_size * processes
+    if effective_batch is not None:
+        update_freq, rest = divmod(effective_batch, step)
+        if rest:
+            got = f"--batch_size {batch_size} x {processes} processes = {step}"
+            fixes = _fitting(effective_batch, batch_size, processes)
+            raise UserError(
+                f"--effective_batch {effective_batch}: not a multiple of {got}; try {fixes}"
+            )
+    update_freq = update_freq or 1
+    get_logger().info(
+        "effective batch %d = %d images x %d micro-batches x %d processes",
+        step * update_freq,
+        batch_size,
+        update_freq,
+        processes,
+    )
+    return update_freq
+
+
+def _fitting(effective_batch: int, batch_size: int, processes: int) -> str:
+    """What to ask for instead: the nearest batch sizes that divide, and effective batches."""
+    fixes = []
+    share, rest = divmod(effective_batch, processes)
+    if not rest:
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        sizes = [size for size in sizes if size % 2 == 0] or sizes  # mixup takes pairs
+        below, above = [s for s in sizes if s < batch_size], [s for s in sizes if s > batch_size]
+        near = [*below[-1:], *above[:1]]
+        fixes.append(f"--batch_size {' or '.join(map(str, near))}")
+    step = batch_size * processes
+    low = effective_batch // step * step
+    near = [low, low + step] if low else [step]
+    fixes.append(f"--effective_batch {' or '.join(map(str, near))}")
+    return ", or ".join(fixes)
+
+
+def count_updates(batches: int, update_freq: int) -> int:
+    """Updates in an epoch of so many micro-batches; the last may be smaller."""
+    if batches < update_freq:
+        get_logger().warning(
+            "an epoch has %d micro-batches, fewer than the %d of an update: each update is smaller "
+            "than its learning rate is meant for; ask for a smaller --effective_batch or "
+            "--update_freq",
+            batches,
+            update_freq,
+        )
+    return math.ceil(batches / update_freq)
+
+
 class LayerDecayValueAssigner:
     """Learning-rate factor of a parameter: `decay` to the power of its distance from the head.
 

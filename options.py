@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The command line of each script: parsers, --config files, cross-checks, frozen arguments.
+"""The command line of each script: parsers, cross-checks, frozen arguments.
 
 python -c "import options; options.parse(options.pretrain_parser(), ['--help'])"
 """
@@ -8,13 +8,12 @@ python -c "import options; options.parse(options.pretrain_parser(), ['--help'])"
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
+import configs
 from flags import FLAGS, HELP, MODEL_KEY, NEED_PATH, number, str2bool
 
 
@@ -36,7 +35,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class _Parser(argparse.ArgumentParser):
-    source = ""  # names the config file while its values are parsed
+    script = ""  # the main whose flags these are
+    source = ""  # names the file of flags while its values are parsed
 
     def error(self, message: str) -> NoReturn:  # the usage, ninety flags, would hide the message
         self.exit(2, f"{self.prog}: error: {self.source}{message}\n(see {self.prog} --help)\n")
@@ -45,14 +45,9 @@ class _Parser(argparse.ArgumentParser):
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
             word = next((word for word in extra if word.startswith("-")), extra[0])
-            hint = _closest(word.partition("=")[0], self._option_string_actions)
+            hint = configs.closest(word.partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized argument {word!r}; {hint}")
         return parsed
-
-
-def _closest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else "no flag is called anything like it"
 
 
 def add_args(parser: argparse.ArgumentParser, *groups: str, only: Sequence[str] = ()) -> None:
@@ -80,6 +75,7 @@ def _make_parser(script: str, aim: str, *left_out: str) -> argparse.ArgumentPars
     parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False)
     parser.description = HELP % (aim, script, script)
     parser.formatter_class = partial(_Help, max_help_position=32)
+    parser.script = script.removesuffix(".py")
     add_args(
         parser, *(title for title in FLAGS if title not in (*left_out, "submitit", "pictures"))
     )
@@ -114,50 +110,9 @@ def finetune_parser() -> argparse.ArgumentParser:
     return _make_parser("main_finetune.py", aim, "masked autoencoder")
 
 
-def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:
-    """What to type on the command line for a value of a config; nothing for an allowed null."""
-    if value is None and (action.default is None or action.dest == "aa"):
-        return []
-    several = action.nargs not in (None, "?")
-    items = value if several and isinstance(value, list) else [value]
-    for item in items:
-        wrong_bool = isinstance(item, bool) and action.type is not str2bool
-        if wrong_bool or not isinstance(item, (str, int, float)):
-            expected = f"one value{' or a list' * several}; quote words like no"
-            parser.error(f"{action.dest}: got {value!r}, expected {expected}")
-    option = action.option_strings[0]
-    return [f"{option}={items[0]}"] if len(items) == 1 else [option, *map(str, items)]
-
-
-def _read_config(parser: argparse.ArgumentParser, path: str) -> argparse.Namespace:
-    """Put a YAML file through the parser as if its lines were flags; null resets to None."""
-    import yaml
-
-    parser.source = f"--config {path}: "
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        parser.error(f"cannot read it: {error}")
-    if not isinstance(values, dict):
-        parser.error("expected lines of 'flag: value', without dashes")
-    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
-    words = []
-    for key, value in values.items():
-        if key not in actions:
-            parser.error(f"unknown key {key!r}; {_closest(str(key), actions)}")
-        words += _words(parser, actions[key], value)
-    args = parser.parse_args(words)
-    vars(args).update({key: None for key, value in values.items() if value is None})
-    parser.source = ""
-    return args
-
-
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
-    """Read the command line, over `--config` if given, resolve, check and freeze."""
-    args = parser.parse_args(argv)
-    if args.config:
-        args = parser.parse_args(argv, _read_config(parser, args.config))
-    args = finalize(args)
+    """Read the command line, over `--config` and `--recipe` if given, resolve, check and freeze."""
+    args = finalize(argparse.Namespace(**configs.read_flags(parser, argv)))
     for problem in _problems(args):
         parser.error(problem)
     return args
@@ -195,7 +150,8 @@ def dump_args(args: argparse.Namespace) -> str:
 
     values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(args).items()}
     values.pop("config", None)
-    return yaml.safe_dump(values, sort_keys=False)
+    recipe = values.pop("recipe", None)  # every flag of it is in the values, changed or not
+    return f"# recipe {recipe}\n" * bool(recipe) + yaml.safe_dump(values, sort_keys=False)
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
@@ -219,7 +175,10 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sha256 belongs to one file; give either --resume or --finetune with it"
     if args.cuda_graphs and args.compile:
         yield "--cuda_graphs true and --compile true exclude each other; drop one"
-    if args.cuda_graphs and args.update_freq > 1:
+    if args.update_freq is not None and args.effective_batch is not None:
+        got = f"--update_freq {args.update_freq} and --effective_batch {args.effective_batch}"
+        yield f"{got} both say how much an update accumulates; drop one"
+    if args.cuda_graphs and (args.update_freq or 1) > 1:
         yield f"--cuda_graphs true cannot accumulate: --update_freq {args.update_freq}; drop one"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"

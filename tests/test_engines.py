@@ -185,6 +185,19 @@ def test_graphs_without_a_gpu_are_refused(run):
         run("--cuda_graphs --epochs 1")
 
 
+@pytest.mark.parametrize("run", [pretrain, finetune])
+def test_effective_batch_is_settled_before_any_work(run, tmp_path):
+    words = f"--epochs 1 --log_dir none --output_dir {tmp_path / 'new'} --effective_batch"
+    with pytest.raises(UserError, match="10: not a multiple of --batch_size 6 x 1 processes = 6"):
+        run(f"{words} 10")
+    with pytest.raises(UserError, match="cannot accumulate, and an update has 2 micro-batches"):
+        run(f"{words} 12 --cuda_graphs")
+    assert not list(tmp_path.iterdir())
+    run(f"{words} 12")
+    state = torch.load(tmp_path / "new" / "checkpoint-0.pth", weights_only=True)["state"]
+    assert state["updates"] == 2
+
+
 @pytest.fixture
 def no_waiting(monkeypatch):
     """From the second epoch on it is an error to wait for the GPU, but where log lines read."""

@@ -175,6 +175,7 @@ def test_defaults_are_the_official_ones():
     assert (pretrain.warmup_epochs, pretrain.opt_betas) == (40, (0.9, 0.95))
     assert (finetune.epochs, finetune.blr, finetune.min_lr) == (100, 5e-4, 1e-6)
     assert (finetune.warmup_epochs, finetune.opt_betas) == (20, None)
+    assert (finetune.update_freq, finetune.effective_batch) == (None, None)  # unset is 1
     assert pretrain.norm_pix_loss is True
     assert (pretrain.scale, finetune.scale) == ((0.2, 1.0), (0.08, 1.0))
 
