@@ -25,7 +25,7 @@ import models
 import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
-from models.pretrained import EMA_KEY, load_pretrained
+from models.pretrained import EMA_KEY, has_average, load_pretrained
 from models.tune import choices, set_kernels
 from optim_factory import (
     build_ema,
@@ -175,7 +175,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
-    keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * args.model_ema
+    both = args.model_ema and has_average(path, args.sha256)  # a published file has one of them
+    keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
         load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(batches, model, device, amp)

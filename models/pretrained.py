@@ -90,6 +90,13 @@ def load_pretrained(
     return report
 
 
+def has_average(source: str, sha256: str = "") -> bool:
+    """Whether a checkpoint holds averaged weights beside its own."""
+    checkpoint = main_process_first(lambda: read_checkpoint(source, sha256))
+    holds = checkpoint if isinstance(checkpoint, dict) else {}
+    return any(holds.get(key) is not None for key in EMA_KEY.split("|"))
+
+
 def _warn_of_wild_weights(state: Mapping[str, Tensor], source: str) -> None:
     """The official pre-training drew weights with std 1, truncated: rms 0.88 instead of 0.02."""
     rms = [v.float().square().mean().sqrt() for n, v in state.items() if "pwconv1.weight" in n]

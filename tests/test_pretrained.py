@@ -24,7 +24,7 @@ from errors import UserError
 from models.convert import to_hf, to_official, to_timm
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.pretrained import EMA_KEY, load_pretrained
+from models.pretrained import EMA_KEY, has_average, load_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -103,6 +103,16 @@ def test_absent_average_is_an_error_and_not_the_plain_weights(tmp_path, average)
     torch.save({"model": classifier().state_dict(), **average}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="expected weights under 'model_ema"):
         load_pretrained(classifier(), str(tmp_path / "a.pth"), EMA_KEY)
+
+
+def test_averages_are_found_only_where_they_are(tmp_path):
+    for name, content in {
+        "both": {"model": {}, "model_ema": classifier().state_dict()},
+        "none": {"model": classifier().state_dict(), "model_ema": None},
+        "bare": classifier().state_dict(),
+    }.items():
+        torch.save(content, tmp_path / name)
+        assert has_average(str(tmp_path / name)) == (name == "both")
 
 
 # --- what is said -----------------------------------------------------------------------
