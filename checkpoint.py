@@ -59,37 +59,61 @@ def link(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
+def checkpoint_name(epoch: int, seen: int, updates: int) -> str:
+    """`checkpoint-<last finished epoch>.pth`, or within an epoch `checkpoint-<it>-step-<n>.pth`."""
+    return f"checkpoint-{epoch}-step-{updates}.pth" if seen else f"checkpoint-{epoch - 1}.pth"
+
+
+def _progress(path: Path) -> tuple[int, int] | None:
+    """(epoch to go on with, update) of a checkpoint by its name; None if it is not numbered."""
+    found = re.fullmatch(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth", path.name)
+    if not found:
+        return None
+    return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
+
+
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """`checkpoint-<epoch>.pth` files of a folder, newest epoch first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in folder.iterdir()]
-    return [path for _, path in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
+    """The checkpoints of a folder that a run can go on from, newest first."""
+    found = [(_progress(path), path) for path in folder.iterdir()]
+    return [path for _, path in sorted((p for p in found if p[0]), reverse=True)]
 
 
 def write_checkpoints(
-    folder: Path,
-    content: dict[str, Any],
-    epoch: int,
-    numbered: bool,
-    improved: Iterable[str],
-    keep: int,
+    folder: Path, content: dict[str, Any], numbered: bool, improved: Iterable[str], keep: int
 ) -> None:
-    """The files of `utils.save_model`, and no more than `keep` of the numbered ones."""
-    newest = folder / f"checkpoint-{epoch}.pth"
-    if numbered:
-        write_atomically(content, newest)
-    for name in improved:
-        path = folder / f"checkpoint-{name}.pth"
-        if name == "best-ema":
-            short = {key: content[key] for key in ("state", "args", "classes")}
-            write_atomically({"model": content["model_ema"], **short}, path)
-        elif numbered:
-            link(newest, path)
-        else:
+    """The files of `utils.save_model`.
+
+    The numbered one comes last: a run that is killed before it repeats the epoch, and writes the
+    others again.
+    """
+    state = content["state"]
+    newest = folder / checkpoint_name(state["epoch"], state["seen"], state["updates"])
+    complete = [folder / f"checkpoint-{name}.pth" for name in improved if name != "best-ema"]
+    complete += [newest] if numbered else []
+    if "best-ema" in improved:
+        short = {key: content[key] for key in ("state", "args", "classes")}
+        write_atomically(
+            {"model": content["model_ema"], **short}, folder / "checkpoint-best-ema.pth"
+        )
+    for number, path in enumerate(complete):
+        if number == 0:
             write_atomically(content, path)
+        else:
+            link(complete[0], path)
     if numbered:
-        for old in numbered_checkpoints(folder)[keep:]:
-            if old != newest:
-                old.unlink()
+        _rotate(folder, newest, keep)
+
+
+def _rotate(folder: Path, newest: Path, keep: int) -> None:
+    """Delete all but the `keep` newest ends of epochs, and within an epoch all but two saves."""
+    paths = numbered_checkpoints(folder)
+    ends = [path for path in paths if "-step-" not in path.name]
+    within = [path for path in paths if "-step-" in path.name]
+    done = [path for path in within if _progress(path) < _progress(newest)]
+    old = done if newest in ends else within[2:]
+    for path in [*ends[keep:], *old]:
+        if path != newest:
+            path.unlink()
 
 
 def choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> str:

@@ -328,6 +328,16 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | UserError:
     return torch.stack(images), torch.tensor(labels), torch.tensor(ids)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to all processes of a job would end the workers that its last update needs.
+
+    They leave with their run: torch's watchdog sees when that is gone.
+    """
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def create_loader(
     dataset: Dataset,
     sampler: Sampler,
@@ -345,5 +355,6 @@ def create_loader(
         pin_memory=pin_mem and torch.cuda.is_available(),  # elsewhere torch only warns
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
         collate_fn=collate,
     )

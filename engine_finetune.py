@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import utils
 from datasets import Batches
 from hooks import Reporter
+from keeper import Keeper
 from meters import Means, accuracy
 from optim_factory import MovingAverage, Schedule
 from stepper import Stepper, autocast
@@ -31,20 +32,22 @@ def train_one_epoch(
     schedule: Schedule,
     state: TrainState,
     reporter: Reporter,
+    keeper: Keeper,
     seed: int,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     model_ema: MovingAverage | None = None,
 ) -> dict[str, float]:
-    """Train on every batch once; returns the epoch's means and its last learning rate.
+    """Train on every batch that is left of the epoch; returns the epoch's means and its last learning rate.
 
     model: what is called, DistributedDataParallel perhaps; bare: the network inside, which
     `model_ema` averages after every update that was taken. What the model and mixup draw is a
     function of (seed, update, rank).
     """
     model.train()
-    means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches)
-    stepper.begin_epoch(len(batches))
-    lr = 0.0
+    means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
+    stepper.begin_epoch(len(batches), state.within.get("stepper"))
+    lr = schedule.apply(max(state.updates - 1, 0))  # what the log says if nothing is left to do
+    taken = 0  # images of the group
     for images, labels, _ in batches:
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
@@ -62,14 +65,16 @@ def train_one_epoch(
         if mixup is None:  # with mixed images there is no right answer to count
             means.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         reporter.after_batch(len(images))
+        taken += len(images) * utils.get_world_size()
         if update:
-            state.updates += 1
+            state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
             if model_ema is not None:
                 taken_in_all = state.updates - state.bad_steps - stepper.skipped  # not read here
                 model_ema.update(bare, taken_in_all, update.taken)
             if reporter.after_update(lr):  # a log line waits for the device as well
                 state.bad_steps += stepper.check()
+            keeper.after_update(state, means, stepper)
     state.bad_steps += stepper.check()
     return means.total() | {"lr": lr}
 

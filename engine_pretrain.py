@@ -12,6 +12,7 @@ from torch import nn
 import utils
 from datasets import Batches
 from hooks import Reporter
+from keeper import Keeper
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
 from stepper import Stepper
@@ -26,17 +27,19 @@ def train_one_epoch(
     schedule: Schedule,
     state: TrainState,
     reporter: Reporter,
+    keeper: Keeper,
     seed: int,
 ) -> dict[str, float]:
-    """Train on every batch once; returns the epoch's mean loss and gradient norm and its rate.
+    """Train on every batch that is left of the epoch; returns the epoch's mean loss and gradient norm and its rate.
 
     model: what is called, DistributedDataParallel perhaps; fcmae: the FCMAE inside.
     A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
     """
     model.train()
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
-    stepper.begin_epoch(len(batches))
-    lr = 0.0
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches, state)
+    stepper.begin_epoch(len(batches), state.within.get("stepper"))
+    lr = schedule.apply(max(state.updates - 1, 0))  # what the log says if nothing is left to do
+    taken = 0  # images of the group
     for images, _, ids in batches:
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
@@ -51,10 +54,12 @@ def train_one_epoch(
 
         means.update(len(images), loss=loss.detach())
         reporter.after_batch(len(images))
+        taken += len(images) * utils.get_world_size()
         if update:
-            state.updates += 1
+            state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
             if reporter.after_update(lr):  # a log line waits for the device as well
                 state.bad_steps += stepper.check()
+            keeper.after_update(state, means, stepper)
     state.bad_steps += stepper.check()
     return means.total() | {"lr": lr}

@@ -15,12 +15,19 @@ from collections.abc import Mapping
 from typing import Any
 
 
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, it goes on
+
+
 class UserError(ValueError):
     """Bad input from outside: what was got, what is expected, what to do. Scripts exit with 2."""
 
 
 class TrainingStopped(RuntimeError):
     """A run that cannot go on, with the reason and a remedy. Scripts exit with 1."""
+
+
+class Preempted(Exception):
+    """A run that was asked to stop, and saved. Scripts exit with EXIT_REQUEUE."""
 
 
 def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = True) -> Any:

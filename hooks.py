@@ -73,9 +73,11 @@ class Reporter:
         self.began, self.began_at = time.perf_counter(), state.updates
         self.told_kernels = False
 
-    def begin_epoch(self, names: Sequence[str], batches: Batches) -> Means:
-        """Fresh meters for an epoch of training on `batches`."""
+    def begin_epoch(self, names: Sequence[str], batches: Batches, state: TrainState) -> Means:
+        """Meters for an epoch of training on `batches`: fresh, or as they were when it broke off."""
         self.means, self.batches = Means(names, self.device), batches
+        if "means" in state.within:
+            self.means.restore(state.within["means"])
         self._restart_window()
         return self.means
 

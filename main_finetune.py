@@ -25,6 +25,7 @@ import models
 import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
+from keeper import build_keeper
 from models.pretrained import EMA_KEY, has_average, load_pretrained
 from models.tune import choices, set_kernels
 from optim_factory import (
@@ -36,7 +37,6 @@ from optim_factory import (
     scale_lr,
 )
 from stepper import Stepper, choose_amp
-from utils import TrainState
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,11 +53,12 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     processes = utils.get_world_size()
+    folder = utils.prepare_output_dir(args.output_dir)
+    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256)
     update_freq = choose_update_freq(
-        args.update_freq, args.effective_batch, args.batch_size, processes
+        args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
     check_graphs(args.cuda_graphs, device, update_freq)
-    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     train_set, val_set, nb_classes = datasets.build_datasets(args)
@@ -74,14 +75,15 @@ def main(args: argparse.Namespace) -> None:
     # --- 4. weights -------------------------------------------------------------------------
     key = EMA_KEY if args.use_ema else args.model_key
     load = partial(load_pretrained, bare, model_prefix=args.model_prefix, sha256=args.sha256)
-    if args.finetune:
+    if args.finetune and not start.is_run:
         load(args.finetune, key)
-    elif args.layer_decay < 1 and not args.resume:
+    elif args.layer_decay < 1 and not start.source:
         log.warning("random weights, but --layer_decay < 1 spares trained ones; give --finetune")
     model_ema = build_ema(args, bare)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
-    lr = scale_lr(args.lr, args.blr, args.batch_size * update_freq * processes)
+    effective_batch = args.batch_size * update_freq * processes
+    lr = scale_lr(args.lr, args.blr, effective_batch)
     optimizer = build_optimizer(args, bare, lr, args.layer_decay, args.layer_decay_type)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     # Mixed labels are smoothed by mixup itself.
@@ -101,24 +103,27 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # --- 7. resume --------------------------------------------------------------------------
+    parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
     state = utils.auto_load_model(
-        folder,
-        bare,
-        optimizer,
-        stepper.scaler,
-        model_ema and model_ema.module,
-        resume=args.resume,
-        auto_resume=args.auto_resume,
-        sha256=args.sha256,
-        start=partial(load, model_key=args.model_key),
-        fresh=TrainState(args.start_epoch),
+        start, *parts, load=partial(load, model_key=args.model_key), fresh=args.start_epoch
     )
-    state.count_updates(updates_per_epoch)
+    state.count_updates(updates_per_epoch, effective_batch)
+    save = partial(
+        utils.save_model,
+        folder,
+        *parts,
+        args=vars(args),
+        classes=datasets.class_map(train_set),
+        keep=args.save_ckpt_num,
+    )
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
+    with (
+        build_keeper(args, folder and save) as keeper,
+        hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
+    ):
         while state.epoch < args.epochs:
-            batches.set_epoch(state.epoch)
+            batches.set_epoch(state.epoch, state.seen)
             train = train_one_epoch(
                 model,
                 bare,
@@ -128,11 +133,12 @@ def main(args: argparse.Namespace) -> None:
                 schedule,
                 state,
                 reporter,
+                keeper,
                 args.seed,
                 mixup,
                 model_ema,
             )
-            state.epoch += 1
+            state.end_epoch()
             stats = {f"train_{key}": value for key, value in train.items()}
             if val_batches:
                 test = evaluate(val_batches, bare, device, amp)
@@ -143,20 +149,7 @@ def main(args: argparse.Namespace) -> None:
             accuracies = {"best": stats.get("test_acc1"), "best-ema": stats.get("test_acc1_ema")}
             improved = state.note_best(accuracies)
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
-            if folder and args.save_ckpt:
-                utils.save_model(
-                    folder,
-                    state,
-                    bare,
-                    optimizer,
-                    vars(args),
-                    stepper.scaler,
-                    model_ema and model_ema.module,
-                    datasets.class_map(train_set),
-                    numbered=state.epoch == args.epochs or state.epoch % args.save_ckpt_freq == 0,
-                    improved=improved,
-                    keep=args.save_ckpt_num,
-                )
+            keeper.end_epoch(state, improved, last=state.epoch == args.epochs)
     best = ", ".join(f"{name} acc1 {value:.2f}%" for name, value in state.best.items())
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, best or "not evaluated")
 

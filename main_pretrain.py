@@ -23,6 +23,7 @@ import utils
 import visualize
 from engine_pretrain import train_one_epoch
 from graphs import Graphed, check_graphs
+from keeper import build_keeper
 from models.fcmae import visible_patches
 from models.pretrained import load_pretrained
 from models.tune import set_kernels
@@ -34,7 +35,6 @@ from optim_factory import (
     scale_lr,
 )
 from stepper import Stepper, choose_amp
-from utils import TrainState
 
 
 def main(args: argparse.Namespace) -> None:
@@ -49,11 +49,12 @@ def main(args: argparse.Namespace) -> None:
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
     processes = utils.get_world_size()
+    folder = utils.prepare_output_dir(args.output_dir)
+    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256)
     update_freq = choose_update_freq(
-        args.update_freq, args.effective_batch, args.batch_size, processes
+        args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
     check_graphs(args.cuda_graphs, device, update_freq)
-    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)
@@ -72,7 +73,8 @@ def main(args: argparse.Namespace) -> None:
     # Pre-training starts from random weights, or from what --resume names: step 7.
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
-    lr = scale_lr(args.lr, args.blr, args.batch_size * update_freq * processes)
+    effective_batch = args.batch_size * update_freq * processes
+    lr = scale_lr(args.lr, args.blr, effective_batch)
     optimizer = build_optimizer(args, fcmae, lr)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     log.info("peak lr %.3g, precision %s", lr, amp)
@@ -90,46 +92,33 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # --- 7. resume --------------------------------------------------------------------------
-    state = utils.auto_load_model(
-        folder,
-        fcmae,
-        optimizer,
-        stepper.scaler,
-        resume=args.resume,
-        auto_resume=args.auto_resume,
-        sha256=args.sha256,
-        start=partial(load_pretrained, fcmae, sha256=args.sha256),
-        fresh=TrainState(args.start_epoch),
-    )
-    state.count_updates(updates_per_epoch)
+    parts = (fcmae, optimizer, stepper.scaler)
+    load = partial(load_pretrained, fcmae, sha256=args.sha256)
+    state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
+    state.count_updates(updates_per_epoch, effective_batch)
+    save = partial(utils.save_model, folder, *parts, args=vars(args), keep=args.save_ckpt_num)
     panel = args.picture_freq and visualize.build_panel(dataset.dataset, fcmae, args, device)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter:
+    with (
+        build_keeper(args, folder and save) as keeper,
+        hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
+    ):
         while state.epoch < args.epochs:
-            batches.set_epoch(state.epoch)
+            batches.set_epoch(state.epoch, state.seen)
             train = train_one_epoch(
-                model, fcmae, batches, stepper, schedule, state, reporter, args.seed
+                model, fcmae, batches, stepper, schedule, state, reporter, keeper, args.seed
             )
-            state.epoch += 1
+            state.end_epoch()
             last = state.epoch == args.epochs
             stats = {f"train_{key}": value for key, value in train.items()}
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
-            if folder and args.save_ckpt and (last or state.epoch % args.save_ckpt_freq == 0):
-                utils.save_model(
-                    folder,
-                    state,
-                    fcmae,
-                    optimizer,
-                    vars(args),
-                    stepper.scaler,
-                    keep=args.save_ckpt_num,
-                )
             drawn = panel and (last or state.epoch % args.picture_freq == 0)
             if drawn and utils.is_main_process():
                 mean_and_std = datasets.build_mean_and_std(args)
                 pictures = visualize.reconstructions(fcmae, *panel, *mean_and_std)
                 reporter.picture("reconstructions", visualize.grid(pictures))
+            keeper.end_epoch(state, last=last)
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from utils import all_reduce_sum
+from utils import all_gather, all_reduce_sum, get_rank, get_world_size
 
 
 class Means:
@@ -41,6 +41,21 @@ class Means:
             seen = torch.isfinite(value) | (not self.skip_nonfinite)
             self.recent[0, i] += torch.where(seen, value, 0.0) * n
             self.recent[1, i] += seen * n
+
+    def state(self) -> dict[str, list]:
+        """All sums as plain numbers, those of every rank; every rank must call it."""
+        recent = all_gather(self.recent.cpu().double().tolist())
+        return {"recent": recent, "before": self.before.tolist()}
+
+    def restore(self, state: dict[str, list]) -> None:
+        """Go on from `state()`, on as many ranks as it was made on or, in sum, on others."""
+        recent = torch.tensor(state["recent"], dtype=torch.float64)  # (ranks, 2, names)
+        if len(recent) == get_world_size():
+            own = recent[get_rank()]
+        else:
+            own = recent.sum(0) * (get_rank() == 0)
+        self.recent.copy_(own)
+        self.before.copy_(torch.tensor(state["before"], dtype=torch.float64))
 
     def read(self) -> dict[str, float]:
         """Means since the last `read`; every rank must call it."""

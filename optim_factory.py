@@ -28,18 +28,31 @@ def scale_lr(lr: float | None, blr: float, effective_batch: int) -> float:
 
 
 def choose_update_freq(
-    update_freq: int | None, effective_batch: int | None, batch_size: int, processes: int
+    update_freq: int | None,
+    effective_batch: int | None,
+    batch_size: int,
+    processes: int,
+    so_far: int = 0,
 ) -> int:
-    """Micro-batches in an update: `update_freq`, or as many as make `effective_batch` images."""
-    step = batch_size * processes
-    if effective_batch is not None:
-        update_freq, rest = divmod(effective_batch, step)
+    """Micro-batches in an update: `update_freq`, or as many as make `effective_batch` images.
+
+    so_far: what a resumed run took, which it keeps on any number of processes unless
+    `effective_batch` says otherwise.
+    """
+    step, log = batch_size * processes, get_logger()
+    if so_far and so_far != (effective_batch or so_far):
+        log.warning("effective batch %d from here on, it was %d", effective_batch, so_far)
+    elif so_far and so_far != step * (update_freq or 1):
+        log.warning("kept: the effective batch of %d that the run has had so far", so_far)
+    wanted = effective_batch or so_far
+    if wanted:
+        update_freq, rest = divmod(wanted, step)
         if rest:
             got = f"--batch_size {batch_size} x {processes} processes = {step}"
-            fixes = _fitting(effective_batch, batch_size, processes)
-            raise UserError(
-                f"--effective_batch {effective_batch}: not a multiple of {got}; try {fixes}"
-            )
+            whose = f"the run's effective batch {so_far}"
+            name = f"--effective_batch {wanted}" if effective_batch else whose
+            fixes = _fitting(wanted, batch_size, processes)
+            raise UserError(f"{name}: not a multiple of {got}; try {fixes}")
     update_freq = update_freq or 1
     get_logger().info(
         "effective batch %d = %d images x %d micro-batches x %d processes",

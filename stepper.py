@@ -97,9 +97,11 @@ class Stepper:
         self.skipped, self.longest = torch.zeros((), **kind), torch.zeros((), **kind)
         self.bad_in_a_row = torch.zeros((), **kind)
 
-    def begin_epoch(self, num_batches: int) -> None:
-        """A new epoch of `num_batches` micro-batches; nothing is left over from the one before."""
+    def begin_epoch(self, num_batches: int, state: dict[str, int] | None = None) -> None:
+        """`num_batches` micro-batches to come; no group is open. state: to go on from."""
         self.left = num_batches
+        if state:
+            self.bad_in_a_row.fill_(state["bad_in_a_row"])
         self._open_group()
 
     def _open_group(self) -> None:
@@ -165,6 +167,10 @@ class Stepper:
         self.skipped += bad
         self.bad_in_a_row = (self.bad_in_a_row + hopeless) * bad
         self.longest = torch.maximum(self.longest, self.bad_in_a_row)
+
+    def state(self) -> dict[str, int]:
+        """What `check` will need to know of the updates so far, as plain numbers."""
+        return {"bad_in_a_row": int(self.bad_in_a_row)}
 
     def check(self) -> int:
         """Updates skipped since the last `check`; an error if too many were so in a row."""

@@ -30,7 +30,7 @@ from checkpoint import (
     write_atomically,
     write_checkpoints,
 )
-from errors import TrainingStopped, UserError
+from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 
 
 def get_logger() -> logging.Logger:
@@ -46,6 +46,10 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         rank = f" [rank {get_rank()}]" if get_world_size() > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Preempted as stop:
+        if is_main_process():
+            print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         print("interrupted; the checkpoints written so far are whole", file=sys.stderr)
         sys.exit(130)
@@ -166,6 +170,14 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_gather(value: Any) -> list[Any]:
+    """A value of plain type from every rank, in their order; every rank must call it."""
+    values = [value] * get_world_size()
+    if get_world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast(value: Any) -> Any:
     """The main process's value of plain type, on every rank; every rank must call it."""
     values = [value]
@@ -265,16 +277,24 @@ def seed_all(*numbers: int) -> None:
 class TrainState:
     """How far a run has come; all of it is stored in a checkpoint."""
 
-    epoch: int = 0  # the next epoch to run
+    epoch: int = 0  # the epoch that runs, or the next one to run
+    seen: int = 0  # images of that epoch which its updates have taken, over all ranks
     updates: int = 0  # groups of micro-batches done, skipped ones included
+    effective_batch: int = 0  # images in an update, over all ranks
     bad_steps: int = 0  # updates skipped because something was not finite
     best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
+    within: dict[str, Any] = field(default_factory=dict)  # sums of the epoch that runs
 
-    def count_updates(self, updates_per_epoch: int) -> None:
-        """Count the epochs behind in updates of this run's size, whatever it was before."""
-        updates = self.epoch * updates_per_epoch
+    def count_updates(self, updates_per_epoch: int, effective_batch: int) -> None:
+        """Count what is behind in updates of this run's size, whatever it was before."""
+        here = min(-(-self.seen // effective_batch), updates_per_epoch)
+        updates = self.epoch * updates_per_epoch + here
         self.bad_steps = self.bad_steps * updates // max(self.updates, 1)
-        self.updates = updates
+        self.updates, self.effective_batch = updates, effective_batch
+
+    def end_epoch(self) -> None:
+        """All images of the epoch are behind."""
+        self.epoch, self.seen, self.within = self.epoch + 1, 0, {}
 
     def note_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
         """Remember the highest accuracy of each name; returns the names that have a new one."""
@@ -304,21 +324,22 @@ def prepare_output_dir(path: str) -> Path | None:
 
 def save_model(
     folder: Path,
-    state: TrainState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    args: Mapping[str, Any],
     scaler: Any = None,
     model_ema: nn.Module | None = None,
-    classes: Sequence[str] | None = None,
     *,
+    state: TrainState,
+    args: Mapping[str, Any],
+    classes: Iterable[str] | None = None,
     numbered: bool = True,
     improved: Iterable[str] = (),
     keep: int = 3,
 ) -> None:
-    """Write this epoch's checkpoints, atomically, on the main process only.
+    """Write the checkpoints of this moment, atomically, on the main process only.
 
-    numbered: write `checkpoint-<epoch>.pth` and delete all but the `keep` newest of them.
+    numbered: write `checkpoint-<epoch>.pth`, or within an epoch `checkpoint-<epoch>-step-<n>.pth`,
+        and delete all but the `keep` newest ends of epochs and two saves within the last.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
     classes: their names, in the order of the head.
@@ -335,51 +356,78 @@ def save_model(
         "args": dict(args),
         "classes": list(classes) if classes is not None else None,
     }
-    write_checkpoints(folder, content, state.epoch - 1, numbered, improved, keep)
+    write_checkpoints(folder, content, numbered, list(improved), keep)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from: nothing, a run of this toolkit, or weights alone."""
+
+    source: str = ""
+    checkpoint: Any = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether there is more than weights."""
+        return not self.absent() and bool(self.source)
+
+    @property
+    def effective_batch(self) -> int:
+        """Images in an update of the run; 0 where there was none."""
+        return self.checkpoint["state"].get("effective_batch", 0) if self.is_run else 0
+
+    def absent(self) -> list[str]:
+        """What a run has and this has not."""
+        holds = self.checkpoint if isinstance(self.checkpoint, dict) else {}
+        return [key for key in ("model", "optimizer", "state") if key not in holds]
+
+
+def find_start(
+    folder: Path | None, resume: str = "", auto_resume: bool = True, sha256: str = ""
+) -> Start:
+    """The newest readable checkpoint of `folder`, else `resume`, read on every rank.
+
+    A damaged newest file is passed over with a warning; if none can be read that is an error.
+    `resume` is where a run starts: what the run has since saved itself wins.
+    """
+    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume))
+    if not source:
+        return Start()
+    expected = sha256 if source == resume else ""
+    start = Start(source, main_process_first(lambda: read_checkpoint(source, expected)))
+    if source != resume and start.absent():
+        raise UserError(f"{source} has no {', '.join(start.absent())}: it is no run to go on with")
+    return start
 
 
 def auto_load_model(
-    folder: Path | None,
+    start: Start,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: Any = None,
     model_ema: nn.Module | None = None,
     *,
-    resume: str = "",
-    auto_resume: bool = True,
-    sha256: str = "",
-    start: Callable[[str], Any] | None = None,
-    fresh: TrainState | None = None,
+    load: Callable[[str], Any] | None = None,
+    fresh: int = 0,
 ) -> TrainState:
-    """Continue a run: from the newest readable checkpoint of `folder`, else from `resume`.
+    """Continue a run from what `find_start` found, or begin one at epoch `fresh`.
 
-    A damaged newest file is passed over with a warning; if none can be read that is an error.
-    Without any checkpoint the state is `fresh`. `resume` is where a run starts: what the run has
-    since saved itself wins. If it holds weights alone, `start(resume)` loads them and the run is
-    `fresh` too.
+    load: what loads weights that are no run; without it they are an error.
     """
-    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume))
-    fresh = fresh or TrainState()
+    log, source, absent = get_logger(), start.source, start.absent()
     if not source:
-        return fresh
-    log, expected = get_logger(), sha256 if source == resume else ""
-    checkpoint = main_process_first(lambda: read_checkpoint(source, expected))
-    holds = checkpoint if isinstance(checkpoint, dict) else {}
-    absent = [key for key in ("model", "optimizer", "state") if key not in holds]
-    if absent and (start is None or source != resume):
-        raise UserError(f"{source} has no {', '.join(absent)}: it is no run that can be resumed")
+        return TrainState(fresh)
+    if absent and load is None:
+        raise UserError(f"{source} has no {', '.join(absent)}: it is no run to go on with")
     if absent:
-        log.warning(
-            "%s has no %s of this toolkit: training starts from its weights, at epoch %d",
-            source,
-            " and ".join(absent),
-            fresh.epoch,
-        )
-        start(source)
+        missing = " and ".join(absent)
+        text = "%s has no %s of this toolkit: training starts from its weights, at epoch %d"
+        log.warning(text, source, missing, fresh)
+        load(source)
         if model_ema is not None:
             load_weights(model_ema, model.state_dict(), source)
-        return fresh
-    restore_run(checkpoint, source, model, optimizer, scaler, model_ema)
-    state = TrainState(**checkpoint["state"])
+        return TrainState(fresh)
+    restore_run(start.checkpoint, source, model, optimizer, scaler, model_ema)
+    state = TrainState(**start.checkpoint["state"])
     log.info("resumed from %s: epoch %d, update %d", source, state.epoch, state.updates)
     return state
