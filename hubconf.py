@@ -15,8 +15,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path as _Path
 
+OWN = ("models", "checkpoint", "errors", "flags", "sources", "utils")  # what is imported here
 _HERE = _Path(__file__).resolve().parent
-for _name in ("models", "checkpoint", "errors", "flags", "sources", "utils"):
+for _name in OWN:
     _other = getattr(sys.modules.get(_name), "__file__", None)
     if _name in sys.modules and (not _other or _HERE not in _Path(_other).resolve().parents):
         raise ImportError(

@@ -61,7 +61,7 @@ def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("size", [(224, 224), (256, 192), (384, 384), (100, 76), (39, 65)])
 def test_maps_are_timms(size):
-    from timm.models import FeatureGetterNet
+    from timm.models._features import FeatureGetterNet
     from timm.models.convnext import ConvNeXt
 
     ours, backbone = pair()
@@ -119,7 +119,7 @@ def test_last_map_is_the_features():
     [(None, (0, 1, 2, 3)), (1, (3,)), (3, (1, 2, 3)), ((0, 2), (0, 2)), ([1, -1], (1, 3))],
 )
 def test_indices_mean_what_they_mean_in_timm(indices, taken):
-    from timm.models import feature_take_indices
+    from timm.models._features import feature_take_indices
 
     assert take_stages(indices, 4) == taken
     assert feature_take_indices(4, indices)[0] == list(taken)
@@ -299,6 +299,7 @@ def test_backbone_that_lacks_a_tensor_it_uses_is_refused(tmp_path):
 
 def test_detector_of_torchvision_takes_the_maps_and_trains():
     from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.ops import FeaturePyramidNetwork
 
     class Backbone(torch.nn.Module):
@@ -311,8 +312,6 @@ def test_detector_of_torchvision_takes_the_maps_and_trains():
 
         def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
             return self.fpn(OrderedDict(zip("0123", self.body(images), strict=True)))
-
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
 
     anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((1.0,),) * 4)
     torch.manual_seed(0)
