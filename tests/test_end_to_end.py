@@ -150,7 +150,8 @@ def loss_at(path: Path, size: tuple[int, ...]) -> float:
     model.load_state_dict(weights(path))
     resize = create_eval_transform(size * 2 if len(size) == 1 else size)
     mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in mean_and_std())
-    images, labels = zip(*tiny.colours("", False), strict=True)
+    data = tiny.colours("", False)
+    images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
     batch = torch.stack([resize(to_pil_image(image)) for image in images])
     with torch.no_grad():
         logits = model((batch / 255 - mean) / std)
