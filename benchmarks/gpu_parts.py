@@ -16,21 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
-from benchmarks import curves
-from benchmarks.step import commit, machine
-from benchmarks.variants import Variant, make_variant, time_steps
-from models import tune
-
+PARTS = ("environment", "compile", "profile", "choices", "graphs")
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pytest", "submitit")
 TOP = 25  # kernels of a profile that the table shows
 STEPS = 3  # of a profile
@@ -40,13 +32,25 @@ PEERS = "masked_compiled,timm_compiled"  # what takes minutes to compile
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--model", nargs="+", default=["convnextv2_tiny"])
     parser.add_argument("--batch", type=int, nargs="+", default=[128], help="for each --model")
     parser.add_argument("--toy", action="store_true", help="small images, few of them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default cuda where there is one, else cpu")
     parser.add_argument("--output", type=Path, required=True, help="markdown file to write")
     return parser
+
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import curves
+from benchmarks.step import commit, machine
+from benchmarks.variants import Variant, make_variant, time_steps
+from models import tune
 
 
 def steps_of(model: str, batch: int, args: argparse.Namespace) -> dict[str, Variant]:
@@ -233,21 +237,14 @@ def graphs(args: argparse.Namespace) -> str:
     return f"`{words.strip()}`\n\n{table(head, rows)}"
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
-    "environment": environment,
-    "compile": compilations,
-    "profile": profiles,
-    "choices": choices,
-    "graphs": graphs,
-}
-
-
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if len(args.batch) != len(args.model):
         sys.exit(f"--batch has {len(args.batch)} numbers for {len(args.model)} models")
     args.output = args.output.resolve()
-    text = PARTS[args.part](args)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    functions = (environment, compilations, profiles, choices, graphs)
+    text = dict(zip(PARTS, functions, strict=True))[args.part](args)
     save(text, args)
     print(text)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from errors import resolve
+from errors import UserError, resolve
 from models import convnextv2
 from models.fcmae import FCMAE
 
@@ -22,6 +22,8 @@ _PREFIX = "fcmae_"
 
 def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
     """An FCMAE around the encoder of that name; each keyword goes to the one that knows it."""
+    if kwargs.get("features_only"):
+        raise UserError(f"features_only: an FCMAE gives no maps; ask for {encoder} without fcmae_")
     own = set(inspect.signature(FCMAE).parameters) - {"encoder"}
     outer = {key: kwargs.pop(key) for key in own & kwargs.keys()}
     return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **outer)
@@ -37,7 +39,11 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or `package.module:function`; unknown names get a hint."""
+    """Build the model called `name`, or `package.module:function`; unknown names get a hint.
+
+    features_only=True, out_indices=(1, 2, 3): a backbone for detection and segmentation, see
+    `ConvNeXtV2`.
+    """
     return resolve(name, MODELS, kind="model")(**kwargs)
 
 

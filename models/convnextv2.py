@@ -7,6 +7,7 @@ python -c "from models import create_model; print(create_model('convnextv2_atto'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,14 +15,8 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.depthwise import depthwise
-from models.layers import (
-    GRN,
-    DropPath,
-    LayerNorm,
-    PatchConv,
-    init_weights,
-    linear,
-)
+from models.features import FeatureInfo, left_out, take_stages
+from models.layers import GRN, DropPath, LayerNorm, PatchConv, init_weights, linear
 from models.mlp import block_mlp
 from models.sparse import PatchGrid
 
@@ -56,6 +51,8 @@ class ConvNeXtV2(nn.Module):
     drop_path_rate: rate of the last block; it grows linearly from 0 at the first.
     head_init_scale: factor on the initial classifier; 0.001 for fine-tuning, 1 from scratch.
     stem_stride: 4, or 1 or 2 for small images; also the stem's kernel.
+    features_only: a backbone, images -> [maps of the stages `out_indices`], without norm, head and
+        deeper stages; see `forward_intermediates`, and `feature_info.channels()`, `.reduction()`.
 
     Parameter names and shapes are the official ones. Source: arXiv 2301.00808, appendix A.
     """
@@ -69,10 +66,20 @@ class ConvNeXtV2(nn.Module):
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
         stem_stride: int = 4,
+        features_only: bool = False,
+        out_indices: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if stem_stride not in (1, 2, 4):
             raise UserError(f"stem_stride {stem_stride}: expected 1, 2 or 4")
+        if out_indices is not None and not features_only:
+            raise UserError(f"out_indices {out_indices}: needs features_only=True")
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        self.out_indices = take_stages(out_indices, len(dims))
+        self.feature_info = FeatureInfo.of(self.out_indices, dims, stem_stride)
+        self.features_only, deepest = features_only, self.out_indices[-1]
+        self.left_out = left_out(deepest, len(dims)) if features_only else ()
+        depths, dims = depths[: deepest + 1], dims[: deepest + 1]
         self.depths = tuple(depths)
         self.in_chans = in_chans
         self.num_features = dims[-1]
@@ -84,13 +91,12 @@ class ConvNeXtV2(nn.Module):
             layer = nn.Sequential(LayerNorm(before), PatchConv(before, after, 2))
             self.downsample_layers.append(layer)
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList(
             nn.Sequential(*[Block(dim, rates.pop(0)) for _ in range(depth)])
             for dim, depth in zip(dims, depths, strict=True)
         )
-        self.norm = LayerNorm(dims[-1])
-        self.reset_classifier(num_classes, head_init_scale)
+        self.norm = nn.Identity() if features_only else LayerNorm(dims[-1])
+        self.reset_classifier(0 if features_only else num_classes, head_init_scale)
 
     def reset_classifier(self, num_classes: int, head_init_scale: float = 1.0) -> None:
         """A fresh head for `num_classes`; 0 removes it."""
@@ -100,13 +106,38 @@ class ConvNeXtV2(nn.Module):
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
 
-    def forward_stages(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """Stem and stages on channels-last maps: dense (N, H, W, C) or packed (N, V, p, p, C)."""
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+    def stage_maps(self, x: Tensor, grid: PatchGrid | None = None, last: int = -1) -> list[Tensor]:
+        """What leaves each stage up to `last`, in x's layout: x is as in `Block`."""
+        steps = list(zip(self.downsample_layers, self.stages, strict=True))
+        maps = []
+        for downsample, stage in steps[: last + 1 or None]:
             x = downsample(x)
             for block in stage:
                 x = block(x, grid)
-        return x
+            maps.append(x)
+        return maps
+
+    def forward_stages(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
+        """Stem and stages on channels-last maps: dense (N, H, W, C) or packed (N, V, p, p, C)."""
+        return self.stage_maps(x, grid)[-1]
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """(N, in_chans, H, W) -> the last map, and the maps (N, C_i, h_i, w_i) after some stages.
+
+        As timm's namesake. indices: None for all stages, n for the last n, or a rising list.
+        intermediates_only: the maps alone; deeper stages then do not run. The stride of map i is
+        stem_stride * 2**i; what fills no whole cell at the right and bottom is cut off there.
+        """
+        taken = take_stages(indices, len(self.stages))
+        last = taken[-1] if intermediates_only else -1
+        maps = self.stage_maps(images.permute(0, 2, 3, 1), last=last)
+        chosen = [maps[i].permute(0, 3, 1, 2) for i in taken]
+        return chosen if intermediates_only else (maps[-1].permute(0, 3, 1, 2), chosen)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, C, H/stride, W/stride), channels_last in memory."""
@@ -117,7 +148,9 @@ class ConvNeXtV2(nn.Module):
         x = self.norm(features.mean((-2, -1)))
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        if self.features_only:
+            return self.forward_intermediates(images, self.out_indices, intermediates_only=True)
         return self.forward_head(self.forward_features(images))
 
     def layer_of(self, name: str, kind: str = "single") -> int:

@@ -31,7 +31,7 @@ def depthwise(
     Stride 1, odd square kernel, as many cells out as in. Removed patches count as zeros, as the
     zero padding around the image does. Under autocast the norm's statistics are in float32.
     """
-    fused = ops.can_fuse(conv, nn.Conv2d)
+    fused = ops.can_fuse(conv, nn.Conv2d) and _is_plain(conv)
     if norm is not None and not (fused and ops.can_fuse(norm, nn.LayerNorm)):
         return norm(depthwise(x, conv, grid))
     if not fused:
@@ -43,6 +43,15 @@ def depthwise(
     x, weight, bias = in_autocast_dtype(x, conv.weight, conv.bias)
     with torch.autocast(x.device.type, enabled=False):
         return _Depthwise.apply(x, weight, bias, *affine, *place)[0]
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Whether the convolution is the depthwise one that `depthwise` describes."""
+    rows, columns = conv.kernel_size
+    square = rows == columns and rows % 2 == 1 and conv.padding == (rows // 2, rows // 2)
+    ones = conv.stride == conv.dilation == (1, 1) and conv.weight.shape[1] == 1
+    same = conv.groups == conv.out_channels and conv.padding_mode == "zeros"
+    return square and ones and same
 
 
 def _plain(
@@ -84,7 +93,7 @@ class _Depthwise(Function):
     ) -> tuple[Tensor, ...]:
         place = (ids, slots, h, w)
         if norm_weight is None:
-            return (convolve(x, weight, bias, *place),)
+            return (ops.no_view(convolve(x, weight, bias, *place)),)
         arguments = (x, weight, bias, norm_weight, norm_bias, eps, *place)
         key = tune.size(x, weight.shape[-1], h, w)
         return tune.run("depthwise norm", CONVOLVE_NORM, key, *arguments)
@@ -182,6 +191,8 @@ def _cpu_gradients(dy: Tensor, x: Tensor, weight: Tensor, *place: Any) -> tuple[
     flipped, pad = weight.flip(2, 3), weight.shape[-1] // 2
     wide = torch.promote_types(weight.dtype, torch.float32)
     dxs, dweight = [], torch.zeros_like(weight, dtype=wide)
+    if x.numel() == 0:  # as many groups as there are channels in all images: none
+        return torch.zeros_like(x), dweight.to(weight.dtype)
     for (part, part_ids), (grad, _) in zip(
         _parts(x, ids, h, w), _parts(dy, ids, h, w), strict=True
     ):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from errors import UserError
 from models import ops
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # statistics in float32 under autocast, unlike (x-u)^2
@@ -74,6 +75,11 @@ class PatchConv(nn.Conv2d):
             return affine(x, self.weight.flatten(1), self.bias)
         *lead, height, width, dim = x.shape
         h, w = height // k, width // k
+        if h == 0 or w == 0:
+            raise UserError(
+                f"a map of {height} x {width} cells is smaller than the {k} x {k} of the next "
+                "layer; use larger images or a smaller stem_stride"
+            )
         x = x[..., : h * k, : w * k, :].reshape(*lead, h, k, w, k, dim)
         x = x.transpose(-4, -3).reshape(*lead, h, w, k * k * dim)  # (..., h, w, k*k*C)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, k*k*C)
@@ -99,11 +105,15 @@ def linear(dim_in: int, dim_out: int) -> nn.Linear:
 
 
 def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as autocast would hand them to a convolution: for our own autograd functions."""
+    """The tensors as autocast would hand them to a convolution: for our own autograd functions.
+
+    float64 stays, as it does there.
+    """
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+    half = torch.get_autocast_dtype(kind)
+    return [x if x.dtype == torch.float64 else x.to(half) for x in tensors]
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,7 +127,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Affine(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.product(x, weight, bias)
+        return ops.no_view(ops.product(x, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

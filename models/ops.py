@@ -28,7 +28,7 @@ def images_at_once(x: Tensor, elements: int) -> int:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or exporting():
         return x.shape[0]  # which an exported graph may leave open, and len() would not
-    return max(1, min(len(x), CACHE // elements))
+    return max(1, min(len(x), CACHE // max(elements, 1)))
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -49,9 +49,19 @@ def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     A graph for elsewhere takes the modules too.
     """
-    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    whole = getattr(module, "bias", True) is not None
-    return type(module) is kind and whole and not watched and not exporting()
+    if type(module) is not kind or getattr(module, "bias", True) is None or exporting():
+        return False
+    own = (getattr(module, name) for name in _HOOKS)
+    of_all = (getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+    return not any(own) and not any(of_all) and "forward" not in vars(module)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def no_view(x: Tensor) -> Tensor:
+    """x as a result that may be changed in place, which views made in a Function may not."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,9 +69,12 @@ def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Te
 
     They can be differentiated again, which those of our own backward passes cannot.
     """
-    asked = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
-    found = iter(torch.autograd.grad(function(*inputs), asked, grad, create_graph=True))
-    return tuple(next(found) if any(x is y for y in asked) else None for x in inputs)
+    wanted = [torch.is_tensor(x) and x.requires_grad for x in inputs]
+    # Asked for x itself, torch would go on into what x was made of, perhaps from the same weights.
+    ends = [x.view_as(x) if yes else x for x, yes in zip(inputs, wanted, strict=True)]
+    asked = [x for x, yes in zip(ends, wanted, strict=True) if yes]
+    found = iter(torch.autograd.grad(function(*ends), asked, grad, create_graph=True))
+    return tuple(next(found) if yes else None for yes in wanted)
 
 
 # --- products ----------------------------------------------------------------------------
@@ -82,7 +95,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gram(y: Tensor, x: Tensor) -> Tensor:
     """y (..., L, D), x (..., L, C) -> y' x (..., D, C): the gradient of a weight."""
     wide = y.shape[-1] > x.shape[-1]
-    if wide and not torch.compiler.is_compiling() and y.shape[-2] >= 512:
+    if wide and has_onednn(x) and not torch.compiler.is_compiling() and y.shape[-2] >= 512:
         # oneDNN is faster with the shorter side first, by more than a copy of the result takes.
         return product(x.mT, y.mT).mT.contiguous()
     return product(y.mT, x.mT)
@@ -116,8 +129,10 @@ def has_onednn(x: Tensor) -> bool:
 
 def _fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     def sample() -> tuple[Tensor, Tensor]:  # one answer for all shapes: small ones are noise
-        return torch.ones(1024, 384), torch.ones(1536, 384)
+        return x.new_ones(1024, 384), x.new_ones(1536, 384)
 
+    if x.numel() == 0:  # oneDNN knows no empty products
+        return _torch_product(x, weight, bias)
     return PRODUCT[tune.choices.pick("product", PRODUCT, (), x, sample)](x, weight, bias)
 
 

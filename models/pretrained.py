@@ -76,6 +76,9 @@ def load_pretrained(
         state, report = to_convnextv2(given, decoder=is_fcmae)
     except UserError as error:
         raise UserError(f"{source}: {error}".replace(f"{source}: {source}", source)) from error
+    left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
+    report.dropped += [name for name in state if name.startswith(left_out)]
+    state = {name: value for name, value in state.items() if not name.startswith(left_out)}
     head, own = state.get("head.weight"), expected.get("head.weight")
     if "head." in new and head is not None and (own is None or head.shape != own.shape):
         log.warning("%s: its head for %d classes does not fit: a new one", source, len(head))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from checkpoint import write_atomically
 from errors import UserError
@@ -33,6 +34,8 @@ FORMS = 1  # raise it with every change of a form: what was measured before coun
 GAIN = 0.9  # share of the first form's time that another must stay below to be taken
 ROUNDS = 5  # of which the shortest counts
 CUDA_ONLY = ("native", "triton")  # Triton's interpreter serves tests, under --kernels triton
+
+REAL = (Tensor, torch.nn.Parameter)
 
 Forms = dict[str, Callable]  # name -> function; all equal, and torch's own comes first
 
@@ -52,6 +55,8 @@ class Choices:
         """The name of the form to run for tensors as `like`; `sample()` is what to measure on."""
         question = (op, like.device.type, like.dtype, key)
         if question not in self.taken:
+            if type(like) not in REAL or _get_current_dispatch_mode() is not None:
+                return next(iter(forms))  # fake tensors, or somebody counts: no time to measure
             name = self._decide(op, forms, key, like, sample)
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
                 return name  # perhaps only because nothing can be measured now

@@ -417,6 +417,9 @@ def test_no_tensor_of_width_4c_is_promoted_in_bf16(set_kernels, monkeypatch, mod
     monkeypatch.setattr(ops, "images_at_once", lambda *_: 1)
     block = new_block(4, torch.float32)
     x = torch.randn(6, length, 1, 4, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = block(x)  # chooses forms: under the modes below nothing is measured
+    y.float().square().sum().backward()
     forward, backward = WideFloats(length, 16), WideFloats(length, 16)
     with forward, torch.autocast(DEVICE, torch.bfloat16):
         y = block(x)

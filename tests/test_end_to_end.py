@@ -18,6 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.functional import to_pil_image
+
+from data_pipeline import create_eval_transform, mean_and_std
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
@@ -124,6 +128,35 @@ def test_evaluation_on_two_processes_counts_every_image_once(finetuned):
     assert said.findall(alone.stdout) == said.findall(two.stdout)
     unshared = run("main_finetune.py", *words, "--dist_eval", "false", torchrun=2)
     assert said.findall(alone.stdout) == said.findall(unshared.stdout)
+
+
+def test_checkpoint_is_evaluated_and_tuned_at_other_sizes(finetuned, tmp_path):
+    """No table of positions, so 16 pixels, 40 x 24, 33 and 384 are all the same network."""
+    path = finetuned / "checkpoint-3.pth"
+    for size in ((40, 24), (33,), (384,)):  # squashed up to 32 and from 384, cropped between
+        flags = ["--input_size", *size, "--eval", "--resume", path]
+        said = run("main_finetune.py", *FINETUNE, *flags).stdout
+        (loss,) = re.findall(r"on 7 images: .* loss ([\d.]+)", said)
+        assert float(loss) == pytest.approx(loss_at(path, size), abs=1e-4)
+
+    words = [*FINETUNE, "--finetune", path, "--epochs", 4, "--output_dir", tmp_path]
+    done = run("main_finetune.py", *words, "--input_size", 40, 24)
+    assert "60 tensors loaded" in done.stdout  # all: the head too
+    assert log(tmp_path)[-1]["test_loss"] < loss_at(path, (40, 24))
+
+
+def loss_at(path: Path, size: tuple[int, ...]) -> float:
+    """Of the images that `tests.tiny:colours` evaluates, at another size."""
+    model = tiny.classifier(stem_stride=1, num_classes=tiny.CLASSES).eval()
+    model.load_state_dict(weights(path))
+    resize = create_eval_transform(size * 2 if len(size) == 1 else size)
+    mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in mean_and_std())
+    data = tiny.colours("", False)
+    images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
+    batch = torch.stack([resize(to_pil_image(image)) for image in images])
+    with torch.no_grad():
+        logits = model((batch / 255 - mean) / std)
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
 
 
 def test_visualize_draws_a_checkpoint(pretrained, tmp_path):

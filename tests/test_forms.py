@@ -13,8 +13,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from models import tune
+from errors import UserError
+from models import create_model, tune
 from models.convnextv2 import Block
+from models.depthwise import depthwise
+from models.layers import GRN, PatchConv, affine, linear
 from models.sparse import PatchGrid
 from tests import tiny
 
@@ -389,6 +392,11 @@ def test_new_batch_size_makes_one_graph_for_all():
         lambda block: nn.utils.parametrizations.weight_norm(block.pwconv2),
         lambda block: block.grn.register_forward_hook(lambda module, args, out: 2 * out),
         lambda block: block.dwconv.register_forward_hook(lambda module, args, out: 2 * out),
+        lambda block: block.pwconv2.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        lambda block: setattr(block.pwconv1, "forward", Doubled(8, 32).double().forward),
+        lambda block: setattr(block, "dwconv", circular()),
+        lambda block: setattr(block, "dwconv", nn.Conv2d(8, 8, 3, padding=1)),
+        lambda block: setattr(block, "dwconv", nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
@@ -407,6 +415,30 @@ def test_a_module_that_someone_changed_is_called(change, packed):
     block(x, grid).sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("name", ["dwconv", "norm", "pwconv1", "grn", "pwconv2"])
+def test_hooks_of_the_backward_pass_fire(kind, name):
+    block, fired = scramble(Block(8)), []
+    getattr(getattr(block, name), f"register_{kind}")(lambda *_: fired.append(name))
+    x = torch.randn(2, 6, 6, 8, dtype=torch.float64, requires_grad=True)
+    block(x).sum().backward()
+    assert fired == [name]
+
+
+def test_hooks_of_all_modules_fire_for_each():
+    block, seen = scramble(Block(8)), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    try:
+        block(torch.randn(2, 6, 6, 8, dtype=torch.float64))
+    finally:
+        handle.remove()
+    assert {nn.Conv2d, nn.LayerNorm, nn.Linear, GRN} <= set(seen)
+
+
+def circular() -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 7, padding=3, groups=8, padding_mode="circular")
+
+
 class Doubled(nn.Linear):
     """A layer with a forward of its own."""
 
@@ -414,9 +446,64 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_empty_batch_passes():
-    model, _ = classifier()
-    assert model(torch.empty(0, 3, 16, 16, dtype=torch.float64)).shape == (0, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty_batch_passes(dtype):
+    """The last rank of an evaluation may have nothing; oneDNN refused it in float32."""
+    model = classifier()[0].to(dtype)
+    logits = model(torch.empty(0, 3, 16, 16, dtype=dtype))
+    assert logits.shape == (0, 3)
+    logits.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
+    assert PatchConv(3, 4, 4)(torch.empty(0, 8, 8, 3)).shape == (0, 2, 2, 4)
+
+
+def test_image_smaller_than_the_stride_is_named():
+    with pytest.raises(UserError, match="map of 1 x 1 cells is smaller than the 2 x 2"):
+        create_model("convnextv2_atto")(torch.zeros(1, 3, 16, 16))
+
+
+def test_results_may_be_changed_in_place():
+    """As those of nn.Linear and nn.Conv2d: a view made inside an own function may not."""
+    x = torch.randn(2, 8, 8, 3, requires_grad=True)
+    torch.relu_(PatchConv(3, 4, 4)(x)).sum().backward()
+    depthwise(x, nn.Conv2d(3, 3, 7, padding=3, groups=3), None).mul_(2).sum().backward()
+
+
+def test_second_order_gradients_of_layers_behind_each_other_count_once():
+    """Asked for the gradient in its input, torch went on into the layer before, and came back."""
+    block, x = scramble(Block(8)), torch.randn(2, 6, 6, 8, dtype=torch.float64)
+    layer = linear(8, 8)
+    product = (lambda x: affine(x, layer.weight, layer.bias), layer.parameters(), x.float())
+    for net, parameters, start in ((block, block.parameters(), x), product):
+        parameters = list(parameters)
+        loss = net(net(start)).square().sum()
+        first = torch.autograd.grad(loss, parameters, retain_graph=True)
+        again = torch.autograd.grad(loss, parameters, create_graph=True)
+        for one, other in zip(first, again, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivative_of_products_in_float32():
+    """gradgradcheck runs in float64, which has one form and torch's own gradient."""
+    layer, x = linear(5, 7), torch.randn(3, 4, 5, requires_grad=True)
+    wanted = None
+    for product in (affine, nn.functional.linear):
+        first = torch.autograd.grad(
+            product(x, layer.weight, layer.bias).square().sum(),
+            [x, layer.weight],
+            create_graph=True,
+        )
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, layer.weight])
+        wanted = wanted or second
+        for one, other in zip(second, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_float64_stays_under_autocast():
+    block, x = scramble(Block(8)), torch.randn(2, 6, 6, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    assert torch.equal(y, block(x))
 
 
 def test_frozen_weights_get_no_gradient_and_the_rest_its_own():
@@ -434,7 +521,7 @@ def test_almost_dead_channel_keeps_fp16_gradients_finite():
     block = Block(8)
     nn.init.normal_(block.grn.gamma)
     with torch.no_grad():
-        block.pwconv1.bias[:4] = -4.5
+        block.pwconv1.bias[:] = -4.5
     x = torch.randn(2, 6, 6, 8, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
         y = block(x)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {  # lines at most
     "main_pretrain.py": 150,
     "main_finetune.py": 200,
+    "hubconf.py": 120,  # torch.hub looks for this very name
     "submitit_pretrain.py": 40,
     "submitit_finetune.py": 40,
     "predict.py": 200,
@@ -48,6 +49,7 @@ LIMITS = {  # lines at most
     "models/ops.py": 200,  # products in several equal forms; what own backward passes share
     "models/mlp.py": 300,  # the block's MLP in one piece
     "models/depthwise.py": 300,  # the convolution that knows where patches lie, in several forms
+    "models/features.py": 80,  # what detection heads ask of a network, whichever it is
     "models/convnextv2.py": 200,
     "models/fcmae.py": 250,
     "models/backbones.py": 250,
@@ -63,6 +65,7 @@ FLAGS = {"flags", "configs", "options"}
 NETWORKS = {"models.convnextv2", "models.backbones", "models.heads"}
 BELOW_LAYERS = L0 | {"models.tune", "models.kernels", "models.ops"}
 BELOW_NETWORKS = BELOW_LAYERS | {"models.layers", "models.mlp", "models.sparse", "models.depthwise"}
+BELOW_NETWORKS |= {"models.features"}
 MODELS = (
     BELOW_NETWORKS | NETWORKS | {"models.fcmae", "models.convert", "models.pretrained", "models"}
 )
@@ -85,6 +88,7 @@ ALLOWED = {
     "models.ops": {"models.tune"},
     "models.layers": BELOW_LAYERS,
     "models.sparse": {"errors"},
+    "models.features": {"errors"},
     "models.depthwise": BELOW_LAYERS | {"models.layers", "models.sparse"},
     "models.mlp": BELOW_LAYERS | {"models.layers"},
     **dict.fromkeys(NETWORKS, BELOW_NETWORKS),
@@ -99,6 +103,7 @@ ALLOWED = {
     "hooks": L0 | MODELS | L1 | {"visualize", "options"},
     "engine_pretrain": BELOW_ENGINES,
     "engine_finetune": BELOW_ENGINES,
+    "hubconf": {"checkpoint", "flags", "models", "models.convert", "models.pretrained"},
     "main_pretrain": BELOW_ENGINES | FLAGS | {"engine_pretrain", "slurm"},
     "main_finetune": BELOW_ENGINES | FLAGS | {"engine_finetune", "slurm"},
     "submitit_pretrain": BELOW_ENGINES | FLAGS | {"main_pretrain", "slurm"},

@@ -20,7 +20,11 @@ SCRIPTS = [
     "submitit_finetune.py",
     "visualize.py",
     "benchmarks/cifar.py",
+    "benchmarks/curves.py",
+    "benchmarks/gpu.py",
+    "benchmarks/gpu_parts.py",
     "benchmarks/startup.py",
+    "benchmarks/step.py",
 ]
 HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "triton", "submitit", "tensorboard"}
 UNUSED = {"timm", "submitit", "tensorboard", "models.kernels"}  # by imports of a main

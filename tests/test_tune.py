@@ -15,7 +15,7 @@ import torch
 import hooks
 from batches import Batches
 from errors import UserError
-from models import tune
+from models import ops, tune
 from tests import tiny
 from tests.test_end_to_end import PRETRAIN, run
 from utils import TrainState
@@ -53,6 +53,34 @@ def timed(monkeypatch, folder):
 
 def pick(choices=None, key=(1, 2), like=X, forms=FORMS):
     return (choices or tune.choices).pick("sum", forms, key, like, lambda: (like,))
+
+
+def test_nothing_is_measured_while_somebody_else_counts(timed):
+    """Times of fake tensors were kept in the file for ever, and took the slow form."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    measured = timed(1.0, 0.5, 0.25)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert pick() == "torch"
+    assert pick(like=mode.from_tensor(X)) == "torch"
+    with FlopCounterMode(display=False):
+        assert pick() == "torch"
+    assert not measured
+    assert pick() == "third"
+
+
+def test_product_is_measured_in_the_tensors_own_dtype(folder):
+    """A default of float64 gave oneDNN, which has none, the time infinity."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ops.product(torch.ones(2, 3, dtype=torch.float32), torch.ones(4, 3, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    times = tune.choices.seconds.get("product float32", {})
+    assert all(seconds < float("inf") for seconds in times.values())
+    assert bool(times) == torch.backends.mkldnn.is_available()
 
 
 # --- the choice --------------------------------------------------------------------------
