@@ -7,6 +7,7 @@ python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))
 
 from __future__ import annotations
 
+import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torchvision import transforms as T
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from errors import UserError
-from utils import mix, seed_all
+from randomness import mix, seed_all
 
 MODES = {1: "L", 3: "RGB"}  # channels -> what PIL calls them
 # What a damaged file raises, in PIL and in the decoders below it.

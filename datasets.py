@@ -35,7 +35,8 @@ from data_pipeline import (
     mean_and_std,
 )
 from errors import UserError, resolve
-from utils import barrier, get_rank, get_world_size, is_main_process, mix
+from randomness import mix
+from utils import barrier, get_rank, get_world_size, is_main_process
 
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
     "DATASETS",

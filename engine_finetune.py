@@ -19,6 +19,7 @@ from hooks import Reporter
 from keeper import Keeper
 from meters import Means, accuracy
 from optim_factory import MovingAverage, Schedule
+from randomness import seed_all
 from stepper import Stepper, autocast
 from utils import TrainState
 
@@ -37,7 +38,7 @@ def train_one_epoch(
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     model_ema: MovingAverage | None = None,
 ) -> dict[str, float]:
-    """Train on every batch that is left of the epoch; returns the epoch's means and its last learning rate.
+    """Train on what is left of the epoch; returns its means and its last learning rate.
 
     model: what is called, DistributedDataParallel perhaps; bare: the network inside, which
     `model_ema` averages after every update that was taken. What the model and mixup draw is a
@@ -46,12 +47,12 @@ def train_one_epoch(
     model.train()
     means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
     stepper.begin_epoch(len(batches), state.within.get("stepper"))
-    lr = schedule.apply(max(state.updates - 1, 0))  # what the log says if nothing is left to do
+    lr = schedule.rate(max(state.updates - 1, 0))  # for the log, if nothing is left to do
     taken = 0  # images of the group
     for images, labels, _ in batches:
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
-        utils.seed_all(seed, state.updates, stepper.micro, utils.get_rank())
+        seed_all(seed, state.updates, stepper.micro, utils.get_rank())
         targets = labels
         if mixup is not None:
             images, targets = mixup(images, labels)

@@ -15,6 +15,7 @@ from hooks import Reporter
 from keeper import Keeper
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
+from randomness import hash_noise, seed_all
 from stepper import Stepper
 from utils import TrainState
 
@@ -30,7 +31,7 @@ def train_one_epoch(
     keeper: Keeper,
     seed: int,
 ) -> dict[str, float]:
-    """Train on every batch that is left of the epoch; returns the epoch's mean loss and gradient norm and its rate.
+    """Train on what is left of the epoch; returns its mean loss and gradient norm and its rate.
 
     model: what is called, DistributedDataParallel perhaps; fcmae: the FCMAE inside.
     A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
@@ -38,16 +39,16 @@ def train_one_epoch(
     model.train()
     means = reporter.begin_epoch(["loss", "grad_norm"], batches, state)
     stepper.begin_epoch(len(batches), state.within.get("stepper"))
-    lr = schedule.apply(max(state.updates - 1, 0))  # what the log says if nothing is left to do
+    lr = schedule.rate(max(state.updates - 1, 0))  # for the log, if nothing is left to do
     taken = 0  # images of the group
     for images, _, ids in batches:
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
         h, w = fcmae.grid_size(*images.shape[-2:])
         visible = visible_patches(h * w, fcmae.mask_ratio)
-        mask = random_mask(utils.hash_noise(seed, state.epoch, ids, h * w), visible)
+        mask = random_mask(hash_noise(seed, state.epoch, ids, h * w), visible)
 
-        utils.seed_all(seed, state.updates, stepper.micro, utils.get_rank())
+        seed_all(seed, state.updates, stepper.micro, utils.get_rank())
         with stepper.micro_batch():
             loss, _, _ = model(images, mask, visible)
         update = stepper.step(loss)

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, it goes on
 
 

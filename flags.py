@@ -188,7 +188,12 @@ FLAGS: dict[str, tuple] = {
         ("--save_ckpt_freq", COUNT, 1, "epochs between checkpoints"),
         ("--save_ckpt_every_steps", COUNT, None, "updates between checkpoints within an epoch too"),
         ("--save_ckpt_every_minutes", "float (0, inf)", None, "the same by the clock"),
-        ("--max_minutes", "float (0, inf)", None, "then save and exit with code 75, to be requeued"),
+        (
+            "--max_minutes",
+            "float (0, inf)",
+            None,
+            "then save and exit with 75, to be requeued",
+        ),
         ("--save_ckpt_num", COUNT, 3, "how many of the newest to keep"),
     ),
     "processes (set by launchers)": (

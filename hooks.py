@@ -74,7 +74,7 @@ class Reporter:
         self.told_kernels = False
 
     def begin_epoch(self, names: Sequence[str], batches: Batches, state: TrainState) -> Means:
-        """Meters for an epoch of training on `batches`: fresh, or as they were when it broke off."""
+        """Meters for an epoch on `batches`: fresh, or as they were when it broke off."""
         self.means, self.batches = Means(names, self.device), batches
         if "means" in state.within:
             self.means.restore(state.within["means"])

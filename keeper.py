@@ -137,7 +137,9 @@ class Keeper:
         if stop:
             self._stop(state)
 
-    def end_epoch(self, state: TrainState, improved: Iterable[str] = (), last: bool = False) -> None:
+    def end_epoch(
+        self, state: TrainState, improved: Iterable[str] = (), last: bool = False
+    ) -> None:
         """Save what the end of an epoch asks for."""
         numbered = last or state.epoch % self.every_epochs == 0
         stop = False

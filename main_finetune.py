@@ -36,6 +36,7 @@ from optim_factory import (
     count_updates,
     scale_lr,
 )
+from randomness import seed_all
 from stepper import Stepper, choose_amp
 
 
@@ -53,12 +54,12 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     processes = utils.get_world_size()
-    folder = utils.prepare_output_dir(args.output_dir)
-    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256)
+    start = utils.find_start(args.output_dir, args.resume, args.auto_resume, args.sha256)
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
     check_graphs(args.cuda_graphs, device, update_freq)
+    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     train_set, val_set, nb_classes = datasets.build_datasets(args)
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     mixup = datasets.build_mixup(args, nb_classes)
 
     # --- 3. model ---------------------------------------------------------------------------
-    utils.seed_all(args.seed)
+    seed_all(args.seed)
     bare = models.build_classifier(args, nb_classes).to(device)
     n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
 

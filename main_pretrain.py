@@ -34,6 +34,7 @@ from optim_factory import (
     count_updates,
     scale_lr,
 )
+from randomness import seed_all
 from stepper import Stepper, choose_amp
 
 
@@ -49,12 +50,12 @@ def main(args: argparse.Namespace) -> None:
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
     processes = utils.get_world_size()
-    folder = utils.prepare_output_dir(args.output_dir)
-    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256)
+    start = utils.find_start(args.output_dir, args.resume, args.auto_resume, args.sha256)
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
     check_graphs(args.cuda_graphs, device, update_freq)
+    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     updates_per_epoch = count_updates(len(batches), update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
-    utils.seed_all(args.seed)
+    seed_all(args.seed)
     fcmae = models.build_fcmae(args).to(device)
     h, w = fcmae.grid_size(*args.input_size)
     visible = visible_patches(h * w, args.mask_ratio)

@@ -222,9 +222,13 @@ class Schedule:
                 self.total,
             )
 
+    def rate(self, update: int) -> float:
+        """The base learning rate of the update that follows `update` others."""
+        return cosine(update, self.lr, self.min_lr, warmup=self.warmup, total=self.total)
+
     def apply(self, update: int) -> float:
         """Set the values for the update that follows `update` others; returns the base rate."""
-        lr = cosine(update, self.lr, self.min_lr, warmup=self.warmup, total=self.total)
+        lr = self.rate(update)
         decay = cosine(update, self.decay, self.decay_end, warmup=0, total=self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

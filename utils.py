@@ -1,17 +1,16 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Process group, rank gating, seeding and checkpoints: what both mains need around a run.
+"""Process group, rank gating and checkpoints: what both mains need around a run.
 
-python -c "import utils; print(utils.mix(0, 1))"
+python -c "import utils; print(utils.find_device())"
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -221,55 +220,6 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-# --- randomness as a function of numbers ------------------------------------------------
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64, Steele et al. 2014
-_WORD = (1 << 64) - 1
-
-
-def mix(*numbers: int) -> int:
-    """Hash whole numbers to 63 bits: the seed of whatever `numbers` identify."""
-    state = 0
-    for number in numbers:
-        state = (state + number + _GOLDEN) & _WORD
-        state = ((state ^ (state >> 30)) * _FACTORS[0]) & _WORD
-        state = ((state ^ (state >> 27)) * _FACTORS[1]) & _WORD
-        state ^= state >> 31
-    return state >> 1
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 tensors, whose products wrap and whose shifts keep sign."""
-    for shift, factor in zip((30, 27), _FACTORS, strict=True):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def hash_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
-    """(N,) int64 sample ids -> (N, count) int64 noise that depends on nothing else.
-
-    Works on every device without a host sync, so a sample's mask is the same whatever the
-    number of ranks, workers or the batch it falls into.
-    """
-    rows = _scramble(ids[:, None] * _signed(_GOLDEN) + mix(seed, epoch))
-    return _scramble(rows + torch.arange(1, count + 1, device=ids.device) * _signed(_GOLDEN))
-
-
-def seed_all(*numbers: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw."""
-    import numpy as np
-
-    seed = mix(*numbers)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
-
-
 # --- checkpoints ------------------------------------------------------------------------
 
 
@@ -278,11 +228,11 @@ class TrainState:
     """How far a run has come; all of it is stored in a checkpoint."""
 
     epoch: int = 0  # the epoch that runs, or the next one to run
-    seen: int = 0  # images of that epoch which its updates have taken, over all ranks
     updates: int = 0  # groups of micro-batches done, skipped ones included
-    effective_batch: int = 0  # images in an update, over all ranks
     bad_steps: int = 0  # updates skipped because something was not finite
     best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
+    seen: int = 0  # images of the epoch that its updates have taken, over all ranks
+    effective_batch: int = 0  # images in an update, over all ranks
     within: dict[str, Any] = field(default_factory=dict)  # sums of the epoch that runs
 
     def count_updates(self, updates_per_epoch: int, effective_batch: int) -> None:
@@ -383,14 +333,15 @@ class Start:
 
 
 def find_start(
-    folder: Path | None, resume: str = "", auto_resume: bool = True, sha256: str = ""
+    folder: str | Path | None, resume: str = "", auto_resume: bool = True, sha256: str = ""
 ) -> Start:
     """The newest readable checkpoint of `folder`, else `resume`, read on every rank.
 
     A damaged newest file is passed over with a warning; if none can be read that is an error.
     `resume` is where a run starts: what the run has since saved itself wins.
     """
-    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume))
+    place = Path(folder) if folder else None
+    source = from_main_process(lambda: choose_checkpoint(place, resume, auto_resume))
     if not source:
         return Start()
     expected = sha256 if source == resume else ""

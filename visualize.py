@@ -26,6 +26,7 @@ from checkpoint import load_weights, read_checkpoint
 from errors import UserError
 from models import build_fcmae
 from models.fcmae import FCMAE, random_mask, visible_patches
+from randomness import hash_noise
 
 GREY = 0.5  # shown where a patch is removed
 GAP = 2  # white pixels between pictures
@@ -99,7 +100,7 @@ def build_panel(
     batches = datasets.Batches(loader, device, *datasets.build_mean_and_std(args))
     images, _, ids = next(iter(batches))
     h, w = model.grid_size(*images.shape[-2:])
-    noise = utils.hash_noise(args.seed, 0, ids, h * w)
+    noise = hash_noise(args.seed, 0, ids, h * w)
     return images, random_mask(noise, visible_patches(h * w, model.mask_ratio))
 
 

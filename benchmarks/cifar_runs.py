@@ -31,11 +31,13 @@ from checkpoint import load_weights
 from datasets import build_mixup, mean_and_std
 from errors import UserError
 from hooks import Reporter, summary
+from keeper import Keeper
 from models import create_model
 from models.convert import to_convnextv2
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
+from randomness import mix, seed_all
 from stepper import Stepper
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (N, H, W, 3) uint8, labels (N,)
@@ -117,7 +119,7 @@ class InMemory:
         order = torch.arange(len(self.labels), device=self.device)
         if self.seed is not None:
             self.random = torch.Generator(self.device)
-            self.random.manual_seed(utils.mix(self.seed, self.epoch))
+            self.random.manual_seed(mix(self.seed, self.epoch))
             order = torch.randperm(len(order), generator=self.random, device=self.device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             ids = order[start : start + self.batch_size]
@@ -208,9 +210,9 @@ def train(
     while state.epoch < epochs:
         batches.set_epoch(state.epoch)
         start = time.perf_counter()
-        stats = one_epoch(batches, stepper, schedule, state, reporter)
+        stats = one_epoch(batches, stepper, schedule, state, reporter, Keeper(None))
         seconds.append(time.perf_counter() - start)  # it reads the meters: no queue is left
-        state.epoch += 1
+        state.end_epoch()
         if state.epoch == epochs or state.epoch % args.eval_every == 0:
             tested = test()
             stats |= {f"val_{key}": value for key, value in tested.items()}
@@ -224,7 +226,7 @@ def train(
 def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[str, Tensor]]:
     """FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
     batches = InMemory(*data["pretrain"], args.pretrain_batch_size, args.device, seed, args.pad)
-    utils.seed_all(seed)
+    seed_all(seed)
     model = FCMAE(
         encoder(args, num_classes=0),
         args.patch_size,
@@ -247,7 +249,7 @@ def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
     pretraining, weights = pretrain(seed, data, args) if name == "pretrained" else ([], {})
     batches = InMemory(*data["train"], args.batch_size, args.device, seed, args.pad, args.cutout)
     val = InMemory(*data["val"], 1000, args.device)
-    utils.seed_all(seed)
+    seed_all(seed)
     head = {"num_classes": classes, "head_init_scale": 0.001 if weights else 1.0}
     model = encoder(args, drop_path_rate=args.drop_path, **head).to(args.device)
     recipe = {"lr": args.scratch_lr}

@@ -27,7 +27,7 @@ from checkpoint import (
     write_atomically,
 )
 from errors import UserError
-from utils import TrainState, auto_load_model, save_model
+from utils import TrainState, auto_load_model, find_start, save_model
 
 
 class Run:
@@ -55,13 +55,14 @@ class Run:
         """Save as after the epoch of that number."""
         state = TrainState(epoch=epoch + 1, updates=10 * (epoch + 1), best={"best": 12.5})
         args = {"lr": None, "input_size": (32, 32), "aa": "none", "epochs": 5, "use_amp": False}
-        parts = (self.model, self.optimizer, args, self.scaler, self.ema)
-        save_model(folder, state, *parts, **options)
+        parts = (self.model, self.optimizer, self.scaler, self.ema)
+        save_model(folder, *parts, state=state, args=args, **options)
         return folder / f"checkpoint-{epoch}.pth"
 
     def load(self, folder: Path | None, **options) -> TrainState:
         parts = (self.model, self.optimizer, self.scaler, self.ema)
-        return auto_load_model(folder, *parts, **options)
+        begin = {key: options.pop(key) for key in ("load", "fresh") if key in options}
+        return auto_load_model(find_start(folder, **options), *parts, **begin)
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -82,7 +83,10 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
     content = torch.load(run.save(tmp_path, 6), weights_only=True)
     expected = {"model", "model_ema", "optimizer", "scaler", "state", "args", "classes"}
     assert set(content) == expected
-    assert content["state"] == {"epoch": 7, "updates": 70, "bad_steps": 0, "best": {"best": 12.5}}
+    assert content["state"] == {
+        **{"epoch": 7, "seen": 0, "updates": 70, "effective_batch": 0, "bad_steps": 0},
+        **{"best": {"best": 12.5}, "within": {}},
+    }
     assert content["args"]["input_size"] == (32, 32)
     assert content["args"]["lr"] is None
     assert torch.equal(content["model"]["0.weight"], run.model[0].weight)
@@ -266,7 +270,7 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
         def start(path: str) -> None:
             load_weights(run.model, read_checkpoint(path)["model"], path)
 
-        return run.load(folder, resume=str(source), start=start, fresh=TrainState(epoch=2))
+        return run.load(folder, resume=str(source), load=start, fresh=2)
 
     run = Run(seed=1)
     assert load(run) == TrainState(epoch=2)
@@ -353,7 +357,7 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path, monkeypatch, folder):
     run, before = Run(seed=1), Run(seed=1)
     place = folder and tmp_path / folder
     assert run.load(place) == TrainState()
-    assert run.load(place, fresh=TrainState(5, 50)) == TrainState(5, 50)
+    assert run.load(place, fresh=5) == TrainState(5)
     assert_same(run.model, before.model)
 
 

@@ -169,14 +169,15 @@ def ranks_write(rank: int, folder: Path) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     utils.prepare_output_dir(str(own))
     state = TrainState(epoch=1, updates=1)
-    utils.save_model(own, state, model, optimizer, {"epochs": 1}, improved=["best"])
+    utils.save_model(own, model, optimizer, state=state, args={"epochs": 1}, improved=["best"])
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
     running = TrainState()
     with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
         own_hooks = len(reporter.hooks)
         recorder = Recorder()
         reporter.hooks.append(recorder)
-        means = reporter.begin_epoch(["loss", "grad_norm"], SimpleNamespace(wait_seconds=0.0))
+        waited = SimpleNamespace(wait_seconds=0.0)
+        means = reporter.begin_epoch(["loss", "grad_norm"], waited, running)
         means.update(1, loss=torch.tensor(float(rank)), grad_norm=torch.tensor(1.0))
         reporter.after_batch(4)
         images = reporter.images
@@ -198,7 +199,7 @@ def ranks_resume(rank: int, folder: Path) -> dict:
     utils.barrier()
     model = toy(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    state = utils.auto_load_model(folder / "run-0", model, optimizer)
+    state = utils.auto_load_model(utils.find_start(folder / "run-0"), model, optimizer)
     return {"state": (state.epoch, state.updates), "head": model.head.weight.detach()}
 
 
@@ -207,10 +208,8 @@ def ranks_refuse(rank: int, folder: Path) -> str:
     (folder / "mixed").mkdir(exist_ok=True)
     (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
     utils.barrier()
-    model = toy()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(UserError) as caught:
-        utils.auto_load_model(folder / "mixed", model, optimizer, auto_resume=False)
+        utils.find_start(folder / "mixed", auto_resume=False)
     return str(caught.value)
 
 

@@ -56,7 +56,7 @@ class Watched:
 
 def test_images_come_in_another_order_every_epoch_of_a_single_process(monkeypatch):
     """set_epoch was only called with more than one process: the same shuffle again and again."""
-    seen = Watched(monkeypatch, engine_pretrain.utils, "hash_noise")
+    seen = Watched(monkeypatch, engine_pretrain, "hash_noise")
     pretrain("--epochs 2 --picture_freq 0")
     first, second = ([call[2].tolist() for call in seen.calls[i : i + 4]] for i in (0, 4))
     assert [call[1] for call in seen.calls[:8]] == [0] * 4 + [1] * 4  # epochs, of masks too
@@ -160,7 +160,7 @@ def test_evaluation_shows_a_loss_that_is_not_finite():
 
 
 def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
-    """With another batch size the schedule would otherwise be long over, or start anew."""
+    """With another batch the schedule would otherwise be long over, or start anew."""
     words = f"--epochs 4 --disable_eval --output_dir {tmp_path}"
     finetune(words)
     for name in ("checkpoint-2.pth", "checkpoint-3.pth"):
@@ -172,7 +172,9 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
         "train_one_epoch",
         lambda *a, **k: states.append(copy.copy(a[6])) or real(*a, **k),
     )
-    finetune(f"{words} --batch_size 12")
+    with pytest.raises(UserError, match="the run's effective batch 6: not a multiple of"):
+        finetune(f"{words} --batch_size 12")  # nobody said that the updates should change
+    finetune(f"{words} --batch_size 12 --effective_batch 12")
     assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]
 
 

@@ -176,7 +176,7 @@ def test_log_record_by_hand(watch):
     state, recorder = TrainState(epoch=1, updates=4), Recorder()
     reporter = hooks.Reporter([recorder], CPU, state, 12, 4, print_freq=3)
     batches = Batches([], CPU, [0.5], [0.5])
-    means = reporter.begin_epoch(["loss"], batches)
+    means = reporter.begin_epoch(["loss"], batches, state)
     for update, loss in enumerate([1.0, 2.0, 6.0, 5.0]):
         means.update(2, loss=torch.tensor(loss))
         watch.now += 0.5

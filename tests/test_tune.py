@@ -355,7 +355,7 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     monkeypatch.setattr(hooks, "choices", tune.choices)
     state = TrainState(updates=6)
     reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
-    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]))
+    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]), state)
     pick()
     for _ in range(6):
         state.updates += 1

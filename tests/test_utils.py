@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 import utils
 from errors import TrainingStopped, UserError
-from utils import TrainState, hash_noise, init_distributed_mode, mix, seed_all
+from randomness import hash_noise, mix, seed_all
+from utils import TrainState, init_distributed_mode
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "OMPI_", "MASTER_")
 

@@ -1,0 +1,196 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Kill runs at random instants, start them again, and compare with one that nobody touched.
+
+python benchmarks/chaos.py --instants 200 --output benchmarks/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+COMMON = (
+    "--input_size 16 --stem_stride 1 --batch_size 4 --lr 0.01 --num_workers 0 --device cpu "
+    "--epochs 3 --data_set tests.tiny:colours --save_ckpt_every_steps 2 --update_freq 2 "
+    "--progress lines --kernels torch --drop_path 0.1"
+)
+RUNS = {  # script -> its flags: each takes about a second
+    "main_pretrain": f"--model tests.tiny:fcmae --decoder_embed_dim 8 --picture_freq 2 {COMMON}",
+    "main_finetune": f"--model tests.tiny:classifier --model_ema --model_ema_eval --mixup 0.5 {COMMON}",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--instants", type=int, default=200, help="kills, half of each script")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--output", type=Path, help="markdown file to append the table to")
+    return parser
+
+
+def run(script: str, folder: Path, seconds: float | None = None) -> int:
+    """Run the script in a fork of this process, killed after so many seconds; its wait status."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            sink = os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            status = _child(script, folder)
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def _child(script: str, folder: Path) -> int:
+    import importlib
+
+    import options
+
+    main = importlib.import_module(script)
+    words = [*RUNS[script].split(), "--output_dir", str(folder)]
+    try:
+        main.main(options.parse(main.get_args_parser(), words))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return 1
+    return 0
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """A hash of everything that a run leaves and that has no time in it."""
+    import torch
+
+    found = {}
+    for path in sorted(folder.glob("checkpoint-*.pth")):
+        content = torch.load(path, weights_only=True)
+        content["args"].pop("output_dir")
+        marks = hashlib.sha256()
+        _feed(marks, content)
+        found[path.name] = marks.hexdigest()
+    for path in sorted([folder / "log.txt", *folder.rglob("*.png")]):
+        if path.exists():
+            name = path.relative_to(folder).as_posix()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    found["TensorBoard"] = json.dumps(scalars(folder / "tensorboard"))
+    return found
+
+
+def _feed(marks, value: object) -> None:
+    """Hash a value of plain types and tensors, bit by bit."""
+    import torch
+
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            marks.update(str(key).encode())
+            _feed(marks, value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _feed(marks, item)
+    elif isinstance(value, torch.Tensor):
+        marks.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        marks.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        marks.update(repr(value).encode())
+
+
+def scalars(folder: Path) -> dict[str, list]:
+    """tag -> [step, value] of what does not depend on time, as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    timed = ("images_per_s", "data_wait", "memory_mb", "eta_s")
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith(timed)]
+    return {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in sorted(tags)}
+
+
+def attempt(script: str, folder: Path, seconds: float) -> bool:
+    """Kill a run after so many seconds, start it again; False where it was over before."""
+    killed = os.WIFSIGNALED(run(script, folder, seconds))
+    status = run(script, folder)
+    if status != 0:
+        text = folder.with_suffix(".txt").read_text(errors="replace")
+        raise AssertionError(f"{script} did not go on after {seconds:.3f} s:\n{text[-2000:]}")
+    return killed
+
+
+def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """Names of what is not equal, or is only on one side."""
+    return sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
+
+
+def trial(script: str, count: int, seed: int, place: Path) -> dict[str, int]:
+    """`count` instants of one script; how many kills came in time, were lost, or differ."""
+    import importlib
+
+    importlib.import_module(script)  # so that no fork has to
+    whole = place / f"{script}-whole"
+    run(script, place / f"{script}-warm")
+    start = time.monotonic()
+    if run(script, whole) != 0:
+        raise AssertionError(whole.with_suffix(".txt").read_text())
+    seconds = time.monotonic() - start
+    expected, draw = digest(whole), random.Random(seed)
+    told = {"killed": 0, "over before": 0, "lost": 0, "different": 0}
+    for number in range(count):
+        folder = place / f"{script}-{number}"
+        try:
+            told[
+                "killed" if attempt(script, folder, draw.uniform(0, seconds)) else "over before"
+            ] += 1
+            if names := differences(digest(folder), expected):
+                told["different"] += 1
+                print(f"{folder.name}: {', '.join(names)}", file=sys.stderr)
+        except AssertionError as error:
+            told["lost"] += 1
+            print(error, file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"\r{script} {number + 1}/{count}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return told
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)  # a fork has no pool of threads
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as place:
+        found = {s: trial(s, args.instants // 2, args.seed, Path(place)) for s in RUNS}
+    rows = [
+        f"| {script} | {' | '.join(map(str, told.values()))} |" for script, told in found.items()
+    ]
+    head = (
+        "| | killed in time | over before | runs lost | hashes not equal |\n|---|---|---|---|---|"
+    )
+    text = "\n".join(["### Killed at random instants", "", head, *rows, ""])
+    print(text)
+    if args.output:
+        with open(args.output, "a", encoding="utf-8") as file:
+            file.write(f"\n{text}")
+    return 1 if any(told["lost"] + told["different"] for told in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
