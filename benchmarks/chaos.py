@@ -29,7 +29,8 @@ COMMON = (
 )
 RUNS = {  # script -> its flags: each takes about a second
     "main_pretrain": f"--model tests.tiny:fcmae --decoder_embed_dim 8 --picture_freq 2 {COMMON}",
-    "main_finetune": f"--model tests.tiny:classifier --model_ema --model_ema_eval --mixup 0.5 {COMMON}",
+    "main_finetune": "--model tests.tiny:classifier --model_ema --model_ema_eval --mixup 0.5 "
+    + COMMON,
 }
 
 
@@ -41,8 +42,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(script: str, folder: Path, seconds: float | None = None) -> int:
-    """Run the script in a fork of this process, killed after so many seconds; its wait status."""
+def start(script: str, folder: Path, *words: str) -> int:
+    """Run the script in a fork of this process, its output in FOLDER.txt; its process number."""
     child = os.fork()
     if child == 0:
         status = 70
@@ -50,26 +51,33 @@ def run(script: str, folder: Path, seconds: float | None = None) -> int:
             sink = os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
-            status = _child(script, folder)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            status = _child(script, [*RUNS[script].split(), "--output_dir", str(folder), *words])
         finally:
             os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    return child
 
 
-def _child(script: str, folder: Path) -> int:
+def finish(child: int) -> int:
+    """Its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _child(script: str, words: list[str]) -> int:
     import importlib
+    import traceback
 
     import options
+    import utils
 
-    main = importlib.import_module(script)
-    words = [*RUNS[script].split(), "--output_dir", str(folder)]
+    module = importlib.import_module(script)
+    utils.get_logger().handlers.clear()  # they write to what standard output was
     try:
-        main.main(options.parse(main.get_args_parser(), words))
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        utils.launch(module.main, options.parse(module.get_args_parser(), words))
+    except SystemExit as end:
+        return end.code
+    except Exception:
+        traceback.print_exc()
         return 1
     return 0
 
@@ -123,12 +131,19 @@ def scalars(folder: Path) -> dict[str, list]:
 
 def attempt(script: str, folder: Path, seconds: float) -> bool:
     """Kill a run after so many seconds, start it again; False where it was over before."""
-    killed = os.WIFSIGNALED(run(script, folder, seconds))
-    status = run(script, folder)
-    if status != 0:
-        text = folder.with_suffix(".txt").read_text(errors="replace")
-        raise AssertionError(f"{script} did not go on after {seconds:.3f} s:\n{text[-2000:]}")
+    child = start(script, folder)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    killed = finish(child) == -signal.SIGKILL
+    complete(script, folder)
     return killed
+
+
+def complete(script: str, folder: Path, *words: str) -> None:
+    """Run the script to its end."""
+    if finish(start(script, folder, *words)) != 0:
+        text = folder.with_suffix(".txt").read_text(errors="replace")
+        raise AssertionError(f"{script} in {folder} did not go on:\n{text[-3000:]}")
 
 
 def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
@@ -144,11 +159,10 @@ def trial(script: str, count: int, seed: int, place: Path) -> dict[str, int]:
 
     importlib.import_module(script)  # so that no fork has to
     whole = place / f"{script}-whole"
-    run(script, place / f"{script}-warm")
-    start = time.monotonic()
-    if run(script, whole) != 0:
-        raise AssertionError(whole.with_suffix(".txt").read_text())
-    seconds = time.monotonic() - start
+    complete(script, place / f"{script}-warm")
+    began = time.monotonic()
+    complete(script, whole)
+    seconds = time.monotonic() - began
     expected, draw = digest(whole), random.Random(seed)
     told = {"killed": 0, "over before": 0, "lost": 0, "different": 0}
     for number in range(count):
