@@ -27,6 +27,10 @@ def hf_config(subject: Subject) -> dict[str, Any]:
     """config.json."""
     shape, (height, width) = subject.shape, subject.size
     dtype = str(subject.state["downsample_layers.0.0.weight"].dtype).removeprefix("torch.")
+    names = {  # an encoder has none
+        "id2label": {str(label): name for label, name in enumerate(subject.labels)},
+        "label2id": {name: label for label, name in enumerate(subject.labels)},
+    }
     return {
         "architectures": [MODELS_OF_HF.get(subject.output, "ConvNextV2Model")],
         "model_type": "convnextv2",
@@ -40,8 +44,7 @@ def hf_config(subject: Subject) -> dict[str, Any]:
         "drop_path_rate": 0.0,
         "image_size": height if height == width else [height, width],
         "torch_dtype": dtype,  # the name that old and new versions read
-        "id2label": {str(label): name for label, name in enumerate(subject.labels)},
-        "label2id": {name: label for label, name in enumerate(subject.labels)},
+        **(names if subject.labels else {}),
     }
 
 
@@ -83,9 +86,8 @@ tags: [convnextv2]
 # {name}
 
 {what} Depths {depths}, widths {dims}, stem of stride {stem_stride}, {in_chans} input channels.
-Written by export.py of a ConvNeXt V2 toolkit, which compared its output on random input with that
-of the network it was made from. How the weights were trained, on what data, how accurate they are
-and what their licence is, this file cannot know: add it before you share them.
+Written by export.py of a ConvNeXt V2 toolkit. How the weights were trained, on what data, how
+accurate they are and what their licence is, it cannot know: add it before you share them.
 
 ```python
 from transformers import AutoImageProcessor, {auto}

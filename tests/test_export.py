@@ -382,7 +382,7 @@ def picture(width: int, height: int) -> Image.Image:
 )
 @pytest.mark.parametrize("shape", [(300, 300), (640, 480), (200, 224), (150, 500)])
 def test_processor_is_our_evaluation_transform(size, crop_pct, shape, tmp_path):
-    """To 3 of 255 levels: PIL and torchvision round bicubic differently, most where they enlarge.
+    """To 4 of 255 levels: PIL and torchvision round bicubic differently, most where they enlarge.
 
     Where a margin is odd, the crop of transformers may sit a pixel beside torchvision's.
     """
@@ -402,7 +402,7 @@ def test_processor_is_our_evaluation_transform(size, crop_pct, shape, tmp_path):
         length = ours.shape[axis] - 1
         beside.append((moved.narrow(axis, 1, length) - ours.narrow(axis, 0, length)).abs())
     assert theirs.shape == ours.shape
-    assert min(d.max().item() for d in beside) <= 3.01
+    assert min(d.max().item() for d in beside) <= 4.01
     assert values["do_center_crop"] == (size not in (32, 384))
 
 
