@@ -55,6 +55,41 @@ NEED_PATH = ("IMNET", "CIFAR10", "CIFAR", "image_folder", "folder")
 DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
+TARGETS = {  # of export.py -> how the name of what it writes ends; hf is a folder
+    "timm": ".safetensors",
+    "hf": "",
+    "official": ".pth",
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+    "torchscript": ".pt",
+    "pt2": ".pt2",
+}
+GRAPHS = ("onnx", "torchscript", "pt2")  # hold the network too, so their precision is fixed
+EXPORT_HELP = """Write a checkpoint as others read it; they read it before it is called good.
+
+  python export.py runs/finetune --to hf --output my_model
+  python export.py runs/finetune --to onnx --half true
+  python export.py hf-hub:facebook/convnextv2-tiny-1k-224 --to timm
+  python export.py runs/pretrain --to official
+
+CHECKPOINT is a %s. Its size, classes and
+channels come from its weights; no --model is needed.
+
+  timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
+  hf           folder for transformers' from_pretrained: weights, labels, preprocessing
+  official     .pth for the official scripts; with the decoder if there is one
+  safetensors  our own names, with the decoder; for every script here
+  onnx         network of free batch, height and width, for onnxruntime, TensorRT and others
+  torchscript  the same for torch.jit.load and LibTorch
+  pt2          the same for torch.export.load; sides of at least two cells (64 pixels)
+
+What is written is loaded again by timm, transformers, onnxruntime or torch and must give the
+same output on random input, to 1e-5 of its largest value (1e-2 with --half); else nothing is
+left. Weights must come back bit by bit. transformers and onnxruntime are asked if installed; if
+not, the last line says that the file is unchecked.
+
+Pre-trained weights have no head and no final norm: a graph of them gives the last map
+(N, C, h, w); of an encoder with a norm, features (N, C). The bare flag of a BOOL is true."""
 WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
 # group -> (flag, kind, default, help, nargs if several). Kind: str, str2bool, choices, or a range.
 FLAGS: dict[str, tuple] = {
@@ -132,7 +167,7 @@ FLAGS: dict[str, tuple] = {
     "starting weights and head": (
         ("--finetune", str, "", f"{SOURCES} to start from, of any known layout; empty: random"),
         ("--model_key", str, MODEL_KEY, "keys under which it holds weights, tried in order"),
-        ("--use_ema", str2bool, False, "take the averaged weights in --finetune, or with --eval"),
+        ("--use_ema", str2bool, False, "take the averaged weights: of --finetune, with --eval"),
         ("--model_prefix", str, "", "what precedes the names of its weights; empty: nothing"),
         ("--head_init_scale", AMOUNT, None, "of a new head; unset: 0.001 with --finetune, else 1"),
         ("--nb_classes", COUNT, None, "classes to tell apart; unset: as many as the data has"),
@@ -182,7 +217,7 @@ FLAGS: dict[str, tuple] = {
         ("--output_dir", str, "", "folder of checkpoints and logs; empty: write nothing"),
         ("--log_dir", str, None, "for TensorBoard; unset: OUTPUT_DIR/tensorboard; none: off"),
         ("--resume", str, "", "run to go on from, or weights; newer ones in OUTPUT_DIR win"),
-        ("--sha256", str, "", "of the file that --resume or --finetune names; another is refused"),
+        ("--sha256", str, "", "of the checkpoint that is named; a file with another is refused"),
         ("--auto_resume", str2bool, True, "go on from the newest checkpoint in OUTPUT_DIR"),
         ("--save_ckpt", str2bool, True, "write checkpoints"),
         ("--save_ckpt_freq", COUNT, 1, "epochs between checkpoints"),
@@ -217,5 +252,20 @@ FLAGS: dict[str, tuple] = {
         ("--output", str, "imagined.png", "the PNG to write"),
         ("--num_images", COUNT, 8, "rows of the picture"),
         ("--split", ("train", "val"), "train", "which images; not every data set has val"),
+    ),
+    "export": (
+        ("checkpoint", str, None, SOURCES),
+        ("--to", tuple(TARGETS), None, "who shall read it: see above"),
+        ("--output", str, "", "file or folder to write; empty: named by size and target, here"),
+        ("--overwrite", str2bool, False, "replace what is there"),
+        ("--labels", str, None, "hf: file of class names, one a line; unset: the checkpoint's own"),
+        ("--half", str2bool, False, "graphs: weights in float16, sums, input and output float32"),
+        (
+            "--opset",
+            "int [17, 20]",
+            None,
+            "onnx: version of its operations; unset: 17, the first with LayerNormalization, which "
+            "the most runtimes read",
+        ),
     ),
 }

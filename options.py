@@ -14,7 +14,20 @@ from functools import partial
 from typing import Any, NoReturn
 
 import configs
-from flags import FLAGS, HELP, MODEL_KEY, NEED_PATH, number, str2bool
+from flags import (
+    EXPORT_HELP,
+    FLAGS,
+    GRAPHS,
+    HELP,
+    MODEL_KEY,
+    NEED_PATH,
+    SOURCES,
+    TARGETS,
+    number,
+    str2bool,
+)
+
+OTHER_SCRIPTS = ("submitit", "pictures", "export")  # groups of FLAGS that no main has
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -76,9 +89,7 @@ def _make_parser(script: str, aim: str, *left_out: str) -> argparse.ArgumentPars
     parser.description = HELP % (aim, script, script)
     parser.formatter_class = partial(_Help, max_help_position=32)
     parser.script = script.removesuffix(".py")
-    add_args(
-        parser, *(title for title in FLAGS if title not in (*left_out, "submitit", "pictures"))
-    )
+    add_args(parser, *(title for title in FLAGS if title not in (*left_out, *OTHER_SCRIPTS)))
     return parser
 
 
@@ -102,6 +113,41 @@ def visualize_parser() -> argparse.ArgumentParser:
     add_args(parser, "run", only=("--device", "--seed"))
     parser.set_defaults(model=None, data_set=None, data_path=None)
     return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The flags of export.py; what is not given is as in the run that is exported."""
+    usage = "%(prog)s CHECKPOINT --to TARGET [FLAGS]"
+    parser = _Parser(usage=usage, allow_abbrev=False, description=EXPORT_HELP % SOURCES)
+    parser.formatter_class = partial(_Help, max_help_position=32)
+    add_args(parser, "export")
+    add_args(parser, "model", only=("--input_size",))
+    add_args(parser, "data", only=("--crop_pct", "--imagenet_default_mean_and_std"))
+    which = ("--model_key", "--use_ema", "--model_prefix")
+    add_args(parser, "starting weights and head", only=which)
+    add_args(parser, "checkpoints and logs", only=("--sha256",))
+    parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
+    return parser
+
+
+def export_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with flags of export.py: each acts on a target or is refused."""
+    if args.to is None:
+        return (yield f"--to: expected one of {', '.join(TARGETS)}")
+    if args.half and args.to not in GRAPHS:
+        yield f"--half true: weights for {args.to} keep their precision; who loads them can cast"
+    if args.opset and args.to != "onnx":
+        yield f"--opset {args.opset} is a matter of --to onnx; drop it"
+    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std"):
+        if getattr(args, name) is not None and args.to != "hf":
+            yield f"--{name}: of all targets only hf has a place for it; drop it"
+    suffix = TARGETS[args.to]
+    if args.output and not args.output.endswith(suffix):
+        yield f"--output {args.output}: expected a name that ends in {suffix}"
+    if len(args.input_size or ()) > 2:
+        yield f"--input_size: got {args.input_size}, expected a side, or height and width"
+    if args.use_ema and args.model_key != MODEL_KEY:
+        yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
 
 
 def finetune_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.com
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # what pre-training has beside the encoder
 CLASSIFIER = ("norm.", "head.")  # what only a classifier has
 BLOCK = "stages.{i}.{j}."
+CONV_MLP = (40, 48, 64, 80)  # first widths of timm's atto to nano: their MLPs are 1x1 convolutions
 # Our dense names -> those of a layout; {i} is a stage, {j} a block or a place in it. The first row
 # that fits is taken. Names without a row are the same on both sides.
 NAMES = {
@@ -174,6 +175,8 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
     is_vector = value.ndim > 0 and value.numel() == value.shape[-1]
     if ".grn." in ours and is_vector:
         return value.reshape(1, 1, 1, -1)
+    if ".pwconv" in ours and value.ndim == 4 and value.shape[2:] == (1, 1):  # see CONV_MLP
+        return value.flatten(1)
     norm = re.search(r"(^|\.)(norm|downsample_layers\.0\.1|downsample_layers\.[1-9]\.0)\.", ours)
     return value.flatten() if is_vector and (ours.endswith(".bias") or norm) else value
 
@@ -182,7 +185,13 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `ConvNeXtV2` -> that of timm's `convnextv2_*`; GRN has vectors there."""
+    """State dict of `ConvNeXtV2` -> that of timm's `convnextv2_*`.
+
+    GRN has vectors there, and the four small sizes have 1x1 convolutions for linear layers.
+    """
+    if describe(state)["dims"][0] in CONV_MLP:
+        mlp = [name for name in state if ".pwconv" in name and name.endswith("weight")]
+        state = {**state, **{name: state[name][..., None, None] for name in mlp}}
     return _outward(state, "timm", lambda grn: grn.flatten())
 
 

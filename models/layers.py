@@ -36,8 +36,7 @@ class GRN(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.grn(x.flatten(1, -2), self.gamma.flatten(), self.beta.flatten(), self.eps)
-        return y.unflatten(1, x.shape[1:-1])
+        return ops.grn(x, self.gamma.flatten(), self.beta.flatten(), self.eps)
 
 
 class DropPath(nn.Module):
@@ -73,6 +72,8 @@ class PatchConv(nn.Conv2d):
         k = self.kernel_size[0]
         if k == 1:
             return affine(x, self.weight.flatten(1), self.bias)
+        if ops.exporting() and x.ndim == 4:  # without arithmetic on shapes in the graph
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         *lead, height, width, dim = x.shape
         h, w = height // k, width // k
         if h == 0 or w == 0:

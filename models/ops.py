@@ -150,20 +150,29 @@ _product_op.register_fake(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[
 
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Of each image's own positions: x (N, L, C), gamma and beta (C); sums in float32 or better."""
-    scale = 1 + gamma * relative_length(root(energy(x)), eps)[0]
-    return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype)[:, None])
+    """Of each image's own positions: x (N, ..., C), gamma and beta (C); sums in float32 or better.
+
+    No shape is read, so that none stands in an exported graph.
+    """
+    scale = 1 + gamma * relative_length(root(energy(x)), eps)[0]  # (N, C)
+    for _ in range(x.ndim - 2):
+        scale = scale.unsqueeze(1)
+    if exporting():  # ONNX's addcmul takes no half precision
+        return x * scale.to(x.dtype) + beta
+    return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
 
 def energy(x: Tensor) -> Tensor:
-    """(N, L, C) -> (N, C), the sum of squares over L, in float32 or better.
+    """(N, ..., C) -> (N, C), the sum of squares over all between, in float32 or better.
 
     Half precision would overflow or stagnate. torch's norm widens no tensor, but on a CPU it is ten
     times slower than square and sum.
     """
+    places = tuple(range(1, x.ndim - 1))
     if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
-    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
+        return torch.linalg.vector_norm(x, dim=places, dtype=torch.float32).square()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types is traced
+    return x.to(wide).square().sum(places)
 
 
 def root(energy: Tensor) -> Tensor:

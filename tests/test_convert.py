@@ -55,7 +55,8 @@ def timm_model(**kwargs) -> torch.nn.Module:
 
 
 def hf_model(kind: str = "ConvNextV2ForImageClassification") -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ConvNextV2Config(
         depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=CLASSES, layer_norm_eps=1e-6
     )
@@ -205,6 +206,32 @@ def test_timm_model(size):
     source, target = timm_model(), ours(seed=5)
     load(target, source.state_dict())
     torch.testing.assert_close(target(images(size)), source(images(size)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"])
+def test_every_size_is_timms_in_both_directions(size):
+    """The four small ones have 1x1 convolutions in their MLPs there."""
+    import timm
+
+    name = f"convnextv2_{size}"
+    with torch.device("meta"):
+        theirs, model = timm.create_model(name, num_classes=7), create_model(name, num_classes=7)
+    state = {n: v.contiguous() for n, v in theirs.state_dict().items()}
+    theirs.load_state_dict(to_timm(model.state_dict()), assign=True)
+    model.load_state_dict(to_convnextv2(state)[0], assign=True)
+
+
+def test_small_size_of_timm_computes_the_same():
+    import timm
+
+    theirs, target = (
+        randomise(timm.create_model("convnextv2_atto")),
+        create_model("convnextv2_atto").double(),
+    )
+    load(target, theirs.state_dict())
+    torch.testing.assert_close(target(images(32)), theirs(images(32)), rtol=1e-6, atol=1e-6)
+    again = to_timm(target.state_dict())
+    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
 
 
 def test_timm_weights_without_a_head_are_an_encoder():

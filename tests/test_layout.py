@@ -35,6 +35,8 @@ LIMITS = {  # lines at most
     "errors.py": 100,
     "randomness.py": 100,  # out of utils, which holds processes and runs
     "keeper.py": 250,  # when a run is saved and stopped: signals, clocks, agreement of ranks
+    "formats.py": 300,  # export.py says what goes where; this knows how files are written and read
+    "hf_folder.py": 200,  # a format of four files, with labels, preprocessing and a card
     "stepper.py": 200,
     "graphs.py": 100,  # CUDA graphs: one row of trouble that nothing else needs to know
     "meters.py": 250,
@@ -73,6 +75,7 @@ MODELS = (
 )
 L1 = {"losses", "meters", "stepper", "graphs", "optim_factory", "keeper"}
 L1 |= {"data_pipeline", "batches", "datasets"}
+FORMATS = {"formats", "hf_folder"}
 SCRIPTS = {"visualize", "export", "predict"}
 BELOW_ENGINES = L0 | MODELS | L1 | SCRIPTS | {"hooks"}
 MAINS = {"main_pretrain", "main_finetune"}
@@ -102,7 +105,9 @@ ALLOWED = {
     **dict.fromkeys(L1, L0),  # so optim_factory asks the model, and imports none
     "datasets": L0 | {"data_pipeline", "batches"},
     "graphs": L0 | {"stepper"},
-    **dict.fromkeys(SCRIPTS, L0 | MODELS | L1 | FLAGS),
+    "formats": L0 | MODELS,
+    "hf_folder": L0 | MODELS | {"data_pipeline", "formats"},
+    **dict.fromkeys(SCRIPTS, L0 | MODELS | L1 | FLAGS | FORMATS),
     "hooks": L0 | MODELS | L1 | {"visualize", "options"},
     "engine_pretrain": BELOW_ENGINES,
     "engine_finetune": BELOW_ENGINES,

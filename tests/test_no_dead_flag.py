@@ -18,8 +18,12 @@ import options
 
 ROOT = Path(options.__file__).resolve().parent
 # Flags whose whole effect is in options.py: refused there. configs.FILES are read by configs.py.
-RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}}
-PARSERS = {"main_pretrain": options.pretrain_parser, "main_finetune": options.finetune_parser}
+RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
+PARSERS = {
+    "main_pretrain": options.pretrain_parser,
+    "main_finetune": options.finetune_parser,
+    "export": options.export_parser,
+}
 
 
 def submitit_parser() -> argparse.ArgumentParser:
@@ -78,7 +82,7 @@ def unread(script: str, flags: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("script", PARSERS)
-def test_every_flag_of_a_main_is_read(script):
+def test_every_flag_of_a_script_is_read(script):
     flags = destinations(PARSERS[script]())
     assert unread(script, flags - RESOLVED[script] - {"config"}) == set()
     assert "config" in configs.FILES
