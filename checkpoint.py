@@ -8,13 +8,15 @@ python -c "import checkpoint as c, pathlib; print(c.numbered_checkpoints(pathlib
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import logging
 import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +26,31 @@ from sources import KINDS, WEIGHTS, locate
 
 # The official mains and submitit keep their flags so; neither can do anything.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
+RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go on from it
+# Flags without which it is not the same run, and those that are nobody's affair.
+FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
+FIXED += ("decoder_depth", "decoder_embed_dim")
+LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
+LOCAL += ("local_rank", "world_size", "dist_url", "progress")
 GROUP_STATE = ("step", "lookahead_step", "k")  # what optimizers count in a group, not in a state
 
 
+MARK = b"sha256 of all before: "  # ends a checkpoint, as the comment of its zip archive
+
+
 def write_atomically(content: Any, path: Path) -> None:
-    """Save text or bytes, or with torch.save what it is, so that `path` is old or new, whole."""
+    """Save text or bytes, or with torch.save what it is, so that `path` is old or new, whole.
+
+    What torch saves ends with its own checksum.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             if isinstance(content, str | bytes):
                 file.write(content.encode() if isinstance(content, str) else content)
             else:
                 torch.save(content, file)
+                _seal(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,6 +61,41 @@ def write_atomically(content: Any, path: Path) -> None:
         os.fsync(folder)  # the rename itself survives a power cut
     finally:
         os.close(folder)
+
+
+def _seal(file: BinaryIO) -> None:
+    """Turn the empty comment at the end of a zip archive into the checksum of what precedes it."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment
+    end = file.tell()
+    comment = MARK + _sha256(file, end)
+    file.seek(end)
+    file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _sha256(file: BinaryIO, length: int) -> bytes:
+    """In hexadecimal, of the first `length` bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length > 0:
+        block = file.read(min(length, 2**22))
+        if not block:
+            break
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest().encode()
+
+
+def has_seal(path: Path, check: bool = False) -> bool:
+    """Whether a file ends with its checksum; with `check`, UserError if with another than it has."""
+    size = len(MARK) + 64
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END) - size
+        file.seek(max(end, 0))
+        tail = file.read()
+        found = tail.startswith(MARK)
+        if found and check and _sha256(file, end - 2) != tail[len(MARK) :]:
+            raise UserError(f"checkpoint {path} is damaged: its checksum does not fit")
+    return found
 
 
 def link(source: Path, target: Path) -> None:
@@ -124,18 +174,40 @@ def choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> st
             f"--auto_resume false, but {folder} holds {paths[0].name}: a new run would mix with "
             "that one; choose another --output_dir or move its files away"
         )
-    for path in paths:
-        try:
-            read_checkpoint(path)
-            return str(path)
-        except UserError as error:
-            logging.getLogger("convnextv2").warning("%s; trying the one before", error)
-    if paths and not resume:
+    reasons: dict[Path, str] = {}
+    good = next((path for path in paths if not _note_fault(path, reasons)), None)
+    if paths and good is None and not resume:
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read; "
-            "choose another --output_dir, or move them away to start anew"
+            f"none of the {len(paths)} checkpoints in {folder} can be used, the newest since "
+            f"{reasons[paths[0]]}; choose another --output_dir, or move them away to start anew"
         )
-    return resume
+    for path, reason in reasons.items():
+        aside = _set_aside(path)
+        text = "%s; it is now called %s, trying the one before"
+        logging.getLogger("convnextv2").warning(text, reason, aside.name)
+    return str(good) if good else resume
+
+
+def _note_fault(path: Path, reasons: dict[Path, str]) -> bool:
+    """Whether a run cannot go on from what should be its checkpoint; the reason goes there."""
+    try:
+        if not has_seal(path):
+            raise UserError(f"checkpoint {path} has no checksum at its end: truncated, or foreign")
+        content = read_checkpoint(path)
+        absent = [key for key in RUN if key not in content]
+        if absent:
+            raise UserError(f"checkpoint {path} has no {', '.join(absent)}")
+    except (UserError, OSError) as error:
+        reasons[path] = str(error)
+    return path in reasons
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that nobody tries it again and nothing is lost."""
+    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    os.rename(path, aside)
+    return aside
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -151,11 +223,12 @@ def find_checkpoint(folder: Path) -> Path:
     return found[0]
 
 
-def read_checkpoint(source: str | Path, sha256: str = "") -> Any:
+def read_checkpoint(source: str | Path, sha256: str = "", check: bool = True) -> Any:
     """Read a checkpoint's plain types and tensors to the CPU; code in it is never run.
 
     source: what `sources.locate` understands; a folder stands for its `find_checkpoint`.
-    sha256: of the file that is expected. `.safetensors` files are read as state dicts.
+    sha256: of the file that is expected. check: the checksum that our own end with, which takes
+    reading all of them. `.safetensors` files are read as state dicts.
     """
     path = locate(source, sha256)
     path = find_checkpoint(path) if path.is_dir() else path
@@ -171,6 +244,7 @@ def read_checkpoint(source: str | Path, sha256: str = "") -> Any:
                 f"checkpoint {path} is no checkpoint, it begins with {start!r}; expected a .pth, "
                 ".pt, .bin or .safetensors file"
             )
+        has_seal(path, check)
         with torch.serialization.safe_globals(HARMLESS):
             return _unpickle(path)
     except FileNotFoundError as error:
@@ -201,6 +275,24 @@ def _unpickle(path: Path) -> Any:
         if "mmap can only be used" not in str(error):  # files of before torch 1.6
             raise
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def compare_args(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[str]:
+    """`--lr 0.1 -> 0.2` for each flag that changed; UserError where a run cannot go on with it."""
+    told = []
+    for name, now in given.items():
+        before = saved.get(name, now)
+        if name == "model":  # of which either name will do
+            before, now = (str(value).removeprefix("fcmae_") for value in (before, now))
+        if before == now or name in LOCAL:
+            continue
+        if name in FIXED:
+            raise UserError(
+                f"{source} was made with --{name} {before} and cannot go on with {now}: give what "
+                "it had, or another --output_dir; --finetune starts from its weights alone"
+            )
+        told.append(f"--{name} {before} -> {now}")
+    return told
 
 
 def load_weights(

@@ -229,6 +229,8 @@ FLAGS: dict[str, tuple] = {
             None,
             "then save and exit with 75, to be requeued",
         ),
+        ("--async_save", str2bool, False, "write checkpoints beside the training, from a copy"),
+        ("--max_save_failures", WHOLE, 5, "saves in a row that may fail before the run stops"),
         ("--save_ckpt_num", COUNT, 3, "how many of the newest to keep"),
     ),
     "processes (set by launchers)": (

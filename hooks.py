@@ -7,6 +7,7 @@ python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -91,8 +92,7 @@ class Reporter:
 
     def after_update(self, lr: float) -> bool:
         """An update is done; a log line reads the meters on every rank. Returns if this was one."""
-        for hook in self.hooks:
-            hook.on_update(self.state)
+        self._tell("on_update", self.state)
         step = (self.state.updates - 1) % self.updates_per_epoch + 1
         if step % self.print_freq and step != self.updates_per_epoch:
             return False
@@ -109,8 +109,7 @@ class Reporter:
             "step": step,
             "steps": self.updates_per_epoch,
         }
-        for hook in self.hooks:
-            hook.on_log(record, self.state)
+        self._tell("on_log", record, self.state)
         if not self.told_kernels:  # at the first line every choice is made
             utils.get_logger().info("kernels %s", choices.summary())
             self.told_kernels = True
@@ -119,20 +118,25 @@ class Reporter:
 
     def end_epoch(self, stats: Record) -> None:
         """Tell what log.txt gets for the epoch."""
-        for hook in self.hooks:
-            hook.on_epoch(stats, self.state)
+        self._tell("on_epoch", stats, self.state)
 
     def picture(self, name: str, picture: Tensor) -> None:
         """Show a picture."""
-        for hook in self.hooks:
-            hook.on_picture(name, picture, self.state)
+        self._tell("on_picture", name, picture, self.state)
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._tell("on_end")
+
+    def _tell(self, what: str, *about: object) -> None:
+        """Call each hook; one that cannot write does not end the run."""
         for hook in self.hooks:
-            hook.on_end()
+            try:
+                getattr(hook, what)(*about)
+            except OSError as error:
+                utils.get_logger().warning("%s cannot write: %s", type(hook).__name__, error)
 
     def _memory_mb(self) -> float:
         """Largest memory so far: of the GPU if there is one, else of this process."""
@@ -214,7 +218,7 @@ class JsonHook(Hook):
     """log.txt: one JSON object an epoch. What a resumed run is about to repeat is taken out."""
 
     def __init__(self, folder: Path, state: TrainState) -> None:
-        self.path = folder / "log.txt"
+        self.path, self.unwritten = folder / "log.txt", ""
         if self.path.exists():
             text = self.path.read_text()
             lines = [line + "\n" for line in text.splitlines()]
@@ -234,10 +238,24 @@ class JsonHook(Hook):
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in stats.items()
         }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(finite) + "\n")  # NaN would not be JSON
-            file.flush()
-            os.fsync(file.fileno())
+        self.unwritten += json.dumps(finite) + "\n"  # NaN would not be JSON
+        self.on_end()
+
+    def on_end(self) -> None:
+        """Write what is not written yet, whole lines or, on a full disk, nothing."""
+        if not self.unwritten:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self.unwritten = ""
 
 
 class TensorboardHook(Hook):

@@ -8,6 +8,8 @@ python main_pretrain.py --data_set DIGITS --input_size 32 --stem_stride 1 --outp
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import threading
@@ -18,10 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Preempted
-from utils import TrainState, get_logger, get_world_size
+from errors import Preempted, TrainingStopped
+from utils import TrainState, from_main_process, get_logger, get_world_size
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+RETRY = 60.0  # seconds after which a save that failed is tried again
 PATIENCE = 1.0  # seconds in which a repeated signal is the same one: launchers pass them on
 
 
@@ -34,6 +37,7 @@ class Requests:
     def __init__(self, save_minutes: float | None, max_minutes: float | None) -> None:
         self.save_minutes, self.max_minutes = save_minutes, max_minutes
         self.began = self.saved = time.monotonic()
+        self.retry_at = math.inf  # of a save that failed
         self.reason, self.at, self.before = "", 0.0, {}
 
     def __enter__(self) -> Requests:
@@ -58,7 +62,8 @@ class Requests:
         if not self.reason and self.max_minutes is not None and minutes >= self.max_minutes:
             self.reason, self.at = f"--max_minutes {self.max_minutes:g}", time.monotonic()
         since = (time.monotonic() - self.saved) / 60
-        return self.save_minutes is not None and since >= self.save_minutes, bool(self.reason)
+        due = self.save_minutes is not None and since >= self.save_minutes
+        return due or time.monotonic() >= self.retry_at, bool(self.reason)
 
 
 class Agreement:
@@ -91,12 +96,57 @@ class Agreement:
         return tuple(bool(flag) for flag in said.tolist())
 
 
+class Writer:
+    """Writes checkpoints, in a thread if `in_background`; what went wrong is told the next time."""
+
+    def __init__(self, in_background: bool) -> None:
+        self.in_background = in_background
+        self.thread: threading.Thread | None = None
+        self.problem = ""
+
+    def __call__(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        """`write(content)`, or start to write a copy of it; OSError if this or the last failed."""
+        self.wait()
+        if not self.in_background:
+            return write(content)
+        copied = snapshot(content)
+        self.thread = threading.Thread(target=self._run, args=(copied, write))
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; OSError if that failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        problem, self.problem = self.problem, ""
+        if problem:
+            raise OSError(problem)
+
+    def _run(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        try:
+            write(content)
+        except OSError as error:
+            self.problem = str(error)
+
+
+def snapshot(value: Any) -> Any:
+    """A copy in host memory, which training does not change any more."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
 class Keeper:
     """Saves a run between updates and at the end of epochs, and stops it when asked to.
 
     save: `utils.save_model` with everything but the state, or None to write nothing.
     every_steps, every_minutes: when to save within an epoch; None for never. every_epochs: when at
-    its end. max_minutes: after which the run stops as if by a signal.
+    its end. max_minutes: after which the run stops as if by a signal. max_failures: saves in a row
+    that may fail; one that did is tried again a minute later. in_background: write in a thread.
 
         with Keeper(...) as keeper:
             ...
@@ -111,11 +161,15 @@ class Keeper:
         every_steps: int | None = None,
         every_minutes: float | None = None,
         max_minutes: float | None = None,
+        max_failures: int = 5,
+        in_background: bool = False,
     ) -> None:
         self.save, self.every_epochs, self.every_steps = save, every_epochs, every_steps
         self.requests = Requests(every_minutes, max_minutes)
         self.agreement = Agreement()
+        self.writer = Writer(in_background)
         self.saved_at = 0  # update
+        self.failures, self.max_failures = 0, max_failures  # saves in a row that went wrong
 
     def __enter__(self) -> Keeper:
         self.requests.__enter__()
@@ -123,6 +177,8 @@ class Keeper:
 
     def __exit__(self, *exception: object) -> None:
         self.requests.__exit__()
+        with contextlib.suppress(OSError):  # the error that ends the run tells more
+            self.writer.wait()
 
     def after_update(self, state: TrainState, means: Any, stepper: Any) -> None:
         """Save if it is time to; raise Preempted if any rank was asked to stop."""
@@ -149,15 +205,51 @@ class Keeper:
         self._write(state, numbered=numbered or stop, improved=improved)
         if stop:
             self._stop(state)
+        if last:
+            self.finish()
 
     def _write(self, state: TrainState, **options: Any) -> None:
-        if self.save is not None:
-            self.save(state=state, **options)
-        self.requests.saved = time.monotonic()
+        """Save; a disk that is full or gone does not end the run, unless for long."""
+        if self.save is None:
+            return
+        problem = from_main_process(lambda: self._try(state, options))
+        self.requests.saved, self.requests.retry_at = time.monotonic(), math.inf
+        self.failures = self.failures + 1 if problem else 0
+        if not problem:
+            return
+        self.requests.retry_at = time.monotonic() + RETRY
+        text = "could not save, %d times in a row (%s); the checkpoints before are whole"
+        get_logger().warning(text, self.failures, problem)
+        if self.failures > self.max_failures:
+            raise TrainingStopped(
+                f"{self.failures} saves in a row failed, the last with: {problem}; free some "
+                "space or choose another --output_dir, and start again: what was saved is whole"
+            )
+
+    def _try(self, state: TrainState, options: dict[str, Any]) -> str:
+        try:
+            self.save(state=state, writer=self.writer, **options)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def finish(self) -> None:
+        """Until the last save is written."""
+        problem = from_main_process(self._await)
+        if problem:
+            raise TrainingStopped(f"the last save failed: {problem}; the ones before are whole")
+
+    def _await(self) -> str:
+        try:
+            self.writer.wait()
+        except OSError as error:
+            return str(error)
+        return ""
 
     def _stop(self, state: TrainState) -> None:
         reason = self.requests.reason or "another process"
         get_logger().info("asked to stop (%s) at update %d", reason, state.updates)
+        self.finish()
         raise Preempted(
             f"stopped by {reason} at epoch {state.epoch}, update {state.updates}"
             f"{', saved' if self.save is not None else ', nothing saved: no --output_dir'}; "
@@ -173,4 +265,6 @@ def build_keeper(args: Any, save: Callable[..., None] | None) -> Keeper:
         args.save_ckpt_every_steps,
         args.save_ckpt_every_minutes,
         args.max_minutes,
+        args.max_save_failures,
+        args.async_save,
     )

@@ -26,6 +26,7 @@ import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
 from keeper import build_keeper
+from lock import hold_folder
 from models.pretrained import EMA_KEY, has_average, load_pretrained
 from models.tune import choices, set_kernels
 from optim_factory import (
@@ -54,12 +55,12 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     processes = utils.get_world_size()
-    start = utils.find_start(args.output_dir, args.resume, args.auto_resume, args.sha256)
+    folder = hold_folder(args.output_dir)
+    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256, vars(args))
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
     check_graphs(args.cuda_graphs, device, update_freq)
-    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     train_set, val_set, nb_classes = datasets.build_datasets(args)

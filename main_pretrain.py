@@ -24,6 +24,7 @@ import visualize
 from engine_pretrain import train_one_epoch
 from graphs import Graphed, check_graphs
 from keeper import build_keeper
+from lock import hold_folder
 from models.fcmae import visible_patches
 from models.pretrained import load_pretrained
 from models.tune import set_kernels
@@ -50,12 +51,12 @@ def main(args: argparse.Namespace) -> None:
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
     processes = utils.get_world_size()
-    start = utils.find_start(args.output_dir, args.resume, args.auto_resume, args.sha256)
+    folder = hold_folder(args.output_dir)
+    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256, vars(args))
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
     check_graphs(args.cuda_graphs, device, update_freq)
-    folder = utils.prepare_output_dir(args.output_dir)
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import (
+    RUN,
     choose_checkpoint,
+    compare_args,
     load_weights,
     read_checkpoint,
     restore_run,
@@ -254,24 +257,6 @@ class TrainState:
         return better
 
 
-def prepare_output_dir(path: str) -> Path | None:
-    """Make the folder and check that files can be written there; '' means no folder at all."""
-    if not path:
-        return None
-    folder = Path(path)
-    if is_main_process():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically("", folder / ".writable")
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise UserError(
-                f"--output_dir {path}: cannot write there ({error.strerror}); "
-                "choose a folder you own or free some space"
-            ) from error
-    return folder
-
-
 def save_model(
     folder: Path,
     model: nn.Module,
@@ -285,6 +270,7 @@ def save_model(
     numbered: bool = True,
     improved: Iterable[str] = (),
     keep: int = 3,
+    writer: Callable[..., None] | None = None,
 ) -> None:
     """Write the checkpoints of this moment, atomically, on the main process only.
 
@@ -292,7 +278,8 @@ def save_model(
         and delete all but the `keep` newest ends of epochs and two saves within the last.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
-    classes: their names, in the order of the head.
+    classes: their names, in the order of the head. writer: what calls write(content), perhaps later
+        with a copy.
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
     if not is_main_process():
@@ -306,7 +293,10 @@ def save_model(
         "args": dict(args),
         "classes": list(classes) if classes is not None else None,
     }
-    write_checkpoints(folder, content, numbered, list(improved), keep)
+    write = partial(
+        write_checkpoints, folder, numbered=numbered, improved=list(improved), keep=keep
+    )
+    writer(content, write) if writer is not None else write(content)
 
 
 @dataclass(frozen=True)
@@ -329,23 +319,33 @@ class Start:
     def absent(self) -> list[str]:
         """What a run has and this has not."""
         holds = self.checkpoint if isinstance(self.checkpoint, dict) else {}
-        return [key for key in ("model", "optimizer", "state") if key not in holds]
+        return [key for key in RUN if key not in holds]
 
 
 def find_start(
-    folder: str | Path | None, resume: str = "", auto_resume: bool = True, sha256: str = ""
+    folder: Path | None,
+    resume: str = "",
+    auto_resume: bool = True,
+    sha256: str = "",
+    args: Mapping[str, Any] | None = None,
 ) -> Start:
     """The newest readable checkpoint of `folder`, else `resume`, read on every rank.
 
     A damaged newest file is passed over with a warning; if none can be read that is an error.
-    `resume` is where a run starts: what the run has since saved itself wins.
+    `resume` is where a run starts: what the run has since saved itself wins. args: the flags now;
+    what they change of the run's is told, or refused.
     """
-    place = Path(folder) if folder else None
-    source = from_main_process(lambda: choose_checkpoint(place, resume, auto_resume))
+    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume))
     if not source:
         return Start()
-    expected = sha256 if source == resume else ""
-    start = Start(source, main_process_first(lambda: read_checkpoint(source, expected)))
+    named = source == resume  # what lies in the folder is checked already
+    expected = sha256 if named else ""
+    start = Start(
+        source, main_process_first(lambda: read_checkpoint(source, expected, check=named))
+    )
+    if args is not None and start.is_run:
+        for change in compare_args(start.checkpoint.get("args", {}), args, source):
+            get_logger().warning("%s: changed since, %s", source, change)
     if source != resume and start.absent():
         raise UserError(f"{source} has no {', '.join(start.absent())}: it is no run to go on with")
     return start

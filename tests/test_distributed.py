@@ -31,6 +31,7 @@ from batches import Batches
 from data_pipeline import Augmented, EvalSampler, create_eval_transform, create_loader
 from engine_finetune import evaluate
 from errors import UserError
+from lock import hold_folder
 from meters import Means
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
@@ -167,7 +168,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
     own = folder / f"run-{rank}"
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    utils.prepare_output_dir(str(own))
+    hold_folder(str(own))
     state = TrainState(epoch=1, updates=1)
     utils.save_model(own, model, optimizer, state=state, args={"epochs": 1}, improved=["best"])
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)

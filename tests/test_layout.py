@@ -34,7 +34,8 @@ LIMITS = {  # lines at most
     "sources.py": 150,  # the hub, timm's weights, addresses: where a checkpoint is not a file yet
     "errors.py": 100,
     "randomness.py": 100,  # out of utils, which holds processes and runs
-    "keeper.py": 250,  # when a run is saved and stopped: signals, clocks, agreement of ranks
+    "keeper.py": 300,  # when a run is saved and stopped: signals, clocks, agreement of ranks
+    "lock.py": 200,  # one run in a folder
     "formats.py": 300,  # export.py says what goes where; this knows how files are written and read
     "hf_folder.py": 200,  # a format of four files, with labels, preprocessing and a card
     "stepper.py": 200,
@@ -73,7 +74,7 @@ BELOW_NETWORKS |= {"models.features"}
 MODELS = (
     BELOW_NETWORKS | NETWORKS | {"models.fcmae", "models.convert", "models.pretrained", "models"}
 )
-L1 = {"losses", "meters", "stepper", "graphs", "optim_factory", "keeper"}
+L1 = {"losses", "meters", "stepper", "graphs", "optim_factory", "keeper", "lock"}
 L1 |= {"data_pipeline", "batches", "datasets"}
 FORMATS = {"formats", "hf_folder"}
 SCRIPTS = {"visualize", "export", "predict"}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import utils
 from errors import TrainingStopped, UserError
+from lock import hold_folder
 from randomness import hash_noise, mix, seed_all
 from utils import TrainState, init_distributed_mode
 
@@ -326,18 +327,18 @@ def test_accuracy_that_is_not_a_number_is_no_best():
 def test_no_output_dir_is_no_folder(tmp_path, monkeypatch):
     """The official '' was the current folder, whose checkpoints were then resumed."""
     monkeypatch.chdir(tmp_path)
-    assert utils.prepare_output_dir("") is None
+    assert hold_folder("") is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_output_dir_is_made_with_its_parents_and_left_as_it_was(tmp_path):
     for _ in range(2):
-        folder = utils.prepare_output_dir(str(tmp_path / "a" / "b"))
-        assert [path.name for path in folder.iterdir() if path.name != "kept"] == []
+        folder = hold_folder(str(tmp_path / "a" / "b"))
+        assert {path.name for path in folder.iterdir()} - {"kept"} == {".lock"}
         (folder / "kept").write_text("")
 
 
 def test_output_dir_that_cannot_be_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir .*file.*: cannot write there"):
-        utils.prepare_output_dir(str(tmp_path / "file" / "run"))
+        hold_folder(str(tmp_path / "file" / "run"))
