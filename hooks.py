@@ -298,7 +298,9 @@ class PictureHook(Hook):
         self.folder = folder
 
     def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
-        visualize.write_png(picture, self.folder / name / f"epoch-{state.epoch - 1}.png")
+        place = self.folder / name
+        place.mkdir(exist_ok=True)  # in the run's folder, which is not made anew where it vanished
+        (place / f"epoch-{state.epoch - 1}.png").write_bytes(visualize.png(picture))
 
 
 def build_reporter(

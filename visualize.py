@@ -74,14 +74,18 @@ def grid(pictures: Tensor) -> Tensor:
     return make_grid(flat, nrow=columns, padding=GAP * scale, pad_value=1.0).cpu()
 
 
-def write_png(picture: Tensor, path: Path) -> None:
-    """A picture (3, H, W) in 0 to 1 to a PNG file."""
+def png(picture: Tensor) -> bytes:
+    """A picture (3, H, W) in 0 to 1 as a PNG file."""
     from torchvision.io import encode_png
 
-    data = encode_png((picture * 255).round().to(torch.uint8))
+    return bytes(encode_png((picture * 255).round().to(torch.uint8)).numpy())
+
+
+def write_png(picture: Tensor, path: Path) -> None:
+    """A picture (3, H, W) in 0 to 1 to a PNG file, whose folder is made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(data.numpy()))
+        path.write_bytes(png(picture))
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); choose another place") from error
 

@@ -17,7 +17,7 @@ from benchmarks import chaos
 from checkpoint import choose_checkpoint, compare_args, has_seal, read_checkpoint
 from errors import TrainingStopped, UserError
 from keeper import Keeper, Writer
-from tests.test_checkpoint import Run, log, names  # noqa: F401
+from tests.test_checkpoint import Run, names
 from tests.test_keeper import drive, one_thread, wait_for  # noqa: F401
 from utils import TrainState
 
@@ -58,7 +58,7 @@ def same(ours: object, theirs: object) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_corruption_crashes_or_loads_wrong_values(tmp_path, log):  # noqa: F811
+def test_no_corruption_crashes_or_loads_wrong_values(tmp_path, log):
     """What is read in place of the newest is it, bit for bit, or the one before."""
     before = Run(seed=9).save(tmp_path, 9)
     newest = Run(seed=10).save(tmp_path, 10)
@@ -82,7 +82,7 @@ def test_no_corruption_crashes_or_loads_wrong_values(tmp_path, log):  # noqa: F8
     assert all("checkpoint-10.pth" in text and "\n" not in text for text in warnings)
 
 
-def test_foreign_file_in_the_place_of_the_newest_is_set_aside(tmp_path, log):  # noqa: F811
+def test_foreign_file_in_the_place_of_the_newest_is_set_aside(tmp_path, log):
     """A whole one, of another program, once ended the run at every start."""
     Run().save(tmp_path, 3)
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "checkpoint-4.pth")
