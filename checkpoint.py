@@ -86,7 +86,7 @@ def _sha256(file: BinaryIO, length: int) -> bytes:
 
 
 def has_seal(path: Path, check: bool = False) -> bool:
-    """Whether a file ends with its checksum; with `check`, UserError if with another than it has."""
+    """Whether a file ends with its checksum; with `check`, UserError if that does not fit."""
     size = len(MARK) + 64
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END) - size

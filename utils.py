@@ -29,7 +29,6 @@ from checkpoint import (
     load_weights,
     read_checkpoint,
     restore_run,
-    write_atomically,
     write_checkpoints,
 )
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
