@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, some
 from sources import KINDS, WEIGHTS, locate
 
 # The official mains and submitit keep their flags so; neither can do anything.
@@ -143,7 +143,8 @@ def write_checkpoints(
     if "best-ema" in improved:
         short = {key: content[key] for key in ("state", "args", "classes")}
         write_atomically(
-            {"model": content["model_ema"], **short}, folder / "checkpoint-best-ema.pth"
+            {"model": content["model_ema"], "model_ema": content["model_ema"], **short},
+            folder / "checkpoint-best-ema.pth",
         )
     for number, path in enumerate(complete):
         if number == 0:
@@ -210,9 +211,13 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """What to use of a run's folder: `checkpoint-best.pth`, else the newest; or a hub's weights."""
-    found = [path for path in (folder / "checkpoint-best.pth",) if path.exists()]
+def find_checkpoint(folder: Path, average: bool = False) -> Path:
+    """What to use of a run's folder: the best, else the newest; or a hub's weights.
+
+    average: the best average of the weights, `checkpoint-best-ema.pth`, goes first.
+    """
+    names = ["checkpoint-best-ema.pth"] * average + ["checkpoint-best.pth"]
+    found = [folder / name for name in names if (folder / name).exists()]
     found += numbered_checkpoints(folder) if folder.is_dir() else []
     found += [folder / name for name in WEIGHTS if (folder / name).exists()]
     if not found:
@@ -223,15 +228,20 @@ def find_checkpoint(folder: Path) -> Path:
     return found[0]
 
 
-def read_checkpoint(source: str | Path, sha256: str = "", check: bool = True) -> Any:
+def read_checkpoint(
+    source: str | Path, sha256: str = "", check: bool = True, average: bool = False
+) -> Any:
     """Read a checkpoint's plain types and tensors to the CPU; code in it is never run.
 
-    source: what `sources.locate` understands; a folder stands for its `find_checkpoint`.
+    source: what `sources.locate` understands; a folder stands for its `find_checkpoint`, which
+    knows `average`.
     sha256: of the file that is expected. check: the checksum that our own end with, which takes
     reading all of them. `.safetensors` files are read as state dicts.
     """
     path = locate(source, sha256)
-    path = find_checkpoint(path) if path.is_dir() else path
+    if path.is_dir():
+        path = find_checkpoint(path, average)
+        logging.getLogger("convnextv2").info("%s: %s of it", source, path.name)
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -258,9 +268,11 @@ def read_checkpoint(source: str | Path, sha256: str = "", check: bool = True) ->
         if isinstance(error, pickle.UnpicklingError) and asked:
             raise UserError(
                 f"checkpoint {path} is refused: it asks for {asked[1]}, and what a checkpoint "
-                "names could run. If you trust who made it, take its tensors out: python -c "
+                "names could run. If you trust who made it, take its tensors out, best where "
+                "nothing can be harmed, such as a container without network: python -c "
                 f"\"import torch; c = torch.load('{path}', weights_only=False); "
-                "torch.save(c['model'], 'weights.pth')\""
+                "c = c.get('model', c) if isinstance(c, dict) else c; "
+                "torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pth')\""
             ) from error
         reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         raise UserError(
@@ -316,9 +328,7 @@ def load_weights(
     }
     if any(problems.values()):
         told = "; ".join(
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-            for kind, names in problems.items()
-            if names
+            f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names
         )
         raise UserError(
             f"{source} does not fit {type(model).__name__}: {told}; "

@@ -29,6 +29,11 @@ class Preempted(Exception):
     """A run that was asked to stop, and saved. Scripts exit with EXIT_REQUEUE."""
 
 
+def some(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
 def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = True) -> Any:
     """Look `name` up in `table`, or import it when written as `package.module:function`."""
     if name in table:

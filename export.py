@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ import utils
 from checkpoint import read_checkpoint
 from data_pipeline import height_and_width, mean_and_std
 from errors import UserError
-from formats import Network, Subject, check_round_trip, timm_call
+from formats import Network, Subject, as_dict, check_round_trip, check_shape, first, timm_call
 from hf_folder import find_labels
 from models.convert import describe, to_convnextv2
 from models.pretrained import EMA_KEY, pick_weights, wild_weights
@@ -57,13 +58,21 @@ PUBLISHED_CELLS = 7  # along a side of the last map: 224 pixels where the stride
 
 def build_subject(args: Any) -> Subject:
     """The weights that the flags name, and what the run that made them knew."""
-    checkpoint = read_checkpoint(args.checkpoint, args.sha256)
     key = EMA_KEY if args.use_ema else args.model_key
+    checkpoint = read_checkpoint(args.checkpoint, args.sha256, average=args.use_ema)
     weights = pick_weights(checkpoint, args.checkpoint, key, args.model_prefix)
-    state, report = to_convnextv2(weights)
-    whole = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
-    shape = describe(state)
+    try:
+        state, report = to_convnextv2(weights)
+        shape = describe(state)
+        whole = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
+    except UserError as error:
+        raise UserError(f"{args.checkpoint}: {error}") from error
     run = as_dict(checkpoint.get("args"))
+    check_shape(args.checkpoint, shape, str(run.get("model")).removeprefix("fcmae_"))
+    report.loaded = list(state)
+    print(f"{args.checkpoint}: {report}", file=sys.stderr)  # standard output is for the result
+    if wild := wild_weights(state):
+        print(f"{args.checkpoint}: {wild}", file=sys.stderr)
     side = PUBLISHED_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     default_mean = first(
         args.imagenet_default_mean_and_std, run.get("imagenet_default_mean_and_std"), True
@@ -83,16 +92,6 @@ def build_subject(args: Any) -> Subject:
     )
 
 
-def as_dict(held: Any) -> dict[str, Any]:
-    """Flags as this toolkit or the official one keeps them; empty if there are none."""
-    return vars(held) if isinstance(held, argparse.Namespace) else dict(held or {})
-
-
-def first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next((value for value in values if value is not None), None)
-
-
 # --- whether it is good --------------------------------------------------------------------------
 
 
@@ -109,7 +108,8 @@ def check(subject: Subject, target: str, path: Path) -> str:
     try:
         difference = largest_difference(subject, target, read(subject, path))
     except Exception as error:  # whatever the consumer raises: its file is no use
-        raise UserError(f"{consumer} cannot use what was written: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{consumer} cannot use what was written: {reason}") from error
     if not difference <= limit:  # NaN is not
         raise UserError(
             f"{consumer} gives another output, by {difference:.1e} of the largest value where "
@@ -168,6 +168,7 @@ def publish(draft: Path, output: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     """Write beside the place, have it checked, and only then move it there."""
     subject = build_subject(args)
+    Network(subject, args.checkpoint)  # fits, or says what does not
     output = Path(args.output or default_output(subject, args.to))
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} is there already; choose another --output, or --overwrite true")

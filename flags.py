@@ -167,7 +167,7 @@ FLAGS: dict[str, tuple] = {
     "starting weights and head": (
         ("--finetune", str, "", f"{SOURCES} to start from, of any known layout; empty: random"),
         ("--model_key", str, MODEL_KEY, "keys under which it holds weights, tried in order"),
-        ("--use_ema", str2bool, False, "take the averaged weights: of --finetune, with --eval"),
+        ("--use_ema", str2bool, False, "take the averaged weights of --finetune, --resume"),
         ("--model_prefix", str, "", "what precedes the names of its weights; empty: nothing"),
         ("--head_init_scale", AMOUNT, None, "of a new head; unset: 0.001 with --finetune, else 1"),
         ("--nb_classes", COUNT, None, "classes to tell apart; unset: as many as the data has"),

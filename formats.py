@@ -7,7 +7,9 @@ python -c "import formats; print(formats.Subject.__doc__)"
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +61,27 @@ class Subject:
         return self.shape["stem_stride"] * 2 ** (len(self.shape["dims"]) - 1)
 
 
+def as_dict(held: Any) -> dict[str, Any]:
+    """Flags as this toolkit or the official one keeps them; empty if there are none."""
+    return vars(held) if isinstance(held, argparse.Namespace) else dict(held or {})
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def check_shape(source: str, shape: dict[str, Any], model: str) -> None:
+    """Refuse what lacks blocks of the model that it was made for; say what is none of the eight."""
+    found = shape["depths"], shape["dims"]
+    expected = SIZES.get(model.removeprefix("convnextv2_"))
+    if expected is not None and expected != found:
+        raise UserError(f"{source}: {model} has depths and widths {expected}, these are {found}")
+    if found not in SIZES.values():
+        text = f"none of the eight sizes: depths {found[0]}, widths {found[1]}"
+        print(f"{source}: {text}", file=sys.stderr)
+
+
 class Network(nn.Module):
     """What a graph computes: images (N, C, H, W) -> `Subject.output`.
 
@@ -66,10 +89,12 @@ class Network(nn.Module):
     positions, the norm behind it and, see `models.ops`, the statistics of GRN.
     """
 
-    def __init__(self, subject: Subject, half: bool = False) -> None:
+    def __init__(
+        self, subject: Subject, source: str = "the checkpoint", half: bool = False
+    ) -> None:
         super().__init__()
         self.bare = ConvNeXtV2(**subject.shape)
-        load_weights(self.bare, subject.state, "the checkpoint", absent_parts(subject.state))
+        load_weights(self.bare, subject.state, source, absent_parts(subject.state))
         self.output, self.half_precision = subject.output, half
         if half:
             self.bare.half().norm.float()
@@ -212,7 +237,7 @@ def write_onnx(subject: Subject, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is the older one
         torch.onnx.export(
-            Network(subject, subject.half),
+            Network(subject, half=subject.half),
             (_example(subject),),
             str(path),
             dynamo=False,
@@ -235,7 +260,7 @@ def write_torchscript(subject: Subject, path: Path) -> None:
     """A trace, for `torch.jit.load` and LibTorch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that torch.export is newer
-        network = Network(subject, subject.half)
+        network = Network(subject, half=subject.half)
         torch.jit.trace(network, _example(subject), check_trace=False).save(str(path))
 
 
@@ -255,7 +280,7 @@ def write_pt2(subject: Subject, path: Path) -> None:
         )
     dims = {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
     free = ({0: torch.export.Dim("batch", min=1), **dims},)
-    network = Network(subject, subject.half)
+    network = Network(subject, half=subject.half)
     program = torch.export.export(network, (_example(subject),), dynamic_shapes=free, strict=False)
     torch.export.save(program, path)
 

@@ -27,7 +27,7 @@ from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
 from keeper import build_keeper
 from lock import hold_folder
-from models.pretrained import EMA_KEY, has_average, load_pretrained
+from models.pretrained import EMA_KEY, has_average, load_both, load_pretrained
 from models.tune import choices, set_kernels
 from optim_factory import (
     build_ema,
@@ -75,10 +75,11 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
 
     # --- 4. weights -------------------------------------------------------------------------
-    key = EMA_KEY if args.use_ema else args.model_key
-    load = partial(load_pretrained, bare, model_prefix=args.model_prefix, sha256=args.sha256)
+    named = {"model_key": EMA_KEY if args.use_ema else args.model_key}
+    named |= {"model_prefix": args.model_prefix, "sha256": args.sha256}
+    load = partial(load_both, bare, **named)
     if args.finetune and not start.is_run:
-        load(args.finetune, key)
+        load(None, args.finetune)
     elif args.layer_decay < 1 and not start.source:
         log.warning("random weights, but --layer_decay < 1 spares trained ones; give --finetune")
     model_ema = build_ema(args, bare)
@@ -106,9 +107,8 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
-    state = utils.auto_load_model(
-        start, *parts, load=partial(load, model_key=args.model_key), fresh=args.start_epoch
-    )
+    load = partial(load, model_ema and model_ema.module)
+    state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch)
     save = partial(
         utils.save_model,

@@ -276,14 +276,14 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         "SYNTHETIC",
     ):
         yield f"--eval_data_path: --data_set {args.data_set} has its own; use image_folder"
-    if args.use_ema and not (args.finetune or args.eval):
-        yield "--use_ema true: there are no weights to choose among; give --finetune or --eval"
+    if args.use_ema and not (args.finetune or args.resume or args.eval):
+        yield "--use_ema true: no weights to choose among; give --finetune, --resume or --eval"
     if args.use_ema and args.model_key != MODEL_KEY:
         yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
     if args.eval and args.cuda_graphs:
         yield "--cuda_graphs true serves training; drop it with --eval true"
     if args.eval and args.disable_eval:
-        yield "--eval true and --disable_eval true leave nothing to do; drop one"
+        yield "--eval true and --disable_eval true leave nothing to do; --disable_eval false"
     source = args.resume or args.finetune or (args.auto_resume and args.output_dir)
     if args.eval and not source:
         yield "--eval true: no weights to evaluate; give --resume CHECKPOINT"

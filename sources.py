@@ -53,9 +53,10 @@ def _check_hash(path: Path, source: str, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
         found = found or hashlib.sha256(file.read())  # Python 3.10
     if found.hexdigest() != sha256.lower():
+        fetched = "" if str(path) == source else f"delete {path} and fetch it again, or "
         raise UserError(
             f"{source} has sha256 {found.hexdigest()}, expected {sha256.lower()}: another or a "
-            f"damaged file; delete {path} and fetch it again, or correct --sha256"
+            f"damaged file; {fetched}correct --sha256"
         )
 
 

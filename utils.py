@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from checkpoint import (
     RUN,
     choose_checkpoint,
     compare_args,
-    load_weights,
     read_checkpoint,
     restore_run,
     write_checkpoints,
@@ -265,7 +264,7 @@ def save_model(
     *,
     state: TrainState,
     args: Mapping[str, Any],
-    classes: Iterable[str] | None = None,
+    classes: Mapping[str, int] | None = None,
     numbered: bool = True,
     improved: Iterable[str] = (),
     keep: int = 3,
@@ -277,8 +276,8 @@ def save_model(
         and delete all but the `keep` newest ends of epochs and two saves within the last.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
-    classes: their names, in the order of the head. writer: what calls write(content), perhaps later
-        with a copy.
+    classes: label by name; stored are the names in the order of the head. writer: what calls
+        write(content), perhaps later with a copy.
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
     if not is_main_process():
@@ -290,7 +289,7 @@ def save_model(
         "scaler": scaler.state_dict() if scaler is not None else None,
         "state": asdict(state),
         "args": dict(args),
-        "classes": list(classes) if classes is not None else None,
+        "classes": None if classes is None else sorted(classes, key=classes.__getitem__),
     }
     write = partial(
         write_checkpoints, folder, numbered=numbered, improved=list(improved), keep=keep
@@ -304,11 +303,12 @@ class Start:
 
     source: str = ""
     checkpoint: Any = None
+    as_weights: bool = False  # of another kind of run, or of an average that somebody asked for
 
     @property
     def is_run(self) -> bool:
         """Whether there is more than weights."""
-        return not self.absent() and bool(self.source)
+        return bool(self.source) and not self.absent() and not self.as_weights
 
     @property
     def effective_batch(self) -> int:
@@ -342,6 +342,10 @@ def find_start(
     start = Start(
         source, main_process_first(lambda: read_checkpoint(source, expected, check=named))
     )
+    if args is not None and start.is_run and named:
+        was_pretraining = "mask_ratio" in start.checkpoint.get("args", {})
+        other = was_pretraining != ("mask_ratio" in args) or args.get("use_ema", False)
+        start = replace(start, as_weights=other)
     if args is not None and start.is_run:
         for change in compare_args(start.checkpoint.get("args", {}), args, source):
             get_logger().warning("%s: changed since, %s", source, change)
@@ -362,20 +366,17 @@ def auto_load_model(
 ) -> TrainState:
     """Continue a run from what `find_start` found, or begin one at epoch `fresh`.
 
-    load: what loads weights that are no run; without it they are an error.
+    load: what loads weights that are no run, and their average; without it they are an error.
     """
     log, source, absent = get_logger(), start.source, start.absent()
     if not source:
         return TrainState(fresh)
     if absent and load is None:
         raise UserError(f"{source} has no {', '.join(absent)}: it is no run to go on with")
-    if absent:
-        missing = " and ".join(absent)
-        text = "%s has no %s of this toolkit: training starts from its weights, at epoch %d"
-        log.warning(text, source, missing, fresh)
+    if not start.is_run:
+        why = f"it has no {' and '.join(absent)}" if absent else "no run to go on with here"
+        log.warning("%s: %s; training starts from its weights, at epoch %d", source, why, fresh)
         load(source)
-        if model_ema is not None:
-            load_weights(model_ema, model.state_dict(), source)
         return TrainState(fresh)
     restore_run(start.checkpoint, source, model, optimizer, scaler, model_ema)
     state = TrainState(**start.checkpoint["state"])

@@ -112,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
     """Rebuild the model and data that a pre-training checkpoint was made with, and draw."""
     device = utils.init_distributed_mode(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
-    if not isinstance(checkpoint, dict) or "mask_ratio" not in checkpoint.get("args", {}):
+    run = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    if not isinstance(run, dict) or "mask_ratio" not in run:
         raise UserError(f"{args.checkpoint}: expected a checkpoint that main_pretrain.py wrote")
     given = {key: value for key, value in vars(args).items() if value is not None}
     for key in ("model", "data_set"):  # a file must not choose what code is imported

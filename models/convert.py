@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Weights of every published layout, from and to the names of our own models.
 
-python -c "from models.convert import to_convnextv2; print(to_convnextv2({'stem.0.bias': 0}))"
+python -c "from models import convert; print(*convert.NAMES['timm'].items(), sep=chr(10))"
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, some
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # what pre-training has beside the encoder
@@ -58,6 +58,11 @@ NAMES = {
     },
     "official": {},
 }
+SIGNS = {  # a name that only one layout has
+    "embeddings.patch_embeddings.weight": "Hugging Face",
+    "stem.0.weight": "timm",
+    "downsample_layers.0.0.weight": "official",
+}
 
 
 @dataclass
@@ -78,11 +83,6 @@ class Report:
         return f"{self.layout} layout; {'; '.join(told)}"
 
 
-def some(names: list[str]) -> str:
-    """The first names of a list, for a message."""
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-
-
 # --- in ---------------------------------------------------------------------------------
 
 
@@ -95,7 +95,7 @@ def to_convnextv2(
     What only the other of the two models has is dropped, and reported. Unknown names stay: for
     `load_weights` to refuse.
     """
-    bare = {_unwrap(name): (name, value) for name, value in state.items()}
+    bare = {unwrap(name): (name, value) for name, value in state.items()}
     if len(bare) < len(state):
         raise UserError("some names differ only by a prefix such as module.; expected one of each")
     report = Report(_layout(bare))
@@ -120,27 +120,25 @@ def to_convnextv2(
     return out, report
 
 
-def _unwrap(name: str) -> str:
+def unwrap(name: str) -> str:
+    """The name without what DistributedDataParallel and torch.compile put before it."""
     for prefix in WRAPPERS * 2:  # either may stand inside the other
         name = name.removeprefix(prefix)
     return name
 
 
 def _layout(names: Iterable[str]) -> str:
-    names = {name.removeprefix("convnextv2.").removeprefix("encoder.") for name in names}
+    names = sorted(name.removeprefix("convnextv2.").removeprefix("encoder.") for name in names)
     if any(name.endswith(".kernel") for name in names):
         return "MinkowskiEngine"
-    signs = {
-        "embeddings.patch_embeddings.weight": "Hugging Face",
-        "stem.0.weight": "timm",
-        "downsample_layers.0.0.weight": "official",
-    }
-    found = [layout for sign, layout in signs.items() if sign in names]
+    found = [layout for sign, layout in SIGNS.items() if sign in names]
     if not found:
-        some = ", ".join(sorted(names)[:3])
+        ends = [name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(sign)]
+        hint = f"; perhaps --model_prefix {ends[0]}" if ends else ""
         raise UserError(
-            f"no weights of a ConvNeXt V2: the names look like {some}; expected those of the "
-            "official code, of timm, of Hugging Face or of this toolkit"
+            f"no weights of a ConvNeXt V2: the names look like {some(names) or 'nothing'}; "
+            "expected those of the official code, of timm, of Hugging Face or of this toolkit"
+            + hint
         )
     return found[0]
 
@@ -168,8 +166,8 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
     if theirs.endswith(".kernel"):  # (k*k, C) depthwise or (k*k, C, D); k*k counts columns first
         places, *channels = value.shape
         k = round(places**0.5)
-        if k * k != places:
-            raise UserError(f"{theirs} {tuple(value.shape)}: expected k * k places first")
+        if k * k != places or len(channels) not in (1, 2):
+            raise UserError(f"{theirs} {tuple(value.shape)}: expected (k * k, C) or (k * k, C, D)")
         kernel = value.reshape(k, k, *channels).transpose(0, 1)
         return kernel.permute(3, 2, 0, 1) if len(channels) == 2 else kernel.movedim(2, 0)[:, None]
     is_vector = value.ndim > 0 and value.numel() == value.shape[-1]

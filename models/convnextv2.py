@@ -53,7 +53,6 @@ class ConvNeXtV2(nn.Module):
     stem_stride: 4, or 1 or 2 for small images; also the stem's kernel.
     features_only: a backbone, images -> [maps of the stages `out_indices`], without norm, head and
         deeper stages; see `forward_intermediates`, and `feature_info.channels()`, `.reduction()`.
-
     Parameter names and shapes are the official ones. Source: arXiv 2301.00808, appendix A.
     """
 
@@ -125,13 +124,14 @@ class ConvNeXtV2(nn.Module):
         self,
         images: Tensor,
         indices: int | Sequence[int] | None = None,
+        *,
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
         """(N, in_chans, H, W) -> the last map, and the maps (N, C_i, h_i, w_i) after some stages.
 
-        As timm's namesake. indices: None for all stages, n for the last n, or a rising list.
-        intermediates_only: the maps alone; deeper stages then do not run. The stride of map i is
-        stem_stride * 2**i; what fills no whole cell at the right and bottom is cut off there.
+        indices: None for all stages, n for the last n, or a rising list. intermediates_only: the
+        maps alone; deeper stages do not run. The stride of map i is stem_stride * 2**i; what fills
+        no whole cell at the right and bottom is cut off there.
         """
         taken = take_stages(indices, len(self.stages))
         last = taken[-1] if intermediates_only else -1

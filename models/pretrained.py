@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoint import load_weights, read_checkpoint
 from errors import UserError
 from flags import MODEL_KEY
-from models.convert import CLASSIFIER, DECODER, Report, to_convnextv2
+from models.convert import CLASSIFIER, DECODER, SIGNS, Report, to_convnextv2, unwrap
 from utils import get_logger, main_process_first
 
 EMA_KEY = "model_ema|state_dict_ema"
@@ -73,12 +73,12 @@ def load_pretrained(
     error that names it.
     """
     log = get_logger()
-    checkpoint = main_process_first(lambda: read_checkpoint(source, sha256))
+    average = model_key == EMA_KEY
+    checkpoint = main_process_first(lambda: read_checkpoint(source, sha256, average=average))
     expected = model.state_dict()
-    is_fcmae = any(name.startswith("encoder.") for name in expected)
     try:
         given = pick_weights(checkpoint, source, model_key, model_prefix)
-        state, report = to_convnextv2(given, decoder=is_fcmae)
+        state, report = _under_names_of(expected, given)
     except UserError as error:
         raise UserError(f"{source}: {error}".replace(f"{source}: {source}", source)) from error
     left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
@@ -98,6 +98,43 @@ def load_pretrained(
     if wild:
         log.warning("%s: %s", source, wild)
     return report
+
+
+def _under_names_of(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Report]:
+    """Weights under the names of a model: of any layout for a ConvNeXt V2, else of its own."""
+    is_fcmae = any(name.startswith("encoder.") for name in expected)
+    if any(name.removeprefix("encoder.") in SIGNS for name in expected):
+        return to_convnextv2(given, decoder=is_fcmae)
+    state, report = (
+        {unwrap(name): value for name, value in given.items()},
+        Report("the model's own"),
+    )
+    if not is_fcmae and any(name.startswith("encoder.") for name in state):  # of an autoencoder
+        report.dropped = [name for name in state if name.startswith(DECODER)]
+        kept = {name: value for name, value in state.items() if name not in report.dropped}
+        state = {name.removeprefix("encoder."): value for name, value in kept.items()}
+    return state, report
+
+
+def load_both(
+    model: nn.Module,
+    average: nn.Module | None,
+    source: str,
+    model_key: str = MODEL_KEY,
+    model_prefix: str = "",
+    sha256: str = "",
+) -> None:
+    """`load_pretrained`, and of an average of the weights that it begins with what is there."""
+    load_pretrained(model, source, model_key, model_prefix, sha256)
+    if average is None:
+        return
+    if model_key != EMA_KEY and has_average(source, sha256):
+        load_pretrained(average, source, EMA_KEY, model_prefix, sha256)
+    else:
+        get_logger().info("%s: the average starts from the weights that were loaded", source)
+        average.load_state_dict(model.state_dict())
 
 
 def has_average(source: str, sha256: str = "") -> bool:

@@ -203,7 +203,7 @@ def test_best_is_complete_and_resumable_and_best_ema_holds_the_average(tmp_path)
     assert best["state"]["epoch"] == 4  # the real epoch
     assert_same(run.model, Namespace(best["model"]))
     average = read_checkpoint(tmp_path / "checkpoint-best-ema.pth")
-    assert set(average) == {"model", "state", "args", "classes"}
+    assert set(average) == {"model", "model_ema", "state", "args", "classes"}
     assert all((value == 7).all() for value in average["model"].values())
     other = Run(seed=1)
     assert other.load(None, resume=str(tmp_path / "checkpoint-best.pth")).epoch == 4
@@ -268,7 +268,8 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
 
     def load(run: Run) -> TrainState:
         def start(path: str) -> None:
-            load_weights(run.model, read_checkpoint(path)["model"], path)
+            for module in (run.model, run.ema):
+                load_weights(module, read_checkpoint(path)["model"], path)
 
         return run.load(folder, resume=str(source), load=start, fresh=2)
 
@@ -280,6 +281,23 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
     again = Run(seed=4)
     assert load(again).epoch == 7
     assert_same(again.model, run.model)
+
+
+@pytest.mark.parametrize("more", [{"mask_ratio": 0.6}, {"use_ema": True}])
+def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, more):
+    """--resume of a pre-training run in fine-tuning named 151 tensors that did not fit."""
+    source, loaded = Run(seed=3).save(tmp_path, 6), []
+    start = find_start(None, str(source), args={"lr": None, **more})
+    assert not start.is_run
+    run = Run(seed=1)
+    state = auto_load_model(start, run.model, run.optimizer, load=loaded.append, fresh=2)
+    assert (state, loaded) == (TrainState(2), [str(source)])
+
+
+def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
+    """By insertion, labels of an exported model were swapped."""
+    path = Run().save(tmp_path, 1, classes={"dog": 1, "cat": 0, "eel": 2})
+    assert read_checkpoint(path)["classes"] == ["cat", "dog", "eel"]
 
 
 def test_hash_belongs_to_resume_and_not_to_what_the_run_saves(tmp_path):

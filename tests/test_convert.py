@@ -281,6 +281,19 @@ def test_other_networks_are_refused_by_name(state, message):
         to_convnextv2(state)
 
 
+def test_names_behind_a_prefix_get_the_flag_that_takes_it_away():
+    state = {f"backbone.{name}": value for name, value in ours().state_dict().items()}
+    with pytest.raises(UserError, match=r"perhaps --model_prefix backbone\.$"):
+        to_convnextv2(state)
+
+
+def test_kernel_without_channels_is_named():
+    state = minkowski(autoencoder())
+    state["encoder.stages.0.0.dwconv.kernel"] = torch.zeros(49)
+    with pytest.raises(UserError, match=r"dwconv\.kernel \(49,\): expected \(k \* k, C\)"):
+        to_convnextv2(state)
+
+
 def test_two_tensors_for_one_name_are_refused():
     state = ours().state_dict()
     with pytest.raises(UserError, match="prefix such as module"):

@@ -25,6 +25,7 @@ from data_pipeline import create_eval_transform, mean_and_std
 from errors import UserError
 from flags import GRAPHS, TARGETS
 from formats import Network, Subject
+from models import create_model
 from models.convert import describe, to_convnextv2
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
@@ -291,6 +292,42 @@ def test_missing_consumer_is_said_in_the_last_line(files, tmp_path, monkeypatch,
 
 
 # --- graphs ---------------------------------------------------------------------------------
+
+
+def test_weights_that_fit_no_network_are_refused_though_nobody_could_check(tmp_path, monkeypatch):
+    """Without the consumer a transposed tensor was written and kept."""
+    state = classifier().state_dict()
+    name = "stages.1.0.pwconv1.weight"
+    torch.save(state | {name: state[name].T}, tmp_path / "odd.pth")
+    reader = (*export.FORMATS["hf"][:2], "not-a-package")
+    monkeypatch.setitem(export.FORMATS, "hf", reader)
+    with pytest.raises(UserError, match=r"odd\.pth does not fit ConvNeXtV2: .*pwconv1\.weight"):
+        main(tmp_path / "odd.pth", "--to", "hf", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_block_is_no_smaller_network(tmp_path):
+    """Atto without its last block of stage 2 became a network of other depths, and good."""
+    with torch.device("meta"):
+        state = create_model("convnextv2_atto").state_dict()
+    state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
+    torch.save({"model": state, "args": {"model": "convnextv2_atto"}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"convnextv2_atto has depths and widths .*\(2, 2, 5, 2\)"):
+        main(tmp_path / "a.pth", "--to", "safetensors")
+
+
+def test_export_tells_what_it_took_and_warns_of_wild_weights(tmp_path, capsys):
+    model = classifier()
+    with torch.no_grad():
+        for block in model.modules():
+            if hasattr(block, "pwconv1"):
+                block.pwconv1.weight.normal_(std=0.88)
+    torch.save(model.state_dict() | {"pred.bias": torch.zeros(3)}, tmp_path / "wild.pth")
+    main(tmp_path / "wild.pth", "--to", "timm", "--output", tmp_path / "out.safetensors")
+    said = capsys.readouterr().err
+    assert "official layout; " in said
+    assert "1 dropped (pred.bias)" in said
+    assert "rms of 0.8" in said
 
 
 @pytest.mark.parametrize("target", GRAPHS)

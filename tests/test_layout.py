@@ -60,7 +60,7 @@ LIMITS = {  # lines at most
     "models/backbones.py": 250,
     "models/heads.py": 250,
     "models/convert.py": 300,
-    "models/pretrained.py": 150,  # convert knows names; this one reads files and fills models
+    "models/pretrained.py": 160,  # convert knows names; this one reads files and fills models
 }
 FUNCTION_LINES = 50
 

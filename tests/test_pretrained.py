@@ -24,7 +24,8 @@ from errors import UserError
 from models.convert import to_hf, to_official, to_timm
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.pretrained import EMA_KEY, has_average, load_pretrained
+from models.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+from tests import tiny
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -113,6 +114,51 @@ def test_averages_are_found_only_where_they_are(tmp_path):
     }.items():
         torch.save(content, tmp_path / name)
         assert has_average(str(tmp_path / name)) == (name == "both")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_model_of_a_fork_loads_its_own_names(tmp_path, prefix):
+    """Weights of unknown names were refused, though they fitted the model that was asked for."""
+    source, target = tiny.Other(3), tiny.Other(3)
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    load_pretrained(target, str(tmp_path / "a.pth"), new=())
+    assert_same(values(target), values(source))
+    torch.save(classifier().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth does not fit Other: 4 missing"):
+        load_pretrained(target, str(tmp_path / "a.pth"))
+
+
+def test_fork_takes_the_encoder_of_its_autoencoder(tmp_path):
+    target, source = tiny.Other(3), tiny.Other(3)
+    state = {f"encoder.{name}": value for name, value in source.state_dict().items()}
+    torch.save(state | {"pred.weight": torch.zeros(2)}, tmp_path / "a.pth")
+    assert load_pretrained(target, str(tmp_path / "a.pth")).dropped == ["pred.weight"]
+    assert_same(values(target), values(source))
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_average_begins_with_what_a_published_run_has(tmp_path, averaged, lines):
+    """It was the raw weights, without a word, though the file held the average."""
+    content = {"model": classifier().state_dict(), "epoch": 3}
+    content |= {"model_ema": classifier(seed=2).state_dict()} if averaged else {}
+    torch.save(content, tmp_path / "a.pth")
+    model, average = classifier(seed=1), classifier(seed=1)
+    load_both(model, average, str(tmp_path / "a.pth"))
+    assert_same(values(model), values(classifier()))
+    assert_same(values(average), values(classifier(seed=2 if averaged else 0)))
+    assert any("the average starts from the weights" in line for line in lines()) != averaged
+
+
+def test_average_of_a_folder_is_the_best_average(tmp_path, lines):
+    for name, seed in (("checkpoint-best.pth", 2), ("checkpoint-best-ema.pth", 3)):
+        state = classifier(seed=seed).state_dict()
+        torch.save({"model": state, "model_ema": state}, tmp_path / name)
+    for key, seed in ((EMA_KEY, 3), ("model", 2)):
+        model = classifier(seed=1)
+        load_pretrained(model, str(tmp_path), key)
+        assert_same(values(model), values(classifier(seed=seed)))
+    assert any(line.endswith("checkpoint-best-ema.pth of it") for line in lines())
 
 
 # --- what is said -----------------------------------------------------------------------
