@@ -43,6 +43,7 @@ from utils import TrainState, all_gather, barrier, broadcast, get_logger, get_ra
 from utils import get_world_size as processes
 
 SECONDS = 4.0  # that a measurement lasts
+DECODING = 4.0  # seconds for images of each set
 MARGIN = 0.95  # share of the free memory that may be used
 
 
@@ -101,6 +102,7 @@ def check_run(
     report = Report()
     get_logger().info("dry run: nothing is written, no epoch begins; a minute or so")
     samples = check_data(report, batches, val_batches, args.seed)
+    sound = not broadcast(report.faults)
     tell_plan(report, source or vars(args).get("finetune", ""), state, stepper, schedule)
     check_folder(report, folder, args.log_dir)
     if samples:
@@ -108,7 +110,7 @@ def check_run(
         trial = Trial(train_epoch, stepper, batches, samples)
         fixed = args.compile or args.cuda_graphs
         size = check_memory(report, trial, args.batch_size, unit, fixed)
-        rate = size and measure_speed(report, trial, state, size, args.num_workers)
+        rate = size and measure_speed(report, trial, state, size, args.num_workers, sound)
         passes = 1 + bool(vars(args).get("model_ema_eval")) if val_batches else 0
         judging = 0.0
         if rate and passes:
@@ -142,7 +144,7 @@ def check_data(
         names = class_map(data) if data.nb_classes else None
         classes = f" of {data.nb_classes} classes" if data.nb_classes else ", labels not used"
         same = ", as train has them" if name == "val" and names else ""
-        good, bad, tried = decode_some(data, seed, SECONDS)
+        good, bad, tried = decode_some(data, seed, DECODING)
         whose = all_gather((bad, tried))
         bad = [text for texts, _ in whose for text in texts]
         tried = sum(count for _, count in whose)
@@ -176,6 +178,8 @@ def decode_some(
             sample = UserError(f"image number {index}: {type(error).__name__}: {error}")
         if isinstance(sample, UserError):
             bad.append(str(sample))
+        elif sample[0].is_floating_point() and not sample[0].isfinite().all():
+            bad.append(f"image number {index} holds values that are not finite")
         elif len(good) < keep:
             good.append(sample)
         if time.perf_counter() - began > seconds:
@@ -196,12 +200,12 @@ def tell_plan(
     each = per_update // (micro * processes())
     text = "%d images = %d x %d micro-batches x %d processes; %d in the whole run"
     report.line("update", text, per_update, each, micro, processes(), schedule.total)
-    text = "%.2fM trained, %.2fM of them decayed, in %d groups"
-    report.line("parameters", text, sum(counts) / 1e6, decayed / 1e6, len(groups))
     scales = [group["lr_scale"] for group in groups]
-    layers = f", times {min(scales):.3g} to {max(scales):.3g} by layer" if min(scales) < 1 else ""
+    layers = f", rate times {min(scales):.3g} to 1 by layer" if min(scales) < 1 else ""
+    text = "%.2fM trained, %.2fM of them decayed, in %d groups%s"
+    report.line("parameters", text, sum(counts) / 1e6, decayed / 1e6, len(groups), layers)
     for row, text in enumerate(rate_rows(schedule, state.updates)):
-        report.line("" if row else "rate", "%s%s", text, "" if row else layers)
+        report.line("" if row else "rate", "%s", text)
 
 
 def rate_rows(schedule: Schedule, now: int) -> Iterator[str]:
@@ -276,9 +280,12 @@ def largest_by_measuring(trial: Trial, asked: int, unit: int) -> tuple[int, str]
     """(images, how it was found) from the memory of two small steps, since too much may kill."""
     small = max(asked // 8 // unit, 1) * unit
     size = min(2 * small, asked)
-    trial.step(small)  # the first makes moments, and measures kernels
-    before = memory(trial.device)[0]
-    low, high = (peak_of(trial.device, lambda n=n: trial.step(n)) for n in (small, size))
+    peaks, before = [], 0
+    for count in (small, size):
+        trial.step(count)  # the first of a size measures kernels, the first of all makes moments
+        before = before or memory(trial.device)[0]
+        peaks.append(peak_of(trial.device, lambda n=count: trial.step(n)))
+    low, high = peaks
     floor = trial.samples[0][0].numel() * 4
     each = (high - low) / (size - small) if size > small else (high - before) / size
     each = max(each, floor)
@@ -289,16 +296,22 @@ def largest_by_measuring(trial: Trial, asked: int, unit: int) -> tuple[int, str]
 
 
 def measure_speed(
-    report: Report, trial: Trial, state: TrainState, size: int, workers: int
+    report: Report, trial: Trial, state: TrainState, size: int, workers: int, sound: bool
 ) -> float:
-    """Images/s of loader and model, apart and together; returns the last, over all processes."""
+    """Images/s of loader and model, apart and together; returns the last, over all processes.
+
+    sound: no image is known to be bad, so that real batches can be trained on.
+    """
     report.line("", "measuring speed ...")
-    trial.step(size)
-    first = trial.step(size)
-    times = max(1, min(50, int(SECONDS / max(first, 1e-9))))
-    times = min(all_gather(times))
-    model = min(all_gather(size * times / trial.step(size, times))) * processes()
+    seconds, times = trial.step(size), 1  # `check_memory` did the first
+    more = min(all_gather(min(50, int(SECONDS / seconds))))
+    if more > 1:
+        seconds, times = trial.step(size, more), more
+    model = min(all_gather(size * times / seconds)) * processes()
     report.line("model", "%.1f images/s", model)
+    if not sound:
+        report.line("loader", "not measured: a bad image would end it")
+        return 0.0
     batches, ahead = trial.batches, 2 * workers + 1  # what workers hold ready
 
     def set_epoch(epoch: int) -> None:
@@ -307,11 +320,8 @@ def measure_speed(
     barrier()
     loader = sum(all_gather(rate_of(Stream(batches.loader, set_epoch), ahead, SECONDS)))
     report.line("loader", "%.1f images/s by %d workers a process", loader, workers)
-    if loader == 0:
-        report.fault("the loader gave no whole batch")
-        return 0.0
     slowest = min(model, loader) / processes()
-    times = min(all_gather(max(2, int(SECONDS * slowest / size))))
+    times = min(all_gather(max(1, int(SECONDS * slowest / size))))
     stream = Stream(batches, set_epoch, min(ahead, times), times)
     trial.run(stream)
     seconds = max(all_gather(time.perf_counter() - stream.began))
