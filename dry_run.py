@@ -211,7 +211,7 @@ def tell_plan(
 def rate_rows(schedule: Schedule, now: int) -> Iterator[str]:
     """The learning rate at the first update, the peak, every tenth and the last, with bars."""
     last = schedule.total - 1
-    peak = min(schedule.warmup, last)
+    peak = min(max(schedule.warmup - 1, 0), last)
     updates = {0, peak, last, min(now, last), *(schedule.total * k // 10 for k in range(10))}
     width = len(str(last))
     for update in sorted(updates):

@@ -159,10 +159,12 @@ def test_what_cannot_be_is_refused(restored, capsys):
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":0:0"
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG is :0:0"):
         make_deterministic(True, torch.device("cuda"))
+    refused = {"--compile": "--compile true makes is chosen by measuring", "--opt bnbadamw": "adds"}
     for kind in (options.pretrain_parser, options.finetune_parser):
-        with pytest.raises(SystemExit):
-            options.parse(kind(), ["--data_set", "DIGITS", "--deterministic", "--compile"])
-        assert "--compile true makes is chosen by measuring" in capsys.readouterr().err
+        for words, reason in refused.items():
+            with pytest.raises(SystemExit):
+                options.parse(kind(), f"--data_set DIGITS --deterministic {words}".split())
+            assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch", "triton"])
