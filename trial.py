@@ -136,6 +136,8 @@ class Trial:
         else:
             return True
         self.stepper.optimizer.zero_grad(set_to_none=True)
+        with suppress(AssertionError):  # of a scaler that has not unscaled yet
+            self.stepper.scaler.update()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return False

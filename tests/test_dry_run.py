@@ -229,30 +229,40 @@ class Small:
     device, update_freq = CPU, 1
 
     def __init__(self, error: Exception) -> None:
-        self.error, self.optimizer = error, torch.optim.SGD([torch.zeros(1)])
+        self.error, self.weight = error, torch.zeros(1, requires_grad=True)
+        self.optimizer = torch.optim.SGD([self.weight])
         self.normalise = torch.Tensor.float
+        self.scaler = torch.amp.GradScaler("cpu")
 
     def train(self, batches, **rest) -> None:
         for images, _, _ in batches:
+            loss = self.weight.sum() * len(images)
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)  # which it does once before an update
             if len(images) > 10:
                 raise self.error
+            self.scaler.update()
+
+    def trial(self) -> Trial:
+        samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, n) for n in range(4)]
+        return Trial(self.train, self, self, samples)
 
 
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("full"), RuntimeError("x: can't allocate memory"), MemoryError()],
 )
-def test_memory_that_ran_out_is_an_answer_and_other_errors_are_not(error):
-    parts = Small(error)
-    samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, n) for n in range(4)]
-    trial = Trial(parts.train, parts, parts, samples)
+def test_memory_that_ran_out_is_an_answer(error):
+    trial = Small(error).trial()
     assert [trial.fits(n) for n in (1, 10, 11, 40, 10)] == [True, True, False, False, True]
-    parts.error = RuntimeError("shapes do not fit")
+
+
+def test_other_errors_are_no_answer():
     with pytest.raises(RuntimeError, match="shapes"):
-        trial.fits(11)
-    parts.error = RuntimeError("f does not have a deterministic implementation. More")
+        Small(RuntimeError("shapes do not fit")).trial().fits(11)
+    refused = RuntimeError("f does not have a deterministic implementation. More")
     with pytest.raises(UserError, match="--deterministic: f does not have"):
-        trial.fits(11)
+        Small(refused).trial().fits(11)
 
 
 def test_batches_of_any_size_hold_their_own_copy():
