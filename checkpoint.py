@@ -31,7 +31,7 @@ RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
-LOCAL += ("local_rank", "world_size", "dist_url", "progress")
+LOCAL += ("local_rank", "world_size", "dist_url", "progress", "dry_run")
 GROUP_STATE = ("step", "lookahead_step", "k")  # what optimizers count in a group, not in a state
 
 
@@ -167,8 +167,13 @@ def _rotate(folder: Path, newest: Path, keep: int) -> None:
             path.unlink()
 
 
-def choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> str:
-    """The file that a run goes on from: the newest readable one, else `resume`, '' for none."""
+def choose_checkpoint(
+    folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
+) -> str:
+    """The file that a run goes on from: the newest readable one, else `resume`, '' for none.
+
+    rename: what is damaged, so that nobody tries it again.
+    """
     paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
     if paths and not auto_resume:
         raise UserError(
@@ -183,9 +188,8 @@ def choose_checkpoint(folder: Path | None, resume: str, auto_resume: bool) -> st
             f"{reasons[paths[0]]}; choose another --output_dir, or move them away to start anew"
         )
     for path, reason in reasons.items():
-        aside = _set_aside(path)
-        text = "%s; it is now called %s, trying the one before"
-        logging.getLogger("convnextv2").warning(text, reason, aside.name)
+        aside = f"; it is now called {_set_aside(path).name}" if rename else ""
+        logging.getLogger("convnextv2").warning("%s%s, trying the one before", reason, aside)
     return str(good) if good else resume
 
 

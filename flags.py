@@ -210,6 +210,18 @@ FLAGS: dict[str, tuple] = {
         ),
         ("--compile", str2bool, False, "torch.compile: slow first update, then faster"),
         ("--cuda_graphs", str2bool, False, "launch a training step's kernels as one; CUDA only"),
+        (
+            "--deterministic",
+            str2bool,
+            False,
+            "the same bits in every run of the command on this machine; no --compile, slower",
+        ),
+        (
+            "--dry_run",
+            str2bool,
+            False,
+            "try data, weights, memory, speed and disk without a run; exit code 1 on a problem",
+        ),
         ("--print_freq", COUNT, 20, "updates between log lines"),
         ("--progress", ("auto", "bar", "lines"), "auto", "auto: bar on a terminal, else lines"),
     ),

@@ -160,3 +160,12 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     except (KeyError, TypeError, OSError):
         return False
     return not holder.get("start") or holder["start"] == _start_of(holder["pid"])
+
+
+def holder(folder: Path) -> str:
+    """Whose run holds the folder, as far as this machine can tell at once; '' for nobody's."""
+    held = Lock(folder)._read()
+    here = held.get("host") == socket.gethostname()
+    if not held or (here and not _is_alive(held)):
+        return ""
+    return f"process {held.get('pid')} on {held.get('host')}"

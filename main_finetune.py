@@ -20,6 +20,7 @@ if __name__ == "__main__":  # --help and typing errors answer before torch is lo
 import torch
 
 import datasets
+import dry_run
 import hooks
 import models
 import utils
@@ -37,7 +38,7 @@ from optim_factory import (
     count_updates,
     scale_lr,
 )
-from randomness import seed_all
+from randomness import make_deterministic, seed_all
 from stepper import Stepper, choose_amp
 
 
@@ -52,11 +53,14 @@ def main(args: argparse.Namespace) -> None:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
+    make_deterministic(args.deterministic, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     processes = utils.get_world_size()
-    folder = hold_folder(args.output_dir)
-    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256, vars(args))
+    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
+    start = utils.find_start(
+        folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
+    )
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
@@ -118,6 +122,22 @@ def main(args: argparse.Namespace) -> None:
         classes=datasets.class_map(train_set),
         keep=args.save_ckpt_num,
     )
+    train_epoch = partial(
+        train_one_epoch,
+        model,
+        bare,
+        criterion,
+        stepper=stepper,
+        schedule=schedule,
+        seed=args.seed,
+        mixup=mixup,
+        model_ema=model_ema,
+    )
+    if args.dry_run:
+        return dry_run.check_run(
+            *(args, folder, start.source, state, batches, stepper, schedule, train_epoch, save),
+            *(val_batches, partial(evaluate, model=bare, device=device, amp=amp)),
+        )
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
@@ -126,20 +146,7 @@ def main(args: argparse.Namespace) -> None:
     ):
         while state.epoch < args.epochs:
             batches.set_epoch(state.epoch, state.seen)
-            train = train_one_epoch(
-                model,
-                bare,
-                criterion,
-                batches,
-                stepper,
-                schedule,
-                state,
-                reporter,
-                keeper,
-                args.seed,
-                mixup,
-                model_ema,
-            )
+            train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
             state.end_epoch()
             stats = {f"train_{key}": value for key, value in train.items()}
             if val_batches:

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # --help and typing errors answer before torch is lo
     args = options.parse(get_args_parser())
 
 import datasets
+import dry_run
 import hooks
 import models
 import utils
@@ -35,7 +36,7 @@ from optim_factory import (
     count_updates,
     scale_lr,
 )
-from randomness import seed_all
+from randomness import make_deterministic, seed_all
 from stepper import Stepper, choose_amp
 
 
@@ -50,9 +51,12 @@ def main(args: argparse.Namespace) -> None:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
     set_kernels(args.kernels, device)
+    make_deterministic(args.deterministic, device)
     processes = utils.get_world_size()
-    folder = hold_folder(args.output_dir)
-    start = utils.find_start(folder, args.resume, args.auto_resume, args.sha256, vars(args))
+    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
+    start = utils.find_start(
+        folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
+    )
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
@@ -99,6 +103,13 @@ def main(args: argparse.Namespace) -> None:
     state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch)
     save = partial(utils.save_model, folder, *parts, args=vars(args), keep=args.save_ckpt_num)
+    train_epoch = partial(
+        train_one_epoch, model, fcmae, stepper=stepper, schedule=schedule, seed=args.seed
+    )
+    if args.dry_run:
+        return dry_run.check_run(
+            args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
+        )
     panel = args.picture_freq and visualize.build_panel(dataset.dataset, fcmae, args, device)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
@@ -108,9 +119,7 @@ def main(args: argparse.Namespace) -> None:
     ):
         while state.epoch < args.epochs:
             batches.set_epoch(state.epoch, state.seen)
-            train = train_one_epoch(
-                model, fcmae, batches, stepper, schedule, state, reporter, keeper, args.seed
-            )
+            train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
             state.end_epoch()
             last = state.epoch == args.epochs
             stats = {f"train_{key}": value for key, value in train.items()}

@@ -181,6 +181,8 @@ def finalize(args: argparse.Namespace) -> FrozenNamespace:
         new["opt_betas"] = (0.9, 0.95)
     if new["use_amp"] is False and new["amp"] is None:
         new["amp"] = "none"
+    if new["deterministic"] and new["kernels"] == "auto":
+        new["kernels"] = "torch"  # which of them is the fastest may differ between two runs
     if "mask_ratio" in new and new["patch_size"] is None:
         new["patch_size"] = 8 * new["stem_stride"]
     if "finetune" in new:
@@ -219,6 +221,12 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--use_amp {args.use_amp} contradicts --amp {args.amp}; give only --amp"
     if args.sha256 and bool(args.resume) == bool(vars(args).get("finetune")):
         yield "--sha256 belongs to one file; give either --resume or --finetune with it"
+    if args.deterministic and args.compile:
+        yield "--deterministic true: what --compile true makes is chosen by measuring; drop one"
+    if args.deterministic and args.opt.lower().startswith(("bnb", "fused")):  # timm's, of others
+        yield f"--deterministic true: torch does not know how --opt {args.opt} adds; drop one"
+    if args.dry_run and vars(args).get("eval"):
+        yield "--dry_run true tries a training run; --eval true writes nothing: drop one"
     if args.cuda_graphs and args.compile:
         yield "--cuda_graphs true and --compile true exclude each other; drop one"
     if args.update_freq is not None and args.effective_batch is not None:

@@ -7,10 +7,13 @@ python -c "import randomness; print(randomness.mix(0, 1))"
 
 from __future__ import annotations
 
+import os
 import random
 
 import torch
 from torch import Tensor
+
+from errors import UserError
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64, Steele et al. 2014
@@ -57,3 +60,25 @@ def seed_all(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
+
+
+CUBLAS = (":4096:8", ":16:8")  # the workspaces with which cuBLAS sums in one order
+
+
+def make_deterministic(asked: bool, device: torch.device) -> None:
+    """If asked for: from here on torch gives the same bits for the same input, or raises.
+
+    Before the first product on a GPU, since cuBLAS reads its workspace once.
+    """
+    if not asked:
+        return
+    if device.type == "mps":
+        raise UserError("--deterministic: torch does not promise it on mps; use --device cpu")
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS[0])
+    if device.type == "cuda" and workspace not in CUBLAS:
+        raise UserError(
+            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}, with which cuBLAS may sum "
+            f"in any order; unset it, or set it to {' or '.join(CUBLAS)}"
+        )
+    torch.backends.cudnn.benchmark = False  # which algorithm is the fastest differs between runs
+    torch.use_deterministic_algorithms(True)

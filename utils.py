@@ -45,7 +45,8 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
     except (UserError, TrainingStopped) as error:
         rank = f" [rank {get_rank()}]" if get_world_size() > 1 else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        found = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
+        sys.exit(1 if found else 2)  # what a dry run looks for is its result
     except Preempted as stop:
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
@@ -327,14 +328,15 @@ def find_start(
     auto_resume: bool = True,
     sha256: str = "",
     args: Mapping[str, Any] | None = None,
+    rename: bool = True,
 ) -> Start:
     """The newest readable checkpoint of `folder`, else `resume`, read on every rank.
 
     A damaged newest file is passed over with a warning; if none can be read that is an error.
     `resume` is where a run starts: what the run has since saved itself wins. args: the flags now;
-    what they change of the run's is told, or refused.
+    what they change of the run's is told, or refused. rename: damaged files, out of the way.
     """
-    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume))
+    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
     if not source:
         return Start()
     named = source == resume  # what lies in the folder is checked already

@@ -170,7 +170,7 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(
         main_finetune,
         "train_one_epoch",
-        lambda *a, **k: states.append(copy.copy(a[6])) or real(*a, **k),
+        lambda *a, **k: states.append(copy.copy(k["state"])) or real(*a, **k),
     )
     with pytest.raises(UserError, match="the run's effective batch 6: not a multiple of"):
         finetune(f"{words} --batch_size 12")  # nobody said that the updates should change

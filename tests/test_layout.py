@@ -43,6 +43,8 @@ LIMITS = {  # lines at most
     "meters.py": 250,
     "losses.py": 200,
     "hooks.py": 350,
+    "dry_run.py": 400,  # --dry_run: asks every part of a run, so it belongs to none of them
+    "trial.py": 300,  # what it measures with: the engine on chosen batches, memory, sizes
     "engine_pretrain.py": 100,
     "engine_finetune.py": 180,
     "slurm.py": 200,
@@ -82,7 +84,7 @@ BELOW_ENGINES = L0 | MODELS | L1 | SCRIPTS | {"hooks"}
 MAINS = {"main_pretrain", "main_finetune"}
 ALLOWED = {
     "errors": set(),
-    "randomness": set(),
+    "randomness": {"errors"},
     "sources": {"errors"},
     "checkpoint": {"errors", "sources"},
     "utils": {"errors", "checkpoint"},
@@ -110,11 +112,13 @@ ALLOWED = {
     "hf_folder": L0 | MODELS | {"data_pipeline", "formats"},
     **dict.fromkeys(SCRIPTS, L0 | MODELS | L1 | FLAGS | FORMATS),
     "hooks": L0 | MODELS | L1 | {"visualize", "options"},
+    "trial": L0 | MODELS | L1 | {"hooks"},  # an engine's epoch is handed to it by a main
+    "dry_run": L0 | MODELS | L1 | {"hooks", "trial"},
     "engine_pretrain": BELOW_ENGINES,
     "engine_finetune": BELOW_ENGINES,
     "hubconf": {"checkpoint", "flags", "models", "models.convert", "models.pretrained"},
-    "main_pretrain": BELOW_ENGINES | FLAGS | {"engine_pretrain", "slurm"},
-    "main_finetune": BELOW_ENGINES | FLAGS | {"engine_finetune", "slurm"},
+    "main_pretrain": BELOW_ENGINES | FLAGS | {"engine_pretrain", "slurm", "dry_run"},
+    "main_finetune": BELOW_ENGINES | FLAGS | {"engine_finetune", "slurm", "dry_run"},
     "submitit_pretrain": BELOW_ENGINES | FLAGS | {"main_pretrain", "slurm"},
     "submitit_finetune": BELOW_ENGINES | FLAGS | {"main_finetune", "slurm"},
 }

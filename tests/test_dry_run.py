@@ -1,0 +1,300 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What --dry_run finds, and that it leaves no trace.  pytest tests/test_dry_run.py"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dry_run
+import main_finetune
+import main_pretrain
+import options
+import utils
+from errors import UserError
+from lock import Lock
+from optim_factory import Schedule
+from tests.test_end_to_end import FINETUNE, PRETRAIN, run
+from tests.tiny import Colours
+from trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable, size_of
+
+CPU = torch.device("cpu")
+MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
+
+
+class Broken(Colours):
+    """Two images that raise what somebody's own data set may raise, none of ours."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index in (3, 4):
+            raise ZeroDivisionError("no such thing")
+        return super().__getitem__(index)
+
+
+def broken(data_path: str, train: bool) -> Broken:
+    return Broken(26 if train else 3)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Measurements of a moment: their numbers matter to no test."""
+    monkeypatch.setattr(dry_run, "SECONDS", 0.05)
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """A function: all that was said so far, by log lines and errors."""
+    monkeypatch.setattr(utils.get_logger(), "propagate", True)  # else pytest adds a handler
+    monkeypatch.setattr(utils.get_logger(), "handlers", [])  # a run makes one for this capsys
+    text = []
+
+    def read() -> str:
+        text.extend(capsys.readouterr())
+        return "".join(text)
+
+    return read
+
+
+def dry(kind: str, *words: object) -> int:
+    """Exit code of a dry run in this process."""
+    main, base = MAINS[kind]
+    args = options.parse(main.get_args_parser(), [*base, *map(str, words), "--dry_run"])
+    try:
+        utils.launch(main.main, args)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """Every file with its contents and time."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths}
+
+
+# --- all right --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "torchrun"), [("pretrain", 0), ("finetune", 2)])
+def test_a_good_run_is_0_and_the_report_is_the_main_process_s(kind, torchrun, tmp_path):
+    base, folder = MAINS[kind][1], tmp_path / "runs" / "new"
+    flags = ["--batch_size", 3, "--output_dir", folder, "--dry_run"]
+    done = run(f"main_{kind}.py", *base, *flags, torchrun=torchrun)
+    labels = "train start update parameters rate memory model loader together disk time"
+    for label in labels.split() + ["val", "evaluation"] * (kind == "finetune"):
+        assert done.stdout.count(f"\n{label.ljust(12)} ") == 1, (label, done.stdout)
+    assert "nothing would fail" in done.stdout
+    assert "step 1/" not in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folder_of_a_run_that_goes_on_elsewhere_is_left_as_it_is(short, said, tmp_path):
+    """A lock taken over, a checkpoint renamed or a picture drawn would harm that run."""
+    words = ["--output_dir", tmp_path, "--log_dir", "none", "--save_ckpt_num", 9]
+    args = options.parse(main_pretrain.get_args_parser(), [*PRETRAIN, *map(str, words)])
+    main_pretrain.main(args)
+    newest = tmp_path / "checkpoint-1.pth"
+    newest.write_bytes(newest.read_bytes()[:500])  # cut off by a crash
+    for path in tmp_path.glob(".lock*"):
+        path.unlink()
+    before = tree(tmp_path)
+    assert dry("pretrain", *words, "--epochs", 4) == 0
+    assert "trying the one before" in said()
+    assert "checkpoint-0.pth, at epoch 1, update 4 of 16" in said()
+    assert tree(tmp_path) == before
+
+    lock = Lock(tmp_path).take()
+    lock.stopped.set()  # so that its time stands still
+    time.sleep(0.01)
+    before = tree(tmp_path)
+    assert dry("pretrain", *words, "--epochs", 4) == 1
+    assert "is in use by process" in said()
+    assert tree(tmp_path) == before
+    lock.release()
+
+
+def test_report_says_what_the_run_will_do(short, said):
+    words = ["--epochs", 10, "--update_freq", 2, "--warmup_epochs", 2, "--min_lr", 0.001]
+    assert dry("finetune", *words, "--layer_decay", 0.5, "--model_ema", "--model_ema_eval") == 0
+    assert "26 images of 3 classes; 26 decoded, all good" in said()
+    assert "7 images of 3 classes, as train has them; 7 decoded, all good" in said()
+    assert "random weights, at epoch 0, update 0 of 20" in said()
+    assert "12 images = 6 x 2 micro-batches x 1 processes; 20 in the whole run" in said()
+    assert "rate times 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
+    assert "update  3  1.00e-02  ######################################## peak" in said()
+    assert "update 19  1.00e-03  ####" in said()
+
+
+# --- what would fail ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("planted")
+    picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
+    for split, names in {"train": "ab", "val": "a"}.items():
+        for name in names:
+            (root / "differ" / split / name).mkdir(parents=True)
+            for number in range(6):
+                picture.save(root / "differ" / split / name / f"{number}.png")
+    shutil.copytree(root / "differ" / "train", root / "broken" / "a")
+    (root / "broken" / "a" / "b" / "4.png").write_bytes(b"no picture")
+    torch.save({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, root / "resnet.pth")
+    (root / "file").write_text("a file")
+    return root
+
+
+FAULTS = {  # name -> script, flags, what must be said
+    "bad image": ("pretrain", "--data_set folder --data_path {0}/broken", "1 of 12 train images"),
+    "own data set": ("pretrain", "--data_set tests.test_dry_run:broken", "ZeroDivisionError"),
+    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in train: b"),
+    "weights": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
+    "nothing divides": ("pretrain", "--effective_batch 10", "not a multiple of --batch_size 6"),
+    "too few images": ("pretrain", "--batch_size 27", "--batch_size 26 or less"),
+    "folder is a file": ("pretrain", "--output_dir {0}/file/run", "is a file"),
+    "not finite": ("finetune", "--data_set tests.tiny:poisoned --disable_eval", "not finite"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_planted_fault_is_named_and_the_exit_code_is_1(case, planted, short, said):
+    kind, words, named = FAULTS[case]
+    assert dry(kind, *words.format(planted).split()) == 1
+    assert "error: " in said()
+    assert named in said()
+    assert "nothing would fail" not in said()
+
+
+def test_every_fault_is_listed_and_not_only_the_first(planted, short, said, monkeypatch, tmp_path):
+    Usage = namedtuple("Usage", "free")
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1000))
+    words = ["--data_set", "folder", "--data_path", planted / "broken", "--output_dir", tmp_path]
+    assert dry("pretrain", *words) == 1
+    assert "1. 1 of 12 train images: cannot read image" in said()
+    assert "b/4.png" in said()
+    assert "2. checkpoints need" in said()
+    assert "1000 B are free: lower --save_ckpt_num" in said()
+
+
+def test_a_batch_that_does_not_fit_is_not_even_tried(short, said, monkeypatch):
+    """On a CPU the system would end the process, without a word."""
+    sizes = []
+    real = Trial.step
+    monkeypatch.setattr(Trial, "step", lambda s, n, t=1: sizes.append(n) or real(s, n, t))
+    monkeypatch.setattr(dry_run, "memory", lambda device: (0, 1000))
+    assert dry("pretrain", "--batch_size", 24) == 1
+    assert "--batch_size 24 does not fit" in said()
+    assert max(sizes) == 6
+
+
+def test_a_fault_is_exit_code_1_of_a_process(planted):
+    words = ["--data_set", "IMNET", "--data_path", planted / "differ", "--dry_run"]
+    run("main_finetune.py", *FINETUNE, *words, expect=1)
+
+
+def test_a_dry_run_of_an_evaluation_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        dry("finetune", "--eval", "--resume", "a.pth")
+    assert "--dry_run true tries a training run" in capsys.readouterr().err
+
+
+# --- what it measures with ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("asked", [2, 8, 64])
+@pytest.mark.parametrize("truth", [0, 1, 5, 63, 64, 65, 130, 999, 5000])
+def test_largest_batch_is_found_to_a_sixteenth(truth, asked, unit):
+    tried = []
+    found = largest_that_fits(lambda n: tried.append(n) or n <= truth, asked, 1001, unit)
+    best = min(truth, 1001) // unit * unit
+    assert found % unit == 0
+    assert best - max(unit, best // 15) <= found <= best
+    assert len(tried) <= 16
+    assert max(tried) <= 1001
+
+
+class Small:
+    """As much of a stepper and its batches as a trial needs, with room for ten images."""
+
+    device, update_freq = CPU, 1
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.weight = error, torch.zeros(1, requires_grad=True)
+        self.optimizer = torch.optim.SGD([self.weight])
+        self.normalise = torch.Tensor.float
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def train(self, batches, **rest) -> None:
+        for images, _, _ in batches:
+            loss = self.weight.sum() * len(images)
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)  # which it does once before an update
+            if len(images) > 10:
+                raise self.error
+            self.scaler.update()
+
+    def trial(self) -> Trial:
+        samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, n) for n in range(4)]
+        return Trial(self.train, self, self, samples)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), RuntimeError("x: can't allocate memory"), MemoryError()],
+)
+def test_memory_that_ran_out_is_an_answer(error):
+    trial = Small(error).trial()
+    assert [trial.fits(n) for n in (1, 10, 11, 40, 10)] == [True, True, False, False, True]
+
+
+def test_other_errors_are_no_answer():
+    with pytest.raises(RuntimeError, match="shapes"):
+        Small(RuntimeError("shapes do not fit")).trial().fits(11)
+    refused = RuntimeError("f does not have a deterministic implementation. More")
+    with pytest.raises(UserError, match="--deterministic: f does not have"):
+        Small(refused).trial().fits(11)
+
+
+def test_batches_of_any_size_hold_their_own_copy():
+    """Mixup works in place: the same tensor again would be mixed twice."""
+    images = torch.ones(2, 3, 4, 4)
+    for batch in Repeated((images, images, images), 3):
+        assert batch[0].sum() == 96
+        batch[0].mul_(0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells memory there")
+def test_peak_counts_what_lived_for_a_moment():
+    used, free = memory(CPU)
+    assert 0 < used < used + free < 2**60
+    megabytes = 200
+    peak = peak_of(CPU, lambda: [torch.ones(megabytes * 2**18), time.sleep(0.05)])
+    assert megabytes * 0.9 < (peak - used) / 2**20 < megabytes * 1.3
+
+
+def test_size_of_a_checkpoint_is_that_of_its_file(tmp_path):
+    content = {"model": {"a": torch.ones(1000, 10)}, "state": {"epoch": 1}}
+    torch.save(content, tmp_path / "file.pth")
+    assert abs(size_of(content) - (tmp_path / "file.pth").stat().st_size) < 1000
+    assert [readable(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3.0 GiB"]
+
+
+def test_rates_are_those_of_the_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    kwargs = {"updates_per_epoch": 7, "epochs": 3, "warmup_epochs": 1, "lr": 1.0, "min_lr": 0.1}
+    schedule = Schedule(optimizer, **kwargs)
+    rows = [row.split() for row in dry_run.rate_rows(schedule, 9)]
+    updates = [int(row[1]) for row in rows]
+    assert updates == sorted({0, 6, 20, 9, *(21 * k // 10 for k in range(10))})
+    assert all(math.isclose(float(r[2]), schedule.rate(int(r[1])), rel_tol=0.01) for r in rows)
+    assert [row[-1] for row in rows if int(row[1]) in (6, 9)] == ["peak", "here"]
