@@ -219,6 +219,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--use_amp {args.use_amp} contradicts --amp {args.amp}; give only --amp"
     if args.sha256 and bool(args.resume) == bool(vars(args).get("finetune")):
         yield "--sha256 belongs to one file; give either --resume or --finetune with it"
+    if args.data_timeout and not args.num_workers:
+        got = f"--data_timeout {args.data_timeout:g}"
+        yield f"{got} watches loader processes, --num_workers 0 has none; give some, or drop it"
     if args.cuda_graphs and args.compile:
         yield "--cuda_graphs true and --compile true exclude each other; drop one"
     if args.update_freq is not None and args.effective_batch is not None:
