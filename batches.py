@@ -21,7 +21,8 @@ class Batches:
     """A loader's batches on `device`: images (N, C, H, W) float, normalised, channels_last.
 
     uint8 images are 0..255, float ones 0..1. Raises the UserErrors that `Augmented` returned.
-    `wait_seconds` sums the time spent waiting for the loader. On CUDA the host queues work faster
+    `wait_seconds` sums the time spent waiting for the loader; `bad` says why of the images that
+    `--on_bad_image skip` went without, by name. On CUDA the host queues work faster
     than it gets done, so a batch's copy, on a stream of its own, runs beside the step before it.
     """
 
@@ -36,6 +37,7 @@ class Batches:
         mean_std = torch.tensor([mean, std], dtype=torch.float32, device=self.device)
         self.mean, self.std = mean_std[:, None, :, None, None]  # (1, C, 1, 1) each
         self.wait_seconds = 0.0
+        self.bad: dict[str, str] = {}
         self.side = None  # the stream that copies; one, since each has memory of its own
         if self.device.type == "cuda":
             self.side = torch.cuda.Stream(self.device)
@@ -57,14 +59,17 @@ class Batches:
                 return
             if isinstance(batch, UserError):
                 raise batch
-            yield self._to_device(batch) if self.side is None else self._on_side(batch)
+            *batch, bad = batch
+            self.bad |= dict(bad)
+            if len(batch[0]):  # an evaluation may have left out all
+                yield self._to_device(batch) if self.side is None else self._on_side(batch)
             start = time.perf_counter()
 
-    def _to_device(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _to_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
         return self.normalise(images), labels, ids
 
-    def _on_side(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _on_side(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         here = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.side):
             parts = self._to_device(batch)

@@ -1,74 +1,29 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""From a stored sample to a batch on the host: decoding, transforms, order, loader.
+"""From a stored sample to a batch on the host: transforms, order, loader; see also `decoding`.
 
 python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))"
 """
 
 from __future__ import annotations
 
+import math
 import signal
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
 
+from data_faults import WatchedLoader
+from decoding import UNREADABLE, BadImage, decode, describe
 from errors import UserError
 from randomness import mix, seed_all
-
-MODES = {1: "L", 3: "RGB"}  # channels -> what PIL calls them
-# What a damaged file raises, in PIL and in the decoders below it.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-UNREADABLE += (Image.DecompressionBombError,)
-
-
-# --- decoding ------------------------------------------------------------------------------------
-
-
-def load_image(path: str) -> Image.Image:
-    """Decode a whole file, in its own mode: `decode` makes it RGB or grey."""
-    with open(path, "rb") as file:
-        image = Image.open(file)
-        image.load()
-    return image
-
-
-def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
-    """Make `sample` an RGB or grey PIL image, or a checked (in_chans, H, W) tensor."""
-    if isinstance(sample, Tensor):
-        bytes_ = sample.dtype == torch.uint8
-        if not (bytes_ or sample.is_floating_point()) or sample.ndim != 3:
-            raise UserError(f"expected (C, H, W) uint8 or float, got {_describe(sample)}")
-        if not (bytes_ and in_chans in MODES and len(sample) in MODES):
-            if len(sample) != in_chans:
-                raise UserError(f"expected --in_chans {in_chans}, got {_describe(sample)}")
-            return sample if bytes_ else sample.float()
-        sample = to_pil_image(sample)
-    if not isinstance(sample, Image.Image):
-        raise UserError(f"expected a PIL image or a tensor, got {type(sample).__name__}")
-    if in_chans not in MODES:
-        raise UserError(
-            f"--in_chans {in_chans} needs a dataset of ({in_chans}, H, W) tensors, got a PIL image "
-            f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
-        )
-    if sample.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion cuts off above 255
-        sample = Image.fromarray((np.asarray(sample) >> 8).clip(0, 255).astype(np.uint8))
-    if sample.mode == "F":
-        raise UserError("got an image of floats, whose range is unknown; expected 8 or 16 bits")
-    return sample.convert(MODES[in_chans])
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} tensor {tuple(tensor.shape)}"
-
 
 # --- transforms: PIL image or (C, H, W) tensor -> (C, H, W) tensor, uint8 unless float came in ---
 
@@ -81,7 +36,7 @@ def _check_picture(image: Image.Image | Tensor) -> Image.Image:
     if isinstance(image, Tensor):
         raise UserError(
             "--aa and --color_jitter act on 8-bit images of 1 or 3 channels, got "
-            f"{_describe(image)}; turn them off: --aa none --color_jitter 0"
+            f"{describe(image)}; turn them off: --aa none --color_jitter 0"
         )
     return image
 
@@ -197,6 +152,19 @@ def create_train_transform(
     return T.Compose([*head, *steps, _to_tensor, *tail])
 
 
+def _middle(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tensor:
+    """Without the ends of an image that is more than `ratio` times as long as it is wide.
+
+    20,000 x 10 pixels would become 512,000 x 256 before the centre is cut out.
+    """
+    height, width = get_dimensions(image)[1:]
+    longest = math.ceil(ratio * min(height, width))
+    top, left = (max(0, (side - longest) // 2) for side in (height, width))
+    if not (top or left):
+        return image
+    return crop(image, top, left, height - 2 * top, width - 2 * left)
+
+
 def create_eval_transform(
     input_size: int | Sequence[int], crop_pct: float | None = None
 ) -> T.Compose:
@@ -213,10 +181,21 @@ def create_eval_transform(
         return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), _to_tensor])
     pct = crop_pct or 224 / 256
     steps = create_transform(size, interpolation="bicubic", crop_pct=pct, use_prefetcher=True)
-    return T.Compose([*steps.transforms, _to_tensor])
+    ratio = 16 * max(size) / min(size)  # far from what the crop keeps
+    return T.Compose([partial(_middle, ratio=ratio / pct), *steps.transforms, _to_tensor])
 
 
 # --- a sample is a function of (seed, epoch, index) ----------------------------------------------
+
+
+TRIES = 100  # others in place of an image that cannot be used
+
+
+class Replaced(NamedTuple):
+    """Another sample, or None, in place of those that cannot be used: (name, why) of each."""
+
+    sample: tuple[Tensor, int, int] | None
+    bad: list[tuple[str, str]]
 
 
 class Augmented(Dataset):
@@ -224,7 +203,9 @@ class Augmented(Dataset):
 
     Returns (image (C, H, W), label, index), or a UserError where the sample cannot be used: as a
     value, because what a worker raises reaches the user as a long traceback. What a transform
-    raises is a bug and stays an exception.
+    raises is a bug and stays an exception. on_bad: for an image that cannot be decoded `error`, or
+    a `Replaced` that says so: with `replace` it holds another by the hash of (seed, epoch, index),
+    which keeps the index and so the mask of its place, with `leave out` none.
     """
 
     def __init__(
@@ -234,46 +215,69 @@ class Augmented(Dataset):
         seed: int,
         in_chans: int = 3,
         nb_classes: int | None = None,
+        on_bad: str = "error",
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-        self.in_chans, self.nb_classes = in_chans, nb_classes
+        self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | UserError:
-        epoch, index = key
-        seed_all(self.seed, epoch, index)
-        try:
-            image, label = self._load(index)
-            return self.transform(image), label, index
-        except UserError as error:
-            return error
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Replaced | UserError:
+        index, bad = key[1], []
+        for attempt in range(1 + TRIES * (self.on_bad == "replace")):
+            draw = (self.seed, *key, attempt) if attempt else (self.seed, *key)
+            chosen = mix(*draw) % len(self) if attempt else index
+            seed_all(*draw)
+            try:
+                image, label = self._load(chosen)
+                sample = self.transform(image), label, index
+                return Replaced(sample, bad) if bad else sample
+            except BadImage as error:
+                if self.on_bad == "error":
+                    return error
+                bad.append((self._file(chosen) or f"image number {chosen}", error.reason))
+            except UserError as error:
+                return error
+        if self.on_bad == "leave out":
+            return Replaced(None, bad)
+        return UserError(
+            f"{TRIES} others in place of {self.name_of(index)} cannot be used either, the last "
+            f"{bad[-1][0]} ({bad[-1][1]}); too many to go on without: look at the data"
+        )
 
     def _load(self, index: int) -> tuple[Image.Image | Tensor, int]:
         try:
             item = self.dataset[index]
             sample, label = item if isinstance(item, tuple | list) else (item, None)
             image = decode(sample, self.in_chans)
-        except UserError as error:
-            raise UserError(f"{self._name(index)}: {error}") from error
-        except UNREADABLE as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"cannot read {self._name(index)} ({reason}); replace or remove it"
+        except (BadImage, *UNREADABLE) as error:
+            if isinstance(error, UserError) and not isinstance(error, BadImage):
+                raise UserError(f"{self.name_of(index)}: {error}") from error
+            reason = str(error)
+            if not isinstance(error, BadImage):
+                reason = f"{type(error).__name__}: {reason}"
+            raise BadImage(
+                f"cannot read {self.name_of(index)} ({reason}); replace or remove it, or do "
+                "without such images: --on_bad_image skip",
+                reason,
             ) from error
         if label is None and self.nb_classes is not None:
-            raise UserError(f"{self._name(index)} has no label; expected (image, label)")
+            raise UserError(f"{self.name_of(index)} has no label; expected (image, label)")
         label = 0 if label is None else int(label)  # pre-training has no use for it
         if self.nb_classes is not None and not 0 <= label < self.nb_classes:
             expected = f"expected 0 to {self.nb_classes - 1}"
-            raise UserError(f"{self._name(index)}: label {label}; {expected}")
+            raise UserError(f"{self.name_of(index)}: label {label}; {expected}")
         return image, label
 
-    def _name(self, index: int) -> str:
+    def _file(self, index: int) -> str | None:
         files = getattr(self.dataset, "samples", None)  # as torchvision's folders have it
         path = files[index][0] if isinstance(files, list) else None
-        return f"image {path}" if isinstance(path, str) else f"image number {index}"
+        return path if isinstance(path, str) else None
+
+    def name_of(self, index: int) -> str:
+        """`image <its file>`, or `image number 7` where there are no files."""
+        return f"image {self._file(index) or f'number {index}'}"
 
 
 class TrainSampler(Sampler):
@@ -320,13 +324,21 @@ class EvalSampler(Sampler):
 # --- loader --------------------------------------------------------------------------------------
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | UserError:
-    """Samples -> images (N, C, H, W), labels (N,), ids (N,); or the first UserError among them."""
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
+    """Samples -> images (N, C, H, W), labels (N,), ids (N,), what was `Replaced`: (name, why).
+
+    Or the first UserError among them.
+    """
     error = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if error is not None:
         return error
+    bad = [fault for sample in samples if isinstance(sample, Replaced) for fault in sample.bad]
+    samples = [sample.sample if isinstance(sample, Replaced) else sample for sample in samples]
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:  # all left out
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad
     images, labels, ids = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(ids)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -346,16 +358,21 @@ def create_loader(
     num_workers: int = 0,
     pin_mem: bool = False,
     drop_last: bool = False,
+    timeout: float = 0,
 ) -> DataLoader:
-    """A DataLoader of `collate`d batches whose workers live as long as it does."""
-    return DataLoader(
+    """A DataLoader of `collate`d batches whose workers live as long as it does.
+
+    timeout: seconds that a worker may take for one sample; 0: any time.
+    """
+    return WatchedLoader(
         dataset,
+        num_workers,
+        timeout,
+        _leave_signals_to_the_run,
         sampler=sampler,
         batch_size=max(1, batch_size),
-        num_workers=num_workers,
         pin_memory=pin_mem and torch.cuda.is_available(),  # elsewhere torch only warns
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_run,
         collate_fn=collate,
     )

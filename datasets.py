@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from archives import Cifar, find_cifar
 from batches import Batches
+from data_faults import BadImages
 from data_pipeline import (
     Augmented,
     EvalSampler,
@@ -31,12 +33,12 @@ from data_pipeline import (
     create_pretrain_transform,
     create_train_transform,
     height_and_width,
-    load_image,
     mean_and_std,
 )
+from decoding import load_image
 from errors import UserError, resolve
 from randomness import mix
-from utils import barrier, get_rank, get_world_size, is_main_process
+from utils import get_rank, get_world_size
 
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
     "DATASETS",
@@ -45,6 +47,7 @@ __all__ = [  # with the names of data_pipeline, so that `import datasets` is eno
     "DataSpec",
     "EvalSampler",
     "TrainSampler",
+    "build_bad_images",
     "build_batches",
     "build_dataset",
     "build_datasets",
@@ -60,6 +63,9 @@ __all__ = [  # with the names of data_pipeline, so that `import datasets` is eno
     "create_loader",
     "mean_and_std",
 ]
+
+
+PATIENCE = 1800.0  # seconds for one sample: half of what ranks wait for each other
 
 
 # --- data sets: (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label) -----
@@ -137,37 +143,14 @@ def folder(spec: DataSpec, train: bool) -> UnlabelledFolder:
     return UnlabelledFolder(_folder_at(path, f"--{flag}", "images"))
 
 
-def _cifar(kind: type[CIFAR10], spec: DataSpec, train: bool) -> CIFAR10:
-    if not spec.data_path:
-        raise UserError(f"--data_path is not given; expected where {kind.__name__} is or shall be")
-    root = Path(spec.data_path).expanduser()
-    data, reason = None, "not there"
-    if is_main_process():
-        try:
-            data = kind(str(root), train=train, download=True)
-        except Exception as error:  # whatever it is, the other ranks wait at the barrier
-            reason = f"{type(error).__name__}: {error}"
-    barrier()
-    try:
-        data = data if is_main_process() else kind(str(root), train=train)
-    except (RuntimeError, OSError) as error:
-        reason = str(error)
-    if data is None:
-        raise UserError(
-            f"{kind.__name__} could not be had ({reason}); expected {root / kind.base_folder}/ "
-            f"with the files of {kind.url}: download and unpack it in {root}"
-        )
-    return data
-
-
-def cifar10(spec: DataSpec, train: bool) -> CIFAR10:
+def cifar10(spec: DataSpec, train: bool) -> Cifar:
     """CIFAR-10 in data_path, downloaded there if need be."""
-    return _cifar(CIFAR10, spec, train)
+    return find_cifar(CIFAR10, spec.data_path, train)
 
 
-def cifar100(spec: DataSpec, train: bool) -> CIFAR100:
+def cifar100(spec: DataSpec, train: bool) -> Cifar:
     """CIFAR-100 in data_path, downloaded there if need be."""
-    return _cifar(CIFAR100, spec, train)
+    return find_cifar(CIFAR100, spec.data_path, train)
 
 
 class Digits(Dataset):
@@ -285,6 +268,16 @@ def build_mean_and_std(args: Any) -> tuple[list, list]:
     return mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
 
 
+def on_bad_image(is_train: bool, args: Any) -> str:
+    """What `Augmented` does; an evaluation must not count another image in place of a bad one."""
+    return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]
+
+
+def build_bad_images(args: Any, folder: Path | None, *batches: Batches | None) -> BadImages:
+    """The list of images that `--on_bad_image skip` goes without."""
+    return BadImages(folder, *batches, active=args.on_bad_image == "skip")
+
+
 def build_transform(is_train: bool, args: Any) -> Callable:
     """The fine-tuning transform for training or evaluation; yields (C, H, W), not normalised."""
     if not is_train:
@@ -328,7 +321,8 @@ def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
         )
     nb_classes = args.nb_classes if names is None else len(names)
     transform = build_transform(is_train, args)
-    return Augmented(data, transform, args.seed, args.in_chans, nb_classes), nb_classes
+    on_bad = on_bad_image(is_train, args)
+    return Augmented(data, transform, args.seed, args.in_chans, nb_classes, on_bad), nb_classes
 
 
 def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
@@ -349,16 +343,20 @@ def build_pretrain_dataset(args: Any) -> Augmented:
     size = height_and_width(args.input_size)
     data = create_dataset(args.data_set, DataSpec(args.data_path, input_size=size), train=True)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
-    return Augmented(data, transform, args.seed, args.in_chans)
+    on_bad = on_bad_image(True, args)
+    return Augmented(data, transform, args.seed, args.in_chans, on_bad=on_bad)
 
 
 def build_loader(dataset: Augmented, is_train: bool, args: Any) -> DataLoader:
     """This rank's loader: shuffled whole batches to train, each image once to evaluate."""
     rank, world_size = get_rank(), get_world_size()
+    patience = PATIENCE if args.data_timeout is None else args.data_timeout
     if not is_train:
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
         size = int(1.5 * args.batch_size)  # as official; no activations are kept for a backward
-        return create_loader(dataset, sampler, size, args.num_workers, args.pin_mem)
+        return create_loader(
+            dataset, sampler, size, args.num_workers, args.pin_mem, timeout=patience
+        )
     needed, fits = args.batch_size * world_size, len(dataset) // world_size
     if len(dataset) < needed:
         fix = (
@@ -369,9 +367,8 @@ def build_loader(dataset: Augmented, is_train: bool, args: Any) -> DataLoader:
             f"({args.batch_size} x {world_size} processes); {fix}"
         )
     sampler = TrainSampler(len(dataset), args.seed, rank, world_size)
-    return create_loader(
-        dataset, sampler, args.batch_size, args.num_workers, args.pin_mem, drop_last=True
-    )
+    workers = args.num_workers
+    return create_loader(dataset, sampler, args.batch_size, workers, args.pin_mem, True, patience)
 
 
 def build_batches(dataset: Augmented, is_train: bool, args: Any, device: Any) -> Batches:

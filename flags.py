@@ -114,6 +114,13 @@ FLAGS: dict[str, tuple] = {
         ("--imagenet_default_mean_and_std", str2bool, True, "false: Inception's mean and std"),
         ("--num_workers", WHOLE, min(10, CORES), "loader processes of each rank"),
         ("--pin_mem", str2bool, True, "page-locked host memory: faster copies to a GPU"),
+        ("--on_bad_image", ("error", "skip"), "error", "skip: go on without it, and list it"),
+        (
+            "--data_timeout",
+            AMOUNT,
+            None,
+            "seconds that a loader process may take for one image; 0: any time; unset: 1800",
+        ),
         ("--hflip", CHANCE, 0.5, "chance of a horizontal flip in training"),
         ("--scale", SHARE, (0.08, 1.0), "area of the random crop: least and most", 2),
         ("--crop_pct", SHARE, None, "evaluation: crop / resized side; unset: by input size"),

@@ -143,6 +143,7 @@ def main(args: argparse.Namespace) -> None:
     with (
         build_keeper(args, folder and save) as keeper,
         hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
+        datasets.build_bad_images(args, folder, batches, val_batches) as bad_images,
     ):
         while state.epoch < args.epochs:
             batches.set_epoch(state.epoch, state.seen)
@@ -155,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
             if val_batches and args.model_ema_eval:
                 test = evaluate(val_batches, on_device(model_ema.module, device), device, amp)
                 stats |= {f"test_{key}_ema": value for key, value in test.items()}
+            bad_images.write()
             accuracies = {"best": stats.get("test_acc1"), "best-ema": stats.get("test_acc1_ema")}
             improved = state.note_best(accuracies)
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
@@ -177,16 +179,18 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
+    bad_images = datasets.build_bad_images(args, None, batches)
     both = args.model_ema and has_average(path, args.sha256)  # a published file has one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
         load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(batches, model, device, amp)
+        left_out = bad_images.write()
         utils.get_logger().info(
             "%s of %s on %d images: acc1 %.2f%%  acc5 %.2f%%  loss %.4f",
             key,
             path,
-            len(dataset),
+            len(dataset) - left_out,
             stats["acc1"],
             stats["acc5"],
             stats["loss"],

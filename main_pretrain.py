@@ -116,12 +116,14 @@ def main(args: argparse.Namespace) -> None:
     with (
         build_keeper(args, folder and save) as keeper,
         hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
+        datasets.build_bad_images(args, folder, batches) as bad_images,
     ):
         while state.epoch < args.epochs:
             batches.set_epoch(state.epoch, state.seen)
             train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
             state.end_epoch()
             last = state.epoch == args.epochs
+            bad_images.write()
             stats = {f"train_{key}": value for key, value in train.items()}
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
             drawn = panel and (last or state.epoch % args.picture_freq == 0)

@@ -227,6 +227,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--deterministic true: torch does not know how --opt {args.opt} adds; drop one"
     if args.dry_run and vars(args).get("eval"):
         yield "--dry_run true tries a training run; --eval true writes nothing: drop one"
+    if args.data_timeout and not args.num_workers:
+        got = f"--data_timeout {args.data_timeout:g}"
+        yield f"{got} watches loader processes, --num_workers 0 has none; give some, or drop it"
     if args.cuda_graphs and args.compile:
         yield "--cuda_graphs true and --compile true exclude each other; drop one"
     if args.update_freq is not None and args.effective_batch is not None:

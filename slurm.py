@@ -23,12 +23,14 @@ class Trainer:
     Output goes to the job's folder, from which a requeued job resumes by itself.
     """
 
-    def __init__(self, module: str, args: Any) -> None:
-        self.module, self.args = module, args
+    def __init__(self, module: str, args: Any, umask: int | None = None) -> None:
+        self.module, self.args, self.umask = module, args, umask
 
     def __call__(self) -> None:
         import submitit
 
+        if self.umask is not None:  # the user's; that of `submit` is for the job's pickles
+            os.umask(self.umask)
         environment = submitit.helpers.TorchDistributedEnvironment().export()
         job = submitit.JobEnvironment().job_id
         main = importlib.import_module(self.module)
@@ -45,7 +47,23 @@ class Trainer:
         import submitit
 
         again = type(self.args)(**vars(self.args) | {"auto_resume": True})
-        return submitit.helpers.DelayedSubmission(Trainer(self.module, again))
+        return submitit.helpers.DelayedSubmission(Trainer(self.module, again, self.umask))
+
+
+def make_private(job_dir: str) -> None:
+    """Make the folder of a job, or of jobs if it is one each; a job's own, for its owner alone."""
+    folder = Path(job_dir)
+    if JOB_NUMBER in job_dir:  # by then submitit makes it
+        folder = next(path for path in folder.parents if JOB_NUMBER not in str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if JOB_NUMBER not in job_dir:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise SystemExit(
+            f"--job_dir {job_dir}: {folder} cannot be made yours alone ({error.strerror}), and "
+            "pickles in it are code; choose a folder you own"
+        ) from error
 
 
 def submit(module: str, args: Any) -> Any:
@@ -56,6 +74,7 @@ def submit(module: str, args: Any) -> Any:
         raise SystemExit("submitting needs submitit: pip install submitit") from error
     here = str(Path(__file__).resolve().parent)  # the job's python must find these files
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    make_private(args.job_dir)
     executor = submitit.AutoExecutor(folder=args.job_dir, cluster=args.cluster)
     parameters: dict[str, Any] = {
         "name": module.removeprefix("main_"),
@@ -73,7 +92,11 @@ def submit(module: str, args: Any) -> Any:
     if args.use_volta32:
         parameters["slurm_constraint"] = "volta32gb"
     executor.update_parameters(**parameters)
-    job = executor.submit(Trainer(module, args))
+    umask = os.umask(0o077)  # who can write the job's pickle chooses what the job runs
+    try:
+        job = executor.submit(Trainer(module, args, umask))
+    finally:
+        os.umask(umask)
     print(f"job {job.job_id}; standard output of rank 0: {job.paths.stdout}")
     if args.cluster == "debug":
         job.result()  # runs it, in this process

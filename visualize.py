@@ -97,7 +97,10 @@ def build_panel(
 
     A mask depends on the sample alone, so pictures of different epochs compare.
     """
-    whole = datasets.Augmented(data, datasets.build_transform(False, args), 0, args.in_chans)
+    transform = datasets.build_transform(False, args)
+    skip = vars(args).get("on_bad_image") == "skip"  # which an old checkpoint does not say
+    on_bad = "replace" if skip else "error"
+    whole = datasets.Augmented(data, transform, 0, args.in_chans, on_bad=on_bad)
     count = min(count, len(data))
     picked = [i * len(data) // count for i in range(count)]
     loader = datasets.create_loader(whole, [(0, i) for i in picked], count)

@@ -12,8 +12,6 @@ import math
 import statistics
 import sys
 import time
-import zipfile
-import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,14 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import engine_finetune
 import engine_pretrain
 import utils
+from archives import DAMAGED, Zip
 from checkpoint import load_weights
 from datasets import build_mixup, mean_and_std
+from decoding import decode, load_image_file
 from errors import UserError
 from hooks import Reporter, summary
 from keeper import Keeper
@@ -50,9 +49,9 @@ def load(path: Path, counts: dict[str, int]) -> Data:
     """That many images of SPLIT/CLASS/*.jpg in a zip: the first by name, as many of each class."""
     expected = " and ".join(f"{count} in {split}/CLASS/*.jpg" for split, count in counts.items())
     try:
-        with zipfile.ZipFile(path) as archive:
+        with Zip(path) as archive:
             data = {split: _read(archive, split, count) for split, count in counts.items()}
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, UserError) as error:
+    except (UserError, *DAMAGED) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         raise UserError(f"--data {path}: {reason}; expected a zip with {expected}") from error
     classes = [names for _, _, names in data.values()]
@@ -62,11 +61,9 @@ def load(path: Path, counts: dict[str, int]) -> Data:
     return {split: (images, labels) for split, (images, labels, _) in data.items()}
 
 
-def _read(
-    archive: zipfile.ZipFile, split: str, count: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _read(archive: Zip, split: str, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     files: dict[str, list[str]] = {}
-    for name in sorted(archive.namelist()):
+    for name in sorted(archive.names):
         if name.startswith(f"{split}/") and name.lower().endswith((".jpg", ".jpeg")):
             files.setdefault(name.split("/")[1], []).append(name)
     each, rest = divmod(count, max(len(files), 1))
@@ -74,7 +71,7 @@ def _read(
     if rest or not 1 <= each <= least:
         raise UserError(f"holds {len(files)} classes in {split}/, the smallest of {least} images")
     chosen = [name for names in files.values() for name in names[:each]]
-    images = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in chosen]
+    images = [decode(load_image_file(io.BytesIO(archive.read(name))), 3) for name in chosen]
     if len({image.size for image in images}) > 1:
         raise UserError(f"holds images of several sizes in {split}/")
     return np.stack(images), np.repeat(np.arange(len(files)), each), list(files)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+import archives
 import datasets
 from batches import Batches
 from data_pipeline import (
@@ -28,9 +29,9 @@ from data_pipeline import (
     create_loader,
     create_pretrain_transform,
     create_train_transform,
-    decode,
     mean_and_std,
 )
+from decoding import decode
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def make_args(**changes):
         "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0,
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
+        "on_bad_image": "error", "data_timeout": None,
     }  # fmt: skip
     return SimpleNamespace(**(flags | changes))
 
@@ -211,10 +213,10 @@ def test_empty_folders_are_user_errors(tmp_path):
 
 
 def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
-    def offline(self):
+    def offline(*words):
         raise OSError("no network")
 
-    monkeypatch.setattr(datasets.CIFAR10, "download", offline)
+    monkeypatch.setattr(archives, "download_url", offline)
     for name, folder in [("CIFAR", "cifar-100-python"), ("CIFAR10", "cifar-10-batches-py")]:
         with pytest.raises(UserError, match=rf"no network.*{tmp_path}/{folder}"):
             datasets.build_dataset(True, make_args(data_set=name, data_path=str(tmp_path)))
@@ -440,7 +442,7 @@ def test_evaluation_counts_every_image_once():
 def test_eval_loader_drops_nothing_and_keeps_order():
     args = make_args(batch_size=50)
     data, _ = datasets.build_dataset(False, args)
-    ids = torch.cat([ids for _, _, ids in datasets.build_loader(data, False, args)])
+    ids = torch.cat([ids for _, _, ids, _ in datasets.build_loader(data, False, args)])
     assert ids.tolist() == list(range(355))
 
 

@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import torch
 
 from models.convnextv2 import ConvNeXtV2
@@ -76,3 +80,29 @@ class Other(torch.nn.Module):
 def other(num_classes: int, **kwargs) -> Other:
     """`Other`, whatever else the flags say."""
     return Other(num_classes)
+
+
+class Deadly(Colours):
+    """One sample of it ends the process that reads it, or never comes."""
+
+    def __init__(self, length: int, fault: str) -> None:
+        super().__init__(length)
+        self.fault = fault
+        self.samples = [(f"photos/{index}.jpg", index % CLASSES) for index in range(length)]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 5:
+            if self.fault == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return super().__getitem__(index)
+
+
+def dies(data_path: str, train: bool) -> Deadly:
+    """`colours` whose reader is killed, as for want of memory."""
+    return Deadly(26 if train else 5, "dies")
+
+
+def hangs(data_path: str, train: bool) -> Deadly:
+    """`colours` of which one is on a file system that stalls."""
+    return Deadly(26 if train else 5, "hangs")

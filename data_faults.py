@@ -1,0 +1,263 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What goes wrong between disk and batch, by name: images without use, processes that die or hang.
+
+python -c "import data_faults; print(data_faults.BadImages.__doc__)"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from checkpoint import write_atomically
+from errors import Preempted, TrainingStopped
+from utils import all_gather, get_logger, is_main_process
+
+LOOKS = 4  # at the processes within --data_timeout
+IDLE = -1  # in place of a sample
+DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)")
+REMEDY = (
+    "if memory ran out, give fewer --num_workers, or more /dev/shm after a bus error; if not, "
+    "look at that sample, and at the data set's code with --num_workers 0"
+)
+ESCAPES = {ord(char): repr(char)[1:-1] for char in "\t\n\r"}  # a line is a file
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+class Watched(Dataset):
+    """`dataset`, whose worker notes in a row of `table` what it holds.
+
+    table: (workers, 3) float64 in shared memory: process, index of a sample or IDLE, since when.
+    """
+
+    def __init__(self, dataset: Any, table: Tensor) -> None:
+        self.dataset, self.table = dataset, table
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        row = self.table[get_worker_info().id]
+        row[1:] = torch.tensor([key[1], time.monotonic()], dtype=torch.float64)
+        try:
+            return self.dataset[key]
+        finally:
+            row[1] = IDLE
+
+
+class Watch:
+    """Turns torch's "worker died" and "timed out" into TrainingStopped with the sample's name.
+
+    seconds: that a process may take for one sample; 0: any time.
+    """
+
+    def __init__(self, workers: int, seconds: float, name_of: Callable[[int], str]) -> None:
+        self.table = torch.tensor([[0.0, IDLE, 0.0]] * workers, dtype=torch.float64)
+        self.table.share_memory_()
+        self.seconds, self.name_of = seconds, name_of
+        self.idle_looks = 0
+
+    def over(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """What `batches` gives."""
+        end = object()
+        while True:
+            try:
+                batch = next(batches, end)
+            except RuntimeError as error:
+                self.explain(error)
+                if not self._waits_on(error):
+                    raise
+                continue
+            if batch is end:
+                return
+            self.idle_looks = 0
+            yield batch
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise TrainingStopped if `error` says that a process of this loader died."""
+        if isinstance(error.__cause__, TrainingStopped):  # by `_OnDeath`, which knew the signal
+            raise error.__cause__
+        found = DIED.search(str(error))
+        dead = {int(number) for number in re.findall(r"\d+", found[1])} if found else set()
+        rows = [row for row in self.table.tolist() if row[0] in dead]
+        if rows:
+            held = [self.name_of(int(index)) for _, index, _ in rows if index != IDLE]
+            raise TrainingStopped(
+                f"a loader process (pid {found[1]}) {found[2]}; it held "
+                f"{' and '.join(held) or 'no sample'}: {REMEDY}"
+            ) from error
+
+    def _waits_on(self, error: RuntimeError) -> bool:
+        """Whether to wait on after `error`: it is a time-out, and the processes make progress."""
+        if "DataLoader timed out" not in str(error):
+            return False
+        rows, now = self.table.tolist(), time.monotonic()
+        busy = [row for row in rows if row[1] != IDLE]
+        late = [row for row in busy if now - row[2] >= self.seconds]
+        self.idle_looks = 0 if busy else self.idle_looks + 1
+        if not late and self.idle_looks < LOOKS:
+            return True
+        _end([int(pid) for pid, _, _ in late])
+        held = [f"{self.name_of(int(i))} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
+        raise TrainingStopped(
+            f"a loader process hangs: it has held {' and another '.join(held) or 'no sample'}; "
+            f"--data_timeout {self.seconds:g} ended the wait. See whether that can be read at all "
+            "(a file system that stalls?), or allow more seconds"
+        ) from error
+
+
+def _end(pids: list[int]) -> None:
+    """Kill what would not leave with the run, since workers ignore what ends other processes."""
+    if pids and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for them
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+class _OnDeath:
+    """A handler of SIGCHLD around torch's, which raises wherever the main thread is just then."""
+
+    def __init__(self, before: Callable) -> None:
+        self.before: Callable = before
+        self.watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.before(number, frame)
+        except RuntimeError as error:
+            for watch in self.watches:
+                watch.explain(error)
+            raise
+
+
+def _listen(watch: Watch) -> None:
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        return  # torch has not set one; then it looks at the processes when a batch is late
+    if not isinstance(handler, _OnDeath):
+        handler = _OnDeath(handler)
+        signal.signal(signal.SIGCHLD, handler)
+    handler.watches.add(watch)
+
+
+class WatchedLoader(DataLoader):
+    """A DataLoader that says over which sample one of its processes died or hangs.
+
+    start: called in each process with its number.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        num_workers: int,
+        seconds: float,
+        start: Callable[[int], None],
+        **options: Any,
+    ) -> None:
+        self.watch = None
+        if num_workers:
+            name_of = getattr(dataset, "name_of", "sample {}".format)
+            self.watch = Watch(num_workers, seconds, name_of)
+            dataset = Watched(dataset, self.watch.table)
+            options["worker_init_fn"] = _Start(start, self.watch.table)
+            options["timeout"] = seconds / LOOKS
+        super().__init__(dataset, num_workers=num_workers, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.watch is None:
+            return super().__iter__()
+        try:
+            batches = super().__iter__()
+        except RuntimeError as error:  # at the next epoch of processes that live on
+            self.watch.explain(error)
+            raise
+        _listen(self.watch)
+        return self.watch.over(batches)
+
+
+class _Start:
+    """What a process does first; a class, since spawned ones get it pickled."""
+
+    def __init__(self, start: Callable[[int], None], table: Tensor) -> None:
+        self.start, self.table = start, table
+
+    def __call__(self, worker: int) -> None:
+        self.table[worker, 0] = os.getpid()
+        self.start(worker)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+class BadImages:
+    """The images that a run does without: told in the log, and listed in bad_images.txt, once each.
+
+    Workers report with their batches; `write` brings together what all ranks were told.
+
+        with BadImages(folder, batches, val_batches) as bad:
+            ...
+            bad.write()  # on every rank, after an epoch
+    """
+
+    def __init__(self, folder: Path | None, *batches: Any, active: bool = True) -> None:
+        self.path = folder / "bad_images.txt" if folder else None
+        self.batches = [one for one in batches if one is not None]
+        self.active, self.listed = active, ""
+        self.told: set[str] = set()
+        if active and self.path and is_main_process() and self.path.exists():
+            self.listed = self.path.read_bytes().decode("utf-8", "surrogateescape")
+            self.told = {line.split("\t")[0] for line in self.listed.splitlines()}
+
+    def __enter__(self) -> BadImages:
+        return self
+
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is None or issubclass(kind, Preempted):  # both of which happen on all ranks at once
+            self.write()
+
+    def write(self) -> int:
+        """List what is new; returns how many there are. Every rank must call it."""
+        if not self.active:
+            return 0
+        mine = {name: why for batches in self.batches for name, why in batches.bad.items()}
+        found: dict[str, str] = {}
+        for part in all_gather(mine):
+            found |= part
+        if is_main_process():
+            self._tell({name.translate(ESCAPES): why for name, why in sorted(found.items())})
+        return len(found)
+
+    def _tell(self, found: dict[str, str]) -> None:
+        new = {name: why for name, why in found.items() if name not in self.told}
+        if not new:
+            return
+        lines = [f"{name}\t{why.translate(ESCAPES)}\n" for name, why in new.items()]
+        text, where = self.listed + "".join(lines), f"listed in {self.path}"
+        try:
+            if self.path:
+                write_atomically(text.encode("utf-8", "surrogateescape"), self.path)
+        except OSError as error:  # at the end of the next epoch again
+            return get_logger().warning("%s cannot be written: %s", self.path, error)
+        self.listed, self.told = text, self.told | new.keys()
+        get_logger().warning(
+            "%d images cannot be used, %s; training takes others in their place, evaluation leaves "
+            "them out; %s",
+            len(new),
+            ", ".join(f"{name} ({why})" for name, why in list(new.items())[:3])
+            + ", ..." * (len(new) > 3),
+            where if self.path else "without --output_dir there is no list of them",
+        )

@@ -1,0 +1,382 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Images that cannot be used and loader processes that die or hang.
+
+pytest tests/test_data_faults.py
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import datasets
+from batches import Batches
+from data_faults import BadImages
+from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
+from errors import Preempted, TrainingStopped, UserError
+from tests.test_end_to_end import SMALL, assert_same, log, run, weights
+
+COUNT, BAD = 12, (2, 3, 7)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A transform that draws, as augmentations do."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels + torch.randint(0, 9, pixels.shape, dtype=torch.uint8)
+
+
+def make_photos(root: Path, count: int = COUNT, bad: tuple = BAD) -> Path:
+    """Noise with a red of its own each, some of them without content; every third in a class."""
+    noise = np.random.default_rng(0)
+    for index in range(count):
+        folder = root / "abc"[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{index:02d}.png"
+        pixels = noise.integers(0, 200, (24, 24, 3), dtype=np.uint8)
+        pixels[..., 0] = 9 * index
+        Image.fromarray(pixels).save(path)
+        if index in bad:
+            path.write_bytes(b"")
+    return root
+
+
+def names(root: Path, bad: tuple = BAD) -> list[str]:
+    return sorted(str(root / "abc"[index % 3] / f"{index:02d}.png") for index in bad)
+
+
+def augmented(root: Path, on_bad: str) -> Augmented:
+    files = datasets.UnlabelledFolder(root)
+    files.samples.sort(key=lambda sample: Path(sample[0]).name)
+    return Augmented(files, to_tensor, seed=3, on_bad=on_bad)
+
+
+def batches_of(data: Dataset, workers: int = 0, size: int = 4, timeout: float = 0) -> Batches:
+    loader = create_loader(data, TrainSampler(len(data), 3, 0, 1), size, workers, timeout=timeout)
+    return Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+
+
+# --- images ---------------------------------------------------------------------------------
+
+
+def spoil(path: Path, fault: str) -> None:
+    whole = path.read_bytes()
+    path.unlink()
+    if fault == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif fault == "of zero bytes":
+        path.write_bytes(b"")
+    elif fault == "text":
+        path.write_text("<html>404: Not Found</html>")
+    elif fault == "directory":
+        path.mkdir()
+    elif fault == "link to nothing":
+        path.symlink_to(path.with_name("nowhere.png"))
+    elif fault == "not allowed":
+        path.write_bytes(whole)
+        path.chmod(0)
+    elif fault == "floats":
+        Image.new("F", (4, 4)).save(path, "TIFF")
+    else:
+        assert fault == "vanished"
+
+
+FAULTS = [
+    "truncated",
+    "of zero bytes",
+    "text",
+    "directory",
+    "link to nothing",
+    "floats",
+    "vanished",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_file_is_named_or_replaced(tmp_path, fault):
+    make_photos(tmp_path, bad=())
+    kinds = ("error", "replace", "leave out")
+    strict, replacing, leaving = (augmented(tmp_path, kind) for kind in kinds)
+    path = tmp_path / "b" / "04.png"
+    spoil(path, fault)  # after the folder was read
+    error = strict[0, 4]
+    assert isinstance(error, UserError)
+    assert str(error).startswith(f"cannot read image {path} (")
+    assert "--on_bad_image skip" in str(error)
+    other, bad = replacing[0, 4]
+    assert [name for name, _ in bad] == [str(path)]
+    assert other[2] == 4
+    assert other[0].float().mean() > 40
+    nothing, bad = leaving[0, 4]
+    assert nothing is None
+    assert [name for name, _ in bad] == [str(path)]
+    assert not isinstance(replacing[0, 5], UserError)
+
+
+def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
+    make_photos(tmp_path / "sets", bad=())
+    (tmp_path / "sets" / "a" / "folder.png").mkdir()
+    assert len(datasets.UnlabelledFolder(tmp_path / "sets")) == COUNT
+    assert len(datasets.ImageFolder(str(tmp_path / "sets"))) == COUNT
+
+
+def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
+    make_photos(tmp_path)
+    epochs = []
+    for workers, size in ((0, 4), (2, 4), (1, 3)):
+        batches, seen = batches_of(augmented(tmp_path, "replace"), workers, size), {}
+        for epoch in (0, 1):
+            batches.set_epoch(epoch)
+            for images, _, ids in batches:
+                seen |= {(epoch, int(i)): image for i, image in zip(ids, images, strict=True)}
+        assert sorted(batches.bad) == names(tmp_path)
+        epochs.append(seen)
+    first, *others = epochs
+    assert len(first) == 2 * COUNT  # under their own numbers
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    red = {key: int(image[0].min() * 255 + 0.5) // 9 for key, image in first.items()}
+    assert all(red[0, index] == index for index in range(COUNT) if index not in BAD)
+    chosen = [[red[epoch, index] for index in BAD] for epoch in (0, 1)]
+    assert chosen[0] != chosen[1]
+    assert not {*chosen[0], *chosen[1]} & set(BAD)
+    own = first[0, chosen[0][0]]
+    assert not torch.equal(first[0, BAD[0]], own)  # augmented in its own way
+
+
+def test_too_many_bad_images_are_an_error(tmp_path):
+    make_photos(tmp_path, bad=tuple(range(COUNT)))
+    error = augmented(tmp_path, "replace")[0, 4]
+    assert isinstance(error, UserError)
+    assert f"{TRIES} others in place of image {tmp_path}/b/04.png" in str(error)
+
+
+def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
+    """They are faults of the flags: with all samples replaced they would never be seen."""
+    make_photos(tmp_path, bad=())
+    data = Augmented(datasets.UnlabelledFolder(tmp_path), to_tensor, 0, 4, on_bad="replace")
+    assert "--in_chans 4" in str(data[0, 0])
+    data = Augmented([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
+    assert "label 7" in str(data[0, 0])
+
+
+def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
+    make_photos(tmp_path)
+    data = augmented(tmp_path, "leave out")
+    loader = create_loader(data, EvalSampler(COUNT, 0, 1), batch_size=2)
+    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    ids = [ids.tolist() for _, _, ids in batches]  # 2 and 3 were a batch
+    assert ids == [[0, 1], [4, 5], [6], [8, 9], [10, 11]]
+    assert sorted(batches.bad) == names(tmp_path)
+
+
+def test_error_still_wins_over_what_was_replaced(tmp_path):
+    make_photos(tmp_path)
+    data, error = augmented(tmp_path, "replace"), UserError("x")
+    assert collate([data[0, 2], error]) is error
+
+
+class Told:
+    """Batches that were told of these."""
+
+    def __init__(self, **bad: str) -> None:
+        self.bad = bad
+
+
+def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
+    train, val = Told(b="why"), Told(v="cut")
+    bad = BadImages(tmp_path, train, None, val)
+    assert bad.write() == 2
+    train.bad |= {"a": "gone"}
+    assert bad.write() == 3
+    bad.write()
+    path = tmp_path / "bad_images.txt"
+    assert path.read_text() == "b\twhy\nv\tcut\na\tgone\n"
+    again = Told(a="gone", c="new")
+    with BadImages(tmp_path, again):
+        pass
+    assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
+    told = [record.getMessage() for record in log.records]
+    assert [text.split(" cannot")[0] for text in told] == ["2 images", "1 images", "1 images"]
+    assert "b (why), v (cut); training takes others" in told[0]
+
+
+def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path):
+    with pytest.raises(ValueError, match="bug"), BadImages(tmp_path, Told(a="x")):
+        raise ValueError("bug")  # on one rank alone: the others would not come to the exchange
+    assert not (tmp_path / "bad_images.txt").exists()
+    with pytest.raises(Preempted), BadImages(tmp_path, Told(a="x")):
+        raise Preempted("stop")
+    assert (tmp_path / "bad_images.txt").exists()
+
+
+def test_odd_names_stay_one_line_each(tmp_path):
+    odd = {"two\nlines": "1", "tab\there": "a\nb", os.fsdecode(b"latin-\xe9"): "2", "ü": "3"}
+    for _ in range(2):
+        BadImages(tmp_path, Told(**odd)).write()
+    lines = (tmp_path / "bad_images.txt").read_bytes().splitlines()
+    assert sorted(lines) == sorted(
+        [b"two\\nlines\t1", b"tab\\there\ta\\nb", b"latin-\xe9\t2", "ü\t3".encode()]
+    )
+
+
+def test_without_a_folder_or_skip_nothing_is_written(tmp_path, monkeypatch, log):
+    monkeypatch.chdir(tmp_path)
+    BadImages(None, Told(a="x")).write()
+    assert "no list of them" in log.text
+    assert BadImages(tmp_path, Told(a="x"), active=False).write() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
+    def full(*words):
+        raise OSError("no space left")
+
+    bad = BadImages(tmp_path, Told(a="x"))
+    with monkeypatch.context() as broken:
+        broken.setattr("data_faults.write_atomically", full)
+        bad.write()
+    assert "no space left" in log.text
+    bad.write()
+    assert (tmp_path / "bad_images.txt").read_text() == "a\tx\n"
+
+
+# --- the scripts ----------------------------------------------------------------------------
+
+SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip"]
+COMMANDS = {
+    "main_pretrain.py": ["--data_set", "folder", "--model", "tests.tiny:fcmae"],
+    "main_finetune.py": ["--model", "tests.tiny:classifier", "--data_set", "image_folder"],
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
+    """The same weights and the same list, whatever the numbers of workers and processes."""
+    train, val = make_photos(tmp_path / "train", 26), make_photos(tmp_path / "val", 7, (1, 2))
+    words = [*COMMANDS[script], *SIZES, "--data_path", train]
+    listed = names(train)
+    if "finetune" in script:
+        words += ["--eval_data_path", val, "--aa", "none"]
+        listed = sorted(listed + names(val, (1, 2)))
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = run(script, *words, "--output_dir", one, "--num_workers", 2).stdout
+    assert "cannot be used" in said
+    run(script, *words, "--batch_size", 3, "--output_dir", two, torchrun=2)
+    for folder in (one, two):
+        lines = (folder / "bad_images.txt").read_text().splitlines()
+        assert sorted(line.split("\t")[0] for line in lines) == listed
+    ours, theirs = (weights(folder / "checkpoint-1.pth") for folder in (one, two))
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
+    run(script, *words, "--output_dir", tmp_path / "alone")
+    assert_same(weights(tmp_path / "alone" / "checkpoint-1.pth"), ours)
+    before = (one / "bad_images.txt").read_text()
+    run(script, *words, "--output_dir", one, "--epochs", 3)
+    assert (one / "bad_images.txt").read_text() == before
+    if "finetune" in script:
+        test = log(one)[1]["test_loss"]
+        words += ["--eval", "--resume", one / "checkpoint-1.pth"]
+        said = run(script, *words).stdout
+        assert f"on 5 images: acc1 {log(one)[1]['test_acc1']:.2f}%" in said
+        assert f"loss {test:.4f}" in said
+        assert "val/c/02.png" in said
+
+
+# --- processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_sample_that_kills_or_holds_a_worker_is_named(script, fault):
+    words = [*COMMANDS[script], *SMALL, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2]
+    words += ["--data_timeout", 2] if fault == "hangs" else []
+    start = time.monotonic()
+    done = run(script, *words, expect=1)
+    assert time.monotonic() - start < 60  # it does not wait for the one that hangs
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "Traceback" not in done.stderr
+    assert "image photos/5.jpg" in line
+    expected = {"dies": "is killed by signal: Killed; it held", "hangs": "--data_timeout 2 ended"}
+    assert expected[fault] in line
+
+
+class Slow(Dataset):
+    """Samples that take their time; 4 of them longer than the time-out."""
+
+    samples = [(f"{index}.png", 0) for index in range(24)]
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Image.Image:
+        time.sleep(self.seconds)
+        return Image.new("RGB", (4, 4))
+
+
+@pytest.fixture
+def handler():
+    """Put back what a test leaves of SIGCHLD, which torch sets but once."""
+    batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_slow_batches_are_waited_for(handler):
+    """DataLoader's own time-out would have ended it: a batch takes thrice as long."""
+    batches = batches_of(Augmented(Slow(0.15), to_tensor, 0), 1, size=12, timeout=0.6)
+    assert len(list(batches)) == 2
+
+
+@pytest.mark.parametrize("when", ["waiting", "training", "idle"])
+def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
+    data = Augmented(Slow(0 if when == "idle" else 0.5), to_tensor, 0)
+    batches = batches_of(data, 1, size=3)
+    with pytest.raises(TrainingStopped, match="loader process .*; it held") as stopped:
+        for _ in batches:
+            if when == "idle":
+                time.sleep(0.5)
+            os.kill(int(batches.loader.watch.table[0, 0]), signal.SIGKILL)
+            if when != "waiting":
+                time.sleep(5)  # a long step: the signal comes while nobody asks for a batch
+    held = str(stopped.value).split("it held ")[1]
+    assert held.startswith("no sample" if when == "idle" else "image ")
+    assert "--num_workers" in held
+
+
+def test_error_in_a_data_set_stays_itself(handler):
+    class Broken(Slow):
+        def __getitem__(self, index: int) -> Image.Image:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug") as error:
+        list(batches_of(Augmented(Broken(0), to_tensor, 0), 1))
+    assert not isinstance(error.value, TrainingStopped)
+
+
+def test_flags_reach_the_loader(tmp_path):
+    make_photos(tmp_path)
+    flags = {"data_set": "folder", "data_path": str(tmp_path), "input_size": (16, 16), "seed": 0}
+    flags |= {"in_chans": 3, "hflip": 0.5, "scale": (0.2, 1.0), "batch_size": 4, "pin_mem": False}
+    for seconds, expected in ((None, 1800), (7.0, 7), (0.0, 0)):
+        args = SimpleNamespace(
+            **flags, num_workers=1, on_bad_image="skip", data_timeout=seconds, dist_eval=True
+        )
+        data = datasets.build_pretrain_dataset(args)
+        assert data.on_bad == "replace"
+        for train in (True, False):
+            assert datasets.build_loader(data, train, args).watch.seconds == expected
+    assert datasets.on_bad_image(False, args) == "leave out"
