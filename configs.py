@@ -147,7 +147,7 @@ def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any)
         wrong_bool = isinstance(item, bool) and action.type is not str2bool
         if wrong_bool or not isinstance(item, (str, int, float)):
             expected = f"one value{' or a list' * several}; quote words like no"
-            parser.error(f"{action.dest}: got {reprlib.repr(value)}, expected {expected}")
+            parser.error(f"{action.dest}: got {reprlib.repr(value)[:80]}, expected {expected}")
     option = action.option_strings[0]
     return [f"{option}={items[0]}"] if len(items) == 1 else [option, *map(str, items)]
 

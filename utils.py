@@ -132,9 +132,11 @@ def init_distributed_mode(
         backend = "nccl" if place.type == "cuda" else "gloo"
         # Longer than the default for nccl: ranks may wait for a download or an evaluation.
         patience = timedelta(hours=1)
-        dist.init_process_group(
-            backend, init_method=dist_url, rank=rank, world_size=size, timeout=patience
-        )
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=patience))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # torchrun's store still holds the addresses of the processes that it started before.
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     _set_up_logging()
     return place
 

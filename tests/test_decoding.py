@@ -31,12 +31,13 @@ PHOTOS = Path(os.environ.get("PHOTOS", "photos.zip"))  # of any *.JPEG
 RED, GREEN, BLUE, GREY, WHITE = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (255, 255, 255),
 )  # fmt: skip
+CORNERS = [RED, GREEN, BLUE, GREY]
 
 
 def quadrants(side: int = 16) -> Image.Image:
     """Red and green above blue and grey."""
     image, half = Image.new("RGB", (2 * side, 2 * side)), (side, side)
-    for place, colour in zip(((0, 0), (1, 0), (0, 1), (1, 1)), (RED, GREEN, BLUE, GREY)):
+    for place, colour in zip(((0, 0), (1, 0), (0, 1), (1, 1)), CORNERS, strict=True):
         image.paste(Image.new("RGB", half, colour), (place[0] * side, place[1] * side))
     return image
 
@@ -68,7 +69,7 @@ def test_every_format_is_read(tmp_path, suffix):
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
     options |= {"lossless": True} if suffix == "webp" else {}
     image = reread(quadrants(), tmp_path / f"a.{suffix}", **options)
-    assert near(seen(image), [RED, GREEN, BLUE, GREY])
+    assert near(seen(image), CORNERS)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
@@ -77,7 +78,7 @@ def test_cmyk_is_not_inverted(tmp_path, suffix):
     options = {"quality": 100} if suffix == "jpg" else {}
     image = reread(quadrants().convert("CMYK"), tmp_path / f"a.{suffix}", **options)
     assert image.mode == "CMYK"
-    assert near(seen(image), [RED, GREEN, BLUE, GREY])
+    assert near(seen(image), CORNERS)
     assert near([[value] for value in seen(image, 1)], [[76], [150], [29], [128]])
 
 
@@ -110,7 +111,7 @@ def test_sixteen_bit_colour_keeps_its_high_byte():
 
 def test_palette_and_one_bit_images(tmp_path):
     palette = quadrants().quantize(16)
-    assert near(seen(reread(palette, tmp_path / "p.png")), [RED, GREEN, BLUE, GREY])
+    assert near(seen(reread(palette, tmp_path / "p.png")), CORNERS)
     bits = Image.new("1", (8, 8), 1)
     bits.paste(0, (0, 0, 4, 8))
     assert seen(reread(bits, tmp_path / "b.png"), 1) == [0, 255, 0, 255]
@@ -163,14 +164,14 @@ def test_image_is_upright_however_the_camera_was_held(tmp_path, suffix, orientat
     options |= {"lossless": True} if suffix == "webp" else {}
     image = reread(stored, tmp_path / f"a.{suffix}", exif=exif, **options)
     assert decode(image, 3).size == (32, 48)
-    assert near(seen(image), [RED, GREEN, BLUE, GREY])
+    assert near(seen(image), CORNERS)
 
 
 def test_damaged_exif_leaves_the_picture(tmp_path):
     path = tmp_path / "a.jpg"
     for block in (b"Exif\x00\x00junk", b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", b"Exif\x00\x00"):
         quadrants().save(path, exif=block, quality=100, subsampling=0)
-        assert near(seen(load_image(str(path))), [RED, GREEN, BLUE, GREY])
+        assert near(seen(load_image(str(path))), CORNERS)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
@@ -181,7 +182,7 @@ def test_animation_is_its_first_picture(tmp_path, suffix):
     image = reread(quadrants(), path, save_all=True, append_images=other, **options)
     with Image.open(path) as file:
         assert file.n_frames == 3
-    assert near(seen(image), [RED, GREEN, BLUE, GREY])
+    assert near(seen(image), CORNERS)
 
 
 # --- sizes ----------------------------------------------------------------------------------
