@@ -36,7 +36,8 @@ RED, GREEN, BLUE, GREY, WHITE = (
 def quadrants(side: int = 16) -> Image.Image:
     """Red and green above blue and grey."""
     image, half = Image.new("RGB", (2 * side, 2 * side)), (side, side)
-    for place, colour in zip(((0, 0), (1, 0), (0, 1), (1, 1)), (RED, GREEN, BLUE, GREY)):
+    places = ((0, 0), (1, 0), (0, 1), (1, 1))
+    for place, colour in zip(places, (RED, GREEN, BLUE, GREY), strict=True):
         image.paste(Image.new("RGB", half, colour), (place[0] * side, place[1] * side))
     return image
 
