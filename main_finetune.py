@@ -114,14 +114,8 @@ def main(args: argparse.Namespace) -> None:
     load = partial(load, model_ema and model_ema.module)
     state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch)
-    save = partial(
-        utils.save_model,
-        folder,
-        *parts,
-        args=vars(args),
-        classes=datasets.class_map(train_set),
-        keep=args.save_ckpt_num,
-    )
+    about = {"args": vars(args), "classes": datasets.class_map(train_set)}
+    save = partial(utils.save_model, folder, *parts, **about, keep=args.save_ckpt_num)
     train_epoch = partial(
         train_one_epoch,
         model,
