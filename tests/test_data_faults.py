@@ -351,22 +351,8 @@ def kill_its_worker(batches: Batches, when: str) -> None:
 def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
     data = Augmented(Slow(0 if when == "idle" else 0.5), to_tensor, 0)
     batches = batches_of(data, 1, size=3)
-<<<<<<< HEAD
-
-    def kill_while_reading() -> None:
-        for _ in batches:
-            if when == "idle":
-                time.sleep(0.5)
-            os.kill(int(batches.loader.watch.table[0, 0]), signal.SIGKILL)
-            if when != "waiting":
-                time.sleep(5)  # a long step: the signal comes while nobody asks for a batch
-
-    with pytest.raises(TrainingStopped, match="loader process .*; it held") as stopped:
-        kill_while_reading()
-=======
     with pytest.raises(TrainingStopped, match="loader process .*; it held") as stopped:
         kill_its_worker(batches, when)
->>>>>>> data
     held = str(stopped.value).split("it held ")[1]
     assert held.startswith("no sample" if when == "idle" else "image ")
     assert "--num_workers" in held

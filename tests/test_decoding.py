@@ -37,12 +37,7 @@ CORNERS = [RED, GREEN, BLUE, GREY]
 def quadrants(side: int = 16) -> Image.Image:
     """Red and green above blue and grey."""
     image, half = Image.new("RGB", (2 * side, 2 * side)), (side, side)
-<<<<<<< HEAD
     for place, colour in zip(((0, 0), (1, 0), (0, 1), (1, 1)), CORNERS, strict=True):
-=======
-    places = ((0, 0), (1, 0), (0, 1), (1, 1))
-    for place, colour in zip(places, (RED, GREEN, BLUE, GREY), strict=True):
->>>>>>> data
         image.paste(Image.new("RGB", half, colour), (place[0] * side, place[1] * side))
     return image
 
