@@ -313,7 +313,7 @@ def test_no_file_of_ours_unpickles_or_unpacks_elsewhere():
     root = Path(archives.__file__).parent
     homes = {
         "pickle.load": {"archives.py"}, "Unpickler": {"archives.py"}, "extractall": set(),
-        "yaml.load(": set(), "weights_only=False": {"checkpoint.py"}, 
+        "yaml.load(": set(), "weights_only=False": {"checkpoint.py"},
         "Image.open(": {"decoding.py"},
         "tarfile.open": {"archives.py"}, "zipfile.ZipFile": {"archives.py"}, "allow_pickle": set(),
     }  # fmt: skip
