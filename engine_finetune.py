@@ -47,7 +47,8 @@ def train_one_epoch(
     model.train()
     means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
     stepper.begin_epoch(len(batches), state.within.get("stepper"))
-    lr = schedule.rate(max(state.updates - 1, 0))  # for the log, if nothing is left to do
+    # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
+    lr = schedule.apply(state.updates - 1) if state.seen else 0.0
     taken = 0  # images of the group
     for images, labels, _ in batches:
         if stepper.micro == 0:

@@ -16,6 +16,7 @@ import main_finetune
 import main_pretrain
 import options
 from errors import UserError
+from keeper import Keeper
 from meters import Means
 from stepper import Stepper
 from utils import TrainState
@@ -176,6 +177,27 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
         finetune(f"{words} --batch_size 12")  # nobody said that the updates should change
     finetune(f"{words} --batch_size 12 --effective_batch 12")
     assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]
+
+
+@pytest.mark.parametrize(("run", "words"), [(pretrain, "--picture_freq 0"), (finetune, "")])
+def test_epoch_that_breaks_off_at_its_last_update_is_saved_like_any(
+    tmp_path, monkeypatch, run, words
+):
+    """Nothing is left to do then, and its checkpoint had the rate of the first update."""
+    words = f"{words} --epochs 2 --log_dir none --save_ckpt_every_steps 4 --output_dir"
+    run(f"{words} {tmp_path / 'whole'}")
+    with monkeypatch.context() as broken:
+        broken.setattr(Keeper, "end_epoch", lambda *_, **__: (_ for _ in ()).throw(OSError("dead")))
+        with pytest.raises(OSError, match="dead"):
+            run(f"{words} {tmp_path / 'run'}")
+    assert (tmp_path / "run" / "checkpoint-0-step-4.pth").exists()
+    run(f"{words} {tmp_path / 'run'}")
+    for name in ("checkpoint-0.pth", "checkpoint-1.pth"):
+        ours, theirs = (
+            torch.load(tmp_path / folder / name, weights_only=True) for folder in ("run", "whole")
+        )
+        assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+        assert ours["state"] == theirs["state"]
 
 
 # --- CUDA -----------------------------------------------------------------------------------
