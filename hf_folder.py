@@ -54,18 +54,18 @@ def hf_processor(subject: Subject) -> dict[str, Any]:
     BiT's is the one that can squash to a size as well as resize the shorter side and crop.
     """
     (height, width), steps = subject.size, create_eval_transform(subject.size, subject.crop_pct)
-    squash = len([step for step in steps.transforms if hasattr(step, "size")]) == 1
+    sized = [step.size for step in steps.transforms if hasattr(step, "size")]
+    squash = len(sized) == 1
     if not squash and height != width:
         raise UserError(
             f"--input_size {height} {width}: image processors of transformers cut no rectangles as "
             f"evaluation does here; give one number, such as {min(height, width)}"
         )
-    edge = steps.transforms[0].size
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": subject.shape["in_chans"] == 3,
         "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": edge},
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": sized[0]},
         "resample": 3,  # bicubic, in PIL's numbers
         "do_center_crop": not squash,
         "crop_size": {"height": height, "width": width},

@@ -44,6 +44,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def start(script: str, folder: Path, *words: str) -> int:
     """Run the script in a fork of this process, its output in FOLDER.txt; its process number."""
+    while int(time.time()) <= _second_of_events(folder):  # TensorBoard sorts files by it
+        time.sleep(0.02)
     child = os.fork()
     if child == 0:
         status = 70
@@ -56,6 +58,11 @@ def start(script: str, folder: Path, *words: str) -> int:
         finally:
             os._exit(status)
     return child
+
+
+def _second_of_events(folder: Path) -> int:
+    """When the newest event file of a run was begun; 0 for none."""
+    return max((int(p.name.split(".")[3]) for p in folder.rglob("events.out.*")), default=0)
 
 
 def finish(child: int) -> int:

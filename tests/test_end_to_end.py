@@ -383,7 +383,7 @@ BAD = {  # name -> script, flags, what the line must name
     "text as weights": ("finetune", "--eval --resume {0}/file", "begins with b'a file'"),
     "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has sha256"),
     "hash of what": ("finetune", f"--sha256 {'0' * 64}", "either --resume or --finetune"),
-    "average of what": ("finetune", "--use_ema", "--finetune or --eval"),
+    "average of what": ("finetune", "--use_ema", "--finetune, --resume or --eval"),
     "hub": ("finetune", "--finetune hf-hub:owner/name", "cannot be reached"),
     "output": ("pretrain", "--output_dir {0}/file", "--output_dir"),
     "device": ("pretrain", "--device warp", "--device warp"),

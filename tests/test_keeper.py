@@ -192,14 +192,14 @@ def drive(keeper: Keeper, updates: int) -> None:
 
 def test_saves_every_so_many_updates():
     saved: list[int] = []
-    drive(Keeper(lambda state: saved.append(state.updates), every_steps=3), 10)
+    drive(Keeper(lambda state, writer: saved.append(state.updates), every_steps=3), 10)
     assert saved == [3, 6, 9]
 
 
 def test_saves_by_the_clock(monkeypatch):
     now, saved = [100.0], []
     monkeypatch.setattr("keeper.time.monotonic", lambda: now.__setitem__(0, now[0] + 20) or now[0])
-    drive(Keeper(lambda state: saved.append(state.updates), every_minutes=2), 12)
+    drive(Keeper(lambda state, writer: saved.append(state.updates), every_minutes=2), 12)
     assert len(saved) >= 2
     assert len(set(saved)) == len(saved)
     assert all(b - a > 1 for a, b in zip(saved, saved[1:], strict=False))
