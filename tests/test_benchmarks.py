@@ -206,16 +206,3 @@ def test_a_peer_that_fails_stops_no_other(monkeypatch, tmp_path):
     assert code == 1
     assert f"Left out: {step.VARIANTS['timm']}, batch 4: RuntimeError: broken." in text
     assert f"| {step.VARIANTS['packed']} | " in text
-
-
-def test_help_does_not_wait_for_torch():
-    code = (
-        "import runpy, sys; sys.argv = ['step.py', '--help']\n"
-        "try: runpy.run_path('benchmarks/step.py', run_name='__main__')\n"
-        "finally: print('torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "--batch_size" in done.stdout
-    assert done.stdout.endswith("False\n")

@@ -98,19 +98,6 @@ def test_equal_time_rounds_up_and_leaves_slow_first_epochs_out():
     assert equal_epochs([2.0, 2.0], [4.0, 4.0], epochs=2) == 2 + 1
 
 
-def test_help_does_not_wait_for_torch():
-    code = (
-        "import runpy, sys; sys.argv = ['cifar.py', '--help']\n"
-        "try: runpy.run_path('benchmarks/cifar.py', run_name='__main__')\n"
-        "finally: print('torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "--pretrain_epochs" in done.stdout
-    assert done.stdout.endswith("False\n")
-
-
 def test_bad_zip_ends_in_one_line_and_exit_code_2(toy_zip, tmp_path):
     broken = tmp_path / "half.zip"
     broken.write_bytes(toy_zip.read_bytes()[:5000])
