@@ -24,13 +24,6 @@ from data_pipeline import create_eval_transform, mean_and_std
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [
-    "main_pretrain.py",
-    "main_finetune.py",
-    "submitit_pretrain.py",
-    "submitit_finetune.py",
-    "visualize.py",
-]
 # A run of seconds: 26 images of 16 x 16 pixels, 4 patches, 2 epochs of 4 or 3 updates.
 SMALL = [
     *["--input_size", "16", "--stem_stride", "1", "--batch_size", "6", "--epochs", "2"],
@@ -313,13 +306,6 @@ def test_published_weights_start_pretraining_and_finetuning(pretrained, finetune
     words = [*FINETUNE, *frozen, "--finetune", tmp_path / "whole.safetensors"]
     run("main_finetune.py", *words, "--output_dir", tmp_path / "b")
     assert_same(weights(tmp_path / "b" / "checkpoint-0.pth"), state)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_works_and_groups(script):
-    done = run(script, "--help")
-    assert "--device" in done.stdout
-    assert done.stdout.count(":\n") >= 2
 
 
 @pytest.mark.parametrize(("cluster", "ranks"), [("local", 2), ("debug", 1)])
