@@ -18,7 +18,7 @@ from checkpoint import choose_checkpoint, compare_args, has_seal, read_checkpoin
 from errors import TrainingStopped, UserError
 from keeper import Keeper, Writer
 from tests.test_checkpoint import Run, names
-from tests.test_keeper import drive, one_thread, wait_for  # noqa: F401
+from tests.test_keeper import drive, wait_for
 from utils import TrainState
 
 CORRUPTIONS = 500

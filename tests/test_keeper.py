@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted
@@ -26,15 +25,6 @@ from utils import TrainState
 
 INSTANTS = 16  # of each script
 SCRIPTS = list(chaos.RUNS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A fork has no pool of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
