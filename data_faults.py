@@ -7,6 +7,8 @@ python -c "import data_faults; print(data_faults.BadImages.__doc__)"
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import re
 import signal
@@ -120,6 +122,14 @@ class Watch:
         ) from error
 
 
+STARTED: weakref.WeakSet[Any] = weakref.WeakSet()  # of what multiprocessing itself still holds
+
+
+def _end_all() -> None:
+    """At the end of the program, where multiprocessing would wait for a loader still in use."""
+    _end([child.pid for child in multiprocessing.active_children() if child in STARTED])
+
+
 def _end(pids: list[int]) -> None:
     """Kill what would not leave with the run, since workers ignore what ends other processes."""
     if pids and threading.current_thread() is threading.main_thread():
@@ -180,12 +190,16 @@ class WatchedLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         if self.watch is None:
             return super().__iter__()
+        others = multiprocessing.active_children()
         try:
             batches = super().__iter__()
         except RuntimeError as error:  # at the next epoch of processes that live on
             self.watch.explain(error)
             raise
         _listen(self.watch)
+        STARTED.update(set(multiprocessing.active_children()).difference(others))
+        atexit.unregister(_end_all)  # the last that is registered is the first that is called,
+        atexit.register(_end_all)  # before torch gives each process 5 seconds
         return self.watch.over(batches)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from batches import Batches
 from data_faults import BadImages
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
 from errors import Preempted, TrainingStopped, UserError
-from tests.test_end_to_end import SMALL, assert_same, log, run, weights
+from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
 
 COUNT, BAD = 12, (2, 3, 7)
 
@@ -356,6 +358,25 @@ def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
     held = str(stopped.value).split("it held ")[1]
     assert held.startswith("no sample" if when == "idle" else "image ")
     assert "--num_workers" in held
+
+
+IN_USE = """
+import sys
+from data_pipeline import TrainSampler, create_loader
+from tests.test_data_faults import Augmented, Slow, to_tensor
+loader = create_loader(Augmented(Slow(%s), to_tensor, 0), TrainSampler(24, 0, 0, 1), 2, 2)
+batches = iter(loader)
+if %s == 0:
+    next(batches)
+sys.modules["in use"] = batches, loader
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 1000])
+def test_program_ends_though_a_loader_is_in_use(seconds):
+    """Its processes ignore the signal by which multiprocessing ends them, and then waits."""
+    code = IN_USE % (seconds, seconds)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
 def test_error_in_a_data_set_stays_itself(handler):
