@@ -65,6 +65,13 @@ class Batches:
                 yield self._to_device(batch) if self.side is None else self._on_side(batch)
             start = time.perf_counter()
 
+    def again(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
+        """The batch of these samples as it was in an epoch, read in this process; or UserError."""
+        batch = self.loader.collate_fn([self.loader.samples[epoch, i] for i in ids.tolist()])
+        if isinstance(batch, UserError):
+            raise batch
+        return self._to_device(batch[:3])
+
     def _to_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
         return self.normalise(images), labels, ids

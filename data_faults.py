@@ -178,7 +178,7 @@ class WatchedLoader(DataLoader):
         start: Callable[[int], None],
         **options: Any,
     ) -> None:
-        self.watch = None
+        self.watch, self.samples = None, dataset
         if num_workers:
             name_of = getattr(dataset, "name_of", "sample {}".format)
             self.watch = Watch(num_workers, seconds, name_of)

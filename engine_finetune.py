@@ -8,6 +8,7 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import utils
 from datasets import Batches
+from guard import Guard
 from hooks import Reporter
 from keeper import Keeper
 from meters import Means, accuracy
@@ -34,6 +36,7 @@ def train_one_epoch(
     state: TrainState,
     reporter: Reporter,
     keeper: Keeper,
+    guard: Guard,
     seed: int,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     model_ema: MovingAverage | None = None,
@@ -41,27 +44,22 @@ def train_one_epoch(
     """Train on what is left of the epoch; returns its means and its last learning rate.
 
     model: what is called, DistributedDataParallel perhaps; bare: the network inside, which
-    `model_ema` averages after every update that was taken. What the model and mixup draw is a
-    function of (seed, update, rank).
+    `model_ema` averages after every update that was taken.
     """
     model.train()
     means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
-    stepper.begin_epoch(len(batches), state.within.get("stepper"))
+    compute = partial(supervised_loss, criterion, mixup, seed)
+    stepper.begin_epoch(len(batches))
+    guard.begin_epoch(state, lambda *batch: compute(*batch)[0])
     # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
     lr = schedule.apply(state.updates - 1) if state.seen else 0.0
     taken = 0  # images of the group
-    for images, labels, _ in batches:
+    for images, labels, ids in batches:
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
-        seed_all(seed, state.updates, stepper.micro, utils.get_rank())
-        targets = labels
-        if mixup is not None:
-            images, targets = mixup(images, labels)
-
         with stepper.micro_batch():
-            logits = model(images)
-            loss = criterion(logits.float(), targets)
-        update = stepper.step(loss)
+            loss, logits = compute(model, images, labels, ids, state.updates, stepper.micro)
+        update = stepper.step(loss, ids)
 
         means.update(len(images), loss=loss.detach())
         if mixup is None:  # with mixed images there is no right answer to count
@@ -74,11 +72,32 @@ def train_one_epoch(
             if model_ema is not None:
                 taken_in_all = state.updates - state.bad_steps - stepper.skipped  # not read here
                 model_ema.update(bare, taken_in_all, update.taken)
-            if reporter.after_update(lr):  # a log line waits for the device as well
-                state.bad_steps += stepper.check()
-            keeper.after_update(state, means, stepper)
-    state.bad_steps += stepper.check()
+            keeper.after_update(state, means, guard, look=reporter.after_update(lr))
+    state.within["guard"] = guard.state()
     return means.total() | {"lr": lr}
+
+
+def supervised_loss(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    seed: int,
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    update: int,
+    micro: int,
+) -> tuple[Tensor, Tensor]:
+    """(loss, logits) of a micro-batch; what network and mixup draw depends on (seed, update, rank).
+
+    `mixup` changes the images in place.
+    """
+    seed_all(seed, update, micro, utils.get_rank())
+    targets = labels
+    if mixup is not None:
+        images, targets = mixup(images, labels)
+    logits = network(images)
+    return criterion(logits.float(), targets), logits
 
 
 @torch.inference_mode()

@@ -7,10 +7,13 @@ python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
+
+from torch import Tensor, nn
 
 import utils
 from datasets import Batches
+from guard import Guard
 from hooks import Reporter
 from keeper import Keeper
 from models.fcmae import FCMAE, random_mask, visible_patches
@@ -29,30 +32,27 @@ def train_one_epoch(
     state: TrainState,
     reporter: Reporter,
     keeper: Keeper,
+    guard: Guard,
     seed: int,
 ) -> dict[str, float]:
     """Train on what is left of the epoch; returns its mean loss and gradient norm and its rate.
 
     model: what is called, DistributedDataParallel perhaps; fcmae: the FCMAE inside.
-    A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
     """
     model.train()
     means = reporter.begin_epoch(["loss", "grad_norm"], batches, state)
-    stepper.begin_epoch(len(batches), state.within.get("stepper"))
+    compute = partial(masked_loss, fcmae, seed, state.epoch)
+    stepper.begin_epoch(len(batches))
+    guard.begin_epoch(state, compute)
     # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
     lr = schedule.apply(state.updates - 1) if state.seen else 0.0
     taken = 0  # images of the group
-    for images, _, ids in batches:
+    for images, labels, ids in batches:
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
-        h, w = fcmae.grid_size(*images.shape[-2:])
-        visible = visible_patches(h * w, fcmae.mask_ratio)
-        mask = random_mask(hash_noise(seed, state.epoch, ids, h * w), visible)
-
-        seed_all(seed, state.updates, stepper.micro, utils.get_rank())
         with stepper.micro_batch():
-            loss, _, _ = model(images, mask, visible)
-        update = stepper.step(loss)
+            loss = compute(model, images, labels, ids, state.updates, stepper.micro)
+        update = stepper.step(loss, ids)
 
         means.update(len(images), loss=loss.detach())
         reporter.after_batch(len(images))
@@ -60,8 +60,28 @@ def train_one_epoch(
         if update:
             state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
-            if reporter.after_update(lr):  # a log line waits for the device as well
-                state.bad_steps += stepper.check()
-            keeper.after_update(state, means, stepper)
-    state.bad_steps += stepper.check()
+            keeper.after_update(state, means, guard, look=reporter.after_update(lr))
+    state.within["guard"] = guard.state()
     return means.total() | {"lr": lr}
+
+
+def masked_loss(
+    fcmae: FCMAE,
+    seed: int,
+    epoch: int,
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    update: int,
+    micro: int,
+) -> Tensor:
+    """The loss of a micro-batch by `network`: `fcmae`, or what it is wrapped in.
+
+    A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
+    """
+    h, w = fcmae.grid_size(*images.shape[-2:])
+    visible = visible_patches(h * w, fcmae.mask_ratio)
+    mask = random_mask(hash_noise(seed, epoch, ids, h * w), visible)
+    seed_all(seed, update, micro, utils.get_rank())
+    return network(images, mask, visible)[0]

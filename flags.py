@@ -208,7 +208,21 @@ FLAGS: dict[str, tuple] = {
         ("--seed", WHOLE, 0, "of every random draw"),
         ("--amp", ("bf16", "fp16", "none"), None, "unset: bf16 on CUDA, none elsewhere"),
         ("--use_amp", str2bool, None, "true: half precision on any device; false: --amp none"),
-        ("--max_bad_steps", WHOLE, 10, "non-finite updates skipped in a row before the run stops"),
+        (
+            "--on_spike",
+            ("skip", "rollback"),
+            "skip",
+            "an update whose loss or gradient is not finite, or whose loss is a spike: leave it "
+            "out, or return to the last snapshot too; bad_batch.json tells what it held",
+        ),
+        ("--spike_factor", AMOUNT, 0.0, "a spike is a loss above so many times the usual; 0: none"),
+        ("--snapshot_freq", COUNT, None, "updates between snapshots in memory; unset: 100"),
+        (
+            "--max_bad_steps",
+            WHOLE,
+            10,
+            "updates in a row to leave out, or returns to one snapshot, before the run stops",
+        ),
         (
             "--kernels",
             KERNELS,

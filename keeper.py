@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Preempted, TrainingStopped
+from errors import Preempted, TrainingStopped, UserError
 from utils import TrainState, from_main_process, get_logger, get_world_size
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
@@ -150,8 +150,8 @@ class Keeper:
 
         with Keeper(...) as keeper:
             ...
-            keeper.after_update(state, means, stepper)  # in the epoch, after every update
-            keeper.end_epoch(state, improved, last)     # after the evaluation
+            keeper.after_update(state, means, guard)  # in the epoch, after every update
+            keeper.end_epoch(state, improved, last)   # after the evaluation
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Keeper:
         self.requests = Requests(every_minutes, max_minutes)
         self.agreement = Agreement()
         self.writer = Writer(in_background)
-        self.saved_at = 0  # update
+        self.saved_at, self.unsaved = 0, ""  # update; why the last save is none
         self.failures, self.max_failures = 0, max_failures  # saves in a row that went wrong
 
     def __enter__(self) -> Keeper:
@@ -180,16 +180,24 @@ class Keeper:
         with contextlib.suppress(OSError):  # the error that ends the run tells more
             self.writer.wait()
 
-    def after_update(self, state: TrainState, means: Any, stepper: Any) -> None:
-        """Save if it is time to; raise Preempted if any rank was asked to stop."""
+    def after_update(self, state: TrainState, means: Any, guard: Any, look: bool = False) -> None:
+        """Save if it is time to; raise Preempted if any rank was asked to stop.
+
+        look: read what became of the updates, as before every save: a log line waits as well.
+        TrainingStopped if that went wrong too often, after a save.
+        """
         save, stop = self.agreement.exchange(*self.requests.read())
         save &= state.updates > self.saved_at + 1  # the answer to a question of before that
         due = self.every_steps is not None and state.updates % self.every_steps == 0
-        if save or stop or due:
+        problem = guard.look(state) if look or save or stop or due else ""
+        if save or stop or due or problem:
             self.saved_at = state.updates
-            state.bad_steps += stepper.check()
-            state.within = {"means": means.state(), "stepper": stepper.state()}
+            guard.keep(state)
+            state.within = {"means": means.state(), "guard": guard.state()}
             self._write(state)
+        if problem:
+            self.finish()
+            raise TrainingStopped(problem)
         if stop:
             self._stop(state)
 
@@ -212,10 +220,12 @@ class Keeper:
         """Save; a disk that is full or gone does not end the run, unless for long."""
         if self.save is None:
             return
-        problem = from_main_process(lambda: self._try(state, options))
+        problem, of_disk = from_main_process(lambda: self._try(state, options))
         self.requests.saved, self.requests.retry_at = time.monotonic(), math.inf
-        self.failures = self.failures + 1 if problem else 0
-        if not problem:
+        self.unsaved, self.failures = problem, self.failures + 1 if of_disk else 0
+        if problem and not of_disk:
+            get_logger().warning("not saved: %s; the checkpoints before are whole", problem)
+        if not of_disk:
             return
         self.requests.retry_at = time.monotonic() + RETRY
         text = "could not save, %d times in a row (%s); the checkpoints before are whole"
@@ -226,12 +236,13 @@ class Keeper:
                 "space or choose another --output_dir, and start again: what was saved is whole"
             )
 
-    def _try(self, state: TrainState, options: dict[str, Any]) -> str:
+    def _try(self, state: TrainState, options: dict[str, Any]) -> tuple[str, bool]:
+        """What went wrong, and whether that is the disk's fault."""
         try:
             self.save(state=state, writer=self.writer, **options)
-        except OSError as error:
-            return str(error)
-        return ""
+        except (OSError, UserError) as error:
+            return str(error), isinstance(error, OSError)
+        return "", False
 
     def finish(self) -> None:
         """Until the last save is written."""
@@ -250,9 +261,10 @@ class Keeper:
         reason = self.requests.reason or "another process"
         get_logger().info("asked to stop (%s) at update %d", reason, state.updates)
         self.finish()
+        saved = "saved" if self.save is not None else "nothing saved: no --output_dir"
+        saved = f"not saved: {self.unsaved}" if self.unsaved else saved
         raise Preempted(
-            f"stopped by {reason} at epoch {state.epoch}, update {state.updates}"
-            f"{', saved' if self.save is not None else ', nothing saved: no --output_dir'}; "
+            f"stopped by {reason} at epoch {state.epoch}, update {state.updates}, {saved}; "
             "the same command goes on from there"
         )
 

@@ -26,6 +26,7 @@ import models
 import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
+from guard import build_guard
 from keeper import build_keeper
 from lock import hold_folder
 from models.pretrained import EMA_KEY, has_average, load_both, load_pretrained
@@ -105,9 +106,7 @@ def main(args: argparse.Namespace) -> None:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         called = Graphed(bare, device, amp, [shape])
     model = utils.wrap(called, device)
-    stepper = Stepper(
-        model, optimizer, device, amp, update_freq, args.clip_grad, args.max_bad_steps
-    )
+    stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
@@ -116,6 +115,7 @@ def main(args: argparse.Namespace) -> None:
     state.count_updates(updates_per_epoch, effective_batch)
     about = {"args": vars(args), "classes": datasets.class_map(train_set)}
     save = partial(utils.save_model, folder, *parts, **about, keep=args.save_ckpt_num)
+    guard = build_guard(args, stepper, parts, batches, folder)
     train_epoch = partial(
         train_one_epoch,
         model,
@@ -123,6 +123,7 @@ def main(args: argparse.Namespace) -> None:
         criterion,
         stepper=stepper,
         schedule=schedule,
+        guard=guard,
         seed=args.seed,
         mixup=mixup,
         model_ema=model_ema,

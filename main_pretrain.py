@@ -24,6 +24,7 @@ import utils
 import visualize
 from engine_pretrain import train_one_epoch
 from graphs import Graphed, check_graphs
+from guard import build_guard
 from keeper import build_keeper
 from lock import hold_folder
 from models.fcmae import visible_patches
@@ -93,9 +94,7 @@ def main(args: argparse.Namespace) -> None:
         shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
         called = Graphed(fcmae, device, amp, shapes, visible)
     model = utils.wrap(called, device)
-    stepper = Stepper(
-        model, optimizer, device, amp, update_freq, args.clip_grad, args.max_bad_steps
-    )
+    stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = (fcmae, optimizer, stepper.scaler)
@@ -103,9 +102,9 @@ def main(args: argparse.Namespace) -> None:
     state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch)
     save = partial(utils.save_model, folder, *parts, args=vars(args), keep=args.save_ckpt_num)
-    train_epoch = partial(
-        train_one_epoch, model, fcmae, stepper=stepper, schedule=schedule, seed=args.seed
-    )
+    guard = build_guard(args, stepper, parts, batches, folder)
+    about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
+    train_epoch = partial(train_one_epoch, model, fcmae, **about)
     if args.dry_run:
         return dry_run.check_run(
             args, folder, start.source, state, batches, stepper, schedule, train_epoch, save

@@ -98,7 +98,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     aim = "Pre-train ConvNeXt V2 as a masked autoencoder (FCMAE)."
     left_out = ("augmentation", "starting weights and head", "evaluation and moving average")
     parser = _make_parser("main_pretrain.py", aim, *left_out)
-    parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0))
+    parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
     return parser
 
 
@@ -227,6 +227,10 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--deterministic true: torch does not know how --opt {args.opt} adds; drop one"
     if args.dry_run and vars(args).get("eval"):
         yield "--dry_run true tries a training run; --eval true writes nothing: drop one"
+    if args.snapshot_freq and args.on_spike != "rollback":
+        yield f"--snapshot_freq {args.snapshot_freq}: --on_spike skip takes none; drop one"
+    if 0 < args.spike_factor <= 1:
+        yield f"--spike_factor {args.spike_factor:g}: the usual is no spike; give 3 or more, or 0"
     if args.data_timeout and not args.num_workers:
         got = f"--data_timeout {args.data_timeout:g}"
         yield f"{got} watches loader processes, --num_workers 0 has none; give some, or drop it"

@@ -24,6 +24,7 @@ from torch import Tensor
 import hooks
 from datasets import Batches, collate
 from errors import UserError
+from guard import Guard
 from keeper import Keeper
 from stepper import Stepper
 from utils import TrainState
@@ -98,7 +99,8 @@ class Trial:
         self.train_epoch, self.stepper, self.batches = train_epoch, stepper, batches
         self.device = stepper.device
         self.samples = collate(samples)[:3]  # images, labels, ids
-        self.keeper = Keeper(None)
+        self.guard = Guard(stepper)  # counts only
+        self.watchers = {"keeper": Keeper(None), "guard": self.guard}
         self.skipped = 0  # updates that were not finite
 
     def batch(self, size: int) -> tuple[Tensor, ...]:
@@ -113,11 +115,12 @@ class Trial:
         reporter = hooks.Reporter([], self.device, state, ENDLESS, ENDLESS, ENDLESS)
         began = time.perf_counter()
         try:
-            self.train_epoch(batches=batches, state=state, reporter=reporter, keeper=self.keeper)
+            self.train_epoch(batches=batches, state=state, reporter=reporter, **self.watchers)
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
             raise UserError(f"--deterministic: {str(error).partition('.')[0]}") from error
+        self.guard.look(state)
         self.skipped += state.bad_steps
         return time.perf_counter() - began
 
@@ -144,7 +147,7 @@ class Trial:
 
     def end(self) -> str:
         """Nothing is left under way between the processes; what went wrong in updates."""
-        self.keeper.agreement.wait()
+        self.watchers["keeper"].agreement.wait()
         if not self.skipped or self.stepper.scaler.is_enabled():  # fp16 looks for its scale
             return ""
         return f"{self.skipped} updates had a loss or gradient that is not finite"

@@ -237,7 +237,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
     seen: int = 0  # images of the epoch that its updates have taken, over all ranks
     effective_batch: int = 0  # images in an update, over all ranks
-    within: dict[str, Any] = field(default_factory=dict)  # sums of the epoch that runs
+    within: dict[str, Any] = field(default_factory=dict)  # sums of the epoch and of the guard
 
     def count_updates(self, updates_per_epoch: int, effective_batch: int) -> None:
         """Count what is behind in updates of this run's size, whatever it was before."""
@@ -248,7 +248,8 @@ class TrainState:
 
     def end_epoch(self) -> None:
         """All images of the epoch are behind."""
-        self.epoch, self.seen, self.within = self.epoch + 1, 0, {}
+        self.epoch, self.seen = self.epoch + 1, 0
+        self.within.pop("means", None)
 
     def note_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
         """Remember the highest accuracy of each name; returns the names that have a new one."""
@@ -256,6 +257,11 @@ class TrainState:
         better = [name for name, value in given.items() if value > self.best.get(name, -1.0)]
         self.best |= {name: given[name] for name in better}
         return better
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all parameters and buffers are."""
+    return bool(torch.stack([torch.isfinite(x).all() for x in model.state_dict().values()]).all())
 
 
 def save_model(
@@ -285,6 +291,8 @@ def save_model(
     """
     if not is_main_process():
         return
+    if not is_finite(model):
+        raise UserError("the weights are not finite, and nobody could go on from them")
     content = {
         "model": model.state_dict(),
         "model_ema": model_ema.state_dict() if model_ema is not None else None,

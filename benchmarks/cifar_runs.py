@@ -29,6 +29,7 @@ from checkpoint import load_weights
 from datasets import build_mixup, mean_and_std
 from decoding import decode, load_image_file
 from errors import UserError
+from guard import Guard
 from hooks import Reporter, summary
 from keeper import Keeper
 from models import create_model
@@ -202,12 +203,13 @@ def train(
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
+    watchers = Keeper(None), Guard(stepper)
     reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
     seconds = []
     while state.epoch < epochs:
         batches.set_epoch(state.epoch)
         start = time.perf_counter()
-        stats = one_epoch(batches, stepper, schedule, state, reporter, Keeper(None))
+        stats = one_epoch(batches, stepper, schedule, state, reporter, *watchers)
         seconds.append(time.perf_counter() - start)  # it reads the meters: no queue is left
         state.end_epoch()
         if state.epoch == epochs or state.epoch % args.eval_every == 0:

@@ -163,13 +163,16 @@ def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
 
 
 class Quiet:
-    """A stepper that has skipped nothing."""
+    """A guard that has seen nothing wrong."""
 
-    def check(self) -> int:
-        return 0
+    def look(self, state: TrainState) -> str:
+        return ""
 
-    def state(self) -> dict[str, int]:
-        return {"bad_in_a_row": 0}
+    def keep(self, state: TrainState) -> None:
+        pass
+
+    def state(self) -> dict[str, float]:
+        return {}
 
 
 def drive(keeper: Keeper, updates: int) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from errors import TrainingStopped, UserError
-from stepper import Stepper, autocast, choose_amp
+from errors import UserError
+from stepper import WARM_UP, Stepper, autocast, choose_amp
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -181,12 +181,12 @@ def test_bad_loss_changes_neither_weights_nor_moments(bad, amp, fused):
     update = feed(model, stepper, bad)
     assert not update.taken
     assert not torch.isfinite(update.grad_norm)
-    assert stepper.bad_in_a_row == 1
+    assert [fault.in_a_row for fault in stepper.read()[1]] == [1]
     assert model.state_dict() == weights
     assert optimizer.state_dict()["state"] == moments["state"]
     assert feed(model, stepper, 1).taken  # momentum 0.5 * 2 + 1 = 2
     assert model.weight.item() == pytest.approx(-1)
-    assert stepper.bad_in_a_row == 0
+    assert stepper.read() == (0, [])
 
 
 def adamw(**options):
@@ -280,47 +280,72 @@ def test_overflow_of_the_scaler_skips_and_lowers_the_scale():
     assert feed(model, stepper, 1).taken
 
 
-def test_run_stops_after_bad_updates_in_a_row(log):
-    model, _, stepper = product(max_bad_steps=2)
-    for x in (NAN, NAN, 1, NAN, NAN):  # never three in a row
-        feed(model, stepper, x)
-        assert stepper.check() == (x != 1)
-    feed(model, stepper, NAN)
-    with pytest.raises(
-        TrainingStopped, match=r"3 updates in a row.*--clip_grad 1.*--max_bad_steps"
-    ):
-        stepper.check()
-    assert log.text.count("skipped an update") == 5
-    assert model.weight.item() == 0  # the one good step
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_went_wrong_between_two_looks_is_read_in_order(fused):
+    model, _, stepper = product(lr=1e-9, fused=fused)
+    feed(model, stepper, 1, NAN, INF, 1, NAN)
+    skipped, faults = stepper.read()
+    assert skipped == 3
+    assert [(fault.ago, fault.in_a_row) for fault in faults] == [(4, 1), (3, 2), (1, 1)]
+    assert str(faults[0]) == "loss is not finite"
+    assert stepper.read() == (0, [])
+    feed(model, stepper, NAN)  # with the one before the look it is two in a row
+    assert [fault.in_a_row for fault in stepper.read()[1]] == [2]
 
 
-def test_single_bad_update_stops_a_run_that_allows_none():
-    model, _, stepper = product(max_bad_steps=0)
-    feed(model, stepper, NAN)
-    with pytest.raises(TrainingStopped, match="1 updates in a row"):
-        stepper.check()
-    assert model.weight.item() == 1
-
-
-def test_bad_updates_between_two_looks_are_not_missed(log):
-    """A log line comes every so many updates; what happened in between is kept on the device."""
-    model, _, stepper = product(max_bad_steps=2, fused=True)
-    feed(model, stepper, 1, NAN, NAN, 1, NAN)
-    assert stepper.check() == 3
-    assert "skipped 3 updates" in log.text
-    assert stepper.check() == 0
-    feed(model, stepper, NAN, NAN, 1, 1)  # with the one before the look it is three in a row
-    with pytest.raises(TrainingStopped, match="3 updates in a row"):
-        stepper.check()
-
-
-def test_updates_that_the_scaler_can_still_mend_do_not_stop_a_run():
+def test_overflow_that_the_scaler_can_still_mend_is_no_fault():
     """Seventeen halvings of 65536 give a scale below 1; only what is bad then counts."""
-    model, _, stepper = product(lr=1e-38, amp="fp16", max_bad_steps=1)
+    model, _, stepper = product(lr=1e-38, amp="fp16")
     for x in [3e38] * 16:  # finite, but not times the scale
         assert not feed(model, stepper, x).taken
-    assert stepper.check() == 16
+    assert stepper.read() == (16, [])
     assert stepper.scaler.get_scale() == 1
+
+
+def test_samples_of_a_fault_are_those_of_its_micro_batches():
+    model, _, stepper = product(update_freq=2, lr=1e-9)
+    for number, x in enumerate((1, 1, NAN, 1, 1, 1)):
+        stepper.step(model(x), torch.tensor([number]))
+    ((fault,), _) = stepper.read()[1], None
+    assert [ids.tolist() for ids in fault.ids] == [[2], [3]]
+
+
+def losses(stepper, *values: float) -> list[bool]:
+    """Updates with these losses and a gradient of 1; which of them are taken."""
+    weight = stepper.parameters[0]
+    return [stepper.step(weight.sum() * 1 + value - weight.item()).taken.item() for value in values]
+
+
+def test_spike_is_a_multiple_of_the_usual_loss():
+    _, _, stepper = product(lr=1e-9, spike_factor=3.0)
+    assert losses(stepper, *[2.0] * WARM_UP, 5.9, 6.7, 2.0) == [True] * (WARM_UP + 1) + [
+        False,
+        True,
+    ]
+    skipped, (fault,) = stepper.read()
+    assert (skipped, fault.ago) == (1, 2)
+    assert fault.usual_loss == pytest.approx((2 * WARM_UP + 5.9) / (WARM_UP + 1))
+    assert str(fault) == "loss 6.7 is a spike, 2.186 is usual"
+    assert losses(stepper, 6.7) == [False]  # a spike does not become the usual
+
+
+@pytest.mark.parametrize("factor", [0.0, 3.0])
+def test_first_losses_and_those_without_a_limit_are_no_spikes(factor):
+    _, _, stepper = product(lr=1e-9, spike_factor=factor)
+    assert all(losses(stepper, 1.0, 1e3, 1e-3, 1e3))
+    _, _, stepper = product(lr=1e-9, spike_factor=0.0)
+    assert all(losses(stepper, *[1.0] * 30, 1e6))
+
+
+def test_usual_loss_follows_the_last_hundred_and_is_restored():
+    _, _, stepper = product(lr=1e-9, spike_factor=3.0)
+    stepper.begin_epoch(10**4)
+    losses(stepper, *[8.0] * 150, *[1.0] * 500)
+    assert stepper.usual_loss.item() == pytest.approx(1.0, abs=0.1)
+    _, _, other = product(lr=1e-9, spike_factor=3.0)
+    other.restore(stepper.state())
+    assert other.state() == stepper.state()
+    assert losses(other, 4.0) == [False]
 
 
 class NoReading(TorchFunctionMode):
@@ -349,7 +374,7 @@ def test_host_reads_nothing_between_two_looks(amp):
         updates = [feed(model, stepper, 1, x) for x in (2, NAN, 3)]
     assert [update.taken.item() for update in updates] == [True, False, True]
     with pytest.raises(AssertionError), NoReading():
-        stepper.check()
+        stepper.read()
     with pytest.raises(AssertionError), NoScalar():
         bool(updates[0].taken)
 

@@ -12,6 +12,7 @@ import torch
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from randomness import mix
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 CLASSES = 3
@@ -106,3 +107,42 @@ def dies(data_path: str, train: bool) -> Deadly:
 def hangs(data_path: str, train: bool) -> Deadly:
     """`colours` of which one is on a file system that stalls."""
     return Deadly(26 if train else 5, "hangs")
+
+
+class _Torn(torch.autograd.Function):
+    """What it is given, and a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad * float("nan")
+
+
+def frail(**kwargs) -> ConvNeXtV2:
+    """`classifier` that fails as FRAIL says: what, in which update (from 0), on which rank.
+
+    gradient: of the output of stages.1.0; parameter: stages.1.0.pwconv1.bias becomes NaN, for good;
+    loss: the logits are 10,000 times as large.
+    """
+    network = classifier(**kwargs)
+    what, update, rank = os.environ["FRAIL"].split(":")
+    seed, block = mix(0, int(update), 0, int(rank)), network.stages[1][0]
+
+    def fail(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if torch.initial_seed() != seed or not module.training:
+            return output
+        if what == "parameter":
+            block.pwconv1.bias.data[0] = float("nan")
+        return {"gradient": _Torn.apply, "loss": lambda x: x * 1e4}.get(what, lambda x: x)(output)
+
+    (network.head if what == "loss" else block).register_forward_hook(fail)
+    return network
+
+
+def frail_fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
+    """An FCMAE around `frail`."""
+    encoder = frail(in_chans=in_chans, stem_stride=stem_stride, drop_path_rate=drop_path_rate)
+    return FCMAE(encoder, **kwargs)
