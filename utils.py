@@ -145,7 +145,7 @@ def init_distributed_mode(
             raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
         _stores.append(store)
         # torchrun's store still holds the addresses of the processes that it started before.
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store = dist.PrefixStore(f"attempt {attempt} of {size}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limit)
     _set_up_logging()
     return place
