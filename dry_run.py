@@ -140,7 +140,7 @@ def check_data(
     for name, of_set in (("train", batches), ("val", val_batches)):
         if of_set is None:
             continue
-        data = of_set.loader.dataset
+        data = of_set.loader.samples
         names = class_map(data) if data.nb_classes else None
         classes = f" of {data.nb_classes} classes" if data.nb_classes else ", labels not used"
         same = ", as train has them" if name == "val" and names else ""
