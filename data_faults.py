@@ -84,6 +84,9 @@ class Watch:
                 if not self._waits_on(error):
                     raise
                 continue
+            except (OSError, EOFError):  # perhaps of a batch that a dead process still held
+                self._look_for_dead()
+                raise
             if batch is end:
                 return
             self.idle_looks = 0
@@ -102,6 +105,15 @@ class Watch:
                 f"a loader process (pid {found[1]}) {found[2]}; it held "
                 f"{' and '.join(held) or 'no sample'}: {REMEDY}"
             ) from error
+
+    def _look_for_dead(self) -> None:
+        mine, until = {int(row[0]) for row in self.table.tolist()} - {0}, time.monotonic() + 1
+        while mine and time.monotonic() < until:  # the system may not know yet
+            dead = mine - {child.pid for child in multiprocessing.active_children()}
+            if dead:
+                who = ", ".join(map(str, sorted(dead)))
+                self.explain(RuntimeError(f"DataLoader worker (pid {who}) died"))
+            time.sleep(0.02)
 
     def _waits_on(self, error: RuntimeError) -> bool:
         """Whether to wait on after `error`: it is a time-out, and the processes make progress."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
 
@@ -359,7 +359,8 @@ def create_loader(
     pin_mem: bool = False,
     drop_last: bool = False,
     timeout: float = 0,
-) -> DataLoader:
+    collate_fn: Callable[[list], Any] = collate,
+) -> WatchedLoader:
     """A DataLoader of `collate`d batches whose workers live as long as it does.
 
     timeout: seconds that a worker may take for one sample; 0: any time.
@@ -374,5 +375,5 @@ def create_loader(
         pin_memory=pin_mem and torch.cuda.is_available(),  # elsewhere torch only warns
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
-        collate_fn=collate,
+        collate_fn=collate_fn,
     )

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""A run's engine on chosen batches, the memory that takes, and the loader's rate, for dry runs.
+"""A run's engine on chosen batches, and the memory that takes, for dry runs.
 
 python -c "import torch, trial; print(trial.memory(torch.device('cpu')))"
 """
@@ -8,7 +8,6 @@ python -c "import torch, trial; print(trial.memory(torch.device('cpu')))"
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import re
 import threading
@@ -30,7 +29,7 @@ from stepper import Stepper
 from utils import TrainState
 from utils import get_world_size as processes
 
-ENDLESS = 1 << 40  # batches, and updates to the next log line
+ENDLESS = 1 << 40  # updates to the next log line
 PERIOD = 0.002  # seconds between two looks at the memory of this process
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -49,41 +48,6 @@ class Repeated:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for _ in range(self.times):
             yield tuple(part.clone() for part in self.batch)  # mixup works in place
-
-
-class Stream:
-    """So many of the loader's batches, over as many epochs as it takes.
-
-    `began` is when the first `skipped` were done, in which workers have a start.
-    """
-
-    wait_seconds = 0.0
-
-    def __init__(
-        self,
-        batches: Any,
-        set_epoch: Callable[[int], None],
-        skipped: int = 0,
-        times: int = ENDLESS,
-    ) -> None:
-        self.batches, self.set_epoch = batches, set_epoch
-        self.skipped, self.times = skipped, skipped + times
-        self.began = time.perf_counter()
-
-    def __len__(self) -> int:
-        return self.times
-
-    def __iter__(self) -> Iterator[Any]:
-        count = 0
-        for epoch in itertools.count():
-            self.set_epoch(epoch)
-            for batch in self.batches:
-                yield batch
-                count += 1
-                if count == self.skipped:
-                    self.began = time.perf_counter()
-                if count == self.times:
-                    return
 
 
 class Trial:
@@ -151,20 +115,6 @@ class Trial:
         if not self.skipped or self.stepper.scaler.is_enabled():  # fp16 looks for its scale
             return ""
         return f"{self.skipped} updates had a loss or gradient that is not finite"
-
-
-def rate_of(stream: Stream, ahead: int, seconds: float) -> float:
-    """Images/s of this process's loader, once what its workers hold ready is gone."""
-    start, began, images = time.perf_counter(), None, 0
-    for count, batch in enumerate(stream):
-        now = time.perf_counter()
-        if began is None:
-            began = now if count >= ahead or now - start > 2 * seconds else None
-            continue
-        images += 0 if isinstance(batch, UserError) else len(batch[0])  # a bad one is told before
-        if now - began > seconds:
-            break
-    return images / (now - began)
 
 
 # --- memory and sizes ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset
 
 import datasets
 from batches import Batches
-from data_faults import BadImages
+from data_faults import BadImages, Watch
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
 from errors import Preempted, TrainingStopped, UserError
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
@@ -358,6 +359,29 @@ def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
     held = str(stopped.value).split("it held ")[1]
     assert held.startswith("no sample" if when == "idle" else "image ")
     assert "--num_workers" in held
+
+
+def test_batch_that_a_dead_process_still_held_is_no_bare_connection_error(handler):
+    """The batch came, but its pixels had to be fetched from the process that had died since."""
+    batches = batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    watch = (iter(batches), batches.loader.watch)[1]
+    next(iter(batches))
+
+    def broken():
+        yield "a batch"
+        os.kill(int(watch.table[0, 0]), signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal comes too late
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(TrainingStopped, match=r"loader process \(pid [0-9]+\) died; it held "):
+        list(watch.over(broken()))
+    with pytest.raises(OSError, match="disk"):
+        list(Watch(1, 0, str).over(fails(OSError("disk"))))
+
+
+def fails(error: Exception) -> Iterator[object]:
+    raise error
+    yield
 
 
 IN_USE = """

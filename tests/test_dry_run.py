@@ -31,6 +31,27 @@ CPU = torch.device("cpu")
 MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
 
 
+class Unreadable(Colours):
+    """Of the training images 3 and 4 cannot be read, of those for evaluation 1."""
+
+    def __init__(self, length: int, bad: tuple) -> None:
+        super().__init__(length)
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index in self.bad:
+            raise OSError("cannot identify it")
+        return super().__getitem__(index)
+
+
+def unreadable(data_path: str, train: bool) -> Unreadable:
+    return Unreadable(26, (3, 4)) if train else Unreadable(7, (1,))
+
+
+def no_val(data_path: str, train: bool) -> Unreadable:
+    return Unreadable(26, ()) if train else Unreadable(3, (0, 1, 2))
+
+
 class Broken(Colours):
     """Two images that raise what somebody's own data set may raise, none of ours."""
 
@@ -136,6 +157,22 @@ def test_report_says_what_the_run_will_do(short, said):
     assert "update 19  1.00e-03  ####" in said()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_that_the_run_goes_without_are_told_and_no_fault(short, said, workers):
+    words = ["--data_set", "tests.test_dry_run:unreadable", "--on_bad_image", "skip"]
+    assert dry("finetune", *words, "--num_workers", workers) == 0
+    assert "26 decoded, 2 bad, replaced" in said()
+    assert "replaced: image number 3 (OSError: cannot identify it), image number 4 (" in said()
+    assert "7 decoded, 1 bad, left out" in said()
+    assert "nothing would fail" in said()
+
+
+def test_a_set_of_which_nothing_is_left_would_fail(short, said):
+    words = ["--data_set", "tests.test_dry_run:no_val", "--on_bad_image", "skip"]
+    assert dry("finetune", *words) == 1
+    assert "none of 3 val images can be used" in said()
+
+
 # --- what would fail ----------------------------------------------------------------------------
 
 
@@ -185,6 +222,17 @@ def test_every_fault_is_listed_and_not_only_the_first(planted, short, said, monk
     assert "b/4.png" in said()
     assert "2. checkpoints need" in said()
     assert "1000 B are free: lower --save_ckpt_num" in said()
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_sample_that_kills_or_holds_its_reader_is_named(fault):
+    """It would kill the check itself, or hold it for ever, if that read it."""
+    words = [*FINETUNE, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2, "--dry_run"]
+    words += ["--data_timeout", 2] if fault == "hangs" else []
+    done = run("main_finetune.py", *words, expect=1)
+    assert "Traceback" not in done.stderr
+    assert "dry run: would fail: 1 of " in done.stderr
+    assert "image photos/5.jpg" in done.stderr
 
 
 def test_a_batch_that_does_not_fit_is_not_even_tried(short, said, monkeypatch):

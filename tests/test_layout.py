@@ -49,6 +49,7 @@ LIMITS = {  # lines at most
     "hooks.py": 350,
     "dry_run.py": 400,  # --dry_run: asks every part of a run, so it belongs to none of them
     "trial.py": 300,  # what it measures with: the engine on chosen batches, memory, sizes
+    "trial_data.py": 200,  # out of trial: the images and loaders, which know no engine
     "engine_pretrain.py": 100,
     "engine_finetune.py": 180,
     "slurm.py": 200,
@@ -120,7 +121,8 @@ ALLOWED = {
     **dict.fromkeys(SCRIPTS, L0 | MODELS | L1 | FLAGS | FORMATS),
     "hooks": L0 | MODELS | L1 | {"visualize", "options"},
     "trial": L0 | MODELS | L1 | {"hooks"},  # an engine's epoch is handed to it by a main
-    "dry_run": L0 | MODELS | L1 | {"hooks", "trial"},
+    "trial_data": L0 | DATA,
+    "dry_run": L0 | MODELS | L1 | {"hooks", "trial", "trial_data"},
     "engine_pretrain": BELOW_ENGINES,
     "engine_finetune": BELOW_ENGINES,
     "hubconf": {"checkpoint", "flags", "models", "models.convert", "models.pretrained"},
