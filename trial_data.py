@@ -7,6 +7,7 @@ python -c "import trial_data; print(trial_data.rate_of.__doc__)"
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float, keep: int = 64
     except TrainingStopped as error:
         found.tried += 1
         found.faults.append(str(error))
+    del one_by_one
+    gc.collect()  # else a broken loader, held by its own error, would end in another's process
     return found
 
 

@@ -144,6 +144,65 @@ def test_pickle_gets_arrays_and_nothing_else(tmp_path, monkeypatch):
     assert everything(tmp_path) == set()
 
 
+class Forged:
+    """An array of pointers, by numpy's own types: reading it reads memory anywhere, and calls it.
+
+    The last number of a type's state says that its bytes are no objects, against its fields.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __reduce__(self) -> tuple:
+        fields = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+        if self.what == "type":
+            return np.dtype, ("V8", False, True), fields
+        pointer = b"\x41\x41\x41\x41\0\0\0\0"
+        if self.what == "bytes with fields":
+            return np.dtype, ("u1", False, True), fields
+        if self.what == "array":
+            return np.ndarray, ((1,), Forged("type"), pointer)
+        kind = np.dtype("O") if self.what == "array of objects" else Forged("bytes with fields")
+        make, empty, _ = np.empty(0, np.uint8).__reduce__()
+        return make, empty, (1, (1,), kind, False, pointer)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("what", ["type", "array", "array of objects", "array with fields"])
+def test_pickle_cannot_forge_pointers(what, protocol):
+    """It ended the process, or ran what lay there."""
+    for content in (Forged(what), {"data": Forged(what)}, {"data": [Forged(what)]}):
+        with pytest.raises(UserError, match="array|asks for _codecs.encode"):
+            unpickle(pickle.dumps(content, protocol))
+
+
+def test_pickle_gets_no_numpy_type_and_no_array_without_content():
+    for odd in (np.zeros(2), np.zeros((2, 2), np.uint8, "F"), np.zeros(2, "S1"), np.dtype("u2")):
+        with pytest.raises(UserError, match="expected uint8"):
+            unpickle(pickle.dumps({"data": odd}, 4))
+    make, empty, state = np.zeros(6, np.uint8).__reduce__()
+    for bad in (empty, (*empty, 1)):
+        head = pickle.dumps({"data": _Call(make, bad)}, 4)
+        with pytest.raises(UserError, match="has no content"):
+            unpickle(head)
+    for shape in ((7,), (-1, 4), ("x",), None):
+        with pytest.raises(UserError, match="is damaged|expected uint8"):
+            unpickle(pickle.dumps(_Call(make, empty, (1, shape, *state[2:])), 4))
+    for name in (np.ndarray, np.dtype):
+        kept = unpickle(pickle.dumps({"x": name}))["x"]
+        assert kept.__module__ == "archives"
+
+
+class _Call:
+    """Pickles as a call, and a state for its result."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple:
+        return self.parts
+
+
 class Fake:
     """What torchvision knows of CIFAR-10, for files made here."""
 
