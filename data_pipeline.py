@@ -8,6 +8,7 @@ python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -271,9 +272,10 @@ class Augmented(Dataset):
         return image, label
 
     def _file(self, index: int) -> str | None:
-        files = getattr(self.dataset, "samples", None)  # as torchvision's folders have it
-        path = files[index][0] if isinstance(files, list) else None
-        return path if isinstance(path, str) else None
+        entries = getattr(self.dataset, "samples", None)  # (path, label) in torchvision's folders
+        entry = entries[index] if isinstance(entries, list) and index < len(entries) else None
+        path = entry[0] if isinstance(entry, tuple | list) and entry else entry
+        return str(path) if isinstance(path, str | os.PathLike) else None
 
     def name_of(self, index: int) -> str:
         """`image <its file>`, or `image number 7` where there are no files."""

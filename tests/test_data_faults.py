@@ -153,6 +153,34 @@ def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
     assert not torch.equal(first[0, BAD[0]], own)  # augmented in its own way
 
 
+FORMS = {  # an entry of `samples`, and what the image is called
+    "path and label": (("a/1.png", 0), "a/1.png"), "list": (["a/1.png", 0], "a/1.png"),
+    "text": ("a/1.png", "a/1.png"), "Path": (Path("a/1.png"), "a/1.png"),
+    "Path and label": ((Path("a/1.png"), 0), "a/1.png"), "dict": ({"path": "a/1.png"}, "number 4"),
+    "label first": ((0, "a/1.png"), "number 4"), "nothing": ((), "number 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "name"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("on_bad", ["error", "leave out"])
+def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad):
+    """Of a text it was the first letter, and a dict ended the run with a KeyError."""
+
+    class Files(Dataset):
+        samples = [entry] * 9
+
+        def __getitem__(self, index: int) -> None:
+            raise OSError("bad")
+
+    data = Augmented(Files(), to_tensor, 0, on_bad=on_bad)
+    if on_bad == "error":
+        assert str(data[0, 4]).startswith(f"cannot read image {name} (")
+    else:
+        assert data[0, 4].bad[0][0].removeprefix("image ") == name
+    Files.samples = Files.samples[:2]  # something else then
+    assert data.name_of(4) == "image number 4"
+
+
 def test_too_many_bad_images_are_an_error(tmp_path):
     make_photos(tmp_path, bad=tuple(range(COUNT)))
     error = augmented(tmp_path, "replace")[0, 4]
