@@ -236,7 +236,7 @@ class BadImages:
 
         with BadImages(folder, batches, val_batches) as bad:
             ...
-            bad.write()  # on every rank, after an epoch
+            bad.write()  # on every rank, before each save: who goes on does not see them again
     """
 
     def __init__(self, folder: Path | None, *batches: Any, active: bool = True) -> None:

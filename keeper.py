@@ -147,6 +147,7 @@ class Keeper:
     every_steps, every_minutes: when to save within an epoch; None for never. every_epochs: when at
     its end. max_minutes: after which the run stops as if by a signal. max_failures: saves in a row
     that may fail; one that did is tried again a minute later. in_background: write in a thread.
+    before_save: called on all ranks before a save within an epoch.
 
         with Keeper(...) as keeper:
             ...
@@ -163,7 +164,9 @@ class Keeper:
         max_minutes: float | None = None,
         max_failures: int = 5,
         in_background: bool = False,
+        before_save: Callable[[], Any] | None = None,
     ) -> None:
+        self.before_save = before_save
         self.save, self.every_epochs, self.every_steps = save, every_epochs, every_steps
         self.requests = Requests(every_minutes, max_minutes)
         self.agreement = Agreement()
@@ -192,6 +195,8 @@ class Keeper:
         problem = guard.look(state) if look or save or stop or due else ""
         if save or stop or due or problem:
             self.saved_at = state.updates
+            if self.before_save is not None:
+                self.before_save()
             guard.keep(state)
             state.within = {"means": means.state(), "guard": guard.state()}
             self._write(state)
@@ -269,7 +274,9 @@ class Keeper:
         )
 
 
-def build_keeper(args: Any, save: Callable[..., None] | None) -> Keeper:
+def build_keeper(
+    args: Any, save: Callable[..., None] | None, before_save: Callable[[], Any]
+) -> Keeper:
     """`Keeper` as the flags say."""
     return Keeper(
         save if args.save_ckpt else None,
@@ -279,4 +286,5 @@ def build_keeper(args: Any, save: Callable[..., None] | None) -> Keeper:
         args.max_minutes,
         args.max_save_failures,
         args.async_save,
+        before_save,
     )

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 import datasets
 from batches import Batches
+from benchmarks import chaos
 from data_faults import BadImages, Watch
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
 from errors import Preempted, TrainingStopped, UserError
@@ -318,6 +319,48 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         assert f"on 5 images: acc1 {log(one)[1]['test_acc1']:.2f}%" in said
         assert f"loss {test:.4f}" in said
         assert "val/c/02.png" in said
+
+
+class Mortal(datasets.UnlabelledFolder):
+    """Images of which the one with number LAST to be read ends the process."""
+
+    read = 0
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.read += 1
+        if self.read == int(os.environ.get("LAST", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def mortal(data_path: str, train: bool) -> Mortal:
+    return Mortal(Path(data_path))
+
+
+@pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])
+def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
+    """What was seen before the last save is not seen again by the run that goes on from it."""
+    bad = tuple(range(0, 24, 2))
+    train, folder = make_photos(tmp_path / "train", 24, bad), tmp_path / "run"
+    words = ["--data_set", "tests.test_data_faults:mortal", "--data_path", str(train)]
+    words += ["--save_ckpt_every_steps", "1", "--update_freq", "1", "--epochs", "1"]
+    words += ["--on_bad_image", "skip"]
+    if script == "main_finetune":
+        words += ["--mixup", "0", "--aa", "none", "--nb_classes", "3", "--disable_eval"]
+        words += ["--model_ema_eval", "false"]
+    else:
+        words += ["--picture_freq", "0"]  # which are read before training
+    monkeypatch.setenv("LAST", "22")  # bad ones are read and another in their place
+    assert chaos.finish(chaos.start(script, folder, *words)) == -signal.SIGKILL
+    saved = [path for path in folder.iterdir() if "-step-" in path.name]
+    before = (folder / "bad_images.txt").read_text().splitlines()
+    assert saved
+    assert before
+    monkeypatch.delenv("LAST")
+    chaos.complete(script, folder, *words)
+    lines = (folder / "bad_images.txt").read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert sorted(line.split("\t")[0] for line in lines) == names(train, bad)
 
 
 # --- processes ------------------------------------------------------------------------------
