@@ -29,6 +29,7 @@ from errors import UserError
 from utils import is_main_process, main_process_first
 
 LARGEST = 2**29  # bytes that an archive may unpack to; CIFAR's are 180 MiB
+HEADERS = 2**24  # bytes of an archive that are no member's
 DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 DAMAGED += (NotImplementedError, ValueError)  # by zipfile, of kinds and sizes it cannot be
 
@@ -44,15 +45,40 @@ def _refuse(name: str, size: int, plain: bool) -> None:
         raise UserError(f"is refused: it unpacks to {size} bytes or more, above {LARGEST}")
 
 
+class _Bounded:
+    """A stream of which `left` more bytes may be read: the size of a tar's header is a claim too.
+
+    What is skipped is not kept, and counts as its member's.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.left = stream, HEADERS
+        self.seek, self.tell, self.close = stream.seek, stream.tell, stream.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.left:
+            raise UserError(f"is refused: it has headers of more than {HEADERS} bytes")
+        self.left -= size
+        return self.stream.read(size)
+
+
+class _Tar(tarfile.TarFile):
+    @classmethod
+    def taropen(cls, name: str, mode: str = "r", fileobj: Any = None, **options: Any) -> _Tar:
+        """What `open` ends in for every compression."""
+        return super().taropen(name, mode, _Bounded(fileobj), **options)
+
+
 def read_tar(path: Path, wanted: Iterable[str]) -> dict[str, bytes]:
     """These members of a tar archive, of any compression, by name; all others are checked too."""
     found, names, size = {}, set(wanted), 0
     try:
-        with tarfile.open(path) as archive:
+        with open(path, "rb") as file, _Tar.open(fileobj=file) as archive:
             for member in archive:
                 size += member.size
                 _refuse(member.name, size, member.isfile() or member.isdir())
                 if member.name in names:
+                    archive.fileobj.left += member.size
                     found[member.name] = archive.extractfile(member).read()
     except UserError as error:
         raise UserError(f"{path} {error}") from error

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
@@ -259,6 +260,7 @@ def read_checkpoint(
                 ".pt, .bin or .safetensors file"
             )
         has_seal(path, check)
+        _refuse_compressed(path)
         with torch.serialization.safe_globals(HARMLESS):
             return _unpickle(path)
     except FileNotFoundError as error:
@@ -282,6 +284,22 @@ def read_checkpoint(
         raise UserError(
             f"checkpoint {path} is truncated, damaged or no checkpoint ({reason})"
         ) from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """UserError if a zip archive holds what may be a thousand times as large as the file."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > member.compress_size:
+            raise UserError(
+                f"checkpoint {path} is refused: its member {member.filename!r} is compressed, as "
+                "torch never does, and could unpack to any size; if you trust who made it, unpack "
+                f"it and save it again: python -c \"import torch; c = torch.load('{path}', "
+                "weights_only=True); torch.save(c, 'stored.pth')\""
+            )
 
 
 def _unpickle(path: Path) -> Any:

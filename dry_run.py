@@ -311,17 +311,23 @@ def time_evaluation(
     val_batches: Batches,
     shared: int,
 ) -> float:
-    """Seconds that the evaluation of all images takes, at the loader's rate of training at best."""
-    size = min(val_batches.loader.batch_size, len(val_batches.loader.dataset))
+    """Seconds that the evaluation of all images takes, at the rate of what is slower there."""
+    loader, count = val_batches.loader, len(val_batches.loader.dataset)
+    size = min(loader.batch_size, count)
     evaluation(batches=Repeated(trial.batch(size), 1))
     began = time.perf_counter()
     evaluation(batches=Repeated(trial.batch(size), 1))
     times = max(1, min(50, int(SECONDS / 2 / max(time.perf_counter() - began, 1e-9))))
     began = time.perf_counter()
     evaluation(batches=Repeated(trial.batch(size), times))
-    rate = size * times / max(all_gather(time.perf_counter() - began)) * shared
-    seconds = len(val_batches.loader.dataset) / rate
-    report.line("evaluation", "%.1f images/s by the model, %s", rate, hooks.clock(seconds))
+    model = size * times / max(all_gather(time.perf_counter() - began)) * shared
+    stream = Stream(loader, lambda epoch: None)
+    mine = len(loader) and rate_of(stream, 2 * loader.num_workers + 1, SECONDS / 2)
+    read = sum(all_gather(mine))  # other ranks have no images without --dist_eval
+    slower = "the loader" if read < model else "the model"
+    seconds = count / min(model, read)
+    text = "%.1f images/s by the model, %.1f by the loader: %s is what takes the time, %s"
+    report.line("evaluation", text, model, read, slower, hooks.clock(seconds))
     return seconds
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections import namedtuple
@@ -50,6 +51,18 @@ def unreadable(data_path: str, train: bool) -> Unreadable:
 
 def no_val(data_path: str, train: bool) -> Unreadable:
     return Unreadable(26, ()) if train else Unreadable(3, (0, 1, 2))
+
+
+class SlowVal(Colours):
+    """Images for evaluation that come from far away."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(0.02 if self.length == 60 else 0)
+        return super().__getitem__(index)
+
+
+def slow_val(data_path: str, train: bool) -> SlowVal:
+    return SlowVal(26 if train else 60)
 
 
 class Broken(Colours):
@@ -171,6 +184,17 @@ def test_a_set_of_which_nothing_is_left_would_fail(short, said):
     words = ["--data_set", "tests.test_dry_run:no_val", "--on_bad_image", "skip"]
     assert dry("finetune", *words) == 1
     assert "none of 3 val images can be used" in said()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_time_of_evaluation_is_that_of_its_loader_where_that_is_slower(short, said, workers):
+    """Six thousand images at the model's rate are a moment, from there two minutes."""
+    words = ["--data_set", "tests.test_dry_run:slow_val", "--num_workers", workers]
+    assert dry("finetune", *words) == 0
+    found = re.search(r"evaluation +([\d.]+) images/s by the model, ([\d.]+) by the loader", said())
+    model, loader = map(float, found.groups())
+    assert 1 < loader < min(50 * max(workers, 1) * 1.5, model)
+    assert ": the loader is what takes the time" in said().split("by the model")[1]
 
 
 # --- what would fail ----------------------------------------------------------------------------

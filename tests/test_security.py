@@ -8,8 +8,11 @@ pose as images: test_decoding.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import os
 import pickle
 import stat
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +90,61 @@ def test_tar_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
             archive.addfile(member, io.BytesIO(bytes(400)))
     with pytest.raises(UserError, match="unpacks to 1200 bytes"):
         read_tar(path, ["data/0"])
+
+
+@pytest.mark.parametrize("ending", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_tar_header_that_claims_to_be_large_is_not_read(tmp_path, ending, kind):
+    """A kilobyte of zeros, as a header of 64 MiB: tarfile would hold it, and a copy."""
+    path, size = tmp_path / f"a.tar.{ending}", 2**26
+    opener = {"": open, "gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[ending]
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = kind, size
+    with opener(path, "wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(2 if ending == "" else 64):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="has headers of more than"):
+        read_tar(path, ["data/0"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
+
+
+@pytest.mark.parametrize("ending", ["", "gz", "bz2", "xz"])
+def test_honest_tar_of_any_compression_is_read(tmp_path, ending):
+    path, content = tmp_path / "a.tar", {"data/0": b"0" * 3000, "a" * 300: b"1", "b": b""}
+    with tarfile.open(path, f"w:{ending}") as archive:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert read_tar(path, content) == content
+    assert read_tar(path, ["b"]) == {"b": b""}
+
+
+def test_checkpoint_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    """torch stores what it saves; four hundred megabytes of zeros became a pickle to read."""
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**25))
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match="'archive/data.pkl' is compressed"):
+        read_checkpoint(path)
+
+
+def test_compressed_checkpoint_becomes_a_good_one_as_the_message_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"a": torch.arange(1000)}}, "own.pth")
+    with zipfile.ZipFile("own.pth") as own, zipfile.ZipFile("a.pth", "w", 8) as packed:
+        for name in own.namelist():
+            packed.writestr(name, own.read(name))
+    with pytest.raises(UserError, match="is compressed") as refused:
+        read_checkpoint("a.pth")
+    code = str(refused.value).split('python -c "')[1].rstrip('"')
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert torch.equal(read_checkpoint("stored.pth")["model"]["a"], torch.arange(1000))
 
 
 def zip_of(path: Path, name: str, link: bool = False) -> Path:
