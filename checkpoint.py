@@ -291,15 +291,14 @@ def _refuse_compressed(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size > member.compress_size:
-            raise UserError(
-                f"checkpoint {path} is refused: its member {member.filename!r} is compressed, as "
-                "torch never does, and could unpack to any size; if you trust who made it, unpack "
-                f"it and save it again: python -c \"import torch; c = torch.load('{path}', "
-                "weights_only=True); torch.save(c, 'stored.pth')\""
-            )
+        packed = [member for member in archive.infolist() if member.compress_type]
+    if packed:
+        raise UserError(
+            f"checkpoint {path} is refused: its member {packed[0].filename!r} is compressed, as "
+            "torch never does, and could unpack to any size; if you trust who made it, unpack it "
+            f"and save it again: python -c \"import torch; c = torch.load('{path}', "
+            "weights_only=True); torch.save(c, 'stored.pth')\""
+        )
 
 
 def _unpickle(path: Path) -> Any:
