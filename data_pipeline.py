@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
 
-from data_faults import WatchedLoader
+from data_faults import WatchedLoader, patiently
 from decoding import UNREADABLE, BadImage, decode, describe
 from errors import UserError
 from randomness import mix, seed_all
@@ -229,9 +229,8 @@ class Augmented(Dataset):
         for attempt in range(1 + TRIES * (self.on_bad == "replace")):
             draw = (self.seed, *key, attempt) if attempt else (self.seed, *key)
             chosen = mix(*draw) % len(self) if attempt else index
-            seed_all(*draw)
             try:
-                image, label = self._load(chosen)
+                image, label = self._load(chosen, draw)
                 sample = self.transform(image), label, index
                 return Replaced(sample, bad) if bad else sample
             except BadImage as error:
@@ -247,11 +246,15 @@ class Augmented(Dataset):
             f"{bad[-1][0]} ({bad[-1][1]}); too many to go on without: look at the data"
         )
 
-    def _load(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
+        seed_all(*draw)
+        item = self.dataset[index]
+        sample, label = item if isinstance(item, tuple | list) else (item, None)
+        return decode(sample, self.in_chans), label
+
+    def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
         try:
-            item = self.dataset[index]
-            sample, label = item if isinstance(item, tuple | list) else (item, None)
-            image = decode(sample, self.in_chans)
+            image, label = patiently(partial(self._read, index, draw))
         except (BadImage, *UNREADABLE) as error:
             if isinstance(error, UserError) and not isinstance(error, BadImage):
                 raise UserError(f"{self.name_of(index)}: {error}") from error

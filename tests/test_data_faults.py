@@ -7,6 +7,7 @@ pytest tests/test_data_faults.py
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from batches import Batches
 from benchmarks import chaos
 from data_faults import BadImages, Watch
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
+from decoding import BadImage
 from errors import Preempted, TrainingStopped, UserError
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
 
@@ -154,6 +156,47 @@ def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
     assert not torch.equal(first[0, BAD[0]], own)  # augmented in its own way
 
 
+TRANSIENT = [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EINTR]
+TRANSIENT += [errno.EAGAIN, errno.ETIMEDOUT]
+
+
+class Stalling(Dataset):
+    """Reading fails so many times with this error."""
+
+    def __init__(self, number: int, times: int) -> None:
+        self.number, self.times = number, times
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        noise = torch.randint(0, 200, (1,)).item()
+        if self.times > 0:
+            self.times -= 1
+            raise OSError(self.number, os.strerror(self.number), "a.png")
+        return Image.new("RGB", (4, 4), (noise, 0, 0)), 0
+
+
+@pytest.mark.parametrize("number", TRANSIENT)
+@pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
+def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_bad):
+    """A file server that restarts would empty the data set under --on_bad_image skip."""
+    waits = []
+    monkeypatch.setattr("data_faults.time.sleep", waits.append)
+    whole = Augmented(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
+    again = Augmented(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert torch.equal(whole[0], again[0])  # drawn anew, and the same
+    assert 0 < sum(waits) < 5
+    error = Augmented(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert isinstance(error, UserError)
+    assert not isinstance(error, BadImage)
+    assert str(error).startswith("image number 4: cannot be read ([Errno ")
+    assert "tried 4 times" in str(error)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
+def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
+    monkeypatch.setattr("data_faults.time.sleep", lambda seconds: 1 / 0)
+    assert isinstance(Augmented(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
+
+
 FORMS = {  # an entry of `samples`, and what the image is called
     "path and label": (("a/1.png", 0), "a/1.png"), "list": (["a/1.png", 0], "a/1.png"),
     "text": ("a/1.png", "a/1.png"), "Path": (Path("a/1.png"), "a/1.png"),
@@ -250,11 +293,13 @@ def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path
 
 def test_odd_names_stay_one_line_each(tmp_path):
     odd = {"two\nlines": "1", "tab\there": "a\nb", os.fsdecode(b"latin-\xe9"): "2", "ü": "3"}
-    for _ in range(2):
-        BadImages(tmp_path, Told(**odd)).write()
-    lines = (tmp_path / "bad_images.txt").read_bytes().splitlines()
+    breaks = {f"a{char}b": f"c{char}d" for char in "\x0b\x0c\x1c\x85\u2028\u2029"}  # for Python
+    for _ in range(3):
+        BadImages(tmp_path, Told(**odd, **breaks)).write()
+    lines = (tmp_path / "bad_images.txt").read_bytes().rstrip(b"\n").split(b"\n")
     assert sorted(lines) == sorted(
         [b"two\\nlines\t1", b"tab\\there\ta\\nb", b"latin-\xe9\t2", "ü\t3".encode()]
+        + [f"{name}\t{why}".encode() for name, why in breaks.items()]
     )
 
 
