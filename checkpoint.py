@@ -260,9 +260,7 @@ def read_checkpoint(
                 ".pt, .bin or .safetensors file"
             )
         has_seal(path, check)
-        _refuse_compressed(path)
-        with torch.serialization.safe_globals(HARMLESS):
-            return _unpickle(path)
+        return _unpickle(path)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist; expected {KINDS}") from error
     except PermissionError as error:
@@ -302,12 +300,14 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):  # files of before torch 1.6
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
+    _refuse_compressed(path)
+    with torch.serialization.safe_globals(HARMLESS):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):  # files of before torch 1.6
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def compare_args(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[str]:

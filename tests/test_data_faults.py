@@ -129,7 +129,8 @@ def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
     assert len(datasets.UnlabelledFolder(tmp_path / "sets")) == COUNT
-    assert len(datasets.ImageFolder(str(tmp_path / "sets"))) == COUNT
+    spec = datasets.DataSpec(str(tmp_path / "sets"))
+    assert len(datasets.image_folder(spec, train=True)) == COUNT
 
 
 def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
