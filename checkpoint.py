@@ -8,14 +8,17 @@ python -c "import checkpoint as c, pathlib; print(c.numbered_checkpoints(pathlib
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import itertools
 import logging
 import os
 import pickle
 import re
+import shutil
+import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
@@ -36,22 +39,34 @@ LOCAL += ("local_rank", "world_size", "dist_url", "progress", "dry_run")
 GROUP_STATE = ("step", "lookahead_step", "k")  # what optimizers count in a group, not in a state
 
 
+ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, seconds between them
 MARK = b"sha256 of all before: "  # ends a checkpoint, as the comment of its zip archive
 
 
 def write_atomically(content: Any, path: Path) -> None:
     """Save text or bytes, or with torch.save what it is, so that `path` is old or new, whole.
 
-    What torch saves ends with its own checksum.
+    What torch saves ends with its own checksum. OSError if the disk does not take it.
     """
+    if isinstance(content, str | bytes):
+        data = content.encode() if isinstance(content, str) else content
+        return _replace(path, lambda file: file.write(data))
+    _replace(path, lambda file: _save(content, file))
+
+
+def _save(content: Any, file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch's zip writer, of a disk that is full
+        raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
+    _seal(file)
+
+
+def _replace(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:
-            if isinstance(content, str | bytes):
-                file.write(content.encode() if isinstance(content, str) else content)
-            else:
-                torch.save(content, file)
-                _seal(file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -60,6 +75,9 @@ def write_atomically(content: Any, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself survives a power cut
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+            raise
     finally:
         os.close(folder)
 
@@ -106,18 +124,22 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        return write_atomically(source.read_bytes(), target)
+        with open(source, "rb") as file:
+            return _replace(target, lambda copy: shutil.copyfileobj(file, copy))
     os.replace(temporary, target)
 
 
-def checkpoint_name(epoch: int, seen: int, updates: int) -> str:
-    """`checkpoint-<last finished epoch>.pth`, or within an epoch `checkpoint-<it>-step-<n>.pth`."""
-    return f"checkpoint-{epoch}-step-{updates}.pth" if seen else f"checkpoint-{epoch - 1}.pth"
+def checkpoint_name(epoch: int, seen: int) -> str:
+    """`checkpoint-<last finished epoch>.pth`, or in an epoch `checkpoint-<it>-seen-<images>.pth`.
+
+    Images, since what an update takes may change within a run.
+    """
+    return f"checkpoint-{epoch}-seen-{seen}.pth" if seen else f"checkpoint-{epoch - 1}.pth"
 
 
 def _progress(path: Path) -> tuple[int, int] | None:
-    """(epoch to go on with, update) of a checkpoint by its name; None if it is not numbered."""
-    found = re.fullmatch(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth", path.name)
+    """(epoch to go on with, images) of a checkpoint by its name; None if it is not numbered."""
+    found = re.fullmatch(r"checkpoint-(\d+)(?:-seen-(\d+))?\.pth", path.name)
     if not found:
         return None
     return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
@@ -130,7 +152,12 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoints(
-    folder: Path, content: dict[str, Any], numbered: bool, improved: Iterable[str], keep: int
+    folder: Path,
+    content: dict[str, Any],
+    numbered: bool,
+    improved: Iterable[str],
+    keep: int,
+    source: str = "",
 ) -> None:
     """The files of `utils.save_model`.
 
@@ -138,7 +165,7 @@ def write_checkpoints(
     others again.
     """
     state = content["state"]
-    newest = folder / checkpoint_name(state["epoch"], state["seen"], state["updates"])
+    newest = folder / checkpoint_name(state["epoch"], state["seen"])
     complete = [folder / f"checkpoint-{name}.pth" for name in improved if name != "best-ema"]
     complete += [newest] if numbered else []
     if "best-ema" in improved:
@@ -153,18 +180,21 @@ def write_checkpoints(
         else:
             link(complete[0], path)
     if numbered:
-        _rotate(folder, newest, keep)
+        _rotate(folder, newest, keep, source)
 
 
-def _rotate(folder: Path, newest: Path, keep: int) -> None:
-    """Delete all but the `keep` newest ends of epochs, and within an epoch all but two saves."""
+def _rotate(folder: Path, newest: Path, keep: int, source: str) -> None:
+    """Delete all but the `keep` newest ends of epochs, and within an epoch all but two saves.
+
+    source: what the run went on from, which stays as long as it runs.
+    """
     paths = numbered_checkpoints(folder)
-    ends = [path for path in paths if "-step-" not in path.name]
-    within = [path for path in paths if "-step-" in path.name]
+    ends = [path for path in paths if "-seen-" not in path.name]
+    within = [path for path in paths if "-seen-" in path.name]
     done = [path for path in within if _progress(path) < _progress(newest)]
     old = done if newest in ends else within[2:]
     for path in [*ends[keep:], *old]:
-        if path != newest:
+        if path != newest and path.absolute() != Path(source).absolute():
             path.unlink()
 
 
@@ -195,16 +225,30 @@ def choose_checkpoint(
 
 
 def _note_fault(path: Path, reasons: dict[Path, str]) -> bool:
-    """Whether a run cannot go on from what should be its checkpoint; the reason goes there."""
-    try:
-        if not has_seal(path):
-            raise UserError(f"checkpoint {path} has no checksum at its end: truncated, or foreign")
-        content = read_checkpoint(path)
-        absent = [key for key in RUN if key not in content]
-        if absent:
-            raise UserError(f"checkpoint {path} has no {', '.join(absent)}")
-    except (UserError, OSError) as error:
-        reasons[path] = str(error)
+    """Whether a run cannot go on from what should be its checkpoint; the reason goes there.
+
+    A disk that does not answer is no fault of the file: it is asked again, then that is an error.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            if not has_seal(path):
+                raise UserError(
+                    f"checkpoint {path} has no checksum at its end: truncated, or foreign"
+                )
+            content = read_checkpoint(path)
+            absent = [key for key in RUN if key not in content]
+            if absent:
+                raise UserError(f"checkpoint {path} has no {', '.join(absent)}")
+        except UserError as error:
+            reasons[path] = str(error)
+        except OSError as error:
+            if attempt + 1 == ATTEMPTS:
+                raise UserError(
+                    f"checkpoint {path} cannot be read now ({error}); try again"
+                ) from error
+            time.sleep(PAUSE)
+            continue
+        break
     return path in reasons
 
 
@@ -305,21 +349,28 @@ def _unpickle(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
+            if "unable to mmap" in str(error):  # for want of memory
+                raise OSError(str(error)) from error
             if "mmap can only be used" not in str(error):  # files of before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def compare_args(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[str]:
-    """`--lr 0.1 -> 0.2` for each flag that changed; UserError where a run cannot go on with it."""
-    told = []
+def compare_args(
+    saved: Mapping[str, Any], given: Mapping[str, Any], source: str, within: bool = False
+) -> list[str]:
+    """`--lr 0.1 -> 0.2` for each flag that changed; UserError where a run cannot go on with it.
+
+    within: an epoch, whose order depends on the seed.
+    """
+    told, fixed = [], FIXED + ("seed",) * within
     for name, now in given.items():
         before = saved.get(name, now)
         if name == "model":  # of which either name will do
             before, now = (str(value).removeprefix("fcmae_") for value in (before, now))
         if before == now or name in LOCAL:
             continue
-        if name in FIXED:
+        if name in fixed:
             raise UserError(
                 f"{source} was made with --{name} {before} and cannot go on with {now}: give what "
                 "it had, or another --output_dir; --finetune starts from its weights alone"

@@ -14,17 +14,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from errors import Preempted, TrainingStopped, UserError
-from utils import TrainState, from_main_process, get_logger, get_world_size
+from utils import WAIT_FOR_RANKS, TrainState, from_main_process, get_logger, get_world_size
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 RETRY = 60.0  # seconds after which a save that failed is tried again
+PAUSE = 5.0  # seconds between tries where a run ends with its save
 PATIENCE = 1.0  # seconds in which a repeated signal is the same one: launchers pass them on
 
 
@@ -38,7 +39,7 @@ class Requests:
         self.save_minutes, self.max_minutes = save_minutes, max_minutes
         self.began = self.saved = time.monotonic()
         self.retry_at = math.inf  # of a save that failed
-        self.reason, self.at, self.before = "", 0.0, {}
+        self.reason, self.signalled, self.before = "", 0.0, {}
 
     def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
@@ -51,16 +52,16 @@ class Requests:
             signal.signal(kind, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.reason and time.monotonic() - self.at > PATIENCE:
+        if self.signalled and time.monotonic() - self.signalled > PATIENCE:
             os._exit(128 + number)
-        if not self.reason:
-            self.reason, self.at = signal.Signals(number).name, time.monotonic()
+        self.signalled = self.signalled or time.monotonic()
+        self.reason = self.reason or signal.Signals(number).name
 
     def read(self) -> tuple[bool, bool]:
         """(save, stop), as far as this process knows."""
         minutes = (time.monotonic() - self.began) / 60
         if not self.reason and self.max_minutes is not None and minutes >= self.max_minutes:
-            self.reason, self.at = f"--max_minutes {self.max_minutes:g}", time.monotonic()
+            self.reason = f"--max_minutes {self.max_minutes:g}"
         since = (time.monotonic() - self.saved) / 60
         due = self.save_minutes is not None and since >= self.save_minutes
         return due or time.monotonic() >= self.retry_at, bool(self.reason)
@@ -73,7 +74,8 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
+        alone = get_world_size() == 1
+        self.group = None if alone else dist.new_group(backend="gloo", timeout=WAIT_FOR_RANKS)
         self.pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
@@ -102,16 +104,20 @@ class Writer:
     def __init__(self, in_background: bool) -> None:
         self.in_background = in_background
         self.thread: threading.Thread | None = None
-        self.problem = ""
+        self.problem, self.done = "", 0  # what went wrong; how often nothing did
 
     def __call__(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """`write(content)`, or start to write a copy of it; OSError if this or the last failed."""
-        self.wait()
         if not self.in_background:
-            return write(content)
-        copied = snapshot(content)
-        self.thread = threading.Thread(target=self._run, args=(copied, write))
-        self.thread.start()
+            write(content)
+            self.done += 1
+            return
+        try:
+            self.wait()
+        finally:  # what is new is written though the last was not
+            copied = snapshot(content)
+            self.thread = threading.Thread(target=self._run, args=(copied, write))
+            self.thread.start()
 
     def wait(self) -> None:
         """Until nothing is being written; OSError if that failed."""
@@ -125,8 +131,9 @@ class Writer:
     def _run(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         try:
             write(content)
-        except OSError as error:
-            self.problem = str(error)
+            self.done += 1
+        except Exception as error:  # which would be lost with the thread
+            self.problem = str(error) if isinstance(error, OSError) else repr(error)
 
 
 def snapshot(value: Any) -> Any:
@@ -152,7 +159,7 @@ class Keeper:
         with Keeper(...) as keeper:
             ...
             keeper.after_update(state, means, guard)  # in the epoch, after every update
-            keeper.end_epoch(state, improved, last)   # after the evaluation
+            keeper.end_epoch(state, accuracies, last)   # after the evaluation
     """
 
     def __init__(
@@ -172,6 +179,10 @@ class Keeper:
         self.agreement = Agreement()
         self.writer = Writer(in_background)
         self.saved_at, self.unsaved = 0, ""  # update; why the last save is none
+        self.saves = 0  # that went well
+        # Best accuracies of the checkpoints that are written, and of the one that is being so.
+        self.written: dict[str, float] | None = None
+        self.under_way: dict[str, float] = {}
         self.failures, self.max_failures = 0, max_failures  # saves in a row that went wrong
 
     def __enter__(self) -> Keeper:
@@ -199,79 +210,119 @@ class Keeper:
                 self.before_save()
             guard.keep(state)
             state.within = {"means": means.state(), "guard": guard.state()}
-            self._write(state)
+            self._write(state, ends=stop or bool(problem))
         if problem:
-            self.finish()
             raise TrainingStopped(problem)
         if stop:
             self._stop(state)
 
     def end_epoch(
-        self, state: TrainState, improved: Iterable[str] = (), last: bool = False
+        self,
+        state: TrainState,
+        accuracies: Mapping[str, float | None] | None = None,
+        last: bool = False,
     ) -> None:
-        """Save what the end of an epoch asks for."""
-        numbered = last or state.epoch % self.every_epochs == 0
+        """Save what the end of an epoch asks for, and what could not be saved before.
+
+        accuracies: checkpoint name -> value; a new best is written under its name.
+        """
+        self._finish(state)
+        improved = state.note_best(accuracies or {})
+        numbered = last or state.epoch % self.every_epochs == 0 or bool(self.unsaved)
         stop = False
         if not last:
             self.agreement.exchange(*self.requests.read())
             stop = (self.agreement.wait() or self.requests.read())[1]
-        self._write(state, numbered=numbered or stop, improved=improved)
+        if numbered or stop or improved:
+            self._write(state, last or stop, numbered=numbered or stop, improved=improved)
         if stop:
             self._stop(state)
-        if last:
-            self.finish()
+        if last and self.unsaved:
+            raise TrainingStopped(
+                f"training is over, but its end is not saved: {self.unsaved}; free some space, and "
+                "the same command goes on from the last checkpoint"
+            )
 
-    def _write(self, state: TrainState, **options: Any) -> None:
-        """Save; a disk that is full or gone does not end the run, unless for long."""
+    def _write(self, state: TrainState, ends: bool = False, **options: Any) -> None:
+        """Save; a disk that is full or gone does not end the run, unless for long.
+
+        ends: nothing comes after it, so that it is waited for and tried again at once.
+        """
         if self.save is None:
             return
-        problem, of_disk = from_main_process(lambda: self._try(state, options))
-        self.requests.saved, self.requests.retry_at = time.monotonic(), math.inf
-        self.unsaved, self.failures = problem, self.failures + 1 if of_disk else 0
-        if problem and not of_disk:
-            get_logger().warning("not saved: %s; the checkpoints before are whole", problem)
-        if not of_disk:
-            return
-        self.requests.retry_at = time.monotonic() + RETRY
-        text = "could not save, %d times in a row (%s); the checkpoints before are whole"
-        get_logger().warning(text, self.failures, problem)
-        if self.failures > self.max_failures:
+        best = dict(state.best)
+        for attempt in range(1 + self.max_failures * ends):
+            if attempt:
+                time.sleep(PAUSE)
+                state.best = dict(best)
+            problem, of_disk, done = from_main_process(lambda: self._try(state, options))
+            self._note(state, problem, done, of_disk)
+            if ends and not problem:
+                of_disk = self._finish(state)
+            if not (self.unsaved and of_disk):
+                break
+        if not self.unsaved and options.get("numbered", True):
+            self.requests.saved = time.monotonic()
+        if self.failures > self.max_failures and not ends:
             raise TrainingStopped(
-                f"{self.failures} saves in a row failed, the last with: {problem}; free some "
+                f"{self.failures} saves in a row failed, the last with: {self.unsaved}; free some "
                 "space or choose another --output_dir, and start again: what was saved is whole"
             )
 
-    def _try(self, state: TrainState, options: dict[str, Any]) -> tuple[str, bool]:
-        """What went wrong, and whether that is the disk's fault."""
+    def _note(self, state: TrainState, problem: str, done: int, of_disk: bool = True) -> None:
+        """What became of a save, or in the background of the one before; a best must be written."""
+        went_well, self.saves = done > self.saves, done
+        if self.written is None:
+            self.written = self.under_way = dict(state.best)
+        if problem:
+            state.best = dict(self.written)
+        else:
+            self.written = self.under_way if self.writer.in_background else dict(state.best)
+        self.under_way = dict(state.best)
+        self.unsaved = problem or self.unsaved * (not went_well)
+        failed = bool(problem) and of_disk
+        self.failures = (self.failures + failed) * (failed or not went_well)
+        self.requests.retry_at = time.monotonic() + RETRY if failed else math.inf
+        if failed:
+            text = "could not save, %d times in a row (%s); the checkpoints before are whole"
+            get_logger().warning(text, self.failures, problem)
+        elif problem:
+            get_logger().warning("not saved: %s; the checkpoints before are whole", problem)
+
+    def _try(self, state: TrainState, options: dict[str, Any]) -> tuple[str, bool, int]:
+        """What went wrong, whether that is the disk's fault, and how many saves went well."""
+        problem, of_disk = "", False
         try:
             self.save(state=state, writer=self.writer, **options)
         except (OSError, UserError) as error:
-            return str(error), isinstance(error, OSError)
-        return "", False
+            problem, of_disk = str(error), isinstance(error, OSError)
+        return problem, of_disk, self.writer.done
 
-    def finish(self) -> None:
-        """Until the last save is written."""
-        problem = from_main_process(self._await)
-        if problem:
-            raise TrainingStopped(f"the last save failed: {problem}; the ones before are whole")
+    def _finish(self, state: TrainState) -> bool:
+        """Wait until nothing is being written; whether that went wrong."""
+        problem, done = from_main_process(self._await)
+        if problem or done > self.saves:
+            self._note(state, problem, done)
+        self.written = self.under_way = dict(state.best)
+        return bool(problem)
 
-    def _await(self) -> str:
+    def _await(self) -> tuple[str, int]:
+        problem = ""
         try:
             self.writer.wait()
         except OSError as error:
-            return str(error)
-        return ""
+            problem = str(error)
+        return problem, self.writer.done
 
     def _stop(self, state: TrainState) -> None:
         reason = self.requests.reason or "another process"
         get_logger().info("asked to stop (%s) at update %d", reason, state.updates)
-        self.finish()
-        saved = "saved" if self.save is not None else "nothing saved: no --output_dir"
-        saved = f"not saved: {self.unsaved}" if self.unsaved else saved
-        raise Preempted(
-            f"stopped by {reason} at epoch {state.epoch}, update {state.updates}, {saved}; "
-            "the same command goes on from there"
-        )
+        where = f"stopped by {reason} at epoch {state.epoch}, update {state.updates}"
+        if self.unsaved and not self.saves:  # to be queued again it would begin where it did
+            raise TrainingStopped(f"{where}; nothing of this run could be saved: {self.unsaved}")
+        saved = "nothing saved, as asked for" if self.save is None else "saved"
+        saved = f"not saved since: {self.unsaved}" if self.unsaved else saved
+        raise Preempted(f"{where}, {saved}; the same command goes on from the last save")
 
 
 def build_keeper(

@@ -112,9 +112,10 @@ def main(args: argparse.Namespace) -> None:
     parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
     load = partial(load, model_ema and model_ema.module)
     state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
-    state.count_updates(updates_per_epoch, effective_batch)
+    state.count_updates(updates_per_epoch, effective_batch, len(train_set))
     about = {"args": vars(args), "classes": datasets.class_map(train_set)}
-    save = partial(utils.save_model, folder, *parts, **about, keep=args.save_ckpt_num)
+    about |= {"keep": args.save_ckpt_num, "source": args.resume}
+    save = partial(utils.save_model, folder, *parts, **about)
     guard = build_guard(args, stepper, parts, batches, folder)
     train_epoch = partial(
         train_one_epoch,
@@ -153,9 +154,8 @@ def main(args: argparse.Namespace) -> None:
                 stats |= {f"test_{key}_ema": value for key, value in test.items()}
             bad_images.write()
             accuracies = {"best": stats.get("test_acc1"), "best-ema": stats.get("test_acc1_ema")}
-            improved = state.note_best(accuracies)
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
-            keeper.end_epoch(state, improved, last=state.epoch == args.epochs)
+            keeper.end_epoch(state, accuracies, last=state.epoch == args.epochs)
     best = ", ".join(f"{name} acc1 {value:.2f}%" for name, value in state.best.items())
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, best or "not evaluated")
 

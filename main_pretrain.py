@@ -100,8 +100,9 @@ def main(args: argparse.Namespace) -> None:
     parts = (fcmae, optimizer, stepper.scaler)
     load = partial(load_pretrained, fcmae, sha256=args.sha256)
     state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
-    state.count_updates(updates_per_epoch, effective_batch)
-    save = partial(utils.save_model, folder, *parts, args=vars(args), keep=args.save_ckpt_num)
+    state.count_updates(updates_per_epoch, effective_batch, len(dataset))
+    about = {"args": vars(args), "keep": args.save_ckpt_num, "source": args.resume}
+    save = partial(utils.save_model, folder, *parts, **about)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     train_epoch = partial(train_one_epoch, model, fcmae, **about)

@@ -32,6 +32,11 @@ from checkpoint import (
 )
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 
+# Longer than the default for nccl: ranks may wait for a download or an evaluation.
+WAIT_FOR_RANKS = timedelta(hours=1)
+STOPPED = "stopped"  # key in the launcher's store, which outlives the processes under torchrun
+_stores: list[dist.Store] = []  # the launcher's
+
 
 def get_logger() -> logging.Logger:
     """The toolkit's logger; `init_distributed_mode` makes it quiet on every rank but the first."""
@@ -48,6 +53,9 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         found = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
         sys.exit(1 if found else 2)  # what a dry run looks for is its result
     except Preempted as stop:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a failure again
+            for store in _stores:
+                store.set(STOPPED, str(stop))
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
@@ -130,13 +138,15 @@ def init_distributed_mode(
             place = torch.device("cuda", local % torch.cuda.device_count())
             torch.cuda.set_device(place)
         backend = "nccl" if place.type == "cuda" else "gloo"
-        # Longer than the default for nccl: ranks may wait for a download or an evaluation.
-        patience = timedelta(hours=1)
-        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=patience))
+        limit = {"timeout": WAIT_FOR_RANKS}
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, **limit))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0" and store.check([STOPPED]):
+            raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
+        _stores.append(store)
         # torchrun's store still holds the addresses of the processes that it started before.
         store = dist.PrefixStore(f"attempt {attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limit)
     _set_up_logging()
     return place
 
@@ -238,9 +248,20 @@ class TrainState:
     seen: int = 0  # images of the epoch that its updates have taken, over all ranks
     effective_batch: int = 0  # images in an update, over all ranks
     within: dict[str, Any] = field(default_factory=dict)  # sums of the epoch and of the guard
+    images: int = 0  # of the data set
 
-    def count_updates(self, updates_per_epoch: int, effective_batch: int) -> None:
-        """Count what is behind in updates of this run's size, whatever it was before."""
+    def count_updates(self, updates_per_epoch: int, effective_batch: int, images: int) -> None:
+        """Count what is behind in updates of this run's size, whatever it was before.
+
+        images: of the data set, which cannot change within an epoch, as its order would.
+        """
+        if self.seen and self.images not in (0, images):
+            raise UserError(
+                f"epoch {self.epoch} began on {self.images} images and cannot go on with {images}: "
+                "give it the data it had, or go on from the end of an epoch with --resume, into "
+                "another --output_dir"
+            )
+        self.images = images
         here = min(-(-self.seen // effective_batch), updates_per_epoch)
         updates = self.epoch * updates_per_epoch + here
         self.bad_steps = self.bad_steps * updates // max(self.updates, 1)
@@ -277,12 +298,13 @@ def save_model(
     numbered: bool = True,
     improved: Iterable[str] = (),
     keep: int = 3,
+    source: str = "",
     writer: Callable[..., None] | None = None,
 ) -> None:
     """Write the checkpoints of this moment, atomically, on the main process only.
 
-    numbered: write `checkpoint-<epoch>.pth`, or within an epoch `checkpoint-<epoch>-step-<n>.pth`,
-        and delete all but the `keep` newest ends of epochs and two saves within the last.
+    numbered: write `checkpoint-<epoch>.pth`, or within an epoch `checkpoint-<epoch>-seen-<n>.pth`,
+        and delete all but `source`, the `keep` newest ends of epochs and two saves in the last.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
     classes: label by name; stored are the names in the order of the head. writer: what calls
@@ -302,9 +324,8 @@ def save_model(
         "args": dict(args),
         "classes": None if classes is None else sorted(classes, key=classes.__getitem__),
     }
-    write = partial(
-        write_checkpoints, folder, numbered=numbered, improved=list(improved), keep=keep
-    )
+    which = {"numbered": numbered, "improved": list(improved), "keep": keep, "source": source}
+    write = partial(write_checkpoints, folder, **which)
     writer(content, write) if writer is not None else write(content)
 
 
@@ -359,7 +380,8 @@ def find_start(
         other = was_pretraining != ("mask_ratio" in args) or args.get("use_ema", False)
         start = replace(start, as_weights=other)
     if args is not None and start.is_run:
-        for change in compare_args(start.checkpoint.get("args", {}), args, source):
+        within = start.checkpoint["state"].get("seen", 0) > 0
+        for change in compare_args(start.checkpoint.get("args", {}), args, source, within):
             get_logger().warning("%s: changed since, %s", source, change)
     if source != resume and start.absent():
         raise UserError(f"{source} has no {', '.join(start.absent())}: it is no run to go on with")

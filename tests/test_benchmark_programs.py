@@ -133,6 +133,16 @@ def test_impossible_points_are_refused_before_anything_is_timed(words, message):
         curves.main([*words.split(), "--device", "cpu"])
 
 
+def test_saving_has_a_row_for_each_way_and_leaves_nothing(tmp_path):
+    words = "--model convnextv2_atto --input_size 64 --batch_size 1 --steps 1 --rounds 2"
+    table = tmp_path / "table.md"
+    done = run("saving.py", f"{words} --device cpu --folder {tmp_path} --output {table}")
+    assert done.returncode == 0, done.stderr
+    assert rows(table.read_text(), "Saving") == ["no save", "written at once", "`--async_save`"]
+    assert re.search(r"a save of \d\d+ MiB", table.read_text())
+    assert list(tmp_path.iterdir()) == [table]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

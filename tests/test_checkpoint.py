@@ -85,7 +85,7 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
     assert set(content) == expected
     assert content["state"] == {
         **{"epoch": 7, "seen": 0, "updates": 70, "effective_batch": 0, "bad_steps": 0},
-        **{"best": {"best": 12.5}, "within": {}},
+        **{"best": {"best": 12.5}, "within": {}, "images": 0},
     }
     assert content["args"]["input_size"] == (32, 32)
     assert content["args"]["lr"] is None

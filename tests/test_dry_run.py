@@ -309,7 +309,7 @@ class Small:
         self.scaler = torch.amp.GradScaler("cpu")
 
     def read(self) -> tuple[int, list]:
-        return 0, []  # updates skipped and why
+        return 0, []
 
     def train(self, batches, **rest) -> None:
         for images, _, _ in batches:

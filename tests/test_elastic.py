@@ -95,6 +95,27 @@ def test_torchrun_starts_the_processes_again_when_one_is_killed(tmp_path):
     assert len(epochs) > last
 
 
+def test_torchrun_does_not_start_again_what_was_asked_to_stop(tmp_path):
+    """It takes every exit code for a failure: --max_minutes would last four times as long."""
+    words = [*SMALL, "--epochs", "400", "--max_minutes", "1e-6", "--output_dir", tmp_path]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", str(ROOT / "main_pretrain.py"), *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("parameters,") == 1
+    assert "resumed" not in done.stdout
+    assert "stopped by --max_minutes 1e-06" in done.stderr
+    assert "(--max-restarts is for failures)" in done.stderr
+    assert "exitcode  : 75" in done.stderr
+
+
 def _workers(launcher: int) -> list[int]:
     """Process numbers of the launcher's ranks, in their order."""
     found = []

@@ -190,7 +190,7 @@ def test_epoch_that_breaks_off_at_its_last_update_is_saved_like_any(
         broken.setattr(Keeper, "end_epoch", lambda *_, **__: (_ for _ in ()).throw(OSError("dead")))
         with pytest.raises(OSError, match="dead"):
             run(f"{words} {tmp_path / 'run'}")
-    assert (tmp_path / "run" / "checkpoint-0-step-4.pth").exists()
+    assert (tmp_path / "run" / "checkpoint-0-seen-24.pth").exists()
     run(f"{words} {tmp_path / 'run'}")
     for name in ("checkpoint-0.pth", "checkpoint-1.pth"):
         ours, theirs = (

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
+import stat
 import threading
 from pathlib import Path
 
@@ -14,12 +16,19 @@ import pytest
 import torch
 
 from benchmarks import chaos
-from checkpoint import choose_checkpoint, compare_args, has_seal, read_checkpoint
-from errors import TrainingStopped, UserError
+from checkpoint import (
+    choose_checkpoint,
+    compare_args,
+    has_seal,
+    read_checkpoint,
+    write_atomically,
+)
+from errors import Preempted, TrainingStopped, UserError
 from keeper import Keeper, Writer
+from meters import Means
 from tests.test_checkpoint import Run, names
-from tests.test_keeper import drive, wait_for
-from utils import TrainState
+from tests.test_keeper import Quiet, drive, wait_for
+from utils import TrainState, save_model
 
 CORRUPTIONS = 500
 
@@ -114,6 +123,28 @@ def test_checksum_is_of_the_whole_file_and_torch_still_reads_it(tmp_path):
 # --- flags of a resumed run -----------------------------------------------------------------
 
 
+def test_seed_may_change_between_epochs_and_not_within_one():
+    """The order of what is left of it would be another: images come twice, or never."""
+    assert compare_args({"seed": 0}, {"seed": 1}, "it") == ["--seed 0 -> 1"]
+    with pytest.raises(UserError, match="--seed 0 and cannot go on with 1"):
+        compare_args({"seed": 0}, {"seed": 1}, "it", within=True)
+
+
+def test_data_may_grow_between_epochs_and_not_within_one():
+    TrainState(epoch=3, images=26).count_updates(4, 6, 27)
+    with pytest.raises(UserError, match="epoch 3 began on 26 images and cannot go on with 27"):
+        TrainState(epoch=3, seen=12, images=26).count_updates(4, 6, 27)
+
+
+def test_newest_within_an_epoch_is_what_saw_most_whatever_an_update_takes(tmp_path):
+    """Update 10 of batch 2 is behind update 6 of batch 4."""
+    run = Run()
+    for seen, updates in ((20, 10), (24, 6)):
+        state = TrainState(epoch=1, updates=updates, seen=seen)
+        save_model(tmp_path, run.model, run.optimizer, state=state, args={})
+    assert choose_checkpoint(tmp_path, "", True).endswith("checkpoint-1-seen-24.pth")
+
+
 def test_changed_flags_are_told_and_what_makes_another_run_of_it_is_refused():
     saved = {"model": "convnextv2_atto", "lr": 0.1, "epochs": 5, "output_dir": "a", "opt": "sgd"}
     given = saved | {"model": "fcmae_convnextv2_atto", "lr": 0.2, "output_dir": "b", "new": 1}
@@ -180,17 +211,147 @@ def test_full_disk_leaves_the_old_checkpoints_and_no_half_ones(tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint-1.pth")["state"]["epoch"] == 2
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_disk_that_fills_within_a_tensor_does_not_end_the_run(tmp_path, share):
+    """torch.save raises RuntimeError there, and the error of the disk is lost."""
+    weights = {"a": torch.zeros(300_000), "b": torch.zeros(300_000)}
+    write_atomically(weights, tmp_path / "whole.pth")
+    limit = int(share * (tmp_path / "whole.pth").stat().st_size)
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            write_atomically(weights, tmp_path / "cut.pth")
+        except OSError:
+            os._exit(5)
+        finally:
+            os._exit(6)
+    assert chaos.finish(child) == 5
+    assert names(tmp_path) == {"whole.pth"}
+
+
+class Saves:
+    """What `Keeper` calls to save: as often as told it fails, then it writes down the state."""
+
+    def __init__(self, *fail: bool) -> None:
+        self.fail, self.found = list(fail), []
+
+    def __call__(self, state: TrainState, writer: Writer, **options: object) -> None:
+        writer({"best": dict(state.best), "improved": options.get("improved")}, self.write)
+
+    def write(self, content: dict) -> None:
+        if self.fail and self.fail.pop(0):
+            raise OSError("full")
+        self.found.append(content)
+
+
+def epochs(keeper: Keeper, count: int, *accuracies: float, last: bool = False) -> TrainState:
+    """So many epochs of one update each."""
+    state = TrainState()
+    with keeper:
+        for epoch in range(1, count + 1):
+            state.updates += 1
+            keeper.after_update(state, Means(["loss"], "cpu"), Quiet())
+            state.epoch = epoch
+            value = accuracies[epoch - 1] if accuracies else None
+            keeper.end_epoch(state, {"best": value}, last=last and epoch == count)
+    return state
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr("keeper.PAUSE", 0.0)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_failures_are_counted_whatever_the_epochs_between(in_background):
+    """An epoch that writes nothing is no save that went well; nor is one that is only begun."""
+    saves = Saves(*[True] * 99)
+    keeper = Keeper(saves, every_epochs=2, max_failures=3, in_background=in_background)
+    with pytest.raises(TrainingStopped, match="4 saves in a row failed"):
+        epochs(keeper, 40)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_end_of_training_is_saved_or_the_run_fails(no_pause, in_background):
+    saves = Saves(True, True)
+    epochs(Keeper(saves, 9, in_background=in_background), 1, last=True)
+    assert len(saves.found) == 1
+    with pytest.raises(TrainingStopped, match="its end is not saved: full"):
+        epochs(Keeper(Saves(*[True] * 99), 9, in_background=in_background), 1, last=True)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_best_that_could_not_be_written_is_no_best(in_background):
+    """Else nothing below it would ever be written, and what is called best stays older."""
+    saves = Saves(False, True)
+    state = epochs(Keeper(saves, 1, in_background=in_background), 3, 50.0, 90.0, 70.0)
+    assert state.best == {"best": 70.0}
+    assert [content["best"]["best"] for content in saves.found] == [50, 70]
+    assert [content["improved"] for content in saves.found] == [["best"], ["best"]]
+
+
+def test_stop_that_cannot_save_says_so(no_pause):
+    def stop(keeper: Keeper, state: TrainState) -> None:
+        keeper.requests.reason = "SIGTERM"
+        with keeper:
+            keeper.end_epoch(state)
+
+    keeper, state = Keeper(Saves(False, *[True] * 99), 1, max_failures=2), TrainState(epoch=1)
+    keeper.end_epoch(state)
+    with pytest.raises(Preempted, match="not saved since: full"):
+        stop(keeper, state)
+    with pytest.raises(TrainingStopped, match="nothing of this run could be saved"):
+        stop(Keeper(Saves(*[True] * 99), 1, max_failures=2), state)
+
+
+def test_folder_that_cannot_be_synchronised_is_no_failure(tmp_path, monkeypatch):
+    """Some file systems over a network refuse it with EINVAL, after the file is written."""
+    fsync = os.fsync
+
+    def refuse(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(number)
+
+    monkeypatch.setattr("checkpoint.os.fsync", refuse)
+    write_atomically("text", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "text"
+
+
+def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
+    Run().save(tmp_path, 1)
+    tries = []
+
+    def stale(path: Path, check: bool = False) -> bool:
+        tries.append(path)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("checkpoint.PAUSE", 0.0)
+    with monkeypatch.context() as broken:
+        broken.setattr("checkpoint.has_seal", stale)
+        with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
+            choose_checkpoint(tmp_path, "", True)
+    assert len(tries) == 3
+    assert choose_checkpoint(tmp_path, "", True).endswith("checkpoint-1.pth")
+
+
+def test_file_that_a_run_went_on_from_stays(tmp_path):
+    for epoch in range(4):
+        source = str(tmp_path / "checkpoint-0.pth")
+        Run().save(tmp_path, epoch, keep=1, source=source)
+    assert names(tmp_path) == {"checkpoint-0.pth", "checkpoint-3.pth"}
+
+
 def test_saves_that_fail_are_counted_in_a_row():
-    answers = iter([OSError("full"), None, OSError("full"), OSError("full"), OSError("full")])
-
-    def save(state: TrainState, writer: Writer) -> None:
-        answer = next(answers)
-        if answer:
-            raise answer
-
+    saves = Saves(True, False, True, True, True)
     with pytest.raises(TrainingStopped, match="3 saves in a row failed, the last with: full"):
-        drive(Keeper(save, every_steps=1, max_failures=2), 10)
-    assert next(answers, "none left") == "none left"
+        drive(Keeper(saves, every_steps=1, max_failures=2), 10)
+    assert saves.fail == []
+    assert len(saves.found) == 1
 
 
 # --- in the background ----------------------------------------------------------------------
@@ -219,8 +380,17 @@ def test_error_of_the_background_is_told_at_the_next_save():
     writer({}, write)
     with pytest.raises(OSError, match="full"):
         writer({}, write)
+    with pytest.raises(OSError, match="full"):  # that one was tried too
+        writer({}, lambda content: None)
     writer({}, lambda content: None)
     writer.wait()
+
+
+def test_bug_in_the_background_is_told_too():
+    writer = Writer(in_background=True)
+    writer({}, lambda content: {}["absent"])
+    with pytest.raises(OSError, match="KeyError"):
+        writer.wait()
 
 
 @pytest.mark.parametrize("script", list(chaos.RUNS))

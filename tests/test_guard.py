@@ -106,8 +106,8 @@ def test_parameter_that_is_lost_stops_a_run_whose_checkpoints_stay_whole(tmp_pat
     done = run(script, *words, env={"FRAIL": "parameter:5:0"}, expect=1)
     assert "7 updates in a row went wrong, the last: loss is not finite; lower --lr" in done.stderr
     assert "the weights are not finite" in done.stdout
-    kept = {path.name for path in tmp_path.glob("checkpoint-*-step-*.pth")}
-    assert kept == {"checkpoint-1-step-5.pth"}  # of update 6 the weights are not finite
+    kept = {path.name for path in tmp_path.glob("checkpoint-*-seen-*.pth")}
+    assert kept == {"checkpoint-1-seen-6.pth"}  # of update 6 the weights are not finite
     assert all(is_finite(path) for path in tmp_path.glob("checkpoint-*.pth"))
     assert [fault["update"] for fault in faults(tmp_path)] == list(range(7, 14))
 

@@ -52,13 +52,15 @@ def test_killed_anywhere_and_started_again_it_ends_bit_for_bit_the_same(whole, t
     """In an epoch, in a group, in evaluation, while saving: weights, EMA, moments, best, logs."""
     script, folder, seconds = whole
     expected, draw, in_time = chaos.digest(folder), random.Random(script), 0
-    for number in range(INSTANTS):
+    for number in range(5 * INSTANTS):
         here = tmp_path / f"{number}"
         at = draw.uniform(0, seconds)
         in_time += chaos.attempt(script, here, at)
         assert not chaos.differences(chaos.digest(here), expected), f"killed after {at:.3f} s"
         shutil.rmtree(here)
-    assert in_time >= 2  # a busy machine may be faster later than when the whole run was timed
+        if in_time == INSTANTS:  # a busy machine may be faster later than when it was timed
+            return
+    raise AssertionError(f"of {5 * INSTANTS} runs only {in_time} were killed before their end")
 
 
 def test_killed_again_and_again_it_still_arrives(whole, tmp_path):
@@ -135,6 +137,15 @@ def test_second_signal_leaves_at_once(tmp_path):
     assert chaos.finish(child) == 128 + signal.SIGTERM
 
 
+def test_first_signal_after_the_time_is_over_lets_the_save_finish():
+    """The scheduler's warning may come in the same minute."""
+    requests = Requests(None, max_minutes=1e-9)
+    assert requests.read() == (False, True)
+    time.sleep(1.2)
+    requests._note(signal.SIGUSR2, None)  # would have left the process
+    assert requests.reason == "--max_minutes 1e-09"
+
+
 def test_handlers_are_those_of_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
     with Requests(None, None):
@@ -201,5 +212,5 @@ def test_saves_by_the_clock(monkeypatch):
 def test_stop_without_a_folder_says_that_nothing_is_saved():
     keeper = Keeper(None)
     keeper.requests.reason = "SIGTERM"
-    with pytest.raises(Preempted, match="nothing saved: no --output_dir"):
+    with pytest.raises(Preempted, match="nothing saved, as asked for"):
         drive(keeper, 1)

@@ -24,6 +24,7 @@ SCRIPTS = [
     "benchmarks/curves.py",
     "benchmarks/gpu.py",
     "benchmarks/gpu_parts.py",
+    "benchmarks/saving.py",
     "benchmarks/startup.py",
     "benchmarks/step.py",
 ]
