@@ -20,8 +20,9 @@ import dry_run
 import main_finetune
 import main_pretrain
 import options
+import trial
 import utils
-from errors import UserError
+from errors import TrainingStopped, UserError
 from lock import Lock
 from optim_factory import Schedule
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
@@ -327,7 +328,12 @@ class Small:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("full"), RuntimeError("x: can't allocate memory"), MemoryError()],
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("x: can't allocate memory"),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],  # fmt: skip
 )
 def test_memory_that_ran_out_is_an_answer(error):
     trial = Small(error).trial()
@@ -340,6 +346,63 @@ def test_other_errors_are_no_answer():
     refused = RuntimeError("f does not have a deterministic implementation. More")
     with pytest.raises(UserError, match="--deterministic: f does not have"):
         Small(refused).trial().fits(11)
+
+
+def test_reason_to_stop_is_not_taken_for_a_refusal_of_torch():
+    """A sample's name may hold any word."""
+    stopped = TrainingStopped("a loader process died; it held image deterministic/1.png")
+    with pytest.raises(TrainingStopped, match="it held image"):
+        Small(stopped).trial().fits(11)
+
+
+GROUPS = {  # what /proc/self/cgroup says, the files by group, and what is free
+    "job's": ("0::/slurm/job_7/step_0/task_0\n", {"slurm/job_7": (1000, 300, 200)}, 900),
+    "tightest": ("0::/a/b\n", {"a/b": (1000, 0, 0), "a": (500, 100, 0), "": (900, 0, 0)}, 400),
+    "own, no other": ("0::/a/b\n", {"a/b": (1000, 0, 0), "a": ("max", 100, 0)}, 1000),
+    "container": ("0::/\n", {"": (800, 0, 0)}, 800),
+    "seen from outside": ("0::/docker/abc\n", {"": (800, 0, 0)}, 800),
+    "over its limit": ("0::/a\n", {"a": (800, 900, 0)}, 0),
+    "none": ("0::/a\n", {}, math.inf),
+    "version 1": (
+        "5:cpu,cpuacct:/x\n4:memory:/slurm/job_7/step_0\n0::/a\n",
+        {"memory/slurm/job_7": (1000, 300, 100), "memory": (2**63 - 4096, 0, 0), "x": (1, 0, 0)},
+        800,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_tightest_control_group_above_counts(case, tmp_path, monkeypatch):
+    """SLURM limits the job, and the process is three groups below."""
+    said, groups, free = GROUPS[case]
+    (tmp_path / "said").write_text(said)
+    for name, (limit, used, cached) in groups.items():
+        group, first = tmp_path / "root" / name, case == "version 1"
+        group.mkdir(parents=True, exist_ok=True)
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
+        (group / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+        line = f"{'total_' * first}inactive_file {cached}\n"
+        (group / "memory.stat").write_text(f"anon 5\n{line}")
+    monkeypatch.setattr(trial, "GROUPS", tmp_path / "said")
+    monkeypatch.setattr(trial, "CGROUP", tmp_path / "root")
+    assert trial.free_in_group() == free
+    monkeypatch.setattr(trial, "GROUPS", tmp_path / "nothing")
+    assert trial.free_in_group() == math.inf
+
+
+def test_memory_is_shared_by_the_processes_that_the_launcher_starts_here(monkeypatch):
+    for name in trial.LOCAL_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(trial, "processes", lambda: 8)
+    assert trial.local_processes() == 1
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    assert trial.local_processes() == 2
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")  # srun's own say
+    assert trial.local_processes() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert trial.local_processes() == 5
+    monkeypatch.setattr(trial, "processes", lambda: 1)  # a single one in a job of many
+    assert trial.local_processes() == 1
 
 
 def test_batches_of_any_size_hold_their_own_copy():
