@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_url
 
+from checkpoint import write_atomically
 from errors import UserError
 from utils import is_main_process, main_process_first
 
@@ -212,7 +213,7 @@ class Cifar(Dataset):
         wanted = [f"{kind.base_folder}/{name}" for name in names]
         for name, data in read_tar(root / kind.filename, wanted).items():
             (root / name).parent.mkdir(exist_ok=True)
-            (root / name).write_bytes(data)
+            write_atomically(data, root / name)
 
     @staticmethod
     def _read(path: Path, md5: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from utils import get_rank, get_world_size
 
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
     "DATASETS",
+    "DOWNLOADED",
     "Augmented",
     "Batches",
     "DataSpec",
@@ -206,6 +207,9 @@ DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
+
+
+DOWNLOADED = ("CIFAR", "CIFAR10")  # where they are not in data_path
 
 
 def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:

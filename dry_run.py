@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import hooks
+import lock
 from datasets import Augmented, Batches, class_map
 from errors import TrainingStopped, some
 from lock import holder
@@ -32,6 +34,7 @@ from utils import get_world_size as processes
 
 SECONDS = 4.0  # that a measurement lasts
 DECODING = 4.0  # seconds for images of each set
+LOOK = 2.5 * lock.BEAT  # seconds for signs of life from a run on another machine
 MARGIN = 0.95  # share of the free memory that may be used
 
 
@@ -208,10 +211,28 @@ def check_folder(report: Report, folder: Path | None, log_dir: str | None) -> No
         elif not os.access(there, os.W_OK | os.X_OK):
             report.fault(f"{flag} {path}: {there} may not be written; choose a folder you own")
     held = folder and folder.is_dir() and holder(folder)
-    if held:
+    if held and get_rank() == 0 and shows_life(held, folder / lock.NAME):
         report.fault(f"--output_dir {folder} is in use by {held}, which is left alone")
+    elif held:
+        text = "%s holds %s, but gives no sign of life: a run waits %.0f s and takes it over"
+        report.line("", text, held, folder, lock.SILENCE)
     if log_folder and importlib.util.find_spec("tensorboard") is None:
         report.fault("no tensorboard: pip install tensorboard, or --log_dir none")
+
+
+def shows_life(held: str, file: Path) -> bool:
+    """Whether a lock's holder lives: here it does, elsewhere the time of its file changes."""
+    if held.endswith(f" on {socket.gethostname()}"):
+        return True
+    first, until = file.stat().st_mtime_ns, time.monotonic() + LOOK
+    get_logger().info("looking for %.0f s whether %s gives signs of life", LOOK, held)
+    while time.monotonic() < until:
+        time.sleep(min(0.5, LOOK / 10))
+        if not file.exists():
+            return False
+        if file.stat().st_mtime_ns != first:
+            return True
+    return False
 
 
 def nearest(path: Path) -> Path:

@@ -29,6 +29,7 @@ from benchmarks import chaos
 from data_faults import BadImages, Watch
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
 from decoding import BadImage
+from engine_finetune import evaluate
 from errors import Preempted, TrainingStopped, UserError
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
 
@@ -250,6 +251,15 @@ def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
     ids = [ids.tolist() for _, _, ids in batches]  # 2 and 3 were a batch
     assert ids == [[0, 1], [4, 5], [6], [8, 9], [10, 11]]
     assert sorted(batches.bad) == names(tmp_path)
+
+
+def test_evaluation_without_a_single_image_is_an_error_and_not_nan(tmp_path):
+    make_photos(tmp_path, bad=tuple(range(COUNT)))
+    loader = create_loader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
+    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    model = torch.nn.Flatten()
+    with pytest.raises(UserError, match=r"no image could be used to evaluate on.*a/00.png \("):
+        evaluate(batches, model, torch.device("cpu"), "none")
 
 
 def test_error_still_wins_over_what_was_replaced(tmp_path):

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import shutil
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -157,6 +160,29 @@ def test_folder_of_a_run_that_goes_on_elsewhere_is_left_as_it_is(short, said, tm
     assert "is in use by process" in said()
     assert tree(tmp_path) == before
     lock.release()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_lock_of_another_machine_is_a_fault_only_if_its_run_lives(
+    short, said, tmp_path, monkeypatch, alive
+):
+    """A run takes over what a machine that died left; no clocks are compared."""
+    monkeypatch.setattr(dry_run, "LOOK", 2.0 if alive else 0.2)
+    file, over = tmp_path / ".lock", threading.Event()
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "1"}))
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            os.utime(file)
+
+    if alive:
+        threading.Thread(target=beat, daemon=True).start()
+    code = dry("pretrain", "--output_dir", tmp_path)
+    over.set()
+    assert code == int(alive)
+    assert ("is in use by process 7 on elsewhere" in said()) == alive
+    assert ("process 7 on elsewhere holds" in said()) != alive
+    assert file.exists()
 
 
 def test_report_says_what_the_run_will_do(short, said):

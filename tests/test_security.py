@@ -8,6 +8,7 @@ pose as images: test_decoding.
 
 from __future__ import annotations
 
+import ast
 import bz2
 import gzip
 import hashlib
@@ -32,6 +33,7 @@ import torch
 import archives
 import options
 import slurm
+import visualize
 from archives import Cifar, Zip, find_cifar, read_tar, unpickle
 from benchmarks.cifar_runs import load
 from checkpoint import read_checkpoint
@@ -307,6 +309,29 @@ def test_cifar_is_read_from_the_archive_and_then_from_the_files(tmp_path):
         assert (red == pixels[2, :1024].reshape(32, 32)).all()
 
 
+def test_cifar_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Half a file would be refused by its checksum from then on."""
+    kind = fake_cifar(tmp_path)
+    monkeypatch.setattr("checkpoint.os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        find_cifar(kind, str(tmp_path), True)
+    assert everything(tmp_path / kind.base_folder) == set()
+    monkeypatch.undo()
+    assert len(find_cifar(kind, str(tmp_path), True)) == 4
+
+
+def test_checkpoint_does_not_choose_where_data_is_downloaded(tmp_path, monkeypatch):
+    run_args = {"mask_ratio": 0.6, "model": "convnextv2_atto", "data_set": "CIFAR10"}
+    run_args["data_path"] = str(tmp_path / "chosen")
+    torch.save({"model": {}, "args": run_args}, tmp_path / "a.pth")
+    monkeypatch.setattr(archives, "download_url", lambda *words: 1 / 0)
+    parser = options.visualize_parser()
+    args = parser.parse_args(["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu"])
+    with pytest.raises(UserError, match="asks for CIFAR10; say where: --data_path"):
+        visualize.main(args)
+    assert everything(tmp_path) == {"a.pth"}
+
+
 def test_cifar_with_code_in_it_is_refused_even_with_the_right_checksum(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kind = fake_cifar(tmp_path, Malicious())
@@ -366,6 +391,15 @@ def test_yaml_bomb_does_not_explode_in_the_message(tmp_path, capsys):
         options.parse(options.pretrain_parser(), ["--config", str(tmp_path / "a.yaml")])
     assert time.monotonic() - start < 5
     assert len(capsys.readouterr().err) < 1000
+
+
+@pytest.mark.parametrize("text", ["scale: " + "[" * 5000, "scale: " + "{a: " * 5000])
+def test_yaml_that_is_nested_deeply_is_no_traceback(tmp_path, capsys, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        options.parse(options.pretrain_parser(), ["--config", str(tmp_path / "a.yaml")])
+    assert end.value.code == 2
+    assert "nested too deeply" in capsys.readouterr().err
 
 
 # --- permissions ----------------------------------------------------------------------------
@@ -430,15 +464,24 @@ def test_no_file_of_ours_unpickles_or_unpacks_elsewhere():
     """What reads files from outside has one home each, which the tests above attack."""
     root = Path(archives.__file__).parent
     homes = {
-        "pickle.load": {"archives.py"}, "Unpickler": {"archives.py"}, "extractall": set(),
-        "yaml.load(": set(), "weights_only=False": {"checkpoint.py"},
-        "Image.open(": {"decoding.py"},
-        "tarfile.open": {"archives.py"}, "zipfile.ZipFile": {"archives.py"}, "allow_pickle": set(),
+        "pickle.load": set(), "Unpickler": {"archives.py"}, "extractall": set(),
+        "yaml.load(": set(), "weights_only=False": {"checkpoint.py"},  # in a message
+        "Image.open(": {"decoding.py"}, "tarfile.": {"archives.py"}, "allow_pickle": set(),
+        "zipfile.ZipFile(": {"archives.py", "checkpoint.py"},  # whose members it only looks at
     }  # fmt: skip
     files = [*root.glob("*.py"), *root.glob("models/*.py"), *root.glob("benchmarks/*.py")]
     for word, allowed in homes.items():
         found = {path.name for path in files if word in path.read_text(encoding="utf-8")}
-        assert found - {"checkpoint.py"} <= allowed, word
+        assert found == allowed, word
+    calls = [
+        (path.name, {word.arg: word.value for word in node.keywords})
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert sum(name == "checkpoint.py" for name, _ in calls) == 2
+    for name, words in calls:
+        assert ast.unparse(words["weights_only"]) == "True", name
 
 
 def test_scripts_start_where_modules_of_the_same_name_lie(tmp_path):
