@@ -25,17 +25,12 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_url
 
+from checkpoint import write_atomically
 from errors import UserError
 from utils import is_main_process, main_process_first
 
 LARGEST = 2**29  # bytes that an archive may unpack to; CIFAR's are 180 MiB
-MAKE_ARRAY = np.empty(0).__reduce__()[0]  # private, and elsewhere in each numpy
-ARRAYS = {  # all that a pickle may ask for
-    "numpy.core.multiarray._reconstruct": MAKE_ARRAY,
-    "numpy._core.multiarray._reconstruct": MAKE_ARRAY,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-}
+HEADERS = 2**24  # bytes of an archive that are no member's
 DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 DAMAGED += (NotImplementedError, ValueError)  # by zipfile, of kinds and sizes it cannot be
 
@@ -51,15 +46,40 @@ def _refuse(name: str, size: int, plain: bool) -> None:
         raise UserError(f"is refused: it unpacks to {size} bytes or more, above {LARGEST}")
 
 
+class _Bounded:
+    """A stream of which `left` more bytes may be read: the size of a tar's header is a claim too.
+
+    What is skipped is not kept, and counts as its member's.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.left = stream, HEADERS
+        self.seek, self.tell, self.close = stream.seek, stream.tell, stream.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.left:
+            raise UserError(f"is refused: it has headers of more than {HEADERS} bytes")
+        self.left -= size
+        return self.stream.read(size)
+
+
+class _Tar(tarfile.TarFile):
+    @classmethod
+    def taropen(cls, name: str, mode: str = "r", fileobj: Any = None, **options: Any) -> _Tar:
+        """What `open` ends in for every compression."""
+        return super().taropen(name, mode, _Bounded(fileobj), **options)
+
+
 def read_tar(path: Path, wanted: Iterable[str]) -> dict[str, bytes]:
     """These members of a tar archive, of any compression, by name; all others are checked too."""
     found, names, size = {}, set(wanted), 0
     try:
-        with tarfile.open(path) as archive:
+        with open(path, "rb") as file, _Tar.open(fileobj=file) as archive:
             for member in archive:
                 size += member.size
                 _refuse(member.name, size, member.isfile() or member.isdir())
                 if member.name in names:
+                    archive.fileobj.left += member.size
                     found[member.name] = archive.extractfile(member).read()
     except UserError as error:
         raise UserError(f"{path} {error}") from error
@@ -100,6 +120,45 @@ class Zip:
         return data
 
 
+class _Bytes:
+    """In place of numpy's type of bytes; the real one takes fields of pointers from a pickle."""
+
+    __slots__ = ()
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in ("u1", "|u1"):
+            raise UserError(f"holds an array of type {str(code)[:20]!r}; expected uint8 alone")
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1:5] != ("|", None, None, None):
+            raise UserError("holds an array type with fields; expected uint8 alone")
+
+
+class _Array:
+    """In place of numpy's array, and of the function that makes an empty one."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_: Any) -> None:
+        self.array = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, by_columns, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data
+        plain = isinstance(kind, _Bytes) and isinstance(data, bytes) and isinstance(shape, tuple)
+        if by_columns or not plain:
+            raise UserError("holds an array of another kind; expected uint8, row by row")
+        self.array = np.frombuffer(data, np.uint8).reshape(shape)
+
+
+ARRAYS = {  # all that a pickle may ask for
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Bytes,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in ARRAYS:
@@ -108,13 +167,23 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(data: bytes) -> Any:
-    """Plain types and numpy arrays out of a pickle; one that asks for more is a UserError."""
+    """Plain types out of a pickle, with uint8 arrays as values of the dict that it is.
+
+    One that asks for more is a UserError.
+    """
     try:
-        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except (UserError, MemoryError):
         raise
     except Exception as error:  # damaged ones raise nearly anything
         raise UserError(f"is damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        return content
+    arrays = {key: value.array for key, value in content.items() if isinstance(value, _Array)}
+    absent = [key for key, array in arrays.items() if array is None]
+    if absent:
+        raise UserError(f"is damaged (the array {str(absent[0])[:20]!r} has no content)")
+    return content | arrays
 
 
 class Cifar(Dataset):
@@ -144,7 +213,7 @@ class Cifar(Dataset):
         wanted = [f"{kind.base_folder}/{name}" for name in names]
         for name, data in read_tar(root / kind.filename, wanted).items():
             (root / name).parent.mkdir(exist_ok=True)
-            (root / name).write_bytes(data)
+            write_atomically(data, root / name)
 
     @staticmethod
     def _read(path: Path, md5: str) -> dict[str, Any]:

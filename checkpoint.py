@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
@@ -303,8 +304,7 @@ def read_checkpoint(
                 ".pt, .bin or .safetensors file"
             )
         has_seal(path, check)
-        with torch.serialization.safe_globals(HARMLESS):
-            return _unpickle(path)
+        return _unpickle(path)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist; expected {KINDS}") from error
     except PermissionError as error:
@@ -328,15 +328,32 @@ def read_checkpoint(
         ) from error
 
 
+def _refuse_compressed(path: Path) -> None:
+    """UserError if a zip archive holds what may be a thousand times as large as the file."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed = [member for member in archive.infolist() if member.compress_type]
+    if packed:
+        raise UserError(
+            f"checkpoint {path} is refused: its member {packed[0].filename!r} is compressed, as "
+            "torch never does, and could unpack to any size; if you trust who made it, unpack it "
+            f"and save it again: python -c \"import torch; c = torch.load('{path}', "
+            "weights_only=True); torch.save(c, 'stored.pth')\""
+        )
+
+
 def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "unable to mmap" in str(error):  # for want of memory
-            raise OSError(str(error)) from error
-        if "mmap can only be used" not in str(error):  # files of before torch 1.6
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
+    _refuse_compressed(path)
+    with torch.serialization.safe_globals(HARMLESS):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "unable to mmap" in str(error):  # for want of memory
+                raise OSError(str(error)) from error
+            if "mmap can only be used" not in str(error):  # files of before torch 1.6
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def compare_args(

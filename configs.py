@@ -126,6 +126,8 @@ def _load(parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...]) -
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         parser.error(f"cannot read it: {error}")
+    except RecursionError:
+        parser.error("it is nested too deeply; expected lines of 'flag: value'")
     if not isinstance(values, dict):
         parser.error("expected lines of 'flag: value', without dashes")
     base = values.pop("base", None)

@@ -8,6 +8,7 @@ python -c "import data_faults; print(data_faults.BadImages.__doc__)"
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
 import os
 import re
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from checkpoint import write_atomically
-from errors import Preempted, TrainingStopped
+from errors import Preempted, TrainingStopped, UserError
 from utils import all_gather, get_logger, is_main_process
 
 LOOKS = 4  # at the processes within --data_timeout
@@ -84,6 +85,9 @@ class Watch:
                 if not self._waits_on(error):
                     raise
                 continue
+            except (OSError, EOFError):  # perhaps of a batch that a dead process still held
+                self._look_for_dead()
+                raise
             if batch is end:
                 return
             self.idle_looks = 0
@@ -102,6 +106,15 @@ class Watch:
                 f"a loader process (pid {found[1]}) {found[2]}; it held "
                 f"{' and '.join(held) or 'no sample'}: {REMEDY}"
             ) from error
+
+    def _look_for_dead(self) -> None:
+        mine, until = {int(row[0]) for row in self.table.tolist()} - {0}, time.monotonic() + 1
+        while mine and time.monotonic() < until:  # the system may not know yet
+            dead = mine - {child.pid for child in multiprocessing.active_children()}
+            if dead:
+                who = ", ".join(map(str, sorted(dead)))
+                self.explain(RuntimeError(f"DataLoader worker (pid {who}) died"))
+            time.sleep(0.02)
 
     def _waits_on(self, error: RuntimeError) -> bool:
         """Whether to wait on after `error`: it is a time-out, and the processes make progress."""
@@ -216,6 +229,30 @@ class _Start:
 
 # --- images ---------------------------------------------------------------------------------------
 
+# What the system says of a file, for good; None: a decoder says it. Damaged files lead decoders to
+# places where none is (EINVAL, EOVERFLOW).
+OF_THE_FILE = {None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+OF_THE_FILE |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW, errno.ENXIO}
+WAITS = (0.1, 0.4, 1.5)  # seconds, before what the machine failed in is tried again
+
+
+def patiently(read: Callable[[], Any]) -> Any:
+    """`read()`, again if not the file but the machine failed; UserError if it still does."""
+    for wait in (*WAITS, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in OF_THE_FILE:
+                raise
+            if wait is None:
+                raise UserError(
+                    f"cannot be read ({error}), tried {len(WAITS) + 1} times; not the image failed "
+                    "but the machine or its file system, so --on_bad_image skip does not go on "
+                    "without it: see to that (ulimit -n, memory, disk, network), and start again"
+                ) from error
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
 
 class BadImages:
     """The images that a run does without: told in the log, and listed in bad_images.txt, once each.
@@ -224,7 +261,7 @@ class BadImages:
 
         with BadImages(folder, batches, val_batches) as bad:
             ...
-            bad.write()  # on every rank, after an epoch
+            bad.write()  # on every rank, before each save: who goes on does not see them again
     """
 
     def __init__(self, folder: Path | None, *batches: Any, active: bool = True) -> None:
@@ -234,7 +271,7 @@ class BadImages:
         self.told: set[str] = set()
         if active and self.path and is_main_process() and self.path.exists():
             self.listed = self.path.read_bytes().decode("utf-8", "surrogateescape")
-            self.told = {line.split("\t")[0] for line in self.listed.splitlines()}
+            self.told = {line.split("\t")[0] for line in self.listed.split("\n")} - {""}
 
     def __enter__(self) -> BadImages:
         return self

@@ -8,6 +8,7 @@ python -c "import data_pipeline; print(data_pipeline.create_eval_transform(224))
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
 
-from data_faults import WatchedLoader
+from data_faults import WatchedLoader, patiently
 from decoding import UNREADABLE, BadImage, decode, describe
 from errors import UserError
 from randomness import mix, seed_all
@@ -228,9 +229,8 @@ class Augmented(Dataset):
         for attempt in range(1 + TRIES * (self.on_bad == "replace")):
             draw = (self.seed, *key, attempt) if attempt else (self.seed, *key)
             chosen = mix(*draw) % len(self) if attempt else index
-            seed_all(*draw)
             try:
-                image, label = self._load(chosen)
+                image, label = self._load(chosen, draw)
                 sample = self.transform(image), label, index
                 return Replaced(sample, bad) if bad else sample
             except BadImage as error:
@@ -246,11 +246,15 @@ class Augmented(Dataset):
             f"{bad[-1][0]} ({bad[-1][1]}); too many to go on without: look at the data"
         )
 
-    def _load(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
+        seed_all(*draw)
+        item = self.dataset[index]
+        sample, label = item if isinstance(item, tuple | list) else (item, None)
+        return decode(sample, self.in_chans), label
+
+    def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
         try:
-            item = self.dataset[index]
-            sample, label = item if isinstance(item, tuple | list) else (item, None)
-            image = decode(sample, self.in_chans)
+            image, label = patiently(partial(self._read, index, draw))
         except (BadImage, *UNREADABLE) as error:
             if isinstance(error, UserError) and not isinstance(error, BadImage):
                 raise UserError(f"{self.name_of(index)}: {error}") from error
@@ -271,9 +275,10 @@ class Augmented(Dataset):
         return image, label
 
     def _file(self, index: int) -> str | None:
-        files = getattr(self.dataset, "samples", None)  # as torchvision's folders have it
-        path = files[index][0] if isinstance(files, list) else None
-        return path if isinstance(path, str) else None
+        entries = getattr(self.dataset, "samples", None)  # (path, label) in torchvision's folders
+        entry = entries[index] if isinstance(entries, list) and index < len(entries) else None
+        path = entry[0] if isinstance(entry, tuple | list) and entry else entry
+        return str(path) if isinstance(path, str | os.PathLike) else None
 
     def name_of(self, index: int) -> str:
         """`image <its file>`, or `image number 7` where there are no files."""
@@ -359,7 +364,8 @@ def create_loader(
     pin_mem: bool = False,
     drop_last: bool = False,
     timeout: float = 0,
-) -> DataLoader:
+    collate_fn: Callable[[list], Any] = collate,
+) -> WatchedLoader:
     """A DataLoader of `collate`d batches whose workers live as long as it does.
 
     timeout: seconds that a worker may take for one sample; 0: any time.
@@ -374,5 +380,5 @@ def create_loader(
         pin_memory=pin_mem and torch.cuda.is_available(),  # elsewhere torch only warns
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
-        collate_fn=collate,
+        collate_fn=collate_fn,
     )

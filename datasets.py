@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder
 
 from archives import Cifar, find_cifar
 from batches import Batches
@@ -35,13 +34,14 @@ from data_pipeline import (
     height_and_width,
     mean_and_std,
 )
-from decoding import load_image
+from decoding import EXTENSIONS, load_image
 from errors import UserError, resolve
 from randomness import mix
 from utils import get_rank, get_world_size
 
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
     "DATASETS",
+    "DOWNLOADED",
     "Augmented",
     "Batches",
     "DataSpec",
@@ -90,9 +90,9 @@ def _folder_at(path: str | None, flag: str, holds: str) -> Path:
     return root
 
 
-def _class_folders(root: Path) -> ImageFolder:
+def _class_folders(root: Path) -> DatasetFolder:
     try:
-        return ImageFolder(str(root), loader=load_image)
+        return DatasetFolder(str(root), load_image, EXTENSIONS)  # torchvision's know fewer kinds
     except FileNotFoundError as error:  # no class folders, or one without images
         raise UserError(
             f"{root}: {str(error).rstrip('. ')}; expected one folder of images a class: fill or "
@@ -100,7 +100,7 @@ def _class_folders(root: Path) -> ImageFolder:
         ) from error
 
 
-def imnet(spec: DataSpec, train: bool) -> ImageFolder:
+def imnet(spec: DataSpec, train: bool) -> DatasetFolder:
     """`train/` and `val/` under data_path, one folder a class."""
     root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
     split = root / ("train" if train else "val")
@@ -113,7 +113,7 @@ def imnet(spec: DataSpec, train: bool) -> ImageFolder:
     return _class_folders(split)
 
 
-def image_folder(spec: DataSpec, train: bool) -> ImageFolder:
+def image_folder(spec: DataSpec, train: bool) -> DatasetFolder:
     """One folder a class: in data_path for training, in eval_data_path for validation."""
     path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
     return _class_folders(_folder_at(path, f"--{flag}", "one folder of images a class"))
@@ -124,9 +124,9 @@ class UnlabelledFolder(Dataset):
 
     def __init__(self, root: Path):
         walk = (os.path.join(top, n) for top, _, ns in os.walk(root, followlinks=True) for n in ns)
-        paths = sorted(path for path in walk if path.lower().endswith(IMG_EXTENSIONS))
+        paths = sorted(path for path in walk if path.lower().endswith(EXTENSIONS))
         if not paths:
-            raise UserError(f"{root}: no images; expected some of {' '.join(IMG_EXTENSIONS)}")
+            raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
         self.samples = [(path, 0) for path in paths]
 
     def __len__(self) -> int:
@@ -207,6 +207,9 @@ DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
+
+
+DOWNLOADED = ("CIFAR", "CIFAR10")  # where they are not in data_path
 
 
 def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -22,9 +23,15 @@ from errors import UserError
 MODES = {1: "L", 3: "RGB"}  # channels -> what PIL calls them
 # PIL would open others too: of EPS it has Ghostscript run the program that the file is.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+EXTENSIONS = (  # of files to look for in folders; what they are their content says
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".tif", ".tiff",
+)  # fmt: skip
+PIXELS = 2**28  # that an image may have: 16,384 x 16,384, which is 1 GB to work on
 # What a damaged file raises, in PIL and in the decoders below it.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 UNREADABLE += (Image.DecompressionBombError,)
+SIGNED = 2  # a sample format of TIFF
 ORIENTATION = 0x0112  # of EXIF: how the camera was held
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +55,7 @@ class BadImage(UserError):
 def load_image(path: str) -> Image.Image:
     """Decode a whole file, of an animation the first picture, in its own mode; or BadImage.
 
-    `decode` makes it RGB or grey. Above 179 million pixels PIL takes it for a bomb.
+    `decode` makes it RGB or grey.
     """
     with open(path, "rb") as file:
         return load_image_file(file)
@@ -57,12 +64,28 @@ def load_image(path: str) -> Image.Image:
 def load_image_file(file: BinaryIO) -> Image.Image:
     """`load_image` of an open file."""
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = _open(file)
         image.load()
-    except (MemoryError, *UNREADABLE):  # the first says nothing about the file
+    except (MemoryError, BadImage, *UNREADABLE):  # the first says nothing about the file
         raise
     except Exception as error:  # a damaged file leads PIL astray in many ways
         raise BadImage(f"{type(error).__name__}: {error}") from error
+    return image
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Its header; PIL's own limit of pixels makes way for ours, here and where crops ask for it."""
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        image = Image.open(file, formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = PIXELS
+    width, height = image.size
+    if width * height > PIXELS:
+        raise BadImage(
+            f"it has {width} x {height} pixels, above the limit of {PIXELS}: a decompression bomb, "
+            "or to be made smaller first"
+        )
     return image
 
 
@@ -87,24 +110,38 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
             f"--in_chans {in_chans} needs a dataset of ({in_chans}, H, W) tensors, got a PIL image "
             f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
         )
-    return _on_white(_eight_bits(_upright(sample)), MODES[in_chans])
+    sample.load()  # TIFF and PNG know their orientation only then
+    turn, image = _turn(sample), _eight_bits(sample)
+    return _on_white(image if turn is None else image.transpose(turn), MODES[in_chans])
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # TIFF and PNG know their orientation only then
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # a damaged EXIF block does not make the picture any worse
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion cuts off above 255
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    """Of one with more bits the upper 8, since PIL's own conversion cuts off above 255."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
     if image.mode == "F":
         raise BadImage("got an image of floats, whose range is unknown; expected 8 or 16 bits")
-    return image
+    if SIGNED in tags.get(Tiff.SAMPLEFORMAT, ()):
+        raise BadImage("got signed pixels, whose range is unknown; expected 8 or 16 bits from 0")
+    if tags and image.mode == "I":
+        raise BadImage("got 32 bits a pixel, whose range is unknown; expected 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    deep = np.asarray(image)  # (H, W)
+    bits = tags.get(Tiff.BITSPERSAMPLE, (16,))[0]
+    grey = (deep >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    if tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+        grey = 255 - grey
+    hidden = image.info.get("transparency")  # a value, of 16 bits too
+    if isinstance(hidden, int):
+        grey[deep == hidden] = 255
+    return Image.fromarray(grey)
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:

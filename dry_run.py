@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,31 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import hooks
+import lock
 from datasets import Augmented, Batches, class_map
-from errors import TrainingStopped, UserError
+from errors import TrainingStopped, some
 from lock import holder
 from optim_factory import Schedule
-from randomness import mix
 from stepper import Stepper
-from trial import (
-    Repeated,
-    Stream,
-    Trial,
-    largest_that_fits,
-    memory,
-    peak_of,
-    rate_of,
-    readable,
-    size_of,
-)
+from trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable, size_of
+from trial_data import Decoded, Stream, decode_some, rate_of
 from utils import TrainState, all_gather, barrier, broadcast, get_logger, get_rank
 from utils import get_world_size as processes
 
 SECONDS = 4.0  # that a measurement lasts
 DECODING = 4.0  # seconds for images of each set
+LOOK = 2.5 * lock.BEAT  # seconds for signs of life from a run on another machine
 MARGIN = 0.95  # share of the free memory that may be used
 
 
@@ -140,51 +131,36 @@ def check_data(
     for name, of_set in (("train", batches), ("val", val_batches)):
         if of_set is None:
             continue
-        data = of_set.loader.dataset
-        names = class_map(data) if data.nb_classes else None
-        classes = f" of {data.nb_classes} classes" if data.nb_classes else ", labels not used"
-        same = ", as train has them" if name == "val" and names else ""
-        good, bad, tried = decode_some(data, seed, DECODING)
-        whose = all_gather((bad, tried))
-        bad = [text for texts, _ in whose for text in texts]
-        tried = sum(count for _, count in whose)
-        kept = kept or good
-        text = "%d images%s%s; %d decoded, %s"
-        verdict = f"{len(bad)} bad" if bad else "all good"
-        report.line(name, text, len(data), classes, same, tried, verdict)
-        if bad:
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            report.fault(f"{len(bad)} of {tried} {name} images: {'; '.join(bad[:5])}{more}")
+        found = decode_some(of_set.loader, seed, DECODING)
+        tell_data(report, name, of_set.loader.samples, found)
+        kept = kept or found.good
     if min(all_gather(len(kept))) == 0:
         report.fault("no training image could be decoded, so nothing else was tried")
         return []
     return kept
 
 
-def decode_some(
-    data: Augmented, seed: int, seconds: float, keep: int = 64
-) -> tuple[list[tuple], list[str], int]:
-    """This rank's share of the images in random order, until time is up.
-
-    Returns up to `keep` good ones, what is wrong with the others, and how many were tried.
-    """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(mix(seed, 1)))
-    good, bad, tried, began = [], [], 0, time.perf_counter()
-    for index in order[get_rank() :: processes()].tolist():
-        tried += 1
-        try:
-            sample = data[0, index]
-        except Exception as error:  # of somebody's own data set: with a traceback in a run
-            sample = UserError(f"image number {index}: {type(error).__name__}: {error}")
-        if isinstance(sample, UserError):
-            bad.append(str(sample))
-        elif sample[0].is_floating_point() and not sample[0].isfinite().all():
-            bad.append(f"image number {index} holds values that are not finite")
-        elif len(good) < keep:
-            good.append(sample)
-        if time.perf_counter() - began > seconds:
-            break
-    return good, bad, tried
+def tell_data(report: Report, name: str, data: Augmented, found: Decoded) -> None:
+    """A line about a set, and its bad images: faults, or those that the run goes without."""
+    whose = all_gather((found.faults, found.without, found.tried, len(found.good)))
+    faults = [text for texts, *_ in whose for text in texts]
+    without = {image: why for _, part, *_ in whose for image, why in part.items()}
+    tried, good = (sum(column) for column in list(zip(*whose, strict=True))[2:])
+    names = class_map(data) if data.nb_classes else None
+    classes = f" of {data.nb_classes} classes" if data.nb_classes else ", labels not used"
+    same = ", as train has them" if name == "val" and names else ""
+    fate = "left out" if data.on_bad == "leave out" else "replaced"
+    verdict = [f"{len(faults)} bad"] if faults else []
+    verdict += [f"{len(without)} bad, {fate}"] if without else []
+    text, said = "%d images%s%s; %d decoded, %s", ", ".join(verdict) or "all good"
+    report.line(name, text, len(data), classes, same, tried, said)
+    if without:
+        report.line("", f"{fate}: %s", some([f"{image} ({why})" for image, why in without.items()]))
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        report.fault(f"{len(faults)} of {tried} {name} images: {'; '.join(faults[:5])}{more}")
+    elif not good:
+        report.fault(f"none of {tried} {name} images can be used; look at the data")
 
 
 def tell_plan(
@@ -235,10 +211,28 @@ def check_folder(report: Report, folder: Path | None, log_dir: str | None) -> No
         elif not os.access(there, os.W_OK | os.X_OK):
             report.fault(f"{flag} {path}: {there} may not be written; choose a folder you own")
     held = folder and folder.is_dir() and holder(folder)
-    if held:
+    if held and get_rank() == 0 and shows_life(held, folder / lock.NAME):
         report.fault(f"--output_dir {folder} is in use by {held}, which is left alone")
+    elif held:
+        text = "%s holds %s, but gives no sign of life: a run waits %.0f s and takes it over"
+        report.line("", text, held, folder, lock.SILENCE)
     if log_folder and importlib.util.find_spec("tensorboard") is None:
         report.fault("no tensorboard: pip install tensorboard, or --log_dir none")
+
+
+def shows_life(held: str, file: Path) -> bool:
+    """Whether a lock's holder lives: here it does, elsewhere the time of its file changes."""
+    if held.endswith(f" on {socket.gethostname()}"):
+        return True
+    first, until = file.stat().st_mtime_ns, time.monotonic() + LOOK
+    get_logger().info("looking for %.0f s whether %s gives signs of life", LOOK, held)
+    while time.monotonic() < until:
+        time.sleep(min(0.5, LOOK / 10))
+        if not file.exists():
+            return False
+        if file.stat().st_mtime_ns != first:
+            return True
+    return False
 
 
 def nearest(path: Path) -> Path:
@@ -338,17 +332,23 @@ def time_evaluation(
     val_batches: Batches,
     shared: int,
 ) -> float:
-    """Seconds that the evaluation of all images takes, at the loader's rate of training at best."""
-    size = min(val_batches.loader.batch_size, len(val_batches.loader.dataset))
+    """Seconds that the evaluation of all images takes, at the rate of what is slower there."""
+    loader, count = val_batches.loader, len(val_batches.loader.dataset)
+    size = min(loader.batch_size, count)
     evaluation(batches=Repeated(trial.batch(size), 1))
     began = time.perf_counter()
     evaluation(batches=Repeated(trial.batch(size), 1))
     times = max(1, min(50, int(SECONDS / 2 / max(time.perf_counter() - began, 1e-9))))
     began = time.perf_counter()
     evaluation(batches=Repeated(trial.batch(size), times))
-    rate = size * times / max(all_gather(time.perf_counter() - began)) * shared
-    seconds = len(val_batches.loader.dataset) / rate
-    report.line("evaluation", "%.1f images/s by the model, %s", rate, hooks.clock(seconds))
+    model = size * times / max(all_gather(time.perf_counter() - began)) * shared
+    stream = Stream(loader, lambda epoch: None)
+    mine = len(loader) and rate_of(stream, 2 * loader.num_workers + 1, SECONDS / 2)
+    read = sum(all_gather(mine))  # other ranks have no images without --dist_eval
+    slower = "the loader" if read < model else "the model"
+    seconds = count / min(model, read)
+    text = "%.1f images/s by the model, %.1f by the loader: %s is what takes the time, %s"
+    report.line("evaluation", text, model, read, slower, hooks.clock(seconds))
     return seconds
 
 

@@ -7,6 +7,7 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import utils
 from datasets import Batches
+from errors import UserError, some
 from guard import Guard
 from hooks import Reporter
 from keeper import Keeper
@@ -116,4 +118,11 @@ def evaluate(
         logits = logits.float()
         acc1, acc5 = accuracy(logits, labels, (1, 5))
         means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
-    return means.read()
+    stats = means.read()
+    if math.isnan(stats["acc1"]):  # there was not a single image, on any rank
+        raise UserError(
+            "no image could be used to evaluate on, --on_bad_image skip left out all of them: "
+            f"{some([f'{name} ({why})' for name, why in batches.bad.items()]) or 'on other ranks'}"
+            "; correct --eval_data_path or --data_path, or give --disable_eval"
+        )
+    return stats

@@ -154,6 +154,7 @@ class Keeper:
     every_steps, every_minutes: when to save within an epoch; None for never. every_epochs: when at
     its end. max_minutes: after which the run stops as if by a signal. max_failures: saves in a row
     that may fail; one that did is tried again a minute later. in_background: write in a thread.
+    before_save: called on all ranks before a save within an epoch.
 
         with Keeper(...) as keeper:
             ...
@@ -170,7 +171,9 @@ class Keeper:
         max_minutes: float | None = None,
         max_failures: int = 5,
         in_background: bool = False,
+        before_save: Callable[[], Any] | None = None,
     ) -> None:
+        self.before_save = before_save
         self.save, self.every_epochs, self.every_steps = save, every_epochs, every_steps
         self.requests = Requests(every_minutes, max_minutes)
         self.agreement = Agreement()
@@ -203,6 +206,8 @@ class Keeper:
         problem = guard.look(state) if look or save or stop or due else ""
         if save or stop or due or problem:
             self.saved_at = state.updates
+            if self.before_save is not None:
+                self.before_save()
             guard.keep(state)
             state.within = {"means": means.state(), "guard": guard.state()}
             self._write(state, ends=stop or bool(problem))
@@ -320,7 +325,9 @@ class Keeper:
         raise Preempted(f"{where}, {saved}; the same command goes on from the last save")
 
 
-def build_keeper(args: Any, save: Callable[..., None] | None) -> Keeper:
+def build_keeper(
+    args: Any, save: Callable[..., None] | None, before_save: Callable[[], Any]
+) -> Keeper:
     """`Keeper` as the flags say."""
     return Keeper(
         save if args.save_ckpt else None,
@@ -330,4 +337,5 @@ def build_keeper(args: Any, save: Callable[..., None] | None) -> Keeper:
         args.max_minutes,
         args.max_save_failures,
         args.async_save,
+        before_save,
     )

@@ -114,9 +114,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
-        build_keeper(args, folder and save) as keeper,
-        hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
         datasets.build_bad_images(args, folder, batches) as bad_images,
+        build_keeper(args, folder and save, bad_images.write) as keeper,
+        hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
     ):
         while state.epoch < args.epochs:
             batches.set_epoch(state.epoch, state.seen)

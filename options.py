@@ -223,7 +223,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sha256 belongs to one file; give either --resume or --finetune with it"
     if args.deterministic and args.compile:
         yield "--deterministic true: what --compile true makes is chosen by measuring; drop one"
-    if args.deterministic and args.opt.lower().startswith(("bnb", "fused")):  # timm's, of others
+    within = args.opt.lower().removeprefix("lookahead_")
+    if args.deterministic and within.startswith(("bnb", "fused")):  # timm's, of others
         yield f"--deterministic true: torch does not know how --opt {args.opt} adds; drop one"
     if args.dry_run and vars(args).get("eval"):
         yield "--dry_run true tries a training run; --eval true writes nothing: drop one"

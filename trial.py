@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""A run's engine on chosen batches, the memory that takes, and the loader's rate, for dry runs.
+"""A run's engine on chosen batches, and the memory that takes, for dry runs.
 
 python -c "import torch, trial; print(trial.memory(torch.device('cpu')))"
 """
@@ -8,7 +8,6 @@ python -c "import torch, trial; print(trial.memory(torch.device('cpu')))"
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import re
 import threading
@@ -23,16 +22,23 @@ from torch import Tensor
 
 import hooks
 from datasets import Batches, collate
-from errors import UserError
+from errors import TrainingStopped, UserError
 from guard import Guard
 from keeper import Keeper
 from stepper import Stepper
 from utils import TrainState
 from utils import get_world_size as processes
 
-ENDLESS = 1 << 40  # batches, and updates to the next log line
+ENDLESS = 1 << 40  # updates to the next log line
 PERIOD = 0.002  # seconds between two looks at the memory of this process
-CGROUP = Path("/sys/fs/cgroup")
+NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors of no own type
+GROUPS, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+LIMIT_FILES = (  # limit, used, and what of that is cached, of both versions of control groups
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+LOCAL_SIZES += ("OMPI_COMM_WORLD_LOCAL_SIZE",)
 
 
 class Repeated:
@@ -49,41 +55,6 @@ class Repeated:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for _ in range(self.times):
             yield tuple(part.clone() for part in self.batch)  # mixup works in place
-
-
-class Stream:
-    """So many of the loader's batches, over as many epochs as it takes.
-
-    `began` is when the first `skipped` were done, in which workers have a start.
-    """
-
-    wait_seconds = 0.0
-
-    def __init__(
-        self,
-        batches: Any,
-        set_epoch: Callable[[int], None],
-        skipped: int = 0,
-        times: int = ENDLESS,
-    ) -> None:
-        self.batches, self.set_epoch = batches, set_epoch
-        self.skipped, self.times = skipped, skipped + times
-        self.began = time.perf_counter()
-
-    def __len__(self) -> int:
-        return self.times
-
-    def __iter__(self) -> Iterator[Any]:
-        count = 0
-        for epoch in itertools.count():
-            self.set_epoch(epoch)
-            for batch in self.batches:
-                yield batch
-                count += 1
-                if count == self.skipped:
-                    self.began = time.perf_counter()
-                if count == self.times:
-                    return
 
 
 class Trial:
@@ -117,7 +88,7 @@ class Trial:
         try:
             self.train_epoch(batches=batches, state=state, reporter=reporter, **self.watchers)
         except RuntimeError as error:
-            if "deterministic" not in str(error):
+            if isinstance(error, TrainingStopped) or "deterministic" not in str(error):
                 raise
             raise UserError(f"--deterministic: {str(error).partition('.')[0]}") from error
         self.guard.look(state)
@@ -134,7 +105,8 @@ class Trial:
             self.step(size, min(2, self.stepper.update_freq))
         except (RuntimeError, MemoryError) as error:  # torch on a CPU has no type for it
             known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if processes() > 1 or not (known or "can't allocate memory" in str(error)):
+            known = known or any(text in str(error) for text in NO_MEMORY)
+            if processes() > 1 or not known:
                 raise  # other processes would wait for this one
         else:
             return True
@@ -153,20 +125,6 @@ class Trial:
         return f"{self.skipped} updates had a loss or gradient that is not finite"
 
 
-def rate_of(stream: Stream, ahead: int, seconds: float) -> float:
-    """Images/s of this process's loader, once what its workers hold ready is gone."""
-    start, began, images = time.perf_counter(), None, 0
-    for count, batch in enumerate(stream):
-        now = time.perf_counter()
-        if began is None:
-            began = now if count >= ahead or now - start > 2 * seconds else None
-            continue
-        images += 0 if isinstance(batch, UserError) else len(batch[0])  # a bad one is told before
-        if now - began > seconds:
-            break
-    return images / (now - began)
-
-
 # --- memory and sizes ----------------------------------------------------------------------------
 
 
@@ -180,7 +138,7 @@ def memory(device: torch.device) -> tuple[int, int] | None:
         return None
     found = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
     free = min(int(found[1]) * 1024 if found else 0, free_in_group())
-    return resident(), free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return resident(), int(free // local_processes())
 
 
 def resident() -> int:
@@ -189,23 +147,39 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def free_in_group() -> float:
-    """What the control group of a container or job leaves; infinite without a limit.
+def local_processes() -> int:
+    """How many of the run's processes share this machine's memory, as far as its launcher says."""
+    for name in LOCAL_SIZES:
+        found = re.match(r"\d+", os.environ.get(name, ""))  # SLURM's are 4(x2),3 by machine
+        if found:
+            return max(1, min(int(found[0]), processes()))
+    return 1
 
-    Pages of files count as used there, but are given back when memory is asked for.
+
+def free_in_group() -> float:
+    """What the control groups of a container or job leave; infinite without a limit.
+
+    A limit may lie on any group above this process's, and the tightest counts.
     """
+    free = [float("inf")]
     with suppress(OSError):
-        paths = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-        for group in (CGROUP / paths[0] if paths else CGROUP, CGROUP):
-            if (group / "memory.max").exists():
-                limit = (group / "memory.max").read_text().strip()
-                if limit == "max":
-                    continue
-                used = int((group / "memory.current").read_text())
-                cached = re.search(
-                    r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M
-                )
-                return int(limit) - used + (int(cached[1]) if cached else 0)
+        for kinds, path in re.findall(r"^\d+:(.*?):/(.*)$", GROUPS.read_text(), re.MULTILINE):
+            kind = "memory" if "memory" in kinds.split(",") else ""  # version 1 has trees by kind
+            if kinds and not kind:
+                continue
+            group = CGROUP / kind / path
+            free += [_left(place) for place in (group, *group.parents) if CGROUP in place.parents]
+            free.append(_left(CGROUP / kind))
+    return max(0.0, min(free))
+
+
+def _left(group: Path) -> float:
+    """Of one group's limit. Pages of files count as used, but are given back when asked for."""
+    for limit, used, cached in LIMIT_FILES:
+        with suppress(OSError, ValueError):  # "max", or none of this version
+            found = re.search(rf"^{cached} (\d+)", (group / "memory.stat").read_text(), re.M)
+            free = int((group / limit).read_text()) - int((group / used).read_text())
+            return free + (int(found[1]) if found else 0)
     return float("inf")
 
 

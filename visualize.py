@@ -125,6 +125,9 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{args.checkpoint} names code, {named}; to run it give --{key} {named}"
             )
+    named = given.get("data_set", checkpoint["args"].get("data_set"))
+    if named in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
+        raise UserError(f"{args.checkpoint} asks for {named}; say where: --data_path")
     trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given)
     model = build_fcmae(trained)
     load_weights(model, checkpoint["model"], args.checkpoint)

@@ -7,11 +7,13 @@ pytest tests/test_data_faults.py
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +25,11 @@ from torch.utils.data import Dataset
 
 import datasets
 from batches import Batches
-from data_faults import BadImages
+from benchmarks import chaos
+from data_faults import BadImages, Watch
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
+from decoding import BadImage
+from engine_finetune import evaluate
 from errors import Preempted, TrainingStopped, UserError
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
 
@@ -125,7 +130,8 @@ def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
     assert len(datasets.UnlabelledFolder(tmp_path / "sets")) == COUNT
-    assert len(datasets.ImageFolder(str(tmp_path / "sets"))) == COUNT
+    spec = datasets.DataSpec(str(tmp_path / "sets"))
+    assert len(datasets.image_folder(spec, train=True)) == COUNT
 
 
 def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
@@ -152,6 +158,75 @@ def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
     assert not torch.equal(first[0, BAD[0]], own)  # augmented in its own way
 
 
+TRANSIENT = [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EINTR]
+TRANSIENT += [errno.EAGAIN, errno.ETIMEDOUT]
+
+
+class Stalling(Dataset):
+    """Reading fails so many times with this error."""
+
+    def __init__(self, number: int, times: int) -> None:
+        self.number, self.times = number, times
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        noise = torch.randint(0, 200, (1,)).item()
+        if self.times > 0:
+            self.times -= 1
+            raise OSError(self.number, os.strerror(self.number), "a.png")
+        return Image.new("RGB", (4, 4), (noise, 0, 0)), 0
+
+
+@pytest.mark.parametrize("number", TRANSIENT)
+@pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
+def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_bad):
+    """A file server that restarts would empty the data set under --on_bad_image skip."""
+    waits = []
+    monkeypatch.setattr("data_faults.time.sleep", waits.append)
+    whole = Augmented(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
+    again = Augmented(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert torch.equal(whole[0], again[0])  # drawn anew, and the same
+    assert 0 < sum(waits) < 5
+    error = Augmented(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert isinstance(error, UserError)
+    assert not isinstance(error, BadImage)
+    assert str(error).startswith("image number 4: cannot be read ([Errno ")
+    assert "tried 4 times" in str(error)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
+def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
+    monkeypatch.setattr("data_faults.time.sleep", lambda seconds: 1 / 0)
+    assert isinstance(Augmented(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
+
+
+FORMS = {  # an entry of `samples`, and what the image is called
+    "path and label": (("a/1.png", 0), "a/1.png"), "list": (["a/1.png", 0], "a/1.png"),
+    "text": ("a/1.png", "a/1.png"), "Path": (Path("a/1.png"), "a/1.png"),
+    "Path and label": ((Path("a/1.png"), 0), "a/1.png"), "dict": ({"path": "a/1.png"}, "number 4"),
+    "label first": ((0, "a/1.png"), "number 4"), "nothing": ((), "number 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "name"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("on_bad", ["error", "leave out"])
+def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad):
+    """Of a text it was the first letter, and a dict ended the run with a KeyError."""
+
+    class Files(Dataset):
+        samples = [entry] * 9
+
+        def __getitem__(self, index: int) -> None:
+            raise OSError("bad")
+
+    data = Augmented(Files(), to_tensor, 0, on_bad=on_bad)
+    if on_bad == "error":
+        assert str(data[0, 4]).startswith(f"cannot read image {name} (")
+    else:
+        assert data[0, 4].bad[0][0].removeprefix("image ") == name
+    Files.samples = Files.samples[:2]  # something else then
+    assert data.name_of(4) == "image number 4"
+
+
 def test_too_many_bad_images_are_an_error(tmp_path):
     make_photos(tmp_path, bad=tuple(range(COUNT)))
     error = augmented(tmp_path, "replace")[0, 4]
@@ -176,6 +251,15 @@ def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
     ids = [ids.tolist() for _, _, ids in batches]  # 2 and 3 were a batch
     assert ids == [[0, 1], [4, 5], [6], [8, 9], [10, 11]]
     assert sorted(batches.bad) == names(tmp_path)
+
+
+def test_evaluation_without_a_single_image_is_an_error_and_not_nan(tmp_path):
+    make_photos(tmp_path, bad=tuple(range(COUNT)))
+    loader = create_loader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
+    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    model = torch.nn.Flatten()
+    with pytest.raises(UserError, match=r"no image could be used to evaluate on.*a/00.png \("):
+        evaluate(batches, model, torch.device("cpu"), "none")
 
 
 def test_error_still_wins_over_what_was_replaced(tmp_path):
@@ -220,11 +304,13 @@ def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path
 
 def test_odd_names_stay_one_line_each(tmp_path):
     odd = {"two\nlines": "1", "tab\there": "a\nb", os.fsdecode(b"latin-\xe9"): "2", "ü": "3"}
-    for _ in range(2):
-        BadImages(tmp_path, Told(**odd)).write()
-    lines = (tmp_path / "bad_images.txt").read_bytes().splitlines()
+    breaks = {f"a{char}b": f"c{char}d" for char in "\x0b\x0c\x1c\x85\u2028\u2029"}  # for Python
+    for _ in range(3):
+        BadImages(tmp_path, Told(**odd, **breaks)).write()
+    lines = (tmp_path / "bad_images.txt").read_bytes().rstrip(b"\n").split(b"\n")
     assert sorted(lines) == sorted(
         [b"two\\nlines\t1", b"tab\\there\ta\\nb", b"latin-\xe9\t2", "ü\t3".encode()]
+        + [f"{name}\t{why}".encode() for name, why in breaks.items()]
     )
 
 
@@ -289,6 +375,48 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         assert f"on 5 images: acc1 {log(one)[1]['test_acc1']:.2f}%" in said
         assert f"loss {test:.4f}" in said
         assert "val/c/02.png" in said
+
+
+class Mortal(datasets.UnlabelledFolder):
+    """Images of which the one with number LAST to be read ends the process."""
+
+    read = 0
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.read += 1
+        if self.read == int(os.environ.get("LAST", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def mortal(data_path: str, train: bool) -> Mortal:
+    return Mortal(Path(data_path))
+
+
+@pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])
+def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
+    """What was seen before the last save is not seen again by the run that goes on from it."""
+    bad = tuple(range(0, 24, 2))
+    train, folder = make_photos(tmp_path / "train", 24, bad), tmp_path / "run"
+    words = ["--data_set", "tests.test_data_faults:mortal", "--data_path", str(train)]
+    words += ["--save_ckpt_every_steps", "1", "--update_freq", "1", "--epochs", "1"]
+    words += ["--on_bad_image", "skip"]
+    if script == "main_finetune":
+        words += ["--mixup", "0", "--aa", "none", "--nb_classes", "3", "--disable_eval"]
+        words += ["--model_ema_eval", "false"]
+    else:
+        words += ["--picture_freq", "0"]  # which are read before training
+    monkeypatch.setenv("LAST", "22")  # bad ones are read and another in their place
+    assert chaos.finish(chaos.start(script, folder, *words)) == -signal.SIGKILL
+    saved = list(folder.glob("checkpoint-0-*.pth"))
+    before = (folder / "bad_images.txt").read_text().splitlines()
+    assert saved
+    assert before
+    monkeypatch.delenv("LAST")
+    chaos.complete(script, folder, *words)
+    lines = (folder / "bad_images.txt").read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert sorted(line.split("\t")[0] for line in lines) == names(train, bad)
 
 
 # --- processes ------------------------------------------------------------------------------
@@ -358,6 +486,29 @@ def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
     held = str(stopped.value).split("it held ")[1]
     assert held.startswith("no sample" if when == "idle" else "image ")
     assert "--num_workers" in held
+
+
+def test_batch_that_a_dead_process_still_held_is_no_bare_connection_error(handler):
+    """The batch came, but its pixels had to be fetched from the process that had died since."""
+    batches = batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    watch = (iter(batches), batches.loader.watch)[1]
+    next(iter(batches))
+
+    def broken():
+        yield "a batch"
+        os.kill(int(watch.table[0, 0]), signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal comes too late
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(TrainingStopped, match=r"loader process \(pid [0-9]+\) died; it held "):
+        list(watch.over(broken()))
+    with pytest.raises(OSError, match="disk"):
+        list(Watch(1, 0, str).over(fails(OSError("disk"))))
+
+
+def fails(error: Exception) -> Iterator[object]:
+    raise error
+    yield
 
 
 IN_USE = """

@@ -8,7 +8,6 @@ import io
 import os
 import random
 import struct
-import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -24,7 +23,8 @@ from data_pipeline import (
     create_train_transform,
     mean_and_std,
 )
-from decoding import FORMATS, BadImage, decode, load_image, load_image_file
+from datasets import DataSpec, create_dataset
+from decoding import EXTENSIONS, FORMATS, BadImage, decode, load_image, load_image_file
 from errors import UserError
 
 PHOTOS = Path(os.environ.get("PHOTOS", "photos.zip"))  # of any *.JPEG
@@ -107,6 +107,49 @@ def test_sixteen_bit_colour_keeps_its_high_byte():
     row = b"\x00" + struct.pack(">6H", 0xFF12, 0x8034, 0x0056, 0, 0x01FF, 0xFFFF)
     image = load_image_file(io.BytesIO(png(2, 1, 16, 2, row)))
     assert np.asarray(decode(image, 3)).tolist() == [[[255, 128, 0], [0, 1, 255]]]
+
+
+def test_sixteen_bit_grey_is_white_where_it_is_transparent():
+    """Not where the upper byte alone is that of the transparent value."""
+    row = b"\x00" + struct.pack(">4H", 0x1234, 0x1235, 0xFF00, 0)
+    image = load_image_file(io.BytesIO(png(4, 1, 16, 0, row, png_chunk(b"tRNS", b"\x12\x34"))))
+    assert np.asarray(decode(image, 1)).tolist() == [[255, 0x12, 0xFF, 0]]
+
+
+def tiff(bits: int, white_is_zero: bool, format_: int, data: bytes, width: int) -> Image.Image:
+    """A grey TIFF of one row that PIL itself cannot write, read."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: 1 - white_is_zero, 273: 8 + 2 + 120 + 4}
+    tags |= {277: 1, 278: 1, 279: len(data), 339: format_}
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return load_image_file(io.BytesIO(head + body + bytes(4) + data))
+
+
+TIFFS = {  # bits, white is zero, data, width, what is seen
+    "16": (16, False, struct.pack("<3H", 0, 0x8000, 0xFFFF), 3, [0, 128, 255]),
+    "16, white is zero": (16, True, struct.pack("<3H", 0, 0x8000, 0xFFFF), 3, [255, 127, 0]),
+    "8, white is zero": (8, True, bytes([0, 128, 255]), 3, [255, 127, 0]),
+    "12": (12, False, bytes([0xFF, 0xF8, 0x00]), 2, [255, 128]),
+}
+
+
+@pytest.mark.parametrize("case", TIFFS)
+def test_grey_tiff_is_as_bright_as_a_person_sees_it(case):
+    """PIL leaves white black, and 12 bits nearly so."""
+    bits, white_is_zero, data, width, expected = TIFFS[case]
+    image = tiff(bits, white_is_zero, 1, data, width)
+    assert np.asarray(decode(image, 1)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("format_", [1, 2])
+def test_tiff_of_unknown_range_is_a_bad_image(bits, format_):
+    image = tiff(bits, False, format_, bytes(3 * bits // 8), 3)
+    if format_ == 1 and bits < 32:
+        assert decode(image, 1).size == (3, 1)
+        return
+    with pytest.raises(BadImage, match="whose range is unknown"):
+        decode(image, 1)
 
 
 def test_palette_and_one_bit_images(tmp_path):
@@ -228,18 +271,44 @@ def test_long_image_is_cut_before_it_is_enlarged_and_its_centre_stays():
 # --- files that are no images ---------------------------------------------------------------
 
 
-def test_decompression_bomb_is_refused_before_it_is_unpacked():
-    """Forty kilobytes that would take 1.5 GB; pictures of 100 million pixels are read."""
-    side = 40_000
-    bomb = png(side, side, 8, 2, b"")
-    tracemalloc.start()
-    with pytest.raises(Image.DecompressionBombError):
-        load_image_file(io.BytesIO(bomb))
-    assert tracemalloc.get_traced_memory()[1] < 2**24
-    tracemalloc.stop()
-    data = Augmented([], create_eval_transform(32), 0)
-    data.dataset = Lazy(bomb)
-    assert "DecompressionBombError" in str(data[0, 0])
+SIZES = {(20_000, 10_000): False, (2**14, 2**14): False, (2**14, 2**14 + 1): True}
+SIZES |= {(40_000, 40_000): True, (2**31 - 1, 2**31 - 1): True}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("size", "refused"), SIZES.items(), ids=str)
+def test_bomb_is_refused_by_its_header_and_a_panorama_is_none(size, refused):
+    """Forty kilobytes that would take 5 GB; 200 million pixels are a panorama."""
+    data = Augmented(Lazy(png(*size, 1, 0, b"")), create_eval_transform(32), 0)
+    error = data[0, 0]
+    assert isinstance(error, BadImage)
+    expected = f"it has {size[0]} x {size[1]} pixels, above the limit of 268435456"
+    assert (expected in str(error)) == refused
+    assert refused or "truncated" in str(error) or "broken" in str(error)
+
+
+@pytest.mark.filterwarnings("error")
+def test_crop_of_a_panorama_is_no_bomb_either(tmp_path):
+    """PIL asks again whenever a part is cut out."""
+    image = reread(Image.new("1", (20_000, 10_000), 1), tmp_path / "a.png")
+    assert image.crop((1, 1, 20_000, 10_000)).size == (19_999, 9_999)
+
+
+def test_every_extension_of_the_formats_is_looked_for(tmp_path):
+    """Those of torchvision are fewer, and a folder of GIF files was an empty one."""
+    Image.init()
+    known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert set(EXTENSIONS) == known - {".pfm"}  # floats
+    for number, end in enumerate(EXTENSIONS):
+        name = f"{number:02d}{end.upper() if number % 2 else end}"
+        (tmp_path / "a").mkdir(exist_ok=True)
+        quadrants().save(tmp_path / "a" / name, Image.registered_extensions()[end])
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    spec = DataSpec(str(tmp_path), nb_classes=1)
+    for kind in ("folder", "image_folder"):
+        data = create_dataset(kind, spec, train=True)
+        assert len(data) == len(EXTENSIONS)
+        assert all(near(seen(image), CORNERS, 40) for image, _ in data)
 
 
 class Lazy:

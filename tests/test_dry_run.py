@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 import shutil
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -19,8 +23,9 @@ import dry_run
 import main_finetune
 import main_pretrain
 import options
+import trial
 import utils
-from errors import UserError
+from errors import TrainingStopped, UserError
 from lock import Lock
 from optim_factory import Schedule
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
@@ -29,6 +34,39 @@ from trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable,
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
+
+
+class Unreadable(Colours):
+    """Of the training images 3 and 4 cannot be read, of those for evaluation 1."""
+
+    def __init__(self, length: int, bad: tuple) -> None:
+        super().__init__(length)
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index in self.bad:
+            raise OSError("cannot identify it")
+        return super().__getitem__(index)
+
+
+def unreadable(data_path: str, train: bool) -> Unreadable:
+    return Unreadable(26, (3, 4)) if train else Unreadable(7, (1,))
+
+
+def no_val(data_path: str, train: bool) -> Unreadable:
+    return Unreadable(26, ()) if train else Unreadable(3, (0, 1, 2))
+
+
+class SlowVal(Colours):
+    """Images for evaluation that come from far away."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(0.02 if self.length == 60 else 0)
+        return super().__getitem__(index)
+
+
+def slow_val(data_path: str, train: bool) -> SlowVal:
+    return SlowVal(26 if train else 60)
 
 
 class Broken(Colours):
@@ -84,10 +122,12 @@ def tree(folder: Path) -> dict[str, tuple]:
 # --- all right --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "torchrun"), [("pretrain", 0), ("finetune", 2)])
-def test_a_good_run_is_0_and_the_report_is_the_main_process_s(kind, torchrun, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "torchrun", "workers"), [("pretrain", 0, 2), ("finetune", 2, 0), ("finetune", 0, 2)]
+)
+def test_a_good_run_is_0_and_the_report_is_the_main_process_s(kind, torchrun, workers, tmp_path):
     base, folder = MAINS[kind][1], tmp_path / "runs" / "new"
-    flags = ["--batch_size", 3, "--output_dir", folder, "--dry_run"]
+    flags = ["--batch_size", 3, "--output_dir", folder, "--dry_run", "--num_workers", workers]
     done = run(f"main_{kind}.py", *base, *flags, torchrun=torchrun)
     labels = "train start update parameters rate memory model loader together disk time"
     for label in labels.split() + ["val", "evaluation"] * (kind == "finetune"):
@@ -122,6 +162,29 @@ def test_folder_of_a_run_that_goes_on_elsewhere_is_left_as_it_is(short, said, tm
     lock.release()
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_lock_of_another_machine_is_a_fault_only_if_its_run_lives(
+    short, said, tmp_path, monkeypatch, alive
+):
+    """A run takes over what a machine that died left; no clocks are compared."""
+    monkeypatch.setattr(dry_run, "LOOK", 2.0 if alive else 0.2)
+    file, over = tmp_path / ".lock", threading.Event()
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "1"}))
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            os.utime(file)
+
+    if alive:
+        threading.Thread(target=beat, daemon=True).start()
+    code = dry("pretrain", "--output_dir", tmp_path)
+    over.set()
+    assert code == int(alive)
+    assert ("is in use by process 7 on elsewhere" in said()) == alive
+    assert ("process 7 on elsewhere holds" in said()) != alive
+    assert file.exists()
+
+
 def test_report_says_what_the_run_will_do(short, said):
     words = ["--epochs", 10, "--update_freq", 2, "--warmup_epochs", 2, "--min_lr", 0.001]
     assert dry("finetune", *words, "--layer_decay", 0.5, "--model_ema", "--model_ema_eval") == 0
@@ -132,6 +195,33 @@ def test_report_says_what_the_run_will_do(short, said):
     assert "rate times 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
     assert "update  3  1.00e-02  ######################################## peak" in said()
     assert "update 19  1.00e-03  ####" in said()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_that_the_run_goes_without_are_told_and_no_fault(short, said, workers):
+    words = ["--data_set", "tests.test_dry_run:unreadable", "--on_bad_image", "skip"]
+    assert dry("finetune", *words, "--num_workers", workers) == 0
+    assert "26 decoded, 2 bad, replaced" in said()
+    assert "replaced: image number 3 (OSError: cannot identify it), image number 4 (" in said()
+    assert "7 decoded, 1 bad, left out" in said()
+    assert "nothing would fail" in said()
+
+
+def test_a_set_of_which_nothing_is_left_would_fail(short, said):
+    words = ["--data_set", "tests.test_dry_run:no_val", "--on_bad_image", "skip"]
+    assert dry("finetune", *words) == 1
+    assert "none of 3 val images can be used" in said()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_time_of_evaluation_is_that_of_its_loader_where_that_is_slower(short, said, workers):
+    """Six thousand images at the model's rate are a moment, from there two minutes."""
+    words = ["--data_set", "tests.test_dry_run:slow_val", "--num_workers", workers]
+    assert dry("finetune", *words) == 0
+    found = re.search(r"evaluation +([\d.]+) images/s by the model, ([\d.]+) by the loader", said())
+    model, loader = map(float, found.groups())
+    assert 1 < loader < min(50 * max(workers, 1) * 1.5, model)
+    assert ": the loader is what takes the time" in said().split("by the model")[1]
 
 
 # --- what would fail ----------------------------------------------------------------------------
@@ -183,6 +273,17 @@ def test_every_fault_is_listed_and_not_only_the_first(planted, short, said, monk
     assert "b/4.png" in said()
     assert "2. checkpoints need" in said()
     assert "1000 B are free: lower --save_ckpt_num" in said()
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_sample_that_kills_or_holds_its_reader_is_named(fault):
+    """It would kill the check itself, or hold it for ever, if that read it."""
+    words = [*FINETUNE, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2, "--dry_run"]
+    words += ["--data_timeout", 2] if fault == "hangs" else []
+    done = run("main_finetune.py", *words, expect=1)
+    assert "Traceback" not in done.stderr
+    assert "dry run: would fail: 1 of " in done.stderr
+    assert "image photos/5.jpg" in done.stderr
 
 
 def test_a_batch_that_does_not_fit_is_not_even_tried(short, said, monkeypatch):
@@ -253,7 +354,12 @@ class Small:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("full"), RuntimeError("x: can't allocate memory"), MemoryError()],
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("x: can't allocate memory"),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],  # fmt: skip
 )
 def test_memory_that_ran_out_is_an_answer(error):
     trial = Small(error).trial()
@@ -266,6 +372,63 @@ def test_other_errors_are_no_answer():
     refused = RuntimeError("f does not have a deterministic implementation. More")
     with pytest.raises(UserError, match="--deterministic: f does not have"):
         Small(refused).trial().fits(11)
+
+
+def test_reason_to_stop_is_not_taken_for_a_refusal_of_torch():
+    """A sample's name may hold any word."""
+    stopped = TrainingStopped("a loader process died; it held image deterministic/1.png")
+    with pytest.raises(TrainingStopped, match="it held image"):
+        Small(stopped).trial().fits(11)
+
+
+GROUPS = {  # what /proc/self/cgroup says, the files by group, and what is free
+    "job's": ("0::/slurm/job_7/step_0/task_0\n", {"slurm/job_7": (1000, 300, 200)}, 900),
+    "tightest": ("0::/a/b\n", {"a/b": (1000, 0, 0), "a": (500, 100, 0), "": (900, 0, 0)}, 400),
+    "own, no other": ("0::/a/b\n", {"a/b": (1000, 0, 0), "a": ("max", 100, 0)}, 1000),
+    "container": ("0::/\n", {"": (800, 0, 0)}, 800),
+    "seen from outside": ("0::/docker/abc\n", {"": (800, 0, 0)}, 800),
+    "over its limit": ("0::/a\n", {"a": (800, 900, 0)}, 0),
+    "none": ("0::/a\n", {}, math.inf),
+    "version 1": (
+        "5:cpu,cpuacct:/x\n4:memory:/slurm/job_7/step_0\n0::/a\n",
+        {"memory/slurm/job_7": (1000, 300, 100), "memory": (2**63 - 4096, 0, 0), "x": (1, 0, 0)},
+        800,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_tightest_control_group_above_counts(case, tmp_path, monkeypatch):
+    """SLURM limits the job, and the process is three groups below."""
+    said, groups, free = GROUPS[case]
+    (tmp_path / "said").write_text(said)
+    for name, (limit, used, cached) in groups.items():
+        group, first = tmp_path / "root" / name, case == "version 1"
+        group.mkdir(parents=True, exist_ok=True)
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
+        (group / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+        line = f"{'total_' * first}inactive_file {cached}\n"
+        (group / "memory.stat").write_text(f"anon 5\n{line}")
+    monkeypatch.setattr(trial, "GROUPS", tmp_path / "said")
+    monkeypatch.setattr(trial, "CGROUP", tmp_path / "root")
+    assert trial.free_in_group() == free
+    monkeypatch.setattr(trial, "GROUPS", tmp_path / "nothing")
+    assert trial.free_in_group() == math.inf
+
+
+def test_memory_is_shared_by_the_processes_that_the_launcher_starts_here(monkeypatch):
+    for name in trial.LOCAL_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(trial, "processes", lambda: 8)
+    assert trial.local_processes() == 1
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    assert trial.local_processes() == 2
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")  # srun's own say
+    assert trial.local_processes() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert trial.local_processes() == 5
+    monkeypatch.setattr(trial, "processes", lambda: 1)  # a single one in a job of many
+    assert trial.local_processes() == 1
 
 
 def test_batches_of_any_size_hold_their_own_copy():
