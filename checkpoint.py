@@ -194,7 +194,7 @@ def _rotate(folder: Path, newest: Path, keep: int, source: str) -> None:
     done = [path for path in within if _progress(path) < _progress(newest)]
     old = done if newest in ends else within[2:]
     for path in [*ends[keep:], *old]:
-        if path != newest and path.absolute() != Path(source).absolute():
+        if path != newest and path.resolve() != Path(source).resolve():
             path.unlink()
 
 

@@ -216,7 +216,12 @@ FLAGS: dict[str, tuple] = {
             "out, or return to the last snapshot too; bad_batch.json tells what it held",
         ),
         ("--spike_factor", AMOUNT, 0.0, "a spike is a loss above so many times the usual; 0: none"),
-        ("--snapshot_freq", COUNT, None, "updates between snapshots in memory; unset: 100"),
+        (
+            "--snapshot_freq",
+            COUNT,
+            None,
+            "updates between snapshots in memory, taken at log lines; unset: 100",
+        ),
         (
             "--max_bad_steps",
             WHOLE,

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import write_atomically
-from errors import UserError
 from keeper import snapshot
 from stepper import Fault, Stepper, autocast
 from utils import TrainState, all_gather, get_logger, get_rank, is_finite, is_main_process
@@ -28,7 +27,10 @@ FILE = "bad_batch.json"
 KEPT = 100  # faults in that file
 SNAPSHOTS = 100  # updates between two
 RUN_AGAIN = 3  # faults between two looks whose batches are run again
-REMEDY = "lower --lr or --blr, set --clip_grad 1, or raise --max_bad_steps"
+REMEDY = (
+    "lower --lr or --blr, set --clip_grad 1, raise --spike_factor if spikes are no fault here, or "
+    "raise --max_bad_steps"
+)
 
 Compute = Callable[..., Tensor]  # (network, images, labels, ids, update, micro) -> loss
 
@@ -38,7 +40,8 @@ class Guard:
 
     parts: network, optimizer, scaler and average or None, which a rollback restores. max_bad_steps:
     faults in a row, or returns with less than `every` updates between, that a run survives. every:
-    updates between two snapshots, in host memory; None for none: faulty updates are only skipped.
+    updates between two snapshots, in host memory, at the next look; None for none: faulty updates
+    are only skipped.
 
         guard.begin_epoch(state, compute)  # compute: the loss of a micro-batch, run anew
         problem = guard.look(state)        # on all ranks; '' if training can go on
@@ -81,8 +84,9 @@ class Guard:
         """Take a snapshot, if there shall be any: when a checkpoint is saved, and in between."""
         if self.every is None or (self.kept and state.updates == self.kept_at):
             return
-        if self.kept and not is_finite(self.parts[0]):  # which the next update will show
+        if self.kept and not all(all_gather(is_finite(self.parts[0]))):  # the next update shows it
             return
+        self.kept = []  # two of them at once could be too much
         self.kept = [snapshot(part.state_dict()) for part in self.parts]
         self.kept_at, self.kept_bad = state.updates, state.bad_steps
         self.kept_numbers = self.stepper.state()
@@ -100,7 +104,10 @@ class Guard:
         what = "an update" if skipped == 1 else f"{skipped} updates"
         where = state.updates + 1 - faults[0].ago
         get_logger().warning("skipped %s, first number %d: %s", what, where, faults[0])
-        by_images = self._write_down(state, faults)
+        places = self._write_down(state, faults)
+        if self.batches is not None:
+            get_logger().warning("first not finite when run again: %s", "; ".join(places))
+        by_images = set(places) == {"images"}
         if self.every is not None and not by_images:
             return self._roll_back(state)
         longest = max(fault.in_a_row for fault in faults)
@@ -114,7 +121,7 @@ class Guard:
             part.load_state_dict(snapshot(content))  # an optimizer would train on in the original
         self.stepper.restore(self.kept_numbers)
         undone = state.updates - self.kept_at
-        recent = state.updates < self.returned_at + self.every
+        recent = self.kept_at < self.returned_at + self.every
         self.returns, self.returned_at = 1 + self.returns * recent, state.updates
         self.kept_at, self.kept_bad = state.updates, self.kept_bad + undone
         state.bad_steps = self.kept_bad  # so that updates less these are the ones in the weights
@@ -129,8 +136,8 @@ class Guard:
 
     # --- bad_batch.json ---------------------------------------------------------------------
 
-    def _write_down(self, state: TrainState, faults: list[Fault]) -> bool:
-        """Into the file; returns whether images are what was not finite, in all that ran again."""
+    def _write_down(self, state: TrainState, faults: list[Fault]) -> list[str]:
+        """Into the file; returns what was first not finite, for each fault that was run again."""
         found = []
         for number, fault in enumerate(faults):
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in fault.ids]}
@@ -138,7 +145,8 @@ class Guard:
                 mine |= self._run_again(state, fault)
             entry = {"epoch": state.epoch, "update": state.updates + 1 - fault.ago}
             entry |= {"fault": str(fault), "loss": _number(fault.loss)}
-            entry |= {"usual_loss": fault.usual_loss, "grad_norm": _number(fault.grad_norm)}
+            entry |= {"usual_loss": _number(fault.usual_loss)}
+            entry |= {"grad_norm": _number(fault.grad_norm)}
             found.append(entry | {"ranks": all_gather(mine)})
         if is_main_process() and self.folder is not None:
             try:
@@ -146,22 +154,24 @@ class Guard:
             except OSError as error:
                 get_logger().warning("%s cannot be written: %s", self.folder / FILE, error)
         again = [{rank.get("first_not_finite") for rank in fault["ranks"]} for fault in found]
-        return all("images" in places for places in again[:RUN_AGAIN])
+        named = [places - {None} or {"nothing"} for places in again[:RUN_AGAIN]]
+        return ["images" if "images" in places else ", ".join(sorted(places)) for places in named]
 
     def _run_again(self, state: TrainState, fault: Fault) -> dict[str, Any]:
         """Where this rank's micro-batches meet the first value that is not finite, run anew."""
         network, update = self.parts[0], state.updates - fault.ago
-        for micro, ids in enumerate(fault.ids):
-            try:
+        try:
+            for micro, ids in enumerate(fault.ids):
                 batch = self.batches.again(state.epoch, ids)
-            except UserError as error:
-                return {"first_not_finite": None, "note": f"cannot be read again: {error}"}
-            bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
-            if bad.any():
-                return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}
-            compute = partial(self._loss, network, *batch, update, micro)
-            if found := first_not_finite(network, compute):
-                return {"first_not_finite": found}
+                bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
+                if bad.any():
+                    return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}
+                compute = partial(self._loss, network, *batch, update, micro)
+                if found := first_not_finite(network, compute):
+                    return {"first_not_finite": found}
+        except Exception as error:  # no memory perhaps: to look must not end the run
+            note = f"cannot be run again: {type(error).__name__}: {error}"
+            return {"first_not_finite": None, "note": note}
         return {"first_not_finite": None, "note": "every value was finite when it was run again"}
 
     def _loss(self, *micro_batch: Any) -> Tensor:
@@ -177,9 +187,10 @@ def add_to(path: Path, faults: list[dict[str, Any]]) -> None:
     """Into a list in a file, each update once, the newest KEPT."""
     try:
         before = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        before = []
-    known = {(fault["epoch"], fault["update"]): fault for fault in [*before, *faults]}
+        known = {(fault["epoch"], fault["update"]): fault for fault in before}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # absent, half, or of another
+        known = {}
+    known |= {(fault["epoch"], fault["update"]): fault for fault in faults}
     lines = [json.dumps(fault) for fault in list(known.values())[-KEPT:]]
     write_atomically("[\n" + ",\n".join(lines) + "\n]\n", path)
 
@@ -187,7 +198,7 @@ def add_to(path: Path, faults: list[dict[str, Any]]) -> None:
 def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
     """Where a loss or its gradient first gets a value that is not finite; '' for nowhere.
 
-    compute: the loss, by a call of `network`. In the order of computation: a parameter or buffer,
+    compute: the loss, by a call of `network`. In the order of computation: a parameter,
     the output of a module, the loss, then backwards the gradient of such an output or parameter.
     Gradients, buffers and hooks of the network are afterwards what they were.
     """
@@ -204,11 +215,12 @@ def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
                 value.register_hook(partial(check, f"gradient of the output of {name}"))
 
     named = dict(network.named_parameters())
-    for name, value in [*named.items(), *network.named_buffers()]:
+    for name, value in named.items():
         check(name, value)
     if found:
         return found[0]
-    hooks = [p.register_hook(partial(check, f"gradient of {n}")) for n, p in named.items()]
+    trained = {name: value for name, value in named.items() if value.requires_grad}
+    hooks = [p.register_hook(partial(check, f"gradient of {n}")) for n, p in trained.items()]
     for name, module in network.named_modules():
         name = name or type(module).__name__
         hooks.append(module.register_forward_hook(partial(after, name)))
@@ -218,7 +230,7 @@ def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
             loss = compute()
             check("loss", loss.detach())
             if not found:
-                torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+                torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()

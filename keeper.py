@@ -180,9 +180,7 @@ class Keeper:
         self.writer = Writer(in_background)
         self.saved_at, self.unsaved = 0, ""  # update; why the last save is none
         self.saves = 0  # that went well
-        # Best accuracies of the checkpoints that are written, and of the one that is being so.
-        self.written: dict[str, float] | None = None
-        self.under_way: dict[str, float] = {}
+        self.written: dict[str, float] = {}  # best accuracies that have their checkpoint
         self.failures, self.max_failures = 0, max_failures  # saves in a row that went wrong
 
     def __enter__(self) -> Keeper:
@@ -210,6 +208,7 @@ class Keeper:
                 self.before_save()
             guard.keep(state)
             state.within = {"means": means.state(), "guard": guard.state()}
+            self._settle(state)
             self._write(state, ends=stop or bool(problem))
         if problem:
             raise TrainingStopped(problem)
@@ -226,7 +225,7 @@ class Keeper:
 
         accuracies: checkpoint name -> value; a new best is written under its name.
         """
-        self._finish(state)
+        self._settle(state)
         improved = state.note_best(accuracies or {})
         numbered = last or state.epoch % self.every_epochs == 0 or bool(self.unsaved)
         stop = False
@@ -239,7 +238,7 @@ class Keeper:
             self._stop(state)
         if last and self.unsaved:
             raise TrainingStopped(
-                f"training is over, but its end is not saved: {self.unsaved}; free some space, and "
+                f"training is over, but its end is not saved: {self.unsaved}; once that is mended, "
                 "the same command goes on from the last checkpoint"
             )
 
@@ -254,11 +253,12 @@ class Keeper:
         for attempt in range(1 + self.max_failures * ends):
             if attempt:
                 time.sleep(PAUSE)
-                state.best = dict(best)
+            state.best = dict(best)
             problem, of_disk, done = from_main_process(lambda: self._try(state, options))
-            self._note(state, problem, done, of_disk)
+            state.best = dict(self.written) if problem else state.best
+            self._note(problem, done, of_disk)
             if ends and not problem:
-                of_disk = self._finish(state)
+                of_disk = self._settle(state)
             if not (self.unsaved and of_disk):
                 break
         if not self.unsaved and options.get("numbered", True):
@@ -269,16 +269,9 @@ class Keeper:
                 "space or choose another --output_dir, and start again: what was saved is whole"
             )
 
-    def _note(self, state: TrainState, problem: str, done: int, of_disk: bool = True) -> None:
-        """What became of a save, or in the background of the one before; a best must be written."""
+    def _note(self, problem: str, done: int, of_disk: bool = True) -> None:
+        """What became of a save, if that is known: in the background it has only begun."""
         went_well, self.saves = done > self.saves, done
-        if self.written is None:
-            self.written = self.under_way = dict(state.best)
-        if problem:
-            state.best = dict(self.written)
-        else:
-            self.written = self.under_way if self.writer.in_background else dict(state.best)
-        self.under_way = dict(state.best)
         self.unsaved = problem or self.unsaved * (not went_well)
         failed = bool(problem) and of_disk
         self.failures = (self.failures + failed) * (failed or not went_well)
@@ -298,12 +291,14 @@ class Keeper:
             problem, of_disk = str(error), isinstance(error, OSError)
         return problem, of_disk, self.writer.done
 
-    def _finish(self, state: TrainState) -> bool:
-        """Wait until nothing is being written; whether that went wrong."""
+    def _settle(self, state: TrainState) -> bool:
+        """Wait until nothing is being written; whether that failed. A best must be written."""
         problem, done = from_main_process(self._await)
         if problem or done > self.saves:
-            self._note(state, problem, done)
-        self.written = self.under_way = dict(state.best)
+            self._note(problem, done)
+        if problem:
+            state.best = dict(self.written)
+        self.written = dict(state.best)
         return bool(problem)
 
     def _await(self) -> tuple[str, int]:

@@ -212,6 +212,7 @@ class Stepper:
         self.losses.fill_(state["losses"])
         self.usual_loss.fill_(state["usual_loss"])
         self.bad_in_a_row = state["bad_in_a_row"]
+        self.skips_alone = False  # moments may be as before the first step
 
     def read(self) -> tuple[int, list[Fault]]:
         """How many updates were skipped since the last `read`, and those that are faults."""

@@ -7,6 +7,7 @@ python -c "import utils; print(utils.find_device())"
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -55,7 +56,8 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
     except Preempted as stop:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a failure again
             for store in _stores:
-                store.set(STOPPED, str(stop))
+                with contextlib.suppress(RuntimeError):  # it is ending too
+                    store.set(STOPPED, str(stop))
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
@@ -281,8 +283,8 @@ class TrainState:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all parameters and buffers are."""
-    return bool(torch.stack([torch.isfinite(x).all() for x in model.state_dict().values()]).all())
+    """Whether all parameters are."""
+    return bool(torch.stack([torch.isfinite(x).all() for x in model.parameters()]).all())
 
 
 def save_model(

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import os
 import signal
 import time
@@ -139,7 +141,17 @@ def frail(**kwargs) -> ConvNeXtV2:
         return {"gradient": _Torn.apply, "loss": lambda x: x * 1e4}.get(what, lambda x: x)(output)
 
     (network.head if what == "loss" else block).register_forward_hook(fail)
+    if "HASHES" in os.environ:
+        atexit.register(_tell_weights, network)
     return network
+
+
+def _tell_weights(network: torch.nn.Module) -> None:
+    """So that ranks can be compared: only the first one saves."""
+    marks = hashlib.sha256()
+    for value in network.state_dict().values():
+        marks.update(value.numpy().tobytes())
+    print(f"weights of rank {os.environ['RANK']}: {marks.hexdigest()}", flush=True)
 
 
 def frail_fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
