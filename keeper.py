@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import lock
 from errors import Preempted, TrainingStopped, UserError
 from utils import TrainState, from_main_process, get_logger, get_world_size
 
@@ -63,7 +64,8 @@ class Requests:
             self.reason, self.at = f"--max_minutes {self.max_minutes:g}", time.monotonic()
         since = (time.monotonic() - self.saved) / 60
         due = self.save_minutes is not None and since >= self.save_minutes
-        return due or time.monotonic() >= self.retry_at, bool(self.reason)
+        due |= time.monotonic() >= self.retry_at or lock.is_lost()  # which ends the run
+        return due, bool(self.reason)
 
 
 class Agreement:
@@ -218,6 +220,7 @@ class Keeper:
 
     def _write(self, state: TrainState, **options: Any) -> None:
         """Save; a disk that is full or gone does not end the run, unless for long."""
+        lock.check()
         if self.save is None:
             return
         problem, of_disk = from_main_process(lambda: self._try(state, options))
