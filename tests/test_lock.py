@@ -14,11 +14,15 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 import lock
 from benchmarks import chaos
 from errors import TrainingStopped, UserError
+from hooks import JsonHook, Reporter
+from keeper import Keeper
 from lock import Lock, hold_folder
+from utils import TrainState
 
 
 def held_by(folder, **holder) -> None:
@@ -246,8 +250,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(lock, "SILENCE", 0.5)
 
 
-def ask_for_ever() -> None:
-    while True:
+def ask_again_and_again() -> None:
+    for _ in range(200):
         time.sleep(0.02)
         lock.check()
 
@@ -258,7 +262,7 @@ def stopped_run(folder, monkeypatch) -> int:
     def work() -> None:
         hold_folder(str(folder))
         with pytest.raises(TrainingStopped, match="was taken over by .* while this one stood"):
-            ask_for_ever()
+            ask_again_and_again()
         assert lock.is_lost()
 
     child = fork(work)
@@ -308,7 +312,7 @@ def test_lock_that_vanished_with_its_folder_is_made_anew(tmp_path, monkeypatch):
 def test_training_ends_when_another_run_has_the_folder(tmp_path, quick, script):
     """It would delete the other's checkpoints, and repeat its lines in log.txt."""
     folder = tmp_path / "run"
-    child = chaos.start(script, folder, "--epochs", "1000", "--save_ckpt_every_steps", "1000")
+    child = chaos.start(script, folder, "--epochs", "60", "--save_ckpt_every_steps", "1000")
     wait_for(lambda: (folder / "log.txt").exists())
     held_by(tmp_path, host="elsewhere", pid=1)
     os.replace(tmp_path / lock.NAME, folder / lock.NAME)
@@ -317,3 +321,51 @@ def test_training_ends_when_another_run_has_the_folder(tmp_path, quick, script):
     assert f"{folder} was taken over by process 1 on elsewhere while this one stood still" in said
     assert "Traceback" not in said
     assert (folder / lock.NAME).exists()
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """A folder that this process held until another took it over."""
+    folder = hold_folder(str(tmp_path))
+    held_by(folder, host="elsewhere", pid=1)
+    yield folder
+    hold_folder("")
+
+
+class Nothing:
+    """A guard that has seen nothing wrong, meters that have nothing to say."""
+
+    def look(self, state: TrainState) -> str:
+        return ""
+
+    def keep(self, state: TrainState) -> None:
+        pass
+
+    def state(self) -> dict:
+        return {}
+
+
+def test_save_is_refused_in_a_folder_that_is_another_runs(taken):
+    saved = []
+    with (
+        Keeper(lambda state, writer, **_: saved.append(state)) as keeper,
+        pytest.raises(TrainingStopped, match="taken over by process 1 on elsewhere"),
+    ):
+        keeper.end_epoch(TrainState(epoch=1))
+    assert saved == []
+
+
+def test_run_that_knows_does_not_train_on_until_its_next_save(taken):
+    """An epoch may be a day."""
+    lock.held[0].look()  # as the thread does
+    state = TrainState(updates=3, seen=12)
+    with Keeper(lambda **_: None) as keeper, pytest.raises(TrainingStopped, match="taken over"):
+        keeper.after_update(state, Nothing(), Nothing())
+
+
+def test_epoch_of_a_run_that_stood_still_does_not_get_into_the_others_log(taken):
+    state = TrainState(epoch=1, updates=3)
+    reporter = Reporter([JsonHook(taken, state)], torch.device("cpu"), state, 9, 3, 1)
+    with pytest.raises(TrainingStopped, match="taken over"):
+        reporter.end_epoch({"epoch": 0})
+    assert not (taken / "log.txt").exists()
