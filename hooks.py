@@ -14,12 +14,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import lock
 import options
 import utils
 import visualize
@@ -117,7 +119,8 @@ class Reporter:
         return True
 
     def end_epoch(self, stats: Record) -> None:
-        """Tell what log.txt gets for the epoch."""
+        """Tell what log.txt gets for the epoch, if the folder is still this run's."""
+        lock.check()
         self._tell("on_epoch", stats, self.state)
 
     def picture(self, name: str, picture: Tensor) -> None:
@@ -220,17 +223,17 @@ class JsonHook(Hook):
     def __init__(self, folder: Path, state: TrainState) -> None:
         self.path, self.unwritten = folder / "log.txt", ""
         if self.path.exists():
-            text = self.path.read_text()
-            lines = [line + "\n" for line in text.splitlines()]
+            content = self.path.read_bytes()  # not all of it text, after a crash
+            lines = [line + b"\n" for line in content.splitlines()]
             kept = [line for line in lines if self._epoch(line) < state.epoch]
-            if "".join(kept) != text:
-                write_atomically("".join(kept), self.path)
+            if b"".join(kept) != content:
+                write_atomically(b"".join(kept), self.path)
 
     @staticmethod
-    def _epoch(line: str) -> float:
+    def _epoch(line: bytes) -> float:
         try:
             return json.loads(line)["epoch"]
-        except (ValueError, KeyError, TypeError):  # half a line of a run that was killed
+        except (ValueError, KeyError, TypeError):  # half a line, or bytes that are no text
             return math.inf
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
@@ -261,34 +264,67 @@ class JsonHook(Hook):
 class TensorboardHook(Hook):
     """Scalars by update and epoch, and pictures.  tensorboard --logdir runs"""
 
-    def __init__(self, folder: Path, state: TrainState) -> None:
+    def __init__(self, folder: Path, state: TrainState, at_end: bool = False) -> None:
+        """at_end: of its epoch, which is told again at the update that the run goes on from."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
                 "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
             ) from error
+        self.folder, self.open = folder, partial(SummaryWriter, str(folder))
         try:
-            self.writer = SummaryWriter(str(folder), purge_step=state.updates + 1)
+            kept = train_points(folder, state.updates) if at_end else {}
+            self.writer = self.open(purge_step=state.updates + (not at_end))
+            for tag, (value, seconds) in kept.items():
+                self.writer.add_scalar(tag, value, state.updates, seconds)
         except OSError as error:
             raise UserError(f"--log_dir {folder}: cannot write there ({error.strerror})") from error
 
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():
             if key not in ("step", "steps"):
-                self.writer.add_scalar(f"train/{key}", value, state.updates)
+                self._write("add_scalar", f"train/{key}", value, state.updates)
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
+        if self.writer is None:
+            self.folder.mkdir(exist_ok=True)  # not the run's folder, where that vanished
+            self.writer = self.open()
         for key, value in stats.items():
             if key.startswith("test_"):
-                self.writer.add_scalar(f"test/{key[5:]}", value, state.updates)
-        self.writer.flush()
+                self._write("add_scalar", f"test/{key[5:]}", value, state.updates)
+        self._write("flush")
 
     def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
-        self.writer.add_image(name, picture, state.updates)
+        self._write("add_image", name, picture, state.updates)
 
     def on_end(self) -> None:
-        self.writer.close()
+        self._write("close")
+
+    def _write(self, what: str, *point: object) -> None:
+        """After an OSError the writer's thread is dead: nothing more until the next epoch."""
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, what)(*point)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.writer.close()
+            self.writer = None
+            raise
+
+
+def train_points(folder: Path, step: int) -> dict[str, tuple[float, float]]:
+    """tag -> (value, time) of what TensorBoard's files hold of training at a step."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    found = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            values = event.summary.value if event.step == step else ()
+            train = [value for value in values if value.tag.startswith("train/")]
+            found |= {value.tag: (value.simple_value, event.wall_time) for value in train}
+    return found
 
 
 class PictureHook(Hook):
@@ -313,16 +349,33 @@ def build_reporter(
     """The hooks that the flags ask for, on the main process, and the reporter that tells them."""
     updates_all = updates_per_epoch * args.epochs
     found: list[Hook] = []
-    if utils.is_main_process():
-        watched = args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty())
-        found.append(BarHook(args.epochs, state, updates_all) if watched else LineHook(args.epochs))
+    utils.from_main_process(
+        lambda: found.extend(_build_hooks(args, folder, state, updates_per_epoch))
+    )
+    return Reporter(found, device, state, updates_all, updates_per_epoch, args.print_freq)
+
+
+def _build_hooks(
+    args: Any, folder: Path | None, state: TrainState, updates_per_epoch: int
+) -> list[Hook]:
+    watched = args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty())
+    found: list[Hook] = [LineHook(args.epochs)]
+    if watched:
+        found = [BarHook(args.epochs, state, updates_per_epoch * args.epochs)]
+    try:
         if folder:
             write_atomically(options.dump_args(args), folder / "args.yaml")  # --config takes it
             found += [JsonHook(folder, state), PictureHook(folder)]
-        log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
-        if log_dir and log_dir != "none":
-            found.append(TensorboardHook(Path(log_dir), state))
-    return Reporter(found, device, state, updates_all, updates_per_epoch, args.print_freq)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot write args.yaml and log.txt there "
+            f"({error.strerror}); choose a folder you own or free some space"
+        ) from error
+    log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
+    if log_dir and log_dir != "none":
+        at_end = state.seen > 0 and state.updates % updates_per_epoch == 0
+        found.append(TensorboardHook(Path(log_dir), state, at_end))
+    return found
 
 
 def log_cost(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import lock
 from errors import Preempted, TrainingStopped, UserError
 from utils import WAIT_FOR_RANKS, TrainState, from_main_process, get_logger, get_world_size
 
@@ -64,7 +65,8 @@ class Requests:
             self.reason = f"--max_minutes {self.max_minutes:g}"
         since = (time.monotonic() - self.saved) / 60
         due = self.save_minutes is not None and since >= self.save_minutes
-        return due or time.monotonic() >= self.retry_at, bool(self.reason)
+        due |= time.monotonic() >= self.retry_at or lock.is_lost()  # which ends the run
+        return due, bool(self.reason)
 
 
 class Agreement:
@@ -247,6 +249,7 @@ class Keeper:
 
         ends: nothing comes after it, so that it is waited for and tried again at once.
         """
+        lock.check()
         if self.save is None:
             return
         best = dict(state.best)

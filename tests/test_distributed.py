@@ -26,11 +26,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hooks
+import lock
 import utils
 from batches import Batches
 from data_pipeline import Augmented, EvalSampler, create_eval_transform, create_loader
 from engine_finetune import evaluate
-from errors import UserError
+from errors import TrainingStopped, UserError
+from keeper import Keeper
 from lock import hold_folder
 from meters import Means
 from models.convnextv2 import ConvNeXtV2
@@ -214,6 +216,41 @@ def ranks_refuse(rank: int, folder: Path) -> str:
     return str(caught.value)
 
 
+def ranks_lose_their_folder(rank: int, folder: Path) -> list[str]:
+    """Only rank 0 has the lock that another run took over."""
+    guard = SimpleNamespace(look=lambda state: "", keep=lambda state: None, state=dict)
+    hold_folder(str(folder / "lost"))
+    if rank == 0:
+        (folder / "lost" / lock.NAME).write_text('{"host": "elsewhere", "pid": 1}')
+        lock.held[0].look()
+    state = TrainState(updates=3, seen=12)
+    told = []
+    with Keeper(lambda **_: None) as keeper:
+        try:
+            for state.updates in range(3, 9):
+                keeper.after_update(state, guard, guard)
+        except TrainingStopped as error:
+            told = [str(error).split("/")[-1].split(" while")[0], str(state.updates)]
+        keeper.agreement.wait()
+    hold_folder("")
+    return told
+
+
+def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
+    """What the hooks of rank 0 need: args.yaml, log.txt, TensorBoard's folder."""
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
+    told = []
+    for number, name in enumerate(["args.yaml", "log.txt", "tensorboard"]):
+        place = folder / f"no-{name}"
+        if rank == 0:
+            place.mkdir()
+            (place / name).write_text("") if number == 2 else (place / name).mkdir()
+        with pytest.raises(UserError) as caught:
+            hooks.build_reporter(args, place, CPU, TrainState(), 1)
+        told.append(str(caught.value))
+    return told
+
+
 JOBS = [  # in this order
     ranks_see_no_warning,
     ranks_train,
@@ -224,6 +261,8 @@ JOBS = [  # in this order
     ranks_write,
     ranks_resume,
     ranks_refuse,
+    ranks_lose_their_folder,
+    ranks_cannot_write,
 ]
 
 
@@ -366,3 +405,17 @@ def test_all_ranks_resume_from_what_the_first_wrote(results):
 
 def test_error_of_the_first_rank_is_that_of_all(results):
     assert ["checkpoint-3.pth" in result["ranks_refuse"] for result in results] == [True, True]
+
+
+def test_folder_that_rank_0_lost_ends_all_ranks_at_the_same_update(results):
+    told = ["lost was taken over by process 1 on elsewhere", "4"]  # agreed one update later
+    assert [result["ranks_lose_their_folder"] for result in results] == [told, told]
+
+
+def test_hooks_that_cannot_write_end_all_ranks(results):
+    """Rank 0 ended alone, and the others waited for it until nccl's patience was over."""
+    first, second = (result["ranks_cannot_write"] for result in results)
+    assert first == second
+    for told, flag in zip(first, ["--output_dir", "--output_dir", "--log_dir"], strict=True):
+        assert told.startswith(flag)
+        assert "cannot write" in told

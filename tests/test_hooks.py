@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,8 @@ import hooks
 import options
 import visualize
 from batches import Batches
+from benchmarks import chaos
+from keeper import Keeper
 from models import create_model
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
@@ -97,6 +102,18 @@ def test_log_txt_is_written_epoch_by_epoch(tmp_path):
     for epoch in (0, 1):
         hook.on_epoch({"epoch": epoch}, TrainState(epoch=epoch + 1))
         assert epochs(tmp_path) == list(range(epoch + 1))  # with no one having closed anything
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\xff\xfe\x00\x80\n", b'{"epoch": 1, "test_acc1": "\xc3(\xa0"}\n', b"\x00" * 600]
+)
+def test_bytes_that_are_no_text_do_not_stop_a_run_for_ever(tmp_path, broken):
+    """What a machine that lost its power leaves: a UnicodeDecodeError at every start."""
+    write_epochs(tmp_path, 0, 1)
+    path = tmp_path / "log.txt"
+    path.write_bytes(path.read_bytes() + broken)
+    write_epochs(tmp_path, 2, 4)
+    assert epochs(tmp_path) == [0, 2, 3]
 
 
 # --- lines ----------------------------------------------------------------------------------
@@ -276,6 +293,63 @@ def test_resumed_run_takes_the_place_of_what_it_repeats_and_of_nothing_else(tmp_
     write_updates(tmp_path, 0, 40, loss=1.0)
     write_updates(tmp_path, 20, 50, loss=2.0)
     assert scalars(tmp_path, "train/loss") == [(10, 1), (20, 1), (30, 2), (40, 2), (50, 2)]
+
+
+def pictures(folder) -> dict[str, list[int]]:
+    events = read_events(folder)
+    return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+@pytest.mark.parametrize("script", list(chaos.RUNS))
+def test_end_of_an_epoch_that_is_told_again_is_in_tensorboard_once(tmp_path, monkeypatch, script):
+    """Killed between its lines and its checkpoint, with a save at its last update.
+
+    The run goes on from that update, and test/* and the picture have its number too.
+    """
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    chaos.complete(script, whole, "--save_ckpt_every_steps", "3")
+    real = Keeper.end_epoch
+
+    def end_epoch(self, state, *about, **more) -> None:
+        if state.epoch == 2:
+            time.sleep(0.3)  # until TensorBoard's thread has written
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, state, *about, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "end_epoch", end_epoch)
+        for _ in range(2):
+            child = chaos.start(script, run, "--save_ckpt_every_steps", "3")
+            assert chaos.finish(child) == -signal.SIGKILL
+    assert (run / "checkpoint-1-seen-24.pth").exists()
+    chaos.complete(script, run, "--save_ckpt_every_steps", "3")
+    assert not chaos.differences(chaos.digest(run), chaos.digest(whole))
+    assert pictures(run / "tensorboard") == pictures(whole / "tensorboard")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_when_its_folder_is_back(tmp_path, log):
+    """Its thread is dead then: it complained at every log line, and wrote nothing any more."""
+    folder, gone, state = tmp_path / "run", tmp_path / "gone", TrainState()
+    folder.mkdir()
+    reporter = hooks.Reporter([], CPU, state, 100, 10, print_freq=1)
+    reporter.hooks = [hooks.TensorboardHook(folder / "tensorboard", state)]
+    for epoch in range(6):
+        if epoch == 1:
+            folder.rename(gone)
+        if epoch == 3:
+            assert not folder.exists()  # nor was it made anew
+            gone.rename(folder)
+        for _ in range(10):
+            state.updates += 1
+            reporter._tell("on_log", RECORD, state)
+        reporter.end_epoch({"test_acc1": 50.0})
+    reporter._tell("on_end")
+    assert {text.split(":")[0] for text in log.messages} == {"TensorboardHook cannot write"}
+    assert 2 <= len(log.messages) <= 3  # at once, and at the end of each epoch
+    assert [step for step, _ in scalars(folder / "tensorboard", "test/acc1")] == [10, 40, 50, 60]
+    steps = [step for step, _ in scalars(folder / "tensorboard", "train/loss")]
+    assert steps == [*range(1, 11), *range(41, 61)]
 
 
 # --- cost -----------------------------------------------------------------------------------

@@ -39,14 +39,14 @@ LIMITS = {  # lines at most
     "randomness.py": 100,  # out of utils, which holds processes and runs
     "keeper.py": 350,  # when a run is saved and stopped: signals, clocks, agreement of ranks
     "guard.py": 270,  # updates that went wrong: what they held, and the way back
-    "lock.py": 200,  # one run in a folder
+    "lock.py": 300,  # one run in a folder, whoever dies, stands still or has the same name
     "formats.py": 300,  # export.py says what goes where; this knows how files are written and read
     "hf_folder.py": 200,  # a format of four files, with labels, preprocessing and a card
     "stepper.py": 230,  # one update, and what became of it
     "graphs.py": 100,  # CUDA graphs: one row of trouble that nothing else needs to know
     "meters.py": 250,
     "losses.py": 200,
-    "hooks.py": 350,
+    "hooks.py": 400,  # with what kills and outages do to TensorBoard's files
     "dry_run.py": 400,  # --dry_run: asks every part of a run, so it belongs to none of them
     "trial.py": 300,  # what it measures with: the engine on chosen batches, memory, sizes
     "trial_data.py": 200,  # out of trial: the images and loaders, which know no engine
@@ -115,6 +115,7 @@ ALLOWED = {
     "data_pipeline": L0 | {"decoding", "data_faults"},
     "datasets": L0 | DATA,
     "graphs": L0 | {"stepper"},
+    "keeper": L0 | {"lock"},  # a run that lost its folder saves no more
     "guard": L0 | {"stepper", "keeper"},
     "formats": L0 | MODELS,
     "hf_folder": L0 | MODELS | {"data_pipeline", "formats"},
