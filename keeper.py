@@ -25,20 +25,22 @@ from utils import TrainState, from_main_process, get_logger, get_world_size
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 RETRY = 60.0  # seconds after which a save that failed is tried again
+WARNINGS = ("SIGUSR1", "SIGUSR2")  # a scheduler's, perhaps besides its SIGTERM
 PATIENCE = 1.0  # seconds in which a repeated signal is the same one: launchers pass them on
 
 
 class Requests:
     """What this process was asked for from outside: signals, and clocks that ran out.
 
-    The first signal is noted; another, more than PATIENCE later, ends the process at once.
+    The first signal is noted; another that ends programs, more than PATIENCE after such a one,
+    ends the process at once.
     """
 
     def __init__(self, save_minutes: float | None, max_minutes: float | None) -> None:
         self.save_minutes, self.max_minutes = save_minutes, max_minutes
         self.began = self.saved = time.monotonic()
         self.retry_at = math.inf  # of a save that failed
-        self.reason, self.at, self.before = "", 0.0, {}
+        self.reason, self.at, self.before = "", math.inf, {}
 
     def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
@@ -51,10 +53,13 @@ class Requests:
             signal.signal(kind, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.reason and time.monotonic() - self.at > PATIENCE:
+        name, now = signal.Signals(number).name, time.monotonic()
+        self.reason = self.reason or name
+        if name in WARNINGS:
+            return
+        if now - self.at > PATIENCE:
             os._exit(128 + number)
-        if not self.reason:
-            self.reason, self.at = signal.Signals(number).name, time.monotonic()
+        self.at = min(self.at, now)
 
     def read(self) -> tuple[bool, bool]:
         """(save, stop), as far as this process knows."""

@@ -135,6 +135,17 @@ def test_second_signal_leaves_at_once(tmp_path):
     assert chaos.finish(child) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM")])
+def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_began(kinds):
+    """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
+    with Requests(None, None) as requests:
+        os.kill(os.getpid(), getattr(signal, kinds[0]))
+        requests.at -= 30
+        os.kill(os.getpid(), getattr(signal, kinds[1]))
+        assert requests.read() == (False, True)
+        assert requests.reason == kinds[0]
+
+
 def test_handlers_are_those_of_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
     with Requests(None, None):

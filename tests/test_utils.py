@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import utils
 from errors import TrainingStopped, UserError
+from launchers import first_host, read_launcher
 from lock import hold_folder
 from randomness import hash_noise, mix, seed_all
 from utils import TrainState, init_distributed_mode
@@ -147,7 +148,7 @@ def test_seed_all_sets_every_generator():
 
 
 def parse(**flags):
-    return utils._launcher_environment(**{"dist_on_itp": False, "local_rank": -1} | flags)
+    return read_launcher(**{"dist_on_itp": False, "local_rank": -1} | flags)
 
 
 def test_plain_python_makes_no_group(clean):

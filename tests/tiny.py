@@ -106,3 +106,22 @@ def dies(data_path: str, train: bool) -> Deadly:
 def hangs(data_path: str, train: bool) -> Deadly:
     """`colours` of which one is on a file system that stalls."""
     return Deadly(26 if train else 5, "hangs")
+
+
+class Slow(Colours):
+    """An image takes a while in the first starts of a SLURM job, so that there is time to end it."""
+
+    def __init__(self, length: int, seconds: float, starts: int) -> None:
+        super().__init__(length)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.seconds = seconds if restarts < starts else 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+def slow(data_path: str, train: bool) -> Slow:
+    """`colours`; --data_path 0.5,2: half a second an image, in the first two starts."""
+    seconds, starts = data_path.split(",")
+    return Slow(26 if train else 7, float(seconds), int(starts))
