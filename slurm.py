@@ -139,39 +139,45 @@ def _ask(*words: str) -> subprocess.CompletedProcess:
 def follow(jobs: Sequence[Any], cluster: str) -> bool:
     """Print what rank 0 of each job says until all have ended; whether they ended well."""
     outputs = [Tail(job.paths.stdout, f"{job.job_id}: " * (len(jobs) > 1)) for job in jobs]
-    ends: list[str] = [""] * len(jobs)
-    asked = time.monotonic()
-    while not all(ends):
+    states = [""] * len(jobs)
+    asked = -LOOK
+    while not set(states) <= set(ENDS):
         time.sleep(0.5)
         looking = time.monotonic() - asked > LOOK
         asked = time.monotonic() if looking else asked
         for number, job in enumerate(jobs):
-            if looking and not ends[number]:
-                ends[number] = _end_of(job) if cluster == "slurm" else _end_here(job)
+            before = states[number]
+            if looking and before not in ENDS:
+                now = _state_in_slurm(job) if cluster == "slurm" else _state_here(job)
+                states[number] = now or before
             outputs[number].show()
-    for job, end in zip(jobs, ends, strict=True):
-        print(f"job {job.job_id}: {end}")
+            if states[number] != before:
+                print(f"job {job.job_id}: {states[number]}", flush=True)
+    for job, end in zip(jobs, states, strict=True):
         if end != "COMPLETED":
             print(_why(job))
-    return set(ends) == {"COMPLETED"}
+    return set(states) == {"COMPLETED"}
 
 
-def _end_of(job: Any) -> str:
+def _state_in_slurm(job: Any) -> str:
     try:
         now = state(job.job_id)
     except (RuntimeError, subprocess.SubprocessError) as error:
         print(f"SLURM does not answer, asking again: {error}", file=sys.stderr)
         return ""
-    if now == "GONE" and job.paths.result_pickle.exists():
-        return _end_here(job)
-    return now if now in ENDS else ""
+    return (_result(job) or now) if now == "GONE" else now
 
 
-def _end_here(job: Any) -> str:
+def _state_here(job: Any) -> str:
+    return _result(job) or ("FAILED" if job.done() else "RUNNING")
+
+
+def _result(job: Any) -> str:
+    """What rank 0 has left behind; '' if nothing."""
     first = job.task(0)
-    if first.paths.result_pickle.exists():
-        return "FAILED" if first.exception() else "COMPLETED"
-    return "FAILED" if job.done() else ""
+    if not first.paths.result_pickle.exists():
+        return ""
+    return "FAILED" if first.exception() else "COMPLETED"
 
 
 def _why(job: Any) -> str:

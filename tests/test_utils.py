@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import utils
 from errors import TrainingStopped, UserError
-from launchers import first_host, read_launcher
+from launchers import read_launcher
 from lock import hold_folder
 from randomness import hash_noise, mix, seed_all
 from utils import TrainState, init_distributed_mode

@@ -109,12 +109,13 @@ def hangs(data_path: str, train: bool) -> Deadly:
 
 
 class Slow(Colours):
-    """An image takes a while in the first starts of a SLURM job, so that there is time to end it."""
+    """In the first starts of a SLURM job an image takes a while, and so does this: to be ended."""
 
     def __init__(self, length: int, seconds: float, starts: int) -> None:
         super().__init__(length)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.seconds = seconds if restarts < starts else 0
+        time.sleep(self.seconds)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         time.sleep(self.seconds)

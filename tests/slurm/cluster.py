@@ -71,7 +71,7 @@ def install() -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        raise RuntimeError(f"{', '.join(missing)} are missing and there is no apt-get: install them")
+        raise RuntimeError(f"{', '.join(missing)} missing, and no apt-get here: install them")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     words = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     done = None
