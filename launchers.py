@@ -22,7 +22,7 @@ FIRST_PORT, PORTS = 20000, 10000  # below those that systems give to outgoing co
 def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int, int, int] | None:
     """(rank, world size, local rank) as the environment states them, or None for plain `python`.
 
-    Where the processes meet, MASTER_ADDR and MASTER_PORT, is added where it is missing.
+    Where the processes meet, MASTER_ADDR and MASTER_PORT, is added if it is missing and known.
     """
     env = os.environ
     if not dist_on_itp and "RANK" in env and "WORLD_SIZE" in env:  # torchrun, submitit
@@ -57,14 +57,10 @@ def _is_srun(env: MutableMapping[str, str]) -> bool:
 
 
 def _meet_by_mpirun(env: MutableMapping[str, str]) -> None:
-    if "MASTER_ADDR" not in env:
-        here = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]
-        if not here and "SLURM_JOB_NODELIST" not in env:
-            raise UserError(
-                "mpirun on several machines does not say where they meet; give it "
-                "-x MASTER_ADDR=HOST, the one that rank 0 is on"
-            )
-        env["MASTER_ADDR"] = "127.0.0.1" if here else first_host(env["SLURM_JOB_NODELIST"])
+    if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+    elif "SLURM_JOB_NODELIST" in env:
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
     env.setdefault("MASTER_PORT", _port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
 
 

@@ -37,12 +37,13 @@ def run(module: str, parser: argparse.ArgumentParser) -> None:
     dry_run.help = DRY_RUN_HELP
     try:
         runs = read_runs(parser)
-        if runs[0].dry_run:
+        args = runs[0]  # whatever a job's own recipe says, the cluster is asked once
+        if args.dry_run:
             print(script(module, runs), end="")
             return
         jobs = submit(module, runs)
-        report(jobs, runs)
-        if runs[0].follow and not _followed(jobs, runs[0].cluster):
+        report(jobs, args)
+        if args.follow and not _followed(jobs, args.cluster):
             sys.exit(1)
     except UserError as error:
         parser.error(str(error))
@@ -55,7 +56,7 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     """The arguments of each job, checked: of one, or one for each recipe of `--array`."""
     words = list(sys.argv[1:] if argv is None else argv)
     given = configs.read_flags(parser, words)
-    names = [name.strip() for name in given["array"].split(",") if name.strip()]
+    names = _names(given["array"])
     if not names:
         return [resolve(options.parse(parser, words), parser)]
     if given["recipe"]:
@@ -73,6 +74,10 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         _changed(args, output_dir=args.output_dir or str(Path(args.job_dir) / label))
         for args, label in zip(runs, labels, strict=True)
     ]
+
+
+def _names(array: str) -> list[str]:
+    return [name.strip() for name in array.split(",") if name.strip()]
 
 
 def _changed(args: Any, **values: Any) -> Any:
@@ -291,19 +296,18 @@ def _is_cluster_here() -> bool:
 # --- saying where it is ---------------------------------------------------------------------
 
 
-def report(jobs: Sequence[Any], runs: Sequence[Any]) -> None:
+def report(jobs: Sequence[Any], args: Any) -> None:
     """Print each job's number, its logs, how to follow and how to cancel it."""
-    names = runs[0].array.split(",") if len(jobs) > 1 else [""]
+    names = _names(args.array) or [""]
     for job, name in zip(jobs, names, strict=True):
-        what = f" ({name.strip()})" if name else ""
+        what = f" ({name})" if name else ""
         print(f"job {job.job_id}{what}; output of rank 0: {job.paths.stdout}")
         print(f"  errors  {job.paths.stderr}")
-        if runs[0].cluster == "debug":
-            continue
-        print(f"  follow  tail -F {job.paths.stdout}")
-        how = "scancel" if runs[0].cluster == "slurm" else "kill -INT"
-        print(f"  cancel  {how} {job.job_id}", flush=True)
-    if runs[0].cluster == "debug":
+        if args.cluster != "debug":
+            print(f"  follow  tail -F {job.paths.stdout}")
+            how = "scancel" if args.cluster == "slurm" else "kill -INT"
+            print(f"  cancel  {how} {job.job_id}", flush=True)
+    if args.cluster == "debug":
         for job in jobs:
             job.result()  # runs it, in this process
 

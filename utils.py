@@ -123,6 +123,12 @@ def init_distributed_mode(
 
 def _meet(dist_url: str, rank: int, size: int, patience: timedelta) -> tuple[Any, int, int]:
     """The store by which the processes find each other, kept by rank 0."""
+    if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"{size} processes, and nothing says where they meet; set MASTER_ADDR to the machine "
+            "of rank 0 for all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+        )
+    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's own
     try:
         return next(dist.rendezvous(dist_url, rank, size, timeout=patience))
     except RuntimeError as error:
