@@ -272,7 +272,7 @@ def test_log_is_shown_by_whole_lines(tmp_path, capsys):
 
 def test_local_job_is_warned_goes_back_and_ends_with_the_same_weights(tmp_path):
     """Its controller is asked to stop in mid-run, as a preemption does."""
-    slow = ["--data_set", "tests.tiny:slow", "--data_path", "0.1,9", "--batch_size", 3]
+    slow = ["--data_set", "tests.tiny:slow", "--data_path", "0.1,9,0", "--batch_size", 3]
     words = [*PRETRAIN, *slow, "--ngpus", 2, "--job_dir", tmp_path / "%j", "--cluster", "local"]
     command = [sys.executable, ROOT / "submitit_pretrain.py", *words]
     with open(tmp_path / "sent", "w") as file:  # a pipe would stay open until the job has ended
