@@ -227,6 +227,7 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
         check_slurm(args.job_dir)
     here = str(Path(__file__).resolve().parent)  # the job's python must find these files
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONSAFEPATH"] = "1"  # and not take a utils.py of the folder it starts in
     make_private(args.job_dir)
     executor = _executor(module, args)
     umask = os.umask(0o077)  # who can write the job's pickle chooses what the job runs

@@ -326,3 +326,15 @@ def test_local_array_runs_every_recipe(tmp_path):
     for seed in (1, 2):
         text = (tmp_path / "sweep" / f"s{seed}" / "args.yaml").read_text()
         assert f"seed: {seed}\n" in text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python has no -P yet")
+def test_modules_of_the_folder_it_is_sent_from_are_not_taken_for_ours(tmp_path):
+    for name in ("utils", "slurm", "options"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    words = [*PRETRAIN, *LOCAL, "--epochs", 1, "--job_dir", tmp_path / "%j"]
+    command = [sys.executable, ROOT / "submitit_pretrain.py", *words]
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.rstrip().endswith("COMPLETED"), done.stdout

@@ -76,7 +76,17 @@ def place(cluster, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def long(place) -> dict[str, Job]:
+def sweep(place) -> list[Job]:
+    """An array of jobs of two updates, one of them in each start."""
+    for seed in (0, 5):
+        (place / f"s{seed}.yaml").write_text(f"# toy\nscript: main_pretrain\nseed: {seed}\n")
+    words = [*PRETRAIN, *NODES, "--nodes", 1, "--max_minutes", 0.0001, "--epochs", 1]
+    words += ["--array", f"{place}/s0.yaml,{place}/s5.yaml", "--batch_size", 13]
+    return send(place, "submitit_pretrain.py", *words, at="sweep")
+
+
+@pytest.fixture(scope="module")
+def long(place, sweep) -> dict[str, Job]:
     """Jobs that take their time, all at once."""
     a_step_a_start = ["--max_minutes", 0.0001, "--epochs", 3, "--exclude", "n2"]
     words = {
@@ -158,10 +168,13 @@ def test_array_runs_each_recipe_in_a_folder_of_its_own(place, whole, tmp_path):
     same, other = (job.finish() for job in jobs)
     assert_same(same, whole)
     assert any(not torch.equal(other[name], value) for name, value in same.items())
-    fixed = send(place, "submitit_pretrain.py", *PRETRAIN, *array, at="sweep")  # without %j
-    assert [job.end() for job in fixed] == ["COMPLETED"] * 2
-    folders = [place / "sweep" / f"seed{seed}" for seed in (0, 5)]
-    assert all((folder / "checkpoint-5.pth").exists() for folder in folders)
+
+
+def test_each_job_of_an_array_requeues_itself(sweep, place):
+    """And without %j goes on in the folder that is named by its recipe."""
+    assert [job.end() for job in sweep] == ["COMPLETED"] * 2
+    assert all(job.restarts() > 0 for job in sweep)
+    assert all((place / "sweep" / f"s{seed}" / "checkpoint-0.pth").exists() for seed in (0, 5))
 
 
 def test_finetuning_waits_for_the_pretraining_and_is_followed_to_its_end(long, place):
