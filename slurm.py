@@ -7,6 +7,7 @@ python -c "import slurm; print(slurm.state('12345'))"
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import re
@@ -58,7 +59,13 @@ class Trainer:
         except SystemExit as end:
             if end.code != EXIT_REQUEUE:
                 raise
+        else:
+            return
+        try:
             requeue(job)
+        except SystemExit as end:
+            atexit._run_exitfuncs()  # which give the folder free
+            _leave(end)
 
     def _flags(self, main: Any, number: str) -> Any:
         """The main's own flags, for this job."""
@@ -81,7 +88,7 @@ class Trainer:
         try:
             requeue(job)
         except SystemExit as end:
-            os._exit(int(end.code or 0))  # to close the group needs ranks that are elsewhere
+            _leave(end)
 
     def checkpoint(self) -> Any:
         """What submitit queues, where it is asked to, after a preemption: the same job again."""
@@ -114,6 +121,16 @@ def requeue(job: Any) -> NoReturn:
             file=sys.stderr,
         )
     sys.exit(EXIT_REQUEUE)
+
+
+def _leave(end: SystemExit) -> NoReturn:
+    """End now: to close a process group may need ranks that are elsewhere.
+
+    And in torch 2.6 its last use waits for a thread that waits for the interpreter.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(end.code or 0))
 
 
 def state(number: str) -> str:
