@@ -1,5 +1,6 @@
 # make demo   pre-train, fine-tune and evaluate on real images; minutes on a laptop
-# make test   lint and all tests
+# make test   lint and all tests but those that need a SLURM
+# make test-slurm   jobs in a real SLURM of two nodes, started on this machine; as root
 #
 # Without an active virtual environment both make .venv, with the versions of constraints.txt.
 # In an active one (venv or conda) only what is missing is installed.
@@ -9,7 +10,7 @@ ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 BIN := $(if $(ACTIVE),$(ACTIVE)/bin,.venv/bin)
 DEMO ?= runs/demo
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slurm lint install clean
 
 install: $(if $(ACTIVE),active,.venv/installed)
 
@@ -39,6 +40,9 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+test-slurm: install
+	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,20 +27,22 @@ from utils import WAIT_FOR_RANKS, TrainState, from_main_process, get_logger, get
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 RETRY = 60.0  # seconds after which a save that failed is tried again
 PAUSE = 5.0  # seconds between tries where a run ends with its save
+WARNINGS = {"SIGUSR1", "SIGUSR2"}  # a scheduler's, perhaps besides its SIGTERM
 PATIENCE = 1.0  # seconds in which a repeated signal is the same one: launchers pass them on
 
 
 class Requests:
     """What this process was asked for from outside: signals, and clocks that ran out.
 
-    The first signal is noted; another, more than PATIENCE later, ends the process at once.
+    The first signal is noted; another that ends programs, more than PATIENCE after such a one,
+    ends the process at once.
     """
 
     def __init__(self, save_minutes: float | None, max_minutes: float | None) -> None:
         self.save_minutes, self.max_minutes = save_minutes, max_minutes
         self.began = self.saved = time.monotonic()
         self.retry_at = math.inf  # of a save that failed
-        self.reason, self.signalled, self.before = "", 0.0, {}
+        self.reason, self.times, self.before = "", {}, {}
 
     def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
@@ -53,10 +55,13 @@ class Requests:
             signal.signal(kind, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.signalled and time.monotonic() - self.signalled > PATIENCE:
+        name, now = signal.Signals(number).name, time.monotonic()
+        self.reason = self.reason or name
+        # A scheduler's warning and its SIGTERM, half a minute apart, are one wish.
+        alike = [other for other in self.times if other == name or not WARNINGS & {other, name}]
+        if any(now - self.times[other] > PATIENCE for other in alike):
             os._exit(128 + number)
-        self.signalled = self.signalled or time.monotonic()
-        self.reason = self.reason or signal.Signals(number).name
+        self.times.setdefault(name, now)
 
     def read(self) -> tuple[bool, bool]:
         """(save, stop), as far as this process knows."""

@@ -11,10 +11,9 @@ from functools import partial
 
 import options
 import slurm
+import submission
 
 Trainer = partial(slurm.Trainer, "main_finetune")
 
 if __name__ == "__main__":
-    parser = options.finetune_parser()
-    options.add_submitit_args(parser)
-    slurm.submit("main_finetune", options.parse(parser))
+    submission.run("main_finetune", options.finetune_parser())

@@ -32,6 +32,7 @@ from checkpoint import (
     write_checkpoints,
 )
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
+from launchers import read_launcher
 
 # Longer than the default for nccl: ranks may wait for a download or an evaluation.
 WAIT_FOR_RANKS = timedelta(hours=1)
@@ -89,27 +90,6 @@ def find_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _launcher_environment(dist_on_itp: bool, local_rank: int) -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) as the launcher's environment states them, or None."""
-    env = os.environ
-    if dist_on_itp:
-        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")]
-        absent = [name for name in names if name not in env]
-        if absent:
-            raise UserError(f"--dist_on_itp true: {absent[0]} is not set; start with mpirun")
-    elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun, torch.distributed.launch, submitit
-        env.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
-        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun; SLURM_NTASKS is the allocation's
-        names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    else:
-        return None
-    rank, size, local = (int(env[name]) for name in names)
-    return rank, size, local
-
-
 def init_distributed_mode(
     device: str = "auto",
     dist_url: str = "env://",
@@ -123,7 +103,7 @@ def init_distributed_mode(
     with the launcher. gloo serves CPU, nccl serves CUDA.
     """
     place = find_device(device)
-    found = _launcher_environment(dist_on_itp, local_rank)
+    found = read_launcher(dist_on_itp, local_rank)
     if world_size > 1 and (found is None or found[1] != world_size):
         got = "no launcher" if found is None else f"a launcher with {found[1]} processes"
         raise UserError(
@@ -141,7 +121,7 @@ def init_distributed_mode(
             torch.cuda.set_device(place)
         backend = "nccl" if place.type == "cuda" else "gloo"
         limit = {"timeout": WAIT_FOR_RANKS}
-        store, rank, size = next(dist.rendezvous(dist_url, rank, size, **limit))
+        store, rank, size = _meet(dist_url, rank, size)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if attempt != "0" and store.check([STOPPED]):
             raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
@@ -151,6 +131,27 @@ def init_distributed_mode(
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limit)
     _set_up_logging()
     return place
+
+
+def _meet(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
+    """The store by which the processes find each other, kept by rank 0."""
+    if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"{size} processes, and nothing says where they meet; set MASTER_ADDR to the machine "
+            "of rank 0 for all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+        )
+    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's own
+    try:
+        return next(dist.rendezvous(dist_url, rank, size, timeout=WAIT_FOR_RANKS))
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        place = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+        raise UserError(
+            f"rank {rank} cannot open {place if dist_url == 'env://' else dist_url}: another "
+            "program has that port; end it, or give a free one: torchrun --master_port or "
+            "--standalone, elsewhere MASTER_PORT, the same for all processes"
+        ) from error
 
 
 def _set_up_logging() -> None:

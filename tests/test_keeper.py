@@ -142,8 +142,19 @@ def test_first_signal_after_the_time_is_over_lets_the_save_finish():
     requests = Requests(None, max_minutes=1e-9)
     assert requests.read() == (False, True)
     time.sleep(1.2)
-    requests._note(signal.SIGUSR2, None)  # would have left the process
+    requests._note(signal.SIGTERM, None)  # would have left the process
     assert requests.reason == "--max_minutes 1e-09"
+
+
+@pytest.mark.parametrize("kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM")])
+def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_began(kinds):
+    """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
+    with Requests(None, None) as requests:
+        os.kill(os.getpid(), getattr(signal, kinds[0]))
+        requests.times[kinds[0]] -= 30
+        os.kill(os.getpid(), getattr(signal, kinds[1]))
+        assert requests.read() == (False, True)
+        assert requests.reason == kinds[0]
 
 
 def test_handlers_are_those_of_before_afterwards():

@@ -33,6 +33,7 @@ import torch
 import archives
 import options
 import slurm
+import submission
 import visualize
 from archives import Cifar, Zip, find_cifar, read_tar, unpickle
 from benchmarks.cifar_runs import load
@@ -445,13 +446,13 @@ def test_job_folder_and_its_pickles_are_their_owners_alone(tmp_path):
 def test_job_folder_without_a_number_becomes_private(tmp_path):
     folder = tmp_path / "job"
     folder.mkdir(mode=0o777)
-    slurm.make_private(str(folder))
+    submission.make_private(str(folder))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    slurm.make_private(str(tmp_path / "new" / "%j" / "deep"))
+    submission.make_private(str(tmp_path / "new" / "%j" / "deep"))
     assert everything(tmp_path) == {"job", "new"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="cannot be made yours alone"):
-        slurm.make_private(str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be made yours alone"):
+        submission.make_private(str(tmp_path / "file"))
 
 
 def test_requeued_job_keeps_the_umask():

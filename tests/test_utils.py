@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import utils
 from errors import TrainingStopped, UserError
+from launchers import read_launcher
 from lock import hold_folder
 from randomness import hash_noise, mix, seed_all
 from utils import TrainState, init_distributed_mode
@@ -147,7 +148,7 @@ def test_seed_all_sets_every_generator():
 
 
 def parse(**flags):
-    return utils._launcher_environment(**{"dist_on_itp": False, "local_rank": -1} | flags)
+    return read_launcher(**{"dist_on_itp": False, "local_rank": -1} | flags)
 
 
 def test_plain_python_makes_no_group(clean):
@@ -192,10 +193,10 @@ SRUN = {
 
 def test_srun_is_understood(clean):
     """The official code never read SLURM_NTASKS and divided by the number of GPUs, perhaps 0."""
-    clean |= SRUN | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    clean |= SRUN | {"SLURM_STEP_NODELIST": "n[08-11]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
     assert parse() == (3, 4, 1)
-    assert clean["MASTER_ADDR"] == "10.0.0.1"
-    assert clean["MASTER_PORT"] == "31337"  # 20000 + 31337 % 20000: the same in every task
+    assert clean["MASTER_ADDR"] == "n08"  # not the machine that srun was typed on
+    assert clean["MASTER_PORT"] == "21337"  # 20000 + 31337 % 10000: the same in every task
 
 
 def test_given_address_wins_over_that_of_slurm(clean):
@@ -218,11 +219,15 @@ def test_torchrun_inside_slurm_is_torchrun(clean):
     assert parse() == (1, 2, 1)
 
 
-def test_open_mpi_is_understood_when_asked_for(clean):
+@pytest.mark.parametrize("asked", [True, False])
+def test_open_mpi_is_understood(clean, asked):
+    """Without the flag each process trained alone, into one folder."""
     names = ("RANK", "SIZE", "LOCAL_RANK")
     clean |= {f"OMPI_COMM_WORLD_{n}": v for n, v in zip(names, "682", strict=True)}
-    assert parse(dist_on_itp=True) == (6, 8, 2)
-    assert parse() is None
+    assert parse(dist_on_itp=asked) == (6, 8, 2)
+    assert "MASTER_ADDR" not in clean  # rank 0 is on another machine, and nobody says which
+    with pytest.raises(UserError, match="8 processes, and nothing says where .*-x MASTER_ADDR"):
+        init_distributed_mode("cpu", dist_on_itp=asked)
 
 
 @pytest.mark.parametrize("absent", ["RANK", "SIZE", "LOCAL_RANK"])

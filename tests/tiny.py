@@ -158,3 +158,25 @@ def frail_fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs
     """An FCMAE around `frail`."""
     encoder = frail(in_chans=in_chans, stem_stride=stem_stride, drop_path_rate=drop_path_rate)
     return FCMAE(encoder, **kwargs)
+
+
+class Slow(Colours):
+    """In the first starts of a SLURM job it takes a while, and so does an image: to be ended."""
+
+    def __init__(self, length: int, seconds: float, starts: int, after: int) -> None:
+        super().__init__(length)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.seconds = seconds if restarts < starts else 0
+        self.quick = after
+        time.sleep(0 if after else self.seconds)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.quick -= 1
+        time.sleep(0 if self.quick >= 0 else self.seconds)
+        return super().__getitem__(index)
+
+
+def slow(data_path: str, train: bool) -> Slow:
+    """`colours`; --data_path 0.5,2,6: half a second an image in two starts, but not the first 6."""
+    seconds, starts, after = data_path.split(",")
+    return Slow(26 if train else 7, float(seconds), int(starts), int(after))

@@ -1,0 +1,181 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A real SLURM of two nodes on this machine, with its own ports, state and key.
+
+python -m tests.slurm.cluster sinfo    (as root: starts it, runs a command, stops it)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
+PROGRAMS |= {"munged": "munge"}  # program -> Debian's package
+NODES = ("n1", "n2")
+HOSTS = Path("/etc/hosts")
+CONF = """
+ClusterName=toy
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={place}/munge/socket
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={place}/ctld.pid
+SlurmdPidFile={place}/%n.pid
+SlurmdSpoolDir={place}/%n
+SlurmctldLogFile={place}/ctld.log
+SlurmdLogFile={place}/%n.log
+StateSaveLocation={place}/state
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+KillWait=5
+SlurmdParameters=config_overrides
+NodeName=n1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32
+NodeName=n2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32
+PartitionName=toy Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody uses now."""
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def install() -> None:
+    """What is missing of Debian's packages; RuntimeError if that cannot be had."""
+    if os.geteuid() != 0:
+        raise RuntimeError("a SLURM with nodes of its own needs root: run it in a container")
+    missing = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
+    if not missing:
+        return
+    if shutil.which("apt-get") is None:
+        raise RuntimeError(f"{', '.join(missing)} missing, and no apt-get here: install them")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    words = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
+    done = None
+    for before in ([], ["apt-get", "update"]):
+        if before:
+            subprocess.run(before, env=environment, capture_output=True, check=False)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+    raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+
+
+class Cluster:
+    """Starts the daemons, keeps jobs from waiting, and ends what it started, by process."""
+
+    def __init__(self) -> None:
+        self.place = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.place.chmod(0o755)  # munge's socket must be reachable for all
+        self.daemons: list[subprocess.Popen] = []
+        self.line = f"127.0.0.1 {' '.join(NODES)}  # {self.place.name}\n"
+        self.over = threading.Event()
+        self.before = os.environ.get("SLURM_CONF")
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        install()
+        place = self.place
+        for name in ("munge", "state", *NODES):
+            (place / name).mkdir()
+        key = place / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        (place / "slurm.conf").write_text(CONF.format(place=place, ports=free_ports(3)))
+        os.environ["SLURM_CONF"] = str(place / "slurm.conf")
+        HOSTS.write_text(HOSTS.read_text().rstrip("\n") + "\n" + self.line)
+        munge = place / "munge"
+        own = {"socket": munge / "socket", "key-file": key, "pid-file": munge / "pid"}
+        own |= {"seed-file": munge / "seed", "log-file": munge / "log"}
+        self._daemon("munged", "--foreground", *(f"--{k}={v}" for k, v in own.items()))
+        self._until(lambda: (munge / "socket").exists(), "munged")
+        self._daemon("slurmctld", "-D", "-f", place / "slurm.conf")
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-f", place / "slurm.conf", "-N", node)
+        self._until(lambda: ask("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "slurmd")
+        threading.Thread(target=self._hurry, daemon=True).start()
+
+    def _daemon(self, *words: object) -> None:
+        with open(self.place / f"output-{len(self.daemons)}.txt", "w") as file:
+            self.daemons.append(
+                subprocess.Popen(list(map(str, words)), stdout=file, stderr=subprocess.STDOUT)
+            )
+
+    def _until(self, ready, what: str) -> None:
+        end = time.monotonic() + 30
+        while not ready():
+            dead = any(daemon.poll() is not None for daemon in self.daemons)
+            if dead or time.monotonic() > end:
+                logs = [*self.place.glob("output-*.txt"), *self.place.glob("*.log")]
+                text = "\n".join(f"{log}:\n{log.read_text()[-2000:]}" for log in logs)
+                raise RuntimeError(f"SLURM does not start ({what}):\n{text}")
+            time.sleep(0.1)
+
+    def _hurry(self) -> None:
+        """SLURM lets a job that was requeued wait for two minutes."""
+        while not self.over.wait(0.5):
+            for line in ask("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines():
+                if line.endswith("BeginTime"):
+                    ask("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now")
+
+    def __exit__(self, *exception: object) -> None:
+        self.over.set()
+        if len(self.daemons) > 1:
+            ask("scancel", "--user=root")
+            end = time.monotonic() + 20
+            while ask("squeue", "-h") and time.monotonic() < end:
+                time.sleep(0.2)
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in self.daemons:
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+        HOSTS.write_text(HOSTS.read_text().replace(self.line, ""))
+        shutil.rmtree(self.place, ignore_errors=True)
+        if self.before is None:
+            os.environ.pop("SLURM_CONF", None)
+        else:
+            os.environ["SLURM_CONF"] = self.before
+
+
+def ask(*words: str) -> str:
+    """What a command of SLURM prints; '' if it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    with Cluster():
+        sys.exit(subprocess.run(sys.argv[1:], check=False).returncode)

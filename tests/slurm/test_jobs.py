@@ -1,0 +1,238 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Jobs in a real SLURM of two nodes: sent, warned, requeued, cancelled.  make test-slurm"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import slurm
+from tests.slurm.cluster import ask
+from tests.test_end_to_end import FINETUNE, PRETRAIN, ROOT, assert_same, log, run, weights
+
+NODES = ["--nodes", 2, "--ngpus", 0, "--cpus_per_task", 1, "--timeout", 10]
+SIX = ["--batch_size", 3, "--epochs", 6]  # 24 updates on two ranks
+SLOW = ["--picture_freq", 0, "--save_ckpt_every_steps", 1]  # pictures read images too
+SLOW += ["--data_set", "tests.tiny:slow", "--data_path"]
+
+
+class Job:
+    """A job that was sent, and its folder."""
+
+    def __init__(self, number: str, folder: Path) -> None:
+        self.number, self.folder = number, folder
+
+    def state(self) -> str:
+        return slurm.state(self.number)
+
+    def restarts(self) -> int:
+        shown = ask("scontrol", "show", "job", self.number)
+        return int(re.search(r"Restarts=(\d+)", shown)[1])
+
+    def said(self, kind: str = "out") -> str:
+        path = self.folder / f"{self.number}_0_log.{kind}"
+        return path.read_text() if path.exists() else ""
+
+    def until(self, ready: Callable[[], object], what: str, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            if time.monotonic() > end:
+                shown = ask("scontrol", "show", "job", self.number)
+                pytest.fail(f"never: {what}\n{shown}\n{self.said()}\n{self.said('err')}")
+            time.sleep(0.2)
+
+    def until_stuck(self) -> None:
+        """SLOW 60,1,12: in the first update of the second epoch."""
+        self.until((self.folder / "checkpoint-0.pth").exists, "the end of an epoch")
+        time.sleep(1)
+
+    def end(self) -> str:
+        self.until(lambda: self.state() in slurm.ENDS, "an end")
+        return self.state()
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """The weights of the job's last checkpoint."""
+        assert self.end() == "COMPLETED", f"{self.said()}\n{self.said('err')}"
+        return weights(max(self.folder.glob("checkpoint-?.pth")))
+
+
+def send(place: Path, script: str, *words: object, at: str = "%j") -> list[Job]:
+    done = run(script, *words, "--job_dir", place / at)
+    numbers = re.findall(r"^job (\w+)", done.stdout, re.MULTILINE)
+    return [Job(number, place / at.replace("%j", number)) for number in numbers]
+
+
+@pytest.fixture(scope="module")
+def place(cluster, tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def sweep(place) -> list[Job]:
+    """An array of jobs of two updates, one of them in each start."""
+    for seed in (0, 5):
+        (place / f"s{seed}.yaml").write_text(f"# toy\nscript: main_pretrain\nseed: {seed}\n")
+    words = [*PRETRAIN, *NODES, "--nodes", 1, "--max_minutes", 0.0001, "--epochs", 1]
+    words += ["--array", f"{place}/s0.yaml,{place}/s5.yaml", "--batch_size", 13]
+    return send(place, "submitit_pretrain.py", *words, at="sweep")
+
+
+@pytest.fixture(scope="module")
+def long(place, sweep) -> dict[str, Job]:
+    """Jobs that take their time, all at once."""
+    a_step_a_start = ["--max_minutes", 0.0001, "--epochs", 3, "--exclude", "n2"]
+    words = {
+        "out of time": [*SIX, *SLOW, "1,1,0", *NODES, "--timeout", 1, "--signal_delay", 20],
+        "whole": [*SIX, *NODES],
+        "ten times": [*NODES, "--nodes", 1, *a_step_a_start],
+        "requeued": [*SIX, *SLOW, "60,1,12", *NODES],
+    }
+    return {
+        name: send(place, "submitit_pretrain.py", *PRETRAIN, *more)[0]
+        for name, more in words.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(long) -> dict[str, torch.Tensor]:
+    """The weights of a job that nobody touched."""
+    return long["whole"].finish()
+
+
+def test_two_nodes_train_as_torchrun_does(long, whole, tmp_path):
+    """Two copies of a run of one process would train too."""
+    assert long["whole"].restarts() == 0
+    assert "NodeList=n[1-2]" in ask("scontrol", "show", "job", long["whole"].number)
+    run("main_pretrain.py", *PRETRAIN, *SIX, "--output_dir", tmp_path, torchrun=2)
+    assert_same(weights(tmp_path / "checkpoint-5.pth"), whole)
+
+
+def test_srun_needs_no_torchrun(whole, tmp_path):
+    """Processes met on the machine that srun was typed on, where none of them is."""
+    words = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable]
+    code = "import os, launchers as l; print(*l.read_launcher(), os.environ['MASTER_ADDR'])"
+    assert sorted(ask(*words, "-c", code).splitlines()) == ["0 2 0 n1", "1 2 0 n1"]
+    words += [ROOT / "main_pretrain.py", *PRETRAIN, *SIX, "--output_dir", tmp_path]
+    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True)
+    assert_same(weights(tmp_path / "checkpoint-5.pth"), whole)
+
+
+def test_requeued_from_outside_before_it_could_save(long, whole):
+    """SLURM kills it KillWait seconds after its signal; an update takes longer."""
+    job = long["requeued"]
+    job.until_stuck()
+    ask("scontrol", "requeue", job.number)
+    assert_same(job.finish(), whole)
+    assert job.restarts() == 1
+    assert "asked to stop" not in job.said()
+    assert job.said().count("resumed from") == 1
+
+
+def test_cancelled_job_saves_and_stays_cancelled(place):
+    """It was asked to stop by the signal of a preemption, and came back from the dead."""
+    job = send(place, "submitit_pretrain.py", *PRETRAIN, *SIX, *SLOW, "0.1,9,0", *NODES)[0]
+    job.until(lambda: " step 2/" in job.said(), "updates")
+    ask("scancel", job.number)
+    job.until(lambda: "the scheduler has decided" in job.said(), "the end")
+    assert (job.end(), job.restarts()) == ("CANCELLED", 0)
+    said = int(re.search(r"asked to stop \(SIGTERM\) at update (\d+)", job.said())[1])
+    files = [torch.load(path, weights_only=True) for path in job.folder.glob("checkpoint-*.pth")]
+    assert max(file["state"]["updates"] for file in files) == said
+
+
+def test_signal_before_the_first_epoch_requeues_too(place):
+    job = send(place, "submitit_pretrain.py", *PRETRAIN, *SLOW, "9,1,0", *NODES)[0]
+    job.until(lambda: "effective batch" in job.said(), "a start")
+    ask("scancel", "--signal=USR2", job.number)
+    assert job.end() == "COMPLETED"
+    assert job.restarts() == 1
+    assert "asked to stop (SIGUSR2) outside of the epochs" in job.said()
+
+
+def test_array_runs_each_recipe_in_a_folder_of_its_own(place, whole, tmp_path):
+    for seed in (0, 5):
+        text = f"# toy\nscript: main_pretrain\nseed: {seed}\n"
+        (tmp_path / f"seed{seed}.yaml").write_text(text)
+    array = ["--array", f"{tmp_path}/seed0.yaml,{tmp_path}/seed5.yaml", *SIX, *NODES]
+    jobs = send(place, "submitit_pretrain.py", *PRETRAIN, *array)
+    assert [job.number[-2:] for job in jobs] == ["_0", "_1"]
+    same, other = (job.finish() for job in jobs)
+    assert_same(same, whole)
+    assert any(not torch.equal(other[name], value) for name, value in same.items())
+
+
+def test_each_job_of_an_array_requeues_itself(sweep, place):
+    """And without %j goes on in the folder that is named by its recipe."""
+    assert [job.end() for job in sweep] == ["COMPLETED"] * 2
+    assert all(job.restarts() > 0 for job in sweep)
+    assert all((place / "sweep" / f"s{seed}" / "checkpoint-0.pth").exists() for seed in (0, 5))
+
+
+def test_finetuning_waits_for_the_pretraining_and_is_followed_to_its_end(long, place):
+    before = long["whole"]
+    words = [*FINETUNE, "--batch_size", 3, "--finetune", before.folder, *NODES, "--follow"]
+    words += ["--dependency", f"afterok:{before.number}", "--job_dir", place / "%j"]
+    done = run("submitit_finetune.py", *words)
+    folder = place / re.search(r"job (\d+);", done.stdout)[1]
+    assert "epoch 2/2 done" in done.stdout
+    assert done.stdout.rstrip().endswith("COMPLETED")
+    assert [entry["epoch"] for entry in log(folder)] == [0, 1]
+
+
+def test_job_that_fails_is_followed_to_its_error(place):
+    words = [*PRETRAIN, "--batch_size", 40, *NODES, "--follow", "--job_dir", place / "%j"]
+    done = run("submitit_pretrain.py", *words, expect=1)
+    assert "FAILED" in done.stdout
+    assert "error [rank 0]: 26 training images, but one global batch takes 80" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_script_of_a_dry_run_is_one_that_sbatch_takes(cluster, tmp_path):
+    words = [*PRETRAIN, *NODES, "--job_dir", tmp_path / "%j", "--dry_run"]
+    (tmp_path / "a.sh").write_text(run("submitit_pretrain.py", *words).stdout)
+    before = ask("squeue", "-h", "-t", "all", "-o", "%i")
+    subprocess.run(["sbatch", "--test-only", tmp_path / "a.sh"], check=True, capture_output=True)
+    assert ask("squeue", "-h", "-t", "all", "-o", "%i") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.sh"]
+
+
+def test_what_slurm_refuses_is_one_line(cluster, tmp_path):
+    words = [*PRETRAIN, *NODES, "--partition", "nowhere", "--job_dir", tmp_path / "%j"]
+    done = run("submitit_pretrain.py", *words, expect=2)
+    assert "SLURM refused the job" in done.stderr
+    assert "invalid partition" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tenth_requeue_goes_on_too(long, tmp_path):
+    """submitit's own count ends after three; a pickle that each requeue wrote anew got lost."""
+    weights_of_job = long["ten times"].finish()
+    assert long["ten times"].restarts() >= 10
+    run("main_pretrain.py", *PRETRAIN, "--epochs", 3, "--output_dir", tmp_path)
+    assert_same(weights(tmp_path / "checkpoint-2.pth"), weights_of_job)
+
+
+def test_out_of_time_it_saves_and_goes_on_to_the_same_weights(long, whole):
+    job = long["out of time"]
+    assert_same(job.finish(), whole)
+    assert job.restarts() >= 1  # or in its second start too, on a busy machine
+    assert "asked to stop (SIGUSR2)" in job.said()
+
+
+def test_node_that_fails_costs_no_more_than_an_update(place, whole):
+    words = [*PRETRAIN, *SIX, *SLOW, "60,1,12", *NODES]
+    job = send(place, "submitit_pretrain.py", *words)[0]
+    job.until_stuck()
+    ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.until(lambda: job.restarts() == 1, "a restart")
+    ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert_same(job.finish(), whole)
+    assert "resumed from" in job.said()
