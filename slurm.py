@@ -56,16 +56,14 @@ class Trainer:
         main = importlib.import_module(self.module)
         try:
             utils.launch(main.main, self._flags(main, job.job_id))
-        except SystemExit as end:
+        except SystemExit as end:  # holds on to all of the run: see _leave
             if end.code != EXIT_REQUEUE:
                 raise
-        else:
-            return
-        try:
-            requeue(job)
-        except SystemExit as end:
-            atexit._run_exitfuncs()  # which give the folder free
-            _leave(end)
+            try:
+                requeue(job)
+            except SystemExit as last:
+                atexit._run_exitfuncs()  # they give the folder free
+                _leave(last)
 
     def _flags(self, main: Any, number: str) -> Any:
         """The main's own flags, for this job."""
@@ -124,9 +122,10 @@ def requeue(job: Any) -> NoReturn:
 
 
 def _leave(end: SystemExit) -> NoReturn:
-    """End now: to close a process group may need ranks that are elsewhere.
+    """End now, with nothing of the run let go of before.
 
-    And in torch 2.6 its last use waits for a thread that waits for the interpreter.
+    To close a process group may need ranks that are elsewhere, and whoever lets go of the last
+    use of one of gloo may wait for its thread, which waits for the interpreter.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -67,6 +68,9 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         sys.exit(130)
     finally:
         if dist.is_available() and dist.is_initialized():
+            # gloo's threads may wait for the interpreter to let go of their last tensors, and the
+            # end of a group waits for them without leaving it to them.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 

@@ -142,11 +142,18 @@ class Cluster:
             time.sleep(0.1)
 
     def _hurry(self) -> None:
-        """SLURM lets a job that was requeued wait for two minutes."""
+        """SLURM lets a job that was requeued wait for two minutes, here for two seconds.
+
+        Started in the second in which it was ended, it is taken for the one that was to end.
+        """
+        seen: dict[str, float] = {}
         while not self.over.wait(0.5):
-            for line in ask("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines():
-                if line.endswith("BeginTime"):
-                    ask("scontrol", "update", f"JobId={line.split()[0]}", "StartTime=now")
+            pending = ask("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines()
+            waiting = {line.split()[0] for line in pending if line.endswith("BeginTime")}
+            seen = {job: seen.get(job, time.monotonic()) for job in waiting}
+            for job, since in seen.items():
+                if time.monotonic() - since > 2:
+                    ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def __exit__(self, *exception: object) -> None:
         self.over.set()

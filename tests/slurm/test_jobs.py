@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -41,12 +42,17 @@ class Job:
         path = self.folder / f"{self.number}_0_log.{kind}"
         return path.read_text() if path.exists() else ""
 
+    def about(self) -> str:
+        shown = ask("scontrol", "show", "job", self.number)
+        log = Path(os.environ["SLURM_CONF"]).with_name("ctld.log").read_text()
+        lines = [line for line in log.splitlines() if f"JobId={self.number}" in line]
+        return "\n".join([shown, *lines[-40:], self.said(), self.said("err")])
+
     def until(self, ready: Callable[[], object], what: str, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > end:
-                shown = ask("scontrol", "show", "job", self.number)
-                pytest.fail(f"never: {what}\n{shown}\n{self.said()}\n{self.said('err')}")
+                pytest.fail(f"never: {what}\n{self.about()}")
             time.sleep(0.2)
 
     def until_stuck(self) -> None:
@@ -60,7 +66,7 @@ class Job:
 
     def finish(self) -> dict[str, torch.Tensor]:
         """The weights of the job's last checkpoint."""
-        assert self.end() == "COMPLETED", f"{self.said()}\n{self.said('err')}"
+        assert self.end() == "COMPLETED", self.about()
         return weights(max(self.folder.glob("checkpoint-?.pth")))
 
 
