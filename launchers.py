@@ -40,7 +40,7 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
         env.setdefault("MASTER_ADDR", first_host(nodes))
         step = int(env.get("SLURM_STEP_ID", "0"))
-        env.setdefault("MASTER_PORT", _port(int(env["SLURM_JOB_ID"]) + 7919 * step))
+        env.setdefault("MASTER_PORT", port_of(int(env["SLURM_JOB_ID"]) + 7919 * step))
     else:
         return None
     rank, size, local = (int(env[name]) for name in names)
@@ -61,11 +61,11 @@ def _meet_by_mpirun(env: MutableMapping[str, str]) -> None:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
     elif "SLURM_JOB_NODELIST" in env:
         env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
-    env.setdefault("MASTER_PORT", _port(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
+    env.setdefault("MASTER_PORT", port_of(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
 
 
-def _port(number: int) -> str:
-    """The same for all processes of a job, and seldom that of another job on their machines."""
+def port_of(number: int) -> str:
+    """Where they meet: the same for all processes of a job, and seldom that of another job."""
     return str(FIRST_PORT + number % PORTS)
 
 

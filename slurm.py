@@ -16,10 +16,12 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import launchers
 from errors import EXIT_REQUEUE
 
 JOB_NUMBER = "%j"
@@ -50,6 +52,8 @@ class Trainer:
         # Which GPU is a rank's, the main knows; SLURM may have numbered them otherwise.
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
+        # submitit's port may be one that the system has given to a connection.
+        os.environ["MASTER_PORT"] = launchers.port_of(zlib.crc32(job.job_id.encode()))
         sys.argv = [f"{self.module}.py"]  # whose errors the log shows
         import utils
 

@@ -100,7 +100,7 @@ ALLOWED = {
     "flags": set(),
     "configs": {"flags"},
     "options": {"flags", "configs"},
-    "slurm": {"errors", "utils"},
+    "slurm": {"errors", "launchers", "utils"},
     "submission": {"errors", "configs", "options", "slurm"},
     "models.tune": L0 | {"flags"},
     "models.kernels": set(),

@@ -127,7 +127,8 @@ def test_srun_needs_no_torchrun(whole, tmp_path):
     code = "import os, launchers as l; print(*l.read_launcher(), os.environ['MASTER_ADDR'])"
     assert sorted(ask(*words, "-c", code).splitlines()) == ["0 2 0 n1", "1 2 0 n1"]
     words += [ROOT / "main_pretrain.py", *PRETRAIN, *SIX, "--output_dir", tmp_path]
-    subprocess.run(list(map(str, words)), cwd=ROOT, check=True, capture_output=True)
+    one = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has it
+    subprocess.run(list(map(str, words)), cwd=ROOT, env=one, check=True, capture_output=True)
     assert_same(weights(tmp_path / "checkpoint-5.pth"), whole)
 
 
