@@ -340,6 +340,7 @@ def test_tensorboard_goes_on_when_its_folder_is_back(tmp_path, log):
         if epoch == 3:
             assert not folder.exists()  # nor was it made anew
             gone.rename(folder)
+            time.sleep(1.1)  # TensorBoard sorts files by their second, then as text: 10 before 9
         for _ in range(10):
             state.updates += 1
             reporter._tell("on_log", RECORD, state)
