@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -136,6 +137,8 @@ class Writer:
             raise OSError(problem)
 
     def _run(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             write(content)
             self.done += 1
