@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
-import itertools
 import logging
 import os
 import pickle
 import re
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PosixPath
@@ -30,16 +28,9 @@ from sources import KINDS, WEIGHTS, locate
 
 # The official mains and submitit keep their flags so; neither can do anything.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
-RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go on from it
-# Flags without which it is not the same run, and those that are nobody's affair.
-FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
-FIXED += ("decoder_depth", "decoder_embed_dim")
-LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
-LOCAL += ("local_rank", "world_size", "dist_url", "progress", "dry_run")
 GROUP_STATE = ("step", "lookahead_step", "k")  # what optimizers count in a group, not in a state
 
 
-ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, seconds between them
 MARK = b"sha256 of all before: "  # ends a checkpoint, as the comment of its zip archive
 
 
@@ -198,68 +189,6 @@ def _rotate(folder: Path, newest: Path, keep: int, source: str) -> None:
             path.unlink()
 
 
-def choose_checkpoint(
-    folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
-) -> str:
-    """The file that a run goes on from: the newest readable one, else `resume`, '' for none.
-
-    rename: what is damaged, so that nobody tries it again.
-    """
-    paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
-    if paths and not auto_resume:
-        raise UserError(
-            f"--auto_resume false, but {folder} holds {paths[0].name}: a new run would mix with "
-            "that one; choose another --output_dir or move its files away"
-        )
-    reasons: dict[Path, str] = {}
-    good = next((path for path in paths if not _note_fault(path, reasons)), None)
-    if paths and good is None and not resume:
-        raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be used, the newest since "
-            f"{reasons[paths[0]]}; choose another --output_dir, or move them away to start anew"
-        )
-    for path, reason in reasons.items():
-        aside = f"; it is now called {_set_aside(path).name}" if rename else ""
-        logging.getLogger("convnextv2").warning("%s%s, trying the one before", reason, aside)
-    return str(good) if good else resume
-
-
-def _note_fault(path: Path, reasons: dict[Path, str]) -> bool:
-    """Whether a run cannot go on from what should be its checkpoint; the reason goes there.
-
-    A disk that does not answer is no fault of the file: it is asked again, then that is an error.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            if not has_seal(path):
-                raise UserError(
-                    f"checkpoint {path} has no checksum at its end: truncated, or foreign"
-                )
-            content = read_checkpoint(path)
-            absent = [key for key in RUN if key not in content]
-            if absent:
-                raise UserError(f"checkpoint {path} has no {', '.join(absent)}")
-        except UserError as error:
-            reasons[path] = str(error)
-        except OSError as error:
-            if attempt + 1 == ATTEMPTS:
-                raise UserError(
-                    f"checkpoint {path} cannot be read now ({error}); try again"
-                ) from error
-            time.sleep(PAUSE)
-            continue
-        break
-    return path in reasons
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nobody tries it again and nothing is lost."""
-    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
-    aside = next(name for name in names if not name.exists())
-    os.rename(path, aside)
-    return aside
-
-
 def find_checkpoint(folder: Path, average: bool = False) -> Path:
     """What to use of a run's folder: the best, else the newest; or a hub's weights.
 
@@ -354,29 +283,6 @@ def _unpickle(path: Path) -> Any:
             if "mmap can only be used" not in str(error):  # files of before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def compare_args(
-    saved: Mapping[str, Any], given: Mapping[str, Any], source: str, within: bool = False
-) -> list[str]:
-    """`--lr 0.1 -> 0.2` for each flag that changed; UserError where a run cannot go on with it.
-
-    within: an epoch, whose order depends on the seed.
-    """
-    told, fixed = [], FIXED + ("seed",) * within
-    for name, now in given.items():
-        before = saved.get(name, now)
-        if name == "model":  # of which either name will do
-            before, now = (str(value).removeprefix("fcmae_") for value in (before, now))
-        if before == now or name in LOCAL:
-            continue
-        if name in fixed:
-            raise UserError(
-                f"{source} was made with --{name} {before} and cannot go on with {now}: give what "
-                "it had, or another --output_dir; --finetune starts from its weights alone"
-            )
-        told.append(f"--{name} {before} -> {now}")
-    return told
 
 
 def load_weights(

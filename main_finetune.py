@@ -23,6 +23,7 @@ import datasets
 import dry_run
 import hooks
 import models
+import resume
 import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         return evaluate_checkpoint(args, device, amp)
     processes = utils.get_world_size()
     folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
-    start = utils.find_start(
+    start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
     update_freq = choose_update_freq(
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 7. resume --------------------------------------------------------------------------
     parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
     load = partial(load, model_ema and model_ema.module)
-    state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
+    state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(train_set))
     about = {"args": vars(args), "classes": datasets.class_map(train_set)}
     about |= {"keep": args.save_ckpt_num, "source": args.resume}

@@ -20,6 +20,7 @@ import datasets
 import dry_run
 import hooks
 import models
+import resume
 import utils
 import visualize
 from engine_pretrain import train_one_epoch
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     make_deterministic(args.deterministic, device)
     processes = utils.get_world_size()
     folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
-    start = utils.find_start(
+    start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
     update_freq = choose_update_freq(
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 7. resume --------------------------------------------------------------------------
     parts = (fcmae, optimizer, stepper.scaler)
     load = partial(load_pretrained, fcmae, sha256=args.sha256)
-    state = utils.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
+    state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(dataset))
     about = {"args": vars(args), "keep": args.save_ckpt_num, "source": args.resume}
     save = partial(utils.save_model, folder, *parts, **about)

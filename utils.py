@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (
-    RUN,
-    choose_checkpoint,
-    compare_args,
-    read_checkpoint,
-    restore_run,
-    write_checkpoints,
-)
+from checkpoint import write_checkpoints
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from launchers import read_launcher
 
@@ -334,92 +327,3 @@ def save_model(
     which = {"numbered": numbered, "improved": list(improved), "keep": keep, "source": source}
     write = partial(write_checkpoints, folder, **which)
     writer(content, write) if writer is not None else write(content)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run goes on from: nothing, a run of this toolkit, or weights alone."""
-
-    source: str = ""
-    checkpoint: Any = None
-    as_weights: bool = False  # of another kind of run, or of an average that somebody asked for
-
-    @property
-    def is_run(self) -> bool:
-        """Whether there is more than weights."""
-        return bool(self.source) and not self.absent() and not self.as_weights
-
-    @property
-    def effective_batch(self) -> int:
-        """Images in an update of the run; 0 where there was none."""
-        return self.checkpoint["state"].get("effective_batch", 0) if self.is_run else 0
-
-    def absent(self) -> list[str]:
-        """What a run has and this has not."""
-        holds = self.checkpoint if isinstance(self.checkpoint, dict) else {}
-        return [key for key in RUN if key not in holds]
-
-
-def find_start(
-    folder: Path | None,
-    resume: str = "",
-    auto_resume: bool = True,
-    sha256: str = "",
-    args: Mapping[str, Any] | None = None,
-    rename: bool = True,
-) -> Start:
-    """The newest readable checkpoint of `folder`, else `resume`, read on every rank.
-
-    A damaged newest file is passed over with a warning; if none can be read that is an error.
-    `resume` is where a run starts: what the run has since saved itself wins. args: the flags now;
-    what they change of the run's is told, or refused. rename: damaged files, out of the way.
-    """
-    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
-    if not source:
-        return Start()
-    named = source == resume  # what lies in the folder is checked already
-    expected = sha256 if named else ""
-    start = Start(
-        source, main_process_first(lambda: read_checkpoint(source, expected, check=named))
-    )
-    if args is not None and start.is_run and named:
-        was_pretraining = "mask_ratio" in start.checkpoint.get("args", {})
-        other = was_pretraining != ("mask_ratio" in args) or args.get("use_ema", False)
-        start = replace(start, as_weights=other)
-    if args is not None and start.is_run:
-        within = start.checkpoint["state"].get("seen", 0) > 0
-        for change in compare_args(start.checkpoint.get("args", {}), args, source, within):
-            get_logger().warning("%s: changed since, %s", source, change)
-    if source != resume and start.absent():
-        raise UserError(f"{source} has no {', '.join(start.absent())}: it is no run to go on with")
-    return start
-
-
-def auto_load_model(
-    start: Start,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any = None,
-    model_ema: nn.Module | None = None,
-    *,
-    load: Callable[[str], Any] | None = None,
-    fresh: int = 0,
-) -> TrainState:
-    """Continue a run from what `find_start` found, or begin one at epoch `fresh`.
-
-    load: what loads weights that are no run, and their average; without it they are an error.
-    """
-    log, source, absent = get_logger(), start.source, start.absent()
-    if not source:
-        return TrainState(fresh)
-    if absent and load is None:
-        raise UserError(f"{source} has no {', '.join(absent)}: it is no run to go on with")
-    if not start.is_run:
-        why = f"it has no {' and '.join(absent)}" if absent else "no run to go on with here"
-        log.warning("%s: %s; training starts from its weights, at epoch %d", source, why, fresh)
-        load(source)
-        return TrainState(fresh)
-    restore_run(start.checkpoint, source, model, optimizer, scaler, model_ema)
-    state = TrainState(**start.checkpoint["state"])
-    log.info("resumed from %s: epoch %d, update %d", source, state.epoch, state.updates)
-    return state

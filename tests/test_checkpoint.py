@@ -27,7 +27,8 @@ from checkpoint import (
     write_atomically,
 )
 from errors import UserError
-from utils import TrainState, auto_load_model, find_start, save_model
+from resume import auto_load_model, find_start
+from utils import TrainState, save_model
 
 
 class Run:

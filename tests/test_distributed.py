@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hooks
 import lock
+import resume
 import utils
 from batches import Batches
 from data_pipeline import Augmented, EvalSampler, create_eval_transform, create_loader
@@ -202,7 +203,7 @@ def ranks_resume(rank: int, folder: Path) -> dict:
     utils.barrier()
     model = toy(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    state = utils.auto_load_model(utils.find_start(folder / "run-0"), model, optimizer)
+    state = resume.auto_load_model(resume.find_start(folder / "run-0"), model, optimizer)
     return {"state": (state.epoch, state.updates), "head": model.head.weight.detach()}
 
 
@@ -212,7 +213,7 @@ def ranks_refuse(rank: int, folder: Path) -> str:
     (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
     utils.barrier()
     with pytest.raises(UserError) as caught:
-        utils.find_start(folder / "mixed", auto_resume=False)
+        resume.find_start(folder / "mixed", auto_resume=False)
     return str(caught.value)
 
 

@@ -17,8 +17,6 @@ import torch
 
 from benchmarks import chaos
 from checkpoint import (
-    choose_checkpoint,
-    compare_args,
     has_seal,
     read_checkpoint,
     write_atomically,
@@ -26,6 +24,7 @@ from checkpoint import (
 from errors import Preempted, TrainingStopped, UserError
 from keeper import Keeper, Writer
 from meters import Means
+from resume import choose_checkpoint, compare_args
 from tests.test_checkpoint import Run, names
 from tests.test_keeper import Quiet, drive, wait_for
 from utils import TrainState, save_model
@@ -330,9 +329,9 @@ def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
         tries.append(path)
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr("checkpoint.PAUSE", 0.0)
+    monkeypatch.setattr("resume.PAUSE", 0.0)
     with monkeypatch.context() as broken:
-        broken.setattr("checkpoint.has_seal", stale)
+        broken.setattr("resume.has_seal", stale)
         with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
             choose_checkpoint(tmp_path, "", True)
     assert len(tries) == 3
