@@ -52,15 +52,16 @@ def train_one_epoch(
     means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
     compute = partial(supervised_loss, criterion, mixup, seed)
     stepper.begin_epoch(len(batches))
-    guard.begin_epoch(state, lambda *batch: compute(*batch)[0])
+    guard.begin_epoch(state, lambda *about: compute(*about)[0])
     # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
     lr = schedule.apply(state.updates - 1) if state.seen else 0.0
     taken = 0  # images of the group
-    for images, labels, ids in batches:
+    for batch in batches:
+        images, labels, ids = batch
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
         with stepper.micro_batch():
-            loss, logits = compute(model, images, labels, ids, state.updates, stepper.micro)
+            loss, logits = compute(model, batch, state.updates, stepper.micro)
         update = stepper.step(loss, ids)
 
         means.update(len(images), loss=loss.detach())
@@ -85,9 +86,7 @@ def supervised_loss(
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     seed: int,
     network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    ids: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor],
     update: int,
     micro: int,
 ) -> tuple[Tensor, Tensor]:
@@ -96,9 +95,9 @@ def supervised_loss(
     `mixup` changes the images in place.
     """
     seed_all(seed, update, micro, utils.get_rank())
-    targets = labels
+    images, targets, _ = batch
     if mixup is not None:
-        images, targets = mixup(images, labels)
+        images, targets = mixup(images, targets)
     logits = network(images)
     return criterion(logits.float(), targets), logits
 

@@ -47,11 +47,12 @@ def train_one_epoch(
     # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
     lr = schedule.apply(state.updates - 1) if state.seen else 0.0
     taken = 0  # images of the group
-    for images, labels, ids in batches:
+    for batch in batches:
+        images, _, ids = batch
         if stepper.micro == 0:
             lr = schedule.apply(state.updates)
         with stepper.micro_batch():
-            loss = compute(model, images, labels, ids, state.updates, stepper.micro)
+            loss = compute(model, batch, state.updates, stepper.micro)
         update = stepper.step(loss, ids)
 
         means.update(len(images), loss=loss.detach())
@@ -71,9 +72,7 @@ def masked_loss(
     seed: int,
     epoch: int,
     network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    ids: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor],
     update: int,
     micro: int,
 ) -> Tensor:
@@ -81,6 +80,7 @@ def masked_loss(
 
     A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
     """
+    images, _, ids = batch
     h, w = fcmae.grid_size(*images.shape[-2:])
     visible = visible_patches(h * w, fcmae.mask_ratio)
     mask = random_mask(hash_noise(seed, epoch, ids, h * w), visible)

@@ -32,7 +32,7 @@ REMEDY = (
     "raise --max_bad_steps"
 )
 
-Compute = Callable[..., Tensor]  # (network, images, labels, ids, update, micro) -> loss
+Compute = Callable[..., Tensor]  # (network, batch, update, micro) -> loss
 
 
 class Guard:
@@ -166,7 +166,7 @@ class Guard:
                 bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
                 if bad.any():
                     return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}
-                compute = partial(self._loss, network, *batch, update, micro)
+                compute = partial(self._loss, network, batch, update, micro)
                 if found := first_not_finite(network, compute):
                     return {"first_not_finite": found}
         except Exception as error:  # no memory perhaps: to look must not end the run
