@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import math
 import multiprocessing
 import os
 import re
@@ -28,7 +29,7 @@ from checkpoint import write_atomically
 from errors import Preempted, TrainingStopped, UserError
 from utils import all_gather, get_logger, is_main_process
 
-LOOKS = 4  # at the processes within --data_timeout
+LOOKS, LOOK = 4, 5.0  # at the processes within --data_timeout; at most these seconds apart
 IDLE = -1  # in place of a sample
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)")
 REMEDY = (
@@ -72,12 +73,22 @@ class Watch:
         self.table = torch.tensor([[0.0, IDLE, 0.0]] * workers, dtype=torch.float64)
         self.table.share_memory_()
         self.seconds, self.name_of = seconds, name_of
-        self.idle_looks = 0
+        self.idle_since = math.inf
 
-    def over(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """What `batches` gives."""
+    def over(self, batches: Any) -> Iterator[Any]:
+        """What `batches`, torch's iterator, gives."""
+        # Looks are for hanging processes, and for dead ones: a SIGCHLD that comes just before the
+        # wait begins does not end it. Between epochs a process may take its time to answer.
+        batches._timeout = min(LOOK, self.seconds / LOOKS)
+        try:
+            yield from self._each(batches)
+        finally:
+            batches._timeout = self.seconds
+
+    def _each(self, batches: Any) -> Iterator[Any]:
         end = object()
         while True:
+            self.idle_since = math.inf
             try:
                 batch = next(batches, end)
             except RuntimeError as error:
@@ -90,7 +101,6 @@ class Watch:
                 raise
             if batch is end:
                 return
-            self.idle_looks = 0
             yield batch
 
     def explain(self, error: RuntimeError) -> None:
@@ -123,8 +133,8 @@ class Watch:
         rows, now = self.table.tolist(), time.monotonic()
         busy = [row for row in rows if row[1] != IDLE]
         late = [row for row in busy if now - row[2] >= self.seconds]
-        self.idle_looks = 0 if busy else self.idle_looks + 1
-        if not late and self.idle_looks < LOOKS:
+        self.idle_since = math.inf if busy else min(self.idle_since, now)
+        if not late and now - self.idle_since < self.seconds:
             return True
         _end([int(pid) for pid, _, _ in late])
         held = [f"{self.name_of(int(i))} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
@@ -197,7 +207,7 @@ class WatchedLoader(DataLoader):
             self.watch = Watch(num_workers, seconds, name_of)
             dataset = Watched(dataset, self.watch.table)
             options["worker_init_fn"] = _Start(start, self.watch.table)
-            options["timeout"] = seconds / LOOKS
+            options["timeout"] = seconds
         super().__init__(dataset, num_workers=num_workers, **options)
 
     def __iter__(self) -> Iterator[Any]:
@@ -206,13 +216,14 @@ class WatchedLoader(DataLoader):
         others = multiprocessing.active_children()
         try:
             batches = super().__iter__()
-        except RuntimeError as error:  # at the next epoch of processes that live on
+            _listen(self.watch)
+        except RuntimeError as error:  # in the first moments, or at the next epoch
             self.watch.explain(error)
             raise
-        _listen(self.watch)
-        STARTED.update(set(multiprocessing.active_children()).difference(others))
-        atexit.unregister(_end_all)  # the last that is registered is the first that is called,
-        atexit.register(_end_all)  # before torch gives each process 5 seconds
+        finally:
+            STARTED.update(set(multiprocessing.active_children()).difference(others))
+            atexit.unregister(_end_all)  # the last that is registered is the first that is called,
+            atexit.register(_end_all)  # before torch gives each process 5 seconds
         return self.watch.over(batches)
 
 

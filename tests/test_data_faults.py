@@ -488,6 +488,29 @@ def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
     assert "--num_workers" in held
 
 
+@pytest.mark.parametrize("seconds", [0, 1800])
+def test_death_is_noticed_without_its_signal(handler, seconds):
+    """One that came just before the wait began did not end it: the run stood for 450 seconds."""
+    batches = batches_of(Augmented(Slow(0.5), to_tensor, 0), 1, size=3, timeout=seconds)
+    start, waiting = time.monotonic(), iter(batches)
+    next(waiting)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    os.kill(int(batches.loader.watch.table[0, 0]), signal.SIGKILL)
+    with pytest.raises(TrainingStopped, match="exited unexpectedly; it held image"):
+        next(waiting)
+    assert time.monotonic() - start < 30
+
+
+class Scripted:
+    """An iterator that takes an attribute, as torch's does."""
+
+    def __init__(self, parts: Iterator[object]) -> None:
+        self.parts = parts
+
+    def __next__(self) -> object:
+        return next(self.parts)
+
+
 def test_batch_that_a_dead_process_still_held_is_no_bare_connection_error(handler):
     """The batch came, but its pixels had to be fetched from the process that had died since."""
     batches = batches_of(Augmented(Slow(0), to_tensor, 0), 1)
@@ -501,9 +524,9 @@ def test_batch_that_a_dead_process_still_held_is_no_bare_connection_error(handle
         raise ConnectionResetError("reset by peer")
 
     with pytest.raises(TrainingStopped, match=r"loader process \(pid [0-9]+\) died; it held "):
-        list(watch.over(broken()))
+        list(watch.over(Scripted(broken())))
     with pytest.raises(OSError, match="disk"):
-        list(Watch(1, 0, str).over(fails(OSError("disk"))))
+        list(Watch(1, 0, str).over(Scripted(fails(OSError("disk")))))
 
 
 def fails(error: Exception) -> Iterator[object]:
