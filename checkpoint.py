@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+import sharding
 from errors import UserError, some
 from sources import KINDS, WEIGHTS, locate
 
@@ -312,13 +313,13 @@ def load_weights(
             f"{source} does not fit {type(model).__name__}: {told}; "
             "check --model and the flags that shape it (--stem_stride, --in_chans, --decoder_*)"
         )
-    model.load_state_dict(weights, strict=False)
+    sharding.load_weights(model, weights)
     return missing
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -> None:
     """Restore the moments; learning rate, decay and betas stay as the flags set them now."""
-    name = type(optimizer).__name__
+    name = type(sharding.own_part(optimizer)).__name__
     if saved.get("name", name) != name:
         raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
     kept = GROUP_STATE + ("params",)
@@ -330,7 +331,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -
             f"{source}: its optimizer has parameter groups of {theirs} tensors, this run has "
             f"{ours}; resume with the same --layer_decay, --layer_decay_type and --weight_decay"
         )
-    optimizer.load_state_dict(saved)
+    sharding.load_optimizer(optimizer, saved)
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
 

@@ -102,7 +102,7 @@ def check_run(
         fixed = args.compile or args.cuda_graphs
         size = check_memory(report, trial, args.batch_size, unit, fixed)
         rate = size and measure_speed(report, trial, state, size, args.num_workers, sound)
-        passes = 1 + bool(vars(args).get("model_ema_eval")) if val_batches else 0
+        passes = 1 + bool(vars(args).get("model_ema_eval")) if val_batches is not None else 0
         judging = 0.0
         if rate and passes:
             shared = processes() if args.dist_eval else 1
@@ -111,7 +111,7 @@ def check_run(
         if bad:
             report.fault(bad)
         if folder and args.save_ckpt and size:
-            check_disk(report, args, folder, state, save, bool(val_batches))
+            check_disk(report, args, folder, state, save, val_batches is not None)
         if rate:
             left = args.epochs - state.epoch - state.seen / len(batches.loader.dataset)
             epoch = len(batches) * args.batch_size * processes() / rate + judging

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sharding
 import utils
 from datasets import Batches
 from errors import UserError, some
@@ -102,7 +103,7 @@ def supervised_loss(
     return criterion(logits.float(), targets), logits
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what fsdp gathers in inference mode could not be trained with any more
 def evaluate(
     batches: Batches, model: nn.Module, device: torch.device, amp: str
 ) -> dict[str, float]:
@@ -112,12 +113,14 @@ def evaluate(
     """
     model.eval()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
-    for images, labels, _ in batches:
-        with autocast(device, amp):
-            logits = model(images)
-        logits = logits.float()
-        acc1, acc5 = accuracy(logits, labels, (1, 5))
-        means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
+    sharding.broadcast_buffers(model)
+    with sharding.whole_weights(model):
+        for images, labels, _ in batches:
+            with autocast(device, amp):
+                logits = model(images)
+            logits = logits.float()
+            acc1, acc5 = accuracy(logits, labels, (1, 5))
+            means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
     stats = means.read()
     if math.isnan(stats["acc1"]):  # there was not a single image, on any rank
         raise UserError(

@@ -271,6 +271,23 @@ FLAGS: dict[str, tuple] = {
         ("--max_save_failures", WHOLE, 5, "saves in a row that may fail before the run stops"),
         ("--save_ckpt_num", COUNT, 3, "how many of the newest to keep"),
     ),
+    "many processes": (
+        (
+            "--shard",
+            ("ddp", "zero1", "fsdp"),
+            "ddp",
+            "what each process keeps: everything; its share of the optimizer's moments; its share "
+            "of weights, gradients and moments",
+        ),
+        ("--grad_compression", ("none", "bf16"), "none", "how gradients travel between processes"),
+        (
+            "--sync_bn",
+            str2bool,
+            False,
+            "take BatchNorm's statistics over all GPUs",
+        ),
+        ("--sync_bn_group", WHOLE, 0, "how many neighbouring processes share them; 0: all"),
+    ),
     "processes (set by launchers)": (
         ("--world_size", COUNT, 1, "if not 1, must agree with the launcher"),
         ("--local_rank --local-rank", "int [-1, inf)", -1, "number of this process on its node"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sharding
 from checkpoint import write_atomically
 from keeper import snapshot
 from stepper import Fault, Stepper, autocast
@@ -61,7 +62,7 @@ class Guard:
         every: int | None = None,
     ) -> None:
         self.stepper, self.batches, self.folder = stepper, batches, folder
-        self.parts = [part for part in parts if part is not None]
+        self.parts = [sharding.own_part(part) for part in parts if part is not None]
         self.max_bad_steps, self.every = max_bad_steps, every
         self.kept: list[Any] = []
         self.returns, self.returned_at = 0, 0  # how often with less than `every` updates between
@@ -142,7 +143,8 @@ class Guard:
         for number, fault in enumerate(faults):
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in fault.ids]}
             if number < RUN_AGAIN and self.batches is not None:
-                mine |= self._run_again(state, fault)
+                with sharding.whole_weights(self.parts[0]):
+                    mine |= self._run_again(state, fault)
             entry = {"epoch": state.epoch, "update": state.updates + 1 - fault.ago}
             entry |= {"fault": str(fault), "loss": _number(fault.loss)}
             entry |= {"usual_loss": _number(fault.usual_loss)}

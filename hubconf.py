@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path as _Path
 
-OWN = ("models", "checkpoint", "errors", "flags", "launchers", "sources", "utils")  # imported here
+OWN = ("models", "checkpoint", "errors", "flags", "launchers", "sharding", "sources", "utils")
 _HERE = _Path(__file__).resolve().parent
 for _name in OWN:
     _other = getattr(sys.modules.get(_name), "__file__", None)

@@ -23,7 +23,14 @@ import torch.distributed as dist
 
 import lock
 from errors import Preempted, TrainingStopped, UserError
-from utils import WAIT_FOR_RANKS, TrainState, from_main_process, get_logger, get_world_size
+from utils import (
+    WAIT_FOR_RANKS,
+    TrainState,
+    broadcast,
+    from_main_process,
+    get_logger,
+    get_world_size,
+)
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 RETRY = 60.0  # seconds after which a save that failed is tried again
@@ -265,7 +272,7 @@ class Keeper:
             if attempt:
                 time.sleep(PAUSE)
             state.best = dict(best)
-            problem, of_disk, done = from_main_process(lambda: self._try(state, options))
+            problem, of_disk, done = broadcast(self._try(state, options))
             state.best = dict(self.written) if problem else state.best
             self._note(problem, done, of_disk)
             if ends and not problem:

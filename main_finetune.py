@@ -24,6 +24,7 @@ import dry_run
 import hooks
 import models
 import resume
+import sharding
 import utils
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
     if args.recipe:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
+    sharing = sharding.build_sharing(args, device, amp)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     if args.eval:
@@ -78,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     bare = models.build_classifier(args, nb_classes).to(device)
+    bare = sharding.sync_batch_norm(bare, args)
     n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
 
     # --- 4. weights -------------------------------------------------------------------------
@@ -91,9 +94,11 @@ def main(args: argparse.Namespace) -> None:
     model_ema = build_ema(args, bare)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
+    sharing.spread(bare, model_ema and model_ema.module)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
-    optimizer = build_optimizer(args, bare, lr, args.layer_decay, args.layer_decay_type)
+    decay = args.layer_decay, args.layer_decay_type
+    optimizer = build_optimizer(args, bare, lr, *decay, sharing.mode)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     # Mixed labels are smoothed by mixup itself.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
@@ -106,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cuda_graphs:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         called = Graphed(bare, device, amp, [shape])
-    model = utils.wrap(called, device)
+    model = sharing.wrap(called)
     stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
@@ -118,18 +123,9 @@ def main(args: argparse.Namespace) -> None:
     about |= {"keep": args.save_ckpt_num, "source": args.resume}
     save = partial(utils.save_model, folder, *parts, **about)
     guard = build_guard(args, stepper, parts, batches, folder)
-    train_epoch = partial(
-        train_one_epoch,
-        model,
-        bare,
-        criterion,
-        stepper=stepper,
-        schedule=schedule,
-        guard=guard,
-        seed=args.seed,
-        mixup=mixup,
-        model_ema=model_ema,
-    )
+    about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
+    about |= {"mixup": mixup, "model_ema": model_ema}
+    train_epoch = partial(train_one_epoch, model, bare, criterion, **about)
     if args.dry_run:
         return dry_run.check_run(
             *(args, folder, start.source, state, batches, stepper, schedule, train_epoch, save),
@@ -147,10 +143,10 @@ def main(args: argparse.Namespace) -> None:
             train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
             state.end_epoch()
             stats = {f"train_{key}": value for key, value in train.items()}
-            if val_batches:
+            if val_set:  # not its batches, of which this process may have none
                 test = evaluate(val_batches, bare, device, amp)
                 stats |= {f"test_{key}": value for key, value in test.items()}
-            if val_batches and args.model_ema_eval:
+            if val_set and args.model_ema_eval:
                 test = evaluate(val_batches, on_device(model_ema.module, device), device, amp)
                 stats |= {f"test_{key}_ema": value for key, value in test.items()}
             bad_images.write()

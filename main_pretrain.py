@@ -21,6 +21,7 @@ import dry_run
 import hooks
 import models
 import resume
+import sharding
 import utils
 import visualize
 from engine_pretrain import train_one_epoch
@@ -39,7 +40,7 @@ from optim_factory import (
     scale_lr,
 )
 from randomness import make_deterministic, seed_all
-from stepper import Stepper, choose_amp
+from stepper import Stepper, autocast, choose_amp
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
     if args.recipe:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
+    sharing = sharding.build_sharing(args, device, amp)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     processes = utils.get_world_size()
@@ -72,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     fcmae = models.build_fcmae(args).to(device)
+    fcmae = sharding.sync_batch_norm(fcmae, args)
     h, w = fcmae.grid_size(*args.input_size)
     visible = visible_patches(h * w, args.mask_ratio)
     n_parameters = hooks.log_cost(fcmae, args.in_chans, args.input_size, device)
@@ -81,9 +84,10 @@ def main(args: argparse.Namespace) -> None:
     # Pre-training starts from random weights, or from what --resume names: step 7.
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
+    sharing.spread(fcmae)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
-    optimizer = build_optimizer(args, fcmae, lr)
+    optimizer = build_optimizer(args, fcmae, lr, shard=sharing.mode)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
@@ -94,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cuda_graphs:
         shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
         called = Graphed(fcmae, device, amp, shapes, visible)
-    model = utils.wrap(called, device)
+    model = sharing.wrap(called)
     stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
@@ -112,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
             args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
         )
     panel = args.picture_freq and visualize.build_panel(dataset.dataset, fcmae, args, device)
+    mean_and_std = datasets.build_mean_and_std(args)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
@@ -128,9 +133,9 @@ def main(args: argparse.Namespace) -> None:
             stats = {f"train_{key}": value for key, value in train.items()}
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
             drawn = panel and (last or state.epoch % args.picture_freq == 0)
-            if drawn and utils.is_main_process():
-                mean_and_std = datasets.build_mean_and_std(args)
-                pictures = visualize.reconstructions(fcmae, *panel, *mean_and_std)
+            if drawn:
+                with sharding.whole_weights(fcmae), autocast(device, amp):
+                    pictures = visualize.reconstructions(fcmae, *panel, *mean_and_std)
                 reporter.picture("reconstructions", visualize.grid(pictures))
             keeper.end_epoch(state, last=last)
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import sharding
 from errors import UserError, resolve
 from utils import get_logger
 
@@ -147,11 +149,12 @@ def create_optimizer(
     opt_eps: float | None = None,
     opt_betas: Sequence[float] | None = None,
     momentum: float = 0.9,
+    shard: str = "ddp",
 ) -> torch.optim.Optimizer:
     """Any of timm's optimizers by name, over `get_parameter_groups`.
 
     lr is the peak of the schedule. opt_eps and opt_betas replace the optimizer's own where given;
-    an optimizer that does not have them is an error.
+    an optimizer that does not have them is an error. shard: `sharding.Sharing.mode`.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
@@ -165,12 +168,16 @@ def create_optimizer(
     given = {key: value for key, value in given.items() if value is not None}
     kind = get_optimizer_class(name, bind_defaults=False)
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
+    in_one_kernel &= shard != "fsdp" or name.startswith("adam")  # torch spreads no other one
     fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
+    options = {"opt": opt, "lr": lr, "momentum": momentum, **given, **fused}
     try:
-        optimizer = create_optimizer_v2(groups, opt=opt, lr=lr, momentum=momentum, **given, **fused)
+        optimizer = sharding.build(partial(create_optimizer_v2, **options), groups, lr, shard)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
-    for key in given.keys() - optimizer.defaults.keys():  # timm leaves out what does not fit
+    for key in (
+        given.keys() - sharding.own_part(optimizer).defaults.keys()
+    ):  # timm leaves out what does not fit
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     return optimizer
 
@@ -237,7 +244,12 @@ class Schedule:
 
 
 def build_optimizer(
-    args: Any, model: nn.Module, lr: float, layer_decay: float = 1.0, kind: str = "single"
+    args: Any,
+    model: nn.Module,
+    lr: float,
+    layer_decay: float = 1.0,
+    kind: str = "single",
+    shard: str = "ddp",
 ) -> torch.optim.Optimizer:
     """`create_optimizer` as the flags say; kind: of the layer decay."""
     return create_optimizer(
@@ -250,6 +262,7 @@ def build_optimizer(
         opt_eps=args.opt_eps,
         opt_betas=args.opt_betas,
         momentum=args.momentum,
+        shard=shard,
     )
 
 
@@ -287,11 +300,12 @@ class MovingAverage:
 
         Where the average lies beside the model the host waits for nothing.
         """
-        old = list(self.module.parameters())
+        old = [sharding.local(kept) for kept in self.module.parameters()]
         share = updates.to(old[0]).pow(-2 / 3).clamp(min=1 - self.decay)
         taken = taken.to(self.device)
         share = torch.where(taken, share, 0.0)
-        change = torch._foreach_sub([new.to(self.device) for new in model.parameters()], old)
+        news = [sharding.local(new).to(self.device) for new in model.parameters()]
+        change = torch._foreach_sub(news, old)
         torch._foreach_mul_(change, share)
         torch._foreach_add_(old, change)
         for kept, new in zip(self.module.buffers(), model.buffers(), strict=True):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+import sharding
 from errors import UserError
 from utils import all_reduce_sum, get_logger, get_world_size
 
@@ -108,10 +108,11 @@ class Stepper:
         self.spike_factor = spike_factor
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.can_skip = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.own = sharding.own_part(optimizer)
+        self.can_skip = getattr(self.own, "_step_supports_amp_scaling", False)
         self.skips_alone = False  # before its first step fused SGD would skip on to no momentum
         if not self.can_skip:
-            name = type(optimizer).__name__
+            name = type(self.own).__name__
             get_logger().info("%s cannot skip a step by itself: the host waits for each", name)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # since the last `read`
         self.losses = torch.zeros((), dtype=torch.int64, device=device)
@@ -134,9 +135,7 @@ class Stepper:
     def micro_batch(self) -> Iterator[None]:
         """Around forward and loss: autocast, and no gradient exchange unless the group closes."""
         closes = self.micro + 1 == self.group_size
-        waits = isinstance(self.model, DistributedDataParallel) and not closes
-        alone = self.model.no_sync() if waits else contextlib.nullcontext()
-        with alone, autocast(self.device, self.amp):
+        with sharding.exchange(self.model, closes), autocast(self.device, self.amp):
             yield
 
     def step(self, loss: Tensor, ids: Tensor | None = None) -> Update | None:
@@ -148,7 +147,7 @@ class Stepper:
         """
         self.loss += loss.detach() / self.group_size
         self.ids += [] if ids is None else [ids]
-        second_order = getattr(self.optimizer, "is_second_order", False)  # adahessian
+        second_order = getattr(self.own, "is_second_order", False)  # adahessian
         self.scaler.scale(loss / self.group_size).backward(create_graph=second_order)
         self.micro += 1
         self.left -= 1
@@ -158,6 +157,7 @@ class Stepper:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        norm = sharding.full(norm)
         taken = self._close_group(norm.detach(), *self._agree(norm))
         self._open_group()
         return Update(taken, norm.detach())
@@ -195,9 +195,9 @@ class Stepper:
     def _step_if(self, taken: Tensor) -> None:
         """The optimizer step; the gradients are unscaled, so the scaler has no part in it."""
         if self.skips_alone:
-            self.optimizer.found_inf = (~taken).float()
+            self.own.found_inf = (~taken).float()
             self.optimizer.step()
-            del self.optimizer.found_inf
+            del self.own.found_inf
         elif taken:  # here the host waits
             self.optimizer.step()
             self.skips_alone = self.can_skip

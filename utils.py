@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+import sharding
 from checkpoint import write_checkpoints
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from launchers import read_launcher
@@ -226,14 +226,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model for training: DistributedDataParallel if there is a group, else itself."""
-    if get_world_size() == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
 # --- checkpoints ------------------------------------------------------------------------
 
 
@@ -281,8 +273,13 @@ class TrainState:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all parameters are."""
-    return bool(torch.stack([torch.isfinite(x).all() for x in model.parameters()]).all())
+    """Whether all parameters are, of those that this process has."""
+    return all_finite(sharding.local(parameter) for parameter in model.parameters())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers in them are."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def save_model(
@@ -301,7 +298,7 @@ def save_model(
     source: str = "",
     writer: Callable[..., None] | None = None,
 ) -> None:
-    """Write the checkpoints of this moment, atomically, on the main process only.
+    """Write the checkpoints of this moment, atomically, on the main process; all must call it.
 
     numbered: write `checkpoint-<epoch>.pth`, or within an epoch `checkpoint-<epoch>-seen-<n>.pth`,
         and delete all but `source`, the `keep` newest ends of epochs and two saves in the last.
@@ -311,14 +308,17 @@ def save_model(
         write(content), perhaps later with a copy.
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
+    parts = [part for part in (model, optimizer, model_ema) if part is not None]
+    whole = [sharding.whole_state(part) for part in parts]
     if not is_main_process():
         return
-    if not is_finite(model):
+    weights, moments, *average = whole
+    if not all_finite(weights[name] for name, _ in model.named_parameters()):
         raise UserError("the weights are not finite, and nobody could go on from them")
     content = {
-        "model": model.state_dict(),
-        "model_ema": model_ema.state_dict() if model_ema is not None else None,
-        "optimizer": optimizer.state_dict() | {"name": type(optimizer).__name__},
+        "model": weights,
+        "model_ema": average[0] if average else None,
+        "optimizer": moments | {"name": type(sharding.own_part(optimizer)).__name__},
         "scaler": scaler.state_dict() if scaler is not None else None,
         "state": asdict(state),
         "args": dict(args),

@@ -134,7 +134,7 @@ def load_both(
         load_pretrained(average, source, EMA_KEY, model_prefix, sha256)
     else:
         get_logger().info("%s: the average starts from the weights that were loaded", source)
-        average.load_state_dict(model.state_dict())
+        average.load_state_dict(model.state_dict())  # spread alike, if they are
 
 
 def has_average(source: str, sha256: str = "") -> bool:

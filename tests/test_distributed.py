@@ -11,19 +11,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
-import socket
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import hooks
 import lock
@@ -38,12 +32,13 @@ from lock import hold_folder
 from meters import Means
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
+from sharding import Sharing
 from stepper import Stepper
+from tests.ranks import results_of, run_ranks
 from utils import TrainState
 
 CPU = torch.device("cpu")
 RANKS = 2
-TIME_LIMIT_S = 120
 
 
 def toy(seed: int = 0) -> ConvNeXtV2:
@@ -65,7 +60,7 @@ def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
     images = images.to(model.head.weight.dtype)
     labels = torch.arange(20) % 3
     optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
-    wrapped = utils.wrap(model, CPU)
+    wrapped = Sharing("ddp", CPU).wrap(model)
     stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
     own = slice(utils.get_rank() * batch, (utils.get_rank() + 1) * batch)
     local = None
@@ -104,7 +99,7 @@ def ranks_skip_together(rank: int, folder: Path) -> dict:
         for kind in ("loss and gradient", "loss alone"):
             layer = nn.Linear(1, 1, bias=False).double()
             layer.weight.data[:] = 1.0
-            model = utils.wrap(layer, CPU)
+            model = Sharing("ddp", CPU).wrap(layer)
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
             stepper = Stepper(model, optimizer, CPU, update_freq=2)
             stepper.begin_epoch(6)
@@ -267,17 +262,6 @@ JOBS = [  # in this order
 ]
 
 
-def rank_main(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    assert utils.init_distributed_mode("cpu").type == "cpu"
-    assert isinstance(utils.wrap(nn.Linear(1, 1), CPU), DistributedDataParallel)
-    results = {job.__name__: job(rank, folder) for job in JOBS}
-    torch.save(results, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
-
-
 # --- what they must have found --------------------------------------------------------------
 
 
@@ -293,26 +277,13 @@ def one_thread():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where two ranks ran all jobs."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        ranks = mp.spawn(rank_main, (port, folder), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + TIME_LIMIT_S
-    while not ranks.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in ranks.processes:
-                process.kill()
-            pytest.fail(f"the ranks wait for each other: {TIME_LIMIT_S} s are over")
-    return folder
+    return run_ranks(JOBS, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def results(folder) -> list[dict]:
     """What each rank's jobs returned."""
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of(folder)
 
 
 def assert_equal(got: dict, expected: dict) -> None:

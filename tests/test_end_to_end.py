@@ -198,18 +198,6 @@ def test_number_of_workers_changes_nothing(script, tmp_path):
     assert_same(weights(tmp_path / "0" / name), weights(tmp_path / "2" / name))
 
 
-@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
-def test_two_processes_learn_what_one_learns(script, tmp_path):
-    """The same images, masks and augmentations meet in an update, whoever computes it."""
-    words = [*(PRETRAIN if "pretrain" in script else FINETUNE), "--save_ckpt_num", 1]
-    run(script, *words, "--batch_size", 6, "--output_dir", tmp_path / "one")
-    run(script, *words, "--batch_size", 3, "--output_dir", tmp_path / "two", torchrun=2)
-    one, two = (weights(tmp_path / name / "checkpoint-1.pth") for name in ("one", "two"))
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), name
-    assert [entry["epoch"] for entry in log(tmp_path / "two")] == [0, 1]
-
-
 @pytest.mark.parametrize(
     "words",
     [

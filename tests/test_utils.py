@@ -22,6 +22,7 @@ from errors import TrainingStopped, UserError
 from launchers import read_launcher
 from lock import hold_folder
 from randomness import hash_noise, mix, seed_all
+from sharding import Sharing
 from utils import TrainState, init_distributed_mode
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "OMPI_", "MASTER_")
@@ -166,7 +167,7 @@ def test_group_of_one_is_a_group(clean):
     init_distributed_mode("cpu", world_size=1)
     assert dist.get_backend() == "gloo"
     layer = torch.nn.Linear(1, 1)
-    assert utils.wrap(layer, torch.device("cpu")) is layer
+    assert Sharing("ddp", torch.device("cpu")).wrap(layer) is layer
     assert utils.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
 
 

@@ -31,6 +31,31 @@ def fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> F
     return FCMAE(encoder, **kwargs)
 
 
+class Classifier64(ConvNeXtV2):
+    """In float64, where sums in another order differ by 1e-16."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.double())
+
+
+class FCMAE64(FCMAE):
+    """The same for pre-training."""
+
+    def forward(self, images: torch.Tensor, *mask) -> tuple[torch.Tensor, ...]:
+        return super().forward(images.double(), *mask)
+
+
+def classifier64(**kwargs) -> ConvNeXtV2:
+    """`classifier` in float64."""
+    return Classifier64(*SIZE, **kwargs).double()
+
+
+def fcmae64(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
+    """`fcmae` in float64."""
+    encoder = classifier(in_chans=in_chans, stem_stride=stem_stride, drop_path_rate=drop_path_rate)
+    return FCMAE64(encoder, **kwargs).double()
+
+
 class Colours(torch.utils.data.Dataset):
     """Noise that is brighter in the channel of its label."""
 
@@ -52,6 +77,11 @@ class Colours(torch.utils.data.Dataset):
 def colours(data_path: str, train: bool) -> Colours:
     """26 images to train on, 7 to evaluate."""
     return Colours(26 if train else 7)
+
+
+def even(data_path: str, train: bool) -> Colours:
+    """32 images to train on; to evaluate 3, fewer than there may be processes."""
+    return Colours(32 if train else 3)
 
 
 class Poisoned(Colours):

@@ -1,0 +1,395 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""However many processes share the work, and whatever each of them keeps, the run is the same.
+
+pytest tests/test_sharding.py
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import sharding
+from checkpoint import load_optimizer
+from engine_finetune import evaluate
+from errors import UserError
+from guard import Guard, first_not_finite
+from models.fcmae import FCMAE
+from optim_factory import MovingAverage, create_optimizer
+from sharding import Sharing, build_sharing
+from stepper import Stepper, autocast
+from tests.ranks import results_of, run_ranks
+from tests.test_end_to_end import log, run
+from tests.tiny import classifier, classifier64, fcmae64
+from utils import TrainState
+
+CPU = torch.device("cpu")
+MODES = ["ddp", "zero1", "fsdp"]
+# 3 epochs of 2 updates of 16 images each; 3 images to evaluate.
+RUN = ["--data_set", "tests.tiny:even", "--input_size", 16, "--stem_stride", 1, "--epochs", 3]
+RUN += ["--lr", 0.01, "--warmup_epochs", 1, "--clip_grad", 1, "--num_workers", 0]
+RUN += ["--device", "cpu", "--kernels", "torch"]
+SCRIPTS = {
+    "main_pretrain.py": ["--model", "tests.tiny:fcmae64", "--decoder_embed_dim", 8],
+    "main_finetune.py": [
+        *["--model", "tests.tiny:classifier64", "--layer_decay", 0.8],
+        *["--model_ema", "--model_ema_eval"],
+    ],
+}
+
+
+def train(script: str, folder: Path, processes: int, batch: int, freq: int, *words: Any) -> None:
+    """A whole run, or what is left of it."""
+    words = [*SCRIPTS[script], *RUN, "--batch_size", batch, "--update_freq", freq, *words]
+    torchrun = processes if processes > 1 else 0
+    run(script, *words, "--output_dir", folder, torchrun=torchrun)
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """Largest difference of two nested states, which must be built alike."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, Tensor):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        return (ours.double() - theirs.double()).abs().max().item()
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        return max([distance(ours[key], theirs[key]) for key in ours], default=0.0)
+    if isinstance(ours, list | tuple):
+        return max([distance(a, b) for a, b in zip(ours, theirs, strict=True)], default=0.0)
+    return 0.0 if ours == theirs or ours is None else abs(ours - theirs)
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Weights, average, moments and log lines, to what sums in another order cost in float64."""
+    one, two = (torch.load(path / "checkpoint-2.pth", weights_only=True) for path in (ours, theirs))
+    for key in ("model", "model_ema", "optimizer"):
+        if one[key] is not None:
+            two[key].pop("name", None), one[key].pop("name", None)
+            assert distance(one[key], two[key]) < 1e-10, key
+    assert one["state"]["best"] == two["state"]["best"]
+    lines = [log(path)[-1] for path in (ours, theirs)]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-6)  # means are of float32 losses
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """script -> folder of one process with 16 images an update."""
+    folders = {}
+
+    def of(script: str) -> Path:
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp("alone")
+            train(script, folders[script], 1, 16, 1)
+        return folders[script]
+
+    return of
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("processes", "batch", "freq"), [(2, 8, 1), (2, 4, 2), (4, 2, 2)])
+def test_processes_and_micro_batches_change_nothing(
+    alone, tmp_path, script, processes, batch, freq
+):
+    """Also not the evaluation of 3 images by 4: the last one left it out, and the rest waited."""
+    train(script, tmp_path, processes, batch, freq)
+    assert_same_run(tmp_path, alone(script))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("shard", ["zero1", "fsdp"])
+def test_what_each_process_keeps_changes_nothing(alone, tmp_path, script, shard):
+    train(script, tmp_path, 2, 4, 2, "--shard", shard)
+    assert_same_run(tmp_path, alone(script))
+    if (script, shard) != ("main_finetune.py", "fsdp"):
+        return
+    # Each of them goes on from the file of any other.
+    for name, processes, how in (("zero1", 2, "zero1"), ("ddp", 1, "ddp"), ("fsdp", 2, "fsdp")):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(tmp_path / "checkpoint-0.pth", folder)
+        shutil.copy(tmp_path / "checkpoint-1.pth", folder)
+        (tmp_path / "checkpoint-2.pth").unlink(missing_ok=True)
+        (tmp_path / "log.txt").unlink(missing_ok=True)
+        train(script, folder, processes, 16 // processes, 1, "--shard", how)
+        assert_same_run(folder, alone(script))
+
+
+# --- what the ranks do ----------------------------------------------------------------------
+
+
+def build(mode: str, model: nn.Module, **options: Any) -> tuple[Sharing, nn.Module, Any]:
+    share = Sharing(mode, CPU, **options)
+    share.spread(model)
+    return share, share.wrap(model), create_optimizer(model, lr=0.01, shard=mode)
+
+
+def images(rank: int, count: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.rand(count, 3, 16, 16, dtype=torch.float64, generator=generator)
+
+
+def ranks_keep(rank: int, folder: Path) -> dict:
+    """Numbers that each rank holds of weights, gradients and moments after an update."""
+    held = {}
+    for mode in MODES:
+        torch.manual_seed(0)
+        model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
+        _, wrapped, optimizer = build(mode, model)
+        stepper = Stepper(wrapped, optimizer, CPU)
+        stepper.begin_epoch(1)
+        with stepper.micro_batch():
+            loss = wrapped(images(rank)).square().mean()
+        loss.backward()
+        weights = list(model.parameters())
+        grads = sum(sharding.local(p.grad).numel() for p in weights if p.grad is not None)
+        optimizer.step()
+        states = sharding.own_part(optimizer).state.values()
+        moments = sum(sharding.local(state["exp_avg"]).numel() for state in states)
+        held[mode] = [sum(sharding.local(p).numel() for p in weights), grads, moments]
+    return held
+
+
+def ranks_skip(rank: int, folder: Path) -> dict:
+    """Whether the weights are finite and moved, each update; rank 1 meets NaN in the second."""
+    seen = {}
+    for mode in MODES:
+        torch.manual_seed(0)
+        model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
+        _, wrapped, optimizer = build(mode, model)
+        stepper = Stepper(wrapped, optimizer, CPU, clip_grad=1.0)
+        guard = Guard(stepper, (model, optimizer), every=1)
+        guard.begin_epoch(TrainState(), None)
+        stepper.begin_epoch(4)
+        before, moved = None, []
+        for update in range(4):
+            with stepper.micro_batch():
+                loss = wrapped(images(rank)).square().mean()
+            stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss)
+            after = torch.cat([sharding.local(p).detach().flatten() for p in model.parameters()])
+            moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
+            before = after.clone()
+        stepper.read()
+        kept = sharding.local(model.head.bias).detach().clone()
+        with torch.no_grad():
+            sharding.local(model.head.bias).add_(1)
+        guard._roll_back(TrainState(updates=4))  # to the start
+        back = not sharding.local(model.head.bias).detach().equal(kept + 1)
+        seen[mode] = {"moved": moved, "back": back or not len(kept)}
+    return seen
+
+
+def ranks_average(rank: int, folder: Path) -> dict:
+    """The average of spread weights, and an evaluation by rank 0 alone."""
+    results = {}
+    for mode in ("ddp", "fsdp"):
+        torch.manual_seed(0)
+        model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
+        average = MovingAverage(model, 0.9, CPU)
+        share, wrapped, optimizer = build(mode, model)
+        share.spread(average.module)
+        stepper = Stepper(wrapped, optimizer, CPU)
+        stepper.begin_epoch(3)
+        for update in range(3):
+            with stepper.micro_batch():
+                loss = wrapped(images(rank)).square().mean()
+            taken = stepper.step(loss).taken
+            average.update(model, torch.tensor(update + 1), taken)
+            with sharding.whole_weights(model), torch.no_grad():  # must not disturb what follows
+                output = model(images(9)) if rank == 0 else None
+        state = sharding.whole_state(average.module)
+        with sharding.whole_weights(model):
+            found = first_not_finite(model, lambda: model(images(rank)).log().sum() / 0)  # noqa: B023
+        results[mode] = {"average": state, "output": output, "found": found}
+        stepper.begin_epoch(1)  # and the gradients still come together
+        with stepper.micro_batch():
+            loss = wrapped(images(rank)).square().mean()
+        results[mode]["norm"] = stepper.step(loss).grad_norm.item()
+    return results
+
+
+def ranks_compress(rank: int, folder: Path) -> dict:
+    """Gradients in float32, and as they come out of bf16; weights in bf16 too with --amp bf16."""
+    results = {}
+    for mode in ("ddp", "fsdp"):
+        for amp, compress in (("none", False), ("none", True), ("bf16", False)):
+            torch.manual_seed(0)
+            model = classifier(num_classes=3, in_chans=3, stem_stride=1)
+            _, wrapped, _ = build(mode, model, amp=amp, compress=compress)
+            with sharding.exchange(wrapped, True), autocast(CPU, amp):
+                loss = wrapped(images(rank).float()).square().mean()
+            loss.backward()
+            grads = {name: sharding.full(p.grad) for name, p in model.named_parameters()}
+            results[f"{mode} {amp} {compress}"] = grads
+    return results
+
+
+def ranks_normalise(rank: int, folder: Path) -> dict:
+    """Groups of SyncBatchNorm; running statistics that differ, before an evaluation and after."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(1024, 3))
+    sizes = {}
+    for group in (0, 1, 2):
+        norm = sharding.converted(model, group)[1]
+        sizes[group] = dist.get_world_size(norm.process_group), type(norm).__name__
+    with pytest.raises(UserError, match="--sync_bn_group 3: 2 processes.*one of 1, 2"):
+        sharding.converted(model, 3)
+    model[1].running_mean.fill_(rank)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    batch = images(0).float(), torch.arange(4) % 3, None
+    stats = evaluate([batch], model, CPU, "none")
+    return {"sizes": sizes, "stats": stats, "mean": model[1].running_mean.tolist()}
+
+
+def ranks_save(rank: int, folder: Path) -> dict:
+    """States as files have them, of one optimizer, loaded into every other kind."""
+    whole = {}
+    for mode in MODES:
+        torch.manual_seed(0)
+        model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
+        _, wrapped, optimizer = build(mode, model)
+        for _ in range(2):
+            wrapped(images(rank)).square().mean().backward()
+            optimizer.step()
+        whole[mode] = sharding.whole_state(optimizer) if mode != "ddp" else optimizer.state_dict()
+        given = [whole["ddp"]]
+        dist.broadcast_object_list(given)
+        load_optimizer(optimizer, given[0] | {"name": "AdamW"}, "a file")
+        whole[f"{mode} again"] = sharding.whole_state(optimizer)
+    return whole if rank == 0 else {}
+
+
+JOBS = [
+    *[ranks_keep, ranks_skip, ranks_average, ranks_compress, ranks_normalise, ranks_save],
+]
+
+
+# --- what they must have found --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    return results_of(run_ranks(JOBS, 2, tmp_path_factory.mktemp("ranks")))
+
+
+def test_each_process_keeps_its_share_alone(results):
+    """Else --shard would be a word: the numbers held, of weights, gradients and moments."""
+    first, second = (result["ranks_keep"] for result in results)
+    total = first["ddp"][0]
+    for mode, shared in (("ddp", ""), ("zero1", "2"), ("fsdp", "012")):
+        for place in range(3):
+            both = first[mode][place] + second[mode][place]
+            assert both == (total if str(place) in shared else 2 * total), (mode, place)
+            if str(place) in shared:
+                assert max(first[mode][place], second[mode][place]) < 0.7 * total
+
+
+def test_nan_of_one_rank_is_skipped_and_rolled_back_whoever_has_what(results):
+    for result in results:
+        for mode in MODES:
+            moved = [[True, True], [True, False], [True, True], [True, True]]
+            assert result["ranks_skip"][mode] == {"moved": moved, "back": True}, mode
+
+
+def test_average_and_evaluation_of_spread_weights_are_those_of_whole_ones(results):
+    for result in results:
+        ddp, fsdp = result["ranks_average"]["ddp"], result["ranks_average"]["fsdp"]
+        assert fsdp["found"] == ddp["found"] != ""
+        assert fsdp["norm"] == pytest.approx(ddp["norm"], rel=1e-10)
+    ddp, fsdp = (results[0]["ranks_average"][mode] for mode in ("ddp", "fsdp"))
+    assert distance(fsdp["average"], ddp["average"]) < 1e-12
+    assert distance(fsdp["output"], ddp["output"]) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_that_travel_in_half_are_close_and_equal_on_all(results, mode):
+    one, two = (result["ranks_compress"] for result in results)
+    exact = torch.cat([grad.flatten() for grad in one[f"{mode} none False"].values()])
+    for way in ("none True", "bf16 False"):
+        half = torch.cat([grad.flatten() for grad in one[f"{mode} {way}"].values()])
+        assert half.dtype == torch.float32
+        error = ((half - exact).norm() / exact.norm()).item()
+        assert 1e-5 < error < 2e-2, way
+        assert distance(one[f"{mode} {way}"], two[f"{mode} {way}"]) == 0
+
+
+def test_sync_bn_has_the_groups_that_are_asked_for(results):
+    for result in results:
+        expected = {0: (2, "SyncBatchNorm"), 1: (1, "SyncBatchNorm"), 2: (2, "SyncBatchNorm")}
+        assert result["ranks_normalise"]["sizes"] == expected
+
+
+def test_evaluation_takes_the_running_statistics_of_rank_0(results):
+    for result in results:
+        assert result["ranks_normalise"]["mean"] == [0.0] * 4
+        assert result["ranks_normalise"]["stats"] == results[0]["ranks_normalise"]["stats"]
+
+
+def test_optimizer_is_saved_and_loaded_as_if_one_process_had_it(results):
+    saved = results[0]["ranks_save"]
+    for mode in MODES:
+        assert distance(saved[mode], saved["ddp"]) < 1e-12
+        assert distance(saved[f"{mode} again"], saved["ddp"]) < 1e-12
+
+
+# --- alone ----------------------------------------------------------------------------------
+
+
+def flags(**given: Any) -> SimpleNamespace:
+    usual = {"shard": "fsdp", "opt": "adamw", "sync_bn": False, "sync_bn_group": 0}
+    return SimpleNamespace(**usual | {"grad_compression": "none"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "amp", "message"),
+    [
+        ({"opt": "lamb", "shard": "zero1"}, "none", "--opt lamb with --shard zero1.*adamw"),
+        ({"opt": "muon"}, "none", "--opt muon with --shard fsdp.*adamw"),
+        ({"compile": True}, "none", "--compile does not go with --shard fsdp"),
+        ({"cuda_graphs": True}, "none", "--cuda_graphs does not go"),
+        ({"model_ema_force_cpu": True}, "none", "--model_ema_force_cpu does not go"),
+        ({}, "fp16", "--amp fp16 does not go.*bf16"),
+        ({"shard": "ddp", "sync_bn_group": 2}, "none", "--sync_bn_group without --sync_bn"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_at_once(given, amp, message):
+    with pytest.raises(UserError, match=message):
+        build_sharing(flags(**given), CPU, amp)
+
+
+def test_one_process_keeps_all_and_says_so(caplog):
+    with caplog.at_level(logging.INFO, "convnextv2"):
+        logging.getLogger("convnextv2").propagate = True
+        share = build_sharing(flags(), CPU, "none")
+    model = classifier(num_classes=3)
+    share.spread(model)
+    assert share.mode == "ddp"
+    assert share.wrap(model) is model
+    assert "--shard fsdp: one process keeps all" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (classifier(num_classes=3), "ConvNeXtV2 has no BatchNorm; drop it"),
+        (nn.Sequential(nn.BatchNorm2d(3)), "on GPUs only, this is cpu"),
+    ],
+)
+def test_sync_bn_that_would_do_nothing_is_refused(model, message):
+    with pytest.raises(UserError, match=message):
+        sharding.sync_batch_norm(model, flags(sync_bn=True))
+    assert sharding.sync_batch_norm(model, flags()) is model
+
+
+def test_blocks_are_what_fsdp_gathers_at_a_time():
+    model: FCMAE = fcmae64(3, 1, 0.0, decoder_embed_dim=8)
+    kinds = [type(unit).__name__ for unit in sharding.units(model)]
+    assert kinds == ["Block"] * 5  # one of each stage, and the decoder's
