@@ -39,7 +39,7 @@ LIMITS = {  # lines at most
     "sources.py": 150,  # the hub, timm's weights, addresses: where a checkpoint is not a file yet
     "errors.py": 100,
     "randomness.py": 100,  # out of utils, which holds processes and runs
-    "keeper.py": 350,  # when a run is saved and stopped: signals, clocks, agreement of ranks
+    "keeper.py": 360,  # when a run is saved and stopped: signals, clocks, agreement of ranks
     "guard.py": 270,  # updates that went wrong: what they held, and the way back
     "lock.py": 300,  # one run in a folder, whoever dies, stands still or has the same name
     "formats.py": 300,  # export.py says what goes where; this knows how files are written and read
