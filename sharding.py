@@ -105,11 +105,10 @@ class Sharing:
 def build_sharing(args: Any, device: torch.device, amp: str) -> Sharing:
     """`Sharing` as the flags say, if they go together."""
     _check_optimizer(args.opt, args.shard)
-    for flag in ("compile", "cuda_graphs", "model_ema_force_cpu"):
-        if args.shard == "fsdp" and vars(args).get(flag):
+    given = {"amp fp16": amp == "fp16", **vars(args)}
+    for flag in ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu"):
+        if args.shard == "fsdp" and given.get(flag):
             raise UserError(f"--{flag} does not go with --shard fsdp; drop it, or --shard zero1")
-    if args.shard == "fsdp" and amp == "fp16":
-        raise UserError("--amp fp16 does not go with --shard fsdp; take --amp bf16")
     if args.shard == "fsdp" and not has_fsdp(device):
         raise UserError(f"--shard fsdp on a CPU needs torch 2.7, this is {torch.__version__}")
     if args.sync_bn_group and not args.sync_bn:

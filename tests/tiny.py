@@ -181,7 +181,8 @@ def _tell_weights(network: torch.nn.Module) -> None:
     marks = hashlib.sha256()
     for value in network.state_dict().values():
         marks.update(value.numpy().tobytes())
-    print(f"weights of rank {os.environ['RANK']}: {marks.hexdigest()}", flush=True)
+    line = f"weights of rank {os.environ['RANK']}: {marks.hexdigest()}\n"
+    print(line, end="", flush=True)  # at once: torchrun's python -u writes what `end` is apart
 
 
 def frail_fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
