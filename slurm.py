@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import launchers
+import ranks
 from errors import EXIT_REQUEUE
 
 JOB_NUMBER = "%j"
@@ -90,6 +91,7 @@ class Trainer:
         try:
             requeue(job)
         except SystemExit as end:
+            ranks.tell(EXIT_REQUEUE, "has sent the job back into the queue")
             _leave(end)
 
     def checkpoint(self) -> Any:
