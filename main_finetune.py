@@ -26,6 +26,7 @@ import models
 import resume
 import sharding
 import utils
+from alike import check_alike
 from engine_finetune import evaluate, train_one_epoch
 from graphs import Graphed, check_graphs
 from guard import build_guard
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
     device = utils.init_distributed_mode(
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
+    check_alike(vars(args))
     log = utils.get_logger()
     if args.recipe:
         log.info("recipe %s", args.recipe)

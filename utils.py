@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import ranks
 import sharding
 from checkpoint import write_checkpoints
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
@@ -30,6 +31,7 @@ from launchers import read_launcher
 
 # Longer than the default for nccl: ranks may wait for a download or an evaluation.
 WAIT_FOR_RANKS = timedelta(hours=1)
+MEET = timedelta(minutes=10)  # in which all processes are started
 STOPPED = "stopped"  # key in the launcher's store, which outlives the processes under torchrun
 _stores: list[dist.Store] = []  # the launcher's
 
@@ -40,31 +42,46 @@ def get_logger() -> logging.Logger:
 
 
 def launch(main: Callable[[Any], Any], args: Any) -> None:
-    """Run a script's `main`: user errors become one line and exit code 2, the group is closed."""
+    """Run a script's `main`: user errors become one line and exit code 2, the group is closed.
+
+    What ends one of several processes ends all: see ranks.py.
+    """
+    code = 0
     try:
         main(args)
-    except (UserError, TrainingStopped) as error:
-        rank = f" [rank {get_rank()}]" if get_world_size() > 1 else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {error}", file=sys.stderr)
-        found = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
-        sys.exit(1 if found else 2)  # what a dry run looks for is its result
-    except Preempted as stop:
+    except Preempted as stop:  # all at once
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a failure again
             for store in _stores:
                 with contextlib.suppress(RuntimeError):  # it is ending too
                     store.set(STOPPED, str(stop))
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
-        sys.exit(EXIT_REQUEUE)
-    except KeyboardInterrupt:
-        print("interrupted; the checkpoints written so far are whole", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            # gloo's threads may wait for the interpreter to let go of their last tensors, and the
-            # end of a group waits for them without leaving it to them.
-            time.sleep(0.1)
-            dist.destroy_process_group()
+        code = EXIT_REQUEUE
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _explain(error, args)
+        ranks.fail(code, message, error)  # returns only where there are no others
+        if not message:
+            raise
+        print(message, file=sys.stderr)
+    ranks.part()
+    if dist.is_available() and dist.is_initialized():
+        # gloo's threads may wait for the interpreter to let go of their last tensors, and the end
+        # of a group waits for them without leaving it to them.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def _explain(error: BaseException, args: Any) -> tuple[int, str]:
+    """Exit code and one line; '' for a bug, whose traceback tells more."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the checkpoints written so far are whole"
+    if not isinstance(error, UserError | TrainingStopped):
+        return 1, ""
+    found = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
+    message = f"{Path(sys.argv[0]).name}: error{ranks.mark()}: {error}"
+    return 1 if found else 2, message  # what a dry run looks for is its result
 
 
 # --- process group ----------------------------------------------------------------------
@@ -99,7 +116,6 @@ def init_distributed_mode(
     Without a launcher (plain `python`) no group is made. `world_size` other than 1 must agree
     with the launcher. gloo serves CPU, nccl serves CUDA.
     """
-    place = find_device(device)
     found = read_launcher(dist_on_itp, local_rank)
     if world_size > 1 and (found is None or found[1] != world_size):
         got = "no launcher" if found is None else f"a launcher with {found[1]} processes"
@@ -107,26 +123,38 @@ def init_distributed_mode(
             f"--world_size {world_size} but {got} was found; start with "
             f"torchrun --nproc_per_node={world_size} and drop --world_size"
         )
-    if found is not None:
-        rank, size, local = found
-        if ":" in device and size > 1:
-            raise UserError(f"--device {device}: each process takes its own GPU; use --device cuda")
-        if place.type == "mps" and size > 1:
-            raise UserError("--device mps: MPS has no process group; use --device cpu")
-        if place.type == "cuda":
-            place = torch.device("cuda", local % torch.cuda.device_count())
-            torch.cuda.set_device(place)
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        limit = {"timeout": WAIT_FOR_RANKS}
-        store, rank, size = _meet(dist_url, rank, size)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if attempt != "0" and store.check([STOPPED]):
-            raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
-        _stores.append(store)
-        # torchrun's store still holds the addresses of the processes that it started before.
-        store = dist.PrefixStore(f"attempt {attempt} of {size}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limit)
+    place = find_device(device) if found is None else _join(device, dist_url, *found)
     _set_up_logging()
+    return place
+
+
+def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch.device:
+    """Make the group, watched over from its first moment; returns this rank's device."""
+    store, rank, size = _meet(dist_url, rank, size)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and store.check([STOPPED]):
+        raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
+    _stores.append(store)
+    # torchrun's store still holds the addresses of the processes that it started before.
+    store = dist.PrefixStore(f"attempt {attempt} of {size}", store)
+    if size > 1:
+        ranks.watch(store, rank, size)
+    place = _own_device(device, size, local)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    limit = {"timeout": WAIT_FOR_RANKS}
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limit)
+    return place
+
+
+def _own_device(device: str, size: int, local: int) -> torch.device:
+    place = find_device(device)
+    if ":" in device and size > 1:
+        raise UserError(f"--device {device}: each process takes its own GPU; use --device cuda")
+    if place.type == "mps" and size > 1:
+        raise UserError("--device mps: MPS has no process group; use --device cpu")
+    if place.type == "cuda":
+        place = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(place)
     return place
 
 
@@ -138,17 +166,25 @@ def _meet(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
             "of rank 0 for all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
         )
     os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's own
+    place = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+    place = place if dist_url == "env://" else dist_url
     try:
-        return next(dist.rendezvous(dist_url, rank, size, timeout=WAIT_FOR_RANKS))
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=MEET))
     except RuntimeError as error:
+        if "imed out" in str(error):
+            raise UserError(
+                f"rank {rank} has waited for all {size} processes at {place}, {MEET} ({error}): "
+                "see what those say that have not come, and what they take for that place"
+            ) from error
         if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
             raise
-        place = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
         raise UserError(
-            f"rank {rank} cannot open {place if dist_url == 'env://' else dist_url}: another "
+            f"rank {rank} cannot open {place}: another "
             "program has that port; end it, or give a free one: torchrun --master_port or "
             "--standalone, elsewhere MASTER_PORT, the same for all processes"
         ) from error
+    store.set_timeout(WAIT_FOR_RANKS)
+    return store, rank, size
 
 
 def _set_up_logging() -> None:

@@ -34,7 +34,7 @@ from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
 from sharding import Sharing
 from stepper import Stepper
-from tests.ranks import results_of, run_ranks
+from tests.groups import results_of, run_ranks
 from utils import TrainState
 
 CPU = torch.device("cpu")

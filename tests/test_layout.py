@@ -54,6 +54,8 @@ LIMITS = {  # lines at most
     "trial_data.py": 200,  # out of trial: the images and loaders, which know no engine
     "engine_pretrain.py": 100,
     "engine_finetune.py": 180,
+    "ranks.py": 150,  # out of utils: processes that end together, whatever one of them does
+    "alike.py": 100,  # above utils: asks all ranks whether they were started alike
     "launchers.py": 100,  # out of utils: what launchers say in the environment
     "slurm.py": 250,  # a job, from the inside and from the outside
     "submission.py": 350,  # flags of submitit_*.py to jobs: what slurm would outgrow its limit by
@@ -76,7 +78,7 @@ LIMITS = {  # lines at most
 FUNCTION_LINES = 50
 
 # module -> what of ours it may import
-L0 = {"errors", "randomness", "sources", "sharding", "checkpoint", "launchers", "utils"}
+L0 = {"errors", "randomness", "sources", "sharding", "checkpoint", "launchers", "ranks", "utils"}
 FLAGS = {"flags", "configs", "options"}
 NETWORKS = {"models.convnextv2", "models.backbones", "models.heads"}
 BELOW_LAYERS = L0 | {"models.tune", "models.kernels", "models.ops"}
@@ -86,6 +88,7 @@ MODELS = (
     BELOW_NETWORKS | NETWORKS | {"models.fcmae", "models.convert", "models.pretrained", "models"}
 )
 L1 = {"losses", "meters", "resume", "stepper", "graphs", "optim_factory", "keeper", "lock", "guard"}
+L1 |= {"alike"}
 DATA = {"decoding", "data_faults", "archives", "data_pipeline", "batches"}
 L1 |= DATA | {"datasets"}
 FORMATS = {"formats", "hf_folder"}
@@ -99,11 +102,12 @@ ALLOWED = {
     "sharding": {"errors"},
     "checkpoint": {"errors", "sharding", "sources"},
     "launchers": {"errors"},
-    "utils": {"errors", "sharding", "checkpoint", "launchers"},
+    "ranks": set(),
+    "utils": {"errors", "sharding", "checkpoint", "launchers", "ranks"},
     "flags": set(),
     "configs": {"flags"},
     "options": {"flags", "configs"},
-    "slurm": {"errors", "launchers", "utils"},
+    "slurm": {"errors", "launchers", "ranks", "utils"},
     "submission": {"errors", "configs", "options", "slurm"},
     "models.tune": L0 | {"flags"},
     "models.kernels": set(),

@@ -27,7 +27,7 @@ from models.fcmae import FCMAE
 from optim_factory import MovingAverage, create_optimizer
 from sharding import Sharing, build_sharing
 from stepper import Stepper, autocast
-from tests.ranks import results_of, run_ranks
+from tests.groups import results_of, run_ranks
 from tests.test_end_to_end import log, run
 from tests.tiny import classifier, classifier64, fcmae64
 from utils import TrainState

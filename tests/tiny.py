@@ -141,6 +141,23 @@ def hangs(data_path: str, train: bool) -> Deadly:
     return Deadly(26 if train else 5, "hangs")
 
 
+class Fails(Colours):
+    """The seventh image that rank 1 asks for is an error."""
+
+    asked = 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.asked += 1
+        if self.asked == 7 and os.environ["RANK"] == "1":
+            raise ZeroDivisionError("of rank 1")
+        return super().__getitem__(index)
+
+
+def fails(data_path: str, train: bool) -> Fails:
+    """`colours`, of which one rank cannot read all."""
+    return Fails(26 if train else 7)
+
+
 class _Torn(torch.autograd.Function):
     """What it is given, and a gradient that is not finite."""
 

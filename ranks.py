@@ -1,0 +1,139 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Processes of one run that end together: what ends one of them is told to the others.
+
+torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --batch_size 9999
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+# Keys in the store: "<exit code> rank <number> has failed: <why>", and how many ended well.
+FAILED, DONE = "failed", "done"
+LOOK = 1.0  # seconds between two looks at it
+GRACE = 3.0  # seconds in which a rank may end by itself, after another did: all may fail alike
+LOST = 30.0  # seconds the same, when the store is gone: its rank may only have been done before
+CLEANUP = 10.0  # seconds for what gives the folder free and ends loader processes
+
+_watches: list[Watch] = []  # this process's, if there are others
+
+
+def watch(store: Any, rank: int, size: int) -> None:
+    """From now on what ends one rank ends all; `store`: by which they met.
+
+    Collectives wait for each other, those of nccl until their time is up. torchrun and mpirun end
+    all ranks for one, srun if it is asked to; who starts processes in other ways does not.
+    """
+    part()
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # and perhaps started again, all of them
+    _watches.append(Watch(None if by_torchrun else _own_client(store), rank, size))
+
+
+def mark() -> str:
+    """` [rank 3]` for messages; '' for a process alone."""
+    return "".join(f" [rank {each.rank}]" for each in _watches)
+
+
+def fail(code: int, message: str, error: BaseException) -> None:
+    """Say `message`, or else the traceback, and end all ranks; returns only if this is alone."""
+    for each in list(_watches):
+        each.fail(code, message, error)
+
+
+def part() -> None:
+    """This rank is done, well: whatever becomes of the others ends it no more."""
+    for each in _watches:
+        each.part()
+    _watches.clear()
+
+
+class Watch:
+    """A thread that looks in the store whether another rank has failed, and then ends this one."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        """store: None where a launcher does the same."""
+        self.store, self.rank, self.size = store, rank, size
+        self.over = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def fail(self, code: int, message: str, error: BaseException) -> NoReturn:
+        """Tell the others and leave, for this rank's error, or another's that was only felt."""
+        self.over.set()
+        kind = "" if message else f"{type(error).__name__}: "
+        why = " ".join(f"{kind}{error}".split())[:1000]
+        first = own = f"{code} rank {self.rank} has failed: {why}"
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # of a store that is gone
+                first = self.store.compare_set(FAILED, "", own).decode()
+            time.sleep(2 * LOOK)  # for the others to see it, if this is who keeps the store
+        if message or first == own:
+            print(message or self._traceback(error), file=sys.stderr, flush=True)
+        else:
+            code = self._tell(first)
+        _end(code)
+
+    def part(self) -> None:
+        """Leave the watch; rank 0, which may keep the store, after all others have."""
+        self.over.set()
+        until = time.monotonic() + LOST
+        with contextlib.suppress(RuntimeError):
+            done = self.store.add(DONE, 1) if self.store is not None else self.size
+            while self.rank == 0 and done < self.size and time.monotonic() < until:
+                time.sleep(0.05)
+                done = self.store.add(DONE, 0)
+
+    def _look(self) -> None:
+        while not self.over.wait(LOOK):
+            try:
+                if not self.store.check([FAILED]):
+                    continue
+                first, grace = self.store.get(FAILED).decode(), GRACE
+            except RuntimeError:  # the rank that keeps it is gone
+                first, grace = "1 rank 0 is gone: killed, out of memory, or its machine lost", LOST
+            if not self.over.wait(grace):
+                _end(self._tell(first))
+
+    def _tell(self, first: str) -> int:
+        code, _, why = first.partition(" ")
+        line = f"{Path(sys.argv[0]).name}: error [rank {self.rank}]: {why}"
+        with contextlib.suppress(OSError):  # nobody may listen
+            print(line, file=sys.stderr, flush=True)
+        return int(code)
+
+    def _traceback(self, error: BaseException) -> str:
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        return "\n".join(f"[rank {self.rank}] {line}" for line in lines)
+
+
+def _own_client(store: Any) -> Any:
+    """A connection for the thread alone: on the other one it would wait while that waits."""
+    kept = getattr(store, "underlying_store", store)
+    if not isinstance(kept, dist.TCPStore):
+        return store
+    client = dist.TCPStore(kept.host, kept.port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore("watch", client)
+
+
+def _end(code: int) -> NoReturn:
+    """End now, with loaders and the folder in order, but without what may wait for other ranks."""
+    limit = threading.Timer(CLEANUP, os._exit, [code])
+    limit.daemon = True
+    limit.start()
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
