@@ -37,7 +37,7 @@ LIMITS = {  # lines at most
     "resume.py": 250,  # what a run goes on from: out of checkpoint (files) and utils (processes)
     "sources.py": 150,  # the hub, timm's weights, addresses: where a checkpoint is not a file yet
     "errors.py": 100,
-    "randomness.py": 100,  # out of utils, which holds processes and runs
+    "randomness.py": 130,  # out of utils, which holds processes and runs; orders without lists
     "keeper.py": 350,  # when a run is saved and stopped: signals, clocks, agreement of ranks
     "guard.py": 270,  # updates that went wrong: what they held, and the way back
     "lock.py": 300,  # one run in a folder, whoever dies, stands still or has the same name
