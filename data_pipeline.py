@@ -275,8 +275,9 @@ class Augmented(Dataset):
         return image, label
 
     def _file(self, index: int) -> str | None:
-        entries = getattr(self.dataset, "samples", None)  # (path, label) in torchvision's folders
-        entry = entries[index] if isinstance(entries, list) and index < len(entries) else None
+        entries = getattr(self.dataset, "samples", None)  # (path, label) where there are files
+        listed = isinstance(entries, Sequence) and not isinstance(entries, str)
+        entry = entries[index] if listed and index < len(entries) else None
         path = entry[0] if isinstance(entry, tuple | list) and entry else entry
         return str(path) if isinstance(path, str | os.PathLike) else None
 

@@ -27,6 +27,7 @@ LIMITS = {  # lines at most
     "configs.py": 200,  # files of flags: what options would outgrow its limit by
     "datasets.py": 400,
     "data_pipeline.py": 400,
+    "file_index.py": 300,  # which files there are, in a format of its own: memory at any number
     "decoding.py": 180,  # out of data_pipeline: what people see in a file, whatever its kind
     "data_faults.py": 350,  # images without use, machines that fail, processes that die: who did
     "archives.py": 260,  # tar, zip and pickles from outside, numpy's types: one place to keep safe
@@ -85,7 +86,7 @@ MODELS = (
     BELOW_NETWORKS | NETWORKS | {"models.fcmae", "models.convert", "models.pretrained", "models"}
 )
 L1 = {"losses", "meters", "resume", "stepper", "graphs", "optim_factory", "keeper", "lock", "guard"}
-DATA = {"decoding", "data_faults", "archives", "data_pipeline", "batches"}
+DATA = {"decoding", "data_faults", "archives", "data_pipeline", "batches", "file_index"}
 L1 |= DATA | {"datasets"}
 FORMATS = {"formats", "hf_folder"}
 SCRIPTS = {"visualize", "export", "predict"}
@@ -119,6 +120,7 @@ ALLOWED = {
     **dict.fromkeys(L1, L0),  # so optim_factory asks the model, and imports none
     "data_pipeline": L0 | {"decoding", "data_faults"},
     "datasets": L0 | DATA,
+    "file_index": L0 | {"decoding", "data_faults"},
     "graphs": L0 | {"stepper"},
     "keeper": L0 | {"lock"},  # a run that lost its folder saves no more
     "guard": L0 | {"stepper", "keeper"},
