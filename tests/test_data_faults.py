@@ -295,6 +295,23 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     assert "b (why), v (cut); training takes others" in told[0]
 
 
+def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
+    """A thousand of them would bring together all bad images of the run at every save."""
+    sent, train = [], Told(a="x")
+
+    def gather(mine: dict[str, str]) -> list[dict[str, str]]:
+        sent.append(mine)
+        return [mine, {"b": "of the other"}] if len(sent) == 1 else [mine]
+
+    monkeypatch.setattr("data_faults.all_gather", gather)
+    bad = BadImages(tmp_path, train)
+    assert bad.write() == 2
+    train.bad |= {"b": "seen here too", "c": "y"}
+    assert [bad.write(), bad.write()] == [3, 3]
+    assert sent == [{"a": "x"}, {"c": "y"}, {}]
+    assert (tmp_path / "bad_images.txt").read_text() == "a\tx\nb\tof the other\nc\ty\n"
+
+
 def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path):
     with pytest.raises(ValueError, match="bug"), BadImages(tmp_path, Told(a="x")):
         raise ValueError("bug")  # on one rank alone: the others would not come to the exchange
