@@ -38,8 +38,11 @@ MARK = b"sha256 of all before: "  # ends a checkpoint, as the comment of its zip
 def write_atomically(content: Any, path: Path) -> None:
     """Save text or bytes, or with torch.save what it is, so that `path` is old or new, whole.
 
-    What torch saves ends with its own checksum. OSError if the disk does not take it.
+    A function fills the file itself. What torch saves ends with its own checksum. OSError if the
+    disk does not take it.
     """
+    if callable(content):
+        return _replace(path, content)
     if isinstance(content, str | bytes):
         data = content.encode() if isinstance(content, str) else content
         return _replace(path, lambda file: file.write(data))

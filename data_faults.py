@@ -280,6 +280,7 @@ class BadImages:
         self.batches = [one for one in batches if one is not None]
         self.active, self.listed = active, ""
         self.told: set[str] = set()
+        self.known: dict[str, str] = {}  # to all ranks, so that nobody sends it again
         if active and self.path and is_main_process() and self.path.exists():
             self.listed = self.path.read_bytes().decode("utf-8", "surrogateescape")
             self.told = {line.split("\t")[0] for line in self.listed.split("\n")} - {""}
@@ -297,11 +298,12 @@ class BadImages:
             return 0
         mine = {name: why for batches in self.batches for name, why in batches.bad.items()}
         found: dict[str, str] = {}
-        for part in all_gather(mine):
+        for part in all_gather({name: mine[name] for name in mine.keys() - self.known}):
             found |= part
-        if is_main_process():
-            self._tell({name.translate(ESCAPES): why for name, why in sorted(found.items())})
-        return len(found)
+        self.known |= found
+        if is_main_process():  # all of them: the last list may not have been written
+            self._tell({name.translate(ESCAPES): why for name, why in sorted(self.known.items())})
+        return len(self.known)
 
     def _tell(self, found: dict[str, str]) -> None:
         new = {name: why for name, why in found.items() if name not in self.told}

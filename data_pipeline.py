@@ -24,7 +24,7 @@ from torchvision.transforms.functional import crop, get_dimensions, pil_to_tenso
 from data_faults import WatchedLoader, patiently
 from decoding import UNREADABLE, BadImage, decode, describe
 from errors import UserError
-from randomness import mix, seed_all
+from randomness import mix, seed_all, shuffled
 
 # --- transforms: PIL image or (C, H, W) tensor -> (C, H, W) tensor, uint8 unless float came in ---
 
@@ -275,8 +275,9 @@ class Augmented(Dataset):
         return image, label
 
     def _file(self, index: int) -> str | None:
-        entries = getattr(self.dataset, "samples", None)  # (path, label) in torchvision's folders
-        entry = entries[index] if isinstance(entries, list) and index < len(entries) else None
+        entries = getattr(self.dataset, "samples", None)  # (path, label) where there are files
+        listed = isinstance(entries, Sequence) and not isinstance(entries, str)
+        entry = entries[index] if listed and index < len(entries) else None
         path = entry[0] if isinstance(entry, tuple | list) and entry else entry
         return str(path) if isinstance(path, str | os.PathLike) else None
 
@@ -285,8 +286,23 @@ class Augmented(Dataset):
         return f"image {self._file(index) or f'number {index}'}"
 
 
+CHUNK = 4096  # keys that are computed at once: fewer take longer each, more the first of them
+
+
+def keys_at(
+    positions: range, length: int, seed: int, epoch: int, shuffle: bool = True
+) -> Iterator[tuple[int, int]]:
+    """Keys (epoch, index) at some positions of an epoch's order, in little memory at any length."""
+    for first in range(0, len(positions), CHUNK):
+        part = positions[first : first + CHUNK]
+        indices = torch.arange(part.start, part.stop, part.step)
+        if shuffle:
+            indices = shuffled(indices, length, seed, epoch)
+        yield from ((epoch, index) for index in indices.tolist())
+
+
 class TrainSampler(Sampler):
-    """Keys (epoch, index) of one rank: every world_size-th position of the epoch's permutation.
+    """Keys (epoch, index) of one rank: every world_size-th position of the epoch's order.
 
     All ranks' b-th batches together are one block of that order, whatever the number of ranks.
     """
@@ -304,12 +320,9 @@ class TrainSampler(Sampler):
         return (self.length - self.seen) // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order = self.epoch, torch.arange(self.length)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator)
-        mine = order[self.seen :][: len(self) * self.world_size][self.rank :: self.world_size]
-        return iter([(epoch, index) for index in mine.tolist()])
+        end = self.seen + len(self) * self.world_size
+        mine = range(self.seen, end)[self.rank :: self.world_size]
+        return keys_at(mine, self.length, self.seed, self.epoch, self.shuffle)
 
 
 class EvalSampler(Sampler):
@@ -323,7 +336,7 @@ class EvalSampler(Sampler):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(0, index) for index in self.indices])
+        return ((0, index) for index in self.indices)
 
 
 # --- loader --------------------------------------------------------------------------------------

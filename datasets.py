@@ -8,7 +8,6 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 from __future__ import annotations
 
 import colorsys
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from archives import Cifar, find_cifar
 from batches import Batches
@@ -34,8 +33,9 @@ from data_pipeline import (
     height_and_width,
     mean_and_std,
 )
-from decoding import EXTENSIONS, load_image
+from decoding import load_image
 from errors import UserError, resolve
+from file_index import FileIndex, list_images
 from randomness import mix
 from utils import get_rank, get_world_size
 
@@ -79,6 +79,7 @@ class DataSpec:
     eval_data_path: str | None = None
     input_size: tuple[int, int] = (224, 224)
     nb_classes: int | None = None
+    data_index: str = ""
 
 
 def _folder_at(path: str | None, flag: str, holds: str) -> Path:
@@ -90,44 +91,11 @@ def _folder_at(path: str | None, flag: str, holds: str) -> Path:
     return root
 
 
-def _class_folders(root: Path) -> DatasetFolder:
-    try:
-        return DatasetFolder(str(root), load_image, EXTENSIONS)  # torchvision's know fewer kinds
-    except FileNotFoundError as error:  # no class folders, or one without images
-        raise UserError(
-            f"{root}: {str(error).rstrip('. ')}; expected one folder of images a class: fill or "
-            "remove empty ones; images without labels pre-train with --data_set folder"
-        ) from error
+class ImageFiles(Dataset):
+    """The images of an index, with their labels."""
 
-
-def imnet(spec: DataSpec, train: bool) -> DatasetFolder:
-    """`train/` and `val/` under data_path, one folder a class."""
-    root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
-    split = root / ("train" if train else "val")
-    if not split.is_dir():
-        raise UserError(
-            f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
-            "folder a class. Class folders right there are --data_set image_folder, images "
-            "without labels --data_set folder"
-        )
-    return _class_folders(split)
-
-
-def image_folder(spec: DataSpec, train: bool) -> DatasetFolder:
-    """One folder a class: in data_path for training, in eval_data_path for validation."""
-    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
-    return _class_folders(_folder_at(path, f"--{flag}", "one folder of images a class"))
-
-
-class UnlabelledFolder(Dataset):
-    """Every image below `root` in order of its path; all labels are 0."""
-
-    def __init__(self, root: Path):
-        walk = (os.path.join(top, n) for top, _, ns in os.walk(root, followlinks=True) for n in ns)
-        paths = sorted(path for path in walk if path.lower().endswith(EXTENSIONS))
-        if not paths:
-            raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
-        self.samples = [(path, 0) for path in paths]
+    def __init__(self, samples: FileIndex):
+        self.samples, self.classes = samples, samples.classes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -137,10 +105,36 @@ class UnlabelledFolder(Dataset):
         return load_image(path), label
 
 
-def folder(spec: DataSpec, train: bool) -> UnlabelledFolder:
-    """Images without labels, flat or nested, for pre-training."""
+def _images(root: Path, labelled: bool, spec: DataSpec, train: bool) -> ImageFiles:
+    name = "train.index" if train else "val.index"
+    file = Path(spec.data_index).expanduser() / name if spec.data_index else None
+    return ImageFiles(list_images(root, labelled, file))
+
+
+def imnet(spec: DataSpec, train: bool) -> ImageFiles:
+    """`train/` and `val/` under data_path, one folder a class."""
+    root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
+    split = root / ("train" if train else "val")
+    if not split.is_dir():
+        raise UserError(
+            f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
+            "folder a class. Class folders right there are --data_set image_folder, images "
+            "without labels --data_set folder"
+        )
+    return _images(split, True, spec, train)
+
+
+def image_folder(spec: DataSpec, train: bool) -> ImageFiles:
+    """One folder a class: in data_path for training, in eval_data_path for validation."""
     path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
-    return UnlabelledFolder(_folder_at(path, f"--{flag}", "images"))
+    root = _folder_at(path, f"--{flag}", "one folder of images a class")
+    return _images(root, True, spec, train)
+
+
+def folder(spec: DataSpec, train: bool) -> ImageFiles:
+    """Images without labels, flat or nested, in order of their paths, for pre-training."""
+    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
+    return _images(_folder_at(path, f"--{flag}", "images"), False, spec, train)
 
 
 def cifar10(spec: DataSpec, train: bool) -> Cifar:
@@ -309,7 +303,11 @@ def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
             "IMNET). Images without labels serve main_pretrain.py"
         )
     spec = DataSpec(
-        args.data_path, args.eval_data_path, height_and_width(args.input_size), args.nb_classes
+        args.data_path,
+        args.eval_data_path,
+        height_and_width(args.input_size),
+        args.nb_classes,
+        args.data_index,
     )
     data = create_dataset(args.data_set, spec, is_train)
     names = class_map(data)
@@ -344,7 +342,8 @@ def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
 def build_pretrain_dataset(args: Any) -> Augmented:
     """The training images of any data set; their labels are passed on but mean nothing here."""
     size = height_and_width(args.input_size)
-    data = create_dataset(args.data_set, DataSpec(args.data_path, input_size=size), train=True)
+    spec = DataSpec(args.data_path, input_size=size, data_index=args.data_index)
+    data = create_dataset(args.data_set, spec, train=True)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
     return Augmented(data, transform, args.seed, args.in_chans, on_bad=on_bad)

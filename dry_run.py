@@ -144,7 +144,7 @@ def tell_data(report: Report, name: str, data: Augmented, found: Decoded) -> Non
     """A line about a set, and its bad images: faults, or those that the run goes without."""
     whose = all_gather((found.faults, found.without, found.tried, len(found.good)))
     faults = [text for texts, *_ in whose for text in texts]
-    without = {image: why for _, part, *_ in whose for image, why in part.items()}
+    without = dict(sorted(pair for _, part, *_ in whose for pair in part.items()))
     tried, good = (sum(column) for column in list(zip(*whose, strict=True))[2:])
     names = class_map(data) if data.nb_classes else None
     classes = f" of {data.nb_classes} classes" if data.nb_classes else ", labels not used"

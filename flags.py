@@ -51,7 +51,8 @@ COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
 CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
-NEED_PATH = ("IMNET", "CIFAR10", "CIFAR", "image_folder", "folder")
+FOLDERS = ("IMNET", "image_folder", "folder")
+NEED_PATH = (*FOLDERS, "CIFAR10", "CIFAR")
 DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
@@ -111,6 +112,13 @@ FLAGS: dict[str, tuple] = {
     "data": (
         ("--data_path", str, "", "folder of the data; DIGITS and SYNTHETIC need none"),
         ("--data_set", str, "IMNET", f"one of {DATA_SETS}, or package.module:function"),
+        (
+            "--data_index",
+            str,
+            "",
+            "folder for lists of the images, train.index and val.index: each is written once, then "
+            "mapped by all processes; empty: each process lists the folders",
+        ),
         ("--imagenet_default_mean_and_std", str2bool, True, "false: Inception's mean and std"),
         ("--num_workers", WHOLE, min(10, CORES), "loader processes of each rank"),
         ("--pin_mem", str2bool, True, "page-locked host memory: faster copies to a GPU"),

@@ -17,6 +17,7 @@ import configs
 from flags import (
     EXPORT_HELP,
     FLAGS,
+    FOLDERS,
     GRAPHS,
     HELP,
     MODEL_KEY,
@@ -108,7 +109,7 @@ def visualize_parser() -> argparse.ArgumentParser:
     parser.description = "Draw what a pre-trained model imagines behind the mask."
     add_args(parser, "pictures")
     add_args(parser, "model", only=("--model",))
-    add_args(parser, "data", only=("--data_set", "--data_path"))
+    add_args(parser, "data", only=("--data_set", "--data_path", "--data_index"))
     add_args(parser, "evaluation and moving average", only=("--eval_data_path",))
     add_args(parser, "run", only=("--device", "--seed"))
     parser.set_defaults(model=None, data_set=None, data_path=None)
@@ -207,6 +208,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         args.data_path or (vars(args).get("eval") and args.eval_data_path)
     ):
         yield f"--data_path is missing, --data_set {args.data_set} needs it; give the folder"
+    if args.data_index and args.data_set not in FOLDERS:
+        yield f"--data_index lists images in folders, --data_set {args.data_set} has none; drop it"
     if len(args.input_size) != 2:
         yield f"--input_size: got {args.input_size}, expected one or two numbers (height, width)"
     if args.scale[0] > args.scale[1]:

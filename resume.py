@@ -28,7 +28,7 @@ RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
-LOCAL += ("local_rank", "world_size", "dist_url", "progress", "dry_run")
+LOCAL += ("data_index", "local_rank", "world_size", "dist_url", "progress", "dry_run")
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, seconds between them
 
 

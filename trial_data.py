@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from data_faults import WatchedLoader
-from data_pipeline import Replaced, create_loader
+from data_pipeline import Replaced, create_loader, keys_at
 from errors import TrainingStopped, UserError
 from randomness import mix
 from utils import get_rank, get_world_size
 
 ENDLESS = 1 << 40  # batches
+MOST = 100_000  # images that a process tries: more than it can read in the time it has
 
 
 @dataclass
@@ -63,8 +63,8 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float, keep: int = 64
     named. Up to `keep` good ones are kept.
     """
     data, found = loader.samples, Decoded()
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(mix(seed, 1)))
-    keys = [(0, index) for index in order[get_rank() :: get_world_size()].tolist()]
+    mine = range(get_rank(), len(data), get_world_size())[:MOST]
+    keys = list(keys_at(mine, len(data), mix(seed, 1), 0))
     patience = loader.watch.seconds if loader.watch else 0
     workers = min(loader.num_workers, len(keys))
     one_by_one = create_loader(_Each(data), keys, 1, workers, timeout=patience, collate_fn=_only)

@@ -24,6 +24,7 @@ import datasets
 import utils
 from checkpoint import load_weights, read_checkpoint
 from errors import UserError
+from flags import FOLDERS
 from models import build_fcmae
 from models.fcmae import FCMAE, random_mask, visible_patches
 from randomness import hash_noise
@@ -131,7 +132,10 @@ def main(args: argparse.Namespace) -> None:
     trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given)
     model = build_fcmae(trained)
     load_weights(model, checkpoint["model"], args.checkpoint)
-    spec = datasets.DataSpec(trained.data_path, trained.eval_data_path, trained.input_size)
+    if args.data_index and trained.data_set not in FOLDERS:
+        raise UserError(f"--data_index: --data_set {trained.data_set} has no folders; drop it")
+    about = {"input_size": trained.input_size, "data_index": args.data_index}
+    spec = datasets.DataSpec(trained.data_path, trained.eval_data_path, **about)
     data = datasets.create_dataset(trained.data_set, spec, train=args.split == "train")
     images, mask = build_panel(data, model.to(device), trained, device, args.num_images)
     mean, std = datasets.build_mean_and_std(trained)

@@ -31,6 +31,7 @@ from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, 
 from decoding import BadImage
 from engine_finetune import evaluate
 from errors import Preempted, TrainingStopped, UserError
+from file_index import list_images
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
 
 COUNT, BAD = 12, (2, 3, 7)
@@ -62,8 +63,8 @@ def names(root: Path, bad: tuple = BAD) -> list[str]:
 
 
 def augmented(root: Path, on_bad: str) -> Augmented:
-    files = datasets.UnlabelledFolder(root)
-    files.samples.sort(key=lambda sample: Path(sample[0]).name)
+    files = datasets.ImageFiles(list_images(root, labelled=False))
+    files.samples = sorted(files.samples, key=lambda sample: Path(sample[0]).name)
     return Augmented(files, to_tensor, seed=3, on_bad=on_bad)
 
 
@@ -129,7 +130,7 @@ def test_faulty_file_is_named_or_replaced(tmp_path, fault):
 def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
-    assert len(datasets.UnlabelledFolder(tmp_path / "sets")) == COUNT
+    assert len(list_images(tmp_path / "sets", labelled=False)) == COUNT
     spec = datasets.DataSpec(str(tmp_path / "sets"))
     assert len(datasets.image_folder(spec, train=True)) == COUNT
 
@@ -237,7 +238,8 @@ def test_too_many_bad_images_are_an_error(tmp_path):
 def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
     """They are faults of the flags: with all samples replaced they would never be seen."""
     make_photos(tmp_path, bad=())
-    data = Augmented(datasets.UnlabelledFolder(tmp_path), to_tensor, 0, 4, on_bad="replace")
+    files = datasets.ImageFiles(list_images(tmp_path, labelled=False))
+    data = Augmented(files, to_tensor, 0, 4, on_bad="replace")
     assert "--in_chans 4" in str(data[0, 0])
     data = Augmented([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
     assert "label 7" in str(data[0, 0])
@@ -291,6 +293,23 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     told = [record.getMessage() for record in log.records]
     assert [text.split(" cannot")[0] for text in told] == ["2 images", "1 images", "1 images"]
     assert "b (why), v (cut); training takes others" in told[0]
+
+
+def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
+    """A thousand of them would bring together all bad images of the run at every save."""
+    sent, train = [], Told(a="x")
+
+    def gather(mine: dict[str, str]) -> list[dict[str, str]]:
+        sent.append(mine)
+        return [mine, {"b": "of the other"}] if len(sent) == 1 else [mine]
+
+    monkeypatch.setattr("data_faults.all_gather", gather)
+    bad = BadImages(tmp_path, train)
+    assert bad.write() == 2
+    train.bad |= {"b": "seen here too", "c": "y"}
+    assert [bad.write(), bad.write()] == [3, 3]
+    assert sent == [{"a": "x"}, {"c": "y"}, {}]
+    assert (tmp_path / "bad_images.txt").read_text() == "a\tx\nb\tof the other\nc\ty\n"
 
 
 def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path):
@@ -377,7 +396,7 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         assert "val/c/02.png" in said
 
 
-class Mortal(datasets.UnlabelledFolder):
+class Mortal(datasets.ImageFiles):
     """Images of which the one with number LAST to be read ends the process."""
 
     read = 0
@@ -390,7 +409,7 @@ class Mortal(datasets.UnlabelledFolder):
 
 
 def mortal(data_path: str, train: bool) -> Mortal:
-    return Mortal(Path(data_path))
+    return Mortal(list_images(data_path, labelled=False))
 
 
 @pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])
@@ -567,6 +586,7 @@ def test_flags_reach_the_loader(tmp_path):
     make_photos(tmp_path)
     flags = {"data_set": "folder", "data_path": str(tmp_path), "input_size": (16, 16), "seed": 0}
     flags |= {"in_chans": 3, "hflip": 0.5, "scale": (0.2, 1.0), "batch_size": 4, "pin_mem": False}
+    flags["data_index"] = ""
     for seconds, expected in ((None, 1800), (7.0, 7), (0.0, 0)):
         args = SimpleNamespace(
             **flags, num_workers=1, on_bad_image="skip", data_timeout=seconds, dist_eval=True

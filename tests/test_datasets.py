@@ -45,7 +45,7 @@ def make_args(**changes):
         "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0,
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
-        "on_bad_image": "error", "data_timeout": None,
+        "on_bad_image": "error", "data_timeout": None, "data_index": "",
     }  # fmt: skip
     return SimpleNamespace(**(flags | changes))
 

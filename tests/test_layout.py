@@ -27,6 +27,7 @@ LIMITS = {  # lines at most
     "configs.py": 200,  # files of flags: what options would outgrow its limit by
     "datasets.py": 400,
     "data_pipeline.py": 400,
+    "file_index.py": 300,  # which files there are, in a format of its own: memory at any number
     "decoding.py": 180,  # out of data_pipeline: what people see in a file, whatever its kind
     "data_faults.py": 350,  # images without use, machines that fail, processes that die: who did
     "archives.py": 260,  # tar, zip and pickles from outside, numpy's types: one place to keep safe
@@ -38,7 +39,7 @@ LIMITS = {  # lines at most
     "resume.py": 250,  # what a run goes on from: out of checkpoint (files) and utils (processes)
     "sources.py": 150,  # the hub, timm's weights, addresses: where a checkpoint is not a file yet
     "errors.py": 100,
-    "randomness.py": 100,  # out of utils, which holds processes and runs
+    "randomness.py": 130,  # out of utils, which holds processes and runs; orders without lists
     "keeper.py": 360,  # when a run is saved and stopped: signals, clocks, agreement of ranks
     "guard.py": 270,  # updates that went wrong: what they held, and the way back
     "lock.py": 300,  # one run in a folder, whoever dies, stands still or has the same name
@@ -89,7 +90,7 @@ MODELS = (
 )
 L1 = {"losses", "meters", "resume", "stepper", "graphs", "optim_factory", "keeper", "lock", "guard"}
 L1 |= {"alike"}
-DATA = {"decoding", "data_faults", "archives", "data_pipeline", "batches"}
+DATA = {"decoding", "data_faults", "archives", "data_pipeline", "batches", "file_index"}
 L1 |= DATA | {"datasets"}
 FORMATS = {"formats", "hf_folder"}
 SCRIPTS = {"visualize", "export", "predict"}
@@ -125,6 +126,7 @@ ALLOWED = {
     **dict.fromkeys(L1, L0),  # so optim_factory asks the model, and imports none
     "data_pipeline": L0 | {"decoding", "data_faults"},
     "datasets": L0 | DATA,
+    "file_index": L0 | {"decoding", "data_faults"},
     "graphs": L0 | {"stepper"},
     "keeper": L0 | {"lock"},  # a run that lost its folder saves no more
     "guard": L0 | {"stepper", "keeper"},
