@@ -245,6 +245,12 @@ FLAGS: dict[str, tuple] = {
         ("--compile", str2bool, False, "torch.compile: slow first update, then faster"),
         ("--cuda_graphs", str2bool, False, "launch a training step's kernels as one; CUDA only"),
         (
+            "--grad_checkpointing",
+            str2bool,
+            False,
+            "backward computes each block again: much less memory for up to a third more work",
+        ),
+        (
             "--deterministic",
             str2bool,
             False,

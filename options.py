@@ -240,6 +240,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"{got} watches loader processes, --num_workers 0 has none; give some, or drop it"
     if args.cuda_graphs and args.compile:
         yield "--cuda_graphs true and --compile true exclude each other; drop one"
+    if args.cuda_graphs and args.grad_checkpointing:
+        got = "--cuda_graphs true is for small models, --grad_checkpointing true for big ones"
+        yield f"{got}; drop one"
     if args.update_freq is not None and args.effective_batch is not None:
         got = f"--update_freq {args.update_freq} and --effective_batch {args.effective_batch}"
         yield f"{got} both say how much an update accumulates; drop one"

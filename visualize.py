@@ -129,7 +129,8 @@ def main(args: argparse.Namespace) -> None:
     named = given.get("data_set", checkpoint["args"].get("data_set"))
     if named in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
         raise UserError(f"{args.checkpoint} asks for {named}; say where: --data_path")
-    trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given)
+    ours = {"grad_checkpointing": False}  # nothing is trained
+    trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given | ours)
     model = build_fcmae(trained)
     load_weights(model, checkpoint["model"], args.checkpoint)
     if args.data_index and trained.data_set not in FOLDERS:

@@ -11,6 +11,7 @@ import inspect
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from errors import UserError, resolve
@@ -52,9 +53,28 @@ def fcmae_name(name: str) -> str:
     return name if name.startswith(_PREFIX) or ":" in name else _PREFIX + name
 
 
+def _checkpointed(model: nn.Module, args: Any) -> nn.Module:
+    """The model with --grad_checkpointing if asked for: by timm's name of the method."""
+    if not args.grad_checkpointing or vars(args).get("eval"):
+        return model
+    if args.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        raise UserError(
+            f"--grad_checkpointing true with --compile true needs torch 2.14: {torch.__version__} "
+            "would keep in compiled blocks what it should compute again; drop one"
+        )
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # by the second some of timm's refuse
+        raise UserError(
+            f"--grad_checkpointing true: {type(model).__name__} has no set_grad_checkpointing("
+            f"enable=True) that would turn it on; drop the flag ({error})"
+        ) from error
+    return model
+
+
 def build_fcmae(args: Any) -> nn.Module:
     """The pre-training model that the flags describe."""
-    return create_model(
+    model = create_model(
         fcmae_name(args.model),
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
@@ -65,11 +85,12 @@ def build_fcmae(args: Any) -> nn.Module:
         decoder_embed_dim=args.decoder_embed_dim,
         norm_pix_loss=args.norm_pix_loss,
     )
+    return _checkpointed(model, args)
 
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
     """The classifier that the flags describe."""
-    return create_model(
+    model = create_model(
         args.model.removeprefix(_PREFIX),
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
@@ -77,3 +98,4 @@ def build_classifier(args: Any, num_classes: int) -> nn.Module:
         num_classes=num_classes,
         head_init_scale=args.head_init_scale,
     )
+    return _checkpointed(model, args)

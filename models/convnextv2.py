@@ -14,33 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.depthwise import depthwise
+from models.block import Block, set_grad_checkpointing
 from models.features import FeatureInfo, left_out, take_stages
-from models.layers import GRN, DropPath, LayerNorm, PatchConv, init_weights, linear
-from models.mlp import block_mlp
+from models.layers import LayerNorm, PatchConv, linear
 from models.sparse import PatchGrid
-
-
-class Block(nn.Module):
-    """Depthwise 7x7, LayerNorm, and an MLP with GRN, around a residual.
-
-    x: dense (N, H, W, C), or packed (N, V, p, p, C) together with its grid.
-    """
-
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
-        init_weights(self.dwconv)
-        self.norm = LayerNorm(dim)
-        self.pwconv1 = linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim)
-        self.pwconv2 = linear(4 * dim, dim)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        y = depthwise(x, self.dwconv, grid, self.norm)
-        y = block_mlp(y, self.pwconv1, self.grn, self.pwconv2)
-        return x + self.drop_path(y)
 
 
 class ConvNeXtV2(nn.Module):
@@ -104,6 +81,10 @@ class ConvNeXtV2(nn.Module):
         if num_classes:
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in backward instead of saving what that needs, as in timm."""
+        set_grad_checkpointing(self, enable)
 
     def stage_maps(self, x: Tensor, grid: PatchGrid | None = None, last: int = -1) -> list[Tensor]:
         """What leaves each stage up to `last`, in x's layout: x is as in `Block`."""

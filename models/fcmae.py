@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.convnextv2 import Block, ConvNeXtV2
+from models.block import Block, set_grad_checkpointing
+from models.convnextv2 import ConvNeXtV2
 from models.layers import PatchConv
 from models.sparse import PatchGrid
 
@@ -74,6 +75,10 @@ class FCMAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.decoder = nn.Sequential(*[Block(decoder_embed_dim) for _ in range(decoder_depth)])
         self.pred = PatchConv(decoder_embed_dim, stride**2 * self.in_chans, 1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As of `ConvNeXtV2`, for encoder and decoder."""
+        set_grad_checkpointing(self, enable)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) patches of an image of H x W pixels."""
