@@ -35,7 +35,7 @@ from utils import TrainState
 CPU = torch.device("cpu")
 HAS_FSDP = sharding.has_fsdp(CPU)
 MODES = ["ddp", "zero1"] + ["fsdp"] * HAS_FSDP
-FSDP = pytest.param("fsdp", marks=pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7"))
+NEEDS_FSDP = pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7 on a CPU")
 # 3 epochs of 2 updates of 16 images each; 3 images to evaluate.
 RUN = ["--data_set", "tests.tiny:even", "--input_size", 16, "--stem_stride", 1, "--epochs", 3]
 RUN += ["--lr", 0.01, "--warmup_epochs", 1, "--clip_grad", 1, "--num_workers", 0]
@@ -97,32 +97,31 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("processes", "batch", "freq"), [(2, 8, 1), (2, 4, 2), (4, 2, 2)])
-def test_processes_and_micro_batches_change_nothing(
-    alone, tmp_path, script, processes, batch, freq
+@pytest.mark.parametrize(
+    ("shard", "processes", "batch", "freq"),
+    [
+        ("zero1", 2, 8, 1),
+        ("ddp", 2, 4, 2),
+        pytest.param("fsdp", 2, 4, 2, marks=NEEDS_FSDP),
+        ("ddp", 4, 2, 2),
+    ],
+)
+def test_processes_and_what_each_keeps_change_nothing(
+    alone, tmp_path, script, shard, processes, batch, freq
 ):
     """Also not the evaluation of 3 images by 4: the last one left it out, and the rest waited."""
-    train(script, tmp_path, processes, batch, freq)
-    assert_same_run(tmp_path, alone(script))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("shard", ["zero1", FSDP])
-def test_what_each_process_keeps_changes_nothing(alone, tmp_path, script, shard):
     again = "true" if shard == "fsdp" else "false"  # blocks computed again, gathered again
-    train(script, tmp_path, 2, 4, 2, "--shard", shard, "--grad_checkpointing", again)
+    words = ["--shard", shard, "--grad_checkpointing", again]
+    train(script, tmp_path, processes, batch, freq, *words)
     assert_same_run(tmp_path, alone(script))
     if (script, shard) != ("main_finetune.py", "fsdp"):
         return
-    # Each of them goes on from the file of any other.
-    for name, processes, how in (("zero1", 2, "zero1"), ("ddp", 1, "ddp"), ("fsdp", 2, "fsdp")):
-        folder = tmp_path / name
+    # The files are alike, so that whoever goes on from this one goes on from any.
+    for how, others in (("zero1", 2), ("ddp", 1), ("fsdp", 2)):
+        folder = tmp_path / how
         folder.mkdir()
-        shutil.copy(tmp_path / "checkpoint-0.pth", folder)
         shutil.copy(tmp_path / "checkpoint-1.pth", folder)
-        (tmp_path / "checkpoint-2.pth").unlink(missing_ok=True)
-        (tmp_path / "log.txt").unlink(missing_ok=True)
-        train(script, folder, processes, 16 // processes, 1, "--shard", how)
+        train(script, folder, others, 16 // others, 1, "--shard", how)
         assert_same_run(folder, alone(script))
 
 
@@ -309,7 +308,7 @@ def test_average_is_the_same_on_all_ranks(results):
     assert distance(one, two) == 0
 
 
-@pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7")
+@NEEDS_FSDP
 def test_average_and_evaluation_of_spread_weights_are_those_of_whole_ones(results):
     for result in results:
         ddp, fsdp = result["ranks_average"]["ddp"], result["ranks_average"]["fsdp"]
@@ -320,7 +319,7 @@ def test_average_and_evaluation_of_spread_weights_are_those_of_whole_ones(result
     assert distance(fsdp["output"], ddp["output"]) < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["ddp", FSDP])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=NEEDS_FSDP)])
 def test_gradients_that_travel_in_half_are_close_and_equal_on_all(results, mode):
     one, two = (result["ranks_compress"] for result in results)
     exact = torch.cat([grad.flatten() for grad in one[f"{mode} none False"].values()])
