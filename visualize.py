@@ -129,12 +129,12 @@ def main(args: argparse.Namespace) -> None:
     named = given.get("data_set", checkpoint["args"].get("data_set"))
     if named in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
         raise UserError(f"{args.checkpoint} asks for {named}; say where: --data_path")
+    if args.data_index and named not in FOLDERS:
+        raise UserError(f"--data_index lists images in folders, {named} has none; drop it")
     ours = {"grad_checkpointing": False}  # nothing is trained
     trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given | ours)
     model = build_fcmae(trained)
     load_weights(model, checkpoint["model"], args.checkpoint)
-    if args.data_index and trained.data_set not in FOLDERS:
-        raise UserError(f"--data_index: --data_set {trained.data_set} has no folders; drop it")
     about = {"input_size": trained.input_size, "data_index": args.data_index}
     spec = datasets.DataSpec(trained.data_path, trained.eval_data_path, **about)
     data = datasets.create_dataset(trained.data_set, spec, train=args.split == "train")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
@@ -25,6 +26,7 @@ import datasets
 import file_index
 import options
 import utils
+import visualize
 from benchmarks import big_data
 from data_pipeline import Augmented, EvalSampler, create_eval_transform, create_loader
 from decoding import EXTENSIONS
@@ -355,6 +357,13 @@ def test_flag_is_refused_where_there_are_no_folders(data_set, capsys):
             options.parse(parser, words)
         expected = f"--data_index lists images in folders, --data_set {data_set} has none"
         assert expected in capsys.readouterr().err
+
+
+def test_pictures_of_other_data_refuse_the_flag(tmp_path):
+    torch.save({"args": {"mask_ratio": 0.6, "data_set": "DIGITS"}}, tmp_path / "a.pth")
+    words = ["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu", "--data_index", "lists"]
+    with pytest.raises(UserError, match="lists images in folders, DIGITS has none"):
+        visualize.main(options.visualize_parser().parse_args(words))
 
 
 FINETUNE = ["--model", "tests.tiny:classifier", "--input_size", "16", "--stem_stride", "1"]
