@@ -1,0 +1,346 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Bytes of a training step: counted without memory, measured, and by a formula for any GPUs.
+
+PYTHONPATH=. python -c "from benchmarks.memory_counts import per_gpu; help(per_gpu)"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from sharding import units
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import create_model, fcmae_name, ops, tune
+from models.block import Block
+from models.fcmae import random_mask, visible_patches
+from optim_factory import get_parameter_groups
+from stepper import autocast
+
+MASK_RATIO, PATCH = 0.6, 32
+SHARDS = ("ddp", "zero1", "fsdp")
+FULL, HALF = 4, 2  # bytes of a number, in float32 and bf16
+Shape = tuple[int, ...]
+
+# --- the formula -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes that grow with the images of a GPU."""
+
+    fixed: float
+    each: float
+
+    def at(self, images: float) -> float:
+        return self.fixed + images * self.each
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of all tensors but parameters and their gradients.
+
+    saved: between forward and backward. peak: at most, whichever of the lines is the highest: with
+    more images another operation is where most is in use.
+    """
+
+    saved: Line
+    peak: tuple[Line, ...]
+
+    def at_peak(self, images: float) -> float:
+        return max(line.at(images) for line in self.peak)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the formula has to know of a training step of one GPU.
+
+    units: shapes of the parameters that fsdp gathers together: the root's, then each block's.
+    groups: sizes of the parameters in each group of the optimizer.
+    whole: with parameters in float32. gathered: in the step's precision, as fsdp brings them.
+    half: in bf16. average: one of the weights is kept.
+    """
+
+    units: tuple[tuple[Shape, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+    whole: Work
+    gathered: Work
+    half: bool
+    average: bool
+
+
+def per_gpu(step: Step, shard: str, gpus: int, images: int) -> dict[str, float]:
+    """Bytes on the fullest of the GPUs, each with so many images, in parts.
+
+    One GPU has nobody to share with. working: what the peak has beyond `saved`; after an update
+    the average is compared with the weights, which takes as much as they, if that is more.
+    """
+    sizes = [[size_of(shape) for shape in unit] for unit in step.units]
+    mine = moments = sum(map(sum, sizes))
+    work, gathered = step.whole, 0.0
+    if shard == "zero1":
+        moments = zero1_share(step.groups, gpus)
+    if shard == "fsdp" and gpus > 1:
+        mine = moments = sum(fsdp_share(shape, gpus) for unit in step.units for shape in unit)
+        gathered = fsdp_gathered([sum(unit) for unit in sizes], HALF if step.half else FULL)
+        work = step.gathered
+    saved = work.saved.at(images)
+    average = FULL * mine * step.average
+    return {
+        "weights": FULL * mine,
+        "gradients": FULL * mine,
+        "moments": 2 * FULL * moments,
+        "average": average,
+        "gathered": gathered,
+        "saved": saved,
+        "working": max(work.at_peak(images) - saved, average - gathered - saved),
+    }
+
+
+def size_of(shape: Shape) -> int:
+    """Numbers in a tensor."""
+    return torch.Size(shape).numel()
+
+
+def zero1_share(groups: Iterable[Iterable[int]], gpus: int) -> int:
+    """Numbers whose moments the fullest GPU keeps.
+
+    ZeroRedundancyOptimizer gives whole tensors, the largest of a group first, to the GPU that has
+    the least so far.
+    """
+    taken = [0] * gpus
+    for group in groups:
+        for size in sorted(group, reverse=True):
+            taken[taken.index(min(taken))] += size
+    return max(taken)
+
+
+def fsdp_share(shape: Shape, gpus: int) -> int:
+    """Numbers of a parameter that a GPU keeps: its rows of the first axis, rounded up."""
+    return -(-shape[0] // gpus) * size_of(shape[1:])
+
+
+def fsdp_gathered(sizes: list[int], number: int) -> float:
+    """Bytes of what a GPU holds of others' parameters and gradients for a moment.
+
+    The root's parameters and gradients stay. Of the largest block are there: its parameters, those
+    of the next one on their way, its gradients, and these once more in float32 to be summed.
+    """
+    root, *blocks = sizes
+    return 2 * number * root + (3 * number + FULL) * max(blocks)
+
+
+def images_that_fit(step: Step, shard: str, gpus: int, memory: float) -> int:
+    """The most images a GPU of so many bytes trains on at once; 0 for none."""
+    low, high = 0, 1 << 20
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = sum(per_gpu(step, shard, gpus, middle).values()) <= memory
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+# --- counting without memory ---------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Bytes of tensors made within it that are still in use: now, and at most."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.sizes = {x.untyped_storage()._cdata: 0 for x in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.sizes:
+            return
+        self.sizes[storage._cdata] = storage.nbytes()
+        weakref.finalize(storage, self._forget, storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, name: int) -> None:
+        self.now -= self.sizes.pop(name)
+
+
+def saved_by(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Bytes of distinct storages that `forward` saves for backward, parameters aside; its loss.
+
+    Of those that fsdp gathered it has emptied the blocks' by then, and the root's are parameters.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = local(x).untyped_storage()
+        storages[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = forward()
+    known = {local(x).untyped_storage()._cdata for x in model.parameters()}
+    total = sum(x.nbytes() for name, x in storages.items() if name not in known)
+    storages.clear()  # `pack` may live as long as what it packed
+    return total, loss
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's rows of a tensor that fsdp has cut."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training step: `pretrain` or `finetune` a model on square images of a size in pixels."""
+
+    model: str
+    kind: str
+    size: int
+    checkpointing: bool
+    half: bool
+
+    def build(self) -> nn.Module:
+        """The network, in training."""
+        name = fcmae_name(self.model) if self.kind == "pretrain" else self.model
+        model = create_model(name)
+        model.set_grad_checkpointing(self.checkpointing)
+        return model.train()
+
+    def forward(self, model: nn.Module, images: int) -> Callable[[], Tensor]:
+        """What gives the loss of so many images, in the engine's precision."""
+        x = torch.rand(images, 3, self.size, self.size)
+        patches = (self.size // PATCH) ** 2
+        visible = visible_patches(patches, MASK_RATIO)
+        mask = random_mask(torch.rand(images, patches), visible)
+        labels = torch.zeros(images, dtype=torch.int64)
+
+        def loss() -> Tensor:
+            with autocast(torch.device("cpu"), "bf16" if self.half else "none"):
+                if self.kind == "pretrain":
+                    return model(x, mask, visible)[0]
+                return F.cross_entropy(model(x), labels)
+
+        return loss
+
+
+@contextlib.contextmanager
+def as_on_cuda(model: nn.Module) -> Iterator[None]:
+    """On a CPU: all images of a batch at once, torch's forms for CUDA, and its autocast.
+
+    That has LayerNorm in float32, of which those within blocks take care themselves.
+    """
+    of_blocks = {id(block.norm) for block in model.modules() if isinstance(block, Block)}
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and id(m) not in of_blocks]
+    hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].float(),)) for norm in norms]
+    at_once = mock.patch.object(ops, "images_at_once", lambda x, elements: x.shape[0])
+    try:
+        with at_once, mock.patch.object(tune.choices, "mode", "triton"):  # fake tensors get torch's
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def count(task: Task, images: int, cuda: bool = True, gathered: bool = False) -> tuple[int, int]:
+    """Bytes (saved, at the peak) as in `Work`, of tensors that have shapes and no memory."""
+    with torch.device("meta"):
+        model = task.build()
+    if gathered and task.half:
+        model.bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        forward = task.forward(model, images)
+        with as_on_cuda(model) if cuda else contextlib.nullcontext():
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            known = [x for p in model.parameters() for x in (p, p.grad)]
+            with Live(known) as live:
+                saved, loss = saved_by(model, forward)
+                loss.backward()
+    return saved, live.peak
+
+
+def count_work(task: Task, cuda: bool = True, gathered: bool = False) -> Work:
+    """`Work` of a task, from lines through a few numbers of images and many."""
+    lines = []
+    for images in ((1, 2), (64, 128)):
+        low, high = (count(task, number, cuda, gathered) for number in images)
+        lines.append([line(images, pair) for pair in zip(low, high, strict=True)])
+    (saved, peak_of_few), (_, peak_of_many) = lines
+    return Work(saved, (peak_of_few, peak_of_many))
+
+
+def line(images: tuple[int, int], values: tuple[float, float]) -> Line:
+    """Through two points."""
+    each = (values[1] - values[0]) / (images[1] - images[0])
+    return Line(values[0] - each * images[0], each)
+
+
+def count_step(task: Task, cuda: bool = True, fsdp: bool = True) -> Step:
+    """`Step` of a task, for fsdp too or only for others; fine-tuning keeps an average."""
+    with torch.device("meta"):
+        model = task.build()
+    blocks = [list(unit.parameters()) for unit in units(model)]
+    in_blocks = {id(p) for block in blocks for p in block}
+    root = [p for p in model.parameters() if id(p) not in in_blocks]
+    groups = get_parameter_groups(model, weight_decay=0.05)
+    whole = count_work(task, cuda)
+    return Step(
+        units=tuple(tuple(tuple(p.shape) for p in unit) for unit in (root, *blocks)),
+        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        whole=whole,
+        gathered=count_work(task, cuda, gathered=True) if fsdp and task.half else whole,
+        half=task.half,
+        average=task.kind == "finetune",
+    )
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def distinct(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages of this process's part of tensors, each counted once."""
+    storages = [local(x).untyped_storage() for x in tensors if torch.is_tensor(x)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def measure(
+    model: nn.Module, optimizer: torch.optim.Optimizer, forward: Callable[[], Tensor]
+) -> dict[str, int]:
+    """Bytes that this process really holds between backward and update, and saved for backward.
+
+    model: what forward calls, in DistributedDataParallel or cut by fully_shard too. optimizer:
+    ZeroRedundancyOptimizer too.
+    """
+    forward().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    saved, loss = saved_by(model, forward)
+    loss.backward()
+    parameters = list(model.parameters())
+    state = getattr(optimizer, "optim", optimizer).state.values()  # zero1: of its own parameters
+    return {
+        "weights": distinct(parameters),
+        "gradients": distinct(p.grad for p in parameters),
+        "moments": distinct(x for each in state for x in each.values()),
+        "saved": saved,
+    }
