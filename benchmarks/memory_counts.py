@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from sharding import units
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,7 @@ from models import create_model, fcmae_name, ops, tune
 from models.block import Block
 from models.fcmae import random_mask, visible_patches
 from optim_factory import get_parameter_groups
+from sharding import units
 from stepper import autocast
 
 MASK_RATIO, PATCH = 0.6, 32
