@@ -166,7 +166,6 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     for module in spreads:
         module.set_reshard_after_forward(False, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)
-        module.set_requires_gradient_sync(False, recurse=False)
         module.unshard()
     try:
         yield

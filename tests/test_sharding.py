@@ -139,6 +139,10 @@ def images(rank: int, count: int = 4) -> Tensor:
     return torch.rand(count, 3, 16, 16, dtype=torch.float64, generator=generator)
 
 
+def are_spread(model: nn.Module) -> bool:
+    return all(sharding.is_spread(parameter) for parameter in model.parameters())
+
+
 def ranks_keep(rank: int, folder: Path) -> dict:
     """Numbers that each rank holds of weights, gradients and moments after an update."""
     held = {}
@@ -146,12 +150,13 @@ def ranks_keep(rank: int, folder: Path) -> dict:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
         _, wrapped, optimizer = build(mode, model)
-        stepper = Stepper(wrapped, optimizer, CPU)
-        stepper.begin_epoch(1)
-        with stepper.micro_batch():
-            loss = wrapped(images(rank)).square().mean()
-        loss.backward()
         weights = list(model.parameters())
+        for now in (False, True):
+            with sharding.exchange(wrapped, now):
+                loss = wrapped(images(rank)).square().mean()
+            loss.backward()
+            if mode == "fsdp" and not now:  # the next one adds to what each has kept for itself
+                assert all(p.grad is None for p in weights)
         grads = sum(sharding.local(p.grad).numel() for p in weights if p.grad is not None)
         optimizer.step()
         states = sharding.own_part(optimizer).state.values()
@@ -207,13 +212,19 @@ def ranks_average(rank: int, folder: Path) -> dict:
             average.update(model, torch.tensor(update + 1), taken)
             with sharding.whole_weights(model), torch.no_grad():  # must not disturb what follows
                 output = model(images(9)) if rank == 0 else None
+            assert are_spread(model) == (mode == "fsdp")
         state = sharding.whole_state(average.module)
         with sharding.whole_weights(model):
             found = first_not_finite(model, lambda: model(images(rank)).log().sum() / 0)  # noqa: B023
+        with pytest.raises(ZeroDivisionError), sharding.whole_weights(model):
+            raise ZeroDivisionError
+        assert are_spread(model) == (mode == "fsdp")
         results[mode] = {"average": state, "output": output, "found": found}
         stepper.begin_epoch(1)  # and the gradients still come together
         with stepper.micro_batch():
             loss = wrapped(images(rank)).square().mean()
+        units = sharding.units(model)  # gathered for their forward, and given back behind it
+        assert all(are_spread(unit) == (mode == "fsdp") for unit in units)
         results[mode]["norm"] = stepper.step(loss).grad_norm.item()
     return results
 
@@ -231,6 +242,9 @@ def ranks_compress(rank: int, folder: Path) -> dict:
             loss.backward()
             grads = {name: sharding.full(p.grad) for name, p in model.named_parameters()}
             results[f"{mode} {amp} {compress}"] = grads
+            with sharding.whole_weights(model):
+                kind = model.head.weight.dtype
+            assert kind == (torch.bfloat16 if (mode, amp) == ("fsdp", "bf16") else torch.float32)
     return results
 
 
@@ -329,6 +343,8 @@ def test_gradients_that_travel_in_half_are_close_and_equal_on_all(results, mode)
         error = ((half - exact).norm() / exact.norm()).item()
         assert 1e-5 < error < most, way
         assert distance(one[f"{mode} {way}"], two[f"{mode} {way}"]) == 0
+        in_half = torch.equal(half, half.bfloat16().float())  # as it travelled, not only was made
+        assert in_half == (mode == "fsdp" and way == "none True") or mode == "ddp", way
 
 
 def test_sync_bn_has_the_groups_that_are_asked_for(results):
