@@ -147,6 +147,8 @@ def ranks_keep(rank: int, folder: Path) -> dict:
     """Numbers that each rank holds of weights, gradients and moments after an update."""
     held = {}
     for mode in MODES:
+        given = flags(shard=mode, grad_compression="bf16")
+        assert build_sharing(given, CPU, "bf16") == Sharing(mode, CPU, "bf16", compress=True)
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
         _, wrapped, optimizer = build(mode, model)
@@ -224,6 +226,7 @@ def ranks_average(rank: int, folder: Path) -> dict:
         with stepper.micro_batch():
             loss = wrapped(images(rank)).square().mean()
         units = sharding.units(model)  # gathered for their forward, and given back behind it
+        assert all(hasattr(unit, "unshard") == (mode == "fsdp") for unit in units)
         assert all(are_spread(unit) == (mode == "fsdp") for unit in units)
         results[mode]["norm"] = stepper.step(loss).grad_norm.item()
     return results
