@@ -1,0 +1,296 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A process that benchmarks/scaling.py starts: it does what lines of JSON ask for, and answers so.
+
+echo '{"what": "sampler", "length": 1281167, "ranks": 1024}' | python benchmarks/scaling_worker.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CLASSES = 1000
+KEYS = 200_000  # of a sampler that are counted
+UPDATES = 2000  # of a run that logs
+LOOKUPS, WIDTH = 1000, 18  # in an index of files; bytes of a path there
+ENDLESS = 1 << 40  # batches of an epoch
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="convnextv2_atto")
+    parser.add_argument("--mode", choices=["pretrain", "finetune"], default="pretrain")
+    parser.add_argument("--input_size", type=int, default=224)
+    parser.add_argument("--meet", default="", help="address of the group to join; default none")
+    return parser
+
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import utils
+from batches import Batches
+from data_pipeline import TrainSampler
+from engine_finetune import supervised_loss
+from engine_pretrain import masked_loss
+from file_index import CRC, FIRST, HEADER, MAGIC, VERSION, open_index
+from hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
+from keeper import Agreement
+from models import create_model, fcmae_name, tune
+from optim_factory import create_optimizer
+from sharding import Sharing
+from stepper import Stepper
+from utils import TrainState
+
+CPU = torch.device("cpu")
+
+
+class Training:
+    """The toolkit's own step on images that are already there."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        tune.set_kernels("auto", CPU)
+        torch.manual_seed(0)
+        if args.mode == "pretrain":
+            bare = create_model(fcmae_name(args.model))
+            self.loss = partial(masked_loss, bare, 0, 0)
+        else:
+            bare = create_model(args.model, num_classes=CLASSES)
+            self.loss = lambda *about: supervised_loss(F.cross_entropy, None, 0, *about)[0]
+        optimizer = create_optimizer(bare, lr=1e-4)
+        self.model = Sharing("ddp", CPU).wrap(bare.train())
+        self.stepper = Stepper(self.model, optimizer, CPU)
+        self.stepper.begin_epoch(ENDLESS)
+        self.size, self.updates = args.input_size, 0
+
+    def make_batch(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and sample ids as `Batches` gives them."""
+        shape = (images, 3, self.size, self.size)
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        return x, torch.randint(CLASSES, (images,)), torch.arange(images)
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor], exchange: bool) -> None:
+        """An update; without `exchange` every rank keeps its own gradient."""
+        if exchange or utils.get_world_size() == 1:
+            self._step(batch)
+        else:
+            with self.model.no_sync():
+                self._step(batch)
+
+    def _step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        with self.stepper.micro_batch():
+            loss = self.loss(self.model, batch, self.updates, 0)
+        self.stepper.step(loss, batch[2])
+        self.updates += 1
+
+    def time(self, images: int, exchange: bool, count: int) -> float:
+        """Seconds of a step of so many images, after one untimed."""
+        batch = self.make_batch(images)
+        seconds = seconds_a_call(lambda: self.step(batch, exchange), count)
+        self.stepper.read()  # it keeps a record of each update until somebody asks
+        return seconds
+
+
+def seconds_a_call(work: Callable[[], Any], count: int) -> float:
+    """Seconds, after one call untimed, all ranks at the same time."""
+    work()
+    utils.barrier()
+    start = time.perf_counter()
+    for _ in range(count):
+        work()
+    return (time.perf_counter() - start) / count
+
+
+def all_reduce(size: int, count: int) -> float:
+    """Seconds of an all-reduce of `size` bytes over the group."""
+    values = torch.zeros(size // 4)
+    return seconds_a_call(lambda: dist.all_reduce(values), count)
+
+
+def told(count: int) -> dict[str, float]:
+    """Seconds of what every rank says beside the gradients: in an update, and at a log line."""
+    agreement = Agreement()
+    batches = Batches([], CPU, [0.0] * 3, [1.0] * 3)
+    reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches, TrainState())
+    found = {
+        "agreement": seconds_a_call(lambda: agreement.exchange(False, False), count),
+        "meters": seconds_a_call(means.read, count),
+    }
+    agreement.wait()
+    return found
+
+
+# --- costs that grow with data or ranks, each in a fresh process ----------------------------------
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most.
+
+    Linux's own figure for the program: that of getrusage begins with what its parent held.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def sampler_cost(length: int, ranks: int) -> dict[str, float]:
+    """The last rank's sampler: seconds to the first key, keys a second, resume, peak bytes."""
+    before, start = peak_memory(), time.perf_counter()
+    sampler = TrainSampler(length, 0, ranks - 1, ranks)
+    sampler.set_epoch(3)
+    keys = iter(sampler)
+    next(keys)
+    found = {"start": time.perf_counter() - start}
+    taken = 1 + sum(1 for _ in itertools.islice(keys, KEYS))
+    found["rate"] = taken / (time.perf_counter() - start)
+    start = time.perf_counter()
+    sampler.set_epoch(3, length // 2 // ranks * ranks)
+    next(iter(sampler))
+    return found | {"resume": time.perf_counter() - start, "memory": peak_memory() - before}
+
+
+def sparse_index(file: Path, length: int, known: range) -> None:
+    """An index of so many images, of which only the entries of `known` take room on the disk."""
+    end = FIRST + WIDTH * length
+    offsets = end + -end % 8
+    text = json.dumps({"root": "/data", "made": 0, "classes": [[None, length]]}).encode()
+    header = HEADER.pack(MAGIC, VERSION, length, end, len(text))
+    with file.open("wb") as opened:
+        opened.write(header + CRC.pack(zlib.crc32(text, zlib.crc32(header))))
+        for number in known:
+            opened.seek(FIRST + WIDTH * number)
+            opened.write(path_of(number).encode() + b"\0")
+            opened.seek(offsets + 8 * number)
+            opened.write(b"".join(CRC.pack(FIRST + WIDTH * n) for n in (number, number + 1)))
+        opened.seek(offsets + 8 * (length + 1))
+        opened.write(text)
+
+
+def path_of(number: int) -> str:
+    """WIDTH - 1 letters."""
+    return f"{number // 1000:09d}/{number % 1000:03d}.jpg"
+
+
+def index_cost(length: int) -> dict[str, float]:
+    """Seconds to map an index and to find a path in it; peak bytes of that; bytes of the file."""
+    known = range(0, length, max(1, length // LOOKUPS))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "images.index"
+        sparse_index(file, length, known)
+        before, start = peak_memory(), time.perf_counter()
+        index = open_index(file, "/data")
+        found = {"open": time.perf_counter() - start, "bytes": file.stat().st_size}
+        start = time.perf_counter()
+        right = all(index[number] == (f"/data/{path_of(number)}", 0) for number in known)
+        found["find"] = (time.perf_counter() - start) / len(known)
+    assert right, "another path than was written"
+    return found | {"memory": peak_memory() - before}
+
+
+def log_cost(print_freq: int, epochs: int) -> dict[str, float]:
+    """Seconds of an update's report without a line, of a line with each hook, of an epoch's."""
+    state, batches = TrainState(), Batches([], CPU, [0.0] * 3, [1.0] * 3)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        logger, lines = utils.get_logger(), (folder / "lines").open("w")  # as under a scheduler
+        logger.handlers, before = [logging.StreamHandler(lines)], logger.handlers
+        hooks: dict[str, list[Hook]] = {
+            "meters": [],
+            "line": [LineHook(1)],
+            "TensorBoard": [TensorboardHook(folder / "tensorboard", state)],
+        }
+        for kind, own in hooks.items():
+            reporter = Reporter(own, CPU, TrainState(), UPDATES, UPDATES, print_freq)
+            quiet, found[kind] = time_updates(reporter, batches)
+            found |= {"update": quiet} if not own else {}
+        hooks["TensorBoard"][0].on_end()
+        logger.handlers = before
+        files = sum(path.stat().st_size for path in (folder / "tensorboard").iterdir())
+        found["TensorBoard bytes"] = files / (UPDATES // print_freq)
+        json_hook = JsonHook(folder, state)
+        record = {"train_loss": 0.5, "train_grad_norm": 0.1, "train_lr": 1e-3, "epoch": 1}
+        reporter = Reporter([json_hook], CPU, state, UPDATES, UPDATES, print_freq)
+        start = time.perf_counter()
+        for _ in range(epochs):
+            reporter.end_epoch(record)
+        found["log.txt"] = (time.perf_counter() - start) / epochs
+        found["log.txt bytes"] = json_hook.path.stat().st_size / epochs
+    return found
+
+
+def time_updates(reporter: Reporter, batches: Batches) -> tuple[float, float]:
+    """Seconds of the report on an update: (without a log line, with one)."""
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches, reporter.state)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(UPDATES):
+        means.update(64, loss=torch.ones(()), grad_norm=torch.ones(()))
+        reporter.state.updates += 1
+        start = time.perf_counter()
+        reporter.after_batch(64)
+        told = reporter.after_update(1e-3)
+        seconds[told].append(time.perf_counter() - start)
+    quiet, lines = ((sum(s) - max(s)) / max(1, len(s) - 1) for s in seconds.values())
+    return quiet, lines
+
+
+ANSWERS = {
+    "cpu": time.process_time,
+    "all_reduce": all_reduce,
+    "told": told,
+    "sampler": sampler_cost,
+    "index": index_cost,
+    "log": log_cost,
+}
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer until there is nothing more to read."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the toolkit prints is no answer
+    torch.set_num_threads(1)
+    utils.init_distributed_mode("cpu", args.meet or "env://")
+    training: list[Training] = []
+    for line in sys.stdin:
+        about = json.loads(line)
+        what = about.pop("what")
+        if what == "step":
+            training = training or [Training(args)]
+            answer = training[0].time(**about)
+        else:
+            answer = ANSWERS[what](**about)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    serve(get_args_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
