@@ -27,7 +27,6 @@ import file_index
 import options
 import utils
 import visualize
-from benchmarks import big_data
 from data_pipeline import Augmented, EvalSampler, create_eval_transform, create_loader
 from decoding import EXTENSIONS
 from errors import UserError
@@ -307,20 +306,6 @@ def test_index_in_memory_takes_a_path_and_eight_bytes_an_image():
     tracemalloc.stop()
     assert kept < 100_000 * (len("class0000/000000000.jpg") + 1 + 8) + 400_000
     assert len(index) == 100_000
-
-
-def test_benchmark_counts_what_it_says(tmp_path):
-    file = tmp_path / "x.index"
-    assert len(list_of(file, 2500)) == 2500
-    assert big_data.read(file)["path"] > 0
-    found = big_data.start_epoch(10**9, 1023, 1024, keys=100, share=0.5)
-    assert found["keys_per_s"] > 0
-    assert found["bytes"] < 2**26
-
-
-def list_of(file: Path, count: int) -> FileIndex:
-    assert big_data.write(file, count)["file"] == file.stat().st_size
-    return open_index(file, "/data/train")
 
 
 # --- the data sets, the scripts -----------------------------------------------------------------
