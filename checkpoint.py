@@ -23,8 +23,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-import sharding
+import whole_states
 from errors import UserError, some
+from sharding import own_part
 from sources import KINDS, WEIGHTS, locate
 
 # The official mains and submitit keep their flags so; neither can do anything.
@@ -316,13 +317,13 @@ def load_weights(
             f"{source} does not fit {type(model).__name__}: {told}; "
             "check --model and the flags that shape it (--stem_stride, --in_chans, --decoder_*)"
         )
-    sharding.load_weights(model, weights)
+    whole_states.load_weights(model, weights)
     return missing
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -> None:
     """Restore the moments; learning rate, decay and betas stay as the flags set them now."""
-    name = type(sharding.own_part(optimizer)).__name__
+    name = type(own_part(optimizer)).__name__
     if saved.get("name", name) != name:
         raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
     kept = GROUP_STATE + ("params",)
@@ -334,7 +335,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -
             f"{source}: its optimizer has parameter groups of {theirs} tensors, this run has "
             f"{ours}; resume with the same --layer_decay, --layer_decay_type and --weight_decay"
         )
-    sharding.load_optimizer(optimizer, saved)
+    whole_states.load_optimizer(optimizer, saved)
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
 

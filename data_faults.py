@@ -113,7 +113,7 @@ class Watch:
         if rows:
             held = [self.name_of(int(index)) for _, index, _ in rows if index != IDLE]
             raise TrainingStopped(
-                f"a loader process (pid {found[1]}) {found[2]}; it held "
+                f"a loader process (pid {found[1]}) {_how_it_ended(dead) or found[2]}; it held "
                 f"{' and '.join(held) or 'no sample'}: {REMEDY}"
             ) from error
 
@@ -146,6 +146,15 @@ class Watch:
 
 
 STARTED: weakref.WeakSet[Any] = weakref.WeakSet()  # of what multiprocessing itself still holds
+
+
+def _how_it_ended(pids: set[int]) -> str:
+    """Which torch tells only if the system told it of that death, not if it found it itself."""
+    for code in [process.exitcode for process in STARTED if process.pid in pids]:
+        if code is not None:
+            killed = f"was ended by signal {-code} ({signal.strsignal(-code)})"
+            return killed if code < 0 else f"exited with code {code}"
+    return ""
 
 
 def _end_all() -> None:

@@ -103,7 +103,7 @@ def supervised_loss(
     return criterion(logits.float(), targets), logits
 
 
-@torch.no_grad()  # what fsdp gathers in inference mode could not be trained with any more
+@torch.inference_mode()
 def evaluate(
     batches: Batches, model: nn.Module, device: torch.device, amp: str
 ) -> dict[str, float]:
@@ -114,10 +114,10 @@ def evaluate(
     model.eval()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
     sharding.broadcast_buffers(model)
-    with sharding.whole_weights(model):
+    with sharding.whole_weights(model) as network:
         for images, labels, _ in batches:
             with autocast(device, amp):
-                logits = model(images)
+                logits = network(images)
             logits = logits.float()
             acc1, acc5 = accuracy(logits, labels, (1, 5))
             means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)

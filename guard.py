@@ -62,7 +62,7 @@ class Guard:
         every: int | None = None,
     ) -> None:
         self.stepper, self.batches, self.folder = stepper, batches, folder
-        self.parts = [sharding.own_part(part) for part in parts if part is not None]
+        self.parts = [part for part in parts if part is not None]
         self.max_bad_steps, self.every = max_bad_steps, every
         self.kept: list[Any] = []
         self.returns, self.returned_at = 0, 0  # how often with less than `every` updates between
@@ -88,7 +88,7 @@ class Guard:
         if self.kept and not all(all_gather(is_finite(self.parts[0]))):  # the next update shows it
             return
         self.kept = []  # two of them at once could be too much
-        self.kept = [snapshot(part.state_dict()) for part in self.parts]
+        self.kept = [snapshot(sharding.own_part(part).state_dict()) for part in self.parts]
         self.kept_at, self.kept_bad = state.updates, state.bad_steps
         self.kept_numbers = self.stepper.state()
 
@@ -119,7 +119,8 @@ class Guard:
 
     def _roll_back(self, state: TrainState) -> str:
         for part, content in zip(self.parts, self.kept, strict=True):
-            part.load_state_dict(snapshot(content))  # an optimizer would train on in the original
+            # A copy, since an optimizer would train on in the original.
+            sharding.restore(part, snapshot(content))
         self.stepper.restore(self.kept_numbers)
         undone = state.updates - self.kept_at
         recent = self.kept_at < self.returned_at + self.every
@@ -143,8 +144,8 @@ class Guard:
         for number, fault in enumerate(faults):
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in fault.ids]}
             if number < RUN_AGAIN and self.batches is not None:
-                with sharding.whole_weights(self.parts[0]):
-                    mine |= self._run_again(state, fault)
+                with sharding.whole_weights(self.parts[0]) as network:
+                    mine |= self._run_again(network, state, fault)
             entry = {"epoch": state.epoch, "update": state.updates + 1 - fault.ago}
             entry |= {"fault": str(fault), "loss": _number(fault.loss)}
             entry |= {"usual_loss": _number(fault.usual_loss)}
@@ -159,9 +160,12 @@ class Guard:
         named = [places - {None} or {"nothing"} for places in again[:RUN_AGAIN]]
         return ["images" if "images" in places else ", ".join(sorted(places)) for places in named]
 
-    def _run_again(self, state: TrainState, fault: Fault) -> dict[str, Any]:
+    def _run_again(self, network: nn.Module, state: TrainState, fault: Fault) -> dict[str, Any]:
         """Where this rank's micro-batches meet the first value that is not finite, run anew."""
-        network, update = self.parts[0], state.updates - fault.ago
+        if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
+            note = "not run again: SyncBatchNorm would wait for the other processes"
+            return {"first_not_finite": None, "note": note}
+        update = state.updates - fault.ago
         try:
             for micro, ids in enumerate(fault.ids):
                 batch = self.batches.again(state.epoch, ids)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path as _Path
 
 OWN = ("models", "checkpoint", "errors", "flags", "launchers", "ranks", "sharding", "sources")
-OWN += ("utils",)  # imported here
+OWN += ("utils", "whole_states")  # imported here
 _HERE = _Path(__file__).resolve().parent
 for _name in OWN:
     _other = getattr(sys.modules.get(_name), "__file__", None)

@@ -57,11 +57,11 @@ def main(args: argparse.Namespace) -> None:
     if args.recipe:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
-    sharing = sharding.build_sharing(args, device, amp)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
+    sharing = sharding.build_sharing(args, device, amp)
     processes = utils.get_world_size()
     folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
     start = resume.find_start(
@@ -82,7 +82,6 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     bare = models.build_classifier(args, nb_classes).to(device)
-    bare = sharding.sync_batch_norm(bare, args)
     n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
 
     # --- 4. weights -------------------------------------------------------------------------
@@ -96,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
     model_ema = build_ema(args, bare)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
+    bare = sharding.sync_batch_norm(bare, args)  # the average has nobody to wait for
     sharing.spread(bare, model_ema and model_ema.module)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
@@ -121,9 +121,9 @@ def main(args: argparse.Namespace) -> None:
     load = partial(load, model_ema and model_ema.module)
     state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(train_set))
-    about = {"args": vars(args), "classes": datasets.class_map(train_set)}
-    about |= {"keep": args.save_ckpt_num, "source": args.resume}
-    save = partial(utils.save_model, folder, *parts, **about)
+    known = {"args": vars(args), "classes": datasets.class_map(train_set)}
+    known |= {"keep": args.save_ckpt_num, "source": args.resume}
+    save = partial(utils.save_model, folder, *parts, **known)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     about |= {"mixup": mixup, "model_ema": model_ema}

@@ -76,7 +76,6 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     fcmae = models.build_fcmae(args).to(device)
-    fcmae = sharding.sync_batch_norm(fcmae, args)
     h, w = fcmae.grid_size(*args.input_size)
     visible = visible_patches(h * w, args.mask_ratio)
     n_parameters = hooks.log_cost(fcmae, args.in_chans, args.input_size, device)
@@ -86,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
     # Pre-training starts from random weights, or from what --resume names: step 7.
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
+    fcmae = sharding.sync_batch_norm(fcmae, args)
     sharing.spread(fcmae)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
@@ -134,11 +134,11 @@ def main(args: argparse.Namespace) -> None:
             bad_images.write()
             stats = {f"train_{key}": value for key, value in train.items()}
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
-            drawn = panel and (last or state.epoch % args.picture_freq == 0)
-            if drawn:
-                with sharding.whole_weights(fcmae), autocast(device, amp):
-                    pictures = visualize.reconstructions(fcmae, *panel, *mean_and_std)
-                reporter.picture("reconstructions", visualize.grid(pictures))
+            if panel and (last or state.epoch % args.picture_freq == 0):
+                with sharding.whole_weights(fcmae) as network, autocast(device, amp):
+                    if utils.is_main_process():
+                        pictures = visualize.reconstructions(network, *panel, *mean_and_std)
+                        reporter.picture("reconstructions", visualize.grid(pictures))
             keeper.end_epoch(state, last=last)
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")
 

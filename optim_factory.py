@@ -175,9 +175,8 @@ def create_optimizer(
         optimizer = sharding.build(partial(create_optimizer_v2, **options), groups, lr, shard)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
-    for key in (
-        given.keys() - sharding.own_part(optimizer).defaults.keys()
-    ):  # timm leaves out what does not fit
+    taken = sharding.own_part(optimizer).defaults.keys()  # timm leaves out what does not fit
+    for key in given.keys() - taken:
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     return optimizer
 

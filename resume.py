@@ -29,6 +29,7 @@ FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "n
 FIXED += ("decoder_depth", "decoder_embed_dim")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
 LOCAL += ("data_index", "local_rank", "world_size", "dist_url", "progress", "dry_run")
+LOCAL += ("shard", "grad_checkpointing")
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, seconds between them
 
 

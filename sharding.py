@@ -9,20 +9,26 @@ torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --model convnextv
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError
+from errors import UserError, resolve, some
+
+# Longer than the default for nccl: ranks may wait for a download or an evaluation.
+WAIT_FOR_RANKS = timedelta(hours=1)
 
 # Of timm's optimizers: parts of the names of those that look at all parameters together, or were
 # not tried, so that no process can have some alone (zero1); and those that came out the same where
@@ -48,7 +54,8 @@ def _is_fsdp(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync")
 
 
-def _is_zero(part: Any) -> bool:
+def is_zero(part: Any) -> bool:
+    """Whether it is a ZeroRedundancyOptimizer."""
     return hasattr(part, "consolidate_state_dict")
 
 
@@ -73,21 +80,30 @@ class Sharing:
 
         Under bf16 the weights travel in it, and gradients in float32 unless compressed.
         """
-        if self.mode != "fsdp":
-            return
+        for model in filter(None, models):
+            _check_parameters(model, self.mode)
+            if self.mode == "fsdp":
+                self._spread(model)
+
+    def _spread(self, model: nn.Module) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        _broadcast(chain(model.parameters(), model.buffers()))  # as DistributedDataParallel does
+        vars(model)["plain"] = _without_weights(model)  # and no part of it
         # FCMAE's prediction is one, and nothing writes into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (_size(),))
         half = torch.bfloat16 if self.amp == "bf16" else None
         summed = torch.bfloat16 if self.compress else torch.float32 if half else None
         policy = MixedPrecisionPolicy(half, summed, cast_forward_inputs=False)
-        for model in filter(None, models):
-            for unit in units(model):
-                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-            fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        if half:  # running statistics stay in float32, and so must what is used with them
+            exact = MixedPrecisionPolicy(None, summed, cast_forward_inputs=False)
+            for norm in [module for module in model.modules() if isinstance(module, _BatchNorm)]:
+                fully_shard(norm, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
+        for unit in units(model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model for training: DistributedDataParallel if there is a group, unless `spread`."""
@@ -109,26 +125,36 @@ def build_sharing(args: Any, device: torch.device, amp: str) -> Sharing:
     for flag in ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu"):
         if args.shard == "fsdp" and given.get(flag):
             raise UserError(f"--{flag} does not go with --shard fsdp; drop it, or --shard zero1")
-    if args.shard == "fsdp" and not has_fsdp(device):
-        raise UserError(f"--shard fsdp on a CPU needs torch 2.7, this is {torch.__version__}")
+    if args.shard == "fsdp" and not has_fsdp():
+        raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
     if args.sync_bn_group and not args.sync_bn:
         raise UserError("--sync_bn_group without --sync_bn true: give both, or neither")
-    mode = args.shard if _size() > 1 else "ddp"
-    if mode != args.shard:
-        logging.getLogger("convnextv2").info("--shard %s: one process keeps all", args.shard)
-    return Sharing(mode, device, amp, args.grad_compression == "bf16")
+    if args.sync_bn and given.get("cuda_graphs"):
+        raise UserError("--cuda_graphs does not go with --sync_bn; drop one of them")
+    if _size() > 1:
+        return Sharing(args.shard, device, amp, args.grad_compression == "bf16")
+    usual = {"shard": "ddp", "grad_compression": "none", "sync_bn": False}
+    for flag in [flag for flag, value in usual.items() if given[flag] != value]:
+        text = "--%s %s: one process has nobody to share with"
+        logging.getLogger("convnextv2").info(text, flag, given[flag])
+    return Sharing("ddp", device, amp)
 
 
-def has_fsdp(device: torch.device) -> bool:
-    """Whether torch's FSDP2 works there: before 2.7 it cannot do without CUDA's streams."""
+def has_fsdp() -> bool:
+    """Whether torch has all of FSDP2 that is used here."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return dist.is_available() and (device.type != "cpu" or version >= (2, 7))
+    return dist.is_available() and version >= (2, 7)
 
 
 def _check_optimizer(opt: str, shard: str) -> None:
-    name = opt.lower()
+    if shard == "ddp":
+        return
+    from timm.optim import list_optimizers
+
+    name, known = opt.lower(), dict.fromkeys(list_optimizers())
+    resolve(name.removeprefix("lookahead_"), known, "optimizer", importable=False)
     alone = not any(part in name for part in TOGETHER)
-    if {"ddp": True, "zero1": alone, "fsdp": name in BY_ROWS}[shard]:
+    if alone if shard == "zero1" else name in BY_ROWS:
         return
     expected = "adamw, lion, sgd and others" if shard == "zero1" else f"one of {', '.join(BY_ROWS)}"
     raise UserError(
@@ -159,21 +185,57 @@ def exchange(model: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
+def _check_parameters(model: nn.Module, shard: str) -> None:
+    """What the engines below would say with less words, some of them after the first batch."""
+    named, name = dict(model.named_parameters()), type(model).__name__
+    kinds = sorted({str(parameter.dtype) for parameter in named.values()})
+    if shard != "ddp" and len(kinds) > 1:
+        raise UserError(
+            f"--shard {shard}: {name} has parameters of {' and '.join(kinds)}, and they can only "
+            "be shared if they are all alike; make them so, or use --shard ddp"
+        )
+    odd = [name for name, p in named.items() if not (p.ndim and p.is_contiguous())]
+    if shard == "fsdp" and odd:
+        raise UserError(
+            f"--shard fsdp: {name} has parameters without rows, or not contiguous: {some(odd)}; "
+            "use --shard zero1"
+        )
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are empty; a group of processes cannot be copied."""
+    synced = [module for module in model.modules() if hasattr(module, "process_group")]
+    memo: dict[int, Any] = {id(module.process_group): module.process_group for module in synced}
+    for weight in model.parameters():
+        empty = torch.empty_like(weight, device="meta")
+        memo[id(weight)] = nn.Parameter(empty, weight.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 @contextlib.contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Within, each process has all of the weights and may call the model alone. All must enter."""
-    spreads = [module for module in model.modules() if _is_fsdp(module)]
-    for module in spreads:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.set_reshard_after_backward(False, recurse=False)
-        module.unshard()
+def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Within, a network with all of the weights, which each process may call alone.
+
+    Every process must enter. The model itself, unless it is spread.
+    """
+    plain = vars(model).get("plain")
+    if plain is None:
+        yield model
+        return
+    with torch.inference_mode(False):  # in which nothing can be gathered
+        weights = model.parameters()
+        whole = {p: nn.Parameter(full(p.detach()), p.requires_grad) for p in weights}
+    empty = []
+    for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
+        ours.training, ours._buffers = theirs.training, theirs._buffers
+        for name, weight in theirs.named_parameters(recurse=False):
+            empty.append((ours, name, getattr(ours, name)))
+            setattr(ours, name, whole[weight])
     try:
-        yield
+        yield plain
     finally:
-        for module in spreads:
-            module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
-            module.set_reshard_after_backward(True, recurse=False)
+        for module, name, weight in empty:
+            setattr(module, name, weight)
 
 
 def sync_batch_norm(model: nn.Module, args: Any) -> nn.Module:
@@ -181,7 +243,7 @@ def sync_batch_norm(model: nn.Module, args: Any) -> nn.Module:
     device = next(model.parameters()).device
     if not args.sync_bn:
         return model
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError(f"--sync_bn: {type(model).__name__} has no BatchNorm; drop it")
     if device.type != "cuda":
         raise UserError(f"--sync_bn: torch synchronises BatchNorm on GPUs only, this is {device}")
@@ -203,14 +265,24 @@ def converted(model: nn.Module, group: int) -> nn.Module:
         return model
     ranks = list(range(_size()))
     groups = [ranks[first : first + group] for first in range(0, len(ranks), group)]
-    mine, _ = dist.new_subgroups_by_enumeration(groups)
+    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=WAIT_FOR_RANKS)
     return convert_sync_batchnorm(model, mine)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
     """The main process's on all: running statistics differ, and an evaluation must not."""
-    for buffer in model.buffers() if _size() > 1 else ():
-        dist.broadcast(buffer, 0)
+    _broadcast(model.buffers())
+
+
+@torch.no_grad()
+def _broadcast(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's on all, as bytes: not every engine knows every type, nor gaps between numbers."""
+    for tensor in tensors if _size() > 1 else ():
+        told = tensor.detach().contiguous().flatten().view(torch.uint8)
+        dist.broadcast(told, 0)
+        value = told.view(tensor.dtype).view(tensor.shape)
+        if not torch.equal(value, tensor):  # nothing can be written to what was expanded
+            tensor.copy_(value)
 
 
 # --- the optimizer ------------------------------------------------------------------------------
@@ -222,15 +294,23 @@ def build(make: Callable[..., Optimizer], groups: list[dict], lr: float, shard: 
         return make(groups)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    kinds = {parameter.dtype for group in groups for parameter in group["params"]}
-    flat = len(kinds) == 1  # what changes of a process's share travels as one tensor
     share = {"optimizer_class": lambda own, **_: make(own), "lr": lr}
-    return ZeroRedundancyOptimizer(groups, parameters_as_bucket_view=flat, **share)
+    # What changes of a process's share travels as one tensor.
+    return ZeroRedundancyOptimizer(groups, parameters_as_bucket_view=True, **share)
 
 
 def own_part(part: Any) -> Any:
-    """What holds this process's part of the state, and takes it back."""
-    return part.optim if _is_zero(part) else part
+    """What holds this process's part of the state; `restore` puts it back."""
+    return part.optim if is_zero(part) else part
+
+
+def restore(part: Any, state: dict[str, Any]) -> None:
+    """Load what `own_part(part).state_dict()` was."""
+    own = own_part(part)
+    own.load_state_dict(state)
+    if own is not part:  # it gives its groups to its part before each step
+        for group, held in zip(part.param_groups, own.param_groups, strict=True):
+            group |= {key: value for key, value in held.items() if key != "params"}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -241,63 +321,3 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor that is spread. Every process must call it."""
     return tensor.full_tensor() if is_spread(tensor) else tensor
-
-
-# --- whole states, as files have them -----------------------------------------------------------
-
-
-def whole_state(part: Any) -> Any:
-    """`part.state_dict()` as one process would have it; of use on the main process alone.
-
-    Every process must call it.
-    """
-    if _is_zero(part):
-        part.consolidate_state_dict(to=0)
-        return part.state_dict() if dist.get_rank() == 0 else {}
-    return _whole(part.state_dict())
-
-
-def _whole(value: Any) -> Any:
-    if is_spread(value):
-        value = value.full_tensor()  # on every process, for a moment
-        return value.cpu() if dist.get_rank() == 0 else None
-    if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_whole(item) for item in value)
-    return value
-
-
-def spread_like(value: Any, like: Tensor) -> Any:
-    """A whole tensor as `like` is: this process keeps its rows. What is no such tensor stays."""
-    if not is_spread(like) or getattr(value, "shape", None) != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`model.load_state_dict` of whole weights, some of which may be missing."""
-    own = model.state_dict()
-    fitting = {name: spread_like(value, own[name]) for name, value in weights.items()}
-    model.load_state_dict(fitting, strict=False)
-
-
-def _parameters(state_or_optimizer: Any) -> list[Any]:
-    groups = getattr(state_or_optimizer, "param_groups", None) or state_or_optimizer["param_groups"]
-    return list(chain.from_iterable(group["params"] for group in groups))
-
-
-def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` of a whole state; each process takes what it has a part of."""
-    part = own_part(optimizer)
-    numbers = dict(zip(_parameters(optimizer), _parameters(saved), strict=True))
-    state = {}
-    for place, parameter in enumerate(_parameters(part)):
-        held = saved["state"].get(numbers[parameter])
-        if held is not None:
-            state[place] = {key: spread_like(value, parameter) for key, value in held.items()}
-    own = part.state_dict()["param_groups"]
-    groups = [g | {"params": o["params"]} for g, o in zip(saved["param_groups"], own, strict=True)]
-    part.load_state_dict({"state": state, "param_groups": groups})

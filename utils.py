@@ -28,9 +28,9 @@ import sharding
 from checkpoint import write_checkpoints
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from launchers import read_launcher
+from sharding import WAIT_FOR_RANKS
+from whole_states import whole_state
 
-# Longer than the default for nccl: ranks may wait for a download or an evaluation.
-WAIT_FOR_RANKS = timedelta(hours=1)
 MEET = timedelta(minutes=10)  # in which all processes are started
 STOPPED = "stopped"  # key in the launcher's store, which outlives the processes under torchrun
 _stores: list[dist.Store] = []  # the launcher's
@@ -345,7 +345,7 @@ def save_model(
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
     parts = [part for part in (model, optimizer, model_ema) if part is not None]
-    whole = [sharding.whole_state(part) for part in parts]
+    whole = [whole_state(part) for part in parts]
     if not is_main_process():
         return
     weights, moments, *average = whole
