@@ -278,11 +278,11 @@ def broadcast_buffers(model: nn.Module) -> None:
 def _broadcast(tensors: Iterable[Tensor]) -> None:
     """Rank 0's on all, as bytes: not every engine knows every type, nor gaps between numbers."""
     for tensor in tensors if _size() > 1 else ():
-        told = tensor.detach().contiguous().flatten().view(torch.uint8)
+        own = tensor.detach().contiguous().flatten().view(torch.uint8)
+        told = own.clone()
         dist.broadcast(told, 0)
-        value = told.view(tensor.dtype).view(tensor.shape)
-        if not torch.equal(value, tensor):  # nothing can be written to what was expanded
-            tensor.copy_(value)
+        if not torch.equal(told, own):  # nothing can be written to what was expanded
+            tensor.copy_(told.view(tensor.dtype).view(tensor.shape))
 
 
 # --- the optimizer ------------------------------------------------------------------------------

@@ -67,9 +67,9 @@ def _sent(value: Any, form: Any, owner: int, device: torch.device) -> Any:
 def _whole(value: Any) -> Any:
     if is_spread(value):
         value = value.full_tensor()  # on every process, for a moment
-        return value.cpu() if dist.get_rank() == 0 else None
+        value = value.cpu() if dist.get_rank() == 0 else None
     if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-        return value.clone()  # of zero1's bucket, which a file would hold as a whole
+        return value.clone()  # of a bucket, which a file would hold as a whole
     if isinstance(value, dict):
         return {key: _whole(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

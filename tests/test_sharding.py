@@ -7,8 +7,13 @@ pytest tests/test_sharding.py
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
+import math
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sharding
+import utils
 from checkpoint import load_optimizer
 from engine_finetune import evaluate
 from errors import UserError
@@ -50,11 +56,11 @@ SCRIPTS = {
 }
 
 
-def train(script: str, folder: Path, processes: int, batch: int, freq: int, *words: Any) -> None:
-    """A whole run, or what is left of it."""
+def train(script: str, folder: Path, processes: int, batch: int, freq: int, *words: Any) -> str:
+    """A whole run, or what is left of it; returns what it printed."""
     words = [*SCRIPTS[script], *RUN, "--batch_size", batch, "--update_freq", freq, *words]
     torchrun = processes if processes > 1 else 0
-    run(script, *words, "--output_dir", folder, torchrun=torchrun)
+    return run(script, *words, "--output_dir", folder, torchrun=torchrun).stdout
 
 
 def distance(ours: Any, theirs: Any) -> float:
@@ -68,7 +74,9 @@ def distance(ours: Any, theirs: Any) -> float:
         return max([distance(ours[key], theirs[key]) for key in ours], default=0.0)
     if isinstance(ours, list | tuple):
         return max([distance(a, b) for a, b in zip(ours, theirs, strict=True)], default=0.0)
-    return 0.0 if ours == theirs or ours is None else abs(ours - theirs)
+    if isinstance(ours, str | None):
+        return 0.0 if ours == theirs else math.inf
+    return abs(ours - theirs)
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -76,11 +84,16 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     one, two = (torch.load(path / "checkpoint-2.pth", weights_only=True) for path in (ours, theirs))
     for key in ("model", "model_ema", "optimizer"):
         if one[key] is not None:
-            two[key].pop("name", None), one[key].pop("name", None)
             assert distance(one[key], two[key]) < 1e-10, key
     assert one["state"]["best"] == two["state"]["best"]
     lines = [log(path)[-1] for path in (ours, theirs)]
     assert lines[0] == pytest.approx(lines[1], rel=1e-6)  # means are of float32 losses
+
+
+GO_ON = {
+    ("main_finetune.py", "fsdp"): [("zero1", 2), ("ddp", 1), ("fsdp", 2)],
+    ("main_pretrain.py", "zero1"): [("fsdp" if HAS_FSDP else "zero1", 2)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,24 +128,26 @@ def test_processes_and_what_each_keeps_change_nothing(
     words = ["--shard", shard, "--grad_checkpointing", again]
     train(script, tmp_path, processes, batch, freq, *words)
     assert_same_run(tmp_path, alone(script))
-    if (script, shard) != ("main_finetune.py", "fsdp"):
-        return
-    # The files are alike, so that whoever goes on from this one goes on from any.
-    for how, others in (("zero1", 2), ("ddp", 1), ("fsdp", 2)):
+    # The files are alike, so that whoever goes on from these goes on from any.
+    for how, others in GO_ON.get((script, shard), ()):
         folder = tmp_path / how
         folder.mkdir()
         shutil.copy(tmp_path / "checkpoint-1.pth", folder)
-        train(script, folder, others, 16 // others, 1, "--shard", how)
+        told = train(script, folder, others, 16 // others, 1, "--shard", how)
+        assert f"resumed from {folder / 'checkpoint-1.pth'}: epoch 2" in told
+        assert "--shard" not in told  # which changes nothing
         assert_same_run(folder, alone(script))
 
 
 # --- what the ranks do ----------------------------------------------------------------------
 
 
-def build(mode: str, model: nn.Module, **options: Any) -> tuple[Sharing, nn.Module, Any]:
+def build(
+    mode: str, model: nn.Module, opt: str = "adamw", **options: Any
+) -> tuple[Sharing, nn.Module, Any]:
     share = Sharing(mode, CPU, **options)
     share.spread(model)
-    return share, share.wrap(model), create_optimizer(model, lr=0.01, shard=mode)
+    return share, share.wrap(model), create_optimizer(model, opt, lr=0.01, shard=mode)
 
 
 def images(rank: int, count: int = 4) -> Tensor:
@@ -168,9 +183,27 @@ def ranks_keep(rank: int, folder: Path) -> dict:
     return held
 
 
+class Again:
+    """A loader that gives batches again; on rank 1 memory runs out in the middle of the network."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def again(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
+        return images(self.rank), ids, ids
+
+    def compute(self, network: nn.Module, batch: Any, update: int, micro: int) -> Tensor:
+        if self.rank == 1:
+            network.stages[1][0].pwconv2.register_forward_pre_hook(self.fail)
+        return network(batch[0]).square().mean()
+
+    def fail(self, *_: Any) -> None:
+        raise MemoryError
+
+
 def ranks_skip(rank: int, folder: Path) -> dict:
     """Whether the weights are finite and moved, each update; rank 1 meets NaN in the second."""
-    seen = {}
+    seen, ids = {}, torch.arange(4)
     for mode in MODES:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
@@ -178,12 +211,20 @@ def ranks_skip(rank: int, folder: Path) -> dict:
         stepper = Stepper(wrapped, optimizer, CPU, clip_grad=1.0)
         guard = Guard(stepper, (model, optimizer), every=1)
         guard.begin_epoch(TrainState(), None)
+        (folder / mode).mkdir(exist_ok=True)
+        loader = Again(rank)
+        looks = Guard(stepper, (model, optimizer), loader, folder / mode)
+        looks.begin_epoch(TrainState(), loader.compute)
         stepper.begin_epoch(4)
         before, moved = None, []
         for update in range(4):
             with stepper.micro_batch():
                 loss = wrapped(images(rank)).square().mean()
-            stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss)
+            stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
+            if update == 1:  # the updates that follow must not notice that it was run again
+                looks.look(TrainState(updates=2))
+                network = vars(model).get("plain", model)
+                network.stages[1][0].pwconv2._forward_pre_hooks.clear()
             after = torch.cat([sharding.local(p).detach().flatten() for p in model.parameters()])
             moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
             before = after.clone()
@@ -222,7 +263,9 @@ def ranks_average(rank: int, folder: Path) -> dict:
         with pytest.raises(ZeroDivisionError), sharding.whole_weights(model):
             raise ZeroDivisionError
         assert are_spread(model) == (mode == "fsdp")
-        results[mode] = {"average": state, "output": output, "found": found}
+        uneven = [(images(9), torch.arange(4) % 3, None)] * (1 - rank)
+        stats = evaluate(uneven, model, CPU, "none")  # of rank 0 alone
+        results[mode] = {"average": state, "output": output, "found": found, "stats": stats}
         stepper.begin_epoch(1)  # and the gradients still come together
         with stepper.micro_batch():
             loss = wrapped(images(rank)).square().mean()
@@ -233,6 +276,10 @@ def ranks_average(rank: int, folder: Path) -> dict:
     return results
 
 
+def note_kind(kinds: list[torch.dtype], module: nn.Module, *_: Any) -> None:
+    kinds.append(module.weight.dtype)
+
+
 def ranks_compress(rank: int, folder: Path) -> dict:
     """Gradients in float32, and as they come out of bf16; weights in bf16 too with --amp bf16."""
     results = {}
@@ -241,39 +288,97 @@ def ranks_compress(rank: int, folder: Path) -> dict:
             torch.manual_seed(0)
             model = classifier(num_classes=3, in_chans=3, stem_stride=1)
             _, wrapped, _ = build(mode, model, amp=amp, compress=compress)
-            kinds: set[torch.dtype] = set()
-            model.head.register_forward_hook(lambda head, *_: kinds.add(head.weight.dtype))
+            kinds: list[torch.dtype] = []
+            model.head.register_forward_hook(partial(note_kind, kinds))
             with sharding.exchange(wrapped, True), autocast(CPU, amp):
                 loss = wrapped(images(rank).float()).square().mean()
             loss.backward()
             grads = {name: sharding.full(p.grad) for name, p in model.named_parameters()}
             results[f"{mode} {amp} {compress}"] = grads
             half = (mode, amp) == ("fsdp", "bf16")
-            assert kinds == {torch.bfloat16 if half else torch.float32}
+            assert kinds == [torch.bfloat16 if half else torch.float32]
             with sharding.whole_weights(model) as network:  # which an evaluation does not round
                 assert network.head.weight.dtype == torch.float32
     return results
 
 
+def normed() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(1024, 3))
+
+
 def ranks_normalise(rank: int, folder: Path) -> dict:
     """Groups of SyncBatchNorm; running statistics that differ, before an evaluation and after."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(1024, 3))
-    sizes = {}
+    model, sizes = normed(), {}
     for group in (0, 1, 2):
-        norm = sharding.converted(model, group)[1]
-        sizes[group] = dist.get_world_size(norm.process_group), type(norm).__name__
+        synced = sharding.converted(copy.deepcopy(model), group)
+        assert type(synced[1]) is nn.SyncBatchNorm
+        sizes[group] = dist.get_world_size(synced[1].process_group)
+    if HAS_FSDP:
+        Sharing("fsdp", CPU).spread(synced)  # a copy without weights, of groups that have none
+        with sharding.whole_weights(synced) as network:
+            assert network[1].process_group is synced[1].process_group
     with pytest.raises(UserError, match="--sync_bn_group 3: 2 processes.*one of 1, 2"):
         sharding.converted(model, 3)
     model[1].running_mean.fill_(rank)
+    model.register_buffer("count", torch.full((2, 3), rank, dtype=torch.int16).t())
+    model.register_buffer("wide", torch.full((1,), float("nan")).expand(4))
+    model.register_buffer("empty", torch.ones(2, 0))
     for parameter in model.parameters():
         dist.broadcast(parameter.data, 0)
     batch = images(0).float(), torch.arange(4) % 3, None
     stats = evaluate([batch], model, CPU, "none")
-    return {"sizes": sizes, "stats": stats, "mean": model[1].running_mean.tolist()}
+    means = [model[1].running_mean.tolist(), model.count.unique().tolist()]
+    return {"sizes": sizes, "stats": stats, "means": means}
+
+
+def ranks_begin(rank: int, folder: Path) -> dict:
+    """Weights that were drawn apart, made one; BatchNorm under bf16, whose statistics are not."""
+    begun = {}
+    for mode in MODES:
+        torch.manual_seed(rank)
+        model = normed()
+        _, wrapped, optimizer = build(mode, model, amp="bf16")
+        begun[mode] = [sharding.full(p).detach().clone() for p in model.parameters()]
+        with sharding.exchange(wrapped, True), autocast(CPU, "bf16"):
+            loss = wrapped(images(rank).float()).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert not torch.equal(sharding.full(model[3].bias), begun[mode][3])
+        assert model[1].running_mean.dtype == torch.float32
+    return begun
+
+
+def ranks_optimize(rank: int, folder: Path) -> dict:
+    """Weights after three updates, one of them undone, and what the groups of a file count."""
+    ends: dict[str, Any] = {}
+    for mode in MODES:
+        for opt in sharding.BY_ROWS if mode == "fsdp" else (*sharding.BY_ROWS, "adan"):
+            if mode == "zero1" and opt != "adan":
+                continue
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).double()
+            _, wrapped, optimizer = build(mode, model, opt)
+            for update in range(3):
+                generator = torch.Generator().manual_seed(10 * update + rank)
+                inputs = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+                wrapped(inputs).square().mean().backward()
+                optimizer.step()
+                if update == 0:
+                    stepper = Stepper(wrapped, optimizer, CPU)
+                    guard = Guard(stepper, (model, optimizer), every=1)
+                    guard.begin_epoch(TrainState(), None)
+                if update == 1:
+                    guard._roll_back(TrainState(updates=2))
+                optimizer.zero_grad()
+            counts = [group.get("step") for group in whole_state(optimizer)["param_groups"]]
+            weights = torch.cat([sharding.full(p).detach().flatten() for p in model.parameters()])
+            ends[f"{mode} {opt}"] = {"weights": weights, "counts": counts}
+    return ends
 
 
 def ranks_save(rank: int, folder: Path) -> dict:
     """States as files have them, of one optimizer, loaded into every other kind."""
+    about: Any = {"state": TrainState(), "args": {}}
     whole = {}
     for mode in MODES:
         torch.manual_seed(0)
@@ -287,11 +392,22 @@ def ranks_save(rank: int, folder: Path) -> dict:
         dist.broadcast_object_list(given)
         load_optimizer(optimizer, given[0] | {"name": "AdamW"}, "a file")
         whole[f"{mode} again"] = whole_state(optimizer)
+        weights = whole_state(model)
+        if rank == 0:  # not a bucket of all of them for each
+            assert all(w.nbytes == w.untyped_storage().nbytes() for w in weights.values())
+        (folder / f"{mode} save").mkdir(exist_ok=True)
+        utils.save_model(folder / f"{mode} save", model, optimizer, **about)
+        with torch.no_grad():
+            sharding.local(model.head.bias).fill_(math.nan)
+        refused = pytest.raises(UserError, match="not finite") if rank == 0 else nullcontext()
+        with refused:
+            utils.save_model(folder / f"{mode} save", model, optimizer, **about)
     return whole if rank == 0 else {}
 
 
 JOBS = [
-    *[ranks_keep, ranks_skip, ranks_average, ranks_compress, ranks_normalise, ranks_save],
+    *[ranks_keep, ranks_skip, ranks_average, ranks_compress, ranks_normalise, ranks_begin],
+    *[ranks_optimize, ranks_save],
 ]
 
 
@@ -299,8 +415,13 @@ JOBS = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[dict]:
-    return results_of(run_ranks(JOBS, 2, tmp_path_factory.mktemp("ranks")))
+def folder(tmp_path_factory) -> Path:
+    return run_ranks(JOBS, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> list[dict]:
+    return results_of(folder)
 
 
 def test_each_process_keeps_its_share_alone(results):
@@ -323,6 +444,15 @@ def test_nan_of_one_rank_is_skipped_and_rolled_back_whoever_has_what(results):
             assert result["ranks_skip"][mode] == {"moved": moved, "back": True}, mode
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fails_when_run_again_is_written_down_and_training_goes_on(folder, results, mode):
+    """One rank had no memory in the middle of it, the other was through; the next update waits."""
+    (fault,) = json.loads((folder / mode / "bad_batch.json").read_text())
+    notes = [rank["note"] for rank in fault["ranks"]]
+    assert notes[0] == "every value was finite when it was run again"
+    assert notes[1].startswith("cannot be run again: MemoryError")
+
+
 def test_average_is_the_same_on_all_ranks(results):
     """Each computes its own, of weights that were the same after every update."""
     one, two = (result["ranks_average"]["ddp"]["average"] for result in results)
@@ -338,6 +468,7 @@ def test_average_and_evaluation_of_spread_weights_are_those_of_whole_ones(result
     ddp, fsdp = (results[0]["ranks_average"][mode] for mode in ("ddp", "fsdp"))
     assert distance(fsdp["average"], ddp["average"]) < 1e-12
     assert distance(fsdp["output"], ddp["output"]) < 1e-12
+    assert fsdp["stats"] == pytest.approx(ddp["stats"])
 
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=NEEDS_FSDP)])
@@ -356,14 +487,30 @@ def test_gradients_that_travel_in_half_are_close_and_equal_on_all(results, mode)
 
 def test_sync_bn_has_the_groups_that_are_asked_for(results):
     for result in results:
-        expected = {0: (2, "SyncBatchNorm"), 1: (1, "SyncBatchNorm"), 2: (2, "SyncBatchNorm")}
-        assert result["ranks_normalise"]["sizes"] == expected
+        assert result["ranks_normalise"]["sizes"] == {0: 2, 1: 1, 2: 2}
 
 
 def test_evaluation_takes_the_running_statistics_of_rank_0(results):
     for result in results:
-        assert result["ranks_normalise"]["mean"] == [0.0] * 4
+        assert result["ranks_normalise"]["means"] == [[0.0] * 4, [0]]
         assert result["ranks_normalise"]["stats"] == results[0]["ranks_normalise"]["stats"]
+
+
+def test_weights_begin_as_those_of_rank_0(results):
+    one, two = (result["ranks_begin"] for result in results)
+    for mode in MODES:
+        assert distance(one[mode], two[mode]) == distance(one[mode], one["ddp"]) == 0, mode
+
+
+def test_optimizers_that_are_let_through_come_out_the_same(results):
+    """Also after an update that was undone: zero1 gave its later count of steps to the earlier."""
+    ends = results[0]["ranks_optimize"]
+    for key, end in ends.items():
+        expected = ends[f"ddp {key.split()[1]}"]
+        assert distance(end["weights"], expected["weights"]) < 1e-12, key
+        assert end["counts"] == expected["counts"], key
+    assert set(ends["ddp adan"]["counts"]) == {2}
+    assert len(ends) == len(sharding.BY_ROWS) * (1 + HAS_FSDP) + 1
 
 
 def test_optimizer_is_saved_and_loaded_as_if_one_process_had_it(results):
@@ -386,6 +533,8 @@ def flags(**given: Any) -> SimpleNamespace:
     [
         ({"opt": "lamb", "shard": "zero1"}, "none", "--opt lamb with --shard zero1.*adamw"),
         ({"opt": "muon"}, "none", "--opt muon with --shard fsdp.*adamw"),
+        ({"opt": "adamx"}, "none", "optimizer 'adamx'. Did you mean 'adamax'"),
+        ({"shard": "ddp", "sync_bn": True, "cuda_graphs": True}, "none", "go with --sync_bn"),
         ({"compile": True}, "none", "--compile does not go with --shard fsdp"),
         ({"cuda_graphs": True}, "none", "--cuda_graphs does not go"),
         ({"model_ema_force_cpu": True}, "none", "--model_ema_force_cpu does not go"),
@@ -399,14 +548,62 @@ def test_flags_that_do_not_go_together_are_refused_at_once(given, amp, message):
 
 
 def test_one_process_keeps_all_and_says_so(caplog):
+    given = flags(shard="zero1", grad_compression="bf16", sync_bn=True)
     with caplog.at_level(logging.INFO, "convnextv2"):
         logging.getLogger("convnextv2").propagate = True
-        share = build_sharing(flags(shard="zero1"), CPU, "none")
+        share = build_sharing(given, CPU, "none")
     model = classifier(num_classes=3)
     share.spread(model)
     assert share.mode == "ddp"
     assert share.wrap(model) is model
-    assert "--shard zero1: one process has nobody to share with" in caplog.text
+    for flag in ("--shard zero1", "--grad_compression bf16", "--sync_bn True"):
+        assert f"{flag}: one process has nobody to share with" in caplog.text
+
+
+def mixed() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+
+
+def scaled() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(torch.ones(()))
+    return model
+
+
+def sideways() -> nn.Module:
+    return nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("make", "shard", "message"),
+    [
+        (mixed, "zero1", "--shard zero1: Sequential has.*float32 and torch.float64.*ddp"),
+        (mixed, "fsdp", "--shard fsdp: Sequential has.*float32 and torch.float64.*ddp"),
+        (scaled, "fsdp", "--shard fsdp: Linear has .* scale; use --shard zero1"),
+        (sideways, "fsdp", "--shard fsdp: Conv2d has .* weight; use --shard zero1"),
+    ],
+)
+def test_models_that_cannot_be_shared_are_refused_by_name(make, shard, message):
+    """torch says it after the first batch, or in its own words."""
+    with pytest.raises(UserError, match=message):
+        Sharing(shard, CPU).spread(make())
+
+
+def test_sync_batch_norm_converts_what_is_on_gpus(monkeypatch):
+    """What the flag does on a machine without one; a model that came back as it was did nothing."""
+    monkeypatch.setattr(sharding, "converted", lambda model, group: (model, group))
+    here = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(modules=normed().modules, parameters=lambda: iter([here]))
+    assert sharding.sync_batch_norm(model, flags(sync_bn=True, sync_bn_group=4)) == (model, 4)
+
+
+def test_network_that_waits_for_others_is_not_run_again_alone():
+    """SyncBatchNorm would wait for a rank whose images were bad, or who was through."""
+    model = nn.Sequential(nn.SyncBatchNorm(3))
+    guard = Guard(Stepper(model, torch.optim.SGD(model.parameters(), 0.1), CPU), (model,), object())
+    told = guard._run_again(model, TrainState(), None)
+    assert told["first_not_finite"] is None
+    assert "SyncBatchNorm" in told["note"]
 
 
 @pytest.mark.parametrize(
