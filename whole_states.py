@@ -44,7 +44,7 @@ def _gathered(optimizer: Any) -> dict[str, Any]:
             sent = {key: _sent(own[number][key], form, owner, device) for key, form in held.items()}
             state[number] = sent
     groups = [g | {"params": [numbers[p] for p in g["params"]]} for g in optimizer.param_groups]
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
+    return {"state": state, "param_groups": groups}
 
 
 def _form(value: Any) -> Any:

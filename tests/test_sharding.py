@@ -345,6 +345,9 @@ def ranks_begin(rank: int, folder: Path) -> dict:
         optimizer.step()
         assert not torch.equal(sharding.full(model[3].bias), begun[mode][3])
         assert model[1].running_mean.dtype == torch.float32
+        with sharding.whole_weights(model.eval()) as network:
+            assert not network[1].training
+            assert network[1].running_mean is model[1].running_mean
     return begun
 
 
@@ -521,6 +524,18 @@ def test_optimizer_is_saved_and_loaded_as_if_one_process_had_it(results):
 
 
 # --- alone ----------------------------------------------------------------------------------
+
+
+def test_what_an_optimizer_saves_besides_its_moments_comes_back():
+    """Kron draws when it renews its preconditioner: its generator went on elsewhere."""
+    model = nn.Linear(3, 2)
+    optimizers = [create_optimizer(model, "kron", lr=0.1) for _ in range(2)]
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizers[0].step()
+    saved = whole_state(optimizers[0])
+    load_optimizer(optimizers[1], saved, "a file")
+    assert distance(whole_state(optimizers[1])["rng_state"], saved["rng_state"]) == 0
 
 
 def flags(**given: Any) -> SimpleNamespace:
