@@ -167,11 +167,13 @@ def _check_optimizer(opt: str, shard: str) -> None:
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: what its lists hold that has parts, none inside another."""
+    """The blocks of a network: what its lists hold that has parts; of stages, what theirs hold."""
     found = []
     for child in model.children():
+        inner = units(child)
         listed = isinstance(model, LISTS) and not isinstance(child, LISTS)
-        found += [child] if listed and any(True for _ in child.children()) else units(child)
+        block = listed and len(inner) < 2 and any(True for _ in child.children())
+        found += [child] if block else inner
     return found
 
 

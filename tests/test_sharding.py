@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -635,6 +636,11 @@ def test_sync_bn_that_would_do_nothing_is_refused(model, message):
 
 
 def test_blocks_are_what_fsdp_gathers_at_a_time():
+    """Not a stage of them, of which one can be half of the network."""
     model: FCMAE = fcmae64(3, 1, 0.0, decoder_embed_dim=8)
     kinds = [type(unit).__name__ for unit in sharding.units(model)]
     assert kinds == ["Block"] * 5  # one of each stage, and the decoder's
+    others = {"convnext_atto": (12, "ConvNeXtBlock"), "vit_tiny_patch16_224": (12, "Block")}
+    for name, (count, kind) in others.items():
+        kinds = [type(unit).__name__ for unit in sharding.units(timm.create_model(name))]
+        assert kinds == [kind] * count
