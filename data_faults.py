@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -244,7 +245,14 @@ class _Start:
 
     def __call__(self, worker: int) -> None:
         self.table[worker, 0] = os.getpid()
+        sys.excepthook = _tell  # torch tells the run itself what a sample raises
         self.start(worker)
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What a thread of multiprocessing met; not that the run ended while it fetched a batch."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 # --- images ---------------------------------------------------------------------------------------

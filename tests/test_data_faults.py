@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 import datasets
 from batches import Batches
 from benchmarks import chaos
-from data_faults import BadImages, Watch
+from data_faults import BadImages, Watch, _Start
 from data_pipeline import TRIES, Augmented, EvalSampler, TrainSampler, collate, create_loader
 from decoding import BadImage
 from engine_finetune import evaluate
@@ -457,6 +457,16 @@ def test_sample_that_kills_or_holds_a_worker_is_named(script, fault):
         "hangs": "--data_timeout 2 ended",
     }
     assert expected[fault] in line
+
+
+def test_worker_is_silent_if_the_run_ends_while_it_hands_a_batch_over(monkeypatch, capsys):
+    """The thread that does so had its traceback before the one line that says what happened."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    _Start(lambda worker: None, torch.zeros(1, 3))(0)
+    sys.excepthook(ConnectionResetError, ConnectionResetError("gone"), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("else"), None)
+    assert "ValueError: else" in capsys.readouterr().err
 
 
 class Slow(Dataset):
