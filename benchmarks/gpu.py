@@ -90,7 +90,8 @@ COMPILE = ("compile", "tiny_compiled", "base_compiled", "ours_compiled")
 TOY = {  # what toy size adds to a part or a program
     "gpu_tests": "tests/test_engines.py",
     "kernel_tests": "-k strides",
-    STEP: "--model convnextv2_atto --input_size 64 --batch_size 2 --rounds 1 --warmup 0 --steps 1",
+    STEP: "--model convnextv2_atto --input_size 64 --batch_size 2 --rounds 1 --warmup 0 --steps 1 "
+    "--kernels torch",
     CURVES: "--only mask,sizes --model convnextv2_atto --sizes atto femto --size_batches 2 2 "
     "--input_size 64 --mask_ratios 0.5 0.75 --batch_size 2 --rounds 1 --steps 1",
     OWN: "--toy --model convnextv2_atto --batch 2",
