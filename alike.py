@@ -29,7 +29,7 @@ def check_alike(args: Mapping[str, Any]) -> None:
     if get_world_size() == 1:
         return
     mine = describe(args)
-    if len(set(all_gather(_digest(json.dumps(mine).encode())))) == 1:
+    if len(set(all_gather(_digest(json.dumps(mine, sort_keys=True).encode())))) == 1:
         return
     found = all_gather(differences(mine, broadcast(mine)))
     others = [rank for rank, (_, count) in enumerate(found) if count]

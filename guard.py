@@ -144,8 +144,11 @@ class Guard:
         for number, fault in enumerate(faults):
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in fault.ids]}
             if number < RUN_AGAIN and self.batches is not None:
-                with sharding.whole_weights(self.parts[0]) as network:
-                    mine |= self._run_again(network, state, fault)
+                try:
+                    with sharding.whole_weights(self.parts[0]) as network:
+                        mine |= self._run_again(network, state, fault)
+                except torch.OutOfMemoryError as error:  # on all ranks alike
+                    mine |= {"first_not_finite": None, "note": f"cannot be run again: {error}"}
             entry = {"epoch": state.epoch, "update": state.updates + 1 - fault.ago}
             entry |= {"fault": str(fault), "loss": _number(fault.loss)}
             entry |= {"usual_loss": _number(fault.usual_loss)}

@@ -29,15 +29,14 @@ CLEANUP = 10.0  # seconds for what gives the folder free and ends loader process
 _watches: list[Watch] = []  # this process's, if there are others
 
 
-def watch(store: Any, rank: int, size: int) -> None:
-    """From now on what ends one rank ends all; `store`: by which they met.
+def watch(store: Any, name: str, rank: int, size: int) -> None:
+    """From now on what ends one rank ends all; `store`: by which they met, under that name.
 
-    Collectives wait for each other, those of nccl until their time is up. torchrun and mpirun end
-    all ranks for one, srun if it is asked to; who starts processes in other ways does not.
+    Collectives wait for each other, those of nccl until their time is up. mpirun ends all ranks
+    for one, srun if it is asked to, torchrun those of its own machine.
     """
     part()
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # and perhaps started again, all of them
-    _watches.append(Watch(None if by_torchrun else _own_client(store), rank, size))
+    _watches.append(Watch(_own_client(store, name), rank, size))
 
 
 def mark() -> str:
@@ -62,25 +61,25 @@ class Watch:
     """A thread that looks in the store whether another rank has failed, and then ends this one."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        """store: None where a launcher does the same."""
         self.store, self.rank, self.size = store, rank, size
         self.over = threading.Event()
-        if store is not None:
-            threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._look, daemon=True).start()
 
     def fail(self, code: int, message: str, error: BaseException) -> NoReturn:
-        """Tell the others and leave, for this rank's error, or another's that was only felt."""
+        """Tell the others and leave, for this rank's error, or another's that was only felt.
+
+        What several ranks have to say to a user, one of them says.
+        """
         self.over.set()
         kind = "" if message else f"{type(error).__name__}: "
         why = " ".join(f"{kind}{error}".split())[:1000]
         first = own = f"{code} rank {self.rank} has failed: {why}"
-        if self.store is not None:
-            with contextlib.suppress(RuntimeError):  # of a store that is gone
-                first = self.store.compare_set(FAILED, "", own).decode()
-            time.sleep(2 * LOOK)  # for the others to see it, if this is who keeps the store
-        if message or first == own:
+        with contextlib.suppress(RuntimeError):  # of a store that is gone
+            first = self.store.compare_set(FAILED, "", own).decode()
+        time.sleep(2 * LOOK)  # for the others to see it, if this is who keeps the store
+        if first == own or (message and not first.endswith(f" has failed: {why}")):
             print(message or self._traceback(error), file=sys.stderr, flush=True)
-        else:
+        elif not message:
             code = self._tell(first)
         _end(code)
 
@@ -89,7 +88,7 @@ class Watch:
         self.over.set()
         until = time.monotonic() + LOST
         with contextlib.suppress(RuntimeError):
-            done = self.store.add(DONE, 1) if self.store is not None else self.size
+            done = self.store.add(DONE, 1)
             while self.rank == 0 and done < self.size and time.monotonic() < until:
                 time.sleep(0.05)
                 done = self.store.add(DONE, 0)
@@ -117,13 +116,13 @@ class Watch:
         return "\n".join(f"[rank {self.rank}] {line}" for line in lines)
 
 
-def _own_client(store: Any) -> Any:
+def _own_client(store: Any, name: str) -> Any:
     """A connection for the thread alone: on the other one it would wait while that waits."""
-    kept = getattr(store, "underlying_store", store)
-    if not isinstance(kept, dist.TCPStore):
-        return store
-    client = dist.TCPStore(kept.host, kept.port, is_master=False, wait_for_workers=False)
-    return dist.PrefixStore("watch", client)
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        store = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"watch of {name}", store)
 
 
 def _end(code: int) -> NoReturn:

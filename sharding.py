@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ BY_ROWS += ("lion", "lionc", "madgrad", "madgradw", "momentum", "nadam", "nadamc
 BY_ROWS += ("nesterov", "nesterovw", "radam", "radamw", "rmsprop", "rmsproptf", "rmsproptfw")
 BY_ROWS += ("sgd", "sgdc", "sgdw")
 LISTS = (nn.Sequential, nn.ModuleList)
+NUMBERS = (bool, int, float, str, type(None), Tensor)  # what a module may hold beside its parts
+PLAIN: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # of those that are spread
 
 # What follows is asked of every tensor, module and optimizer, also where torch is built without
 # the modules that define these kinds, or nobody needs the third of a second that they take to load.
@@ -90,7 +93,7 @@ class Sharing:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         _broadcast(chain(model.parameters(), model.buffers()))  # as DistributedDataParallel does
-        vars(model)["plain"] = _without_weights(model)  # and no part of it
+        PLAIN[model] = _without_weights(model)
         # FCMAE's prediction is one, and nothing writes into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (_size(),))
@@ -189,19 +192,25 @@ def exchange(model: nn.Module, now: bool) -> Iterator[None]:
 
 def _check_parameters(model: nn.Module, shard: str) -> None:
     """What the engines below would say with less words, some of them after the first batch."""
-    named, name = dict(model.named_parameters()), type(model).__name__
+    named, kind, rows = dict(model.named_parameters()), type(model).__name__, shard == "fsdp"
     kinds = sorted({str(parameter.dtype) for parameter in named.values()})
     if shard != "ddp" and len(kinds) > 1:
         raise UserError(
-            f"--shard {shard}: {name} has parameters of {' and '.join(kinds)}, and they can only "
+            f"--shard {shard}: {kind} has parameters of {' and '.join(kinds)}, and they can only "
             "be shared if they are all alike; make them so, or use --shard ddp"
         )
-    odd = [name for name, p in named.items() if not (p.ndim and p.is_contiguous())]
-    if shard == "fsdp" and odd:
-        raise UserError(
-            f"--shard fsdp: {name} has parameters without rows, or not contiguous: {some(odd)}; "
-            "use --shard zero1"
-        )
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    problems = {
+        "that are not contiguous": [name for name, p in named.items() if not p.is_contiguous()],
+        "without rows": [name for name, p in named.items() if rows and not p.ndim],
+        "under two names": [name for name in every if rows and name not in named],
+    }
+    for what, names in problems.items() if shard != "ddp" else ():
+        if names:
+            other = "ddp" if "contiguous" in what else "zero1"
+            raise UserError(
+                f"--shard {shard}: {kind} has parameters {what}: {some(names)}; use --shard {other}"
+            )
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
@@ -209,35 +218,54 @@ def _without_weights(model: nn.Module) -> nn.Module:
     synced = [module for module in model.modules() if hasattr(module, "process_group")]
     memo: dict[int, Any] = {id(module.process_group): module.process_group for module in synced}
     for weight in model.parameters():
-        empty = torch.empty_like(weight, device="meta")
-        memo[id(weight)] = nn.Parameter(empty, weight.requires_grad)
-    return copy.deepcopy(model, memo)
+        memo[id(weight)] = nn.Parameter(weight.new_empty(0), weight.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"--shard fsdp: {type(model).__name__} cannot be copied ({error}); use --shard zero1"
+        ) from error
 
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Within, a network with all of the weights, which each process may call alone.
 
-    Every process must enter. The model itself, unless it is spread.
+    The model itself, unless it is spread; then a copy, with the hooks that it had at first. Every
+    process must enter. torch.OutOfMemoryError, on all of them, if one has no memory for it.
     """
-    plain = vars(model).get("plain")
+    plain = PLAIN.get(model)
     if plain is None:
         yield model
         return
-    with torch.inference_mode(False):  # in which nothing can be gathered
-        weights = model.parameters()
-        whole = {p: nn.Parameter(full(p.detach()), p.requires_grad) for p in weights}
-    empty = []
     for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
-        ours.training, ours._buffers = theirs.training, theirs._buffers
-        for name, weight in theirs.named_parameters(recurse=False):
-            empty.append((ours, name, getattr(ours, name)))
-            setattr(ours, name, whole[weight])
+        numbers = {name: v for name, v in vars(theirs).items() if type(v) in NUMBERS}
+        vars(ours).update(numbers)  # `training` is one
+        ours._buffers = theirs._buffers
+    pairs = list(zip(plain.parameters(), model.parameters(), strict=True))
     try:
+        with torch.inference_mode(False), torch.no_grad():  # in which nothing can be gathered
+            _take_memory(pairs)
+            for whole, weight in pairs:
+                whole.copy_(full(weight))
         yield plain
     finally:
-        for module, name, weight in empty:
-            setattr(module, name, weight)
+        for whole, _ in pairs:
+            whole.data = whole.new_empty(0)
+
+
+def _take_memory(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Before anything is gathered, in the middle of which no process can leave the others."""
+    problem = ""
+    try:
+        for whole, weight in pairs:
+            whole.data = whole.new_empty(weight.shape)
+    except torch.OutOfMemoryError as error:
+        problem = str(error)
+    told: list[str] = [""] * _size()
+    dist.all_gather_object(told, problem)
+    for problem in filter(None, told):
+        raise torch.OutOfMemoryError(f"no memory for all weights on each process: {problem}")
 
 
 def sync_batch_norm(model: nn.Module, args: Any) -> nn.Module:

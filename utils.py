@@ -57,9 +57,10 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
         code = EXIT_REQUEUE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, message = _explain(error, args)
-        ranks.fail(code, message, error)  # returns only where there are no others
+        if code:
+            ranks.fail(code, message, error)  # returns only where there are no others
         if not message:
             raise
         print(message, file=sys.stderr)
@@ -75,6 +76,8 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
 
 def _explain(error: BaseException, args: Any) -> tuple[int, str]:
     """Exit code and one line; '' for a bug, whose traceback tells more."""
+    if isinstance(error, SystemExit):  # of who knows nothing of other processes
+        return error.code if isinstance(error.code, int) else int(error.code is not None), ""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the checkpoints written so far are whole"
     if not isinstance(error, UserError | TrainingStopped):
@@ -136,9 +139,10 @@ def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch
         raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
     _stores.append(store)
     # torchrun's store still holds the addresses of the processes that it started before.
-    store = dist.PrefixStore(f"attempt {attempt} of {size}", store)
+    name = f"attempt {attempt} of {size}"
     if size > 1:
-        ranks.watch(store, rank, size)
+        ranks.watch(store, name, rank, size)
+    store = dist.PrefixStore(name, store)
     place = _own_device(device, size, local)
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = {"timeout": WAIT_FOR_RANKS}
@@ -153,7 +157,13 @@ def _own_device(device: str, size: int, local: int) -> torch.device:
     if place.type == "mps" and size > 1:
         raise UserError("--device mps: MPS has no process group; use --device cpu")
     if place.type == "cuda":
-        place = torch.device("cuda", local % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if local >= count > 1:  # a process that sees one has been given its own
+            raise UserError(
+                f"process {local} of this machine finds {count} GPUs, and each takes its own; "
+                f"start at most {count} here"
+            )
+        place = torch.device("cuda", local % count)
         torch.cuda.set_device(place)
     return place
 

@@ -23,57 +23,68 @@ from sharding import is_spread, is_zero, own_part, restore
 
 
 def whole_state(part: Any) -> Any:
-    """`part.state_dict()` as one process would have it; of use on the main process alone.
+    """`part.state_dict()` as one process would have it, on the main process; {} or less elsewhere.
 
     Every process must call it.
     """
-    return _whole(_gathered(part) if is_zero(part) else part.state_dict())
+    return _whole(_gathered(part) if is_zero(part) else part.state_dict(), _is_main())
+
+
+def _is_main() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _gathered(optimizer: Any) -> dict[str, Any]:
-    """The state of which each process has a part, which goes to the main one tensor by tensor."""
+    """The state of which each process has a part; all get to see it, one tensor at a time."""
     numbers = {parameter: number for number, parameter in enumerate(_parameters(optimizer))}
     mine = {numbers[parameter]: held for parameter, held in own_part(optimizer).state.items()}
-    forms = {number: {k: _form(v) for k, v in held.items()} for number, held in mine.items()}
-    told = [forms] * dist.get_world_size()
-    dist.all_gather_object(told, forms)
+    forms = [{}] * dist.get_world_size()
+    dist.all_gather_object(forms, _form(mine))
     device, state = next(iter(numbers)).device, {}
-    for owner, part in enumerate(told):
-        for number, held in part.items():
-            own = mine if owner == dist.get_rank() else part
-            sent = {key: _sent(own[number][key], form, owner, device) for key, form in held.items()}
-            state[number] = sent
+    for owner, form in enumerate(forms):
+        state |= _told(form, mine if owner == dist.get_rank() else None, owner, device)
     groups = [g | {"params": [numbers[p] for p in g["params"]]} for g in optimizer.param_groups]
     return {"state": state, "param_groups": groups}
 
 
 def _form(value: Any) -> Any:
     """A tensor without its numbers; what is not worth a message of its own stays."""
-    return value.to("meta") if isinstance(value, Tensor) and value.ndim else value
-
-
-def _sent(value: Any, form: Any, owner: int, device: torch.device) -> Any:
-    """`value` of one process, on the main one."""
-    if not getattr(form, "is_meta", False) or owner == 0:
-        return value
-    if dist.get_rank() == owner:
-        dist.send(value.contiguous(), 0)
-    elif dist.get_rank() == 0:
-        value = torch.empty_like(form, device=device)
-        dist.recv(value, owner)
-    return value.cpu() if dist.get_rank() == 0 else None
-
-
-def _whole(value: Any) -> Any:
-    if is_spread(value):
-        value = value.full_tensor()  # on every process, for a moment
-        value = value.cpu() if dist.get_rank() == 0 else None
-    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-        return value.clone()  # of a bucket, which a file would hold as a whole
     if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
+        return {key: _form(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_whole(item) for item in value)
+        return [_form(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.to("meta") if value.ndim else value.cpu()
+    return value
+
+
+def _told(form: Any, value: Any, owner: int, device: torch.device) -> Any:
+    """`value` of one process, on the main one. It is None on others, which have its form alone."""
+    if isinstance(form, dict):
+        return {k: _told(f, value and value[k], owner, device) for k, f in form.items()}
+    if isinstance(form, list):
+        return [_told(f, value and value[n], owner, device) for n, f in enumerate(form)]
+    if not (isinstance(form, Tensor) and form.is_meta):
+        return form
+    if owner == 0:
+        return value
+    here = torch.empty_like(form, device=device) if value is None else value.to(device).contiguous()
+    dist.broadcast(here, owner)
+    return here.cpu() if dist.get_rank() == 0 else None
+
+
+def _whole(value: Any, keep: bool) -> Any:
+    if isinstance(value, Tensor):
+        spread = is_spread(value)
+        value = value.full_tensor() if spread else value  # on every process, for a moment
+        if not keep:
+            return None
+        of_bucket = value.untyped_storage().nbytes() > value.nbytes  # a file would hold all of it
+        return value.to("cpu", copy=of_bucket) if spread or of_bucket else value
+    if isinstance(value, dict):
+        return {key: _whole(item, keep) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_whole(item, keep) for item in value)
     return value
 
 
