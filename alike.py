@@ -7,15 +7,18 @@ python -c "import alike; print(alike.describe({'--lr': 0.1}))"
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
+import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, some
+from errors import UserError, see_working_folder, some
 from utils import all_gather, broadcast, get_world_size
 
 ROOT = Path(__file__).resolve().parent
@@ -29,7 +32,7 @@ def check_alike(args: Mapping[str, Any]) -> None:
     if get_world_size() == 1:
         return
     mine = describe(args)
-    if len(set(all_gather(_digest(json.dumps(mine, sort_keys=True).encode())))) == 1:
+    if len(set(all_gather(digest_of(mine)))) == 1:
         return
     found = all_gather(differences(mine, broadcast(mine)))
     others = [rank for rank, (_, count) in enumerate(found) if count]
@@ -51,7 +54,25 @@ def describe(args: Mapping[str, Any]) -> dict[str, str]:
         path.relative_to(ROOT).as_posix(): f"(SHA-256 {_digest(path.read_bytes())[:12]})"
         for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("models/*.py")])
     }
-    return flags | versions | files
+    return flags | versions | files | _named(args)
+
+
+def _named(args: Mapping[str, Any]) -> dict[str, str]:
+    """The modules that flags name, `package.module:function`."""
+    found = {}
+    see_working_folder()
+    for value in map(str, args.values()):
+        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*", value)
+        with contextlib.suppress(ImportError, ValueError):  # who needs it will say more
+            spec = importlib.util.find_spec(module[1]) if module else None
+            if spec and spec.origin and Path(spec.origin).is_file():
+                found[module[1]] = f"(SHA-256 {_digest(Path(spec.origin).read_bytes())[:12]})"
+    return found
+
+
+def digest_of(described: Mapping[str, str]) -> str:
+    """Equal for what is equal."""
+    return _digest(json.dumps(described, sort_keys=True).encode())
 
 
 def differences(mine: Mapping[str, str], first: Mapping[str, str]) -> tuple[list[str], int]:

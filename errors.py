@@ -34,14 +34,19 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
+def see_working_folder() -> None:
+    """Let `import` find a user's own code; scripts see their own folder only."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = True) -> Any:
     """Look `name` up in `table`, or import it when written as `package.module:function`."""
     if name in table:
         return table[name]
     if importable and ":" in name:
         module_name, _, attribute = name.partition(":")
-        if os.getcwd() not in sys.path:  # scripts see their own folder, not the user's
-            sys.path.append(os.getcwd())
+        see_working_folder()
         try:
             return getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError, TypeError) as error:

@@ -181,7 +181,8 @@ class Guard:
         except Exception as error:  # no memory perhaps: to look must not end the run
             note = f"cannot be run again: {type(error).__name__}: {error}"
             return {"first_not_finite": None, "note": note}
-        return {"first_not_finite": None, "note": "every value was finite when it was run again"}
+        how = ", with weights as files have them" * (network is not self.parts[0])
+        return {"first_not_finite": None, "note": f"every value was finite when run again{how}"}
 
     def _loss(self, *micro_batch: Any) -> Tensor:
         with autocast(self.stepper.device, self.stepper.amp):

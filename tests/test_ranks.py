@@ -175,6 +175,14 @@ def user_error_of_all(args: SimpleNamespace) -> None:
     raise UserError("got 3, expected 4")
 
 
+def exits(args: SimpleNamespace) -> None:
+    join()
+    code = int((args.folder / "code").read_text())
+    if args.rank == 1 or code == 0:
+        sys.exit(code)
+    loop()
+
+
 def one_is_done_before(args: SimpleNamespace) -> None:
     join()
     if args.rank == int((args.folder / "longest").read_text()):
@@ -274,11 +282,49 @@ def test_error_of_a_user_on_one_rank_is_a_line_on_all(tmp_path, program, code, w
     assert started.said(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
 
 
-def test_same_error_of_all_ranks_is_each_ones_own(tmp_path):
-    started = Ranks(user_error_of_all, tmp_path)
-    assert started.end() == [2, 2]
-    for rank in (0, 1):
-        assert started.said(rank) == f"program.py: error [rank {rank}]: got 3, expected 4\n"
+def test_same_error_of_all_ranks_is_one_line(tmp_path):
+    """1,024 of them would have said 1,024 times what is wrong with a flag."""
+    started = Ranks(user_error_of_all, tmp_path, size=3)
+    assert started.end() == [2, 2, 2]
+    assert started.said(0) == "program.py: error [rank 0]: got 3, expected 4\n"
+    assert started.said(1) == started.said(2) == ""
+
+
+@pytest.mark.parametrize("code", [3, 0])
+def test_rank_that_exits_by_itself_ends_the_others(tmp_path, code):
+    """A data set's own code did: the others waited, one at the end of the run for as long."""
+    (tmp_path / "code").write_text(str(code))
+    started = Ranks(exits, tmp_path)
+    assert started.end() == [code, code]
+    why = "rank 1 has failed: SystemExit: 3"
+    assert started.said(0) == (f"program.py: error [rank 0]: {why}\n" if code else "")
+
+
+def test_torchrun_on_two_machines_ends_on_both(tmp_path):
+    """It ends the processes of its own machine; the others waited for the time-out of nccl."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from types import SimpleNamespace\n"
+        "import os, utils\n"
+        "from tests.test_ranks import last_fails_beside_loops\n"
+        "utils.launch(last_fails_beside_loops, SimpleNamespace(rank=int(os.environ['RANK'])))\n"
+    )
+    words = ["--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    words += ["--master_port", str(free_port())]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, "--node_rank", node, program],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in "01"
+    ]
+    codes, _, errors = ends(agents)
+    assert codes == [1, 1]
+    assert "[rank 2] ZeroDivisionError: for a reason" in errors[1]
+    assert "error [rank 0]: rank 2 has failed: ZeroDivisionError: for a reason" in errors[0]
+    assert "error [rank 1]: rank 2 has failed: ZeroDivisionError: for a reason" in errors[0]
 
 
 @pytest.mark.parametrize(("number", "meets"), [(0, False), (0, True), (1, True)])

@@ -348,3 +348,15 @@ def test_output_dir_that_cannot_be_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir .*file.*: cannot write there"):
         hold_folder(str(tmp_path / "file" / "run"))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """Two on one GPU ended in nccl's `Duplicate GPU detected`."""
+    monkeypatch.setattr(utils, "find_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert utils._own_device("cuda", 3, 1) == torch.device("cuda:1")
+    with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs.*at most 2 here"):
+        utils._own_device("cuda", 3, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees its own alone
+    assert utils._own_device("cuda", 3, 2) == torch.device("cuda:0")
