@@ -15,6 +15,8 @@ It holds, with numbers of 8 bytes, little-endian:
 from __future__ import annotations
 
 import bisect
+import contextlib
+import glob
 import heapq
 import io
 import itertools
@@ -41,6 +43,8 @@ MAGIC, VERSION = b"\x89images\n", 1
 HEADER, CRC = struct.Struct("<8s4Q"), struct.Struct("<Q")
 FIRST = HEADER.size + CRC.size  # byte of the first path
 BLOCK = 2**22  # bytes of paths that are looked at in one go
+LEFT = 86400  # seconds without a change after which half a file has no writer any more
+REMEDY = "remove it, and the next run makes it anew"
 
 
 class FileIndex(Sequence):
@@ -53,7 +57,7 @@ class FileIndex(Sequence):
 
     def __init__(self, data: bytes | mmap.mmap, root: str | Path, file: Path | None = None) -> None:
         self.data, self.root, self.file = data, str(root), file
-        self.offsets, about = _parse(data)
+        self.offsets, self.end, about = _parse(data)
         self.listed, self.made = about["root"], about["made"]
         names, counts = zip(*about["classes"], strict=True)
         self.classes: tuple[str, ...] | None = None if names == (None,) else names
@@ -65,7 +69,11 @@ class FileIndex(Sequence):
     def __getitem__(self, index: int) -> tuple[str, int]:
         number = range(len(self))[index]  # counts from the end too, or raises IndexError
         first, after = int(self.offsets[number]), int(self.offsets[number + 1])
-        path = os.path.join(self.root, os.fsdecode(self.data[first : after - 1]))
+        # What a copy that was cut short left out reads as zeros. The checksum leaves the paths out.
+        path = self.data[first : after - 1] if FIRST <= first < after <= self.end else b""
+        if not path or b"\0" in path:
+            raise UserError(f"{self.file or self.root}: the list is damaged; {REMEDY}")
+        path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
     def __reduce__(self) -> tuple:
@@ -75,8 +83,8 @@ class FileIndex(Sequence):
         return FileIndex, (self.data, self.root)
 
 
-def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, dict[str, Any]]:
-    """(images + 1,) where paths begin, and the JSON; takes as long for a billion as for one."""
+def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """(images + 1,) where paths begin, their end, the JSON; as fast for a billion as for one."""
     if len(data) < FIRST or data[:8] != MAGIC:
         raise ValueError("it is no index of images, or truncated")
     _, version, count, end, size = HEADER.unpack_from(data)
@@ -89,7 +97,7 @@ def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, dict[str, Any]]:
     about = data[last:]
     if CRC.unpack_from(data, HEADER.size)[0] != zlib.crc32(about, zlib.crc32(data[: HEADER.size])):
         raise ValueError("it is damaged: its checksum does not fit")
-    return np.frombuffer(data, "<u8", count + 1, start), json.loads(about)
+    return np.frombuffer(data, "<u8", count + 1, start), end, json.loads(about)
 
 
 def open_index(file: Path, root: str | Path) -> FileIndex:
@@ -103,9 +111,7 @@ def open_index(file: Path, root: str | Path) -> FileIndex:
             f"{file}: no such file on this machine; --data_index must be a folder that all share"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be used: {error}; remove it, and the next run makes it anew"
-        ) from error
+        raise UserError(f"{file} cannot be used: {error}; {REMEDY}") from error
 
 
 def write_index(
@@ -180,6 +186,10 @@ def _make(file: Path, root: str, labelled: bool) -> None:
     get_logger().info("%s: listing the images of %s, once", file, root)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # finished just now
+                if time.time() - left.stat().st_mtime > LEFT:
+                    left.unlink()
         write_atomically(partial(_fill, root=root, labelled=labelled), file)
     except OSError as error:
         raise UserError(
