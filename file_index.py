@@ -59,6 +59,7 @@ class FileIndex(Sequence):
         self.data, self.root, self.file = data, str(root), file
         self.offsets, self.end, about = _parse(data)
         self.listed, self.made = about["root"], about["made"]
+        self.checksum = CRC.unpack_from(data, HEADER.size)[0]
         names, counts = zip(*about["classes"], strict=True)
         self.classes: tuple[str, ...] | None = None if names == (None,) else names
         self.starts = [*itertools.accumulate(counts, initial=0)]
@@ -79,7 +80,7 @@ class FileIndex(Sequence):
     def __reduce__(self) -> tuple:
         """Worker processes that are spawned map the file themselves."""
         if self.file is not None:
-            return open_index, (self.file, self.root)
+            return open_index, (self.file, self.root, self.checksum)
         return FileIndex, (self.data, self.root)
 
 
@@ -100,18 +101,24 @@ def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, int, dict[str, Any]]:
     return np.frombuffer(data, "<u8", count + 1, start), end, json.loads(about)
 
 
-def open_index(file: Path, root: str | Path) -> FileIndex:
-    """Map what `write_index` wrote; UserError if it cannot be used."""
+def open_index(file: Path, root: str | Path, checksum: int | None = None) -> FileIndex:
+    """Map what `write_index` wrote; UserError if it cannot be used, or has another checksum."""
     try:
         with open(file, "rb") as opened:
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        return FileIndex(data, root, file)
+        index = FileIndex(data, root, file)
     except FileNotFoundError as error:
         raise UserError(
             f"{file}: no such file on this machine; --data_index must be a folder that all share"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be used: {error}; {REMEDY}") from error
+    if checksum not in (None, index.checksum):
+        raise UserError(
+            f"{file} is not the list that this run began with: it was made anew since, or this "
+            "machine sees an old one; start again"
+        )
+    return index
 
 
 def write_index(
@@ -165,8 +172,8 @@ def list_images(root: str | Path, labelled: bool, file: Path | None = None) -> F
         memory = io.BytesIO()
         _fill(memory, str(root), labelled)
         return FileIndex(memory.getvalue(), root)
-    from_main_process(partial(_make, file, str(root), labelled))
-    index = open_index(file, root)
+    checksum = from_main_process(partial(_make, file, str(root), labelled))
+    index = open_index(file, root, checksum)
     if index.listed != os.path.realpath(root) or labelled != (index.classes is not None):
         what = "images without labels in" if index.classes is None else "the class folders of"
         ours = "the class folders of" if labelled else "images without labels in"
@@ -180,9 +187,10 @@ def list_images(root: str | Path, labelled: bool, file: Path | None = None) -> F
     return index
 
 
-def _make(file: Path, root: str, labelled: bool) -> None:
+def _make(file: Path, root: str, labelled: bool) -> int:
+    """The checksum of the list that is there, or is there now."""
     if file.exists():
-        return
+        return open_index(file, root).checksum
     get_logger().info("%s: listing the images of %s, once", file, root)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +203,7 @@ def _make(file: Path, root: str, labelled: bool) -> None:
         raise UserError(
             f"--data_index: {file} cannot be written ({error}); choose a folder with room for it"
         ) from error
+    return open_index(file, root).checksum
 
 
 def _fill(file: BinaryIO, root: str, labelled: bool) -> None:

@@ -202,6 +202,20 @@ def test_file_holds_the_same_as_memory_and_is_mapped_by_spawned_workers(tmp_path
         assert index.classes == kept.classes
 
 
+def test_another_list_in_its_place_is_no_part_of_a_run(tmp_path, monkeypatch):
+    """For workers that start later, and for ranks that see the file of an earlier run."""
+    root, file = plant(tmp_path / "data"), tmp_path / "train.index"
+    sent = pickle.dumps(list_images(root, True, file))
+    plant(root, ["ant/new.png"])
+    file.unlink()
+    list_images(root, True, file)
+    with pytest.raises(UserError, match="train.index is not the list that this run began with"):
+        pickle.loads(sent)
+    monkeypatch.setattr(file_index, "from_main_process", lambda work: work() ^ 1)
+    with pytest.raises(UserError, match="made anew since, or this machine sees an old one"):
+        list_images(root, True, file)
+
+
 def test_list_may_move_with_its_data_no_further_than_a_link(tmp_path):
     root, file = plant(tmp_path / "data"), tmp_path / "train.index"
     list_images(root, True, file)
