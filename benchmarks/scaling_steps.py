@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,11 +64,12 @@ class Team:
         """What each of the members, or the `first` of them, answers."""
         asked = self.members[:first]
         for member in asked:
-            member.stdin.write(json.dumps({"what": what, **about}) + "\n")
-            member.stdin.flush()
+            with suppress(BrokenPipeError):  # it will not answer either
+                member.stdin.write(json.dumps({"what": what, **about}) + "\n")
+                member.stdin.flush()
         answers = [member.stdout.readline() for member in asked]
         if not all(answers):
-            sys.exit(f"benchmarks/scaling.py: a process that should {what} ended; see above")
+            sys.exit(f"benchmarks/scaling.py: a process asked for {what!r} ended; see above")
         return [json.loads(answer) for answer in answers]
 
     def __enter__(self) -> Team:
@@ -78,7 +79,8 @@ class Team:
         for member in self.members:
             if exception[0] is not None:
                 member.kill()
-            member.stdin.close()
+            with suppress(BrokenPipeError):
+                member.stdin.close()
         for member in self.members:
             member.wait()
             member.stdout.close()

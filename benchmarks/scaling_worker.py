@@ -12,6 +12,8 @@ import itertools
 import json
 import logging
 import os
+import re
+import resource
 import sys
 import tempfile
 import time
@@ -66,7 +68,7 @@ from utils import TrainState
 CPU = torch.device("cpu")
 
 
-class Training:
+class Steps:
     """The toolkit's own step on images that are already there."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -142,11 +144,8 @@ def peak_memory() -> int:
     Linux's own figure for the program: that of getrusage begins with what its parent held.
     """
     status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    import resource
-
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -264,13 +263,13 @@ def serve(args: argparse.Namespace) -> None:
     os.dup2(2, 1)  # what the toolkit prints is no answer
     torch.set_num_threads(1)
     utils.init_distributed_mode("cpu", args.meet or "env://")
-    training: list[Training] = []
+    steps: list[Steps] = []
     for line in sys.stdin:
         about = json.loads(line)
         what = about.pop("what")
         if what == "step":
-            training = training or [Training(args)]
-            answer = training[0].time(**about)
+            steps = steps or [Steps(args)]
+            answer = steps[0].time(**about)
         else:
             answer = ANSWERS[what](**about)
         print(json.dumps(answer), file=answers, flush=True)

@@ -202,6 +202,14 @@ def test_scaling_refuses(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_process_that_ended_is_told():
+    with scaling_steps.Team(1, scaling.parse_args([])) as team:
+        team.members[0].kill()
+        team.members[0].wait()
+        with pytest.raises(SystemExit, match="a process asked for 'cpu' ended"):
+            team.ask("cpu")
+
+
 def tables(markdown: str, title: str) -> list[list[list[str]]]:
     """The cells of each table, without its head, of the section whose heading starts so."""
     section = markdown.partition(f"### {title}")[2].partition("\n### ")[0]
