@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -58,8 +59,13 @@ def _save(content: Any, file: BinaryIO) -> None:
     _seal(file)
 
 
+def _beside(path: Path) -> Path:
+    """A name that nobody else writes to: in containers the numbers of processes are often alike."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def _replace(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with open(temporary, "w+b") as file:
             fill(file)
@@ -115,14 +121,14 @@ def has_seal(path: Path, check: bool = False) -> bool:
 
 def link(source: Path, target: Path) -> None:
     """Give a finished file a second name, by copying where the file system has no hard links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = _beside(target)
     try:
         os.link(source, temporary)
     except OSError:
         with open(source, "rb") as file:
             return _replace(target, lambda copy: shutil.copyfileobj(file, copy))
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # which stays where both were names of one file
 
 
 def checkpoint_name(epoch: int, seen: int) -> str:

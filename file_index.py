@@ -15,6 +15,8 @@ It holds, with numbers of 8 bytes, little-endian:
 from __future__ import annotations
 
 import bisect
+import contextlib
+import glob
 import heapq
 import io
 import itertools
@@ -41,6 +43,8 @@ MAGIC, VERSION = b"\x89images\n", 1
 HEADER, CRC = struct.Struct("<8s4Q"), struct.Struct("<Q")
 FIRST = HEADER.size + CRC.size  # byte of the first path
 BLOCK = 2**22  # bytes of paths that are looked at in one go
+LEFT = 86400  # seconds without a change after which half a file has no writer any more
+REMEDY = "remove it, and the next run makes it anew"
 
 
 class FileIndex(Sequence):
@@ -53,8 +57,9 @@ class FileIndex(Sequence):
 
     def __init__(self, data: bytes | mmap.mmap, root: str | Path, file: Path | None = None) -> None:
         self.data, self.root, self.file = data, str(root), file
-        self.offsets, about = _parse(data)
+        self.offsets, self.end, about = _parse(data)
         self.listed, self.made = about["root"], about["made"]
+        self.checksum = CRC.unpack_from(data, HEADER.size)[0]
         names, counts = zip(*about["classes"], strict=True)
         self.classes: tuple[str, ...] | None = None if names == (None,) else names
         self.starts = [*itertools.accumulate(counts, initial=0)]
@@ -65,18 +70,22 @@ class FileIndex(Sequence):
     def __getitem__(self, index: int) -> tuple[str, int]:
         number = range(len(self))[index]  # counts from the end too, or raises IndexError
         first, after = int(self.offsets[number]), int(self.offsets[number + 1])
-        path = os.path.join(self.root, os.fsdecode(self.data[first : after - 1]))
+        # What a copy that was cut short left out reads as zeros. The checksum leaves the paths out.
+        path = self.data[first : after - 1] if FIRST <= first < after <= self.end else b""
+        if not path or b"\0" in path:
+            raise UserError(f"{self.file or self.root}: the list is damaged; {REMEDY}")
+        path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
     def __reduce__(self) -> tuple:
         """Worker processes that are spawned map the file themselves."""
         if self.file is not None:
-            return open_index, (self.file, self.root)
+            return open_index, (self.file, self.root, self.checksum)
         return FileIndex, (self.data, self.root)
 
 
-def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, dict[str, Any]]:
-    """(images + 1,) where paths begin, and the JSON; takes as long for a billion as for one."""
+def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """(images + 1,) where paths begin, their end, the JSON; as fast for a billion as for one."""
     if len(data) < FIRST or data[:8] != MAGIC:
         raise ValueError("it is no index of images, or truncated")
     _, version, count, end, size = HEADER.unpack_from(data)
@@ -89,23 +98,27 @@ def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, dict[str, Any]]:
     about = data[last:]
     if CRC.unpack_from(data, HEADER.size)[0] != zlib.crc32(about, zlib.crc32(data[: HEADER.size])):
         raise ValueError("it is damaged: its checksum does not fit")
-    return np.frombuffer(data, "<u8", count + 1, start), json.loads(about)
+    return np.frombuffer(data, "<u8", count + 1, start), end, json.loads(about)
 
 
-def open_index(file: Path, root: str | Path) -> FileIndex:
-    """Map what `write_index` wrote; UserError if it cannot be used."""
+def open_index(file: Path, root: str | Path, checksum: int | None = None) -> FileIndex:
+    """Map what `write_index` wrote; UserError if it cannot be used, or has another checksum."""
     try:
         with open(file, "rb") as opened:
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        return FileIndex(data, root, file)
+        index = FileIndex(data, root, file)
     except FileNotFoundError as error:
         raise UserError(
             f"{file}: no such file on this machine; --data_index must be a folder that all share"
         ) from error
     except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be used: {error}; {REMEDY}") from error
+    if checksum not in (None, index.checksum):
         raise UserError(
-            f"{file} cannot be used: {error}; remove it, and the next run makes it anew"
-        ) from error
+            f"{file} is not the list that this run began with: it was made anew since, or this "
+            "machine sees an old one; start again"
+        )
+    return index
 
 
 def write_index(
@@ -159,8 +172,8 @@ def list_images(root: str | Path, labelled: bool, file: Path | None = None) -> F
         memory = io.BytesIO()
         _fill(memory, str(root), labelled)
         return FileIndex(memory.getvalue(), root)
-    from_main_process(partial(_make, file, str(root), labelled))
-    index = open_index(file, root)
+    checksum = from_main_process(partial(_make, file, str(root), labelled))
+    index = open_index(file, root, checksum)
     if index.listed != os.path.realpath(root) or labelled != (index.classes is not None):
         what = "images without labels in" if index.classes is None else "the class folders of"
         ours = "the class folders of" if labelled else "images without labels in"
@@ -174,17 +187,23 @@ def list_images(root: str | Path, labelled: bool, file: Path | None = None) -> F
     return index
 
 
-def _make(file: Path, root: str, labelled: bool) -> None:
+def _make(file: Path, root: str, labelled: bool) -> int:
+    """The checksum of the list that is there, or is there now."""
     if file.exists():
-        return
+        return open_index(file, root).checksum
     get_logger().info("%s: listing the images of %s, once", file, root)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # finished just now
+                if time.time() - left.stat().st_mtime > LEFT:
+                    left.unlink()
         write_atomically(partial(_fill, root=root, labelled=labelled), file)
     except OSError as error:
         raise UserError(
             f"--data_index: {file} cannot be written ({error}); choose a folder with room for it"
         ) from error
+    return open_index(file, root).checksum
 
 
 def _fill(file: BinaryIO, root: str, labelled: bool) -> None:

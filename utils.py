@@ -8,6 +8,7 @@ python -c "import utils; print(utils.find_device())"
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -200,6 +201,8 @@ def _meet(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
 def _set_up_logging() -> None:
     logger = get_logger()
     if not logger.handlers:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)

@@ -16,6 +16,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 PARTS = ("steps", "gpus", "data", "log")
-FRESH = 3  # processes of which the median counts, if there are as many --rounds
-EPOCHS = 100  # lines of log.txt that are timed
+FRESH = 3  # processes of which the median counts
+
+
+def number(expected: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What argparse reads a flag's value with."""
+
+    def read(text: str) -> Any:
+        try:
+            if fits(value := kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+
+    return read
+
+
+WHOLE = number("a whole number from 1", int, lambda n: n >= 1)
+POSITIVE = number("a number above 0", float, lambda x: x > 0)
+FROM_ZERO = number("a number from 0", float, lambda x: x >= 0)
+REACHED = number("a share above 0, at most 1", float, lambda x: 0 < x <= 1)
+HIDDEN = number("a share from 0 to 1", float, lambda x: 0 <= x <= 1)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -35,36 +56,47 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default=",".join(PARTS), help="comma separated parts")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
-    here = parser.add_argument_group("steps, measured here")
-    here.add_argument("--model", default="convnextv2_atto")
-    here.add_argument("--mode", choices=["pretrain", "finetune"], default="pretrain")
-    here.add_argument("--input_size", type=int, default=224, help="of `gpus` too")
-    here.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="one thread each")
-    here.add_argument("--batch_size", type=int, default=8, help="of a process, in weak scaling")
-    here.add_argument("--total", type=int, default=8, help="of all processes, in strong scaling")
-    here.add_argument("--rounds", type=int, default=10, help="each times every case once")
-    here.add_argument("--steps", type=int, default=3, help="of a timing")
-    here.add_argument("--quiet", type=float, help="repeat while others keep more cores busy")
-    gpus = parser.add_argument_group("GPUs, assumed: the defaults resemble nodes of 8 H100")
-    gpus.add_argument("--peak_tflops", type=float, default=989, help="of bf16, without sparsity")
-    gpus.add_argument("--share", type=float, default=0.2, help="of that which a step reaches")
-    gpus.add_argument("--block_ms", type=float, default=0.5, help="at least, for launches, a block")
-    gpus.add_argument("--memory_tb_s", type=float, default=2.5, help="TB/s that AdamW reaches")
-    gpus.add_argument("--gpus_per_node", type=int, default=8)
-    gpus.add_argument("--node_gb_s", type=float, default=300, help="GB/s a GPU sends in a node")
-    gpus.add_argument("--node_us", type=float, default=5, help="latency there, microseconds")
-    gpus.add_argument("--network_gb_s", type=float, default=40, help="GB/s a GPU sends out of it")
-    gpus.add_argument("--network_us", type=float, default=10, help="latency there, microseconds")
-    gpus.add_argument("--between", choices=["ring", "tree"], default="ring", help="through nodes")
-    gpus.add_argument("--gradient_bytes", type=int, choices=[2, 4], default=4, help="2: as bf16")
-    gpus.add_argument("--hidden", type=float, default=0.8, help="share of the exchange, at most")
-    gpus.add_argument("--gpu_batch", type=int, default=64, help="images a GPU, in weak scaling")
-    data = parser.add_argument_group("data and log, measured here")
-    data.add_argument(
-        "--samples", type=int, nargs="+", default=[1_281_167, 100_000_000, 1_300_000_000]
+    numbers = {
+        "steps, measured here": [
+            ("--input_size", WHOLE, 224, "side of images in pixels, of `gpus` too"),
+            ("--processes", WHOLE, [1, 2, 4], "of one thread each; 1 is always among them"),
+            ("--batch_size", WHOLE, 8, "images of a process, in weak scaling"),
+            ("--total", WHOLE, 8, "images of all processes, in strong scaling"),
+            ("--rounds", WHOLE, 10, "each times every case once"),
+            ("--steps", WHOLE, 3, "of a timing"),
+            ("--quiet", FROM_ZERO, None, "repeat while others keep more cores busy"),
+        ],
+        "GPUs, assumed: the defaults resemble nodes of 8 H100": [
+            ("--peak_tflops", POSITIVE, 989, "of bf16, without sparsity"),
+            ("--share", REACHED, 0.2, "of that which a step reaches"),
+            ("--block_ms", FROM_ZERO, 0.5, "at least, for launches, a block"),
+            ("--memory_tb_s", POSITIVE, 2.5, "TB/s that AdamW reaches"),
+            ("--gpus_per_node", WHOLE, 8, "each with an adapter of its own"),
+            ("--node_gb_s", POSITIVE, 300, "GB/s a GPU sends in a node"),
+            ("--node_us", FROM_ZERO, 5, "latency there, microseconds"),
+            ("--network_gb_s", POSITIVE, 40, "GB/s a GPU sends out of it"),
+            ("--network_us", FROM_ZERO, 10, "latency there, microseconds"),
+            ("--hidden", HIDDEN, 0.8, "share of the exchange, at most"),
+            ("--gpu_batch", WHOLE, 64, "images a GPU, in weak scaling"),
+        ],
+        "data and log, measured here": [
+            ("--samples", WHOLE, [1_281_167, 100_000_000, 1_300_000_000], "in the data set"),
+            ("--ranks", WHOLE, 1024, "of which the last one's sampler is timed"),
+            ("--print_freq", WHOLE, 20, "updates between log lines"),
+        ],
+    }
+    groups = [parser.add_argument_group(title) for title in numbers]
+    for group, flags in zip(groups, numbers.values(), strict=True):
+        for flag, kind, default, text in flags:
+            many = "+" if isinstance(default, list) else None
+            group.add_argument(flag, type=kind, nargs=many, default=default, help=text)
+    steps, gpus, _ = groups
+    steps.add_argument("--model", default="convnextv2_atto", help="`gpus` shows all sizes")
+    steps.add_argument(
+        "--mode", choices=["pretrain", "finetune"], default="pretrain", help="likewise"
     )
-    data.add_argument("--ranks", type=int, default=1024)
-    data.add_argument("--print_freq", type=int, default=20, help="updates between log lines")
+    gpus.add_argument("--between", choices=["ring", "tree"], default="tree", help="the nodes")
+    gpus.add_argument("--gradient_bytes", type=int, choices=[2, 4], default=4, help="2: as bf16")
     return parser
 
 
@@ -74,9 +106,10 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.gpu_parts import table
-from benchmarks.scaling_model import RECIPES, gpu_tables
+from benchmarks.scaling_model import RECIPES, gpu_tables, network
 from benchmarks.scaling_steps import Team, report_steps
 from benchmarks.step import machine
+from errors import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,20 +120,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown := [name for name in args.only if name not in PARTS]:
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(PARTS)}")
     args.processes = sorted({1, *args.processes})
-    args.fresh = min(FRESH, args.rounds)
-    if args.processes[0] < 1 or min(args.rounds, args.steps, args.batch_size) < 1:
-        parser.error("processes, rounds, steps and batch size: expected whole numbers from 1")
     if uneven := [n for n in args.processes if args.total % n]:
         parser.error(f"--total {args.total} images are no whole number for {uneven[0]} processes")
-    if not 0 < args.share <= 1 or not 0 <= args.hidden <= 1:
-        parser.error("--share, --hidden: expected numbers from 0 to 1")
+    if min(args.samples) < args.ranks:
+        parser.error(f"--samples {min(args.samples)}: fewer than --ranks {args.ranks}")
+    try:
+        if "steps" in args.only:
+            network(args.model, args.mode)
+        if {"steps", "gpus"} & {*args.only}:
+            network("convnextv2_atto", "pretrain").grid_size(args.input_size, args.input_size)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 
 def ask_fresh(args: argparse.Namespace, what: str, **about: Any) -> dict[str, float]:
     """Medians of what new processes answer, one after the other: memory is a process's own."""
     answers = []
-    for _ in range(args.fresh):
+    for _ in range(FRESH):
         with Team(1, args) as team:
             answers += team.ask(what, **about)
     return {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
@@ -120,29 +157,26 @@ def report_data(args: argparse.Namespace) -> str:
         cells += [f"{1e6 * found['find']:.1f}", f"{found['memory'] / 2**20:.1f}"]
         indexes.append([f"{length:,}", *cells])
     begin = ["samples", "ms to the first key", "ms to the first after half of them", "growth, MiB"]
-    lines = [
-        "### Large data sets",
-        "",
-        f"Medians of {args.fresh} processes. Growth: of the process at its largest, from just "
-        "before.",
-        machine(torch.device("cpu")),
-        "",
-        f"`TrainSampler` of rank {args.ranks - 1} of {args.ranks}:",
-        "",
-        table([*begin, "keys/s"], samplers),
-        "",
-        "An index of files, mapped, and a thousand paths found in it for the first time. The file "
-        "has holes where no path is looked for, so that the disk has no part in the times:",
-        "",
-        table(["samples", "GB", "ms to open", "us a path", "growth, MiB"], indexes),
-    ]
-    return "\n".join(lines)
+    return f"""### Large data sets
+
+Measured, medians of {FRESH} processes. Growth: of a process at its largest, from just before.
+{machine(torch.device("cpu"))}
+
+`TrainSampler` of rank {args.ranks - 1} of {args.ranks}; keys/s with the first of them, at most \
+200,000:
+
+{table([*begin, "keys/s"], samplers)}
+
+An index of files, mapped, and a thousand paths found in it for the first time. The file has holes \
+where no path is looked for, so that the disk has no part in the times:
+
+{table(["samples", "GB", "ms to open", "us a path", "growth, MiB"], indexes)}"""
 
 
 def report_log(args: argparse.Namespace) -> str:
     """Markdown: what the log costs an update, and in an epoch of all samples."""
     print("log", file=sys.stderr, flush=True)
-    found = ask_fresh(args, "log", print_freq=args.print_freq, epochs=EPOCHS)
+    found = ask_fresh(args, "log", print_freq=args.print_freq)
     often, meters = args.print_freq, found["meters"]
     costs = {  # what -> seconds, updates between two
         "an update without a log line, every rank": (found["update"], 1),
@@ -157,21 +191,19 @@ def report_log(args: argparse.Namespace) -> str:
     ]
     samples, total = max(args.samples), RECIPES["pretrain"][1]
     updates = samples // total
-    seconds = updates * sum(seconds / every for seconds, every in costs.values())
-    size = updates // often * found["TensorBoard bytes"]
-    lines = [
-        "### Cost of the log",
-        "",
-        f"A log line every {often} updates; medians of {args.fresh} processes.",
-        machine(torch.device("cpu")),
-        "",
-        table(["", "us a time", "us an update"], rows),
-        "",
-        f"{samples:,} samples in updates of {total}, one epoch: {updates:,} updates, "
-        f"{updates // often:,} log lines, {seconds:.1f} s for the log on rank 0, "
-        f"{size / 1e6:.1f} MB of TensorBoard, {found['log.txt bytes']:.0f} bytes in log.txt.",
-    ]
-    return "\n".join(lines)
+    seconds = found["log.txt"] + updates * sum(s / every for s, every in costs.values())
+    return f"""### Cost of the log
+
+Measured, medians of {FRESH} processes, a log line every {often} updates. Only rank 0 writes, so \
+the number of ranks adds no more than the exchange of the means, which `steps` times.
+{machine(torch.device("cpu"))}
+
+{table(["", "us a time", "us an update"], rows)}
+
+By these costs an epoch of {samples:,} samples in updates of {total} ({updates:,} updates, \
+{updates // often:,} log lines) spends {seconds:.1f} s for the log on rank 0, with \
+{updates // often * found["TensorBoard bytes"] / 1e6:.1f} MB of TensorBoard and \
+{found["log.txt bytes"]:.0f} bytes in log.txt."""
 
 
 def main(argv: list[str] | None = None) -> None:

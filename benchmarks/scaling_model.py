@@ -1,8 +1,11 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a step costs on many processes: computation, and a ring that adds up the gradients.
+"""What a step costs on many processes: computation, and an all-reduce of the gradients.
 
 PYTHONPATH=. python -c "from benchmarks.scaling_model import Link; print(Link(1e-5, 4e10))"
+
+The same formulas are fitted to processes of this machine (scaling_steps) and, with numbers that
+flags assume, give tables for GPUs that nobody timed.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import argparse
 import bisect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -39,15 +42,17 @@ MOST = 2**20  # images of a GPU that are looked at
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the members of a ring.
+    """What joins members that add up their gradients.
 
     latency: seconds a step of the ring. bandwidth: bytes a second that a member sends. tree: steps
     grow with the logarithm of the members; double binary trees move as many bytes as a ring.
+    cores: members beyond so many take turns.
     """
 
     latency: float
     bandwidth: float
     tree: bool = False
+    cores: float = math.inf
 
     def seconds(self, size: float, members: int, messages: int = 1) -> float:
         """All-reduce of `size` bytes in so many messages, one after the other.
@@ -56,12 +61,13 @@ class Link:
         Thakur, Rabenseifner, Gropp 2005, sections 4.4 and 4.5.
         """
         waits = messages * steps(members, self.tree) * self.latency
-        return waits + share(members) * size / self.bandwidth
+        turns = max(1.0, members / self.cores)
+        return turns * (waits + share(members) * size / self.bandwidth)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of GPUs: a ring in each node, and one through the nodes for each GPU's part of the sum.
+    """Nodes of GPUs: a ring in each node, and a link through the nodes for each GPU's part.
 
     Adding up and handing on within a node together are what one all-reduce there costs; between
     them each of a node's GPUs exchanges its own part with its peers through its own adapter.
@@ -77,6 +83,24 @@ class Cluster:
         nodes = math.ceil(members / self.per_node)
         within = self.inside.seconds(size, local, messages)
         return within + self.between.seconds(size / local, nodes, messages)
+
+
+def steps(members: int, tree: bool = False) -> int:
+    """Messages that wait for each other in an all-reduce."""
+    return 2 * (math.ceil(math.log2(members)) if tree else members - 1)
+
+
+def share(members: int) -> float:
+    """Bytes that a member of a ring sends for each byte of an all-reduce."""
+    return 2 * (members - 1) / members
+
+
+def buckets(size: float) -> int:
+    """Messages in which DistributedDataParallel sends gradients of so many bytes, about.
+
+    A bucket ends with a whole parameter, and one larger than a bucket has its own.
+    """
+    return 1 + math.ceil(max(0.0, size - FIRST) / OTHERS)
 
 
 @dataclass(frozen=True)
@@ -100,30 +124,56 @@ class Work:
         return self.passes(images) + self.fixed
 
 
-def steps(members: int, tree: bool = False) -> int:
-    """Messages that wait for each other in an all-reduce."""
-    return 2 * (math.ceil(math.log2(members)) if tree else members - 1)
+@dataclass(frozen=True)
+class Training:
+    """A model's steps on several processes.
 
-
-def share(members: int) -> float:
-    """Bytes that a member of a ring sends for each byte of an all-reduce."""
-    return 2 * (members - 1) / members
-
-
-def buckets(size: float) -> int:
-    """Messages in which DistributedDataParallel sends gradients of so many bytes, about.
-
-    A bucket ends with a whole parameter, and one larger than a bucket has its own.
+    numbers: in the gradient. gradient_bytes: of each as it is sent. hidden: share of the exchange
+    that runs beside backward, if that lasts long enough. slowdown: processes -> how much longer
+    each computes beside the others; processes that share nothing are not in it.
     """
-    return 1 + math.ceil(max(0.0, size - FIRST) / OTHERS)
 
+    work: Work
+    network: Link | Cluster
+    numbers: int
+    gradient_bytes: int = 4
+    hidden: float = 0.0
+    slowdown: Mapping[int, float] = field(default_factory=dict)
 
-def exposed(exchange: float, passes: float, hidden: float) -> float:
-    """Seconds of an exchange that a step is longer by.
+    @property
+    def size(self) -> int:
+        """Bytes of the gradients as they are sent."""
+        return self.gradient_bytes * self.numbers
 
-    hidden: share of the exchange that runs beside backward, if that lasts long enough.
-    """
-    return max((1 - hidden) * exchange, exchange - BACKWARD * passes)
+    @property
+    def messages(self) -> int:
+        """The wrapper fills its buckets in float32, however few bytes of them then travel."""
+        return buckets(4 * self.numbers)
+
+    def exchange(self, members: int) -> float:
+        """Seconds of the gradients' exchange with nothing beside it."""
+        return self.network.seconds(self.size, members, self.messages)
+
+    def seconds(self, members: int, images: float) -> float:
+        """A step of so many images on each of the members."""
+        slow, exchange = self.slowdown.get(members, 1.0), self.exchange(members)
+        backward = BACKWARD * slow * self.work.passes(images)
+        longer = max((1 - self.hidden) * exchange, exchange - backward)
+        return slow * self.work.seconds(images) + longer
+
+    def weak(self, members: int, images: float) -> float:
+        """Efficiency against as many that each train alone on as many images."""
+        return self.work.seconds(images) / self.seconds(members, images)
+
+    def strong(self, members: int, total: float) -> float:
+        """Efficiency against one that takes the whole batch, in parts if it has to."""
+        return self.work.seconds(total) / (members * self.seconds(members, total / members))
+
+    def fewest(self, members: int) -> int:
+        """Images of each with which it does ENOUGH of what any number would let it do alone."""
+        return bisect.bisect_left(
+            range(MOST), ENOUGH, key=lambda n: n * self.work.image / self.seconds(members, n)
+        )
 
 
 # --- fits ---------------------------------------------------------------------------------------
@@ -137,8 +187,7 @@ def fit_two(
     Relative, since the times of an all-reduce differ by a factor of a thousand.
     """
     terms = np.array([a, b], dtype=float).T / np.array(seconds)[:, None]
-    ones = np.ones(len(seconds))
-    both = np.linalg.lstsq(terms, ones, rcond=None)[0]
+    both = np.linalg.lstsq(terms, np.ones(len(seconds)), rcond=None)[0]
     if both.min() >= 0:
         return float(both[0]), float(both[1])
     alone = terms.sum(0) / np.square(terms).sum(0)  # each without the other
@@ -146,12 +195,15 @@ def fit_two(
     return (float(alone[0]), 0.0) if gaps[0] < gaps[1] else (0.0, float(alone[1]))
 
 
-def fit_link(sizes: Sequence[float], members: Sequence[int], seconds: Sequence[float]) -> Link:
-    """Latency and bandwidth from timed all-reduces."""
-    messages = [steps(n) for n in members]
-    sent = [share(n) * size for n, size in zip(members, sizes, strict=True)]
-    latency, per_byte = fit_two(messages, sent, seconds)
-    return Link(latency, 1 / per_byte if per_byte else math.inf)
+def fit_link(
+    sizes: Sequence[float], members: Sequence[int], seconds: Sequence[float], cores: float
+) -> Link:
+    """Latency and bandwidth of a ring from timed all-reduces."""
+    one = Link(1.0, math.inf, cores=cores), Link(0.0, 1.0, cores=cores)  # what a second and byte do
+    points = list(zip(sizes, members, strict=True))
+    waits, sent = ([link.seconds(*point) for point in points] for link in one)
+    latency, per_byte = fit_two(waits, sent, seconds)
+    return Link(latency, 1 / per_byte if per_byte else math.inf, cores=cores)
 
 
 def fit_work(images: Sequence[float], seconds: Sequence[float]) -> Work:
@@ -163,36 +215,6 @@ def relative_errors(predicted: Sequence[float], measured: Sequence[float]) -> tu
     """(root of the mean square, largest) of predicted / measured - 1."""
     gaps = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     return math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)), max(gaps)
-
-
-@dataclass(frozen=True)
-class Here:
-    """The model of processes of this machine, which share its cores.
-
-    slowdown: processes -> how much longer each computes beside the others. size: bytes of the
-    gradients. Where processes outnumber cores the all-reduce waits for them as well.
-    """
-
-    work: Work
-    slowdown: dict[int, float]
-    link: Link
-    size: int
-    cores: int
-    hidden: float = 0.0
-
-    def crowd(self, members: int) -> float:
-        """Processes that share a core."""
-        return max(1.0, members / self.cores)
-
-    def exchange(self, members: int) -> float:
-        """Seconds of the gradients' exchange with nothing beside it."""
-        return self.crowd(members) * self.link.seconds(self.size, members, buckets(self.size))
-
-    def seconds(self, members: int, images: float) -> float:
-        """A step of `images` on each of the members."""
-        slow = self.slowdown[members]
-        longer = exposed(self.exchange(members), slow * self.work.passes(images), self.hidden)
-        return slow * self.work.seconds(images) + longer
 
 
 # --- what a model computes and sends -------------------------------------------------------------
@@ -241,97 +263,74 @@ def forward_gmac(model: str, mode: str, input_size: int) -> float:
 # --- many GPUs, on paper -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model in a mode on the GPUs that the flags assume."""
-
-    work: Work
-    cluster: Cluster
-    size: float  # bytes of the gradients
-    hidden: float
-
-    @classmethod
-    def of(cls, model: str, mode: str, args: argparse.Namespace) -> Case:
-        """Forward and backward make three times the multiplications of forward."""
-        flops = 3 * 2e9 * forward_gmac(model, mode, args.input_size)
-        numbers = parameters(model, mode)
-        work = Work(
-            image=flops / (args.peak_tflops * 1e12 * args.share),
-            fixed=UPDATE * numbers / (args.memory_tb_s * 1e12),
-            floor=blocks(model, mode) * args.block_ms / 1e3,
-        )
-        inside = Link(args.node_us / 1e6, args.node_gb_s * 1e9)
-        between = Link(args.network_us / 1e6, args.network_gb_s * 1e9, args.between == "tree")
-        cluster = Cluster(inside, between, args.gpus_per_node)
-        return cls(work, cluster, args.gradient_bytes * numbers, args.hidden)
-
-    def seconds(self, gpus: int, images: float) -> float:
-        """A step of so many images on each GPU."""
-        exchange = self.cluster.seconds(self.size, gpus, buckets(self.size))
-        return self.work.seconds(images) + exposed(exchange, self.work.passes(images), self.hidden)
-
-    def weak(self, gpus: int, images: float) -> float:
-        """Efficiency against as many GPUs that each train alone on as many images."""
-        return self.work.seconds(images) / self.seconds(gpus, images)
-
-    def strong(self, gpus: int, total: float) -> float:
-        """Efficiency against one GPU that takes the whole batch, in parts if it has to."""
-        return self.work.seconds(total) / (gpus * self.seconds(gpus, total / gpus))
-
-    def fewest(self, gpus: int) -> int:
-        """Images of a GPU with which it does ENOUGH of what any number would let it do alone."""
-        return bisect.bisect_left(
-            range(MOST), ENOUGH, key=lambda n: n * self.work.image / self.seconds(gpus, n)
-        )
+def on_paper(model: str, mode: str, args: argparse.Namespace) -> Training:
+    """On the GPUs that the flags assume; a step multiplies three times as often as forward."""
+    numbers = parameters(model, mode)
+    flops = 3 * 2e9 * forward_gmac(model, mode, args.input_size)
+    work = Work(
+        image=flops / (args.peak_tflops * 1e12 * args.share),
+        fixed=UPDATE * numbers / (args.memory_tb_s * 1e12),
+        floor=blocks(model, mode) * args.block_ms / 1e3,
+    )
+    inside = Link(args.node_us / 1e6, args.node_gb_s * 1e9)
+    between = Link(args.network_us / 1e6, args.network_gb_s * 1e9, args.between == "tree")
+    cluster = Cluster(inside, between, args.gpus_per_node)
+    return Training(work, cluster, numbers, args.gradient_bytes, args.hidden)
 
 
 def cell(seconds: float, images: float, efficiency: float) -> str:
     """12.3 ms, 333k/s, 98%"""
-    rate = images / seconds
-    text = f"{rate / 1e3:.0f}k" if rate >= 1e4 else f"{rate:.0f}"
-    return f"{1e3 * seconds:.1f} ms, {text}/s, **{100 * efficiency:.0f}%**"
+    rate, percent = images / seconds, 100 * efficiency
+    text = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
+    text = text if rate >= 1e4 else f"{rate:.0f}"
+    return f"{1e3 * seconds:.1f} ms, {text}/s, **{percent:.{int(percent < 1)}f}%**"
 
 
 def describe_assumptions(args: argparse.Namespace) -> str:
     """What the tables of GPUs rest on."""
-    between = "trees between" if args.between == "tree" else "another between"
-    return (
-        f"Assumed, nothing of it measured: {args.peak_tflops:g} TFLOP/s in bf16, of which "
-        f"{100 * args.share:g}% are reached; forward and backward take {args.block_ms:g} ms a "
-        f"block at least (launches); AdamW and the norm move {UPDATE} bytes a parameter at "
-        f"{args.memory_tb_s:g} TB/s. Nodes of {args.gpus_per_node} GPUs; a ring in each, "
-        f"{args.node_gb_s:g} GB/s a GPU and {args.node_us:g} us a step, and {between} them, "
-        f"{args.network_gb_s:g} GB/s a GPU and {args.network_us:g} us; gradients of "
-        f"{args.gradient_bytes} bytes in messages of {OTHERS >> 20} MiB, one after the other; "
-        f"{100 * args.hidden:g}% of the exchange hidden behind backward, if that, two thirds of "
-        "the passes, is long enough. No rank is slower than another, none waits for data, memory "
-        f"suffices. {args.input_size} px, mask ratio 0.6."
-    )
+    between = "double binary trees" if args.between == "tree" else "a ring"
+    ways = (argparse.Namespace(**{**vars(args), "between": way}) for way in ("tree", "ring"))
+    huge = (on_paper("convnextv2_huge", "pretrain", way) for way in ways)
+    ms = [1e3 * training.exchange(GPUS[-1]) for training in huge]
+    return f"""Computed, not measured, for DistributedDataParallel. Assumed:
+
+- Computing: {args.peak_tflops:g} TFLOP/s in bf16, of which {100 * args.share:g}% are reached \
+whatever the size; {args.block_ms:g} ms a block at least, for launches; AdamW and the norm move \
+{UPDATE} bytes a parameter at {args.memory_tb_s:g} TB/s. {args.input_size} px, mask ratio 0.6.
+- Network: nodes of {args.gpus_per_node} GPUs; in each a ring, {args.node_gb_s:g} GB/s a GPU and \
+{args.node_us:g} us a step; through the nodes {between}, {args.network_gb_s:g} GB/s a GPU and \
+{args.network_us:g} us a step.
+- Exchange: {args.gradient_bytes} bytes a parameter, in messages of {OTHERS >> 20} MiB of float32, \
+one after the other, in the node and between the nodes in turn; {100 * args.hidden:g}% hidden \
+behind backward, if that, two thirds of the passes, is long enough.
+- No rank is slower than another, none waits for data, memory suffices.
+
+What rests on this most: gradients of Huge take {ms[0]:.0f} ms through {GPUS[-1]} GPUs with a tree \
+between the nodes, as NCCL prefers for many, and {ms[1]:.0f} ms with a ring (`--between`)."""
 
 
 def gpu_tables(args: argparse.Namespace) -> str:
     """Markdown for all sizes: step time, images/s, efficiency, the fewest images of a GPU."""
     texts = ["### Many GPUs, by the model", describe_assumptions(args)]
+    gpus = [f"{n} GPUs" for n in GPUS]
     for mode, (name, total) in RECIPES.items():
         each, weak, strong, fewest = args.gpu_batch, [], [], []
         for size in SIZES:
-            case = Case.of(f"convnextv2_{size}", mode, args)
-            about = [size, f"{forward_gmac(f'convnextv2_{size}', mode, args.input_size):.3f}"]
-            about += [f"{case.size / 1e6:.0f}"]
-            weak.append(about[:])
-            strong.append(about[:])
-            for n in GPUS:
-                weak[-1].append(cell(case.seconds(n, each), n * each, case.weak(n, each)))
-                strong[-1].append(cell(case.seconds(n, total / n), total, case.strong(n, total)))
-            fewest.append([size, *(case.fewest(n) for n in (1, *GPUS))])
-        gpus = [f"{n} GPUs" for n in GPUS]
+            model = f"convnextv2_{size}"
+            own = on_paper(model, mode, args)
+            about = [size, f"{forward_gmac(model, mode, args.input_size):.3f}"]
+            about += [f"{own.size / 1e6:.0f}"]
+            points = [(n, own.seconds(n, each), own.seconds(n, total / n)) for n in GPUS]
+            weak.append(about + [cell(s, n * each, own.weak(n, each)) for n, s, _ in points])
+            strong.append(about + [cell(s, total, own.strong(n, total)) for n, _, s in points])
+            fewest.append([size, *(own.fewest(n) for n in (1, *GPUS))])
         head = ["", "GMAC an image", "MB of gradients", *gpus]
         texts += [
-            f"{name}, {each} images a GPU: ms a step, images/s, efficiency against as many GPUs "
-            "that each train alone.",
+            f"{name}, {each} images a GPU (weak scaling): ms a step, images/s, efficiency against "
+            "as many GPUs that each train alone.",
             table(head, weak),
-            f"{name}, {total} images an update: ms a step, images/s, efficiency against one GPU "
-            "with all of them.",
+            f"{name}, {total} images an update (strong scaling): ms a step, images/s, efficiency "
+            "against one GPU with all of them.",
             table(head, strong),
             f"{name}: fewest images a GPU for {100 * ENOUGH:g}% of what one reaches alone with as "
             "many as it likes.",

@@ -12,11 +12,14 @@ import itertools
 import json
 import logging
 import os
+import re
+import resource
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 CLASSES = 1000
 KEYS = 200_000  # of a sampler that are counted
-UPDATES = 2000  # of a run that logs
+UPDATES, EPOCHS = 2000, 100  # of a run that logs
 LOOKUPS, WIDTH = 1000, 18  # in an index of files; bytes of a path there
 ENDLESS = 1 << 40  # batches of an epoch
 
@@ -65,7 +68,7 @@ from utils import TrainState
 CPU = torch.device("cpu")
 
 
-class Training:
+class Steps:
     """The toolkit's own step on images that are already there."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -83,30 +86,21 @@ class Training:
         self.stepper.begin_epoch(ENDLESS)
         self.size, self.updates = args.input_size, 0
 
-    def make_batch(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and sample ids as `Batches` gives them."""
-        shape = (images, 3, self.size, self.size)
-        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        return x, torch.randint(CLASSES, (images,)), torch.arange(images)
-
-    def step(self, batch: tuple[Tensor, Tensor, Tensor], exchange: bool) -> None:
-        """An update; without `exchange` every rank keeps its own gradient."""
-        if exchange or utils.get_world_size() == 1:
-            self._step(batch)
-        else:
-            with self.model.no_sync():
-                self._step(batch)
-
-    def _step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        """An update."""
         with self.stepper.micro_batch():
             loss = self.loss(self.model, batch, self.updates, 0)
         self.stepper.step(loss, batch[2])
         self.updates += 1
 
     def time(self, images: int, exchange: bool, count: int) -> float:
-        """Seconds of a step of so many images, after one untimed."""
-        batch = self.make_batch(images)
-        seconds = seconds_a_call(lambda: self.step(batch, exchange), count)
+        """Seconds of a step of so many images; without `exchange` of a rank by itself."""
+        x = torch.randn(images, 3, self.size, self.size)
+        x = x.contiguous(memory_format=torch.channels_last)
+        batch = x, torch.randint(CLASSES, (images,)), torch.arange(images)
+        silent = utils.get_world_size() > 1 and not exchange
+        with self.model.no_sync() if silent else nullcontext():
+            seconds = seconds_a_call(partial(self.step, batch), count)
         self.stepper.read()  # it keeps a record of each update until somebody asks
         return seconds
 
@@ -150,11 +144,8 @@ def peak_memory() -> int:
     Linux's own figure for the program: that of getrusage begins with what its parent held.
     """
     status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    import resource
-
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -213,51 +204,47 @@ def index_cost(length: int) -> dict[str, float]:
     return found | {"memory": peak_memory() - before}
 
 
-def log_cost(print_freq: int, epochs: int) -> dict[str, float]:
+def log_cost(print_freq: int) -> dict[str, float]:
     """Seconds of an update's report without a line, of a line with each hook, of an epoch's."""
     state, batches = TrainState(), Batches([], CPU, [0.0] * 3, [1.0] * 3)
-    found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as name:
+    lines, logger, found = max(3, UPDATES // print_freq), utils.get_logger(), {}
+    before = logger.handlers
+    with tempfile.TemporaryDirectory() as name, Path(name, "log").open("w") as log:
         folder = Path(name)
-        logger, lines = utils.get_logger(), (folder / "lines").open("w")  # as under a scheduler
-        logger.handlers, before = [logging.StreamHandler(lines)], logger.handlers
-        hooks: dict[str, list[Hook]] = {
-            "meters": [],
-            "line": [LineHook(1)],
-            "TensorBoard": [TensorboardHook(folder / "tensorboard", state)],
-        }
-        for kind, own in hooks.items():
-            reporter = Reporter(own, CPU, TrainState(), UPDATES, UPDATES, print_freq)
-            quiet, found[kind] = time_updates(reporter, batches)
-            found |= {"update": quiet} if not own else {}
-        hooks["TensorBoard"][0].on_end()
+        logger.handlers = [logging.StreamHandler(log)]  # as under a scheduler
+        board, json_hook = TensorboardHook(folder / "board", state), JsonHook(folder, state)
+        for kind, hooks in {"meters": [], "line": [LineHook(1)], "TensorBoard": [board]}.items():
+            quiet, found[kind] = time_updates(hooks, batches, lines, print_freq)
+            found.setdefault("update", quiet)  # without hooks
+        board.on_end()
         logger.handlers = before
-        files = sum(path.stat().st_size for path in (folder / "tensorboard").iterdir())
-        found["TensorBoard bytes"] = files / (UPDATES // print_freq)
-        json_hook = JsonHook(folder, state)
+        size = sum(path.stat().st_size for path in (folder / "board").iterdir())
+        found["TensorBoard bytes"] = size / lines
         record = {"train_loss": 0.5, "train_grad_norm": 0.1, "train_lr": 1e-3, "epoch": 1}
-        reporter = Reporter([json_hook], CPU, state, UPDATES, UPDATES, print_freq)
-        start = time.perf_counter()
-        for _ in range(epochs):
-            reporter.end_epoch(record)
-        found["log.txt"] = (time.perf_counter() - start) / epochs
-        found["log.txt bytes"] = json_hook.path.stat().st_size / epochs
+        reporter = Reporter([json_hook], CPU, state, ENDLESS, ENDLESS, print_freq)
+        found["log.txt"] = seconds_a_call(partial(reporter.end_epoch, record), EPOCHS)
+        found["log.txt bytes"] = json_hook.path.stat().st_size / (EPOCHS + 1)
     return found
 
 
-def time_updates(reporter: Reporter, batches: Batches) -> tuple[float, float]:
-    """Seconds of the report on an update: (without a log line, with one)."""
+def time_updates(
+    hooks: list[Hook], batches: Batches, lines: int, print_freq: int
+) -> tuple[float, float]:
+    """Seconds of the report on an update, the longest left out: (without a log line, with one)."""
+    reporter = Reporter(hooks, CPU, TrainState(), ENDLESS, ENDLESS, print_freq)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches, reporter.state)
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(UPDATES):
+    for _ in range(lines * print_freq):
         means.update(64, loss=torch.ones(()), grad_norm=torch.ones(()))
         reporter.state.updates += 1
         start = time.perf_counter()
         reporter.after_batch(64)
         told = reporter.after_update(1e-3)
         seconds[told].append(time.perf_counter() - start)
-    quiet, lines = ((sum(s) - max(s)) / max(1, len(s) - 1) for s in seconds.values())
-    return quiet, lines
+    without, with_one = (
+        (sum(s) - max(s, default=0)) / max(1, len(s) - 1) for s in seconds.values()
+    )
+    return without, with_one
 
 
 ANSWERS = {
@@ -276,13 +263,13 @@ def serve(args: argparse.Namespace) -> None:
     os.dup2(2, 1)  # what the toolkit prints is no answer
     torch.set_num_threads(1)
     utils.init_distributed_mode("cpu", args.meet or "env://")
-    training: list[Training] = []
+    steps: list[Steps] = []
     for line in sys.stdin:
         about = json.loads(line)
         what = about.pop("what")
         if what == "step":
-            training = training or [Training(args)]
-            answer = training[0].time(**about)
+            steps = steps or [Steps(args)]
+            answer = steps[0].time(**about)
         else:
             answer = ANSWERS[what](**about)
         print(json.dumps(answer), file=answers, flush=True)

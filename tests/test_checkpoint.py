@@ -589,3 +589,13 @@ def test_weights_of_a_gpu_are_read_without_one(tmp_path):
     data = path.read_bytes().replace(b"cpu", b"hpu")  # a device that is not here
     path.write_bytes(data)
     assert checkpoint.read_checkpoint(path)["a"].device.type == "cpu"
+
+
+def test_second_name_given_twice_leaves_nothing(tmp_path):
+    """To rename one name of a file to another does nothing at all."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("content")
+    for _ in range(2):
+        checkpoint.link(source, target)
+    assert target.read_text() == "content"
+    assert sorted(tmp_path.iterdir()) == [source, target]

@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -41,6 +43,7 @@ TREE = [
     *("\udcff\udc80/\udce9.png", "\ue000/\U0001f600.png", "\U0001f600/\ue000.png"),
     "Ünï/\udcff.gif",
 ]
+ROOT = Path(file_index.__file__).parent
 NO_IMAGES = ["ant/notes.txt", "ant/a/x.jpg.part", "list.txt"]
 
 
@@ -199,6 +202,20 @@ def test_file_holds_the_same_as_memory_and_is_mapped_by_spawned_workers(tmp_path
         assert index.classes == kept.classes
 
 
+def test_another_list_in_its_place_is_no_part_of_a_run(tmp_path, monkeypatch):
+    """For workers that start later, and for ranks that see the file of an earlier run."""
+    root, file = plant(tmp_path / "data"), tmp_path / "train.index"
+    sent = pickle.dumps(list_images(root, True, file))
+    plant(root, ["ant/new.png"])
+    file.unlink()
+    list_images(root, True, file)
+    with pytest.raises(UserError, match="train.index is not the list that this run began with"):
+        pickle.loads(sent)
+    monkeypatch.setattr(file_index, "from_main_process", lambda work: work() ^ 1)
+    with pytest.raises(UserError, match="made anew since, or this machine sees an old one"):
+        list_images(root, True, file)
+
+
 def test_list_may_move_with_its_data_no_further_than_a_link(tmp_path):
     root, file = plant(tmp_path / "data"), tmp_path / "train.index"
     list_images(root, True, file)
@@ -261,6 +278,63 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match=r"--data_index: .*taken/train.index cannot be written \("):
         list_images(root, True, tmp_path / "taken" / "train.index")
+
+
+def test_hole_in_a_list_is_no_path(tmp_path):
+    """A copy that was cut short: of its full size, with zeros where nothing has arrived."""
+    root, file = plant(tmp_path / "data"), tmp_path / "train.index"
+    whole, content = list_images(root, True, file), file.read_bytes()
+    for first in range(FIRST, content.index(b'{"root"') - 40, 7):
+        holed = content[:first] + bytes(40) + content[first + 40 :]
+        damaged, said = FileIndex(holed, root, file), set()
+        for number in range(len(whole)):
+            try:
+                path, _ = damaged[number]
+            except UserError as error:
+                said.add(str(error))
+            else:
+                assert "\0" not in path
+        assert said == {f"{file}: the list is damaged; remove it, and the next run makes it anew"}
+
+
+def test_writers_at_the_same_time_do_not_share_a_file(tmp_path, monkeypatch):
+    """Two containers whose processes have the same number: one lists while the other begins."""
+    root, file, scan = plant(tmp_path / "data"), tmp_path / "train.index", file_index._scan
+    others = []
+
+    def slow(folder: str):
+        if folder.endswith("bee") and not others:
+            others.append(None)
+            file_index._make(file, str(root), True)
+            file.rename(tmp_path / "other.index")
+        return scan(folder)
+
+    monkeypatch.setattr(file_index, "_scan", slow)
+    expected = pairs(list_images(root, True))
+    others.clear()
+    assert pairs(list_images(root, True, file)) == expected
+    assert pairs(open_index(tmp_path / "other.index", root)) == expected
+
+
+def test_what_killed_writers_left_goes_a_day_later(tmp_path):
+    root, file = plant(tmp_path / "data"), tmp_path / "[lists]" / "train.index"
+    names = [".train.index.1-ab.tmp", ".train.index.2-cd.tmp", ".val.index.3-ef.tmp"]
+    plant(file.parent, names)
+    for name in (names[0], names[2]):
+        os.utime(file.parent / name, (0, time.time() - 2 * 86400))
+    list_images(root, True, file)
+    assert sorted(path.name for path in file.parent.iterdir()) == [*names[1:], "train.index"]
+
+
+def test_names_that_are_no_text_are_logged(tmp_path):
+    """Bytes that are not UTF-8, in a terminal that wants it."""
+    root = plant(tmp_path / "\udcff", ["a/1.png"])
+    code = "import sys, utils, file_index, pathlib; utils.init_distributed_mode('cpu'); "
+    code += f"file_index.list_images({str(root)!r}, True, pathlib.Path({str(tmp_path / 'x')!r}))"
+    own = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True)
+    assert done.stderr == b""
+    assert f"listing the images of {tmp_path}/\\udcff, once".encode() in done.stdout
 
 
 # --- without memory -----------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import scaling, scaling_model, scaling_worker
-from benchmarks.scaling_model import Case, Cluster, Here, Link, Work
+from benchmarks import scaling, scaling_model, scaling_steps, scaling_worker
+from benchmarks.scaling_model import Cluster, Link, Training, Work, on_paper
 from models import create_model
 from models.convnextv2 import SIZES
 from models.tune import only_torch
@@ -27,8 +27,8 @@ from models.tune import only_torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def case(mode: str = "pretrain", model: str = "convnextv2_tiny", words: str = "") -> Case:
-    return Case.of(model, mode, scaling.parse_args(words.split()))
+def case(mode: str = "pretrain", model: str = "convnextv2_tiny", words: str = "") -> Training:
+    return on_paper(model, mode, scaling.parse_args(words.split()))
 
 
 def test_ring_by_hand():
@@ -60,17 +60,18 @@ def test_messages_are_buckets_of_the_wrapper(mib, messages):
 
 
 def test_fit_finds_latency_and_bandwidth():
-    link = Link(2e-4, 1.5e9)
+    """Of which 4 members share 2 cores."""
+    link = Link(2e-4, 1.5e9, cores=2)
     points = [(4**exponent, n) for exponent in range(5, 13) for n in (2, 4)]
     sizes, members = zip(*points, strict=True)
-    found = scaling_model.fit_link(sizes, members, [link.seconds(*point) for point in points])
+    found = scaling_model.fit_link(sizes, members, [link.seconds(*point) for point in points], 2)
     assert found.latency == pytest.approx(link.latency)
     assert found.bandwidth == pytest.approx(link.bandwidth)
 
 
 def test_fit_takes_no_negative_numbers():
     """Seconds that fall with size: the line through them would have a negative slope."""
-    found = scaling_model.fit_link([1000, 2000, 3000], [2, 2, 2], [3e-3, 2e-3, 1e-3])
+    found = scaling_model.fit_link([1000, 2000, 3000], [2, 2, 2], [3e-3, 2e-3, 1e-3], 2)
     assert found.bandwidth == math.inf
     assert found.latency > 0
 
@@ -86,18 +87,28 @@ def test_errors_are_relative():
     assert (usual, largest) == (pytest.approx(math.sqrt(0.13)), pytest.approx(0.5))
 
 
-def test_no_more_is_hidden_than_backward_lasts():
+@pytest.mark.parametrize(("seconds", "longer"), [(5.0, 3.0), (1.0, 0.2)])
+def test_no_more_is_hidden_than_backward_lasts(seconds, longer):
     """Backward is 2 of 3 seconds; of an exchange of 5, 80% would be 4."""
-    assert scaling_model.exposed(5.0, 3.0, hidden=0.8) == pytest.approx(3)
-    assert scaling_model.exposed(1.0, 3.0, hidden=0.8) == pytest.approx(0.2)
+    own = Training(Work(3.0, 0.0), Link(0.0, 4 / seconds), numbers=1, hidden=0.8)
+    assert own.exchange(2) == pytest.approx(seconds)
+    assert own.seconds(2, 1) == pytest.approx(3 + longer)
 
 
 def test_processes_that_share_cores_by_hand():
     """4 on 2 cores: 2 times as long for 1 + 2 * 3 seconds, and for 6 latencies and 6 bytes."""
-    here = Here(Work(2.0, 1.0), {1: 1.0, 4: 2.0}, Link(1.0, 1.0), size=4, cores=2, hidden=0.5)
+    link = Link(1.0, 1.0, cores=2)
+    here = Training(Work(2.0, 1.0), link, numbers=1, hidden=0.5, slowdown={1: 1.0, 4: 2.0})
     assert here.exchange(4) == pytest.approx(2 * (6 + 6))
     assert here.seconds(4, 3) == pytest.approx(2 * 7 + max(0.5 * 24, 24 - 2 * 6 * 2 / 3))
     assert here.seconds(1, 3) == pytest.approx(7)
+
+
+def test_gradients_sent_as_bf16_are_half_the_bytes_in_as_many_messages():
+    """The wrapper's buckets are of what it has, float32."""
+    whole, half = (case(words=f"--gradient_bytes {n}") for n in (4, 2))
+    assert half.size == whole.size / 2
+    assert half.messages == whole.messages == scaling_model.buckets(whole.size) > 1
 
 
 def test_infinite_network_costs_nothing():
@@ -174,14 +185,29 @@ def test_multiplications_are_those_that_torch_counts(mode):
     [
         ("--only step", "--only step: expected some of steps, gpus, data, log"),
         ("--processes 1 3 --total 8", "--total 8 images are no whole number for 3 processes"),
-        ("--rounds 0", "expected whole numbers from 1"),
-        ("--share 20", "--share, --hidden: expected numbers from 0 to 1"),
+        ("--rounds 0", "--rounds: 0: expected a whole number from 1"),
+        ("--processes 1 two", "--processes: two: expected a whole number from 1"),
+        ("--share 20", "--share: 20: expected a share above 0, at most 1"),
+        ("--hidden nan", "--hidden: nan: expected a share from 0 to 1"),
+        ("--network_gb_s 0", "--network_gb_s: 0: expected a number above 0"),
+        ("--quiet -1", "--quiet: -1: expected a number from 0"),
+        ("--samples 100 7", "--samples 7: fewer than --ranks 1024"),
+        ("--input_size 100", "not a whole number of 32 x 32 patches; try 96 x 96"),
+        ("--model convnextv2_tny", "Did you mean 'fcmae_convnextv2_tiny'"),
     ],
 )
 def test_scaling_refuses(words, message, capsys):
     with pytest.raises(SystemExit):
         scaling.parse_args(words.split())
     assert message in capsys.readouterr().err
+
+
+def test_process_that_ended_is_told():
+    with scaling_steps.Team(1, scaling.parse_args([])) as team:
+        team.members[0].kill()
+        team.members[0].wait()
+        with pytest.raises(SystemExit, match="a process asked for 'cpu' ended"):
+            team.ask("cpu")
 
 
 def tables(markdown: str, title: str) -> list[list[list[str]]]:
@@ -200,19 +226,19 @@ def test_steps_and_gpus_in_toy_size(tmp_path):
     text = output.read_text(encoding="utf-8")
     assert text.strip() == done.stdout.strip()
 
-    steps, reduces, told = tables(text, "Steps on several processes: convnextv2_atto, pretrain")
+    steps, messages = tables(text, "Steps on several processes: convnextv2_atto, pretrain")
     points = [["weak", "1", "1"], ["weak", "2", "1"], ["strong", "1", "2"], ["strong", "2", "1"]]
     assert [row[:3] for row in steps] == points
     assert all(float(cell) > 0 for row in steps if row[1] == "2" for cell in row[3:6])
     gradients = scaling_model.parameters("convnextv2_atto", "pretrain") / 256
     sizes = [*(4**exponent for exponent in range(8)), round(gradients)]
-    assert [int(row[0]) for row in reduces] == sizes  # KiB
-    assert len(told) == 2
+    told = [*scaling_steps.TOLD.values()]
+    assert [row[0] for row in messages] == [*(f"{size} KiB" for size in sizes), *told]
 
     gpus = tables(text, "Many GPUs, by the model")
     assert [[row[0] for row in table] for table in gpus] == [list(SIZES)] * 6
     assert all(len(row) == 3 + len(scaling_model.GPUS) for table in gpus[:2] for row in table)
-    assert "Assumed, nothing of it measured: 989 TFLOP/s" in text
+    assert "Computed, not measured" in text
 
 
 def test_data_and_log_in_toy_size(monkeypatch, capsys):
@@ -228,4 +254,4 @@ def test_data_and_log_in_toy_size(monkeypatch, capsys):
     assert [row[0] for row in samplers] == [row[0] for row in indexes] == ["50,000", "70,000"]
     (log,) = tables(text, "Cost of the log")
     assert len(log) == 5
-    assert "70,000 samples in updates of 4096, one epoch: 17 updates, 0 log lines" in text
+    assert "70,000 samples in updates of 4096 (17 updates, 0 log lines)" in text
