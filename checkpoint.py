@@ -191,13 +191,27 @@ def _rotate(folder: Path, newest: Path, keep: int, source: str) -> None:
     source: what the run went on from, which stays as long as it runs.
     """
     paths = numbered_checkpoints(folder)
-    ends = [path for path in paths if "-seen-" not in path.name]
-    within = [path for path in paths if "-seen-" in path.name]
-    done = [path for path in within if _progress(path) < _progress(newest)]
-    old = done if newest in ends else within[2:]
-    for path in [*ends[keep:], *old]:
+    ends = [path for path in paths if not _is_within(path)]
+    within = [path for path in paths if _is_within(path)]
+    for path in ends[keep:] + (within[2:] if newest in within else []):
         if path != newest and path.resolve() != Path(source).resolve():
             path.unlink()
+    drop_passed(newest, source)
+
+
+def drop_passed(newest: Path, source: str = "") -> None:
+    """Delete the saves within epochs that end no later than `newest`, itself such an end.
+
+    A run that was killed between its last save and this has left them.
+    """
+    for path in numbered_checkpoints(newest.parent) if not _is_within(newest) else ():
+        passed = _is_within(path) and _progress(path) < _progress(newest)
+        if passed and path.resolve() != Path(source).resolve():
+            path.unlink()
+
+
+def _is_within(path: Path) -> bool:
+    return "-seen-" in path.name
 
 
 def find_checkpoint(folder: Path, average: bool = False) -> Path:

@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import has_seal, numbered_checkpoints, read_checkpoint, restore_run
+from checkpoint import (
+    drop_passed,
+    has_seal,
+    numbered_checkpoints,
+    read_checkpoint,
+    restore_run,
+)
 from errors import UserError
 from utils import TrainState, from_main_process, get_logger, main_process_first
 
@@ -127,7 +133,7 @@ def choose_checkpoint(
 ) -> str:
     """The file that a run goes on from: the newest readable one, else `resume`, '' for none.
 
-    rename: what is damaged, so that nobody tries it again.
+    rename: what is damaged, so that nobody tries it again; and delete what that file has passed.
     """
     paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
     if paths and not auto_resume:
@@ -145,6 +151,8 @@ def choose_checkpoint(
     for path, reason in reasons.items():
         aside = f"; it is now called {_set_aside(path).name}" if rename else ""
         logging.getLogger("convnextv2").warning("%s%s, trying the one before", reason, aside)
+    if good and rename:
+        drop_passed(good, resume)
     return str(good) if good else resume
 
 

@@ -375,7 +375,7 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
     one, two = tmp_path / "one", tmp_path / "two"
     said = run(script, *words, "--output_dir", one, "--num_workers", 2).stdout
     assert "cannot be used" in said
-    run(script, *words, "--batch_size", 3, "--output_dir", two, torchrun=2)
+    run(script, *words, "--batch_size", 3, "--output_dir", two, ranks=2)
     for folder in (one, two):
         lines = (folder / "bad_images.txt").read_text().splitlines()
         assert sorted(line.split("\t")[0] for line in lines) == listed

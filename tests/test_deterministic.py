@@ -74,7 +74,7 @@ def test_two_runs_are_equal_whatever_the_workers_and_what_was_measured_before(sc
 def test_two_runs_of_two_processes_are_equal(script, tmp_path):
     for name, workers in (("a", 0), ("b", 3)):
         words = ["--batch_size", 2, "--num_workers", workers, "--output_dir", tmp_path / name]
-        run(script, *BASE[script], *words, torchrun=2)
+        run(script, *BASE[script], *words, ranks=2)
     assert differing(final(tmp_path / "a"), final(tmp_path / "b")) == []
 
 

@@ -123,12 +123,12 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "torchrun", "workers"), [("pretrain", 0, 2), ("finetune", 2, 0), ("finetune", 0, 2)]
+    ("kind", "ranks", "workers"), [("pretrain", 1, 2), ("finetune", 2, 0), ("finetune", 1, 2)]
 )
-def test_a_good_run_is_0_and_the_report_is_the_main_process_s(kind, torchrun, workers, tmp_path):
+def test_a_good_run_is_0_and_the_report_is_the_main_process_s(kind, ranks, workers, tmp_path):
     base, folder = MAINS[kind][1], tmp_path / "runs" / "new"
     flags = ["--batch_size", 3, "--output_dir", folder, "--dry_run", "--num_workers", workers]
-    done = run(f"main_{kind}.py", *base, *flags, torchrun=torchrun)
+    done = run(f"main_{kind}.py", *base, *flags, ranks=ranks)
     labels = "train start update parameters rate memory model loader together disk time"
     for label in labels.split() + ["val", "evaluation"] * (kind == "finetune"):
         assert done.stdout.count(f"\n{label.ljust(12)} ") == 1, (label, done.stdout)

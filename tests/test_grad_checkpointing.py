@@ -283,21 +283,21 @@ def test_model_that_cannot_is_refused(name):
     models.build_classifier(flags(name, eval=True), 3)  # nothing is trained
 
 
-def both_ways(folder: Path, script: str, *words: object, torchrun: int = 0) -> list[Path]:
+def both_ways(folder: Path, script: str, *words: object, ranks: int = 1) -> list[Path]:
     """The last checkpoint without the flag and with it."""
     found = []
     for flag in ("false", "true"):
         more = ["--output_dir", folder / flag, "--grad_checkpointing", flag, "--kernels", "torch"]
-        run(script, *words, *more, "--drop_path", 0.5, torchrun=torchrun)
+        run(script, *words, *more, "--drop_path", 0.5, ranks=ranks)
         found.append(folder / flag / "checkpoint-1.pth")
     return found
 
 
-@pytest.mark.parametrize("torchrun", [0, 2])
-def test_pretraining_ends_with_the_same_weights(tmp_path, torchrun):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pretraining_ends_with_the_same_weights(tmp_path, ranks):
     """On two processes under DistributedDataParallel, with micro-batches that do not exchange."""
     words = [*PRETRAIN, "--picture_freq", 0, "--update_freq", 2]
-    plain, flag = both_ways(tmp_path, "main_pretrain.py", *words, torchrun=torchrun)
+    plain, flag = both_ways(tmp_path, "main_pretrain.py", *words, ranks=ranks)
     assert_same(weights(flag), weights(plain))
 
 

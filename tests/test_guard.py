@@ -70,7 +70,7 @@ def test_image_that_is_not_finite_is_named_and_costs_its_update_alone(tmp_path, 
 def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
     words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", on_spike]
     words += ["--output_dir", tmp_path, "--kernels", "torch"]
-    said = run(script, *words, torchrun=2, env={"FRAIL": "gradient:2:1"}).stdout
+    said = run(script, *words, ranks=2, env={"FRAIL": "gradient:2:1"}).stdout
     assert "skipped an update, first number 3: gradient is not finite" in said
     (fault,) = faults(tmp_path)
     assert (fault["epoch"], fault["update"], fault["grad_norm"]) == (0, 3, None)
@@ -166,7 +166,7 @@ def test_parameter_of_one_rank_brings_both_back_to_the_same_snapshot(tmp_path, s
     words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", "rollback"]
     words += ["--snapshot_freq", 2, "--print_freq", 1, "--kernels", "torch", "--epochs", 3]
     words += ["--output_dir", tmp_path]
-    said = run(script, *words, torchrun=2, env={"FRAIL": "parameter:5:1", "HASHES": "1"}).stdout
+    said = run(script, *words, ranks=2, env={"FRAIL": "parameter:5:1", "HASHES": "1"}).stdout
     assert "the 3 updates since are undone" in said
     last = dict(re.findall(r"weights of rank (\d): (\w+)", said))  # of each; ranks do not wait
     assert last.keys() == {"0", "1"}

@@ -13,7 +13,6 @@ import multiprocessing.forkserver
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ import utils
 from data_faults import WatchedLoader
 from errors import TrainingStopped, UserError
 from tests import tiny
-from tests.test_end_to_end import PRETRAIN, ROOT
+from tests.test_end_to_end import PRETRAIN, ROOT, free_port
 
 QUICK = ["--batch_size", "3", "--epochs", "1", "--kernels", "torch", "--print_freq", "1"]
 QUICK += ["--log_dir", "none"]
@@ -50,12 +49,6 @@ def imported_once():
         multiprocessing.forkserver.ensure_running()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What a launcher says; it says no more."""
     own = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
@@ -70,7 +63,7 @@ def rank_main(program: Callable, rank: int, size: int, port: int, folder: Path) 
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     sys.argv = ["program.py"]
     os.environ |= environment(rank, size, port)
-    ranks.LOST = 6.0  # no test shall wait for long
+    ranks.LOOK, ranks.GRACE, ranks.LOST = 0.25, 2.0, 6.0  # no test shall wait for long
     torch.set_num_threads(1)
     utils.launch(program, SimpleNamespace(rank=rank, folder=folder))
 
@@ -171,7 +164,7 @@ def no_device_for_one(args: SimpleNamespace) -> None:
 
 def user_error_of_all(args: SimpleNamespace) -> None:
     join()
-    time.sleep(args.rank / 2)  # to read a disk takes longer for some
+    time.sleep(args.rank / 8)  # to read a disk takes longer for some
     raise UserError("got 3, expected 4")
 
 
