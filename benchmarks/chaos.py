@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,15 +47,21 @@ def start(script: str, folder: Path, *words: str) -> int:
     """Run the script in a fork of this process, its output in FOLDER.txt; its process number."""
     while int(time.time()) <= _second_of_events(folder):  # TensorBoard sorts files by it
         time.sleep(0.02)
+    words = (*RUNS[script].split(), "--output_dir", str(folder), *words)
+    return fork(script, words, folder.with_suffix(".txt"))
+
+
+def fork(script: str, words: Sequence[str], said: Path) -> int:
+    """Run the script with these flags as `start` does, its output added to a file."""
     child = os.fork()
     if child == 0:
         status = 70
         try:
-            sink = os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            status = _child(script, [*RUNS[script].split(), "--output_dir", str(folder), *words])
+            status = _child(script, words)
         finally:
             os._exit(status)
     return child
@@ -70,7 +77,7 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _child(script: str, words: list[str]) -> int:
+def _child(script: str, words: Sequence[str]) -> int:
     import importlib
     import traceback
 
