@@ -8,6 +8,7 @@ python -c "import checkpoint as c, pathlib; print(c.numbered_checkpoints(pathlib
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import logging
@@ -207,7 +208,8 @@ def drop_passed(newest: Path, source: str = "") -> None:
     for path in numbered_checkpoints(newest.parent) if not _is_within(newest) else ():
         passed = _is_within(path) and _progress(path) < _progress(newest)
         if passed and path.resolve() != Path(source).resolve():
-            path.unlink()
+            with contextlib.suppress(OSError):  # they are in nobody's way
+                path.unlink()
 
 
 def _is_within(path: Path) -> bool:

@@ -27,7 +27,7 @@ from checkpoint import (
     restore_run,
 )
 from errors import UserError
-from utils import TrainState, from_main_process, get_logger, main_process_first
+from utils import TrainState, from_main_process, get_logger, is_main_process, main_process_first
 
 RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go on from it
 # Flags without which it is not the same run, and those that are nobody's affair.
@@ -93,6 +93,8 @@ def find_start(
         within = start.checkpoint["state"].get("seen", 0) > 0
         for change in compare_args(start.checkpoint.get("args", {}), args, source, within):
             get_logger().warning("%s: changed since, %s", source, change)
+    if rename and source != resume and is_main_process():  # it goes on: what that file has passed
+        drop_passed(Path(source), resume)
     if source != resume and start.absent():
         raise UserError(f"{source} has no {', '.join(start.absent())}: it is no run to go on with")
     return start
@@ -133,7 +135,7 @@ def choose_checkpoint(
 ) -> str:
     """The file that a run goes on from: the newest readable one, else `resume`, '' for none.
 
-    rename: what is damaged, so that nobody tries it again; and delete what that file has passed.
+    rename: what is damaged, so that nobody tries it again.
     """
     paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
     if paths and not auto_resume:
@@ -151,8 +153,6 @@ def choose_checkpoint(
     for path, reason in reasons.items():
         aside = f"; it is now called {_set_aside(path).name}" if rename else ""
         logging.getLogger("convnextv2").warning("%s%s, trying the one before", reason, aside)
-    if good and rename:
-        drop_passed(good, resume)
     return str(good) if good else resume
 
 

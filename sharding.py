@@ -246,8 +246,11 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with torch.inference_mode(False), torch.no_grad():  # in which nothing can be gathered
             _take_memory(pairs)
-            for whole, weight in pairs:
-                whole.copy_(full(weight))
+            try:
+                for whole, weight in pairs:
+                    whole.copy_(full(weight))
+            except torch.OutOfMemoryError as error:  # of this process alone: nobody can go on
+                raise RuntimeError(f"no memory to gather all weights: {error}") from error
         yield plain
     finally:
         for whole, _ in pairs:

@@ -62,6 +62,7 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         code, message = _explain(error, args)
         if code:
             ranks.fail(code, message, error)  # returns only where there are no others
+        ranks.part()
         if not message:
             raise
         print(message, file=sys.stderr)
@@ -159,7 +160,7 @@ def _own_device(device: str, size: int, local: int) -> torch.device:
         raise UserError("--device mps: MPS has no process group; use --device cpu")
     if place.type == "cuda":
         count = torch.cuda.device_count()
-        if local >= count > 1:  # a process that sees one has been given its own
+        if "TORCHELASTIC_RUN_ID" in os.environ and local >= count:  # others may give each its own
             raise UserError(
                 f"process {local} of this machine finds {count} GPUs, and each takes its own; "
                 f"start at most {count} here"

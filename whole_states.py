@@ -68,7 +68,11 @@ def _told(form: Any, value: Any, owner: int, device: torch.device) -> Any:
         return form
     if owner == 0:
         return value
-    here = torch.empty_like(form, device=device) if value is None else value.to(device).contiguous()
+    here = (
+        torch.empty(form.shape, dtype=form.dtype, device=device)
+        if value is None
+        else value.to(device).contiguous()
+    )
     dist.broadcast(here, owner)
     return here.cpu() if dist.get_rank() == 0 else None
 

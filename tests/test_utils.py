@@ -355,8 +355,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(utils, "find_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert utils._own_device("cuda", 3, 1) == torch.device("cuda:1")
     with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs.*at most 2 here"):
         utils._own_device("cuda", 3, 2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees its own alone
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # srun and mpirun may show each process its own
     assert utils._own_device("cuda", 3, 2) == torch.device("cuda:0")
