@@ -18,10 +18,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from archives import Cifar, find_cifar
-from batches import Batches
-from data_faults import BadImages
-from data_pipeline import (
+from data_loading.builtin import Cifar, find_cifar
+from data_loading.decode import load_image
+from data_loading.folders import FileIndex, list_images
+from data_loading.loader import Batches
+from data_loading.rng import mix
+from data_loading.transforms import (
     Augmented,
     EvalSampler,
     TrainSampler,
@@ -33,10 +35,8 @@ from data_pipeline import (
     height_and_width,
     mean_and_std,
 )
-from decoding import load_image
+from data_loading.workers import BadImages
 from errors import UserError, resolve
-from file_index import FileIndex, list_images
-from randomness import mix
 from utils import get_rank, get_world_size
 
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough

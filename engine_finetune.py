@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sharding
 import utils
+from data_loading.rng import seed_all
 from datasets import Batches
 from errors import UserError, some
-from guard import Guard
-from hooks import Reporter
-from keeper import Keeper
-from meters import Means, accuracy
 from optim_factory import MovingAverage, Schedule
-from randomness import seed_all
-from stepper import Stepper, autocast
+from parallel import sharding
+from training.anomaly import Guard
+from training.checkpoint_manager import Keeper
+from training.hooks import Reporter
+from training.meters import Means, accuracy
+from training.stepper import Stepper, autocast
 from utils import TrainState
 
 

@@ -12,14 +12,14 @@ from functools import partial
 from torch import Tensor, nn
 
 import utils
+from data_loading.rng import hash_noise, seed_all
 from datasets import Batches
-from guard import Guard
-from hooks import Reporter
-from keeper import Keeper
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
-from randomness import hash_noise, seed_all
-from stepper import Stepper
+from training.anomaly import Guard
+from training.checkpoint_manager import Keeper
+from training.hooks import Reporter
+from training.stepper import Stepper
 from utils import TrainState
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import options
-from flags import GRAPHS, TARGETS
+from config import parser as options
+from config.flags import GRAPHS, TARGETS
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     parser = options.export_parser()
@@ -29,25 +29,36 @@ if __name__ == "__main__":  # --help and typing errors answer before torch is lo
 import torch
 from torch import Tensor
 
-import formats
-import hf_folder
 import utils
-from checkpoint import read_checkpoint
-from data_pipeline import height_and_width, mean_and_std
+from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError
-from formats import Network, Subject, as_dict, check_round_trip, check_shape, first, timm_call
-from hf_folder import find_labels
-from models.convert import describe, to_convnextv2
-from models.pretrained import EMA_KEY, pick_weights, wild_weights
+from weights import export_formats, huggingface
+from weights.convert import describe, to_convnextv2
+from weights.export_formats import (
+    Network,
+    Subject,
+    as_dict,
+    check_round_trip,
+    check_shape,
+    first,
+    timm_call,
+)
+from weights.files import read_checkpoint
+from weights.huggingface import find_labels
+from weights.pretrained import EMA_KEY, pick_weights, wild_weights
 
 FORMATS = {  # target -> who writes it, who reads it back, and the package that does so there
-    "timm": (formats.write_timm, formats.read_timm, "timm"),
-    "hf": (hf_folder.write_hf, hf_folder.read_hf, "transformers"),
-    "official": (formats.write_official, formats.read_official, "timm"),
-    "safetensors": (formats.write_safetensors, formats.read_safetensors, "safetensors"),
-    "onnx": (formats.write_onnx, formats.read_onnx, "onnxruntime"),
-    "torchscript": (formats.write_torchscript, formats.read_torchscript, "torch"),
-    "pt2": (formats.write_pt2, formats.read_pt2, "torch"),
+    "timm": (export_formats.write_timm, export_formats.read_timm, "timm"),
+    "hf": (huggingface.write_hf, huggingface.read_hf, "transformers"),
+    "official": (export_formats.write_official, export_formats.read_official, "timm"),
+    "safetensors": (
+        export_formats.write_safetensors,
+        export_formats.read_safetensors,
+        "safetensors",
+    ),
+    "onnx": (export_formats.write_onnx, export_formats.read_onnx, "onnxruntime"),
+    "torchscript": (export_formats.write_torchscript, export_formats.read_torchscript, "torch"),
+    "pt2": (export_formats.write_pt2, export_formats.read_pt2, "torch"),
 }
 LIMIT, HALF_LIMIT = 1e-5, 1e-2  # largest difference, over the largest value of the output
 PUBLISHED_CELLS = 7  # along a side of the last map: 224 pixels where the stride is 32

@@ -15,8 +15,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path as _Path
 
-OWN = ("models", "checkpoint", "errors", "flags", "launchers", "ranks", "sharding", "sources")
-OWN += ("utils", "whole_states")  # imported here
+OWN = (
+    "config",
+    "data_loading",
+    "errors",
+    "models",
+    "parallel",
+    "utils",
+    "weights",
+)  # imported here
 _HERE = _Path(__file__).resolve().parent
 for _name in OWN:
     _other = getattr(sys.modules.get(_name), "__file__", None)
@@ -26,11 +33,11 @@ for _name in OWN:
             f"in {_HERE}; rename yours, or load this model in a process of its own"
         )
 
-import checkpoint as _checkpoint  # noqa: E402
 import models as _models  # noqa: E402
-from flags import MODEL_KEY as _MODEL_KEY  # noqa: E402
-from models import convert as _convert  # noqa: E402
-from models import pretrained as _pretrained  # noqa: E402
+from config.flags import MODEL_KEY as _MODEL_KEY  # noqa: E402
+from weights import convert as _convert  # noqa: E402
+from weights import files as _checkpoint  # noqa: E402
+from weights import pretrained as _pretrained  # noqa: E402
 
 dependencies = ["torch"]
 

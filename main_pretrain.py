@@ -10,29 +10,20 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-import options
-from options import pretrain_parser as get_args_parser
+from config import parser as options
+from config.parser import pretrain_parser as get_args_parser
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     args = options.parse(get_args_parser())
 
 import datasets
-import dry_run
-import hooks
 import models
-import resume
-import sharding
 import utils
 import visualize
-from alike import check_alike
+from data_loading.rng import make_deterministic, seed_all
 from engine_pretrain import train_one_epoch
-from graphs import Graphed, check_graphs
-from guard import build_guard
-from keeper import build_keeper
-from lock import hold_folder
 from models.fcmae import visible_patches
-from models.pretrained import load_pretrained
-from models.tune import set_kernels
+from models.kernels.autotune import set_kernels
 from optim_factory import (
     build_optimizer,
     build_schedule,
@@ -40,8 +31,15 @@ from optim_factory import (
     count_updates,
     scale_lr,
 )
-from randomness import make_deterministic, seed_all
-from stepper import Stepper, autocast, choose_amp
+from parallel import sharding
+from training import dry_run, hooks, resume
+from training.anomaly import build_guard
+from training.checkpoint_manager import build_keeper
+from training.cuda_graphs import Graphed, check_graphs
+from training.run_lock import hold_folder
+from training.setup import check_alike
+from training.stepper import Stepper, autocast, choose_amp
+from weights.pretrained import load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:

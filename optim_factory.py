@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import sharding
 from errors import UserError, resolve
+from parallel import sharding
 from utils import get_logger
 
 UNDECAYED = (".bias", ".gamma", ".beta", "mask_token")  # GRN and the token have 4 axes but no size

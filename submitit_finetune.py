@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import options
-import slurm
-import submission
+from config import parser as options
+from parallel import slurm, submit
 
 Trainer = partial(slurm.Trainer, "main_finetune")
 
 if __name__ == "__main__":
-    submission.run("main_finetune", options.finetune_parser())
+    submit.run("main_finetune", options.finetune_parser())

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import options
-import slurm
-import submission
+from config import parser as options
+from parallel import slurm, submit
 
 Trainer = partial(slurm.Trainer, "main_pretrain")
 
 if __name__ == "__main__":
-    submission.run("main_pretrain", options.pretrain_parser())
+    submit.run("main_pretrain", options.pretrain_parser())

@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import ranks
-import sharding
-from checkpoint import write_checkpoints
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
-from launchers import read_launcher
-from sharding import WAIT_FOR_RANKS
-from whole_states import whole_state
+from parallel import failure, sharding
+from parallel.environment import read_launcher
+from parallel.sharding import WAIT_FOR_RANKS
+from parallel.state_dict import whole_state
+from weights.files import write_checkpoints
 
 MEET = timedelta(minutes=10)  # in which all processes are started
 STOPPED = "stopped"  # key in the launcher's store, which outlives the processes under torchrun
@@ -45,7 +44,7 @@ def get_logger() -> logging.Logger:
 def launch(main: Callable[[Any], Any], args: Any) -> None:
     """Run a script's `main`: user errors become one line and exit code 2, the group is closed.
 
-    What ends one of several processes ends all: see ranks.py.
+    What ends one of several processes ends all: see parallel/failure.py.
     """
     code = 0
     try:
@@ -61,12 +60,12 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, message = _explain(error, args)
         if code:
-            ranks.fail(code, message, error)  # returns only where there are no others
-        ranks.part()
+            failure.fail(code, message, error)  # returns only where there are no others
+        failure.part()
         if not message:
             raise
         print(message, file=sys.stderr)
-    ranks.part()
+    failure.part()
     if dist.is_available() and dist.is_initialized():
         # gloo's threads may wait for the interpreter to let go of their last tensors, and the end
         # of a group waits for them without leaving it to them.
@@ -85,7 +84,7 @@ def _explain(error: BaseException, args: Any) -> tuple[int, str]:
     if not isinstance(error, UserError | TrainingStopped):
         return 1, ""
     found = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
-    message = f"{Path(sys.argv[0]).name}: error{ranks.mark()}: {error}"
+    message = f"{Path(sys.argv[0]).name}: error{failure.mark()}: {error}"
     return 1 if found else 2, message  # what a dry run looks for is its result
 
 
@@ -143,7 +142,7 @@ def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch
     # torchrun's store still holds the addresses of the processes that it started before.
     name = f"attempt {attempt} of {size}"
     if size > 1:
-        ranks.watch(store, name, rank, size)
+        failure.watch(store, name, rank, size)
     store = dist.PrefixStore(name, store)
     place = _own_device(device, size, local)
     backend = "nccl" if place.type == "cuda" else "gloo"

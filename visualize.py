@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import options
+from config import parser as options
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     args = options.visualize_parser().parse_args()
@@ -22,12 +22,12 @@ from torch import Tensor
 
 import datasets
 import utils
-from checkpoint import load_weights, read_checkpoint
+from config.flags import FOLDERS
+from data_loading.rng import hash_noise
 from errors import UserError
-from flags import FOLDERS
 from models import build_fcmae
 from models.fcmae import FCMAE, random_mask, visible_patches
-from randomness import hash_noise
+from weights.files import load_weights, read_checkpoint
 
 GREY = 0.5  # shown where a patch is removed
 GAP = 2  # white pixels between pictures

@@ -81,8 +81,8 @@ def _child(script: str, words: Sequence[str]) -> int:
     import importlib
     import traceback
 
-    import options
     import utils
+    from config import parser as options
 
     module = importlib.import_module(script)
     utils.get_logger().handlers.clear()  # they write to what standard output was

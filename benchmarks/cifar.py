@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flags import AMOUNT, BELOW_1, CHANCE, COUNT, SHARE, WHOLE, number
+from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, SHARE, WHOLE, number
 
 HELP = """Train a ConvNeXt V2 on CIFAR-10, in three runs for each seed:
   pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning
@@ -100,7 +100,7 @@ import utils
 from benchmarks.cifar_runs import equal_epochs, load, run
 from benchmarks.step import machine, read
 from errors import UserError
-from stepper import choose_amp
+from training.stepper import choose_amp
 
 
 def fill_in(args: argparse.Namespace) -> None:

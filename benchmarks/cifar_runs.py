@@ -24,21 +24,21 @@ from torch import Tensor, nn
 import engine_finetune
 import engine_pretrain
 import utils
-from archives import DAMAGED, Zip
-from checkpoint import load_weights
+from data_loading.builtin import DAMAGED, Zip
+from data_loading.decode import decode, load_image_file
+from data_loading.rng import mix, seed_all
 from datasets import build_mixup, mean_and_std
-from decoding import decode, load_image_file
 from errors import UserError
-from guard import Guard
-from hooks import Reporter, summary
-from keeper import Keeper
 from models import create_model
-from models.convert import to_convnextv2
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
-from randomness import mix, seed_all
-from stepper import Stepper
+from training.anomaly import Guard
+from training.checkpoint_manager import Keeper
+from training.hooks import Reporter, summary
+from training.stepper import Stepper
+from weights.convert import to_convnextv2
+from weights.files import load_weights
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (N, H, W, 3) uint8, labels (N,)
 
@@ -176,7 +176,7 @@ def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.M
         model.compile()
     if not args.cuda_graphs:
         return model
-    from graphs import Graphed
+    from training.cuda_graphs import Graphed
 
     return Graphed(model, args.device, args.amp, shapes, *fixed)
 

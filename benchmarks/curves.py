@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flags import KERNELS
+from config.flags import KERNELS
 
 CURVES = {  # what a table is called
     "sizes": "Model size",
@@ -76,13 +76,14 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-import stepper
 from benchmarks.step import machine, measure, read
 from benchmarks.variants import Variant, make_loss, make_variant
 from errors import resolve
-from models import create_model, fcmae_name, tune
+from models import create_model, fcmae_name
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
+from models.kernels import autotune
+from training import stepper
 
 Point = tuple[argparse.Namespace, "Variant | None"]  # its flags; None: no memory for it
 
@@ -286,7 +287,7 @@ def describe_fit(found: list[Point]) -> str:
 def report(name: str, points: list[argparse.Namespace]) -> str:
     """Markdown of a curve, measured here."""
     first, last = points[0], ""
-    tune.set_kernels(first.kernels, first.device)  # forgets what the curve before took
+    autotune.set_kernels(first.kernels, first.device)  # forgets what the curve before took
     if name == "sizes":
         lines, title = measure_sizes(points), CURVES[name]
         others = [own.others for own in points if hasattr(own, "others")]
@@ -308,7 +309,7 @@ def report(name: str, points: list[argparse.Namespace]) -> str:
             f"{first.rounds} rounds{fewer} after {first.warmup} of warm-up, {first.steps} step(s) "
             "a timing, the points in turn.",
             machine(first.device),
-            f"Other programs kept {busy:.2f} cores busy. Kernels: {tune.choices.summary()}.\n",
+            f"Other programs kept {busy:.2f} cores busy. Kernels: {autotune.choices.summary()}.\n",
             *lines,
             *(["", last] if last else []),
         ]
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        tune.set_kernels(args.kernels, args.device)
+        autotune.set_kernels(args.kernels, args.device)
         curves = plan(args)
     except ValueError as error:
         sys.exit(f"benchmarks/curves.py: {error}")

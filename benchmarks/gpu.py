@@ -40,7 +40,11 @@ COMPILED = "--only packed,masked_compiled,dense,timm_compiled"
 PARTS = {  # name: title, minutes at most, what runs; the most important first
     "environment": ("Environment", 0.2, f"{OWN} environment"),
     "gpu_tests": ("Tests marked gpu", 0.5, f"{TESTS} -m gpu"),
-    "kernel_tests": ("Tests of the Triton kernels", 0.5, f"{TESTS} tests/test_kernels.py"),
+    "kernel_tests": (
+        "Tests of the Triton kernels",
+        0.5,
+        f"{TESTS} tests/models/kernels/test_triton_kernels.py",
+    ),
     "compile": (
         "Compiling the peers",
         1.5,

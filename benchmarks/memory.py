@@ -59,7 +59,7 @@ from benchmarks.memory_counts import (
     per_gpu,
 )
 from optim_factory import create_optimizer
-from sharding import Sharing
+from parallel.sharding import Sharing
 
 ASSUMPTIONS = f"""No GPU was there: this is paper. Assumed is
 

@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import create_model, fcmae_name, ops, tune
+from models import create_model, fcmae_name
 from models.block import Block
 from models.fcmae import random_mask, visible_patches
+from models.kernels import autotune, ops
 from optim_factory import get_parameter_groups
-from sharding import units
-from stepper import autocast
+from parallel.sharding import units
+from training.stepper import autocast
 
 MASK_RATIO, PATCH = 0.6, 32
 SHARDS = ("ddp", "zero1", "fsdp")
@@ -253,7 +254,10 @@ def as_on_cuda(model: nn.Module) -> Iterator[None]:
     hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].float(),)) for norm in norms]
     at_once = mock.patch.object(ops, "images_at_once", lambda x, elements: x.shape[0])
     try:
-        with at_once, mock.patch.object(tune.choices, "mode", "triton"):  # fake tensors get torch's
+        with (
+            at_once,
+            mock.patch.object(autotune.choices, "mode", "triton"),
+        ):  # fake tensors get torch's
             yield
     finally:
         for hook in hooks:

@@ -39,12 +39,12 @@ if __name__ == "__main__":
 
 import torch
 
-import stepper
 import utils
 from benchmarks.step import machine
 from benchmarks.variants import Variant, make_variant
-from keeper import Writer
 from models.fcmae import visible_patches
+from training import stepper
+from training.checkpoint_manager import Writer
 from utils import TrainState
 
 MASK_RATIO = 0.6

@@ -52,17 +52,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from batches import Batches
-from data_pipeline import TrainSampler
+from data_loading.folders import CRC, FIRST, HEADER, MAGIC, VERSION, open_index
+from data_loading.loader import Batches
+from data_loading.transforms import TrainSampler
 from engine_finetune import supervised_loss
 from engine_pretrain import masked_loss
-from file_index import CRC, FIRST, HEADER, MAGIC, VERSION, open_index
-from hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
-from keeper import Agreement
-from models import create_model, fcmae_name, tune
+from models import create_model, fcmae_name
+from models.kernels import autotune
 from optim_factory import create_optimizer
-from sharding import Sharing
-from stepper import Stepper
+from parallel.sharding import Sharing
+from training.checkpoint_manager import Agreement
+from training.hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
+from training.stepper import Stepper
 from utils import TrainState
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ class Steps:
     """The toolkit's own step on images that are already there."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        tune.set_kernels("auto", CPU)
+        autotune.set_kernels("auto", CPU)
         torch.manual_seed(0)
         if args.mode == "pretrain":
             bare = create_model(fcmae_name(args.model))

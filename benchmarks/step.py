@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 START = time.monotonic()  # --minutes counts from here, imports and compilation included
 
-from flags import KERNELS
+from config.flags import KERNELS
 
 VARIANTS = {  # what a row is called
     "packed": "FCMAE, packed (ours)",
@@ -98,12 +98,13 @@ if __name__ == "__main__":
 import timm
 import torch
 
-import stepper
 from benchmarks.dense_masked import check_against_packed
 from benchmarks.products import Products
 from benchmarks.variants import CLASSES, Variant, make_variant, measure_memory, time_steps
-from models import create_model, fcmae_name, tune
+from models import create_model, fcmae_name
 from models.fcmae import visible_patches
+from models.kernels import autotune
+from training import stepper
 
 
 class TimeIsUp(BaseException):
@@ -132,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.steps = args.steps or (10 if on_cuda else 1)
     args.settle = (1 if on_cuda else 3) if args.settle is None else args.settle
     args.amp = stepper.choose_amp(args.amp, None, args.device)
-    tune.set_kernels(args.kernels, args.device)
+    autotune.set_kernels(args.kernels, args.device)
     args.missing = []  # sentences, of what has no row or was not tried
     args.end = START + 60 * args.minutes
     if args.threads:
@@ -314,7 +315,7 @@ def describe(args: argparse.Namespace, variants: list[Variant]) -> list[str]:
     )
     others = (
         f"Other programs kept {mean:.2f} cores busy, in a timing at most {high:.2f}. Kernels: "
-        f"{tune.choices.summary()}."
+        f"{autotune.choices.summary()}."
     )
     return [f"### {args.model}", "", settings, machine(args.device), others, args.checked]
 

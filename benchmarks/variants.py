@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import stepper
 from benchmarks.dense_masked import DenseMasked
 from models import create_model, fcmae_name
 from models.fcmae import random_mask
+from training import stepper
 
 CLASSES = 1000
 COMPILATIONS = 64  # of a forward that all variants share; torch runs the ninth one uncompiled

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import ops
-from models.depthwise import depthwise
+from models.kernels import ops
+from models.kernels.depthwise import depthwise
+from models.kernels.grn_mlp import block_mlp
 from models.layers import GRN, DropPath, LayerNorm, init_weights, linear
-from models.mlp import block_mlp
 from models.sparse import PatchGrid
 
 

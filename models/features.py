@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Which stages' maps a network gives, and what a detection or segmentation head asks about them.
 
-python -c "from models import create_model as c; c('convnextv2_atto', features_only=True)"
+python -c "from models import create_model; c('convnextv2_atto', features_only=True)"
 """
 
 from __future__ import annotations

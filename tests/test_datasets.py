@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Data sets, transforms, samplers and loaders.  pytest tests/test_datasets.py"""
+"""Data sets, transforms, samplers and loaders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import archives
 import datasets
-from batches import Batches
-from data_pipeline import (
+from data_loading import builtin
+from data_loading.decode import decode
+from data_loading.loader import Batches
+from data_loading.transforms import (
     Augmented,
     EvalSampler,
     RandomErasing,
@@ -31,7 +32,6 @@ from data_pipeline import (
     create_train_transform,
     mean_and_std,
 )
-from decoding import decode
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +216,7 @@ def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
     def offline(*words):
         raise OSError("no network")
 
-    monkeypatch.setattr(archives, "download_url", offline)
+    monkeypatch.setattr(builtin, "download_url", offline)
     for name, folder in [("CIFAR", "cifar-100-python"), ("CIFAR10", "cifar-10-batches-py")]:
         with pytest.raises(UserError, match=rf"no network.*{tmp_path}/{folder}"):
             datasets.build_dataset(True, make_args(data_set=name, data_path=str(tmp_path)))

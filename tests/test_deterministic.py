@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Two runs with --deterministic end with the same bits.  pytest tests/test_deterministic.py"""
+"""Two runs with --deterministic end with the same bits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import datasets
-import options
 import utils
+from config import parser as options
+from data_loading.rng import make_deterministic
 from errors import UserError
-from models import tune
-from randomness import make_deterministic
+from models.kernels import autotune
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 
 ALL = ["--deterministic", "--drop_path", "0.2", "--scale", "0.3", "1", "--save_ckpt_num", "1"]
@@ -57,7 +57,7 @@ def test_two_runs_are_equal_whatever_the_workers_and_what_was_measured_before(sc
     for workers, faster in ((0, "torch"), (0, "onednn"), (3, "onednn")):
         cache = tmp_path / faster / "convnextv2"
         cache.mkdir(parents=True, exist_ok=True)
-        path = cache / tune.cache_file("cpu").name  # one thread here too
+        path = cache / autotune.cache_file("cpu").name  # one thread here too
         path.write_text(json.dumps({"product float32": faster}))
         folder = tmp_path / f"run{len(said)}"
         words = ["--num_workers", workers, "--output_dir", folder, "--print_freq", 1]
@@ -177,7 +177,9 @@ def test_measuring_chooses_no_kernel(kernels):
 
 def test_triton_kernels_add_in_one_order():
     """So --kernels triton may stay: an atomic addition comes in any order, tuning is timing."""
-    text = (Path(options.__file__).parent / "models" / "kernels.py").read_text(encoding="utf-8")
+    text = (
+        Path(options.__file__).parents[1] / "models" / "kernels" / "triton_kernels.py"
+    ).read_text(encoding="utf-8")
     assert "tl." in text
     assert "tl.atomic" not in text
     assert "autotune" not in text

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
 from benchmarks import chaos
-from data_pipeline import create_eval_transform, mean_and_std
+from data_loading.transforms import create_eval_transform, mean_and_std
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,7 +302,7 @@ def test_evaluation_takes_the_averaged_weights_when_asked_for(finetuned):
 
 def test_published_weights_start_pretraining_and_finetuning(pretrained, finetuned, tmp_path):
     """In timm's names, by --resume as the official README evaluates, and by --finetune."""
-    from models.convert import to_convnextv2, to_timm
+    from weights.convert import to_convnextv2, to_timm
 
     encoder, _ = to_convnextv2(weights(pretrained / "checkpoint-1.pth"))
     torch.save(to_timm(encoder), tmp_path / "encoder.bin")

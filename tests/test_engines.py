@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What an epoch does, seen through the mains' own wiring.  pytest tests/test_engines.py"""
+"""What an epoch does, seen through the mains' own wiring."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
-import options
+from config import parser as options
 from errors import UserError
-from keeper import Keeper
-from meters import Means
-from stepper import Stepper
+from training.checkpoint_manager import Keeper
+from training.meters import Means
+from training.stepper import Stepper
 from utils import TrainState
 
 COMMON = (

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Looking names up.  pytest tests/test_errors.py"""
+"""Looking names up."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""torch.hub, from another folder and in a process of its own.  pytest tests/test_hubconf.py"""
+"""torch.hub, from another folder and in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 import hubconf
 from errors import UserError
 from models import create_model, list_models
-from models.convert import to_timm
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
+from weights.convert import to_timm
 
 ROOT = Path(__file__).resolve().parent.parent
 

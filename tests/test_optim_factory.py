@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Parameter groups, optimizers by name, schedules, EMA.  pytest tests/test_optim_factory.py"""
+"""Parameter groups, optimizers by name, schedules, EMA."""
 
 from __future__ import annotations
 

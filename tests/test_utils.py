@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Randomness as a function, launchers, run state.  pytest tests/test_utils.py
+"""Randomness as a function, launchers, run state.
 
-Checkpoints: test_checkpoint.py; more than one process: test_distributed.py.
+Checkpoints: training/test_checkpoint.py; more than one process: parallel/test_distributed.py.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 import utils
+from data_loading.rng import hash_noise, mix, seed_all
 from errors import TrainingStopped, UserError
-from launchers import read_launcher
-from lock import hold_folder
-from randomness import hash_noise, mix, seed_all
-from sharding import Sharing
+from parallel.environment import read_launcher
+from parallel.sharding import Sharing
+from training.run_lock import hold_folder
 from utils import TrainState, init_distributed_mode
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "OMPI_", "MASTER_")

@@ -12,9 +12,9 @@ import time
 
 import torch
 
+from data_loading.rng import mix
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from randomness import mix
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 CLASSES = 3

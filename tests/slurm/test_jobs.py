@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import slurm
+from parallel import slurm
 from tests.slurm.cluster import ask
 from tests.test_end_to_end import FINETUNE, PRETRAIN, ROOT, assert_same, log, run, weights
 

@@ -1,0 +1,75 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What the launchers of processes say in the environment: torchrun, submitit, srun, mpirun.
+
+python -c "from parallel import environment; print(environment.first_host('n[08-11,20],m2'))"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import MutableMapping
+
+from errors import UserError
+
+OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
+SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+FIRST_PORT, PORTS = 20000, 10000  # below those that systems give to outgoing connections
+
+
+def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) as the environment states them, or None for plain `python`.
+
+    Where the processes meet, MASTER_ADDR and MASTER_PORT, is added if it is missing and known.
+    """
+    env = os.environ
+    if not dist_on_itp and "RANK" in env and "WORLD_SIZE" in env:  # torchrun, submitit
+        env.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    # mpirun inside a SLURM job starts its processes from steps of SLURM, so it is asked first.
+    elif dist_on_itp or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        names = OPEN_MPI
+        absent = [name for name in names if name not in env]
+        if absent:
+            raise UserError(f"--dist_on_itp true: {absent[0]} is not set; start with mpirun")
+        _meet_by_mpirun(env)
+    elif _is_srun(env):
+        names = SRUN
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+        env.setdefault("MASTER_ADDR", first_host(nodes))
+        step = int(env.get("SLURM_STEP_ID", "0"))
+        env.setdefault("MASTER_PORT", port_of(int(env["SLURM_JOB_ID"]) + 7919 * step))
+    else:
+        return None
+    rank, size, local = (int(env[name]) for name in names)
+    return rank, size, local
+
+
+def _is_srun(env: MutableMapping[str, str]) -> bool:
+    """Whether srun started several processes of this program.
+
+    SLURM_PROCID alone stands in every shell of a job, SLURM_NTASKS in those of an allocation; in a
+    shell that srun gave a terminal, a program is alone too.
+    """
+    return int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PTY_PORT" not in env
+
+
+def _meet_by_mpirun(env: MutableMapping[str, str]) -> None:
+    if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+    elif "SLURM_JOB_NODELIST" in env:
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
+    env.setdefault("MASTER_PORT", port_of(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
+
+
+def port_of(number: int) -> str:
+    """Where they meet: the same for all processes of a job, and seldom that of another job."""
+    return str(FIRST_PORT + number % PORTS)
+
+
+def first_host(nodes: str) -> str:
+    """The first machine of SLURM's shorthand: n08 of `n[08-11,20],m2`."""
+    group = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", group[0] if group else nodes)

@@ -1,0 +1,615 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Images that cannot be used and loader processes that die or hang."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import datasets
+from benchmarks import chaos
+from data_loading.decode import BadImage
+from data_loading.folders import list_images
+from data_loading.loader import Batches
+from data_loading.transforms import (
+    TRIES,
+    Augmented,
+    EvalSampler,
+    TrainSampler,
+    collate,
+    create_loader,
+)
+from data_loading.workers import BadImages, Watch, _Start
+from engine_finetune import evaluate
+from errors import Preempted, TrainingStopped, UserError
+from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
+
+COUNT, BAD = 12, (2, 3, 7)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A transform that draws, as augmentations do."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels + torch.randint(0, 9, pixels.shape, dtype=torch.uint8)
+
+
+def make_photos(root: Path, count: int = COUNT, bad: tuple = BAD) -> Path:
+    """Noise with a red of its own each, some of them without content; every third in a class."""
+    noise = np.random.default_rng(0)
+    for index in range(count):
+        folder = root / "abc"[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{index:02d}.png"
+        pixels = noise.integers(0, 200, (24, 24, 3), dtype=np.uint8)
+        pixels[..., 0] = 9 * index
+        Image.fromarray(pixels).save(path)
+        if index in bad:
+            path.write_bytes(b"")
+    return root
+
+
+def names(root: Path, bad: tuple = BAD) -> list[str]:
+    return sorted(str(root / "abc"[index % 3] / f"{index:02d}.png") for index in bad)
+
+
+def augmented(root: Path, on_bad: str) -> Augmented:
+    files = datasets.ImageFiles(list_images(root, labelled=False))
+    files.samples = sorted(files.samples, key=lambda sample: Path(sample[0]).name)
+    return Augmented(files, to_tensor, seed=3, on_bad=on_bad)
+
+
+def batches_of(data: Dataset, workers: int = 0, size: int = 4, timeout: float = 0) -> Batches:
+    loader = create_loader(data, TrainSampler(len(data), 3, 0, 1), size, workers, timeout=timeout)
+    return Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+
+
+# --- images ---------------------------------------------------------------------------------
+
+
+def spoil(path: Path, fault: str) -> None:
+    whole = path.read_bytes()
+    path.unlink()
+    if fault == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif fault == "of zero bytes":
+        path.write_bytes(b"")
+    elif fault == "text":
+        path.write_text("<html>404: Not Found</html>")
+    elif fault == "directory":
+        path.mkdir()
+    elif fault == "link to nothing":
+        path.symlink_to(path.with_name("nowhere.png"))
+    elif fault == "floats":
+        Image.new("F", (4, 4)).save(path, "TIFF")
+    else:
+        assert fault == "vanished"
+
+
+FAULTS = [
+    "truncated",
+    "of zero bytes",
+    "text",
+    "directory",
+    "link to nothing",
+    "floats",
+    "vanished",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_file_is_named_or_replaced(tmp_path, fault):
+    make_photos(tmp_path, bad=())
+    kinds = ("error", "replace", "leave out")
+    strict, replacing, leaving = (augmented(tmp_path, kind) for kind in kinds)
+    path = tmp_path / "b" / "04.png"
+    spoil(path, fault)  # after the folder was read
+    error = strict[0, 4]
+    assert isinstance(error, UserError)
+    assert str(error).startswith(f"cannot read image {path} (")
+    assert "--on_bad_image skip" in str(error)
+    other, bad = replacing[0, 4]
+    assert [name for name, _ in bad] == [str(path)]
+    assert other[2] == 4
+    assert other[0].float().mean() > 40
+    nothing, bad = leaving[0, 4]
+    assert nothing is None
+    assert [name for name, _ in bad] == [str(path)]
+    assert not isinstance(replacing[0, 5], UserError)
+
+
+def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
+    make_photos(tmp_path / "sets", bad=())
+    (tmp_path / "sets" / "a" / "folder.png").mkdir()
+    assert len(list_images(tmp_path / "sets", labelled=False)) == COUNT
+    spec = datasets.DataSpec(str(tmp_path / "sets"))
+    assert len(datasets.image_folder(spec, train=True)) == COUNT
+
+
+def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
+    make_photos(tmp_path)
+    epochs = []
+    for workers, size in ((0, 4), (2, 4), (1, 3)):
+        batches, seen = batches_of(augmented(tmp_path, "replace"), workers, size), {}
+        for epoch in (0, 1):
+            batches.set_epoch(epoch)
+            for images, _, ids in batches:
+                seen |= {(epoch, int(i)): image for i, image in zip(ids, images, strict=True)}
+        assert sorted(batches.bad) == names(tmp_path)
+        epochs.append(seen)
+    first, *others = epochs
+    assert len(first) == 2 * COUNT  # under their own numbers
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    red = {key: int(image[0].min() * 255 + 0.5) // 9 for key, image in first.items()}
+    assert all(red[0, index] == index for index in range(COUNT) if index not in BAD)
+    chosen = [[red[epoch, index] for index in BAD] for epoch in (0, 1)]
+    assert chosen[0] != chosen[1]
+    assert not {*chosen[0], *chosen[1]} & set(BAD)
+    own = first[0, chosen[0][0]]
+    assert not torch.equal(first[0, BAD[0]], own)  # augmented in its own way
+
+
+TRANSIENT = [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EINTR]
+TRANSIENT += [errno.EAGAIN, errno.ETIMEDOUT]
+
+
+class Stalling(Dataset):
+    """Reading fails so many times with this error."""
+
+    def __init__(self, number: int, times: int) -> None:
+        self.number, self.times = number, times
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        noise = torch.randint(0, 200, (1,)).item()
+        if self.times > 0:
+            self.times -= 1
+            raise OSError(self.number, os.strerror(self.number), "a.png")
+        return Image.new("RGB", (4, 4), (noise, 0, 0)), 0
+
+
+@pytest.mark.parametrize("number", TRANSIENT)
+@pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
+def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_bad):
+    """A file server that restarts would empty the data set under --on_bad_image skip."""
+    waits = []
+    monkeypatch.setattr("data_faults.time.sleep", waits.append)
+    whole = Augmented(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
+    again = Augmented(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert torch.equal(whole[0], again[0])  # drawn anew, and the same
+    assert 0 < sum(waits) < 5
+    error = Augmented(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert isinstance(error, UserError)
+    assert not isinstance(error, BadImage)
+    assert str(error).startswith("image number 4: cannot be read ([Errno ")
+    assert "tried 4 times" in str(error)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
+def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
+    monkeypatch.setattr("data_faults.time.sleep", lambda seconds: 1 / 0)
+    assert isinstance(Augmented(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
+
+
+FORMS = {  # an entry of `samples`, and what the image is called
+    "path and label": (("a/1.png", 0), "a/1.png"), "list": (["a/1.png", 0], "a/1.png"),
+    "text": ("a/1.png", "a/1.png"), "Path": (Path("a/1.png"), "a/1.png"),
+    "Path and label": ((Path("a/1.png"), 0), "a/1.png"), "dict": ({"path": "a/1.png"}, "number 4"),
+    "label first": ((0, "a/1.png"), "number 4"), "nothing": ((), "number 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("entry", "name"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("on_bad", ["error", "leave out"])
+def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad):
+    """Of a text it was the first letter, and a dict ended the run with a KeyError."""
+
+    class Files(Dataset):
+        samples = [entry] * 9
+
+        def __getitem__(self, index: int) -> None:
+            raise OSError("bad")
+
+    data = Augmented(Files(), to_tensor, 0, on_bad=on_bad)
+    if on_bad == "error":
+        assert str(data[0, 4]).startswith(f"cannot read image {name} (")
+    else:
+        assert data[0, 4].bad[0][0].removeprefix("image ") == name
+    Files.samples = Files.samples[:2]  # something else then
+    assert data.name_of(4) == "image number 4"
+
+
+def test_too_many_bad_images_are_an_error(tmp_path):
+    make_photos(tmp_path, bad=tuple(range(COUNT)))
+    error = augmented(tmp_path, "replace")[0, 4]
+    assert isinstance(error, UserError)
+    assert f"{TRIES} others in place of image {tmp_path}/b/04.png" in str(error)
+
+
+def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
+    """They are faults of the flags: with all samples replaced they would never be seen."""
+    make_photos(tmp_path, bad=())
+    files = datasets.ImageFiles(list_images(tmp_path, labelled=False))
+    data = Augmented(files, to_tensor, 0, 4, on_bad="replace")
+    assert "--in_chans 4" in str(data[0, 0])
+    data = Augmented([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
+    assert "label 7" in str(data[0, 0])
+
+
+def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
+    make_photos(tmp_path)
+    data = augmented(tmp_path, "leave out")
+    loader = create_loader(data, EvalSampler(COUNT, 0, 1), batch_size=2)
+    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    ids = [ids.tolist() for _, _, ids in batches]  # 2 and 3 were a batch
+    assert ids == [[0, 1], [4, 5], [6], [8, 9], [10, 11]]
+    assert sorted(batches.bad) == names(tmp_path)
+
+
+def test_evaluation_without_a_single_image_is_an_error_and_not_nan(tmp_path):
+    make_photos(tmp_path, bad=tuple(range(COUNT)))
+    loader = create_loader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
+    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    model = torch.nn.Flatten()
+    with pytest.raises(UserError, match=r"no image could be used to evaluate on.*a/00.png \("):
+        evaluate(batches, model, torch.device("cpu"), "none")
+
+
+def test_error_still_wins_over_what_was_replaced(tmp_path):
+    make_photos(tmp_path)
+    data, error = augmented(tmp_path, "replace"), UserError("x")
+    assert collate([data[0, 2], error]) is error
+
+
+class Told:
+    """Batches that were told of these."""
+
+    def __init__(self, **bad: str) -> None:
+        self.bad = bad
+
+
+def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
+    train, val = Told(b="why"), Told(v="cut")
+    bad = BadImages(tmp_path, train, None, val)
+    assert bad.write() == 2
+    train.bad |= {"a": "gone"}
+    assert bad.write() == 3
+    bad.write()
+    path = tmp_path / "bad_images.txt"
+    assert path.read_text() == "b\twhy\nv\tcut\na\tgone\n"
+    again = Told(a="gone", c="new")
+    with BadImages(tmp_path, again):
+        pass
+    assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
+    told = [record.getMessage() for record in log.records]
+    assert [text.split(" cannot")[0] for text in told] == ["2 images", "1 images", "1 images"]
+    assert "b (why), v (cut); training takes others" in told[0]
+
+
+def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
+    """A thousand of them would bring together all bad images of the run at every save."""
+    sent, train = [], Told(a="x")
+
+    def gather(mine: dict[str, str]) -> list[dict[str, str]]:
+        sent.append(mine)
+        return [mine, {"b": "of the other"}] if len(sent) == 1 else [mine]
+
+    monkeypatch.setattr("data_faults.all_gather", gather)
+    bad = BadImages(tmp_path, train)
+    assert bad.write() == 2
+    train.bad |= {"b": "seen here too", "c": "y"}
+    assert [bad.write(), bad.write()] == [3, 3]
+    assert sent == [{"a": "x"}, {"c": "y"}, {}]
+    assert (tmp_path / "bad_images.txt").read_text() == "a\tx\nb\tof the other\nc\ty\n"
+
+
+def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path):
+    with pytest.raises(ValueError, match="bug"), BadImages(tmp_path, Told(a="x")):
+        raise ValueError("bug")  # on one rank alone: the others would not come to the exchange
+    assert not (tmp_path / "bad_images.txt").exists()
+    with pytest.raises(Preempted), BadImages(tmp_path, Told(a="x")):
+        raise Preempted("stop")
+    assert (tmp_path / "bad_images.txt").exists()
+
+
+def test_odd_names_stay_one_line_each(tmp_path):
+    odd = {"two\nlines": "1", "tab\there": "a\nb", os.fsdecode(b"latin-\xe9"): "2", "ü": "3"}
+    breaks = {f"a{char}b": f"c{char}d" for char in "\x0b\x0c\x1c\x85\u2028\u2029"}  # for Python
+    for _ in range(3):
+        BadImages(tmp_path, Told(**odd, **breaks)).write()
+    lines = (tmp_path / "bad_images.txt").read_bytes().rstrip(b"\n").split(b"\n")
+    assert sorted(lines) == sorted(
+        [b"two\\nlines\t1", b"tab\\there\ta\\nb", b"latin-\xe9\t2", "ü\t3".encode()]
+        + [f"{name}\t{why}".encode() for name, why in breaks.items()]
+    )
+
+
+def test_without_a_folder_or_skip_nothing_is_written(tmp_path, monkeypatch, log):
+    monkeypatch.chdir(tmp_path)
+    BadImages(None, Told(a="x")).write()
+    assert "no list of them" in log.text
+    assert BadImages(tmp_path, Told(a="x"), active=False).write() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
+    def full(*words):
+        raise OSError("no space left")
+
+    bad = BadImages(tmp_path, Told(a="x"))
+    with monkeypatch.context() as broken:
+        broken.setattr("data_faults.write_atomically", full)
+        bad.write()
+    assert "no space left" in log.text
+    bad.write()
+    assert (tmp_path / "bad_images.txt").read_text() == "a\tx\n"
+
+
+# --- the scripts ----------------------------------------------------------------------------
+
+SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip"]
+COMMANDS = {
+    "main_pretrain.py": ["--data_set", "folder", "--model", "tests.tiny:fcmae"],
+    "main_finetune.py": ["--model", "tests.tiny:classifier", "--data_set", "image_folder"],
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
+    """The same weights and the same list, whatever the numbers of workers and processes."""
+    train, val = make_photos(tmp_path / "train", 26), make_photos(tmp_path / "val", 7, (1, 2))
+    words = [*COMMANDS[script], *SIZES, "--data_path", train]
+    listed = names(train)
+    if "finetune" in script:
+        words += ["--eval_data_path", val, "--aa", "none"]
+        listed = sorted(listed + names(val, (1, 2)))
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = run(script, *words, "--output_dir", one, "--num_workers", 2).stdout
+    assert "cannot be used" in said
+    run(script, *words, "--batch_size", 3, "--output_dir", two, ranks=2)
+    for folder in (one, two):
+        lines = (folder / "bad_images.txt").read_text().splitlines()
+        assert sorted(line.split("\t")[0] for line in lines) == listed
+    ours, theirs = (weights(folder / "checkpoint-1.pth") for folder in (one, two))
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-3), name  # Adam's of near zero
+    run(script, *words, "--output_dir", tmp_path / "alone")
+    assert_same(weights(tmp_path / "alone" / "checkpoint-1.pth"), ours)
+    before = (one / "bad_images.txt").read_text()
+    run(script, *words, "--output_dir", one, "--epochs", 3)
+    assert (one / "bad_images.txt").read_text() == before
+    if "finetune" in script:
+        test = log(one)[1]["test_loss"]
+        words += ["--eval", "--resume", one / "checkpoint-1.pth"]
+        said = run(script, *words).stdout
+        assert f"on 5 images: acc1 {log(one)[1]['test_acc1']:.2f}%" in said
+        assert f"loss {test:.4f}" in said
+        assert "val/c/02.png" in said
+
+
+class Mortal(datasets.ImageFiles):
+    """Images of which the one with number LAST to be read ends the process."""
+
+    read = 0
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.read += 1
+        if self.read == int(os.environ.get("LAST", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def mortal(data_path: str, train: bool) -> Mortal:
+    return Mortal(list_images(data_path, labelled=False))
+
+
+@pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])
+def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
+    """What was seen before the last save is not seen again by the run that goes on from it."""
+    bad = tuple(range(0, 24, 2))
+    train, folder = make_photos(tmp_path / "train", 24, bad), tmp_path / "run"
+    words = ["--data_set", "tests.data_loading.test_workers:mortal", "--data_path", str(train)]
+    words += ["--save_ckpt_every_steps", "1", "--update_freq", "1", "--epochs", "1"]
+    words += ["--on_bad_image", "skip"]
+    if script == "main_finetune":
+        words += ["--mixup", "0", "--aa", "none", "--nb_classes", "3", "--disable_eval"]
+        words += ["--model_ema_eval", "false"]
+    else:
+        words += ["--picture_freq", "0"]  # which are read before training
+    monkeypatch.setenv("LAST", "22")  # bad ones are read and another in their place
+    assert chaos.finish(chaos.start(script, folder, *words)) == -signal.SIGKILL
+    saved = list(folder.glob("checkpoint-0-*.pth"))
+    before = (folder / "bad_images.txt").read_text().splitlines()
+    assert saved
+    assert before
+    monkeypatch.delenv("LAST")
+    chaos.complete(script, folder, *words)
+    lines = (folder / "bad_images.txt").read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert sorted(line.split("\t")[0] for line in lines) == names(train, bad)
+
+
+# --- processes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_sample_that_kills_or_holds_a_worker_is_named(script, fault):
+    words = [*COMMANDS[script], *SMALL, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2]
+    words += ["--data_timeout", 2] if fault == "hangs" else []
+    start = time.monotonic()
+    done = run(script, *words, expect=1)
+    assert time.monotonic() - start < 60  # it does not wait for the one that hangs
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "Traceback" not in done.stderr
+    assert "image photos/5.jpg" in line
+    expected = {
+        "dies": "was ended by signal 9 (Killed); it held",
+        "hangs": "--data_timeout 2 ended",
+    }
+    assert expected[fault] in line
+
+
+def test_worker_is_silent_if_the_run_ends_while_it_hands_a_batch_over(monkeypatch, capsys):
+    """The thread that does so had its traceback before the one line that says what happened."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    _Start(lambda worker: None, torch.zeros(1, 3))(0)
+    sys.excepthook(ConnectionResetError, ConnectionResetError("gone"), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("else"), None)
+    assert "ValueError: else" in capsys.readouterr().err
+
+
+class Slow(Dataset):
+    """Samples that take their time; 4 of them longer than the time-out."""
+
+    samples = [(f"{index}.png", 0) for index in range(24)]
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Image.Image:
+        time.sleep(self.seconds)
+        return Image.new("RGB", (4, 4))
+
+
+@pytest.fixture
+def handler():
+    """Put back what a test leaves of SIGCHLD, which torch sets but once."""
+    batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_slow_batches_are_waited_for(handler):
+    """DataLoader's own time-out would have ended it: a batch takes thrice as long."""
+    batches = batches_of(Augmented(Slow(0.15), to_tensor, 0), 1, size=12, timeout=0.6)
+    assert len(list(batches)) == 2
+
+
+def kill_its_worker(batches: Batches, when: str) -> None:
+    for _ in batches:
+        if when == "idle":
+            time.sleep(0.5)
+        os.kill(int(batches.loader.watch.table[0, 0]), signal.SIGKILL)
+        if when != "waiting":
+            time.sleep(5)  # a long step: the signal comes while nobody asks for a batch
+
+
+@pytest.mark.parametrize("when", ["waiting", "training", "idle"])
+def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
+    data = Augmented(Slow(0 if when == "idle" else 0.5), to_tensor, 0)
+    batches = batches_of(data, 1, size=3)
+    with pytest.raises(TrainingStopped, match="loader process .*; it held") as stopped:
+        kill_its_worker(batches, when)
+    held = str(stopped.value).split("it held ")[1]
+    assert held.startswith("no sample" if when == "idle" else "image ")
+    assert "--num_workers" in held
+
+
+@pytest.mark.parametrize("seconds", [0, 1800])
+def test_death_is_noticed_without_its_signal(handler, seconds):
+    """One that came just before the wait began did not end it: the run stood for 450 seconds."""
+    batches = batches_of(Augmented(Slow(0.5), to_tensor, 0), 1, size=3, timeout=seconds)
+    start, waiting = time.monotonic(), iter(batches)
+    next(waiting)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    os.kill(int(batches.loader.watch.table[0, 0]), signal.SIGKILL)
+    with pytest.raises(TrainingStopped, match=r"ended by signal 9 \(Killed\); it held image"):
+        next(waiting)
+    assert time.monotonic() - start < 30
+
+
+class Scripted:
+    """An iterator that takes an attribute, as torch's does."""
+
+    def __init__(self, parts: Iterator[object]) -> None:
+        self.parts = parts
+
+    def __next__(self) -> object:
+        return next(self.parts)
+
+
+def test_batch_that_a_dead_process_still_held_is_no_bare_connection_error(handler):
+    """The batch came, but its pixels had to be fetched from the process that had died since."""
+    batches = batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    watch = (iter(batches), batches.loader.watch)[1]
+    next(iter(batches))
+
+    def broken():
+        yield "a batch"
+        os.kill(int(watch.table[0, 0]), signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal comes too late
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(TrainingStopped, match=r"loader process \(pid [0-9]+\) .*; it held "):
+        list(watch.over(Scripted(broken())))
+    with pytest.raises(OSError, match="disk"):
+        list(Watch(1, 0, str).over(Scripted(fails(OSError("disk")))))
+
+
+def fails(error: Exception) -> Iterator[object]:
+    raise error
+    yield
+
+
+IN_USE = """
+import sys
+from data_loading.transforms import TrainSampler, create_loader
+from tests.data_loading.test_workers import Augmented, Slow, to_tensor
+loader = create_loader(Augmented(Slow(%s), to_tensor, 0), TrainSampler(24, 0, 0, 1), 2, 2)
+batches = iter(loader)
+if %s == 0:
+    next(batches)
+sys.modules["in use"] = batches, loader
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 1000])
+def test_program_ends_though_a_loader_is_in_use(seconds):
+    """Its processes ignore the signal by which multiprocessing ends them, and then waits."""
+    code = IN_USE % (seconds, seconds)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
+
+
+def test_error_in_a_data_set_stays_itself(handler):
+    class Broken(Slow):
+        def __getitem__(self, index: int) -> Image.Image:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug") as error:
+        list(batches_of(Augmented(Broken(0), to_tensor, 0), 1))
+    assert not isinstance(error.value, TrainingStopped)
+
+
+def test_flags_reach_the_loader(tmp_path):
+    make_photos(tmp_path)
+    flags = {"data_set": "folder", "data_path": str(tmp_path), "input_size": (16, 16), "seed": 0}
+    flags |= {"in_chans": 3, "hflip": 0.5, "scale": (0.2, 1.0), "batch_size": 4, "pin_mem": False}
+    flags["data_index"] = ""
+    for seconds, expected in ((None, 1800), (7.0, 7), (0.0, 0)):
+        args = SimpleNamespace(
+            **flags, num_workers=1, on_bad_image="skip", data_timeout=seconds, dist_eval=True
+        )
+        data = datasets.build_pretrain_dataset(args)
+        assert data.on_bad == "replace"
+        for train in (True, False):
+            assert datasets.build_loader(data, train, args).watch.seconds == expected
+    assert datasets.on_bad_image(False, args) == "leave out"

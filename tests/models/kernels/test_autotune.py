@@ -1,0 +1,434 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Which of several equal computations runs, and its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_loading.loader import Batches
+from errors import UserError
+from models.kernels import autotune, ops
+from tests import tiny
+from tests.test_end_to_end import PRETRAIN, run
+from training import hooks
+from utils import TrainState
+
+CPU = torch.device("cpu")
+X = torch.ones(2, 3)
+FORMS = {"torch": lambda x: x + 1, "onednn": lambda x: 1 + x, "third": lambda x: x - -1}
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where this test's choices are kept; nothing has been chosen yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "choices", autotune.Choices())
+    return tmp_path / "convnextv2"
+
+
+@pytest.fixture
+def timed(monkeypatch, folder):
+    """A function that sets how long each form of FORMS takes, and returns what is measured."""
+
+    def times(*seconds):
+        measured = []
+
+        def measure(form, args, device):
+            name = next(name for name, other in FORMS.items() if other is form)
+            measured.append(name)
+            return dict(zip(FORMS, seconds, strict=True))[name]
+
+        monkeypatch.setattr(autotune, "measure", measure)
+        return measured
+
+    return times
+
+
+def pick(choices=None, key=(1, 2), like=X, forms=FORMS):
+    return (choices or autotune.choices).pick("sum", forms, key, like, lambda: (like,))
+
+
+def test_nothing_is_measured_while_somebody_else_counts(timed):
+    """Times of fake tensors were kept in the file for ever, and took the slow form."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    measured = timed(1.0, 0.5, 0.25)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert pick() == "torch"
+    assert pick(like=mode.from_tensor(X)) == "torch"
+    with FlopCounterMode(display=False):
+        assert pick() == "torch"
+    assert not measured
+    assert pick() == "third"
+
+
+def test_product_is_measured_in_the_tensors_own_dtype(folder):
+    """A default of float64 gave oneDNN, which has none, the time infinity."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ops.product(torch.ones(2, 3, dtype=torch.float32), torch.ones(4, 3, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    times = autotune.choices.seconds.get("product float32", {})
+    assert all(seconds < float("inf") for seconds in times.values())
+    assert bool(times) == torch.backends.mkldnn.is_available()
+
+
+# --- the choice --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken"),
+    [
+        ((3.0, 2.0, 1.0), "third"),
+        ((3.0, 1.0, 2.0), "onednn"),
+        ((1.0, 2.0, 3.0), "torch"),
+        ((1.0, 0.91, 0.92), "torch"),  # noise may not decide
+        ((1.0, 0.89, 0.95), "onednn"),
+    ],
+)
+def test_fastest_form_is_taken_unless_torchs_is_nearly_as_fast(timed, seconds, taken):
+    timed(*seconds)
+    assert autotune.GAIN == 0.9
+    assert pick() == taken
+
+
+def test_form_that_is_taken_is_the_one_that_runs(timed):
+    timed(3, 2, 1)
+    marked = {name: lambda x, name=name: name for name in FORMS}
+    autotune.choices.taken[("sum", "cpu", torch.float32, (1, 2))] = "third"
+    assert autotune.run("sum", marked, (1, 2), X) == "third"
+
+
+def test_each_question_is_measured_once(timed):
+    """One for each operation, key and dtype; not at every step."""
+    measured = timed(3, 2, 1)
+    for _ in range(3):
+        pick()
+    assert measured == list(FORMS)
+    pick(key=(2, 2))
+    pick(like=X.double())
+    autotune.choices.pick("difference", FORMS, (1, 2), X, lambda: (X,))
+    assert len(measured) == 4 * len(FORMS)
+
+
+def test_operation_of_one_form_is_never_measured(timed, folder):
+    measured = timed(3, 2, 1)
+    assert autotune.run("sum", {"torch": FORMS["torch"]}, (), X).equal(X + 1)
+    assert pick(forms={"torch": FORMS["torch"]}) == "torch"
+    assert measured == []
+    assert not folder.exists()
+
+
+def test_cpu_leaves_what_needs_a_gpu_untried(monkeypatch, folder):
+    """Triton's interpreter, which tests switch on, would be measured for minutes."""
+    monkeypatch.setattr(autotune, "measure", lambda *_: pytest.fail("measured"))
+    forms = {"torch": FORMS["torch"], "native": FORMS["third"], "triton": FORMS["third"]}
+    assert pick(forms=forms) == "torch"
+
+
+def test_measuring_takes_the_shortest_call_and_leaves_no_graph(monkeypatch):
+    """The first call compiles; another program may slow one down."""
+    now = [0.0]
+    lengths = iter([9.0, 3.0, 5.0, 2.0, 4.0, 6.0])
+    grad = []
+
+    def form(x):
+        now[0] += next(lengths)
+        grad.append(torch.is_grad_enabled())
+
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now[0])
+    assert autotune.measure(form, (X,), CPU) == 2
+    assert len(grad) == 1 + autotune.ROUNDS
+    assert not any(grad)
+
+
+def test_compiler_sees_the_first_form_alone(timed):
+    """Measuring cannot be compiled, and would break the graph."""
+    measured = timed(3, 2, 1)
+    call = torch.compile(
+        lambda x: autotune.run("sum", FORMS, (), x), backend="eager", fullgraph=True
+    )
+    assert call(X).equal(X + 1)
+    assert measured == []
+
+
+# --- the file ----------------------------------------------------------------------------
+
+
+def test_choice_is_kept_and_the_next_process_measures_nothing(timed, folder):
+    timed(3, 1, 2)
+    assert pick() == "onednn"
+    file = autotune.cache_file("cpu")
+    assert list(folder.iterdir()) == [file]
+    assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn"}
+    measured = timed(1, 2, 3)  # it would decide otherwise
+    assert pick(autotune.Choices()) == "onednn"
+    assert measured == []
+
+
+def test_second_choice_is_added_to_the_first(timed, folder):
+    timed(3, 1, 2)
+    pick()
+    pick(autotune.Choices(), key=(5,))
+    kept = json.loads(autotune.cache_file("cpu").read_text())
+    assert kept == {"sum float32 1 2": "onednn", "sum float32 5": "onednn"}
+
+
+FOREIGN = ["", "{", "no json", "[1, 2]", "3", "null", '"text"', "[[1, 2, 3]]", "\udcff"]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_file_that_is_not_ours_is_measured_anew_and_replaced(timed, folder, text):
+    timed(3, 1, 2)
+    folder.mkdir()
+    autotune.cache_file("cpu").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert pick() == "onednn"
+    assert json.loads(autotune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
+
+
+@pytest.mark.parametrize("value", ["gone", "triton", None, 3, ["onednn"], {}])
+def test_form_that_there_is_not_is_measured_anew(timed, folder, value):
+    """Left there by another version of the toolkit."""
+    measured = timed(3, 1, 2)
+    folder.mkdir()
+    file = autotune.cache_file("cpu")
+    file.write_text(json.dumps({"sum float32 1 2": value, "other": "torch"}))
+    assert pick() == "onednn"
+    assert measured == list(FORMS)
+    assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn", "other": "torch"}
+
+
+@pytest.mark.parametrize("obstacle", ["a file in its place", "a read-only folder"])
+def test_folder_that_cannot_be_written_stops_nothing(timed, folder, tmp_path, obstacle):
+    timed(3, 1, 2)
+    if obstacle == "a file in its place":
+        folder.write_text("")
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("root may write everywhere")
+        tmp_path.chmod(0o500)
+    try:
+        assert pick() == "onednn"
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_disk_that_is_full_stops_nothing(timed, folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    timed(3, 1, 2)
+    monkeypatch.setattr(autotune, "write_atomically", full)
+    assert pick() == pick() == "onednn"
+
+
+def test_other_machine_version_or_threads_have_a_file_of_their_own(folder, monkeypatch):
+    """A home directory is shared by a cluster's machines."""
+    files = {autotune.cache_file("cpu")}
+    for target, name, value in (
+        (autotune, "_processor", lambda: "Another CPU @ 3.0 GHz / 2"),
+        (torch, "__version__", "2.99.0+cu999"),
+        (torch, "get_num_threads", lambda: 77),
+        (torch.cuda, "get_device_name", lambda: "NVIDIA H999 80GB"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            files.add(autotune.cache_file("cuda" if target is torch.cuda else "cpu"))
+    assert len(files) == 5
+    for file in files:
+        assert file.parent == folder
+        assert re.fullmatch(r"[\w.+-]+\.json", file.name)
+
+
+def test_without_xdg_the_file_is_below_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for unset in ("", None):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        if unset is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert autotune.cache_file("cpu").parent == tmp_path / ".cache" / "convnextv2"
+
+
+def test_tests_write_nothing_into_the_users_own_cache():
+    assert Path(os.environ["XDG_CACHE_HOME"]).name.startswith("tmp")
+    assert Path.home() not in autotune.cache_file("cpu").parents
+
+
+# --- --kernels ---------------------------------------------------------------------------
+
+
+def test_torch_takes_the_first_form_and_never_measures(timed, folder):
+    measured = timed(3, 2, 1)
+    autotune.set_kernels("torch", CPU)
+    assert pick() == "torch"
+    assert autotune.run("sum", FORMS, (), X).equal(X + 1)
+    assert measured == []
+    assert not folder.exists()
+
+
+def test_triton_takes_triton_where_there_is_one_and_never_measures(timed, monkeypatch):
+    measured = timed(3, 2, 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(autotune, "_has_triton", lambda: True)
+    autotune.set_kernels("triton", CPU)
+    assert pick(forms={**FORMS, "triton": FORMS["torch"]}) == "triton"
+    assert pick(key=()) == "torch"
+    assert measured == []
+
+
+def test_mode_that_is_set_counts_for_what_was_chosen_before(timed):
+    timed(3, 2, 1)
+    assert pick() == "third"
+    autotune.set_kernels("torch", CPU)
+    assert pick() == "torch"
+    autotune.set_kernels("auto", CPU)
+    assert pick() == "third"
+
+
+@pytest.mark.parametrize("interpret", [None, "0"])
+def test_triton_without_a_gpu_is_refused_with_a_remedy(folder, monkeypatch, interpret):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpret:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(UserError, match=r"--kernels triton.*cpu.*--kernels auto.*TRITON_INTERPRET"):
+        autotune.set_kernels("triton", CPU)
+    assert autotune.choices.mode == "auto"
+
+
+def test_triton_that_is_not_installed_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(autotune, "_has_triton", lambda: False)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UserError, match="--kernels auto"):
+            autotune.set_kernels("triton", torch.device(device))
+
+
+def test_unknown_mode_is_refused_with_those_there_are(folder):
+    with pytest.raises(UserError, match=r"--kernels cuda: expected one of auto, torch, triton"):
+        autotune.set_kernels("cuda", CPU)
+    assert autotune.choices.mode == "auto"
+
+
+def test_only_torch_lasts_as_long_as_its_block_even_if_that_fails(timed):
+    timed(3, 2, 1)
+    assert pick() == "third"
+    found = []
+
+    def fail():
+        with autotune.only_torch():
+            found.append((pick(), pick(key=(7,))))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert found == [("torch", "torch")]
+    assert autotune.choices.mode == "auto"
+    assert pick() == pick(key=(7,)) == "third"
+
+
+# --- what the log says -------------------------------------------------------------------
+
+
+def test_summary_names_operations_and_forms(timed):
+    timed(3, 1, 2)
+    assert autotune.choices.summary() == "auto: one form of everything"
+    for key in (1, 2):
+        pick(key=(key,))
+    timed(1, 2, 3)
+    pick(key=(3,))
+    autotune.choices.pick("difference", FORMS, (), X, lambda: (X,))
+    assert autotune.choices.summary() == "auto: difference torch 1; sum onednn 2, torch 1"
+    autotune.set_kernels("torch", CPU)
+    assert autotune.choices.summary() == "torch: one form of everything"
+
+
+def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
+    """At the first log line, when every choice is made: of a resumed run too."""
+    timed(3, 1, 2)
+    monkeypatch.setattr(hooks, "choices", autotune.choices)
+    state = TrainState(updates=6)
+    reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
+    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]), state)
+    pick()
+    for _ in range(6):
+        state.updates += 1
+        reporter.after_batch(1)
+        reporter.after_update(0.1)
+    lines = [message for message in log.messages if message.startswith("kernels")]
+    assert lines == ["kernels auto: sum onednn 1"]
+
+
+def test_run_says_once_which_kernels_it_takes(tmp_path):
+    """The log's line as the issue asks for it; and the file lies where XDG says."""
+    words = [*PRETRAIN, "--output_dir", "", "--epochs", 2]
+    done = run("main_pretrain.py", *words, env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert len(re.findall(r"kernels auto: ", done.stdout)) == 1
+    if torch.backends.mkldnn.is_available() and not torch.cuda.is_available():
+        assert re.search(r"kernels auto: .*product (torch|onednn) 1", done.stdout)
+        assert len(list((tmp_path / "convnextv2").glob("cpu-*.json"))) == 1
+
+
+def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
+    words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton"]
+    done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "0"}, expect=2)
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "--kernels triton" in errors[0]
+    assert "TRITON_INTERPRET=1" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def two(data_path: str, train: bool) -> tiny.Colours:
+    """Images for one update, since Triton's interpreter is slow."""
+    return tiny.Colours(2)
+
+
+def test_run_with_triton_in_the_interpreter_trains():
+    pytest.importorskip("triton")
+    words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
+    words += ["--epochs", 1, "--data_set", "tests.models.kernels.test_autotune:two"]
+    done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "1"})
+    line = re.search(r"kernels triton: (.*)", done.stdout)[1]
+    assert "depthwise norm triton" in line
+    assert "mlp gradients triton" in line
+
+
+def test_form_that_fails_is_left_out(folder):
+    """A kernel may not fit a device or its memory; the others still run."""
+
+    def failing(x):
+        raise RuntimeError("out of resources")
+
+    forms = {"torch": lambda x: x + 1, "onednn": failing}
+    assert pick(forms=forms) == "torch"
+    assert pick(autotune.Choices(), forms=forms) == "torch"  # and the file says so
+
+
+def test_without_a_home_folder_a_run_goes_on(timed, folder, monkeypatch):
+    timed(3, 1, 2)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert pick() == "onednn"
+
+
+def test_what_another_process_kept_meanwhile_stays(timed, folder):
+    timed(3, 1, 2)
+    ours, theirs = autotune.Choices(), autotune.Choices()
+    pick(ours, key=(1,))
+    pick(theirs, key=(2,))
+    pick(ours, key=(3,))
+    kept = json.loads(autotune.cache_file("cpu").read_text())
+    assert set(kept) == {"sum float32 1", "sum float32 2", "sum float32 3"}

@@ -1,0 +1,451 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The block's own backward passes against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.convnextv2 import Block
+from models.kernels import autotune, ops
+from models.kernels.depthwise import depthwise
+from models.kernels.grn_mlp import block_mlp
+from models.layers import GRN, linear
+from models.sparse import PatchGrid
+from tests import tiny
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without one Triton is interpreted
+
+
+def mlp_layers(dim):
+    """fc1, GRN and fc2 in float64, far from their start, one channel dead."""
+    torch.manual_seed(dim)
+    layers = [linear(dim, 4 * dim), GRN(4 * dim), linear(4 * dim, dim)]
+    for layer in layers:
+        layer.double()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        layers[0].weight[0] = layers[0].bias[0] = 0  # GELU(0) = 0 everywhere
+    return layers
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (2, 2, 1, 1), (3, 2, 2, 2), (1, 1, 1)])
+@pytest.mark.parametrize("dim", [3, 5])  # fewer and more channels than positions
+def test_fused_mlp_is_the_plain_one_with_its_gradients(shape, dim):
+    fc1, grn, fc2 = mlp_layers(dim)
+    x = torch.randn(dim, *shape[1:], shape[0], dtype=torch.float64).transpose(0, -1)
+    x.requires_grad_()  # not contiguous
+    inputs = [x, *fc1.parameters(), *grn.parameters(), *fc2.parameters()]
+    plain = fc2(grn(F.gelu(fc1(x))))
+    fused = block_mlp(x, fc1, grn, fc2)
+    assert torch.allclose(fused, plain, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, inputs, dy)
+    for ours, theirs in zip(torch.autograd.grad(fused, inputs, dy), wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def test_fused_mlp_can_be_differentiated_twice():
+    """Second-order optimizers; a backward that took saved tensors for constants would be wrong."""
+    fc1, grn, fc2 = mlp_layers(2)
+    with torch.no_grad():
+        fc1.weight[0] += 1  # at a dead channel the length has no second derivative
+    x = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: block_mlp(x, fc1, grn, fc2), x)
+
+
+def test_fused_mlp_of_an_all_zero_image_has_finite_gradients():
+    fc1, grn, fc2 = mlp_layers(3)
+    with torch.no_grad():
+        fc1.bias.zero_()
+    x = torch.zeros(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    block_mlp(x, fc1, grn, fc2).sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in grn.parameters())
+
+
+def test_fused_mlp_saves_one_wide_tensor():
+    """Plain autograd saves five; what is saved is what pre-training's memory goes into."""
+    fc1, grn, fc2 = mlp_layers(4)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block_mlp(torch.randn(2, 50, 4, dtype=torch.float64, requires_grad=True), fc1, grn, fc2)
+    assert sum(size == 2 * 50 * 16 for size in saved) == 1
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_fused_mlp_under_autocast_is_close_and_returns_full_gradients(half):
+    fc1, grn, fc2 = (layer.float() for layer in mlp_layers(6))
+    x = torch.randn(2, 9, 6, requires_grad=True)
+    wanted = torch.autograd.grad(block_mlp(x, fc1, grn, fc2).sum(), [x, *grn.parameters()])
+    with torch.autocast("cpu", half):
+        y = block_mlp(x, fc1, grn, fc2)
+    assert y.dtype == half
+    grads = torch.autograd.grad(y.sum(), [x, *grn.parameters()])
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (9, 4)])
+def test_depthwise_gradients_are_those_of_torch(size):
+    """Small maps: the 7 x 7 kernel is larger than what it slides over."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 7, padding=3, groups=3).double()
+    x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *conv.parameters()]
+    ours = depthwise(x, conv, None)
+    plain = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert torch.allclose(ours, plain, atol=1e-12)
+    dy = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, inputs, dy)
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs, dy), wanted, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-11)
+    assert torch.autograd.gradgradcheck(lambda x: depthwise(x, conv, None), x)
+
+
+# --- every form of a block, under every --kernels -----------------------------------------
+
+
+@pytest.fixture
+def set_kernels(monkeypatch, tmp_path):
+    """`--kernels` for this test alone, with choices and a file of its own."""
+    monkeypatch.setattr(autotune, "choices", autotune.Choices())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return lambda mode: autotune.set_kernels(mode, torch.device(DEVICE))
+
+
+def written_out(block, x, grid=None):
+    """A block in torch's modules, on the whole map, by the formulas of the paper."""
+    dense = x if grid is None else grid.unpack(x)
+    y = block.dwconv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    a = F.gelu(block.pwconv1(block.norm(y if grid is None else grid.pack(y))))
+    length = torch.linalg.vector_norm(a, dim=tuple(range(1, a.ndim - 1)), keepdim=True)
+    relative = length / (length.mean(-1, keepdim=True) + block.grn.eps)
+    gamma, beta = block.grn.gamma.flatten(), block.grn.beta.flatten()
+    return x + block.drop_path(block.pwconv2(gamma * a * relative + beta + a))
+
+
+def new_block(dim, dtype=torch.float64, drop_path=0.0):
+    """Parameters far from their start; a channel of width 4C is dead: GELU(0) = 0 everywhere."""
+    torch.manual_seed(dim)
+    block = Block(dim, drop_path).to(DEVICE, dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        block.pwconv1.weight[1] = block.pwconv1.bias[1] = 0
+    return block
+
+
+def new_grid(images, h, w, visible):
+    noise = torch.rand(images, h * w, device=DEVICE)
+    return PatchGrid((noise.argsort(1).argsort(1) >= visible).view(images, h, w).float())
+
+
+CASES = {  # shape of x, and the grid of a packed one
+    "dense": ((2, 5, 3, 4), None),
+    "channels outnumber positions": ((3, 2, 1, 5), None),
+    "one cell of one image": ((1, 1, 1, 4), None),
+    "packed": ((2, 3, 2, 2, 4), (2, 3)),
+    "one visible patch": ((2, 1, 2, 2, 4), (3, 2)),
+    "one visible cell": ((3, 1, 1, 1, 5), (2, 2)),
+    "one packed image": ((1, 2, 3, 3, 3), (2, 2)),
+}
+
+
+def case_of(name, dtype=torch.float64):
+    """x, not contiguous, and the grid of a case."""
+    shape, size = CASES[name]
+    grid = size and new_grid(shape[0], *size, shape[1])
+    x = torch.randn(*shape[1:], shape[0], device=DEVICE, dtype=dtype).movedim(-1, 0)
+    assert shape[0] == 1 or shape[1:] == (1, 1, 1, 5) or not x.is_contiguous()
+    return x.requires_grad_(), grid
+
+
+def with_gradients(function, inputs, half=False):
+    """The result, and the gradients in the inputs for the same random one above, by name."""
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+        y = function()
+    y = y if y.ndim else y[None]
+    torch.manual_seed(3)
+    dy = torch.randn(y.shape, dtype=torch.float64).to(y)
+    grads = torch.autograd.grad(y, list(inputs.values()), dy)
+    return {"result": y.detach()} | dict(zip(inputs, grads, strict=True))
+
+
+def assert_near(ours, theirs, tolerance):
+    """Each tensor apart by no more than a share of its own length."""
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        error = (ours[name].double() - wanted.double()).norm().item()
+        assert error <= tolerance * wanted.double().norm().item(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_block_is_the_written_out_one_whatever_runs(set_kernels, mode, case):
+    set_kernels(mode)
+    x, grid = case_of(case)
+    block = new_block(x.shape[-1])
+    inputs = {"x": x, **dict(block.named_parameters())}
+    wanted = with_gradients(lambda: written_out(block, x, grid), inputs)
+    assert_near(with_gradients(lambda: block(x, grid), inputs), wanted, 1e-9)
+    if mode == "triton":
+        taken = {op: name for (op, *_), name in autotune.choices.taken.items()}
+        ops_of_triton = ("depthwise norm", "gelu", "mlp gradients", "depthwise weight")
+        assert {taken[op] for op in ops_of_triton} == {"triton"}
+
+
+@pytest.mark.parametrize("case", ["dense", "packed", "one visible patch"])
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_depthwise_without_norm_is_torchs_whatever_runs(set_kernels, mode, case):
+    """Its gradient arrives unsmoothed by a norm: here expanded, as a mean's is."""
+    set_kernels(mode)
+    x, grid = case_of(case)
+    conv = new_block(x.shape[-1]).dwconv
+    inputs = [x, *conv.parameters()]
+    dense = x if grid is None else grid.unpack(x)
+    wanted = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    wanted = wanted if grid is None else grid.pack(wanted)
+    ours = depthwise(x, conv, grid)
+    assert torch.allclose(ours, wanted, rtol=1e-10, atol=1e-12)
+    theirs = torch.autograd.grad(wanted.mean(0).sum(), inputs)
+    for one, other in zip(torch.autograd.grad(ours.mean(0).sum(), inputs), theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_dead_block_has_the_gradients_of_the_written_out_one(set_kernels, mode):
+    """All channels of width 4C are zero: no length, and a mean of 0 to divide by."""
+    set_kernels(mode)
+    x, grid = case_of("packed")
+    block = new_block(4)
+    with torch.no_grad():
+        block.pwconv1.weight.zero_()
+        block.pwconv1.bias.zero_()
+    inputs = {"x": x, **dict(block.named_parameters())}
+    ours = with_gradients(lambda: block(x, grid), inputs)
+    assert all(torch.isfinite(tensor).all() for tensor in ours.values())
+    assert_near(ours, with_gradients(lambda: written_out(block, x, grid), inputs), 1e-9)
+
+
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_dropped_branches_are_those_of_the_written_out_block(set_kernels, mode):
+    set_kernels(mode)
+    block = new_block(3, drop_path=0.5)
+    x = torch.randn(6, 3, 2, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    inputs = {"x": x, **dict(block.named_parameters())}
+
+    def seeded(function):
+        torch.manual_seed(5)
+        return function(x)
+
+    wanted = with_gradients(lambda: seeded(lambda x: written_out(block, x)), inputs)
+    assert 0 < (wanted["result"] == x).flatten(1).all(1).sum() < 6
+    assert_near(with_gradients(lambda: seeded(block), inputs), wanted, 1e-9)
+
+
+def fcmae_and_input(dtype=torch.float64, device=DEVICE):
+    """A model, its parameters, and a function that gives its loss."""
+    torch.manual_seed(0)
+    model = tiny.fcmae(3, 1, 0.0, decoder_embed_dim=4, mask_ratio=0.5)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.to(device, dtype)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
+    mask = torch.tensor([[0.0, 1, 1, 0], [1, 0, 1, 0]], device=device)
+    return model, dict(model.named_parameters()), lambda: model(images, mask)[0]
+
+
+def by_written_out_blocks(monkeypatch, loss, inputs):
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "forward", written_out)
+        return with_gradients(loss, inputs)
+
+
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_fcmae_is_that_of_written_out_blocks_whatever_runs(set_kernels, monkeypatch, mode):
+    set_kernels(mode)
+    _, inputs, loss = fcmae_and_input()
+    wanted = by_written_out_blocks(monkeypatch, loss, inputs)
+    assert_near(with_gradients(loss, inputs), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_fcmae_in_bf16_is_close_to_itself_in_float32(set_kernels, monkeypatch, mode):
+    """As close as bf16 is: three digits an operation, of which there are some thirty in a row."""
+    set_kernels(mode)
+    _, inputs, loss = fcmae_and_input(torch.float32)
+    ours = with_gradients(loss, inputs, half=True)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    assert_near(ours, by_written_out_blocks(monkeypatch, loss, inputs), 0.12)
+
+
+@pytest.mark.parametrize("case", ["dense", "channels outnumber positions", "packed"])
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+def test_block_in_bf16_is_close_to_itself_in_float32(set_kernels, mode, case):
+    set_kernels(mode)
+    x, grid = case_of(case, torch.float32)
+    block = new_block(x.shape[-1], torch.float32)
+    inputs = {"x": x, **dict(block.named_parameters())}
+    ours = with_gradients(lambda: block(x, grid), inputs, half=True)
+    assert_near(ours, with_gradients(lambda: written_out(block, x, grid), inputs), 0.03)
+
+
+# --- what a CPU does of its own ------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this torch")
+@pytest.mark.parametrize("faster", ["torch", "onednn"])
+def test_fcmae_in_float32_is_right_in_both_products(set_kernels, monkeypatch, faster):
+    """Only float32 on a CPU has two; float64, in which the others test, never sees oneDNN."""
+    calls, onednn = [], ops.PRODUCT["onednn"]
+
+    def counted(*args):
+        calls.append(args[1].ndim)
+        return onednn(*args)
+
+    def measure(form, *_):
+        return 1.0 if form is ops.PRODUCT[faster] else 2.0
+
+    monkeypatch.setitem(ops.PRODUCT, "onednn", counted)
+    monkeypatch.setattr(autotune, "measure", measure)
+    autotune.set_kernels("auto", torch.device("cpu"))
+    _, inputs, loss = fcmae_and_input(device="cpu")
+    wanted = by_written_out_blocks(monkeypatch, loss, inputs)
+    _, inputs, loss = fcmae_and_input(torch.float32, "cpu")
+    assert_near(with_gradients(loss, inputs), wanted, 2e-5)
+    assert set(calls) == ({2, 3} if faster == "onednn" else set())
+
+
+@pytest.mark.parametrize("faster", ["torch", "onednn"])
+def test_products_and_grams_of_every_layout_are_torchs(set_kernels, faster):
+    """Transposed factors, weights for every image, and a gram long enough to be turned round."""
+    autotune.choices.taken[("product", "cpu", torch.float32, ())] = faster
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 5, 600).mT, torch.randn(7)
+    for weight in (torch.randn(7, 5), torch.randn(5, 7).mT, torch.randn(2, 7, 5)):
+        for b in (None, bias):
+            wanted = x.double() @ weight.double().mT + (0 if b is None else b)
+            assert_near({"": ops.product(x, weight, b)}, {"": wanted}, 1e-6)
+    wide = torch.randn(2, 600, 9)
+    for y, z in ((wide, x), (x, wide), (wide[0], x[0]), (wide[:, :20], x[:, :20])):
+        wanted = y.double().mT @ z.double()
+        assert_near({"": ops.gram(y, z)}, {"": wanted}, 1e-6)
+        assert ops.gram(y, z).is_contiguous()
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("case", ["dense", "packed"])
+def test_batch_in_parts_is_the_batch_in_one(set_kernels, monkeypatch, case, images):
+    """Five images: the last part is smaller; every sum runs over all parts."""
+    set_kernels("auto")
+    block = new_block(4)
+    grid = new_grid(5, 2, 3, 3) if case == "packed" else None
+    shape = (5, 3, 2, 2, 4) if case == "packed" else (5, 3, 4, 4)
+    x = torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    inputs = {"x": x, **dict(block.named_parameters())}
+    wanted = with_gradients(lambda: block(x, grid), inputs)
+    asked = []
+    monkeypatch.setattr(ops, "images_at_once", lambda *args: asked.append(args) or images)
+    assert_near(with_gradients(lambda: block(x, grid), inputs), wanted, 1e-12)
+    assert len(asked) >= 4  # both convolutions, the MLP and its gradients
+
+
+def test_a_cpu_splits_what_exceeds_its_cache_and_never_into_nothing():
+    x = torch.zeros(6, 1)
+    assert ops.images_at_once(x, 1) == 6
+    assert ops.images_at_once(x, ops.CACHE // 4) == 4
+    assert ops.images_at_once(x, 2 * ops.CACHE) == 1
+    assert ops.images_at_once(x.to("meta"), 2 * ops.CACHE) == 6  # as on a GPU
+
+
+def test_sums_over_many_parts_in_bf16_do_not_stagnate(set_kernels, monkeypatch):
+    """300 images of equal gradients: a bf16 sum of theirs would stop growing at 256 of them."""
+    set_kernels("torch")
+    monkeypatch.setattr(ops, "images_at_once", lambda *_: 1)
+    block = new_block(4, torch.float32)
+    x = torch.randn(1, 3, 3, 4, device=DEVICE).repeat(300, 1, 1, 1).requires_grad_()
+    inputs = dict(block.named_parameters())
+    torch.manual_seed(0)
+    above = torch.randn(1, 3, 3, 4, device=DEVICE)
+
+    def total():
+        return (block(x) * above).sum()
+
+    ours = with_gradients(total, inputs, half=True)
+    assert_near(ours, with_gradients(total, inputs), 0.03)
+
+
+# --- memory --------------------------------------------------------------------------------
+
+
+class WideFloats(TorchDispatchMode):
+    """Names the operations that return a float32 tensor (..., length, width), or a batch of it."""
+
+    def __init__(self, length, width):
+        super().__init__()
+        self.length, self.width, self.found = length, width, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor) and tensor.dtype == torch.float32 and tensor.ndim > 1:
+                rows, width = tensor.shape[-2:]
+                if width == self.width and rows in (self.length, 6 * self.length):
+                    self.found.append((func.overloadpacket.__name__, tensor.numel()))
+        return out
+
+
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+@pytest.mark.parametrize("length", [3, 25])  # fewer and more than channels: two ways to scale
+def test_no_tensor_of_width_4c_is_promoted_in_bf16(set_kernels, monkeypatch, mode, length):
+    """A float32 copy of one would be the largest tensor of a step. Torch's form squares one part
+    of the batch in float32, which on a CPU stays in the cache; nothing else is promoted.
+    """
+    set_kernels(mode)
+    monkeypatch.setattr(ops, "images_at_once", lambda *_: 1)
+    block = new_block(4, torch.float32)
+    x = torch.randn(6, length, 1, 4, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = block(x)  # chooses forms: under the modes below nothing is measured
+    y.float().square().sum().backward()
+    forward, backward = WideFloats(length, 16), WideFloats(length, 16)
+    with forward, torch.autocast(DEVICE, torch.bfloat16):
+        y = block(x)
+    with backward:
+        y.float().square().sum().backward()
+    if (
+        autotune.choices.taken.get(next(q for q in autotune.choices.taken if q[0] == "gelu"))
+        == "torch"
+    ):
+        assert {size for _, size in forward.found} == {length * 16}
+        assert {name for name, _ in forward.found} <= {"_to_copy", "pow", "square"}
+    else:
+        assert forward.found == []
+    assert backward.found == []
+
+
+@pytest.mark.parametrize("mode", autotune.KERNELS)
+@pytest.mark.parametrize("half", [False, True])
+def test_block_saves_one_tensor_of_width_4c(set_kernels, mode, half):
+    """And in the low precision, if there is one."""
+    set_kernels(mode)
+    block = new_block(4, torch.float32)
+    saved = []
+    x = torch.randn(2, 5, 5, 4, device=DEVICE, requires_grad=True)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with keep, torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+        block(x)
+    wide = [t.dtype for t in saved if t.shape[-1] == 16 and t.numel() == 2 * 25 * 16]
+    assert wide == [torch.bfloat16 if half else torch.float32]

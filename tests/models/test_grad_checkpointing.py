@@ -1,0 +1,307 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""--grad_checkpointing changes what is kept for backward and no number."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from errors import UserError
+from models.block import Block
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from models.sparse import PatchGrid
+from tests.test_end_to_end import FINETUNE, PRETRAIN, assert_same, run, weights
+from training.anomaly import first_not_finite
+
+MASKS = {  # (N, L), 1 = removed
+    "packed": torch.tensor([[0.0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 1, 0]]),
+    "one visible patch": torch.tensor([[0.0, 1, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1]]),
+}
+CASES = ("dense", *MASKS)
+CAN_COMPILE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+
+
+def build(case: str, dtype: torch.dtype = torch.float64, drop_path: float = 0.5):
+    """A deep toy, in training, and what it is called with."""
+    torch.manual_seed(0)
+    model = ConvNeXtV2(
+        (2, 1, 4, 1), (4, 6, 8, 10), num_classes=3, stem_stride=1, drop_path_rate=drop_path
+    )
+    if case in MASKS:
+        model = FCMAE(model, decoder_depth=2, decoder_embed_dim=8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64).to(dtype)
+    return model.to(dtype).train(), (images, *([MASKS[case]] if case in MASKS else []))
+
+
+def loss_of(output: Tensor | tuple) -> Tensor:
+    return (output[0] if isinstance(output, tuple) else output).double().square().mean()
+
+
+def step(model: nn.Module, inputs: tuple, half: bool = False):
+    """Loss, gradients by name, and what the random generator gives next; from one seed."""
+    torch.manual_seed(5)
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = loss_of(model(*inputs))
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach(), **grads, "next": torch.rand(1)}
+
+
+def saved_bytes(model: nn.Module, inputs: tuple) -> int:
+    """Of distinct storages that forward saves for backward, parameters aside."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = model(*inputs)
+    del result  # kept to here: memory that is freed could be counted as that of others
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
+
+
+@pytest.fixture
+def branches(monkeypatch):
+    """How often the branch of a block was computed."""
+    calls, branch = [], Block.branch
+    monkeypatch.setattr(Block, "branch", lambda *args: calls.append(1) or branch(*args))
+    return calls
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_gradients_and_random_draws_are_the_same(case, half):
+    model, inputs = build(case, torch.float32 if half else torch.float64)
+    plain = step(model, inputs, half=half)
+    model.set_grad_checkpointing()
+    assert_same(step(model, inputs, half=half), plain)
+    model.set_grad_checkpointing(False)
+    assert_same(step(model, inputs, half=half), plain)
+
+
+def test_drop_path_drops_here():
+    """Else the test above would compare nothing random."""
+    model, inputs = build("dense")
+    first = loss_of(model(*inputs))
+    assert loss_of(model(*inputs)) != first
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_saves_its_input_and_nothing_wider(packed):
+    """The tensors of own autograd functions too: of width 4C for plain, of width C here."""
+    torch.manual_seed(0)
+    block = Block(8, drop_path=0.5)
+    grid = PatchGrid(MASKS["packed"], (2, 2)) if packed else None
+    shape = (3, 2, 4, 4, 8) if packed else (3, 8, 8, 8)
+    x = torch.randn(shape, requires_grad=True)
+    plain = saved_bytes(block, (x, grid))
+    block.checkpointing = True
+    dropped = 3 * 4  # a number for each image
+    assert saved_bytes(block, (x, grid)) == x.nbytes + dropped
+    assert plain > 5 * x.nbytes
+
+
+@pytest.mark.parametrize(("case", "times"), [("dense", 3), ("packed", 2)])
+def test_network_saves_much_less(case, times):
+    """Stem, downsampling and head save what they did."""
+    model, inputs = build(case)
+    plain = saved_bytes(model, inputs)
+    model.set_grad_checkpointing()
+    assert saved_bytes(model, inputs) < plain / times
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_block_is_computed_twice_and_only_in_training(case, branches):
+    model, inputs = build(case)
+    model.set_grad_checkpointing()
+    blocks = sum(isinstance(module, Block) for module in model.modules())
+    assert blocks == (8 if case == "dense" else 10)
+    loss_of(model(*inputs)).backward()
+    assert len(branches) == 2 * blocks
+    branches.clear()
+    with torch.no_grad():
+        model(*inputs)
+    loss_of(model.eval()(*inputs)).backward()
+    assert len(branches) == 2 * blocks
+
+
+@pytest.mark.parametrize("case", ["dense", "packed"])
+def test_compiled_network_is_one_graph_and_the_same(case):
+    model, inputs = build(case)
+    inputs += (2,) if case == "packed" else ()
+    wanted, plain = step(model, inputs), saved_bytes(model, inputs)
+    model.set_grad_checkpointing()
+    model.compile(fullgraph=True, backend="aot_eager")
+    for name, ours in step(model, inputs).items():
+        assert torch.allclose(ours, wanted[name], rtol=1e-10, atol=1e-12), name
+    assert (saved_bytes(model, inputs) < plain / 2) == CAN_COMPILE  # else the flags are refused
+
+
+def test_weights_lent_by_functional_call_get_their_own_gradient(branches):
+    model, inputs = build("dense")
+    lent = {name: value.detach() + 0.1 for name, value in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(5)
+        return loss_of(torch.func.functional_call(model, weights, inputs))
+
+    def gradient() -> dict[str, Tensor]:
+        own = {name: value.clone().requires_grad_() for name, value in lent.items()}
+        return dict(zip(own, torch.autograd.grad(loss(own), own.values()), strict=True))
+
+    wanted = gradient()
+    model.set_grad_checkpointing()
+    assert_same(gradient(), wanted)
+    assert len(branches) == 2 * 8
+    found = torch.func.grad(loss)(lent)
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-12) for name in wanted)
+
+
+def test_parameters_that_are_others_in_backward_are_an_error():
+    """Their gradient would silently be that of other weights."""
+    model, inputs = build("dense")
+    model.set_grad_checkpointing()
+    others = {name: nn.Parameter(value + 1) for name, value in model.named_parameters()}
+    loss = loss_of(torch.func.functional_call(model, others, inputs))
+    with pytest.raises(RuntimeError, match="other weights in backward"):
+        loss.backward()
+
+
+def test_second_derivative_is_the_same():
+    """As --opt adahessian asks for it."""
+    model, inputs = build("dense")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_("pwconv1" in name)  # no channel is dead
+
+    def curvature() -> list[Tensor]:
+        torch.manual_seed(5)
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(loss_of(model(*inputs)), parameters, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), parameters)
+
+    wanted = curvature()
+    model.set_grad_checkpointing()
+    for ours, theirs in zip(curvature(), wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("draw", ["export", "trace"])
+def test_graph_for_elsewhere_holds_plain_operations(draw):
+    model, (images,) = build("dense", torch.float32, drop_path=0.0)
+    model.set_grad_checkpointing()
+    if draw == "export":
+        graph = torch.export.export(model, (images,))
+        assert "tag_activation_checkpoint" not in str(graph)
+        found = graph.module()(images)
+    else:
+        found = torch.jit.trace(model, images)(images)
+    assert torch.allclose(found, model(images), atol=1e-5)
+
+
+def test_first_value_that_is_not_finite_has_the_same_name():
+    model, inputs = build("dense")
+    torch.nn.init.constant_(model.stages[2][1].pwconv1.bias, 1e300)  # its square overflows
+
+    def found() -> str:
+        torch.manual_seed(5)
+        return first_not_finite(model, lambda: loss_of(model(*inputs)))
+
+    wanted = found()
+    assert "stages.2.1" in wanted
+    model.set_grad_checkpointing()
+    assert found() == wanted
+
+
+def test_state_dict_and_copies_know_nothing_new():
+    model, inputs = build("dense")
+    names = list(model.state_dict())
+    model.set_grad_checkpointing()
+    assert list(model.state_dict()) == names
+    assert_same(step(copy.deepcopy(model), inputs), step(model, inputs))
+
+
+# --- the flag ----------------------------------------------------------------------------------
+
+
+def flags(model: str, **more) -> SimpleNamespace:
+    args = {"in_chans": 3, "stem_stride": 1, "drop_path": 0.0, "head_init_scale": 1.0}
+    args |= {"patch_size": 8, "mask_ratio": 0.5, "decoder_depth": 1, "decoder_embed_dim": 8}
+    args |= {"norm_pix_loss": True, "grad_checkpointing": True, "compile": False}
+    return SimpleNamespace(model=model, **(args | more))
+
+
+def test_flag_turns_all_blocks_on():
+    fcmae = models.build_fcmae(flags("tests.tiny:fcmae"))
+    classifier = models.build_classifier(flags("tests.tiny:classifier"), 3)
+    for model, count in ((fcmae, 5), (classifier, 4)):
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        assert [block.checkpointing for block in blocks] == [True] * count
+    plain = models.build_classifier(flags("tests.tiny:classifier", grad_checkpointing=False), 3)
+    assert not any(getattr(module, "checkpointing", False) for module in plain.modules())
+
+
+def test_torch_that_saves_everything_in_compiled_blocks_is_refused():
+    args = flags("tests.tiny:classifier", compile=True)
+    if CAN_COMPILE:
+        models.build_classifier(args, 3)
+    else:
+        with pytest.raises(UserError, match="with --compile true needs torch 2.14"):
+            models.build_classifier(args, 3)
+
+
+class Refuses(nn.Module):
+    """As timm's networks that cannot."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"
+
+
+@pytest.mark.parametrize(
+    "name", ["tests.tiny:other", "tests.models.test_grad_checkpointing:Refuses"]
+)
+def test_model_that_cannot_is_refused(name):
+    with pytest.raises(UserError, match="(Other|Refuses) has no set_grad_checkpointing"):
+        models.build_classifier(flags(name), 3)
+    models.build_classifier(flags(name, eval=True), 3)  # nothing is trained
+
+
+def both_ways(folder: Path, script: str, *words: object, ranks: int = 1) -> list[Path]:
+    """The last checkpoint without the flag and with it."""
+    found = []
+    for flag in ("false", "true"):
+        more = ["--output_dir", folder / flag, "--grad_checkpointing", flag, "--kernels", "torch"]
+        run(script, *words, *more, "--drop_path", 0.5, ranks=ranks)
+        found.append(folder / flag / "checkpoint-1.pth")
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pretraining_ends_with_the_same_weights(tmp_path, ranks):
+    """On two processes under DistributedDataParallel, with micro-batches that do not exchange."""
+    words = [*PRETRAIN, "--picture_freq", 0, "--update_freq", 2]
+    plain, flag = both_ways(tmp_path, "main_pretrain.py", *words, ranks=ranks)
+    assert_same(weights(flag), weights(plain))
+
+
+def test_finetuning_ends_with_the_same_weights_and_average(tmp_path):
+    words = [*FINETUNE, "--model_ema", "--model_ema_eval", "--update_freq", 2, "--mixup", 0.8]
+    plain, flag = both_ways(tmp_path, "main_finetune.py", *words)
+    for key in ("model", "model_ema"):
+        assert_same(weights(flag, key), weights(plain, key))

@@ -1,0 +1,391 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Two processes compute what one does.
+
+Two gloo ranks start once, run every function named `ranks_...`, and leave what they returned in
+files, which the tests then judge.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import utils
+from data_loading.loader import Batches
+from data_loading.transforms import Augmented, EvalSampler, create_eval_transform, create_loader
+from engine_finetune import evaluate
+from errors import TrainingStopped, UserError
+from models.convnextv2 import ConvNeXtV2
+from optim_factory import create_optimizer
+from parallel.sharding import Sharing
+from tests.groups import results_of, run_ranks
+from training import hooks, resume, run_lock
+from training.checkpoint_manager import Keeper
+from training.meters import Means
+from training.run_lock import hold_folder
+from training.stepper import Stepper
+from utils import TrainState
+
+CPU = torch.device("cpu")
+RANKS = 2
+
+
+def toy(seed: int = 0) -> ConvNeXtV2:
+    """A toy classifier in float64 with every parameter away from its start."""
+    torch.manual_seed(seed)
+    model = ConvNeXtV2((1, 1, 1, 1), (4, 6, 8, 10), num_classes=3).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+# --- what the ranks do ----------------------------------------------------------------------
+
+
+def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
+    """Three epochs of AdamW on 20 images; groups of two micro-batches, the last one of one."""
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    images = images.to(model.head.weight.dtype)
+    labels = torch.arange(20) % 3
+    optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
+    wrapped = Sharing("ddp", CPU).wrap(model)
+    stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
+    own = slice(utils.get_rank() * batch, (utils.get_rank() + 1) * batch)
+    local = None
+    for _ in range(3):
+        stepper.begin_epoch(5)
+        for block in torch.arange(20).split(4):
+            with stepper.micro_batch():
+                logits = wrapped(images[block[own]])
+                loss = nn.functional.cross_entropy(logits, labels[block[own]])
+            stepper.step(loss)
+            if local is None:
+                local = model.head.weight.grad.clone()
+    return {**model.state_dict(), "first gradient": local}
+
+
+def ranks_see_no_warning(rank: int, folder: Path) -> list[str]:
+    """First of all, since torch warns of strides only once in a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(toy().float(), batch=2)  # float64 takes another path through torch
+    return [str(warning.message) for warning in caught]
+
+
+def ranks_train(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    return train(toy(seed=rank), batch=2)  # rank 1 must take over the weights of rank 0
+
+
+def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    return train(toy(), batch=2, clip_grad=0.05)
+
+
+def ranks_skip_together(rank: int, folder: Path) -> dict:
+    """Rank 1 alone meets NaN: in the loss and the gradient, or in the loss alone."""
+    result = {}
+    for place, fused in itertools.product(range(4), (False, True)):
+        for kind in ("loss and gradient", "loss alone"):
+            layer = nn.Linear(1, 1, bias=False).double()
+            layer.weight.data[:] = 1.0
+            model = Sharing("ddp", CPU).wrap(layer)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+            stepper = Stepper(model, optimizer, CPU, update_freq=2)
+            stepper.begin_epoch(6)
+            seen = []
+            for micro in range(6):
+                bad = rank == 1 and micro == place
+                with stepper.micro_batch():
+                    loss = model(torch.full((1, 1), rank + 1.0, dtype=torch.float64)).sum()
+                    loss = loss + math.nan if bad and kind == "loss alone" else loss
+                    loss = loss * math.nan if bad and kind != "loss alone" else loss
+                update = stepper.step(loss)
+                if update:
+                    seen.append((update.taken.item(), layer.weight.item()))
+            result[f"{place // 2}: {kind}, micro-batch {place}, {fused}"] = seen
+    return result
+
+
+def ranks_average(rank: int, folder: Path) -> dict:
+    """Images 0 to 6 with values 0, 1, 4, ..., 36: four of them on rank 0."""
+    uneven = Means(["square"], CPU)
+    for image in range(rank, 7, RANKS):
+        uneven.update(1, square=torch.tensor(float(image**2)))
+    alone = Means(["square", "never"], CPU)
+    if rank == 0:
+        alone.update(3, square=torch.tensor(5.0))
+        alone.update(1, square=torch.tensor(1.0))
+    return {
+        "uneven": uneven.read(),
+        "uneven, all": uneven.total(),
+        "alone": alone.read(),
+        "alone, all": alone.total(),
+    }
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Seven images of noise, with labels of three classes."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), index % 3
+
+
+def evaluation(dist_eval: bool = True) -> dict[str, float]:
+    data = Augmented(Pictures(), create_eval_transform((32, 32)), seed=0)
+    sampler = EvalSampler(7, utils.get_rank(), utils.get_world_size(), dist_eval)
+    batches = Batches(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+    return evaluate(batches, toy().float(), CPU, "none")
+
+
+def ranks_evaluate(rank: int, folder: Path) -> dict:
+    return {"shared": evaluation(), "on one rank": evaluation(dist_eval=False)}
+
+
+class Recorder(hooks.Hook):
+    def on_log(self, record, state) -> None:
+        self.record = record
+
+
+def ranks_write(rank: int, folder: Path) -> dict:
+    """Each rank is given a folder of its own: only that of rank 0 may come to be."""
+    own = folder / f"run-{rank}"
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    hold_folder(str(own))
+    state = TrainState(epoch=1, updates=1)
+    utils.save_model(own, model, optimizer, state=state, args={"epochs": 1}, improved=["best"])
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
+    running = TrainState()
+    with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
+        own_hooks = len(reporter.hooks)
+        recorder = Recorder()
+        reporter.hooks.append(recorder)
+        waited = SimpleNamespace(wait_seconds=0.0)
+        means = reporter.begin_epoch(["loss", "grad_norm"], waited, running)
+        means.update(1, loss=torch.tensor(float(rank)), grad_norm=torch.tensor(1.0))
+        reporter.after_batch(4)
+        images = reporter.images
+        running.updates += 1
+        reporter.after_update(lr=0.1)
+        running.epoch += 1
+        reporter.end_epoch({"train_loss": 1.0, "epoch": 0})
+    return {
+        "hooks": own_hooks,
+        "images": images,
+        "loss": recorder.record["loss"],
+        "level": utils.get_logger().level,
+        "first": utils.is_main_process(),
+    }
+
+
+def ranks_resume(rank: int, folder: Path) -> dict:
+    """All read what rank 0 wrote."""
+    utils.barrier()
+    model = toy(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = resume.auto_load_model(resume.find_start(folder / "run-0"), model, optimizer)
+    return {"state": (state.epoch, state.updates), "head": model.head.weight.detach()}
+
+
+def ranks_refuse(rank: int, folder: Path) -> str:
+    """An error that only rank 0 can see ends every rank, and leaves none waiting."""
+    (folder / "mixed").mkdir(exist_ok=True)
+    (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
+    utils.barrier()
+    with pytest.raises(UserError) as caught:
+        resume.find_start(folder / "mixed", auto_resume=False)
+    return str(caught.value)
+
+
+def ranks_lose_their_folder(rank: int, folder: Path) -> list[str]:
+    """Only rank 0 has the lock that another run took over."""
+    guard = SimpleNamespace(look=lambda state: "", keep=lambda state: None, state=dict)
+    hold_folder(str(folder / "lost"))
+    if rank == 0:
+        (folder / "lost" / run_lock.NAME).write_text('{"host": "elsewhere", "pid": 1}')
+        run_lock.held[0].look()
+    state = TrainState(updates=3, seen=12)
+    told = []
+    with Keeper(lambda **_: None) as keeper:
+        try:
+            for state.updates in range(3, 9):
+                keeper.after_update(state, guard, guard)
+        except TrainingStopped as error:
+            told = [str(error).split("/")[-1].split(" while")[0], str(state.updates)]
+        keeper.agreement.wait()
+    hold_folder("")
+    return told
+
+
+def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
+    """What the hooks of rank 0 need: args.yaml, log.txt, TensorBoard's folder."""
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
+    told = []
+    for number, name in enumerate(["args.yaml", "log.txt", "tensorboard"]):
+        place = folder / f"no-{name}"
+        if rank == 0:
+            place.mkdir()
+            (place / name).write_text("") if number == 2 else (place / name).mkdir()
+        with pytest.raises(UserError) as caught:
+            hooks.build_reporter(args, place, CPU, TrainState(), 1)
+        told.append(str(caught.value))
+    return told
+
+
+JOBS = [  # in this order
+    ranks_see_no_warning,
+    ranks_train,
+    ranks_train_clipped,
+    ranks_skip_together,
+    ranks_average,
+    ranks_evaluate,
+    ranks_write,
+    ranks_resume,
+    ranks_refuse,
+    ranks_lose_their_folder,
+    ranks_cannot_write,
+]
+
+
+# --- what they must have found --------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the ranks have it: on a busy machine a second thread makes toy sizes ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where two ranks ran all jobs."""
+    return run_ranks(JOBS, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> list[dict]:
+    """What each rank's jobs returned."""
+    return results_of(folder)
+
+
+def assert_equal(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if name != "first gradient":
+            assert torch.allclose(got[name], value, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize(
+    ("job", "options"), [("train", {}), ("train_clipped", {"clip_grad": 0.05})]
+)
+def test_two_ranks_train_as_one_with_twice_the_batch(results, job, options):
+    expected = train(toy(), batch=4, **options)
+    before = toy().state_dict()
+    assert all(not torch.allclose(expected[name], before[name]) for name in before)
+    for result in results:
+        assert_equal(result[f"ranks_{job}"], expected)
+
+
+def test_gradients_are_exchanged_only_when_a_group_closes(results):
+    first, second = (result["ranks_train"]["first gradient"] for result in results)
+    assert not torch.allclose(first, second)
+    alone = train(toy(), batch=4)["first gradient"]
+    assert torch.allclose((first + second) / 2, alone, rtol=0, atol=1e-12)
+
+
+def test_gradient_strides_suit_ddps_buckets(results):
+    """`Grad strides do not match bucket view strides` means a copy of every gradient."""
+    assert [result["ranks_see_no_warning"] for result in results] == [[], []]
+
+
+def test_nan_on_one_rank_is_skipped_by_both(results):
+    """The official run exited on one rank and hung on the others."""
+    assert results[0]["ranks_skip_together"] == results[1]["ranks_skip_together"]
+    for case, seen in results[0]["ranks_skip_together"].items():
+        # inputs 1 and 2 on the ranks: a good group's mean gradient is 1.5
+        first_is_bad = [(False, 1.0), (True, -0.5), (True, -2.0)]
+        second_is_bad = [(True, -0.5), (False, -0.5), (True, -2.0)]
+        assert seen == (second_is_bad if case.startswith("1") else first_is_bad), case
+
+
+def test_means_count_each_image_once_whatever_rank_holds_it(results):
+    for result in results:
+        found = result["ranks_average"]
+        assert found["uneven"] == found["uneven, all"] == {"square": 91 / 7}  # 0 + 1 + ... + 36
+
+
+def test_rank_without_images_takes_part_in_means(results):
+    for result in results:
+        for key in ("alone", "alone, all"):
+            found = result["ranks_average"][key]
+            assert found["square"] == 4.0  # 3 of 5 and 1 of 1
+            assert math.isnan(found["never"])
+
+
+def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):
+    """A padded sampler counts an eighth image."""
+    expected = evaluation()
+    assert expected["acc1"] * 7 / 100 == pytest.approx(round(expected["acc1"] * 7 / 100))
+    for result in results:
+        for found in result["ranks_evaluate"].values():
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_first_rank_writes(results, folder):
+    assert not (folder / "run-1").exists()
+    written = {path.name for path in (folder / "run-0").iterdir()}
+    assert written == {
+        "args.yaml", "checkpoint-0.pth", "checkpoint-best.pth", "log.txt", "tensorboard",
+    }  # fmt: skip
+    assert len((folder / "run-0" / "log.txt").read_text().splitlines()) == 1
+    first, second = (result["ranks_write"] for result in results)
+    assert (first["hooks"] > 0, second["hooks"]) == (True, 0)
+    assert (first["level"], second["level"]) == (logging.INFO, logging.ERROR)
+    assert (first["first"], second["first"]) == (True, False)
+
+
+def test_log_line_counts_all_ranks(results):
+    for result in results:
+        assert result["ranks_write"]["images"] == 8  # 4 on each
+        assert result["ranks_write"]["loss"] == 0.5  # 0 and 1
+
+
+def test_all_ranks_resume_from_what_the_first_wrote(results):
+    for result in results:
+        found = result["ranks_resume"]
+        assert found["state"] == (1, 1)
+        assert torch.equal(found["head"], toy().head.weight)
+
+
+def test_error_of_the_first_rank_is_that_of_all(results):
+    assert ["checkpoint-3.pth" in result["ranks_refuse"] for result in results] == [True, True]
+
+
+def test_folder_that_rank_0_lost_ends_all_ranks_at_the_same_update(results):
+    told = ["lost was taken over by process 1 on elsewhere", "4"]  # agreed one update later
+    assert [result["ranks_lose_their_folder"] for result in results] == [told, told]
+
+
+def test_hooks_that_cannot_write_end_all_ranks(results):
+    """Rank 0 ended alone, and the others waited for it until nccl's patience was over."""
+    first, second = (result["ranks_cannot_write"] for result in results)
+    assert first == second
+    for told, flag in zip(first, ["--output_dir", "--output_dir", "--log_dir"], strict=True):
+        assert told.startswith(flag)
+        assert "cannot write" in told

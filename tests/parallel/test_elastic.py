@@ -1,0 +1,130 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Runs that go on with other processes than they began with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_end_to_end import COLOURS, ROOT, run
+from tests.training.test_checkpoint_manager import wait_for
+
+# 26 images, of which an update takes 6, whatever the number of processes.
+SMALL = [
+    *["--model", "tests.tiny:fcmae", *COLOURS, "--decoder_embed_dim", "8", "--input_size", "16"],
+    *["--stem_stride", "1", "--batch_size", "3", "--lr", "0.01", "--num_workers", "0"],
+    *["--device", "cpu", "--picture_freq", "0", "--log_dir", "none", "--kernels", "torch"],
+]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_run_goes_on_with_another_number_of_processes_as_it_would_have(tmp_path, before, after):
+    """The images it has seen are behind it, and the effective batch is kept."""
+    words = [*SMALL, "--epochs", "2", "--save_ckpt_every_steps", "1"]
+    more = ["--update_freq", 2 // before]
+    run("main_pretrain.py", *words, *more, "--output_dir", tmp_path / "whole", torchrun=before)
+    words += ["--output_dir", tmp_path / "run"]
+    run("main_pretrain.py", *words, *more, "--max_minutes", "1e-6", torchrun=before, expect=1)
+    state = torch.load(_newest(tmp_path / "run"), weights_only=True)["state"]
+    assert 0 < state["seen"] < 24
+    assert state["seen"] % 6 == 0
+    done = run("main_pretrain.py", *words, *more, torchrun=after)
+    freq = 2 // after
+    assert f"effective batch 6 = 3 images x {freq} micro-batches x {after} processes" in done.stdout
+    assert "kept: the effective batch of 6 that the run has had so far" in done.stdout
+    ours, theirs = (weights(tmp_path / name / "checkpoint-1.pth") for name in ("run", "whole"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    logs = [(tmp_path / name / "log.txt").read_text().splitlines() for name in ("run", "whole")]
+    for mine, whole in zip(*map(_losses, logs), strict=True):
+        assert mine == pytest.approx(whole, rel=1e-5)
+
+
+def _newest(folder: Path) -> Path:
+    return max(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def _losses(lines: list[str]) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in lines]
+
+
+def test_torchrun_starts_the_processes_again_when_one_is_killed(tmp_path):
+    folder = tmp_path / "run"
+    words = [*SMALL, "--epochs", "400", "--print_freq", "1", "--output_dir", folder]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:4", "--max-restarts=3"]
+    launcher += ["--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launcher += ["--rdzv-conf=last_call_timeout=2", "--monitor-interval=0.2"]
+    with open(folder.with_suffix(".txt"), "w") as said:
+        process = subprocess.Popen(
+            [*launcher, str(ROOT / "main_pretrain.py"), *map(str, words)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for("epoch 3/400 done", folder)
+            os.kill(_workers(process.pid)[1], signal.SIGKILL)
+            wait_for("resumed from .*checkpoint-", folder)
+            last = int(
+                re.findall(r"epoch ([0-9]+)/400 done", folder.with_suffix(".txt").read_text())[-1]
+            )
+            wait_for(f"epoch {last + 3}/400 done", folder)
+            for worker in _workers(process.pid):
+                os.kill(worker, signal.SIGTERM)
+            time.sleep(0.1)
+        finally:
+            process.terminate()
+            process.wait(60)
+    epochs = [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
+    assert epochs == list(range(len(epochs)))
+    assert len(epochs) > last
+
+
+def test_torchrun_does_not_start_again_what_was_asked_to_stop(tmp_path):
+    """It takes every exit code for a failure: --max_minutes would last four times as long."""
+    words = [*SMALL, "--epochs", "400", "--max_minutes", "1e-6", "--output_dir", tmp_path]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", str(ROOT / "main_pretrain.py"), *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("parameters,") == 1
+    assert "resumed" not in done.stdout
+    assert "stopped by --max_minutes 1e-06" in done.stderr
+    assert "(--max-restarts is for failures)" in done.stderr
+    assert "exitcode  : 75" in done.stderr
+
+
+def _workers(launcher: int) -> list[int]:
+    """Process numbers of the launcher's ranks, in their order."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = path.parent.name, path.read_text().rpartition(")")[2].split()[1]
+            command = (path.parent / "cmdline").read_text()
+        except OSError:  # gone meanwhile
+            continue
+        if int(parent) == launcher and "main_pretrain.py" in command:
+            found.append(int(pid))
+    return sorted(found)

@@ -1,0 +1,417 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Ranks end together.
+
+They are started by hand, as launchers start them that do not care for what becomes of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import main_pretrain
+import utils
+from data_loading.workers import WatchedLoader
+from errors import TrainingStopped, UserError
+from parallel import failure
+from tests import tiny
+from tests.test_end_to_end import PRETRAIN, ROOT, free_port
+from training import run_lock
+
+QUICK = ["--batch_size", "3", "--epochs", "1", "--kernels", "torch", "--print_freq", "1"]
+QUICK += ["--log_dir", "none"]
+PROMPTLY = 30.0  # seconds, on a busy machine; without the watch it would be an hour, or for ever
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_once():
+    """The ranks are forks of a process that has imported all they need, and done nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        FORKS.set_forkserver_preload([__name__])
+        multiprocessing.forkserver.ensure_running()
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What a launcher says; it says no more."""
+    own = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def rank_main(program: Callable, rank: int, size: int, port: int, folder: Path) -> None:
+    """A process of the forkserver becomes a rank: `program` runs as a main does."""
+    sink = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.argv = ["program.py"]
+    os.environ |= environment(rank, size, port)
+    failure.LOOK, failure.GRACE, failure.LOST = 0.25, 2.0, 6.0  # no test shall wait for long
+    torch.set_num_threads(1)
+    utils.launch(program, SimpleNamespace(rank=rank, folder=folder))
+
+
+class Ranks:
+    """Processes that run `program`, and what becomes of them."""
+
+    def __init__(self, program: Callable, folder: Path, size: int = 2) -> None:
+        self.folder, port = folder, free_port()
+        each = [(program, rank, size, port, folder) for rank in range(size)]
+        self.processes = [FORKS.Process(target=rank_main, args=args) for args in each]
+        for process in self.processes:
+            process.start()
+
+    def end(self) -> list[int]:
+        """Their exit codes; they must end promptly."""
+        deadline = time.monotonic() + PROMPTLY
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not late, f"ranks {late} would not end: {[self.said(rank) for rank in late]}"
+        return [process.exitcode for process in self.processes]
+
+    def said(self, rank: int) -> str:
+        return (self.folder / f"{rank}.txt").read_text()
+
+    def wait_for(self, name: str) -> None:
+        """Until a rank has made a file."""
+        deadline = time.monotonic() + PROMPTLY
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline, self.said(0)
+            time.sleep(0.02)
+
+
+# --- what the ranks do ----------------------------------------------------------------------
+
+
+def join() -> None:
+    utils.init_distributed_mode("cpu")
+    utils.barrier()
+
+
+def loop() -> None:
+    """Python, and nothing by which one rank knows of another."""
+    while True:
+        time.sleep(0.01)
+
+
+def fails_beside_a_collective(args: SimpleNamespace) -> None:
+    join()
+    if args.rank == 1:
+        raise ZeroDivisionError("for a reason")
+    utils.all_reduce_sum(torch.ones(1))
+
+
+def last_fails_beside_loops(args: SimpleNamespace) -> None:
+    join()
+    if args.rank == 2:
+        raise ZeroDivisionError("for a reason")
+    loop()
+
+
+def first_fails_beside_a_loop(args: SimpleNamespace) -> None:
+    join()
+    if args.rank == 0:
+        raise ZeroDivisionError("for a reason")
+    loop()
+
+
+def fails_beside_a_call_that_knows_no_python(args: SimpleNamespace) -> None:
+    """As one of nccl, which does not hear of a partner's end either."""
+    join()
+    if args.rank == 1:
+        raise ZeroDivisionError("for a reason")
+    utils._stores[0].get("what nobody says")
+
+
+def user_error_of_one(args: SimpleNamespace) -> None:
+    join()
+    if args.rank == 1:
+        raise UserError("got 3, expected 4")
+    utils.all_reduce_sum(torch.ones(1))
+
+
+def stop_of_one(args: SimpleNamespace) -> None:
+    join()
+    if args.rank == 1:
+        raise TrainingStopped("a loader process died")
+    loop()
+
+
+def no_device_for_one(args: SimpleNamespace) -> None:
+    utils.init_distributed_mode("cpu" if args.rank == 0 else "tpu")
+
+
+def user_error_of_all(args: SimpleNamespace) -> None:
+    join()
+    time.sleep(args.rank / 8)  # to read a disk takes longer for some
+    raise UserError("got 3, expected 4")
+
+
+def exits(args: SimpleNamespace) -> None:
+    join()
+    code = int((args.folder / "code").read_text())
+    if args.rank == 1 or code == 0:
+        sys.exit(code)
+    loop()
+
+
+def one_is_done_before(args: SimpleNamespace) -> None:
+    join()
+    if args.rank == int((args.folder / "longest").read_text()):
+        time.sleep(failure.GRACE + 1)
+    print("done")
+
+
+def killed(args: SimpleNamespace) -> None:
+    """Rank 1 while the other waits for it; rank 0, which keeps the store, whatever it does."""
+    join()
+    (args.folder / f"ready-{args.rank}").touch()
+    while True:
+        if (args.folder / "meets").exists():
+            utils.all_reduce_sum(torch.ones(1))
+        time.sleep(0.01)
+
+
+class Stuck(tiny.Colours):
+    """An image of it never comes; the file has the number of the process that waits for it."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(8)
+        self.file = file
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        self.file.with_suffix(".tmp").write_text(str(os.getpid()))
+        self.file.with_suffix(".tmp").rename(self.file)
+        signal.pause()
+
+
+def folder_and_loaders(args: SimpleNamespace) -> None:
+    """The first rank holds the folder, both have a loader's process when the other one fails."""
+    join()
+    run_lock.hold_folder(str(args.folder / "run"))
+    data = Stuck(args.folder / f"loader-{args.rank}")
+    options = {"sampler": [(0, 1)], "batch_size": 1, "multiprocessing_context": "fork"}
+    batches = iter(WatchedLoader(data, 1, 0, int, prefetch_factor=1, **options))
+    if args.rank == 0:
+        next(batches)
+    while not all((args.folder / f"loader-{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.02)
+    raise ZeroDivisionError("for a reason")
+
+
+def pretrain(args: SimpleNamespace, *words: str) -> None:
+    words = [*PRETRAIN, *QUICK, "--output_dir", str(args.folder / "run"), *words]
+    main_pretrain.main(main_pretrain.options.parse(main_pretrain.get_args_parser(), words))
+
+
+def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
+    pretrain(args, "--data_set", "tests.tiny:fails", "--picture_freq", "0")
+
+
+def alone(args: SimpleNamespace) -> None:
+    utils.MEET = timedelta(seconds=1)
+    os.environ["WORLD_SIZE"] = "2"
+    utils.init_distributed_mode("cpu")
+
+
+# --- how they end ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("program", "failed", "size"),
+    [
+        (fails_beside_a_collective, 1, 2),
+        (fails_beside_a_call_that_knows_no_python, 1, 2),
+        (first_fails_beside_a_loop, 0, 2),
+        (last_fails_beside_loops, 2, 3),
+    ],
+)
+def test_error_of_one_rank_ends_all(tmp_path, program, failed, size):
+    started = Ranks(program, tmp_path, size)
+    assert started.end() == [1] * size
+    for rank in range(size):
+        told = started.said(rank)
+        if rank == failed:
+            assert told.startswith(f"[rank {rank}] Traceback (most recent call last):\n")
+            assert told.endswith(f"[rank {rank}] ZeroDivisionError: for a reason\n")
+        else:
+            why = f"rank {failed} has failed: ZeroDivisionError: for a reason"
+            assert told == f"program.py: error [rank {rank}]: {why}\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "why"),
+    [
+        (user_error_of_one, 2, "got 3, expected 4"),
+        (stop_of_one, 1, "a loader process died"),
+        (no_device_for_one, 2, "--device tpu: expected auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_error_of_a_user_on_one_rank_is_a_line_on_all(tmp_path, program, code, why):
+    started = Ranks(program, tmp_path)
+    assert started.end() == [code, code]
+    assert started.said(1) == f"program.py: error [rank 1]: {why}\n"
+    assert started.said(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
+
+
+def test_same_error_of_all_ranks_is_one_line(tmp_path):
+    """1,024 of them would have said 1,024 times what is wrong with a flag."""
+    started = Ranks(user_error_of_all, tmp_path, size=3)
+    assert started.end() == [2, 2, 2]
+    assert started.said(0) == "program.py: error [rank 0]: got 3, expected 4\n"
+    assert started.said(1) == started.said(2) == ""
+
+
+@pytest.mark.parametrize("code", [3, 0])
+def test_rank_that_exits_by_itself_ends_the_others(tmp_path, code):
+    """A data set's own code did: the others waited, one at the end of the run for as long."""
+    (tmp_path / "code").write_text(str(code))
+    started = Ranks(exits, tmp_path)
+    assert started.end() == [code, code]
+    why = "rank 1 has failed: SystemExit: 3"
+    assert started.said(0) == (f"program.py: error [rank 0]: {why}\n" if code else "")
+
+
+def test_torchrun_on_two_machines_ends_on_both(tmp_path):
+    """It ends the processes of its own machine; the others waited for the time-out of nccl."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from types import SimpleNamespace\n"
+        "import os, utils\n"
+        "from tests.parallel.test_failure import last_fails_beside_loops\n"
+        "utils.launch(last_fails_beside_loops, SimpleNamespace(rank=int(os.environ['RANK'])))\n"
+    )
+    words = ["--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    words += ["--master_port", str(free_port())]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, "--node_rank", node, program],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in "01"
+    ]
+    codes, _, errors = ends(agents)
+    assert codes == [1, 1]
+    assert "[rank 2] ZeroDivisionError: for a reason" in errors[1]
+    assert "error [rank 0]: rank 2 has failed: ZeroDivisionError: for a reason" in errors[0]
+    assert "error [rank 1]: rank 2 has failed: ZeroDivisionError: for a reason" in errors[0]
+
+
+@pytest.mark.parametrize(("number", "meets"), [(0, False), (0, True), (1, True)])
+def test_rank_that_is_killed_ends_the_others(tmp_path, number, meets):
+    if meets:
+        (tmp_path / "meets").touch()
+    started = Ranks(killed, tmp_path)
+    for rank in (0, 1):
+        started.wait_for(f"ready-{rank}")
+    started.processes[number].kill()
+    other = 1 - number
+    assert started.end()[other] == 1
+    told = "(?i)gloo" if meets else "rank 0 is gone: killed, out of memory"
+    assert f"[rank {other}]" in started.said(other)
+    assert re.search(told, started.said(other))
+
+
+@pytest.mark.parametrize("longest", [0, 1])
+def test_rank_that_is_done_before_others_ends_nobody(tmp_path, longest):
+    (tmp_path / "longest").write_text(str(longest))
+    started = Ranks(one_is_done_before, tmp_path)
+    assert started.end() == [0, 0]
+    assert [started.said(rank) for rank in (0, 1)] == ["done\n", "done\n"]
+
+
+def test_ranks_leave_their_folder_free_and_no_loaders(tmp_path):
+    started = Ranks(folder_and_loaders, tmp_path)
+    assert started.end() == [1, 1]
+    assert not (tmp_path / "run" / ".lock").exists()
+    why = "rank 1 has failed: ZeroDivisionError: for a reason"
+    assert started.said(0) == f"program.py: error [rank 0]: {why}\n"
+    assert started.said(1).count("Traceback") == 1
+    for rank in (0, 1):
+        assert not _runs(int((tmp_path / f"loader-{rank}").read_text()))
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
+    started = Ranks(pretrain_what_one_cannot_read, tmp_path)
+    assert started.end() == [1, 1]
+    assert "[rank 1] ZeroDivisionError: of rank 1" in started.said(1)
+    assert started.said(0).endswith(
+        "program.py: error [rank 0]: rank 1 has failed: ZeroDivisionError: of rank 1\n"
+    )
+    assert "Traceback" not in started.said(0)
+    assert "step 1/" in started.said(0)
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_process_whose_partners_do_not_come_says_so(tmp_path):
+    started = Ranks(alone, tmp_path, size=1)
+    assert started.end() == [2]
+    assert "rank 0 has waited for all 2 processes at 127.0.0.1:" in started.said(0)
+    assert "Traceback" not in started.said(0)
+
+
+# --- the scripts ----------------------------------------------------------------------------
+
+
+def start_script(places: list[Path], script: str, *words: object) -> list[subprocess.Popen]:
+    """A rank in each place."""
+    port = free_port()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(place / script), *map(str, words)],
+            cwd=place,
+            env=os.environ | environment(rank, len(places), port),
+            **pipes,
+        )
+        for rank, place in enumerate(places)
+    ]
+
+
+def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, standard outputs, standard errors."""
+    try:
+        said = [process.communicate(timeout=2 * PROMPTLY) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    out, errors = zip(*said, strict=True)
+    return [process.returncode for process in processes], list(out), list(errors)
+
+
+def test_script_that_ends_well_says_nothing_of_it(tmp_path):
+    words = [*PRETRAIN, *QUICK, "--output_dir", tmp_path / "run"]
+    codes, out, errors = ends(start_script([ROOT] * 2, "main_pretrain.py", *words))
+    assert codes == [0, 0]
+    assert "1 of 1 epochs are done" in out[0]
+    assert out[1] == ""
+    assert errors == ["", ""]

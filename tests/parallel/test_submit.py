@@ -1,0 +1,341 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Flags of submitit_*.py to jobs, and jobs on this machine.
+
+With a real SLURM: slurm/test_jobs.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from config import parser as options
+from errors import EXIT_REQUEUE, UserError
+from parallel import slurm, submit
+from tests.test_end_to_end import PRETRAIN, ROOT, assert_same, run, weights
+
+LOCAL = ["--cluster", "local", "--follow"]
+
+
+def read(*words: str) -> list:
+    parser = options.pretrain_parser()
+    options.add_submitit_args(parser)
+    return submit.read_runs(parser, ["--data_set", "DIGITS", *words])
+
+
+def script(*words: str) -> list[str]:
+    return submit.script("main_pretrain", read(*words)).splitlines()
+
+
+# --- what sbatch is asked -------------------------------------------------------------------
+
+ASKED = {
+    "--nodes 8": "--nodes=8",
+    "--ngpus 4": "--gpus-per-node=4",
+    "--ngpus 3": "--ntasks-per-node=3",
+    "--ngpus 0 --tasks_per_node 2": "--ntasks-per-node=2",
+    "--timeout 90": "--time=90",
+    "--signal_delay 300": "--signal=USR2@300",
+    "--partition gpu": "--partition=gpu",
+    "--account us": "--account=us",
+    "--qos high": "--qos=high",
+    "--constraint a100": "--constraint=a100",
+    "--use_volta32": "--constraint=volta32gb",
+    "--constraint ib --use_volta32": "--constraint='ib&volta32gb'",
+    "--exclude n[1-3]": "--exclude='n[1-3]'",
+    "--cpus_per_task 6": "--cpus-per-task=6",
+    "--mem_gb 1.5": "--mem=1536M",
+    "--gres gpu:a100:4,nvme:1 --ngpus 4": "--gres=gpu:a100:4,nvme:1",
+    "--dependency afterok:12": "--dependency=afterok:12",
+    "--comment note": "--comment=note",
+    "--array tiny_pretrain,base_pretrain --data_path D": "--array=0-1%2",
+    "": "--requeue",  # where a cluster's own default is not to
+}
+
+
+@pytest.mark.parametrize("words", ASKED)
+def test_flag_is_asked_of_sbatch(words):
+    assert f"#SBATCH {ASKED[words]}" in script(*words.split())
+
+
+def test_defaults_are_the_official_ones_and_no_cluster_is_built_in():
+    lines = script()
+    assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8", "#SBATCH --time=4320"} <= set(lines)
+    text = "\n".join(lines)
+    for word in ("partition", "volta", "account", "mem=", "wckey", "gres", "constraint"):
+        assert word not in text
+    assert f"--output={os.getcwd()}/runs/%j/%j_0_log.out" in text
+
+
+def test_cpu_only_clusters_are_asked_for_no_gpu():
+    text = "\n".join(script("--ngpus", "0", "--tasks_per_node", "2"))
+    assert "gpu" not in text.replace(str(Path.cwd()), "")
+    args = read("--ngpus", "0")[0]
+    assert (args.device, args.tasks_per_node) == ("cpu", 1)
+
+
+def test_gpus_asked_for_by_gres_are_not_asked_for_twice():
+    text = "\n".join(script("--gres", "gpu:2", "--ngpus", "2"))
+    assert "gpus-per-node" not in text
+
+
+def test_srun_is_told_the_cores_and_to_end_all_if_one_fails():
+    """Since SLURM 22.05 srun gave every process one core, whatever sbatch was asked for."""
+    line = next(line for line in script("--cpus_per_task", "6") if line.startswith("srun "))
+    assert "--cpus-per-task=6" in line
+    assert "--kill-on-bad-exit=1" in line
+
+
+# --- refused --------------------------------------------------------------------------------
+
+REFUSED = {
+    "--ngpus 8 --tasks_per_node 4": "each process takes one GPU",
+    "--ngpus 0 --device cuda": "--ngpus 0 asks for none",
+    "--timeout 1": "--signal_delay 120 s is all of --timeout 1 min",
+    "--job_dir runs/%A": "expected no other % than %j",
+    "--gres gpu:4": "has 4 GPUs and --ngpus 8",
+    "--cluster local --partition gpu": "--partition acts on SLURM only",
+    "--cluster local --mem_gb 4": "--mem_gb acts on SLURM only",
+    "--cluster local --dry_run": "--dry_run acts on SLURM only",
+    "--cluster local --nodes 2": "is one machine, --nodes 2",
+    "--cluster local --auto_resume false": "cannot start a job again with --auto_resume false",
+    "--cluster debug --ngpus 2": "is one process, asked for are 2",
+    "--cluster debug --timeout 5": "keeps no time, --timeout 5; use --max_minutes",
+    "--array tiny_pretrain,tiny_pretrain": "a recipe stands there twice",
+    "--array tiny_pretrain --recipe base_pretrain": "both name recipes",
+    "--array tiny_ft": "it is for main_finetune.py",
+    "--array tiny_pretrian": "did you mean tiny_pretrain",
+    "--array tiny_pretrain,base_pretrain --output_dir O": "is one folder for 2 jobs; put %j in it",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_act_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(*words.split())
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "--" + REFUSED[words].removeprefix("--") in error or REFUSED[words] in error
+    assert len(error.splitlines()) == 2  # and where to read more
+
+
+def test_array_without_a_number_has_a_folder_for_each_recipe():
+    words = ["--array", "tiny_pretrain,base_pretrain", "--data_path", "D"]
+    assert [args.output_dir for args in read(*words)] == ["", ""]  # each takes its own number
+    fixed = read(*words, "--job_dir", "sweep")
+    assert [args.output_dir for args in fixed] == ["sweep/tiny_pretrain", "sweep/base_pretrain"]
+    assert [args.model for args in fixed] == ["convnextv2_tiny", "convnextv2_base"]
+
+
+def test_without_submitit_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    args = read()
+    for work in (submit.submit, submit.script):
+        with pytest.raises(UserError, match="pip install submitit"):
+            work("main_pretrain", args)
+
+
+def test_without_sbatch_it_says_so_and_a_dry_run_works(tmp_path):
+    words = [*PRETRAIN, "--job_dir", tmp_path / "%j"]
+    done = run("submitit_pretrain.py", *words, expect=2, env={"PATH": ""})
+    assert "error: sbatch is not on this machine; send from a login node" in done.stderr
+    done = run("submitit_pretrain.py", *words, "--dry_run", env={"PATH": ""})
+    assert done.stdout.startswith("#!/bin/bash")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """program(name, text) makes a shell script that is found first."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    def make(name: str, text: str) -> None:
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    return make
+
+
+def test_folder_that_no_node_can_see_is_refused(program, monkeypatch):
+    """The job failed at once and could not write why."""
+    for name in ("sbatch", "srun"):
+        program(name, "exit 1")
+    program("sinfo", "echo node17")
+    monkeypatch.setattr(submit, "_file_system", lambda folder: "tmpfs")
+    with pytest.raises(UserError, match=r"--job_dir /x/%j: /x is in this machine's memory \(tmp"):
+        submit.check_slurm("/x/%j")
+    program("sinfo", "echo 127.0.0.1")  # the only node is here
+    submit.check_slurm("/x/%j")
+    if Path("/dev/shm").is_mount():
+        monkeypatch.undo()
+        assert submit._file_system(Path("/dev/shm/a/b")) in submit.IN_MEMORY
+
+
+# --- back into the queue --------------------------------------------------------------------
+
+
+class Numbered(SimpleNamespace):
+    """What submitit tells a process of a SLURM job."""
+
+    def name(self) -> str:
+        return "slurm"
+
+
+@pytest.fixture
+def handlers():
+    kinds = [getattr(signal, name) for name in slurm.WARNINGS]
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+def leave(rank: int = 0) -> object:
+    with pytest.raises(SystemExit) as end:
+        slurm.requeue(Numbered(global_rank=rank, job_id="12"))
+    return end.value.code
+
+
+SHOW = 'if [ "$1" = show ]; then echo "JobId=12 JobState=%s Reason=None"; exit; fi; '
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
+def test_job_that_the_scheduler_has_decided_about_is_left_alone(program, handlers, state, tmp_path):
+    """scancel sends the signal of a preemption."""
+    program("scontrol", SHOW % state + f"touch {tmp_path}/requeued")
+    assert leave() == EXIT_REQUEUE
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_only_rank_0_asks_and_the_others_do_not_end_it_first(program, handlers, tmp_path):
+    program("scontrol", SHOW % "RUNNING" + f'echo "$@" >> {tmp_path}/asked')
+    assert leave(rank=1) == 0
+    assert not (tmp_path / "asked").exists()
+    assert leave() == EXIT_REQUEUE
+    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+
+
+def test_job_that_cannot_go_back_says_how_to_go_on(program, handlers, capsys, monkeypatch):
+    program("scontrol", SHOW % "RUNNING" + "echo Access denied >&2; exit 1")
+    assert leave() == EXIT_REQUEUE
+    assert "cannot go back into the queue: Access denied; what it has" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "")
+    assert leave() == EXIT_REQUEUE
+    assert "scontrol is not on this machine" in capsys.readouterr().err
+
+
+def test_state_of_a_job_without_accounting(program, monkeypatch):
+    program("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    program("sacct", "echo 'CANCELLED by 0'")
+    assert slurm.state("12") == "CANCELLED"
+    program("sacct", "exit 1")  # as without slurmdbd
+    assert slurm.state("12") == "GONE"
+    program("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(RuntimeError, match="Unable to contact"):
+        slurm.state("12")
+
+
+def test_job_that_could_not_even_log_names_the_file_system(program, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "LOOK", 0)
+    program("scontrol", SHOW % "FAILED")
+    paths = SimpleNamespace(stdout=tmp_path / "a.out", stderr=tmp_path / "a.err")
+    assert not slurm.follow([SimpleNamespace(job_id="12", paths=paths)], "slurm")
+    assert (
+        "must be on a file system that this machine and the nodes share" in capsys.readouterr()[0]
+    )
+
+
+def test_log_is_shown_by_whole_lines(tmp_path, capsys):
+    tail = slurm.Tail(tmp_path / "log", "12: ")
+    tail.show()
+    for text in ("one\ntw", "o\n", "\xc3\n"):
+        with open(tmp_path / "log", "a", encoding="latin-1") as file:
+            file.write(text)
+        tail.show()
+    assert capsys.readouterr().out == "12: one\n12: two\n12: \ufffd\n"
+
+
+# --- jobs on this machine -------------------------------------------------------------------
+
+
+def test_local_job_is_warned_goes_back_and_ends_with_the_same_weights(tmp_path):
+    """Its controller is asked to stop in mid-run, as a preemption does."""
+    slow = ["--data_set", "tests.tiny:slow", "--data_path", "0.1,9,0", "--batch_size", 3]
+    words = [*PRETRAIN, *slow, "--ngpus", 2, "--job_dir", tmp_path / "%j", "--cluster", "local"]
+    words += ["--kernels", "torch"]  # which is the fastest may differ between two runs
+    command = [sys.executable, ROOT / "submitit_pretrain.py", *words]
+    with open(tmp_path / "sent", "w") as file:  # a pipe would stay open until the job has ended
+        one = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has it
+        subprocess.run(list(map(str, command)), cwd=ROOT, stdout=file, env=one, check=True)
+    number = re.search(r"^job (\d+);", (tmp_path / "sent").read_text())[1]
+    said = tmp_path / number / f"{number}_0_log.out"
+    wait(lambda: said.exists() and " step 2/" in said.read_text())
+    os.kill(int(number), signal.SIGTERM)
+    wait(lambda: "2 of 2 epochs are done" in said.read_text())
+    assert "asked to stop (SIGTERM)" in said.read_text()
+    assert "resumed from" in said.read_text()
+    words = [*PRETRAIN, "--batch_size", 3, "--kernels", "torch", "--output_dir", tmp_path / "whole"]
+    run("main_pretrain.py", *words, torchrun=2)
+    newest = "checkpoint-1.pth"
+    assert_same(weights(tmp_path / number / newest), weights(tmp_path / "whole" / newest))
+
+
+def wait(ready, seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_local_job_is_followed_to_its_end(tmp_path):
+    words = [*PRETRAIN, *LOCAL, "--epochs", 1, "--job_dir", tmp_path / "job"]
+    done = run("submitit_pretrain.py", *words)
+    assert "epoch 1/1 done" in done.stdout
+    assert done.stdout.rstrip().endswith("COMPLETED")
+    assert (tmp_path / "job" / "checkpoint-0.pth").exists()  # a folder without %j
+    words[-1] = tmp_path / "other"
+    done = run("submitit_pretrain.py", *words, "--batch_size", 40, expect=1)
+    assert "error: 26 training images" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_debug_job_ends_as_its_main_does(tmp_path):
+    words = [*PRETRAIN, "--cluster", "debug", "--job_dir", tmp_path / "%j", "--batch_size", 40]
+    done = run("submitit_pretrain.py", *words, expect=2)
+    assert "main_pretrain.py: error: 26 training images" in done.stderr
+    words[-1] = 6
+    run("submitit_pretrain.py", *words, "--max_minutes", 0.0001, expect=EXIT_REQUEUE)
+
+
+def test_local_array_runs_every_recipe(tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f"s{seed}.yaml").write_text(f"# toy\nscript: main_pretrain\nseed: {seed}\n")
+    array = ["--array", f"{tmp_path}/s1.yaml,{tmp_path}/s2.yaml", "--job_dir", tmp_path / "sweep"]
+    done = run("submitit_pretrain.py", *PRETRAIN, *LOCAL, *array, "--epochs", 1)
+    assert done.stdout.count("COMPLETED") == 2
+    for seed in (1, 2):
+        text = (tmp_path / "sweep" / f"s{seed}" / "args.yaml").read_text()
+        assert f"seed: {seed}\n" in text
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python has no -P yet")
+def test_modules_of_the_folder_it_is_sent_from_are_not_taken_for_ours(tmp_path):
+    for name in ("utils", "slurm", "options"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    words = [*PRETRAIN, *LOCAL, "--epochs", 1, "--job_dir", tmp_path / "%j"]
+    command = [sys.executable, ROOT / "submitit_pretrain.py", *words]
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.rstrip().endswith("COMPLETED"), done.stdout

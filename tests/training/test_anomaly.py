@@ -1,0 +1,377 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Updates that go wrong: planted in data, gradients, parameters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from errors import UserError
+from tests.test_end_to_end import COLOURS, FINETUNE, PRETRAIN, SMALL, assert_same, log, run, weights
+from tests.tiny import _Torn, classifier
+from tests.training.test_stepper import adamw, feed, product
+from training.anomaly import KEPT, Guard, add_to, first_not_finite
+from utils import TrainState
+
+NAN = math.nan
+SCRIPTS = {"main_pretrain.py": PRETRAIN, "main_finetune.py": FINETUNE}
+FRAIL = {
+    "main_pretrain.py": ["--model", "tests.tiny:frail_fcmae", "--decoder_embed_dim", "8"],
+    "main_finetune.py": ["--model", "tests.tiny:frail", "--aa", "none"],
+}
+
+
+PLACE = "gradient of the output of stages.1.0.pwconv2"  # the first behind the block's own
+
+
+def faults(folder: Path) -> list[dict]:
+    return json.loads((folder / "bad_batch.json").read_text())
+
+
+def is_finite(path: Path) -> bool:
+    return all(torch.isfinite(value).all() for value in weights(path).values())
+
+
+# --- whole runs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("on_spike", ["skip", "rollback"])
+def test_image_that_is_not_finite_is_named_and_costs_its_update_alone(tmp_path, script, on_spike):
+    """Nothing of it is in the weights, so there is nothing to go back from."""
+    words = [*SCRIPTS[script], "--data_set", "tests.tiny:poisoned", "--on_spike", on_spike]
+    words += ["--num_workers", 2, "--print_freq", 3, "--output_dir", tmp_path]
+    said = run(script, *words).stdout
+    assert said.count("skipped an update, first number") == 2
+    assert "went back" not in said
+    state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
+    assert state["bad_steps"] == 2  # once an epoch
+    assert is_finite(tmp_path / "checkpoint-1.pth")
+    assert [fault["epoch"] for fault in faults(tmp_path)] == [0, 1]
+    for fault in faults(tmp_path):
+        (rank,) = fault["ranks"]
+        (ids,) = rank["sample_ids"]
+        assert fault["fault"] == "loss is not finite"
+        assert 5 in ids
+        assert len(ids) == 6
+        assert (rank["first_not_finite"], rank["of_samples"]) == ("images", [5])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("on_spike", ["skip", "rollback"])
+def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
+    words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", on_spike]
+    words += ["--output_dir", tmp_path, "--kernels", "torch"]
+    said = run(script, *words, ranks=2, env={"FRAIL": "gradient:2:1"}).stdout
+    assert "skipped an update, first number 3: gradient is not finite" in said
+    (fault,) = faults(tmp_path)
+    assert (fault["epoch"], fault["update"], fault["grad_norm"]) == (0, 3, None)
+    well, ill = fault["ranks"]
+    assert (well["rank"], well["first_not_finite"]) == (0, None)
+    assert ill["rank"] == 1
+    assert ill["first_not_finite"].replace("encoder.", "") == PLACE
+    assert len({*well["sample_ids"][0], *ill["sample_ids"][0]}) == 6
+    state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
+    assert state["updates"] == 8
+    assert state["bad_steps"] == (4 if on_spike == "rollback" else 1)  # back to the beginning
+    assert ("went back to the last snapshot: the 4 updates" in said) == (on_spike == "rollback")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_parameter_is_brought_back_by_a_rollback(tmp_path, script):
+    words = [*FRAIL[script], *COLOURS, *SMALL, "--on_spike", "rollback", "--print_freq", 1]
+    words += ["--snapshot_freq", 2, "--output_dir", tmp_path]
+    said = run(script, *words, env={"FRAIL": "parameter:5:0"}).stdout
+    (fault,) = faults(tmp_path)
+    assert fault["update"] == 7  # before its end update 6 had used the value
+    name = "stages.1.0.pwconv1.bias"
+    assert fault["ranks"][0]["first_not_finite"].endswith(name)
+    assert "went back to the last snapshot: the 3 updates since are undone; return 1 of 10" in said
+    assert is_finite(tmp_path / "checkpoint-1.pth")
+    assert all(math.isfinite(entry["train_loss"]) for entry in log(tmp_path))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_parameter_that_is_lost_stops_a_run_whose_checkpoints_stay_whole(tmp_path, script):
+    """They must not give way to weights from which nobody can go on."""
+    words = [*FRAIL[script], *COLOURS, *SMALL, "--epochs", 9, "--max_bad_steps", 6]
+    words += ["--save_ckpt_every_steps", 1, "--output_dir", tmp_path]
+    done = run(script, *words, env={"FRAIL": "parameter:5:0"}, expect=1)
+    assert "7 updates in a row went wrong, the last: loss is not finite; lower --lr" in done.stderr
+    assert "the weights are not finite" in done.stdout
+    kept = {path.name for path in tmp_path.glob("checkpoint-*-seen-*.pth")}
+    assert kept == {"checkpoint-1-seen-6.pth"}  # of update 6 the weights are not finite
+    assert all(is_finite(path) for path in tmp_path.glob("checkpoint-*.pth"))
+    assert [fault["update"] for fault in faults(tmp_path)] == list(range(7, 14))
+
+
+def test_return_brings_back_weights_moments_and_average(tmp_path):
+    """The run ends as if the updates since the snapshot had been skipped from the beginning."""
+    words = [*FRAIL["main_finetune.py"], *COLOURS, *SMALL, "--epochs", 7, "--spike_factor", 5]
+    words += ["--print_freq", 3, "--model_ema", "--model_ema_decay", "0.5", "--kernels", "torch"]
+    words += ["--on_spike", "rollback", "--save_ckpt_every_steps", 4, "--save_ckpt_num", 9]
+    said = run("main_finetune.py", *words, "--output_dir", tmp_path, env={"FRAIL": "loss:25:0"})
+    (fault,) = faults(tmp_path)
+    assert fault["update"] == 26  # of an epoch of 4 updates, the second; its third is looked at
+    assert fault["loss"] > 5 * fault["usual_loss"] > 0
+    assert fault["ranks"][0]["first_not_finite"] is None
+    assert "the 3 updates since are undone" in said.stdout
+    before, after = (
+        torch.load(tmp_path / f"checkpoint-{n}.pth", weights_only=True) for n in (5, 6)
+    )
+    assert after["state"]["bad_steps"] == 3
+    moments = [list(c["optimizer"]["state"].values()) for c in (before, after)]
+    assert (moments[0][0]["step"].item(), moments[1][0]["step"].item()) == (24, 25)
+    for name, value in before["model"].items():  # one update at the last, lowest rates
+        torch.testing.assert_close(after["model"][name], value, rtol=0, atol=1e-4, msg=name)
+    for name, value in before["model_ema"].items():
+        torch.testing.assert_close(after["model_ema"][name], value, rtol=0.5, atol=1e-2, msg=name)
+
+
+def test_rollback_survives_a_restart(tmp_path):
+    """Killed after a return, the run ends as the one that was not, counts of returns included."""
+    words = [*FRAIL["main_pretrain.py"], *COLOURS, *SMALL, "--epochs", 4, "--print_freq", 1]
+    words += ["--on_spike", "rollback", "--save_ckpt_every_steps", 3, "--kernels", "torch"]
+    env = {"FRAIL": "gradient:6:0"}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run("main_pretrain.py", *words, "--output_dir", whole, env=env)
+    run("main_pretrain.py", *words, "--output_dir", again, env=env)
+    for path in again.glob("checkpoint-*.pth"):  # as if killed in update 9, two after the fault
+        state = torch.load(path, weights_only=True)["state"]
+        if state["updates"] > 9:
+            path.unlink()
+    newest = max(again.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime_ns)
+    kept = torch.load(newest, weights_only=True)["state"]["within"]["guard"]
+    assert (kept["returns"], kept["returned_at"]) == (1, 7)
+    run("main_pretrain.py", *words, "--output_dir", again, env=env)
+    ours, theirs = (
+        torch.load(place / "checkpoint-3.pth", weights_only=True) for place in (again, whole)
+    )
+    assert_same(ours["model"], theirs["model"])
+    assert ours["state"] == theirs["state"]
+    assert ours["state"]["within"]["guard"]["returns"] == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_parameter_of_one_rank_brings_both_back_to_the_same_snapshot(tmp_path, script):
+    """Each would have kept another: they differed for good, and nobody noticed."""
+    words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", "rollback"]
+    words += ["--snapshot_freq", 2, "--print_freq", 1, "--kernels", "torch", "--epochs", 3]
+    words += ["--output_dir", tmp_path]
+    said = run(script, *words, ranks=2, env={"FRAIL": "parameter:5:1", "HASHES": "1"}).stdout
+    assert "the 3 updates since are undone" in said
+    last = dict(re.findall(r"weights of rank (\d): (\w+)", said))  # of each; ranks do not wait
+    assert last.keys() == {"0", "1"}
+    assert len(set(last.values())) == 1
+
+
+# --- the guard ------------------------------------------------------------------------------
+
+
+def guarded(stepper, model, optimizer, **options) -> tuple[Guard, TrainState]:
+    guard, state = Guard(stepper, (model, optimizer), **options), TrainState()
+    guard.begin_epoch(state, lambda *batch: None)
+    return guard, state
+
+
+def test_run_stops_after_bad_updates_in_a_row(log):
+    model, optimizer, stepper = product(lr=1e-9)
+    guard, state = guarded(stepper, model, optimizer, max_bad_steps=2)
+    for x in (NAN, NAN, 1, NAN, NAN):  # never three in a row
+        feed(model, stepper, x)
+        assert guard.look(state) == ""
+    assert state.bad_steps == 4
+    feed(model, stepper, NAN)
+    assert "3 updates in a row went wrong" in guard.look(state)
+    assert log.text.count("skipped an update") == 5
+    feed(model, stepper, NAN)
+    assert guard.look(state) == ""  # who goes on from what is saved then has all of them again
+
+
+def test_single_bad_update_stops_a_run_that_allows_none():
+    model, optimizer, stepper = product()
+    guard, state = guarded(stepper, model, optimizer, max_bad_steps=0)
+    feed(model, stepper, NAN)
+    assert guard.look(state).startswith("1 updates in a row")
+
+
+def test_search_of_fp16_for_its_scale_is_no_fault(tmp_path, log):
+    model, optimizer, stepper = product(lr=1e-38, amp="fp16")
+    guard, state = guarded(stepper, model, optimizer, max_bad_steps=0, every=1, folder=tmp_path)
+    feed(model, stepper, *[3e38] * 16)
+    assert guard.look(state) == ""
+    assert state.bad_steps == 16
+    assert "skipped 16 updates while fp16 looks for its scale" in log.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rollback_restores_weights_moments_and_counts():
+    model, optimizer, stepper = adamw()
+    guard, state = guarded(stepper, model, optimizer, every=3)
+    twin = copy.deepcopy(model), None
+
+    def train(*values: float) -> None:
+        feed(model, stepper, *values)
+        state.updates += len(values)
+        assert guard.look(state) == ""
+
+    train(1, 2, 3)
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    usual = stepper.state()
+    train(4, 5)
+    assert not torch.equal(model.weight, twin[0].weight)
+    train(6, NAN)  # a look at 7 updates: the NaN is found, the snapshot is that of update 3
+    assert (state.updates, state.bad_steps) == (7, 4)
+    for _ in range(2):  # the snapshot itself is not trained on
+        assert_same(model.state_dict(), kept[0])
+        moments = [o["state"][0] for o in (optimizer.state_dict(), kept[1])]
+        assert_same(*moments)
+        assert stepper.state() == usual
+        train(7, NAN)
+    assert (state.updates, state.bad_steps) == (11, 8)
+
+
+def test_returns_with_little_between_are_counted_and_others_forgotten():
+    model, optimizer, stepper = product(lr=1e-9)
+    guard, state = guarded(stepper, model, optimizer, every=3, max_bad_steps=2)
+
+    def train(*values: float) -> str:
+        feed(model, stepper, *values)
+        state.updates += len(values)
+        return guard.look(state)
+
+    for _ in range(3):
+        assert train(1, NAN) == train(NAN) == train(1, 1, 1) == ""
+    assert train(NAN) == train(1, NAN) == ""
+    assert "went back to a snapshot 3 times" in train(1, NAN)
+    assert train(NAN) == train(NAN) == ""  # who goes on from what is saved has all of them again
+
+
+def test_returns_are_bounded_where_looks_are_further_apart_than_snapshots():
+    model, optimizer, stepper = product(lr=1e-9)
+    stepper.begin_epoch(1000)
+    guard, state = guarded(stepper, model, optimizer, every=3, max_bad_steps=2)
+    problems = []
+    for _ in range(4):
+        feed(model, stepper, *[NAN] * 7)
+        state.updates += 7
+        problems.append(bool(guard.look(state)))
+    assert problems == [False, False, True, False]
+
+
+def test_momentum_that_a_snapshot_has_not_is_not_made_of_what_lay_in_memory():
+    """A fused first step that is skipped would go on to no momentum."""
+    model, optimizer, stepper = product(lr=1e-3, momentum=0.5, fused=True)
+    guard, state = guarded(stepper, model, optimizer, every=9)
+    junk = [torch.full((1,), 7e8) for _ in range(100)]
+    feed(model, stepper, 1, NAN)
+    state.updates += 2
+    assert guard.look(state) == ""
+    del junk
+    feed(model, stepper, NAN, 1)
+    assert model.weight.item() == pytest.approx(1 - 1e-3)
+
+
+def test_faults_are_listed_once_and_the_newest_are_kept(tmp_path):
+    path = tmp_path / "bad_batch.json"
+    path.write_text('{"of": "another program"}')
+    add_to(path, [{"epoch": 0, "update": 1}])
+    path.write_text("[{half a line of a run that was killed")
+    for update in (1, 2, 2, 3):  # 2 again after a restart
+        add_to(path, [{"epoch": 0, "update": update}])
+    assert [fault["update"] for fault in json.loads(path.read_text())] == [1, 2, 3]
+    add_to(path, [{"epoch": 1, "update": update} for update in range(10, 10 + KEPT)])
+    assert [fault["update"] for fault in json.loads(path.read_text())] == [*range(10, 10 + KEPT)]
+
+
+def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
+    def full(*_: object) -> None:
+        raise OSError("No space left")
+
+    monkeypatch.setattr("guard.write_atomically", full)
+    model, optimizer, stepper = product()
+    guard, state = guarded(stepper, model, optimizer, folder=tmp_path)
+    feed(model, stepper, NAN)
+    assert guard.look(state) == ""
+    assert "bad_batch.json cannot be written: No space left" in log.text
+
+
+@pytest.mark.parametrize("error", [UserError("cannot read a.png"), torch.OutOfMemoryError("no")])
+def test_batch_that_cannot_be_run_again_is_said_to_be(tmp_path, error):
+    """To look at it must not end the run."""
+
+    class Gone:
+        def again(self, epoch: int, ids: torch.Tensor) -> None:
+            raise error
+
+    model, optimizer, stepper = product()
+    guard, state = guarded(stepper, model, optimizer, batches=Gone(), folder=tmp_path)
+    stepper.step(model(NAN), torch.tensor([3]))
+    state.updates = 1
+    assert guard.look(state) == ""
+    ((rank,),) = [fault["ranks"] for fault in faults(tmp_path)]
+    assert rank["note"] == f"cannot be run again: {type(error).__name__}: {error}"
+
+
+# --- where it began -------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return classifier(stem_stride=1, num_classes=3).train()
+
+
+def find(net: nn.Module, scale: float = 1.0) -> str:
+    images = torch.randn(2, 3, 16, 16)
+    return first_not_finite(net, lambda: net(images).square().mean() * scale)
+
+
+def test_first_value_that_is_not_finite_is_named():
+    net = network()
+    assert find(net) == ""
+    assert find(net, NAN) == "loss"
+    hook = net.stages[2][0].register_forward_hook(lambda m, i, o: o * NAN)
+    assert find(net) == "output of stages.2.0"
+    hook.remove()
+    hook = net.stages[2][0].register_forward_hook(lambda m, i, o: _Torn.apply(o))
+    assert find(net).startswith("gradient of the output of ")
+    hook.remove()
+    hook = net.stages[3][0].pwconv2.weight.register_hook(lambda grad: grad * NAN)
+    assert find(net) == "gradient of stages.3.0.pwconv2.weight"
+    hook.remove()
+    net.norm.weight.data[2] = math.inf
+    assert find(net) == "norm.weight"
+
+
+def test_looking_leaves_no_trace():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 3))
+    before = copy.deepcopy(net.state_dict())
+    assert find(net) == ""
+    assert_same(net.state_dict(), before)
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert not any(p._backward_hooks for p in net.parameters())
+
+
+def test_frozen_parameters_have_no_gradient_to_look_at():
+    net = network()
+    for value in net.stages[0].parameters():
+        value.requires_grad_(False)
+    assert find(net) == ""
+    net.stages[0][0].norm.weight.data[0] = NAN
+    assert find(net) == "stages.0.0.norm.weight"
+
+
+def test_compiled_network_is_looked_at_module_by_module():
+    net = network()
+    net.stages[2][0].register_forward_hook(lambda m, i, o: o * NAN)
+    net.compile(backend="eager")
+    assert find(net) == "output of stages.2.0"

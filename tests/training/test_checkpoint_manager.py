@@ -1,0 +1,238 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Runs that are killed, preempted and stopped, and go on.
+
+A fork of this process runs a script: it needs no second to load torch, and can be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chaos
+from errors import EXIT_REQUEUE, Preempted
+from training.checkpoint_manager import Keeper, Requests
+from training.meters import Means
+from utils import TrainState
+
+INSTANTS = 10  # of each script
+SCRIPTS = list(chaos.RUNS)
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def whole(request, tmp_path_factory) -> tuple[str, Path, float]:
+    """A script, the folder of a run of it that nobody touched, and how long it took."""
+    place = tmp_path_factory.mktemp(request.param)
+    chaos.complete(request.param, place / "warm")
+    began = time.monotonic()
+    chaos.complete(request.param, place / "whole")
+    return request.param, place / "whole", time.monotonic() - began
+
+
+def test_digest_sees_what_it_must(whole, tmp_path):
+    """An empty one would be equal whatever happens."""
+    script, folder, _ = whole
+    found = chaos.digest(folder)
+    assert {"checkpoint-2.pth", "log.txt", "TensorBoard"} <= found.keys()
+    assert "train/loss" in found["TensorBoard"]
+    chaos.complete(script, tmp_path / "other", "--seed", "1")
+    different = chaos.differences(chaos.digest(tmp_path / "other"), found)
+    assert {"checkpoint-2.pth", "log.txt", "TensorBoard"} <= set(different)
+
+
+def test_killed_anywhere_and_started_again_it_ends_bit_for_bit_the_same(whole, tmp_path):
+    """In an epoch, in a group, in evaluation, while saving: weights, EMA, moments, best, logs."""
+    script, folder, seconds = whole
+    expected, draw, in_time = chaos.digest(folder), random.Random(script), 0
+    for number in range(5 * INSTANTS):
+        here = tmp_path / f"{number}"
+        at = draw.uniform(0, seconds)
+        in_time += chaos.attempt(script, here, at)
+        assert not chaos.differences(chaos.digest(here), expected), f"killed after {at:.3f} s"
+        shutil.rmtree(here)
+        if in_time == INSTANTS:  # a busy machine may be faster later than when it was timed
+            return
+    raise AssertionError(f"of {5 * INSTANTS} runs only {in_time} were killed before their end")
+
+
+def test_killed_before_it_could_tidy_up_it_does_so_when_started_again(whole, tmp_path):
+    """Between the last save and the end of those within its epoch: nothing came after it."""
+    script, folder, _ = whole
+    here = tmp_path / "run"
+    shutil.copytree(folder, here)
+    last = here / "checkpoint-2.pth"
+    shutil.copy(last, here / "checkpoint-2-seen-16.pth")
+    chaos.complete(script, here)
+    assert not chaos.differences(chaos.digest(here), chaos.digest(folder))
+
+
+def test_killed_again_and_again_it_still_arrives(whole, tmp_path):
+    script, folder, seconds = whole
+    draw = random.Random(script)
+    for _ in range(5):
+        child = chaos.start(script, tmp_path / "run")
+        time.sleep(draw.uniform(0.3, 0.9) * seconds)
+        os.kill(child, signal.SIGKILL)
+        chaos.finish(child)
+    chaos.complete(script, tmp_path / "run")
+    assert not chaos.differences(chaos.digest(tmp_path / "run"), chaos.digest(folder))
+
+
+# --- asked to stop --------------------------------------------------------------------------
+
+
+def wait_for(text: str, folder: Path) -> None:
+    """Until the run in `folder` has said it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        said = folder.with_suffix(".txt")
+        if said.exists() and re.search(text, said.read_text()):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"never said {text!r}")
+
+
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_signal_saves_at_the_next_update_and_asks_to_be_requeued(whole, tmp_path, kind):
+    script, folder, _ = whole
+    slow = ("--save_ckpt_every_steps", "100", "--epochs", "300")
+    child = chaos.start(script, tmp_path / "run", *slow)
+    wait_for("epoch 2/300", tmp_path / "run")
+    os.kill(child, getattr(signal, kind))
+    assert chaos.finish(child) == EXIT_REQUEUE == 75
+    said = (tmp_path / "run.txt").read_text()
+    assert re.search(
+        f"stopped by {kind} at epoch [0-9]+, update [0-9]+, saved; the same command", said
+    )
+    updates = int(re.findall(r"update ([0-9]+), saved", said)[0])
+    chaos.complete(script, tmp_path / "run", "--epochs", str(updates // 3 + 2))
+    assert f", update {updates}\n" in (tmp_path / "run.txt").read_text()  # resumed from there
+
+
+def test_time_that_is_up_stops_as_a_signal_does_and_the_rest_is_the_same(whole, tmp_path):
+    script, folder, seconds = whole
+    minutes = str(seconds / 60 / 20)
+    stops = 0
+    while chaos.finish(chaos.start(script, tmp_path / "run", "--max_minutes", minutes)) == 75:
+        stops += 1
+        assert stops < 50
+    assert stops > 0
+    chaos.complete(script, tmp_path / "run")
+    mine, theirs = chaos.digest(tmp_path / "run"), chaos.digest(folder)
+    assert mine["log.txt"] == theirs["log.txt"]
+    assert mine["TensorBoard"] == theirs["TensorBoard"]
+
+
+def test_second_signal_leaves_at_once(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with Requests(None, None):
+            (tmp_path / "ready").touch()
+            while True:
+                time.sleep(0.01)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    os.kill(child, signal.SIGTERM)  # passed on by a launcher: still the first
+    time.sleep(1.2)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    assert chaos.finish(child) == 128 + signal.SIGTERM
+
+
+def test_first_signal_after_the_time_is_over_lets_the_save_finish():
+    """The scheduler's warning may come in the same minute."""
+    requests = Requests(None, max_minutes=1e-9)
+    assert requests.read() == (False, True)
+    time.sleep(1.2)
+    requests._note(signal.SIGTERM, None)  # would have left the process
+    assert requests.reason == "--max_minutes 1e-09"
+
+
+@pytest.mark.parametrize("kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM")])
+def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_began(kinds):
+    """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
+    with Requests(None, None) as requests:
+        os.kill(os.getpid(), getattr(signal, kinds[0]))
+        requests.times[kinds[0]] -= 30
+        os.kill(os.getpid(), getattr(signal, kinds[1]))
+        assert requests.read() == (False, True)
+        assert requests.reason == kinds[0]
+
+
+def test_handlers_are_those_of_before_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with Requests(None, None):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
+    """scancel and srun send it to every process, and a run without workers cannot save."""
+    from data_loading.transforms import _leave_signals_to_the_run
+
+    child = os.fork()
+    if child == 0:
+        _leave_signals_to_the_run(0)
+        (tmp_path / "ready").touch()
+        time.sleep(1)
+        os._exit(5)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    for kind in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        os.kill(child, kind)
+    assert chaos.finish(child) == 5
+
+
+# --- when to save ---------------------------------------------------------------------------
+
+
+class Quiet:
+    """A guard that has seen nothing wrong."""
+
+    def look(self, state: TrainState) -> str:
+        return ""
+
+    def keep(self, state: TrainState) -> None:
+        pass
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+
+def drive(keeper: Keeper, updates: int) -> None:
+    state = TrainState()
+    with keeper:
+        for _ in range(updates):
+            state.updates, state.seen = state.updates + 1, state.seen + 4
+            keeper.after_update(state, Means(["loss"], "cpu"), Quiet())
+
+
+def test_saves_every_so_many_updates():
+    saved: list[int] = []
+    drive(Keeper(lambda state, writer: saved.append(state.updates), every_steps=3), 10)
+    assert saved == [3, 6, 9]
+
+
+def test_saves_by_the_clock(monkeypatch):
+    now, saved = [100.0], []
+    monkeypatch.setattr("keeper.time.monotonic", lambda: now.__setitem__(0, now[0] + 20) or now[0])
+    drive(Keeper(lambda state, writer: saved.append(state.updates), every_minutes=2), 12)
+    assert len(saved) >= 2
+    assert len(set(saved)) == len(saved)
+    assert all(b - a > 1 for a, b in zip(saved, saved[1:], strict=False))
+
+
+def test_stop_without_a_folder_says_that_nothing_is_saved():
+    keeper = Keeper(None)
+    keeper.requests.reason = "SIGTERM"
+    with pytest.raises(Preempted, match="nothing saved, as asked for"):
+        drive(keeper, 1)

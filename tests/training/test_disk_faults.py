@@ -1,0 +1,408 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Checkpoint files that are damaged, and disks that fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import chaos
+from errors import Preempted, TrainingStopped, UserError
+from tests.training.test_checkpoint import Run, names
+from tests.training.test_checkpoint_manager import Quiet, drive, wait_for
+from training.checkpoint_manager import Keeper, Writer
+from training.meters import Means
+from training.resume import choose_checkpoint, compare_args
+from utils import TrainState, save_model
+from weights.files import (
+    has_seal,
+    read_checkpoint,
+    write_atomically,
+)
+
+CORRUPTIONS = 500
+
+
+def corrupt(data: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """One of the ways in which a file goes wrong."""
+    kind = draw.choice(["cut", "zeros", "flip", "flips", "tail of zeros", "swap", "junk", "twice"])
+    at = draw.randrange(len(data))
+    if kind == "cut":
+        return kind, data[:at]
+    if kind == "zeros":
+        length = draw.randrange(1, 5000)
+        return kind, data[:at] + bytes(len(data[at : at + length])) + data[at + length :]
+    if kind == "tail of zeros":  # allocated, never written
+        return kind, data[:at] + bytes(len(data) - at)
+    if kind in ("flip", "flips"):
+        changed = bytearray(data)
+        for _ in range(1 if kind == "flip" else 20):
+            changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        return kind, bytes(changed)
+    if kind == "swap":
+        return kind, data[at:] + data[:at]
+    if kind == "junk":
+        return kind, data + draw.randbytes(draw.randrange(1, 300))
+    return kind, data[:at] + data[at // 2 :]  # copied twice in part
+
+
+def same(ours: object, theirs: object) -> bool:
+    if isinstance(theirs, torch.Tensor):
+        return isinstance(ours, torch.Tensor) and torch.equal(ours, theirs)
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in theirs)
+    if isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_corruption_crashes_or_loads_wrong_values(tmp_path, log):
+    """What is read in place of the newest is it, bit for bit, or the one before."""
+    before = Run(seed=9).save(tmp_path, 9)
+    newest = Run(seed=10).save(tmp_path, 10)
+    data, content = newest.read_bytes(), read_checkpoint(newest)
+    draw, set_aside = random.Random(0), 0
+    for number in range(CORRUPTIONS):
+        kind, damaged = corrupt(data, draw)
+        newest.write_bytes(damaged)
+        chosen = choose_checkpoint(tmp_path, "", True)
+        if chosen == str(newest):
+            assert same(read_checkpoint(newest), content), (number, kind)
+        else:
+            assert chosen == str(before)
+            aside = tmp_path / "checkpoint-10.pth.damaged"
+            assert aside.read_bytes() == damaged
+            aside.unlink()
+            set_aside += 1
+    assert set_aside > 0.9 * CORRUPTIONS
+    warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert len(warnings) == set_aside
+    assert all("checkpoint-10.pth" in text and "\n" not in text for text in warnings)
+
+
+def test_foreign_file_in_the_place_of_the_newest_is_set_aside(tmp_path, log):
+    """A whole one, of another program, once ended the run at every start."""
+    Run().save(tmp_path, 3)
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "checkpoint-4.pth")
+    assert choose_checkpoint(tmp_path, "", True) == str(tmp_path / "checkpoint-3.pth")
+    assert names(tmp_path) == {"checkpoint-3.pth", "checkpoint-4.pth.damaged"}
+    torch.save({}, tmp_path / "checkpoint-4.pth")
+    choose_checkpoint(tmp_path, "", True)
+    assert "checkpoint-4.pth.damaged1" in names(tmp_path)
+
+
+def test_nothing_is_set_aside_where_nothing_is_left(tmp_path):
+    Run().save(tmp_path, 3).write_bytes(b"PK")
+    with pytest.raises(UserError, match="none of the 1 checkpoints .* the newest since"):
+        choose_checkpoint(tmp_path, "", True)
+    assert names(tmp_path) == {"checkpoint-3.pth"}
+
+
+def test_checksum_is_of_the_whole_file_and_torch_still_reads_it(tmp_path):
+    path = Run().save(tmp_path, 3)
+    assert has_seal(path, check=True)
+    assert torch.load(path, weights_only=True)["state"]["epoch"] == 4
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="checksum does not fit"):
+        read_checkpoint(path)
+
+
+# --- flags of a resumed run -----------------------------------------------------------------
+
+
+def test_seed_may_change_between_epochs_and_not_within_one():
+    """The order of what is left of it would be another: images come twice, or never."""
+    assert compare_args({"seed": 0}, {"seed": 1}, "it") == ["--seed 0 -> 1"]
+    with pytest.raises(UserError, match="--seed 0 and cannot go on with 1"):
+        compare_args({"seed": 0}, {"seed": 1}, "it", within=True)
+
+
+def test_data_may_grow_between_epochs_and_not_within_one():
+    TrainState(epoch=3, images=26).count_updates(4, 6, 27)
+    with pytest.raises(UserError, match="epoch 3 began on 26 images and cannot go on with 27"):
+        TrainState(epoch=3, seen=12, images=26).count_updates(4, 6, 27)
+
+
+def test_newest_within_an_epoch_is_what_saw_most_whatever_an_update_takes(tmp_path):
+    """Update 10 of batch 2 is behind update 6 of batch 4."""
+    run = Run()
+    for seen, updates in ((20, 10), (24, 6)):
+        state = TrainState(epoch=1, updates=updates, seen=seen)
+        save_model(tmp_path, run.model, run.optimizer, state=state, args={})
+    assert choose_checkpoint(tmp_path, "", True).endswith("checkpoint-1-seen-24.pth")
+
+
+def test_changed_flags_are_told_and_what_makes_another_run_of_it_is_refused():
+    saved = {"model": "convnextv2_atto", "lr": 0.1, "epochs": 5, "output_dir": "a", "opt": "sgd"}
+    given = saved | {"model": "fcmae_convnextv2_atto", "lr": 0.2, "output_dir": "b", "new": 1}
+    assert compare_args(saved, given, "x.pth") == ["--lr 0.1 -> 0.2"]
+    for name, value in (("model", "convnextv2_tiny"), ("opt", "adamw")):
+        with pytest.raises(UserError, match=f"x.pth was made with --{name} .*cannot go on"):
+            compare_args(saved, saved | {name: value}, "x.pth")
+
+
+# --- disks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", list(chaos.RUNS))
+def test_run_goes_on_while_its_folder_is_gone_and_saves_when_it_is_back(tmp_path, script):
+    folder, gone = tmp_path / "run", tmp_path / "gone"
+    child = chaos.start(script, folder, "--epochs", "500", "--max_save_failures", "100")
+    wait_for("epoch 2/500", folder)
+    folder.rename(gone)
+    wait_for("could not save, 2 times in a row", folder)
+    gone.rename(folder)
+    last = max(int(text) for text in _epochs(folder))
+    wait_for(f"epoch {last + 3}/500", folder)
+    os.kill(child, signal.SIGTERM)
+    assert chaos.finish(child) == 75
+    chaos.complete(script, folder, "--epochs", str(last + 60))
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert len(lines) == last + 60  # each epoch once, those of the bad time too
+
+
+def _epochs(folder: Path) -> list[str]:
+    import re
+
+    return re.findall(r"epoch ([0-9]+)/500", folder.with_suffix(".txt").read_text())
+
+
+def test_run_stops_after_so_many_failures_with_what_it_had(tmp_path):
+    folder, gone = tmp_path / "run", tmp_path / "gone"
+    child = chaos.start("main_pretrain", folder, "--epochs", "500", "--max_save_failures", "2")
+    wait_for("epoch 2/500", folder)
+    folder.rename(gone)
+    assert chaos.finish(child) == 1
+    said = folder.with_suffix(".txt").read_text()
+    assert "3 saves in a row failed" in said
+    assert "Traceback" not in said
+    gone.rename(folder)
+    assert read_checkpoint(choose_checkpoint(folder, "", True))["state"]["epoch"] >= 1
+
+
+def test_full_disk_leaves_the_old_checkpoints_and_no_half_ones(tmp_path):
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        Run().save(tmp_path, 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            Run().save(tmp_path, 2)
+        except OSError:
+            os._exit(5)
+        os._exit(0)
+    assert chaos.finish(child) == 5
+    assert names(tmp_path) == {"checkpoint-1.pth"}
+    assert read_checkpoint(tmp_path / "checkpoint-1.pth")["state"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_disk_that_fills_within_a_tensor_does_not_end_the_run(tmp_path, share):
+    """torch.save raises RuntimeError there, and the error of the disk is lost."""
+    weights = {"a": torch.zeros(300_000), "b": torch.zeros(300_000)}
+    write_atomically(weights, tmp_path / "whole.pth")
+    limit = int(share * (tmp_path / "whole.pth").stat().st_size)
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            write_atomically(weights, tmp_path / "cut.pth")
+        except OSError:
+            os._exit(5)
+        finally:
+            os._exit(6)
+    assert chaos.finish(child) == 5
+    assert names(tmp_path) == {"whole.pth"}
+
+
+class Saves:
+    """What `Keeper` calls to save: as often as told it fails, then it writes down the state."""
+
+    def __init__(self, *fail: bool) -> None:
+        self.fail, self.found = list(fail), []
+
+    def __call__(self, state: TrainState, writer: Writer, **options: object) -> None:
+        writer({"best": dict(state.best), "improved": options.get("improved")}, self.write)
+
+    def write(self, content: dict) -> None:
+        if self.fail and self.fail.pop(0):
+            raise OSError("full")
+        self.found.append(content)
+
+
+def epochs(keeper: Keeper, count: int, *accuracies: float, last: bool = False) -> TrainState:
+    """So many epochs of one update each."""
+    state = TrainState()
+    with keeper:
+        for epoch in range(1, count + 1):
+            state.updates += 1
+            keeper.after_update(state, Means(["loss"], "cpu"), Quiet())
+            state.epoch = epoch
+            value = accuracies[epoch - 1] if accuracies else None
+            keeper.end_epoch(state, {"best": value}, last=last and epoch == count)
+    return state
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr("keeper.PAUSE", 0.0)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_failures_are_counted_whatever_the_epochs_between(in_background):
+    """An epoch that writes nothing is no save that went well; nor is one that is only begun."""
+    saves = Saves(*[True] * 99)
+    keeper = Keeper(saves, every_epochs=2, max_failures=3, in_background=in_background)
+    with pytest.raises(TrainingStopped, match="4 saves in a row failed"):
+        epochs(keeper, 40)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_end_of_training_is_saved_or_the_run_fails(no_pause, in_background):
+    saves = Saves(True, True)
+    epochs(Keeper(saves, 9, in_background=in_background), 1, last=True)
+    assert len(saves.found) == 1
+    with pytest.raises(TrainingStopped, match="its end is not saved: full"):
+        epochs(Keeper(Saves(*[True] * 99), 9, in_background=in_background), 1, last=True)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_best_that_could_not_be_written_is_no_best(in_background):
+    """Else nothing below it would ever be written, and what is called best stays older."""
+    saves = Saves(False, True)
+    state = epochs(Keeper(saves, 1, in_background=in_background), 3, 50.0, 90.0, 70.0)
+    assert state.best == {"best": 70.0}
+    assert [content["best"]["best"] for content in saves.found] == [50, 70]
+    assert [content["improved"] for content in saves.found] == [["best"], ["best"]]
+
+
+def test_stop_that_cannot_save_says_so(no_pause):
+    def stop(keeper: Keeper, state: TrainState) -> None:
+        keeper.requests.reason = "SIGTERM"
+        with keeper:
+            keeper.end_epoch(state)
+
+    keeper, state = Keeper(Saves(False, *[True] * 99), 1, max_failures=2), TrainState(epoch=1)
+    keeper.end_epoch(state)
+    with pytest.raises(Preempted, match="not saved since: full"):
+        stop(keeper, state)
+    with pytest.raises(TrainingStopped, match="nothing of this run could be saved"):
+        stop(Keeper(Saves(*[True] * 99), 1, max_failures=2), state)
+
+
+def test_folder_that_cannot_be_synchronised_is_no_failure(tmp_path, monkeypatch):
+    """Some file systems over a network refuse it with EINVAL, after the file is written."""
+    fsync = os.fsync
+
+    def refuse(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(number)
+
+    monkeypatch.setattr("checkpoint.os.fsync", refuse)
+    write_atomically("text", tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "text"
+
+
+def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
+    Run().save(tmp_path, 1)
+    tries = []
+
+    def stale(path: Path, check: bool = False) -> bool:
+        tries.append(path)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("resume.PAUSE", 0.0)
+    with monkeypatch.context() as broken:
+        broken.setattr("resume.has_seal", stale)
+        with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
+            choose_checkpoint(tmp_path, "", True)
+    assert len(tries) == 3
+    assert choose_checkpoint(tmp_path, "", True).endswith("checkpoint-1.pth")
+
+
+def test_file_that_a_run_went_on_from_stays(tmp_path):
+    for epoch in range(4):
+        source = str(tmp_path / "checkpoint-0.pth")
+        Run().save(tmp_path, epoch, keep=1, source=source)
+    assert names(tmp_path) == {"checkpoint-0.pth", "checkpoint-3.pth"}
+
+
+def test_saves_that_fail_are_counted_in_a_row():
+    saves = Saves(True, False, True, True, True)
+    with pytest.raises(TrainingStopped, match="3 saves in a row failed, the last with: full"):
+        drive(Keeper(saves, every_steps=1, max_failures=2), 10)
+    assert saves.fail == []
+    assert len(saves.found) == 1
+
+
+# --- in the background ----------------------------------------------------------------------
+
+
+def test_what_is_written_later_is_a_copy():
+    may_write, written, weights = threading.Event(), {}, torch.zeros(3)
+
+    def write(content: dict) -> None:
+        assert may_write.wait(10)
+        written.update(content)
+
+    writer = Writer(in_background=True)
+    writer({"model": {"a": weights}, "state": {"epoch": 1}}, write)
+    weights.fill_(7.0)  # training goes on
+    may_write.set()
+    writer.wait()
+    assert written["model"]["a"].tolist() == [0, 0, 0]
+
+
+def test_error_of_the_background_is_told_at_the_next_save():
+    def write(content: dict) -> None:
+        raise OSError("full")
+
+    writer = Writer(in_background=True)
+    writer({}, write)
+    with pytest.raises(OSError, match="full"):
+        writer({}, write)
+    with pytest.raises(OSError, match="full"):  # that one was tried too
+        writer({}, lambda content: None)
+    writer({}, lambda content: None)
+    writer.wait()
+
+
+def test_bug_in_the_background_is_told_too():
+    writer = Writer(in_background=True)
+    writer({}, lambda content: {}["absent"])
+    with pytest.raises(OSError, match="KeyError"):
+        writer.wait()
+
+
+@pytest.mark.parametrize("script", list(chaos.RUNS))
+def test_run_that_saves_in_the_background_ends_the_same(tmp_path, script):
+    chaos.complete(script, tmp_path / "plain")
+    chaos.complete(script, tmp_path / "beside", "--async_save")
+    mine, theirs = chaos.digest(tmp_path / "beside"), chaos.digest(tmp_path / "plain")
+    assert mine.pop("TensorBoard") == theirs.pop("TensorBoard")
+    assert mine["log.txt"] == theirs["log.txt"]
+    assert mine.keys() == theirs.keys()
+    ours, plain = (
+        torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True)
+        for name in ("beside", "plain")
+    )
+    assert ours.pop("args") != plain.pop("args")
+    assert same(ours, plain)

@@ -1,0 +1,101 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Means and accuracies by hand; over ranks: parallel/test_distributed.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from training.meters import Means, accuracy
+
+
+def value(x: float) -> torch.Tensor:
+    return torch.tensor(x)
+
+
+def test_batches_are_weighted_by_their_images():
+    """Official evaluation took the mean of batch means: 4 images of 1 and 1 of 0 gave 0.5."""
+    means = Means(["loss"], "cpu")
+    means.update(4, loss=value(1.0))
+    means.update(1, loss=value(0.0))
+    assert means.read() == {"loss": pytest.approx(0.8)}
+
+
+def test_reading_begins_a_new_window_and_the_total_covers_all():
+    means = Means(["loss", "grad_norm"], "cpu")
+    means.update(1, loss=value(2.0), grad_norm=value(10.0))
+    means.update(1, loss=value(4.0))
+    assert means.read() == {"loss": 3.0, "grad_norm": 10.0}
+    means.update(2, loss=value(6.0))
+    assert means.read()["loss"] == 6.0
+    means.update(2, loss=value(1.0))  # not read yet, but in the total
+    assert means.total() == {"loss": pytest.approx(20 / 6), "grad_norm": 10.0}
+    assert means.total() == {"loss": pytest.approx(20 / 6), "grad_norm": 10.0}
+
+
+def test_nothing_seen_is_nan_and_no_error():
+    means = Means(["loss", "class_acc"], "cpu")
+    means.update(3, loss=value(1.0))
+    read = means.read()
+    assert read["loss"] == 1.0
+    assert math.isnan(read["class_acc"])
+    assert math.isnan(Means(["loss"], "cpu").total()["loss"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_value_of_a_skipped_update_does_not_poison_the_mean(bad):
+    means = Means(["loss"], "cpu")
+    means.update(8, loss=value(bad))
+    means.update(2, loss=value(3.0))
+    assert means.read() == {"loss": 3.0}
+
+
+def test_half_precision_values_are_summed_in_float64():
+    """Summed in bfloat16, a thousand ones stop at 256."""
+    means = Means(["loss"], "cpu")
+    for _ in range(1000):
+        means.update(1, loss=torch.ones((), dtype=torch.bfloat16))
+    assert means.recent[:, 0].tolist() == [1000, 1000]
+    assert means.recent.dtype == torch.float64
+
+
+def test_updates_keep_no_graph():
+    means = Means(["loss"], "cpu")
+    means.update(1, loss=torch.ones((), requires_grad=True) * 2)
+    assert not means.recent.requires_grad
+
+
+def test_unknown_name_is_an_error():
+    with pytest.raises(ValueError, match="lost"):
+        Means(["loss"], "cpu").update(1, lost=value(1.0))
+
+
+LOGITS = torch.tensor(
+    [
+        [0.1, 0.9, 0.5, 0.3],  # 1, then 2, 3, 0
+        [0.8, 0.1, 0.2, 0.3],  # 0, then 3, 2, 1
+        [0.0, 0.1, 0.2, 0.3],  # 3, then 2, 1, 0
+        [0.4, 0.3, 0.2, 0.1],  # 0, then 1, 2, 3
+    ]
+)
+
+
+def test_accuracy_by_hand():
+    labels = torch.tensor([1, 3, 1, 3])  # found at place 1, 2, 3, 4
+    got = [a.item() for a in accuracy(LOGITS, labels, (1, 2, 3, 4))]
+    assert got == [25, 50, 75, 100]
+
+
+def test_top_5_of_fewer_classes_counts_every_image():
+    """timm 0.3.2 raised an error here."""
+    assert [a.item() for a in accuracy(LOGITS, torch.tensor([3, 3, 3, 3]))] == [25, 100]
+    one = accuracy(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
+    assert [a.item() for a in one] == [100, 100]
+
+
+def test_accuracies_come_in_the_order_asked_for():
+    labels = torch.tensor([1, 3, 1, 3])
+    assert [a.item() for a in accuracy(LOGITS, labels, (3, 1))] == [75, 25]

@@ -1,0 +1,401 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Weights of every published layout, against the code that published them."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import pytest
+import torch
+
+from errors import UserError
+from models import create_model
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from weights.convert import NAMES, describe, to_convnextv2, to_hf, to_official, to_timm
+from weights.files import load_weights
+
+DEPTHS, DIMS, CLASSES = (1, 2, 1, 1), (4, 6, 8, 10), 5
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fresh values everywhere: zeros and ones would hide what is swapped."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model.double().eval()
+
+
+def ours(seed: int = 0, **kwargs) -> ConvNeXtV2:
+    return randomise(ConvNeXtV2(DEPTHS, DIMS, **{"num_classes": CLASSES, **kwargs}), seed)
+
+
+def autoencoder(seed: int = 0) -> FCMAE:
+    return randomise(FCMAE(ConvNeXtV2(DEPTHS, DIMS), decoder_embed_dim=12), seed)
+
+
+def timm_model(**kwargs) -> torch.nn.Module:
+    from timm.models.convnext import ConvNeXt
+
+    model = ConvNeXt(
+        depths=DEPTHS,
+        dims=DIMS,
+        num_classes=CLASSES,
+        use_grn=True,
+        ls_init_value=None,
+        **kwargs,
+    )
+    return randomise(model, 1)
+
+
+def hf_model(kind: str = "ConvNextV2ForImageClassification") -> torch.nn.Module:
+    import transformers
+
+    config = transformers.ConvNextV2Config(
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=CLASSES, layer_norm_eps=1e-6
+    )
+    return randomise(getattr(transformers, kind)(config), 1)
+
+
+def images(size: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def minkowski(model: FCMAE) -> dict[str, torch.Tensor]:
+    """What the official main_pretrain.py saves of the same network, kernel element by element.
+
+    MinkowskiEngine counts the places of a kernel along the first axis fastest.
+    """
+    out = {}
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        sparse = name.startswith("encoder.") and ".downsample_layers.0." not in name
+        if not sparse:
+            out[name] = value
+        elif name.endswith("dwconv.weight"):
+            kernel = torch.empty(49, len(value), dtype=value.dtype)
+            for i in range(7):
+                for j in range(7):
+                    kernel[j * 7 + i] = value[:, 0, i, j]
+            out[name.replace("weight", "kernel")] = kernel
+        elif parts[1] == "downsample_layers" and parts[3:] == ["1", "weight"]:
+            kernel = torch.empty(4, value.shape[1], value.shape[0], dtype=value.dtype)
+            for i in range(2):
+                for j in range(2):
+                    kernel[j * 2 + i] = value[:, :, i, j].T
+            out[name.replace("weight", "kernel")] = kernel
+        elif "grn" in name:
+            out[name] = value.reshape(1, -1)
+        elif "pwconv" in name:
+            out[name.replace("pwconv1", "pwconv1.linear").replace("pwconv2", "pwconv2.linear")] = (
+                value
+            )
+        elif parts[-2] == "norm" or parts[1] == "downsample_layers" and parts[3] == "0":
+            out[".".join([*parts[:-1], "ln", parts[-1]])] = value
+        else:  # biases of sparse convolutions
+            out[name] = value[None]
+    return out
+
+
+def load(model: torch.nn.Module, state: dict, **kwargs) -> None:
+    load_weights(model, to_convnextv2(state, **kwargs)[0], "test")
+
+
+# --- in ---------------------------------------------------------------------------------
+
+
+def test_minkowski_layout_is_the_documented_one():
+    """A fixture that this code had made itself could share its mistake."""
+    state = minkowski(autoencoder())
+    expected = {
+        "encoder.stages.0.0.dwconv.kernel": (49, 4),
+        "encoder.stages.0.0.dwconv.bias": (1, 4),
+        "encoder.stages.0.0.norm.ln.weight": (4,),
+        "encoder.stages.0.0.pwconv1.linear.weight": (16, 4),
+        "encoder.stages.0.0.grn.gamma": (1, 16),
+        "encoder.downsample_layers.1.0.ln.weight": (4,),
+        "encoder.downsample_layers.1.1.kernel": (4, 4, 6),
+        "encoder.downsample_layers.1.1.bias": (1, 6),
+        "encoder.downsample_layers.0.0.weight": (4, 3, 4, 4),
+        "decoder.0.dwconv.weight": (12, 1, 7, 7),
+    }
+    assert {name: tuple(state[name].shape) for name in expected} == expected
+    kernel = torch.arange(4.0)[:, None, None].expand(4, 4, 6)  # the place, for every channel
+    state["encoder.downsample_layers.1.1.kernel"] = kernel
+    weight = to_convnextv2(state)[0]["downsample_layers.1.1.weight"]
+    # dense weight = kernel.permute(2,1,0).reshape(Cout, Cin, k, k).transpose(3, 2)
+    assert weight[0, 0].tolist() == [[0, 2], [1, 3]]
+    assert torch.equal(weight, kernel.permute(2, 1, 0).reshape(6, 4, 2, 2).transpose(3, 2))
+    kernel = torch.arange(49.0)[:, None].expand(49, 4)
+    state["encoder.stages.0.0.dwconv.kernel"] = kernel
+    weight = to_convnextv2(state)[0]["stages.0.0.dwconv.weight"]
+    assert torch.equal(weight, kernel.permute(1, 0).reshape(4, 1, 7, 7).transpose(3, 2))
+
+
+def test_minkowski_checkpoint_becomes_the_autoencoder_with_its_decoder():
+    source, target = autoencoder(), autoencoder(seed=5)
+    state, report = to_convnextv2(minkowski(source), decoder=True)
+    load_weights(target, state, "test")
+    mask = torch.tensor([[1.0, 0, 1, 0]] * 2)
+    for got, expected in zip(target(images(), mask), source(images(), mask), strict=True):
+        assert torch.equal(got, expected)
+    assert (report.layout, report.dropped) == ("MinkowskiEngine", [])
+    assert "encoder.stages.0.0.dwconv.kernel" in report.renamed
+    assert "encoder.stages.0.0.grn.gamma (1, 16) -> (1, 1, 1, 16)" in report.reshaped
+
+
+def test_minkowski_checkpoint_becomes_the_classifiers_encoder():
+    source, target = autoencoder(), ours(seed=5, num_classes=0)
+    state, report = to_convnextv2(minkowski(source))
+    load_weights(target, state, "test", ("norm.",))
+    expected = source.encoder.forward_features(images())
+    assert torch.equal(target.forward_features(images()), expected)
+    parts = {name.split(".")[0] for name in report.dropped}
+    assert parts == {"proj", "mask_token", "decoder", "pred"}
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("shape", ["as here", "two-dimensional"])
+def test_published_fcmae_equals_what_timm_reads(decoder, shape):
+    """Dense names without head and final norm; GRN and biases may have two axes."""
+    from timm.models.convnext import checkpoint_filter_fn
+
+    source = autoencoder()
+    state = {n.removeprefix("encoder."): v for n, v in source.state_dict().items()}
+    if shape == "two-dimensional":
+        flat = ("grn.gamma", "grn.beta", "dwconv.bias", "pwconv1.bias", "norm.weight")
+        state = {n: v.reshape(1, -1) if n.endswith(flat) else v for n, v in state.items()}
+    encoder = {n: v for n, v in state.items() if n.startswith(("downsample_layers.", "stages."))}
+    state = state if decoder else encoder
+    oracle, target = timm_model(), ours(seed=5)
+    oracle.load_state_dict(checkpoint_filter_fn(dict(encoder), oracle), strict=False)
+    load_weights(target, to_convnextv2(state)[0], "test", ("norm.", "head."))
+    torch.testing.assert_close(
+        target.forward_features(images()), oracle.forward_features(images()), rtol=1e-6, atol=1e-6
+    )
+    if decoder:
+        again = autoencoder(seed=6)
+        load(again, state, decoder=True)
+        assert torch.equal(again(images(), torch.tensor([[1.0, 0, 1, 0]] * 2))[0],
+                           source(images(), torch.tensor([[1.0, 0, 1, 0]] * 2))[0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_official_classifier_equals_what_timm_reads(prefix):
+    from timm.models.convnext import checkpoint_filter_fn
+
+    source, target, oracle = ours(), ours(seed=5), timm_model()
+    state = source.state_dict()
+    oracle.load_state_dict(checkpoint_filter_fn(dict(state), oracle), strict=True)
+    load(target, {prefix + name: value for name, value in state.items()})
+    assert torch.equal(target(images()), source(images()))
+    torch.testing.assert_close(target(images()), oracle(images()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_timm_model(size):
+    source, target = timm_model(), ours(seed=5)
+    load(target, source.state_dict())
+    torch.testing.assert_close(target(images(size)), source(images(size)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"])
+def test_every_size_is_timms_in_both_directions(size):
+    """The four small ones have 1x1 convolutions in their MLPs there."""
+    import timm
+
+    name = f"convnextv2_{size}"
+    with torch.device("meta"):
+        theirs, model = timm.create_model(name, num_classes=7), create_model(name, num_classes=7)
+    state = {n: v.contiguous() for n, v in theirs.state_dict().items()}
+    theirs.load_state_dict(to_timm(model.state_dict()), assign=True)
+    model.load_state_dict(to_convnextv2(state)[0], assign=True)
+
+
+def test_small_size_of_timm_computes_the_same():
+    import timm
+
+    theirs, target = (
+        randomise(timm.create_model("convnextv2_atto")),
+        create_model("convnextv2_atto").double(),
+    )
+    load(target, theirs.state_dict())
+    torch.testing.assert_close(target(images(32)), theirs(images(32)), rtol=1e-6, atol=1e-6)
+    again = to_timm(target.state_dict())
+    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
+
+
+def test_timm_weights_without_a_head_are_an_encoder():
+    state = timm_model().state_dict()
+    encoder = {name: value for name, value in state.items() if not name.startswith("head.")}
+    target = ours(seed=5)
+    load_weights(target, to_convnextv2(encoder)[0], "test", ("norm.", "head."))
+
+
+def test_hugging_face_classifier():
+    source, target = hf_model(), ours(seed=5)
+    load(target, source.state_dict())
+    expected = source(images()).logits
+    torch.testing.assert_close(target(images()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_hugging_face_model_without_a_classifier():
+    """Its names start with `encoder.`, as those of our own pre-training do."""
+    source, target = hf_model("ConvNextV2Model"), ours(seed=5, num_classes=0)
+    load(target, source.state_dict())
+    expected = source(images()).pooler_output
+    torch.testing.assert_close(target(images()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_pretraining_wrapped_by_ddp_and_compile():
+    source, target = autoencoder(), autoencoder(seed=5)
+    state = {f"module._orig_mod.{name}": v for name, v in source.state_dict().items()}
+    load(target, state, decoder=True)
+    assert torch.equal(target.pred.weight, source.pred.weight)
+
+
+def test_classifier_into_an_autoencoder_leaves_head_and_norm_out():
+    state, report = to_convnextv2(ours().state_dict(), decoder=True)
+    target = autoencoder(seed=5)
+    load_weights(target, state, "test", ("proj.", "mask_token", "decoder.", "pred."))
+    assert report.dropped == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.bias": torch.zeros(64)}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"), [(RESNET, "look like conv1.weight"), ({}, "no weights")]
+)
+def test_other_networks_are_refused_by_name(state, message):
+    with pytest.raises(UserError, match=message):
+        to_convnextv2(state)
+
+
+def test_names_behind_a_prefix_get_the_flag_that_takes_it_away():
+    state = {f"backbone.{name}": value for name, value in ours().state_dict().items()}
+    with pytest.raises(UserError, match=r"perhaps --model_prefix backbone\.$"):
+        to_convnextv2(state)
+
+
+def test_kernel_without_channels_is_named():
+    state = minkowski(autoencoder())
+    state["encoder.stages.0.0.dwconv.kernel"] = torch.zeros(49)
+    with pytest.raises(UserError, match=r"dwconv\.kernel \(49,\): expected \(k \* k, C\)"):
+        to_convnextv2(state)
+
+
+def test_two_tensors_for_one_name_are_refused():
+    state = ours().state_dict()
+    with pytest.raises(UserError, match="prefix such as module"):
+        to_convnextv2(state | {"module.head.bias": torch.zeros(CLASSES)})
+    with pytest.raises(UserError, match=r"both norm\.bias"):
+        to_convnextv2(state | {"encoder.norm.bias": torch.zeros(DIMS[-1])})
+
+
+@pytest.mark.parametrize("name", ["stages.1.0.pwconv1.weight", "downsample_layers.1.1.weight"])
+def test_transposed_tensor_is_an_error_that_names_both_shapes(name):
+    state = ours().state_dict()
+    here = tuple(state[name].shape)
+    state[name] = state[name].transpose(0, 1)
+    there = tuple(state[name].shape)
+    target, before = ours(seed=5), ours(seed=5)
+    with pytest.raises(UserError) as caught:
+        load(target, state)
+    assert f"{name} {there} instead of {here}" in str(caught.value)
+    assert torch.equal(target(images()), before(images()))
+
+
+# --- out --------------------------------------------------------------------------------
+
+
+def test_to_timm_is_what_timm_loads():
+    source, target = ours(), timm_model()
+    target.load_state_dict(to_timm(source.state_dict()), strict=True)
+    torch.testing.assert_close(target(images()), source(images()), rtol=1e-6, atol=1e-6)
+
+
+def test_to_hugging_face_is_what_transformers_loads():
+    source, target = ours(), hf_model()
+    target.load_state_dict(to_hf(source.state_dict()), strict=True)
+    torch.testing.assert_close(target(images()).logits, source(images()), rtol=1e-6, atol=1e-6)
+
+
+def official_remap(state: dict) -> dict:
+    """The part of the official remap_checkpoint_keys that meets what is dense already."""
+    out = {}
+    for name, value in state.items():
+        name = name.removeprefix("encoder.")
+        if name.endswith("bias") and value.ndim != 1:
+            value = value.reshape(-1)
+        elif "grn" in name:
+            value = value.unsqueeze(0).unsqueeze(1)
+        out[name] = value
+    return out
+
+
+def test_to_official_is_what_the_official_finetuning_loads():
+    """Its --finetune adds two axes to every GRN vector, so four axes would become six."""
+    source, target = autoencoder(), ours(seed=5)
+    state = official_remap(to_official(source.state_dict()))
+    result = target.load_state_dict(state, strict=False)
+    assert {name.split(".")[0] for name in result.missing_keys} == {"norm", "head"}
+    expected = source.encoder.forward_features(images())
+    assert torch.equal(target.forward_features(images()), expected)
+
+
+@pytest.mark.parametrize("convert", [to_timm, to_hf, to_official])
+@pytest.mark.parametrize("classes", [CLASSES, 0])
+def test_round_trip_is_bit_equal(convert, classes):
+    state = ours(num_classes=classes).state_dict()
+    again = to_convnextv2(convert(state))[0]
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def test_round_trip_of_an_autoencoder_keeps_its_decoder():
+    state = autoencoder().state_dict()
+    again = to_convnextv2(to_official(state), decoder=True)[0]
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def test_every_layout_has_a_row_for_every_name_that_differs():
+    """A row that never fires is a typing error."""
+    names = list(ours().state_dict())
+    for layout, rows in NAMES.items():
+        from weights.convert import _rules
+
+        for rule, row in zip(_rules(layout, inward=False), rows, strict=True):
+            assert any(rule[0].match(name) for name in names), row
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_base"])
+def test_describe_finds_the_shape_of_a_size(name):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=7)
+    found = describe(model.state_dict())
+    assert (found["depths"], found["num_classes"], found["in_chans"]) == (model.depths, 7, 3)
+    with torch.device("meta"):
+        assert ConvNeXtV2(**found).state_dict().keys() == model.state_dict().keys()
+
+
+def test_describe_small_stem_and_no_head():
+    model = ours(num_classes=0, stem_stride=2, in_chans=1)
+    expected = {"in_chans": 1, "stem_stride": 2, "num_classes": 0, "depths": DEPTHS, "dims": DIMS}
+    assert describe(model.state_dict()) == expected
+
+
+def test_namespace_and_paths_are_held_only_by_official_checkpoints_and_harmless(tmp_path):
+    from weights.files import read_checkpoint
+
+    content = {"model": ours().state_dict(), "epoch": 3}
+    content["args"] = argparse.Namespace(output_dir=pathlib.PosixPath("/a"), lr=0.1)
+    torch.save(content, tmp_path / "checkpoint-3.pth")
+    assert read_checkpoint(tmp_path / "checkpoint-3.pth")["args"].lr == 0.1

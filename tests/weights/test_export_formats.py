@@ -1,0 +1,508 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Checkpoints as others read them, read by those others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import export
+from config import parser as options
+from config.flags import GRAPHS, TARGETS
+from data_loading.transforms import create_eval_transform, mean_and_std
+from errors import UserError
+from models import create_model
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from tests.tiny import SIZE
+from weights import export_formats, huggingface
+from weights.convert import describe, to_convnextv2
+from weights.export_formats import Network, Subject
+from weights.files import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ["red", "green", "blue"]
+SIDES = ["--input_size", "64"]
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Fresh values everywhere: zeros and ones would hide what is swapped."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def classifier(**kwargs) -> ConvNeXtV2:
+    return randomise(ConvNeXtV2(*SIZE, **{"num_classes": 3, **kwargs}))
+
+
+def subject(model: torch.nn.Module | None = None, **kwargs) -> Subject:
+    state = (model or classifier()).state_dict()
+    mean, std = mean_and_std()
+    values = {"mean": mean, "std": std, "size": (64, 64), "labels": CLASSES, **kwargs}
+    return Subject(state, state, describe(state), **values)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Checkpoints of this toolkit: a classifier with an average, and a pre-trained model."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model, averaged = classifier(), classifier(stem_stride=2)
+    run = {"input_size": [64, 64], "crop_pct": None, "imagenet_default_mean_and_std": False}
+    known = {"args": run, "classes": CLASSES, "state": {}}
+    weights = {"model": model.state_dict(), "model_ema": averaged.state_dict()}
+    torch.save(weights | known, folder / "classifier.pth")
+    autoencoder = randomise(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8))
+    torch.save({"model": autoencoder.state_dict(), "args": run}, folder / "pretrained.pth")
+    encoder = classifier(num_classes=0)
+    torch.save({"model": encoder.state_dict()}, folder / "encoder.pth")
+    return folder
+
+
+def run(*words: object, cwd: Path = ROOT, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "export.py"), *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def main(*words: object) -> None:
+    """The script in this process: what parsing refuses is a SystemExit."""
+    parser = options.export_parser()
+    args = parser.parse_args([str(word) for word in words])
+    for problem in options.export_problems(args):
+        parser.error(problem)
+    export.main(args)
+
+
+# --- the script -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_script_writes_what_its_consumer_reads(target, files, tmp_path):
+    done = run(files / "classifier.pth", "--to", target, cwd=tmp_path)
+    (written,) = tmp_path.iterdir()
+    assert written.name.endswith(TARGETS[target])
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"{written.name}: good, largest difference ")
+    said = done.stderr.splitlines()  # what was found, and no warning of any library
+    assert ["none of the eight" in said[0], "official layout" in said[1], len(said)] == [
+        True,
+        True,
+        2,
+    ]
+    if target not in GRAPHS:
+        ours = read_checkpoint(files / "classifier.pth")["model"]
+        held = read_checkpoint(written)
+        again = to_convnextv2(held.get("model", held))[0]
+        assert again.keys() == ours.keys()
+        assert all(torch.equal(again[name], value) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "encoder"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_without_a_head_are_exported_as_features(kind, target, files, tmp_path, capsys):
+    output = tmp_path / f"out{TARGETS[target]}"
+    main(files / f"{kind}.pth", "--to", target, "--output", output, *SIDES)
+    assert "good, largest difference" in capsys.readouterr().out
+    if target in ("official", "safetensors"):  # the decoder comes along
+        ours = read_checkpoint(files / f"{kind}.pth")["model"]
+        held = read_checkpoint(output)
+        again = to_convnextv2(held.get("model", held), decoder=kind == "pretrained")[0]
+        assert again.keys() == ours.keys()
+        assert all(torch.equal(again[name], value) for name, value in ours.items())
+
+
+def test_last_line_of_timm_is_the_one_to_type(files, tmp_path):
+    import timm
+
+    output = tmp_path / "a.safetensors"
+    done = run(files / "classifier.pth", "--to", "timm", "--output", output)
+    scope: dict = {"timm": timm}
+    exec(done.stdout.splitlines()[0], scope)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(scope["model"].eval()(images), classifier()(images))
+
+
+def test_average_is_exported_when_asked_for(files, tmp_path):
+    words = ["--to", "safetensors", "--output", tmp_path / "a.safetensors", "--use_ema"]
+    main(files / "classifier.pth", *words)
+    assert describe(read_checkpoint(tmp_path / "a.safetensors"))["stem_stride"] == 2
+
+
+def test_script_goes_on_from_what_it_wrote(files, tmp_path):
+    """A folder for transformers is a source like any other."""
+    main(files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf")
+    main(tmp_path / "hf", "--to", "safetensors", "--output", tmp_path / "a.safetensors", *SIDES)
+    ours = read_checkpoint(files / "classifier.pth")["model"]
+    again = read_checkpoint(tmp_path / "a.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in ours.items())
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+BAD = {  # words after the checkpoint -> what the message must name
+    "no target": ("", "--to: expected one of timm"),
+    "half weights": ("--to timm --half", "--half"),
+    "opset elsewhere": ("--to pt2 --opset 18", "--opset 18"),
+    "old opset": ("--to onnx --opset 16", "expected int in [17, 20]"),
+    "labels elsewhere": ("--to onnx --labels names.txt", "--labels"),
+    "crop elsewhere": ("--to timm --crop_pct 0.9", "--crop_pct"),
+    "name": ("--to onnx --output a.pth", "ends in .onnx"),
+    "three sides": ("--to onnx --input_size 1 2 3", "--input_size"),
+    "two choices": ("--to timm --use_ema --model_key x", "--model_key x"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_flags_that_would_be_ignored_are_refused(case, files, capsys):
+    words, named = BAD[case]
+    with pytest.raises(SystemExit):
+        main(files / "classifier.pth", *words.split())
+    assert named in capsys.readouterr().err
+
+
+def test_wrong_target_is_told_before_torch_loads(files):
+    done = run(files / "classifier.pth", "--to", "tflite", expect=2)
+    assert "'tflite' (choose from" in done.stderr
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    done = run(tmp_path / "nothing.pth", "--to", "timm", expect=2)
+    assert "nothing.pth does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_there_stays_unless_it_may_be_replaced(files, tmp_path):
+    output = tmp_path / "a.safetensors"
+    output.write_text("mine")
+    words = [files / "classifier.pth", "--to", "safetensors", "--output", output]
+    with pytest.raises(UserError, match="--overwrite true"):
+        main(*words)
+    assert output.read_text() == "mine"
+    main(*words, "--overwrite")
+    assert read_checkpoint(output)
+    with pytest.raises(UserError, match="is no folder"):
+        main(files / "classifier.pth", "--to", "hf", "--output", output, "--overwrite")
+
+
+def test_overwriting_a_folder_leaves_other_files_in_it(files, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    words = ["--to", "hf", "--output", tmp_path, "--overwrite"]
+    main(files / "classifier.pth", *words)
+    names = {"notes.txt", "README.md", "config.json", "preprocessor_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"model.safetensors"}
+
+
+def test_number_of_labels_must_be_that_of_the_head(files, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\n")
+    words = [files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf", "--labels"]
+    with pytest.raises(UserError, match="names 2 classes, the weights have 3"):
+        main(*words, names)
+    with pytest.raises(UserError, match=r"nothing\.txt"):
+        main(*words, tmp_path / "nothing.txt")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_folder_for_transformers_has_square_images(files, tmp_path):
+    with pytest.raises(UserError, match="give one number, such as 192"):
+        main(
+            *[files / "classifier.pth", "--to", "hf", "--input_size", "256", "192"],
+            *["--output", tmp_path / "hf"],
+        )
+
+
+def test_exported_program_needs_two_cells(files, tmp_path):
+    with pytest.raises(UserError, match="needs 64 pixels"):
+        main(
+            *[files / "classifier.pth", "--to", "pt2", "--input_size", "32"],
+            *["--output", tmp_path / "a.pt2"],
+        )
+
+
+def test_weights_that_half_precision_would_not_survive_are_refused(tmp_path):
+    state = {name: value * 5 for name, value in classifier().state_dict().items()}
+    torch.save({"model": state}, tmp_path / "wild.pth")
+    with pytest.raises(UserError, match="do not export it in float16"):
+        main(tmp_path / "wild.pth", "--to", "torchscript", "--half", *SIDES)
+
+
+def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
+    with torch.device("meta"):
+        state = ConvNeXtV2((3, 3, 27, 3), (352, 704, 1408, 2816)).state_dict()
+    huge = Subject(state, state, describe(state))
+    with pytest.raises(UserError, match="--half true"):
+        export_formats.write_onnx(huge, tmp_path / "a.onnx")
+
+
+# --- the check itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch):
+    write, read, package = export.FORMATS["torchscript"]
+
+    def other(subject: Subject, path: Path):
+        function = read(subject, path)
+        return lambda images: function(images) * (1 + wrong)
+
+    monkeypatch.setitem(export.FORMATS, "torchscript", (write, other, package))
+    with pytest.raises(UserError, match="gives another output"):
+        main(files / "classifier.pth", "--to", "torchscript", "--output", tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeypatch):
+    def write(subject: Subject, path: Path) -> None:
+        changed = {name: value + 1e-7 for name, value in subject.state.items()}
+        export_formats.save(changed, path)
+
+    _, *rest = export.FORMATS["safetensors"]
+    monkeypatch.setitem(export.FORMATS, "safetensors", (write, *rest))
+    with pytest.raises(UserError, match="same weights"):
+        main(
+            *[files / "classifier.pth", "--to", "safetensors"],
+            *["--output", tmp_path / "a.safetensors"],
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_consumer_is_said_in_the_last_line(files, tmp_path, monkeypatch, capsys):
+    write, read, _ = export.FORMATS["hf"]
+    monkeypatch.setitem(export.FORMATS, "hf", (write, read, "not-a-package"))
+    main(files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf")
+    said = capsys.readouterr().out
+    assert "NOT checked, since it is not installed: pip install not-a-package" in said
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
+# --- graphs ---------------------------------------------------------------------------------
+
+
+def test_weights_that_fit_no_network_are_refused_though_nobody_could_check(tmp_path, monkeypatch):
+    """Without the consumer a transposed tensor was written and kept."""
+    state = classifier().state_dict()
+    name = "stages.1.0.pwconv1.weight"
+    torch.save(state | {name: state[name].T}, tmp_path / "odd.pth")
+    reader = (*export.FORMATS["hf"][:2], "not-a-package")
+    monkeypatch.setitem(export.FORMATS, "hf", reader)
+    with pytest.raises(UserError, match=r"odd\.pth does not fit ConvNeXtV2: .*pwconv1\.weight"):
+        main(tmp_path / "odd.pth", "--to", "hf", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_block_is_no_smaller_network(tmp_path):
+    """Atto without its last block of stage 2 became a network of other depths, and good."""
+    with torch.device("meta"):
+        state = create_model("convnextv2_atto").state_dict()
+    state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
+    torch.save({"model": state, "args": {"model": "convnextv2_atto"}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"convnextv2_atto has depths and widths .*\(2, 2, 5, 2\)"):
+        main(tmp_path / "a.pth", "--to", "safetensors")
+
+
+def test_export_tells_what_it_took_and_warns_of_wild_weights(tmp_path, capsys):
+    model = classifier()
+    with torch.no_grad():
+        for block in model.modules():
+            if hasattr(block, "pwconv1"):
+                block.pwconv1.weight.normal_(std=0.88)
+    torch.save(model.state_dict() | {"pred.bias": torch.zeros(3)}, tmp_path / "wild.pth")
+    main(tmp_path / "wild.pth", "--to", "timm", "--output", tmp_path / "out.safetensors")
+    said = capsys.readouterr().err
+    assert "official layout; " in said
+    assert "1 dropped (pred.bias)" in said
+    assert "have an rms of" in said
+
+
+@pytest.mark.parametrize("target", GRAPHS)
+@pytest.mark.parametrize("half", [False, True])
+def test_graph_takes_other_batches_and_sizes(target, half, tmp_path):
+    given, path = subject(half=half), tmp_path / f"a{TARGETS[target]}"
+    write, read, _ = export.FORMATS[target]
+    write(given, path)
+    function, network = read(given, path), Network(given)
+    for shape in ((1, 224, 224), (3, 256, 192), (2, 65, 127)):
+        images = torch.randn(shape[0], 3, *shape[1:])
+        with torch.no_grad():
+            got, expected = function(images), network(images)
+        assert got.dtype == torch.float32
+        limit = (2e-3 if half else 1e-5) * expected.abs().max()
+        assert (got - expected).abs().max() <= limit
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_onnx_graph_is_plain(opset, tmp_path):
+    """No arithmetic on shapes, one LayerNormalization a norm, and vectors for GRN.
+
+    A beta of four axes was taken for the bias of a GELU by a fusion of onnxruntime.
+    """
+    import onnx
+
+    export_formats.write_onnx(subject(opset=opset), tmp_path / "a.onnx")
+    model = onnx.load(tmp_path / "a.onnx")
+    assert model.opset_import[0].version == opset
+    kinds = [node.op_type for node in model.graph.node]
+    assert not {"Shape", "Reshape", "Slice", "Gather", "Concat"} & set(kinds)
+    assert kinds.count("LayerNormalization") == 4 + 4 + 1  # blocks, downsampling, the last one
+    vectors = [t for t in model.graph.initializer if "grn" in t.name or t.dims == [4 * SIZE[1][0]]]
+    assert all(len(tensor.dims) <= 1 for tensor in vectors)
+    (images,), (logits,) = model.graph.input, model.graph.output
+    dims = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
+    assert dims == ["batch", 3, "height", "width"]
+    assert logits.name == "logits"
+
+
+def test_half_precision_graph_sums_in_full_precision(tmp_path):
+    """In fp16 the sum of squares of 224 x 224 pixels' features is infinite."""
+    import onnx
+
+    export_formats.write_onnx(subject(half=True), tmp_path / "a.onnx")
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "a.onnx"))
+    kind = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    kind |= {value.name: value.type.tensor_type.elem_type for value in inferred.graph.output}
+    types = onnx.TensorProto
+    for node in inferred.graph.node:
+        if node.op_type in ("ReduceSum", "ReduceMean", "Sqrt"):
+            assert kind[node.output[0]] == types.FLOAT, node.name
+        if node.op_type in ("Conv", "MatMul", "Gemm"):
+            assert kind[node.output[0]] == types.FLOAT16, node.name
+    held = [tensor for tensor in inferred.graph.initializer if len(tensor.dims) > 1]
+    assert all(tensor.data_type == types.FLOAT16 for tensor in held)
+
+
+def test_half_precision_survives_large_activations(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        for block in (stage[0] for stage in model.stages):
+            block.pwconv1.bias += 50  # squares of 2500 at 256 places and more
+    given = subject(model, half=True)
+    export_formats.write_torchscript(given, tmp_path / "a.pt")
+    images = torch.randn(1, 3, 224, 224)
+    got, expected = (
+        export_formats.read_torchscript(given, tmp_path / "a.pt")(images),
+        Network(given)(images),
+    )
+    assert got.isfinite().all()
+    assert (got - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+# --- transformers ---------------------------------------------------------------------------
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Smooth colours with some noise, as a photograph has."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noisy = smooth.astype(int) + generator.integers(-20, 21, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct"), [(224, None), (224, 0.5), (96, 1.0), (384, None), (32, None)]
+)
+@pytest.mark.parametrize("shape", [(300, 300), (640, 480), (200, 224), (150, 500)])
+def test_processor_is_our_evaluation_transform(size, crop_pct, shape, tmp_path):
+    """To 4 of 255 levels: PIL and torchvision round bicubic differently, most where they enlarge.
+
+    Where a margin is odd, the crop of transformers may sit a pixel beside torchvision's.
+    """
+    import transformers
+
+    values = huggingface.hf_processor(subject(size=(size, size), crop_pct=crop_pct))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    image = picture(*shape)
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(x)[:, None, None] for x in mean_and_std())
+    ours = create_eval_transform((size, size), crop_pct)(image)
+    difference = ((theirs * std + mean) * 255 - ours).abs()
+    beside = [difference]
+    for axis in (1, 2):  # ours is one further at most
+        moved = (theirs * std + mean) * 255
+        length = ours.shape[axis] - 1
+        beside.append((moved.narrow(axis, 1, length) - ours.narrow(axis, 0, length)).abs())
+    assert theirs.shape == ours.shape
+    assert min(d.max().item() for d in beside) <= 4.01
+    assert values["do_center_crop"] == (size not in (32, 384))
+
+
+def test_folder_knows_labels_and_preprocessing(files, tmp_path):
+    output = tmp_path / "hf"
+    main(files / "classifier.pth", "--to", "hf", "--output", output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["id2label"] == {"0": "red", "1": "green", "2": "blue"}
+    assert config["layer_norm_eps"] == 1e-6
+    assert config["architectures"] == ["ConvNextV2ForImageClassification"]
+    processor = json.loads((output / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.5] * 3  # as the run had it
+    assert processor["size"] == {"shortest_edge": 73}  # 64 / 0.875
+    assert "AutoModelForImageClassification" in (output / "README.md").read_text()
+
+
+def test_one_channel(tmp_path):
+    torch.save({"model": classifier(in_chans=1).state_dict()}, tmp_path / "grey.pth")
+    for target in ("hf", "timm", "torchscript"):
+        output = tmp_path / f"a{TARGETS[target]}"
+        main(tmp_path / "grey.pth", "--to", target, "--output", output, *SIDES)
+    values = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
+    assert (values["do_convert_rgb"], len(values["image_mean"])) == (False, 1)
+
+
+# --- what is known of the weights -----------------------------------------------------------
+
+
+def test_labels_come_from_the_file_the_checkpoint_imagenet_or_numbers(tmp_path):
+    (tmp_path / "names.txt").write_text("a\n\n b \nc\n")
+    path = str(tmp_path / "names.txt")
+    assert huggingface.find_labels(path, CLASSES, 3) == ["a", "b", "c"]
+    assert huggingface.find_labels(None, CLASSES, 3) == CLASSES
+    assert huggingface.find_labels(None, CLASSES, 2) == ["class_0", "class_1"]
+    assert huggingface.find_labels(None, None, 1000)[0] == "tench, Tinca tinca"
+
+
+def test_flags_of_an_official_checkpoint_are_understood():
+    given = argparse.Namespace(input_size=384)
+    assert export.as_dict(given) == {"input_size": 384}
+    assert export.as_dict(None) == {}
+
+
+def test_size_of_the_run_is_that_of_the_export(files):
+    words = [files / "classifier.pth", "--to", "hf"]
+    build = export.build_subject
+    parser = options.export_parser()
+    assert build(parser.parse_args(list(map(str, words)))).size == (64, 64)
+    words += ["--input_size", "96"]
+    assert build(parser.parse_args(list(map(str, words)))).size == (96, 96)
+    words = [files / "encoder.pth", "--to", "hf"]
+    assert build(parser.parse_args(list(map(str, words)))).size == (224, 224)
+
+
+@pytest.mark.parametrize("name", ["tiny", "atto"])
+def test_published_size_is_called_by_its_name(name):
+    from models import create_model
+
+    with torch.device("meta"):
+        given = subject(create_model(f"convnextv2_{name}", num_classes=7))
+    assert export.default_output(given, "timm") == f"convnextv2_{name}-timm.safetensors"
+    assert export_formats.timm_arguments(given) == (f"convnextv2_{name}", {"num_classes": 7})

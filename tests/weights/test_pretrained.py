@@ -1,0 +1,415 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Weights from files, hubs and addresses into models, or a message and nothing changed."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import logging
+import ssl
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import utils
+from errors import UserError
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from tests import tiny
+from weights import download
+from weights.convert import to_hf, to_official, to_timm
+from weights.files import read_checkpoint
+from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+
+SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.eval()
+
+
+def classifier(seed: int = 0, classes: int = 3, **kwargs) -> ConvNeXtV2:
+    return randomise(ConvNeXtV2(*SIZE, num_classes=classes), seed, **kwargs)
+
+
+def autoencoder(seed: int = 0) -> FCMAE:
+    return randomise(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8), seed)
+
+
+def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.fixture
+def lines(caplog):
+    """What the toolkit's logger says."""
+    logger = logging.getLogger("convnextv2")
+    before = logger.propagate, logger.level
+    logger.propagate = True
+    caplog.set_level(logging.INFO, logger="convnextv2")
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.propagate = before[0]
+    logger.setLevel(before[1])
+
+
+# --- files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convert", [dict, to_timm, to_hf, to_official])
+@pytest.mark.parametrize("file", ["a.pth", "a.pt", "a.bin", "a.safetensors", "named as it likes"])
+def test_every_layout_in_every_kind_of_file(tmp_path, convert, file):
+    state = convert(classifier().state_dict())
+    if "safetensors" in file:
+        save_file(state, tmp_path / file)
+    else:
+        torch.save(state if "bin" in file else {"model": state}, tmp_path / file)
+    model = classifier(seed=1)
+    load_pretrained(model, str(tmp_path / file), new=())
+    assert_same(values(model), values(classifier()))
+
+
+def test_folder_of_a_hub_model_stands_for_its_weights(tmp_path):
+    save_file(to_hf(classifier().state_dict()), tmp_path / "model.safetensors")
+    model = classifier(seed=1)
+    load_pretrained(model, str(tmp_path))
+    assert_same(values(model), values(classifier()))
+
+
+def test_averaged_weights_are_taken_when_asked_for(tmp_path):
+    state, average = classifier().state_dict(), classifier(seed=2).state_dict()
+    torch.save({"model": state, "model_ema": average}, tmp_path / "a.pth")
+    model = classifier(seed=1)
+    load_pretrained(model, str(tmp_path / "a.pth"), EMA_KEY)
+    assert_same(values(model), values(classifier(seed=2)))
+
+
+@pytest.mark.parametrize("average", [{}, {"model_ema": None}])
+def test_absent_average_is_an_error_and_not_the_plain_weights(tmp_path, average):
+    torch.save({"model": classifier().state_dict(), **average}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="expected weights under 'model_ema"):
+        load_pretrained(classifier(), str(tmp_path / "a.pth"), EMA_KEY)
+
+
+def test_averages_are_found_only_where_they_are(tmp_path):
+    for name, content in {
+        "both": {"model": {}, "model_ema": classifier().state_dict()},
+        "none": {"model": classifier().state_dict(), "model_ema": None},
+        "bare": classifier().state_dict(),
+    }.items():
+        torch.save(content, tmp_path / name)
+        assert has_average(str(tmp_path / name)) == (name == "both")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_model_of_a_fork_loads_its_own_names(tmp_path, prefix):
+    """Weights of unknown names were refused, though they fitted the model that was asked for."""
+    source, target = tiny.Other(3), tiny.Other(3)
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    load_pretrained(target, str(tmp_path / "a.pth"), new=())
+    assert_same(values(target), values(source))
+    torch.save(classifier().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth does not fit Other: 4 missing"):
+        load_pretrained(target, str(tmp_path / "a.pth"))
+
+
+def test_fork_takes_the_encoder_of_its_autoencoder(tmp_path):
+    target, source = tiny.Other(3), tiny.Other(3)
+    state = {f"encoder.{name}": value for name, value in source.state_dict().items()}
+    torch.save(state | {"pred.weight": torch.zeros(2)}, tmp_path / "a.pth")
+    assert load_pretrained(target, str(tmp_path / "a.pth")).dropped == ["pred.weight"]
+    assert_same(values(target), values(source))
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_average_begins_with_what_a_published_run_has(tmp_path, averaged, lines):
+    """It was the raw weights, without a word, though the file held the average."""
+    content = {"model": classifier().state_dict(), "epoch": 3}
+    content |= {"model_ema": classifier(seed=2).state_dict()} if averaged else {}
+    torch.save(content, tmp_path / "a.pth")
+    model, average = classifier(seed=1), classifier(seed=1)
+    load_both(model, average, str(tmp_path / "a.pth"))
+    assert_same(values(model), values(classifier()))
+    assert_same(values(average), values(classifier(seed=2 if averaged else 0)))
+    assert any("the average starts from the weights" in line for line in lines()) != averaged
+
+
+def test_average_of_a_folder_is_the_best_average(tmp_path, lines):
+    for name, seed in (("checkpoint-best.pth", 2), ("checkpoint-best-ema.pth", 3)):
+        state = classifier(seed=seed).state_dict()
+        torch.save({"model": state, "model_ema": state}, tmp_path / name)
+    for key, seed in ((EMA_KEY, 3), ("model", 2)):
+        model = classifier(seed=1)
+        load_pretrained(model, str(tmp_path), key)
+        assert_same(values(model), values(classifier(seed=seed)))
+    assert any(line.endswith("checkpoint-best-ema.pth of it") for line in lines())
+
+
+# --- what is said -----------------------------------------------------------------------
+
+
+def test_report_tells_what_became_of_everything(tmp_path, lines):
+    torch.save({"model": to_timm(classifier(classes=5).state_dict())}, tmp_path / "a.pth")
+    model = classifier(seed=1)
+    report = load_pretrained(model, str(tmp_path / "a.pth"))
+    assert report.layout == "timm"
+    assert report.renamed["stem.0.weight"] == "downsample_layers.0.0.weight"
+    assert "stages.0.0.grn.gamma (16,) -> (1, 1, 1, 16)" in report.reshaped
+    assert report.dropped == ["head.weight", "head.bias"]
+    assert report.missing == ["head.weight", "head.bias"]
+    assert len(report.loaded) == len(model.state_dict()) - 2
+    warning, summary = lines()
+    assert warning.endswith("its head for 5 classes does not fit: a new one")
+    assert "timm layout; 58 tensors loaded, 58 of them renamed; 2 new (head.weight" in summary
+    expected = values(classifier(classes=5))
+    for name, value in model.state_dict().items():
+        wanted = values(classifier(seed=1)) if name.startswith("head.") else expected
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_head_that_does_not_fit_is_an_error_in_evaluation(tmp_path):
+    torch.save(classifier(classes=5).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"head\.weight \(5, 10\) instead of \(3, 10\)"):
+        load_pretrained(classifier(), str(tmp_path / "a.pth"), new=())
+
+
+def test_part_of_a_head_is_no_head(tmp_path):
+    """A head.weight without its bias once kept a bias of another initialisation."""
+    state = classifier().state_dict()
+    del state["head.bias"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"1 missing \(head\.bias\)"):
+        load_pretrained(classifier(), str(tmp_path / "a.pth"))
+
+
+def test_encoder_alone_starts_an_autoencoder_whose_decoder_is_new(tmp_path):
+    save_file(to_timm(autoencoder().encoder.state_dict()), tmp_path / "a.safetensors")
+    model = autoencoder(seed=1)
+    report = load_pretrained(model, str(tmp_path / "a.safetensors"))
+    assert_same(values(model.encoder), values(autoencoder().encoder))
+    assert {name.split(".")[0] for name in report.missing} == {
+        *("proj", "mask_token", "decoder", "pred")
+    }
+
+
+def test_decoder_of_another_width_is_an_error(tmp_path):
+    other = FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=16)
+    torch.save(other.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(
+        UserError, match=r"proj\.weight \(16, 10, 1, 1\) instead of \(8, 10, 1, 1\)"
+    ):
+        load_pretrained(autoencoder(), str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(0.88, True), (0.1, False)])
+def test_weights_of_the_official_double_initialisation_are_warned_of(
+    tmp_path, lines, scale, warned
+):
+    """Pre-trained by the official script they overflow fp16, and the loss is NaN."""
+    torch.save(classifier(scale=scale).state_dict(), tmp_path / "a.pth")
+    load_pretrained(classifier(), str(tmp_path / "a.pth"))
+    told = [line for line in lines() if "rms of 0.8" in line and "--amp bf16" in line]
+    assert bool(told) == warned
+
+
+# --- from elsewhere ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that cannot be reached, with a cache that holds two models."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for owner, name, file in (
+        ("timm", "convnextv2_atto.fcmae", "model.safetensors"),
+        ("someone", "theirs", "pytorch_model.bin"),
+    ):
+        folder = tmp_path / f"models--{owner}--{name}"
+        (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("c0ffee")
+        state = to_timm(classifier().state_dict())
+        if file.endswith("bin"):
+            torch.save(state, folder / "snapshots" / "c0ffee" / file)
+        else:
+            save_file(state, folder / "snapshots" / "c0ffee" / file)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["timm:convnextv2_atto.fcmae", "hf-hub:timm/convnextv2_atto.fcmae", "hf-hub:someone/theirs"],
+)
+def test_hub_names_and_what_is_cached_of_them(hub, source):
+    model = classifier(seed=1)
+    load_pretrained(model, source)
+    assert_same(values(model), values(classifier()))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf-hub:someone/nothing", "cannot be reached and the weights are in no cache"),
+        ("timm:convnextv2_tiny.fcmae", "cannot be reached"),
+        ("timm:convnextv2_tny.fcmae", "Did you mean 'convnextv2_tiny.fcmae'"),
+        ("hf-hub:nobody", "expected hf-hub:owner/name"),
+        ("http://example.com/a.pth", "expected a file, a folder, hf-hub"),
+        ("https://localhost:1/a.pth", "https://localhost:1/a.pth: .*check address and network"),
+    ],
+)
+def test_sources_that_give_nothing_say_why(hub, source, message):
+    model = classifier(seed=1)
+    with pytest.raises(UserError, match=message) as caught:
+        load_pretrained(model, source)
+    assert "\n" not in str(caught.value)
+    assert_same(values(model), values(classifier(seed=1)))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """An https server on this machine with a file a.pth; yields its address and the file."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    served = tmp_path / "served"
+    served.mkdir()
+    torch.save({"model": classifier().state_dict()}, served / "a.pth")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(served))
+
+        def log_message(self, *args):
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    service = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    service.socket = context.wrap_socket(service.socket, server_side=True)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    yield f"https://localhost:{service.server_port}/a.pth", served / "a.pth"
+    service.shutdown()
+    service.server_close()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_https_address_with_its_hash(server, lines):
+    address, file = server
+    model = classifier(seed=1)
+    load_pretrained(model, address, sha256=sha256(file))
+    assert_same(values(model), values(classifier()))
+    file.unlink()  # the second time it is in the cache
+    again = classifier(seed=1)
+    load_pretrained(
+        again, address, sha256=download.locate(address) and sha256(download.locate(address))
+    )
+    assert_same(values(again), values(classifier()))
+    assert sum("without --sha256" in line for line in lines()) == 2  # said by locate alone
+
+
+def test_https_address_with_another_hash_leaves_nothing(server, tmp_path):
+    address, _ = server
+    with pytest.raises(UserError, match="invalid hash value"):
+        read_checkpoint(address, "0" * 64)
+    assert not list((tmp_path / "torch").rglob("*.pth"))
+    read_checkpoint(address)
+    with pytest.raises(UserError, match=f"expected {'0' * 64}: another or a damaged file"):
+        read_checkpoint(address, "0" * 64)  # the one in the cache
+
+
+def test_hash_is_checked_of_local_files_too(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth", sha256(tmp_path / "a.pth").upper())
+    for wrong, message in (("0" * 64, "has sha256"), ("12", "64 hexadecimal digits")):
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(tmp_path / "a.pth", wrong)
+    with pytest.raises(UserError, match="belongs to a file"):
+        read_checkpoint(tmp_path, "0" * 64)
+
+
+# --- bad files --------------------------------------------------------------------------
+
+
+def truncated(path: Path) -> None:
+    torch.save({"model": classifier().state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def truncated_safetensors(path: Path) -> None:
+    save_file(classifier().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def a_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("cat.jpg", b"no picture")
+
+
+def transposed(path: Path) -> None:
+    state = classifier().state_dict()
+    state["stages.2.0.pwconv1.weight"] = state["stages.2.0.pwconv1.weight"].T
+    torch.save(state, path)
+
+
+BAD = {
+    "truncated": (truncated, "truncated, damaged or no checkpoint"),
+    "truncated safetensors": (truncated_safetensors, "truncated, damaged or no checkpoint"),
+    "text": (lambda path: path.write_text("some notes\n"), "begins with b'some note"),
+    "zip": (a_zip, "truncated, damaged or no checkpoint"),
+    "nothing in it": (lambda path: torch.save({}, path), "expected weights under"),
+    "no weights": (lambda path: torch.save({"model": {}}, path), "expected weights under"),
+    "a list": (lambda path: torch.save([1, 2], path), "holds list; expected weights"),
+    "resnet": (
+        lambda path: torch.save({"model": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, path),
+        "no weights of a ConvNeXt V2: the names look like conv1.weight",
+    ),
+    "transposed": (transposed, r"pwconv1\.weight \(8, 32\) instead of \(32, 8\)"),
+    "absent": (lambda path: None, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("build", [classifier, autoencoder])
+def test_bad_file_is_one_line_that_names_it_and_nothing_is_half_loaded(tmp_path, case, build):
+    write, message = BAD[case]
+    write(tmp_path / "bad.pth")
+    model = build(seed=1)
+    with pytest.raises(UserError, match=message) as caught:
+        load_pretrained(model, str(tmp_path / "bad.pth"))
+    assert str(caught.value).count("bad.pth") == 1
+    assert "\n" not in str(caught.value)
+    assert_same(values(model), values(build(seed=1)))
+
+
+def test_errors_of_the_main_process_are_everybodys(monkeypatch):
+    """Others would wait for a download that failed."""
+    told = []
+    monkeypatch.setattr(utils, "is_main_process", lambda: False)
+    monkeypatch.setattr(utils, "broadcast", lambda value: (None, "no network"))
+    with pytest.raises(UserError, match="no network"):
+        utils.main_process_first(lambda: told.append(1))
+    assert not told
