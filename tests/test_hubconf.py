@@ -18,6 +18,7 @@ from errors import UserError
 from models import create_model, list_models
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
+from tests.test_layout import MODULES, imported
 from weights.convert import to_timm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,14 +110,9 @@ def test_entry_points_are_the_models_there_are():
 
 
 def test_modules_that_could_hide_each_other_are_watched():
-    from tests.test_layout import ALLOWED, imported
-
     needed, new = set(), {"hubconf"}
     while new:
-        name = new.pop()
-        path = ROOT / (name.replace(".", "/") + ".py")
-        path = path if path.exists() else ROOT / name / "__init__.py"
-        found = imported(path.read_text(), name.split(".")[0]) & ALLOWED.keys()
+        found = imported(MODULES[new.pop()])
         new |= found - needed
         needed |= found
     assert {name.split(".")[0] for name in needed} == set(hubconf.OWN)

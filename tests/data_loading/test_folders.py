@@ -150,7 +150,7 @@ def test_disk_that_does_not_answer_empties_no_list(tmp_path, monkeypatch):
         return scan(folder)
 
     monkeypatch.setattr(folders, "_scan", failing)
-    monkeypatch.setattr("data_faults.WAITS", (0.0, 0.0))
+    monkeypatch.setattr("data_loading.workers.WAITS", (0.0, 0.0))
     with pytest.raises(UserError, match="Stale file handle.*tried"):
         list_images(root, True, tmp_path / "lists" / "train.index")
     assert len(tried) == 3

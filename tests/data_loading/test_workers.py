@@ -186,7 +186,7 @@ class Stalling(Dataset):
 def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_bad):
     """A file server that restarts would empty the data set under --on_bad_image skip."""
     waits = []
-    monkeypatch.setattr("data_faults.time.sleep", waits.append)
+    monkeypatch.setattr("data_loading.workers.time.sleep", waits.append)
     whole = Augmented(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
     again = Augmented(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
     assert torch.equal(whole[0], again[0])  # drawn anew, and the same
@@ -200,7 +200,7 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
 def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
-    monkeypatch.setattr("data_faults.time.sleep", lambda seconds: 1 / 0)
+    monkeypatch.setattr("data_loading.workers.time.sleep", lambda seconds: 1 / 0)
     assert isinstance(Augmented(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
 
 
@@ -307,7 +307,7 @@ def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
         sent.append(mine)
         return [mine, {"b": "of the other"}] if len(sent) == 1 else [mine]
 
-    monkeypatch.setattr("data_faults.all_gather", gather)
+    monkeypatch.setattr("data_loading.workers.all_gather", gather)
     bad = BadImages(tmp_path, train)
     assert bad.write() == 2
     train.bad |= {"b": "seen here too", "c": "y"}
@@ -351,7 +351,7 @@ def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
 
     bad = BadImages(tmp_path, Told(a="x"))
     with monkeypatch.context() as broken:
-        broken.setattr("data_faults.write_atomically", full)
+        broken.setattr("data_loading.workers.write_atomically", full)
         bad.write()
     assert "no space left" in log.text
     bad.write()

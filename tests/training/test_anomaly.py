@@ -296,7 +296,7 @@ def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
     def full(*_: object) -> None:
         raise OSError("No space left")
 
-    monkeypatch.setattr("guard.write_atomically", full)
+    monkeypatch.setattr("training.anomaly.write_atomically", full)
     model, optimizer, stepper = product()
     guard, state = guarded(stepper, model, optimizer, folder=tmp_path)
     feed(model, stepper, NAN)

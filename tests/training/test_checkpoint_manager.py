@@ -224,7 +224,10 @@ def test_saves_every_so_many_updates():
 
 def test_saves_by_the_clock(monkeypatch):
     now, saved = [100.0], []
-    monkeypatch.setattr("keeper.time.monotonic", lambda: now.__setitem__(0, now[0] + 20) or now[0])
+    monkeypatch.setattr(
+        "training.checkpoint_manager.time.monotonic",
+        lambda: now.__setitem__(0, now[0] + 20) or now[0],
+    )
     drive(Keeper(lambda state, writer: saved.append(state.updates), every_minutes=2), 12)
     assert len(saved) >= 2
     assert len(set(saved)) == len(saved)

@@ -262,7 +262,7 @@ def epochs(keeper: Keeper, count: int, *accuracies: float, last: bool = False) -
 
 @pytest.fixture
 def no_pause(monkeypatch):
-    monkeypatch.setattr("keeper.PAUSE", 0.0)
+    monkeypatch.setattr("training.checkpoint_manager.PAUSE", 0.0)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -316,7 +316,7 @@ def test_folder_that_cannot_be_synchronised_is_no_failure(tmp_path, monkeypatch)
             raise OSError(errno.EINVAL, "Invalid argument")
         fsync(number)
 
-    monkeypatch.setattr("checkpoint.os.fsync", refuse)
+    monkeypatch.setattr("weights.files.os.fsync", refuse)
     write_atomically("text", tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "text"
 
@@ -329,9 +329,9 @@ def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
         tries.append(path)
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr("resume.PAUSE", 0.0)
+    monkeypatch.setattr("training.resume.PAUSE", 0.0)
     with monkeypatch.context() as broken:
-        broken.setattr("resume.has_seal", stale)
+        broken.setattr("training.resume.has_seal", stale)
         with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
             choose_checkpoint(tmp_path, "", True)
     assert len(tries) == 3

@@ -313,7 +313,7 @@ def test_cifar_is_read_from_the_archive_and_then_from_the_files(tmp_path):
 def test_cifar_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     """Half a file would be refused by its checksum from then on."""
     kind = fake_cifar(tmp_path)
-    monkeypatch.setattr("checkpoint.os.replace", lambda *paths: 1 / 0)
+    monkeypatch.setattr("weights.files.os.replace", lambda *paths: 1 / 0)
     with pytest.raises(UserError, match="ZeroDivisionError"):
         find_cifar(kind, str(tmp_path), True)
     assert everything(tmp_path / kind.base_folder) == set()
@@ -474,11 +474,8 @@ def test_no_file_of_ours_unpickles_or_unpacks_elsewhere():
     }  # fmt: skip
     files = [*product_files(), *root.glob("benchmarks/*.py")]
     for word, allowed in homes.items():
-        found = {
-            path.relative_to(root).as_posix()
-            for path in files
-            if word in path.read_text(encoding="utf-8")
-        }
+        texts = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in files}
+        found = {name for name, text in texts.items() if word in text}
         assert found == allowed, word
     calls = [
         (path.relative_to(root).as_posix(), {word.arg: word.value for word in node.keywords})
