@@ -7,37 +7,27 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100
+from torch.utils.data import DataLoader
 
-from data_loading.builtin import Cifar, find_cifar
-from data_loading.decode import load_image
-from data_loading.folders import FileIndex, list_images
-from data_loading.loader import Batches
-from data_loading.rng import mix
+from data_loading.bad_images import BadImages
+from data_loading.builtin import Digits, Synthetic, cifar10, cifar100
+from data_loading.dataset import Augmented
+from data_loading.folders import DataSpec, folder, image_folder, imnet
+from data_loading.loader import Batches, collate, create_loader
+from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
-    Augmented,
-    EvalSampler,
-    TrainSampler,
-    collate,
     create_eval_transform,
-    create_loader,
     create_pretrain_transform,
     create_train_transform,
     height_and_width,
     mean_and_std,
 )
-from data_loading.workers import BadImages
 from errors import UserError, resolve
-from utils import get_rank, get_world_size
+from parallel.process_group import get_rank, get_world_size
 
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
     "DATASETS",
@@ -69,127 +59,6 @@ PATIENCE = 1800.0  # seconds for one sample: half of what ranks wait for each ot
 
 
 # --- data sets: (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label) -----
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """What a row of `DATASETS` may need to know; each uses what concerns it."""
-
-    data_path: str | None = None
-    eval_data_path: str | None = None
-    input_size: tuple[int, int] = (224, 224)
-    nb_classes: int | None = None
-    data_index: str = ""
-
-
-def _folder_at(path: str | None, flag: str, holds: str) -> Path:
-    if not path:
-        raise UserError(f"{flag} is not given; expected a folder with {holds}")
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{flag} {path}: no such folder; expected {holds} there")
-    return root
-
-
-class ImageFiles(Dataset):
-    """The images of an index, with their labels."""
-
-    def __init__(self, samples: FileIndex):
-        self.samples, self.classes = samples, samples.classes
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return load_image(path), label
-
-
-def _images(root: Path, labelled: bool, spec: DataSpec, train: bool) -> ImageFiles:
-    name = "train.index" if train else "val.index"
-    file = Path(spec.data_index).expanduser() / name if spec.data_index else None
-    return ImageFiles(list_images(root, labelled, file))
-
-
-def imnet(spec: DataSpec, train: bool) -> ImageFiles:
-    """`train/` and `val/` under data_path, one folder a class."""
-    root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
-    split = root / ("train" if train else "val")
-    if not split.is_dir():
-        raise UserError(
-            f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
-            "folder a class. Class folders right there are --data_set image_folder, images "
-            "without labels --data_set folder"
-        )
-    return _images(split, True, spec, train)
-
-
-def image_folder(spec: DataSpec, train: bool) -> ImageFiles:
-    """One folder a class: in data_path for training, in eval_data_path for validation."""
-    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
-    root = _folder_at(path, f"--{flag}", "one folder of images a class")
-    return _images(root, True, spec, train)
-
-
-def folder(spec: DataSpec, train: bool) -> ImageFiles:
-    """Images without labels, flat or nested, in order of their paths, for pre-training."""
-    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
-    return _images(_folder_at(path, f"--{flag}", "images"), False, spec, train)
-
-
-def cifar10(spec: DataSpec, train: bool) -> Cifar:
-    """CIFAR-10 in data_path, downloaded there if need be."""
-    return find_cifar(CIFAR10, spec.data_path, train)
-
-
-def cifar100(spec: DataSpec, train: bool) -> Cifar:
-    """CIFAR-100 in data_path, downloaded there if need be."""
-    return find_cifar(CIFAR100, spec.data_path, train)
-
-
-class Digits(Dataset):
-    """1797 grey 8x8 digits (assets/README.md); in each class every fifth is for validation."""
-
-    classes = tuple("0123456789")
-
-    def __init__(self, train: bool):
-        with np.load(Path(__file__).resolve().parent / "assets" / "digits.npz") as file:
-            images, labels = file["images"], file["labels"]
-        nth = np.zeros(len(labels), dtype=np.int64)  # how many of its class came before
-        for label in range(10):
-            nth[labels == label] = np.arange((labels == label).sum())
-        chosen = (nth % 5 != 4) if train else (nth % 5 == 4)
-        self.images = (images[chosen].astype(np.uint16) * 255 // 16).astype(np.uint8)  # was 0..16
-        self.labels = labels[chosen].tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
-
-
-class Synthetic(Dataset):
-    """Discs on noise; the label is the hue, which tints the noise for crops that miss the disc."""
-
-    def __init__(self, size: tuple[int, int], nb_classes: int, train: bool):
-        self.size, self.train = size, train
-        self.classes = tuple(f"hue{k}" for k in range(nb_classes))
-
-    def __len__(self) -> int:
-        return 1024 if self.train else 256
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        (height, width), label = self.size, index % len(self.classes)
-        random = np.random.default_rng(mix(int(self.train), index))
-        colour = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
-        radius = random.uniform(0.25, 0.45) * min(height, width)
-        y = np.arange(height)[:, None] + 0.5 - random.uniform(radius, height - radius)
-        x = np.arange(width)[None, :] + 0.5 - random.uniform(radius, width - radius)
-        share = np.where(y**2 + x**2 <= radius**2, 0.8, 0.2)[..., None]  # (H, W, 1) of colour
-        noise = random.uniform(0, 255, size=(height, width, 1))
-        pixels = (share * colour + (1 - share) * noise).astype(np.uint8)  # (H, W, 3)
-        return Image.fromarray(pixels), label
 
 
 DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {

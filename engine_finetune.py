@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import utils
 from data_loading.rng import seed_all
 from datasets import Batches
 from errors import UserError, some
-from optim_factory import MovingAverage, Schedule
-from parallel import sharding
+from optim_factory import Schedule
+from parallel import process_group, sharding
 from training.anomaly import Guard
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
+from training.ema import MovingAverage
 from training.hooks import Reporter
 from training.meters import Means, accuracy
 from training.stepper import Stepper, autocast
-from utils import TrainState
 
 
 def train_one_epoch(
@@ -69,7 +69,7 @@ def train_one_epoch(
         if mixup is None:  # with mixed images there is no right answer to count
             means.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         reporter.after_batch(len(images))
-        taken += len(images) * utils.get_world_size()
+        taken += len(images) * process_group.get_world_size()
         if update:
             state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
@@ -95,7 +95,7 @@ def supervised_loss(
 
     `mixup` changes the images in place.
     """
-    seed_all(seed, update, micro, utils.get_rank())
+    seed_all(seed, update, micro, process_group.get_rank())
     images, targets, _ = batch
     if mixup is not None:
         images, targets = mixup(images, targets)

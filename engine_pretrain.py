@@ -11,16 +11,16 @@ from functools import partial
 
 from torch import Tensor, nn
 
-import utils
 from data_loading.rng import hash_noise, seed_all
 from datasets import Batches
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
+from parallel import process_group
 from training.anomaly import Guard
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.hooks import Reporter
 from training.stepper import Stepper
-from utils import TrainState
 
 
 def train_one_epoch(
@@ -57,7 +57,7 @@ def train_one_epoch(
 
         means.update(len(images), loss=loss.detach())
         reporter.after_batch(len(images))
-        taken += len(images) * utils.get_world_size()
+        taken += len(images) * process_group.get_world_size()
         if update:
             state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
@@ -84,5 +84,5 @@ def masked_loss(
     h, w = fcmae.grid_size(*images.shape[-2:])
     visible = visible_patches(h * w, fcmae.mask_ratio)
     mask = random_mask(hash_noise(seed, epoch, ids, h * w), visible)
-    seed_all(seed, update, micro, utils.get_rank())
+    seed_all(seed, update, micro, process_group.get_rank())
     return network(images, mask, visible)[0]

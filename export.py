@@ -19,6 +19,7 @@ from typing import Any
 
 from config import parser as options
 from config.flags import GRAPHS, TARGETS
+from parallel import process_group
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     parser = options.export_parser()
@@ -29,7 +30,6 @@ if __name__ == "__main__":  # --help and typing errors answer before torch is lo
 import torch
 from torch import Tensor
 
-import utils
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError
 from weights import export_formats, huggingface
@@ -202,4 +202,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.launch(main, args)
+    process_group.launch(main, args)

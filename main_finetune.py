@@ -13,6 +13,8 @@ from functools import partial
 
 from config import parser as options
 from config.parser import finetune_parser as get_args_parser
+from parallel import process_group
+from training import checkpoint
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     args = options.parse(get_args_parser())
@@ -21,12 +23,10 @@ import torch
 
 import datasets
 import models
-import utils
 from data_loading.rng import make_deterministic, seed_all
 from engine_finetune import evaluate, train_one_epoch
 from models.kernels.autotune import choices, set_kernels
 from optim_factory import (
-    build_ema,
     build_optimizer,
     build_schedule,
     choose_update_freq,
@@ -38,6 +38,7 @@ from training import dry_run, hooks, resume
 from training.anomaly import build_guard
 from training.checkpoint_manager import build_keeper
 from training.cuda_graphs import Graphed, check_graphs
+from training.ema import build_ema
 from training.run_lock import hold_folder
 from training.setup import check_alike
 from training.stepper import Stepper, choose_amp
@@ -47,11 +48,11 @@ from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or only evaluate, as `args` from `options.parse` say."""
     # --- 1. set-up --------------------------------------------------------------------------
-    device = utils.init_distributed_mode(
+    device = process_group.init_distributed_mode(
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     check_alike(vars(args))
-    log = utils.get_logger()
+    log = process_group.get_logger()
     if args.recipe:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     sharing = sharding.build_sharing(args, device, amp)
-    processes = utils.get_world_size()
+    processes = process_group.get_world_size()
     folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     state.count_updates(updates_per_epoch, effective_batch, len(train_set))
     known = {"args": vars(args), "classes": datasets.class_map(train_set)}
     known |= {"keep": args.save_ckpt_num, "source": args.resume}
-    save = partial(utils.save_model, folder, *parts, **known)
+    save = partial(checkpoint.save_model, folder, *parts, **known)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     about |= {"mixup": mixup, "model_ema": model_ema}
@@ -178,7 +179,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(batches, model, device, amp)
         left_out = bad_images.write()
-        utils.get_logger().info(
+        process_group.get_logger().info(
             "%s of %s on %d images: acc1 %.2f%%  acc5 %.2f%%  loss %.4f",
             key,
             path,
@@ -187,8 +188,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             stats["acc5"],
             stats["loss"],
         )
-    utils.get_logger().info("kernels %s", choices.summary())
+    process_group.get_logger().info("kernels %s", choices.summary())
 
 
 if __name__ == "__main__":
-    utils.launch(main, args)
+    process_group.launch(main, args)

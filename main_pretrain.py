@@ -12,14 +12,15 @@ from functools import partial
 
 from config import parser as options
 from config.parser import pretrain_parser as get_args_parser
+from parallel import process_group
+from training import checkpoint
+from training.pictures import build_panel, grid, reconstructions
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     args = options.parse(get_args_parser())
 
 import datasets
 import models
-import utils
-import visualize
 from data_loading.rng import make_deterministic, seed_all
 from engine_pretrain import train_one_epoch
 from models.fcmae import visible_patches
@@ -45,18 +46,18 @@ from weights.pretrained import load_pretrained
 def main(args: argparse.Namespace) -> None:
     """Pre-train as `args` from `options.parse` say."""
     # --- 1. set-up --------------------------------------------------------------------------
-    device = utils.init_distributed_mode(
+    device = process_group.init_distributed_mode(
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     check_alike(vars(args))
-    log = utils.get_logger()
+    log = process_group.get_logger()
     if args.recipe:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
     sharing = sharding.build_sharing(args, device, amp)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
-    processes = utils.get_world_size()
+    processes = process_group.get_world_size()
     folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(dataset))
     about = {"args": vars(args), "keep": args.save_ckpt_num, "source": args.resume}
-    save = partial(utils.save_model, folder, *parts, **about)
+    save = partial(checkpoint.save_model, folder, *parts, **about)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     train_epoch = partial(train_one_epoch, model, fcmae, **about)
@@ -115,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
         return dry_run.check_run(
             args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
         )
-    panel = args.picture_freq and visualize.build_panel(dataset.dataset, fcmae, args, device)
+    panel = args.picture_freq and build_panel(dataset.dataset, fcmae, args, device)
     mean_and_std = datasets.build_mean_and_std(args)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
@@ -134,12 +135,12 @@ def main(args: argparse.Namespace) -> None:
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
             if panel and (last or state.epoch % args.picture_freq == 0):
                 with sharding.whole_weights(fcmae) as network, autocast(device, amp):
-                    if utils.is_main_process():
-                        pictures = visualize.reconstructions(network, *panel, *mean_and_std)
-                        reporter.picture("reconstructions", visualize.grid(pictures))
+                    if process_group.is_main_process():
+                        pictures = reconstructions(network, *panel, *mean_and_std)
+                        reporter.picture("reconstructions", grid(pictures))
             keeper.end_epoch(state, last=last)
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")
 
 
 if __name__ == "__main__":
-    utils.launch(main, args)
+    process_group.launch(main, args)

@@ -7,7 +7,6 @@ python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -15,11 +14,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from errors import UserError, resolve
 from parallel import sharding
-from utils import get_logger
+from parallel.process_group import get_logger
 
 UNDECAYED = (".bias", ".gamma", ".beta", "mask_token")  # GRN and the token have 4 axes but no size
 
@@ -279,45 +278,4 @@ def build_schedule(
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
         weight_decay_end=args.weight_decay_end,
-    )
-
-
-class MovingAverage:
-    """The exponential moving average of a model's weights and float buffers, in `module`.
-
-    decay: the share that an update keeps; after the n-th, when that is less, 1 - n^(-2/3).
-    device: where to keep it.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
-        self.module = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-        self.decay, self.device = decay, device
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, updates: Tensor, taken: Tensor) -> None:
-        """Follow `model`, which so many `updates` have changed, unless the last was not `taken`.
-
-        Where the average lies beside the model the host waits for nothing.
-        """
-        old = [sharding.local(kept) for kept in self.module.parameters()]
-        share = updates.to(old[0]).pow(-2 / 3).clamp(min=1 - self.decay)
-        taken = taken.to(self.device)
-        share = torch.where(taken, share, 0.0)
-        news = [sharding.local(new).to(self.device) for new in model.parameters()]
-        change = torch._foreach_sub(news, old)
-        torch._foreach_mul_(change, share)
-        torch._foreach_add_(old, change)
-        for kept, new in zip(self.module.buffers(), model.buffers(), strict=True):
-            new = new.to(self.device)  # of a skipped update it need not be finite
-            new = kept.lerp(new, share.to(kept.dtype)) if kept.is_floating_point() else new
-            kept.copy_(torch.where(taken, new, kept))
-
-
-def build_ema(args: Any, model: nn.Module) -> MovingAverage | None:
-    """The moving average that the flags ask for, or None."""
-    if not args.model_ema:
-        return None
-    device = next(model.parameters()).device
-    return MovingAverage(
-        model, args.model_ema_decay, torch.device("cpu") if args.model_ema_force_cpu else device
     )

@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from parallel import process_group
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -81,13 +83,12 @@ def _child(script: str, words: Sequence[str]) -> int:
     import importlib
     import traceback
 
-    import utils
     from config import parser as options
 
     module = importlib.import_module(script)
-    utils.get_logger().handlers.clear()  # they write to what standard output was
+    process_group.get_logger().handlers.clear()  # they write to what standard output was
     try:
-        utils.launch(module.main, options.parse(module.get_args_parser(), words))
+        process_group.launch(module.main, options.parse(module.get_args_parser(), words))
     except SystemExit as end:
         return end.code
     except Exception:

@@ -15,6 +15,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from parallel import process_group
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -96,7 +98,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
 
-import utils
 from benchmarks.cifar_runs import equal_epochs, load, run
 from benchmarks.step import machine, read
 from errors import UserError
@@ -105,7 +106,7 @@ from training.stepper import choose_amp
 
 def fill_in(args: argparse.Namespace) -> None:
     """What depends on the device, and what must fit together."""
-    args.device = utils.find_device(args.device)
+    args.device = process_group.find_device(args.device)
     args.amp = choose_amp(args.amp, None, args.device)
     for flag, (_, *defaults, _) in SETTINGS.items():
         if getattr(args, flag) is None:
@@ -199,4 +200,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.launch(main, get_args_parser().parse_args())
+    process_group.launch(main, get_args_parser().parse_args())

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import engine_finetune
 import engine_pretrain
-import utils
 from data_loading.builtin import DAMAGED, Zip
 from data_loading.decode import decode, load_image_file
 from data_loading.rng import mix, seed_all
@@ -33,6 +32,7 @@ from models import create_model
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
+from training import checkpoint
 from training.anomaly import Guard
 from training.checkpoint_manager import Keeper
 from training.hooks import Reporter, summary
@@ -193,7 +193,7 @@ def train(
 ) -> tuple[list[float], dict[str, float]]:
     """Train; returns the seconds of each epoch without `test`, and what `test` says at the end."""
     optimizer = create_optimizer(model, weight_decay=args.weight_decay, **recipe)
-    updates, state = len(batches), utils.TrainState()
+    updates, state = len(batches), checkpoint.TrainState()
     schedule = Schedule(
         optimizer,
         updates_per_epoch=updates,

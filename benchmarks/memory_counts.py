@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import create_model, fcmae_name
-from models.block import Block
+from models.convnextv2 import Block
 from models.fcmae import random_mask, visible_patches
 from models.kernels import autotune, ops
 from optim_factory import get_parameter_groups

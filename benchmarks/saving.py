@@ -15,6 +15,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from training import checkpoint
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -39,13 +41,12 @@ if __name__ == "__main__":
 
 import torch
 
-import utils
 from benchmarks.step import machine
 from benchmarks.variants import Variant, make_variant
 from models.fcmae import visible_patches
 from training import stepper
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Writer
-from utils import TrainState
 
 MASK_RATIO = 0.6
 
@@ -70,7 +71,7 @@ def window(
 
     A save in the background that takes longer than they is waited for afterwards, not counted.
     """
-    save = partial(utils.save_model, folder, variant.model, variant.optimizer, args={}, keep=1)
+    save = partial(checkpoint.save_model, folder, variant.model, variant.optimizer, args={}, keep=1)
     wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from parallel import process_group
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -51,20 +53,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils
 from data_loading.folders import CRC, FIRST, HEADER, MAGIC, VERSION, open_index
 from data_loading.loader import Batches
-from data_loading.transforms import TrainSampler
+from data_loading.samplers import TrainSampler
 from engine_finetune import supervised_loss
 from engine_pretrain import masked_loss
 from models import create_model, fcmae_name
 from models.kernels import autotune
 from optim_factory import create_optimizer
 from parallel.sharding import Sharing
-from training.checkpoint_manager import Agreement
+from training.checkpoint import TrainState
 from training.hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
+from training.preemption import Agreement
 from training.stepper import Stepper
-from utils import TrainState
 
 CPU = torch.device("cpu")
 
@@ -99,7 +100,7 @@ class Steps:
         x = torch.randn(images, 3, self.size, self.size)
         x = x.contiguous(memory_format=torch.channels_last)
         batch = x, torch.randint(CLASSES, (images,)), torch.arange(images)
-        silent = utils.get_world_size() > 1 and not exchange
+        silent = process_group.get_world_size() > 1 and not exchange
         with self.model.no_sync() if silent else nullcontext():
             seconds = seconds_a_call(partial(self.step, batch), count)
         self.stepper.read()  # it keeps a record of each update until somebody asks
@@ -109,7 +110,7 @@ class Steps:
 def seconds_a_call(work: Callable[[], Any], count: int) -> float:
     """Seconds, after one call untimed, all ranks at the same time."""
     work()
-    utils.barrier()
+    process_group.barrier()
     start = time.perf_counter()
     for _ in range(count):
         work()
@@ -208,7 +209,7 @@ def index_cost(length: int) -> dict[str, float]:
 def log_cost(print_freq: int) -> dict[str, float]:
     """Seconds of an update's report without a line, of a line with each hook, of an epoch's."""
     state, batches = TrainState(), Batches([], CPU, [0.0] * 3, [1.0] * 3)
-    lines, logger, found = max(3, UPDATES // print_freq), utils.get_logger(), {}
+    lines, logger, found = max(3, UPDATES // print_freq), process_group.get_logger(), {}
     before = logger.handlers
     with tempfile.TemporaryDirectory() as name, Path(name, "log").open("w") as log:
         folder = Path(name)
@@ -263,7 +264,7 @@ def serve(args: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the toolkit prints is no answer
     torch.set_num_threads(1)
-    utils.init_distributed_mode("cpu", args.meet or "env://")
+    process_group.init_distributed_mode("cpu", args.meet or "env://")
     steps: list[Steps] = []
     for line in sys.stdin:
         about = json.loads(line)

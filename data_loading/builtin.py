@@ -7,6 +7,7 @@ python -c "from data_loading import builtin; print(builtin.unpickle(b'\\x80\\x02
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import io
 import pickle
@@ -22,12 +23,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_url
 
+from data_loading.folders import DataSpec
+from data_loading.rng import mix
 from errors import UserError
-from utils import is_main_process, main_process_first
-from weights.files import write_atomically
+from parallel.process_group import is_main_process, main_process_first
+from utils import write_atomically
 
 LARGEST = 2**29  # bytes that an archive may unpack to; CIFAR's are 180 MiB
 HEADERS = 2**24  # bytes of an archive that are no member's
@@ -249,3 +252,58 @@ def find_cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> Cifar
             ) from error
 
     return main_process_first(find)
+
+
+def cifar10(spec: DataSpec, train: bool) -> Cifar:
+    """CIFAR-10 in data_path, downloaded there if need be."""
+    return find_cifar(CIFAR10, spec.data_path, train)
+
+
+def cifar100(spec: DataSpec, train: bool) -> Cifar:
+    """CIFAR-100 in data_path, downloaded there if need be."""
+    return find_cifar(CIFAR100, spec.data_path, train)
+
+
+class Digits(Dataset):
+    """1797 grey 8x8 digits (assets/README.md); in each class every fifth is for validation."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, train: bool):
+        with np.load(Path(__file__).resolve().parent / "assets" / "digits.npz") as file:
+            images, labels = file["images"], file["labels"]
+        nth = np.zeros(len(labels), dtype=np.int64)  # how many of its class came before
+        for label in range(10):
+            nth[labels == label] = np.arange((labels == label).sum())
+        chosen = (nth % 5 != 4) if train else (nth % 5 == 4)
+        self.images = (images[chosen].astype(np.uint16) * 255 // 16).astype(np.uint8)  # was 0..16
+        self.labels = labels[chosen].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+
+class Synthetic(Dataset):
+    """Discs on noise; the label is the hue, which tints the noise for crops that miss the disc."""
+
+    def __init__(self, size: tuple[int, int], nb_classes: int, train: bool):
+        self.size, self.train = size, train
+        self.classes = tuple(f"hue{k}" for k in range(nb_classes))
+
+    def __len__(self) -> int:
+        return 1024 if self.train else 256
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        (height, width), label = self.size, index % len(self.classes)
+        random = np.random.default_rng(mix(int(self.train), index))
+        colour = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
+        radius = random.uniform(0.25, 0.45) * min(height, width)
+        y = np.arange(height)[:, None] + 0.5 - random.uniform(radius, height - radius)
+        x = np.arange(width)[None, :] + 0.5 - random.uniform(radius, width - radius)
+        share = np.where(y**2 + x**2 <= radius**2, 0.8, 0.2)[..., None]  # (H, W, 1) of colour
+        noise = random.uniform(0, 255, size=(height, width, 1))
+        pixels = (share * colour + (1 - share) * noise).astype(np.uint8)  # (H, W, 3)
+        return Image.fromarray(pixels), label

@@ -27,17 +27,20 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
 
-from data_loading.decode import EXTENSIONS
-from data_loading.workers import patiently
+from data_loading.bad_images import patiently
+from data_loading.decode import EXTENSIONS, load_image
 from errors import UserError, some
-from utils import from_main_process, get_logger
-from weights.files import write_atomically
+from parallel.process_group import from_main_process, get_logger
+from utils import write_atomically
 
 MAGIC, VERSION = b"\x89images\n", 1
 HEADER, CRC = struct.Struct("<8s4Q"), struct.Struct("<Q")
@@ -276,3 +279,69 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a row of `DATASETS` may need to know; each uses what concerns it."""
+
+    data_path: str | None = None
+    eval_data_path: str | None = None
+    input_size: tuple[int, int] = (224, 224)
+    nb_classes: int | None = None
+    data_index: str = ""
+
+
+def _folder_at(path: str | None, flag: str, holds: str) -> Path:
+    if not path:
+        raise UserError(f"{flag} is not given; expected a folder with {holds}")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{flag} {path}: no such folder; expected {holds} there")
+    return root
+
+
+class ImageFiles(Dataset):
+    """The images of an index, with their labels."""
+
+    def __init__(self, samples: FileIndex):
+        self.samples, self.classes = samples, samples.classes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return load_image(path), label
+
+
+def _images(root: Path, labelled: bool, spec: DataSpec, train: bool) -> ImageFiles:
+    name = "train.index" if train else "val.index"
+    file = Path(spec.data_index).expanduser() / name if spec.data_index else None
+    return ImageFiles(list_images(root, labelled, file))
+
+
+def imnet(spec: DataSpec, train: bool) -> ImageFiles:
+    """`train/` and `val/` under data_path, one folder a class."""
+    root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
+    split = root / ("train" if train else "val")
+    if not split.is_dir():
+        raise UserError(
+            f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
+            "folder a class. Class folders right there are --data_set image_folder, images "
+            "without labels --data_set folder"
+        )
+    return _images(split, True, spec, train)
+
+
+def image_folder(spec: DataSpec, train: bool) -> ImageFiles:
+    """One folder a class: in data_path for training, in eval_data_path for validation."""
+    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
+    root = _folder_at(path, f"--{flag}", "one folder of images a class")
+    return _images(root, True, spec, train)
+
+
+def folder(spec: DataSpec, train: bool) -> ImageFiles:
+    """Images without labels, flat or nested, in order of their paths, for pre-training."""
+    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
+    return _images(_folder_at(path, f"--{flag}", "images"), False, spec, train)

@@ -7,13 +7,17 @@ python -c "from data_loading import loader; print(loader.Batches.__doc__)"
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_loading.dataset import Replaced
+from data_loading.workers import WatchedLoader
 from errors import UserError
 
 
@@ -90,3 +94,58 @@ class Batches:
         x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
         x = x if images.is_floating_point() else x / 255
         return (x - self.mean) / self.std
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
+    """Samples -> images (N, C, H, W), labels (N,), ids (N,), what was `Replaced`: (name, why).
+
+    Or the first UserError among them.
+    """
+    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    if error is not None:
+        return error
+    bad = [fault for sample in samples if isinstance(sample, Replaced) for fault in sample.bad]
+    samples = [sample.sample if isinstance(sample, Replaced) else sample for sample in samples]
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:  # all left out
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad
+    images, labels, ids = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to all processes of a job would end the workers that its last update needs.
+
+    They leave with their run: torch's watchdog sees when that is gone.
+    """
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def create_loader(
+    dataset: Dataset,
+    sampler: Sampler,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_mem: bool = False,
+    drop_last: bool = False,
+    timeout: float = 0,
+    collate_fn: Callable[[list], Any] = collate,
+) -> WatchedLoader:
+    """A DataLoader of `collate`d batches whose workers live as long as it does.
+
+    timeout: seconds that a worker may take for one sample; 0: any time.
+    """
+    return WatchedLoader(
+        dataset,
+        num_workers,
+        timeout,
+        _leave_signals_to_the_run,
+        sampler=sampler,
+        batch_size=max(1, batch_size),
+        pin_memory=pin_mem and torch.cuda.is_available(),  # elsewhere torch only warns
+        drop_last=drop_last,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate_fn,
+    )

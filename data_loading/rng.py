@@ -7,7 +7,6 @@ python -c "from data_loading import rng; print(rng.mix(0, 1))"
 
 from __future__ import annotations
 
-import math
 import os
 import random
 
@@ -19,7 +18,6 @@ from errors import UserError
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64, Steele et al. 2014
 _WORD = (1 << 64) - 1
-ROUNDS = 16  # 12 give some orders of seven things more often than others, 16 do not
 
 
 def mix(*numbers: int) -> int:
@@ -37,7 +35,7 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _scramble(x: Tensor) -> Tensor:
+def scramble(x: Tensor) -> Tensor:
     """The splitmix64 finaliser on int64 tensors, whose products wrap and whose shifts keep sign."""
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
@@ -50,37 +48,8 @@ def hash_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
     Works on every device without a host sync, so a sample's mask is the same whatever the
     number of ranks, workers or the batch it falls into.
     """
-    rows = _scramble(ids[:, None] * _signed(_GOLDEN) + mix(seed, epoch))
-    return _scramble(rows + torch.arange(1, count + 1, device=ids.device) * _signed(_GOLDEN))
-
-
-def shuffled(positions: Tensor, length: int, *numbers: int) -> Tensor:
-    """(N,) int64 positions -> (N,) what is there in the random order of [0, length) of `numbers`.
-
-    Nothing is kept: any part of any order can be had at once, up to a length of 2^62. This is the
-    generalized Feistel cipher of Black and Rogaway (2002, eprint.iacr.org/2001/012): it permutes
-    the cells of the least rectangle that has `length` and is about square; what lands on a cell
-    too many is permuted again until it does not.
-    """
-    rows = math.isqrt(max(length, 1) - 1) + 1
-    rows += rows % 2  # odd sides would give even permutations alone
-    sides = rows, -(-length // rows)
-    keys = [mix(*numbers, number) for number in range(ROUNDS)]
-    found = _permute_cells(positions, sides, keys)
-    while len(outside := (found >= length).nonzero().flatten()):
-        found[outside] = _permute_cells(found[outside], sides, keys)
-    return found
-
-
-def _permute_cells(cells: Tensor, sides: tuple[int, int], keys: list[int]) -> Tensor:
-    """Rows and columns move in turn, each by a hash of the other."""
-    place = [cells // sides[1], cells % sides[1]]
-    for number, key in enumerate(keys):
-        this, side = number % 2, sides[number % 2]
-        step = (_scramble(place[1 - this] + key) & 0xFFFFFFFF) * side >> 32  # in [0, side)
-        moved = place[this] + step
-        place[this] = moved - side * (moved >= side)
-    return place[0] * sides[1] + place[1]
+    rows = scramble(ids[:, None] * _signed(_GOLDEN) + mix(seed, epoch))
+    return scramble(rows + torch.arange(1, count + 1, device=ids.device) * _signed(_GOLDEN))
 
 
 def seed_all(*numbers: int) -> None:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.block import Block, set_grad_checkpointing
-from models.convnextv2 import ConvNeXtV2
+from models.convnextv2 import Block, ConvNeXtV2, set_grad_checkpointing
 from models.layers import PatchConv
 from models.sparse import PatchGrid
 

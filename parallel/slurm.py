@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import EXIT_REQUEUE
+from parallel import process_group
 
 JOB_NUMBER = "%j"
 WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # of a scheduler, before it ends a job
@@ -54,11 +55,10 @@ class Trainer:
         # submitit's port may be one that the system has given to a connection.
         os.environ["MASTER_PORT"] = exported.port_of(zlib.crc32(job.job_id.encode()))
         sys.argv = [f"{self.module}.py"]  # whose errors the log shows
-        import utils
 
         main = importlib.import_module(self.module)
         try:
-            utils.launch(main.main, self._flags(main, job.job_id))
+            process_group.launch(main.main, self._flags(main, job.job_id))
         except SystemExit as end:  # holds on to all of the run: see _leave
             if end.code != EXIT_REQUEUE:
                 raise

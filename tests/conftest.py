@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 
-from utils import get_logger
+from parallel.process_group import get_logger
 
 torch.set_num_threads(1)
 CACHE = tempfile.TemporaryDirectory()  # of choices between kernels; the user's own stay his

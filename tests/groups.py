@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import utils
+from parallel import process_group
 
 TIME_LIMIT_S = 120
 Job = Callable[[int, Path], Any]  # (rank, folder) -> plain types and tensors
@@ -43,7 +43,7 @@ def _main(rank: int, ranks: int, port: int, jobs: Sequence[Job], folder: Path) -
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    assert utils.init_distributed_mode("cpu").type == "cpu"
+    assert process_group.init_distributed_mode("cpu").type == "cpu"
     results = {job.__name__: job(rank, folder) for job in jobs}
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()

@@ -18,16 +18,13 @@ from torch.utils.data import Dataset
 
 import datasets
 from data_loading import builtin
+from data_loading.dataset import Augmented
 from data_loading.decode import decode
-from data_loading.loader import Batches
+from data_loading.loader import Batches, collate, create_loader
+from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
-    Augmented,
-    EvalSampler,
     RandomErasing,
-    TrainSampler,
-    collate,
     create_eval_transform,
-    create_loader,
     create_pretrain_transform,
     create_train_transform,
     mean_and_std,
@@ -78,7 +75,7 @@ class Listed(Dataset):
 
 
 def test_digits_split_leaks_no_image_and_no_class():
-    train, val = datasets.Digits(True), datasets.Digits(False)
+    train, val = builtin.Digits(True), builtin.Digits(False)
     assert (len(train), len(val)) == (1442, 355)
     assert np.bincount(val.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
     assert train.images.max() == 255
@@ -130,7 +127,7 @@ def test_synthetic_label_survives_crops_flips_and_rotations():
     crop = create_pretrain_transform(24, scale=(0.08, 1.0))
     colours = [datasets.colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
     colours = torch.tensor(colours) - torch.tensor(colours).mean(1, keepdim=True)
-    val = Augmented(datasets.Synthetic((24, 40), 10, train=False), crop, seed=0)
+    val = Augmented(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
     right = 0
     for i in range(200):
         image, label, _ = val[0, i]
@@ -140,7 +137,7 @@ def test_synthetic_label_survives_crops_flips_and_rotations():
 
 
 def test_synthetic_differs_between_splits_but_not_between_reads():
-    train, val = (datasets.Synthetic((8, 12), 10, flag) for flag in (True, False))
+    train, val = (builtin.Synthetic((8, 12), 10, flag) for flag in (True, False))
     assert train[3][0].size == (12, 8)
     assert train[3][0].tobytes() == train[3][0].tobytes()
     assert train[3][0].tobytes() != val[3][0].tobytes()

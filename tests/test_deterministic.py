@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import datasets
-import utils
 from config import parser as options
 from data_loading.rng import make_deterministic
 from errors import UserError
 from models.kernels import autotune
+from parallel import process_group
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 
 ALL = ["--deterministic", "--drop_path", "0.2", "--scale", "0.3", "1", "--save_ckpt_num", "1"]
@@ -104,7 +104,7 @@ def rank_main(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    utils.init_distributed_mode("cpu")
+    process_group.init_distributed_mode("cpu")
     found = {workers: batches_of(3, workers) for workers in (0, 3)}
     torch.save(found, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()

@@ -16,10 +16,10 @@ import main_finetune
 import main_pretrain
 from config import parser as options
 from errors import UserError
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.meters import Means
 from training.stepper import Stepper
-from utils import TrainState
 
 COMMON = (
     "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "

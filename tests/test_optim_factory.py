@@ -18,7 +18,6 @@ from models.fcmae import FCMAE
 from optim_factory import (
     LayerDecayValueAssigner,
     Schedule,
-    build_ema,
     build_optimizer,
     build_schedule,
     cosine,
@@ -26,6 +25,7 @@ from optim_factory import (
     get_parameter_groups,
     scale_lr,
 )
+from training.ema import build_ema
 
 
 def classifier(depths=(1, 1, 2, 1)) -> ConvNeXtV2:

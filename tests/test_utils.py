@@ -20,10 +20,12 @@ import torch.distributed as dist
 import utils
 from data_loading.rng import hash_noise, mix, seed_all
 from errors import TrainingStopped, UserError
+from parallel import process_group
 from parallel.environment import read_launcher
+from parallel.process_group import init_distributed_mode
 from parallel.sharding import Sharing
+from training.checkpoint import TrainState
 from training.run_lock import hold_folder
-from utils import TrainState, init_distributed_mode
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "OMPI_", "MASTER_")
 
@@ -34,9 +36,9 @@ def clean(monkeypatch):
     saved = dict(os.environ)
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
-    monkeypatch.setattr(utils.get_logger(), "propagate", True)
-    monkeypatch.setattr(utils.get_logger(), "handlers", [])
-    monkeypatch.setattr(utils.get_logger(), "level", logging.NOTSET)
+    monkeypatch.setattr(process_group.get_logger(), "propagate", True)
+    monkeypatch.setattr(process_group.get_logger(), "handlers", [])
+    monkeypatch.setattr(process_group.get_logger(), "level", logging.NOTSET)
     yield os.environ
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -155,8 +157,12 @@ def parse(**flags):
 def test_plain_python_makes_no_group(clean):
     assert init_distributed_mode("cpu") == torch.device("cpu")
     assert not dist.is_initialized()
-    assert (utils.get_rank(), utils.get_world_size(), utils.is_main_process()) == (0, 1, True)
-    assert utils.get_logger().level == logging.INFO
+    assert (
+        process_group.get_rank(),
+        process_group.get_world_size(),
+        process_group.is_main_process(),
+    ) == (0, 1, True)
+    assert process_group.get_logger().level == logging.INFO
 
 
 def test_group_of_one_is_a_group(clean):
@@ -168,7 +174,7 @@ def test_group_of_one_is_a_group(clean):
     assert dist.get_backend() == "gloo"
     layer = torch.nn.Linear(1, 1)
     assert Sharing("ddp", torch.device("cpu")).wrap(layer) is layer
-    assert utils.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
+    assert process_group.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_torchrun_is_understood(clean):
@@ -252,12 +258,12 @@ def test_world_size_that_the_launcher_contradicts_is_refused(clean, launcher, go
 
 def test_device_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--device tpus: expected auto, cpu, cuda"):
-        utils.find_device("tpus")
-    assert utils.find_device("cpu") == torch.device("cpu")
+        process_group.find_device("tpus")
+    assert process_group.find_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda:1: no such device here"):
-            utils.find_device("cuda:1")
-        assert utils.find_device("auto").type != "cuda"
+            process_group.find_device("cuda:1")
+        assert process_group.find_device("auto").type != "cuda"
 
 
 # --- the end of a script --------------------------------------------------------------------
@@ -280,7 +286,7 @@ def fail(error: BaseException):
 )
 def test_users_see_one_line_and_an_exit_code(capsys, error, code, message):
     with pytest.raises(SystemExit) as stop:
-        utils.launch(fail(error), None)
+        process_group.launch(fail(error), None)
     told = capsys.readouterr().err
     assert stop.value.code == code
     assert message in told
@@ -289,7 +295,7 @@ def test_users_see_one_line_and_an_exit_code(capsys, error, code, message):
 
 def test_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        utils.launch(fail(ZeroDivisionError()), None)
+        process_group.launch(fail(ZeroDivisionError()), None)
 
 
 # --- run state ------------------------------------------------------------------------------
@@ -356,8 +362,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert utils._own_device("cuda", 3, 1) == torch.device("cuda:1")
+    assert process_group._own_device("cuda", 3, 1) == torch.device("cuda:1")
     with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs.*at most 2 here"):
-        utils._own_device("cuda", 3, 2)
+        process_group._own_device("cuda", 3, 2)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # srun and mpirun may show each process its own
-    assert utils._own_device("cuda", 3, 2) == torch.device("cuda:0")
+    assert process_group._own_device("cuda", 3, 2) == torch.device("cuda:0")

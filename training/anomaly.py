@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from parallel import sharding
+from parallel.process_group import all_gather, get_logger, get_rank, is_main_process
+from training.checkpoint import TrainState, is_finite
 from training.checkpoint_manager import snapshot
 from training.stepper import Fault, Stepper, autocast
-from utils import TrainState, all_gather, get_logger, get_rank, is_finite, is_main_process
-from weights.files import write_atomically
+from utils import write_atomically
 
 FILE = "bad_batch.json"
 KEPT = 100  # faults in that file

@@ -22,13 +22,14 @@ from typing import Any
 from datasets import Augmented, Batches, class_map
 from errors import TrainingStopped, some
 from optim_factory import Schedule
+from parallel.process_group import all_gather, barrier, broadcast, get_logger, get_rank
+from parallel.process_group import get_world_size as processes
 from training import hooks, run_lock
+from training.checkpoint import TrainState
 from training.run_lock import holder
 from training.stepper import Stepper
 from training.trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable, size_of
 from training.trial_data import Decoded, Stream, decode_some, rate_of
-from utils import TrainState, all_gather, barrier, broadcast, get_logger, get_rank
-from utils import get_world_size as processes
 
 SECONDS = 4.0  # that a measurement lasts
 DECODING = 4.0  # seconds for images of each set

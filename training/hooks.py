@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import utils
-import visualize
 from config import parser as options
 from datasets import Batches
 from errors import UserError
 from models.kernels.autotune import choices, only_torch
-from training import run_lock
+from parallel import process_group
+from training import pictures, run_lock
+from training.checkpoint import TrainState
 from training.meters import Means
-from utils import TrainState
-from weights.files import write_atomically
+from utils import write_atomically
 
 Record = dict[str, float]
 
@@ -90,7 +89,7 @@ class Reporter:
 
     def after_batch(self, images: int) -> None:
         """A micro-batch of so many images went by."""
-        self.images += images * utils.get_world_size()
+        self.images += images * process_group.get_world_size()
 
     def after_update(self, lr: float) -> bool:
         """An update is done; a log line reads the meters on every rank. Returns if this was one."""
@@ -113,7 +112,7 @@ class Reporter:
         }
         self._tell("on_log", record, self.state)
         if not self.told_kernels:  # at the first line every choice is made
-            utils.get_logger().info("kernels %s", choices.summary())
+            process_group.get_logger().info("kernels %s", choices.summary())
             self.told_kernels = True
         self._restart_window()
         return True
@@ -139,7 +138,9 @@ class Reporter:
             try:
                 getattr(hook, what)(*about)
             except OSError as error:
-                utils.get_logger().warning("%s cannot write: %s", type(hook).__name__, error)
+                process_group.get_logger().warning(
+                    "%s cannot write: %s", type(hook).__name__, error
+                )
 
     def _memory_mb(self) -> float:
         """Largest memory so far: of the GPU if there is one, else of this process."""
@@ -164,7 +165,7 @@ class LineHook(Hook):
         self.epochs = epochs
 
     def on_log(self, record: Record, state: TrainState) -> None:
-        utils.get_logger().info(
+        process_group.get_logger().info(
             "epoch %d/%d  step %d/%d  %s",
             state.epoch + 1,
             self.epochs,
@@ -174,7 +175,9 @@ class LineHook(Hook):
         )
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        utils.get_logger().info("epoch %d/%d done  %s", state.epoch, self.epochs, summary(stats))
+        process_group.get_logger().info(
+            "epoch %d/%d done  %s", state.epoch, self.epochs, summary(stats)
+        )
 
 
 def describe(record: Record) -> str:
@@ -336,7 +339,7 @@ class PictureHook(Hook):
     def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
         place = self.folder / name
         place.mkdir(exist_ok=True)  # in the run's folder, which is not made anew where it vanished
-        (place / f"epoch-{state.epoch - 1}.png").write_bytes(visualize.png(picture))
+        (place / f"epoch-{state.epoch - 1}.png").write_bytes(pictures.png(picture))
 
 
 def build_reporter(
@@ -349,7 +352,7 @@ def build_reporter(
     """The hooks that the flags ask for, on the main process, and the reporter that tells them."""
     updates_all = updates_per_epoch * args.epochs
     found: list[Hook] = []
-    utils.from_main_process(
+    process_group.from_main_process(
         lambda: found.extend(_build_hooks(args, folder, state, updates_per_epoch))
     )
     return Reporter(found, device, state, updates_all, updates_per_epoch, args.print_freq)
@@ -389,7 +392,7 @@ def log_cost(
     model.eval()
     with torch.no_grad(), only_torch(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
-    utils.get_logger().info(
+    process_group.get_logger().info(
         "%s: %.2fM parameters, %.3f GMAC an image forward",
         type(model).__name__,
         parameters / 1e6,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from utils import all_gather, all_reduce_sum, get_rank, get_world_size
+from parallel.process_group import all_gather, all_reduce_sum, get_rank, get_world_size
 
 
 class Means:

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from errors import UserError
-from utils import TrainState, from_main_process, get_logger, is_main_process, main_process_first
-from weights.files import (
-    drop_passed,
-    has_seal,
-    numbered_checkpoints,
-    read_checkpoint,
-    restore_run,
+from parallel.process_group import (
+    from_main_process,
+    get_logger,
+    is_main_process,
+    main_process_first,
 )
+from training.checkpoint import TrainState, drop_passed, restore_run
+from weights.files import numbered_checkpoints, read_checkpoint
 
 RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go on from it
 # Flags without which it is not the same run, and those that are nobody's affair.
@@ -163,10 +163,6 @@ def _note_fault(path: Path, reasons: dict[Path, str]) -> bool:
     """
     for attempt in range(ATTEMPTS):
         try:
-            if not has_seal(path):
-                raise UserError(
-                    f"checkpoint {path} has no checksum at its end: truncated, or foreign"
-                )
             content = read_checkpoint(path)
             absent = [key for key in RUN if key not in content]
             if absent:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import TrainingStopped, UserError
-from utils import from_main_process, get_logger
+from parallel.process_group import from_main_process, get_logger
 
 NAME = ".lock"
 BEAT = 10.0  # seconds between two signs of life

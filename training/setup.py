@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError, see_working_folder, some
-from utils import all_gather, broadcast, get_world_size
+from parallel.process_group import all_gather, broadcast, get_world_size
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("local_rank", "num_workers")  # flags whose defaults are a process's or a machine's own

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from parallel import sharding
-from utils import all_reduce_sum, get_logger, get_world_size
+from parallel.process_group import all_reduce_sum, get_logger, get_world_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP, MEMORY = 20, 100  # updates: before a loss can be a spike, and in the mean it is held to

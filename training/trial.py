@@ -22,12 +22,12 @@ from torch import Tensor
 
 from datasets import Batches, collate
 from errors import TrainingStopped, UserError
+from parallel.process_group import get_world_size as processes
 from training import hooks
 from training.anomaly import Guard
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.stepper import Stepper
-from utils import TrainState
-from utils import get_world_size as processes
 
 ENDLESS = 1 << 40  # updates to the next log line
 PERIOD = 0.002  # seconds between two looks at the memory of this process

@@ -16,11 +16,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from data_loading.dataset import Replaced
+from data_loading.loader import create_loader
 from data_loading.rng import mix
-from data_loading.transforms import Replaced, create_loader, keys_at
+from data_loading.samplers import keys_at
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError
-from utils import get_rank, get_world_size
+from parallel.process_group import get_rank, get_world_size
 
 ENDLESS = 1 << 40  # batches
 MOST = 100_000  # images that a process tries: more than it can read in the time it has

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config.flags import MODEL_KEY
 from errors import UserError
-from utils import get_logger, main_process_first
+from parallel.process_group import get_logger, main_process_first
 from weights.convert import CLASSIFIER, DECODER, SIGNS, Report, to_convnextv2, unwrap
 from weights.files import load_weights, read_checkpoint
 

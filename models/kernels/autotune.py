@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from config.flags import KERNELS
 from errors import UserError
-from utils import get_logger
-from weights.files import write_atomically
+from parallel.process_group import get_logger
+from utils import write_atomically
 
 FORMS = 1  # raise it with every change of a form: what was measured before counts no more
 GAIN = 0.9  # share of the first form's time that another must stay below to be taken

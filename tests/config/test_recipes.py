@@ -18,7 +18,7 @@ import yaml
 
 from config import parser as options
 from config import recipes
-from data_loading.transforms import TrainSampler
+from data_loading.samplers import TrainSampler
 from errors import UserError
 from models import create_model
 from optim_factory import (

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_loading.dataset import Augmented
 from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image, load_image_file
+from data_loading.folders import DataSpec
 from data_loading.transforms import (
-    Augmented,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
     mean_and_std,
 )
-from datasets import DataSpec, create_dataset
+from datasets import create_dataset
 from errors import UserError
 
 PHOTOS = Path(os.environ.get("PHOTOS", "photos.zip"))  # of any *.JPEG

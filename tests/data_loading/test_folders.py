@@ -25,14 +25,17 @@ from PIL import Image
 from torchvision.datasets import DatasetFolder
 
 import datasets
-import utils
 import visualize
 from config import parser as options
 from data_loading import folders
+from data_loading.dataset import Augmented
 from data_loading.decode import EXTENSIONS
 from data_loading.folders import FIRST, FileIndex, list_images, open_index, write_index
-from data_loading.transforms import Augmented, EvalSampler, create_eval_transform, create_loader
+from data_loading.loader import create_loader
+from data_loading.samplers import EvalSampler
+from data_loading.transforms import create_eval_transform
 from errors import UserError
+from parallel import process_group
 from tests.test_end_to_end import run
 
 # Folders and names that sort differently as paths, as parts, as bytes, and as str.
@@ -84,7 +87,7 @@ def test_classes_are_in_torchvisions_order(tmp_path, place):
     index = list_images(root, True, place)
     assert pairs(index) == theirs.samples
     assert list(index.classes) == theirs.classes
-    assert datasets.class_map(datasets.ImageFiles(index)) == theirs.class_to_idx
+    assert datasets.class_map(folders.ImageFiles(index)) == theirs.class_to_idx
 
 
 def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
@@ -95,7 +98,7 @@ def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
     index = list_images(root, False, place)
     assert pairs(index) == [(p, 0) for p in sorted(walk) if p.lower().endswith(EXTENSIONS)]
     assert index.classes is None
-    assert datasets.class_map(datasets.ImageFiles(index)) is None
+    assert datasets.class_map(folders.ImageFiles(index)) is None
 
 
 def test_link_to_a_folder_above_ends(tmp_path):
@@ -150,7 +153,7 @@ def test_disk_that_does_not_answer_empties_no_list(tmp_path, monkeypatch):
         return scan(folder)
 
     monkeypatch.setattr(folders, "_scan", failing)
-    monkeypatch.setattr("data_loading.workers.WAITS", (0.0, 0.0))
+    monkeypatch.setattr("data_loading.bad_images.WAITS", (0.0, 0.0))
     with pytest.raises(UserError, match="Stale file handle.*tried"):
         list_images(root, True, tmp_path / "lists" / "train.index")
     assert len(tried) == 3
@@ -329,7 +332,7 @@ def test_what_killed_writers_left_goes_a_day_later(tmp_path):
 def test_names_that_are_no_text_are_logged(tmp_path):
     """Bytes that are not UTF-8, in a terminal that wants it."""
     root = plant(tmp_path / "\udcff", ["a/1.png"])
-    code = "import sys, utils, file_index, pathlib; utils.init_distributed_mode('cpu'); "
+    code = "import sys, utils, file_index, pathlib; process_group.init_distributed_mode('cpu'); "
     code += f"file_index.list_images({str(root)!r}, True, pathlib.Path({str(tmp_path / 'x')!r}))"
     own = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True)
@@ -398,7 +401,7 @@ def photos(root: Path, classes: str, count: int) -> Path:
 def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     root = photos(tmp_path / "data", "abc", 3)
     (root / "b" / "1.png").write_bytes(b"")
-    data = datasets.ImageFiles(list_images(root, True, tmp_path / "train.index"))
+    data = folders.ImageFiles(list_images(root, True, tmp_path / "train.index"))
     transform = create_eval_transform(4)
     whole = Augmented(data, transform, 0, nb_classes=3, on_bad="leave out")
     loader = create_loader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
@@ -433,7 +436,7 @@ FINETUNE += ["--device", "cpu", "--aa", "none", "--log_dir", "none", "--kernels"
 def rank_main(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    utils.init_distributed_mode("cpu")
+    process_group.init_distributed_mode("cpu")
     if rank == 1:
         folders.write_index = None  # which is the main process's
     found = [pairs(list_images(folder / "data", True, folder / "train.index")) for _ in range(2)]

@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from data_loading.rng import shuffled
-from data_loading.transforms import CHUNK, Augmented, EvalSampler, TrainSampler, create_loader
+from data_loading.dataset import Augmented
+from data_loading.loader import create_loader
+from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, shuffled
 from training.trial_data import decode_some
 
 HUGE = 1_300_000_000  # images

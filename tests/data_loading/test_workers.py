@@ -22,18 +22,14 @@ from torch.utils.data import Dataset
 
 import datasets
 from benchmarks import chaos
+from data_loading import folders
+from data_loading.bad_images import BadImages
+from data_loading.dataset import TRIES, Augmented
 from data_loading.decode import BadImage
 from data_loading.folders import list_images
-from data_loading.loader import Batches
-from data_loading.transforms import (
-    TRIES,
-    Augmented,
-    EvalSampler,
-    TrainSampler,
-    collate,
-    create_loader,
-)
-from data_loading.workers import BadImages, Watch, _Start
+from data_loading.loader import Batches, collate, create_loader
+from data_loading.samplers import EvalSampler, TrainSampler
+from data_loading.workers import Watch, _Start
 from engine_finetune import evaluate
 from errors import Preempted, TrainingStopped, UserError
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
@@ -67,7 +63,7 @@ def names(root: Path, bad: tuple = BAD) -> list[str]:
 
 
 def augmented(root: Path, on_bad: str) -> Augmented:
-    files = datasets.ImageFiles(list_images(root, labelled=False))
+    files = folders.ImageFiles(list_images(root, labelled=False))
     files.samples = sorted(files.samples, key=lambda sample: Path(sample[0]).name)
     return Augmented(files, to_tensor, seed=3, on_bad=on_bad)
 
@@ -135,8 +131,8 @@ def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
     assert len(list_images(tmp_path / "sets", labelled=False)) == COUNT
-    spec = datasets.DataSpec(str(tmp_path / "sets"))
-    assert len(datasets.image_folder(spec, train=True)) == COUNT
+    spec = folders.DataSpec(str(tmp_path / "sets"))
+    assert len(folders.image_folder(spec, train=True)) == COUNT
 
 
 def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
@@ -242,7 +238,7 @@ def test_too_many_bad_images_are_an_error(tmp_path):
 def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
     """They are faults of the flags: with all samples replaced they would never be seen."""
     make_photos(tmp_path, bad=())
-    files = datasets.ImageFiles(list_images(tmp_path, labelled=False))
+    files = folders.ImageFiles(list_images(tmp_path, labelled=False))
     data = Augmented(files, to_tensor, 0, 4, on_bad="replace")
     assert "--in_chans 4" in str(data[0, 0])
     data = Augmented([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
@@ -400,7 +396,7 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         assert "val/c/02.png" in said
 
 
-class Mortal(datasets.ImageFiles):
+class Mortal(folders.ImageFiles):
     """Images of which the one with number LAST to be read ends the process."""
 
     read = 0

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import models
 from errors import UserError
-from models.block import Block
-from models.convnextv2 import ConvNeXtV2
+from models.convnextv2 import Block, ConvNeXtV2
 from models.fcmae import FCMAE
 from models.sparse import PatchGrid
 from tests.test_end_to_end import FINETUNE, PRETRAIN, assert_same, run, weights

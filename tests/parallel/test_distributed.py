@@ -19,21 +19,23 @@ import pytest
 import torch
 from torch import nn
 
-import utils
-from data_loading.loader import Batches
-from data_loading.transforms import Augmented, EvalSampler, create_eval_transform, create_loader
+from data_loading.dataset import Augmented
+from data_loading.loader import Batches, create_loader
+from data_loading.samplers import EvalSampler
+from data_loading.transforms import create_eval_transform
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
+from parallel import process_group
 from parallel.sharding import Sharing
 from tests.groups import results_of, run_ranks
-from training import hooks, resume, run_lock
+from training import checkpoint, hooks, resume, run_lock
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.meters import Means
 from training.run_lock import hold_folder
 from training.stepper import Stepper
-from utils import TrainState
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -60,7 +62,7 @@ def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
     optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
     wrapped = Sharing("ddp", CPU).wrap(model)
     stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
-    own = slice(utils.get_rank() * batch, (utils.get_rank() + 1) * batch)
+    own = slice(process_group.get_rank() * batch, (process_group.get_rank() + 1) * batch)
     local = None
     for _ in range(3):
         stepper.begin_epoch(5)
@@ -145,7 +147,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def evaluation(dist_eval: bool = True) -> dict[str, float]:
     data = Augmented(Pictures(), create_eval_transform((32, 32)), seed=0)
-    sampler = EvalSampler(7, utils.get_rank(), utils.get_world_size(), dist_eval)
+    sampler = EvalSampler(7, process_group.get_rank(), process_group.get_world_size(), dist_eval)
     batches = Batches(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
     return evaluate(batches, toy().float(), CPU, "none")
 
@@ -166,7 +168,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     hold_folder(str(own))
     state = TrainState(epoch=1, updates=1)
-    utils.save_model(own, model, optimizer, state=state, args={"epochs": 1}, improved=["best"])
+    checkpoint.save_model(own, model, optimizer, state=state, args={"epochs": 1}, improved=["best"])
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
     running = TrainState()
     with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
@@ -186,14 +188,14 @@ def ranks_write(rank: int, folder: Path) -> dict:
         "hooks": own_hooks,
         "images": images,
         "loss": recorder.record["loss"],
-        "level": utils.get_logger().level,
-        "first": utils.is_main_process(),
+        "level": process_group.get_logger().level,
+        "first": process_group.is_main_process(),
     }
 
 
 def ranks_resume(rank: int, folder: Path) -> dict:
     """All read what rank 0 wrote."""
-    utils.barrier()
+    process_group.barrier()
     model = toy(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = resume.auto_load_model(resume.find_start(folder / "run-0"), model, optimizer)
@@ -204,7 +206,7 @@ def ranks_refuse(rank: int, folder: Path) -> str:
     """An error that only rank 0 can see ends every rank, and leaves none waiting."""
     (folder / "mixed").mkdir(exist_ok=True)
     (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
-    utils.barrier()
+    process_group.barrier()
     with pytest.raises(UserError) as caught:
         resume.find_start(folder / "mixed", auto_resume=False)
     return str(caught.value)

@@ -25,10 +25,9 @@ import pytest
 import torch
 
 import main_pretrain
-import utils
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError
-from parallel import failure
+from parallel import failure, process_group
 from tests import tiny
 from tests.test_end_to_end import PRETRAIN, ROOT, free_port
 from training import run_lock
@@ -65,7 +64,7 @@ def rank_main(program: Callable, rank: int, size: int, port: int, folder: Path) 
     os.environ |= environment(rank, size, port)
     failure.LOOK, failure.GRACE, failure.LOST = 0.25, 2.0, 6.0  # no test shall wait for long
     torch.set_num_threads(1)
-    utils.launch(program, SimpleNamespace(rank=rank, folder=folder))
+    process_group.launch(program, SimpleNamespace(rank=rank, folder=folder))
 
 
 class Ranks:
@@ -105,8 +104,8 @@ class Ranks:
 
 
 def join() -> None:
-    utils.init_distributed_mode("cpu")
-    utils.barrier()
+    process_group.init_distributed_mode("cpu")
+    process_group.barrier()
 
 
 def loop() -> None:
@@ -119,7 +118,7 @@ def fails_beside_a_collective(args: SimpleNamespace) -> None:
     join()
     if args.rank == 1:
         raise ZeroDivisionError("for a reason")
-    utils.all_reduce_sum(torch.ones(1))
+    process_group.all_reduce_sum(torch.ones(1))
 
 
 def last_fails_beside_loops(args: SimpleNamespace) -> None:
@@ -141,14 +140,14 @@ def fails_beside_a_call_that_knows_no_python(args: SimpleNamespace) -> None:
     join()
     if args.rank == 1:
         raise ZeroDivisionError("for a reason")
-    utils._stores[0].get("what nobody says")
+    process_group._stores[0].get("what nobody says")
 
 
 def user_error_of_one(args: SimpleNamespace) -> None:
     join()
     if args.rank == 1:
         raise UserError("got 3, expected 4")
-    utils.all_reduce_sum(torch.ones(1))
+    process_group.all_reduce_sum(torch.ones(1))
 
 
 def stop_of_one(args: SimpleNamespace) -> None:
@@ -159,7 +158,7 @@ def stop_of_one(args: SimpleNamespace) -> None:
 
 
 def no_device_for_one(args: SimpleNamespace) -> None:
-    utils.init_distributed_mode("cpu" if args.rank == 0 else "tpu")
+    process_group.init_distributed_mode("cpu" if args.rank == 0 else "tpu")
 
 
 def user_error_of_all(args: SimpleNamespace) -> None:
@@ -189,7 +188,7 @@ def killed(args: SimpleNamespace) -> None:
     (args.folder / f"ready-{args.rank}").touch()
     while True:
         if (args.folder / "meets").exists():
-            utils.all_reduce_sum(torch.ones(1))
+            process_group.all_reduce_sum(torch.ones(1))
         time.sleep(0.01)
 
 
@@ -230,9 +229,9 @@ def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
 
 
 def alone(args: SimpleNamespace) -> None:
-    utils.MEET = timedelta(seconds=1)
+    process_group.MEET = timedelta(seconds=1)
     os.environ["WORLD_SIZE"] = "2"
-    utils.init_distributed_mode("cpu")
+    process_group.init_distributed_mode("cpu")
 
 
 # --- how they end ---------------------------------------------------------------------------

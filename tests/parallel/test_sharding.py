@@ -21,21 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import utils
 from engine_finetune import evaluate
 from errors import UserError
 from models.fcmae import FCMAE
-from optim_factory import MovingAverage, create_optimizer
+from optim_factory import create_optimizer
 from parallel import sharding
 from parallel.sharding import Sharing, build_sharing
 from parallel.state_dict import whole_state
 from tests.groups import results_of, run_ranks
 from tests.test_end_to_end import log, run
 from tests.tiny import classifier, classifier64, fcmae64
+from training import checkpoint
 from training.anomaly import Guard, first_not_finite
+from training.checkpoint import TrainState, load_optimizer
+from training.ema import MovingAverage
 from training.stepper import Stepper, autocast
-from utils import TrainState
-from weights.files import load_optimizer
 
 CPU = torch.device("cpu")
 HAS_FSDP = sharding.has_fsdp()
@@ -438,12 +438,12 @@ def ranks_save(rank: int, folder: Path) -> dict:
         if rank == 0:  # not a bucket of all of them for each
             assert all(w.nbytes == w.untyped_storage().nbytes() for w in weights.values())
         (folder / f"{mode} save").mkdir(exist_ok=True)
-        utils.save_model(folder / f"{mode} save", model, optimizer, **about)
+        checkpoint.save_model(folder / f"{mode} save", model, optimizer, **about)
         with torch.no_grad():
             sharding.local(model.head.bias).fill_(math.nan)
         refused = pytest.raises(UserError, match="not finite") if rank == 0 else nullcontext()
         with refused:
-            utils.save_model(folder / f"{mode} save", model, optimizer, **about)
+            checkpoint.save_model(folder / f"{mode} save", model, optimizer, **about)
     return whole if rank == 0 else {}
 
 

@@ -19,7 +19,7 @@ from tests.test_end_to_end import COLOURS, FINETUNE, PRETRAIN, SMALL, assert_sam
 from tests.tiny import _Torn, classifier
 from tests.training.test_stepper import adamw, feed, product
 from training.anomaly import KEPT, Guard, add_to, first_not_finite
-from utils import TrainState
+from training.checkpoint import TrainState
 
 NAN = math.nan
 SCRIPTS = {"main_pretrain.py": PRETRAIN, "main_finetune.py": FINETUNE}

@@ -16,19 +16,13 @@ import pytest
 import torch
 from torch import nn
 
+import utils
 from errors import UserError
+from training.checkpoint import TrainState, load_optimizer, save_model
 from training.resume import auto_load_model, find_start
-from utils import TrainState, save_model
+from utils import link, write_atomically
 from weights import files
-from weights.files import (
-    find_checkpoint,
-    link,
-    load_optimizer,
-    load_weights,
-    numbered_checkpoints,
-    read_checkpoint,
-    write_atomically,
-)
+from weights.files import find_checkpoint, load_weights, numbered_checkpoints, read_checkpoint
 
 
 class Run:
@@ -596,6 +590,6 @@ def test_second_name_given_twice_leaves_nothing(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_text("content")
     for _ in range(2):
-        files.link(source, target)
+        utils.link(source, target)
     assert target.read_text() == "content"
     assert sorted(tmp_path.iterdir()) == [source, target]

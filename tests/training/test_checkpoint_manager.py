@@ -19,9 +19,10 @@ import pytest
 
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted
-from training.checkpoint_manager import Keeper, Requests
+from training.checkpoint import TrainState
+from training.checkpoint_manager import Keeper
 from training.meters import Means
-from utils import TrainState
+from training.preemption import Requests
 
 INSTANTS = 10  # of each script
 SCRIPTS = list(chaos.RUNS)
@@ -177,7 +178,7 @@ def test_handlers_are_those_of_before_afterwards():
 
 def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
     """scancel and srun send it to every process, and a run without workers cannot save."""
-    from data_loading.transforms import _leave_signals_to_the_run
+    from data_loading.loader import _leave_signals_to_the_run
 
     child = os.fork()
     if child == 0:

@@ -19,15 +19,12 @@ from benchmarks import chaos
 from errors import Preempted, TrainingStopped, UserError
 from tests.training.test_checkpoint import Run, names
 from tests.training.test_checkpoint_manager import Quiet, drive, wait_for
+from training.checkpoint import TrainState, save_model
 from training.checkpoint_manager import Keeper, Writer
 from training.meters import Means
 from training.resume import choose_checkpoint, compare_args
-from utils import TrainState, save_model
-from weights.files import (
-    has_seal,
-    read_checkpoint,
-    write_atomically,
-)
+from utils import write_atomically
+from weights.files import has_seal, read_checkpoint
 
 CORRUPTIONS = 500
 

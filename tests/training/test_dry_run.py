@@ -21,10 +21,10 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
-import utils
 from config import parser as options
 from errors import TrainingStopped, UserError
 from optim_factory import Schedule
+from parallel import process_group
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 from tests.tiny import Colours
 from training import dry_run, trial
@@ -90,8 +90,10 @@ def short(monkeypatch):
 @pytest.fixture
 def said(monkeypatch, capsys):
     """A function: all that was said so far, by log lines and errors."""
-    monkeypatch.setattr(utils.get_logger(), "propagate", True)  # else pytest adds a handler
-    monkeypatch.setattr(utils.get_logger(), "handlers", [])  # a run makes one for this capsys
+    monkeypatch.setattr(process_group.get_logger(), "propagate", True)  # else pytest adds a handler
+    monkeypatch.setattr(
+        process_group.get_logger(), "handlers", []
+    )  # a run makes one for this capsys
     text = []
 
     def read() -> str:
@@ -106,7 +108,7 @@ def dry(kind: str, *words: object) -> int:
     main, base = MAINS[kind]
     args = options.parse(main.get_args_parser(), [*base, *map(str, words), "--dry_run"])
     try:
-        utils.launch(main.main, args)
+        process_group.launch(main.main, args)
     except SystemExit as stop:
         return stop.code
     return 0

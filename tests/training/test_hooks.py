@@ -15,17 +15,17 @@ import pytest
 import torch
 from torchvision.io import read_image
 
-import datasets
-import visualize
 from benchmarks import chaos
 from config import parser as options
+from data_loading import builtin
 from data_loading.loader import Batches
 from models import create_model
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from training import hooks
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
-from utils import TrainState
+from training.pictures import build_panel, grid, reconstructions
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -391,7 +391,7 @@ def test_visible_pixels_are_the_inputs_and_hidden_ones_are_grey(in_chans, size):
     mask[0, 1], mask[1, 0] = 1, 1
     hidden = torch.zeros(2, 1, *size, dtype=torch.bool)
     hidden[0, :, :8, 8:16] = hidden[1, :, :8, :8] = True  # patch 1 and patch 0 of a row
-    pictures = visualize.reconstructions(model, images, mask, mean, std)
+    pictures = reconstructions(model, images, mask, mean, std)
     assert pictures.shape == (2, 4, in_chans, *size)
     whole, masked, imagined, pasted = pictures.unbind(1)
     assert torch.allclose(whole, truth, atol=1e-6)
@@ -411,7 +411,7 @@ def test_prediction_gets_mean_and_spread_of_its_patch_back():
         with torch.no_grad():
             model.pred.weight.zero_()
             model.pred.bias.fill_(prediction)
-        imagined = visualize.reconstructions(model, images, mask, [0.25], [0.5])[0, 2, 0]
+        imagined = reconstructions(model, images, mask, [0.25], [0.5])[0, 2, 0]
         right = 0.5 + prediction * (16 / 63) ** 0.5
         assert torch.allclose(imagined[:, :8], torch.tensor(0.25 + 0.5 * prediction * 1e-3))
         assert torch.allclose(imagined[:, 8:], torch.tensor(0.25 + 0.5 * right))
@@ -424,7 +424,7 @@ def test_prediction_of_plain_pixels_is_only_denormalised():
         model.pred.bias.view(8, 8, 3)[:] = torch.tensor([1.0, -1.0, 9.0])  # channels innermost
     mask = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     mean, std = [0.5, 0.5, 0.5], [0.25, 0.125, 0.25]
-    imagined = visualize.reconstructions(model, torch.randn(1, 3, 16, 16), mask, mean, std)[0, 2]
+    imagined = reconstructions(model, torch.randn(1, 3, 16, 16), mask, mean, std)[0, 2]
     assert imagined.mean((1, 2)).tolist() == pytest.approx([0.75, 0.375, 1.0])  # the last is cut
 
 
@@ -439,10 +439,10 @@ def test_prediction_of_plain_pixels_is_only_denormalised():
 def test_grid_has_a_row_for_each_image(shape, expected):
     pictures = torch.zeros(shape)
     pictures[-1, 3] = 0.25
-    grid = visualize.grid(pictures)
-    assert grid.shape == expected
-    assert grid[:, 0, 0].tolist() == [1, 1, 1]  # the gap
-    assert grid[:, -10, -10].tolist() == [0.25] * 3  # last row, last column
+    drawn = grid(pictures)
+    assert drawn.shape == expected
+    assert drawn[:, 0, 0].tolist() == [1, 1, 1]  # the gap
+    assert drawn[:, -10, -10].tolist() == [0.25] * 3  # last row, last column
 
 
 def test_picture_hook_writes_png_files_by_epoch(tmp_path):
@@ -458,10 +458,10 @@ def test_picture_hook_writes_png_files_by_epoch(tmp_path):
 def test_panel_shows_the_same_images_behind_the_same_masks():
     words = ["--data_set", "DIGITS", "--input_size", "16", "--stem_stride", "1", "--seed", "3"]
     args = options.parse(options.pretrain_parser(), words)
-    data = datasets.Digits(train=False)
+    data = builtin.Digits(train=False)
     model = toy()
-    images, masks = visualize.build_panel(data, model, args, CPU, count=4)
-    again, masks_again = visualize.build_panel(data, model, args, CPU, count=2)
+    images, masks = build_panel(data, model, args, CPU, count=4)
+    again, masks_again = build_panel(data, model, args, CPU, count=2)
     assert images.shape == (4, 3, 16, 16)
     assert masks.sum(1).tolist() == [3] * 4  # floor(4 * 0.4) = 1 of 4 stays visible
     assert torch.equal(images[[0, 2]], again)  # sample 0 and the one in the middle

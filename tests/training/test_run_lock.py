@@ -19,10 +19,10 @@ import torch
 from benchmarks import chaos
 from errors import TrainingStopped, UserError
 from training import run_lock
+from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.hooks import JsonHook, Reporter
 from training.run_lock import Lock, hold_folder
-from utils import TrainState
 
 
 def held_by(folder, **holder) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-import utils
+from parallel import process_group
 from tests.parallel.test_failure import QUICK, Ranks, ends, imported_once, pretrain, start_script
 from tests.test_end_to_end import FINETUNE, ROOT
 from training import setup
@@ -18,7 +18,7 @@ __all__ = ["imported_once"]  # a fixture
 
 
 def different(args: SimpleNamespace) -> None:
-    utils.init_distributed_mode("cpu")
+    process_group.init_distributed_mode("cpu")
     flags = {"lr": 0.1 * (args.rank != 1), "seed": args.rank == 2, "epochs": 3}
     setup.check_alike(flags | {"local_rank": args.rank, "num_workers": args.rank})
 

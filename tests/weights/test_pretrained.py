@@ -21,6 +21,7 @@ import utils
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from parallel import process_group
 from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
@@ -411,5 +412,5 @@ def test_errors_of_the_main_process_are_everybodys(monkeypatch):
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
     monkeypatch.setattr(utils, "broadcast", lambda value: (None, "no network"))
     with pytest.raises(UserError, match="no network"):
-        utils.main_process_first(lambda: told.append(1))
+        process_group.main_process_first(lambda: told.append(1))
     assert not told

@@ -18,7 +18,7 @@ from models.kernels import autotune, ops
 from tests import tiny
 from tests.test_end_to_end import PRETRAIN, run
 from training import hooks
-from utils import TrainState
+from training.checkpoint import TrainState
 
 CPU = torch.device("cpu")
 X = torch.ones(2, 3)
