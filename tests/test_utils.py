@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import utils
 from data_loading.rng import hash_noise, mix, seed_all
 from errors import TrainingStopped, UserError
 from parallel import process_group
@@ -358,7 +357,7 @@ def test_output_dir_that_cannot_be_is_a_user_error(tmp_path):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     """Two on one GPU ended in nccl's `Duplicate GPU detected`."""
-    monkeypatch.setattr(utils, "find_device", torch.device)
+    monkeypatch.setattr(process_group, "find_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import utils
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
@@ -409,8 +408,8 @@ def test_bad_file_is_one_line_that_names_it_and_nothing_is_half_loaded(tmp_path,
 def test_errors_of_the_main_process_are_everybodys(monkeypatch):
     """Others would wait for a download that failed."""
     told = []
-    monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    monkeypatch.setattr(utils, "broadcast", lambda value: (None, "no network"))
+    monkeypatch.setattr(process_group, "is_main_process", lambda: False)
+    monkeypatch.setattr(process_group, "broadcast", lambda value: (None, "no network"))
     with pytest.raises(UserError, match="no network"):
         process_group.main_process_first(lambda: told.append(1))
     assert not told
