@@ -32,7 +32,7 @@ from tests.groups import results_of, run_ranks
 from tests.test_end_to_end import log, run
 from tests.tiny import classifier, classifier64, fcmae64
 from training import checkpoint
-from training.anomaly import Guard, first_not_finite
+from training.anomaly import AnomalyGuard, first_not_finite
 from training.checkpoint import TrainState, load_optimizer
 from training.ema import MovingAverage
 from training.stepper import Stepper, autocast
@@ -208,11 +208,11 @@ def ranks_skip(rank: int, folder: Path) -> dict:
         _, wrapped, optimizer = build(mode, model)
         start = sharding.local(model.head.bias).detach().clone()
         stepper = Stepper(wrapped, optimizer, CPU, clip_grad=1.0)
-        guard = Guard(stepper, (model, optimizer), every=1)
+        guard = AnomalyGuard(stepper, (model, optimizer), snapshot_freq=1)
         guard.begin_epoch(TrainState(), None)
         (folder / mode).mkdir(exist_ok=True)
         loader = Again(rank)
-        looks = Guard(stepper, (model, optimizer), loader, folder / mode)
+        looks = AnomalyGuard(stepper, (model, optimizer), loader, folder / mode)
         looks.begin_epoch(TrainState(), loader.compute)
         stepper.begin_epoch(4)
         before, moved = None, []
@@ -221,7 +221,7 @@ def ranks_skip(rank: int, folder: Path) -> dict:
                 loss = wrapped(images(rank)).square().mean()
             stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
             if update == 1:  # the updates that follow must not notice that it was run again
-                looks.look(TrainState(updates=2))
+                looks.check(TrainState(updates=2))
                 network = sharding.PLAIN.get(model, model)
                 network.stages[1][0].pwconv2._forward_pre_hooks.clear()
             after = torch.cat([sharding.local(p).detach().flatten() for p in model.parameters()])
@@ -407,7 +407,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
                 optimizer.step()
                 if update == 0:
                     stepper = Stepper(wrapped, optimizer, CPU)
-                    guard = Guard(stepper, (model, optimizer), every=1)
+                    guard = AnomalyGuard(stepper, (model, optimizer), snapshot_freq=1)
                     guard.begin_epoch(TrainState(), None)
                 if update == 1:
                     guard._roll_back(TrainState(updates=2))
@@ -492,8 +492,8 @@ def test_what_fails_when_run_again_is_written_down_and_training_goes_on(folder, 
     """One rank had no memory in the middle of it, the other was through; the next update waits."""
     (fault,) = json.loads((folder / mode / "bad_batch.json").read_text())
     notes = [rank["note"] for rank in fault["ranks"]]
-    assert notes[0].startswith("every value was finite when run again")
-    assert notes[1].startswith("cannot be run again: MemoryError")
+    assert notes[0].startswith("every value was finite in a rerun")
+    assert notes[1].startswith("cannot be rerun: MemoryError")
 
 
 def test_average_is_the_same_on_all_ranks(results):
@@ -674,7 +674,9 @@ def test_sync_batch_norm_converts_what_is_on_gpus(monkeypatch):
 def test_network_that_waits_for_others_is_not_run_again_alone():
     """SyncBatchNorm would wait for a rank whose images were bad, or who was through."""
     model = nn.Sequential(nn.SyncBatchNorm(3))
-    guard = Guard(Stepper(model, torch.optim.SGD(model.parameters(), 0.1), CPU), (model,), object())
+    guard = AnomalyGuard(
+        Stepper(model, torch.optim.SGD(model.parameters(), 0.1), CPU), (model,), object()
+    )
     told = guard._run_again(model, TrainState(), None)
     assert told["first_not_finite"] is None
     assert "SyncBatchNorm" in told["note"]
