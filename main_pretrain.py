@@ -32,7 +32,7 @@ from keeper import build_keeper
 from lock import hold_folder
 from models.fcmae import visible_patches
 from models.pretrained import load_pretrained
-from models.tune import set_kernels
+from models.tune import choices, set_kernels
 from optim_factory import (
     build_optimizer,
     build_schedule,
@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
+    choices.restore(start.kernels, device)
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
@@ -109,6 +110,7 @@ def main(args: argparse.Namespace) -> None:
     state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(dataset))
     about = {"args": vars(args), "keep": args.save_ckpt_num, "source": args.resume}
+    about |= {"kernels": choices.state}
     save = partial(utils.save_model, folder, *parts, **about)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
