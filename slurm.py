@@ -60,6 +60,8 @@ class Trainer:
         main = importlib.import_module(self.module)
         try:
             utils.launch(main.main, self._flags(main, job.job_id))
+            for name in WARNINGS:  # Python's shutdown would leave them to end a job that is done
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         except SystemExit as end:  # holds on to all of the run: see _leave
             if end.code != EXIT_REQUEUE:
                 raise
@@ -201,14 +203,17 @@ def _result(job: Any) -> str:
 
 
 def _why(job: Any) -> str:
-    """The last that a job which failed has said, or why it could say nothing."""
+    """The last lines of rank 0's errors and of another rank's traceback, or why there are none."""
     errors = job.paths.stderr
     if not errors.exists():
         return (
             f"{errors.parent} holds no log of it: --job_dir must be on a file system that this "
             "machine and the nodes share"
         )
-    return "\n".join(errors.read_text(errors="replace").splitlines()[-20:])
+    others = [job.task(rank).paths.stderr for rank in range(1, job.num_tasks)]
+    texts = [log.read_text(errors="replace") for log in (errors, *others) if log.exists()]
+    shown = texts[:1] + [text for text in texts[1:] if "Traceback" in text][:1]
+    return "\n".join(line for text in shown for line in text.splitlines()[-20:])
 
 
 class Tail:
