@@ -20,7 +20,7 @@ from datasets import Batches
 from errors import UserError, some
 from optim_factory import Schedule
 from parallel import process_group, sharding
-from training.anomaly import Guard
+from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.ema import MovingAverage
@@ -39,7 +39,7 @@ def train_one_epoch(
     state: TrainState,
     reporter: Reporter,
     keeper: Keeper,
-    guard: Guard,
+    guard: AnomalyGuard,
     seed: int,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     model_ema: MovingAverage | None = None,

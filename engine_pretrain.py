@@ -16,7 +16,7 @@ from datasets import Batches
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
 from parallel import process_group
-from training.anomaly import Guard
+from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.hooks import Reporter
@@ -32,7 +32,7 @@ def train_one_epoch(
     state: TrainState,
     reporter: Reporter,
     keeper: Keeper,
-    guard: Guard,
+    guard: AnomalyGuard,
     seed: int,
 ) -> dict[str, float]:
     """Train on what is left of the epoch; returns its mean loss and gradient norm and its rate.

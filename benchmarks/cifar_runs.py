@@ -196,7 +196,7 @@ def train(
     updates, state = len(batches), checkpoint.TrainState()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=updates,
+        steps_per_epoch=updates,
         epochs=epochs,
         lr=recipe["lr"],
         warmup_epochs=min(args.warmup_epochs, epochs / 5),
