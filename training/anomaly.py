@@ -172,7 +172,7 @@ class Guard:
         update = state.updates - fault.ago
         try:
             for micro, ids in enumerate(fault.ids):
-                batch = self.batches.again(state.epoch, ids)
+                batch = self.batches.reload(state.epoch, ids)
                 bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
                 if bad.any():
                     return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}

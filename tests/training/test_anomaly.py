@@ -309,7 +309,7 @@ def test_batch_that_cannot_be_run_again_is_said_to_be(tmp_path, error):
     """To look at it must not end the run."""
 
     class Gone:
-        def again(self, epoch: int, ids: torch.Tensor) -> None:
+        def reload(self, epoch: int, ids: torch.Tensor) -> None:
             raise error
 
     model, optimizer, stepper = product()
