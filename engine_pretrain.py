@@ -11,8 +11,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from data_loading.rng import hash_noise, seed_all
-from datasets import Batches
+from data_loading.rng import mask_noise, seed_all
+from datasets import DeviceLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
 from parallel import process_group
@@ -26,7 +26,7 @@ from training.stepper import Stepper
 def train_one_epoch(
     model: nn.Module,
     fcmae: FCMAE,
-    batches: Batches,
+    batches: DeviceLoader,
     stepper: Stepper,
     schedule: Schedule,
     state: TrainState,
@@ -83,6 +83,6 @@ def masked_loss(
     images, _, ids = batch
     h, w = fcmae.grid_size(*images.shape[-2:])
     visible = visible_patches(h * w, fcmae.mask_ratio)
-    mask = random_mask(hash_noise(seed, epoch, ids, h * w), visible)
+    mask = random_mask(mask_noise(seed, epoch, ids, h * w), visible)
     seed_all(seed, update, micro, process_group.get_rank())
     return network(images, mask, visible)[0]

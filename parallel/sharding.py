@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError, resolve, some
+from errors import UserError, first_few, resolve
 
 # Longer than the default for nccl: ranks may wait for a download or an evaluation.
 WAIT_FOR_RANKS = timedelta(hours=1)
@@ -209,7 +209,8 @@ def _check_parameters(model: nn.Module, shard: str) -> None:
         if names:
             other = "ddp" if "contiguous" in what else "zero1"
             raise UserError(
-                f"--shard {shard}: {kind} has parameters {what}: {some(names)}; use --shard {other}"
+                f"--shard {shard}: {kind} has parameters {what}: {first_few(names)}; "
+                f"use --shard {other}"
             )
 
 

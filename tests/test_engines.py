@@ -57,7 +57,7 @@ class Watched:
 
 def test_images_come_in_another_order_every_epoch_of_a_single_process(monkeypatch):
     """set_epoch was only called with more than one process: the same shuffle again and again."""
-    seen = Watched(monkeypatch, engine_pretrain, "hash_noise")
+    seen = Watched(monkeypatch, engine_pretrain, "mask_noise")
     pretrain("--epochs 2 --picture_freq 0")
     first, second = ([call[2].tolist() for call in seen.calls[i : i + 4]] for i in (0, 4))
     assert [call[1] for call in seen.calls[:8]] == [0] * 4 + [1] * 4  # epochs, of masks too

@@ -178,7 +178,7 @@ class AnomalyGuard:
             return {"first_not_finite": None, "note": note}
         try:
             for micro, ids in enumerate(step.ids):
-                batch = self.data_loader.again(state.epoch, ids)
+                batch = self.data_loader.reload(state.epoch, ids)
                 bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
                 if bad.any():
                     return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import Batches, collate
+from datasets import DeviceLoader, collate
 from errors import TrainingStopped, UserError
 from parallel.process_group import get_world_size as processes
 from training import hooks
@@ -42,7 +42,7 @@ LOCAL_SIZES += ("OMPI_COMM_WORLD_LOCAL_SIZE",)
 
 
 class Repeated:
-    """A batch so many times, as `Batches` would give them."""
+    """A batch so many times, as `DeviceLoader` would give them."""
 
     wait_seconds = 0.0
 
@@ -64,7 +64,7 @@ class Trial:
         self,
         train_epoch: Callable[..., dict],
         stepper: Stepper,
-        batches: Batches,
+        batches: DeviceLoader,
         samples: list[tuple],
     ) -> None:
         self.train_epoch, self.stepper, self.batches = train_epoch, stepper, batches

@@ -187,7 +187,7 @@ class Again:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def again(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
+    def reload(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
         return images(self.rank), ids, ids
 
     def compute(self, network: nn.Module, batch: Any, update: int, micro: int) -> Tensor:

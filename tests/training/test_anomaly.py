@@ -313,7 +313,7 @@ def test_batch_that_cannot_be_rerun_is_reported(tmp_path, error):
     """A diagnosis that fails must not end the run."""
 
     class Gone:
-        def again(self, epoch: int, ids: torch.Tensor) -> None:
+        def reload(self, epoch: int, ids: torch.Tensor) -> None:
             raise error
 
     model, optimizer, stepper = product()
