@@ -260,7 +260,7 @@ def test_evaluation_without_a_single_image_is_an_error_and_not_nan(tmp_path):
     loader = create_loader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
     batches = DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
     model = torch.nn.Flatten()
-    with pytest.raises(UserError, match=r"no image could be used to evaluate on.*a/00.png \("):
+    with pytest.raises(UserError, match=r"no image to evaluate on.*a/00.png \("):
         evaluate(batches, model, torch.device("cpu"), "none")
 
 
