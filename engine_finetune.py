@@ -123,9 +123,10 @@ def evaluate(
             means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
     stats = means.read()
     if math.isnan(stats["acc1"]):  # there was not a single image, on any rank
+        bad = first_few(f"{name} ({why})" for name, why in batches.bad.items())
         raise UserError(
             "no image could be used to evaluate on, --on_bad_image skip left out all of them: "
-            f"{first_few(f'{name} ({why})' for name, why in batches.bad.items()) or 'on other ranks'}"
-            "; correct --eval_data_path or --data_path, or give --disable_eval"
+            f"{bad or 'on other ranks'}; correct --eval_data_path or --data_path, or give "
+            "--disable_eval"
         )
     return stats

@@ -23,6 +23,7 @@ import torch
 
 import datasets
 import models
+from data_loading.bad_images import BadImages
 from data_loading.rng import make_deterministic, seed_all
 from engine_finetune import evaluate, train_one_epoch
 from models.kernels.autotune import choices, set_kernels
@@ -73,8 +74,8 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 2. data ----------------------------------------------------------------------------
     train_set, val_set, nb_classes = datasets.build_datasets(args)
-    batches = datasets.build_batches(train_set, True, args, device)
-    val_batches = datasets.build_batches(val_set, False, args, device) if val_set else None
+    batches = datasets.build_loader(train_set, True, args, device)
+    val_batches = datasets.build_loader(val_set, False, args, device) if val_set else None
     updates_per_epoch = count_updates(len(batches), update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
 
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
-        datasets.build_bad_images(args, folder, batches, val_batches) as bad_images,
+        BadImages(folder, batches, val_batches, active=args.on_bad_image == "skip") as bad_images,
         build_keeper(args, folder and save, bad_images.write) as keeper,
         hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
     ):
@@ -168,11 +169,11 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     """Evaluate the weights in a checkpoint, and with --model_ema their average too."""
     path = args.resume or args.finetune or args.output_dir
     dataset, nb_classes = datasets.build_dataset(False, args)
-    batches = datasets.build_batches(dataset, False, args, device)
+    batches = datasets.build_loader(dataset, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
-    bad_images = datasets.build_bad_images(args, None, batches)
+    bad_images = BadImages(None, batches, active=args.on_bad_image == "skip")
     both = args.model_ema and has_average(path, args.sha256)  # a published file has one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # --help and typing errors answer before torch is lo
 
 import datasets
 import models
+from data_loading.bad_images import BadImages
 from data_loading.rng import make_deterministic, seed_all
 from engine_pretrain import train_one_epoch
 from models.fcmae import visible_patches
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)
-    batches = datasets.build_batches(dataset, True, args, device)
+    batches = datasets.build_loader(dataset, True, args, device)
     updates_per_epoch = count_updates(len(batches), update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
@@ -117,11 +118,11 @@ def main(args: argparse.Namespace) -> None:
             args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
         )
     panel = args.picture_freq and build_panel(dataset.dataset, fcmae, args, device)
-    mean_and_std = datasets.build_mean_and_std(args)
+    mean_and_std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
-        datasets.build_bad_images(args, folder, batches) as bad_images,
+        BadImages(folder, batches, active=args.on_bad_image == "skip") as bad_images,
         build_keeper(args, folder and save, bad_images.write) as keeper,
         hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
     ):
