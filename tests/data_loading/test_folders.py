@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -346,16 +345,18 @@ def test_leftovers_of_killed_writers_are_removed_after_a_day(tmp_path):
     assert sorted(path.name for path in folder.parent.iterdir()) == [*names[1:], "train.index"]
 
 
-def test_names_that_are_no_text_are_logged(tmp_path):
-    """Bytes that are not UTF-8, in a terminal that wants it."""
+def test_names_that_are_no_text_are_logged(tmp_path, monkeypatch, capsys):
+    """Bytes that are not UTF-8, on a terminal that expects it."""
     root = plant(tmp_path / "\udcff", ["a/1.png"])
-    code = "import pathlib, utils; from data_loading import folders; "
-    code += "utils.init_distributed_mode('cpu'); "
-    code += f"folders.list_images({str(root)!r}, True, pathlib.Path({str(tmp_path / 'x')!r}))"
-    own = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, capture_output=True)
-    assert done.stderr == b""
-    assert f"listing the images of {tmp_path}/\\udcff, once".encode() in done.stdout
+    logger, terminal = process_group.get_logger(), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    process_group.init_distributed_mode("cpu")
+    list_images(root, True, tmp_path / "x")
+    terminal.flush()
+    assert f"listing the images of {tmp_path}/\\udcff, once".encode() in terminal.buffer.getvalue()
+    assert capsys.readouterr().err == ""
 
 
 # --- in little memory -----------------------------------------------------------------------------
@@ -470,7 +471,7 @@ def test_main_process_lists_for_all(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(rank_main, (port, tmp_path), nprocs=2)
+    mp.start_processes(rank_main, (port, tmp_path), nprocs=2, start_method="fork")
     expected = [list(pair) for pair in pairs(list_images(root, True))]
     for rank in range(2):
         *lists, error = json.loads((tmp_path / f"{rank}.json").read_text())
