@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     spec = folders.DatasetSpec(trained.data_path, trained.eval_data_path, **about)
     data = datasets.create_dataset(trained.data_set, spec, train=args.split == "train")
     images, mask = build_panel(data, model.to(device), trained, device, args.num_images)
-    mean, std = datasets.build_mean_and_std(trained)
+    mean, std = datasets.mean_and_std(trained.in_chans, trained.imagenet_default_mean_and_std)
     write_png(grid(reconstructions(model, images, mask, mean, std)), Path(args.output))
     print(f"{args.output}: {len(images)} rows of {', '.join(COLUMNS)}")
 

@@ -92,7 +92,7 @@ def batches_of(batch_size: int, workers: int) -> list[tuple[torch.Tensor, torch.
     words = ["--batch_size", str(batch_size), "--num_workers", str(workers)]
     args = options.parse(options.finetune_parser(), [*AUGMENTED, *words])
     train, _, _ = datasets.build_datasets(args)
-    batches = datasets.build_batches(train, True, args, "cpu")
+    batches = datasets.build_loader(train, True, args, "cpu")
     found = []
     for epoch in range(2):
         batches.set_epoch(epoch)

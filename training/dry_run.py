@@ -129,7 +129,7 @@ def check_data(
         if of_set is None:
             continue
         found = decode_some(of_set.loader, seed, DECODING)
-        tell_data(report, name, of_set.loader.samples, found)
+        tell_data(report, name, of_set.loader.dataset, found)
         kept = kept or found.good
     if min(all_gather(len(kept))) == 0:
         report.fault("no training image could be decoded, so nothing else was tried")

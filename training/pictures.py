@@ -99,7 +99,8 @@ def build_panel(
     count = min(count, len(data))
     picked = [i * len(data) // count for i in range(count)]
     loader = datasets.create_loader(whole, [(0, i) for i in picked], count)
-    batches = datasets.DeviceLoader(loader, device, *datasets.build_mean_and_std(args))
+    mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    batches = datasets.DeviceLoader(loader, device, mean, std)
     images, _, ids = next(iter(batches))
     h, w = model.grid_size(*images.shape[-2:])
     noise = mask_noise(args.seed, 0, ids, h * w)

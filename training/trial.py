@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import DeviceLoader, collate
+from data_loading.dataset import collate
+from datasets import DeviceLoader
 from errors import TrainingStopped, UserError
 from parallel.process_group import get_world_size as processes
 from training import hooks

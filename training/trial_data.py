@@ -64,12 +64,13 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float, keep: int = 64
     Read by as many processes as the run will have, so that a sample that kills or holds one is
     named. Up to `keep` good ones are kept.
     """
-    data, found = loader.samples, Decoded()
+    data, found = loader.dataset, Decoded()
     mine = range(get_rank(), len(data), get_world_size())[:MOST]
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
-    patience = loader.watch.seconds if loader.watch else 0
     workers = min(loader.num_workers, len(keys))
-    one_by_one = create_loader(_Each(data), keys, 1, workers, timeout=patience, collate_fn=_only)
+    one_by_one = create_loader(
+        _Each(data), keys, 1, workers, timeout=loader.timeout, collate_fn=_only
+    )
     began = time.perf_counter()
     try:
         for (_, index), sample in zip(keys, one_by_one, strict=True):
