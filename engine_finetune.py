@@ -23,7 +23,7 @@ from parallel import process_group, sharding
 from training.anomaly import Guard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
-from training.ema import MovingAverage
+from training.ema import ModelEma
 from training.hooks import Reporter
 from training.meters import Means, accuracy
 from training.stepper import Stepper, autocast
@@ -42,7 +42,7 @@ def train_one_epoch(
     guard: Guard,
     seed: int,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    model_ema: MovingAverage | None = None,
+    model_ema: ModelEma | None = None,
 ) -> dict[str, float]:
     """Train on what is left of the epoch; returns its means and its last learning rate.
 
@@ -50,7 +50,7 @@ def train_one_epoch(
     `model_ema` averages after every update that was taken.
     """
     model.train()
-    means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
+    means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches)
     compute = partial(supervised_loss, criterion, mixup, seed)
     stepper.begin_epoch(len(batches))
     guard.begin_epoch(state, lambda *about: compute(*about)[0])
@@ -76,7 +76,7 @@ def train_one_epoch(
             if model_ema is not None:
                 taken_in_all = state.updates - state.bad_steps - stepper.skipped  # not read here
                 model_ema.update(bare, taken_in_all, update.taken)
-            look = reporter.after_update(lr) or stepper.left == 0
+            look = reporter.after_step(lr) or stepper.left == 0
             keeper.after_update(state, means, guard, look)
     state.within["guard"] = guard.state()
     return means.total() | {"lr": lr}

@@ -40,7 +40,7 @@ def train_one_epoch(
     model: what is called, DistributedDataParallel perhaps; fcmae: the FCMAE inside.
     """
     model.train()
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches, state)
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     compute = partial(masked_loss, fcmae, seed, state.epoch)
     stepper.begin_epoch(len(batches))
     guard.begin_epoch(state, compute)
@@ -61,7 +61,7 @@ def train_one_epoch(
         if update:
             state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
-            look = reporter.after_update(lr) or stepper.left == 0
+            look = reporter.after_step(lr) or stepper.left == 0
             keeper.after_update(state, means, guard, look)
     state.within["guard"] = guard.state()
     return means.total() | {"lr": lr}

@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     bare = models.build_classifier(args, nb_classes).to(device)
-    n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
+    n_parameters = hooks.log_cost(args.model, bare, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
     named = {"model_key": EMA_KEY if args.use_ema else args.model_key}
@@ -188,7 +188,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             stats["acc5"],
             stats["loss"],
         )
-    process_group.get_logger().info("kernels %s", choices.summary())
+    process_group.get_logger().info("kernels chosen: %s", choices.summary())
 
 
 if __name__ == "__main__":

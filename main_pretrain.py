@@ -14,7 +14,6 @@ from config import parser as options
 from config.parser import pretrain_parser as get_args_parser
 from parallel import process_group
 from training import checkpoint
-from training.pictures import build_panel, grid, reconstructions
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     args = options.parse(get_args_parser())
@@ -37,9 +36,10 @@ from training import dry_run, hooks, resume
 from training.anomaly import build_guard
 from training.checkpoint_manager import build_keeper
 from training.cuda_graphs import Graphed, check_graphs
+from training.pictures import ReconstructionImages
 from training.run_lock import hold_folder
 from training.setup import check_alike
-from training.stepper import Stepper, autocast, choose_amp
+from training.stepper import Stepper, choose_amp
 from weights.pretrained import load_pretrained
 
 
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     fcmae = models.build_fcmae(args).to(device)
     h, w = fcmae.grid_size(*args.input_size)
     visible = visible_patches(h * w, args.mask_ratio)
-    n_parameters = hooks.log_cost(fcmae, args.in_chans, args.input_size, device)
+    n_parameters = hooks.log_cost(args.model, fcmae, args.in_chans, args.input_size)
     log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
 
     # --- 4. weights -------------------------------------------------------------------------
@@ -116,8 +116,7 @@ def main(args: argparse.Namespace) -> None:
         return dry_run.check_run(
             args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
         )
-    panel = args.picture_freq and build_panel(dataset.dataset, fcmae, args, device)
-    mean_and_std = datasets.build_mean_and_std(args)
+    reconstructions = ReconstructionImages(args, dataset.dataset, fcmae, device, amp)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
@@ -133,11 +132,7 @@ def main(args: argparse.Namespace) -> None:
             bad_images.write()
             stats = {f"train_{key}": value for key, value in train.items()}
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
-            if panel and (last or state.epoch % args.picture_freq == 0):
-                with sharding.whole_weights(fcmae) as network, autocast(device, amp):
-                    if process_group.is_main_process():
-                        pictures = reconstructions(network, *panel, *mean_and_std)
-                        reporter.picture("reconstructions", grid(pictures))
+            reporter.image("reconstructions", reconstructions.draw(fcmae, state.epoch))
             keeper.end_epoch(state, last=last)
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, folder or "nothing saved")
 

@@ -107,7 +107,7 @@ FLAGS: dict[str, tuple] = {
         ("--norm_pix_loss", str2bool, True, "bring each target patch to mean 0 and variance 1"),
         ("--decoder_depth", COUNT, 1, "blocks of the decoder"),
         ("--decoder_embed_dim", COUNT, 512, "channels of the decoder"),
-        ("--picture_freq", WHOLE, 10, "epochs between reconstruction pictures; 0: none"),
+        ("--picture_freq", WHOLE, 10, "epochs between reconstruction images; 0: none"),
     ),
     "data": (
         ("--data_path", str, "", "folder of the data; DIGITS and SYNTHETIC need none"),
@@ -336,9 +336,9 @@ FLAGS: dict[str, tuple] = {
         ),
     ),
     "pictures": (
-        ("--checkpoint", str, "", "of main_pretrain.py, or its output folder"),
-        ("--output", str, "imagined.png", "the PNG to write"),
-        ("--num_images", COUNT, 8, "rows of the picture"),
+        ("--checkpoint", str, "", "checkpoint of main_pretrain.py, or its output folder"),
+        ("--output", str, "reconstructions.png", "PNG file to write"),
+        ("--num_images", COUNT, 8, "images to draw, a row each"),
         ("--split", ("train", "val"), "train", "which images; not every data set has val"),
     ),
     "export": (

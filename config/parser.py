@@ -106,7 +106,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
 def visualize_parser() -> argparse.ArgumentParser:
     """The flags of visualize.py; data that is not given is that of the run that is looked at."""
     parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False, formatter_class=_Help)
-    parser.description = "Draw what a pre-trained model imagines behind the mask."
+    parser.description = "Draw the reconstructions of a pre-trained model."
     add_args(parser, "pictures")
     add_args(parser, "model", only=("--model",))
     add_args(parser, "data", only=("--data_set", "--data_path", "--data_index"))
