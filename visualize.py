@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     if data_set in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
         raise UserError(f"{args.checkpoint} downloads {data_set}; give the folder with --data_path")
     if args.data_index and data_set not in FOLDERS:
-        raise UserError(f"--data_index needs a folder of images, not --data_set {data_set}; drop it")
+        raise UserError(f"--data_index needs image folders, not --data_set {data_set}; drop it")
     run = {"eval_data_path": None, **run, **given, "grad_checkpointing": False}
     args = argparse.Namespace(**run)
     model = build_fcmae(args).to(device)

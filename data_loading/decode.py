@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """From a file to the picture that a person would see, or a BadImage that says why not.
 
-python -c "from data_loading.decode import load_image; print(load_image('assets/reconstructions.png'))"
+python -c "from data_loading import decode; print(decode.load_image('assets/reconstructions.png'))"
 """
 
 from __future__ import annotations

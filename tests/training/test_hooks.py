@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import time
 from types import SimpleNamespace
@@ -89,6 +90,22 @@ def test_line_without_newline_is_not_joined_with_the_next(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text(path.read_text()[:-1])
     write_epochs(tmp_path, 2, 3)
+    assert epochs(tmp_path) == [0, 1, 2]
+
+
+def test_line_cut_off_by_a_full_disk_is_written_again(tmp_path):
+    write_epochs(tmp_path, 0, 1)
+    size = (tmp_path / "log.txt").stat().st_size
+    hook = hooks.JsonHook(tmp_path, TrainState(epoch=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            hook.on_epoch({"epoch": 1}, TrainState(epoch=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "log.txt").stat().st_size == size + 5
+    hook.on_epoch({"epoch": 2}, TrainState(epoch=3))
     assert epochs(tmp_path) == [0, 1, 2]
 
 
