@@ -36,7 +36,7 @@ from optim_factory import Schedule, create_optimizer
 from training import checkpoint
 from training.anomaly import AnomalyGuard
 from training.checkpoint_manager import Keeper
-from training.hooks import Reporter, summary
+from training.hooks import Reporter, format_stats
 from training.stepper import Stepper
 from weights.convert import to_convnextv2
 from weights.files import load_weights
@@ -231,7 +231,9 @@ def train(
         if state.epoch == epochs or state.epoch % args.eval_every == 0:
             tested = test()
             stats |= {f"val_{key}": value for key, value in tested.items()}
-        told = summary({k: v for k, v in stats.items() if not math.isnan(v)})  # mixed: no class_acc
+        told = format_stats(
+            {k: v for k, v in stats.items() if not math.isnan(v)}
+        )  # mixed: no class_acc
         rate = updates * batches.batch_size / seconds[-1]
         line = f"{title} {state.epoch}/{epochs}  {told}  {rate:.0f} img/s"
         print(line, file=sys.stderr, flush=True)

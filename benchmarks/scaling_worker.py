@@ -127,7 +127,7 @@ def told(count: int) -> dict[str, float]:
     agreement = Agreement()
     batches = DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches, TrainState())
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     found = {
         "agreement": seconds_a_call(lambda: agreement.exchange(False, False), count),
         "meters": seconds_a_call(means.read, count),
@@ -237,14 +237,14 @@ def time_updates(
 ) -> tuple[float, float]:
     """Seconds of the report on an update, the longest left out: (without a log line, with one)."""
     reporter = Reporter(hooks, CPU, TrainState(), ENDLESS, ENDLESS, print_freq)
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches, reporter.state)
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(lines * print_freq):
         means.update(64, loss=torch.ones(()), grad_norm=torch.ones(()))
         reporter.state.updates += 1
         start = time.perf_counter()
         reporter.after_batch(64)
-        told = reporter.after_update(1e-3)
+        told = reporter.after_step(1e-3)
         seconds[told].append(time.perf_counter() - start)
     without, with_one = (
         (sum(s) - max(s, default=0)) / max(1, len(s) - 1) for s in seconds.values()

@@ -214,7 +214,7 @@ def test_effective_batch_is_settled_before_any_work(run, tmp_path):
     words = f"--epochs 1 --log_dir none --output_dir {tmp_path / 'new'} --effective_batch"
     with pytest.raises(UserError, match="10: not a multiple of --batch_size 6 x 1 processes = 6"):
         run(f"{words} 10")
-    with pytest.raises(UserError, match="cannot accumulate, and an update has 2 micro-batches"):
+    with pytest.raises(UserError, match="--cuda_graphs does not work with 2 gradient accumulation"):
         run(f"{words} 12 --cuda_graphs")
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     run(f"{words} 12")

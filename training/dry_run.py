@@ -113,7 +113,13 @@ def check_run(
             left = args.epochs - state.epoch - state.seen / len(batches.loader.dataset)
             epoch = len(batches) * args.batch_size * processes() / rate + judging
             text = "%s an epoch, %s for the %.4g epochs to come, without saving"
-            report.line("time", text, hooks.clock(epoch), hooks.clock(epoch * left), left)
+            report.line(
+                "time",
+                text,
+                hooks.format_duration(epoch),
+                hooks.format_duration(epoch * left),
+                left,
+            )
     report.conclude()
 
 
@@ -347,7 +353,7 @@ def time_evaluation(
     slower = "the loader" if read < model else "the model"
     seconds = count / min(model, read)
     text = "%.1f images/s by the model, %.1f by the loader: %s is what takes the time, %s"
-    report.line("evaluation", text, model, read, slower, hooks.clock(seconds))
+    report.line("evaluation", text, model, read, slower, hooks.format_duration(seconds))
     return seconds
 
 

@@ -35,7 +35,7 @@ from training.anomaly import AnomalyGuard, build_guard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper, build_keeper
 from training.cuda_graphs import check_graphs
-from training.ema import MovingAverage
+from training.ema import ModelEma
 from training.hooks import Reporter
 from training.resume import Start, find_start
 from training.stepper import Stepper, choose_amp
@@ -114,7 +114,7 @@ class TrainLoop:
     seed: int
     criterion: Callable[..., torch.Tensor] | None = None  # fine-tuning only, as what follows
     mixup: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
-    model_ema: MovingAverage | None = None
+    model_ema: ModelEma | None = None
 
     def __enter__(self) -> TrainLoop:
         with contextlib.ExitStack() as stack:

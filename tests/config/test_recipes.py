@@ -28,7 +28,6 @@ from optim_factory import (
     count_steps,
     scale_lr,
 )
-from training.cuda_graphs import check_graphs
 
 ROOT = Path(options.__file__).resolve().parents[1]
 PARSERS = {"main_pretrain": options.pretrain_parser, "main_finetune": options.finetune_parser}
@@ -453,13 +452,6 @@ def test_an_epoch_smaller_than_an_update_is_said(log):
     assert log.text == ""
     assert count_steps(3, 4) == 1
     assert "3 micro-batches, fewer than the 4 of an optimizer step" in log.text
-
-
-def test_graphs_refuse_to_accumulate():
-    with pytest.raises(UserError, match="cannot accumulate, and an update has 4"):
-        check_graphs(True, torch.device("cuda"), 4)
-    check_graphs(False, torch.device("cpu"), 4)
-    check_graphs(True, torch.device("cuda"), 1)
 
 
 # --- README and a run ------------------------------------------------------------------------

@@ -439,10 +439,10 @@ def test_flag_is_refused_where_there_are_no_folders(data_set, capsys):
         assert expected in capsys.readouterr().err
 
 
-def test_pictures_of_other_data_refuse_the_flag(tmp_path):
+def test_visualize_refuses_data_index_without_folders(tmp_path):
     torch.save({"args": {"mask_ratio": 0.6, "data_set": "DIGITS"}}, tmp_path / "a.pth")
     words = ["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu", "--data_index", "lists"]
-    with pytest.raises(UserError, match="lists images in folders, DIGITS has none"):
+    with pytest.raises(UserError, match="--data_index needs image folders, not --data_set DIGITS"):
         visualize.main(options.visualize_parser().parse_args(words))
 
 

@@ -176,12 +176,12 @@ def ranks_write(rank: int, folder: Path) -> dict:
         recorder = Recorder()
         reporter.hooks.append(recorder)
         waited = SimpleNamespace(wait_seconds=0.0)
-        means = reporter.begin_epoch(["loss", "grad_norm"], waited, running)
+        means = reporter.begin_epoch(["loss", "grad_norm"], waited)
         means.update(1, loss=torch.tensor(float(rank)), grad_norm=torch.tensor(1.0))
         reporter.after_batch(4)
         images = reporter.images
         running.updates += 1
-        reporter.after_update(lr=0.1)
+        reporter.after_step(lr=0.1)
         running.epoch += 1
         reporter.end_epoch({"train_loss": 1.0, "epoch": 0})
     return {

@@ -34,7 +34,7 @@ from tests.tiny import classifier, classifier64, fcmae64
 from training import checkpoint
 from training.anomaly import AnomalyGuard, first_not_finite
 from training.checkpoint import TrainState, load_optimizer
-from training.ema import MovingAverage
+from training.ema import ModelEma
 from training.stepper import Stepper, autocast
 
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ def ranks_average(rank: int, folder: Path) -> dict:
     for mode in [mode for mode in MODES if mode != "zero1"]:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
-        average = MovingAverage(model, 0.9, CPU)
+        average = ModelEma(model, 0.9, CPU)
         share, wrapped, optimizer = build(mode, model)
         share.spread(average.module)
         stepper = Stepper(wrapped, optimizer, CPU)

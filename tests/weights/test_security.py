@@ -193,7 +193,7 @@ def test_checkpoint_does_not_choose_where_data_is_downloaded(tmp_path, monkeypat
     monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *words: 1 / 0)
     parser = options.visualize_parser()
     args = parser.parse_args(["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu"])
-    with pytest.raises(UserError, match="asks for CIFAR10; say where: --data_path"):
+    with pytest.raises(UserError, match="downloads CIFAR10; give the folder with --data_path"):
         visualize.main(args)
     assert everything(tmp_path) == {"a.pth"}
 
