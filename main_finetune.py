@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     make_deterministic(args.deterministic, device)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
-    sharing = sharding.build_sharing(args, device, amp)
+    parallelism = sharding.build_parallelism(args, device, amp)
     processes = process_group.get_world_size()
     folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
     start = resume.find_start(
@@ -96,11 +96,11 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     bare = sharding.sync_batch_norm(bare, args)  # the average has nobody to wait for
-    sharing.spread(bare, model_ema and model_ema.module)
+    parallelism.shard(bare, model_ema and model_ema.module)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
     decay = args.layer_decay, args.layer_decay_type
-    optimizer = build_optimizer(args, bare, lr, *decay, sharing.mode)
+    optimizer = build_optimizer(args, bare, lr, *decay, parallelism.mode)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     # Mixed labels are smoothed by mixup itself.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cuda_graphs:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         called = Graphed(bare, device, amp, [shape])
-    model = sharing.wrap(called)
+    model = parallelism.wrap(called)
     stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------

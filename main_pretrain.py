@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     if args.recipe:
         log.info("recipe %s", args.recipe)
     amp = choose_amp(args.amp, args.use_amp, device)
-    sharing = sharding.build_sharing(args, device, amp)
+    parallelism = sharding.build_parallelism(args, device, amp)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     processes = process_group.get_world_size()
@@ -86,10 +86,10 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     fcmae = sharding.sync_batch_norm(fcmae, args)
-    sharing.spread(fcmae)
+    parallelism.shard(fcmae)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
-    optimizer = build_optimizer(args, fcmae, lr, shard=sharing.mode)
+    optimizer = build_optimizer(args, fcmae, lr, shard=parallelism.mode)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cuda_graphs:
         shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
         called = Graphed(fcmae, device, amp, shapes, visible)
-    model = sharing.wrap(called)
+    model = parallelism.wrap(called)
     stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
             stats = {f"train_{key}": value for key, value in train.items()}
             reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
             if panel and (last or state.epoch % args.picture_freq == 0):
-                with sharding.whole_weights(fcmae) as network, autocast(device, amp):
+                with sharding.unsharded(fcmae) as network, autocast(device, amp):
                     if process_group.is_main_process():
                         pictures = reconstructions(network, *panel, *mean_and_std)
                         reporter.picture("reconstructions", grid(pictures))

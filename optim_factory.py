@@ -153,7 +153,7 @@ def create_optimizer(
     """Any of timm's optimizers by name, over `get_parameter_groups`.
 
     lr is the peak of the schedule. opt_eps and opt_betas replace the optimizer's own where given;
-    an optimizer that does not have them is an error. shard: `sharding.Sharing.mode`.
+    an optimizer that does not have them is an error. shard: `sharding.Parallelism.mode`.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
@@ -171,10 +171,12 @@ def create_optimizer(
     fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
     options = {"opt": opt, "lr": lr, "momentum": momentum, **given, **fused}
     try:
-        optimizer = sharding.build(partial(create_optimizer_v2, **options), groups, lr, shard)
+        optimizer = sharding.wrap_optimizer(
+            partial(create_optimizer_v2, **options), groups, lr, shard
+        )
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
-    taken = sharding.own_part(optimizer).defaults.keys()  # timm leaves out what does not fit
+    taken = sharding.local_optimizer(optimizer).defaults.keys()  # timm leaves out what does not fit
     for key in given.keys() - taken:
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     return optimizer

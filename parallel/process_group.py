@@ -25,10 +25,10 @@ from torch import Tensor
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from parallel import failure
 from parallel.environment import read_launcher
-from parallel.sharding import WAIT_FOR_RANKS
 
 MEET = timedelta(minutes=10)  # in which all processes are started
-
+# Longer than the default for nccl: ranks may wait for a download or an evaluation.
+WAIT_FOR_RANKS = timedelta(hours=1)
 
 STOPPED = "stopped"  # key in the launcher's store, which outlives the processes under torchrun
 

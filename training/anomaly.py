@@ -89,7 +89,7 @@ class Guard:
         if self.kept and not all(all_gather(is_finite(self.parts[0]))):  # the next update shows it
             return
         self.kept = []  # two of them at once could be too much
-        self.kept = [snapshot(sharding.own_part(part).state_dict()) for part in self.parts]
+        self.kept = [snapshot(sharding.local_optimizer(part).state_dict()) for part in self.parts]
         self.kept_at, self.kept_bad = state.updates, state.bad_steps
         self.kept_numbers = self.stepper.state()
 
@@ -121,7 +121,7 @@ class Guard:
     def _roll_back(self, state: TrainState) -> str:
         for part, content in zip(self.parts, self.kept, strict=True):
             # A copy, since an optimizer would train on in the original.
-            sharding.restore(part, snapshot(content))
+            sharding.load_local_state(part, snapshot(content))
         self.stepper.restore(self.kept_numbers)
         undone = state.updates - self.kept_at
         recent = self.kept_at < self.returned_at + self.every
@@ -146,7 +146,7 @@ class Guard:
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in fault.ids]}
             if number < RUN_AGAIN and self.batches is not None:
                 try:
-                    with sharding.whole_weights(self.parts[0]) as network:
+                    with sharding.unsharded(self.parts[0]) as network:
                         mine |= self._run_again(network, state, fault)
                 except torch.OutOfMemoryError as error:  # on all ranks alike
                     mine |= {"first_not_finite": None, "note": f"cannot be run again: {error}"}

@@ -33,11 +33,11 @@ class MovingAverage:
 
         Where the average lies beside the model the host waits for nothing.
         """
-        old = [sharding.local(kept) for kept in self.module.parameters()]
+        old = [sharding.to_local(kept) for kept in self.module.parameters()]
         share = updates.to(old[0]).pow(-2 / 3).clamp(min=1 - self.decay)
         taken = taken.to(self.device)
         share = torch.where(taken, share, 0.0)
-        news = [sharding.local(new).to(self.device) for new in model.parameters()]
+        news = [sharding.to_local(new).to(self.device) for new in model.parameters()]
         change = torch._foreach_sub(news, old)
         torch._foreach_mul_(change, share)
         torch._foreach_add_(old, change)

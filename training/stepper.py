@@ -108,7 +108,7 @@ class Stepper:
         self.spike_factor = spike_factor
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.own = sharding.own_part(optimizer)
+        self.own = sharding.local_optimizer(optimizer)
         self.can_skip = getattr(self.own, "_step_supports_amp_scaling", False)
         self.skips_alone = False  # before its first step fused SGD would skip on to no momentum
         if not self.can_skip:
@@ -135,7 +135,7 @@ class Stepper:
     def micro_batch(self) -> Iterator[None]:
         """Around forward and loss: autocast, and no gradient exchange unless the group closes."""
         closes = self.micro + 1 == self.group_size
-        with sharding.exchange(self.model, closes), autocast(self.device, self.amp):
+        with sharding.sync_gradients(self.model, closes), autocast(self.device, self.amp):
             yield
 
     def step(self, loss: Tensor, ids: Tensor | None = None) -> Update | None:
@@ -157,7 +157,7 @@ class Stepper:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        norm = sharding.full(norm)
+        norm = sharding.full_tensor(norm)
         taken = self._close_group(norm.detach(), *self._agree(norm))
         self._open_group()
         return Update(taken, norm.detach())

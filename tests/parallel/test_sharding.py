@@ -26,10 +26,10 @@ from errors import UserError
 from models.fcmae import FCMAE
 from optim_factory import create_optimizer
 from parallel import sharding
-from parallel.sharding import Sharing, build_sharing
-from parallel.state_dict import whole_state
-from tests.groups import results_of, run_ranks
-from tests.test_end_to_end import log, run
+from parallel.sharding import Parallelism, build_parallelism
+from parallel.state_dict import full_state_dict
+from tests.groups import results_of, run_ranks, run_script
+from tests.test_end_to_end import log
 from tests.tiny import classifier, classifier64, fcmae64
 from training import checkpoint
 from training.anomaly import Guard, first_not_finite
@@ -55,9 +55,10 @@ SCRIPTS = {
 
 
 def train(script: str, folder: Path, processes: int, batch: int, freq: int, *words: Any) -> str:
-    """A whole run, or what is left of it; returns what it printed."""
+    """Run a script to its end, or resume it; returns its output."""
     words = [*SCRIPTS[script], *RUN, "--batch_size", batch, "--update_freq", freq, *words]
-    return run(script, *words, "--output_dir", folder, ranks=processes).stdout
+    words += ["--output_dir", folder]
+    return run_script(script, *words, ranks=processes, folder=folder.parent)
 
 
 def distance(ours: Any, theirs: Any) -> float:
@@ -141,9 +142,9 @@ def test_processes_and_what_each_keeps_change_nothing(
 
 def build(
     mode: str, model: nn.Module, opt: str = "adamw", **options: Any
-) -> tuple[Sharing, nn.Module, Any]:
-    share = Sharing(mode, CPU, **options)
-    share.spread(model)
+) -> tuple[Parallelism, nn.Module, Any]:
+    share = Parallelism(mode, CPU, **options)
+    share.shard(model)
     optimizer = create_optimizer(model, opt, lr=0.01, shard=mode)
     return share, share.wrap(model), optimizer
 
@@ -154,7 +155,7 @@ def images(rank: int, count: int = 4) -> Tensor:
 
 
 def are_spread(model: nn.Module) -> bool:
-    return all(sharding.is_spread(parameter) for parameter in model.parameters())
+    return all(sharding.is_dtensor(parameter) for parameter in model.parameters())
 
 
 def ranks_keep(rank: int, folder: Path) -> dict:
@@ -162,22 +163,24 @@ def ranks_keep(rank: int, folder: Path) -> dict:
     held = {}
     for mode in MODES:
         given = flags(shard=mode, grad_compression="bf16")
-        assert build_sharing(given, CPU, "bf16") == Sharing(mode, CPU, "bf16", compress=True)
+        assert build_parallelism(given, CPU, "bf16") == Parallelism(
+            mode, CPU, "bf16", compress=True
+        )
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
         _, wrapped, optimizer = build(mode, model)
         weights = list(model.parameters())
         for now in (False, True):
-            with sharding.exchange(wrapped, now):
+            with sharding.sync_gradients(wrapped, now):
                 loss = wrapped(images(rank)).square().mean()
             loss.backward()
             if mode == "fsdp" and not now:  # the next one adds to what each has kept for itself
                 assert all(p.grad is None for p in weights)
-        grads = sum(sharding.local(p.grad).numel() for p in weights if p.grad is not None)
+        grads = sum(sharding.to_local(p.grad).numel() for p in weights if p.grad is not None)
         optimizer.step()
-        states = sharding.own_part(optimizer).state.values()
-        moments = sum(sharding.local(state["exp_avg"]).numel() for state in states)
-        held[mode] = [sum(sharding.local(p).numel() for p in weights), grads, moments]
+        states = sharding.local_optimizer(optimizer).state.values()
+        moments = sum(sharding.to_local(state["exp_avg"]).numel() for state in states)
+        held[mode] = [sum(sharding.to_local(p).numel() for p in weights), grads, moments]
     return held
 
 
@@ -206,7 +209,7 @@ def ranks_skip(rank: int, folder: Path) -> dict:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
         _, wrapped, optimizer = build(mode, model)
-        start = sharding.local(model.head.bias).detach().clone()
+        start = sharding.to_local(model.head.bias).detach().clone()
         stepper = Stepper(wrapped, optimizer, CPU, clip_grad=1.0)
         guard = Guard(stepper, (model, optimizer), every=1)
         guard.begin_epoch(TrainState(), None)
@@ -222,14 +225,13 @@ def ranks_skip(rank: int, folder: Path) -> dict:
             stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
             if update == 1:  # the updates that follow must not notice that it was run again
                 looks.look(TrainState(updates=2))
-                network = sharding.PLAIN.get(model, model)
-                network.stages[1][0].pwconv2._forward_pre_hooks.clear()
-            after = torch.cat([sharding.local(p).detach().flatten() for p in model.parameters()])
+                model.stages[1][0].pwconv2._forward_pre_hooks.clear()
+            after = torch.cat([sharding.to_local(p).detach().flatten() for p in model.parameters()])
             moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
             before = after.clone()
         stepper.read()
         guard._roll_back(TrainState(updates=4))
-        back = sharding.local(model.head.bias).detach().equal(start)
+        back = sharding.to_local(model.head.bias).detach().equal(start)
         seen[mode] = {"moved": moved, "back": back}
     return seen
 
@@ -242,7 +244,7 @@ def ranks_average(rank: int, folder: Path) -> dict:
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
         average = MovingAverage(model, 0.9, CPU)
         share, wrapped, optimizer = build(mode, model)
-        share.spread(average.module)
+        share.shard(average.module)
         stepper = Stepper(wrapped, optimizer, CPU)
         stepper.begin_epoch(3)
         for update in range(3):
@@ -250,19 +252,17 @@ def ranks_average(rank: int, folder: Path) -> dict:
                 loss = wrapped(images(rank)).square().mean()
             taken = stepper.step(loss).taken
             average.update(model, torch.tensor(update + 1), taken)
-            with sharding.whole_weights(model) as network, torch.no_grad():
+            with sharding.unsharded(model) as network, torch.no_grad():
                 output = network(images(9)) if rank == 0 else None  # must not disturb what follows
             assert are_spread(model) == (mode == "fsdp")
-        with sharding.whole_weights(average.module) as network:
+        with sharding.unsharded(average.module) as network:
             state = {name: p.detach().clone() for name, p in network.named_parameters()}
-        with sharding.whole_weights(model) as network:
+        with sharding.unsharded(model) as network:
             torn = network.stages[1][0].register_forward_hook(lambda block, x, y: y * math.nan)
             found = first_not_finite(network, lambda: network(images(rank)).square().mean())
             torn.remove()
-        with pytest.raises(ZeroDivisionError), sharding.whole_weights(model) as network:
+        with pytest.raises(ZeroDivisionError), sharding.unsharded(model) as network:
             raise ZeroDivisionError
-        if mode == "fsdp":  # nor does a second copy of the weights stay
-            assert not any(weight.numel() for weight in network.parameters())
         assert are_spread(model) == (mode == "fsdp")
         uneven = [(images(9), torch.arange(4) % 3, None)] * (1 - rank)
         stats = evaluate(uneven, model, CPU, "none")  # of rank 0 alone
@@ -291,14 +291,14 @@ def ranks_compress(rank: int, folder: Path) -> dict:
             _, wrapped, _ = build(mode, model, amp=amp, compress=compress)
             kinds: list[torch.dtype] = []
             model.head.register_forward_hook(partial(note_kind, kinds))
-            with sharding.exchange(wrapped, True), autocast(CPU, amp):
+            with sharding.sync_gradients(wrapped, True), autocast(CPU, amp):
                 loss = wrapped(images(rank).float()).square().mean()
             loss.backward()
-            grads = {name: sharding.full(p.grad) for name, p in model.named_parameters()}
+            grads = {name: sharding.full_tensor(p.grad) for name, p in model.named_parameters()}
             results[f"{mode} {amp} {compress}"] = grads
             half = (mode, amp) == ("fsdp", "bf16")
             assert kinds == [torch.bfloat16 if half else torch.float32]
-            with sharding.whole_weights(model) as network:  # which an evaluation does not round
+            with sharding.unsharded(model) as network:  # which an evaluation does not round
                 assert network.head.weight.dtype == torch.float32
     return results
 
@@ -311,15 +311,15 @@ def ranks_normalise(rank: int, folder: Path) -> dict:
     """Groups of SyncBatchNorm; running statistics that differ, before an evaluation and after."""
     model, sizes = normed(), {}
     for group in (0, 1, 2):
-        synced = sharding.converted(copy.deepcopy(model), group)
+        synced = sharding.convert_batch_norm(copy.deepcopy(model), group)
         assert type(synced[1]) is nn.SyncBatchNorm
         sizes[group] = dist.get_world_size(synced[1].process_group)
     if HAS_FSDP:
-        Sharing("fsdp", CPU).spread(synced)  # a copy without weights, of groups that have none
-        with sharding.whole_weights(synced) as network:
+        Parallelism("fsdp", CPU).shard(synced)
+        with sharding.unsharded(synced) as network:
             assert network[1].process_group is synced[1].process_group
-    with pytest.raises(UserError, match="--sync_bn_group 3: 2 processes.*one of 1, 2"):
-        sharding.converted(model, 3)
+    with pytest.raises(UserError, match="--sync_bn_group 3 does not divide the 2 processes.*one of 1, 2"):
+        sharding.convert_batch_norm(model, 3)
     model[1].running_mean.fill_(rank)
     model.register_buffer("count", torch.full((2, 3), rank, dtype=torch.int16).t())
     model.register_buffer("wide", torch.full((1,), float("nan")).expand(4))
@@ -339,10 +339,9 @@ class Odd(nn.Module):
         super().__init__()
         self.linear, self.plain, self.temperature = nn.Linear(2, 2), True, 1.0
         self.mean = torch.zeros(2)
-        self.again = [self.linear.weight]
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.again[0].t() / self.temperature - self.mean
+        return self.linear(x) / self.temperature - self.mean
 
 
 def ranks_gather(rank: int, folder: Path) -> dict:
@@ -353,20 +352,18 @@ def ranks_gather(rank: int, folder: Path) -> dict:
     build("fsdp", model)
     for each in (expected, model):
         each.temperature, each.mean = 2.0, torch.ones(2)
-    with sharding.whole_weights(model) as network:
+    with sharding.unsharded(model) as network:
         assert torch.equal(network(torch.ones(1, 2)), expected(torch.ones(1, 2)))
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             patch.setattr(Tensor, "new_empty", short_of_memory)
-        with pytest.raises(torch.OutOfMemoryError, match="for all weights on each process: full"):
-            sharding.whole_weights(model).__enter__()
-    with sharding.whole_weights(model) as network:
+        with pytest.raises(torch.OutOfMemoryError, match="not enough memory for all weights: full"):
+            sharding.unsharded(model).__enter__()
+    with sharding.unsharded(model) as network:
         return {"odd": network(torch.ones(1, 2)).detach()}
 
 
 def short_of_memory(tensor: Tensor, shape: Any) -> Tensor:
-    if shape == 0:
-        return tensor.new_zeros(0)
     raise torch.OutOfMemoryError("full")
 
 
@@ -377,14 +374,14 @@ def ranks_begin(rank: int, folder: Path) -> dict:
         torch.manual_seed(rank)
         model = normed()
         _, wrapped, optimizer = build(mode, model, amp="bf16")
-        begun[mode] = [sharding.full(p).detach().clone() for p in model.parameters()]
-        with sharding.exchange(wrapped, True), autocast(CPU, "bf16"):
+        begun[mode] = [sharding.full_tensor(p).detach().clone() for p in model.parameters()]
+        with sharding.sync_gradients(wrapped, True), autocast(CPU, "bf16"):
             loss = wrapped(images(rank).float()).square().mean()
         loss.backward()
         optimizer.step()
-        assert not torch.equal(sharding.full(model[3].bias), begun[mode][3])
+        assert not torch.equal(sharding.full_tensor(model[3].bias), begun[mode][3])
         assert model[1].running_mean.dtype == torch.float32
-        with sharding.whole_weights(model.eval()) as network:
+        with sharding.unsharded(model.eval()) as network:
             assert not network[1].training
             assert network[1].running_mean is model[1].running_mean
     return begun
@@ -394,7 +391,9 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
     """Weights after three updates, one of them undone, and what the groups of a file count."""
     ends: dict[str, Any] = {}
     for mode in MODES:
-        for opt in sharding.BY_ROWS if mode == "fsdp" else (*sharding.BY_ROWS, "adan"):
+        for opt in (
+            sharding.FSDP_OPTIMIZERS if mode == "fsdp" else (*sharding.FSDP_OPTIMIZERS, "adan")
+        ):
             if mode == "zero1" and opt != "adan":
                 continue
             torch.manual_seed(0)
@@ -412,8 +411,10 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
                 if update == 1:
                     guard._roll_back(TrainState(updates=2))
                 optimizer.zero_grad()
-            counts = [group.get("step") for group in whole_state(optimizer)["param_groups"]]
-            weights = torch.cat([sharding.full(p).detach().flatten() for p in model.parameters()])
+            counts = [group.get("step") for group in full_state_dict(optimizer)["param_groups"]]
+            weights = torch.cat(
+                [sharding.full_tensor(p).detach().flatten() for p in model.parameters()]
+            )
             ends[f"{mode} {opt}"] = {"weights": weights, "counts": counts}
     return ends
 
@@ -429,18 +430,18 @@ def ranks_save(rank: int, folder: Path) -> dict:
         for _ in range(2):
             wrapped(images(rank)).square().mean().backward()
             optimizer.step()
-        whole[mode] = whole_state(optimizer) if mode != "ddp" else optimizer.state_dict()
+        whole[mode] = full_state_dict(optimizer) if mode != "ddp" else optimizer.state_dict()
         given = [whole["ddp"]]
         dist.broadcast_object_list(given)
         load_optimizer(optimizer, given[0] | {"name": "AdamW"}, "a file")
-        whole[f"{mode} again"] = whole_state(optimizer)
-        weights = whole_state(model)
+        whole[f"{mode} again"] = full_state_dict(optimizer)
+        weights = full_state_dict(model)
         if rank == 0:  # not a bucket of all of them for each
             assert all(w.nbytes == w.untyped_storage().nbytes() for w in weights.values())
         (folder / f"{mode} save").mkdir(exist_ok=True)
         checkpoint.save_model(folder / f"{mode} save", model, optimizer, **about)
         with torch.no_grad():
-            sharding.local(model.head.bias).fill_(math.nan)
+            sharding.to_local(model.head.bias).fill_(math.nan)
         refused = pytest.raises(UserError, match="not finite") if rank == 0 else nullcontext()
         with refused:
             checkpoint.save_model(folder / f"{mode} save", model, optimizer, **about)
@@ -561,7 +562,7 @@ def test_optimizers_that_are_let_through_come_out_the_same(results):
         assert distance(end["weights"], expected["weights"]) < 1e-12, key
         assert end["counts"] == expected["counts"], key
     assert set(ends["ddp adan"]["counts"]) == {2}
-    assert len(ends) == len(sharding.BY_ROWS) * (1 + HAS_FSDP) + 1
+    assert len(ends) == len(sharding.FSDP_OPTIMIZERS) * (1 + HAS_FSDP) + 1
 
 
 def test_optimizer_is_saved_and_loaded_as_if_one_process_had_it(results):
@@ -579,9 +580,9 @@ def test_what_an_optimizer_saves_besides_its_moments_comes_back():
     model = nn.Linear(3, 2)
     optimizers = [create_optimizer(model, "kron", lr=0.1) for _ in range(2)]
     optimizers[0].rng.random()
-    saved = whole_state(optimizers[0])
+    saved = full_state_dict(optimizers[0])
     load_optimizer(optimizers[1], saved, "a file")
-    assert distance(whole_state(optimizers[1])["rng_state"], saved["rng_state"]) == 0
+    assert distance(full_state_dict(optimizers[1])["rng_state"], saved["rng_state"]) == 0
 
 
 def flags(**given: Any) -> SimpleNamespace:
@@ -605,16 +606,16 @@ def flags(**given: Any) -> SimpleNamespace:
 )
 def test_flags_that_do_not_go_together_are_refused_at_once(given, amp, message):
     with pytest.raises(UserError, match=message):
-        build_sharing(flags(**given), CPU, amp)
+        build_parallelism(flags(**given), CPU, amp)
 
 
 def test_one_process_keeps_all_and_says_so(caplog):
     given = flags(shard="zero1", grad_compression="bf16", sync_bn=True)
     with caplog.at_level(logging.INFO, "convnextv2"):
         logging.getLogger("convnextv2").propagate = True
-        share = build_sharing(given, CPU, "none")
+        share = build_parallelism(given, CPU, "none")
     model = classifier(num_classes=3)
-    share.spread(model)
+    share.shard(model)
     assert share.mode == "ddp"
     assert share.wrap(model) is model
     for flag in ("--shard zero1", "--grad_compression bf16", "--sync_bn True"):
@@ -660,7 +661,7 @@ def sideways() -> nn.Module:
 def test_models_that_cannot_be_shared_are_refused_by_name(make, shard, message):
     """torch says it after the first batch, or in its own words."""
     with pytest.raises(UserError, match=message):
-        Sharing(shard, CPU).spread(make())
+        Parallelism(shard, CPU).shard(make())
 
 
 def test_sync_batch_norm_converts_what_is_on_gpus(monkeypatch):
