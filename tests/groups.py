@@ -60,7 +60,7 @@ def become_rank(rank: int, size: int, port: int, output: Path | None = None) -> 
 
 
 def run_ranks(jobs: Sequence[Job], ranks: int, folder: Path) -> Path:
-    """Run every job on `ranks` gloo ranks, in this order; `results_of(folder)` reads the results."""
+    """Run every job on `ranks` gloo ranks, in this order; `results_of` reads their results."""
     _start(_run_jobs, (ranks, free_port(), jobs, folder), ranks)
     return folder
 
