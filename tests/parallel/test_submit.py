@@ -226,6 +226,19 @@ def test_only_rank_0_asks_and_the_others_do_not_end_it_first(program, handlers, 
     assert (tmp_path / "asked").read_text() == "requeue 12\n"
 
 
+def test_job_that_is_done_ignores_warnings(handlers, monkeypatch):
+    """Python's shutdown gives signals back to the system, and a warning then ended the process."""
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: Numbered(global_rank=0, job_id="12"))
+    environment = SimpleNamespace(export=lambda **options: None)
+    monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: environment)
+    monkeypatch.setattr("utils.launch", lambda main, args: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    slurm.Trainer("main_pretrain", read()[0])()
+    kinds = [getattr(signal, name) for name in slurm.WARNINGS]
+    assert [signal.getsignal(kind) for kind in kinds] == [signal.SIG_IGN] * 3
+
+
 def test_scontrol_that_fails_once_is_asked_again(program, handlers, tmp_path, capsys, monkeypatch):
     """A controller that was busy for a moment cost the job."""
     monkeypatch.setattr(slurm, "LOOK", 0)
