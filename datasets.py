@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from data_loading.bad_images import BadImages
 from data_loading.builtin import Digits, Synthetic, cifar10, cifar100
-from data_loading.dataset import Augmented
-from data_loading.folders import DataSpec, folder, image_folder, imnet
-from data_loading.loader import Batches, collate, create_loader
+from data_loading.dataset import TransformedDataset
+from data_loading.folders import DatasetSpec, folder, image_folder, imnet
+from data_loading.loader import DeviceLoader, collate, create_loader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
     create_eval_transform,
@@ -32,9 +32,9 @@ from parallel.process_group import get_rank, get_world_size
 __all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
     "DATASETS",
     "DOWNLOADED",
-    "Augmented",
-    "Batches",
-    "DataSpec",
+    "TransformedDataset",
+    "DeviceLoader",
+    "DatasetSpec",
     "EvalSampler",
     "TrainSampler",
     "build_bad_images",
@@ -61,7 +61,7 @@ PATIENCE = 1800.0  # seconds for one sample: half of what ranks wait for each ot
 # --- data sets: (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label) -----
 
 
-DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
+DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "IMNET": imnet,
     "image_folder": image_folder,
     "folder": folder,
@@ -75,7 +75,7 @@ DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
 DOWNLOADED = ("CIFAR", "CIFAR10")  # where they are not in data_path
 
 
-def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:
+def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     """A row of `DATASETS`, or what `package.module:function` makes of (data_path, train).
 
     The function gets eval_data_path, if given, to evaluate.
@@ -94,7 +94,7 @@ def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:
 
 def class_map(dataset: Any) -> dict[str, int] | None:
     """Class name -> label, if the dataset (or the one it wraps) has names."""
-    while isinstance(dataset, Augmented):
+    while isinstance(dataset, TransformedDataset):
         dataset = dataset.dataset
     if hasattr(dataset, "class_to_idx"):
         return dict(dataset.class_to_idx)
@@ -135,11 +135,11 @@ def build_mean_and_std(args: Any) -> tuple[list, list]:
 
 
 def on_bad_image(is_train: bool, args: Any) -> str:
-    """What `Augmented` does; an evaluation must not count another image in place of a bad one."""
+    """What `TransformedDataset` does; an evaluation must not count another image in place of a bad one."""
     return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]
 
 
-def build_bad_images(args: Any, folder: Path | None, *batches: Batches | None) -> BadImages:
+def build_bad_images(args: Any, folder: Path | None, *batches: DeviceLoader | None) -> BadImages:
     """The list of images that `--on_bad_image skip` goes without."""
     return BadImages(folder, *batches, active=args.on_bad_image == "skip")
 
@@ -164,14 +164,14 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     )
 
 
-def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
+def build_dataset(is_train: bool, args: Any) -> tuple[TransformedDataset, int]:
     """The labelled data set and its number of classes, which --nb_classes may only confirm."""
     if args.data_set == "folder":
         raise UserError(
             "--data_set folder has no labels; expected class folders (--data_set image_folder or "
             "IMNET). Images without labels serve main_pretrain.py"
         )
-    spec = DataSpec(
+    spec = DatasetSpec(
         args.data_path,
         args.eval_data_path,
         height_and_width(args.input_size),
@@ -192,10 +192,12 @@ def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
     nb_classes = args.nb_classes if names is None else len(names)
     transform = build_transform(is_train, args)
     on_bad = on_bad_image(is_train, args)
-    return Augmented(data, transform, args.seed, args.in_chans, nb_classes, on_bad), nb_classes
+    return TransformedDataset(
+        data, transform, args.seed, args.in_chans, nb_classes, on_bad
+    ), nb_classes
 
 
-def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
+def build_datasets(args: Any) -> tuple[TransformedDataset, TransformedDataset | None, int]:
     """(train, val, number of classes), after checking that both number their classes alike.
 
     No val with --disable_eval.
@@ -208,18 +210,18 @@ def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
     return train, val, nb_classes
 
 
-def build_pretrain_dataset(args: Any) -> Augmented:
+def build_pretrain_dataset(args: Any) -> TransformedDataset:
     """The training images of any data set; their labels are passed on but mean nothing here."""
     size = height_and_width(args.input_size)
-    spec = DataSpec(args.data_path, input_size=size, data_index=args.data_index)
+    spec = DatasetSpec(args.data_path, input_size=size, data_index=args.data_index)
     data = create_dataset(args.data_set, spec, train=True)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
-    return Augmented(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
 
 
-def build_loader(dataset: Augmented, is_train: bool, args: Any) -> DataLoader:
-    """This rank's loader: shuffled whole batches to train, each image once to evaluate."""
+def build_loader(dataset: TransformedDataset, is_train: bool, args: Any) -> DataLoader:
+    """This rank's loader: permute whole batches to train, each image once to evaluate."""
     rank, world_size = get_rank(), get_world_size()
     patience = PATIENCE if args.data_timeout is None else args.data_timeout
     if not is_train:
@@ -242,9 +244,11 @@ def build_loader(dataset: Augmented, is_train: bool, args: Any) -> DataLoader:
     return create_loader(dataset, sampler, args.batch_size, workers, args.pin_mem, True, patience)
 
 
-def build_batches(dataset: Augmented, is_train: bool, args: Any, device: Any) -> Batches:
+def build_batches(
+    dataset: TransformedDataset, is_train: bool, args: Any, device: Any
+) -> DeviceLoader:
     """`build_loader`'s batches, normalised on the device."""
-    return Batches(build_loader(dataset, is_train, args), device, *build_mean_and_std(args))
+    return DeviceLoader(build_loader(dataset, is_train, args), device, *build_mean_and_std(args))
 
 
 def build_mixup(args: Any, nb_classes: int) -> Callable | None:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_loading.rng import seed_all
-from datasets import Batches
-from errors import UserError, some
+from datasets import DeviceLoader
+from errors import UserError, first_few
 from optim_factory import Schedule
 from parallel import process_group, sharding
-from training.anomaly import Guard
+from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.ema import MovingAverage
@@ -33,13 +33,13 @@ def train_one_epoch(
     model: nn.Module,
     bare: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    batches: Batches,
+    batches: DeviceLoader,
     stepper: Stepper,
     schedule: Schedule,
     state: TrainState,
     reporter: Reporter,
     keeper: Keeper,
-    guard: Guard,
+    guard: AnomalyGuard,
     seed: int,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     model_ema: MovingAverage | None = None,
@@ -105,7 +105,7 @@ def supervised_loss(
 
 @torch.inference_mode()
 def evaluate(
-    batches: Batches, model: nn.Module, device: torch.device, amp: str
+    batches: DeviceLoader, model: nn.Module, device: torch.device, amp: str
 ) -> dict[str, float]:
     """Loss and accuracies per image over all ranks, every image counted exactly once.
 
@@ -125,7 +125,7 @@ def evaluate(
     if math.isnan(stats["acc1"]):  # there was not a single image, on any rank
         raise UserError(
             "no image could be used to evaluate on, --on_bad_image skip left out all of them: "
-            f"{some([f'{name} ({why})' for name, why in batches.bad.items()]) or 'on other ranks'}"
+            f"{first_few(f'{name} ({why})' for name, why in batches.bad.items()) or 'on other ranks'}"
             "; correct --eval_data_path or --data_path, or give --disable_eval"
         )
     return stats

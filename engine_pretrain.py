@@ -11,12 +11,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from data_loading.rng import hash_noise, seed_all
-from datasets import Batches
+from data_loading.rng import mask_noise, seed_all
+from datasets import DeviceLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from optim_factory import Schedule
 from parallel import process_group
-from training.anomaly import Guard
+from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.hooks import Reporter
@@ -26,13 +26,13 @@ from training.stepper import Stepper
 def train_one_epoch(
     model: nn.Module,
     fcmae: FCMAE,
-    batches: Batches,
+    batches: DeviceLoader,
     stepper: Stepper,
     schedule: Schedule,
     state: TrainState,
     reporter: Reporter,
     keeper: Keeper,
-    guard: Guard,
+    guard: AnomalyGuard,
     seed: int,
 ) -> dict[str, float]:
     """Train on what is left of the epoch; returns its mean loss and gradient norm and its rate.
@@ -83,6 +83,6 @@ def masked_loss(
     images, _, ids = batch
     h, w = fcmae.grid_size(*images.shape[-2:])
     visible = visible_patches(h * w, fcmae.mask_ratio)
-    mask = random_mask(hash_noise(seed, epoch, ids, h * w), visible)
+    mask = random_mask(mask_noise(seed, epoch, ids, h * w), visible)
     seed_all(seed, update, micro, process_group.get_rank())
     return network(images, mask, visible)[0]

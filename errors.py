@@ -11,7 +11,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, it goes on
@@ -29,9 +29,11 @@ class Preempted(Exception):
     """A run that was asked to stop, and saved. Scripts exit with EXIT_REQUEUE."""
 
 
-def some(names: list[str]) -> str:
-    """The first names of a list, for a message."""
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+def first_few(names: Iterable[Any], limit: int = 3) -> str:
+    """Join names for a message: `a, b, c and 2 more`."""
+    names = list(map(str, names))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def see_working_folder() -> None:

@@ -30,7 +30,7 @@ from optim_factory import (
     build_optimizer,
     build_schedule,
     choose_update_freq,
-    count_updates,
+    count_steps,
     scale_lr,
 )
 from parallel import sharding
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     train_set, val_set, nb_classes = datasets.build_datasets(args)
     batches = datasets.build_batches(train_set, True, args, device)
     val_batches = datasets.build_batches(val_set, False, args, device) if val_set else None
-    updates_per_epoch = count_updates(len(batches), update_freq)
+    updates_per_epoch = count_steps(len(batches), update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
 
     # --- 3. model ---------------------------------------------------------------------------
@@ -99,8 +99,7 @@ def main(args: argparse.Namespace) -> None:
     parallelism.shard(bare, model_ema and model_ema.module)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
-    decay = args.layer_decay, args.layer_decay_type
-    optimizer = build_optimizer(args, bare, lr, *decay, parallelism.mode)
+    optimizer = build_optimizer(args, bare, lr, parallelism.mode)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     # Mixed labels are smoothed by mixup itself.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)

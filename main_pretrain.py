@@ -29,7 +29,7 @@ from optim_factory import (
     build_optimizer,
     build_schedule,
     choose_update_freq,
-    count_updates,
+    count_steps,
     scale_lr,
 )
 from parallel import sharding
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 2. data ----------------------------------------------------------------------------
     dataset = datasets.build_pretrain_dataset(args)
     batches = datasets.build_batches(dataset, True, args, device)
-    updates_per_epoch = count_updates(len(batches), update_freq)
+    updates_per_epoch = count_steps(len(batches), update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     parallelism.shard(fcmae)
     effective_batch = args.batch_size * update_freq * processes
     lr = scale_lr(args.lr, args.blr, effective_batch)
-    optimizer = build_optimizer(args, fcmae, lr, shard=parallelism.mode)
+    optimizer = build_optimizer(args, fcmae, lr, parallelism.mode)
     schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
     log.info("peak lr %.3g, precision %s", lr, amp)
 

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_fcmae(trained)
     load_weights(model, checkpoint["model"], args.checkpoint)
     about = {"input_size": trained.input_size, "data_index": args.data_index}
-    spec = folders.DataSpec(trained.data_path, trained.eval_data_path, **about)
+    spec = folders.DatasetSpec(trained.data_path, trained.eval_data_path, **about)
     data = datasets.create_dataset(trained.data_set, spec, train=args.split == "train")
     images, mask = build_panel(data, model.to(device), trained, device, args.num_images)
     mean, std = datasets.build_mean_and_std(trained)

@@ -25,7 +25,7 @@ import engine_finetune
 import engine_pretrain
 from data_loading.builtin import DAMAGED, Zip
 from data_loading.decode import decode, load_image_file
-from data_loading.rng import mix, seed_all
+from data_loading.rng import fold_in, seed_all
 from datasets import build_mixup, mean_and_std
 from errors import UserError
 from models import create_model
@@ -33,7 +33,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
 from training import checkpoint
-from training.anomaly import Guard
+from training.anomaly import AnomalyGuard
 from training.checkpoint_manager import Keeper
 from training.hooks import Reporter, summary
 from training.stepper import Stepper
@@ -79,11 +79,11 @@ def _read(archive: Zip, split: str, count: int) -> tuple[np.ndarray, np.ndarray,
 
 
 class InMemory:
-    """What the engines ask of `Batches`, from images that stay on the device as uint8.
+    """What the engines ask of `DeviceLoader`, from images that stay on the device as uint8.
 
     images: (N, H, W, 3). seed: of order, crops and flips; None, to evaluate, leaves all as it is.
     pad: pixels of reflected border that a crop may take in. cutout: side of a square without
-    content. `Batches` itself would copy on a stream that does not wait for crops made on the GPU.
+    content. `DeviceLoader` itself would copy on a stream that does not wait for crops made on the GPU.
     """
 
     wait_seconds = 0.0  # for a loader; there is none
@@ -117,7 +117,7 @@ class InMemory:
         order = torch.arange(len(self.labels), device=self.device)
         if self.seed is not None:
             self.random = torch.Generator(self.device)
-            self.random.manual_seed(mix(self.seed, self.epoch))
+            self.random.manual_seed(fold_in(self.seed, self.epoch))
             order = torch.randperm(len(order), generator=self.random, device=self.device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             ids = order[start : start + self.batch_size]
@@ -196,14 +196,14 @@ def train(
     updates, state = len(batches), checkpoint.TrainState()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=updates,
+        steps_per_epoch=updates,
         epochs=epochs,
         lr=recipe["lr"],
         warmup_epochs=min(args.warmup_epochs, epochs / 5),
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
-    watchers = Keeper(None), Guard(stepper)
+    watchers = Keeper(None), AnomalyGuard(stepper)
     reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
     seconds = []
     while state.epoch < epochs:

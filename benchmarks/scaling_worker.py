@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_loading.folders import CRC, FIRST, HEADER, MAGIC, VERSION, open_index
-from data_loading.loader import Batches
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from engine_finetune import supervised_loss
 from engine_pretrain import masked_loss
@@ -126,7 +126,7 @@ def all_reduce(size: int, count: int) -> float:
 def told(count: int) -> dict[str, float]:
     """Seconds of what every rank says beside the gradients: in an update, and at a log line."""
     agreement = Agreement()
-    batches = Batches([], CPU, [0.0] * 3, [1.0] * 3)
+    batches = DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches, TrainState())
     found = {
@@ -208,7 +208,7 @@ def index_cost(length: int) -> dict[str, float]:
 
 def log_cost(print_freq: int) -> dict[str, float]:
     """Seconds of an update's report without a line, of a line with each hook, of an epoch's."""
-    state, batches = TrainState(), Batches([], CPU, [0.0] * 3, [1.0] * 3)
+    state, batches = TrainState(), DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     lines, logger, found = max(3, UPDATES // print_freq), process_group.get_logger(), {}
     before = logger.handlers
     with tempfile.TemporaryDirectory() as name, Path(name, "log").open("w") as log:
@@ -230,7 +230,7 @@ def log_cost(print_freq: int) -> dict[str, float]:
 
 
 def time_updates(
-    hooks: list[Hook], batches: Batches, lines: int, print_freq: int
+    hooks: list[Hook], batches: DeviceLoader, lines: int, print_freq: int
 ) -> tuple[float, float]:
     """Seconds of the report on an update, the longest left out: (without a log line, with one)."""
     reporter = Reporter(hooks, CPU, TrainState(), ENDLESS, ENDLESS, print_freq)

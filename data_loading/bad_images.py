@@ -31,7 +31,7 @@ OF_THE_FILE |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW, 
 WAITS = (0.1, 0.4, 1.5)  # seconds, before what the machine failed in is tried again
 
 
-def patiently(read: Callable[[], Any]) -> Any:
+def retry_io(read: Callable[[], Any]) -> Any:
     """`read()`, again if not the file but the machine failed; UserError if it still does."""
     for wait in (*WAITS, None):
         try:

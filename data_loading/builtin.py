@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_url
 
-from data_loading.folders import DataSpec
-from data_loading.rng import mix
+from data_loading.folders import DatasetSpec
+from data_loading.rng import fold_in
 from errors import UserError
 from parallel.process_group import is_main_process, main_process_first
 from utils import write_atomically
@@ -254,12 +254,12 @@ def find_cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> Cifar
     return main_process_first(find)
 
 
-def cifar10(spec: DataSpec, train: bool) -> Cifar:
+def cifar10(spec: DatasetSpec, train: bool) -> Cifar:
     """CIFAR-10 in data_path, downloaded there if need be."""
     return find_cifar(CIFAR10, spec.data_path, train)
 
 
-def cifar100(spec: DataSpec, train: bool) -> Cifar:
+def cifar100(spec: DatasetSpec, train: bool) -> Cifar:
     """CIFAR-100 in data_path, downloaded there if need be."""
     return find_cifar(CIFAR100, spec.data_path, train)
 
@@ -298,7 +298,7 @@ class Synthetic(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         (height, width), label = self.size, index % len(self.classes)
-        random = np.random.default_rng(mix(int(self.train), index))
+        random = np.random.default_rng(fold_in(int(self.train), index))
         colour = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
         radius = random.uniform(0.25, 0.45) * min(height, width)
         y = np.arange(height)[:, None] + 0.5 - random.uniform(radius, height - radius)

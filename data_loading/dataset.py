@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """A stored data set with a transform, seeded for each sample.
 
-python -c "from data_loading.dataset import Augmented; print(Augmented.__doc__)"
+python -c "from data_loading.dataset import TransformedDataset; print(TransformedDataset.__doc__)"
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import patiently
+from data_loading.bad_images import retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode
-from data_loading.rng import mix, seed_all
+from data_loading.rng import fold_in, seed_all
 from errors import UserError
 
 TRIES = 100  # others in place of an image that cannot be used
 
 
-class Replaced(NamedTuple):
+class Replacement(NamedTuple):
     """Another sample, or None, in place of those that cannot be used: (name, why) of each."""
 
     sample: tuple[Tensor, int, int] | None
     bad: list[tuple[str, str]]
 
 
-class Augmented(Dataset):
+class TransformedDataset(Dataset):
     """`dataset` with `transform`, asked by keys (epoch, index) and seeded by (seed, epoch, index).
 
     Returns (image (C, H, W), label, index), or a UserError where the sample cannot be used: as a
     value, because what a worker raises reaches the user as a long traceback. What a transform
     raises is a bug and stays an exception. on_bad: for an image that cannot be decoded `error`, or
-    a `Replaced` that says so: with `replace` it holds another by the hash of (seed, epoch, index),
+    a `Replacement` that says so: with `replace` it holds another by the hash of (seed, epoch, index),
     which keeps the index and so the mask of its place, with `leave out` none.
     """
 
@@ -56,15 +56,17 @@ class Augmented(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Replaced | UserError:
+    def __getitem__(
+        self, key: tuple[int, int]
+    ) -> tuple[Tensor, int, int] | Replacement | UserError:
         index, bad = key[1], []
         for attempt in range(1 + TRIES * (self.on_bad == "replace")):
             draw = (self.seed, *key, attempt) if attempt else (self.seed, *key)
-            chosen = mix(*draw) % len(self) if attempt else index
+            chosen = fold_in(*draw) % len(self) if attempt else index
             try:
                 image, label = self._load(chosen, draw)
                 sample = self.transform(image), label, index
-                return Replaced(sample, bad) if bad else sample
+                return Replacement(sample, bad) if bad else sample
             except BadImage as error:
                 if self.on_bad == "error":
                     return error
@@ -72,7 +74,7 @@ class Augmented(Dataset):
             except UserError as error:
                 return error
         if self.on_bad == "leave out":
-            return Replaced(None, bad)
+            return Replacement(None, bad)
         return UserError(
             f"{TRIES} others in place of {self.name_of(index)} cannot be used either, the last "
             f"{bad[-1][0]} ({bad[-1][1]}); too many to go on without: look at the data"
@@ -86,7 +88,7 @@ class Augmented(Dataset):
 
     def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
         try:
-            image, label = patiently(partial(self._read, index, draw))
+            image, label = retry_io(partial(self._read, index, draw))
         except (BadImage, *UNREADABLE) as error:
             if isinstance(error, UserError) and not isinstance(error, BadImage):
                 raise UserError(f"{self.name_of(index)}: {error}") from error

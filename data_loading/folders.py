@@ -36,9 +36,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import patiently
+from data_loading.bad_images import retry_io
 from data_loading.decode import EXTENSIONS, load_image
-from errors import UserError, some
+from errors import UserError, first_few
 from parallel.process_group import from_main_process, get_logger
 from utils import write_atomically
 
@@ -217,7 +217,7 @@ def _fill(file: BinaryIO, root: str, labelled: bool) -> None:
     if not labelled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
     if empty or not counts:
-        found = f"no images in {len(empty)} class folders: {some(empty)}"
+        found = f"no images in {len(empty)} class folders: {first_few(empty)}"
         raise UserError(
             f"{root}: {found if counts else 'no class folders'}; expected one folder of images a "
             f"class ({' '.join(EXTENSIONS)}): fill or remove empty ones; images without labels "
@@ -257,7 +257,7 @@ def _in_order(root: str, below: str = "") -> Iterator[str]:
 def _names(folder: str) -> tuple[list[str], list[str]]:
     """Names of the images and of the folders in one, in any order."""
     try:
-        return patiently(partial(_scan, folder))
+        return retry_io(partial(_scan, folder))
     except OSError as error:  # gone, or somebody else's, such as lost+found
         get_logger().warning("what is in %s is not used: %s", folder, error)
         return [], []
@@ -282,7 +282,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DatasetSpec:
     """What a row of `DATASETS` may need to know; each uses what concerns it."""
 
     data_path: str | None = None
@@ -315,13 +315,13 @@ class ImageFiles(Dataset):
         return load_image(path), label
 
 
-def _images(root: Path, labelled: bool, spec: DataSpec, train: bool) -> ImageFiles:
+def _images(root: Path, labelled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
     name = "train.index" if train else "val.index"
     file = Path(spec.data_index).expanduser() / name if spec.data_index else None
     return ImageFiles(list_images(root, labelled, file))
 
 
-def imnet(spec: DataSpec, train: bool) -> ImageFiles:
+def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
     """`train/` and `val/` under data_path, one folder a class."""
     root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
     split = root / ("train" if train else "val")
@@ -334,14 +334,14 @@ def imnet(spec: DataSpec, train: bool) -> ImageFiles:
     return _images(split, True, spec, train)
 
 
-def image_folder(spec: DataSpec, train: bool) -> ImageFiles:
+def image_folder(spec: DatasetSpec, train: bool) -> ImageFiles:
     """One folder a class: in data_path for training, in eval_data_path for validation."""
     path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
     root = _folder_at(path, f"--{flag}", "one folder of images a class")
     return _images(root, True, spec, train)
 
 
-def folder(spec: DataSpec, train: bool) -> ImageFiles:
+def folder(spec: DatasetSpec, train: bool) -> ImageFiles:
     """Images without labels, flat or nested, in order of their paths, for pre-training."""
     path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
     return _images(_folder_at(path, f"--{flag}", "images"), False, spec, train)

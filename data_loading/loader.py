@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """From a loader's batch on the host to one on the device, normalised; on CUDA beside the training.
 
-python -c "from data_loading import loader; print(loader.Batches.__doc__)"
+python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_loading.dataset import Replaced
+from data_loading.dataset import Replacement
 from data_loading.workers import WatchedLoader
 from errors import UserError
 
 
-class Batches:
+class DeviceLoader:
     """A loader's batches on `device`: images (N, C, H, W) float, normalised, channels_last.
 
-    uint8 images are 0..255, float ones 0..1. Raises the UserErrors that `Augmented` returned.
+    uint8 images are 0..255, float ones 0..1. Raises the UserErrors that `TransformedDataset` returned.
     `wait_seconds` sums the time spent waiting for the loader; `bad` says why of the images that
     `--on_bad_image skip` went without, by name. On CUDA the host queues work faster
     than it gets done, so a batch's copy, on a stream of its own, runs beside the step before it.
@@ -69,7 +69,7 @@ class Batches:
                 yield self._to_device(batch) if self.side is None else self._on_side(batch)
             start = time.perf_counter()
 
-    def again(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
+    def reload(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
         """The batch of these samples as it was in an epoch, read in this process; or UserError."""
         batch = self.loader.collate_fn([self.loader.samples[epoch, i] for i in ids.tolist()])
         if isinstance(batch, UserError):
@@ -97,15 +97,15 @@ class Batches:
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
-    """Samples -> images (N, C, H, W), labels (N,), ids (N,), what was `Replaced`: (name, why).
+    """Samples -> images (N, C, H, W), labels (N,), ids (N,), what was `Replacement`: (name, why).
 
     Or the first UserError among them.
     """
     error = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if error is not None:
         return error
-    bad = [fault for sample in samples if isinstance(sample, Replaced) for fault in sample.bad]
-    samples = [sample.sample if isinstance(sample, Replaced) else sample for sample in samples]
+    bad = [fault for sample in samples if isinstance(sample, Replacement) for fault in sample.bad]
+    samples = [sample.sample if isinstance(sample, Replacement) else sample for sample in samples]
     samples = [sample for sample in samples if sample is not None]
     if not samples:  # all left out
         return torch.empty(0), torch.empty(0), torch.empty(0), bad

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Randomness as a function of numbers and not a state: what identifies a draw seeds it.
 
-python -c "from data_loading import rng; print(rng.mix(0, 1))"
+python -c "from data_loading import rng; print(rng.fold_in(0, 1))"
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64, Steele et al.
 _WORD = (1 << 64) - 1
 
 
-def mix(*numbers: int) -> int:
+def fold_in(*numbers: int) -> int:
     """Hash whole numbers to 63 bits: the seed of whatever `numbers` identify."""
     state = 0
     for number in numbers:
@@ -42,13 +42,13 @@ def scramble(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def hash_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
+def mask_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
     """(N,) int64 sample ids -> (N, count) int64 noise that depends on nothing else.
 
     Works on every device without a host sync, so a sample's mask is the same whatever the
     number of ranks, workers or the batch it falls into.
     """
-    rows = scramble(ids[:, None] * _signed(_GOLDEN) + mix(seed, epoch))
+    rows = scramble(ids[:, None] * _signed(_GOLDEN) + fold_in(seed, epoch))
     return scramble(rows + torch.arange(1, count + 1, device=ids.device) * _signed(_GOLDEN))
 
 
@@ -56,7 +56,7 @@ def seed_all(*numbers: int) -> None:
     """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw."""
     import numpy as np
 
-    seed = mix(*numbers)
+    seed = fold_in(*numbers)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)

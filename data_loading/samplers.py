@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from data_loading.rng import mix, scramble
+from data_loading.rng import fold_in, scramble
 
 CHUNK = 4096  # keys that are computed at once: fewer take longer each, more the first of them
 
@@ -27,7 +27,7 @@ def keys_at(
         part = positions[first : first + CHUNK]
         indices = torch.arange(part.start, part.stop, part.step)
         if shuffle:
-            indices = shuffled(indices, length, seed, epoch)
+            indices = permute(indices, length, seed, epoch)
         yield from ((epoch, index) for index in indices.tolist())
 
 
@@ -72,7 +72,7 @@ class EvalSampler(Sampler):
 ROUNDS = 16  # 12 give some orders of seven things more often than others, 16 do not
 
 
-def shuffled(positions: Tensor, length: int, *numbers: int) -> Tensor:
+def permute(positions: Tensor, length: int, *numbers: int) -> Tensor:
     """(N,) int64 positions -> (N,) what is there in the random order of [0, length) of `numbers`.
 
     Nothing is kept: any part of any order can be had at once, up to a length of 2^62. This is the
@@ -83,7 +83,7 @@ def shuffled(positions: Tensor, length: int, *numbers: int) -> Tensor:
     rows = math.isqrt(max(length, 1) - 1) + 1
     rows += rows % 2  # odd sides would give even permutations alone
     sides = rows, -(-length // rows)
-    keys = [mix(*numbers, number) for number in range(ROUNDS)]
+    keys = [fold_in(*numbers, number) for number in range(ROUNDS)]
     found = _permute_cells(positions, sides, keys)
     while len(outside := (found >= length).nonzero().flatten()):
         found[outside] = _permute_cells(found[outside], sides, keys)

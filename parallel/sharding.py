@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError, resolve, some
+from errors import UserError, first_few, resolve
 from parallel.process_group import WAIT_FOR_RANKS, all_gather, get_logger, get_world_size
 
 # Parts of the names of timm's optimizers that look at all parameters together, or are untested
@@ -197,8 +197,8 @@ def _check_parameters(model: nn.Module, shard: str) -> None:
     for problem, found, other in problems:
         if found:
             raise UserError(
-                f"--shard {shard}: {type(model).__name__} has parameters {problem}: {some(found)}; "
-                f"use --shard {other}"
+                f"--shard {shard}: {type(model).__name__} has parameters {problem}: "
+                f"{first_few(found)}; use --shard {other}"
             )
 
 

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 
 import datasets
 from data_loading import builtin
-from data_loading.dataset import Augmented
+from data_loading.dataset import TransformedDataset
 from data_loading.decode import decode
-from data_loading.loader import Batches, collate, create_loader
+from data_loading.loader import DeviceLoader, collate, create_loader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
     RandomErasing,
@@ -127,7 +127,7 @@ def test_synthetic_label_survives_crops_flips_and_rotations():
     crop = create_pretrain_transform(24, scale=(0.08, 1.0))
     colours = [datasets.colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
     colours = torch.tensor(colours) - torch.tensor(colours).mean(1, keepdim=True)
-    val = Augmented(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
+    val = TransformedDataset(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
     right = 0
     for i in range(200):
         image, label, _ = val[0, i]
@@ -265,7 +265,7 @@ def test_train_transform_yields_uint8_of_the_size(size, in_chans, aa):
 )
 def test_strongest_augmentation_does_not_crash_in_pillow(aa):
     transform = create_train_transform(8, *mean_and_std(), aa=aa)
-    data = Augmented(Listed([(picture(8, 8), 0)]), transform, 0)
+    data = TransformedDataset(Listed([(picture(8, 8), 0)]), transform, 0)
     for epoch in range(60):  # Pillow 13 refuses the posterize that timm's magnitude 10 asks for
         assert data[epoch, 0][0].shape == (3, 8, 8)
 
@@ -337,7 +337,7 @@ def test_flips_follow_the_flag():
     for hflip in (0.0, 1.0):
         transform = create_pretrain_transform(8, scale=(1.0, 1.0), hflip=hflip)
         transform.transforms[0].ratio = (1.0, 1.0)
-        outs.append(Augmented(Listed(sample), transform, 0)[0, 0][0])
+        outs.append(TransformedDataset(Listed(sample), transform, 0)[0, 0][0])
     assert torch.equal(outs[0].flip(2), outs[1])
 
 
@@ -367,7 +367,7 @@ def test_workers_do_not_change_tensors():
     for num_workers in (0, 2):
         args = make_args(num_workers=num_workers, batch_size=300)
         data, _ = datasets.build_dataset(True, args)
-        batches = Batches(datasets.build_loader(data, True, args), "cpu", *mean_and_std())
+        batches = DeviceLoader(datasets.build_loader(data, True, args), "cpu", *mean_and_std())
         seen = []
         for epoch in (0, 5):  # persistent workers must honour the second epoch too
             batches.set_epoch(epoch)
@@ -386,7 +386,7 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(pin_mem):
     args = make_args(batch_size=100, pin_mem=pin_mem)
     data, _ = datasets.build_dataset(True, args)
     on_cpu, on_gpu = (
-        Batches(datasets.build_loader(data, True, args), place, *mean_and_std())
+        DeviceLoader(datasets.build_loader(data, True, args), place, *mean_and_std())
         for place in ("cpu", "cuda")
     )
     for epoch in (0, 1):
@@ -444,7 +444,7 @@ def test_eval_loader_drops_nothing_and_keeps_order():
 
 
 def test_batch_larger_than_the_data_is_refused():
-    data = Augmented(Listed([(picture(), 0)] * 5), create_eval_transform(8), 0)
+    data = TransformedDataset(Listed([(picture(), 0)] * 5), create_eval_transform(8), 0)
     with pytest.raises(UserError, match=r"5 training images.* 6 \(6 x 1 .*--batch_size 5 or less"):
         datasets.build_loader(data, True, make_args(batch_size=6))
 
@@ -461,7 +461,7 @@ def test_unreadable_image_names_its_file(tmp_path, num_workers):
     data, _ = datasets.build_dataset(True, args)
     sampler = TrainSampler(3, 0, 0, 1, shuffle=False)
     loader = create_loader(data, sampler, 1, num_workers)
-    batches = iter(Batches(loader, "cpu", *mean_and_std()))
+    batches = iter(DeviceLoader(loader, "cpu", *mean_and_std()))
     next(batches)
     with pytest.raises(UserError, match=r"cannot read image .*a/1\.png .*truncated.*replace"):
         next(batches)
@@ -478,21 +478,21 @@ def test_a_bug_in_a_transform_is_not_called_an_unreadable_image():
         raise ValueError("bug")
 
     with pytest.raises(ValueError, match="^bug$"):
-        Augmented(Listed([(picture(), 0)]), broken, 0)[0, 0]
+        TransformedDataset(Listed([(picture(), 0)]), broken, 0)[0, 0]
 
 
 def test_colour_augmentation_of_floats_is_refused():
     transform = create_train_transform(8, *mean_and_std(), aa="rand-m9")
-    result = Augmented(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
+    result = TransformedDataset(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
     assert isinstance(result, UserError)
     assert "--aa none" in str(result)
 
 
 def test_batches_normalise_like_totensor_and_normalize():
     images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
-    data = Augmented(Listed([(image, 1) for image in images]), decode_back, 0)
+    data = TransformedDataset(Listed([(image, 1) for image in images]), decode_back, 0)
     loader = create_loader(data, EvalSampler(2, 0, 1), 2)
-    batches = Batches(loader, "cpu", *mean_and_std())
+    batches = DeviceLoader(loader, "cpu", *mean_and_std())
     ((x, labels, ids),) = list(batches)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in mean_and_std())
     torch.testing.assert_close(x, (images / 255 - mean) / std)

@@ -57,7 +57,7 @@ class Watched:
 
 def test_images_come_in_another_order_every_epoch_of_a_single_process(monkeypatch):
     """set_epoch was only called with more than one process: the same shuffle again and again."""
-    seen = Watched(monkeypatch, engine_pretrain, "hash_noise")
+    seen = Watched(monkeypatch, engine_pretrain, "mask_noise")
     pretrain("--epochs 2 --picture_freq 0")
     first, second = ([call[2].tolist() for call in seen.calls[i : i + 4]] for i in (0, 4))
     assert [call[1] for call in seen.calls[:8]] == [0] * 4 + [1] * 4  # epochs, of masks too
@@ -173,7 +173,9 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
         "train_one_epoch",
         lambda *a, **k: states.append(copy.copy(k["state"])) or real(*a, **k),
     )
-    with pytest.raises(UserError, match="the run's effective batch 6: not a multiple of"):
+    with pytest.raises(
+        UserError, match="the effective batch 6 of the resumed run is not a multiple of"
+    ):
         finetune(f"{words} --batch_size 12")  # nobody said that the updates should change
     finetune(f"{words} --batch_size 12 --effective_batch 12")
     assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]

@@ -157,7 +157,8 @@ def test_rate_falls_by_half_with_each_layer_from_the_head(kind, depths, powers):
 
 def test_layer_decay_of_a_model_without_layers_is_refused():
     with pytest.raises(
-        UserError, match="--layer_decay 0.9: FCMAE has no layer_of.*--layer_decay 1"
+        UserError,
+        match="--layer_decay 0.9 needs a model.*layer_of.*FCMAE has none: use --layer_decay 1",
     ):
         create_optimizer(fcmae(), lr=1.0, layer_decay=0.9)
 
@@ -217,8 +218,9 @@ def test_given_eps_and_betas_reach_the_optimizer():
 
 def test_flags_reach_the_optimizer():
     flags = {"opt": "sgd", "weight_decay": 0.3, "opt_eps": None, "opt_betas": None}
+    flags |= {"layer_decay": 0.1, "layer_decay_type": "group"}
     args = SimpleNamespace(**flags, momentum=0.6)
-    optimizer = build_optimizer(args, classifier(), 0.5, layer_decay=0.1, kind="group")
+    optimizer = build_optimizer(args, classifier(), 0.5)
     scales = {round(group["lr_scale"], 9) for group in optimizer.param_groups}
     assert scales == {round(0.1**k, 9) for k in range(6)}  # stem, 1, 2, one third, 4, head
     assert {group["momentum"] for group in optimizer.param_groups} == {0.6}
@@ -266,7 +268,7 @@ def test_rate_and_decay_reach_every_group_before_the_first_update():
     optimizer = optimizer_of_two()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=5,
+        steps_per_epoch=5,
         epochs=2,
         lr=0.8,
         min_lr=0.1,
@@ -286,7 +288,7 @@ def test_warmup_steps_win_over_epochs(steps, warmup):
     """A dead flag in the official code."""
     schedule = Schedule(
         optimizer_of_two(),
-        updates_per_epoch=5,
+        steps_per_epoch=5,
         epochs=9,
         lr=1.0,
         warmup_epochs=2,
@@ -302,7 +304,7 @@ def test_weight_decay_moves_to_its_end_and_spares_what_is_not_decayed():
     optimizer = optimizer_of_two()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=3,
+        steps_per_epoch=3,
         epochs=1,
         lr=1.0,
         warmup_steps=2,  # of the rate alone
@@ -320,15 +322,15 @@ def test_weight_decay_moves_to_its_end_and_spares_what_is_not_decayed():
 
 def test_weight_decay_stays_where_it_is_without_an_end():
     optimizer = optimizer_of_two()
-    schedule = Schedule(optimizer, updates_per_epoch=3, epochs=2, lr=1.0, weight_decay=0.04)
+    schedule = Schedule(optimizer, steps_per_epoch=3, epochs=2, lr=1.0, weight_decay=0.04)
     for update in range(6):
         schedule.apply(update)
         assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.04)
 
 
 def test_warm_up_over_the_whole_run_is_said(log):
-    Schedule(optimizer_of_two(), updates_per_epoch=5, epochs=2, lr=1.0, warmup_epochs=2)
-    assert "warm-up of 10 updates is the whole run of 10" in log.text
+    Schedule(optimizer_of_two(), steps_per_epoch=5, epochs=2, lr=1.0, warmup_epochs=2)
+    assert "warm-up of 10 steps, but the run has 10" in log.text
 
 
 def test_last_update_has_the_minimum_after_almost_a_whole_run_of_warm_up():
@@ -345,7 +347,7 @@ def test_flags_reach_the_schedule():
         weight_decay_end=0.4,
     )
     optimizer = optimizer_of_two()
-    schedule = build_schedule(args, optimizer, 0.8, updates_per_epoch=4)
+    schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
     assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.4
 

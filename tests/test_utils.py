@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_loading.rng import hash_noise, mix, seed_all
+from data_loading.rng import fold_in, mask_noise, seed_all
 from errors import TrainingStopped, UserError
 from parallel import process_group
 from parallel.environment import read_launcher
@@ -64,22 +64,22 @@ def signed(z: int) -> int:
 
 def test_mix_is_splitmix64():
     """Published first outputs for the seeds 0 and 1234567, without their last bit."""
-    assert mix(0) == 0xE220A8397B1DCDAF >> 1
-    assert mix(1234567) == 6457827717110365317 >> 1
+    assert fold_in(0) == 0xE220A8397B1DCDAF >> 1
+    assert fold_in(1234567) == 6457827717110365317 >> 1
 
 
 def test_mix_never_changes():
     """Other constants would be other masks and other augmentations in every resumed run."""
-    assert mix(0, 1) == 1534736266818221247
-    assert mix(1, 0) == 3395948882924712079
+    assert fold_in(0, 1) == 1534736266818221247
+    assert fold_in(1, 0) == 3395948882924712079
     state = 0
     for number in (3, 1, 4, 1, 5):
         state = splitmix((state + number + GOLDEN) % WORD)
-    assert mix(3, 1, 4, 1, 5) == state >> 1
+    assert fold_in(3, 1, 4, 1, 5) == state >> 1
 
 
 def test_mix_tells_order_and_number_of_its_arguments_apart():
-    values = [mix(*n) for n in [(0,), (0, 0), (1,), (0, 1), (1, 0), (1, 1), (2,), (0, 0, 1)]]
+    values = [fold_in(*n) for n in [(0,), (0, 0), (1,), (0, 1), (1, 0), (1, 1), (2,), (0, 0, 1)]]
     assert len(set(values)) == len(values)
     assert all(0 <= value < 2**63 for value in values)  # a seed for torch and numpy
 
@@ -89,38 +89,38 @@ def test_noise_is_splitmix64_of_seed_epoch_and_id(seed, epoch):
     ids = [0, 1, 5, 1281166, 2**40]
     expected = []
     for number in ids:
-        row = splitmix((number * GOLDEN + mix(seed, epoch)) % WORD)
+        row = splitmix((number * GOLDEN + fold_in(seed, epoch)) % WORD)
         expected.append([signed(splitmix((row + k * GOLDEN) % WORD)) for k in (1, 2, 3, 4)])
-    assert hash_noise(seed, epoch, torch.tensor(ids), 4).tolist() == expected
+    assert mask_noise(seed, epoch, torch.tensor(ids), 4).tolist() == expected
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     ids = torch.tensor([9, 4, 11, 4])
-    rows = hash_noise(1, 2, ids, 6)
+    rows = mask_noise(1, 2, ids, 6)
     assert torch.equal(rows[1], rows[3])
     for i, number in enumerate(ids):
-        assert torch.equal(hash_noise(1, 2, number[None], 6)[0], rows[i])
-    assert torch.equal(hash_noise(1, 2, ids, 3), rows[:, :3])
+        assert torch.equal(mask_noise(1, 2, number[None], 6)[0], rows[i])
+    assert torch.equal(mask_noise(1, 2, ids, 3), rows[:, :3])
 
 
 def test_noise_does_not_touch_or_read_the_generators():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = hash_noise(0, 0, torch.arange(3), 4)
+    first = mask_noise(0, 0, torch.arange(3), 4)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert torch.equal(hash_noise(0, 0, torch.arange(3), 4), first)
+    assert torch.equal(mask_noise(0, 0, torch.arange(3), 4), first)
 
 
 def test_noise_differs_by_seed_epoch_and_sample():
     ids = torch.arange(50)
-    rows = [hash_noise(seed, epoch, ids, 4) for seed in (0, 1) for epoch in (0, 1)]
+    rows = [mask_noise(seed, epoch, ids, 4) for seed in (0, 1) for epoch in (0, 1)]
     values = torch.cat(rows).flatten()
     assert len(values.unique()) == len(values) == 4 * 50 * 4
 
 
 def test_noise_is_uniform_and_neighbours_are_independent():
-    noise = hash_noise(0, 0, torch.arange(9800), 49)
+    noise = mask_noise(0, 0, torch.arange(9800), 49)
     share = noise.double() / 2**63  # -1 to 1, mean 0, std 0.577
     assert share.mean().abs() < 0.005  # five times 0.577 / sqrt(480200)
     assert share.std().item() == pytest.approx(3**-0.5, abs=0.005)

@@ -134,12 +134,12 @@ class Keeper:
         save, stop = self.agreement.exchange(*self.requests.read())
         save &= state.updates > self.saved_at + 1  # the answer to a question of before that
         due = self.every_steps is not None and state.updates % self.every_steps == 0
-        problem = guard.look(state) if look or save or stop or due else ""
+        problem = guard.check(state) if look or save or stop or due else ""
         if save or stop or due or problem:
             self.saved_at = state.updates
             if self.before_save is not None:
                 self.before_save()
-            guard.keep(state)
+            guard.snapshot(state)
             state.within = {"means": means.state(), "guard": guard.state()}
             self._settle(state)
             self._write(state, ends=stop or bool(problem))

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Augmented, Batches, class_map
-from errors import TrainingStopped, some
+from datasets import DeviceLoader, TransformedDataset, class_map
+from errors import TrainingStopped, first_few
 from optim_factory import Schedule
 from parallel.process_group import all_gather, barrier, broadcast, get_logger, get_rank
 from parallel.process_group import get_world_size as processes
@@ -73,12 +73,12 @@ def check_run(
     folder: Path | None,
     source: str,
     state: TrainState,
-    batches: Batches,
+    batches: DeviceLoader,
     stepper: Stepper,
     schedule: Schedule,
     train_epoch: Callable[..., dict],
     save: Callable[..., None],
-    val_batches: Batches | None = None,
+    val_batches: DeviceLoader | None = None,
     evaluation: Callable[..., dict] | None = None,
 ) -> None:
     """Try what a main has built when its first epoch would begin; every rank must call it.
@@ -121,7 +121,7 @@ def check_run(
 
 
 def check_data(
-    report: Report, batches: Batches, val_batches: Batches | None, seed: int
+    report: Report, batches: DeviceLoader, val_batches: DeviceLoader | None, seed: int
 ) -> list[tuple]:
     """Decode images of both sets; returns some good ones for training, the same on every rank."""
     kept = []
@@ -137,7 +137,7 @@ def check_data(
     return kept
 
 
-def tell_data(report: Report, name: str, data: Augmented, found: Decoded) -> None:
+def tell_data(report: Report, name: str, data: TransformedDataset, found: Decoded) -> None:
     """A line about a set, and its bad images: faults, or those that the run goes without."""
     whose = all_gather((found.faults, found.without, found.tried, len(found.good)))
     faults = [text for texts, *_ in whose for text in texts]
@@ -152,7 +152,9 @@ def tell_data(report: Report, name: str, data: Augmented, found: Decoded) -> Non
     text, said = "%d images%s%s; %d decoded, %s", ", ".join(verdict) or "all good"
     report.line(name, text, len(data), classes, same, tried, said)
     if without:
-        report.line("", f"{fate}: %s", some([f"{image} ({why})" for image, why in without.items()]))
+        report.line(
+            "", f"{fate}: %s", first_few([f"{image} ({why})" for image, why in without.items()])
+        )
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         report.fault(f"{len(faults)} of {tried} {name} images: {'; '.join(faults[:5])}{more}")
@@ -326,7 +328,7 @@ def time_evaluation(
     report: Report,
     trial: Trial,
     evaluation: Callable[..., dict],
-    val_batches: Batches,
+    val_batches: DeviceLoader,
     shared: int,
 ) -> float:
     """Seconds that the evaluation of all images takes, at the rate of what is slower there."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from config import parser as options
-from datasets import Batches
+from datasets import DeviceLoader
 from errors import UserError
 from models.kernels.autotune import choices, only_torch
 from parallel import process_group
@@ -75,7 +75,7 @@ class Reporter:
         self.began, self.began_at = time.perf_counter(), state.updates
         self.told_kernels = False
 
-    def begin_epoch(self, names: Sequence[str], batches: Batches, state: TrainState) -> Means:
+    def begin_epoch(self, names: Sequence[str], batches: DeviceLoader, state: TrainState) -> Means:
         """Meters for an epoch on `batches`: fresh, or as they were when it broke off."""
         self.means, self.batches = Means(names, self.device), batches
         if "means" in state.within:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import datasets
-from data_loading.rng import hash_noise
+from data_loading.rng import mask_noise
 from errors import UserError
 from models.fcmae import FCMAE, random_mask, visible_patches
 
@@ -95,12 +95,12 @@ def build_panel(
     transform = datasets.build_transform(False, args)
     skip = vars(args).get("on_bad_image") == "skip"  # which an old checkpoint does not say
     on_bad = "replace" if skip else "error"
-    whole = datasets.Augmented(data, transform, 0, args.in_chans, on_bad=on_bad)
+    whole = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
     count = min(count, len(data))
     picked = [i * len(data) // count for i in range(count)]
     loader = datasets.create_loader(whole, [(0, i) for i in picked], count)
-    batches = datasets.Batches(loader, device, *datasets.build_mean_and_std(args))
+    batches = datasets.DeviceLoader(loader, device, *datasets.build_mean_and_std(args))
     images, _, ids = next(iter(batches))
     h, w = model.grid_size(*images.shape[-2:])
-    noise = hash_noise(args.seed, 0, ids, h * w)
+    noise = mask_noise(args.seed, 0, ids, h * w)
     return images, random_mask(noise, visible_patches(h * w, model.mask_ratio))

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, see_working_folder, some
+from errors import UserError, first_few, see_working_folder
 from parallel.process_group import all_gather, broadcast, get_world_size
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ def check_alike(args: Mapping[str, Any]) -> None:
     others = [rank for rank, (_, count) in enumerate(found) if count]
     shown, count = found[others[0]]
     more = f", and {count - SHOWN} more" * (count > SHOWN)
-    also = f"; others that differ: {some(list(map(str, others[1:])))}" * (len(others) > 1)
+    also = f"; others that differ: {first_few(others[1:])}" * (len(others) > 1)
     raise UserError(
         f"rank {others[0]} was not started as rank 0 was: it has {', '.join(shown)}{more}{also}. "
         "Give all processes the same flags, and the same files and packages on every machine"

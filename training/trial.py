@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import Batches, collate
+from datasets import DeviceLoader, collate
 from errors import TrainingStopped, UserError
 from parallel.process_group import get_world_size as processes
 from training import hooks
-from training.anomaly import Guard
+from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.stepper import Stepper
@@ -42,7 +42,7 @@ LOCAL_SIZES += ("OMPI_COMM_WORLD_LOCAL_SIZE",)
 
 
 class Repeated:
-    """A batch so many times, as `Batches` would give them."""
+    """A batch so many times, as `DeviceLoader` would give them."""
 
     wait_seconds = 0.0
 
@@ -64,13 +64,13 @@ class Trial:
         self,
         train_epoch: Callable[..., dict],
         stepper: Stepper,
-        batches: Batches,
+        batches: DeviceLoader,
         samples: list[tuple],
     ) -> None:
         self.train_epoch, self.stepper, self.batches = train_epoch, stepper, batches
         self.device = stepper.device
         self.samples = collate(samples)[:3]  # images, labels, ids
-        self.guard = Guard(stepper)  # counts only
+        self.guard = AnomalyGuard(stepper)  # counts only
         self.watchers = {"keeper": Keeper(None), "guard": self.guard}
         self.skipped = 0  # updates that were not finite
 
@@ -91,7 +91,7 @@ class Trial:
             if isinstance(error, TrainingStopped) or "deterministic" not in str(error):
                 raise
             raise UserError(f"--deterministic: {str(error).partition('.')[0]}") from error
-        self.guard.look(state)
+        self.guard.check(state)
         self.skipped += state.bad_steps
         return time.perf_counter() - began
 

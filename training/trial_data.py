@@ -16,9 +16,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from data_loading.dataset import Replaced
+from data_loading.dataset import Replacement
 from data_loading.loader import create_loader
-from data_loading.rng import mix
+from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError
@@ -66,7 +66,7 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float, keep: int = 64
     """
     data, found = loader.samples, Decoded()
     mine = range(get_rank(), len(data), get_world_size())[:MOST]
-    keys = list(keys_at(mine, len(data), mix(seed, 1), 0))
+    keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     patience = loader.watch.seconds if loader.watch else 0
     workers = min(loader.num_workers, len(keys))
     one_by_one = create_loader(_Each(data), keys, 1, workers, timeout=patience, collate_fn=_only)
@@ -86,7 +86,7 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float, keep: int = 64
 
 
 def _note(found: Decoded, name: str, sample: Any, keep: int) -> None:
-    if isinstance(sample, Replaced):
+    if isinstance(sample, Replacement):
         found.without |= dict(sample.bad)
         sample = sample.sample
     if sample is None:

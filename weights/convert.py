@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from errors import UserError, some
+from errors import UserError, first_few
 
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # what pre-training has beside the encoder
@@ -78,7 +78,9 @@ class Report:
 
     def __str__(self) -> str:
         lists = {"new": self.missing, "dropped": self.dropped, "reshaped": self.reshaped}
-        told = [f"{len(names)} {kind} ({some(names)})" for kind, names in lists.items() if names]
+        told = [
+            f"{len(names)} {kind} ({first_few(names)})" for kind, names in lists.items() if names
+        ]
         told = [f"{len(self.loaded)} tensors loaded, {len(self.renamed)} of them renamed", *told]
         return f"{self.layout} layout; {'; '.join(told)}"
 
@@ -136,7 +138,7 @@ def _layout(names: Iterable[str]) -> str:
         ends = [name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(sign)]
         hint = f"; perhaps --model_prefix {ends[0]}" if ends else ""
         raise UserError(
-            f"no weights of a ConvNeXt V2: the names look like {some(names) or 'nothing'}; "
+            f"no weights of a ConvNeXt V2: the names look like {first_few(names) or 'nothing'}; "
             "expected those of the official code, of timm, of Hugging Face or of this toolkit"
             + hint
         )
@@ -226,7 +228,9 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         depths.append(sum(f"stages.{i}.{j}.dwconv.weight" in state for j in range(len(state))))
     stem = state.get("downsample_layers.0.0.weight")
     if not dims or stem is None or stem.ndim != 4:
-        raise UserError(f"no weights of a ConvNeXt V2: {some(list(state)) or 'no tensors at all'}")
+        raise UserError(
+            f"no weights of a ConvNeXt V2: {first_few(list(state)) or 'no tensors at all'}"
+        )
     return {
         "depths": tuple(depths),
         "dims": tuple(dims),

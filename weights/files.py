@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, some
+from errors import UserError, first_few
 from parallel import state_dict
 from weights.download import KINDS, WEIGHTS, locate
 
@@ -160,7 +160,7 @@ def load_weights(
     }
     if any(problems.values()):
         told = "; ".join(
-            f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names
+            f"{len(names)} {kind} ({first_few(names)})" for kind, names in problems.items() if names
         )
         raise UserError(
             f"{source} does not fit {type(model).__name__}: {told}; "

@@ -25,7 +25,7 @@ from optim_factory import (
     build_optimizer,
     build_schedule,
     choose_update_freq,
-    count_updates,
+    count_steps,
     scale_lr,
 )
 from training.cuda_graphs import check_graphs
@@ -201,7 +201,7 @@ def test_peak_learning_rate(names, processes, lr):
 def optimizer_of(args, lr: float):
     with torch.device("meta"):
         model = create_model(args.model, num_classes=1000)
-    optimizer = build_optimizer(args, model, lr, args.layer_decay, args.layer_decay_type)
+    optimizer = build_optimizer(args, model, lr)
     return dict(model.named_parameters()), optimizer
 
 
@@ -274,7 +274,7 @@ def test_updates_of_an_epoch(name, images, processes, expected):
     args = expand(name)
     freq = choose_update_freq(None, args.effective_batch, args.batch_size, processes)
     batches = len(TrainSampler(images, 0, 0, processes)) // args.batch_size
-    assert count_updates(batches, freq) == expected
+    assert count_steps(batches, freq) == expected
 
 
 SCHEDULES = {  # (updates an epoch, peak lr, {update: lr of the head})
@@ -444,15 +444,15 @@ def test_update_freq_follows_from_the_processes(log, asked, expected):
 def test_effective_batch_that_does_not_divide_is_refused(effective, batch, processes, parts):
     with pytest.raises(UserError) as refusal:
         choose_update_freq(None, effective, batch, processes)
-    for part in (f"--effective_batch {effective}: not a multiple", *parts):
+    for part in (f"--effective_batch {effective} is not a multiple", *parts):
         assert part in str(refusal.value)
 
 
 def test_an_epoch_smaller_than_an_update_is_said(log):
-    assert (count_updates(8, 4), count_updates(9, 4), count_updates(4, 4)) == (2, 3, 1)
+    assert (count_steps(8, 4), count_steps(9, 4), count_steps(4, 4)) == (2, 3, 1)
     assert log.text == ""
-    assert count_updates(3, 4) == 1
-    assert "3 micro-batches, fewer than the 4" in log.text
+    assert count_steps(3, 4) == 1
+    assert "3 micro-batches, fewer than the 4 of an optimizer step" in log.text
 
 
 def test_graphs_refuse_to_accumulate():

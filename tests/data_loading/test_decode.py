@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_loading.dataset import Augmented
+from data_loading.dataset import TransformedDataset
 from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image, load_image_file
-from data_loading.folders import DataSpec
+from data_loading.folders import DatasetSpec
 from data_loading.transforms import (
     create_eval_transform,
     create_pretrain_transform,
@@ -247,7 +247,7 @@ TRANSFORMS = {
 def test_smallest_and_longest_images_pass_every_transform(tmp_path, name, size):
     path = tmp_path / "a.png"
     Image.new("RGB", size, (10, 200, 30)).save(path)
-    data = Augmented([(load_image(str(path)), 0)], TRANSFORMS[name], 0)
+    data = TransformedDataset([(load_image(str(path)), 0)], TRANSFORMS[name], 0)
     image = data[0, 0][0]
     assert image.shape[0] == 3
     assert min(image.shape[1:]) >= 32
@@ -280,7 +280,7 @@ SIZES |= {(40_000, 40_000): True, (2**31 - 1, 2**31 - 1): True}
 @pytest.mark.parametrize(("size", "refused"), SIZES.items(), ids=str)
 def test_bomb_is_refused_by_its_header_and_a_panorama_is_none(size, refused):
     """Forty kilobytes that would take 5 GB; 200 million pixels are a panorama."""
-    data = Augmented(Lazy(png(*size, 1, 0, b"")), create_eval_transform(32), 0)
+    data = TransformedDataset(Lazy(png(*size, 1, 0, b"")), create_eval_transform(32), 0)
     error = data[0, 0]
     assert isinstance(error, BadImage)
     expected = f"it has {size[0]} x {size[1]} pixels, above the limit of 268435456"
@@ -305,7 +305,7 @@ def test_every_extension_of_the_formats_is_looked_for(tmp_path):
         (tmp_path / "a").mkdir(exist_ok=True)
         quadrants().save(tmp_path / "a" / name, Image.registered_extensions()[end])
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    spec = DataSpec(str(tmp_path), nb_classes=1)
+    spec = DatasetSpec(str(tmp_path), nb_classes=1)
     for kind in ("folder", "image_folder"):
         data = create_dataset(kind, spec, train=True)
         assert len(data) == len(EXTENSIONS)
@@ -370,7 +370,9 @@ def test_damaged_file_is_an_image_or_a_bad_image_and_never_a_traceback(format_):
     image.save(file, format_, **({} if format_ in ("GIF", "BMP", "PPM") else {"exif": exif}))
     draw, bad = random.Random(format_), 0
     for _ in range(300):
-        data = Augmented(Lazy(damage(file.getvalue(), draw)), create_pretrain_transform(16), 0)
+        data = TransformedDataset(
+            Lazy(damage(file.getvalue(), draw)), create_pretrain_transform(16), 0
+        )
         result = data[0, 0]
         assert isinstance(result, tuple | BadImage)
         bad += isinstance(result, UserError)

@@ -28,7 +28,7 @@ import datasets
 import visualize
 from config import parser as options
 from data_loading import folders
-from data_loading.dataset import Augmented
+from data_loading.dataset import TransformedDataset
 from data_loading.decode import EXTENSIONS
 from data_loading.folders import FIRST, FileIndex, list_images, open_index, write_index
 from data_loading.loader import create_loader
@@ -403,7 +403,7 @@ def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     (root / "b" / "1.png").write_bytes(b"")
     data = folders.ImageFiles(list_images(root, True, tmp_path / "train.index"))
     transform = create_eval_transform(4)
-    whole = Augmented(data, transform, 0, nb_classes=3, on_bad="leave out")
+    whole = TransformedDataset(data, transform, 0, nb_classes=3, on_bad="leave out")
     loader = create_loader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
     batches = list(loader)
     assert [label for _, labels, _, _ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]

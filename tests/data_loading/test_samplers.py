@@ -16,16 +16,16 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from data_loading.dataset import Augmented
+from data_loading.dataset import TransformedDataset
 from data_loading.loader import create_loader
-from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, shuffled
+from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, permute
 from training.trial_data import decode_some
 
 HUGE = 1_300_000_000  # images
 
 
 def order(length: int, *numbers: int) -> torch.Tensor:
-    return shuffled(torch.arange(length), length, *numbers)
+    return permute(torch.arange(length), length, *numbers)
 
 
 def indices(sampler: TrainSampler, count: int | None = None) -> list[int]:
@@ -55,7 +55,7 @@ def test_every_image_comes_once(lengths):
 @pytest.mark.parametrize("length", [HUGE, 2**40, 2**40 + 1, 2**62])
 def test_part_of_a_huge_order_has_no_image_twice_nor_one_that_is_not_there(length):
     for first in (0, length // 3, length - 20_000):
-        part = shuffled(torch.arange(first, first + 20_000), length, 1, 2)
+        part = permute(torch.arange(first, first + 20_000), length, 1, 2)
         assert len(part.unique()) == 20_000
         assert part.min() >= 0
         assert part.max() < length
@@ -92,7 +92,7 @@ def orders_of(length: int, count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("position", [0, 1, 25])
 def test_any_image_may_come_at_any_place(position):
     place = torch.tensor([position])
-    seen = collections.Counter(int(shuffled(place, 26, seed, 0)) for seed in range(26 * 20))
+    seen = collections.Counter(int(permute(place, 26, seed, 0)) for seed in range(26 * 20))
     assert chi_square([*seen.values()], 26) < 4
 
 
@@ -230,7 +230,7 @@ def test_epoch_begins_and_goes_on_without_memory(length, seen):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader_and_dry_run_make_no_list_of_all(workers):
-    data = Augmented(Endless(HUGE), pil_to_tensor, seed=0)
+    data = TransformedDataset(Endless(HUGE), pil_to_tensor, seed=0)
     with Memory() as memory:
         loader = create_loader(data, TrainSampler(HUGE, 0, 5, 8), 4, workers, drop_last=True)
         assert len(loader) == HUGE // 8 // 4

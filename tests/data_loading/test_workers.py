@@ -24,10 +24,10 @@ import datasets
 from benchmarks import chaos
 from data_loading import folders
 from data_loading.bad_images import BadImages
-from data_loading.dataset import TRIES, Augmented
+from data_loading.dataset import TRIES, TransformedDataset
 from data_loading.decode import BadImage
 from data_loading.folders import list_images
-from data_loading.loader import Batches, collate, create_loader
+from data_loading.loader import DeviceLoader, collate, create_loader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.workers import Watch, _Start
 from engine_finetune import evaluate
@@ -62,15 +62,15 @@ def names(root: Path, bad: tuple = BAD) -> list[str]:
     return sorted(str(root / "abc"[index % 3] / f"{index:02d}.png") for index in bad)
 
 
-def augmented(root: Path, on_bad: str) -> Augmented:
+def augmented(root: Path, on_bad: str) -> TransformedDataset:
     files = folders.ImageFiles(list_images(root, labelled=False))
     files.samples = sorted(files.samples, key=lambda sample: Path(sample[0]).name)
-    return Augmented(files, to_tensor, seed=3, on_bad=on_bad)
+    return TransformedDataset(files, to_tensor, seed=3, on_bad=on_bad)
 
 
-def batches_of(data: Dataset, workers: int = 0, size: int = 4, timeout: float = 0) -> Batches:
+def batches_of(data: Dataset, workers: int = 0, size: int = 4, timeout: float = 0) -> DeviceLoader:
     loader = create_loader(data, TrainSampler(len(data), 3, 0, 1), size, workers, timeout=timeout)
-    return Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    return DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
 
 
 # --- images ---------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
     assert len(list_images(tmp_path / "sets", labelled=False)) == COUNT
-    spec = folders.DataSpec(str(tmp_path / "sets"))
+    spec = folders.DatasetSpec(str(tmp_path / "sets"))
     assert len(folders.image_folder(spec, train=True)) == COUNT
 
 
@@ -183,11 +183,11 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
     """A file server that restarts would empty the data set under --on_bad_image skip."""
     waits = []
     monkeypatch.setattr("data_loading.workers.time.sleep", waits.append)
-    whole = Augmented(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
-    again = Augmented(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
+    whole = TransformedDataset(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
+    again = TransformedDataset(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
     assert torch.equal(whole[0], again[0])  # drawn anew, and the same
     assert 0 < sum(waits) < 5
-    error = Augmented(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
+    error = TransformedDataset(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
     assert isinstance(error, UserError)
     assert not isinstance(error, BadImage)
     assert str(error).startswith("image number 4: cannot be read ([Errno ")
@@ -197,7 +197,7 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
 def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
     monkeypatch.setattr("data_loading.workers.time.sleep", lambda seconds: 1 / 0)
-    assert isinstance(Augmented(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
+    assert isinstance(TransformedDataset(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
 
 
 FORMS = {  # an entry of `samples`, and what the image is called
@@ -219,7 +219,7 @@ def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad)
         def __getitem__(self, index: int) -> None:
             raise OSError("bad")
 
-    data = Augmented(Files(), to_tensor, 0, on_bad=on_bad)
+    data = TransformedDataset(Files(), to_tensor, 0, on_bad=on_bad)
     if on_bad == "error":
         assert str(data[0, 4]).startswith(f"cannot read image {name} (")
     else:
@@ -239,9 +239,9 @@ def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
     """They are faults of the flags: with all samples replaced they would never be seen."""
     make_photos(tmp_path, bad=())
     files = folders.ImageFiles(list_images(tmp_path, labelled=False))
-    data = Augmented(files, to_tensor, 0, 4, on_bad="replace")
+    data = TransformedDataset(files, to_tensor, 0, 4, on_bad="replace")
     assert "--in_chans 4" in str(data[0, 0])
-    data = Augmented([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
+    data = TransformedDataset([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
     assert "label 7" in str(data[0, 0])
 
 
@@ -249,7 +249,7 @@ def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
     make_photos(tmp_path)
     data = augmented(tmp_path, "leave out")
     loader = create_loader(data, EvalSampler(COUNT, 0, 1), batch_size=2)
-    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    batches = DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
     ids = [ids.tolist() for _, _, ids in batches]  # 2 and 3 were a batch
     assert ids == [[0, 1], [4, 5], [6], [8, 9], [10, 11]]
     assert sorted(batches.bad) == names(tmp_path)
@@ -258,7 +258,7 @@ def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
 def test_evaluation_without_a_single_image_is_an_error_and_not_nan(tmp_path):
     make_photos(tmp_path, bad=tuple(range(COUNT)))
     loader = create_loader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
-    batches = Batches(loader, "cpu", [0.0] * 3, [1.0] * 3)
+    batches = DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
     model = torch.nn.Flatten()
     with pytest.raises(UserError, match=r"no image could be used to evaluate on.*a/00.png \("):
         evaluate(batches, model, torch.device("cpu"), "none")
@@ -271,7 +271,7 @@ def test_error_still_wins_over_what_was_replaced(tmp_path):
 
 
 class Told:
-    """Batches that were told of these."""
+    """DeviceLoader that were told of these."""
 
     def __init__(self, **bad: str) -> None:
         self.bad = bad
@@ -488,7 +488,7 @@ class Slow(Dataset):
 @pytest.fixture
 def handler():
     """Put back what a test leaves of SIGCHLD, which torch sets but once."""
-    batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    batches_of(TransformedDataset(Slow(0), to_tensor, 0), 1)
     before = signal.getsignal(signal.SIGCHLD)
     yield
     signal.signal(signal.SIGCHLD, before)
@@ -496,11 +496,11 @@ def handler():
 
 def test_slow_batches_are_waited_for(handler):
     """DataLoader's own time-out would have ended it: a batch takes thrice as long."""
-    batches = batches_of(Augmented(Slow(0.15), to_tensor, 0), 1, size=12, timeout=0.6)
+    batches = batches_of(TransformedDataset(Slow(0.15), to_tensor, 0), 1, size=12, timeout=0.6)
     assert len(list(batches)) == 2
 
 
-def kill_its_worker(batches: Batches, when: str) -> None:
+def kill_its_worker(batches: DeviceLoader, when: str) -> None:
     for _ in batches:
         if when == "idle":
             time.sleep(0.5)
@@ -511,7 +511,7 @@ def kill_its_worker(batches: Batches, when: str) -> None:
 
 @pytest.mark.parametrize("when", ["waiting", "training", "idle"])
 def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
-    data = Augmented(Slow(0 if when == "idle" else 0.5), to_tensor, 0)
+    data = TransformedDataset(Slow(0 if when == "idle" else 0.5), to_tensor, 0)
     batches = batches_of(data, 1, size=3)
     with pytest.raises(TrainingStopped, match="loader process .*; it held") as stopped:
         kill_its_worker(batches, when)
@@ -523,7 +523,7 @@ def test_killed_worker_is_reported_wherever_the_run_is(handler, when):
 @pytest.mark.parametrize("seconds", [0, 1800])
 def test_death_is_noticed_without_its_signal(handler, seconds):
     """One that came just before the wait began did not end it: the run stood for 450 seconds."""
-    batches = batches_of(Augmented(Slow(0.5), to_tensor, 0), 1, size=3, timeout=seconds)
+    batches = batches_of(TransformedDataset(Slow(0.5), to_tensor, 0), 1, size=3, timeout=seconds)
     start, waiting = time.monotonic(), iter(batches)
     next(waiting)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -545,7 +545,7 @@ class Scripted:
 
 def test_batch_that_a_dead_process_still_held_is_no_bare_connection_error(handler):
     """The batch came, but its pixels had to be fetched from the process that had died since."""
-    batches = batches_of(Augmented(Slow(0), to_tensor, 0), 1)
+    batches = batches_of(TransformedDataset(Slow(0), to_tensor, 0), 1)
     watch = (iter(batches), batches.loader.watch)[1]
     next(iter(batches))
 
@@ -569,8 +569,8 @@ def fails(error: Exception) -> Iterator[object]:
 IN_USE = """
 import sys
 from data_loading.transforms import TrainSampler, create_loader
-from tests.data_loading.test_workers import Augmented, Slow, to_tensor
-loader = create_loader(Augmented(Slow(%s), to_tensor, 0), TrainSampler(24, 0, 0, 1), 2, 2)
+from tests.data_loading.test_workers import TransformedDataset, Slow, to_tensor
+loader = create_loader(TransformedDataset(Slow(%s), to_tensor, 0), TrainSampler(24, 0, 0, 1), 2, 2)
 batches = iter(loader)
 if %s == 0:
     next(batches)
@@ -591,7 +591,7 @@ def test_error_in_a_data_set_stays_itself(handler):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug") as error:
-        list(batches_of(Augmented(Broken(0), to_tensor, 0), 1))
+        list(batches_of(TransformedDataset(Broken(0), to_tensor, 0), 1))
     assert not isinstance(error.value, TrainingStopped)
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_loading.dataset import Augmented
-from data_loading.loader import Batches, create_loader
+from data_loading.dataset import TransformedDataset
+from data_loading.loader import DeviceLoader, create_loader
 from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
 from engine_finetune import evaluate
@@ -146,9 +146,9 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def evaluation(dist_eval: bool = True) -> dict[str, float]:
-    data = Augmented(Pictures(), create_eval_transform((32, 32)), seed=0)
+    data = TransformedDataset(Pictures(), create_eval_transform((32, 32)), seed=0)
     sampler = EvalSampler(7, process_group.get_rank(), process_group.get_world_size(), dist_eval)
-    batches = Batches(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+    batches = DeviceLoader(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
     return evaluate(batches, toy().float(), CPU, "none")
 
 

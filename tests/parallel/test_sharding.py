@@ -32,7 +32,7 @@ from tests.groups import results_of, run_ranks, run_script
 from tests.test_end_to_end import log
 from tests.tiny import classifier, classifier64, fcmae64
 from training import checkpoint
-from training.anomaly import Guard, first_not_finite
+from training.anomaly import AnomalyGuard, first_not_finite
 from training.checkpoint import TrainState, load_optimizer
 from training.ema import MovingAverage
 from training.stepper import Stepper, autocast
@@ -190,7 +190,7 @@ class Reloader:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def again(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
+    def reload(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
         return images(self.rank), ids, ids
 
     def compute(self, network: nn.Module, batch: Any, update: int, micro: int) -> Tensor:
@@ -211,12 +211,12 @@ def ranks_skip(rank: int, folder: Path) -> dict:
         _, wrapped, optimizer = build(mode, model)
         start = sharding.to_local(model.head.bias).detach().clone()
         stepper = Stepper(wrapped, optimizer, CPU, clip_grad=1.0)
-        guard = Guard(stepper, (model, optimizer), every=1)
+        guard = AnomalyGuard(stepper, (model, optimizer), snapshot_freq=1)
         guard.begin_epoch(TrainState(), None)
         (folder / mode).mkdir(exist_ok=True)
         loader = Reloader(rank)
-        looks = Guard(stepper, (model, optimizer), loader, folder / mode)
-        looks.begin_epoch(TrainState(), loader.compute)
+        diagnosis = AnomalyGuard(stepper, (model, optimizer), loader, folder / mode)
+        diagnosis.begin_epoch(TrainState(), loader.compute)
         stepper.begin_epoch(4)
         before, moved = None, []
         for update in range(4):
@@ -224,7 +224,7 @@ def ranks_skip(rank: int, folder: Path) -> dict:
                 loss = wrapped(images(rank)).square().mean()
             stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
             if update == 1:  # must not disturb the steps that follow
-                looks.look(TrainState(updates=2))
+                diagnosis.check(TrainState(updates=2))
                 model.stages[1][0].pwconv2._forward_pre_hooks.clear()
             after = torch.cat([sharding.to_local(p).detach().flatten() for p in model.parameters()])
             moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
@@ -406,7 +406,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
                 optimizer.step()
                 if update == 0:
                     stepper = Stepper(wrapped, optimizer, CPU)
-                    guard = Guard(stepper, (model, optimizer), every=1)
+                    guard = AnomalyGuard(stepper, (model, optimizer), snapshot_freq=1)
                     guard.begin_epoch(TrainState(), None)
                 if update == 1:
                     guard._roll_back(TrainState(updates=2))
@@ -494,8 +494,8 @@ def test_training_continues_when_the_diagnosis_of_a_fault_fails(folder, results,
     """One rank ran out of memory in it, the other did not."""
     (fault,) = json.loads((folder / mode / "bad_batch.json").read_text())
     notes = [rank["note"] for rank in fault["ranks"]]
-    assert notes[0].startswith("every value was finite when run again")
-    assert notes[1].startswith("cannot be run again: MemoryError")
+    assert notes[0].startswith("every value was finite in a rerun")
+    assert notes[1].startswith("cannot be rerun: MemoryError")
 
 
 def test_average_is_the_same_on_all_ranks(results):
@@ -695,8 +695,9 @@ def test_sync_batch_norm_converts_models_on_gpus(monkeypatch):
 def test_network_with_sync_batch_norm_is_not_run_by_one_rank_alone():
     """It would wait for ranks that do not run it."""
     model = nn.Sequential(nn.SyncBatchNorm(3))
-    guard = Guard(Stepper(model, torch.optim.SGD(model.parameters(), 0.1), CPU), (model,), object())
-    found = guard._run_again(model, TrainState(), None)
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), 0.1), CPU)
+    guard = AnomalyGuard(stepper, (model,), object())
+    found = guard._diagnose(model, TrainState(), None)
     assert found["first_not_finite"] is None
     assert "SyncBatchNorm" in found["note"]
 

@@ -461,7 +461,7 @@ def test_size_of_a_checkpoint_is_that_of_its_file(tmp_path):
 
 def test_rates_are_those_of_the_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    kwargs = {"updates_per_epoch": 7, "epochs": 3, "warmup_epochs": 1, "lr": 1.0, "min_lr": 0.1}
+    kwargs = {"steps_per_epoch": 7, "epochs": 3, "warmup_epochs": 1, "lr": 1.0, "min_lr": 0.1}
     schedule = Schedule(optimizer, **kwargs)
     rows = [row.split() for row in dry_run.rate_rows(schedule, 9)]
     updates = [int(row[1]) for row in rows]

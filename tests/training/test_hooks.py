@@ -18,7 +18,7 @@ from torchvision.io import read_image
 from benchmarks import chaos
 from config import parser as options
 from data_loading import builtin
-from data_loading.loader import Batches
+from data_loading.loader import DeviceLoader
 from models import create_model
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
@@ -192,7 +192,7 @@ def test_log_record_by_hand(watch):
     """4 updates an epoch, 12 in all, a line every 3; resumed after 4 updates."""
     state, recorder = TrainState(epoch=1, updates=4), Recorder()
     reporter = hooks.Reporter([recorder], CPU, state, 12, 4, print_freq=3)
-    batches = Batches([], CPU, [0.5], [0.5])
+    batches = DeviceLoader([], CPU, [0.5], [0.5])
     means = reporter.begin_epoch(["loss"], batches, state)
     for update, loss in enumerate([1.0, 2.0, 6.0, 5.0]):
         means.update(2, loss=torch.tensor(loss))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_loading.loader import Batches
+from data_loading.loader import DeviceLoader
 from errors import UserError
 from models.kernels import autotune, ops
 from tests import tiny
@@ -359,7 +359,7 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     monkeypatch.setattr(hooks, "choices", autotune.choices)
     state = TrainState(updates=6)
     reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
-    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]), state)
+    reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]), state)
     pick()
     for _ in range(6):
         state.updates += 1
