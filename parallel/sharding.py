@@ -52,7 +52,8 @@ def is_zero(optimizer: Any) -> bool:
     return hasattr(optimizer, "consolidate_state_dict")
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_fsdp(module: nn.Module) -> bool:
+    """True for a module that `fully_shard` has sharded."""
     return hasattr(module, "set_requires_gradient_sync")
 
 
@@ -173,7 +174,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Wrap a forward; its backward averages gradients over all processes only if `enabled`."""
-    if _is_fsdp(model):
+    if is_fsdp(model):
         model.set_requires_gradient_sync(enabled)
     no_sync = isinstance(model, DistributedDataParallel) and not enabled
     with model.no_sync() if no_sync else contextlib.nullcontext():
@@ -211,7 +212,7 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     have no batch left. Hooks that are added inside the block end with it. If one process lacks the
     memory, torch.OutOfMemoryError is raised on all.
     """
-    if not _is_fsdp(model):
+    if not is_fsdp(model):
         yield model
         return
     full = _gather_parameters(model)

@@ -191,7 +191,7 @@ class AnomalyGuard:
         except Exception as error:  # such as out of memory: a diagnosis must not end the run
             note = f"cannot be rerun: {type(error).__name__}: {error}"
             return {"first_not_finite": None, "note": note}
-        how = " with the gathered float32 weights" * (network is not self.parts[0])
+        how = " with the gathered float32 weights" * sharding.is_fsdp(network)
         return {"first_not_finite": None, "note": f"every value was finite in a rerun{how}"}
 
     def _compute(self, network: nn.Module, batch: Any, step: int, micro: int) -> Tensor:
