@@ -194,17 +194,15 @@ class Numbered(SimpleNamespace):
 
 @pytest.fixture
 def handlers():
-    kinds = [getattr(signal, name) for name in slurm.WARNINGS]
+    kinds = [getattr(signal, name) for name in slurm.SIGNALS]
     before = {kind: signal.getsignal(kind) for kind in kinds}
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)
 
 
-def leave(rank: int = 0) -> object:
-    with pytest.raises(SystemExit) as end:
-        slurm.requeue(Numbered(global_rank=rank, job_id="12"))
-    return end.value.code
+def requeue(rank: int = 0) -> int:
+    return slurm.requeue(Numbered(global_rank=rank, job_id="12"))
 
 
 SHOW = 'if [ "$1" = show ]; then echo "JobId=12 JobState=%s Reason=None"; exit; fi; '
@@ -214,15 +212,15 @@ SHOW = 'if [ "$1" = show ]; then echo "JobId=12 JobState=%s Reason=None"; exit; 
 def test_job_that_the_scheduler_has_decided_about_is_left_alone(program, handlers, state, tmp_path):
     """scancel sends the signal of a preemption."""
     program("scontrol", SHOW % state + f"touch {tmp_path}/requeued")
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert not (tmp_path / "requeued").exists()
 
 
 def test_only_rank_0_asks_and_the_others_do_not_end_it_first(program, handlers, tmp_path):
     program("scontrol", SHOW % "RUNNING" + f'echo "$@" >> {tmp_path}/asked')
-    assert leave(rank=1) == 0
+    assert requeue(rank=1) == 0
     assert not (tmp_path / "asked").exists()
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert (tmp_path / "asked").read_text() == "requeue 12\n"
 
 
@@ -231,30 +229,30 @@ def test_job_that_is_done_ignores_warnings(handlers, monkeypatch):
     monkeypatch.setattr("submitit.JobEnvironment", lambda: Numbered(global_rank=0, job_id="12"))
     environment = SimpleNamespace(export=lambda **options: None)
     monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: environment)
-    monkeypatch.setattr("utils.launch", lambda main, args: None)
+    monkeypatch.setattr("parallel.process_group.launch", lambda main, args: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("MASTER_PORT", "1")
     slurm.Trainer("main_pretrain", read()[0])()
-    kinds = [getattr(signal, name) for name in slurm.WARNINGS]
+    kinds = [getattr(signal, name) for name in slurm.SIGNALS]
     assert [signal.getsignal(kind) for kind in kinds] == [signal.SIG_IGN] * 3
 
 
 def test_scontrol_that_fails_once_is_asked_again(program, handlers, tmp_path, capsys, monkeypatch):
     """A controller that was busy for a moment cost the job."""
-    monkeypatch.setattr(slurm, "LOOK", 0)
+    monkeypatch.setattr(slurm, "POLL_S", 0)
     fail = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo Socket timed out; exit 1; }}"
     program("scontrol", SHOW % "RUNNING" + fail)
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert "job 12 goes back into the queue" in capsys.readouterr().out
 
 
 def test_job_that_cannot_go_back_says_how_to_go_on(program, handlers, capsys, monkeypatch):
-    monkeypatch.setattr(slurm, "LOOK", 0)
+    monkeypatch.setattr(slurm, "POLL_S", 0)
     program("scontrol", SHOW % "RUNNING" + "echo Access denied >&2; exit 1")
-    assert leave() == EXIT_REQUEUE
-    assert "cannot go back into the queue: Access denied; what it has" in capsys.readouterr().err
+    assert requeue() == EXIT_REQUEUE
+    assert "cannot go back into the queue: Access denied; its checkpoints" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert "scontrol is not on this machine" in capsys.readouterr().err
 
 
@@ -270,7 +268,7 @@ def test_state_of_a_job_without_accounting(program, monkeypatch):
 
 
 def test_job_that_could_not_even_log_names_the_file_system(program, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(slurm, "LOOK", 0)
+    monkeypatch.setattr(slurm, "POLL_S", 0)
     program("scontrol", SHOW % "FAILED")
     paths = SimpleNamespace(stdout=tmp_path / "a.out", stderr=tmp_path / "a.err")
     assert not slurm.follow([SimpleNamespace(job_id="12", paths=paths)], "slurm")
