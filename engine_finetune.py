@@ -76,7 +76,7 @@ def train_one_epoch(
             if model_ema is not None:
                 taken_in_all = state.updates - state.bad_steps - stepper.skipped  # not read here
                 model_ema.update(bare, taken_in_all, update.taken)
-            look = reporter.after_update(lr) or stepper.left == 0
+            look = reporter.after_update(lr) or stepper.batches_left == 0
             keeper.after_update(state, means, guard, look)
     state.within["guard"] = guard.state()
     return means.total() | {"lr": lr}

@@ -61,7 +61,7 @@ def train_one_epoch(
         if update:
             state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
             means.update(1, grad_norm=update.grad_norm)
-            look = reporter.after_update(lr) or stepper.left == 0
+            look = reporter.after_update(lr) or stepper.batches_left == 0
             keeper.after_update(state, means, guard, look)
     state.within["guard"] = guard.state()
     return means.total() | {"lr": lr}

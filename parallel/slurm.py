@@ -50,7 +50,9 @@ class Trainer:
             os.umask(self.umask)
         job = submitit.JobEnvironment()
         for name in SIGNALS:  # submitit's handlers would pickle the job again each time
-            signal.signal(getattr(signal, name), lambda number, _: self._requeue_at_once(job, number))
+            signal.signal(
+                getattr(signal, name), lambda number, _: self._requeue_at_once(job, number)
+            )
         # The training script chooses the GPU: SLURM may number them differently.
         launcher = submitit.helpers.TorchDistributedEnvironment()
         launcher.export(set_cuda_visible_devices=False, overwrite=True)
