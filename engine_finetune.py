@@ -101,7 +101,7 @@ def evaluate(
     model.eval()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
     sharding.broadcast_buffers(model)
-    with sharding.whole_weights(model) as network:
+    with sharding.unsharded(model) as network:
         for images, labels, _ in data_loader:
             with autocast(device, amp):
                 logits = network(images)

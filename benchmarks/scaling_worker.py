@@ -60,7 +60,7 @@ from engine_pretrain import masked_loss
 from models import create_model, fcmae_name
 from models.kernels import autotune
 from optim_factory import create_optimizer
-from parallel.sharding import Sharing
+from parallel.sharding import Parallelism
 from training.checkpoint import TrainState
 from training.hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
 from training.preemption import Agreement
@@ -82,7 +82,7 @@ class Steps:
             bare = create_model(args.model, num_classes=CLASSES)
             self.loss = lambda *about: supervised_loss(F.cross_entropy, None, 0, *about)[0]
         optimizer = create_optimizer(bare, lr=1e-4)
-        self.model = Sharing("ddp", CPU).wrap(bare.train())
+        self.model = Parallelism("ddp", CPU).wrap(bare.train())
         self.stepper = Stepper(self.model, optimizer, CPU)
         self.stepper.begin_epoch(ENDLESS)
         self.size, self.updates = args.input_size, 0

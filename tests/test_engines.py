@@ -173,7 +173,9 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
         "train_one_epoch",
         lambda *a, **k: states.append(copy.copy(k["state"])) or real(*a, **k),
     )
-    with pytest.raises(UserError, match="the effective batch 6 of the resumed run is not a multiple of"):
+    with pytest.raises(
+        UserError, match="the effective batch 6 of the resumed run is not a multiple of"
+    ):
         finetune(f"{words} --batch_size 12")  # nobody said that the updates should change
     finetune(f"{words} --batch_size 12 --effective_batch 12")
     assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]

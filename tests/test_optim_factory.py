@@ -155,7 +155,8 @@ def test_rate_falls_by_half_with_each_layer_from_the_head(kind, depths, powers):
 
 def test_layer_decay_of_a_model_without_layers_is_refused():
     with pytest.raises(
-        UserError, match="--layer_decay 0.9 needs a model.*layer_of.*FCMAE has none: use --layer_decay 1"
+        UserError,
+        match="--layer_decay 0.9 needs a model.*layer_of.*FCMAE has none: use --layer_decay 1",
     ):
         create_optimizer(fcmae(), lr=1.0, layer_decay=0.9)
 

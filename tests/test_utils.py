@@ -22,7 +22,7 @@ from errors import TrainingStopped, UserError
 from parallel import process_group
 from parallel.environment import read_launcher
 from parallel.process_group import init_distributed_mode
-from parallel.sharding import Sharing
+from parallel.sharding import Parallelism
 from training.checkpoint import TrainState
 from training.run_lock import hold_folder
 
@@ -172,7 +172,7 @@ def test_group_of_one_is_a_group(clean):
     init_distributed_mode("cpu", world_size=1)
     assert dist.get_backend() == "gloo"
     layer = torch.nn.Linear(1, 1)
-    assert Sharing("ddp", torch.device("cpu")).wrap(layer) is layer
+    assert Parallelism("ddp", torch.device("cpu")).wrap(layer) is layer
     assert process_group.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
 
 

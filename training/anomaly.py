@@ -91,7 +91,9 @@ class AnomalyGuard:
         if self.snapshots and not all(all_gather(is_finite(self.parts[0]))):
             return  # the next step will be bad
         self.snapshots = []  # free the old one first
-        self.snapshots = [snapshot(sharding.own_part(part).state_dict()) for part in self.parts]
+        self.snapshots = [
+            snapshot(sharding.local_optimizer(part).state_dict()) for part in self.parts
+        ]
         self.snapshot_step, self.snapshot_bad_steps = state.updates, state.bad_steps
         self.snapshot_counters = self.stepper.state()
 
@@ -122,7 +124,7 @@ class AnomalyGuard:
     def _roll_back(self, state: TrainState) -> str:
         for part, content in zip(self.parts, self.snapshots, strict=True):
             # Restore a copy: an optimizer would continue to train on the original tensors.
-            sharding.restore(part, snapshot(content))
+            sharding.load_local_state(part, snapshot(content))
         self.stepper.restore(self.snapshot_counters)
         dropped = state.updates - self.snapshot_step
         recent = self.snapshot_step < self.last_rollback + self.snapshot_freq
@@ -148,7 +150,7 @@ class AnomalyGuard:
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in step.ids]}
             if number < MAX_DIAGNOSED and self.data_loader is not None:
                 try:
-                    with sharding.whole_weights(self.parts[0]) as network:
+                    with sharding.unsharded(self.parts[0]) as network:
                         mine |= self._diagnose(network, state, step)
                 except torch.OutOfMemoryError as error:  # on all ranks
                     mine |= {"first_not_finite": None, "note": f"cannot be rerun: {error}"}
@@ -189,7 +191,7 @@ class AnomalyGuard:
         except Exception as error:  # such as out of memory: a diagnosis must not end the run
             note = f"cannot be rerun: {type(error).__name__}: {error}"
             return {"first_not_finite": None, "note": note}
-        how = " with the gathered float32 weights" * (network is not self.parts[0])
+        how = " with the gathered float32 weights" * sharding.is_fsdp(network)
         return {"first_not_finite": None, "note": f"every value was finite in a rerun{how}"}
 
     def _compute(self, network: nn.Module, batch: Any, step: int, micro: int) -> Tensor:

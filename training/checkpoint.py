@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from errors import UserError
 from parallel import sharding, state_dict
 from parallel.process_group import is_main_process
-from parallel.sharding import own_part
-from parallel.state_dict import whole_state
+from parallel.sharding import local_optimizer
+from parallel.state_dict import full_state_dict
 from utils import link, write_atomically
 from weights.files import _is_within, load_weights, numbered_checkpoints, progress
 
@@ -72,7 +72,7 @@ class TrainState:
 
 def is_finite(model: nn.Module) -> bool:
     """Whether all parameters are, of those that this process has."""
-    return all_finite(sharding.local(parameter) for parameter in model.parameters())
+    return all_finite(sharding.to_local(parameter) for parameter in model.parameters())
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -109,7 +109,7 @@ def save_model(
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
     parts = [part for part in (model, optimizer, model_ema) if part is not None]
-    whole = [whole_state(part) for part in parts]
+    whole = [full_state_dict(part) for part in parts]
     if not is_main_process():
         return
     weights, moments, *average = whole
@@ -118,7 +118,7 @@ def save_model(
     content = {
         "model": weights,
         "model_ema": average[0] if average else None,
-        "optimizer": moments | {"name": type(sharding.own_part(optimizer)).__name__},
+        "optimizer": moments | {"name": type(sharding.local_optimizer(optimizer)).__name__},
         "scaler": scaler.state_dict() if scaler is not None else None,
         "state": asdict(state),
         "args": dict(args),
@@ -213,7 +213,7 @@ def drop_passed(newest: Path, source: str = "") -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, source: str) -> None:
     """Restore the moments; learning rate, decay and betas stay as the flags set them now."""
-    name = type(own_part(optimizer)).__name__
+    name = type(local_optimizer(optimizer)).__name__
     if saved.get("name", name) != name:
         raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
     kept = GROUP_STATE + ("params",)

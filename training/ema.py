@@ -34,11 +34,11 @@ class ModelEma:
         steps: n; taken: false if the step was skipped. Both are tensors on the model's device,
         so that the host need not wait for it.
         """
-        averages = [sharding.local(average) for average in self.module.parameters()]
+        averages = [sharding.to_local(average) for average in self.module.parameters()]
         fraction = steps.to(averages[0]).pow(-2 / 3).clamp(min=1 - self.decay)
         taken = taken.to(self.device)
         fraction = torch.where(taken, fraction, 0.0)
-        weights = [sharding.local(weight).to(self.device) for weight in model.parameters()]
+        weights = [sharding.to_local(weight).to(self.device) for weight in model.parameters()]
         change = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(change, fraction)
         torch._foreach_add_(averages, change)

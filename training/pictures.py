@@ -50,7 +50,7 @@ class ReconstructionImages:
         """
         if not self.picture_freq or (epoch % self.picture_freq and epoch != self.epochs):
             return None
-        with sharding.whole_weights(model) as network, autocast(self.device, self.amp):
+        with sharding.unsharded(model) as network, autocast(self.device, self.amp):
             if not is_main_process():
                 return None
             return grid(reconstruct(network, self.images, self.mask, self.mean, self.std))

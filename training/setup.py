@@ -53,7 +53,7 @@ class RunSetup:
 
     device: torch.device
     amp: str  # "none", "bf16" or "fp16"
-    parallelism: sharding.Sharing
+    parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
     resume_point: Start
     update_freq: int  # micro-batches in an optimizer step
@@ -75,7 +75,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
 
 def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     """Check the parallel mode, lock the output folder and find the checkpoint to resume from."""
-    parallelism = sharding.build_sharing(args, device, amp)
+    parallelism = sharding.build_parallelism(args, device, amp)
     output_dir = Path(args.output_dir) if args.output_dir else None
     if not args.dry_run:
         output_dir = run_lock.hold_folder(args.output_dir)

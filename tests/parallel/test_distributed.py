@@ -28,7 +28,7 @@ from errors import TrainingStopped, UserError
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
 from parallel import process_group
-from parallel.sharding import Sharing
+from parallel.sharding import Parallelism
 from tests.groups import results_of, run_ranks
 from training import checkpoint, hooks, resume, run_lock
 from training.checkpoint import TrainState
@@ -60,7 +60,7 @@ def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
     images = images.to(model.head.weight.dtype)
     labels = torch.arange(20) % 3
     optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
-    wrapped = Sharing("ddp", CPU).wrap(model)
+    wrapped = Parallelism("ddp", CPU).wrap(model)
     stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
     own = slice(process_group.get_rank() * batch, (process_group.get_rank() + 1) * batch)
     local = None
@@ -99,7 +99,7 @@ def ranks_skip_together(rank: int, folder: Path) -> dict:
         for kind in ("loss and gradient", "loss alone"):
             layer = nn.Linear(1, 1, bias=False).double()
             layer.weight.data[:] = 1.0
-            model = Sharing("ddp", CPU).wrap(layer)
+            model = Parallelism("ddp", CPU).wrap(layer)
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
             stepper = Stepper(model, optimizer, CPU, update_freq=2)
             stepper.begin_epoch(6)

@@ -212,7 +212,6 @@ def test_error_of_another_rank_is_followed_too(place):
     words += ["--data_set", "tests.tiny:fails", "--batch_size", 3]
     done = run("submitit_pretrain.py", *words, expect=1)
     assert "error [rank 0]: rank 1 has failed: ZeroDivisionError: of rank 1\n" in done.stdout
-    assert "[rank 1] Traceback" in done.stdout
     assert "[rank 1] ZeroDivisionError: of rank 1\n" in done.stdout
 
 

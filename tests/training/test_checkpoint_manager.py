@@ -158,7 +158,9 @@ def test_first_signal_after_the_time_is_over_lets_the_save_finish():
     assert requests.reason == "--max_minutes 1e-09"
 
 
-@pytest.mark.parametrize("kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM")])
+@pytest.mark.parametrize(
+    "kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM"), ("SIGUSR2", "SIGUSR2")]
+)
 def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_began(kinds):
     """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
     with Requests(None, None) as requests:
