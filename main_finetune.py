@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from functools import partial
+from pathlib import Path
 
 from config import parser as options
 from config.parser import finetune_parser as get_args_parser
@@ -62,7 +63,9 @@ def main(args: argparse.Namespace) -> None:
         return evaluate_checkpoint(args, device, amp)
     sharing = sharding.build_sharing(args, device, amp)
     processes = process_group.get_world_size()
-    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
+    folder = Path(args.output_dir) if args.output_dir else None
+    if not args.dry_run:
+        folder = hold_folder(args.output_dir)
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
@@ -128,10 +131,22 @@ def main(args: argparse.Namespace) -> None:
     about |= {"mixup": mixup, "model_ema": model_ema}
     train_epoch = partial(train_one_epoch, model, bare, criterion, **about)
     if args.dry_run:
-        return dry_run.check_run(
-            *(args, folder, start.source, state, batches, stepper, schedule, train_epoch, save),
-            *(val_batches, partial(evaluate, model=bare, device=device, amp=amp)),
+        planned = dry_run.PlannedRun(
+            args=args,
+            folder=folder,
+            source=start.source or args.finetune,
+            state=state,
+            data_loader_train=batches,
+            data_loader_val=val_batches,
+            stepper=stepper,
+            schedule=schedule,
+            train_epoch=train_epoch,
+            evaluate=partial(evaluate, model=bare, device=device, amp=amp),
+            evaluations_per_epoch=2 if args.model_ema_eval else 1,
+            batch_multiple=2 if mixup else 1,  # mixup pairs images
+            save=save,
         )
+        return dry_run.check_run(planned)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from config import parser as options
 from config.parser import pretrain_parser as get_args_parser
@@ -58,7 +59,9 @@ def main(args: argparse.Namespace) -> None:
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     processes = process_group.get_world_size()
-    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
+    folder = Path(args.output_dir) if args.output_dir else None
+    if not args.dry_run:
+        folder = hold_folder(args.output_dir)
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
@@ -115,9 +118,18 @@ def main(args: argparse.Namespace) -> None:
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     train_epoch = partial(train_one_epoch, model, fcmae, **about)
     if args.dry_run:
-        return dry_run.check_run(
-            args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
+        planned = dry_run.PlannedRun(
+            args=args,
+            folder=folder,
+            source=start.source,
+            state=state,
+            data_loader_train=batches,
+            stepper=stepper,
+            schedule=schedule,
+            train_epoch=train_epoch,
+            save=save,
         )
+        return dry_run.check_run(planned)
     panel = args.picture_freq and build_panel(dataset.dataset, fcmae, args, device)
     mean_and_std = datasets.build_mean_and_std(args)
 
