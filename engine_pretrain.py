@@ -18,7 +18,7 @@ from optim_factory import Schedule
 from parallel import process_group
 from training.anomaly import Guard
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.hooks import Reporter
 from training.stepper import Stepper
 
@@ -31,7 +31,7 @@ def train_one_epoch(
     schedule: Schedule,
     state: TrainState,
     reporter: Reporter,
-    keeper: Keeper,
+    keeper: CheckpointManager,
     guard: Guard,
     seed: int,
 ) -> dict[str, float]:
@@ -45,25 +45,29 @@ def train_one_epoch(
     stepper.begin_epoch(len(batches))
     guard.begin_epoch(state, compute)
     # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
-    lr = schedule.apply(state.updates - 1) if state.seen else 0.0
+    lr = schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
     taken = 0  # images of the group
     for batch in batches:
         images, _, ids = batch
         if stepper.micro == 0:
-            lr = schedule.apply(state.updates)
+            lr = schedule.apply(state.global_step)
         with stepper.micro_batch():
-            loss = compute(model, batch, state.updates, stepper.micro)
+            loss = compute(model, batch, state.global_step, stepper.micro)
         update = stepper.step(loss, ids)
 
         means.update(len(images), loss=loss.detach())
         reporter.after_batch(len(images))
         taken += len(images) * process_group.get_world_size()
         if update:
-            state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
+            state.global_step, state.samples_in_epoch, taken = (
+                state.global_step + 1,
+                state.samples_in_epoch + taken,
+                0,
+            )
             means.update(1, grad_norm=update.grad_norm)
             look = reporter.after_update(lr) or stepper.left == 0
-            keeper.after_update(state, means, guard, look)
-    state.within["guard"] = guard.state()
+            keeper.after_step(state, means, guard, look)
+    state.epoch_sums["guard"] = guard.state()
     return means.total() | {"lr": lr}
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from config import parser as options
 from config.parser import finetune_parser as get_args_parser
 from parallel import process_group
-from training import checkpoint
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
     args = options.parse(get_args_parser())
@@ -36,10 +35,11 @@ from optim_factory import (
 from parallel import sharding
 from training import dry_run, hooks, resume
 from training.anomaly import build_guard
-from training.checkpoint_manager import build_keeper
+from training.checkpoint import TrainableParts
+from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed, check_graphs
 from training.ema import build_ema
-from training.run_lock import hold_folder
+from training.run_lock import acquire_run_lock
 from training.setup import check_alike
 from training.stepper import Stepper, choose_amp
 from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
@@ -62,8 +62,8 @@ def main(args: argparse.Namespace) -> None:
         return evaluate_checkpoint(args, device, amp)
     sharing = sharding.build_sharing(args, device, amp)
     processes = process_group.get_world_size()
-    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
-    start = resume.find_start(
+    folder = (dry_run.named_folder if args.dry_run else acquire_run_lock)(args.output_dir)
+    start = resume.find_resume_point(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
     update_freq = choose_update_freq(
@@ -116,31 +116,31 @@ def main(args: argparse.Namespace) -> None:
     stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
+    parts = TrainableParts(bare, optimizer, stepper.scaler, model_ema and model_ema.module)
     load = partial(load, model_ema and model_ema.module)
-    state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
-    state.count_updates(updates_per_epoch, effective_batch, len(train_set))
-    known = {"args": vars(args), "classes": datasets.class_map(train_set)}
-    known |= {"keep": args.save_ckpt_num, "source": args.resume}
-    save = partial(checkpoint.save_model, folder, *parts, **known)
-    guard = build_guard(args, stepper, parts, batches, folder)
+    state = resume.auto_load_model(start, parts, load=load, start_epoch=args.start_epoch)
+    state.recount_steps(updates_per_epoch, effective_batch, len(train_set))
+    manager = build_checkpoint_manager(args, folder, parts, datasets.class_map(train_set))
+    guard = build_guard(args, stepper, parts.present(), batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     about |= {"mixup": mixup, "model_ema": model_ema}
     train_epoch = partial(train_one_epoch, model, bare, criterion, **about)
     if args.dry_run:
         return dry_run.check_run(
-            *(args, folder, start.source, state, batches, stepper, schedule, train_epoch, save),
+            *(args, folder, start.source, state, batches, stepper, schedule, train_epoch),
+            manager.save,
             *(val_batches, partial(evaluate, model=bare, device=device, amp=amp)),
         )
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
         datasets.build_bad_images(args, folder, batches, val_batches) as bad_images,
-        build_keeper(args, folder and save, bad_images.write) as keeper,
+        manager as keeper,
         hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
     ):
+        manager.before_save = bad_images.write
         while state.epoch < args.epochs:
-            batches.set_epoch(state.epoch, state.seen)
+            batches.set_epoch(state.epoch, state.samples_in_epoch)
             train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
             state.end_epoch()
             stats = {f"train_{key}": value for key, value in train.items()}

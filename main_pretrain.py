@@ -13,7 +13,6 @@ from functools import partial
 from config import parser as options
 from config.parser import pretrain_parser as get_args_parser
 from parallel import process_group
-from training import checkpoint
 from training.pictures import build_panel, grid, reconstructions
 
 if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
@@ -35,9 +34,10 @@ from optim_factory import (
 from parallel import sharding
 from training import dry_run, hooks, resume
 from training.anomaly import build_guard
-from training.checkpoint_manager import build_keeper
+from training.checkpoint import TrainableParts
+from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed, check_graphs
-from training.run_lock import hold_folder
+from training.run_lock import acquire_run_lock
 from training.setup import check_alike
 from training.stepper import Stepper, autocast, choose_amp
 from weights.pretrained import load_pretrained
@@ -58,8 +58,8 @@ def main(args: argparse.Namespace) -> None:
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     processes = process_group.get_world_size()
-    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
-    start = resume.find_start(
+    folder = (dry_run.named_folder if args.dry_run else acquire_run_lock)(args.output_dir)
+    start = resume.find_resume_point(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
     update_freq = choose_update_freq(
@@ -103,16 +103,15 @@ def main(args: argparse.Namespace) -> None:
     stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = (fcmae, optimizer, stepper.scaler)
+    parts = TrainableParts(fcmae, optimizer, stepper.scaler)
     load = partial(load_pretrained, fcmae, sha256=args.sha256)
-    state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
-    state.count_updates(updates_per_epoch, effective_batch, len(dataset))
-    about = {"args": vars(args), "keep": args.save_ckpt_num, "source": args.resume}
-    save = partial(checkpoint.save_model, folder, *parts, **about)
-    guard = build_guard(args, stepper, parts, batches, folder)
+    state = resume.auto_load_model(start, parts, load=load, start_epoch=args.start_epoch)
+    state.recount_steps(updates_per_epoch, effective_batch, len(dataset))
+    guard = build_guard(args, stepper, parts.present(), batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
     train_epoch = partial(train_one_epoch, model, fcmae, **about)
     if args.dry_run:
+        save = build_checkpoint_manager(args, folder, parts).save
         return dry_run.check_run(
             args, folder, start.source, state, batches, stepper, schedule, train_epoch, save
         )
@@ -122,11 +121,11 @@ def main(args: argparse.Namespace) -> None:
     # --- 8. epoch loop ----------------------------------------------------------------------
     with (
         datasets.build_bad_images(args, folder, batches) as bad_images,
-        build_keeper(args, folder and save, bad_images.write) as keeper,
+        build_checkpoint_manager(args, folder, parts, before_save=bad_images.write) as keeper,
         hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
     ):
         while state.epoch < args.epochs:
-            batches.set_epoch(state.epoch, state.seen)
+            batches.set_epoch(state.epoch, state.samples_in_epoch)
             train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
             state.end_epoch()
             last = state.epoch == args.epochs

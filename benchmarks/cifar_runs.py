@@ -34,7 +34,7 @@ from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
 from training import checkpoint
 from training.anomaly import Guard
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.hooks import Reporter, summary
 from training.stepper import Stepper
 from weights.convert import to_convnextv2
@@ -203,7 +203,7 @@ def train(
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
-    watchers = Keeper(None), Guard(stepper)
+    watchers = CheckpointManager(None), Guard(stepper)
     reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
     seconds = []
     while state.epoch < epochs:

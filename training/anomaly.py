@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from parallel import sharding
 from parallel.process_group import all_gather, get_logger, get_rank, is_main_process
 from training.checkpoint import TrainState, is_finite
-from training.checkpoint_manager import snapshot
+from training.checkpoint_manager import copy_to_cpu
 from training.stepper import Fault, Stepper, autocast
 from utils import write_atomically
 
@@ -71,8 +71,8 @@ class Guard:
     def begin_epoch(self, state: TrainState, compute: Compute) -> None:
         """Before its first update, or the first after a resume."""
         self.compute = compute
-        if "guard" in state.within:
-            numbers = state.within["guard"]
+        if "guard" in state.epoch_sums:
+            numbers = state.epoch_sums["guard"]
             self.stepper.restore(numbers)
             self.returns, self.returned_at = numbers["returns"], numbers["returned_at"]
         self.keep(state)
@@ -84,13 +84,13 @@ class Guard:
 
     def keep(self, state: TrainState) -> None:
         """Take a snapshot, if there shall be any: when a checkpoint is saved, and in between."""
-        if self.every is None or (self.kept and state.updates == self.kept_at):
+        if self.every is None or (self.kept and state.global_step == self.kept_at):
             return
         if self.kept and not all(all_gather(is_finite(self.parts[0]))):  # the next update shows it
             return
         self.kept = []  # two of them at once could be too much
-        self.kept = [snapshot(sharding.own_part(part).state_dict()) for part in self.parts]
-        self.kept_at, self.kept_bad = state.updates, state.bad_steps
+        self.kept = [copy_to_cpu(sharding.own_part(part).state_dict()) for part in self.parts]
+        self.kept_at, self.kept_bad = state.global_step, state.bad_steps
         self.kept_numbers = self.stepper.state()
 
     def look(self, state: TrainState) -> str:
@@ -100,11 +100,11 @@ class Guard:
         if not faults:
             if skipped:
                 get_logger().info("skipped %d updates while fp16 looks for its scale", skipped)
-            if self.every is not None and state.updates >= self.kept_at + self.every:
+            if self.every is not None and state.global_step >= self.kept_at + self.every:
                 self.keep(state)
             return ""
         what = "an update" if skipped == 1 else f"{skipped} updates"
-        where = state.updates + 1 - faults[0].ago
+        where = state.global_step + 1 - faults[0].ago
         get_logger().warning("skipped %s, first number %d: %s", what, where, faults[0])
         places = self._write_down(state, faults)
         if self.batches is not None:
@@ -121,12 +121,12 @@ class Guard:
     def _roll_back(self, state: TrainState) -> str:
         for part, content in zip(self.parts, self.kept, strict=True):
             # A copy, since an optimizer would train on in the original.
-            sharding.restore(part, snapshot(content))
+            sharding.restore(part, copy_to_cpu(content))
         self.stepper.restore(self.kept_numbers)
-        undone = state.updates - self.kept_at
+        undone = state.global_step - self.kept_at
         recent = self.kept_at < self.returned_at + self.every
-        self.returns, self.returned_at = 1 + self.returns * recent, state.updates
-        self.kept_at, self.kept_bad = state.updates, self.kept_bad + undone
+        self.returns, self.returned_at = 1 + self.returns * recent, state.global_step
+        self.kept_at, self.kept_bad = state.global_step, self.kept_bad + undone
         state.bad_steps = self.kept_bad  # so that updates less these are the ones in the weights
         text = "went back to the last snapshot: the %d updates since are undone; return %d of %d"
         get_logger().warning(text, undone, self.returns, self.max_bad_steps)
@@ -150,7 +150,7 @@ class Guard:
                         mine |= self._run_again(network, state, fault)
                 except torch.OutOfMemoryError as error:  # on all ranks alike
                     mine |= {"first_not_finite": None, "note": f"cannot be run again: {error}"}
-            entry = {"epoch": state.epoch, "update": state.updates + 1 - fault.ago}
+            entry = {"epoch": state.epoch, "update": state.global_step + 1 - fault.ago}
             entry |= {"fault": str(fault), "loss": _number(fault.loss)}
             entry |= {"usual_loss": _number(fault.usual_loss)}
             entry |= {"grad_norm": _number(fault.grad_norm)}
@@ -169,7 +169,7 @@ class Guard:
         if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
             note = "not run again: SyncBatchNorm would wait for the other processes"
             return {"first_not_finite": None, "note": note}
-        update = state.updates - fault.ago
+        update = state.global_step - fault.ago
         try:
             for micro, ids in enumerate(fault.ids):
                 batch = self.batches.again(state.epoch, ids)

@@ -12,7 +12,6 @@ import importlib.util
 import math
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,16 +23,15 @@ from errors import TrainingStopped, some
 from optim_factory import Schedule
 from parallel.process_group import all_gather, barrier, broadcast, get_logger, get_rank
 from parallel.process_group import get_world_size as processes
-from training import hooks, run_lock
+from training import hooks
 from training.checkpoint import TrainState
-from training.run_lock import holder
+from training.run_lock import describe_holder
 from training.stepper import Stepper
 from training.trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable, size_of
 from training.trial_data import Decoded, Stream, decode_some, rate_of
 
 SECONDS = 4.0  # that a measurement lasts
 DECODING = 4.0  # seconds for images of each set
-LOOK = 2.5 * run_lock.BEAT  # seconds for signs of life from a run on another machine
 MARGIN = 0.95  # share of the free memory that may be used
 
 
@@ -110,7 +108,7 @@ def check_run(
         if folder and args.save_ckpt and size:
             check_disk(report, args, folder, state, save, val_batches is not None)
         if rate:
-            left = args.epochs - state.epoch - state.seen / len(batches.loader.dataset)
+            left = args.epochs - state.epoch - state.samples_in_epoch / len(batches.loader.dataset)
             epoch = len(batches) * args.batch_size * processes() / rate + judging
             text = "%s an epoch, %s for the %.4g epochs to come, without saving"
             report.line("time", text, hooks.clock(epoch), hooks.clock(epoch * left), left)
@@ -164,7 +162,7 @@ def tell_plan(
     report: Report, source: str, state: TrainState, stepper: Stepper, schedule: Schedule
 ) -> None:
     """Where the run begins, its updates, parameters and rates."""
-    begins = f"at epoch {state.epoch}, update {state.updates} of {schedule.total}"
+    begins = f"at epoch {state.epoch}, update {state.global_step} of {schedule.total}"
     report.line("start", "%s, %s", source or "random weights", begins)
     groups = stepper.optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
@@ -177,7 +175,7 @@ def tell_plan(
     layers = f", rate times {min(scales):.3g} to 1 by layer" if min(scales) < 1 else ""
     text = "%.2fM trained, %.2fM of them decayed, in %d groups%s"
     report.line("parameters", text, sum(counts) / 1e6, decayed / 1e6, len(groups), layers)
-    for row, text in enumerate(rate_rows(schedule, state.updates)):
+    for row, text in enumerate(rate_rows(schedule, state.global_step)):
         report.line("" if row else "rate", "%s", text)
 
 
@@ -207,29 +205,11 @@ def check_folder(report: Report, folder: Path | None, log_dir: str | None) -> No
             report.fault(f"{flag} {path}: {there} is a file; choose another folder")
         elif not os.access(there, os.W_OK | os.X_OK):
             report.fault(f"{flag} {path}: {there} may not be written; choose a folder you own")
-    held = folder and folder.is_dir() and holder(folder)
-    if held and get_rank() == 0 and shows_life(held, folder / run_lock.NAME):
-        report.fault(f"--output_dir {folder} is in use by {held}, which is left alone")
-    elif held:
-        text = "%s holds %s, but gives no sign of life: a run waits %.0f s and takes it over"
-        report.line("", text, held, folder, run_lock.SILENCE)
+    holder = describe_holder(folder) if folder and get_rank() == 0 else None
+    if holder:
+        report.fault(f"--output_dir {folder} is in use by {holder}, which is left alone")
     if log_folder and importlib.util.find_spec("tensorboard") is None:
         report.fault("no tensorboard: pip install tensorboard, or --log_dir none")
-
-
-def shows_life(held: str, file: Path) -> bool:
-    """Whether a lock's holder lives: here it does, elsewhere the time of its file changes."""
-    if held.endswith(f" on {socket.gethostname()}"):
-        return True
-    first, until = file.stat().st_mtime_ns, time.monotonic() + LOOK
-    get_logger().info("looking for %.0f s whether %s gives signs of life", LOOK, held)
-    while time.monotonic() < until:
-        time.sleep(min(0.5, LOOK / 10))
-        if not file.exists():
-            return False
-        if file.stat().st_mtime_ns != first:
-            return True
-    return False
 
 
 def nearest(path: Path) -> Path:

@@ -72,14 +72,14 @@ class Reporter:
         self.hooks, self.device, self.state = hooks, device, state
         self.updates_all, self.updates_per_epoch = updates_all, updates_per_epoch
         self.print_freq = print_freq
-        self.began, self.began_at = time.perf_counter(), state.updates
+        self.began, self.began_at = time.perf_counter(), state.global_step
         self.told_kernels = False
 
     def begin_epoch(self, names: Sequence[str], batches: Batches, state: TrainState) -> Means:
         """Meters for an epoch on `batches`: fresh, or as they were when it broke off."""
         self.means, self.batches = Means(names, self.device), batches
-        if "means" in state.within:
-            self.means.restore(state.within["means"])
+        if "means" in state.epoch_sums:
+            self.means.restore(state.epoch_sums["means"])
         self._restart_window()
         return self.means
 
@@ -94,19 +94,19 @@ class Reporter:
     def after_update(self, lr: float) -> bool:
         """An update is done; a log line reads the meters on every rank. Returns if this was one."""
         self._tell("on_update", self.state)
-        step = (self.state.updates - 1) % self.updates_per_epoch + 1
+        step = (self.state.global_step - 1) % self.updates_per_epoch + 1
         if step % self.print_freq and step != self.updates_per_epoch:
             return False
         record = self.means.read()
         now = time.perf_counter()
         window = max(now - self.since, 1e-9)
-        done = self.state.updates - self.began_at
+        done = self.state.global_step - self.began_at
         record |= {
             "lr": lr,
             "images_per_s": self.images / window,
             "data_wait": (self.batches.wait_seconds - self.waited) / window,
             "memory_mb": self._memory_mb(),
-            "eta_s": (now - self.began) / done * (self.updates_all - self.state.updates),
+            "eta_s": (now - self.began) / done * (self.updates_all - self.state.global_step),
             "step": step,
             "steps": self.updates_per_epoch,
         }
@@ -203,11 +203,15 @@ class BarHook(Hook):
 
         self.epochs = epochs
         self.bar = tqdm(
-            total=updates_all, initial=state.updates, unit="update", dynamic_ncols=True, leave=False
+            total=updates_all,
+            initial=state.global_step,
+            unit="update",
+            dynamic_ncols=True,
+            leave=False,
         )
 
     def on_update(self, state: TrainState) -> None:
-        self.bar.update(state.updates - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, record: Record, state: TrainState) -> None:
         self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
@@ -277,17 +281,17 @@ class TensorboardHook(Hook):
             ) from error
         self.folder, self.open = folder, partial(SummaryWriter, str(folder))
         try:
-            kept = train_points(folder, state.updates) if at_end else {}
-            self.writer = self.open(purge_step=state.updates + (not at_end))
+            kept = train_points(folder, state.global_step) if at_end else {}
+            self.writer = self.open(purge_step=state.global_step + (not at_end))
             for tag, (value, seconds) in kept.items():
-                self.writer.add_scalar(tag, value, state.updates, seconds)
+                self.writer.add_scalar(tag, value, state.global_step, seconds)
         except OSError as error:
             raise UserError(f"--log_dir {folder}: cannot write there ({error.strerror})") from error
 
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():
             if key not in ("step", "steps"):
-                self._write("add_scalar", f"train/{key}", value, state.updates)
+                self._write("add_scalar", f"train/{key}", value, state.global_step)
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         if self.writer is None:
@@ -295,11 +299,11 @@ class TensorboardHook(Hook):
             self.writer = self.open()
         for key, value in stats.items():
             if key.startswith("test_"):
-                self._write("add_scalar", f"test/{key[5:]}", value, state.updates)
+                self._write("add_scalar", f"test/{key[5:]}", value, state.global_step)
         self._write("flush")
 
     def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
-        self._write("add_image", name, picture, state.updates)
+        self._write("add_image", name, picture, state.global_step)
 
     def on_end(self) -> None:
         self._write("close")
@@ -376,7 +380,7 @@ def _build_hooks(
         ) from error
     log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
     if log_dir and log_dir != "none":
-        at_end = state.seen > 0 and state.updates % updates_per_epoch == 0
+        at_end = state.samples_in_epoch > 0 and state.global_step % updates_per_epoch == 0
         found.append(TensorboardHook(Path(log_dir), state, at_end))
     return found
 

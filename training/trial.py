@@ -26,7 +26,7 @@ from parallel.process_group import get_world_size as processes
 from training import hooks
 from training.anomaly import Guard
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.stepper import Stepper
 
 ENDLESS = 1 << 40  # updates to the next log line
@@ -71,7 +71,7 @@ class Trial:
         self.device = stepper.device
         self.samples = collate(samples)[:3]  # images, labels, ids
         self.guard = Guard(stepper)  # counts only
-        self.watchers = {"keeper": Keeper(None), "guard": self.guard}
+        self.watchers = {"keeper": CheckpointManager(None), "guard": self.guard}
         self.skipped = 0  # updates that were not finite
 
     def batch(self, size: int) -> tuple[Tensor, ...]:
@@ -119,7 +119,7 @@ class Trial:
 
     def end(self) -> str:
         """Nothing is left under way between the processes; what went wrong in updates."""
-        self.watchers["keeper"].agreement.wait()
+        self.watchers["keeper"].vote.wait()
         if not self.skipped or self.stepper.scaler.is_enabled():  # fp16 looks for its scale
             return ""
         return f"{self.skipped} updates had a loss or gradient that is not finite"

@@ -221,14 +221,14 @@ def ranks_skip(rank: int, folder: Path) -> dict:
                 loss = wrapped(images(rank)).square().mean()
             stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
             if update == 1:  # the updates that follow must not notice that it was run again
-                looks.look(TrainState(updates=2))
+                looks.look(TrainState(global_step=2))
                 network = sharding.PLAIN.get(model, model)
                 network.stages[1][0].pwconv2._forward_pre_hooks.clear()
             after = torch.cat([sharding.local(p).detach().flatten() for p in model.parameters()])
             moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
             before = after.clone()
         stepper.read()
-        guard._roll_back(TrainState(updates=4))
+        guard._roll_back(TrainState(global_step=4))
         back = sharding.local(model.head.bias).detach().equal(start)
         seen[mode] = {"moved": moved, "back": back}
     return seen
@@ -410,7 +410,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
                     guard = Guard(stepper, (model, optimizer), every=1)
                     guard.begin_epoch(TrainState(), None)
                 if update == 1:
-                    guard._roll_back(TrainState(updates=2))
+                    guard._roll_back(TrainState(global_step=2))
                 optimizer.zero_grad()
             counts = [group.get("step") for group in whole_state(optimizer)["param_groups"]]
             weights = torch.cat([sharding.full(p).detach().flatten() for p in model.parameters()])
@@ -420,7 +420,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
 
 def ranks_save(rank: int, folder: Path) -> dict:
     """States as files have them, of one optimizer, loaded into every other kind."""
-    about: Any = {"state": TrainState(), "args": {}}
+    about = TrainState(), {"args": {}}
     whole = {}
     for mode in MODES:
         torch.manual_seed(0)
@@ -438,12 +438,13 @@ def ranks_save(rank: int, folder: Path) -> dict:
         if rank == 0:  # not a bucket of all of them for each
             assert all(w.nbytes == w.untyped_storage().nbytes() for w in weights.values())
         (folder / f"{mode} save").mkdir(exist_ok=True)
-        checkpoint.save_model(folder / f"{mode} save", model, optimizer, **about)
+        parts = checkpoint.TrainableParts(model, optimizer)
+        checkpoint.save_model(folder / f"{mode} save", parts, *about)
         with torch.no_grad():
             sharding.local(model.head.bias).fill_(math.nan)
         refused = pytest.raises(UserError, match="not finite") if rank == 0 else nullcontext()
         with refused:
-            checkpoint.save_model(folder / f"{mode} save", model, optimizer, **about)
+            checkpoint.save_model(folder / f"{mode} save", parts, *about)
     return whole if rank == 0 else {}
 
 

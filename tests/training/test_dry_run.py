@@ -28,7 +28,7 @@ from parallel import process_group
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 from tests.tiny import Colours
 from training import dry_run, trial
-from training.run_lock import Lock, hold_folder
+from training.run_lock import Lock, acquire_run_lock
 from training.trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable, size_of
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_folder_of_a_run_that_goes_on_elsewhere_is_left_as_it_is(short, said, tm
     main_pretrain.main(args)
     newest = tmp_path / "checkpoint-1.pth"
     newest.write_bytes(newest.read_bytes()[:500])  # cut off by a crash
-    hold_folder("")  # the run is over
+    acquire_run_lock("")  # the run is over
     before = tree(tmp_path)
     assert dry("pretrain", *words, "--epochs", 4) == 0
     assert "trying the one before" in said()

@@ -24,7 +24,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from training import hooks
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.pictures import build_panel, grid, reconstructions
 
 CPU = torch.device("cpu")
@@ -143,10 +143,10 @@ def test_clock(seconds, text):
 
 
 def test_bar_starts_where_the_run_resumes(capsys):
-    state = TrainState(epoch=1, updates=10)
+    state = TrainState(epoch=1, global_step=10)
     hook = hooks.BarHook(epochs=3, state=state, updates_all=30)
     assert (hook.bar.initial, hook.bar.total) == (10, 30)
-    state.updates += 1
+    state.global_step += 1
     hook.on_update(state)
     assert hook.bar.n == 11
     hook.on_log(RECORD, state)
@@ -190,7 +190,7 @@ def watch(monkeypatch):
 
 def test_log_record_by_hand(watch):
     """4 updates an epoch, 12 in all, a line every 3; resumed after 4 updates."""
-    state, recorder = TrainState(epoch=1, updates=4), Recorder()
+    state, recorder = TrainState(epoch=1, global_step=4), Recorder()
     reporter = hooks.Reporter([recorder], CPU, state, 12, 4, print_freq=3)
     batches = Batches([], CPU, [0.5], [0.5])
     means = reporter.begin_epoch(["loss"], batches, state)
@@ -199,7 +199,7 @@ def test_log_record_by_hand(watch):
         watch.now += 0.5
         batches.wait_seconds += 0.125
         reporter.after_batch(2)
-        state.updates += 1
+        state.global_step += 1
         reporter.after_update(lr=0.1 * (update + 1))
     assert recorder.updates == 4
     first, last = recorder.records  # after update 3, and at the end of the epoch
@@ -265,8 +265,8 @@ def scalars(folder, tag: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_gets_scalars_by_update_and_pictures(tmp_path):
     hook = hooks.TensorboardHook(tmp_path, TrainState())
-    hook.on_log(RECORD, TrainState(updates=20))
-    hook.on_log(RECORD | {"loss": 0.5}, TrainState(updates=40))
+    hook.on_log(RECORD, TrainState(global_step=20))
+    hook.on_log(RECORD | {"loss": 0.5}, TrainState(global_step=40))
     hook.on_epoch({"train_loss": 0.6, "test_acc1": 50.0, "epoch": 0}, TrainState(1, 40))
     hook.on_picture("reconstructions", torch.full((3, 8, 6), 0.5), TrainState(1, 40))
     hook.on_end()
@@ -282,9 +282,9 @@ def test_tensorboard_gets_scalars_by_update_and_pictures(tmp_path):
 
 
 def write_updates(folder, start: int, stop: int, loss: float) -> None:
-    hook = hooks.TensorboardHook(folder, TrainState(updates=start))
+    hook = hooks.TensorboardHook(folder, TrainState(global_step=start))
     for updates in range(start + 10, stop + 1, 10):
-        hook.on_log(RECORD | {"loss": loss}, TrainState(updates=updates))
+        hook.on_log(RECORD | {"loss": loss}, TrainState(global_step=updates))
     hook.on_end()
 
 
@@ -308,7 +308,7 @@ def test_end_of_an_epoch_that_is_told_again_is_in_tensorboard_once(tmp_path, mon
     """
     run, whole = tmp_path / "run", tmp_path / "whole"
     chaos.complete(script, whole, "--save_ckpt_every_steps", "3")
-    real = Keeper.end_epoch
+    real = CheckpointManager.end_epoch
 
     def end_epoch(self, state, *about, **more) -> None:
         if state.epoch == 2:
@@ -317,7 +317,7 @@ def test_end_of_an_epoch_that_is_told_again_is_in_tensorboard_once(tmp_path, mon
         real(self, state, *about, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "end_epoch", end_epoch)
+        patch.setattr(CheckpointManager, "end_epoch", end_epoch)
         for _ in range(2):
             child = chaos.start(script, run, "--save_ckpt_every_steps", "3")
             assert chaos.finish(child) == -signal.SIGKILL
@@ -342,7 +342,7 @@ def test_tensorboard_goes_on_when_its_folder_is_back(tmp_path, log):
             gone.rename(folder)
             time.sleep(1.1)  # TensorBoard sorts files by their second, then as text: 10 before 9
         for _ in range(10):
-            state.updates += 1
+            state.global_step += 1
             reporter._tell("on_log", RECORD, state)
         reporter.end_epoch({"test_acc1": 50.0})
     reporter._tell("on_end")
