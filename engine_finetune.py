@@ -36,7 +36,7 @@ def train_one_epoch(
     """
     model.train()
     stepper, state = loop.stepper, loop.state
-    meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader, state)
+    meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader)
     compute = partial(supervised_loss, loop)
     stepper.begin_epoch(len(data_loader))
     loop.guard.begin_epoch(state, lambda *micro_batch: compute(*micro_batch)[0])

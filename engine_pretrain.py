@@ -27,7 +27,7 @@ def train_one_epoch(
     """
     model.train()
     stepper, state = loop.stepper, loop.state
-    meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader, state)
+    meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader)
     compute_loss = partial(masked_loss, model_without_ddp, loop.seed, state.epoch)
     stepper.begin_epoch(len(data_loader))
     loop.guard.begin_epoch(state, compute_loss)

@@ -21,20 +21,21 @@ import torch
 import datasets
 import models
 import utils
+from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
-from models.kernels.autotune import autotuner
+from models.kernels.autotune import choices
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
-from training.checkpoint import RunParts
-from training.cuda_graphs import GraphedModel
+from training.checkpoint import TrainableParts
+from training.cuda_graphs import Graphed
 from training.dry_run import check_run
 from training.ema import build_ema
 from training.hooks import log_cost
 from training.resume import auto_load_model
 from training.setup import build_train_loop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
+from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -48,21 +49,21 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset_train, dataset_val, nb_classes = datasets.build_datasets(args)
-    data_loader_train = datasets.build_data_loader(dataset_train, True, args, device)
+    data_loader_train = datasets.build_loader(dataset_train, True, args, device)
     data_loader_val = None
     if dataset_val is not None:
-        data_loader_val = datasets.build_data_loader(dataset_val, False, args, device)
+        data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     model_without_ddp = models.build_classifier(args, nb_classes).to(device)
-    n_parameters = log_cost(model_without_ddp, args.in_chans, args.input_size, device)
+    n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
     load = partial(
-        load_model_and_ema,
+        load_both,
         model_without_ddp,
         model_key=EMA_KEY if args.use_ema else args.model_key,
         model_prefix=args.model_prefix,
@@ -90,16 +91,18 @@ def main(args: argparse.Namespace) -> None:
     model = model_without_ddp
     if args.cuda_graphs:
         shape = (args.batch_size, args.in_chans, *args.input_size)
-        model = GraphedModel(model_without_ddp, device, amp, [shape])
+        model = Graphed(model_without_ddp, device, amp, [shape])
     model = run.parallelism.wrap(model)
     stepper = Stepper(
         model, optimizer, device, amp, run.update_freq, args.clip_grad, args.spike_factor
     )
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = RunParts(model_without_ddp, optimizer, stepper.scaler, model_ema and model_ema.module)
+    parts = TrainableParts(
+        model_without_ddp, optimizer, stepper.scaler, model_ema and model_ema.module
+    )
     state = auto_load_model(run.resume_point, parts, load=load, start_epoch=args.start_epoch)
-    state.count_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
+    state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     loaders = data_loader_train, data_loader_val
     loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, *loaders)
     loop.criterion, loop.mixup, loop.model_ema = criterion, mixup, model_ema
@@ -132,12 +135,12 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
     path = args.resume or args.finetune or args.output_dir
     dataset_val, nb_classes = datasets.build_dataset(False, args)
-    data_loader_val = datasets.build_data_loader(dataset_val, False, args, device)
+    data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
-    bad_images = datasets.build_bad_images(args, None, data_loader_val)
-    both = args.model_ema and has_ema(path, args.sha256)  # published files hold one of them
+    bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
+    both = args.model_ema and has_average(path, args.sha256)  # published files hold one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
         load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
@@ -148,7 +151,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             *(path, " (EMA weights)" * (key == EMA_KEY)),
             *(stats["acc1"], stats["acc5"], stats["loss"], images),
         )
-    utils.get_logger().info("kernels: %s", autotuner.summary())
+    utils.get_logger().info("kernels: %s", choices.summary())
 
 
 if __name__ == "__main__":

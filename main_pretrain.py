@@ -24,15 +24,15 @@ from engine_pretrain import train_one_epoch
 from models.fcmae import visible_patches
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
-from training.checkpoint import RunParts
-from training.cuda_graphs import GraphedModel
+from training.checkpoint import TrainableParts
+from training.cuda_graphs import Graphed
 from training.dry_run import check_run
 from training.hooks import log_cost
 from training.pictures import ReconstructionImages
 from training.resume import auto_load_model
 from training.setup import build_train_loop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import load_model_and_ema
+from weights.pretrained import load_both
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset_train = datasets.build_pretrain_dataset(args)
-    data_loader_train = datasets.build_data_loader(dataset_train, True, args, device)
+    data_loader_train = datasets.build_loader(dataset_train, True, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     model_without_ddp = models.build_fcmae(args).to(device)
     h, w = model_without_ddp.grid_size(*args.input_size)
     visible = visible_patches(h * w, args.mask_ratio)
-    n_parameters = log_cost(model_without_ddp, args.in_chans, args.input_size, device)
+    n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
     log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
 
     # --- 4. weights -------------------------------------------------------------------------
@@ -72,22 +72,22 @@ def main(args: argparse.Namespace) -> None:
     model = model_without_ddp
     if args.cuda_graphs:
         shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
-        model = GraphedModel(model_without_ddp, device, amp, shapes, visible)
+        model = Graphed(model_without_ddp, device, amp, shapes, visible)
     model = run.parallelism.wrap(model)
     stepper = Stepper(
         model, optimizer, device, amp, run.update_freq, args.clip_grad, args.spike_factor
     )
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = RunParts(model_without_ddp, optimizer, stepper.scaler)
-    load = partial(load_model_and_ema, model_without_ddp, None, sha256=args.sha256)
+    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler)
+    load = partial(load_both, model_without_ddp, sha256=args.sha256)
     state = auto_load_model(run.resume_point, parts, load=load, start_epoch=args.start_epoch)
-    state.count_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
+    state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, data_loader_train)
     if args.dry_run:
         train_epoch = partial(train_one_epoch, model, model_without_ddp)
         return check_run(args, run, loop, train_epoch, data_loader_train)
-    images = ReconstructionImages(args, dataset_train, model_without_ddp, device, amp)
+    images = ReconstructionImages(args, dataset_train.dataset, model_without_ddp, device, amp)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with loop:
@@ -95,12 +95,12 @@ def main(args: argparse.Namespace) -> None:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
             state.end_epoch()
-            last = state.epoch == args.epochs
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
             loop.report_epoch(log_stats)
-            images.draw(model_without_ddp, loop.reporter, state.epoch, last)
-            loop.checkpoints.end_epoch(state, last=last)
+            image = images.draw(model_without_ddp, state.epoch)
+            loop.reporter.image("reconstructions", image)
+            loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)
     saved = run.output_dir or "not saved"
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, saved)
 

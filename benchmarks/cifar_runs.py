@@ -35,7 +35,7 @@ from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
 from training import checkpoint
 from training.anomaly import AnomalyGuard
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.hooks import Reporter, format_stats
 from training.stepper import Stepper
 from weights.convert import to_convnextv2
@@ -219,7 +219,7 @@ def train(
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
-    watchers = Keeper(None), AnomalyGuard(stepper)
+    watchers = CheckpointManager(None), AnomalyGuard(stepper)
     reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
     seconds = []
     while state.epoch < epochs:

@@ -63,7 +63,7 @@ from optim_factory import create_optimizer
 from parallel.sharding import Parallelism
 from training.checkpoint import TrainState
 from training.hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
-from training.preemption import Agreement
+from training.preemption import RankVote
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def all_reduce(size: int, count: int) -> float:
 
 def told(count: int) -> dict[str, float]:
     """Seconds of what every rank says beside the gradients: in an update, and at a log line."""
-    agreement = Agreement()
+    agreement = RankVote()
     batches = DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches)
@@ -241,7 +241,7 @@ def time_updates(
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(lines * print_freq):
         means.update(64, loss=torch.ones(()), grad_norm=torch.ones(()))
-        reporter.state.updates += 1
+        reporter.state.global_step += 1
         start = time.perf_counter()
         reporter.after_batch(64)
         told = reporter.after_step(1e-3)

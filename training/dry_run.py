@@ -40,7 +40,7 @@ from parallel.process_group import all_gather, broadcast, get_logger, get_rank, 
 from training import hooks, run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.stepper import Stepper
 
 SECONDS = 4.0  # for each measurement of speed, and to decode images of each data set
@@ -199,7 +199,7 @@ def check_images(report: Report, name: str, loader: DataLoader, seed: int) -> li
 def report_plan(report: Report, run: PlannedRun) -> None:
     """Log where the run starts, its steps, parameters and learning rates."""
     state, total = run.state, run.schedule.total
-    start = f"epoch {state.epoch}, step {state.updates} of {total}"
+    start = f"epoch {state.epoch}, step {state.global_step} of {total}"
     report.line("start", f"{run.source or 'random weights'}, {start}")
     ranks, accumulation = get_world_size(), run.stepper.update_freq
     factors = f"{run.args.batch_size} x {accumulation} accumulation steps x {ranks} processes"
@@ -211,7 +211,7 @@ def report_plan(report: Report, run: PlannedRun) -> None:
     lowest = min(group["lr_scale"] for group in groups)
     layers = f", learning rate x {lowest:.3g} to 1 by layer" * (lowest < 1)
     report.line("parameters", f"{text}, in {len(groups)} groups{layers}")
-    for number, row in enumerate(lr_rows(run.schedule, state.updates)):
+    for number, row in enumerate(lr_rows(run.schedule, state.global_step)):
         report.line("" if number else "lr", row)
 
 
@@ -275,7 +275,7 @@ class StepProbe:
         """samples: (image (C, H, W), label, index). Every rank must create a probe."""
         self.run, self.device = run, run.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
-        self.guard, self.keeper = AnomalyGuard(run.stepper), Keeper(None)
+        self.guard, self.keeper = AnomalyGuard(run.stepper), CheckpointManager(None)
         self.bad_steps = 0
         on_linux = self.device.type == "cpu" and os.access(PROC / "self/clear_refs", os.W_OK)
         self.tells_memory = on_linux or self.device.type == "cuda"
@@ -460,7 +460,7 @@ def measure_evaluation(report: Report, probe: StepProbe) -> float:
 def report_time(report: Report, run: PlannedRun, rate: float, evaluation: float) -> None:
     """Report the duration of an epoch and of the rest of the run."""
     loader, state = run.data_loader_train, run.state
-    epochs = run.args.epochs - state.epoch - state.seen / len(loader.loader.dataset)
+    epochs = run.args.epochs - state.epoch - state.samples_in_epoch / len(loader.loader.dataset)
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))
     report.line("time", f"{each} per epoch, {rest} for the {epochs:.4g} epochs left, without saves")

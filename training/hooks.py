@@ -72,14 +72,14 @@ class Reporter:
     print_freq: int
 
     def __post_init__(self) -> None:
-        self.run_start, self.first_step = time.perf_counter(), self.state.updates
+        self.run_start, self.first_step = time.perf_counter(), self.state.global_step
         self.kernels_logged = False
 
     def begin_epoch(self, names: Sequence[str], batches: DeviceLoader) -> Means:
         """Return the meters of an epoch, which continue those of an interrupted one."""
         self.means, self.batches = Means(names, self.device), batches
-        if "means" in self.state.within:
-            self.means.restore(self.state.within["means"])
+        if "means" in self.state.epoch_sums:
+            self.means.restore(self.state.epoch_sums["means"])
         self._begin_window()
         return self.means
 
@@ -97,19 +97,19 @@ class Reporter:
         Every rank must call it.
         """
         self._notify("on_step", self.state)
-        step = (self.state.updates - 1) % self.steps_per_epoch + 1
+        step = (self.state.global_step - 1) % self.steps_per_epoch + 1
         if step % self.print_freq and step != self.steps_per_epoch:
             return False
         record = self.means.read()
         now = time.perf_counter()
         window = max(now - self.window_start, 1e-9)
-        seconds_per_step = (now - self.run_start) / (self.state.updates - self.first_step)
+        seconds_per_step = (now - self.run_start) / (self.state.global_step - self.first_step)
         record |= {
             "lr": lr,
             "images_per_s": self.images / window,
             "data_wait": (self.batches.wait_seconds - self.waited_before) / window,
             "memory_mb": peak_memory_mb(self.device),
-            "eta_s": seconds_per_step * (self.total_steps - self.state.updates),
+            "eta_s": seconds_per_step * (self.total_steps - self.state.global_step),
             "step": step,
             "steps": self.steps_per_epoch,
         }
@@ -197,11 +197,15 @@ class BarHook(Hook):
 
         self.epochs = epochs
         self.bar = tqdm(
-            total=total_steps, initial=state.updates, unit="step", dynamic_ncols=True, leave=False
+            total=total_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
         )
 
     def on_step(self, state: TrainState) -> None:
-        self.bar.update(state.updates - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, record: Record, state: TrainState) -> None:
         self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
@@ -268,7 +272,11 @@ class TensorboardHook(Hook):
             raise UserError(
                 "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
             ) from error
-        step, self.folder, self.open = state.updates, folder, partial(SummaryWriter, str(folder))
+        step, self.folder, self.open = (
+            state.global_step,
+            folder,
+            partial(SummaryWriter, str(folder)),
+        )
         try:
             kept = _train_scalars(folder, step) if repeats_epoch_end else []
             self.writer = self.open(purge_step=step if repeats_epoch_end else step + 1)
@@ -280,7 +288,7 @@ class TensorboardHook(Hook):
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():
             if key not in ("step", "steps"):
-                self._write("add_scalar", f"train/{key}", value, state.updates)
+                self._write("add_scalar", f"train/{key}", value, state.global_step)
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         if self.writer is None:
@@ -288,11 +296,11 @@ class TensorboardHook(Hook):
             self.writer = self.open()
         for key, value in stats.items():
             if key.startswith("test_"):
-                self._write("add_scalar", f"test/{key[5:]}", value, state.updates)
+                self._write("add_scalar", f"test/{key[5:]}", value, state.global_step)
         self._write("flush")
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
-        self._write("add_image", name, image, state.updates)
+        self._write("add_image", name, image, state.global_step)
 
     def on_end(self) -> None:
         self._write("close")
@@ -344,6 +352,8 @@ def build_reporter(
 
 
 def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hook]:
+    if args.dry_run:
+        return []
     hooks: list[Hook] = [LineHook(args.epochs)]
     state, total_steps = reporter.state, reporter.total_steps
     if args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty()):
@@ -359,7 +369,9 @@ def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hoo
         ) from error
     log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
     if log_dir and log_dir != "none":
-        repeats_epoch_end = state.seen > 0 and state.updates % reporter.steps_per_epoch == 0
+        repeats_epoch_end = (
+            state.samples_in_epoch > 0 and state.global_step % reporter.steps_per_epoch == 0
+        )
         hooks.append(TensorboardHook(Path(log_dir), state, repeats_epoch_end))
     return hooks
 

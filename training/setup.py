@@ -30,14 +30,14 @@ from models.kernels.autotune import choices, set_kernels
 from optim_factory import Schedule, choose_update_freq
 from parallel import process_group, sharding
 from parallel.process_group import all_gather, broadcast, get_logger, get_world_size
-from training import hooks, run_lock
+from training import run_lock
 from training.anomaly import AnomalyGuard, build_guard
-from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper, build_keeper
+from training.checkpoint import TrainableParts, TrainState
+from training.checkpoint_manager import CheckpointManager, build_checkpoint_manager
 from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
-from training.hooks import Reporter
-from training.resume import Start, find_start
+from training.hooks import Reporter, build_reporter
+from training.resume import ResumePoint, find_resume_point
 from training.stepper import Stepper, choose_amp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ class RunSetup:
     amp: str  # "none", "bf16" or "fp16"
     parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
-    resume_point: Start
+    resume_point: ResumePoint
     update_freq: int  # micro-batches in an optimizer step
     effective_batch: int  # images in an optimizer step, over all ranks
 
@@ -78,11 +78,11 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     parallelism = sharding.build_parallelism(args, device, amp)
     output_dir = Path(args.output_dir) if args.output_dir else None
     if not args.dry_run:
-        output_dir = run_lock.hold_folder(args.output_dir)
-    resume_point = find_start(
+        output_dir = run_lock.acquire_run_lock(args.output_dir)
+    resume_point = find_resume_point(
         output_dir, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
-    choices.restore(resume_point.kernels, device)
+    choices.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
         args.update_freq,
         args.effective_batch,
@@ -109,7 +109,7 @@ class TrainLoop:
     state: TrainState
     guard: AnomalyGuard
     reporter: Reporter
-    checkpoints: Keeper
+    checkpoints: CheckpointManager
     bad_images: BadImages
     seed: int
     criterion: Callable[..., torch.Tensor] | None = None  # fine-tuning only, as what follows
@@ -126,11 +126,41 @@ class TrainLoop:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
-    def end_epoch(self, stats: Mapping[str, float], last: bool, **best: float | None) -> None:
-        """Report the statistics of an epoch and save it; `best`: accuracy by checkpoint name."""
+    def report_epoch(self, stats: dict[str, float]) -> None:
+        """List new bad images and write the statistics of an epoch to log.txt and TensorBoard."""
         self.bad_images.write()
-        self.reporter.end_epoch(dict(stats))
-        self.checkpoints.end_epoch(self.state, best, last=last)
+        self.reporter.end_epoch(stats)
+
+
+def build_train_loop(
+    args: Any,
+    run: RunSetup,
+    parts: TrainableParts,
+    stepper: Stepper,
+    schedule: Schedule,
+    state: TrainState,
+    data_loader_train: DeviceLoader,
+    data_loader_val: DeviceLoader | None = None,
+) -> TrainLoop:
+    """Build a `TrainLoop` from the flags; with --dry_run it writes nothing."""
+    dataset = data_loader_train.loader.samples
+    classes = datasets.class_map(dataset) if dataset.nb_classes else None
+    steps_per_epoch = schedule.total // args.epochs
+    bad_images = BadImages(
+        run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
+    )
+    return TrainLoop(
+        stepper,
+        schedule,
+        state,
+        guard=build_guard(args, stepper, parts.present(), data_loader_train, run.output_dir),
+        reporter=build_reporter(args, run.output_dir, run.device, state, steps_per_epoch),
+        checkpoints=build_checkpoint_manager(
+            args, run.output_dir, parts, classes, bad_images.write
+        ),
+        bad_images=bad_images,
+        seed=args.seed,
+    )
 
 
 def check_ranks_agree(args: Mapping[str, Any]) -> None:

@@ -495,7 +495,7 @@ def test_a_run_says_its_recipe_and_its_effective_batch(tmp_path):
     assert "random weights" in done.stdout  # --finetune was forgotten
     assert "peak lr 1.25e-05" in done.stdout  # 2e-4 * 16 / 256
     saved = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
-    assert saved["state"]["updates"] == math.ceil(26 // 8 / 2) == 2
+    assert saved["state"]["global_step"] == math.ceil(26 // 8 / 2) == 2
     assert saved["args"]["update_freq"] is None
     path = tmp_path / "args.yaml"
     again = options.parse(options.finetune_parser(), ["--config", str(path)])

@@ -223,7 +223,7 @@ class Stuck(tiny.Colours):
 def folder_and_loaders(args: SimpleNamespace) -> None:
     """The first rank holds the folder, both have a loader's process when the other one fails."""
     join()
-    run_lock.hold_folder(str(args.folder / "run"))
+    run_lock.acquire_run_lock(str(args.folder / "run"))
     data = Stuck(args.folder / f"loader-{args.rank}")
     options = {"prefetch_factor": 1, "multiprocessing_context": "fork"}
     batches = iter(WatchedLoader(data, [(0, 1)], 1, 1, **options))

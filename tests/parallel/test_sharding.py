@@ -224,13 +224,13 @@ def ranks_skip(rank: int, folder: Path) -> dict:
                 loss = wrapped(images(rank)).square().mean()
             stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
             if update == 1:  # must not disturb the steps that follow
-                diagnosis.check(TrainState(updates=2))
+                diagnosis.check(TrainState(global_step=2))
                 model.stages[1][0].pwconv2._forward_pre_hooks.clear()
             after = torch.cat([sharding.to_local(p).detach().flatten() for p in model.parameters()])
             moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
             before = after.clone()
         stepper.read()
-        guard._roll_back(TrainState(updates=4))
+        guard._roll_back(TrainState(global_step=4))
         back = sharding.to_local(model.head.bias).detach().equal(start)
         seen[mode] = {"moved": moved, "back": back}
     return seen
@@ -409,7 +409,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
                     guard = AnomalyGuard(stepper, (model, optimizer), snapshot_freq=1)
                     guard.begin_epoch(TrainState(), None)
                 if update == 1:
-                    guard._roll_back(TrainState(updates=2))
+                    guard._roll_back(TrainState(global_step=2))
                 optimizer.zero_grad()
             state = full_state_dict(optimizer)  # {} on rank 1
             counts = [group.get("step") for group in state.get("param_groups", ())]

@@ -166,7 +166,7 @@ def test_folder_of_a_run_is_left_as_it_is(said, tmp_path):
     assert "checkpoint-0.pth, epoch 1, step 4 of 16" in said()
     assert "is in use by process" in said()
     assert tree(tmp_path) == before
-    run_lock.hold_folder("")  # the run is over
+    run_lock.acquire_run_lock("")  # the run is over
 
 
 @pytest.mark.parametrize("holder", ["process 7 on elsewhere", ""])

@@ -21,7 +21,7 @@ from data_loading.loader import DeviceLoader
 from models import create_model
 from training import hooks
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -155,10 +155,10 @@ def test_format_duration(seconds, text):
 
 
 def test_progress_bar_starts_at_the_resumed_step(capsys):
-    state = TrainState(epoch=1, updates=10)
+    state = TrainState(epoch=1, global_step=10)
     hook = hooks.BarHook(epochs=3, state=state, total_steps=30)
     assert (hook.bar.initial, hook.bar.total) == (10, 30)
-    state.updates += 1
+    state.global_step += 1
     hook.on_step(state)
     assert hook.bar.n == 11
     hook.on_log(RECORD, state)
@@ -202,7 +202,7 @@ def clock(monkeypatch):
 
 def test_log_record_by_hand(clock):
     """4 steps per epoch, 12 in total, a line every 3 steps; resumed after 4 steps."""
-    state, recorder = TrainState(epoch=1, updates=4), Recorder()
+    state, recorder = TrainState(epoch=1, global_step=4), Recorder()
     reporter = hooks.Reporter([recorder], CPU, state, 12, 4, print_freq=3)
     batches = DeviceLoader([], CPU, [0.5], [0.5])
     means = reporter.begin_epoch(["loss"], batches)
@@ -211,7 +211,7 @@ def test_log_record_by_hand(clock):
         clock.now += 0.5
         batches.wait_seconds += 0.125
         reporter.after_batch(2)
-        state.updates += 1
+        state.global_step += 1
         reporter.after_step(lr=0.1 * (step + 1))
     assert recorder.steps == 4
     first, last = recorder.records  # after step 3 and at the end of the epoch
@@ -277,8 +277,8 @@ def scalars(folder, tag: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_gets_scalars_by_step_and_images(tmp_path):
     hook = hooks.TensorboardHook(tmp_path, TrainState())
-    hook.on_log(RECORD, TrainState(updates=20))
-    hook.on_log(RECORD | {"loss": 0.5}, TrainState(updates=40))
+    hook.on_log(RECORD, TrainState(global_step=20))
+    hook.on_log(RECORD | {"loss": 0.5}, TrainState(global_step=40))
     hook.on_epoch({"train_loss": 0.6, "test_acc1": 50.0, "epoch": 0}, TrainState(1, 40))
     hook.on_image("reconstructions", torch.full((3, 8, 6), 0.5), TrainState(1, 40))
     hook.on_end()
@@ -294,9 +294,9 @@ def test_tensorboard_gets_scalars_by_step_and_images(tmp_path):
 
 
 def write_steps(folder, start: int, stop: int, loss: float) -> None:
-    hook = hooks.TensorboardHook(folder, TrainState(updates=start))
+    hook = hooks.TensorboardHook(folder, TrainState(global_step=start))
     for updates in range(start + 10, stop + 1, 10):
-        hook.on_log(RECORD | {"loss": loss}, TrainState(updates=updates))
+        hook.on_log(RECORD | {"loss": loss}, TrainState(global_step=updates))
     hook.on_end()
 
 
@@ -320,7 +320,7 @@ def test_repeated_end_of_an_epoch_is_in_tensorboard_once(tmp_path, monkeypatch, 
     """
     run, whole = tmp_path / "run", tmp_path / "whole"
     chaos.complete(script, whole, "--save_ckpt_every_steps", "3")
-    real = Keeper.end_epoch
+    real = CheckpointManager.end_epoch
 
     def end_epoch(self, state, *args, **kwargs) -> None:
         if state.epoch == 2:
@@ -329,7 +329,7 @@ def test_repeated_end_of_an_epoch_is_in_tensorboard_once(tmp_path, monkeypatch, 
         real(self, state, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "end_epoch", end_epoch)
+        patch.setattr(CheckpointManager, "end_epoch", end_epoch)
         for _ in range(2):
             child = chaos.start(script, run, "--save_ckpt_every_steps", "3")
             assert chaos.finish(child) == -signal.SIGKILL
@@ -354,7 +354,7 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
             gone.rename(folder)
             time.sleep(1.1)  # event files are sorted by second, then by name
         for _ in range(10):
-            state.updates += 1
+            state.global_step += 1
             reporter._notify("on_log", RECORD, state)
         reporter.end_epoch({"test_acc1": 50.0})
     reporter._notify("on_end")

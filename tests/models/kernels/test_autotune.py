@@ -357,12 +357,12 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     """At the first log line, when every choice is made: of a resumed run too."""
     timed(3, 1, 2)
     monkeypatch.setattr(hooks, "choices", autotune.choices)
-    state = TrainState(updates=6)
+    state = TrainState(global_step=6)
     reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
     reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]))
     pick()
     for _ in range(6):
-        state.updates += 1
+        state.global_step += 1
         reporter.after_batch(1)
         reporter.after_step(0.1)
     lines = [message for message in log.messages if message.startswith("kernels")]
