@@ -42,7 +42,7 @@ from training.ema import build_ema
 from training.run_lock import hold_folder
 from training.setup import check_alike
 from training.stepper import Stepper, choose_amp
-from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 4. weights -------------------------------------------------------------------------
     named = {"model_key": EMA_KEY if args.use_ema else args.model_key}
     named |= {"model_prefix": args.model_prefix, "sha256": args.sha256}
-    load = partial(load_both, bare, **named)
+    load = partial(load_model_and_ema, bare, **named)
     if args.finetune and not start.is_run:
         load(None, args.finetune)
     elif args.layer_decay < 1 and not start.source:
@@ -173,7 +173,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     if args.compile:
         model.compile()
     bad_images = datasets.build_bad_images(args, None, batches)
-    both = args.model_ema and has_average(path, args.sha256)  # a published file has one of them
+    both = args.model_ema and has_ema(path, args.sha256)  # a published file has one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
         load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())

@@ -24,7 +24,7 @@ from parallel.process_group import is_main_process
 from parallel.sharding import own_part
 from parallel.state_dict import whole_state
 from utils import link, write_atomically
-from weights.files import _is_within, load_weights, numbered_checkpoints, progress
+from weights.files import load_weights, numbered_checkpoints, parse_checkpoint_name
 
 
 @dataclass
@@ -199,13 +199,17 @@ def _rotate(folder: Path, newest: Path, keep: int, source: str) -> None:
     drop_passed(newest, source)
 
 
+def _is_within(path: Path) -> bool:
+    return "-seen-" in path.name
+
+
 def drop_passed(newest: Path, source: str = "") -> None:
     """Delete the saves within epochs that end no later than `newest`, itself such an end.
 
     A run that was killed between its last save and this has left them.
     """
     for path in numbered_checkpoints(newest.parent) if not _is_within(newest) else ():
-        passed = _is_within(path) and progress(path) < progress(newest)
+        passed = _is_within(path) and parse_checkpoint_name(path) < parse_checkpoint_name(newest)
         if passed and path.resolve() != Path(source).resolve():
             with contextlib.suppress(OSError):  # they are in nobody's way
                 path.unlink()
