@@ -35,7 +35,7 @@ from training.hooks import log_cost
 from training.resume import auto_load_model
 from training.setup import build_train_loop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     load = partial(
-        load_both,
+        load_model_and_ema,
         model_without_ddp,
         model_key=EMA_KEY if args.use_ema else args.model_key,
         model_prefix=args.model_prefix,
@@ -140,7 +140,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     if args.compile:
         model.compile()
     bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
-    both = args.model_ema and has_average(path, args.sha256)  # published files hold one of them
+    both = args.model_ema and has_ema(path, args.sha256)  # published files hold one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
         load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())

@@ -32,7 +32,7 @@ from training.pictures import ReconstructionImages
 from training.resume import auto_load_model
 from training.setup import build_train_loop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import load_both
+from weights.pretrained import load_model_and_ema
 
 
 def main(args: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler)
-    load = partial(load_both, model_without_ddp, sha256=args.sha256)
+    load = partial(load_model_and_ema, model_without_ddp, sha256=args.sha256)
     state = auto_load_model(run.resume_point, parts, load=load, start_epoch=args.start_epoch)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, data_loader_train)

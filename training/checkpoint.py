@@ -22,7 +22,7 @@ from parallel import sharding, state_dict
 from parallel.process_group import is_main_process
 from parallel.state_dict import full_state_dict
 from utils import link, write_atomically
-from weights.files import load_weights, numbered_checkpoints, progress
+from weights.files import load_weights, numbered_checkpoints, parse_checkpoint_name
 
 OLD_NAMES = {"updates": "global_step", "seen": "samples_in_epoch", "within": "epoch_sums"}
 
@@ -203,9 +203,11 @@ def rotate(newest: Path, keep: int, source: str = "") -> None:
     Of saves within epochs two stay while their epoch runs, none after its end.
     """
     paths = numbered_checkpoints(newest.parent)
-    within = [path for path in paths if progress(path)[1] > 0]
+    within = [path for path in paths if parse_checkpoint_name(path)[1] > 0]
     ends = [path for path in paths if path not in within]
-    passed = [path for path in within if progress(path) < progress(newest)]
+    passed = [
+        path for path in within if parse_checkpoint_name(path) < parse_checkpoint_name(newest)
+    ]
     for path in ends[keep:] + (within[2:] if newest in within else passed):
         if path != newest and path.resolve() != Path(source).resolve():
             path.unlink()

@@ -27,7 +27,7 @@ from models.fcmae import FCMAE
 from tests.tiny import SIZE
 from weights import export_formats, huggingface
 from weights.convert import describe, to_convnextv2
-from weights.export_formats import Network, Subject
+from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +48,11 @@ def classifier(**kwargs) -> ConvNeXtV2:
     return randomise(ConvNeXtV2(*SIZE, **{"num_classes": 3, **kwargs}))
 
 
-def subject(model: torch.nn.Module | None = None, **kwargs) -> Subject:
+def subject(model: torch.nn.Module | None = None, **kwargs) -> ExportSpec:
     state = (model or classifier()).state_dict()
     mean, std = mean_and_std()
     values = {"mean": mean, "std": std, "size": (64, 64), "labels": CLASSES, **kwargs}
-    return Subject(state, state, describe(state), **values)
+    return ExportSpec(state, state, describe(state), **values)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_weights_that_half_precision_would_not_survive_are_refused(tmp_path):
 def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
     with torch.device("meta"):
         state = ConvNeXtV2((3, 3, 27, 3), (352, 704, 1408, 2816)).state_dict()
-    huge = Subject(state, state, describe(state))
+    huge = ExportSpec(state, state, describe(state))
     with pytest.raises(UserError, match="--half true"):
         export_formats.write_onnx(huge, tmp_path / "a.onnx")
 
@@ -261,7 +261,7 @@ def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
 def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch):
     write, read, package = export.FORMATS["torchscript"]
 
-    def other(subject: Subject, path: Path):
+    def other(subject: ExportSpec, path: Path):
         function = read(subject, path)
         return lambda images: function(images) * (1 + wrong)
 
@@ -272,7 +272,7 @@ def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch)
 
 
 def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeypatch):
-    def write(subject: Subject, path: Path) -> None:
+    def write(subject: ExportSpec, path: Path) -> None:
         changed = {name: value + 1e-7 for name, value in subject.state.items()}
         export_formats.save(changed, path)
 
@@ -489,7 +489,7 @@ def test_flags_of_an_official_checkpoint_are_understood():
 
 def test_size_of_the_run_is_that_of_the_export(files):
     words = [files / "classifier.pth", "--to", "hf"]
-    build = export.build_subject
+    build = export.build_spec
     parser = options.export_parser()
     assert build(parser.parse_args(list(map(str, words)))).size == (64, 64)
     words += ["--input_size", "96"]
