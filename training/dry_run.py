@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data_loading.dataset import Replacement
+from data_loading.dataset import Replacement, collate
+from data_loading.loader import DeviceLoader, create_loader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
-from datasets import DeviceLoader, class_map, collate, create_loader
+from datasets import class_map
 from errors import TrainingStopped, UserError, first_few
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size

@@ -174,7 +174,7 @@ def check_ranks_agree(args: Mapping[str, Any]) -> None:
     others = [rank for rank, (_, count) in enumerate(found) if count]
     shown, count = found[others[0]]
     more = f" and {count - SHOWN} more" * (count > SHOWN)
-    also = f"; other ranks that differ: {first_few(list(map(str, others[1:])))}" * (len(others) > 1)
+    also = f"; other ranks that differ: {first_few(others[1:])}" * (len(others) > 1)
     raise UserError(
         f"rank {others[0]} differs from rank 0: {', '.join(shown)}{more}{also}. Start all processes "
         "with the same flags, and with the same files and packages on every machine"

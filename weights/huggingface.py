@@ -32,9 +32,7 @@ def hf_config(spec: ExportSpec) -> dict[str, Any]:
         "label2id": {name: label for label, name in enumerate(spec.labels)},
     }
     return {
-        "architectures": [
-            "ConvNextV2ForImageClassification" if is_classifier else "ConvNextV2Model"
-        ],
+        "architectures": [f"ConvNextV2{kind}"],
         "model_type": "convnextv2",
         "num_channels": shape["in_chans"],
         "patch_size": shape["stem_stride"],
