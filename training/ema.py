@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Exponential moving average (EMA) of a model's weights.
 
-python -c "from training.ema import ModelEma; help(ModelEma)"
+python -c "from training.ema import ModelEma; print(ModelEma.__doc__)"
 """
 
 from __future__ import annotations
