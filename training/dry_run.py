@@ -155,7 +155,7 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
     Uses the run's own number of worker processes and time limit, so that an image that kills or
     blocks its reader is named.
     """
-    data, found = loader.samples, Decoded()
+    data, found = loader.dataset, Decoded()
     mine = range(get_rank(), len(data), get_world_size())[:100_000]  # more than there is time for
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     workers, first = min(loader.num_workers, len(keys)), itemgetter(0)
@@ -178,7 +178,7 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
 
 def check_images(report: Report, name: str, loader: DataLoader, seed: int) -> list[tuple]:
     """Decode images of a data set on all ranks and report the bad ones; returns good samples."""
-    data, mine = loader.samples, decode_some(loader, seed, SECONDS)
+    data, mine = loader.dataset, decode_some(loader, seed, SECONDS)
     found = all_gather((mine.bad, mine.skipped, mine.tried, len(mine.good)))
     bad, skipped = (sorted(set(chain(*lists))) for lists in list(zip(*found, strict=True))[:2])
     tried, good = (sum(counts) for counts in list(zip(*found, strict=True))[2:])

@@ -143,7 +143,7 @@ def build_train_loop(
     data_loader_val: DeviceLoader | None = None,
 ) -> TrainLoop:
     """Build a `TrainLoop` from the flags; with --dry_run it writes nothing."""
-    dataset = data_loader_train.loader.samples
+    dataset = data_loader_train.loader.dataset
     classes = datasets.class_map(dataset) if dataset.nb_classes else None
     steps_per_epoch = schedule.total // args.epochs
     bad_images = BadImages(
