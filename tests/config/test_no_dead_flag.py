@@ -14,7 +14,7 @@ from config import parser as options
 from config import recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
-# Flags whose whole effect is in options.py: refused there. configs.FILES are read by configs.py.
+# Flags that config/parser.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
