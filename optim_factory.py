@@ -169,10 +169,14 @@ def create_optimizer(
     fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
     options = {"opt": opt, "lr": lr, "momentum": momentum, **given, **fused}
     try:
-        optimizer = sharding.build(partial(create_optimizer_v2, **options), groups, lr, shard)
+        optimizer = sharding.wrap_optimizer(
+            partial(create_optimizer_v2, **options), groups, lr, shard
+        )
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
-    accepted = sharding.own_part(optimizer).defaults.keys()  # timm drops options it cannot use
+    accepted = sharding.local_optimizer(
+        optimizer
+    ).defaults.keys()  # timm drops options it cannot use
     for key in given.keys() - accepted:
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     return optimizer

@@ -28,7 +28,6 @@ from optim_factory import (
     count_steps,
     scale_lr,
 )
-from training.cuda_graphs import check_graphs
 
 ROOT = Path(options.__file__).resolve().parents[1]
 PARSERS = {"main_pretrain": options.pretrain_parser, "main_finetune": options.finetune_parser}
@@ -455,13 +454,6 @@ def test_an_epoch_smaller_than_an_update_is_said(log):
     assert "3 micro-batches, fewer than the 4 of an optimizer step" in log.text
 
 
-def test_graphs_refuse_to_accumulate():
-    with pytest.raises(UserError, match="cannot accumulate, and an update has 4"):
-        check_graphs(True, torch.device("cuda"), 4)
-    check_graphs(False, torch.device("cpu"), 4)
-    check_graphs(True, torch.device("cuda"), 1)
-
-
 # --- README and a run ------------------------------------------------------------------------
 
 
@@ -503,7 +495,7 @@ def test_a_run_says_its_recipe_and_its_effective_batch(tmp_path):
     assert "random weights" in done.stdout  # --finetune was forgotten
     assert "peak lr 1.25e-05" in done.stdout  # 2e-4 * 16 / 256
     saved = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
-    assert saved["state"]["updates"] == math.ceil(26 // 8 / 2) == 2
+    assert saved["state"]["global_step"] == math.ceil(26 // 8 / 2) == 2
     assert saved["args"]["update_freq"] is None
     path = tmp_path / "args.yaml"
     again = options.parse(options.finetune_parser(), ["--config", str(path)])

@@ -40,8 +40,8 @@ def test_run_goes_on_with_another_number_of_processes_as_it_would_have(tmp_path,
     words += ["--output_dir", tmp_path / "run"]
     run("main_pretrain.py", *words, *more, "--max_minutes", "1e-6", torchrun=before, expect=1)
     state = torch.load(_newest(tmp_path / "run"), weights_only=True)["state"]
-    assert 0 < state["seen"] < 24
-    assert state["seen"] % 6 == 0
+    assert 0 < state["samples_in_epoch"] < 24
+    assert state["samples_in_epoch"] % 6 == 0
     done = run("main_pretrain.py", *words, *more, torchrun=after)
     freq = 2 // after
     assert f"effective batch 6 = 3 images x {freq} micro-batches x {after} processes" in done.stdout

@@ -62,7 +62,7 @@ def rank_main(program: Callable, rank: int, size: int, port: int, folder: Path) 
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     sys.argv = ["program.py"]
     os.environ |= environment(rank, size, port)
-    failure.LOOK, failure.GRACE, failure.LOST = 0.25, 2.0, 6.0  # no test shall wait for long
+    failure.POLL_S, failure.GRACE_S, failure.LOST_S = 0.25, 2.0, 6.0
     torch.set_num_threads(1)
     process_group.launch(program, SimpleNamespace(rank=rank, folder=folder))
 
@@ -137,7 +137,7 @@ def first_fails_beside_a_loop(args: SimpleNamespace) -> None:
 
 def one_fails_beside_a_loop(args: SimpleNamespace) -> None:
     join()
-    failure.GRACE = 3.0  # longer than the time in which a rank that failed ended
+    failure.GRACE_S = 3.0  # longer than the time in which a rank that failed ended
     if args.rank == int((args.folder / "failed").read_text()):
         raise ZeroDivisionError("for a reason")
     loop()
@@ -193,7 +193,7 @@ def exits(args: SimpleNamespace) -> None:
 def one_is_done_before(args: SimpleNamespace) -> None:
     join()
     if args.rank == int((args.folder / "longest").read_text()):
-        time.sleep(failure.GRACE + 1)
+        time.sleep(failure.GRACE_S + 1)
     print("done")
 
 
@@ -223,10 +223,10 @@ class Stuck(tiny.Colours):
 def folder_and_loaders(args: SimpleNamespace) -> None:
     """The first rank holds the folder, both have a loader's process when the other one fails."""
     join()
-    run_lock.hold_folder(str(args.folder / "run"))
+    run_lock.acquire_run_lock(str(args.folder / "run"))
     data = Stuck(args.folder / f"loader-{args.rank}")
-    options = {"sampler": [(0, 1)], "batch_size": 1, "multiprocessing_context": "fork"}
-    batches = iter(WatchedLoader(data, 1, 0, int, prefetch_factor=1, **options))
+    options = {"prefetch_factor": 1, "multiprocessing_context": "fork"}
+    batches = iter(WatchedLoader(data, [(0, 1)], 1, 1, **options))
     if args.rank == 0:
         next(batches)
     while not all((args.folder / f"loader-{rank}").exists() for rank in (0, 1)):
@@ -244,7 +244,7 @@ def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
 
 
 def alone(args: SimpleNamespace) -> None:
-    process_group.MEET = timedelta(seconds=1)
+    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     os.environ["WORLD_SIZE"] = "2"
     process_group.init_distributed_mode("cpu")
 

@@ -19,7 +19,7 @@ from torch import nn
 import utils
 from errors import UserError
 from training.checkpoint import TrainState, load_optimizer, save_model
-from training.resume import auto_load_model, find_start
+from training.resume import auto_load_model, find_resume_point
 from utils import link, write_atomically
 from weights import files
 from weights.files import find_checkpoint, load_weights, numbered_checkpoints, read_checkpoint
@@ -48,7 +48,7 @@ class Run:
 
     def save(self, folder: Path, epoch: int, **options) -> Path:
         """Save as after the epoch of that number."""
-        state = TrainState(epoch=epoch + 1, updates=10 * (epoch + 1), best={"best": 12.5})
+        state = TrainState(epoch=epoch + 1, global_step=10 * (epoch + 1), best={"best": 12.5})
         args = {"lr": None, "input_size": (32, 32), "aa": "none", "epochs": 5, "use_amp": False}
         parts = (self.model, self.optimizer, self.scaler, self.ema)
         save_model(folder, *parts, state=state, args=args, **options)
@@ -57,7 +57,7 @@ class Run:
     def load(self, folder: Path | None, **options) -> TrainState:
         parts = (self.model, self.optimizer, self.scaler, self.ema)
         begin = {key: options.pop(key) for key in ("load", "fresh") if key in options}
-        return auto_load_model(find_start(folder, **options), *parts, **begin)
+        return auto_load_model(find_resume_point(folder, **options), *parts, **begin)
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -247,7 +247,7 @@ def test_resumed_run_continues_as_if_it_had_not_stopped(tmp_path):
     run.scaler.update(2.0**12)
     run.save(tmp_path, 6)
     state = other.load(tmp_path)
-    assert (state.epoch, state.updates, state.best) == (7, 70, {"best": 12.5})
+    assert (state.epoch, state.global_step, state.best) == (7, 70, {"best": 12.5})
     assert other.scaler.get_scale() == 2.0**12
     for one in (run, other):
         one.step(torch.ones(2, 3))
@@ -283,7 +283,7 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
 def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, more):
     """--resume of a pre-training run in fine-tuning named 151 tensors that did not fit."""
     source, loaded = Run(seed=3).save(tmp_path, 6), []
-    start = find_start(None, str(source), args={"lr": None, **more})
+    start = find_resume_point(None, str(source), args={"lr": None, **more})
     assert not start.is_run
     run = Run(seed=1)
     state = auto_load_model(start, run.model, run.optimizer, load=loaded.append, fresh=2)

@@ -20,9 +20,9 @@ import pytest
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
-from training.preemption import Requests
+from training.preemption import StopSignals
 
 INSTANTS = 10  # of each script
 SCRIPTS = list(chaos.RUNS)
@@ -135,7 +135,7 @@ def test_time_that_is_up_stops_as_a_signal_does_and_the_rest_is_the_same(whole, 
 def test_second_signal_leaves_at_once(tmp_path):
     child = os.fork()
     if child == 0:
-        with Requests(None, None):
+        with StopSignals(None, None):
             (tmp_path / "ready").touch()
             while True:
                 time.sleep(0.01)
@@ -151,17 +151,19 @@ def test_second_signal_leaves_at_once(tmp_path):
 
 def test_first_signal_after_the_time_is_over_lets_the_save_finish():
     """The scheduler's warning may come in the same minute."""
-    requests = Requests(None, max_minutes=1e-9)
+    requests = StopSignals(None, max_minutes=1e-9)
     assert requests.read() == (False, True)
     time.sleep(1.2)
     requests._note(signal.SIGTERM, None)  # would have left the process
     assert requests.reason == "--max_minutes 1e-09"
 
 
-@pytest.mark.parametrize("kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM")])
+@pytest.mark.parametrize(
+    "kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM"), ("SIGUSR2", "SIGUSR2")]
+)
 def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_began(kinds):
     """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
-    with Requests(None, None) as requests:
+    with StopSignals(None, None) as requests:
         os.kill(os.getpid(), getattr(signal, kinds[0]))
         requests.times[kinds[0]] -= 30
         os.kill(os.getpid(), getattr(signal, kinds[1]))
@@ -171,7 +173,7 @@ def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_bega
 
 def test_handlers_are_those_of_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
-    with Requests(None, None):
+    with StopSignals(None, None):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -209,17 +211,22 @@ class Quiet:
         return {}
 
 
-def drive(keeper: Keeper, updates: int) -> None:
+def drive(keeper: CheckpointManager, updates: int) -> None:
     state = TrainState()
     with keeper:
         for _ in range(updates):
-            state.updates, state.seen = state.updates + 1, state.seen + 4
-            keeper.after_update(state, Means(["loss"], "cpu"), Quiet())
+            state.global_step, state.samples_in_epoch = (
+                state.global_step + 1,
+                state.samples_in_epoch + 4,
+            )
+            keeper.after_step(state, Means(["loss"], "cpu"), Quiet())
 
 
 def test_saves_every_so_many_updates():
     saved: list[int] = []
-    drive(Keeper(lambda state, writer: saved.append(state.updates), every_steps=3), 10)
+    drive(
+        CheckpointManager(lambda state, writer: saved.append(state.global_step), every_steps=3), 10
+    )
     assert saved == [3, 6, 9]
 
 
@@ -229,14 +236,17 @@ def test_saves_by_the_clock(monkeypatch):
         "training.checkpoint_manager.time.monotonic",
         lambda: now.__setitem__(0, now[0] + 20) or now[0],
     )
-    drive(Keeper(lambda state, writer: saved.append(state.updates), every_minutes=2), 12)
+    drive(
+        CheckpointManager(lambda state, writer: saved.append(state.global_step), every_minutes=2),
+        12,
+    )
     assert len(saved) >= 2
     assert len(set(saved)) == len(saved)
     assert all(b - a > 1 for a, b in zip(saved, saved[1:], strict=False))
 
 
 def test_stop_without_a_folder_says_that_nothing_is_saved():
-    keeper = Keeper(None)
-    keeper.requests.reason = "SIGTERM"
+    keeper = CheckpointManager(None)
+    keeper.signals.reason = "SIGTERM"
     with pytest.raises(Preempted, match="nothing saved, as asked for"):
         drive(keeper, 1)

@@ -20,7 +20,7 @@ from errors import Preempted, TrainingStopped, UserError
 from tests.training.test_checkpoint import Run, names
 from tests.training.test_checkpoint_manager import Quiet, drive, wait_for
 from training.checkpoint import TrainState, save_model
-from training.checkpoint_manager import Keeper, Writer
+from training.checkpoint_manager import AsyncWriter, CheckpointManager
 from training.meters import Means
 from training.resume import choose_checkpoint, compare_args
 from utils import write_atomically
@@ -129,14 +129,14 @@ def test_seed_may_change_between_epochs_and_not_within_one():
 def test_data_may_grow_between_epochs_and_not_within_one():
     TrainState(epoch=3, images=26).count_updates(4, 6, 27)
     with pytest.raises(UserError, match="epoch 3 began on 26 images and cannot go on with 27"):
-        TrainState(epoch=3, seen=12, images=26).count_updates(4, 6, 27)
+        TrainState(epoch=3, samples_in_epoch=12, images=26).count_updates(4, 6, 27)
 
 
 def test_newest_within_an_epoch_is_what_saw_most_whatever_an_update_takes(tmp_path):
     """Update 10 of batch 2 is behind update 6 of batch 4."""
     run = Run()
     for seen, updates in ((20, 10), (24, 6)):
-        state = TrainState(epoch=1, updates=updates, seen=seen)
+        state = TrainState(epoch=1, global_step=updates, samples_in_epoch=seen)
         save_model(tmp_path, run.model, run.optimizer, state=state, args={})
     assert choose_checkpoint(tmp_path, "", True).endswith("checkpoint-1-seen-24.pth")
 
@@ -230,12 +230,12 @@ def test_disk_that_fills_within_a_tensor_does_not_end_the_run(tmp_path, share):
 
 
 class Saves:
-    """What `Keeper` calls to save: as often as told it fails, then it writes down the state."""
+    """What `CheckpointManager` calls to save: as often as told it fails, then it writes down the state."""
 
     def __init__(self, *fail: bool) -> None:
         self.fail, self.found = list(fail), []
 
-    def __call__(self, state: TrainState, writer: Writer, **options: object) -> None:
+    def __call__(self, state: TrainState, writer: AsyncWriter, **options: object) -> None:
         writer({"best": dict(state.best), "improved": options.get("improved")}, self.write)
 
     def write(self, content: dict) -> None:
@@ -244,13 +244,15 @@ class Saves:
         self.found.append(content)
 
 
-def epochs(keeper: Keeper, count: int, *accuracies: float, last: bool = False) -> TrainState:
+def epochs(
+    keeper: CheckpointManager, count: int, *accuracies: float, last: bool = False
+) -> TrainState:
     """So many epochs of one update each."""
     state = TrainState()
     with keeper:
         for epoch in range(1, count + 1):
-            state.updates += 1
-            keeper.after_update(state, Means(["loss"], "cpu"), Quiet())
+            state.global_step += 1
+            keeper.after_step(state, Means(["loss"], "cpu"), Quiet())
             state.epoch = epoch
             value = accuracies[epoch - 1] if accuracies else None
             keeper.end_epoch(state, {"best": value}, last=last and epoch == count)
@@ -266,7 +268,7 @@ def no_pause(monkeypatch):
 def test_failures_are_counted_whatever_the_epochs_between(in_background):
     """An epoch that writes nothing is no save that went well; nor is one that is only begun."""
     saves = Saves(*[True] * 99)
-    keeper = Keeper(saves, every_epochs=2, max_failures=3, in_background=in_background)
+    keeper = CheckpointManager(saves, every_epochs=2, max_failures=3, in_background=in_background)
     with pytest.raises(TrainingStopped, match="4 saves in a row failed"):
         epochs(keeper, 40)
 
@@ -274,34 +276,37 @@ def test_failures_are_counted_whatever_the_epochs_between(in_background):
 @pytest.mark.parametrize("in_background", [False, True])
 def test_end_of_training_is_saved_or_the_run_fails(no_pause, in_background):
     saves = Saves(True, True)
-    epochs(Keeper(saves, 9, in_background=in_background), 1, last=True)
+    epochs(CheckpointManager(saves, 9, in_background=in_background), 1, last=True)
     assert len(saves.found) == 1
     with pytest.raises(TrainingStopped, match="its end is not saved: full"):
-        epochs(Keeper(Saves(*[True] * 99), 9, in_background=in_background), 1, last=True)
+        epochs(CheckpointManager(Saves(*[True] * 99), 9, in_background=in_background), 1, last=True)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_best_that_could_not_be_written_is_no_best(in_background):
     """Else nothing below it would ever be written, and what is called best stays older."""
     saves = Saves(False, True)
-    state = epochs(Keeper(saves, 1, in_background=in_background), 3, 50.0, 90.0, 70.0)
+    state = epochs(CheckpointManager(saves, 1, in_background=in_background), 3, 50.0, 90.0, 70.0)
     assert state.best == {"best": 70.0}
     assert [content["best"]["best"] for content in saves.found] == [50, 70]
     assert [content["improved"] for content in saves.found] == [["best"], ["best"]]
 
 
 def test_stop_that_cannot_save_says_so(no_pause):
-    def stop(keeper: Keeper, state: TrainState) -> None:
-        keeper.requests.reason = "SIGTERM"
+    def stop(keeper: CheckpointManager, state: TrainState) -> None:
+        keeper.signals.reason = "SIGTERM"
         with keeper:
             keeper.end_epoch(state)
 
-    keeper, state = Keeper(Saves(False, *[True] * 99), 1, max_failures=2), TrainState(epoch=1)
+    keeper, state = (
+        CheckpointManager(Saves(False, *[True] * 99), 1, max_failures=2),
+        TrainState(epoch=1),
+    )
     keeper.end_epoch(state)
     with pytest.raises(Preempted, match="not saved since: full"):
         stop(keeper, state)
     with pytest.raises(TrainingStopped, match="nothing of this run could be saved"):
-        stop(Keeper(Saves(*[True] * 99), 1, max_failures=2), state)
+        stop(CheckpointManager(Saves(*[True] * 99), 1, max_failures=2), state)
 
 
 def test_folder_that_cannot_be_synchronised_is_no_failure(tmp_path, monkeypatch):
@@ -345,7 +350,7 @@ def test_file_that_a_run_went_on_from_stays(tmp_path):
 def test_saves_that_fail_are_counted_in_a_row():
     saves = Saves(True, False, True, True, True)
     with pytest.raises(TrainingStopped, match="3 saves in a row failed, the last with: full"):
-        drive(Keeper(saves, every_steps=1, max_failures=2), 10)
+        drive(CheckpointManager(saves, every_steps=1, max_failures=2), 10)
     assert saves.fail == []
     assert len(saves.found) == 1
 
@@ -360,7 +365,7 @@ def test_what_is_written_later_is_a_copy():
         assert may_write.wait(10)
         written.update(content)
 
-    writer = Writer(in_background=True)
+    writer = AsyncWriter(in_background=True)
     writer({"model": {"a": weights}, "state": {"epoch": 1}}, write)
     weights.fill_(7.0)  # training goes on
     may_write.set()
@@ -372,7 +377,7 @@ def test_error_of_the_background_is_told_at_the_next_save():
     def write(content: dict) -> None:
         raise OSError("full")
 
-    writer = Writer(in_background=True)
+    writer = AsyncWriter(in_background=True)
     writer({}, write)
     with pytest.raises(OSError, match="full"):
         writer({}, write)
@@ -383,7 +388,7 @@ def test_error_of_the_background_is_told_at_the_next_save():
 
 
 def test_bug_in_the_background_is_told_too():
-    writer = Writer(in_background=True)
+    writer = AsyncWriter(in_background=True)
     writer({}, lambda content: {}["absent"])
     with pytest.raises(OSError, match="KeyError"):
         writer.wait()

@@ -27,7 +27,7 @@ from models.fcmae import FCMAE
 from tests.tiny import SIZE
 from weights import export_formats, huggingface
 from weights.convert import describe, to_convnextv2
-from weights.export_formats import Network, ExportSpec
+from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
