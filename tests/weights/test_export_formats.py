@@ -487,7 +487,6 @@ def test_flags_of_an_official_checkpoint_are_understood(tmp_path):
     assert export.build_spec(args).size == (384, 384)
 
 
-
 def test_size_of_the_run_is_that_of_the_export(files):
     words = [files / "classifier.pth", "--to", "hf"]
     build = export.build_spec
