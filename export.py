@@ -76,7 +76,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         print(f"{args.checkpoint}: {warning}", file=sys.stderr)
     side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
-    for flags in (run, vars(args)):
+    typed = {name: getattr(args, name) for name in found}
+    for flags in (run, typed):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
     mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
     classes = checkpoint.get("classes")

@@ -86,8 +86,8 @@ formats for --to:
 
 Graphs accept any batch size, height and width. The exported file is loaded with
 timm, transformers, onnxruntime or torch and must reproduce the output to 1e-5
-of its largest value (1e-2 with --half); otherwise it is deleted. If transformers
-or onnxruntime is not installed, the last line says that the file is unchecked.
+of its largest value (1e-2 with --half); otherwise it is deleted. The last line
+says so if that library is not installed and the file could not be checked.
 
 Pre-trained weights have no head: their graph returns the last feature map
 (N, C, h, w), or with a final norm the pooled features (N, C)."""

@@ -120,7 +120,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 def finetune_parser() -> argparse.ArgumentParser:
     """The flags of main_finetune.py."""
-    aim = "Fine-tune a classifier (--finetune), train it from scratch, or evaluate it (--eval)."
+    aim = "Fine-tune a classifier, train it from scratch, or evaluate it (--eval)."
     return _main_parser("finetune", aim, "masked autoencoder")
 
 

@@ -67,7 +67,8 @@ class Network(nn.Module):
 
     def __init__(self, spec: ExportSpec, source: str = "checkpoint", half: bool = False) -> None:
         super().__init__()
-        self.model, self.output = ConvNeXtV2(**spec.shape), spec.output
+        self.model = ConvNeXtV2(**spec.shape)
+        self.output, self.is_half = spec.output, half
         # Pre-trained weights have no final norm; without it, they have no head either.
         has_norm = any(name.startswith(CLASSIFIER) for name in spec.state)
         load_weights(self.model, spec.state, source, () if has_norm else ("norm.",))
@@ -76,12 +77,14 @@ class Network(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        dtype = self.model.downsample_layers[0][0].weight.dtype
-        x = self.model.forward_features(images.to(dtype)).to(images.dtype)
+        x = self.model.forward_features(images.half() if self.is_half else images)
+        x = x.float() if self.is_half else x
         if self.output == "map":
             return x
         x = self.model.forward_head(x, pre_logits=True)
-        return x if self.output == "features" else self.model.head(x.to(dtype)).to(images.dtype)
+        if self.output == "features":
+            return x
+        return self.model.head(x.half()).float() if self.is_half else self.model.head(x)
 
 
 # --- weights under other names: write(spec, path), read(spec, path) -> function of images ---------

@@ -233,7 +233,7 @@ def test_evaluation_takes_the_best_else_the_newest(tmp_path):
     run.save(tmp_path, 12)
     assert find_checkpoint(tmp_path).name == "checkpoint-best.pth"
     for empty in (tmp_path / "absent", tmp_path / "empty"):
-        with pytest.raises(UserError, match="holds no checkpoint"):
+        with pytest.raises(UserError, match="contains no checkpoint"):
             find_checkpoint(empty)
         (tmp_path / "empty").mkdir(exist_ok=True)
 
@@ -302,7 +302,7 @@ def test_hash_belongs_to_resume_and_not_to_what_the_run_saves(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     assert Run().load(folder, resume=str(source), sha256=digest).epoch == 2
-    with pytest.raises(UserError, match="has sha256"):
+    with pytest.raises(UserError, match="has SHA-256"):
         Run().load(folder, resume=str(source), sha256="0" * 64)
     Run().save(folder, 6)
     assert Run().load(folder, resume=str(source), sha256=digest).epoch == 7
@@ -566,7 +566,7 @@ def test_file_of_another_kind_is_one_line_of_error(tmp_path, kind):
 
 
 def test_folder_stands_for_its_best_or_newest_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         read_checkpoint(tmp_path)
     Run().save(tmp_path, 3)
     assert read_checkpoint(tmp_path)["state"]["epoch"] == 4
