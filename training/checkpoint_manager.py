@@ -232,9 +232,9 @@ class CheckpointManager:
         get_logger().info("asked to stop (%s) at step %d", reason, state.global_step)
         if self.problem and not self.successes:  # a requeued run would start from the same point
             raise TrainingStopped(f"{where}; nothing of this run could be saved: {self.problem}")
-        saved = "checkpoint saved" if self.save is not None else "nothing saved, as configured"
-        saved = f"not saved: {self.problem}" if self.problem else saved
-        raise Preempted(f"{where}, {saved}. Exit code 75: rerun the same command to continue")
+        saved = "checkpoint saved" if self.save is not None else "no checkpoints, as configured"
+        saved = f"the last save failed: {self.problem}" if self.problem else saved
+        raise Preempted(f"{where}; {saved}. Exit code 75: rerun the same command to continue")
 
 
 def build_checkpoint_manager(

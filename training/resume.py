@@ -8,6 +8,7 @@ python -c "from training import resume; print(resume.FIXED)"
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import sys
@@ -174,10 +175,10 @@ def _find_problem(path: Path) -> str:
             point = ResumePoint(str(path), read_checkpoint(path))
             return _cannot_resume(point) if point.missing() else ""
         except UserError as error:
-            return str(error)
-        except OSError as error:
-            last = error
-    raise UserError(f"checkpoint {path} cannot be read now ({last}); try again") from last
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip
+                return str(error)
+    raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
 
 
 def _set_aside(path: Path) -> Path:
