@@ -143,12 +143,12 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     both = args.model_ema and has_ema(path, args.sha256)  # published files hold one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
-        load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
+        report = load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(data_loader_val, model, device, amp)
         images = len(dataset_val) - bad_images.write()
         utils.get_logger().info(
             "%s%s: top-1 %.2f%%, top-5 %.2f%%, loss %.4f on %d images",
-            *(path, " (EMA weights)" * (key == EMA_KEY)),
+            *(report.source, " (EMA weights)" * (key == EMA_KEY)),
             *(stats["acc1"], stats["acc5"], stats["loss"], images),
         )
     utils.get_logger().info("kernels: %s", choices.summary())

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Decode image files as a viewer shows them; a file that cannot be decoded is a BadImage.
 
-python -c "from data_loading.decode import load_image; print(load_image('assets/reconstructions.png'))"
+python -c "from data_loading import decode; decode.load_image('assets/reconstructions.png').show()"
 """
 
 from __future__ import annotations

@@ -176,8 +176,8 @@ def check_ranks_agree(args: Mapping[str, Any]) -> None:
     more = f" and {count - SHOWN} more" * (count > SHOWN)
     also = f"; other ranks that differ: {first_few(others[1:])}" * (len(others) > 1)
     raise UserError(
-        f"rank {others[0]} differs from rank 0: {', '.join(shown)}{more}{also}. Start all processes "
-        "with the same flags, and with the same files and packages on every machine"
+        f"rank {others[0]} differs from rank 0: {', '.join(shown)}{more}{also}. Start all "
+        "processes with the same flags, and with the same files and packages on every machine"
     )
 
 

@@ -70,6 +70,7 @@ class Report:
     """Names of a checkpoint's tensors that were loaded, dropped, or missing from it."""
 
     layout: str  # a key of NAMES
+    source: str = ""  # the file
     dropped: list[str] = field(default_factory=list)  # of parts that the model does not have
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # parts of the model that stay as initialized

@@ -91,7 +91,7 @@ def load_pretrained(
     state = {name: value for name, value in state.items() if not name.startswith(left_out)}
     absent = [part for part in new if not any(name.startswith(part) for name in state)]
     report.missing = load_weights(model, state, path, absent)
-    report.loaded = list(state)
+    report.loaded, report.source = list(state), path
     log.info("loaded %d tensors from %s (%s)", len(state), path, report)
     if warning := large_weights(state):
         log.warning("%s: %s", path, warning)
