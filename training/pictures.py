@@ -16,6 +16,7 @@ from torch import Tensor
 
 import datasets
 from data_loading.rng import mask_noise
+from data_loading.workers import WatchedLoader
 from errors import UserError
 from models.fcmae import FCMAE, random_mask, visible_patches
 
@@ -98,7 +99,7 @@ def build_panel(
     whole = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
     count = min(count, len(data))
     picked = [i * len(data) // count for i in range(count)]
-    loader = datasets.create_loader(whole, [(0, i) for i in picked], count)
+    loader = WatchedLoader(whole, [(0, i) for i in picked], count)
     mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
     batches = datasets.DeviceLoader(loader, device, mean, std)
     images, _, ids = next(iter(batches))

@@ -17,7 +17,6 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from data_loading.dataset import Replacement
-from data_loading.loader import create_loader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.workers import WatchedLoader
@@ -68,7 +67,7 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float, keep: int = 64
     mine = range(get_rank(), len(data), get_world_size())[:MOST]
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     workers = min(loader.num_workers, len(keys))
-    one_by_one = create_loader(
+    one_by_one = WatchedLoader(
         _Each(data), keys, 1, workers, timeout=loader.timeout, collate_fn=_only
     )
     began = time.perf_counter()
