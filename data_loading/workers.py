@@ -56,6 +56,7 @@ class WatchedLoader:
     ) -> None:
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
         self.num_workers, self.timeout, self.collate_fn = num_workers, timeout, collate_fn
+        self.name_of = getattr(dataset, "name_of", "sample {}".format)
         # A row per process: pid, index of the sample that it reads or IDLE, since when.
         self.table = torch.tensor([[0.0, IDLE, 0.0]] * num_workers, dtype=torch.float64)
         self.table.share_memory_()
@@ -128,7 +129,9 @@ class WatchedLoader:
         how = f"exited with code {code}"
         if code < 0:
             how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        held = [self._name(i) for pid, i, _ in self.table.tolist() if pid in pids and i != IDLE]
+        held = [
+            self.name_of(int(i)) for pid, i, _ in self.table.tolist() if pid in pids and i != IDLE
+        ]
         raise TrainingStopped(
             f"a loader process (pid {', '.join(map(str, sorted(pids)))}) {how} while it was "
             f"reading {' and '.join(held) or 'no sample'}. {REMEDY}"
@@ -145,7 +148,7 @@ class WatchedLoader:
         for process in self.processes:  # they would not leave with the run
             process.kill()
         if late:
-            held = [f"{self._name(i)} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
+            held = [f"{self.name_of(int(i))} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
             raise TrainingStopped(
                 f"a loader process hangs: it has been reading {' and another '.join(held)}, longer "
                 f"than --data_timeout {self.timeout:g}. Check that the file can be read (the file "
@@ -156,10 +159,6 @@ class WatchedLoader:
             f"idle (--data_timeout {self.timeout:g}): a batch was lost on its way to the run. See "
             "the messages above; /dev/shm may be full, or too many files open (ulimit -n)"
         )
-
-    def _name(self, index: float) -> str:
-        name_of = getattr(self.dataset, "name_of", "sample {}".format)
-        return name_of(int(index))
 
 
 class _NotedDataset:
