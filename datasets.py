@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from data_loading.builtin import Digits, Synthetic, cifar10, cifar100
+from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
 from data_loading.folders import DatasetSpec, folder, image_folder, imnet
-from data_loading.loader import DeviceLoader, create_loader
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
     RandomErasing,
@@ -25,6 +26,7 @@ from data_loading.transforms import (
     height_and_width,
     mean_and_std,
 )
+from data_loading.workers import WatchedLoader
 from errors import UserError, first_few, resolve
 from parallel.process_group import get_rank, get_world_size
 
@@ -35,8 +37,8 @@ DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "IMNET": imnet,
     "image_folder": image_folder,
     "folder": folder,
-    "CIFAR": cifar100,
-    "CIFAR10": cifar10,
+    "CIFAR": lambda spec, train: cifar(CIFAR100, spec.data_path, train),
+    "CIFAR10": lambda spec, train: cifar(CIFAR10, spec.data_path, train),
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
@@ -179,14 +181,14 @@ def build_loader(
         sampler = TrainSampler(len(dataset), args.seed, rank, world_size)
     else:
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
-    loader = create_loader(
+    loader = WatchedLoader(
         dataset,
         sampler,
         args.batch_size if is_train else int(1.5 * args.batch_size),  # as official: no backward
         args.num_workers,
-        args.pin_mem,
+        SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
-        timeout=SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
     )
     mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
     return DeviceLoader(loader, device, mean, std)

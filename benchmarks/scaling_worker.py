@@ -52,7 +52,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_loading.folders import ARRAYS, open_index, write_header, write_json
+from data_loading.folders import DTYPES, open_index, write_header, write_json
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from engine_finetune import supervised_loss
@@ -172,7 +172,7 @@ def sparse_index(folder: Path, length: int, known: range) -> None:
     folder.mkdir()
     with (folder / "paths.npy").open("wb") as paths, (folder / "offsets.npy").open("wb") as offsets:
         sizes = WIDTH * length, length + 1
-        for file, (name, dtype), size in zip((paths, offsets), ARRAYS.items(), sizes, strict=True):
+        for file, (name, dtype), size in zip((paths, offsets), DTYPES.items(), sizes, strict=True):
             write_header(file, name, size)
             file.truncate(file.tell() + dtype.itemsize * size)
         paths_start, offsets_start = paths.tell(), offsets.tell()

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10
 
-from data_loading.folders import DatasetSpec
 from data_loading.rng import fold_in
 from errors import UserError
 from parallel.process_group import is_main_process, main_process_first
@@ -23,7 +22,7 @@ from parallel.process_group import is_main_process, main_process_first
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def _cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> CIFAR10:
+def cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> CIFAR10:
     """Open torchvision's CIFAR in data_path; the main process downloads it if it is not there.
 
     torchvision compares the MD5 of every file to the published one before it unpickles it.
@@ -43,16 +42,6 @@ def _cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> CIFAR10:
             ) from error
 
     return main_process_first(find)
-
-
-def cifar10(spec: DatasetSpec, train: bool) -> CIFAR10:
-    """CIFAR-10 in data_path, downloaded if necessary."""
-    return _cifar(CIFAR10, spec.data_path, train)
-
-
-def cifar100(spec: DatasetSpec, train: bool) -> CIFAR10:
-    """CIFAR-100 in data_path, downloaded if necessary."""
-    return _cifar(CIFAR100, spec.data_path, train)
 
 
 class Digits(Dataset):

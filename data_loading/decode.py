@@ -59,30 +59,23 @@ def load_image(path: str) -> Image.Image:
 
 
 def load_image_file(file: BinaryIO) -> Image.Image:
-    """`load_image` of an open file."""
+    """`load_image` of an open file. Our limit of pixels replaces PIL's, which crops check too."""
     try:
-        image = _open(file)
+        Image.MAX_IMAGE_PIXELS = None
+        image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(
+                f"it has {width} x {height} pixels, above the limit of {MAX_PIXELS}: it may be a "
+                "decompression bomb; resize it if it is genuine"
+            )
         image.load()
     except (MemoryError, BadImage, *UNREADABLE):  # lack of memory is not the file's fault
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         raise BadImage(f"{type(error).__name__}: {error}") from error
-    return image
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    """Read the header. Our limit of pixels replaces PIL's, which crops check too."""
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        image = Image.open(file, formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(
-            f"it has {width} x {height} pixels, above the limit of {MAX_PIXELS}: it may be a "
-            "decompression bomb; resize it if it is genuine"
-        )
     return image
 
 

@@ -4,10 +4,10 @@
 
 python -c "from data_loading.folders import list_images; print(list_images('assets', False)[0])"
 
-An index is a folder of three files:
+An index on disk is a folder:
 
     paths.npy    (bytes,) uint8: the paths relative to the root, each followed by a zero
-    offsets.npy  (images + 1,) int64: where each path begins in paths.npy, and its length
+    offsets.npy  (images + 1,) int64: where each path begins in paths.npy, and their end
     index.json   root, time of listing, [class, number of images] in order of the labels, CRC-32
 """
 
@@ -40,7 +40,8 @@ from data_loading.decode import EXTENSIONS, load_image
 from errors import UserError, first_few
 from parallel.process_group import from_main_process, get_logger
 
-ARRAYS = {"paths.npy": np.dtype("|u1"), "offsets.npy": np.dtype("<i8")}
+VERSION = 1
+DTYPES = {"paths.npy": np.dtype("|u1"), "offsets.npy": np.dtype("<i8")}
 ABANDONED = 86400  # seconds after which an unfinished index has no writer any more
 REMEDY = "remove it, and the next run lists the images again"
 
@@ -91,24 +92,21 @@ def open_index(folder: Path, root: str | Path, crc32: int | None = None) -> File
     """Map what `write_index` wrote; UserError if it cannot be used or has another checksum."""
     try:
         about = json.loads((folder / "index.json").read_bytes())
-        if about.get("version") != 1:
-            raise ValueError(f"index.json has version {about.get('version')}, expected 1")
+        if about.get("version") != VERSION:
+            raise ValueError(f"index.json has version {about.get('version')}, expected {VERSION}")
         if about["crc32"] != _crc32(about):
             raise ValueError("index.json is damaged: its checksum does not fit")
-        sizes = about["bytes"], sum(count for _, count in about["classes"]) + 1
-        arrays = []
-        for (name, dtype), size in zip(ARRAYS.items(), sizes, strict=True):
-            array = np.lib.format.open_memmap(folder / name, mode="r") if size else np.empty(0)
-            if array.shape != (size,) or array.dtype != dtype:
+        arrays = [np.lib.format.open_memmap(folder / name, mode="r") for name in DTYPES]
+        for name, array, size in zip(DTYPES, arrays, _sizes(about), strict=True):
+            if (array.dtype, array.shape) != (DTYPES[name], (size,)):
                 got = f"{array.dtype}{list(array.shape)}"
-                raise ValueError(f"{name} holds {got}, expected {dtype}[{size}]")
-            arrays.append(array)
+                raise ValueError(f"{name} holds {got}, expected {DTYPES[name]}[{size}]")
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename}: no such file on this machine; --data_index must be a folder that "
             "all machines share"
         ) from error
-    except Exception as error:  # numpy and json raise nearly anything for damaged files
+    except Exception as error:  # json and numpy raise nearly anything for damaged files
         raise UserError(f"{folder} cannot be used: {error}; {REMEDY}") from error
     if crc32 not in (None, about["crc32"]):
         raise UserError(
@@ -123,10 +121,14 @@ def _crc32(about: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+def _sizes(about: dict[str, Any]) -> tuple[int, int]:
+    return about["bytes"], sum(count for _, count in about["classes"]) + 1
+
+
 def write_paths(
     paths: BinaryIO, offsets: BinaryIO, groups: Iterable[tuple[str | None, Iterable[str]]]
 ) -> dict[str, Any]:
-    """Append to two files in constant memory; returns index.json's `classes` and `bytes`.
+    """Append to two files in constant memory; returns `classes` and `bytes` of index.json.
 
     groups: (class, its paths relative to the root) in order of the labels; images without labels
     are one group called None.
@@ -144,27 +146,26 @@ def write_paths(
 
 
 def write_header(file: BinaryIO, name: str, size: int) -> None:
-    """Write the header of a one-dimensional .npy file, whose length does not depend on the size."""
-    header = {"descr": ARRAYS[name].str, "fortran_order": False, "shape": (size,)}
+    """Write the header of a one-dimensional .npy file; its length is the same for all sizes."""
     file.seek(0)
+    header = {"descr": DTYPES[name].str, "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def write_json(folder: Path, root: str, **about: Any) -> None:
-    """Write index.json. `id` makes the checksums of two lists differ."""
-    about |= {"version": 1, "root": root, "made": int(time.time()), "id": secrets.token_hex(8)}
+    """Write index.json; with `id` no two lists have the same checksum."""
+    about |= {"version": VERSION, "root": root, "made": int(time.time())}
+    about["id"] = secrets.token_hex(8)
     (folder / "index.json").write_text(json.dumps(about | {"crc32": _crc32(about)}))
 
 
 def write_index(folder: Path, root: str, labelled: bool) -> None:
-    """List the images below `root` into `folder`; UserError as `_check_groups`."""
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(folder / name, "wb")) for name in ARRAYS]
-        for file, name in zip(files, ARRAYS, strict=True):
+    """List the images below `root` in the files of an empty folder."""
+    with (folder / "paths.npy").open("wb") as paths, (folder / "offsets.npy").open("wb") as offsets:
+        for file, name in zip((paths, offsets), DTYPES, strict=True):
             write_header(file, name, 0)
-        about = _list_folder(*files, root, labelled)
-        sizes = about["bytes"], sum(count for _, count in about["classes"]) + 1
-        for file, name, size in zip(files, ARRAYS, sizes, strict=True):
+        about = _list_folder(paths, offsets, root, labelled)
+        for file, name, size in zip((paths, offsets), DTYPES, _sizes(about), strict=True):
             write_header(file, name, size)
             file.flush()
             os.fsync(file.fileno())
@@ -183,10 +184,8 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
     if folder is None:
         files = io.BytesIO(), io.BytesIO()
         about = _list_folder(*files, str(root), labelled)
-        arrays = [
-            np.frombuffer(f.getvalue(), d) for f, d in zip(files, ARRAYS.values(), strict=True)
-        ]
-        return FileIndex(*arrays, about, root)
+        kinds = zip(files, DTYPES.values(), strict=True)
+        return FileIndex(*(np.frombuffer(f.getvalue(), d) for f, d in kinds), about, root)
     crc32 = from_main_process(partial(_make, folder, str(root), labelled))
     index = open_index(folder, root, crc32)
     kinds = {False: "images without labels in", True: "the class folders of"}
@@ -216,12 +215,12 @@ def _make(folder: Path, root: str, labelled: bool) -> int:
                     shutil.rmtree(old)
         unfinished.mkdir()
         write_index(unfinished, root, labelled)
-        if not folder.exists():  # otherwise another process was faster
-            unfinished.rename(folder)
+        unfinished.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"--data_index: cannot write {folder} ({error}); choose a folder with enough space"
-        ) from error
+        if not folder.exists():  # otherwise another process was faster
+            raise UserError(
+                f"--data_index: cannot write {folder} ({error}); choose a folder with enough space"
+            ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return open_index(folder, root).about["crc32"]

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Data loaders, and their batches copied to the device and normalised there.
+"""Batches of a data loader copied to the device and normalised there.
 
 python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 """
@@ -8,14 +8,11 @@ python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
-from data_loading.dataset import collate
 from data_loading.workers import WatchedLoader
 from errors import UserError
 
@@ -95,30 +92,3 @@ class DeviceLoader:
         x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
         x = x if images.is_floating_point() else x / 255
         return (x - self.mean) / self.std
-
-
-def create_loader(
-    dataset: Dataset,
-    sampler: Sampler,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_mem: bool = False,
-    drop_last: bool = False,
-    timeout: float = 0,
-    collate_fn: Callable[[list], Any] = collate,
-) -> WatchedLoader:
-    """Create a loader of `collate`d batches whose processes live as long as it does.
-
-    timeout: seconds that a process may take for one sample; 0: no limit.
-    """
-    return WatchedLoader(
-        dataset,
-        sampler,
-        max(1, batch_size),
-        num_workers,
-        timeout,
-        pin_memory=pin_mem and torch.cuda.is_available(),  # otherwise torch only warns
-        drop_last=drop_last,
-        persistent_workers=num_workers > 0,
-        collate_fn=collate_fn,
-    )

@@ -19,15 +19,12 @@ from data_loading.rng import fold_in, scramble
 CHUNK = 4096  # keys computed at once: fewer cost more per key, more delay the first key
 
 
-def keys_at(
-    positions: range, length: int, seed: int, epoch: int, shuffle: bool = True
-) -> Iterator[tuple[int, int]]:
+def keys_at(positions: range, length: int, seed: int, epoch: int) -> Iterator[tuple[int, int]]:
     """Yield keys (epoch, index) at positions of an epoch's order, in constant memory."""
     for first in range(0, len(positions), CHUNK):
         part = positions[first : first + CHUNK]
         indices = torch.arange(part.start, part.stop, part.step)
-        if shuffle:
-            indices = permute(indices, length, seed, epoch)
+        indices = permute(indices, length, seed, epoch)
         yield from ((epoch, index) for index in indices.tolist())
 
 
@@ -37,8 +34,8 @@ class TrainSampler(Sampler):
     The b-th batches of all ranks together are one block of that order for any number of ranks.
     """
 
-    def __init__(self, length: int, seed: int, rank: int, world_size: int, shuffle: bool = True):
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+    def __init__(self, length: int, seed: int, rank: int, world_size: int):
+        self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.seen = 0, 0
 
@@ -52,7 +49,7 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         end = self.seen + len(self) * self.world_size
         mine = range(self.seen, end)[self.rank :: self.world_size]
-        return keys_at(mine, self.length, self.seed, self.epoch, self.shuffle)
+        return keys_at(mine, self.length, self.seed, self.epoch)
 
 
 class EvalSampler(Sampler):

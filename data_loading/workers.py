@@ -14,13 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
+from data_loading.dataset import collate
 from errors import TrainingStopped
 
 CHECK = 1.0  # seconds between checks of the processes while the run waits for a batch
@@ -35,33 +37,35 @@ REMEDY = (
 
 
 class WatchedLoader:
-    """A DataLoader of a map-style dataset with keys (epoch, index), whose processes are watched.
+    """A DataLoader with keys (epoch, index) that watches its processes, which stay for all epochs.
 
     timeout: seconds that a process may take for one sample; 0: no limit. A process that dies or
-    exceeds the limit ends the iteration with TrainingStopped, which names the sample. Every process
-    notes in its row of `table` (shared memory) its pid, the index of the sample that it is reading
-    or IDLE, and since when.
+    exceeds the limit ends the iteration with TrainingStopped, which names the sample. options: of
+    DataLoader.
     """
 
     def __init__(
         self,
         dataset: Any,
-        sampler: Sampler,
+        sampler: Iterable[tuple[int, int]],
         batch_size: int,
         num_workers: int = 0,
         timeout: float = 0,
+        collate_fn: Callable[[list], Any] = collate,
         **options: Any,
     ) -> None:
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
-        self.num_workers, self.timeout = num_workers, timeout
-        self.collate_fn = options.get("collate_fn")
+        self.num_workers, self.timeout, self.collate_fn = num_workers, timeout, collate_fn
+        self.name_of = getattr(dataset, "name_of", "sample {}".format)
+        # A row per process: pid, index of the sample that it reads or IDLE, since when.
         self.table = torch.tensor([[0.0, IDLE, 0.0]] * num_workers, dtype=torch.float64)
         self.table.share_memory_()
         self.processes: list[Any] = []
-        options |= {"sampler": sampler, "batch_size": batch_size, "num_workers": num_workers}
+        options |= {"sampler": sampler, "batch_size": batch_size, "collate_fn": collate_fn}
         if num_workers:
             dataset = _NotedDataset(dataset, self.table)
-            options["worker_init_fn"] = _WorkerInit(self.table)
+            options |= {"num_workers": num_workers, "persistent_workers": True}
+            options["worker_init_fn"] = partial(_start_worker, self.table)
             options["timeout"] = min(CHECK, timeout / 4) if timeout else CHECK
         self._arguments = dataset, options
         self.loader = DataLoader(dataset, **options)
@@ -125,7 +129,9 @@ class WatchedLoader:
         how = f"exited with code {code}"
         if code < 0:
             how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        held = [self._name(i) for pid, i, _ in self.table.tolist() if pid in pids and i != IDLE]
+        held = [
+            self.name_of(int(i)) for pid, i, _ in self.table.tolist() if pid in pids and i != IDLE
+        ]
         raise TrainingStopped(
             f"a loader process (pid {', '.join(map(str, sorted(pids)))}) {how} while it was "
             f"reading {' and '.join(held) or 'no sample'}. {REMEDY}"
@@ -142,7 +148,7 @@ class WatchedLoader:
         for process in self.processes:  # they would not leave with the run
             process.kill()
         if late:
-            held = [f"{self._name(i)} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
+            held = [f"{self.name_of(int(i))} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
             raise TrainingStopped(
                 f"a loader process hangs: it has been reading {' and another '.join(held)}, longer "
                 f"than --data_timeout {self.timeout:g}. Check that the file can be read (the file "
@@ -154,19 +160,12 @@ class WatchedLoader:
             "the messages above; /dev/shm may be full, or too many files open (ulimit -n)"
         )
 
-    def _name(self, index: float) -> str:
-        name_of = getattr(self.dataset, "name_of", "sample {}".format)
-        return name_of(int(index))
 
-
-class _NotedDataset(Dataset):
-    """`dataset`; the process that reads a sample notes it in its row of `table`."""
+class _NotedDataset:
+    """Wrapper of `dataset`: the process that reads a sample notes it in its row of `table`."""
 
     def __init__(self, dataset: Any, table: Tensor) -> None:
         self.dataset, self.table = dataset, table
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         self._note(key[1])
@@ -180,21 +179,15 @@ class _NotedDataset(Dataset):
         row[1:] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
 
 
-class _WorkerInit:
-    """Set up a loader process; a class, since spawned processes get it pickled."""
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-
-    def __call__(self, worker: int) -> None:
-        values = [os.getpid(), IDLE, time.monotonic()]
-        self.table[worker] = torch.tensor(values, dtype=torch.float64)
-        sys.excepthook = _report_exception
-        # A scheduler signals all processes of a job, but the run still needs batches to finish its
-        # step. Processes leave with the run: torch's watchdog ends them when it is gone.
-        for name in IGNORED:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _start_worker(table: Tensor, worker: int) -> None:
+    values = [os.getpid(), IDLE, time.monotonic()]
+    table[worker] = torch.tensor(values, dtype=torch.float64)
+    sys.excepthook = _report_exception
+    # A scheduler signals all processes of a job, but the run still needs batches to finish its
+    # step. Processes leave with the run: torch's watchdog ends them when it is gone.
+    for name in IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -21,7 +21,7 @@ import datasets
 from data_loading import builtin
 from data_loading.dataset import TransformedDataset, collate
 from data_loading.decode import decode
-from data_loading.loader import DeviceLoader, create_loader
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
     RandomErasing,
@@ -30,6 +30,7 @@ from data_loading.transforms import (
     create_train_transform,
     mean_and_std,
 )
+from data_loading.workers import WatchedLoader
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -459,8 +460,7 @@ def test_unreadable_image_names_its_file(tmp_path, num_workers):
     (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
     args = make_args(data_set="image_folder", data_path=tmp_path, batch_size=1)
     data, _ = datasets.build_dataset(True, args)
-    sampler = TrainSampler(3, 0, 0, 1, shuffle=False)
-    loader = create_loader(data, sampler, 1, num_workers)
+    loader = WatchedLoader(data, EvalSampler(3, 0, 1), 1, num_workers)
     batches = iter(DeviceLoader(loader, "cpu", *mean_and_std()))
     next(batches)
     with pytest.raises(UserError, match=r"cannot read image .*a/1\.png .*truncated.*replace"):
@@ -491,7 +491,7 @@ def test_colour_augmentation_of_floats_is_refused():
 def test_batches_normalise_like_totensor_and_normalize():
     images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
     data = TransformedDataset(Listed([(image, 1) for image in images]), decode_back, 0)
-    loader = create_loader(data, EvalSampler(2, 0, 1), 2)
+    loader = WatchedLoader(data, EvalSampler(2, 0, 1), 2)
     batches = DeviceLoader(loader, "cpu", *mean_and_std())
     ((x, labels, ids),) = list(batches)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in mean_and_std())

@@ -31,9 +31,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data_loading.dataset import Replacement, collate
-from data_loading.loader import DeviceLoader, create_loader
+from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
+from data_loading.workers import WatchedLoader
 from datasets import class_map
 from errors import TrainingStopped, UserError, first_few
 from optim_factory import Schedule
@@ -159,7 +160,7 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
     mine = range(get_rank(), len(data), get_world_size())[:100_000]  # more than there is time for
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     workers, first = min(loader.num_workers, len(keys)), itemgetter(0)
-    one_by_one = create_loader(data, keys, 1, workers, timeout=loader.timeout, collate_fn=first)
+    one_by_one = WatchedLoader(data, keys, 1, workers, timeout=loader.timeout, collate_fn=first)
     start = time.perf_counter()
     try:
         for (_, index), sample in zip(keys, one_by_one, strict=True):

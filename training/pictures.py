@@ -19,6 +19,7 @@ from torchvision.utils import make_grid
 
 import datasets
 from data_loading.rng import mask_noise
+from data_loading.workers import WatchedLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from parallel import sharding
 from parallel.process_group import is_main_process
@@ -69,7 +70,7 @@ def build_panel(
     dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
     count = min(count, len(data))
     picked = [(0, i * len(data) // count) for i in range(count)]
-    loader = datasets.create_loader(dataset, picked, count)
+    loader = WatchedLoader(dataset, picked, count)
     mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
     batches = datasets.DeviceLoader(loader, device, mean, std)
     images, _, ids = next(iter(batches))

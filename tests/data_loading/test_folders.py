@@ -31,9 +31,9 @@ from data_loading import folders
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import EXTENSIONS
 from data_loading.folders import FileIndex, list_images, open_index, write_paths
-from data_loading.loader import create_loader
 from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
+from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel import process_group
 from tests.test_end_to_end import run
@@ -422,7 +422,7 @@ def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     data = folders.ImageFiles(list_images(root, True, tmp_path / "train.index"))
     transform = create_eval_transform(4)
     whole = TransformedDataset(data, transform, 0, nb_classes=3, on_bad="leave out")
-    loader = create_loader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
+    loader = WatchedLoader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
     batches = list(loader)
     assert [label for _, labels, _, _ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert [name for *_, bad in batches for name, _ in bad] == [f"{root}/b/1.png"]

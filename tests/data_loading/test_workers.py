@@ -27,9 +27,9 @@ from data_loading.bad_images import BadImages
 from data_loading.dataset import TRIES, TransformedDataset, collate
 from data_loading.decode import BadImage
 from data_loading.folders import list_images
-from data_loading.loader import DeviceLoader, create_loader
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.workers import IDLE, IGNORED, WatchedLoader, _WorkerInit
+from data_loading.workers import IDLE, IGNORED, WatchedLoader, _start_worker
 from engine_finetune import evaluate
 from errors import Preempted, TrainingStopped, UserError
 from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
@@ -69,7 +69,7 @@ def augmented(root: Path, on_bad: str) -> TransformedDataset:
 
 
 def batches_of(data: Dataset, workers: int = 0, size: int = 4, timeout: float = 0) -> DeviceLoader:
-    loader = create_loader(data, TrainSampler(len(data), 3, 0, 1), size, workers, timeout=timeout)
+    loader = WatchedLoader(data, TrainSampler(len(data), 3, 0, 1), size, workers, timeout=timeout)
     return DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
 
 
@@ -248,7 +248,7 @@ def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
 def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
     make_photos(tmp_path)
     data = augmented(tmp_path, "leave out")
-    loader = create_loader(data, EvalSampler(COUNT, 0, 1), batch_size=2)
+    loader = WatchedLoader(data, EvalSampler(COUNT, 0, 1), batch_size=2)
     batches = DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
     ids = [ids.tolist() for _, _, ids in batches]  # 2 and 3 were a batch
     assert ids == [[0, 1], [4, 5], [6], [8, 9], [10, 11]]
@@ -257,7 +257,7 @@ def test_evaluation_leaves_out_and_counts_nothing_twice(tmp_path):
 
 def test_evaluation_without_a_single_image_is_an_error_and_not_nan(tmp_path):
     make_photos(tmp_path, bad=tuple(range(COUNT)))
-    loader = create_loader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
+    loader = WatchedLoader(augmented(tmp_path, "leave out"), EvalSampler(COUNT, 0, 1), batch_size=5)
     batches = DeviceLoader(loader, "cpu", [0.0] * 3, [1.0] * 3)
     model = torch.nn.Flatten()
     with pytest.raises(UserError, match=r"no image to evaluate on.*a/00.png \("):
@@ -465,7 +465,7 @@ def test_worker_is_silent_if_the_run_ends_while_it_sends_a_batch(monkeypatch, ca
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     ignored = {name: signal.getsignal(getattr(signal, name)) for name in IGNORED}
     table = torch.zeros(1, 3, dtype=torch.float64)
-    _WorkerInit(table)(0)
+    _start_worker(table, 0)
     for name, handler in ignored.items():
         assert signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
         signal.signal(getattr(signal, name), handler)
@@ -557,7 +557,7 @@ def test_batch_that_is_lost_on_its_way_ends_the_run():
     """All processes are alive and idle, and DataLoader would wait for ever."""
     data = TransformedDataset(Slow(0), to_tensor, 0)
     keys = [(0, index) for index in range(24)]
-    loader = create_loader(data, keys, 3, 2, timeout=3, collate_fn=collate_and_lose)
+    loader = WatchedLoader(data, keys, 3, 2, timeout=3, collate_fn=collate_and_lose)
     found = iter(loader)
     next(found), next(found)
     with pytest.raises(TrainingStopped, match="all loader processes are idle .*a batch was lost"):
@@ -567,7 +567,7 @@ def test_batch_that_is_lost_on_its_way_ends_the_run():
 def test_epoch_that_is_broken_off_in_a_slow_batch_does_not_disturb_the_next():
     """The processes still read, longer than the loader waits for an answer."""
     data = TransformedDataset(Slow(0.4), to_tensor, 0)
-    loader = create_loader(data, [(0, index) for index in range(12)], 6, 1, timeout=4)
+    loader = WatchedLoader(data, [(0, index) for index in range(12)], 6, 1, timeout=4)
     for _ in range(2):
         assert next(iter(loader))[2].tolist() == list(range(6))
     assert [ids.tolist() for _, _, ids, _ in loader] == [[*range(6)], [*range(6, 12)]]
@@ -575,12 +575,12 @@ def test_epoch_that_is_broken_off_in_a_slow_batch_does_not_disturb_the_next():
 
 IN_USE = """
 import sys
-from data_loading.loader import create_loader
+from data_loading.workers import WatchedLoader
 from tests.data_loading.test_workers import Slow, TransformedDataset, to_tensor
 loaders = []
 for seconds in (0, 1000):
     data = TransformedDataset(Slow(seconds), to_tensor, 0)
-    loader = create_loader(data, [(0, index) for index in range(24)], 2, 2)
+    loader = WatchedLoader(data, [(0, index) for index in range(24)], 2, 2)
     loaders.append((iter(loader), loader))
 next(loaders[0][0])
 sys.modules["in use"] = loaders

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from data_loading.dataset import TransformedDataset
-from data_loading.loader import DeviceLoader, create_loader
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
+from data_loading.workers import WatchedLoader
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
 from models.convnextv2 import ConvNeXtV2
@@ -151,7 +152,7 @@ class Pictures(torch.utils.data.Dataset):
 def evaluation(dist_eval: bool = True) -> dict[str, float]:
     data = TransformedDataset(Pictures(), create_eval_transform((32, 32)), seed=0)
     sampler = EvalSampler(7, process_group.get_rank(), process_group.get_world_size(), dist_eval)
-    batches = DeviceLoader(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+    batches = DeviceLoader(WatchedLoader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
     return evaluate(batches, toy().float(), CPU, "none")
 
 

@@ -32,7 +32,6 @@ from benchmarks import cifar_runs
 from benchmarks.cifar_runs import load
 from config import parser as options
 from data_loading import builtin
-from data_loading.folders import DatasetSpec
 from datasets import class_map
 from errors import UserError
 from parallel import slurm, submit
@@ -138,7 +137,7 @@ def fake_cifar(monkeypatch, root: Path, evil: object = None) -> Path:
 
 
 def cifar(root: Path) -> CIFAR10:
-    return builtin.cifar10(DatasetSpec(str(root)), True)
+    return builtin.cifar(CIFAR10, str(root), True)
 
 
 def test_cifar_is_read_from_the_archive_and_then_from_the_folder(tmp_path, monkeypatch):
