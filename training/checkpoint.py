@@ -108,21 +108,12 @@ def save_model(
     parts: TrainableParts,
     state: TrainState,
     entries: Mapping[str, Any],
-    numbered: bool = True,
-    improved: Iterable[str] = (),
-    keep: int = 3,
-    source: str = "",
+    **options: Any,
 ) -> None:
-    """Write checkpoints atomically on the main process; every rank must call it.
-
-    numbered: write `checkpoint-<epoch>.pth`, within an epoch `checkpoint-<epoch>-seen-<n>.pth`,
-        and delete old ones but the `keep` newest and `source`, which the run resumed from.
-    improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
-        `checkpoint-best-ema.pth`, whose `model` is the EMA weights, for use and not to resume.
-    """
+    """`collect_checkpoint`, then `write_checkpoints` on the main process; every rank calls it."""
     content = collect_checkpoint(parts, state, entries)
     if content is not None:
-        write_checkpoints(folder, content, numbered, improved, keep, source)
+        write_checkpoints(folder, content, **options)
 
 
 def collect_checkpoint(
@@ -173,13 +164,17 @@ def checkpoint_name(state: Mapping[str, Any]) -> str:
 def write_checkpoints(
     folder: Path,
     content: Mapping[str, Any],
-    numbered: bool,
-    improved: Iterable[str],
-    keep: int,
-    source: str,
+    numbered: bool = True,
+    improved: Iterable[str] = (),
+    keep: int = 3,
+    source: str = "",
 ) -> None:
-    """Write the files of `save_model`.
+    """Write the checkpoints of this moment, each atomically.
 
+    numbered: write `checkpoint-<epoch>.pth`, within an epoch `checkpoint-<epoch>-seen-<n>.pth`,
+        and delete old ones but the `keep` newest and `source`, which the run resumed from.
+    improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
+        `checkpoint-best-ema.pth`, whose `model` is the EMA weights, for use and not to resume.
     The numbered one comes last: a run that is killed before it repeats the epoch and writes the
     others again.
     """

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Save a run at the right times, survive a failing disk, and stop when asked: for every launcher.
+"""Save a run at the right times, through disk failures, and stop it when asked to.
 
 python main_pretrain.py --data_set DIGITS --input_size 32 --stem_stride 1 --output_dir runs/saved \
     --model convnextv2_atto --save_ckpt_every_steps 20 --max_minutes 1; echo "exit code $?"
@@ -82,11 +82,11 @@ def copy_to_cpu(value: Any) -> Any:
 class CheckpointManager:
     """Saves a run between optimizer steps and at the end of epochs, and stops it when asked to.
 
-    save: `save_model` with everything but state and writer, or None to write nothing.
-    every_epochs: epochs between saves. every_steps, every_minutes: when to save within an epoch
-    too; None for never. max_minutes: after which the run stops as if by a signal. max_failures:
-    saves in a row that may fail; a failed one is repeated a minute later. in_background: write in
-    a thread. before_save: called on all ranks before a save within an epoch.
+    save: called with state, writer, numbered and improved (`write_checkpoints`); None to not save.
+    every_epochs, every_steps, every_minutes: between saves at the end of epochs, and within them;
+    None for never. max_minutes: after which the run stops as if by a signal. max_failures: saves
+    in a row that may fail; a failed one is repeated a minute later. in_background: write in a
+    thread. before_save: called on all ranks before a save within an epoch.
 
         with CheckpointManager(...) as checkpoints:
             ...

@@ -21,7 +21,7 @@ from parallel.process_group import get_world_size
 from parallel.sharding import WAIT_FOR_RANKS
 from training import run_lock
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 WARNINGS = {"SIGUSR1", "SIGUSR2"}  # a scheduler sends them, perhaps in addition to SIGTERM
 SAME_SIGNAL = 1.0  # seconds within which a repeated signal is the same one, sent by a launcher too
 
@@ -43,8 +43,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            kinds = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-            self.old_handlers = {kind: signal.signal(kind, self._handle) for kind in kinds}
+            self.old_handlers = {kind: signal.signal(kind, self._handle) for kind in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
