@@ -83,11 +83,12 @@ def _fitting(effective_batch: int, batch_size: int, world_size: int) -> str:
 
 
 def count_steps(batches: int, update_freq: int) -> int:
-    """Optimizer steps in an epoch of `batches` micro-batches; the last step may be smaller."""
+    """Optimizer steps in an epoch of `batches` micro-batches; the last may be smaller."""
     if batches < update_freq:
         get_logger().warning(
-            "an epoch has %d micro-batches, fewer than the %d of an optimizer step: every step uses "
-            "fewer images than its learning rate assumes; lower --effective_batch or --update_freq",
+            "an epoch has %d micro-batches, fewer than the %d of an optimizer step: every step "
+            "uses fewer images than its learning rate assumes; lower --effective_batch or "
+            "--update_freq",
             *(batches, update_freq),
         )
     return math.ceil(batches / update_freq)

@@ -17,7 +17,7 @@ import main_pretrain
 from config import parser as options
 from errors import UserError
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
 from training.stepper import Stepper
 
@@ -131,7 +131,7 @@ def test_checkpoint_knows_every_skipped_update(tmp_path, print_freq):
     pretrain(f"{words} --data_set tests.tiny:poisoned --picture_freq 0")
     for epoch in (0, 1):
         state = torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["state"]
-        assert (state["updates"], state["bad_steps"]) == (4 * epoch + 4, epoch + 1)
+        assert (state["global_step"], state["bad_steps"]) == (4 * epoch + 4, epoch + 1)
 
 
 def test_rate_and_decay_are_set_once_an_update_and_end_where_they_should(monkeypatch):
@@ -178,7 +178,7 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
     ):
         finetune(f"{words} --batch_size 12")  # nobody said that the updates should change
     finetune(f"{words} --batch_size 12 --effective_batch 12")
-    assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]
+    assert [(state.epoch, state.global_step) for state in states] == [(2, 4), (3, 6)]
 
 
 @pytest.mark.parametrize(("run", "words"), [(pretrain, "--picture_freq 0"), (finetune, "")])
@@ -189,7 +189,9 @@ def test_epoch_that_breaks_off_at_its_last_update_is_saved_like_any(
     words = f"{words} --epochs 2 --log_dir none --save_ckpt_every_steps 4 --output_dir"
     run(f"{words} {tmp_path / 'whole'}")
     with monkeypatch.context() as broken:
-        broken.setattr(Keeper, "end_epoch", lambda *_, **__: (_ for _ in ()).throw(OSError("dead")))
+        broken.setattr(
+            CheckpointManager, "end_epoch", lambda *_, **__: (_ for _ in ()).throw(OSError("dead"))
+        )
         with pytest.raises(OSError, match="dead"):
             run(f"{words} {tmp_path / 'run'}")
     assert (tmp_path / "run" / "checkpoint-0-seen-24.pth").exists()
@@ -216,12 +218,12 @@ def test_effective_batch_is_settled_before_any_work(run, tmp_path):
     words = f"--epochs 1 --log_dir none --output_dir {tmp_path / 'new'} --effective_batch"
     with pytest.raises(UserError, match="10: not a multiple of --batch_size 6 x 1 processes = 6"):
         run(f"{words} 10")
-    with pytest.raises(UserError, match="cannot accumulate, and an update has 2 micro-batches"):
+    with pytest.raises(UserError, match="--cuda_graphs does not work with 2 gradient accumulation"):
         run(f"{words} 12 --cuda_graphs")
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     run(f"{words} 12")
     state = torch.load(tmp_path / "new" / "checkpoint-0.pth", weights_only=True)["state"]
-    assert state["updates"] == 2
+    assert state["global_step"] == 2
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from data_loading.dataset import TransformedDataset
 from data_loading.loader import create_loader
 from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, permute
-from training.trial_data import decode_some
+from training.dry_run import decode_some
 
 HUGE = 1_300_000_000  # images
 

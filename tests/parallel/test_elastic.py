@@ -45,8 +45,8 @@ def test_run_resumes_with_another_number_of_processes_with_the_same_result(tmp_p
     train("whole", before)
     train("run", before, "--max_minutes", "1e-6", expect=EXIT_REQUEUE)
     state = torch.load(_newest(tmp_path / "run"), weights_only=True)["state"]
-    assert 0 < state["seen"] < 24
-    assert state["seen"] % 6 == 0
+    assert 0 < state["samples_in_epoch"] < 24
+    assert state["samples_in_epoch"] % 6 == 0
     output = train("run", after)
     freq = 2 // after
     assert f"effective batch 6 = 3 images x {freq} micro-batches x {after} processes" in output

@@ -197,10 +197,10 @@ class Stuck(tiny.Colours):
 def folder_and_loaders(args: SimpleNamespace) -> None:
     """Fail on rank 1 while rank 0 holds the run folder and both ranks have a loader process."""
     join()
-    run_lock.hold_folder(str(args.folder / "run"))
+    run_lock.acquire_run_lock(str(args.folder / "run"))
     data = Stuck(args.folder / f"loader-{args.rank}")
-    options = {"sampler": [(0, 1)], "batch_size": 1, "multiprocessing_context": "fork"}
-    batches = iter(WatchedLoader(data, 1, 0, int, prefetch_factor=1, **options))
+    options = {"prefetch_factor": 1, "multiprocessing_context": "fork"}
+    batches = iter(WatchedLoader(data, [(0, 1)], 1, 1, **options))
     if args.rank == 0:
         next(batches)
     while not all((args.folder / f"loader-{rank}").exists() for rank in (0, 1)):

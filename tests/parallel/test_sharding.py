@@ -34,7 +34,7 @@ from tests.tiny import classifier, classifier64, fcmae64
 from training import checkpoint
 from training.anomaly import AnomalyGuard, first_not_finite
 from training.checkpoint import TrainState, load_optimizer
-from training.ema import MovingAverage
+from training.ema import ModelEma
 from training.stepper import Stepper, autocast
 
 CPU = torch.device("cpu")
@@ -224,13 +224,13 @@ def ranks_skip(rank: int, folder: Path) -> dict:
                 loss = wrapped(images(rank)).square().mean()
             stepper.step(loss * float("nan") if rank == 1 and update == 1 else loss, ids)
             if update == 1:  # must not disturb the steps that follow
-                diagnosis.check(TrainState(updates=2))
+                diagnosis.check(TrainState(global_step=2))
                 model.stages[1][0].pwconv2._forward_pre_hooks.clear()
             after = torch.cat([sharding.to_local(p).detach().flatten() for p in model.parameters()])
             moved.append([bool(after.isfinite().all()), before is None or not after.equal(before)])
             before = after.clone()
         stepper.read()
-        guard._roll_back(TrainState(updates=4))
+        guard._roll_back(TrainState(global_step=4))
         back = sharding.to_local(model.head.bias).detach().equal(start)
         seen[mode] = {"moved": moved, "back": back}
     return seen
@@ -242,7 +242,7 @@ def ranks_average(rank: int, folder: Path) -> dict:
     for mode in [mode for mode in MODES if mode != "zero1"]:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
-        average = MovingAverage(model, 0.9, CPU)
+        average = ModelEma(model, 0.9, CPU)
         parallelism, wrapped, optimizer = build(mode, model)
         parallelism.shard(average.module)
         stepper = Stepper(wrapped, optimizer, CPU)
@@ -409,7 +409,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
                     guard = AnomalyGuard(stepper, (model, optimizer), snapshot_freq=1)
                     guard.begin_epoch(TrainState(), None)
                 if update == 1:
-                    guard._roll_back(TrainState(updates=2))
+                    guard._roll_back(TrainState(global_step=2))
                 optimizer.zero_grad()
             state = full_state_dict(optimizer)  # {} on rank 1
             counts = [group.get("step") for group in state.get("param_groups", ())]

@@ -154,9 +154,9 @@ def test_cancelled_job_saves_and_stays_cancelled(place):
     ask("scancel", job.number)
     job.until(lambda: "the scheduler has decided" in job.said(), "the end")
     assert (job.end(), job.restarts()) == ("CANCELLED", 0)
-    said = int(re.search(r"asked to stop \(SIGTERM\) at update (\d+)", job.said())[1])
+    said = int(re.search(r"asked to stop \(SIGTERM\) at step (\d+)", job.said())[1])
     files = [torch.load(path, weights_only=True) for path in job.folder.glob("checkpoint-*.pth")]
-    assert max(file["state"]["updates"] for file in files) == said
+    assert max(file["state"]["global_step"] for file in files) == said
 
 
 def test_signal_before_the_first_epoch_requeues_too(place):

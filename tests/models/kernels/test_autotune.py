@@ -357,25 +357,25 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     """At the first log line, when every choice is made: of a resumed run too."""
     timed(3, 1, 2)
     monkeypatch.setattr(hooks, "choices", autotune.choices)
-    state = TrainState(updates=6)
+    state = TrainState(global_step=6)
     reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
-    reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]), state)
+    reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]))
     pick()
     for _ in range(6):
-        state.updates += 1
+        state.global_step += 1
         reporter.after_batch(1)
-        reporter.after_update(0.1)
+        reporter.after_step(0.1)
     lines = [message for message in log.messages if message.startswith("kernels")]
-    assert lines == ["kernels auto: sum onednn 1"]
+    assert lines == ["kernels chosen: auto: sum onednn 1"]
 
 
 def test_run_says_once_which_kernels_it_takes(tmp_path):
     """The log's line as the issue asks for it; and the file lies where XDG says."""
     words = [*PRETRAIN, "--output_dir", "", "--epochs", 2]
     done = run("main_pretrain.py", *words, env={"XDG_CACHE_HOME": str(tmp_path)})
-    assert len(re.findall(r"kernels auto: ", done.stdout)) == 1
+    assert len(re.findall(r"kernels chosen: auto: ", done.stdout)) == 1
     if torch.backends.mkldnn.is_available() and not torch.cuda.is_available():
-        assert re.search(r"kernels auto: .*product (torch|onednn) 1", done.stdout)
+        assert re.search(r"kernels chosen: auto: .*product (torch|onednn) 1", done.stdout)
         assert len(list((tmp_path / "convnextv2").glob("cpu-*.json"))) == 1
 
 
@@ -399,7 +399,7 @@ def test_run_with_triton_in_the_interpreter_trains():
     words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
     words += ["--epochs", 1, "--data_set", "tests.models.kernels.test_autotune:two"]
     done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "1"})
-    line = re.search(r"kernels triton: (.*)", done.stdout)[1]
+    line = re.search(r"kernels chosen: triton: (.*)", done.stdout)[1]
     assert "depthwise norm triton" in line
     assert "mlp gradients triton" in line
 
