@@ -65,15 +65,32 @@ def run_ranks(jobs: Sequence[Job], ranks: int, folder: Path) -> Path:
     return folder
 
 
-def run_script(script: str, *words: object, ranks: int, folder: Path) -> str:
-    """Run a training script on `ranks` gloo ranks without a launcher; returns rank 0's output."""
-    words = [str(word) for word in words]
+def run_script(script: str, *words: object, ranks: int, folder: Path, expect: int = 0) -> str:
+    """Run a training script on `ranks` gloo ranks without a launcher; returns rank 0's output.
+
+    folder: for the outputs. expect: exit code of all ranks.
+    """
+    words, port, context = [str(word) for word in words], free_port(), fork_context()
     outputs = [folder / f"output-{rank}.txt" for rank in range(ranks)]
-    try:
-        _start(_run_main, (ranks, free_port(), Path(script).stem, words, outputs), ranks)
-    except Exception as error:
-        raise AssertionError("\n".join(path.read_text() for path in outputs)) from error
+    each = [(rank, ranks, port, output, script, words) for rank, output in enumerate(outputs)]
+    processes = [context.Process(target=_run_main, args=args) for args in each]
+    for process in processes:
+        process.start()
+    codes = exit_codes(processes, TIME_LIMIT_S)
+    assert codes == [expect] * ranks, "\n".join(map(str, [codes, *map(Path.read_text, outputs)]))
     return outputs[0].read_text()
+
+
+def exit_codes(processes: Sequence[Any], seconds: float) -> list[int | None]:
+    """Wait for processes; returns their exit codes, None for those that had to be killed."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
@@ -102,11 +119,11 @@ def _run_jobs(rank: int, ranks: int, port: int, jobs: Sequence[Job], folder: Pat
 
 
 def _run_main(
-    rank: int, ranks: int, port: int, module: str, words: list[str], outputs: list[Path]
+    rank: int, ranks: int, port: int, output: Path, script: str, words: list[str]
 ) -> None:
-    become_rank(rank, ranks, port, outputs[rank])
+    become_rank(rank, ranks, port, output)
     if ranks == 1:
         del os.environ["RANK"]  # as plain python
-    sys.argv = [f"{module}.py", *words]
-    main = importlib.import_module(module)
+    sys.argv = [script, *words]
+    main = importlib.import_module(Path(script).stem)
     process_group.launch(main.main, options.parse(main.get_args_parser(), words))
