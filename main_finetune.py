@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
+    choices.restore(start.kernels, device)
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(train_set))
     known = {"args": vars(args), "classes": datasets.class_map(train_set)}
-    known |= {"keep": args.save_ckpt_num, "source": args.resume}
+    known |= {"keep": args.save_ckpt_num, "source": args.resume, "kernels": choices.state}
     save = partial(checkpoint.save_model, folder, *parts, **known)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}

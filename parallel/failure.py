@@ -19,11 +19,12 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-# Keys in the store: "<exit code> rank <number> has failed: <why>", and how many ended well.
-FAILED, DONE = "failed", "done"
+# Keys in the store: "<exit code> rank <number> has failed: <why>", how many ranks have printed that
+# or are done, and how many of those look into the store no more.
+FAILED, TOLD, DONE = "failed", "told", "done"
 LOOK = 1.0  # seconds between two looks at it
 GRACE = 3.0  # seconds in which a rank may end by itself, after another did: all may fail alike
-LOST = 30.0  # seconds the same, when the store is gone: its rank may only have been done before
+LOST = 30.0  # seconds to wait for ranks that may be gone, or only done, or hang
 CLEANUP = 10.0  # seconds for what gives the folder free and ends loader processes
 
 _watches: list[Watch] = []  # this process's, if there are others
@@ -62,36 +63,53 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
-        self.over = threading.Event()
+        self.over, self.ending = threading.Event(), threading.Lock()
         threading.Thread(target=self._look, daemon=True).start()
 
     def fail(self, code: int, message: str, error: BaseException) -> NoReturn:
-        """Tell the others and leave, for this rank's error, or another's that was only felt.
+        """Print this rank's error, or another's that was only felt, tell the others and leave.
 
-        What several ranks have to say to a user, one of them says.
+        An error of a user that several ranks meet is printed by the first one and by rank 0, whose
+        output people read.
         """
         self.over.set()
+        self.ending.acquire()  # never released: the watching thread may be about to end this too
         kind = "" if message else f"{type(error).__name__}: "
         why = " ".join(f"{kind}{error}".split())[:1000]
         first = own = f"{code} rank {self.rank} has failed: {why}"
         with contextlib.suppress(RuntimeError):  # of a store that is gone
             first = self.store.compare_set(FAILED, "", own).decode()
-        time.sleep(2 * LOOK)  # for the others to see it, if this is who keeps the store
-        if first == own or (message and not first.endswith(f" has failed: {why}")):
+        same = bool(message) and first.endswith(f" has failed: {why}")
+        told = code if first == own or same else self._tell(first)
+        if first == own or (message and (self.rank == 0 or not same)):
             print(message or self._traceback(error), file=sys.stderr, flush=True)
-        elif not message:
-            code = self._tell(first)
+        self._leave(code if message else told)
+
+    def _leave(self, code: int) -> NoReturn:
+        """End when all ranks have printed the error: launchers kill the others at the first end."""
+        if self._count(TOLD, wait=True):
+            self._count(DONE, wait=self.rank == 0)
         _end(code)
 
     def part(self) -> None:
         """Leave the watch; rank 0, which may keep the store, after all others have."""
         self.over.set()
+        self.ending.acquire()
+        self._count(TOLD, wait=False)
+        self._count(DONE, wait=self.rank == 0)
+
+    def _count(self, key: str, wait: bool) -> bool:
+        """Add this rank to those of `key`, wait for all ranks there; False if some do not come."""
         until = time.monotonic() + LOST
         with contextlib.suppress(RuntimeError):
-            done = self.store.add(DONE, 1)
-            while self.rank == 0 and done < self.size and time.monotonic() < until:
-                time.sleep(0.05)
-                done = self.store.add(DONE, 0)
+            count = self.store.add(key, 1)
+            while wait and count < self.size:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.05 if self.rank == 0 else LOOK / 4)
+                count = self.store.add(key, 0)
+            return True
+        return False
 
     def _look(self) -> None:
         while not self.over.wait(LOOK):
@@ -101,8 +119,8 @@ class Watch:
                 first, grace = self.store.get(FAILED).decode(), GRACE
             except RuntimeError:  # the rank that keeps it is gone
                 first, grace = "1 rank 0 is gone: killed, out of memory, or its machine lost", LOST
-            if not self.over.wait(grace):
-                _end(self._tell(first))
+            if not self.over.wait(grace) and self.ending.acquire(blocking=False):
+                self._leave(self._tell(first))
 
     def _tell(self, first: str) -> int:
         code, _, why = first.partition(" ")

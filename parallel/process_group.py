@@ -266,6 +266,16 @@ def main_process_first(work: Callable[[], Any]) -> Any:
     return done[0] if done else work()
 
 
+def agree(question: str, answer: str) -> str:
+    """The answer of the rank that gives one first; unlike a broadcast, this waits for no rank."""
+    if get_world_size() == 1:
+        return answer
+    store = dist.PrefixStore("agreed", dist.distributed_c10d._get_default_store())
+    with contextlib.suppress(RuntimeError):  # the rank that keeps the store is gone
+        return store.compare_set(question, "", answer).decode()
+    return answer
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if get_world_size() > 1:

@@ -29,6 +29,7 @@ WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # of a scheduler, before it ends a
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 ENDS += ("DEADLINE", "PREEMPTED", "GONE")  # GONE: SLURM has forgotten the job
 LOOK = 5.0  # seconds between two questions about a job's state
+ATTEMPTS = 3  # to put a job back into the queue
 
 
 class Trainer:
@@ -59,6 +60,8 @@ class Trainer:
         main = importlib.import_module(self.module)
         try:
             process_group.launch(main.main, self._flags(main, job.job_id))
+            for name in WARNINGS:  # Python's shutdown would leave them to end a job that is done
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         except SystemExit as end:  # holds on to all of the run: see _leave
             if end.code != EXIT_REQUEUE:
                 raise
@@ -105,23 +108,34 @@ def requeue(job: Any) -> NoReturn:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if job.global_rank != 0:
         sys.exit(0)  # another code would end rank 0 before it has asked
-    try:
-        if job.name() != "slurm":
-            job._requeue(0)  # leaves with the code that submitit's controller waits for
-        elif (now := state(job.job_id)) != "RUNNING":
-            print(f"job {job.job_id} is {now}: the scheduler has decided what becomes of it")
-        else:
-            done = _ask("scontrol", "requeue", job.job_id)
-            if done.returncode:
-                raise RuntimeError(done.stderr.strip())
-            print(f"job {job.job_id} goes back into the queue", flush=True)
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        print(
-            f"job {job.job_id} cannot go back into the queue: {error}; what it has saved is "
-            "whole: send it again with the same output folder",
-            file=sys.stderr,
-        )
+    problem = None
+    for attempt in range(ATTEMPTS):
+        time.sleep(LOOK * (attempt > 0))
+        try:
+            if job.name() == "slurm":
+                print(_requeue_in_slurm(job.job_id), flush=True)
+            else:
+                job._requeue(0)  # leaves with the code that submitit's controller waits for
+            sys.exit(EXIT_REQUEUE)
+        except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+            problem = error  # the controller may be busy
+    print(
+        f"job {job.job_id} cannot go back into the queue: {problem}; what it has saved is "
+        "whole: send it again with the same output folder",
+        file=sys.stderr,
+    )
     sys.exit(EXIT_REQUEUE)
+
+
+def _requeue_in_slurm(number: str) -> str:
+    """Returns what became of the job."""
+    now = state(number)
+    if now != "RUNNING":
+        return f"job {number} is {now}: the scheduler has decided what becomes of it"
+    done = _ask("scontrol", "requeue", number)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return f"job {number} goes back into the queue"
 
 
 def _leave(end: SystemExit) -> NoReturn:
@@ -200,14 +214,17 @@ def _result(job: Any) -> str:
 
 
 def _why(job: Any) -> str:
-    """The last that a job which failed has said, or why it could say nothing."""
+    """The last lines of rank 0's errors and of another rank's traceback, or why there are none."""
     errors = job.paths.stderr
     if not errors.exists():
         return (
             f"{errors.parent} holds no log of it: --job_dir must be on a file system that this "
             "machine and the nodes share"
         )
-    return "\n".join(errors.read_text(errors="replace").splitlines()[-20:])
+    others = [job.task(rank).paths.stderr for rank in range(1, job.num_tasks)]
+    texts = [log.read_text(errors="replace") for log in (errors, *others) if log.exists()]
+    shown = texts[:1] + [text for text in texts[1:] if "Traceback" in text][:1]
+    return "\n".join(line for text in shown for line in text.splitlines()[-20:])
 
 
 class Tail:

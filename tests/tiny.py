@@ -220,6 +220,8 @@ class Slow(Colours):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         self.quick -= 1
+        if self.quick == -1 and self.seconds:
+            print("slow from here", flush=True)
         time.sleep(0 if self.quick >= 0 else self.seconds)
         return super().__getitem__(index)
 

@@ -94,6 +94,7 @@ def save_model(
     improved: Iterable[str] = (),
     keep: int = 3,
     source: str = "",
+    kernels: Callable[[], Mapping[str, Any]] = dict,
     writer: Callable[..., None] | None = None,
 ) -> None:
     """Write the checkpoints of this moment, atomically, on the main process; all must call it.
@@ -102,8 +103,9 @@ def save_model(
         and delete all but `source`, the `keep` newest ends of epochs and two saves in the last.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the averaged weights, for use and not resume.
-    classes: label by name; stored are the names in the order of the head. writer: what calls
-        write(content), perhaps later with a copy.
+    classes: label by name; stored are the names in the order of the head.
+    kernels: returns the choices of models/kernels/autotune.py. writer: what calls write(content),
+        perhaps later with a copy.
     Contents are plain types and tensors: they load with `weights_only=True`.
     """
     parts = [part for part in (model, optimizer, model_ema) if part is not None]
@@ -121,6 +123,7 @@ def save_model(
         "state": asdict(state),
         "args": dict(args),
         "classes": None if classes is None else sorted(classes, key=classes.__getitem__),
+        "kernels": kernels(),
     }
     which = {"numbered": numbered, "improved": list(improved), "keep": keep, "source": source}
     write = partial(write_checkpoints, folder, **which)

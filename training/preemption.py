@@ -57,7 +57,7 @@ class Requests:
         name, now = signal.Signals(number).name, time.monotonic()
         self.reason = self.reason or name
         # A scheduler's warning and its SIGTERM, half a minute apart, are one wish.
-        alike = [other for other in self.times if other == name or not WARNINGS & {other, name}]
+        alike = [other for other in self.times if not WARNINGS & {other, name}]
         if any(now - self.times[other] > PATIENCE for other in alike):
             os._exit(128 + number)
         self.times.setdefault(name, now)

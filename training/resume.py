@@ -57,6 +57,11 @@ class Start:
         """Images in an update of the run; 0 where there was none."""
         return self.checkpoint["state"].get("effective_batch", 0) if self.is_run else 0
 
+    @property
+    def kernels(self) -> dict[str, dict[str, str]]:
+        """The kernel choices of the run; empty where there was none, or an older version's."""
+        return self.checkpoint.get("kernels", {}) if self.is_run else {}
+
     def absent(self) -> list[str]:
         """What a run has and this has not."""
         holds = self.checkpoint if isinstance(self.checkpoint, dict) else {}

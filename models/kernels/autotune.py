@@ -7,6 +7,7 @@ python -c "from models.kernels import autotune; print(autotune.cache_file('cpu')
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -15,7 +16,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -27,12 +28,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from config.flags import KERNELS
 from errors import UserError
-from parallel.process_group import get_logger
+from parallel.process_group import agree, get_logger
 from utils import write_atomically
 
 FORMS = 1  # raise it with every change of a form: what was measured before counts no more
 GAIN = 0.9  # share of the first form's time that another must stay below to be taken
 ROUNDS = 5  # of which the shortest counts
+PATIENCE = 2.0  # seconds to wait for the lock of the file; then it is written without
 CUDA_ONLY = ("native", "triton")  # Triton's interpreter serves tests, under --kernels triton
 
 REAL = (Tensor, torch.nn.Parameter)
@@ -45,7 +47,8 @@ class Choices:
 
     def __init__(self) -> None:
         self.mode = "auto"
-        self.taken: dict[Hashable, str] = {}
+        self.taken: dict[tuple, str] = {}
+        self.saved: dict[str, dict[str, str]] = {}  # of the run that is resumed, as in `state()`
         self.kept: dict[str, dict[str, str]] = {}  # device type -> what its file holds
         self.seconds: dict[str, dict[str, float]] = {}  # entry -> of each form measured here
 
@@ -75,8 +78,13 @@ class Choices:
             names = [name for name in names if name != "triton"]
         if len(names) == 1 or self.mode != "auto":
             return names[0]
+        entry = _entry(op, like.dtype, key)
+        saved = self.saved.get(_machine(device.type), {}).get(entry)
+        if saved in names:
+            return saved
+        if saved is not None:
+            get_logger().warning("kernels: %s has no form %s here, choosing anew", entry, saved)
         kept = self._kept(device.type)
-        entry = " ".join([op, str(like.dtype).removeprefix("torch."), *map(str, key)])
         if kept.get(entry) not in names:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
                 return names[0]  # nothing can be measured into a CUDA graph
@@ -85,8 +93,10 @@ class Choices:
             self.seconds[entry] = seconds
             best = min(seconds, key=seconds.__getitem__)
             kept[entry] = best if seconds[best] < GAIN * seconds[names[0]] else names[0]
-            self._keep(device.type, entry)
-        return kept[entry]
+            self._keep(device.type, entry, names)
+        name = self.kept[device.type][entry]
+        agreed = agree(f"{_machine(device.type)} {entry}", name)
+        return agreed if agreed in names else name
 
     def _try(self, form: Callable, args: tuple, like: Tensor) -> float:
         try:
@@ -100,15 +110,34 @@ class Choices:
             self.kept[kind] = _read(kind)
         return self.kept[kind]
 
-    def _keep(self, kind: str, entry: str) -> None:
+    def _keep(self, kind: str, entry: str, names: list[str]) -> None:
+        """Add an entry to the file, or take what another process has added since it was read."""
         try:
             path = cache_file(kind)
             path.parent.mkdir(parents=True, exist_ok=True)
-            answer = {entry: self.kept[kind][entry]}
-            self.kept[kind] = _read(kind) | answer  # other processes measure too
-            write_atomically(json.dumps(self.kept[kind], indent=1, sort_keys=True), path)
+            with _locked(path.parent / ".lock"):
+                found = _read(kind)
+                if found.get(entry) not in names:
+                    found[entry] = self.kept[kind][entry]
+                    write_atomically(json.dumps(found, indent=1, sort_keys=True), path)
+            self.kept[kind] = found
         except (OSError, RuntimeError) as error:  # no home, or it cannot be written
             get_logger().debug("kernels are measured in every run: %s", error)
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """The run's choices, by device and versions, as plain types for its checkpoints."""
+        state = {machine: dict(entries) for machine, entries in self.saved.items()}
+        for (op, kind, dtype, key), name in self.taken.items() if self.mode == "auto" else ():
+            state.setdefault(_machine(kind), {})[_entry(op, dtype, key)] = name
+        return state
+
+    def restore(self, state: Mapping[str, Mapping[str, str]], device: torch.device) -> None:
+        """Continue with the choices of `state()`, unless the device or a version has changed."""
+        self.saved = {machine: dict(entries) for machine, entries in state.items()}
+        here = _machine(device.type)
+        if self.mode == "auto" and state and here not in state:
+            text = "kernels: choosing anew, since the run was on %s and this is %s"
+            get_logger().warning(text, " and ".join(state), here)
 
     def summary(self) -> str:
         """What runs, for the log: `depthwise triton 3, torch 1; product onednn 1`."""
@@ -130,7 +159,27 @@ def _read(kind: str) -> dict[str, str]:
         return {}
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file; continue without if it takes too long, or nothing can be locked."""
+    with open(path, "a") as file:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
+
+
 choices = Choices()
+
+
+def _entry(op: str, dtype: torch.dtype, key: tuple) -> str:
+    return " ".join([op, str(dtype).removeprefix("torch."), *map(str, key)])
 
 
 def size(x: Tensor, *more: int) -> tuple[int, ...]:
@@ -165,6 +214,7 @@ def set_kernels(mode: str, device: torch.device) -> None:
         )
     choices.mode = mode
     choices.taken.clear()
+    choices.saved.clear()
 
 
 @contextmanager
@@ -205,13 +255,17 @@ def measure(form: Callable, args: tuple, device: torch.device) -> float:
 
 def cache_file(kind: str) -> Path:
     """Where choices for a type of device are kept: a file per device and versions."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "convnextv2" / f"{_machine(kind)}.json"
+
+
+def _machine(kind: str) -> str:
+    """The device and the versions that a choice holds for."""
     if kind == "cuda":
         machine = f"{torch.cuda.get_device_name()} triton {_triton_version()}"
     else:
         machine = f"{kind} {_processor()} {torch.get_num_threads()} threads"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__} forms {FORMS}")
-    return Path(base) / "convnextv2" / f"{name}.json"
+    return re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__} forms {FORMS}")
 
 
 def _triton_version() -> str:
@@ -221,6 +275,7 @@ def _triton_version() -> str:
     return "none"
 
 
+@cache
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -135,6 +135,14 @@ def first_fails_beside_a_loop(args: SimpleNamespace) -> None:
     loop()
 
 
+def one_fails_beside_a_loop(args: SimpleNamespace) -> None:
+    join()
+    failure.GRACE = 3.0  # longer than the time in which a rank that failed ended
+    if args.rank == int((args.folder / "failed").read_text()):
+        raise ZeroDivisionError("for a reason")
+    loop()
+
+
 def fails_beside_a_call_that_knows_no_python(args: SimpleNamespace) -> None:
     """As one of nccl, which does not hear of a partner's end either."""
     join()
@@ -163,8 +171,15 @@ def no_device_for_one(args: SimpleNamespace) -> None:
 
 def user_error_of_all(args: SimpleNamespace) -> None:
     join()
-    time.sleep(args.rank / 8)  # to read a disk takes longer for some
+    first = int((args.folder / "first").read_text())
+    time.sleep(0.7 * (args.rank != first))  # to read a disk takes longer for some
     raise UserError("got 3, expected 4")
+
+
+def user_errors_that_differ(args: SimpleNamespace) -> None:
+    join()
+    time.sleep(0.7 * (args.rank != 1))
+    raise UserError(f"got {args.rank}")
 
 
 def exits(args: SimpleNamespace) -> None:
@@ -274,12 +289,36 @@ def test_error_of_a_user_on_one_rank_is_a_line_on_all(tmp_path, program, code, w
     assert started.said(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
 
 
-def test_same_error_of_all_ranks_is_one_line(tmp_path):
-    """1,024 of them would have said 1,024 times what is wrong with a flag."""
+@pytest.mark.parametrize("first", [0, 1])
+def test_same_error_of_all_ranks_is_told_by_the_first_and_by_rank_0(tmp_path, first):
+    """1,024 of them would have said 1,024 times what is wrong with a flag; or not in rank 0's log,
+    the one that is followed, if another was a moment faster."""
+    (tmp_path / "first").write_text(str(first))
     started = Ranks(user_error_of_all, tmp_path, size=3)
     assert started.end() == [2, 2, 2]
-    assert started.said(0) == "program.py: error [rank 0]: got 3, expected 4\n"
-    assert started.said(1) == started.said(2) == ""
+    for rank in range(3):
+        line = f"program.py: error [rank {rank}]: got 3, expected 4\n"
+        assert started.said(rank) == (line if rank in (0, first) else "")
+
+
+def test_first_error_is_on_every_rank_before_its_own(tmp_path):
+    started = Ranks(user_errors_that_differ, tmp_path)
+    assert started.end() == [2, 2]
+    assert started.said(1) == "program.py: error [rank 1]: got 1\n"
+    first = "program.py: error [rank 0]: rank 1 has failed: got 1\n"
+    assert started.said(0) == first + "program.py: error [rank 0]: got 0\n"
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_no_rank_ends_before_all_have_printed_the_error(tmp_path, failed):
+    """Launchers kill the others when the first one ends."""
+    (tmp_path / "failed").write_text(str(failed))
+    started = Ranks(one_fails_beside_a_loop, tmp_path)
+    started.processes[failed].join(PROMPTLY)
+    for process in started.processes:
+        process.kill()
+    assert f"rank {failed} has failed: ZeroDivisionError" in started.said(1 - failed)
+    assert started.end()[failed] == 1
 
 
 @pytest.mark.parametrize("code", [3, 0])

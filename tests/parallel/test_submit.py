@@ -226,7 +226,17 @@ def test_only_rank_0_asks_and_the_others_do_not_end_it_first(program, handlers, 
     assert (tmp_path / "asked").read_text() == "requeue 12\n"
 
 
+def test_scontrol_that_fails_once_is_asked_again(program, handlers, tmp_path, capsys, monkeypatch):
+    """A controller that was busy for a moment cost the job."""
+    monkeypatch.setattr(slurm, "LOOK", 0)
+    fail = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo Socket timed out; exit 1; }}"
+    program("scontrol", SHOW % "RUNNING" + fail)
+    assert leave() == EXIT_REQUEUE
+    assert "job 12 goes back into the queue" in capsys.readouterr().out
+
+
 def test_job_that_cannot_go_back_says_how_to_go_on(program, handlers, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "LOOK", 0)
     program("scontrol", SHOW % "RUNNING" + "echo Access denied >&2; exit 1")
     assert leave() == EXIT_REQUEUE
     assert "cannot go back into the queue: Access denied; what it has" in capsys.readouterr().err

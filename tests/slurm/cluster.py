@@ -44,7 +44,12 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
-KillWait=5
+KillWait=15
+MinJobAge=100000
+MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=60
+UnkillableStepTimeout=300
 SlurmdParameters=config_overrides
 NodeName=n1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32
 NodeName=n2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32
@@ -132,7 +137,7 @@ class Cluster:
             )
 
     def _until(self, ready, what: str) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not ready():
             dead = any(daemon.poll() is not None for daemon in self.daemons)
             if dead or time.monotonic() > end:
@@ -159,7 +164,7 @@ class Cluster:
         self.over.set()
         if len(self.daemons) > 1:
             ask("scancel", "--user=root")
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while ask("squeue", "-h") and time.monotonic() < end:
                 time.sleep(0.2)
         for daemon in reversed(self.daemons):
@@ -179,7 +184,10 @@ class Cluster:
 
 def ask(*words: str) -> str:
     """What a command of SLURM prints; '' if it fails."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
     return done.stdout.strip()
 
 

@@ -77,6 +77,7 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
     run = Run()
     content = torch.load(run.save(tmp_path, 6), weights_only=True)
     expected = {"model", "model_ema", "optimizer", "scaler", "state", "args", "classes"}
+    expected.add("kernels")
     assert set(content) == expected
     assert content["state"] == {
         **{"epoch": 7, "seen": 0, "updates": 70, "effective_batch": 0, "bad_steps": 0},

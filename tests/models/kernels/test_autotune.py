@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from data_loading.loader import Batches
 from errors import UserError
 from models.kernels import autotune, ops
 from tests import tiny
-from tests.test_end_to_end import PRETRAIN, run
-from training import hooks
+from tests.groups import results_of, run_ranks
+from tests.test_end_to_end import PRETRAIN, assert_same, run, weights
+from training import hooks, resume
 from training.checkpoint import TrainState
 
 CPU = torch.device("cpu")
@@ -169,7 +171,7 @@ def test_choice_is_kept_and_the_next_process_measures_nothing(timed, folder):
     timed(3, 1, 2)
     assert pick() == "onednn"
     file = autotune.cache_file("cpu")
-    assert list(folder.iterdir()) == [file]
+    assert list(folder.glob("[!.]*")) == [file]
     assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn"}
     measured = timed(1, 2, 3)  # it would decide otherwise
     assert pick(autotune.Choices()) == "onednn"
@@ -432,3 +434,138 @@ def test_what_another_process_kept_meanwhile_stays(timed, folder):
     pick(ours, key=(3,))
     kept = json.loads(autotune.cache_file("cpu").read_text())
     assert set(kept) == {"sum float32 1", "sum float32 2", "sum float32 3"}
+
+
+def test_processes_that_measure_at_once_take_the_first_answer(timed, folder):
+    """The last one replaced it, so that jobs started together ran different kernels."""
+    first, second = autotune.Choices(), autotune.Choices()
+    second.kept["cpu"] = {}  # it has read the file before the first has written
+    timed(3, 1, 2)
+    assert pick(first) == "onednn"
+    measured = timed(3, 2, 1)
+    assert pick(second) == "onednn"
+    assert measured == list(FORMS)
+    assert json.loads(autotune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
+
+
+def test_lock_that_is_not_released_stops_nothing(timed, folder, monkeypatch):
+    monkeypatch.setattr(autotune, "PATIENCE", 0.1)
+    timed(3, 1, 2)
+    folder.mkdir()
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert pick() == "onednn"
+    assert json.loads(autotune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
+
+
+# --- the run's own choices -----------------------------------------------------------------
+
+
+def test_resumed_run_keeps_its_choices_though_others_would_be_made_now(timed, folder, log):
+    timed(3, 1, 2)
+    assert pick() == "onednn"
+    state = autotune.choices.state()
+    assert state == {autotune.cache_file("cpu").stem: {"sum float32 1 2": "onednn"}}
+    autotune.cache_file("cpu").write_text('{"sum float32 1 2": "third"}')
+    autotune.set_kernels("auto", CPU)
+    autotune.choices = autotune.Choices()
+    measured = timed(3, 2, 1)
+    autotune.choices.restore(state, CPU)
+    assert pick() == "onednn"
+    assert pick(key=(5,)) == "third"  # what the run has not chosen yet
+    assert measured == list(FORMS)
+    assert log.messages == []
+    (entries,) = autotune.choices.state().values()
+    assert entries == {"sum float32 1 2": "onednn", "sum float32 5": "third"}
+
+
+def test_choices_not_used_since_the_start_are_saved_again(folder):
+    """A run may be stopped before its first evaluation."""
+    state = {autotune.cache_file("cpu").stem: {"sum float32 5": "third"}, "another": {"x": "torch"}}
+    autotune.choices.restore(state, CPU)
+    assert autotune.choices.state() == state
+
+
+def test_new_run_of_the_process_has_no_choices_of_the_one_before(timed, folder):
+    autotune.choices.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "onednn"}}, CPU)
+    autotune.set_kernels("auto", CPU)
+    timed(3, 2, 1)
+    assert pick() == "third"
+
+
+def test_resumed_run_chooses_anew_where_device_or_versions_differ(timed, folder, log, monkeypatch):
+    timed(3, 1, 2)
+    pick()
+    state, before = autotune.choices.state(), autotune.cache_file("cpu").stem
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    autotune.choices = autotune.Choices()
+    timed(3, 2, 1)
+    autotune.choices.restore(state, CPU)
+    now = autotune.cache_file("cpu").stem
+    text = f"kernels: choosing anew, since the run was on {before} and this is {now}"
+    assert log.messages == [text]
+    assert pick() == "third"
+    # The old ones stay, if the run goes back.
+    assert autotune.choices.state() == state | {now: {"sum float32 1 2": "third"}}
+
+
+def test_resumed_run_whose_form_is_gone_says_so(timed, folder, log):
+    timed(3, 1, 2)
+    autotune.choices.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "gone"}}, CPU)
+    assert pick() == "onednn"
+    assert log.messages == ["kernels: sum float32 1 2 has no form gone here, choosing anew"]
+
+
+def test_checkpoint_without_choices_says_nothing(folder, log):
+    assert resume.Start("x", {"model": {}, "optimizer": {}, "state": {}}).kernels == {}
+    autotune.choices.restore({}, CPU)
+    assert log.messages == []
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_other_modes_ignore_the_choices_of_the_run(folder, monkeypatch, mode, log):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(autotune, "_has_triton", lambda: True)
+    autotune.set_kernels(mode, CPU)
+    autotune.choices.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "third"}}, CPU)
+    assert pick() == "torch"
+    autotune.choices.restore({"another": {}}, CPU)
+    assert log.messages == []
+
+
+def pick_of_rank(rank: int, folder: Path) -> list[str]:
+    """Each has a file of its own that says something else; they choose in different orders."""
+    autotune.choices.kept["cpu"] = {f"sum float32 {key}": list(FORMS)[1 + rank] for key in range(4)}
+    keys = (0, 1, 2, 3) if rank == 0 else (3, 2, 1, 0)
+    taken = {key: pick(key=(key,)) for key in keys}
+    return [taken[key] for key in range(4)]
+
+
+def test_ranks_of_a_run_take_the_same_forms(tmp_path):
+    """Each took its own measurement, and a checkpoint holds only those of rank 0."""
+    ranks = results_of(run_ranks([pick_of_rank], 2, tmp_path))
+    assert ranks[0] == ranks[1]
+    assert set(ranks[0]["pick_of_rank"]) <= {"onednn", "third"}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a product has one form here")
+def test_run_resumed_after_the_file_has_changed_ends_with_the_same_weights(tmp_path):
+    """Requeued jobs went on with what others had measured meanwhile."""
+
+    def train(name: str, *words: object, expect: int = 0) -> str:
+        done = run(
+            *("main_pretrain.py", *PRETRAIN, "--output_dir", tmp_path / name, *words),
+            env={"XDG_CACHE_HOME": str(tmp_path)},
+            expect=expect,
+        )
+        return re.search("kernels auto: (.*)", done.stdout)[1]
+
+    file = tmp_path / "convnextv2" / autotune.cache_file("cpu").name
+    file.parent.mkdir()
+    file.write_text('{"product float32": "onednn"}')
+    said = train("whole")
+    assert "product onednn 1" in said
+    train("resumed", "--max_minutes", 0.0001, "--print_freq", 1, expect=75)
+    file.write_text('{"product float32": "torch"}')
+    assert train("resumed") == said
+    assert_same(*(weights(tmp_path / name / "checkpoint-1.pth") for name in ("whole", "resumed")))
