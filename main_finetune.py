@@ -25,7 +25,7 @@ import datasets
 import models
 from data_loading.rng import make_deterministic, seed_all
 from engine_finetune import evaluate, train_one_epoch
-from models.kernels.autotune import choices, set_kernels
+from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import (
     build_optimizer,
     build_schedule,
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
-    choices.restore(start.kernels, device)
+    autotuner.restore(start.kernels, device)
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(train_set))
     known = {"args": vars(args), "classes": datasets.class_map(train_set)}
-    known |= {"keep": args.save_ckpt_num, "source": args.resume, "kernels": choices.state}
+    known |= {"keep": args.save_ckpt_num, "source": args.resume, "kernels": autotuner.state}
     save = partial(checkpoint.save_model, folder, *parts, **known)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
@@ -189,7 +189,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             stats["acc5"],
             stats["loss"],
         )
-    process_group.get_logger().info("kernels %s", choices.summary())
+    process_group.get_logger().info("kernels %s", autotuner.summary())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import models
 from data_loading.rng import make_deterministic, seed_all
 from engine_pretrain import train_one_epoch
 from models.fcmae import visible_patches
-from models.kernels.autotune import choices, set_kernels
+from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import (
     build_optimizer,
     build_schedule,
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     start = resume.find_start(
         folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
-    choices.restore(start.kernels, device)
+    autotuner.restore(start.kernels, device)
     update_freq = choose_update_freq(
         args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
     )
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
     state.count_updates(updates_per_epoch, effective_batch, len(dataset))
     about = {"args": vars(args), "keep": args.save_ckpt_num, "source": args.resume}
-    about |= {"kernels": choices.state}
+    about |= {"kernels": autotuner.state}
     save = partial(checkpoint.save_model, folder, *parts, **about)
     guard = build_guard(args, stepper, parts, batches, folder)
     about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}

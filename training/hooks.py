@@ -24,7 +24,7 @@ from torch import Tensor
 from config import parser as options
 from datasets import Batches
 from errors import UserError
-from models.kernels.autotune import choices, only_torch
+from models.kernels.autotune import autotuner, only_torch
 from parallel import process_group
 from training import pictures, run_lock
 from training.checkpoint import TrainState
@@ -112,7 +112,7 @@ class Reporter:
         }
         self._tell("on_log", record, self.state)
         if not self.told_kernels:  # at the first line every choice is made
-            process_group.get_logger().info("kernels %s", choices.summary())
+            process_group.get_logger().info("kernels %s", autotuner.summary())
             self.told_kernels = True
         self._restart_window()
         return True
