@@ -24,7 +24,7 @@ import utils
 from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
-from models.kernels.autotune import choices
+from models.kernels.autotune import autotuner
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.checkpoint import TrainableParts
@@ -151,7 +151,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             *(report.source, " (EMA weights)" * (key == EMA_KEY)),
             *(stats["acc1"], stats["acc5"], stats["loss"], images),
         )
-    utils.get_logger().info("kernels: %s", choices.summary())
+    utils.get_logger().info("kernels: %s", autotuner.summary())
 
 
 if __name__ == "__main__":

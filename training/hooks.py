@@ -27,7 +27,7 @@ from torchvision.utils import save_image
 from config.parser import dump_args
 from datasets import DeviceLoader
 from errors import UserError
-from models.kernels.autotune import choices, only_torch
+from models.kernels.autotune import autotuner, only_torch
 from parallel.process_group import from_main_process, get_logger, get_world_size
 from training import run_lock
 from training.checkpoint import TrainState
@@ -115,7 +115,7 @@ class Reporter:
         }
         self._notify("on_log", record, self.state)
         if not self.kernels_logged:  # by now a kernel is chosen for every operation
-            get_logger().info("kernels chosen: %s", choices.summary())
+            get_logger().info("kernels chosen: %s", autotuner.summary())
             self.kernels_logged = True
         self._begin_window()
         return True

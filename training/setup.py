@@ -26,7 +26,7 @@ from data_loading.bad_images import BadImages
 from data_loading.loader import DeviceLoader
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
-from models.kernels.autotune import choices, set_kernels
+from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import Schedule, choose_update_freq
 from parallel import process_group, sharding
 from parallel.process_group import all_gather, broadcast, get_logger, get_world_size
@@ -82,7 +82,7 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     resume_point = find_resume_point(
         output_dir, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
     )
-    choices.restore(resume_point.entry("kernels", {}), device)
+    autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
         args.update_freq,
         args.effective_batch,
