@@ -43,7 +43,8 @@ from training.checkpoint import TrainState
 from training.checkpoint_manager import Keeper
 from training.stepper import Stepper
 
-SECONDS = 4.0  # for each measurement of speed, and to decode images of each data set
+SECONDS = 4.0  # for each measurement of speed
+DECODE_SECONDS = 4.0  # for the images of each data set
 MARGIN = 0.95  # fraction of the free memory that an estimated batch may use
 NEVER = 1 << 40  # steps until the next log line
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -177,7 +178,7 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
 
 def check_images(report: Report, name: str, loader: DataLoader, seed: int) -> list[tuple]:
     """Decode images of a data set on all ranks and report the bad ones; returns good samples."""
-    data, mine = loader.samples, decode_some(loader, seed, SECONDS)
+    data, mine = loader.samples, decode_some(loader, seed, DECODE_SECONDS)
     found = all_gather((mine.bad, mine.skipped, mine.tried, len(mine.good)))
     bad, skipped = (sorted(set(chain(*lists))) for lists in list(zip(*found, strict=True))[:2])
     tried, good = (sum(counts) for counts in list(zip(*found, strict=True))[2:])
@@ -338,7 +339,8 @@ def check_memory(report: Report, probe: StepProbe) -> int:
     if probe.tells_memory and not (args.compile or args.cuda_graphs):  # they compile each size
         largest, how = estimate_largest(probe, asked)
     largest = min(*all_gather(largest), most)
-    size = min(asked, largest)
+    survives = probe.device.type == "cuda" and get_world_size() == 1  # a CPU process gets killed
+    size = min(asked, most if survives else largest)
     try:
         peak = probe.peak(size, min(2, probe.run.stepper.update_freq)) if size else 0
     except (RuntimeError, MemoryError) as error:
@@ -346,10 +348,11 @@ def check_memory(report: Report, probe: StepProbe) -> int:
         full = full or any(text in str(error) for text in OUT_OF_MEMORY)
         if get_world_size() > 1 or not full:
             raise  # other processes would wait for this one
-        size = largest = 0
+        size, largest = 0, largest if largest < asked else 0
     if size < asked:
         report.problem(f"--batch_size {asked} does not fit; try {largest or 'a smaller model'}")
     if size and probe.tells_memory:
+        largest = max(largest, size)
         limit = f"the largest batch that fits is {largest}{' (all images)' * (largest == most)}"
         report.line("memory", f"{format_bytes(peak)} for a batch of {size}; {limit}, {how}")
     return size
