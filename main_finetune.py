@@ -29,7 +29,7 @@ from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.checkpoint import TrainableParts
 from training.cuda_graphs import Graphed
-from training.dry_run import check_run
+from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.hooks import log_cost
 from training.resume import auto_load_model
@@ -108,7 +108,11 @@ def main(args: argparse.Namespace) -> None:
     loop.criterion, loop.mixup, loop.model_ema = criterion, mixup, model_ema
     if args.dry_run:
         train_epoch = partial(train_one_epoch, model, model_without_ddp)
-        return check_run(args, run, loop, train_epoch, *loaders, evaluate)
+        evaluation = partial(evaluate, model=model_without_ddp, device=device, amp=amp)
+        source = run.resume_point.source or args.finetune
+        return check_run(
+            PlannedRun(args, run.output_dir, source, loop, train_epoch, *loaders, evaluation)
+        )
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     with loop:

@@ -26,7 +26,7 @@ from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.checkpoint import TrainableParts
 from training.cuda_graphs import Graphed
-from training.dry_run import check_run
+from training.dry_run import PlannedRun, check_run
 from training.hooks import log_cost
 from training.pictures import ReconstructionImages
 from training.resume import auto_load_model
@@ -86,7 +86,10 @@ def main(args: argparse.Namespace) -> None:
     loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, data_loader_train)
     if args.dry_run:
         train_epoch = partial(train_one_epoch, model, model_without_ddp)
-        return check_run(args, run, loop, train_epoch, data_loader_train)
+        source = run.resume_point.source
+        return check_run(
+            PlannedRun(args, run.output_dir, source, loop, train_epoch, data_loader_train)
+        )
     images = ReconstructionImages(args, dataset_train.dataset, model_without_ddp, device, amp)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
