@@ -544,3 +544,61 @@ def test_learning_rates_are_those_of_the_schedule():
     assert steps == sorted({0, 6, 20, 9, *(21 * k // 10 for k in range(10))})
     assert all(math.isclose(float(r[2]), schedule.rate(int(r[1])), rel_tol=0.01) for r in rows)
     assert [row[-1] for row in rows if int(row[1]) in (6, 9)] == ["peak", "here"]
+
+
+@pytest.mark.parametrize(("loader", "slower", "seconds"), [(5.0, "loader", 20), (1e9, "model", 5)])
+def test_evaluation_lasts_as_long_as_its_slower_half(loader, slower, seconds, monkeypatch):
+    """Ten batches of 2 images a second by the model; evaluated twice, with EMA weights too."""
+    monkeypatch.setattr(dry_run, "calls_per_second", lambda work, seconds: 10.0)
+    monkeypatch.setattr(dry_run, "loader_rate", lambda loader, seconds: loader_images)
+    loader_images, lines = loader, []
+    probe = Small(MemoryError()).probe(dist_eval=True)
+    val = SimpleNamespace(dataset=range(100), batch_size=2)
+    probe.run.data_loader_val, probe.run.evaluations_per_epoch = SimpleNamespace(loader=val), 2
+    probe.run.evaluate = lambda batches: list(batches)
+    report = SimpleNamespace(line=lambda label, text: lines.append(text))
+    assert dry_run.measure_evaluation(report, probe) == 2 * seconds
+    assert lines[0].endswith(f"limited by the {slower}: 0:00:{seconds:02d}")
+
+
+def test_time_is_that_of_the_epochs_left():
+    """100 batches of 6 images at 60 images/s and 5 s of evaluation; 20 epochs, 2.5 are done."""
+    planned = Small(MemoryError()).probe(epochs=20).run
+    planned.data_loader_train = SizedLoader(range(600))
+    planned.state = SimpleNamespace(epoch=2, seen=300)
+    lines = []
+    report = SimpleNamespace(line=lambda label, text: lines.append(text))
+    dry_run.report_time(report, planned, 60.0, 5.0)
+    assert lines == ["0:00:15 per epoch, 0:04:22 for the 17.5 epochs left, without saves"]
+
+
+class SizedLoader:
+    """A loader of 100 batches."""
+
+    def __init__(self, dataset: range) -> None:
+        self.loader = SimpleNamespace(dataset=dataset)
+
+    def __len__(self) -> int:
+        return 100
+
+
+@pytest.mark.parametrize("within_epoch", [None, 5])
+def test_disk_space_is_that_of_all_files_at_once(within_epoch, tmp_path, monkeypatch):
+    """Of 2400 bytes each: 3 numbered, the best, one being written; the best EMA weights apart."""
+    content = {"model": torch.zeros(500), "model_ema": {"a": torch.zeros(100)}}
+    flags = {"epochs": 10, "save_ckpt_freq": 1, "save_ckpt_num": 3}
+    flags |= {"save_ckpt_every_steps": within_epoch, "save_ckpt_every_minutes": None}
+    planned = Small(MemoryError()).probe(**flags).run
+    planned.folder, planned.data_loader_val = tmp_path, object()
+    planned.state = SimpleNamespace(epoch=0)
+    planned.save = lambda state, writer: writer(content, None)
+    (tmp_path / "checkpoint-0.pth").write_bytes(b"0" * 1000)
+    os.link(tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-best.pth")
+    needed = (5 if within_epoch is None else 7) * 2400 + 400 - 1000
+    for free, problems in ((needed, 0), (needed - 1, 1)):
+        monkeypatch.setattr(
+            dry_run.shutil, "disk_usage", lambda path, n=free: SimpleNamespace(free=n)
+        )
+        report = dry_run.Report()
+        dry_run.check_disk(report, planned)
+        assert len(report.problems) == problems
