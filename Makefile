@@ -32,10 +32,10 @@ demo: install
 	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
 		--eval --resume $(DEMO)/finetune
 	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
-		--split val --output $(DEMO)/imagined.png
+		--split val --output $(DEMO)/reconstructions.png
 	@echo
 	@echo "accuracy          the line above that ends in acc1, acc5 and loss"
-	@echo "picture           $(DEMO)/imagined.png (what the model imagines behind the mask)"
+	@echo "reconstructions   $(DEMO)/reconstructions.png (input, masked input, reconstruction)"
 	@echo "an epoch a line   $(DEMO)/pretrain/log.txt and $(DEMO)/finetune/log.txt"
 	@echo "curves            $(BIN)/tensorboard --logdir $(DEMO)"
 

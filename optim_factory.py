@@ -83,11 +83,12 @@ def _fitting(effective_batch: int, batch_size: int, world_size: int) -> str:
 
 
 def count_steps(batches: int, update_freq: int) -> int:
-    """Optimizer steps in an epoch of `batches` micro-batches; the last step may be smaller."""
+    """Optimizer steps in an epoch of `batches` micro-batches; the last may be smaller."""
     if batches < update_freq:
         get_logger().warning(
-            "an epoch has %d micro-batches, fewer than the %d of an optimizer step: every step uses "
-            "fewer images than its learning rate assumes; lower --effective_batch or --update_freq",
+            "an epoch has %d micro-batches, fewer than the %d of an optimizer step: every step "
+            "uses fewer images than its learning rate assumes; lower --effective_batch or "
+            "--update_freq",
             *(batches, update_freq),
         )
     return math.ceil(batches / update_freq)
@@ -169,10 +170,14 @@ def create_optimizer(
     fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
     options = {"opt": opt, "lr": lr, "momentum": momentum, **given, **fused}
     try:
-        optimizer = sharding.build(partial(create_optimizer_v2, **options), groups, lr, shard)
+        optimizer = sharding.wrap_optimizer(
+            partial(create_optimizer_v2, **options), groups, lr, shard
+        )
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
-    accepted = sharding.own_part(optimizer).defaults.keys()  # timm drops options it cannot use
+    accepted = sharding.local_optimizer(
+        optimizer
+    ).defaults.keys()  # timm drops options it cannot use
     for key in given.keys() - accepted:
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     return optimizer

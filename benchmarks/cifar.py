@@ -15,8 +15,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from parallel import process_group
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -101,6 +99,7 @@ if __name__ == "__main__":
 from benchmarks.cifar_runs import equal_epochs, load, run
 from benchmarks.step import machine, read
 from errors import UserError
+from parallel import process_group
 from training.stepper import choose_amp
 
 

@@ -302,6 +302,7 @@ def report(name: str, points: list[argparse.Namespace]) -> str:
     settings += ["float32" if first.amp == "none" else f"autocast {first.amp}"]
     fewer = " (fewer than the 10 of step.py)" if first.rounds < 10 else ""
     busy = max(0.0, statistics.mean(mean for mean, _ in others)) if others else 0.0
+    kernels = autotune.autotuner.summary()
     return "\n".join(
         [
             f"### {title}\n",
@@ -309,7 +310,7 @@ def report(name: str, points: list[argparse.Namespace]) -> str:
             f"{first.rounds} rounds{fewer} after {first.warmup} of warm-up, {first.steps} step(s) "
             "a timing, the points in turn.",
             machine(first.device),
-            f"Other programs kept {busy:.2f} cores busy. Kernels: {autotune.choices.summary()}.\n",
+            f"Other programs kept {busy:.2f} cores busy. Kernels: {kernels}.\n",
             *lines,
             *(["", last] if last else []),
         ]

@@ -181,7 +181,7 @@ def choices(args: argparse.Namespace) -> str:
     for model, batch in zip(args.model, args.batch, strict=True):
         for name, variant in steps_of(model, batch, args).items():
             variant.step()
-            for entry in autotune.choices.seconds.keys() - where.keys():
+            for entry in autotune.autotuner.seconds.keys() - where.keys():
                 where[entry] = f"{model.removeprefix('convnextv2_')}, {name}"
             save(table_of_choices(where, args), args)
     return table_of_choices(where, args)
@@ -189,8 +189,8 @@ def choices(args: argparse.Namespace) -> str:
 
 def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
     """where: the step that met an entry first."""
-    seconds = autotune.choices.seconds
-    kept = autotune.choices.kept.get(torch.device(args.device).type, {})
+    seconds = autotune.autotuner.seconds
+    kept = autotune.autotuner.cached.get(torch.device(args.device).type, {})
     forms = list(dict.fromkeys(form for own in seconds.values() for form in own))
     rows = []
     for entry, taken in sorted(kept.items(), key=lambda item: (where[item[0]], item[0])):
@@ -203,8 +203,8 @@ def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
 
 
 def rates(output: str) -> list[tuple[int, int]]:
-    """(img/s, % of time spent waiting for data) of every log line of a run."""
-    found = re.findall(r"(\d+) img/s +data (\d+)%", output)
+    """(images/s, % of time spent waiting for data) of every log line of a run."""
+    found = re.findall(r"images/s (\d+) +data_wait (\d+)%", output)
     return [(int(rate), int(share)) for rate, share in found]
 
 

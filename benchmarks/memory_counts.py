@@ -256,7 +256,7 @@ def as_on_cuda(model: nn.Module) -> Iterator[None]:
     try:
         with (
             at_once,
-            mock.patch.object(autotune.choices, "mode", "triton"),
+            mock.patch.object(autotune.autotuner, "mode", "triton"),
         ):  # fake tensors get torch's
             yield
     finally:

@@ -315,7 +315,7 @@ def describe(args: argparse.Namespace, variants: list[Variant]) -> list[str]:
     )
     others = (
         f"Other programs kept {mean:.2f} cores busy, in a timing at most {high:.2f}. Kernels: "
-        f"{autotune.choices.summary()}."
+        f"{autotune.autotuner.summary()}."
     )
     return [f"### {args.model}", "", settings, machine(args.device), others, args.checked]
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Every model by name.
+"""All models by name.
 
 python -c "import models; print(models.list_models())"
 """
@@ -22,12 +22,12 @@ _PREFIX = "fcmae_"
 
 
 def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
-    """An FCMAE around the encoder of that name; each keyword goes to the one that knows it."""
+    """An FCMAE around the encoder of that name; keywords that FCMAE lacks go to the encoder."""
     if kwargs.get("features_only"):
         raise UserError(f"features_only: an FCMAE gives no maps; ask for {encoder} without fcmae_")
-    own = set(inspect.signature(FCMAE).parameters) - {"encoder"}
-    outer = {key: kwargs.pop(key) for key in own & kwargs.keys()}
-    return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **outer)
+    names = inspect.signature(FCMAE).parameters.keys() & kwargs.keys()
+    own = {name: kwargs.pop(name) for name in names}
+    return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **own)
 
 
 MODELS = {f"convnextv2_{s}": getattr(convnextv2, f"convnextv2_{s}") for s in convnextv2.SIZES}
@@ -40,7 +40,7 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or `package.module:function`; unknown names get a hint.
+    """Build the model called `name`, or call `package.module:function`.
 
     features_only=True, out_indices=(1, 2, 3): a backbone for detection and segmentation, see
     `ConvNeXtV2`.
@@ -49,27 +49,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
 
 def fcmae_name(name: str) -> str:
-    """The FCMAE around a model: `convnextv2_tiny` and `fcmae_convnextv2_tiny` mean the same."""
+    """Name of the FCMAE around a model: `convnextv2_tiny` -> `fcmae_convnextv2_tiny`."""
     return name if name.startswith(_PREFIX) or ":" in name else _PREFIX + name
-
-
-def _checkpointed(model: nn.Module, args: Any) -> nn.Module:
-    """The model with --grad_checkpointing if asked for: by timm's name of the method."""
-    if not args.grad_checkpointing or vars(args).get("eval"):
-        return model
-    if args.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
-        raise UserError(
-            f"--grad_checkpointing true with --compile true needs torch 2.14: {torch.__version__} "
-            "would keep in compiled blocks what it should compute again; drop one"
-        )
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:  # by the second some of timm's refuse
-        raise UserError(
-            f"--grad_checkpointing true: {type(model).__name__} has no set_grad_checkpointing("
-            f"enable=True) that would turn it on; drop the flag ({error})"
-        ) from error
-    return model
 
 
 def build_fcmae(args: Any) -> nn.Module:
@@ -85,7 +66,9 @@ def build_fcmae(args: Any) -> nn.Module:
         decoder_embed_dim=args.decoder_embed_dim,
         norm_pix_loss=args.norm_pix_loss,
     )
-    return _checkpointed(model, args)
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model, args.compile)
+    return model
 
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
@@ -98,4 +81,22 @@ def build_classifier(args: Any, num_classes: int) -> nn.Module:
         num_classes=num_classes,
         head_init_scale=args.head_init_scale,
     )
-    return _checkpointed(model, args)
+    if args.grad_checkpointing and not args.eval:
+        enable_grad_checkpointing(model, args.compile)
+    return model
+
+
+def enable_grad_checkpointing(model: nn.Module, compiled: bool) -> None:
+    """Turn gradient checkpointing on by `set_grad_checkpointing`, as timm's models have it."""
+    if compiled and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        raise UserError(
+            f"--grad_checkpointing true with --compile true needs torch 2.14: {torch.__version__} "
+            "would save in compiled blocks what it should compute again; drop one"
+        )
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm's models that cannot raise the second
+        raise UserError(
+            f"--grad_checkpointing true: {type(model).__name__} has no set_grad_checkpointing("
+            f"enable=True) that would turn it on; drop the flag ({error})"
+        ) from error

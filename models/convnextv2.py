@@ -8,6 +8,7 @@ python -c "from models import create_model; print(create_model('convnextv2_atto'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,19 +16,119 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
-from models.features import FeatureInfo, left_out, take_stages
 from models.kernels import ops
-from models.kernels.depthwise import depthwise
-from models.kernels.grn_mlp import block_mlp
-from models.layers import GRN, DropPath, LayerNorm, PatchConv, init_weights, linear
+from models.layers import (
+    GRN,
+    DropPath,
+    LayerNorm,
+    PatchConv,
+    fused_depthwise,
+    fused_mlp,
+    init_weights,
+)
 from models.sparse import PatchGrid
+
+
+class Block(nn.Module):
+    """ConvNeXt V2 block, dwconv -> norm -> pwconv1 -> GELU -> GRN -> pwconv2, with a residual.
+
+    x: dense (N, H, W, C), or packed (N, V, p, p, C) together with its grid.
+    """
+
+    checkpointing = False  # in training, save x alone and compute the rest again in backward
+
+    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.dwconv = init_weights(nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim))
+        self.norm = LayerNorm(dim)
+        self.pwconv1 = init_weights(nn.Linear(dim, 4 * dim))
+        self.grn = GRN(4 * dim)
+        self.pwconv2 = init_weights(nn.Linear(4 * dim, dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
+        branch = self._checkpointed_branch if self._checkpoints() else self.branch
+        return x + self.drop_path(branch(x, grid))
+
+    def branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
+        """The residual branch before drop path."""
+        x = fused_depthwise(x, self.dwconv, grid, self.norm)  # norm(dwconv(x))
+        return fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
+
+    def _checkpoints(self) -> bool:
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return False
+        # `functional_call` lends weights that are gone in backward; exported graphs have none.
+        lent = any(not isinstance(weight, nn.Parameter) for weight in self.parameters())
+        return not (lent or ops.exporting())
+
+    def _checkpointed_branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
+        weights = [*self.parameters()]
+
+        def branch(x: Tensor) -> Tensor:
+            if any(now is not then for now, then in zip(self.parameters(), weights, strict=True)):
+                raise RuntimeError(
+                    "gradient checkpointing: a block has other weights in backward than in "
+                    "forward, as after functional_call; call set_grad_checkpointing(False)"
+                )
+            return self.branch(x, grid)
+
+        # The branch draws no random numbers, so that no generator's state is kept.
+        return checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def set_grad_checkpointing(network: nn.Module, enable: bool = True) -> None:
+    """Turn gradient checkpointing of all blocks in a network on or off."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.checkpointing = enable
+
+
+def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, ...]:
+    """Numbers of stages: all (None), the last n (an int), or a rising list, -1 for the last.
+
+    Means what it means in timm, whose private helper accepts unsorted and repeated numbers too.
+    """
+    if indices is None:
+        indices = stages
+    listed = range(-indices, 0) if isinstance(indices, int) else indices
+    taken = [i + stages if i < 0 else i for i in listed]
+    if not taken or taken != sorted(set(taken) & set(range(stages))):
+        raise UserError(
+            f"stages {indices!r}: expected how many of the last, 1 to {stages}, or a rising list "
+            f"of numbers from 0 to {stages - 1}"
+        )
+    return tuple(taken)
+
+
+def _names_left_out(deeper: Sequence[int]) -> tuple[str, ...]:
+    """Prefixes of the parameters that a backbone lacks, because they would get no gradient."""
+    parts = ("downsample_layers", "stages")
+    return "norm.", "head.", *(f"{part}.{i}." for i in deeper for part in parts)
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """Channels and strides of a backbone's maps, with the methods of timm's `FeatureInfo`.
+
+    timm's own takes two seconds to import, and torch.hub promises that torch is enough.
+    """
+
+    num_chs: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def channels(self) -> list[int]:
+        return list(self.num_chs)
+
+    def reduction(self) -> list[int]:
+        return list(self.strides)
 
 
 class ConvNeXtV2(nn.Module):
     """ConvNeXt V2, `images (N, in_chans, H, W) -> logits (N, num_classes)`.
 
     depths, dims: blocks and channels of the stages.
-    num_classes: 0 gives the normalised features (N, num_features) instead of logits.
+    num_classes: 0 gives the normalized features (N, num_features) instead of logits.
     drop_path_rate: rate of the last block; it grows linearly from 0 at the first.
     head_init_scale: factor on the initial classifier; 0.001 for fine-tuning, 1 from scratch.
     stem_stride: 4, or 1 or 2 for small images; also the stem's kernel.
@@ -55,10 +156,11 @@ class ConvNeXtV2(nn.Module):
             raise UserError(f"out_indices {out_indices}: needs features_only=True")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.out_indices = take_stages(out_indices, len(dims))
-        self.feature_info = FeatureInfo.of(self.out_indices, dims, stem_stride)
-        self.features_only, deepest = features_only, self.out_indices[-1]
-        self.left_out = left_out(deepest, len(dims)) if features_only else ()
-        depths, dims = depths[: deepest + 1], dims[: deepest + 1]
+        info = [(dims[i], stem_stride * 2**i) for i in self.out_indices]
+        self.feature_info = FeatureInfo(*zip(*info, strict=True))
+        self.features_only, built = features_only, self.out_indices[-1] + 1
+        self.left_out = _names_left_out(range(built, len(dims))) if features_only else ()
+        depths, dims = depths[:built], dims[:built]
         self.depths = tuple(depths)
         self.in_chans = in_chans
         self.num_features = dims[-1]
@@ -78,19 +180,20 @@ class ConvNeXtV2(nn.Module):
         self.reset_classifier(0 if features_only else num_classes, head_init_scale)
 
     def reset_classifier(self, num_classes: int, head_init_scale: float = 1.0) -> None:
-        """A fresh head for `num_classes`; 0 removes it."""
+        """Make a new head for `num_classes`; 0 removes it."""
         self.num_classes = num_classes
-        self.head = linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Identity()
         if num_classes:
+            self.head = init_weights(nn.Linear(self.num_features, num_classes))
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in backward instead of saving what that needs, as in timm."""
+        """Save only the input of each block and compute the rest again in backward, as in timm."""
         set_grad_checkpointing(self, enable)
 
     def stage_maps(self, x: Tensor, grid: PatchGrid | None = None, last: int = -1) -> list[Tensor]:
-        """What leaves each stage up to `last`, in x's layout: x is as in `Block`."""
+        """Outputs of the stages up to `last`, in the layout of x, which is as in `Block`."""
         steps = list(zip(self.downsample_layers, self.stages, strict=True))
         maps = []
         for downsample, stage in steps[: last + 1 or None]:
@@ -111,11 +214,11 @@ class ConvNeXtV2(nn.Module):
         *,
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """(N, in_chans, H, W) -> the last map, and the maps (N, C_i, h_i, w_i) after some stages.
+        """(N, in_chans, H, W) -> the last map, and the maps (N, C_i, h_i, w_i) of some stages.
 
-        indices: None for all stages, n for the last n, or a rising list. intermediates_only: the
-        maps alone; deeper stages do not run. The stride of map i is stem_stride * 2**i; what fills
-        no whole cell at the right and bottom is cut off there.
+        indices: None for all stages, n for the last n, or a rising list. intermediates_only: return
+        the maps alone and do not run deeper stages. The stride of map i is stem_stride * 2**i; rows
+        and columns at the bottom and right that fill no whole cell are cut off.
         """
         taken = take_stages(indices, len(self.stages))
         last = taken[-1] if intermediates_only else -1
@@ -128,7 +231,7 @@ class ConvNeXtV2(nn.Module):
         return self.forward_stages(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, C, h, w) -> (N, num_classes), or the normalised mean (N, C) with `pre_logits`."""
+        """(N, C, h, w) -> (N, num_classes), or the normalized mean (N, C) with `pre_logits`."""
         x = self.norm(features.mean((-2, -1)))
         return x if pre_logits else self.head(x)
 
@@ -138,13 +241,13 @@ class ConvNeXtV2(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def layer_of(self, name: str, kind: str = "single") -> int:
-        """The layer a parameter belongs to, counted from the stem, which is 0.
+        """The number of the layer that a parameter belongs to, for layer-wise learning rates.
 
-        kind: `single` makes each block a layer, the downsampling before it included; `group`
-        makes the third stage's blocks layers of three and every other stage one layer. The final
-        norm belongs to the last layer and the head is one above.
+        kind: `single` makes each block a layer, together with the downsampling before it; `group`
+        makes the third stage's blocks layers of three and every other stage one layer. The stem is
+        layer 0, the final norm belongs to the last layer and the head is one above.
         """
-        first = {"single": self._layers_before, "group": self._groups_before}[kind]
+        first = {"single": self._single_layer, "group": self._group_layer}[kind]
         top, *rest = name.split(".")
         if top == "downsample_layers":
             stage = int(rest[0])
@@ -154,10 +257,10 @@ class ConvNeXtV2(nn.Module):
         last = first(len(self.depths) - 1, self.depths[-1] - 1)
         return last if top == "norm" else last + 1
 
-    def _layers_before(self, stage: int, block: int) -> int:
+    def _single_layer(self, stage: int, block: int) -> int:
         return 1 + sum(self.depths[:stage]) + block
 
-    def _groups_before(self, stage: int, block: int) -> int:
+    def _group_layer(self, stage: int, block: int) -> int:
         if stage == 2:
             return 3 + block // 3
         return 1 + stage if stage < 2 else 2 + -(-self.depths[2] // 3) + stage - 2
@@ -182,61 +285,3 @@ convnextv2_tiny = partial(ConvNeXtV2, *SIZES["tiny"])
 convnextv2_base = partial(ConvNeXtV2, *SIZES["base"])
 convnextv2_large = partial(ConvNeXtV2, *SIZES["large"])
 convnextv2_huge = partial(ConvNeXtV2, *SIZES["huge"])
-
-
-class Block(nn.Module):
-    """Depthwise 7x7, LayerNorm, and an MLP with GRN, around a residual.
-
-    x: dense (N, H, W, C), or packed (N, V, p, p, C) together with its grid.
-    """
-
-    checkpointing = False  # in training: save x alone for backward, which computes the rest again
-
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
-        init_weights(self.dwconv)
-        self.norm = LayerNorm(dim)
-        self.pwconv1 = linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim)
-        self.pwconv2 = linear(4 * dim, dim)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        y = self._branch_checkpointed(x, grid) if self._checkpoints() else self.branch(x, grid)
-        return x + self.drop_path(y)
-
-    def branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
-        """What is added to x, before any of it is dropped."""
-        y = depthwise(x, self.dwconv, grid, self.norm)
-        return block_mlp(y, self.pwconv1, self.grn, self.pwconv2)
-
-    def _checkpoints(self) -> bool:
-        """Not in a graph for elsewhere, nor with weights that `functional_call` lends for a call:
-        in backward they are gone.
-        """
-        asked = self.checkpointing and self.training and torch.is_grad_enabled()
-        if not asked or ops.exporting():
-            return False
-        return all(isinstance(weight, nn.Parameter) for weight in self.parameters())
-
-    def _branch_checkpointed(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
-        """`branch`; nothing random is in it, so no generator's state has to be kept either."""
-        used = [*self.parameters()]
-
-        def branch(x: Tensor) -> Tensor:
-            if any(now is not then for now, then in zip(self.parameters(), used, strict=True)):
-                raise RuntimeError(
-                    "a block with gradient checkpointing has other weights in backward than in "
-                    "forward, as after functional_call; set_grad_checkpointing(False)"
-                )
-            return self.branch(x, grid)
-
-        return checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
-
-
-def set_grad_checkpointing(network: nn.Module, enable: bool = True) -> None:
-    """For all blocks of a network."""
-    for module in network.modules():
-        if isinstance(module, Block):
-            module.checkpointing = enable

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""FCMAE: hide patches, encode what is left, imagine the rest.
+"""FCMAE: hide patches, encode the visible ones, predict the rest.
 
 python -c "from models import create_model; print(create_model('fcmae_convnextv2_atto'))"
 """

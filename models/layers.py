@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The layers of a ConvNeXt V2 block, all channels-last, none of which looks at a neighbour.
+"""The layers of ConvNeXt V2, channels-last, and the fused operations that replace several.
 
 python -c "import torch; from models.layers import GRN; print(GRN(8)(torch.ones(1, 2, 2, 8)).shape)"
 """
@@ -8,24 +8,25 @@ python -c "import torch; from models.layers import GRN; print(GRN(8)(torch.ones(
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from errors import UserError
 from models.kernels import ops
+from models.kernels.depthwise import depthwise
+from models.kernels.grn_mlp import grn_mlp
+from models.sparse import PatchGrid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # statistics in float32 under autocast, unlike (x-u)^2
 
 
 class GRN(nn.Module):
-    """Global response normalisation of an image's own positions, `(N, ..., C) -> (N, ..., C)`.
+    """Global response normalization of an image's own positions, `(N, ..., C) -> (N, ..., C)`.
 
     Sums run over every axis between the first and the last: all cells of a dense map
-    `(N, H, W, C)`, all visible cells of a packed one `(N, V, p, p, C)`. Identity at the start.
+    `(N, H, W, C)`, all visible cells of a packed one `(N, V, p, p, C)`. Identity at initialization.
     Source: arXiv 2301.00808, algorithm 1.
     """
 
@@ -40,7 +41,7 @@ class GRN(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a whole residual branch of an image with probability `prob`, rescaling the others."""
+    """Drop the residual branch of an image with probability `prob` and rescale the others."""
 
     def __init__(self, prob: float = 0.0) -> None:
         super().__init__()
@@ -59,9 +60,9 @@ class DropPath(nn.Module):
 class PatchConv(nn.Conv2d):
     """Convolution whose stride is its kernel, `(..., H, W, C) -> (..., H/k, W/k, D)`.
 
-    It never crosses a patch border, so dense maps and packed patches take the same path: cut
-    into k x k squares and multiply. What does not fill a square at the right or bottom is cut
-    off, as `nn.Conv2d` does. Parameters are those of `nn.Conv2d`.
+    It never crosses a patch border, so that it serves dense maps and packed patches alike. Rows
+    and columns that fill no whole square at the bottom and right are cut off, as by `nn.Conv2d`,
+    whose parameters it has.
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int) -> None:
@@ -71,7 +72,7 @@ class PatchConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         k = self.kernel_size[0]
         if k == 1:
-            return affine(x, self.weight.flatten(1), self.bias)
+            return ops.affine(x, self.weight.flatten(1), self.bias)
         if ops.exporting() and x.ndim == 4:  # without arithmetic on shapes in the graph
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         *lead, height, width, dim = x.shape
@@ -84,62 +85,70 @@ class PatchConv(nn.Conv2d):
         x = x[..., : h * k, : w * k, :].reshape(*lead, h, k, w, k, dim)
         x = x.transpose(-4, -3).reshape(*lead, h, w, k * k * dim)  # (..., h, w, k*k*C)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, k*k*C)
-        return affine(x, weight, self.bias)
+        return ops.affine(x, weight, self.bias)
 
 
-def init_weights(module: nn.Module) -> None:
-    """Weights of a convolution or linear layer: std 0.02, cut at two units; biases zero.
+def init_weights(layer: nn.Module) -> nn.Module:
+    """Initialize a layer: weights with std 0.02, cut at 2, biases zero; returns the layer.
 
-    Called once by whoever creates the layer. PyTorch's and timm's own default of std 1.0 made
-    the official pre-training start at a loss of 2e10.
+    Called once, where the layer is created. With the default std of 1.0 the official pre-training
+    started at a loss of 2e10.
     """
-    nn.init.trunc_normal_(module.weight, std=0.02)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-def linear(dim_in: int, dim_out: int) -> nn.Linear:
-    """`nn.Linear` with this toolkit's initialisation."""
-    layer = nn.Linear(dim_in, dim_out)
-    init_weights(layer)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
-def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as autocast would hand them to a convolution: for our own autograd functions.
+# --- fused operations ------------------------------------------------------------------------
 
-    float64 stays, as it does there.
+
+def fused_depthwise(
+    x: Tensor, conv: nn.Conv2d, grid: PatchGrid | None = None, norm: nn.Module | None = None
+) -> Tensor:
+    """`norm(conv(x))` of a dense map, or of a packed map and its grid, in the layout of x.
+
+    Removed patches count as zeros, like the padding around an image.
     """
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    half = torch.get_autocast_dtype(kind)
-    return [x if x.dtype == torch.float64 else x.to(half) for x in tensors]
+    fused = _can_fuse(conv, nn.Conv2d) and _is_depthwise(conv)
+    if norm is not None and not (fused and _can_fuse(norm, nn.LayerNorm)):
+        return norm(fused_depthwise(x, conv, grid))
+    if not fused:
+        dense = x if grid is None else grid.unpack(x)
+        y = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y if grid is None else grid.pack(y)
+    of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    places = (None, None) if grid is None else (grid.ids, grid.slots)
+    return depthwise(x, conv.weight, conv.bias, *of_norm, *places)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, with its products and those of its gradients in the form that is fastest."""
-    half = torch.is_autocast_enabled(x.device.type)
-    if half or bias is None or ops.exporting() or not ops.has_onednn(x):
-        return F.linear(x, weight, bias)
-    return _Affine.apply(x, weight, bias)
+def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
+    """`fc2(grn(gelu(fc1(x))))` of x (N, ..., C)."""
+    if not (_can_fuse(fc1, nn.Linear) and _can_fuse(grn, GRN) and _can_fuse(fc2, nn.Linear)):
+        return fc2(grn(F.gelu(fc1(x))))
+    of_grn = (grn.gamma.flatten(), grn.beta.flatten(), grn.eps)
+    return grn_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *of_grn)
 
 
-class _Affine(Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.no_view(ops.product(x, weight, bias))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
-            return ops.plain_gradients(F.linear, (x, weight, bias), dy)
-        of_x, of_weight, _ = ctx.needs_input_grad
-        dx = ops.product(dy, weight.mT) if of_x else None
-        dy = dy.flatten(0, -2)
-        return dx, ops.gram(dy, x.flatten(0, -2)) if of_weight else None, dy.sum(0)
+def _can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True if a fused operation may replace the module: it is unchanged and has no hooks.
+
+    Exported graphs hold the modules themselves.
+    """
+    if type(module) is not kind or getattr(module, "bias", True) is None or ops.exporting():
+        return False
+    own = (getattr(module, name) for name in _HOOKS)
+    of_all = (getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+    return not any(own) and not any(of_all) and "forward" not in vars(module)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    """True for one channel a group, stride 1, an odd square kernel and zero padding around it."""
+    rows, columns = conv.kernel_size
+    square = rows == columns and rows % 2 == 1 and conv.padding == (rows // 2, rows // 2)
+    ones = conv.stride == conv.dilation == (1, 1) and conv.weight.shape[1] == 1
+    same = conv.groups == conv.out_channels and conv.padding_mode == "zeros"
+    return square and ones and same

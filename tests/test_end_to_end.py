@@ -387,7 +387,7 @@ BAD = {  # name -> script, flags, what the line must name
     "no checkpoint": ("finetune", "--eval --resume {0}/nothing.pth", "nothing.pth"),
     "resume other": ("pretrain", "--resume {0}/resnet.pth", "conv1.weight"),
     "text as weights": ("finetune", "--eval --resume {0}/file", "begins with b'a file'"),
-    "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has sha256"),
+    "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has SHA-256"),
     "hash of what": ("finetune", f"--sha256 {'0' * 64}", "either --resume or --finetune"),
     "average of what": ("finetune", "--use_ema", "--finetune, --resume or --eval"),
     "hub": ("finetune", "--finetune hf-hub:owner/name", "cannot be reached"),

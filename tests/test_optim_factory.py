@@ -1,10 +1,9 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Parameter groups, optimizers by name, schedules, EMA."""
+"""Parameter groups, optimizers by name, schedules."""
 
 from __future__ import annotations
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -25,7 +24,6 @@ from optim_factory import (
     get_parameter_groups,
     scale_lr,
 )
-from training.ema import build_ema
 
 
 def classifier(depths=(1, 1, 2, 1)) -> ConvNeXtV2:
@@ -157,7 +155,8 @@ def test_rate_falls_by_half_with_each_layer_from_the_head(kind, depths, powers):
 
 def test_layer_decay_of_a_model_without_layers_is_refused():
     with pytest.raises(
-        UserError, match="--layer_decay 0.9 needs a model.*layer_of.*FCMAE has none: use --layer_decay 1"
+        UserError,
+        match="--layer_decay 0.9 needs a model.*layer_of.*FCMAE has none: use --layer_decay 1",
     ):
         create_optimizer(fcmae(), lr=1.0, layer_decay=0.9)
 
@@ -349,87 +348,3 @@ def test_flags_reach_the_schedule():
     schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
     assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.4
-
-
-# --- EMA ------------------------------------------------------------------------------------
-
-
-def ema_args(**changes) -> SimpleNamespace:
-    flags = {"model_ema": True, "model_ema_decay": 0.5, "model_ema_force_cpu": False}
-    return SimpleNamespace(**(flags | changes))
-
-
-def test_no_moving_average_unless_asked_for():
-    assert build_ema(ema_args(model_ema=False), nn.Linear(1, 1)) is None
-
-
-@pytest.mark.parametrize("force_cpu", [False, True])
-def test_moving_average_warms_up_and_then_follows_exactly(force_cpu):
-    """decay 0 at the first update, then 1 - k^(-2/3) for k = 2, 3, ... up to the flag's 0.5."""
-    model = nn.Linear(1, 1, bias=False).double()
-    model.weight.data[:] = 100.0
-    ema = build_ema(ema_args(model_ema_force_cpu=force_cpu), model)
-    average = 100.0
-    decays = [0.0, 1 - 2 ** (-2 / 3), 0.5, 0.5]  # 1 - 3^(-2/3) = 0.519 is above the limit
-    for step, (weight, decay) in enumerate(zip([8.0, 4.0, 2.0, 1.0], decays, strict=True), start=1):
-        model.weight.data[:] = weight
-        ema.update(model, torch.tensor(step), torch.tensor(True))
-        average = decay * average + (1 - decay) * weight
-        assert ema.module.weight.item() == pytest.approx(average, rel=1e-12)
-    assert model.weight.item() == 1.0
-
-
-@pytest.mark.parametrize("force_cpu", [False, True])
-def test_moving_average_is_the_same_to_the_bit_after_a_skipped_update(force_cpu):
-    """Even where the batch that was skipped has left statistics that are not finite."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 2))
-    ema = build_ema(ema_args(model_ema_force_cpu=force_cpu), model)
-    for updates, x in enumerate(torch.randn(3, 8, 20), start=1):
-        model(x).sum().backward()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        ema.update(model, torch.tensor(updates), torch.tensor(True))
-    before = copy.deepcopy(ema.module.state_dict())
-    with torch.no_grad():
-        model[2].weight.mul_(3)
-    model(torch.full((8, 20), math.nan))
-    ema.update(model, torch.tensor(3), torch.tensor(False))
-    for name, value in ema.module.state_dict().items():
-        assert value.dtype == before[name].dtype
-        assert value.numpy().tobytes() == before[name].numpy().tobytes(), name
-
-
-def test_moving_average_averages_float_buffers_and_copies_others():
-    model = nn.BatchNorm1d(1)
-    ema = build_ema(ema_args(), model)
-    model.running_mean.fill_(4.0)
-    model.num_batches_tracked.fill_(7)
-    ema.update(model, torch.tensor(100), torch.tensor(True))  # the decay is the flag's 0.5
-    assert ema.module.running_mean.item() == 2.0
-    assert ema.module.num_batches_tracked.item() == 7
-
-
-def test_moving_average_is_timms():
-    """Which waits for the device, to know whether there is anything to average."""
-    from timm.utils import ModelEmaV3
-
-    model = classifier()
-    ours = build_ema(ema_args(model_ema_decay=0.9), model)
-    timms = ModelEmaV3(model, 0.9, use_warmup=True)
-    for step in range(1, 60):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        ours.update(model, torch.tensor(step), torch.tensor(True))
-        timms.update(model, step=step)
-    for a, b in zip(ours.module.parameters(), timms.module.parameters(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_moving_average_has_no_gradient_and_is_in_evaluation_mode():
-    model = classifier()
-    ema = build_ema(ema_args(), model.train())
-    assert not ema.module.training
-    assert model.training
-    model(torch.randn(1, 3, 32, 32)).sum().backward()
-    assert all(parameter.grad is None for parameter in ema.module.parameters())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from parallel import sharding
 from parallel.process_group import all_gather, get_logger, get_rank, is_main_process
 from training.checkpoint import TrainState, is_finite
-from training.checkpoint_manager import snapshot
+from training.checkpoint_manager import copy_to_cpu
 from training.stepper import BadStep, Stepper, autocast
 from utils import write_atomically
 
@@ -73,8 +73,8 @@ class AnomalyGuard:
     def begin_epoch(self, state: TrainState, compute_loss: ComputeLoss) -> None:
         """Prepare for an epoch, or for the rest of it after a resume."""
         self.compute_loss = compute_loss
-        if "guard" in state.within:
-            saved = state.within["guard"]
+        if "guard" in state.epoch_sums:
+            saved = state.epoch_sums["guard"]
             self.stepper.restore(saved)
             self.rollbacks, self.last_rollback = saved["returns"], saved["returned_at"]
         self.snapshot(state)
@@ -86,13 +86,17 @@ class AnomalyGuard:
 
     def snapshot(self, state: TrainState) -> None:
         """Copy all parts to host memory, if rollbacks are enabled and all weights are finite."""
-        if self.snapshot_freq is None or (self.snapshots and state.updates == self.snapshot_step):
+        if self.snapshot_freq is None or (
+            self.snapshots and state.global_step == self.snapshot_step
+        ):
             return
         if self.snapshots and not all(all_gather(is_finite(self.parts[0]))):
             return  # the next step will be bad
         self.snapshots = []  # free the old one first
-        self.snapshots = [snapshot(sharding.own_part(part).state_dict()) for part in self.parts]
-        self.snapshot_step, self.snapshot_bad_steps = state.updates, state.bad_steps
+        self.snapshots = [
+            copy_to_cpu(sharding.local_optimizer(part).state_dict()) for part in self.parts
+        ]
+        self.snapshot_step, self.snapshot_bad_steps = state.global_step, state.bad_steps
         self.snapshot_counters = self.stepper.state()
 
     def check(self, state: TrainState) -> str:
@@ -103,10 +107,10 @@ class AnomalyGuard:
             if skipped:
                 get_logger().info("skipped %d steps while fp16 searches for its scale", skipped)
             freq = self.snapshot_freq
-            if freq is not None and state.updates >= self.snapshot_step + freq:
+            if freq is not None and state.global_step >= self.snapshot_step + freq:
                 self.snapshot(state)
             return ""
-        first = state.updates + 1 - bad[0].steps_ago
+        first = state.global_step + 1 - bad[0].steps_ago
         get_logger().warning("skipped %d steps, the first is step %d: %s", skipped, first, bad[0])
         sources = self._report(state, bad)
         if self.data_loader is not None:
@@ -122,12 +126,12 @@ class AnomalyGuard:
     def _roll_back(self, state: TrainState) -> str:
         for part, content in zip(self.parts, self.snapshots, strict=True):
             # Restore a copy: an optimizer would continue to train on the original tensors.
-            sharding.restore(part, snapshot(content))
+            sharding.load_local_state(part, copy_to_cpu(content))
         self.stepper.restore(self.snapshot_counters)
-        dropped = state.updates - self.snapshot_step
+        dropped = state.global_step - self.snapshot_step
         recent = self.snapshot_step < self.last_rollback + self.snapshot_freq
-        self.rollbacks, self.last_rollback = 1 + self.rollbacks * recent, state.updates
-        self.snapshot_step = state.updates
+        self.rollbacks, self.last_rollback = 1 + self.rollbacks * recent, state.global_step
+        self.snapshot_step = state.global_step
         self.snapshot_bad_steps += dropped
         state.bad_steps = self.snapshot_bad_steps  # global_step - bad_steps: steps in the weights
         get_logger().warning(
@@ -148,13 +152,13 @@ class AnomalyGuard:
             mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in step.ids]}
             if number < MAX_DIAGNOSED and self.data_loader is not None:
                 try:
-                    with sharding.whole_weights(self.parts[0]) as network:
+                    with sharding.unsharded(self.parts[0]) as network:
                         mine |= self._diagnose(network, state, step)
                 except torch.OutOfMemoryError as error:  # on all ranks
                     mine |= {"first_not_finite": None, "note": f"cannot be rerun: {error}"}
             entry = {
                 "epoch": state.epoch,
-                "update": state.updates + 1 - step.steps_ago,
+                "update": state.global_step + 1 - step.steps_ago,
                 "fault": str(step),
                 "loss": _number(step.loss),
                 "usual_loss": _number(step.usual_loss),
@@ -182,14 +186,14 @@ class AnomalyGuard:
                 bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
                 if bad.any():
                     return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}
-                number = state.updates - step.steps_ago
+                number = state.global_step - step.steps_ago
                 compute = partial(self._compute, network, batch, number, micro)
                 if found := first_not_finite(network, compute):
                     return {"first_not_finite": found}
         except Exception as error:  # such as out of memory: a diagnosis must not end the run
             note = f"cannot be rerun: {type(error).__name__}: {error}"
             return {"first_not_finite": None, "note": note}
-        how = " with the gathered float32 weights" * (network is not self.parts[0])
+        how = " with the gathered float32 weights" * sharding.is_fsdp(network)
         return {"first_not_finite": None, "note": f"every value was finite in a rerun{how}"}
 
     def _compute(self, network: nn.Module, batch: Any, step: int, micro: int) -> Tensor:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain, islice, repeat
 from operator import itemgetter
@@ -30,18 +30,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data_loading.dataset import Replacement
+from data_loading.dataset import Replacement, collate
+from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
-from datasets import DeviceLoader, class_map, collate, create_loader
+from data_loading.workers import WatchedLoader
+from datasets import class_map
 from errors import TrainingStopped, UserError, first_few
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from training import hooks, run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
-from training.stepper import Stepper
+from training.checkpoint_manager import CheckpointManager
+from training.setup import TrainLoop
 
 SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
@@ -58,16 +60,11 @@ class PlannedRun:
     args: Any
     folder: Path | None
     source: str  # file or folder of the initial weights, "" for random ones
-    state: TrainState
+    loop: TrainLoop
+    train_epoch: Callable[[Any, TrainLoop], dict]
     data_loader_train: DeviceLoader
-    stepper: Stepper
-    schedule: Schedule
-    train_epoch: Callable[..., dict]  # called with batches, state, reporter, keeper and guard
-    save: Callable[..., None]  # called with state and writer
     data_loader_val: DeviceLoader | None = None
-    evaluate: Callable[..., dict] | None = None  # called with batches
-    evaluations_per_epoch: int = 1
-    batch_multiple: int = 1  # mixup needs even batches
+    evaluate: Callable[[Any], dict] | None = None
 
 
 @dataclass
@@ -155,11 +152,11 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
     Uses the run's own number of worker processes and time limit, so that an image that kills or
     blocks its reader is named.
     """
-    data, found = loader.samples, Decoded()
+    data, found = loader.dataset, Decoded()
     mine = range(get_rank(), len(data), get_world_size())[:100_000]  # more than there is time for
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     workers, first = min(loader.num_workers, len(keys)), itemgetter(0)
-    one_by_one = create_loader(data, keys, 1, workers, timeout=loader.timeout, collate_fn=first)
+    one_by_one = WatchedLoader(data, keys, 1, workers, timeout=loader.timeout, collate_fn=first)
     start = time.perf_counter()
     try:
         for (_, index), sample in zip(keys, one_by_one, strict=True):
@@ -178,7 +175,7 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
 
 def check_images(report: Report, name: str, loader: DataLoader, seed: int) -> list[tuple]:
     """Decode images of a data set on all ranks and report the bad ones; returns good samples."""
-    data, mine = loader.samples, decode_some(loader, seed, DECODE_SECONDS)
+    data, mine = loader.dataset, decode_some(loader, seed, SECONDS)
     found = all_gather((mine.bad, mine.skipped, mine.tried, len(mine.good)))
     bad, skipped = (sorted(set(chain(*lists))) for lists in list(zip(*found, strict=True))[:2])
     tried, good = (sum(counts) for counts in list(zip(*found, strict=True))[2:])
@@ -199,20 +196,20 @@ def check_images(report: Report, name: str, loader: DataLoader, seed: int) -> li
 
 def report_plan(report: Report, run: PlannedRun) -> None:
     """Log where the run starts, its steps, parameters and learning rates."""
-    state, total = run.state, run.schedule.total
-    start = f"epoch {state.epoch}, step {state.updates} of {total}"
+    state, total = run.loop.state, run.loop.schedule.total
+    start = f"epoch {state.epoch}, step {state.global_step} of {total}"
     report.line("start", f"{run.source or 'random weights'}, {start}")
-    ranks, accumulation = get_world_size(), run.stepper.update_freq
+    ranks, accumulation = get_world_size(), run.loop.stepper.update_freq
     factors = f"{run.args.batch_size} x {accumulation} accumulation steps x {ranks} processes"
     report.line("step", f"{state.effective_batch} images = {factors}; {total} steps in the run")
-    groups = run.stepper.optimizer.param_groups
+    groups = run.loop.stepper.optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
     lowest = min(group["lr_scale"] for group in groups)
     layers = f", learning rate x {lowest:.3g} to 1 by layer" * (lowest < 1)
     report.line("parameters", f"{text}, in {len(groups)} groups{layers}")
-    for number, row in enumerate(lr_rows(run.schedule, state.updates)):
+    for number, row in enumerate(lr_rows(run.loop.schedule, state.global_step)):
         report.line("" if number else "lr", row)
 
 
@@ -274,9 +271,10 @@ class StepProbe:
 
     def __init__(self, run: PlannedRun, samples: list[tuple]) -> None:
         """samples: (image (C, H, W), label, index). Every rank must create a probe."""
-        self.run, self.device = run, run.stepper.device
+        self.run, self.device = run, run.loop.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
-        self.guard, self.keeper = AnomalyGuard(run.stepper), Keeper(None)
+        self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
+        self.checkpoints, self.guard = CheckpointManager(None), AnomalyGuard(run.loop.stepper)
         self.bad_steps = 0
         on_linux = self.device.type == "cpu" and os.access(PROC / "self/clear_refs", os.W_OK)
         self.tells_memory = on_linux or self.device.type == "cuda"
@@ -293,9 +291,12 @@ class StepProbe:
         """Train an epoch on these batches."""
         state = TrainState()
         reporter = hooks.Reporter([], self.device, state, NEVER, NEVER, NEVER)
-        watchers = {"reporter": reporter, "keeper": self.keeper, "guard": self.guard}
+        loop = replace(
+            self.run.loop,
+            state=state, reporter=reporter, checkpoints=self.checkpoints, guard=self.guard,
+        )  # fmt: skip
         try:
-            self.run.train_epoch(batches=batches, state=state, **watchers)
+            self.run.train_epoch(batches, loop)
         except RuntimeError as error:
             if isinstance(error, TrainingStopped) or "deterministic" not in str(error):
                 raise
@@ -326,14 +327,16 @@ class StepProbe:
 
     def finish(self, report: Report) -> None:
         """Wait for the last exchange between ranks and report steps that were not finite."""
-        self.keeper.agreement.wait()
-        if self.bad_steps and not self.run.stepper.scaler.is_enabled():  # fp16 searches its scale
+        self.checkpoints.vote.wait()
+        if (
+            self.bad_steps and not self.run.loop.stepper.scaler.is_enabled()
+        ):  # fp16 searches its scale
             report.problem(f"{self.bad_steps} steps had a loss or gradient that is not finite")
 
 
 def check_memory(report: Report, probe: StepProbe) -> int:
     """Report the memory of a step and the largest batch; returns a size that fits, 0 for none."""
-    args, unit, asked = probe.run.args, probe.run.batch_multiple, probe.run.args.batch_size
+    args, unit, asked = probe.run.args, probe.batch_multiple, probe.run.args.batch_size
     most = len(probe.run.data_loader_train.loader.dataset) // get_world_size() // unit * unit
     largest, how = asked, "no other size was tried"
     if probe.tells_memory and not (args.compile or args.cuda_graphs):  # they compile each size
@@ -342,7 +345,7 @@ def check_memory(report: Report, probe: StepProbe) -> int:
     survives = probe.device.type == "cuda" and get_world_size() == 1  # a CPU process gets killed
     size = min(asked, most if survives else largest)
     try:
-        peak = probe.peak(size, min(2, probe.run.stepper.update_freq)) if size else 0
+        peak = probe.peak(size, min(2, probe.run.loop.stepper.update_freq)) if size else 0
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         full = full or any(text in str(error) for text in OUT_OF_MEMORY)
@@ -360,7 +363,7 @@ def check_memory(report: Report, probe: StepProbe) -> int:
 
 def estimate_largest(probe: StepProbe, asked: int) -> tuple[int, str]:
     """Estimate the largest batch from two small steps; returns it and how it was found."""
-    unit = probe.run.batch_multiple
+    unit = probe.batch_multiple
     small = max(asked // 8 // unit, 1) * unit
     size = min(2 * small, asked)
     low, high = probe.peak(small), probe.peak(size)
@@ -449,21 +452,21 @@ def measure_evaluation(report: Report, probe: StepProbe) -> float:
     run, loader = probe.run, probe.run.data_loader_val.loader
     images, ranks = len(loader.dataset), get_world_size() if run.args.dist_eval else 1
     size = min(loader.batch_size, images)
-    run.evaluate(batches=probe.batches(size))  # warm-up
-    rate = calls_per_second(lambda n: run.evaluate(batches=probe.batches(size, n)), SECONDS / 2)
+    run.evaluate(probe.batches(size))  # warm-up
+    rate = calls_per_second(lambda n: run.evaluate(probe.batches(size, n)), SECONDS / 2)
     model = rate * size * ranks
     read = sum(all_gather(loader_rate(loader, SECONDS / 2)))
     slower = "loader" if read < model else "model"
     seconds = images / min(model, read)
     text = f"model {model:.1f} images/s, loader {read:.1f} images/s, limited by the {slower}"
     report.line("evaluation", f"{text}: {timedelta(seconds=round(seconds))}")
-    return seconds * run.evaluations_per_epoch
+    return seconds * (2 if vars(run.args).get("model_ema_eval") else 1)
 
 
 def report_time(report: Report, run: PlannedRun, rate: float, evaluation: float) -> None:
     """Report the duration of an epoch and of the rest of the run."""
-    loader, state = run.data_loader_train, run.state
-    epochs = run.args.epochs - state.epoch - state.seen / len(loader.loader.dataset)
+    loader, state = run.data_loader_train, run.loop.state
+    epochs = run.args.epochs - state.epoch - state.samples_in_epoch / len(loader.loader.dataset)
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))
     report.line("time", f"{each} per epoch, {rest} for the {epochs:.4g} epochs left, without saves")
@@ -480,11 +483,13 @@ def tensor_bytes(content: Any) -> int:
 def check_disk(report: Report, run: PlannedRun) -> None:
     """Compare the size of all checkpoints that will exist at once with the free disk space."""
     args, evaluated, contents = run.args, run.data_loader_val is not None, []
-    run.save(state=run.state, writer=lambda content, write: contents.append(content))
+    run.loop.checkpoints.save(
+        state=run.loop.state, writer=lambda content, write: contents.append(content)
+    )
     if not contents:  # only rank 0 has them
         return
     complete, ema = tensor_bytes(contents[0]), tensor_bytes(contents[0]["model_ema"]) * evaluated
-    epoch_ends = math.ceil((args.epochs - run.state.epoch) / args.save_ckpt_freq)
+    epoch_ends = math.ceil((args.epochs - run.loop.state.epoch) / args.save_ckpt_freq)
     within_epoch = 2 if args.save_ckpt_every_steps or args.save_ckpt_every_minutes else 0
     files = min(args.save_ckpt_num, max(epoch_ends, 1)) + within_epoch + evaluated + 1  # a new one
     existing = [file.stat() for file in run.folder.glob("checkpoint-*.pth")]

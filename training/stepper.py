@@ -124,7 +124,7 @@ class Stepper:
         self.spike_factor = spike_factor
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.local_optimizer = sharding.own_part(optimizer)
+        self.local_optimizer = sharding.local_optimizer(optimizer)
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
         # Not before the first step: fused SGD would skip to a momentum that does not exist yet.
         self.skips_on_device = False
@@ -155,7 +155,7 @@ class Stepper:
     def micro_batch(self) -> Iterator[None]:
         """Wrap forward and loss in autocast; reduce gradients with the last micro-batch only."""
         last = self.micro + 1 == self.window
-        with sharding.exchange(self.model, last), autocast(self.device, self.amp):
+        with sharding.sync_gradients(self.model, last), autocast(self.device, self.amp):
             yield
 
     def step(self, loss: Tensor, ids: Tensor | None = None) -> StepResult | None:
@@ -177,7 +177,7 @@ class Stepper:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        norm = sharding.full(norm)
+        norm = sharding.full_tensor(norm)
         taken = self._finish_step(norm.detach(), *self._agree(norm))
         self._open_window()
         return StepResult(taken, norm.detach())

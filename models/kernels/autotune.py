@@ -1,13 +1,12 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Which of several equal computations runs: the fastest on this device, measured once and kept.
+"""Choose the fastest implementation of an operation by timing on this device, once.
 
 python -c "from models.kernels import autotune; print(autotune.cache_file('cpu'))"
 """
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +15,7 @@ import os
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -31,180 +31,145 @@ from errors import UserError
 from parallel.process_group import agree, get_logger
 from utils import write_atomically
 
-FORMS = 1  # raise it with every change of a form: what was measured before counts no more
-GAIN = 0.9  # share of the first form's time that another must stay below to be taken
-ROUNDS = 5  # of which the shortest counts
-PATIENCE = 2.0  # seconds to wait for the lock of the file; then it is written without
-CUDA_ONLY = ("native", "triton")  # Triton's interpreter serves tests, under --kernels triton
-
+VERSION = 1  # raise it with every change of an implementation: timings before it are ignored
+GAIN = 0.9  # take another implementation only below this share of the first one's time
+ROUNDS = 5  # of timing; the shortest counts
+PATIENCE = 2.0  # seconds to wait for the lock of the cache file before writing without it
 REAL = (Tensor, torch.nn.Parameter)
 
-Forms = dict[str, Callable]  # name -> function; all equal, and torch's own comes first
 
+class Autotuner:
+    """The implementation of each operation and shape; one object for the process.
 
-class Choices:
-    """The form taken for each operation and shape; one for the process, as `torch.backends`."""
+    implementations: name -> function, all with equal results, torch's own first.
+    """
 
     def __init__(self) -> None:
         self.mode = "auto"
-        self.taken: dict[tuple, str] = {}
-        self.saved: dict[str, dict[str, str]] = {}  # of the run that is resumed, as in `state()`
-        self.kept: dict[str, dict[str, str]] = {}  # device type -> what its file holds
-        self.seconds: dict[str, dict[str, float]] = {}  # entry -> of each form measured here
+        self.chosen: dict[tuple, str] = {}
+        self.restored: dict[str, dict[str, str]] = {}  # of the resumed run, as in `state()`
+        self.cached: dict[str, dict[str, str]] = {}  # device type -> content of its cache file
+        self.seconds: dict[str, dict[str, float]] = {}  # entry -> times measured here
 
-    def pick(
-        self, op: str, forms: Forms, key: tuple, like: Tensor, sample: Callable[[], tuple]
+    def choose(
+        self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
-        """The name of the form to run for tensors as `like`; `sample()` is what to measure on."""
+        """Name of the implementation for tensors such as `like`; `sample()` is timed."""
         question = (op, like.device.type, like.dtype, key)
-        if question not in self.taken:
+        if question not in self.chosen:
             if type(like) not in REAL or _get_current_dispatch_mode() is not None:
-                return next(iter(forms))  # fake tensors, or somebody counts: no time to measure
-            name = self._decide(op, forms, key, like, sample)
-            if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return name  # perhaps only because nothing can be measured now
-            self.taken[question] = name
-        return self.taken[question]
+                return next(iter(implementations))  # fake tensors or counting modes: no timing
+            name = self._decide(op, implementations, key, like, sample)
+            if _capturing(like):
+                return name  # perhaps only because nothing can be timed now
+            self.chosen[question] = name
+        return self.chosen[question]
 
     def _decide(
-        self, op: str, forms: Forms, key: tuple, like: Tensor, sample: Callable[[], tuple]
+        self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
-        device, names = like.device, list(forms)
-        if self.mode == "triton" and "triton" in names:
+        device = like.device
+        if self.mode == "triton" and "triton" in implementations:
             return "triton"
-        if not like.is_cuda:
-            names = [name for name in names if name not in CUDA_ONLY]
-        elif not runs_triton(device):
-            names = [name for name in names if name != "triton"]
+        # Triton's interpreter is for tests, under --kernels triton.
+        usable = {"native": like.is_cuda, "triton": like.is_cuda and _has_triton()}
+        names = [name for name in implementations if usable.get(name, True)]
         if len(names) == 1 or self.mode != "auto":
             return names[0]
         entry = _entry(op, like.dtype, key)
-        saved = self.saved.get(_machine(device.type), {}).get(entry)
-        if saved in names:
-            return saved
-        if saved is not None:
-            get_logger().warning("kernels: %s has no form %s here, choosing anew", entry, saved)
-        kept = self._kept(device.type)
-        if kept.get(entry) not in names:
-            if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return names[0]  # nothing can be measured into a CUDA graph
-            seconds = {names[0]: measure(forms[names[0]], sample(), device)}
-            seconds |= {name: self._try(forms[name], sample(), like) for name in names[1:]}
-            self.seconds[entry] = seconds
-            best = min(seconds, key=seconds.__getitem__)
-            kept[entry] = best if seconds[best] < GAIN * seconds[names[0]] else names[0]
-            self._keep(device.type, entry, names)
-        name = self.kept[device.type][entry]
+        restored = self.restored.get(_machine(device.type), {}).get(entry)
+        if restored in names:
+            return restored
+        if restored is not None:
+            text = "kernels: the run's choice for %s, %s, does not exist here; choosing again"
+            get_logger().warning(text, entry, restored)
+        cached = self.cached.setdefault(device.type, _read(device.type))
+        if cached.get(entry) not in names:
+            if _capturing(like):
+                return names[0]  # nothing can be timed within a CUDA graph
+            first, *others = (implementations[name] for name in names)
+            times = [measure(first, sample(), device)]
+            times += [_try_to_measure(other, sample(), device) for other in others]
+            self.seconds[entry] = dict(zip(names, times, strict=True))
+            best = min(times)
+            cached[entry] = names[times.index(best) if best < GAIN * times[0] else 0]
+            self._store(device.type, entry, names)
+        name = self.cached[device.type][entry]
         agreed = agree(f"{_machine(device.type)} {entry}", name)
         return agreed if agreed in names else name
 
-    def _try(self, form: Callable, args: tuple, like: Tensor) -> float:
-        try:
-            return measure(form, args, like.device)
-        except Exception as error:  # it may not fit this device, shape or memory: others do
-            get_logger().debug("kernel left out: %s: %s", type(error).__name__, error)
-            return math.inf
+    def _store(self, kind: str, entry: str, names: list[str]) -> None:
+        """Add an entry to the cache file, or adopt one that another process has added meanwhile."""
+        from filelock import FileLock  # takes long to import
 
-    def _kept(self, kind: str) -> dict[str, str]:
-        if kind not in self.kept:
-            self.kept[kind] = _read(kind)
-        return self.kept[kind]
-
-    def _keep(self, kind: str, entry: str, names: list[str]) -> None:
-        """Add an entry to the file, or take what another process has added since it was read."""
         try:
             path = cache_file(kind)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.parent / ".lock"):
+            lock = FileLock(path.with_name(".lock"))
+            with suppress(OSError, NotImplementedError):  # too slow, or no locks on this disk
+                lock.acquire(timeout=PATIENCE, poll_interval=0.01)
+            try:
                 found = _read(kind)
                 if found.get(entry) not in names:
-                    found[entry] = self.kept[kind][entry]
+                    found[entry] = self.cached[kind][entry]
                     write_atomically(json.dumps(found, indent=1, sort_keys=True), path)
-            self.kept[kind] = found
-        except (OSError, RuntimeError) as error:  # no home, or it cannot be written
-            get_logger().debug("kernels are measured in every run: %s", error)
+            finally:
+                lock.release()
+            self.cached[kind] = found
+        except (OSError, RuntimeError) as error:  # no home directory, or it is not writable
+            get_logger().debug("kernels are timed in every run: %s", error)
 
     def state(self) -> dict[str, dict[str, str]]:
         """The run's choices, by device and versions, as plain types for its checkpoints."""
-        state = {machine: dict(entries) for machine, entries in self.saved.items()}
-        for (op, kind, dtype, key), name in self.taken.items() if self.mode == "auto" else ():
+        state = {machine: dict(entries) for machine, entries in self.restored.items()}
+        for (op, kind, dtype, key), name in self.chosen.items() if self.mode == "auto" else ():
             state.setdefault(_machine(kind), {})[_entry(op, dtype, key)] = name
         return state
 
     def restore(self, state: Mapping[str, Mapping[str, str]], device: torch.device) -> None:
         """Continue with the choices of `state()`, unless the device or a version has changed."""
-        self.saved = {machine: dict(entries) for machine, entries in state.items()}
+        self.restored = {machine: dict(entries) for machine, entries in state.items()}
         here = _machine(device.type)
         if self.mode == "auto" and state and here not in state:
-            text = "kernels: choosing anew, since the run was on %s and this is %s"
+            text = "kernels: choosing again, since the run was on %s and this is %s"
             get_logger().warning(text, " and ".join(state), here)
 
     def summary(self) -> str:
-        """What runs, for the log: `depthwise triton 3, torch 1; product onednn 1`."""
-        counts: dict[str, dict[str, int]] = {}
-        for (op, *_), name in self.taken.items():
-            of_op = counts.setdefault(op, {})
-            of_op[name] = of_op.get(name, 0) + 1
-        texts = [
-            f"{op} {', '.join(f'{name} {count}' for name, count in sorted(of_op.items()))}"
-            for op, of_op in sorted(counts.items())
-        ]
-        return f"{self.mode}: {'; '.join(texts) or 'one form of everything'}"
+        """Choices for the log: `auto: depthwise torch 1, triton 3; linear onednn 1`."""
+        counts = Counter((op, name) for (op, *_), name in self.chosen.items())
+        texts: dict[str, list[str]] = {}
+        for (op, name), count in sorted(counts.items()):
+            texts.setdefault(op, []).append(f"{name} {count}")
+        text = "; ".join(f"{op} {', '.join(names)}" for op, names in texts.items())
+        return f"{self.mode}: {text or 'no operation with a choice'}"
 
 
-def _read(kind: str) -> dict[str, str]:
-    try:
-        return dict(json.loads(cache_file(kind).read_text(encoding="utf-8")))
-    except (OSError, RuntimeError, TypeError, ValueError):  # absent, or not ours: written anew
-        return {}
+autotuner = Autotuner()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file; continue without if it takes too long, or nothing can be locked."""
-    with open(path, "a") as file:
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
-        yield
+def shape_key(x: Tensor, *more: int) -> tuple[int, ...]:
+    """A key for `dispatch`: the shape, with images rounded up to a power of two.
 
-
-choices = Choices()
-
-
-def _entry(op: str, dtype: torch.dtype, key: tuple) -> str:
-    return " ".join([op, str(dtype).removeprefix("torch."), *map(str, key)])
-
-
-def size(x: Tensor, *more: int) -> tuple[int, ...]:
-    """A key for `run`: the shape, images in powers of two, since a last batch may be smaller.
-
-    Nothing while compiling, when a key would tie the graph to one batch size.
+    The last batch may be smaller. Empty while compiling: a key would fix the graph's batch size.
     """
     if torch.compiler.is_compiling():
         return ()
     return 1 << (x.shape[0] - 1).bit_length(), *x.shape[1:], *more
 
 
-def run(op: str, forms: Forms, key: tuple, *args: Any) -> Any:
-    """The operation on `args`, a tensor first, in the form that is fastest for its `key`.
+def dispatch(op: str, implementations: dict[str, Callable], key: tuple, *args: Any) -> Any:
+    """Run the fastest implementation of an operation on `args`, a tensor first.
 
     key: what the speed depends on, apart from device and dtype. Under torch.compile the first
-    form runs: what the compiler sees is its to make fast.
+    implementation runs, which the compiler optimizes.
     """
-    if len(forms) == 1 or torch.compiler.is_compiling():
-        return next(iter(forms.values()))(*args)
-    return forms[choices.pick(op, forms, key, args[0], lambda: args)](*args)
+    if len(implementations) == 1 or torch.compiler.is_compiling():
+        return next(iter(implementations.values()))(*args)
+    return implementations[autotuner.choose(op, implementations, key, args[0], lambda: args)](*args)
 
 
 def set_kernels(mode: str, device: torch.device) -> None:
-    """auto: the fastest by measurement; torch: torch's own; triton: Triton's where there is one."""
+    """Set --kernels: auto chooses by timing, torch and triton take their own where they exist."""
     if mode not in KERNELS:
         raise UserError(f"--kernels {mode}: expected one of {', '.join(KERNELS)}")
     if mode == "triton" and not runs_triton(device):
@@ -212,24 +177,24 @@ def set_kernels(mode: str, device: torch.device) -> None:
             f"--kernels triton: Triton does not run on this {device.type} device; use --kernels "
             "auto, or set TRITON_INTERPRET=1 to run the kernels slowly without a GPU"
         )
-    choices.mode = mode
-    choices.taken.clear()
-    choices.saved.clear()
+    autotuner.mode = mode
+    autotuner.chosen.clear()
+    autotuner.restored.clear()
 
 
 @contextmanager
 def only_torch() -> Iterator[None]:
-    """Within it torch's own forms run: for what counts or traces torch's operations."""
-    before = choices.mode, choices.taken
-    choices.mode, choices.taken = "torch", {}
+    """Use torch's own implementations, for code that counts or traces torch's operations."""
+    before = autotuner.mode, autotuner.chosen
+    autotuner.mode, autotuner.chosen = "torch", {}
     try:
         yield
     finally:
-        choices.mode, choices.taken = before
+        autotuner.mode, autotuner.chosen = before
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels can run there: on CUDA, or anywhere in its interpreter."""
+    """True on CUDA, or anywhere in Triton's interpreter, if Triton is installed."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (device.type == "cuda" or interpreted) and _has_triton()
 
@@ -239,33 +204,59 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @torch.no_grad()
-def measure(form: Callable, args: tuple, device: torch.device) -> float:
-    """Seconds a call takes, at best, after one that compiles and warms up."""
+def measure(function: Callable, args: tuple, device: torch.device) -> float:
+    """Seconds of the fastest of ROUNDS calls, after one that compiles and warms up."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = []
     for _ in range(1 + ROUNDS):
         wait()
         start = time.perf_counter()
-        form(*args)
+        function(*args)
         wait()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
 
+def _try_to_measure(function: Callable, args: tuple, device: torch.device) -> float:
+    try:
+        return measure(function, args, device)
+    except Exception as error:  # it may not fit this device, shape or memory
+        get_logger().debug("kernel left out: %s: %s", type(error).__name__, error)
+        return math.inf
+
+
+# --- the cache file --------------------------------------------------------------------------
+
+
 def cache_file(kind: str) -> Path:
-    """Where choices for a type of device are kept: a file per device and versions."""
+    """File of the choices for a type of device: one for each device and versions."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "convnextv2" / f"{_machine(kind)}.json"
 
 
+def _read(kind: str) -> dict[str, str]:
+    try:
+        return dict(json.loads(cache_file(kind).read_text(encoding="utf-8")))
+    except (OSError, RuntimeError, TypeError, ValueError):  # absent or not ours: to be replaced
+        return {}
+
+
+def _entry(op: str, dtype: torch.dtype, key: tuple) -> str:
+    return " ".join([op, str(dtype).removeprefix("torch."), *map(str, key)])
+
+
 def _machine(kind: str) -> str:
-    """The device and the versions that a choice holds for."""
+    """Name of the device and versions that a choice is valid for."""
     if kind == "cuda":
         machine = f"{torch.cuda.get_device_name()} triton {_triton_version()}"
     else:
         machine = f"{kind} {_processor()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__} forms {FORMS}")
+    return re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__} kernels {VERSION}")
 
 
 def _triton_version() -> str:

@@ -1,38 +1,38 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Matrix products in the form that is fastest here, GRN, and what all own backward passes share.
+"""Operations that the kernels and layers share: linear layers, GRN, packing of visible patches.
 
-python -c "from models.kernels import ops; print(ops.product.__doc__)"
+python -c "from models.kernels import ops; help(ops.linear)"
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import Function
 
 from models.kernels import autotune
 
-# --- how a computation is split, replaced and differentiated twice ------------------------
-
-
-CACHE = 2**21  # elements, 8 MiB in float32: the fastest of 2 to 16 MiB on a processor with 32
+CACHE = 2**21  # elements, 8 MiB in float32: the fastest of 2 to 16 MiB on a CPU with 32 MiB
 
 
 def images_at_once(x: Tensor, elements: int) -> int:
-    """A CPU works on as many images as its cache holds: no image needs another beside it.
+    """Number of images to process together: on a CPU as many as its cache holds, otherwise all.
 
-    elements: of all that lives at once for an image. On a GPU, and for the compiler, all images.
+    elements: of all tensors that one image needs at the same time.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or exporting():
-        return x.shape[0]  # which an exported graph may leave open, and len() would not
+        return x.shape[0]
     return max(1, min(len(x), CACHE // max(elements, 1)))
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """The images of all parts, one after the other."""
+    """Concatenate the parts of a batch."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -40,121 +40,146 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 
 def exporting() -> bool:
-    """Whether a graph for elsewhere is drawn, in which only torch's own operations may stand."""
+    """True while torch.jit.trace or torch.export records a graph: it may hold only torch's ops."""
     return torch.jit.is_tracing() or _is_exporting()
 
 
-def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether our own function may stand for the module: not if someone changed or watches it.
+def triton_kernels() -> ModuleType:
+    """The module of our Triton kernels, imported at the first use: Triton is optional and slow."""
+    from models.kernels import triton_kernels
 
-    A graph for elsewhere takes the modules too.
-    """
-    if type(module) is not kind or getattr(module, "bias", True) is None or exporting():
-        return False
-    own = (getattr(module, name) for name in _HOOKS)
-    of_all = (getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
-    return not any(own) and not any(of_all) and "forward" not in vars(module)
+    return triton_kernels
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Cast tensors as autocast casts the inputs of a convolution; float64 stays float64."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    half = torch.get_autocast_dtype(kind)
+    return [x if x.dtype == torch.float64 else x.to(half) for x in tensors]
 
 
 def no_view(x: Tensor) -> Tensor:
-    """x as a result that may be changed in place, which views made in a Function may not."""
+    """Return x as a tensor that callers may change in place, unlike views made in a Function."""
     return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of `function` in each of `inputs`, None where none is asked for.
+    """Gradients of a function of torch's own operations, None for inputs that need none.
 
-    They can be differentiated again, which those of our own backward passes cannot.
+    Unlike those of our backward passes they can be differentiated again.
     """
     wanted = [torch.is_tensor(x) and x.requires_grad for x in inputs]
-    # Asked for x itself, torch would go on into what x was made of, perhaps from the same weights.
-    ends = [x.view_as(x) if yes else x for x, yes in zip(inputs, wanted, strict=True)]
-    asked = [x for x, yes in zip(ends, wanted, strict=True) if yes]
-    found = iter(torch.autograd.grad(function(*ends), asked, grad, create_graph=True))
+    # Views: autograd would also follow x itself back to the layers that made it.
+    leaves = [x.view_as(x) if yes else x for x, yes in zip(inputs, wanted, strict=True)]
+    asked = [x for x, yes in zip(leaves, wanted, strict=True) if yes]
+    found = iter(torch.autograd.grad(function(*leaves), asked, grad, create_graph=True))
     return tuple(next(found) if yes else None for yes in wanted)
 
 
-# --- products ----------------------------------------------------------------------------
+# --- linear layers -------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` in the fastest implementation, forward and backward."""
+    half = torch.is_autocast_enabled(x.device.type)
+    if half or bias is None or exporting() or not has_onednn(x):
+        return F.linear(x, weight, bias)
+    return _Affine.apply(x, weight, bias)
+
+
+class _Affine(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return no_view(linear(x, weight, bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            return plain_gradients(F.linear, (x, weight, bias), dy)
+        dx = linear(dy, weight.mT) if ctx.needs_input_grad[0] else None
+        dy = dy.flatten(0, -2)
+        dweight = weight_grad(dy, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return dx, dweight, dy.sum(0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.mT + bias`: x (N, L, C) with weight (N, D, C), or (..., C) with (D, C).
 
-    Its fastest form may have no gradient: use `layers.affine` for one that has.
+    The fastest implementation may have no gradient: see `affine`.
     """
     if not has_onednn(x):
-        return _torch_product(x, weight, bias)
+        return _torch_linear(x, weight, bias)
     if torch.compiler.is_compiling():
-        return torch.ops.convnextv2.product(x, weight, bias)
-    return _fastest_product(x, weight, bias)
+        return torch.ops.convnextv2.linear(x, weight, bias)
+    return _fastest_linear(x, weight, bias)
 
 
-def gram(y: Tensor, x: Tensor) -> Tensor:
-    """y (..., L, D), x (..., L, C) -> y' x (..., D, C): the gradient of a weight."""
-    wide = y.shape[-1] > x.shape[-1]
-    if wide and has_onednn(x) and not torch.compiler.is_compiling() and y.shape[-2] >= 512:
+def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient dy' x (..., D, C) of a linear layer's weight: dy (..., L, D), x (..., L, C)."""
+    wide = dy.shape[-1] > x.shape[-1]
+    if wide and has_onednn(x) and not torch.compiler.is_compiling() and dy.shape[-2] >= 512:
         # oneDNN is faster with the shorter side first, by more than a copy of the result takes.
-        return product(x.mT, y.mT).mT.contiguous()
-    return product(y.mT, x.mT)
+        return linear(x.mT, dy.mT).mT.contiguous()
+    return linear(dy.mT, x.mT)
 
 
-def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
     return x @ weight.mT if bias is None else torch.baddbmm(bias, x, weight.mT)
 
 
-def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     pairs = zip(x.split(1), weight.unbind(), strict=True)
-    return join([_onednn_product(image, own, bias) for image, own in pairs])
+    return join([_onednn_linear(image, own, bias) for image, own in pairs])
 
 
-# torch hands float32 products to MKL, which on AMD's Zen 5 reaches half of oneDNN's rate.
-PRODUCT = {"torch": _torch_product, "onednn": _onednn_product}
-
-
+# In float32 torch calls MKL, which on AMD's Zen 5 reaches half of oneDNN's rate.
+LINEAR = {"torch": _torch_linear, "onednn": _onednn_linear}
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def has_onednn(x: Tensor) -> bool:
-    """Whether products of such tensors have a second form."""
-    fits = x.device.type == "cpu" and x.dtype == torch.float32
-    return fits and _ONEDNN
+    """True if oneDNN has a linear layer for such tensors."""
+    return _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    def sample() -> tuple[Tensor, Tensor]:  # one answer for all shapes: small ones are noise
+def _fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def sample() -> tuple[Tensor, Tensor]:  # one choice for all shapes: timing small ones is noise
         return x.new_ones(1024, 384), x.new_ones(1536, 384)
 
-    if x.numel() == 0:  # oneDNN knows no empty products
-        return _torch_product(x, weight, bias)
-    return PRODUCT[autotune.choices.pick("product", PRODUCT, (), x, sample)](x, weight, bias)
+    if x.numel() == 0:  # oneDNN refuses empty inputs
+        return _torch_linear(x, weight, bias)
+    return LINEAR[autotune.autotuner.choose("linear", LINEAR, (), x, sample)](x, weight, bias)
 
 
-# The compiler, which knows MKL alone, takes it as it is.
-_product_op = torch.library.custom_op(
-    "convnextv2::product",
-    _fastest_product,
+# torch.compile would use MKL: a custom operation keeps the choice.
+torch.library.custom_op(
+    "convnextv2::linear",
+    _fastest_linear,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-)
-_product_op.register_fake(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[-2]))
+).register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[-2]))
 
 
-# --- global response normalisation ---------------------------------------------------------
+# --- global response normalization ---------------------------------------------------------
 
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """Of each image's own positions: x (N, ..., C), gamma and beta (C); sums in float32 or better.
+    """GRN over each image's own positions: x (N, ..., C), gamma and beta (C).
 
-    No shape is read, so that none stands in an exported graph.
+    Sums are in float32 or better. No shape is read: an exported graph has no fixed one.
     """
-    scale = 1 + gamma * relative_length(root(energy(x)), eps)[0]  # (N, C)
+    scale = 1 + gamma * over_mean(safe_sqrt(sum_of_squares(x)), eps)[0]  # (N, C)
     for _ in range(x.ndim - 2):
         scale = scale.unsqueeze(1)
     if exporting():  # ONNX's addcmul takes no half precision
@@ -162,26 +187,78 @@ def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
 
-def energy(x: Tensor) -> Tensor:
-    """(N, ..., C) -> (N, C), the sum of squares over all between, in float32 or better.
+def sum_of_squares(x: Tensor) -> Tensor:
+    """(N, ..., C) -> (N, C) over all positions, in float32 or better.
 
-    Half precision would overflow or stagnate. torch's norm widens no tensor, but on a CPU it is ten
-    times slower than square and sum.
+    Half precision would overflow or stagnate. torch's norm makes no float32 copy of x, but on a
+    CPU it is ten times slower than square and sum.
     """
-    places = tuple(range(1, x.ndim - 1))
+    positions = tuple(range(1, x.ndim - 1))
     if x.device.type != "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        return torch.linalg.vector_norm(x, dim=places, dtype=torch.float32).square()
+        return torch.linalg.vector_norm(x, dim=positions, dtype=torch.float32).square()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types is traced
-    return x.to(wide).square().sum(places)
+    return x.to(wide).square().sum(positions)
 
 
-def root(energy: Tensor) -> Tensor:
-    """The square root, whose gradient is 0 at 0 and not infinite."""
-    alive = energy > 0
-    return torch.where(alive, energy, 1.0).sqrt() * alive
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0 instead of infinite."""
+    positive = x > 0
+    return torch.where(positive, x, 1.0).sqrt() * positive
 
 
-def relative_length(length: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(N, C) lengths -> each over the image's mean, and that mean (N, 1)."""
-    mean = length.mean(-1, keepdim=True) + eps
-    return length / mean, mean
+def over_mean(norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Norms (N, C) -> each divided by the mean of its image, and that mean (N, 1)."""
+    mean = norm.mean(-1, keepdim=True) + eps
+    return norm / mean, mean
+
+
+# --- packing of visible patches --------------------------------------------------------------
+
+
+class Pack(Function):
+    """Gather the visible patches: (N, h*p, w*p, C), ids (N, V), h, w -> (N, V, p, p, C).
+
+    The gradient is `Unpack`. Autograd's own would add, but no two patches overlap.
+    """
+
+    @staticmethod
+    def forward(dense: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
+        return _cells(dense.contiguous(), h, w)[_places(ids, w)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ids, *ctx.size = inputs
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return Unpack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
+
+
+class Unpack(Function):
+    """Scatter packed patches into zeros, the inverse of `Pack`, which is its gradient."""
+
+    @staticmethod
+    def forward(packed: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
+        n, _, p, _, dim = packed.shape
+        dense = packed.new_zeros(n, h * p, w * p, dim)
+        _cells(dense, h, w)[_places(ids, w)] = packed
+        return dense
+
+    setup_context = Pack.setup_context
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return Pack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
+
+
+def _cells(dense: Tensor, h: int, w: int) -> Tensor:
+    """(N, h*p, w*p, C) -> a view (N, h, w, p, p, C)"""
+    n, height, width, dim = dense.shape
+    return dense.view(n, h, height // h, w, width // w, dim).transpose(2, 3)
+
+
+def _places(ids: Tensor, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (N, V) -> indices of image, row and column."""
+    image = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    return image, torch.div(ids, w, rounding_mode="floor"), ids % w

@@ -1,9 +1,9 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Triton kernels for the depthwise convolution and the block's MLP: functions of tensors alone.
+"""Triton kernels for the depthwise convolution and the block's MLP.
 
-python -c "import os, torch; os.environ['TRITON_INTERPRET'] = '1'
-from models.kernels.triton_kernels import gelu_energy; print(gelu_energy(torch.ones(1, 2, 3)))"
+TRITON_INTERPRET=1 python -c "import torch; from models.kernels import triton_kernels as kernels
+print(kernels.gelu_sum_of_squares(torch.ones(1, 2, 3)))"
 
 On CUDA tensors they are compiled; with TRITON_INTERPRET=1 they run on CPU tensors, slowly. Sums
 are float32, or float64 where the input is. No atomics and no tuning: the same bits at every call.
@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 2048  # that share a sum: enough to fill any GPU, and the same number on each
+PROGRAMS = 2048  # that share a sum: enough to fill any GPU, and the same number on all
 
 
 # --- kernels of the convolution -----------------------------------------------------------------
 #
-# C channels, P x P cells in a patch (P = 0: a dense map), SIDE x SIDE taps. A strip is ROWS cells
-# below one another. A program takes STRIPS of them, counted through the whole batch, and BLOCK
-# channels, which lie side by side in memory. Cells are counted in 32 bits, elements in 64.
+# C channels, P x P cells in a patch (P = 0: a dense map), SIDE x SIDE taps. A strip is a column of
+# ROWS cells. A program takes STRIPS of them, numbered through the whole batch, and BLOCK channels,
+# which are adjacent in memory. Cells are counted in 32 bits, elements in 64.
 
 
 @triton.jit
 def _place(strip, ids, images, height, width, cells, P: tl.constexpr, ROWS: tl.constexpr):
-    """Numbers of strips -> their images, and row and column of their topmost cells there."""
+    """Numbers of strips -> their images, and row and column of their topmost cells."""
     if P == 0:
         per_image = tl.cdiv(height, ROWS) * width
         top = strip % per_image // width * ROWS
@@ -43,13 +43,13 @@ def _place(strip, ids, images, height, width, cells, P: tl.constexpr, ROWS: tl.c
         top = patch // (width // P) * P + strip % per_patch // P * ROWS
         left = patch % (width // P) * P + strip % P
     image = strip // per_image
-    return image, top, tl.where(image < images, left, 1 << 30)  # past the end: nowhere
+    return image, top, tl.where(image < images, left, 1 << 30)  # past the end: outside of all
 
 
 @triton.jit
 def _at(image, row, column, channel, slots, height, width, cells, C: tl.constexpr, P: tl.constexpr):
-    """Positions (...), channels (BLOCK,) -> offsets, and which have memory (..., BLOCK)."""
-    row, column = row.to(tl.uint32), column.to(tl.uint32)  # what is below 0 gets huge
+    """Positions (...), channels (BLOCK,) -> offsets (..., BLOCK), and which of them exist."""
+    row, column = row.to(tl.uint32), column.to(tl.uint32)  # negative ones become huge
     there = (row < height) & (column < width)
     if P == 0:
         cell = row * width + column
@@ -64,25 +64,15 @@ def _at(image, row, column, channel, slots, height, width, cells, C: tl.constexp
 
 @triton.jit
 def _convolve(
-    x,
-    weight,
-    image,
-    top,
-    left,
-    channel,
-    slots,
-    height,
-    width,
-    cells,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    x, weight, image, top, left, channel,
+    slots, height, width, cells, C: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """The sums (ROWS, STRIPS, BLOCK) of strips whose image, top and left are (1, STRIPS).
 
-    What is read serves every cell of the strip. The compiler knows the `line` of each register, so
-    that `where` costs nothing. All is read in one shape, so that no thread needs another's values.
+    Each value that is read serves all cells of the strip. The compiler knows the `line` of each
+    register, so that `where` costs nothing. All values are read in one shape, so that no thread
+    needs those of another.
     """
     line = tl.arange(0, ROWS)[:, None, None]
     sums = tl.zeros([ROWS, left.shape[1], channel.shape[0]], weight.dtype.element_ty)
@@ -102,29 +92,11 @@ def _convolve(
 
 @triton.jit
 def _depthwise_kernel(
-    x,
-    weight,
-    bias,
-    y,
-    norm_weight,
-    norm_bias,
-    normed,
-    mean,
-    rstd,
-    ids,
-    slots,
-    images,
-    height,
-    width,
-    cells,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIDE: tl.constexpr,
-    STRIPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, weight, bias, y, norm_weight, norm_bias, normed, mean, rstd,
+    ids, slots, images, height, width, cells, C: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, SIDE: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr,
-):
+):  # fmt: skip
     """With EPS a LayerNorm follows, for which BLOCK must cover all channels."""
     blocks = tl.cdiv(C, BLOCK)
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -155,24 +127,11 @@ def _depthwise_kernel(
 
 @triton.jit
 def _weight_grad_kernel(
-    dy,
-    x,
-    partial,
-    tiles,
-    ids,
-    slots,
-    images,
-    height,
-    width,
-    cells,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIDE: tl.constexpr,
-    STRIPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy, x, partial, tiles,
+    ids, slots, images, height, width, cells, C: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, SIDE: tl.constexpr, STRIPS: tl.constexpr, BLOCK: tl.constexpr,
     TAPS: tl.constexpr,
-):
+):  # fmt: skip
     """Sums over `tiles` tiles. A thread has all rows of the taps; columns lie across threads."""
     blocks = tl.cdiv(C, BLOCK)
     chunk = tl.program_id(0) // blocks
@@ -184,7 +143,7 @@ def _weight_grad_kernel(
         strip = tile * STRIPS + tl.arange(0, STRIPS)[None, None, :]
         image, top, left = _place(strip, ids, images, height, width, cells, P, ROWS)
         column = left + tap[None, :, None] - SIDE // 2
-        own = tl.broadcast_to(left, [1, TAPS, STRIPS])  # each thread reads the dy it needs
+        own = tl.broadcast_to(left, [1, TAPS, STRIPS])  # so that each thread reads the dy it needs
         for r in tl.static_range(SIDE + ROWS - 1):
             row = top + (r - SIDE // 2)
             at, there = _at(image, row, column, channel, slots, height, width, cells, C, P)
@@ -205,9 +164,9 @@ def _weight_grad_kernel(
 
 @triton.jit
 def _gelu_kernel(
-    h, da, scale, direction, out, partial, L, K, span, LINES: tl.constexpr, BLOCK: tl.constexpr
+    h, da, scale, slopes, out, partial, L, K, span, LINES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Any of the three passes over (N, L, K), as its arguments tell.
+    """One of three passes over (N, L, K): the arguments that are not None select it.
 
     A program takes BLOCK channels and, LINES at a time, `span` of an image's L positions.
     """
@@ -218,8 +177,8 @@ def _gelu_kernel(
     sums = tl.zeros([LINES, BLOCK], partial.dtype.element_ty)
     if scale is not None:
         factor = tl.load(scale + image * K + channel, mask=channel < K, other=0)
-    if direction is not None:
-        slope = tl.load(direction + image * K + channel, mask=channel < K, other=0)
+    if slopes is not None:
+        slope = tl.load(slopes + image * K + channel, mask=channel < K, other=0)
     for first in range(start, start + span, LINES):
         position = first + tl.arange(0, LINES)
         at = (image * L + position).to(tl.int64)[:, None] * K + channel
@@ -233,7 +192,7 @@ def _gelu_kernel(
             sums += a * a
         else:
             grad = tl.load(da + at, mask=there, other=0).to(sums.dtype)
-            if direction is None:
+            if slopes is None:
                 result = (a * factor).to(raw.dtype)
                 sums += grad * a
             else:
@@ -248,8 +207,8 @@ def _gelu_kernel(
 # --- functions ----------------------------------------------------------------------------------
 #
 # Maps are dense (N, H, W, C), or packed (N, V, p, p, C): the V visible patches of an h x w grid,
-# with ids (N, V) int64, their numbers row by row, and slots (N, h, w) int32, the place of every
-# patch among the V or -1 where it is hidden. Hidden cells count as zeros, as padding does.
+# with ids (N, V) int64, their numbers row by row, and slots (N, h, w) int32, the index of every
+# patch among the V, or -1 if it is removed. Removed cells count as zeros, like padding.
 
 
 def depthwise(
@@ -259,7 +218,7 @@ def depthwise(
     ids: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """The convolution with weight (C, 1, k, k)."""
+    """Depthwise convolution with weight (C, 1, k, k)."""
     y = x.new_empty(x.shape)
     options, tiles = _options(x, ids, slots, _block(x.shape[-1], 64))
     programs = tiles * triton.cdiv(x.shape[-1], options["BLOCK"])
@@ -279,7 +238,7 @@ def depthwise_norm(
     ids: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`depthwise` normed over its channels, as it is, its mean, 1 / its deviation (..., 1)."""
+    """`depthwise` and a LayerNorm: normalized, y, and y's mean and 1 / deviation (..., 1)."""
     y, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=_sum_dtype(x)) for _ in range(2))
     block = max(16, triton.next_power_of_2(x.shape[-1]))
@@ -305,7 +264,7 @@ def depthwise_weight_grad(
     return partial.sum(0).t().reshape(channels, 1, k, k).contiguous()
 
 
-def gelu_energy(h: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_sum_of_squares(h: Tensor) -> tuple[Tensor, Tensor]:
     """h (N, L, K) -> a = gelu(h), and the sum (N, K) of its squares over L."""
     a, sums = _gelu_pass(h)
     return a, sums.sum(1)
@@ -317,17 +276,17 @@ def scale_grad(da: Tensor, h: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return sums.sum(1), scaled
 
 
-def gelu_grad(da: Tensor, h: Tensor, scale: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """dh = (da scale + gelu(h) direction) gelu'(h), and its sum (K,) over N and L."""
-    dh, sums = _gelu_pass(h, da, scale, direction)
+def gelu_grad(da: Tensor, h: Tensor, scale: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """dh = (da scale + gelu(h) slopes) gelu'(h), and its sum (K,) over N and L."""
+    dh, sums = _gelu_pass(h, da, scale, slopes)
     return dh, sums.sum((0, 1))
 
 
-# --- how kernels are started --------------------------------------------------------------------
+# --- launching ----------------------------------------------------------------------------------
 
 
 def _run(kernel: triton.JITFunction, programs: int, *args: object, **options: object) -> None:
-    """Start on the tensors' device, which need not be the current one."""
+    """Launch on the tensors' device, which need not be the current one."""
     args = [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
     with torch.cuda.device_of(args[0]):
         kernel[(programs,)](*args, **options)
@@ -336,7 +295,7 @@ def _run(kernel: triton.JITFunction, programs: int, *args: object, **options: ob
 def _options(
     x: Tensor, ids: Tensor | None, slots: Tensor | None, block: int, elements: int = 1024
 ) -> tuple[dict[str, object], int]:
-    """What kernels must know of a map, and how many tiles of `elements` strips' channels it has."""
+    """Arguments that describe a map, and its number of tiles: `elements // block` strips each."""
     n, (height, width, channels) = len(x), x.shape[-3:]
     p = 0 if slots is None else width
     rows = gcd(p, 4)  # 4 for a dense map; more would take too many registers
@@ -353,12 +312,12 @@ def _options(
 
 
 def _block(channels: int, most: int) -> int:
-    """Channels of a program: the power of two in their number, but threads read several at once."""
+    """Channels of a program: the largest power of two that divides them, from 16 to `most`."""
     return min(most, max(16, channels & -channels))
 
 
 def _taps(weight: Tensor, x: Tensor) -> Tensor:
-    """(C, 1, k, k) -> (k * k, C), since neighbouring threads have neighbouring channels."""
+    """(C, 1, k, k) -> (k * k, C), since adjacent threads take adjacent channels."""
     weight = weight.flatten(1).t()
     return torch.empty(weight.shape, dtype=_sum_dtype(x), device=x.device).copy_(weight)
 
@@ -368,7 +327,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _gelu_pass(h: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    """h, then da, scale and direction as far as given -> (N, L, K), sums of parts (N, -1, K)"""
+    """h, and optionally da, scale and slopes -> (N, L, K), partial sums (N, -1, K)."""
     n, length, channels = h.shape
     block = _block(channels, 128)
     lines, blocks = 2048 // block, triton.cdiv(channels, block)

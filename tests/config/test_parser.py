@@ -471,7 +471,13 @@ def test_help_names_every_flag_and_group(kind):
     options.add_submitit_args(parser)
     text = parser.format_help()
     assert f"main_{kind}.py" in text
-    for group in ("model:", "data:", "run:", "optimizer and schedule:", "submitit:"):
+    for group in (
+        "start here:",
+        "model:",
+        "data:",
+        "optimizer and schedule:",
+        "SLURM job (submitit):",
+    ):
         assert f"\n{group}\n" in text
     for action in parser._actions:
         assert action.help

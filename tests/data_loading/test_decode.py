@@ -20,6 +20,7 @@ from data_loading.dataset import TransformedDataset
 from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image, load_image_file
 from data_loading.folders import DatasetSpec
 from data_loading.transforms import (
+    RandomErasing,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
@@ -233,8 +234,13 @@ def test_animation_is_its_first_picture(tmp_path, suffix):
 
 TRANSFORMS = {
     "pre-training": create_pretrain_transform(32),
-    "training": create_train_transform(64, *mean_and_std(), aa="rand-m9-mstd0.5-inc1", reprob=1.0),
-    "training, small": create_train_transform(32, *mean_and_std(), color_jitter=0.4),
+    "training": create_train_transform(
+        64,
+        mean_and_std()[0],
+        aa="rand-m9-mstd0.5-inc1",
+        erasing=RandomErasing(1.0, "pixel", 1, *mean_and_std()),
+    ),
+    "training, small": create_train_transform(32, mean_and_std()[0], color_jitter=0.4),
     "evaluation": create_eval_transform(64),
     "evaluation, small": create_eval_transform(32),
     "evaluation, squashed": create_eval_transform(384),

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data_loading.dataset import TransformedDataset
-from data_loading.loader import create_loader
 from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, permute
+from data_loading.workers import WatchedLoader
 from training.dry_run import decode_some
 
 HUGE = 1_300_000_000  # images
@@ -232,11 +232,11 @@ def test_epoch_begins_and_goes_on_without_memory(length, seen):
 def test_loader_and_dry_run_make_no_list_of_all(workers):
     data = TransformedDataset(Endless(HUGE), pil_to_tensor, seed=0)
     with Memory() as memory:
-        loader = create_loader(data, TrainSampler(HUGE, 0, 5, 8), 4, workers, drop_last=True)
+        loader = WatchedLoader(data, TrainSampler(HUGE, 0, 5, 8), 4, workers, drop_last=True)
         assert len(loader) == HUGE // 8 // 4
         images, labels, ids, bad = next(iter(loader))
         found = decode_some(loader, seed=0, seconds=0.2)
-        loader = create_loader(data, EvalSampler(HUGE, 5, 8), 4, workers)
+        loader = WatchedLoader(data, EvalSampler(HUGE, 5, 8), 4, workers)
         assert next(iter(loader))[2].tolist() == [5, 13, 21, 29]
     assert ids.tolist() == indices(TrainSampler(HUGE, 0, 5, 8), 4)
     assert found.tried > 0

@@ -17,8 +17,8 @@ from errors import UserError
 from models import create_model
 from models.convnextv2 import Block
 from models.kernels import autotune
-from models.kernels.depthwise import depthwise
-from models.layers import GRN, PatchConv, affine, linear
+from models.kernels.ops import affine
+from models.layers import GRN, PatchConv, fused_depthwise, init_weights
 from models.sparse import PatchGrid
 from tests import tiny
 
@@ -29,7 +29,7 @@ MASK = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 1]])
 @pytest.fixture(autouse=True)
 def own_choices(monkeypatch, tmp_path):
     """Choices and their file for one test; the compiler starts anew."""
-    monkeypatch.setattr(autotune, "choices", autotune.Choices())
+    monkeypatch.setattr(autotune, "autotuner", autotune.Autotuner())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch._dynamo.reset()
 
@@ -173,10 +173,10 @@ def test_compiler_is_told_the_truth_about_shapes_and_strides(layout, dtype):
     if order:
         x = x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
     weight, bias = torch.randn(shape[-1], 1, 7, 7, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
-    place = (None, None, 0, 0)
+    place = (None, None)
     if len(shape) == 5:
         grid = PatchGrid(torch.tensor([[[0, 1, 0], [1, 1, 1]], [[1, 1, 0], [0, 1, 1]]]))
-        place = (grid.ids, grid.slots, 2, 3)
+        place = (grid.ids, grid.slots)
     checks = ("test_schema", "test_faketensor")
     calls = torch.ops.convnextv2
     torch.library.opcheck(calls.depthwise.default, (x, weight, bias, *place), test_utils=checks)
@@ -184,7 +184,7 @@ def test_compiler_is_told_the_truth_about_shapes_and_strides(layout, dtype):
     torch.library.opcheck(calls.depthwise_gradients.default, arguments, test_utils=checks)
     if dtype == torch.float32:
         factors = torch.randn(6, shape[-1]), torch.randn(6)
-        torch.library.opcheck(calls.product.default, (x, *factors), test_utils=checks)
+        torch.library.opcheck(calls.linear.default, (x, *factors), test_utils=checks)
 
 
 # --- recomputed, called with other parameters, copied ---------------------------------------
@@ -467,13 +467,13 @@ def test_results_may_be_changed_in_place():
     """As those of nn.Linear and nn.Conv2d: a view made inside an own function may not."""
     x = torch.randn(2, 8, 8, 3, requires_grad=True)
     torch.relu_(PatchConv(3, 4, 4)(x)).sum().backward()
-    depthwise(x, nn.Conv2d(3, 3, 7, padding=3, groups=3), None).mul_(2).sum().backward()
+    fused_depthwise(x, nn.Conv2d(3, 3, 7, padding=3, groups=3), None).mul_(2).sum().backward()
 
 
 def test_second_order_gradients_of_layers_behind_each_other_count_once():
     """Asked for the gradient in its input, torch went on into the layer before, and came back."""
     block, x = scramble(Block(8)), torch.randn(2, 6, 6, 8, dtype=torch.float64)
-    layer = linear(8, 8)
+    layer = init_weights(nn.Linear(8, 8))
     product = (lambda x: affine(x, layer.weight, layer.bias), layer.parameters(), x.float())
     for net, parameters, start in ((block, block.parameters(), x), product):
         parameters = list(parameters)
@@ -486,7 +486,7 @@ def test_second_order_gradients_of_layers_behind_each_other_count_once():
 
 def test_second_derivative_of_products_in_float32():
     """gradgradcheck runs in float64, which has one form and torch's own gradient."""
-    layer, x = linear(5, 7), torch.randn(3, 4, 5, requires_grad=True)
+    layer, x = init_weights(nn.Linear(5, 7)), torch.randn(3, 4, 5, requires_grad=True)
     wanted = None
     for product in (affine, nn.functional.linear):
         first = torch.autograd.grad(

@@ -13,9 +13,8 @@ import torch
 
 from errors import UserError
 from models import create_model
-from models.convnextv2 import ConvNeXtV2
+from models.convnextv2 import ConvNeXtV2, take_stages
 from models.fcmae import FCMAE
-from models.features import take_stages
 from optim_factory import LayerDecayValueAssigner, get_parameter_groups
 from weights.convert import to_timm
 from weights.pretrained import load_pretrained

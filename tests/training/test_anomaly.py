@@ -80,7 +80,7 @@ def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
     assert ill["first_not_finite"].replace("encoder.", "") == PLACE
     assert len({*well["sample_ids"][0], *ill["sample_ids"][0]}) == 6
     state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
-    assert state["updates"] == 8
+    assert state["global_step"] == 8
     assert state["bad_steps"] == (4 if on_spike == "rollback" else 1)  # back to the beginning
     assert ("rolled back to the last snapshot: 4 steps" in said) == (on_spike == "rollback")
 
@@ -146,10 +146,10 @@ def test_rollback_survives_a_restart(tmp_path):
     run("main_pretrain.py", *words, "--output_dir", again, env=env)
     for path in again.glob("checkpoint-*.pth"):  # as if killed in update 9, two after the fault
         state = torch.load(path, weights_only=True)["state"]
-        if state["updates"] > 9:
+        if state["global_step"] > 9:
             path.unlink()
     newest = max(again.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime_ns)
-    kept = torch.load(newest, weights_only=True)["state"]["within"]["guard"]
+    kept = torch.load(newest, weights_only=True)["state"]["epoch_sums"]["guard"]
     assert (kept["returns"], kept["returned_at"]) == (1, 7)
     run("main_pretrain.py", *words, "--output_dir", again, env=env)
     ours, theirs = (
@@ -157,7 +157,7 @@ def test_rollback_survives_a_restart(tmp_path):
     )
     assert_same(ours["model"], theirs["model"])
     assert ours["state"] == theirs["state"]
-    assert ours["state"]["within"]["guard"]["returns"] == 1
+    assert ours["state"]["epoch_sums"]["guard"]["returns"] == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -222,7 +222,7 @@ def test_rollback_restores_weights_optimizer_state_and_counts():
 
     def train(*values: float) -> None:
         feed(model, stepper, *values)
-        state.updates += len(values)
+        state.global_step += len(values)
         assert guard.check(state) == ""
 
     train(1, 2, 3)
@@ -231,14 +231,14 @@ def test_rollback_restores_weights_optimizer_state_and_counts():
     train(4, 5)
     assert not torch.equal(model.weight, twin[0].weight)
     train(6, NAN)  # the check at step 7 finds the NaN; the snapshot is that of step 3
-    assert (state.updates, state.bad_steps) == (7, 4)
+    assert (state.global_step, state.bad_steps) == (7, 4)
     for _ in range(2):  # the snapshot itself is not trained on
         assert_same(model.state_dict(), kept[0])
         moments = [o["state"][0] for o in (optimizer.state_dict(), kept[1])]
         assert_same(*moments)
         assert stepper.state() == usual
         train(7, NAN)
-    assert (state.updates, state.bad_steps) == (11, 8)
+    assert (state.global_step, state.bad_steps) == (11, 8)
 
 
 def test_rollbacks_close_together_are_counted_and_others_forgotten():
@@ -247,7 +247,7 @@ def test_rollbacks_close_together_are_counted_and_others_forgotten():
 
     def train(*values: float) -> str:
         feed(model, stepper, *values)
-        state.updates += len(values)
+        state.global_step += len(values)
         return guard.check(state)
 
     for _ in range(3):
@@ -264,7 +264,7 @@ def test_rollbacks_are_bounded_when_checks_are_further_apart_than_snapshots():
     problems = []
     for _ in range(4):
         feed(model, stepper, *[NAN] * 7)
-        state.updates += 7
+        state.global_step += 7
         problems.append(bool(guard.check(state)))
     assert problems == [False, False, True, False]
 
@@ -275,7 +275,7 @@ def test_rollback_to_before_the_first_step_leaves_no_uninitialised_momentum():
     guard, state = guarded(stepper, model, optimizer, snapshot_freq=9)
     junk = [torch.full((1,), 7e8) for _ in range(100)]
     feed(model, stepper, 1, NAN)
-    state.updates += 2
+    state.global_step += 2
     assert guard.check(state) == ""
     del junk
     feed(model, stepper, NAN, 1)
@@ -319,7 +319,7 @@ def test_batch_that_cannot_be_rerun_is_reported(tmp_path, error):
     model, optimizer, stepper = product()
     guard, state = guarded(stepper, model, optimizer, data_loader=Gone(), folder=tmp_path)
     stepper.step(model(NAN), torch.tensor([3]))
-    state.updates = 1
+    state.global_step = 1
     assert guard.check(state) == ""
     ((rank,),) = [fault["ranks"] for fault in faults(tmp_path)]
     assert rank["note"] == f"cannot be rerun: {type(error).__name__}: {error}"

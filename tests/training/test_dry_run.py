@@ -29,6 +29,7 @@ from tests.test_end_to_end import FINETUNE, PRETRAIN, free_port
 from tests.tiny import Colours
 from training import dry_run, run_lock
 from training.dry_run import PlannedRun, StepProbe, TimedLoader, format_bytes, tensor_bytes
+from training.setup import TrainLoop
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
@@ -194,7 +195,7 @@ def test_folder_of_a_run_is_left_as_it_is(said, tmp_path):
     assert "checkpoint-0.pth, epoch 1, step 4 of 16" in said()
     assert "is in use by process" in said()
     assert tree(tmp_path) == before
-    run_lock.hold_folder("")  # the run is over
+    run_lock.acquire_run_lock("")  # the run is over
 
 
 @pytest.mark.parametrize("holder", ["process 7 on elsewhere", ""])
@@ -349,7 +350,7 @@ class Small:
     def read(self) -> tuple[int, list]:
         return 0, []
 
-    def train(self, batches, **rest) -> None:
+    def train(self, batches, loop) -> None:
         for images, _, _ in batches:
             self.work = torch.ones(len(images) * 2**22)
             if len(images) > 10:
@@ -359,10 +360,10 @@ class Small:
     def probe(self, batch_size: int = 6, **flags: bool) -> StepProbe:
         args = SimpleNamespace(batch_size=batch_size, compile=False, cuda_graphs=False)
         vars(args).update(flags)
-        parts = {"data_loader_train": self, "stepper": self, "train_epoch": self.train}
-        nothing = dict.fromkeys(("folder", "source", "state", "schedule", "save"))
+        others = ("schedule", "state", "guard", "reporter", "checkpoints", "bad_images", "seed")
+        loop = TrainLoop(self, **dict.fromkeys(others))
         samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, n) for n in range(4)]
-        return StepProbe(PlannedRun(args=args, **parts, **nothing), samples)
+        return StepProbe(PlannedRun(args, None, "", loop, self.train, self), samples)
 
 
 @pytest.mark.parametrize(

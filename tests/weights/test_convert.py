@@ -144,8 +144,6 @@ def test_minkowski_checkpoint_becomes_the_autoencoder_with_its_decoder():
     for got, expected in zip(target(images(), mask), source(images(), mask), strict=True):
         assert torch.equal(got, expected)
     assert (report.layout, report.dropped) == ("MinkowskiEngine", [])
-    assert "encoder.stages.0.0.dwconv.kernel" in report.renamed
-    assert "encoder.stages.0.0.grn.gamma (1, 16) -> (1, 1, 1, 16)" in report.reshaped
 
 
 def test_minkowski_checkpoint_becomes_the_classifiers_encoder():
@@ -271,7 +269,7 @@ RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.bias": torch.z
 
 
 @pytest.mark.parametrize(
-    ("state", "message"), [(RESNET, "look like conv1.weight"), ({}, "no weights")]
+    ("state", "message"), [(RESNET, "names like conv1.weight"), ({}, "not weights")]
 )
 def test_other_networks_are_refused_by_name(state, message):
     with pytest.raises(UserError, match=message):
@@ -280,7 +278,7 @@ def test_other_networks_are_refused_by_name(state, message):
 
 def test_names_behind_a_prefix_get_the_flag_that_takes_it_away():
     state = {f"backbone.{name}": value for name, value in ours().state_dict().items()}
-    with pytest.raises(UserError, match=r"perhaps --model_prefix backbone\.$"):
+    with pytest.raises(UserError, match=r"try --model_prefix backbone\.$"):
         to_convnextv2(state)
 
 

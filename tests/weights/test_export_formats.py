@@ -27,7 +27,7 @@ from models.fcmae import FCMAE
 from tests.tiny import SIZE
 from weights import export_formats, huggingface
 from weights.convert import describe, to_convnextv2
-from weights.export_formats import Network, Subject
+from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +48,11 @@ def classifier(**kwargs) -> ConvNeXtV2:
     return randomise(ConvNeXtV2(*SIZE, **{"num_classes": 3, **kwargs}))
 
 
-def subject(model: torch.nn.Module | None = None, **kwargs) -> Subject:
+def subject(model: torch.nn.Module | None = None, **kwargs) -> ExportSpec:
     state = (model or classifier()).state_dict()
     mean, std = mean_and_std()
     values = {"mean": mean, "std": std, "size": (64, 64), "labels": CLASSES, **kwargs}
-    return Subject(state, state, describe(state), **values)
+    return ExportSpec(state, state, describe(state), **values)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,9 @@ def test_script_writes_what_its_consumer_reads(target, files, tmp_path):
     (written,) = tmp_path.iterdir()
     assert written.name.endswith(TARGETS[target])
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"{written.name}: good, largest difference ")
+    assert last.startswith(f"{written.name}: checked with ")
     said = done.stderr.splitlines()  # what was found, and no warning of any library
-    assert ["none of the eight" in said[0], "official layout" in said[1], len(said)] == [
+    assert ["not one of the eight" in said[0], "official layout" in said[1], len(said)] == [
         True,
         True,
         2,
@@ -122,7 +122,7 @@ def test_script_writes_what_its_consumer_reads(target, files, tmp_path):
 def test_weights_without_a_head_are_exported_as_features(kind, target, files, tmp_path, capsys):
     output = tmp_path / f"out{TARGETS[target]}"
     main(files / f"{kind}.pth", "--to", target, "--output", output, *SIDES)
-    assert "good, largest difference" in capsys.readouterr().out
+    assert "checked with" in capsys.readouterr().out
     if target in ("official", "safetensors"):  # the decoder comes along
         ours = read_checkpoint(files / f"{kind}.pth")["model"]
         held = read_checkpoint(output)
@@ -160,10 +160,10 @@ def test_script_goes_on_from_what_it_wrote(files, tmp_path):
 # --- bad input ------------------------------------------------------------------------------
 
 BAD = {  # words after the checkpoint -> what the message must name
-    "no target": ("", "--to: expected one of timm"),
+    "no target": ("", "--to is missing; give one of timm"),
     "half weights": ("--to timm --half", "--half"),
     "opset elsewhere": ("--to pt2 --opset 18", "--opset 18"),
-    "old opset": ("--to onnx --opset 16", "expected int in [17, 20]"),
+    "old opset": ("--to onnx --opset 16", "expected an integer in [17,20]"),
     "labels elsewhere": ("--to onnx --labels names.txt", "--labels"),
     "crop elsewhere": ("--to timm --crop_pct 0.9", "--crop_pct"),
     "name": ("--to onnx --output a.pth", "ends in .onnx"),
@@ -200,7 +200,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(files, tmp_path):
     assert output.read_text() == "mine"
     main(*words, "--overwrite")
     assert read_checkpoint(output)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         main(files / "classifier.pth", "--to", "hf", "--output", output, "--overwrite")
 
 
@@ -216,7 +216,7 @@ def test_number_of_labels_must_be_that_of_the_head(files, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("one\ntwo\n")
     words = [files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf", "--labels"]
-    with pytest.raises(UserError, match="names 2 classes, the weights have 3"):
+    with pytest.raises(UserError, match="has 2 names and the weights have 3"):
         main(*words, names)
     with pytest.raises(UserError, match=r"nothing\.txt"):
         main(*words, tmp_path / "nothing.txt")
@@ -232,7 +232,7 @@ def test_folder_for_transformers_has_square_images(files, tmp_path):
 
 
 def test_exported_program_needs_two_cells(files, tmp_path):
-    with pytest.raises(UserError, match="needs 64 pixels"):
+    with pytest.raises(UserError, match="needs at least 64 pixels"):
         main(
             *[files / "classifier.pth", "--to", "pt2", "--input_size", "32"],
             *["--output", tmp_path / "a.pt2"],
@@ -249,7 +249,7 @@ def test_weights_that_half_precision_would_not_survive_are_refused(tmp_path):
 def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
     with torch.device("meta"):
         state = ConvNeXtV2((3, 3, 27, 3), (352, 704, 1408, 2816)).state_dict()
-    huge = Subject(state, state, describe(state))
+    huge = ExportSpec(state, state, describe(state))
     with pytest.raises(UserError, match="--half true"):
         export_formats.write_onnx(huge, tmp_path / "a.onnx")
 
@@ -261,18 +261,18 @@ def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
 def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch):
     write, read, package = export.FORMATS["torchscript"]
 
-    def other(subject: Subject, path: Path):
+    def other(subject: ExportSpec, path: Path):
         function = read(subject, path)
         return lambda images: function(images) * (1 + wrong)
 
     monkeypatch.setitem(export.FORMATS, "torchscript", (write, other, package))
-    with pytest.raises(UserError, match="gives another output"):
+    with pytest.raises(UserError, match="differs by"):
         main(files / "classifier.pth", "--to", "torchscript", "--output", tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeypatch):
-    def write(subject: Subject, path: Path) -> None:
+    def write(subject: ExportSpec, path: Path) -> None:
         changed = {name: value + 1e-7 for name, value in subject.state.items()}
         export_formats.save(changed, path)
 
@@ -291,7 +291,7 @@ def test_missing_consumer_is_said_in_the_last_line(files, tmp_path, monkeypatch,
     monkeypatch.setitem(export.FORMATS, "hf", (write, read, "not-a-package"))
     main(files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf")
     said = capsys.readouterr().out
-    assert "NOT checked, since it is not installed: pip install not-a-package" in said
+    assert "NOT checked: not-a-package is not installed (pip install not-a-package)" in said
     assert (tmp_path / "hf" / "config.json").exists()
 
 
@@ -329,9 +329,8 @@ def test_export_tells_what_it_took_and_warns_of_wild_weights(tmp_path, capsys):
     torch.save(model.state_dict() | {"pred.bias": torch.zeros(3)}, tmp_path / "wild.pth")
     main(tmp_path / "wild.pth", "--to", "timm", "--output", tmp_path / "out.safetensors")
     said = capsys.readouterr().err
-    assert "official layout; " in said
-    assert "1 dropped (pred.bias)" in said
-    assert "have an rms of" in said
+    assert "official layout; dropped: pred)" in said
+    assert "the rms of its pointwise weights is" in said
 
 
 @pytest.mark.parametrize("target", GRAPHS)
@@ -481,15 +480,16 @@ def test_labels_come_from_the_file_the_checkpoint_imagenet_or_numbers(tmp_path):
     assert huggingface.find_labels(None, None, 1000)[0] == "tench, Tinca tinca"
 
 
-def test_flags_of_an_official_checkpoint_are_understood():
-    given = argparse.Namespace(input_size=384)
-    assert export.as_dict(given) == {"input_size": 384}
-    assert export.as_dict(None) == {}
+def test_flags_of_an_official_checkpoint_are_understood(tmp_path):
+    content = {"model": classifier().state_dict(), "args": argparse.Namespace(input_size=384)}
+    torch.save(content, tmp_path / "a.pth")
+    args = options.export_parser().parse_args([str(tmp_path / "a.pth"), "--to", "hf"])
+    assert export.build_spec(args).size == (384, 384)
 
 
 def test_size_of_the_run_is_that_of_the_export(files):
     words = [files / "classifier.pth", "--to", "hf"]
-    build = export.build_subject
+    build = export.build_spec
     parser = options.export_parser()
     assert build(parser.parse_args(list(map(str, words)))).size == (64, 64)
     words += ["--input_size", "96"]

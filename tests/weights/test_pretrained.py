@@ -25,7 +25,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -113,7 +113,7 @@ def test_averages_are_found_only_where_they_are(tmp_path):
         "bare": classifier().state_dict(),
     }.items():
         torch.save(content, tmp_path / name)
-        assert has_average(str(tmp_path / name)) == (name == "both")
+        assert has_ema(str(tmp_path / name)) == (name == "both")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
@@ -144,10 +144,10 @@ def test_average_begins_with_what_a_published_run_has(tmp_path, averaged, lines)
     content |= {"model_ema": classifier(seed=2).state_dict()} if averaged else {}
     torch.save(content, tmp_path / "a.pth")
     model, average = classifier(seed=1), classifier(seed=1)
-    load_both(model, average, str(tmp_path / "a.pth"))
+    load_model_and_ema(model, average, str(tmp_path / "a.pth"))
     assert_same(values(model), values(classifier()))
     assert_same(values(average), values(classifier(seed=2 if averaged else 0)))
-    assert any("the average starts from the weights" in line for line in lines()) != averaged
+    assert any("EMA weights start from the loaded" in line for line in lines()) != averaged
 
 
 def test_average_of_a_folder_is_the_best_average(tmp_path, lines):
@@ -158,7 +158,7 @@ def test_average_of_a_folder_is_the_best_average(tmp_path, lines):
         model = classifier(seed=1)
         load_pretrained(model, str(tmp_path), key)
         assert_same(values(model), values(classifier(seed=seed)))
-    assert any(line.endswith("checkpoint-best-ema.pth of it") for line in lines())
+    assert any("checkpoint-best-ema.pth (official layout)" in line for line in lines())
 
 
 # --- what is said -----------------------------------------------------------------------
@@ -169,14 +169,13 @@ def test_report_tells_what_became_of_everything(tmp_path, lines):
     model = classifier(seed=1)
     report = load_pretrained(model, str(tmp_path / "a.pth"))
     assert report.layout == "timm"
-    assert report.renamed["stem.0.weight"] == "downsample_layers.0.0.weight"
-    assert "stages.0.0.grn.gamma (16,) -> (1, 1, 1, 16)" in report.reshaped
     assert report.dropped == ["head.weight", "head.bias"]
     assert report.missing == ["head.weight", "head.bias"]
     assert len(report.loaded) == len(model.state_dict()) - 2
     warning, summary = lines()
-    assert warning.endswith("its head for 5 classes does not fit: a new one")
-    assert "timm layout; 58 tensors loaded, 58 of them renamed; 2 new (head.weight" in summary
+    assert warning.endswith("its head has 5 classes, so the model gets a new head")
+    path = tmp_path / "a.pth"
+    assert summary == f"loaded 58 tensors from {path} (timm layout; new: head; dropped: head)"
     expected = values(classifier(classes=5))
     for name, value in model.state_dict().items():
         wanted = values(classifier(seed=1)) if name.startswith("head.") else expected
@@ -224,7 +223,7 @@ def test_weights_of_the_official_double_initialisation_are_warned_of(
     """Pre-trained by the official script they overflow fp16, and the loss is NaN."""
     torch.save(classifier(scale=scale).state_dict(), tmp_path / "a.pth")
     load_pretrained(classifier(), str(tmp_path / "a.pth"))
-    told = [line for line in lines() if "rms of 0.8" in line and "--amp bf16" in line]
+    told = [line for line in lines() if "weights is 0.8" in line and "--amp bf16" in line]
     assert bool(told) == warned
 
 
@@ -264,7 +263,7 @@ def test_hub_names_and_what_is_cached_of_them(hub, source):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("hf-hub:someone/nothing", "cannot be reached and the weights are in no cache"),
+        ("hf-hub:someone/nothing", "cannot be reached and the weights are not in the local cache"),
         ("timm:convnextv2_tiny.fcmae", "cannot be reached"),
         ("timm:convnextv2_tny.fcmae", "Did you mean 'convnextv2_tiny.fcmae'"),
         ("hf-hub:nobody", "expected hf-hub:owner/name"),
@@ -328,7 +327,7 @@ def test_https_address_with_its_hash(server, lines):
         again, address, sha256=download.locate(address) and sha256(download.locate(address))
     )
     assert_same(values(again), values(classifier()))
-    assert sum("without --sha256" in line for line in lines()) == 2  # said by locate alone
+    assert sum("was not verified" in line for line in lines()) == 2  # by locate alone
 
 
 def test_https_address_with_another_hash_leaves_nothing(server, tmp_path):
@@ -337,17 +336,17 @@ def test_https_address_with_another_hash_leaves_nothing(server, tmp_path):
         read_checkpoint(address, "0" * 64)
     assert not list((tmp_path / "torch").rglob("*.pth"))
     read_checkpoint(address)
-    with pytest.raises(UserError, match=f"expected {'0' * 64}: another or a damaged file"):
+    with pytest.raises(UserError, match=f"expected {'0' * 64}: it is another file or damaged"):
         read_checkpoint(address, "0" * 64)  # the one in the cache
 
 
 def test_hash_is_checked_of_local_files_too(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     assert read_checkpoint(tmp_path / "a.pth", sha256(tmp_path / "a.pth").upper())
-    for wrong, message in (("0" * 64, "has sha256"), ("12", "64 hexadecimal digits")):
+    for wrong, message in (("0" * 64, "has SHA-256"), ("12", "64 hexadecimal digits")):
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / "a.pth", wrong)
-    with pytest.raises(UserError, match="belongs to a file"):
+    with pytest.raises(UserError, match="needs a file"):
         read_checkpoint(tmp_path, "0" * 64)
 
 
@@ -376,16 +375,16 @@ def transposed(path: Path) -> None:
 
 
 BAD = {
-    "truncated": (truncated, "truncated, damaged or no checkpoint"),
-    "truncated safetensors": (truncated_safetensors, "truncated, damaged or no checkpoint"),
+    "truncated": (truncated, "truncated, damaged or not a checkpoint"),
+    "truncated safetensors": (truncated_safetensors, "truncated, damaged or not a checkpoint"),
     "text": (lambda path: path.write_text("some notes\n"), "begins with b'some note"),
-    "zip": (a_zip, "truncated, damaged or no checkpoint"),
+    "zip": (a_zip, "truncated, damaged or not a checkpoint"),
     "nothing in it": (lambda path: torch.save({}, path), "expected weights under"),
     "no weights": (lambda path: torch.save({"model": {}}, path), "expected weights under"),
-    "a list": (lambda path: torch.save([1, 2], path), "holds list; expected weights"),
+    "a list": (lambda path: torch.save([1, 2], path), "contains list; expected weights"),
     "resnet": (
         lambda path: torch.save({"model": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, path),
-        "no weights of a ConvNeXt V2: the names look like conv1.weight",
+        "not weights of a ConvNeXt V2, with names like conv1.weight",
     ),
     "transposed": (transposed, r"pwconv1\.weight \(8, 32\) instead of \(32, 8\)"),
     "absent": (lambda path: None, "does not exist"),

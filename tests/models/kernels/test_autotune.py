@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Which of several equal computations runs, and its memory."""
+"""The autotuner: which implementation runs, its cache file, the choices of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_loading.loader import DeviceLoader
+from data_loading.loader import Batches
 from errors import UserError
 from models.kernels import autotune, ops
 from tests import tiny
@@ -24,28 +24,28 @@ from training.checkpoint import TrainState
 
 CPU = torch.device("cpu")
 X = torch.ones(2, 3)
-FORMS = {"torch": lambda x: x + 1, "onednn": lambda x: 1 + x, "third": lambda x: x - -1}
+SUMS = {"torch": lambda x: x + 1, "onednn": lambda x: 1 + x, "third": lambda x: x - -1}
 
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """Where this test's choices are kept; nothing has been chosen yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(autotune, "choices", autotune.Choices())
+    monkeypatch.setattr(autotune, "autotuner", autotune.Autotuner())
     return tmp_path / "convnextv2"
 
 
 @pytest.fixture
 def timed(monkeypatch, folder):
-    """A function that sets how long each form of FORMS takes, and returns what is measured."""
+    """A function that sets how long each form of SUMS takes, and returns what is measured."""
 
     def times(*seconds):
         measured = []
 
         def measure(form, args, device):
-            name = next(name for name, other in FORMS.items() if other is form)
+            name = next(name for name, other in SUMS.items() if other is form)
             measured.append(name)
-            return dict(zip(FORMS, seconds, strict=True))[name]
+            return dict(zip(SUMS, seconds, strict=True))[name]
 
         monkeypatch.setattr(autotune, "measure", measure)
         return measured
@@ -53,8 +53,9 @@ def timed(monkeypatch, folder):
     return times
 
 
-def pick(choices=None, key=(1, 2), like=X, forms=FORMS):
-    return (choices or autotune.choices).pick("sum", forms, key, like, lambda: (like,))
+def choose(tuner=None, key=(1, 2), like=X, implementations=SUMS):
+    tuner = tuner or autotune.autotuner
+    return tuner.choose("sum", implementations, key, like, lambda: (like,))
 
 
 def test_nothing_is_measured_while_somebody_else_counts(timed):
@@ -64,12 +65,12 @@ def test_nothing_is_measured_while_somebody_else_counts(timed):
 
     measured = timed(1.0, 0.5, 0.25)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert pick() == "torch"
-    assert pick(like=mode.from_tensor(X)) == "torch"
+        assert choose() == "torch"
+    assert choose(like=mode.from_tensor(X)) == "torch"
     with FlopCounterMode(display=False):
-        assert pick() == "torch"
+        assert choose() == "torch"
     assert not measured
-    assert pick() == "third"
+    assert choose() == "third"
 
 
 def test_product_is_measured_in_the_tensors_own_dtype(folder):
@@ -77,10 +78,10 @@ def test_product_is_measured_in_the_tensors_own_dtype(folder):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        ops.product(torch.ones(2, 3, dtype=torch.float32), torch.ones(4, 3, dtype=torch.float32))
+        ops.linear(torch.ones(2, 3, dtype=torch.float32), torch.ones(4, 3, dtype=torch.float32))
     finally:
         torch.set_default_dtype(before)
-    times = autotune.choices.seconds.get("product float32", {})
+    times = autotune.autotuner.seconds.get("linear float32", {})
     assert all(seconds < float("inf") for seconds in times.values())
     assert bool(times) == torch.backends.mkldnn.is_available()
 
@@ -101,32 +102,32 @@ def test_product_is_measured_in_the_tensors_own_dtype(folder):
 def test_fastest_form_is_taken_unless_torchs_is_nearly_as_fast(timed, seconds, taken):
     timed(*seconds)
     assert autotune.GAIN == 0.9
-    assert pick() == taken
+    assert choose() == taken
 
 
 def test_form_that_is_taken_is_the_one_that_runs(timed):
     timed(3, 2, 1)
-    marked = {name: lambda x, name=name: name for name in FORMS}
-    autotune.choices.taken[("sum", "cpu", torch.float32, (1, 2))] = "third"
-    assert autotune.run("sum", marked, (1, 2), X) == "third"
+    marked = {name: lambda x, name=name: name for name in SUMS}
+    autotune.autotuner.chosen[("sum", "cpu", torch.float32, (1, 2))] = "third"
+    assert autotune.dispatch("sum", marked, (1, 2), X) == "third"
 
 
 def test_each_question_is_measured_once(timed):
     """One for each operation, key and dtype; not at every step."""
     measured = timed(3, 2, 1)
     for _ in range(3):
-        pick()
-    assert measured == list(FORMS)
-    pick(key=(2, 2))
-    pick(like=X.double())
-    autotune.choices.pick("difference", FORMS, (1, 2), X, lambda: (X,))
-    assert len(measured) == 4 * len(FORMS)
+        choose()
+    assert measured == list(SUMS)
+    choose(key=(2, 2))
+    choose(like=X.double())
+    autotune.autotuner.choose("difference", SUMS, (1, 2), X, lambda: (X,))
+    assert len(measured) == 4 * len(SUMS)
 
 
 def test_operation_of_one_form_is_never_measured(timed, folder):
     measured = timed(3, 2, 1)
-    assert autotune.run("sum", {"torch": FORMS["torch"]}, (), X).equal(X + 1)
-    assert pick(forms={"torch": FORMS["torch"]}) == "torch"
+    assert autotune.dispatch("sum", {"torch": SUMS["torch"]}, (), X).equal(X + 1)
+    assert choose(implementations={"torch": SUMS["torch"]}) == "torch"
     assert measured == []
     assert not folder.exists()
 
@@ -134,8 +135,8 @@ def test_operation_of_one_form_is_never_measured(timed, folder):
 def test_cpu_leaves_what_needs_a_gpu_untried(monkeypatch, folder):
     """Triton's interpreter, which tests switch on, would be measured for minutes."""
     monkeypatch.setattr(autotune, "measure", lambda *_: pytest.fail("measured"))
-    forms = {"torch": FORMS["torch"], "native": FORMS["third"], "triton": FORMS["third"]}
-    assert pick(forms=forms) == "torch"
+    implementations = {"torch": SUMS["torch"], "native": SUMS["third"], "triton": SUMS["third"]}
+    assert choose(implementations=implementations) == "torch"
 
 
 def test_measuring_takes_the_shortest_call_and_leaves_no_graph(monkeypatch):
@@ -158,7 +159,7 @@ def test_compiler_sees_the_first_form_alone(timed):
     """Measuring cannot be compiled, and would break the graph."""
     measured = timed(3, 2, 1)
     call = torch.compile(
-        lambda x: autotune.run("sum", FORMS, (), x), backend="eager", fullgraph=True
+        lambda x: autotune.dispatch("sum", SUMS, (), x), backend="eager", fullgraph=True
     )
     assert call(X).equal(X + 1)
     assert measured == []
@@ -169,19 +170,19 @@ def test_compiler_sees_the_first_form_alone(timed):
 
 def test_choice_is_kept_and_the_next_process_measures_nothing(timed, folder):
     timed(3, 1, 2)
-    assert pick() == "onednn"
+    assert choose() == "onednn"
     file = autotune.cache_file("cpu")
     assert list(folder.glob("[!.]*")) == [file]
     assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn"}
     measured = timed(1, 2, 3)  # it would decide otherwise
-    assert pick(autotune.Choices()) == "onednn"
+    assert choose(autotune.Autotuner()) == "onednn"
     assert measured == []
 
 
 def test_second_choice_is_added_to_the_first(timed, folder):
     timed(3, 1, 2)
-    pick()
-    pick(autotune.Choices(), key=(5,))
+    choose()
+    choose(autotune.Autotuner(), key=(5,))
     kept = json.loads(autotune.cache_file("cpu").read_text())
     assert kept == {"sum float32 1 2": "onednn", "sum float32 5": "onednn"}
 
@@ -194,7 +195,7 @@ def test_file_that_is_not_ours_is_measured_anew_and_replaced(timed, folder, text
     timed(3, 1, 2)
     folder.mkdir()
     autotune.cache_file("cpu").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert pick() == "onednn"
+    assert choose() == "onednn"
     assert json.loads(autotune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
 
 
@@ -205,8 +206,8 @@ def test_form_that_there_is_not_is_measured_anew(timed, folder, value):
     folder.mkdir()
     file = autotune.cache_file("cpu")
     file.write_text(json.dumps({"sum float32 1 2": value, "other": "torch"}))
-    assert pick() == "onednn"
-    assert measured == list(FORMS)
+    assert choose() == "onednn"
+    assert measured == list(SUMS)
     assert json.loads(file.read_text()) == {"sum float32 1 2": "onednn", "other": "torch"}
 
 
@@ -220,7 +221,7 @@ def test_folder_that_cannot_be_written_stops_nothing(timed, folder, tmp_path, ob
             pytest.skip("root may write everywhere")
         tmp_path.chmod(0o500)
     try:
-        assert pick() == "onednn"
+        assert choose() == "onednn"
     finally:
         tmp_path.chmod(0o700)
 
@@ -231,7 +232,7 @@ def test_disk_that_is_full_stops_nothing(timed, folder, monkeypatch):
 
     timed(3, 1, 2)
     monkeypatch.setattr(autotune, "write_atomically", full)
-    assert pick() == pick() == "onednn"
+    assert choose() == choose() == "onednn"
 
 
 def test_other_machine_version_or_threads_have_a_file_of_their_own(folder, monkeypatch):
@@ -272,8 +273,8 @@ def test_tests_write_nothing_into_the_users_own_cache():
 def test_torch_takes_the_first_form_and_never_measures(timed, folder):
     measured = timed(3, 2, 1)
     autotune.set_kernels("torch", CPU)
-    assert pick() == "torch"
-    assert autotune.run("sum", FORMS, (), X).equal(X + 1)
+    assert choose() == "torch"
+    assert autotune.dispatch("sum", SUMS, (), X).equal(X + 1)
     assert measured == []
     assert not folder.exists()
 
@@ -283,18 +284,18 @@ def test_triton_takes_triton_where_there_is_one_and_never_measures(timed, monkey
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(autotune, "_has_triton", lambda: True)
     autotune.set_kernels("triton", CPU)
-    assert pick(forms={**FORMS, "triton": FORMS["torch"]}) == "triton"
-    assert pick(key=()) == "torch"
+    assert choose(implementations={**SUMS, "triton": SUMS["torch"]}) == "triton"
+    assert choose(key=()) == "torch"
     assert measured == []
 
 
 def test_mode_that_is_set_counts_for_what_was_chosen_before(timed):
     timed(3, 2, 1)
-    assert pick() == "third"
+    assert choose() == "third"
     autotune.set_kernels("torch", CPU)
-    assert pick() == "torch"
+    assert choose() == "torch"
     autotune.set_kernels("auto", CPU)
-    assert pick() == "third"
+    assert choose() == "third"
 
 
 @pytest.mark.parametrize("interpret", [None, "0"])
@@ -304,7 +305,7 @@ def test_triton_without_a_gpu_is_refused_with_a_remedy(folder, monkeypatch, inte
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
     with pytest.raises(UserError, match=r"--kernels triton.*cpu.*--kernels auto.*TRITON_INTERPRET"):
         autotune.set_kernels("triton", CPU)
-    assert autotune.choices.mode == "auto"
+    assert autotune.autotuner.mode == "auto"
 
 
 def test_triton_that_is_not_installed_is_refused(folder, monkeypatch):
@@ -317,24 +318,24 @@ def test_triton_that_is_not_installed_is_refused(folder, monkeypatch):
 def test_unknown_mode_is_refused_with_those_there_are(folder):
     with pytest.raises(UserError, match=r"--kernels cuda: expected one of auto, torch, triton"):
         autotune.set_kernels("cuda", CPU)
-    assert autotune.choices.mode == "auto"
+    assert autotune.autotuner.mode == "auto"
 
 
 def test_only_torch_lasts_as_long_as_its_block_even_if_that_fails(timed):
     timed(3, 2, 1)
-    assert pick() == "third"
+    assert choose() == "third"
     found = []
 
     def fail():
         with autotune.only_torch():
-            found.append((pick(), pick(key=(7,))))
+            found.append((choose(), choose(key=(7,))))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert found == [("torch", "torch")]
-    assert autotune.choices.mode == "auto"
-    assert pick() == pick(key=(7,)) == "third"
+    assert autotune.autotuner.mode == "auto"
+    assert choose() == choose(key=(7,)) == "third"
 
 
 # --- what the log says -------------------------------------------------------------------
@@ -342,25 +343,25 @@ def test_only_torch_lasts_as_long_as_its_block_even_if_that_fails(timed):
 
 def test_summary_names_operations_and_forms(timed):
     timed(3, 1, 2)
-    assert autotune.choices.summary() == "auto: one form of everything"
+    assert autotune.autotuner.summary() == "auto: no operation with a choice"
     for key in (1, 2):
-        pick(key=(key,))
+        choose(key=(key,))
     timed(1, 2, 3)
-    pick(key=(3,))
-    autotune.choices.pick("difference", FORMS, (), X, lambda: (X,))
-    assert autotune.choices.summary() == "auto: difference torch 1; sum onednn 2, torch 1"
+    choose(key=(3,))
+    autotune.autotuner.choose("difference", SUMS, (), X, lambda: (X,))
+    assert autotune.autotuner.summary() == "auto: difference torch 1; sum onednn 2, torch 1"
     autotune.set_kernels("torch", CPU)
-    assert autotune.choices.summary() == "torch: one form of everything"
+    assert autotune.autotuner.summary() == "torch: no operation with a choice"
 
 
 def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     """At the first log line, when every choice is made: of a resumed run too."""
     timed(3, 1, 2)
-    monkeypatch.setattr(hooks, "choices", autotune.choices)
+    monkeypatch.setattr(hooks, "autotuner", autotune.autotuner)
     state = TrainState(updates=6)
     reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
-    reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]), state)
-    pick()
+    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]), state)
+    choose()
     for _ in range(6):
         state.updates += 1
         reporter.after_batch(1)
@@ -375,7 +376,7 @@ def test_run_says_once_which_kernels_it_takes(tmp_path):
     done = run("main_pretrain.py", *words, env={"XDG_CACHE_HOME": str(tmp_path)})
     assert len(re.findall(r"kernels auto: ", done.stdout)) == 1
     if torch.backends.mkldnn.is_available() and not torch.cuda.is_available():
-        assert re.search(r"kernels auto: .*product (torch|onednn) 1", done.stdout)
+        assert re.search(r"kernels auto: .*linear (torch|onednn) 1", done.stdout)
         assert len(list((tmp_path / "convnextv2").glob("cpu-*.json"))) == 1
 
 
@@ -410,9 +411,10 @@ def test_form_that_fails_is_left_out(folder):
     def failing(x):
         raise RuntimeError("out of resources")
 
-    forms = {"torch": lambda x: x + 1, "onednn": failing}
-    assert pick(forms=forms) == "torch"
-    assert pick(autotune.Choices(), forms=forms) == "torch"  # and the file says so
+    implementations = {"torch": lambda x: x + 1, "onednn": failing}
+    assert choose(implementations=implementations) == "torch"
+    again = choose(autotune.Autotuner(), implementations=implementations)
+    assert again == "torch"  # from the file
 
 
 def test_without_a_home_folder_a_run_goes_on(timed, folder, monkeypatch):
@@ -423,28 +425,28 @@ def test_without_a_home_folder_a_run_goes_on(timed, folder, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("pathlib.Path.home", homeless)
-    assert pick() == "onednn"
+    assert choose() == "onednn"
 
 
 def test_what_another_process_kept_meanwhile_stays(timed, folder):
     timed(3, 1, 2)
-    ours, theirs = autotune.Choices(), autotune.Choices()
-    pick(ours, key=(1,))
-    pick(theirs, key=(2,))
-    pick(ours, key=(3,))
+    ours, theirs = autotune.Autotuner(), autotune.Autotuner()
+    choose(ours, key=(1,))
+    choose(theirs, key=(2,))
+    choose(ours, key=(3,))
     kept = json.loads(autotune.cache_file("cpu").read_text())
     assert set(kept) == {"sum float32 1", "sum float32 2", "sum float32 3"}
 
 
 def test_processes_that_measure_at_once_take_the_first_answer(timed, folder):
     """The last one replaced it, so that jobs started together ran different kernels."""
-    first, second = autotune.Choices(), autotune.Choices()
-    second.kept["cpu"] = {}  # it has read the file before the first has written
+    first, second = autotune.Autotuner(), autotune.Autotuner()
+    second.cached["cpu"] = {}  # it has read the file before the first has written
     timed(3, 1, 2)
-    assert pick(first) == "onednn"
+    assert choose(first) == "onednn"
     measured = timed(3, 2, 1)
-    assert pick(second) == "onednn"
-    assert measured == list(FORMS)
+    assert choose(second) == "onednn"
+    assert measured == list(SUMS)
     assert json.loads(autotune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
 
 
@@ -454,7 +456,7 @@ def test_lock_that_is_not_released_stops_nothing(timed, folder, monkeypatch):
     folder.mkdir()
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert pick() == "onednn"
+        assert choose() == "onednn"
     assert json.loads(autotune.cache_file("cpu").read_text()) == {"sum float32 1 2": "onednn"}
 
 
@@ -463,61 +465,66 @@ def test_lock_that_is_not_released_stops_nothing(timed, folder, monkeypatch):
 
 def test_resumed_run_keeps_its_choices_though_others_would_be_made_now(timed, folder, log):
     timed(3, 1, 2)
-    assert pick() == "onednn"
-    state = autotune.choices.state()
+    assert choose() == "onednn"
+    state = autotune.autotuner.state()
     assert state == {autotune.cache_file("cpu").stem: {"sum float32 1 2": "onednn"}}
     autotune.cache_file("cpu").write_text('{"sum float32 1 2": "third"}')
     autotune.set_kernels("auto", CPU)
-    autotune.choices = autotune.Choices()
+    autotune.autotuner = autotune.Autotuner()
     measured = timed(3, 2, 1)
-    autotune.choices.restore(state, CPU)
-    assert pick() == "onednn"
-    assert pick(key=(5,)) == "third"  # what the run has not chosen yet
-    assert measured == list(FORMS)
+    autotune.autotuner.restore(state, CPU)
+    assert choose() == "onednn"
+    assert choose(key=(5,)) == "third"  # what the run has not chosen yet
+    assert measured == list(SUMS)
     assert log.messages == []
-    (entries,) = autotune.choices.state().values()
+    (entries,) = autotune.autotuner.state().values()
     assert entries == {"sum float32 1 2": "onednn", "sum float32 5": "third"}
 
 
 def test_choices_not_used_since_the_start_are_saved_again(folder):
     """A run may be stopped before its first evaluation."""
     state = {autotune.cache_file("cpu").stem: {"sum float32 5": "third"}, "another": {"x": "torch"}}
-    autotune.choices.restore(state, CPU)
-    assert autotune.choices.state() == state
+    autotune.autotuner.restore(state, CPU)
+    assert autotune.autotuner.state() == state
 
 
 def test_new_run_of_the_process_has_no_choices_of_the_one_before(timed, folder):
-    autotune.choices.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "onednn"}}, CPU)
+    autotune.autotuner.restore(
+        {autotune.cache_file("cpu").stem: {"sum float32 1 2": "onednn"}}, CPU
+    )
     autotune.set_kernels("auto", CPU)
     timed(3, 2, 1)
-    assert pick() == "third"
+    assert choose() == "third"
 
 
 def test_resumed_run_chooses_anew_where_device_or_versions_differ(timed, folder, log, monkeypatch):
     timed(3, 1, 2)
-    pick()
-    state, before = autotune.choices.state(), autotune.cache_file("cpu").stem
+    choose()
+    state, before = autotune.autotuner.state(), autotune.cache_file("cpu").stem
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    autotune.choices = autotune.Choices()
+    autotune.autotuner = autotune.Autotuner()
     timed(3, 2, 1)
-    autotune.choices.restore(state, CPU)
+    autotune.autotuner.restore(state, CPU)
     now = autotune.cache_file("cpu").stem
-    text = f"kernels: choosing anew, since the run was on {before} and this is {now}"
+    text = f"kernels: choosing again, since the run was on {before} and this is {now}"
     assert log.messages == [text]
-    assert pick() == "third"
-    assert autotune.choices.state() == state | {now: {"sum float32 1 2": "third"}}  # kept
+    assert choose() == "third"
+    # The old ones stay, if the run goes back.
+    assert autotune.autotuner.state() == state | {now: {"sum float32 1 2": "third"}}
 
 
 def test_resumed_run_whose_form_is_gone_says_so(timed, folder, log):
     timed(3, 1, 2)
-    autotune.choices.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "gone"}}, CPU)
-    assert pick() == "onednn"
-    assert log.messages == ["kernels: sum float32 1 2 has no form gone here, choosing anew"]
+    autotune.autotuner.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "gone"}}, CPU)
+    assert choose() == "onednn"
+    assert log.messages == [
+        "kernels: the run's choice for sum float32 1 2, gone, does not exist here; choosing again"
+    ]
 
 
 def test_checkpoint_without_choices_says_nothing(folder, log):
     assert resume.Start("x", {"model": {}, "optimizer": {}, "state": {}}).kernels == {}
-    autotune.choices.restore({}, CPU)
+    autotune.autotuner.restore({}, CPU)
     assert log.messages == []
 
 
@@ -526,25 +533,27 @@ def test_other_modes_ignore_the_choices_of_the_run(folder, monkeypatch, mode, lo
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(autotune, "_has_triton", lambda: True)
     autotune.set_kernels(mode, CPU)
-    autotune.choices.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "third"}}, CPU)
-    assert pick() == "torch"
-    autotune.choices.restore({"another": {}}, CPU)
+    autotune.autotuner.restore({autotune.cache_file("cpu").stem: {"sum float32 1 2": "third"}}, CPU)
+    assert choose() == "torch"
+    autotune.autotuner.restore({"another": {}}, CPU)
     assert log.messages == []
 
 
-def pick_of_rank(rank: int, folder: Path) -> list[str]:
+def choice_of_rank(rank: int, folder: Path) -> list[str]:
     """Each has a file of its own that says something else; they choose in different orders."""
-    autotune.choices.kept["cpu"] = {f"sum float32 {key}": list(FORMS)[1 + rank] for key in range(4)}
+    autotune.autotuner.cached["cpu"] = {
+        f"sum float32 {key}": list(SUMS)[1 + rank] for key in range(4)
+    }
     keys = (0, 1, 2, 3) if rank == 0 else (3, 2, 1, 0)
-    taken = {key: pick(key=(key,)) for key in keys}
+    taken = {key: choose(key=(key,)) for key in keys}
     return [taken[key] for key in range(4)]
 
 
 def test_ranks_of_a_run_take_the_same_forms(tmp_path):
     """Each took its own measurement, and a checkpoint holds only those of rank 0."""
-    ranks = results_of(run_ranks([pick_of_rank], 2, tmp_path))
+    ranks = results_of(run_ranks([choice_of_rank], 2, tmp_path))
     assert ranks[0] == ranks[1]
-    assert set(ranks[0]["pick_of_rank"]) <= {"onednn", "third"}
+    assert set(ranks[0]["choice_of_rank"]) <= {"onednn", "third"}
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a product has one form here")
@@ -561,10 +570,10 @@ def test_run_resumed_after_the_file_has_changed_ends_with_the_same_weights(tmp_p
 
     file = tmp_path / "convnextv2" / autotune.cache_file("cpu").name
     file.parent.mkdir()
-    file.write_text('{"product float32": "onednn"}')
+    file.write_text('{"linear float32": "onednn"}')
     said = train("whole")
-    assert "product onednn 1" in said
+    assert "linear onednn 1" in said
     train("resumed", "--max_minutes", 0.0001, "--print_freq", 1, expect=75)
-    file.write_text('{"product float32": "torch"}')
+    file.write_text('{"linear float32": "torch"}')
     assert train("resumed") == said
     assert_same(*(weights(tmp_path / name / "checkpoint-1.pth") for name in ("whole", "resumed")))

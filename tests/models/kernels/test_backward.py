@@ -12,9 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.convnextv2 import Block
 from models.kernels import autotune, ops
-from models.kernels.depthwise import depthwise
-from models.kernels.grn_mlp import block_mlp
-from models.layers import GRN, linear
+from models.layers import GRN, fused_depthwise, fused_mlp
 from models.sparse import PatchGrid
 from tests import tiny
 
@@ -24,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without one Triton is
 def mlp_layers(dim):
     """fc1, GRN and fc2 in float64, far from their start, one channel dead."""
     torch.manual_seed(dim)
-    layers = [linear(dim, 4 * dim), GRN(4 * dim), linear(4 * dim, dim)]
+    layers = [nn.Linear(dim, 4 * dim), GRN(4 * dim), nn.Linear(4 * dim, dim)]
     for layer in layers:
         layer.double()
         for parameter in layer.parameters():
@@ -42,7 +40,7 @@ def test_fused_mlp_is_the_plain_one_with_its_gradients(shape, dim):
     x.requires_grad_()  # not contiguous
     inputs = [x, *fc1.parameters(), *grn.parameters(), *fc2.parameters()]
     plain = fc2(grn(F.gelu(fc1(x))))
-    fused = block_mlp(x, fc1, grn, fc2)
+    fused = fused_mlp(x, fc1, grn, fc2)
     assert torch.allclose(fused, plain, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(plain)
     wanted = torch.autograd.grad(plain, inputs, dy)
@@ -56,7 +54,7 @@ def test_fused_mlp_can_be_differentiated_twice():
     with torch.no_grad():
         fc1.weight[0] += 1  # at a dead channel the length has no second derivative
     x = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: block_mlp(x, fc1, grn, fc2), x)
+    assert torch.autograd.gradgradcheck(lambda x: fused_mlp(x, fc1, grn, fc2), x)
 
 
 def test_fused_mlp_of_an_all_zero_image_has_finite_gradients():
@@ -64,7 +62,7 @@ def test_fused_mlp_of_an_all_zero_image_has_finite_gradients():
     with torch.no_grad():
         fc1.bias.zero_()
     x = torch.zeros(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    block_mlp(x, fc1, grn, fc2).sum().backward()
+    fused_mlp(x, fc1, grn, fc2).sum().backward()
     assert torch.isfinite(x.grad).all()
     assert all(torch.isfinite(p.grad).all() for p in grn.parameters())
 
@@ -79,7 +77,7 @@ def test_fused_mlp_saves_one_wide_tensor():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block_mlp(torch.randn(2, 50, 4, dtype=torch.float64, requires_grad=True), fc1, grn, fc2)
+        fused_mlp(torch.randn(2, 50, 4, dtype=torch.float64, requires_grad=True), fc1, grn, fc2)
     assert sum(size == 2 * 50 * 16 for size in saved) == 1
 
 
@@ -87,9 +85,9 @@ def test_fused_mlp_saves_one_wide_tensor():
 def test_fused_mlp_under_autocast_is_close_and_returns_full_gradients(half):
     fc1, grn, fc2 = (layer.float() for layer in mlp_layers(6))
     x = torch.randn(2, 9, 6, requires_grad=True)
-    wanted = torch.autograd.grad(block_mlp(x, fc1, grn, fc2).sum(), [x, *grn.parameters()])
+    wanted = torch.autograd.grad(fused_mlp(x, fc1, grn, fc2).sum(), [x, *grn.parameters()])
     with torch.autocast("cpu", half):
-        y = block_mlp(x, fc1, grn, fc2)
+        y = fused_mlp(x, fc1, grn, fc2)
     assert y.dtype == half
     grads = torch.autograd.grad(y.sum(), [x, *grn.parameters()])
     for ours, theirs in zip(grads, wanted, strict=True):
@@ -104,14 +102,14 @@ def test_depthwise_gradients_are_those_of_torch(size):
     conv = nn.Conv2d(3, 3, 7, padding=3, groups=3).double()
     x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
     inputs = [x, *conv.parameters()]
-    ours = depthwise(x, conv, None)
+    ours = fused_depthwise(x, conv, None)
     plain = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert torch.allclose(ours, plain, atol=1e-12)
     dy = torch.randn_like(plain)
     wanted = torch.autograd.grad(plain, inputs, dy)
     for mine, theirs in zip(torch.autograd.grad(ours, inputs, dy), wanted, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-11)
-    assert torch.autograd.gradgradcheck(lambda x: depthwise(x, conv, None), x)
+    assert torch.autograd.gradgradcheck(lambda x: fused_depthwise(x, conv, None), x)
 
 
 # --- every form of a block, under every --kernels -----------------------------------------
@@ -120,7 +118,7 @@ def test_depthwise_gradients_are_those_of_torch(size):
 @pytest.fixture
 def set_kernels(monkeypatch, tmp_path):
     """`--kernels` for this test alone, with choices and a file of its own."""
-    monkeypatch.setattr(autotune, "choices", autotune.Choices())
+    monkeypatch.setattr(autotune, "autotuner", autotune.Autotuner())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return lambda mode: autotune.set_kernels(mode, torch.device(DEVICE))
 
@@ -201,7 +199,7 @@ def test_block_is_the_written_out_one_whatever_runs(set_kernels, mode, case):
     wanted = with_gradients(lambda: written_out(block, x, grid), inputs)
     assert_near(with_gradients(lambda: block(x, grid), inputs), wanted, 1e-9)
     if mode == "triton":
-        taken = {op: name for (op, *_), name in autotune.choices.taken.items()}
+        taken = {op: name for (op, *_), name in autotune.autotuner.chosen.items()}
         ops_of_triton = ("depthwise norm", "gelu", "mlp gradients", "depthwise weight")
         assert {taken[op] for op in ops_of_triton} == {"triton"}
 
@@ -217,7 +215,7 @@ def test_depthwise_without_norm_is_torchs_whatever_runs(set_kernels, mode, case)
     dense = x if grid is None else grid.unpack(x)
     wanted = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     wanted = wanted if grid is None else grid.pack(wanted)
-    ours = depthwise(x, conv, grid)
+    ours = fused_depthwise(x, conv, grid)
     assert torch.allclose(ours, wanted, rtol=1e-10, atol=1e-12)
     theirs = torch.autograd.grad(wanted.mean(0).sum(), inputs)
     for one, other in zip(torch.autograd.grad(ours.mean(0).sum(), inputs), theirs, strict=True):
@@ -309,16 +307,16 @@ def test_block_in_bf16_is_close_to_itself_in_float32(set_kernels, mode, case):
 @pytest.mark.parametrize("faster", ["torch", "onednn"])
 def test_fcmae_in_float32_is_right_in_both_products(set_kernels, monkeypatch, faster):
     """Only float32 on a CPU has two; float64, in which the others test, never sees oneDNN."""
-    calls, onednn = [], ops.PRODUCT["onednn"]
+    calls, onednn = [], ops.LINEAR["onednn"]
 
     def counted(*args):
         calls.append(args[1].ndim)
         return onednn(*args)
 
     def measure(form, *_):
-        return 1.0 if form is ops.PRODUCT[faster] else 2.0
+        return 1.0 if form is ops.LINEAR[faster] else 2.0
 
-    monkeypatch.setitem(ops.PRODUCT, "onednn", counted)
+    monkeypatch.setitem(ops.LINEAR, "onednn", counted)
     monkeypatch.setattr(autotune, "measure", measure)
     autotune.set_kernels("auto", torch.device("cpu"))
     _, inputs, loss = fcmae_and_input(device="cpu")
@@ -331,18 +329,18 @@ def test_fcmae_in_float32_is_right_in_both_products(set_kernels, monkeypatch, fa
 @pytest.mark.parametrize("faster", ["torch", "onednn"])
 def test_products_and_grams_of_every_layout_are_torchs(set_kernels, faster):
     """Transposed factors, weights for every image, and a gram long enough to be turned round."""
-    autotune.choices.taken[("product", "cpu", torch.float32, ())] = faster
+    autotune.autotuner.chosen[("linear", "cpu", torch.float32, ())] = faster
     torch.manual_seed(0)
     x, bias = torch.randn(2, 5, 600).mT, torch.randn(7)
     for weight in (torch.randn(7, 5), torch.randn(5, 7).mT, torch.randn(2, 7, 5)):
         for b in (None, bias):
             wanted = x.double() @ weight.double().mT + (0 if b is None else b)
-            assert_near({"": ops.product(x, weight, b)}, {"": wanted}, 1e-6)
+            assert_near({"": ops.linear(x, weight, b)}, {"": wanted}, 1e-6)
     wide = torch.randn(2, 600, 9)
     for y, z in ((wide, x), (x, wide), (wide[0], x[0]), (wide[:, :20], x[:, :20])):
         wanted = y.double().mT @ z.double()
-        assert_near({"": ops.gram(y, z)}, {"": wanted}, 1e-6)
-        assert ops.gram(y, z).is_contiguous()
+        assert_near({"": ops.weight_grad(y, z)}, {"": wanted}, 1e-6)
+        assert ops.weight_grad(y, z).is_contiguous()
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
@@ -426,7 +424,7 @@ def test_no_tensor_of_width_4c_is_promoted_in_bf16(set_kernels, monkeypatch, mod
     with backward:
         y.float().square().sum().backward()
     if (
-        autotune.choices.taken.get(next(q for q in autotune.choices.taken if q[0] == "gelu"))
+        autotune.autotuner.chosen.get(next(q for q in autotune.autotuner.chosen if q[0] == "gelu"))
         == "torch"
     ):
         assert {size for _, size in forward.found} == {length * 16}

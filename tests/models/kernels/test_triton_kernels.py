@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 pytest.importorskip("triton")
-kernels = importlib.import_module("models.kernels")
+kernels = importlib.import_module("models.kernels.triton_kernels")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64 against float64
 SINGLE = {"rtol": 2e-5, "atol": 2e-5}  # float32 sums of up to a few hundred terms
@@ -200,23 +200,28 @@ def test_fused_norm_of_zeros_is_its_bias():
 
 
 def mlp_inputs(dtype=torch.float64, shape=(2, 133, 20)):
-    """h and da, whose L and K no block fits, scale and direction."""
+    """h and da, whose L and K no block fits, scale and slopes."""
     h, da = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return h, da, *(randn(shape[0], shape[2], dtype=wide) for _ in range(2))
 
 
-def plain_passes(h, da, scale, direction):
-    """Energy, dscale, scaled, dh, db by torch, in the dtype of h."""
+def plain_passes(h, da, scale, slopes):
+    """Squares, dscale, scaled, dh, db by torch, in the dtype of h."""
     a = F.gelu(h)
-    grad = da * scale[:, None] + a * direction[:, None]
+    grad = da * scale[:, None] + a * slopes[:, None]
     dh = torch.ops.aten.gelu_backward(grad, h)
     return a.square().sum(1), (da * a).sum(1), a * scale[:, None], dh, dh.sum((0, 1))
 
 
-def passes(h, da, scale, direction):
-    a, energy = kernels.gelu_energy(h)
-    return a, energy, *kernels.scale_grad(da, h, scale), *kernels.gelu_grad(da, h, scale, direction)
+def passes(h, da, scale, slopes):
+    a, squares = kernels.gelu_sum_of_squares(h)
+    return (
+        a,
+        squares,
+        *kernels.scale_grad(da, h, scale),
+        *kernels.gelu_grad(da, h, scale, slopes),
+    )
 
 
 @pytest.mark.parametrize("programs", [1, 2048])
@@ -232,12 +237,12 @@ def test_mlp_passes_are_those_of_torch(monkeypatch, shape, programs):
 
 
 def test_mlp_passes_heed_strides_and_leak_nothing():
-    h, da, scale, direction = mlp_inputs(shape=(2, 5, 20))
-    wanted = passes(h, da, scale, direction)
-    turned = (t.mT.contiguous().mT for t in (h, da, scale, direction))
+    h, da, scale, slopes = mlp_inputs(shape=(2, 5, 20))
+    wanted = passes(h, da, scale, slopes)
+    turned = (t.mT.contiguous().mT for t in (h, da, scale, slopes))
     for one, other in zip(passes(*turned), wanted, strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(passes(*map(amid_nan, (h, da, scale, direction))), wanted, strict=True):
+    for one, other in zip(passes(*map(amid_nan, (h, da, scale, slopes))), wanted, strict=True):
         assert torch.equal(one, other)
 
 
@@ -245,25 +250,25 @@ def test_empty_channel_has_no_energy():
     """Its length is 0, which the caller tells from small ones."""
     h = mlp_inputs()[0]
     h[..., 4] = 0
-    a, energy = kernels.gelu_energy(h)
+    a, squares = kernels.gelu_sum_of_squares(h)
     assert (a[..., 4] == 0).all()
-    assert (energy[:, 4] == 0).all()
-    assert (energy > 0).sum() == 2 * 19
+    assert (squares[:, 4] == 0).all()
+    assert (squares > 0).sum() == 2 * 19
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_mlp_passes_in_lower_precision_sum_in_float32(dtype):
     """Sums are those of what is stored: the gradients see the same a as the products do."""
-    h, da, scale, direction = inputs = mlp_inputs(dtype)
-    a, energy, dscale, scaled, dh, db = passes(*inputs)
+    h, da, scale, slopes = inputs = mlp_inputs(dtype)
+    a, squares, dscale, scaled, dh, db = passes(*inputs)
     assert {t.dtype for t in (a, scaled, dh)} == {dtype}
-    assert {t.dtype for t in (energy, dscale, db)} == {torch.float32}
+    assert {t.dtype for t in (squares, dscale, db)} == {torch.float32}
     wide = [t.double() for t in inputs]
     close(a.double(), F.gelu(wide[0]), SINGLE if dtype == torch.float32 else HALF)
     for ours, theirs in zip((scaled, dh), plain_passes(*wide)[2:4], strict=True):
         assert (ours - theirs).norm() < 2 * torch.finfo(dtype).eps * theirs.norm()
     sums = {"rtol": 1e-5, "atol": 1e-4}  # float32 sums of 133 and 266 terms
-    close(energy.double(), a.double().square().sum(1), sums)
+    close(squares.double(), a.double().square().sum(1), sums)
     close(dscale.double(), (a.double() * da.double()).sum(1), sums)
     close(db.double(), dh.double().sum((0, 1)), sums)
 
@@ -283,8 +288,8 @@ def test_elements_beyond_32_bits_are_found():
     assert (kernels.depthwise(x, weight, None)[-1] == 2).all()
     grad = kernels.depthwise_weight_grad(x, x, 3)
     assert (grad[:, 0, 1, 1] == 256 * 256).all()
-    _, energy = kernels.gelu_energy(x.view(33, 256 * 256, 1024))
-    assert energy[-1].min() > energy[0].max()
+    _, squares = kernels.gelu_sum_of_squares(x.view(33, 256 * 256, 1024))
+    assert squares[-1].min() > squares[0].max()
 
 
 @pytest.mark.gpu
