@@ -113,9 +113,10 @@ def dry(kind: str, *words: object) -> int:
 
 
 def tree(folder: Path) -> dict[str, tuple]:
-    """Every file with its content and time."""
+    """Every file with its content and time, but not the time of the lock: its owner updates it."""
     paths = sorted(folder.rglob("*"))
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths}
+    times = {path: path.stat().st_mtime_ns for path in paths if path.name != run_lock.NAME}
+    return {str(p): (times.get(p), p.read_bytes() if p.is_file() else b"") for p in paths}
 
 
 # --- no problem -------------------------------------------------------------------------------
@@ -182,8 +183,9 @@ def test_pretraining_is_tried_and_leaves_no_trace(said, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_folder_of_a_run_is_left_as_it_is(said, tmp_path):
+def test_folder_of_a_run_is_left_as_it_is(said, monkeypatch, tmp_path):
     """Taking over a lock, renaming a checkpoint or drawing an image would harm that run."""
+    monkeypatch.setattr(run_lock, "BEAT", 0.2)
     words = ["--output_dir", tmp_path, "--log_dir", "none", "--save_ckpt_num", 9]
     args = options.parse(main_pretrain.get_args_parser(), [*PRETRAIN, *map(str, words)])
     main_pretrain.main(args)
@@ -198,9 +200,9 @@ def test_folder_of_a_run_is_left_as_it_is(said, tmp_path):
     run_lock.acquire_run_lock("")  # the run is over
 
 
-@pytest.mark.parametrize("holder", ["process 7 on elsewhere", ""])
+@pytest.mark.parametrize("holder", ["process 7 on elsewhere", None])
 def test_folder_is_a_problem_only_if_a_living_run_holds_it(holder, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_lock, "holder", lambda folder: holder)
+    monkeypatch.setattr(run_lock, "describe_holder", lambda folder: holder)
     report = dry_run.Report()
     dry_run.check_folder(report, tmp_path, None)
     in_use = f"--output_dir {tmp_path} is in use by {holder}; choose another folder"
@@ -330,7 +332,7 @@ def test_a_batch_that_does_not_fit_is_not_even_tried(said, monkeypatch):
 def test_a_dry_run_of_an_evaluation_is_refused(capsys):
     with pytest.raises(SystemExit):
         dry("finetune", "--eval", "--resume", "a.pth")
-    assert "--dry_run true tries a training run" in capsys.readouterr().err
+    assert "--dry_run true and --eval true cannot be combined" in capsys.readouterr().err
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -424,7 +426,7 @@ def test_largest_batch_follows_from_two_small_steps(asked, unit, sizes, monkeypa
     probe, tried = Small(MemoryError()).probe(), []
     monkeypatch.setattr(probe, "peak", lambda n: tried.append(n) or 500 + 100 * n)
     monkeypatch.setattr(probe, "used_and_free", lambda: (500, 10_000))
-    probe.samples, probe.run.batch_multiple = [torch.zeros(1, 1)], unit
+    probe.samples, probe.batch_multiple = [torch.zeros(1, 1)], unit
     largest, how = dry_run.estimate_largest(probe, asked)
     assert largest == 95 // unit * unit
     assert tried == sizes
@@ -553,9 +555,9 @@ def test_evaluation_lasts_as_long_as_its_slower_half(loader, slower, seconds, mo
     monkeypatch.setattr(dry_run, "calls_per_second", lambda work, seconds: 10.0)
     monkeypatch.setattr(dry_run, "loader_rate", lambda loader, seconds: loader_images)
     loader_images, lines = loader, []
-    probe = Small(MemoryError()).probe(dist_eval=True)
+    probe = Small(MemoryError()).probe(dist_eval=True, model_ema_eval=True)
     val = SimpleNamespace(dataset=range(100), batch_size=2)
-    probe.run.data_loader_val, probe.run.evaluations_per_epoch = SimpleNamespace(loader=val), 2
+    probe.run.data_loader_val = SimpleNamespace(loader=val)
     probe.run.evaluate = lambda batches: list(batches)
     report = SimpleNamespace(line=lambda label, text: lines.append(text))
     assert dry_run.measure_evaluation(report, probe) == 2 * seconds
@@ -566,7 +568,7 @@ def test_time_is_that_of_the_epochs_left():
     """100 batches of 6 images at 60 images/s and 5 s of evaluation; 20 epochs, 2.5 are done."""
     planned = Small(MemoryError()).probe(epochs=20).run
     planned.data_loader_train = SizedLoader(range(600))
-    planned.state = SimpleNamespace(epoch=2, seen=300)
+    planned.loop.state = SimpleNamespace(epoch=2, samples_in_epoch=300)
     lines = []
     report = SimpleNamespace(line=lambda label, text: lines.append(text))
     dry_run.report_time(report, planned, 60.0, 5.0)
@@ -591,8 +593,8 @@ def test_disk_space_is_that_of_all_files_at_once(within_epoch, tmp_path, monkeyp
     flags |= {"save_ckpt_every_steps": within_epoch, "save_ckpt_every_minutes": None}
     planned = Small(MemoryError()).probe(**flags).run
     planned.folder, planned.data_loader_val = tmp_path, object()
-    planned.state = SimpleNamespace(epoch=0)
-    planned.save = lambda state, writer: writer(content, None)
+    planned.loop.state = SimpleNamespace(epoch=0)
+    planned.loop.checkpoints = SimpleNamespace(save=lambda state, writer: writer(content, None))
     (tmp_path / "checkpoint-0.pth").write_bytes(b"0" * 1000)
     os.link(tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-best.pth")
     needed = (5 if within_epoch is None else 7) * 2400 + 400 - 1000
