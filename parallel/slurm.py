@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import EXIT_REQUEUE
-from parallel import process_group
 from parallel.environment import port_of
 
 JOB_ID = "%j"
@@ -62,6 +61,8 @@ class Trainer:
 
         main = importlib.import_module(self.module)
         try:
+            from parallel import process_group  # loads torch, which submitting a job need not
+
             process_group.launch(main.main, self._flags(main, job.job_id))
             _ignore_signals()  # during Python's shutdown they would fail a job that is done
         except SystemExit as end:  # its traceback keeps the whole run alive: see _exit
