@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,18 +53,6 @@ def unreadable(data_path: str, train: bool) -> Unreadable:
 
 def no_val(data_path: str, train: bool) -> Unreadable:
     return Unreadable(26, ()) if train else Unreadable(3, (0, 1, 2))
-
-
-class SlowVal(Colours):
-    """Evaluation images take 20 ms each."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        time.sleep(0.02 if self.length == 60 else 0)
-        return super().__getitem__(index)
-
-
-def slow_val(data_path: str, train: bool) -> SlowVal:
-    return SlowVal(26 if train else 60)
 
 
 class Broken(Colours):
@@ -236,16 +223,6 @@ def test_a_data_set_without_a_usable_image_is_a_problem(said):
     words = ["--data_set", "tests.training.test_dry_run:no_val", "--on_bad_image", "skip"]
     assert dry("finetune", *words) == 1
     assert "none of 3 val images can be used" in said()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_takes_as_long_as_its_loader_if_that_is_slower(workers, said):
-    words = ["--data_set", "tests.training.test_dry_run:slow_val", "--num_workers", workers]
-    assert dry("finetune", *words) == 0
-    found = re.search(r"evaluation +model ([\d.]+) images/s, loader ([\d.]+) images/s", said())
-    model, loader = map(float, found.groups())
-    assert 1 < loader < min(50 * max(workers, 1) * 1.5, model)
-    assert f"loader {found[2]} images/s, limited by the loader" in said()
 
 
 # --- problems -----------------------------------------------------------------------------------
@@ -547,6 +524,42 @@ def test_learning_rates_are_those_of_the_schedule():
     assert steps == sorted({0, 6, 20, 9, *(21 * k // 10 for k in range(10))})
     assert all(math.isclose(float(r[2]), schedule.rate(int(r[1])), rel_tol=0.01) for r in rows)
     assert [row[-1] for row in rows if int(row[1]) in (6, 9)] == ["peak", "here"]
+
+
+class ClockedLoader:
+    """Two epochs of 4 batches of 10 images; after `ready` batches each takes a second of `now`."""
+
+    num_workers, now, ready = 2, 0.0, 5
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        for _ in range(4):
+            self.ready -= 1
+            self.now += self.ready < 0
+            yield torch.zeros(10), torch.zeros(10)
+
+
+def test_loader_rate_leaves_out_what_workers_hold_ready(monkeypatch):
+    loader = ClockedLoader()
+    clock = SimpleNamespace(perf_counter=lambda: loader.now)
+    monkeypatch.setattr(dry_run, "time", clock)
+    assert dry_run.loader_rate(loader, seconds=4.0) == 10
+    assert loader.now == 5
+
+
+def test_loader_rate_does_not_wait_for_a_slow_loader(monkeypatch):
+    """A batch may take minutes: two are enough."""
+    loader = ClockedLoader()
+    loader.ready = 0
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: loader.now))
+    assert dry_run.loader_rate(loader, seconds=0.1) == 10
+    assert loader.now == 2
+
+
+def test_rank_without_images_reads_none():
+    assert dry_run.loader_rate([], seconds=1.0) == 0
 
 
 @pytest.mark.parametrize(("loader", "slower", "seconds"), [(5.0, "loader", 20), (1e9, "model", 5)])
