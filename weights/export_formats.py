@@ -121,7 +121,10 @@ def read_official(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]:
     """Load with timm, which can read official names."""
     from timm.models.convnext import checkpoint_filter_fn
 
-    return read_timm(spec, path, checkpoint_filter_fn)
+    def without_decoder(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return checkpoint_filter_fn({name: state[name] for name in spec.state}, model)
+
+    return read_timm(spec, path, without_decoder)
 
 
 def write_timm(spec: ExportSpec, path: Path) -> None:
