@@ -26,9 +26,6 @@ from weights.download import KINDS, WEIGHTS, locate
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
 
 
-# --- find -----------------------------------------------------------------------------------
-
-
 def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
     """Parse (epoch to resume, images of it already seen); None if the name has no number."""
     found = re.fullmatch(r"checkpoint-(\d+)(?:-seen-(\d+))?\.pth", path.name)
@@ -48,25 +45,21 @@ def find_checkpoint(folder: Path, ema: bool = False) -> Path:
 
     ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
-    names = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
-    found = [folder / name for name in names if (folder / name).exists()]
-    found += numbered_checkpoints(folder) if folder.is_dir() else []
-    found += [folder / name for name in WEIGHTS if (folder / name).exists()]
-    if not found:
-        raise UserError(
-            f"{folder} contains no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
-            "give the path of a checkpoint or of another folder"
-        )
-    return found[0]
+    best = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
+    newest = numbered_checkpoints(folder)[:1] if folder.is_dir() else []
+    for name in (*best, *(path.name for path in newest), *WEIGHTS):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(
+        f"{folder} contains no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
+        "give the path of a checkpoint or of another folder"
+    )
 
 
 def find_source(source: str | Path, sha256: str = "", ema: bool = False) -> Path:
     """Find the file of a source, as `locate` does, and in a folder as `find_checkpoint` does."""
     path = locate(source, sha256)
     return find_checkpoint(path, ema) if path.is_dir() else path
-
-
-# --- read -----------------------------------------------------------------------------------
 
 
 def read_checkpoint(
@@ -140,9 +133,6 @@ def _load(path: Path) -> Any:
             if "mmap can only be used" not in str(error):  # files before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
-
-
-# --- load -----------------------------------------------------------------------------------
 
 
 def load_weights(

@@ -104,7 +104,7 @@ def test_script_writes_what_its_consumer_reads(target, files, tmp_path):
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"{written.name}: checked with ")
     said = done.stderr.splitlines()  # what was found, and no warning of any library
-    assert ["not one of the eight" in said[0], "official layout" in said[1], len(said)] == [
+    assert ["not a published size" in said[0], "official layout" in said[1], len(said)] == [
         True,
         True,
         2,
