@@ -74,9 +74,6 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
-# --- parsers --------------------------------------------------------------------------------
-
-
 def add_flags(
     parser: argparse.ArgumentParser, title: str, only: str = "", left_out: Sequence[str] = ()
 ) -> None:
@@ -150,9 +147,6 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --- arguments ------------------------------------------------------------------------------
-
-
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
     """Read the command line over `--config` over `--recipe`; finalize, check and freeze it."""
     args = finalize(argparse.Namespace(**recipes.read_flags(parser, argv)))
@@ -198,9 +192,6 @@ def dump_args(args: argparse.Namespace) -> str:
     values.pop("config", None)
     recipe = values.pop("recipe", None)  # its flags are among the values
     return f"# recipe {recipe}\n" * bool(recipe) + yaml.safe_dump(values, sort_keys=False)
-
-
-# --- checks ---------------------------------------------------------------------------------
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
