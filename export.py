@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
-from errors import UserError
+from errors import UserError, first_line
 from models.convnextv2 import SIZES
 from parallel import process_group
 from weights import export_formats as formats
@@ -116,8 +116,7 @@ def check(spec: ExportSpec, target: str, path: Path) -> str:
     try:
         difference = largest_difference(spec, target, read(spec, path))
     except Exception as error:  # of any library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{library} cannot use the exported file: {reason}") from error
+        raise UserError(f"{library} cannot use the file: {first_line(error)}") from error
     if not difference <= limit:  # also if it is NaN
         advice = "; try again without --half true" * spec.half
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, first_few
+from errors import UserError, first_few, first_line
 from parallel import state_dict
 from weights.download import KINDS, WEIGHTS, locate
 
@@ -101,7 +101,7 @@ def read_checkpoint(
                 "weights_only=False); c = c.get('model', c) if isinstance(c, dict) else c; "
                 "torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pth')\""
             ) from error
-        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
+        reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error
 
 
