@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,7 @@ class Built:
     @property
     def group(self) -> dict:
         """The parameter group of the deepest decayed weights."""
-        return max(
-            self.stepper.optimizer.param_groups, key=lambda g: (g["decayed"], g["lr_scale"])
-        )
+        return max(self.stepper.optimizer.param_groups, key=lambda g: (g["decayed"], g["lr_scale"]))
 
     def sample(self, index: int = 0, loader: str = "train") -> torch.Tensor:
         """An image as the loader's data set gives it, (C, H, W)."""
@@ -92,10 +89,10 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
             model, model_without_ddp, data_loader, loop,
         )  # fmt: skip
         built.epochs.append(loop.state.epoch)
-        for step in range(-(-len(data_loader) // loop.stepper.update_freq)):
+        for _ in range(-(-len(data_loader) // loop.stepper.update_freq)):
+            loop.schedule.apply(loop.state.global_step)
             loop.state.global_step += 1
-            loop.schedule.apply(loop.state.global_step - 1)
-        return {"loss": 1.0 + step, "lr": 0.0}
+        return {"loss": 1.0, "lr": 0.0}
 
     def evaluate(data_loader, model, device, amp):
         built.val = data_loader
