@@ -87,7 +87,7 @@ def set_grad_checkpointing(network: nn.Module, enable: bool = True) -> None:
 def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, ...]:
     """Numbers of stages: all (None), the last n (an int), or a rising list, -1 for the last.
 
-    Means what it means in timm, whose private helper accepts unsorted and repeated numbers too.
+    The meaning is that of timm; its private helper also accepts unsorted and repeated numbers.
     """
     if indices is None:
         indices = stages

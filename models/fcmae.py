@@ -18,7 +18,7 @@ from models.sparse import PatchGrid
 
 
 def visible_patches(num_patches: int, mask_ratio: float) -> int:
-    """How many of `num_patches` stay visible: 19 of 49 at 0.6, 10 of 100 at 0.9."""
+    """Return the number of visible patches: 19 of 49 at 0.6, 10 of 100 at 0.9."""
     if not 0 < mask_ratio < 1:
         raise UserError(f"mask_ratio {mask_ratio}: expected a number between 0 and 1")
     visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
@@ -41,7 +41,7 @@ class FCMAE(nn.Module):
 
     encoder: a ConvNeXtV2; its final norm and head are removed, since pre-training uses neither.
     patch_size: side of a mask patch in pixels, a multiple of the encoder's total stride, which
-        it is by default. mask_ratio: share of patches removed. decoder_depth,
+        it is by default. mask_ratio: fraction of patches removed. decoder_depth,
     decoder_embed_dim: blocks of the decoder and their width. norm_pix_loss: the target is each
     patch with its own mean and variance taken out.
 
