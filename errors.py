@@ -36,6 +36,11 @@ def first_few(names: Iterable[Any], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggest the closest known names, in any case: `Did you mean 'a' or 'b'?`; '' if none is."""
     lowered = {key.lower(): key for key in known}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
-from errors import UserError
+from errors import UserError, first_line
 from models.convnextv2 import SIZES
 from parallel import process_group
 from weights import export_formats as formats
@@ -53,9 +53,6 @@ LIMIT, HALF_LIMIT = 1e-5, 1e-2  # largest difference over the largest value of t
 DEFAULT_CELLS = 7  # along a side of the last feature map: 224 pixels at stride 32
 
 
-# --- read -----------------------------------------------------------------------------------
-
-
 def build_spec(args: argparse.Namespace) -> ExportSpec:
     """Read the weights that the flags name, and what their run stored about them."""
     key = EMA_KEY if args.use_ema else args.model_key
@@ -69,15 +66,13 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         raise UserError(f"{args.checkpoint}: {error}") from error
     run = checkpoint.get("args") or {}
     run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
-    check_size(args.checkpoint, shape, str(run.get("model")).removeprefix("fcmae_"))
-    # Standard output is for the result.
-    print(f"loaded {len(state)} tensors from {args.checkpoint} ({report})", file=sys.stderr)
-    if warning := large_weights(state):
-        print(f"{args.checkpoint}: {warning}", file=sys.stderr)
+    notes = [check_size(args.checkpoint, shape, str(run.get("model")).removeprefix("fcmae_"))]
+    notes += [f"loaded {len(state)} tensors ({report})", large_weights(state)]
+    for note in filter(None, notes):  # standard output is for the result
+        print(f"{args.checkpoint}: {note}", file=sys.stderr)
     side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
-    typed = {name: getattr(args, name) for name in found}
-    for flags in (run, typed):
+    for flags in (run, {name: getattr(args, name) for name in found}):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
     mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
     classes = checkpoint.get("classes")
@@ -95,21 +90,17 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     )
 
 
-def check_size(source: str, shape: dict, model: str) -> None:
-    """Refuse weights that lack blocks of the run's model; report sizes other than the eight."""
+def check_size(source: str, shape: dict, model: str) -> str:
+    """Refuse weights that lack blocks of the run's model; returns a note on other sizes."""
     found = shape["depths"], shape["dims"]
-    expected = SIZES.get(model.removeprefix("convnextv2_"))
-    if expected is not None and expected != found:
+    expected = SIZES.get(model.removeprefix("convnextv2_"), found)
+    if expected != found:
         raise UserError(
             f"{source}: {model} has depths and widths {expected}, these weights have {found}; "
             "blocks are missing, give another checkpoint"
         )
-    if found not in SIZES.values():
-        text = f"not one of the eight published sizes: depths {found[0]}, widths {found[1]}"
-        print(f"{source}: {text}", file=sys.stderr)
-
-
-# --- check ----------------------------------------------------------------------------------
+    known = found in SIZES.values()
+    return "" if known else f"not a published size: depths {found[0]}, widths {found[1]}"
 
 
 def check(spec: ExportSpec, target: str, path: Path) -> str:
@@ -125,8 +116,7 @@ def check(spec: ExportSpec, target: str, path: Path) -> str:
     try:
         difference = largest_difference(spec, target, read(spec, path))
     except Exception as error:  # of any library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{library} cannot use the exported file: {reason}") from error
+        raise UserError(f"{library} cannot use the file: {first_line(error)}") from error
     if not difference <= limit:  # also if it is NaN
         advice = "; try again without --half true" * spec.half
         raise UserError(
@@ -161,9 +151,6 @@ def largest_difference(
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-# --- write ----------------------------------------------------------------------------------
-
-
 def default_output(spec: ExportSpec, target: str) -> str:
     """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
@@ -172,12 +159,10 @@ def default_output(spec: ExportSpec, target: str) -> str:
 
 def publish(draft: Path, output: Path) -> None:
     """Move a draft to its place; a folder file by file, so that other files in it stay."""
-    if not draft.is_dir():
-        os.replace(draft, output)
-        return
-    output.mkdir(exist_ok=True)
-    for file in draft.iterdir():
-        os.replace(file, output / file.name)
+    if draft.is_dir():
+        output.mkdir(exist_ok=True)
+    for file in draft.iterdir() if draft.is_dir() else [draft]:
+        os.replace(file, output / file.name if draft.is_dir() else output)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -27,11 +27,9 @@ for _name in OWN:
 
 import models as _models  # noqa: E402
 from config.flags import MODEL_KEY as _MODEL_KEY  # noqa: E402
-from weights.convert import describe as _describe  # noqa: E402
-from weights.convert import to_convnextv2 as _to_convnextv2  # noqa: E402
-from weights.files import read_checkpoint as _read_checkpoint  # noqa: E402
-from weights.pretrained import load_pretrained as _load_pretrained  # noqa: E402
-from weights.pretrained import select_state_dict as _select_state_dict  # noqa: E402
+from weights import convert as _convert  # noqa: E402
+from weights import files as _files  # noqa: E402
+from weights import pretrained as _pretrained  # noqa: E402
 
 dependencies = ["torch"]
 
@@ -53,23 +51,19 @@ differs from .eval() only with drop_path_rate, and expects images normalized as 
 """
 
 
-def _build(name, checkpoint=None, model_key=_MODEL_KEY, model_prefix="", sha256="", **kwargs):
-    if checkpoint is None:
-        return _models.create_model(name, **kwargs)
-    content = _read_checkpoint(checkpoint, sha256)
-    weights = _select_state_dict(content, checkpoint, model_key, model_prefix)
-    found = _describe(_to_convnextv2(weights)[0])
-    shape = {key: found[key] for key in ("num_classes", "in_chans", "stem_stride")}
-    model = _models.create_model(name, **{**shape, **kwargs})
-    _load_pretrained(model, checkpoint, model_key, model_prefix, sha256)
-    return model
-
-
 def _entry(size, count):
     name = f"convnextv2_{size}"
 
-    def build(checkpoint=None, **kwargs):
-        return _build(name, checkpoint, **kwargs)
+    def build(checkpoint=None, model_key=_MODEL_KEY, model_prefix="", sha256="", **kwargs):
+        if checkpoint is None:
+            return _models.create_model(name, **kwargs)
+        content = _files.read_checkpoint(checkpoint, sha256)
+        weights = _pretrained.select_state_dict(content, checkpoint, model_key, model_prefix)
+        found = _convert.describe(_convert.to_convnextv2(weights)[0])
+        shape = {key: found[key] for key in ("num_classes", "in_chans", "stem_stride")}
+        model = _models.create_model(name, **{**shape, **kwargs})
+        _pretrained.load_pretrained(model, checkpoint, model_key, model_prefix, sha256)
+        return model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = _DOC.format(name=name, size=size.capitalize(), count=count)

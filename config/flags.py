@@ -104,16 +104,10 @@ HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
 DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
-TARGETS = {  # of export.py -> suffix of what it writes; hf is a folder
-    "timm": ".safetensors",
-    "hf": "",
-    "official": ".pth",
-    "safetensors": ".safetensors",
-    "onnx": ".onnx",
-    "torchscript": ".pt",
-    "pt2": ".pt2",
-}
-GRAPHS = ("onnx", "torchscript", "pt2")  # hold the network too, so their precision is fixed
+# Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
+GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
+TARGETS |= GRAPHS
 
 # Group -> rows of (flag, kind, default, help, nargs if several values). A kind is BOOL, PATH, NAME,
 # TEXT, a tuple of choices, or a number with its range. Help may end in "; default: WORDS" where the
@@ -131,8 +125,7 @@ FLAGS["start here"] = (
     ("--epochs", COUNT, 100, "passes over the training data"),
     ("--lr", AMOUNT, None, "peak learning rate; default: blr * images per optimizer step / 256"),
     ("--device", NAME, "auto", "cpu, cuda, cuda:N, mps; auto: CUDA, MPS or CPU, in this order"),
-    ("--dry_run", BOOL, False,
-     "check data, weights, memory, speed and disk without training; exit code 1 on a problem"),
+    ("--dry_run", BOOL, False, "check data, weights, memory, speed and disk without training"),
     ("--recipe", NAME, None, "flags of a published run: a name (list shows all) or a YAML file"),
     ("--config", PATH, None, "YAML file of flags, such as the args.yaml of another run"),
 )
@@ -155,8 +148,7 @@ FLAGS["data"] = (
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
     ("--num_workers", WHOLE, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
-    ("--on_bad_image", ("error", "skip"), "error",
-     "response to unreadable images: stop, or skip them and list them in bad_images.txt"),
+    ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
     ("--scale", SHARE, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
@@ -187,8 +179,7 @@ FLAGS["optimizer and schedule"] = (
     ("--warmup_steps", "int [-1, inf)", -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
     ("--start_epoch", WHOLE, 0, "first epoch; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
-    ("--effective_batch", COUNT, None,
-     "images per optimizer step over all processes; default: from --update_freq"),
+    ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
     ("--opt", NAME, "adamw", "optimizer, by timm's name"),
     ("--opt_eps", POSITIVE, None, "optimizer epsilon; default: the optimizer's own"),
     ("--opt_betas", BELOW_1, None,
@@ -299,4 +290,3 @@ FLAGS["what to export"] = (
     ("--opset", "int [17, 20]", None, "onnx: opset version; default: 17, the most portable"),
 )
 # fmt: on
-ROWS = {row[0].split()[0]: row for rows in FLAGS.values() for row in rows}

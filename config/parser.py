@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -74,12 +74,13 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
-# --- parsers --------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple]) -> None:
-    """Add a group with these rows of FLAGS."""
+def add_flags(
+    parser: argparse.ArgumentParser, title: str, only: str = "", left_out: Sequence[str] = ()
+) -> None:
+    """Add a group of FLAGS, or under a new title only some flags of any group."""
     group = parser.add_argument_group(title)
+    rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
+    rows = [row for row in rows or flags.FLAGS[title] if row[0] not in left_out]
     for names, kind, default, text, *nargs in rows:
         options: dict[str, Any] = {"default": default, "help": text}
         if isinstance(kind, tuple):
@@ -95,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple]
 
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `submitit_*.py` that describe the job to those of a main script."""
-    add_flags(parser, flags.JOB, flags.FLAGS[flags.JOB])
+    add_flags(parser, flags.JOB)
     if isinstance(parser, _Parser):
         parser.description = flags.SUBMITIT_HELP % {"kind": parser.script.removeprefix("main_")}
 
@@ -104,9 +105,9 @@ def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
     """Make the parser of main_KIND.py, without some groups or single flags."""
     parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
     parser.script = f"main_{kind}"
-    for title, rows in flags.FLAGS.items():
+    for title in flags.FLAGS:
         if title not in (*left_out, *OTHER_SCRIPTS):
-            add_flags(parser, title, [row for row in rows if row[0] not in left_out])
+            add_flags(parser, title, left_out=left_out)
     return parser
 
 
@@ -128,9 +129,9 @@ def visualize_parser() -> argparse.ArgumentParser:
     """The flags of visualize.py; unset ones are as in the pre-training run."""
     aim = "Draw images, their masks and their reconstructions by a pre-trained model."
     parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
-    add_flags(parser, "what to draw", flags.FLAGS["what to draw"])
+    add_flags(parser, "what to draw")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
-    _add_overrides(parser, names)
+    add_flags(parser, "instead of what the run used", names)
     parser.set_defaults(model=None, data_set=None, data_path=None)
     return parser
 
@@ -138,20 +139,12 @@ def visualize_parser() -> argparse.ArgumentParser:
 def export_parser() -> argparse.ArgumentParser:
     """The flags of export.py; unset ones are as in the run that is exported."""
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
-    add_flags(parser, "what to export", flags.FLAGS["what to export"])
-    names = "--model_key --use_ema --model_prefix --sha256"
-    add_flags(parser, "reading the checkpoint", [flags.ROWS[name] for name in names.split()])
-    _add_overrides(parser, "--input_size --crop_pct --imagenet_default_mean_and_std")
+    add_flags(parser, "what to export")
+    add_flags(parser, "which weights", "--model_key --use_ema --model_prefix --sha256")
+    names = "--input_size --crop_pct --imagenet_default_mean_and_std"
+    add_flags(parser, "instead of what the run used", names)
     parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
     return parser
-
-
-def _add_overrides(parser: argparse.ArgumentParser, names: str) -> None:
-    rows = [flags.ROWS[name] for name in names.split()]
-    add_flags(parser, "instead of what the run used", rows)
-
-
-# --- arguments ------------------------------------------------------------------------------
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
@@ -199,9 +192,6 @@ def dump_args(args: argparse.Namespace) -> str:
     values.pop("config", None)
     recipe = values.pop("recipe", None)  # its flags are among the values
     return f"# recipe {recipe}\n" * bool(recipe) + yaml.safe_dump(values, sort_keys=False)
-
-
-# --- checks ---------------------------------------------------------------------------------
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:

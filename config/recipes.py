@@ -46,23 +46,17 @@ def read_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> F
     return flags
 
 
-def recipes() -> dict[str, Path]:
+def recipes(pattern: str = "*") -> dict[str, Path]:
     """Map names to files in recipes/; those that other recipes build on begin with `_`."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
-
-
-def _public() -> dict[str, Path]:
-    return {name: path for name, path in recipes().items() if not name.startswith("_")}
+    return {path.stem: path for path in sorted(FOLDER.glob(f"{pattern}.yaml"))}
 
 
 def listing() -> str:
     """List every recipe with the first line of its file."""
-    width = max(map(len, _public()), default=0)
-    lines = []
-    for name, path in _public().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        lines.append(f"{name:{width}}  {first.lstrip('# ')}")
-    return "\n".join(lines)
+    texts = {name: path.read_text(encoding="utf-8") for name, path in recipes("[!_]*").items()}
+    width = max(map(len, texts), default=0)
+    first = {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
+    return "\n".join(f"{name:{width}}  {line}" for name, line in first.items())
 
 
 def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Flags:
@@ -88,13 +82,12 @@ def _read(parser: argparse.ArgumentParser, option: str, name: str) -> Flags:
     if script != parser.script:
         parser.error(f"this file is for {script}.py, not for {parser.script}.py")
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", *FILES)}
-    words = []
+    nulls, words = {key: None for key, value in values.items() if value is None}, []
     for key, value in values.items():
         if key not in actions:
             hint = "To build on another recipe write 'base: NAME'." if key in FILES else ""
             parser.error(f"unknown key {key!r}. {hint or did_you_mean(str(key), actions)}")
         words += _words(parser, actions[key], value)
-    nulls = {key: None for key, value in values.items() if value is None}
     flags = _flags_set_by(parser, words) | nulls
     parser.source = ""
     return flags
@@ -104,7 +97,7 @@ def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None
     """Find a recipe by name or path; for a `base`, paths are relative to its `folder`."""
     if name.endswith((".yaml", ".yml")):
         return (folder or Path()) / name
-    known = recipes() if folder else _public()
+    known = recipes() if folder else recipes("[!_]*")
     if name not in known:
         hint = did_you_mean(name, known)
         parser.error(f"unknown recipe {name!r}. {hint} (--recipe list shows all)")

@@ -17,15 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from models.kernels import ops
-from models.layers import (
-    GRN,
-    DropPath,
-    LayerNorm,
-    PatchConv,
-    fused_depthwise,
-    fused_mlp,
-    init_weights,
-)
+from models.layers import GRN, DropPath, LayerNorm, PatchConv, fused_dwconv, fused_mlp, init_weights
 from models.sparse import PatchGrid
 
 
@@ -52,7 +44,7 @@ class Block(nn.Module):
 
     def branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
         """The residual branch before drop path."""
-        x = fused_depthwise(x, self.dwconv, grid, self.norm)  # norm(dwconv(x))
+        x = fused_dwconv(x, self.dwconv, grid, self.norm)  # norm(dwconv(x))
         return fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
 
     def _checkpoints(self) -> bool:
@@ -75,53 +67,6 @@ class Block(nn.Module):
 
         # The branch draws no random numbers, so that no generator's state is kept.
         return checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
-
-
-def set_grad_checkpointing(network: nn.Module, enable: bool = True) -> None:
-    """Turn gradient checkpointing of all blocks in a network on or off."""
-    for module in network.modules():
-        if isinstance(module, Block):
-            module.checkpointing = enable
-
-
-def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, ...]:
-    """Numbers of stages: all (None), the last n (an int), or a rising list, -1 for the last.
-
-    The meaning is that of timm; its private helper also accepts unsorted and repeated numbers.
-    """
-    if indices is None:
-        indices = stages
-    listed = range(-indices, 0) if isinstance(indices, int) else indices
-    taken = [i + stages if i < 0 else i for i in listed]
-    if not taken or taken != sorted(set(taken) & set(range(stages))):
-        raise UserError(
-            f"stages {indices!r}: expected how many of the last, 1 to {stages}, or a rising list "
-            f"of numbers from 0 to {stages - 1}"
-        )
-    return tuple(taken)
-
-
-def _names_left_out(deeper: Sequence[int]) -> tuple[str, ...]:
-    """Prefixes of the parameters that a backbone lacks, because they would get no gradient."""
-    parts = ("downsample_layers", "stages")
-    return "norm.", "head.", *(f"{part}.{i}." for i in deeper for part in parts)
-
-
-@dataclass(frozen=True)
-class FeatureInfo:
-    """Channels and strides of a backbone's maps, with the methods of timm's `FeatureInfo`.
-
-    timm's own takes two seconds to import, and torch.hub promises that torch is enough.
-    """
-
-    num_chs: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def channels(self) -> list[int]:
-        return list(self.num_chs)
-
-    def reduction(self) -> list[int]:
-        return list(self.strides)
 
 
 class ConvNeXtV2(nn.Module):
@@ -159,7 +104,9 @@ class ConvNeXtV2(nn.Module):
         info = [(dims[i], stem_stride * 2**i) for i in self.out_indices]
         self.feature_info = FeatureInfo(*zip(*info, strict=True))
         self.features_only, built = features_only, self.out_indices[-1] + 1
-        self.left_out = _names_left_out(range(built, len(dims))) if features_only else ()
+        parts, deeper = ("downsample_layers", "stages"), range(built, len(dims))
+        prefixes = ["norm.", "head.", *(f"{part}.{i}." for part in parts for i in deeper)]
+        self.left_out = tuple(prefixes) if features_only else ()  # parameters that it lacks
         depths, dims = depths[:built], dims[:built]
         self.depths = tuple(depths)
         self.in_chans = in_chans
@@ -192,8 +139,10 @@ class ConvNeXtV2(nn.Module):
         """Save only the input of each block and compute the rest again in backward, as in timm."""
         set_grad_checkpointing(self, enable)
 
-    def stage_maps(self, x: Tensor, grid: PatchGrid | None = None, last: int = -1) -> list[Tensor]:
-        """Outputs of the stages up to `last`, in the layout of x, which is as in `Block`."""
+    def forward_stages(
+        self, x: Tensor, grid: PatchGrid | None = None, last: int = -1
+    ) -> list[Tensor]:
+        """Maps of the stages up to `last`, in the layout of x: dense (N, H, W, C) or packed."""
         steps = list(zip(self.downsample_layers, self.stages, strict=True))
         maps = []
         for downsample, stage in steps[: last + 1 or None]:
@@ -202,10 +151,6 @@ class ConvNeXtV2(nn.Module):
                 x = block(x, grid)
             maps.append(x)
         return maps
-
-    def forward_stages(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """Stem and stages on channels-last maps: dense (N, H, W, C) or packed (N, V, p, p, C)."""
-        return self.stage_maps(x, grid)[-1]
 
     def forward_intermediates(
         self,
@@ -222,13 +167,13 @@ class ConvNeXtV2(nn.Module):
         """
         taken = take_stages(indices, len(self.stages))
         last = taken[-1] if intermediates_only else -1
-        maps = self.stage_maps(images.permute(0, 2, 3, 1), last=last)
+        maps = self.forward_stages(images.permute(0, 2, 3, 1), last=last)
         chosen = [maps[i].permute(0, 3, 1, 2) for i in taken]
         return chosen if intermediates_only else (maps[-1].permute(0, 3, 1, 2), chosen)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, C, H/stride, W/stride), channels_last in memory."""
-        return self.forward_stages(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.forward_stages(images.permute(0, 2, 3, 1))[-1].permute(0, 3, 1, 2)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """(N, C, h, w) -> (N, num_classes), or the normalized mean (N, C) with `pre_logits`."""
@@ -247,23 +192,58 @@ class ConvNeXtV2(nn.Module):
         makes the third stage's blocks layers of three and every other stage one layer. The stem is
         layer 0, the final norm belongs to the last layer and the head is one above.
         """
-        first = {"single": self._single_layer, "group": self._group_layer}[kind]
+        sizes = [
+            {"single": 1, "group": 3 if i == 2 else d}[kind] for i, d in enumerate(self.depths)
+        ]
+        layers = [-(-depth // size) for depth, size in zip(self.depths, sizes, strict=True)]
         top, *rest = name.split(".")
-        if top == "downsample_layers":
-            stage = int(rest[0])
-            return first(stage, 0) if stage else 0
-        if top == "stages":
-            return first(int(rest[0]), int(rest[1]))
-        last = first(len(self.depths) - 1, self.depths[-1] - 1)
-        return last if top == "norm" else last + 1
+        if top not in ("downsample_layers", "stages"):
+            return sum(layers) + (top != "norm")
+        stage, block = int(rest[0]), int(rest[1]) if top == "stages" else 0
+        if top == "downsample_layers" and stage == 0:
+            return 0
+        return 1 + sum(layers[:stage]) + block // sizes[stage]
 
-    def _single_layer(self, stage: int, block: int) -> int:
-        return 1 + sum(self.depths[:stage]) + block
 
-    def _group_layer(self, stage: int, block: int) -> int:
-        if stage == 2:
-            return 3 + block // 3
-        return 1 + stage if stage < 2 else 2 + -(-self.depths[2] // 3) + stage - 2
+def set_grad_checkpointing(network: nn.Module, enable: bool = True) -> None:
+    """Turn gradient checkpointing of all blocks in a network on or off."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.checkpointing = enable
+
+
+def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, ...]:
+    """Numbers of stages: all (None), the last n (an int), or a rising list, -1 for the last.
+
+    Means what it means in timm, whose private helper accepts unsorted and repeated numbers too.
+    """
+    if indices is None:
+        indices = stages
+    listed = range(-indices, 0) if isinstance(indices, int) else indices
+    taken = [i + stages if i < 0 else i for i in listed]
+    if not taken or taken != sorted(set(taken) & set(range(stages))):
+        raise UserError(
+            f"stages {indices!r}: expected how many of the last, 1 to {stages}, or a rising list "
+            f"of numbers from 0 to {stages - 1}"
+        )
+    return tuple(taken)
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """Channels and strides of a backbone's maps, with the methods of timm's `FeatureInfo`.
+
+    timm's own takes two seconds to import, and torch.hub promises that torch is enough.
+    """
+
+    num_chs: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def channels(self) -> list[int]:
+        return list(self.num_chs)
+
+    def reduction(self) -> list[int]:
+        return list(self.strides)
 
 
 SIZES = {  # depths, dims; arXiv 2301.00808, appendix A

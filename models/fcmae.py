@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""FCMAE: hide patches, encode the visible ones, predict the rest.
+"""FCMAE: remove patches, encode the visible ones, reconstruct the others.
 
 python -c "from models import create_model; print(create_model('fcmae_convnextv2_atto'))"
 """
@@ -18,7 +18,7 @@ from models.sparse import PatchGrid
 
 
 def visible_patches(num_patches: int, mask_ratio: float) -> int:
-    """Return the number of visible patches: 19 of 49 at 0.6, 10 of 100 at 0.9."""
+    """Number of patches that stay visible: 19 of 49 at 0.6, 10 of 100 at 0.9."""
     if not 0 < mask_ratio < 1:
         raise UserError(f"mask_ratio {mask_ratio}: expected a number between 0 and 1")
     visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
@@ -40,11 +40,10 @@ class FCMAE(nn.Module):
     """Fully convolutional masked autoencoder around a ConvNeXt V2 encoder.
 
     encoder: a ConvNeXtV2; its final norm and head are removed, since pre-training uses neither.
-    patch_size: side of a mask patch in pixels, a multiple of the encoder's total stride, which
-        it is by default. mask_ratio: fraction of patches removed. decoder_depth,
-    decoder_embed_dim: blocks of the decoder and their width. norm_pix_loss: the target is each
-    patch with its own mean and variance taken out.
-
+    patch_size: side of a mask patch in pixels, a multiple of the encoder's total stride, which is
+        the default. mask_ratio: fraction of patches removed.
+    decoder_depth, decoder_embed_dim: blocks of the decoder and their width.
+    norm_pix_loss: normalize the target, each patch by its own mean and variance.
     Source: arXiv 2301.00808, section 3. Parameter names are the official ones.
     """
 
@@ -76,11 +75,11 @@ class FCMAE(nn.Module):
         self.pred = PatchConv(decoder_embed_dim, stride**2 * self.in_chans, 1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As of `ConvNeXtV2`, for encoder and decoder."""
+        """Turn gradient checkpointing of encoder and decoder on or off, see `ConvNeXtV2`."""
         set_grad_checkpointing(self, enable)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) patches of an image of H x W pixels."""
+        """(h, w), the patches of an image of H x W pixels."""
         p = self.patch_size
         if height % p or width % p:
             near = max(height // p, 1) * p, max(width // p, 1) * p
@@ -91,7 +90,7 @@ class FCMAE(nn.Module):
         return height // p, width // p
 
     def patchify(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, L, p*p*C), patches row by row, inside one: row, column, channel."""
+        """(N, C, H, W) -> (N, L, p*p*C): patches row by row; in each: row, column, channel."""
         n, c, height, width = images.shape
         h, w = self.grid_size(height, width)
         p = self.patch_size
@@ -99,7 +98,7 @@ class FCMAE(nn.Module):
         return cells.reshape(n, h * w, p * p * c)
 
     def unpatchify(self, patches: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(N, L, p*p*C) -> (N, C, h*p, w*p); `size` is (h, w), a square one by default."""
+        """(N, L, p*p*C) -> (N, C, h*p, w*p); `size` is (h, w), by default square."""
         n, length, dim = patches.shape
         p = self.patch_size
         h, w = size or (round(length**0.5),) * 2
@@ -109,13 +108,13 @@ class FCMAE(nn.Module):
         return cells.reshape(n, -1, h * p, w * p)
 
     def forward_encoder(self, images: Tensor, mask: Tensor, visible: int | None = None) -> Tensor:
-        """Features of the visible patches alone, (N, D, H/stride, W/stride), zero where removed.
+        """Images (N, C, H, W) -> features (N, D, H/stride, W/stride), zero where removed.
 
         mask: (N, L), 1 = removed, 0 = visible, the same number of zeros in every image.
-        visible: that number, when known; finding out costs a host sync on a GPU.
+        visible: that number, if known; counting costs a host sync on a GPU.
         """
         grid = PatchGrid(mask, self.grid_size(*images.shape[-2:]), visible)
-        packed = self.encoder.forward_stages(grid.pack(images.permute(0, 2, 3, 1)), grid)
+        packed = self.encoder.forward_stages(grid.pack(images.permute(0, 2, 3, 1)), grid)[-1]
         return grid.unpack(packed).permute(0, 3, 1, 2)
 
     def forward_decoder(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -128,20 +127,20 @@ class FCMAE(nn.Module):
         token = self.mask_token.to(x.dtype).reshape(1, 1, 1, dim)
         x = torch.where(removed.reshape(n, height, width, 1) > 0, token, x)
         x = self.pred(self.decoder(x))  # (N, H/stride, W/stride, s*s*C), s = stride
-        # Where a patch holds several cells, lay their pixels out as `patchify` does.
+        # If a patch has several cells, order their pixels as `patchify` does.
         s, c = self.encoder.total_stride, self.in_chans
         x = x.reshape(n, h, cells, w, cells, s, s, c).permute(0, 2, 5, 4, 6, 7, 1, 3)
         return x.reshape(n, -1, h, w)  # (N, [cell row, row, cell column, column, channel], h, w)
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error on removed patches, in float32 or better, a scalar."""
+        """Mean squared error on the removed patches, a scalar in float32 or better."""
         target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
         if self.norm_pix_loss:
-            # (x - mean) / sqrt(var + 1e-6), in one pass. The variance is the unbiased one, as
-            # official: n / (n - 1) of what layer_norm divides by.
+            # (x - mean) / sqrt(var + 1e-6) in one pass. The official variance is the unbiased one,
+            # n / (n - 1) times that of layer_norm.
             n = target.shape[-1]
-            share = (n - 1) / n
-            target = F.layer_norm(target, (n,), eps=1e-6 * share) * share**0.5
+            ratio = (n - 1) / n
+            target = F.layer_norm(target, (n,), eps=1e-6 * ratio) * ratio**0.5
         pred = pred.flatten(2).transpose(1, 2)  # (N, L, p*p*C)
         error = (pred.to(target.dtype) - target).square().mean(-1)  # (N, L)
         return (error * mask).sum() / mask.sum()
@@ -151,7 +150,7 @@ class FCMAE(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (N, C, H, W) -> loss, prediction (N, p*p*C, h, w) and mask (N, L), 1 = removed.
 
-        Without a mask one is drawn from torch's generator of the images' device.
+        Without a mask, one is drawn by torch's generator for the images' device.
         """
         if mask is None:
             h, w = self.grid_size(*images.shape[-2:])

@@ -103,7 +103,7 @@ def init_weights(layer: nn.Module) -> nn.Module:
 # --- fused operations ------------------------------------------------------------------------
 
 
-def fused_depthwise(
+def fused_dwconv(
     x: Tensor, conv: nn.Conv2d, grid: PatchGrid | None = None, norm: nn.Module | None = None
 ) -> Tensor:
     """`norm(conv(x))` of a dense map, or of a packed map and its grid, in the layout of x.
@@ -112,7 +112,7 @@ def fused_depthwise(
     """
     fused = _can_fuse(conv, nn.Conv2d) and _is_depthwise(conv)
     if norm is not None and not (fused and _can_fuse(norm, nn.LayerNorm)):
-        return norm(fused_depthwise(x, conv, grid))
+        return norm(fused_dwconv(x, conv, grid))
     if not fused:
         dense = x if grid is None else grid.unpack(x)
         y = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -47,8 +47,8 @@ class PatchGrid:
 
     def pack(self, dense: Tensor) -> Tensor:
         """(N, h*p, w*p, C) -> (N, V, p, p, C)"""
-        return ops.Pack.apply(dense, self.ids, *self.size)
+        return ops.pack(dense, self.ids, *self.size)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(N, V, p, p, C) -> (N, h*p, w*p, C), zero where removed."""
-        return ops.Unpack.apply(packed, self.ids, *self.size)
+        return ops.unpack(packed, self.ids, *self.size)

@@ -144,7 +144,7 @@ def _requeue_in_slurm(job_id: str) -> None:
     if now != "RUNNING":
         print(f"job {job_id} is {now} and not requeued: the scheduler has decided", flush=True)
         return
-    done = _run("scontrol", "requeue", job_id)
+    done = run_command("scontrol", "requeue", job_id)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
     print(f"job {job_id} goes back into the queue", flush=True)
@@ -154,7 +154,7 @@ def state(job_id: str) -> str:
     """Return the state of a job in SLURM's words; GONE if SLURM no longer knows it."""
     if shutil.which("scontrol") is None:
         raise RuntimeError("scontrol is not on this machine")
-    done = _run("scontrol", "show", "job", "--oneliner", job_id)
+    done = run_command("scontrol", "show", "job", "--oneliner", job_id)
     found = re.search(r"JobState=(\w+)", done.stdout)
     if found:
         return found[1]
@@ -162,11 +162,12 @@ def state(job_id: str) -> str:
         raise RuntimeError(done.stderr.strip() or f"scontrol printed {done.stdout!r}")
     if shutil.which("sacct") is None:
         return "GONE"
-    states = _run("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State").stdout.split()
+    states = run_command("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State").stdout.split()
     return states[0] if states else "GONE"
 
 
-def _run(*words: str) -> subprocess.CompletedProcess:
+def run_command(*words: str) -> subprocess.CompletedProcess:
+    """Run a program and return its exit code and output."""
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 

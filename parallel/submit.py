@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from config import parser as options
 from config import recipes
 from errors import UserError
-from parallel.slurm import JOB_ID, Trainer, follow
+from parallel.slurm import JOB_ID, Trainer, follow, run_command
 
 DEFAULTS = {"slurm": (2, 8), "local": (1, 1), "debug": (1, 1)}  # nodes, GPUs of each
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "gres", "dependency")
@@ -268,21 +267,15 @@ def check_slurm(job_dir: str) -> None:
             )
     folder = _parent_of_jobs(job_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    kind = _output_of("stat", "--file-system", "--format=%T", str(existing))
-    nodes = _output_of("sinfo", "--noheader", "--format", "%o").split()
-    if kind in ("tmpfs", "ramfs") and not {*nodes} <= {
-        "127.0.0.1",
-        "localhost",
-        socket.gethostname(),
-    }:
+    kind = run_command("stat", "--file-system", "--format=%T", str(existing)).stdout.strip()
+    if kind not in ("tmpfs", "ramfs"):
+        return
+    nodes = run_command("sinfo", "--noheader", "--format", "%o").stdout.split()
+    if not {*nodes} <= {"127.0.0.1", "localhost", socket.gethostname()}:
         raise UserError(
             f"--job_dir {job_dir}: {folder} is in this machine's memory ({kind}), where nodes "
             "cannot see it; choose a folder on a file system that they share"
         )
-
-
-def _output_of(*words: str) -> str:
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def report(jobs: Sequence[Any], args: Any) -> None:

@@ -77,7 +77,7 @@ def test_wrong_flag_is_reported_before_anything_heavy_loads(script):
 
 @pytest.mark.parametrize("main", ["main_pretrain", "main_finetune"])
 def test_importing_a_main_loads_nothing_unused(main):
-    """torchvision and torch's optimizers import torch._dynamo and so triton; we cannot avoid that."""
+    """torchvision and torch's optimizers import torch._dynamo and with it triton."""
     code, _, loaded = start("-c", f"import {main}")
     assert code == 0
     assert loaded & UNUSED == set()

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data_loading.dataset import Replacement, collate
 from data_loading.loader import DeviceLoader
@@ -146,7 +145,7 @@ class Decoded:
             self.good.append(sample)
 
 
-def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
+def decode_some(loader: WatchedLoader, seed: int, seconds: float) -> Decoded:
     """Decode this rank's part of a loader's images in random order until the time is up.
 
     Uses the run's own number of worker processes and time limit, so that an image that kills or
@@ -173,9 +172,9 @@ def decode_some(loader: DataLoader, seed: int, seconds: float) -> Decoded:
     return found
 
 
-def check_images(report: Report, name: str, loader: DataLoader, seed: int) -> list[tuple]:
+def check_images(report: Report, name: str, loader: WatchedLoader, seed: int) -> list[tuple]:
     """Decode images of a data set on all ranks and report the bad ones; returns good samples."""
-    data, mine = loader.dataset, decode_some(loader, seed, SECONDS)
+    data, mine = loader.dataset, decode_some(loader, seed, DECODE_SECONDS)
     found = all_gather((mine.bad, mine.skipped, mine.tried, len(mine.good)))
     bad, skipped = (sorted(set(chain(*lists))) for lists in list(zip(*found, strict=True))[:2])
     tried, good = (sum(counts) for counts in list(zip(*found, strict=True))[2:])
@@ -234,7 +233,7 @@ def check_folder(report: Report, folder: Path | None, log_dir: str | None) -> No
             report.problem(f"{flag} {path}: {nearest(path)} is a file; choose another folder")
         elif path and not os.access(nearest(path), os.W_OK | os.X_OK):
             report.problem(f"{flag} {path}: no right to write there; choose a folder you own")
-    if get_rank() == 0 and folder and folder.is_dir() and (holder := run_lock.holder(folder)):
+    if get_rank() == 0 and folder and (holder := run_lock.describe_holder(folder)):
         report.problem(f"--output_dir {folder} is in use by {holder}; choose another folder")
     if log_folder and importlib.util.find_spec("tensorboard") is None:
         report.problem("tensorboard is not installed: pip install tensorboard, or --log_dir none")
@@ -291,10 +290,8 @@ class StepProbe:
         """Train an epoch on these batches."""
         state = TrainState()
         reporter = hooks.Reporter([], self.device, state, NEVER, NEVER, NEVER)
-        loop = replace(
-            self.run.loop,
-            state=state, reporter=reporter, checkpoints=self.checkpoints, guard=self.guard,
-        )  # fmt: skip
+        loop = replace(self.run.loop, state=state, reporter=reporter)
+        loop.guard, loop.checkpoints = self.guard, self.checkpoints
         try:
             self.run.train_epoch(batches, loop)
         except RuntimeError as error:
@@ -328,9 +325,8 @@ class StepProbe:
     def finish(self, report: Report) -> None:
         """Wait for the last exchange between ranks and report steps that were not finite."""
         self.checkpoints.vote.wait()
-        if (
-            self.bad_steps and not self.run.loop.stepper.scaler.is_enabled()
-        ):  # fp16 searches its scale
+        searches_scale = self.run.loop.stepper.scaler.is_enabled()  # fp16 skips steps meanwhile
+        if self.bad_steps and not searches_scale:
             report.problem(f"{self.bad_steps} steps had a loss or gradient that is not finite")
 
 
@@ -413,7 +409,7 @@ def calls_per_second(work: Callable[[int], Any], seconds: float) -> float:
     return times / max(all_gather(time.perf_counter() - start))
 
 
-def loader_rate(loader: DataLoader, seconds: float) -> float:
+def loader_rate(loader: WatchedLoader, seconds: float) -> float:
     """Images/s of this process's loader, once the batches that its workers hold ready are used."""
     if not len(loader):  # without --dist_eval only rank 0 has images
         return 0.0
@@ -460,7 +456,7 @@ def measure_evaluation(report: Report, probe: StepProbe) -> float:
     seconds = images / min(model, read)
     text = f"model {model:.1f} images/s, loader {read:.1f} images/s, limited by the {slower}"
     report.line("evaluation", f"{text}: {timedelta(seconds=round(seconds))}")
-    return seconds * (2 if vars(run.args).get("model_ema_eval") else 1)
+    return seconds * (2 if run.args.model_ema_eval else 1)
 
 
 def report_time(report: Report, run: PlannedRun, rate: float, evaluation: float) -> None:

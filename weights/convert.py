@@ -16,6 +16,7 @@ from torch import Tensor
 
 from errors import UserError, first_few
 
+State = Mapping[str, Tensor]
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # pre-training only
 CLASSIFIER = ("norm.", "head.")  # classifiers only
@@ -84,12 +85,7 @@ class Report:
         return "; ".join(notes)
 
 
-# --- in ---------------------------------------------------------------------------------
-
-
-def to_convnextv2(
-    state: Mapping[str, Tensor], decoder: bool = False
-) -> tuple[dict[str, Tensor], Report]:
+def to_convnextv2(state: State, decoder: bool = False) -> tuple[dict[str, Tensor], Report]:
     """Convert a state dict of any known layout to `ConvNeXtV2`, or with `decoder` to `FCMAE`.
 
     Layouts: see NAMES; ours is the official one, with a prefix `encoder.` in pre-training.
@@ -102,10 +98,8 @@ def to_convnextv2(
     report = Report(_layout(unwrapped))
     if report.layout == "Hugging Face":  # ConvNextV2Model lacks the prefix of its classifier
         full = ("convnextv2.", "classifier.")
-        unwrapped = {
-            name if name.startswith(full) else f"convnextv2.{name}": value
-            for name, value in unwrapped.items()
-        }
+        items = unwrapped.items()
+        unwrapped = {n if n.startswith(full) else f"convnextv2.{n}": v for n, v in items}
     rules, out = _rules(report.layout, inward=True), {}
     for name, value in unwrapped.items():
         ours = _translate(name.removeprefix("encoder."), rules)
@@ -154,8 +148,7 @@ def _rules(layout: str, inward: bool) -> list[tuple[re.Pattern, str]]:
 
 def _translate(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     for pattern, replacement in rules:
-        match = pattern.match(name)
-        if match:
+        if match := pattern.match(name):
             return match.expand(replacement) + name[match.end() :]
     return name
 
@@ -178,10 +171,7 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
     return value.flatten() if is_vector and (ours.endswith(".bias") or norm) else value
 
 
-# --- out --------------------------------------------------------------------------------
-
-
-def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_timm(state: State) -> dict[str, Tensor]:
     """Convert a state dict of `ConvNeXtV2` to timm's `convnextv2_*`.
 
     timm's GRN has vectors, and its four small sizes have 1x1 convolutions instead of linear layers.
@@ -192,12 +182,12 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _outward(state, "timm", lambda grn: grn.flatten())
 
 
-def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(state: State) -> dict[str, Tensor]:
     """Convert a state dict of `ConvNeXtV2` to `ConvNextV2ForImageClassification`."""
     return _outward(state, "Hugging Face", lambda grn: grn)
 
 
-def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(state: State) -> dict[str, Tensor]:
     """Convert a state dict of `ConvNeXtV2` or `FCMAE` to the official scripts.
 
     A classifier's is the same. Pre-trained weights lose `encoder.`, and GRN gets the shape (1, 4C)
@@ -208,15 +198,13 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _outward(state, "official", lambda grn: grn if classifier else grn.reshape(1, -1))
 
 
-def _outward(
-    state: Mapping[str, Tensor], layout: str, grn: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+def _outward(state: State, layout: str, grn: Callable) -> dict[str, Tensor]:
     rules = _rules(layout, inward=False)
     shaped = {name: grn(v) if ".grn." in name else v for name, v in state.items()}
     return {_translate(name, rules): value.contiguous() for name, value in shaped.items()}
 
 
-def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe(state: State) -> dict[str, Any]:
     """Return the arguments of the `ConvNeXtV2` that a state dict under our names belongs to."""
     dims, depths = [], []
     while f"stages.{len(dims)}.0.dwconv.weight" in state:

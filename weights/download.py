@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, resolve
+from errors import UserError, first_line, resolve
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # weight files of the Hugging Face hub
 KINDS = "a file, a folder, hf-hub:owner/name, timm:model.tag or https://..."
@@ -87,7 +87,7 @@ def _from_hub(name: str, source: str) -> Path:
                 "in with `hf auth login`"
             ) from error
         except Exception as error:  # of any http library
-            raise UserError(f"{source}: {_first_line(error)}; check the network") from error
+            raise UserError(f"{source}: {first_line(error)}; check the network") from error
     if offline:
         raise UserError(
             f"{source}: the hub cannot be reached and the weights are not in the local cache; "
@@ -106,13 +106,9 @@ def _from_address(address: str, sha256: str) -> Path:
         try:
             torch.hub.download_url_to_file(address, str(path), sha256.lower() or None)
         except Exception as error:  # of urllib, ssl, sockets, and torch's for a wrong hash
-            reason = _first_line(error)
+            reason = first_line(error)
             raise UserError(f"{address}: {reason}; check address and network") from error
     if not sha256:
-        log = logging.getLogger("convnextv2")
-        log.warning("%s: the download was not verified; give --sha256 to verify it", address)
+        warning = "%s: the download was not verified; give --sha256 to verify it"
+        logging.getLogger("convnextv2").warning(warning, address)
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

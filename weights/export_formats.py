@@ -87,9 +87,6 @@ class Network(nn.Module):
         return self.model.head(x.half()).float() if self.is_half else self.model.head(x)
 
 
-# --- weights under other names: write(spec, path), read(spec, path) -> function of images ---------
-
-
 def write_safetensors(spec: ExportSpec, path: Path) -> None:
     """Write our own names, with the decoder if there is one."""
     save(spec.full_state, path, layout="ConvNeXt V2 toolkit (the official names)")
@@ -173,9 +170,6 @@ def check_round_trip(expected: dict[str, Tensor], path: Path) -> None:
     same = again.keys() == expected.keys()
     if not same or not all(torch.equal(again[name], v) for name, v in expected.items()):
         raise UserError(f"{path.name} does not give the same weights back; it was deleted")
-
-
-# --- graphs ---------------------------------------------------------------------------------------
 
 
 def _example(spec: ExportSpec) -> Tensor:

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, first_few
+from errors import UserError, first_few, first_line
 from parallel import state_dict
 from weights.download import KINDS, WEIGHTS, locate
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
-
-
-# --- find -----------------------------------------------------------------------------------
 
 
 def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
@@ -48,25 +45,21 @@ def find_checkpoint(folder: Path, ema: bool = False) -> Path:
 
     ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
-    names = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
-    found = [folder / name for name in names if (folder / name).exists()]
-    found += numbered_checkpoints(folder) if folder.is_dir() else []
-    found += [folder / name for name in WEIGHTS if (folder / name).exists()]
-    if not found:
-        raise UserError(
-            f"{folder} contains no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
-            "give the path of a checkpoint or of another folder"
-        )
-    return found[0]
+    best = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
+    newest = numbered_checkpoints(folder)[:1] if folder.is_dir() else []
+    for name in (*best, *(path.name for path in newest), *WEIGHTS):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(
+        f"{folder} contains no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
+        "give the path of a checkpoint or of another folder"
+    )
 
 
 def find_source(source: str | Path, sha256: str = "", ema: bool = False) -> Path:
     """Find the file of a source, as `locate` does, and in a folder as `find_checkpoint` does."""
     path = locate(source, sha256)
     return find_checkpoint(path, ema) if path.is_dir() else path
-
-
-# --- read -----------------------------------------------------------------------------------
 
 
 def read_checkpoint(
@@ -108,7 +101,7 @@ def read_checkpoint(
                 "weights_only=False); c = c.get('model', c) if isinstance(c, dict) else c; "
                 "torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pth')\""
             ) from error
-        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
+        reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error
 
 
@@ -140,9 +133,6 @@ def _load(path: Path) -> Any:
             if "mmap can only be used" not in str(error):  # files before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
-
-
-# --- load -----------------------------------------------------------------------------------
 
 
 def load_weights(

@@ -20,18 +20,38 @@ from weights.convert import to_hf
 from weights.export_formats import ExportSpec, save
 
 OUTPUTS = {"logits": "logits", "features": "pooler_output", "map": "last_hidden_state"}
+NOTES = {
+    "logits": "A classifier of {count} classes.",
+    "features": "An encoder with normalized output and no classifier.",
+    "map": "A pre-trained encoder without classifier and final norm: transformers adds a random "
+    "norm, so use `last_hidden_state` and not `pooler_output`.",
+}
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [convnextv2]
+---
+
+# {name}
+
+{note} Before you share it, add the training data, the accuracy and the license.
+
+```python
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
+{output} = model(**processor(image, return_tensors="pt")).{output}
+```
+"""
 
 
 def hf_config(spec: ExportSpec) -> dict[str, Any]:
     """Return the content of config.json."""
     shape, (height, width) = spec.shape, spec.size
-    dtype = str(spec.state["downsample_layers.0.0.weight"].dtype).removeprefix("torch.")
     kind = "ForImageClassification" if spec.output == "logits" else "Model"
-    labels = {  # an encoder has none
-        "id2label": {str(label): name for label, name in enumerate(spec.labels)},
-        "label2id": {name: label for label, name in enumerate(spec.labels)},
-    }
-    return {
+    dtype = str(spec.state["downsample_layers.0.0.weight"].dtype).removeprefix("torch.")
+    config = {
         "architectures": [f"ConvNextV2{kind}"],
         "model_type": "convnextv2",
         "num_channels": shape["in_chans"],
@@ -39,13 +59,14 @@ def hf_config(spec: ExportSpec) -> dict[str, Any]:
         "num_stages": len(shape["dims"]),
         "depths": list(shape["depths"]),
         "hidden_sizes": list(shape["dims"]),
-        "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-        "drop_path_rate": 0.0,
         "image_size": height if height == width else [height, width],
         "torch_dtype": dtype,  # old and new versions read this key
-        **(labels if spec.labels else {}),
     }
+    if spec.labels:  # an encoder has none
+        config["id2label"] = {str(label): name for label, name in enumerate(spec.labels)}
+        config["label2id"] = {name: label for label, name in enumerate(spec.labels)}
+    return config
 
 
 def hf_processor(spec: ExportSpec) -> dict[str, Any]:
@@ -77,28 +98,6 @@ def hf_processor(spec: ExportSpec) -> dict[str, Any]:
     }
 
 
-CARD = """---
-library_name: transformers
-pipeline_tag: {task}
-tags: [convnextv2]
----
-
-# {name}
-
-{what} Depths {depths}, widths {dims}, stem stride {stem_stride}, {in_chans} input channels.
-Written by export.py of a ConvNeXt V2 toolkit. Before you share the model, add the training data and
-method, the accuracy and the license.
-
-```python
-from transformers import AutoImageProcessor, {auto}
-
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-model = {auto}.from_pretrained("FOLDER")
-{output} = model(**processor(image, return_tensors="pt")).{output}
-```
-"""
-
-
 def write_hf(spec: ExportSpec, path: Path) -> None:
     """Write a folder for `from_pretrained`."""
     path.mkdir()
@@ -107,20 +106,13 @@ def write_hf(spec: ExportSpec, path: Path) -> None:
     for name, values in configs.items():
         text = json.dumps(values, indent=2, ensure_ascii=False)
         (path / name).write_text(text + "\n", encoding="utf-8")
-    what = {
-        "logits": f"A classifier of {len(spec.labels)} classes.",
-        "features": "An encoder with normalized output and no classifier.",
-        "map": "A pre-trained encoder without classifier and final norm: transformers adds "
-        "an untrained norm, so use `last_hidden_state` and not `pooler_output`.",
-    }[spec.output]
     is_classifier = spec.output == "logits"
     card = CARD.format(
         name=spec.size_name or "ConvNeXt V2",
-        what=what,
+        note=NOTES[spec.output].format(count=len(spec.labels)),
         task="image-classification" if is_classifier else "image-feature-extraction",
         auto="AutoModelForImageClassification" if is_classifier else "AutoModel",
         output=OUTPUTS[spec.output],
-        **spec.shape,
     )
     (path / "README.md").write_text(card, encoding="utf-8")
 
@@ -159,6 +151,5 @@ def find_labels(path: str | None, classes: list[str] | None, count: int) -> list
     if count == 1000:
         from timm.data import ImageNetInfo
 
-        info = ImageNetInfo()
-        return [info.index_to_description(label) for label in range(count)]
+        return [ImageNetInfo().index_to_description(label) for label in range(count)]
     return [f"class_{label}" for label in range(count)]

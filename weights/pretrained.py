@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from config.flags import MODEL_KEY
-from errors import UserError
+from errors import UserError, first_few
 from parallel.process_group import get_logger, main_process_first
 from weights.convert import CLASSIFIER, DECODER, SIGNS, Report, to_convnextv2, unwrap
 from weights.files import find_source, load_weights, read_checkpoint
@@ -36,25 +36,20 @@ def select_state_dict(
     model_prefix: prefix to strip from the names; names without it are left out.
     """
     content = checkpoint if isinstance(checkpoint, dict) else {}
-    keys = [key for key in model_key.split("|") if content.get(key) is not None]
-    state = content[keys[0]] if keys else None
-    if not keys and model_key == MODEL_KEY:  # a bare state dict
-        state = content
-    is_state_dict = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
-    if not is_state_dict or not state:
-        found = list(content)[:5] or type(checkpoint).__name__
+    found = [content[key] for key in model_key.split("|") if content.get(key) is not None]
+    state = found[0] if found else content if model_key == MODEL_KEY else {}  # a bare state dict
+    tensors = state.values() if isinstance(state, dict) else [None]
+    if not state or not all(isinstance(value, Tensor) for value in tensors):
+        got = first_few(content) or type(checkpoint).__name__
         raise UserError(
-            f"{source} contains {found}; expected weights under {model_key!r}: set --model_key"
+            f"{source} contains {got}; expected weights under {model_key!r}, as --model_key says"
         )
-    selected = {
-        name.removeprefix(model_prefix): value
-        for name, value in state.items()
-        if name.startswith(model_prefix)
-    }
+    n = len(model_prefix)
+    selected = {name[n:]: value for name, value in state.items() if name.startswith(model_prefix)}
     if not selected:
         raise UserError(
-            f"--model_prefix {model_prefix}: no name in {source} starts with it; "
-            f"an example is {next(iter(state))}"
+            f"--model_prefix {model_prefix}: no name in {source} starts with it, but there is "
+            f"{first_few(state, 1)}"
         )
     return selected
 

@@ -140,14 +140,14 @@ def _key(x: Tensor, weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
 
 def _to_dense(x: Tensor, ids: Tensor | None, slots: Tensor | None) -> Tensor:
     """Dense or packed map -> (N, C, H, W), zero where removed."""
-    x = x if ids is None else ops.Unpack.apply(x, ids, *slots.shape[1:])
+    x = x if ids is None else ops.unpack(x, ids, *slots.shape[1:])
     return x.permute(0, 3, 1, 2)
 
 
 def _from_dense(y: Tensor, ids: Tensor | None, slots: Tensor | None) -> Tensor:
     """The inverse of `_to_dense`."""
     y = y.permute(0, 2, 3, 1)
-    return y if ids is None else ops.Pack.apply(y, ids, *slots.shape[1:])
+    return y if ids is None else ops.pack(y, ids, *slots.shape[1:])
 
 
 def _split(ids: Tensor | None, slots: Tensor | None, *maps: Tensor) -> Iterator[tuple]:

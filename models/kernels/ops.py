@@ -215,50 +215,45 @@ def over_mean(norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 # --- packing of visible patches --------------------------------------------------------------
 
 
-class Pack(Function):
-    """Gather the visible patches: (N, h*p, w*p, C), ids (N, V), h, w -> (N, V, p, p, C).
+def pack(dense: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
+    """Gather the visible patches: (N, h*p, w*p, C), ids (N, V) -> (N, V, p, p, C)."""
+    return _Move.apply(dense, ids, h, w, True)
 
-    The gradient is `Unpack`. Autograd's own would add, but no two patches overlap.
+
+def unpack(packed: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
+    """Scatter packed patches into zeros: (N, V, p, p, C), ids (N, V) -> (N, h*p, w*p, C)."""
+    return _Move.apply(packed, ids, h, w, False)
+
+
+class _Move(Function):
+    """`pack` or `unpack`: each is the gradient of the other.
+
+    Autograd's own gradient would add up where no two patches overlap.
     """
 
     @staticmethod
-    def forward(dense: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
-        return _cells(dense.contiguous(), h, w)[_places(ids, w)]
+    def forward(x: Tensor, ids: Tensor, h: int, w: int, packing: bool) -> Tensor:
+        image = torch.arange(ids.shape[0], device=ids.device)[:, None]
+        places = image, torch.div(ids, w, rounding_mode="floor"), ids % w
+        if packing:
+            return _cells(x.contiguous(), h, w)[places]
+        n, _, p, _, dim = x.shape
+        dense = x.new_zeros(n, h * p, w * p, dim)
+        _cells(dense, h, w)[places] = x
+        return dense
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ids, *ctx.size = inputs
+        _, ids, *ctx.size, ctx.packing = inputs
         ctx.save_for_backward(ids)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return Unpack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
-
-
-class Unpack(Function):
-    """Scatter packed patches into zeros, the inverse of `Pack`, which is its gradient."""
-
-    @staticmethod
-    def forward(packed: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
-        n, _, p, _, dim = packed.shape
-        dense = packed.new_zeros(n, h * p, w * p, dim)
-        _cells(dense, h, w)[_places(ids, w)] = packed
-        return dense
-
-    setup_context = Pack.setup_context
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return Pack.apply(grad, *ctx.saved_tensors, *ctx.size), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _Move.apply(grad, *ctx.saved_tensors, *ctx.size, not ctx.packing)
+        return grad, None, None, None, None
 
 
 def _cells(dense: Tensor, h: int, w: int) -> Tensor:
     """(N, h*p, w*p, C) -> a view (N, h, w, p, p, C)"""
     n, height, width, dim = dense.shape
     return dense.view(n, h, height // h, w, width // w, dim).transpose(2, 3)
-
-
-def _places(ids: Tensor, w: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (N, V) -> indices of image, row and column."""
-    image = torch.arange(ids.shape[0], device=ids.device)[:, None]
-    return image, torch.div(ids, w, rounding_mode="floor"), ids % w

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags: official ones parse, wrong ones are refused with a fix."""
+"""Official flags parse; wrong flags are refused with an error that says how to fix them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def refused(capsys, kind, words, *parts, base=DIGITS):
 
 
 def plain(text):
-    """What the args must hold for a value written as text."""
+    """The value in args of a value written as text."""
     if text in ("true", "yes", "false", "no"):
         return text in ("true", "yes")
     for kind in (int, float):

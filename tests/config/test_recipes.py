@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Recipes give the published numbers, worked out by hand here."""
+"""Recipes give the published numbers, calculated by hand here."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_there_is_a_recipe_for_every_published_run():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_is_what_its_words_say(name):
-    """What is logged, pasted, gives the same run; so do --config FILE and args.yaml."""
+def test_logged_flags_of_a_recipe_give_the_same_run(name):
+    """The logged flags give the same run when pasted; so does --config FILE."""
     args = expand(name)
     size = name.partition("_")[0]
     assert args.model.removeprefix("convnextv2_") == size or size in ("small", "digits")
@@ -105,7 +105,7 @@ def test_effective_batch_is_kept_or_a_batch_size_that_keeps_it_is_named(name, pr
 
 
 @pytest.mark.parametrize("path", sorted(recipes.FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
-def test_recipe_says_first_what_it_is_and_nothing_twice(path):
+def test_recipe_starts_with_a_comment_and_has_no_duplicate_keys(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -342,7 +342,7 @@ def test_command_line_wins_over_config_and_config_over_recipe(tmp_path):
         ("tiny_ft", "--warmup_steps 9", {"warmup_steps": 9}, {"warmup_epochs": 20}),
     ],
 )
-def test_another_way_to_say_it_wins_visibly(name, words, kept, gone):
+def test_partner_flag_wins_and_is_logged(name, words, kept, gone):
     args = expand(name, *words.split())
     for key, value in {**kept, **gone}.items():
         assert getattr(args, key) == value
@@ -362,7 +362,7 @@ def test_args_yaml_reads_back_to_the_same_run(tmp_path):
     assert (changed.effective_batch, changed.update_freq, changed.amp) == (64, None, "fp16")
 
 
-def test_a_file_of_ones_own_builds_on_a_recipe_or_on_a_neighbour(tmp_path):
+def test_own_file_builds_on_a_recipe_or_on_another_file(tmp_path):
     (tmp_path / "first.yaml").write_text("base: tiny_ft\nepochs: 50\nupdate_freq: 2\n")
     (tmp_path / "second.yaml").write_text("base: first.yaml\nmixup: 0\n")
     args = expand(str(tmp_path / "second.yaml"))

@@ -357,6 +357,7 @@ def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
 # --- the scripts ----------------------------------------------------------------------------
 
 SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip"]
+SIZES += ["--opt", "sgd", "--lr", 0.1]  # Adam would enlarge differences of gradients near zero
 COMMANDS = {
     "main_pretrain.py": ["--data_set", "folder", "--model", "tests.tiny:fcmae"],
     "main_finetune.py": ["--model", "tests.tiny:classifier", "--data_set", "image_folder"],
@@ -381,7 +382,7 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         assert sorted(line.split("\t")[0] for line in lines) == listed
     ours, theirs = (weights(folder / "checkpoint-1.pth") for folder in (one, two))
     for name in ours:
-        assert torch.allclose(ours[name], theirs[name], atol=1e-3), name  # Adam's of near zero
+        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
     run(script, *words, "--output_dir", tmp_path / "alone")
     assert_same(weights(tmp_path / "alone" / "checkpoint-1.pth"), ours)
     before = (one / "bad_images.txt").read_text()

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The models in what torch makes of models: compiled, exported."""
+"""Compiled, exported, traced, checkpointed and copied models compute the same as plain ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from models import create_model
-from models.convnextv2 import Block
+from models.convnextv2 import Block, ConvNeXtV2
+from models.fcmae import FCMAE
 from models.kernels import autotune
 from models.kernels.ops import affine
-from models.layers import GRN, PatchConv, fused_depthwise, init_weights
+from models.layers import GRN, PatchConv, fused_dwconv, init_weights
 from models.sparse import PatchGrid
-from tests import tiny
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOY = ((1, 1), (4, 6))  # depths, dims: two stages, for the compiler's sake
 MASK = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 1]])
 
 
 @pytest.fixture(autouse=True)
-def own_choices(monkeypatch, tmp_path):
-    """Choices and their file for one test; the compiler starts anew."""
+def fresh_state(monkeypatch, tmp_path):
+    """An autotuner and a cache file of its own for each test; the compiler forgets its graphs."""
     monkeypatch.setattr(autotune, "autotuner", autotune.Autotuner())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch._dynamo.reset()
@@ -44,14 +45,14 @@ def scramble(model, dtype=torch.float64, device="cpu"):
 def classifier(dtype=torch.float64, device="cpu"):
     """A classifier and a loss of it, so that `loss(model)` has a gradient everywhere."""
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
-    model = tiny.classifier(num_classes=3, stem_stride=1)
+    model = ConvNeXtV2(*TOY, num_classes=3)
     return scramble(model, dtype, device), lambda model: model(images).square().sum()
 
 
 def fcmae(dtype=torch.float64, device="cpu"):
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
     mask = MASK.to(device)
-    model = tiny.fcmae(3, 1, 0.0, decoder_embed_dim=8)
+    model = FCMAE(ConvNeXtV2(*TOY), decoder_embed_dim=8)
     return scramble(model, dtype, device), lambda model: model(images, mask, 1)[0]
 
 
@@ -94,7 +95,7 @@ def test_compiled_under_autocast_is_the_eager_one():
     wanted = with_gradients(in_bf16, model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ours = with_gradients(lambda _: in_bf16(compiled), model)
-    assert_near(ours, wanted, 0.1)  # its forms round elsewhere
+    assert_near(ours, wanted, 0.1)  # its implementations round elsewhere
 
 
 @pytest.fixture
@@ -323,7 +324,7 @@ def test_exporting_one_model_leaves_the_fast_path_to_others():
 @pytest.mark.gpu
 @pytest.mark.parametrize("build", [classifier, fcmae])
 @pytest.mark.parametrize("half", [False, True])
-def test_every_form_is_the_same_on_a_gpu(build, half):
+def test_every_implementation_is_the_same_on_a_gpu(build, half):
     """Eager with each --kernels, compiled, checkpointed and graphed against torch's own."""
     model, raw_loss = build(torch.float32, "cuda")
 
@@ -357,7 +358,7 @@ def test_every_form_is_the_same_on_a_gpu(build, half):
     assert_near({"loss": value.detach(), **dict(zip(names, grads, strict=True))}, wanted, tolerance)
 
 
-# --- what the review found -----------------------------------------------------------------
+# --- special cases -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
@@ -372,7 +373,7 @@ def test_compiled_inference_is_one_graph(build, without):
 
 
 def test_new_batch_size_makes_one_graph_for_all():
-    """A key of the tuner made from the batch size would compile again for each."""
+    """An autotuner key made from the batch size would compile again for each."""
     model, _ = classifier()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -464,10 +465,10 @@ def test_image_smaller_than_the_stride_is_named():
 
 
 def test_results_may_be_changed_in_place():
-    """As those of nn.Linear and nn.Conv2d: a view made inside an own function may not."""
+    """Like those of nn.Linear and nn.Conv2d: a view made inside an autograd function may not."""
     x = torch.randn(2, 8, 8, 3, requires_grad=True)
     torch.relu_(PatchConv(3, 4, 4)(x)).sum().backward()
-    fused_depthwise(x, nn.Conv2d(3, 3, 7, padding=3, groups=3), None).mul_(2).sum().backward()
+    fused_dwconv(x, nn.Conv2d(3, 3, 7, padding=3, groups=3), None).mul_(2).sum().backward()
 
 
 def test_second_order_gradients_of_layers_behind_each_other_count_once():
@@ -485,7 +486,7 @@ def test_second_order_gradients_of_layers_behind_each_other_count_once():
 
 
 def test_second_derivative_of_products_in_float32():
-    """gradgradcheck runs in float64, which has one form and torch's own gradient."""
+    """gradgradcheck runs in float64, which has one implementation with torch's own gradient."""
     layer, x = init_weights(nn.Linear(5, 7)), torch.randn(3, 4, 5, requires_grad=True)
     wanted = None
     for product in (affine, nn.functional.linear):

@@ -395,7 +395,7 @@ def test_unknown_kind_of_layer_is_refused():
         toy().layer_of("head.weight", "grouped")
 
 
-# --- training, compiling, copying -----------------------------------------------------------
+# --- training, copying -----------------------------------------------------------
 
 
 def test_gradients_have_the_strides_of_their_parameters():
@@ -406,14 +406,6 @@ def test_gradients_have_the_strides_of_their_parameters():
         assert parameter.grad.stride() == parameter.stride(), name
         assert parameter.grad.is_contiguous(), name
         assert (parameter.grad != 0).any(), name
-
-
-def test_compiled_model_is_one_graph_and_the_same():
-    model = toy(num_classes=3)
-    images = doubles(2, 3, 36, 32)
-    expected = model(images)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(images), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -280,13 +280,6 @@ def test_pretrained_encoder_is_the_fine_tuning_model():
     assert torch.equal(classifier.forward_features(images), model.encoder.forward_features(images))
 
 
-def test_compiled_fcmae_is_one_graph_and_the_same(tmp_path):
-    model, images, mask = build()
-    expected = model(images, mask, 1)[0]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert compiled(images, mask, 1)[0].item() == pytest.approx(expected.item(), rel=1e-12)
-
-
 @pytest.mark.gpu
 def test_gpu_computes_what_the_cpu_does():
     """Packed network, masks and their gradients in float32, and bf16 close to it."""

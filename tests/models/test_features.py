@@ -41,7 +41,7 @@ def pair(**kwargs) -> tuple[ConvNeXtV2, ConvNeXtV2]:
     return whole, backbone
 
 
-def pictures(*size: int, n: int = 2) -> torch.Tensor:
+def images_of(*size: int, n: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(n, 3, *size, generator=generator, dtype=torch.float64)
 
@@ -64,7 +64,7 @@ def test_maps_are_timms(size):
     theirs = ConvNeXt(depths=DEPTHS, dims=DIMS, num_classes=5, use_grn=True, ls_init_value=None)
     theirs.double().load_state_dict(to_timm(ours.state_dict()), strict=True)
     oracle = FeatureGetterNet(theirs, out_indices=(0, 1, 2, 3))
-    images = pictures(*size, n=1)
+    images = images_of(*size, n=1)
     with torch.no_grad():
         expected, got = oracle(images), backbone(images)
     for mine, other in zip(got, expected, strict=True):
@@ -81,16 +81,16 @@ def test_shapes_are_what_feature_info_says(stem_stride, size):
     strides = model.feature_info.reduction()
     assert strides == [stem_stride, 2 * stem_stride, 4 * stem_stride, 8 * stem_stride]
     sizes = [(size[0] // stride, size[1] // stride) for stride in strides]
-    maps = model(pictures(*size))
+    maps = model(images_of(*size))
     expected = [(2, dim, *size) for dim, size in zip(DIMS, sizes, strict=True)]
     assert [tuple(m.shape) for m in maps] == expected
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
 
-def test_what_fills_no_whole_cell_has_no_effect():
+def test_pixels_that_fill_no_whole_cell_have_no_effect():
     """39 x 65: the stem sees 36 x 64, 9 x 16 cells; the next stage 8 x 16 of them."""
     model = network(features_only=True).eval()
-    images = pictures(39, 65)
+    images = images_of(39, 65)
     changed = images.clone()
     changed[:, :, 36:] = 7
     changed[:, :, :, 64:] = 7
@@ -101,7 +101,7 @@ def test_what_fills_no_whole_cell_has_no_effect():
 
 def test_last_map_is_the_features():
     model = network()
-    images = pictures(64, 64)
+    images = images_of(64, 64)
     last, maps = model.forward_intermediates(images)
     assert torch.equal(last, model.forward_features(images))
     assert torch.equal(maps[3], last)
@@ -120,7 +120,7 @@ def test_indices_mean_what_they_mean_in_timm(indices, taken):
     assert take_stages(indices, 4) == taken
     assert feature_take_indices(4, indices)[0] == list(taken)
     model = network()
-    images = pictures(64, 64)
+    images = images_of(64, 64)
     last, maps = model.forward_intermediates(images)
     chosen = [maps[i] for i in taken]
     again, got = model.forward_intermediates(images, indices)
@@ -136,7 +136,7 @@ def test_indices_mean_what_they_mean_in_timm(indices, taken):
 @pytest.mark.parametrize("indices", [0, 5, -1, (), (4,), (-5,), (2, 1), (1, 1), (3, -1)])
 def test_stages_that_are_not_there_are_refused(indices):
     with pytest.raises(UserError, match="1 to 4, or a rising list of numbers from 0 to 3"):
-        network().forward_intermediates(pictures(32, 32), indices)
+        network().forward_intermediates(images_of(32, 32), indices)
     with pytest.raises(UserError, match="rising list"):
         network(features_only=True, out_indices=indices)
 
@@ -144,9 +144,9 @@ def test_stages_that_are_not_there_are_refused(indices):
 def test_deeper_stages_do_not_run_for_the_maps_alone():
     model = network()
     model.stages[2].forward = model.downsample_layers[2].forward = None
-    assert len(model.forward_intermediates(pictures(32, 32), (0, 1), intermediates_only=True)) == 2
+    assert len(model.forward_intermediates(images_of(32, 32), (0, 1), intermediates_only=True)) == 2
     with pytest.raises(TypeError):
-        model.forward_intermediates(pictures(32, 32), (0, 1))
+        model.forward_intermediates(images_of(32, 32), (0, 1))
 
 
 def test_maps_without_features_only_and_of_an_autoencoder_are_refused():
@@ -171,7 +171,7 @@ def test_backbones_by_name_and_of_a_fork():
 def test_every_parameter_of_a_backbone_gets_a_gradient(out_indices):
     """One without would stop DistributedDataParallel with an error about unused parameters."""
     model = network(features_only=True, out_indices=out_indices)
-    sum(m.square().mean() for m in model(pictures(64, 64))).backward()
+    sum(m.square().mean() for m in model(images_of(64, 64))).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad != 0).any(), name
         assert not name.startswith(model.left_out), name
@@ -180,7 +180,7 @@ def test_every_parameter_of_a_backbone_gets_a_gradient(out_indices):
 def test_whole_network_leaves_norm_and_head_without_gradients():
     """So it is no module to wrap for a detector; see the class."""
     model = network()
-    maps = model.forward_intermediates(pictures(64, 64), intermediates_only=True)
+    maps = model.forward_intermediates(images_of(64, 64), intermediates_only=True)
     sum(m.square().mean() for m in maps).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
@@ -188,7 +188,7 @@ def test_whole_network_leaves_norm_and_head_without_gradients():
 
 def test_gradients_are_those_of_the_whole_network():
     whole, backbone = pair()
-    images = pictures(64, 64)
+    images = images_of(64, 64)
     for maps in (backbone(images), whole.forward_intermediates(images)[1]):
         sum((i + 1) * m.square().mean() for i, m in enumerate(maps)).backward()
     theirs = dict(whole.named_parameters())
@@ -202,7 +202,7 @@ def test_frozen_stages_stay_and_the_others_learn_as_before():
         frozen.downsample_layers[i].requires_grad_(False)
         frozen.stages[i].requires_grad_(False)
     for model in (free, frozen):
-        sum(m.square().mean() for m in model(pictures(64, 64))).backward()
+        sum(m.square().mean() for m in model(images_of(64, 64))).backward()
     expected = dict(free.named_parameters())
     for name, parameter in frozen.named_parameters():
         if parameter.requires_grad:
@@ -232,8 +232,8 @@ def test_layer_decay_counts_from_the_deepest_stage_there_is():
 
 
 def test_compiled_backbone_is_one_graph_and_the_same():
-    model = network(features_only=True, out_indices=(1, 3))
-    images = pictures(36, 64)
+    model = network(features_only=True, out_indices=(0, 1))
+    images = images_of(36, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got, expected = compiled(images), model(images)
     for mine, other in zip(got, expected, strict=True):
@@ -242,7 +242,7 @@ def test_compiled_backbone_is_one_graph_and_the_same():
 
 def test_autocast_maps_are_close_and_train():
     model = ConvNeXtV2(DEPTHS, DIMS, features_only=True)
-    images = pictures(64, 64).float()
+    images = images_of(64, 64).float()
     with torch.autocast("cpu", torch.bfloat16):
         maps = model(images)
     for got, expected in zip(maps, model(images), strict=True):
@@ -255,7 +255,7 @@ def test_autocast_maps_are_close_and_train():
 def test_copy_of_a_backbone_is_a_backbone(twin):
     model = network(features_only=True, out_indices=(1, 2))
     other = twin(model)
-    assert_equal(other(pictures(32, 32)), model(pictures(32, 32)))
+    assert_equal(other(images_of(32, 32)), model(images_of(32, 32)))
     assert other.feature_info == model.feature_info
 
 
@@ -274,7 +274,7 @@ def test_weights_load_into_a_backbone_and_the_rest_is_dropped(kind, out_indices,
     report = load_pretrained(backbone, str(tmp_path / "weights.pth"))
     assert report.missing == []
     assert set(report.loaded) == backbone.state_dict().keys()
-    images = pictures(32, 32)
+    images = images_of(32, 32)
     assert_equal(backbone(images), whole.forward_intermediates(images, out_indices)[1])
     if kind == "classifier":
         rest = whole.state_dict().keys() - backbone.state_dict().keys()
@@ -290,7 +290,7 @@ def test_backbone_that_lacks_a_tensor_it_uses_is_refused(tmp_path):
         load_pretrained(network(features_only=True), str(tmp_path / "weights.pth"))
 
 
-# --- what it is for ---------------------------------------------------------------------
+# --- in a detector ---------------------------------------------------------------------
 
 
 def test_detector_of_torchvision_takes_the_maps_and_trains():

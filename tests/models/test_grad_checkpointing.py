@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""--grad_checkpointing changes what is kept for backward and no number."""
+"""--grad_checkpointing changes what is saved for backward and no number."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ CASES = ("dense", *MASKS)
 CAN_COMPILE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
-def build(case: str, dtype: torch.dtype = torch.float64, drop_path: float = 0.5):
-    """A deep toy, in training, and what it is called with."""
+DEEP, SHALLOW = ((2, 1, 4, 1), (4, 6, 8, 10)), ((2, 2), (4, 6))  # depths, dims
+
+
+def build(
+    case: str, dtype: torch.dtype = torch.float64, drop_path: float = 0.5, sizes: tuple = DEEP
+):
+    """A toy in training mode, and its inputs."""
     torch.manual_seed(0)
-    model = ConvNeXtV2(
-        (2, 1, 4, 1), (4, 6, 8, 10), num_classes=3, stem_stride=1, drop_path_rate=drop_path
-    )
+    stem = {"stem_stride": 1 if sizes == DEEP else 4}
+    model = ConvNeXtV2(*sizes, num_classes=3, drop_path_rate=drop_path, **stem)
     if case in MASKS:
         model = FCMAE(model, decoder_depth=2, decoder_embed_dim=8)
     for parameter in model.parameters():
@@ -47,7 +51,7 @@ def loss_of(output: Tensor | tuple) -> Tensor:
 
 
 def step(model: nn.Module, inputs: tuple, half: bool = False):
-    """Loss, gradients by name, and what the random generator gives next; from one seed."""
+    """Loss, gradients by name, and the next random number; from one seed."""
     torch.manual_seed(5)
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -58,7 +62,7 @@ def step(model: nn.Module, inputs: tuple, half: bool = False):
 
 
 def saved_bytes(model: nn.Module, inputs: tuple) -> int:
-    """Of distinct storages that forward saves for backward, parameters aside."""
+    """Bytes of distinct storages that forward saves for backward, without parameters."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -74,7 +78,7 @@ def saved_bytes(model: nn.Module, inputs: tuple) -> int:
 
 @pytest.fixture
 def branches(monkeypatch):
-    """How often the branch of a block was computed."""
+    """A list that grows by one with every computation of a block's branch."""
     calls, branch = [], Block.branch
     monkeypatch.setattr(Block, "branch", lambda *args: calls.append(1) or branch(*args))
     return calls
@@ -139,14 +143,14 @@ def test_each_block_is_computed_twice_and_only_in_training(case, branches):
 
 @pytest.mark.parametrize("case", ["dense", "packed"])
 def test_compiled_network_is_one_graph_and_the_same(case):
-    model, inputs = build(case)
+    model, inputs = build(case, sizes=SHALLOW)
     inputs += (2,) if case == "packed" else ()
     wanted, plain = step(model, inputs), saved_bytes(model, inputs)
     model.set_grad_checkpointing()
     model.compile(fullgraph=True, backend="aot_eager")
     for name, ours in step(model, inputs).items():
         assert torch.allclose(ours, wanted[name], rtol=1e-10, atol=1e-12), name
-    assert (saved_bytes(model, inputs) < plain / 2) == CAN_COMPILE  # else the flags are refused
+    assert (saved_bytes(model, inputs) < 0.7 * plain) == CAN_COMPILE  # others refuse the flags
 
 
 def test_weights_lent_by_functional_call_get_their_own_gradient(branches):
@@ -291,11 +295,10 @@ def both_ways(folder: Path, script: str, *words: object, ranks: int = 1) -> list
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_pretraining_ends_with_the_same_weights(tmp_path, ranks):
-    """On two processes under DistributedDataParallel, with micro-batches that do not exchange."""
+def test_pretraining_on_two_processes_ends_with_the_same_weights(tmp_path):
+    """Under DistributedDataParallel, with micro-batches that exchange no gradients."""
     words = [*PRETRAIN, "--picture_freq", 0, "--update_freq", 2]
-    plain, flag = both_ways(tmp_path, "main_pretrain.py", *words, ranks=ranks)
+    plain, flag = both_ways(tmp_path, "main_pretrain.py", *words, ranks=2)
     assert_same(weights(flag), weights(plain))
 
 

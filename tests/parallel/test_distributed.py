@@ -1,9 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Two processes compute what one does.
+"""Two processes compute the same as one.
 
-Two gloo ranks start once, run every function named `ranks_...`, and leave what they returned in
-files, which the tests then judge.
+Two gloo ranks start once and run every function named `ranks_...`; the tests check their results.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ RANKS = 2
 
 
 def toy(seed: int = 0) -> ConvNeXtV2:
-    """A toy classifier in float64 with every parameter away from its start."""
+    """Return a toy classifier in float64 without parameters of zero or one."""
     torch.manual_seed(seed)
     model = ConvNeXtV2((1, 1, 1, 1), (4, 6, 8, 10), num_classes=3).double()
     with torch.no_grad():
@@ -55,11 +54,11 @@ def toy(seed: int = 0) -> ConvNeXtV2:
     return model
 
 
-# --- what the ranks do ----------------------------------------------------------------------
+# --- jobs of the ranks ----------------------------------------------------------------------
 
 
 def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
-    """Three epochs of AdamW on 20 images; groups of two micro-batches, the last one of one."""
+    """Train 3 epochs on 20 images: 5 micro-batches, 2 in each optimizer step, 1 in the last."""
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     images = images.to(model.head.weight.dtype)
     labels = torch.arange(20) % 3
@@ -81,15 +80,15 @@ def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
 
 
 def ranks_see_no_warning(rank: int, folder: Path) -> list[str]:
-    """First of all, since torch warns of strides only once in a process."""
+    """Runs first, since torch warns of strides only once in a process."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(toy().float(), batch=2)  # float64 takes another path through torch
+        train(toy().float(), batch=2)  # torch does not warn in float64
     return [str(warning.message) for warning in caught]
 
 
 def ranks_train(rank: int, folder: Path) -> dict[str, torch.Tensor]:
-    return train(toy(seed=rank), batch=2)  # rank 1 must take over the weights of rank 0
+    return train(toy(seed=rank), batch=2)  # rank 1 must get the weights of rank 0
 
 
 def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +96,7 @@ def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def ranks_skip_together(rank: int, folder: Path) -> dict:
-    """Rank 1 alone meets NaN: in the loss and the gradient, or in the loss alone."""
+    """Let rank 1 have NaN: in loss and gradient, or in the loss alone."""
     result = {}
     for place, fused in itertools.product(range(4), (False, True)):
         for kind in ("loss and gradient", "loss alone"):
@@ -122,7 +121,7 @@ def ranks_skip_together(rank: int, folder: Path) -> dict:
 
 
 def ranks_average(rank: int, folder: Path) -> dict:
-    """Images 0 to 6 with values 0, 1, 4, ..., 36: four of them on rank 0."""
+    """Average images 0 to 6 with values 0, 1, 4, ..., 36: four of them on rank 0."""
     uneven = Means(["square"], CPU)
     for image in range(rank, 7, RANKS):
         uneven.update(1, square=torch.tensor(float(image**2)))
@@ -166,14 +165,14 @@ class Recorder(hooks.Hook):
 
 
 def ranks_write(rank: int, folder: Path) -> dict:
-    """Each rank is given a folder of its own: only that of rank 0 may come to be."""
+    """Write to a different folder on each rank: only that of rank 0 may exist afterwards."""
     own = folder / f"run-{rank}"
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     acquire_run_lock(str(own))
     parts, state = TrainableParts(model, optimizer), TrainState(epoch=1, global_step=1)
     checkpoint.save_model(own, parts, state, {"args": {"epochs": 1}}, improved=["best"])
-    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
     running = TrainState()
     with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
         own_hooks = len(reporter.hooks)
@@ -198,7 +197,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
 
 
 def ranks_resume(rank: int, folder: Path) -> dict:
-    """All read what rank 0 wrote."""
+    """Resume all ranks from the checkpoint of rank 0."""
     process_group.barrier()
     model = toy(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -208,7 +207,7 @@ def ranks_resume(rank: int, folder: Path) -> dict:
 
 
 def ranks_refuse(rank: int, folder: Path) -> str:
-    """An error that only rank 0 can see ends every rank, and leaves none waiting."""
+    """Raise an error that only rank 0 can see."""
     (folder / "mixed").mkdir(exist_ok=True)
     (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
     process_group.barrier()
@@ -217,9 +216,9 @@ def ranks_refuse(rank: int, folder: Path) -> str:
     return str(caught.value)
 
 
-def ranks_lose_their_folder(rank: int, folder: Path) -> list[str]:
-    """Only rank 0 has the lock that another run took over."""
-    guard = SimpleNamespace(look=lambda state: "", keep=lambda state: None, state=dict)
+def ranks_lose_the_run_folder(rank: int, folder: Path) -> list[str]:
+    """Let another run take over the lock, which only rank 0 holds."""
+    guard = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)
     run_lock.BEAT = 0.05
     acquire_run_lock(str(folder / "lost"))
     if rank == 0:
@@ -227,22 +226,22 @@ def ranks_lose_their_folder(rank: int, folder: Path) -> list[str]:
         while not run_lock.is_lost():
             time.sleep(0.01)
     state = TrainState(global_step=3, samples_in_epoch=12)
-    told = []
+    messages = []
     with CheckpointManager(lambda **_: None) as keeper:
         try:
             for state.global_step in range(3, 9):
                 keeper.after_step(state, guard, guard)
         except TrainingStopped as error:
-            told = [str(error).split("/")[-1].split(" while")[0], str(state.global_step)]
+            messages = [str(error).split("/")[-1].split(" while")[0], str(state.global_step)]
         keeper.vote.wait()
     acquire_run_lock("")
-    return told
+    return messages
 
 
 def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
-    """What the hooks of rank 0 need: args.yaml, log.txt, TensorBoard's folder."""
-    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
-    told = []
+    """Make args.yaml, log.txt or TensorBoard's folder unwritable."""
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
+    messages = []
     for number, name in enumerate(["args.yaml", "log.txt", "tensorboard"]):
         place = folder / f"no-{name}"
         if rank == 0:
@@ -250,8 +249,8 @@ def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
             (place / name).write_text("") if number == 2 else (place / name).mkdir()
         with pytest.raises(UserError) as caught:
             hooks.build_reporter(args, place, CPU, TrainState(), 1)
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
 JOBS = [  # in this order
@@ -264,17 +263,17 @@ JOBS = [  # in this order
     ranks_write,
     ranks_resume,
     ranks_refuse,
-    ranks_lose_their_folder,
+    ranks_lose_the_run_folder,
     ranks_cannot_write,
 ]
 
 
-# --- what they must have found --------------------------------------------------------------
+# --- checks of their results -----------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """As the ranks have it: on a busy machine a second thread makes toy sizes ten times slower."""
+    """Use one thread, as the ranks do: on a busy machine two are ten times slower at toy sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -283,13 +282,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two ranks ran all jobs."""
+    """Run all jobs on two ranks; returns their folder."""
     return run_ranks(JOBS, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def results(folder) -> list[dict]:
-    """What each rank's jobs returned."""
+    """Return the results of each rank's jobs."""
     return results_of(folder)
 
 
@@ -311,20 +310,20 @@ def test_two_ranks_train_as_one_with_twice_the_batch(results, job, options):
         assert_equal(result[f"ranks_{job}"], expected)
 
 
-def test_gradients_are_exchanged_only_when_a_group_closes(results):
+def test_gradients_are_averaged_only_with_the_last_micro_batch(results):
     first, second = (result["ranks_train"]["first gradient"] for result in results)
     assert not torch.allclose(first, second)
     alone = train(toy(), batch=4)["first gradient"]
     assert torch.allclose((first + second) / 2, alone, rtol=0, atol=1e-12)
 
 
-def test_gradient_strides_suit_ddps_buckets(results):
-    """`Grad strides do not match bucket view strides` means a copy of every gradient."""
+def test_gradient_strides_match_the_buckets_of_ddp(results):
+    """`Grad strides do not match bucket view strides` costs a copy of every gradient."""
     assert [result["ranks_see_no_warning"] for result in results] == [[], []]
 
 
 def test_nan_on_one_rank_is_skipped_by_both(results):
-    """The official run exited on one rank and hung on the others."""
+    """The official code exits on one rank and hangs on the others."""
     assert results[0]["ranks_skip_together"] == results[1]["ranks_skip_together"]
     for case, seen in results[0]["ranks_skip_together"].items():
         # inputs 1 and 2 on the ranks: a good group's mean gradient is 1.5
@@ -333,7 +332,7 @@ def test_nan_on_one_rank_is_skipped_by_both(results):
         assert seen == (second_is_bad if case.startswith("1") else first_is_bad), case
 
 
-def test_means_count_each_image_once_whatever_rank_holds_it(results):
+def test_means_count_the_images_of_all_ranks_once(results):
     for result in results:
         found = result["ranks_average"]
         assert found["uneven"] == found["uneven, all"] == {"square": 91 / 7}  # 0 + 1 + ... + 36
@@ -348,7 +347,7 @@ def test_rank_without_images_takes_part_in_means(results):
 
 
 def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):
-    """A padded sampler counts an eighth image."""
+    """A sampler with padding would count an eighth image."""
     expected = evaluation()
     assert expected["acc1"] * 7 / 100 == pytest.approx(round(expected["acc1"] * 7 / 100))
     for result in results:
@@ -386,16 +385,16 @@ def test_error_of_the_first_rank_is_that_of_all(results):
     assert ["checkpoint-3.pth" in result["ranks_refuse"] for result in results] == [True, True]
 
 
-def test_folder_that_rank_0_lost_ends_all_ranks_at_the_same_update(results):
-    for text, step in (result["ranks_lose_their_folder"] for result in results):
+def test_run_folder_lost_by_rank_0_ends_all_ranks_at_the_same_step(results):
+    for text, step in (result["ranks_lose_the_run_folder"] for result in results):
         assert re.fullmatch("lost was taken over by process [0-9]+ on elsewhere", text)
         assert step == "4"  # the vote is one step late
 
 
 def test_hooks_that_cannot_write_end_all_ranks(results):
-    """Rank 0 ended alone, and the others waited for it until nccl's patience was over."""
+    """If rank 0 ended alone, the others would wait for it until nccl's timeout."""
     first, second = (result["ranks_cannot_write"] for result in results)
     assert first == second
-    for told, flag in zip(first, ["--output_dir", "--output_dir", "--log_dir"], strict=True):
-        assert told.startswith(flag)
-        assert "cannot write" in told
+    for message, flag in zip(first, ["--output_dir", "--output_dir", "--log_dir"], strict=True):
+        assert message.startswith(flag)
+        assert "cannot write" in message

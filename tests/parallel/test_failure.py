@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import main_pretrain
+from config import parser as options
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError
 from parallel import failure, process_group
@@ -210,7 +211,7 @@ def folder_and_loaders(args: SimpleNamespace) -> None:
 
 def pretrain(args: SimpleNamespace, *words: str) -> None:
     words = [*PRETRAIN, *QUICK, "--output_dir", str(args.folder / "run"), *words]
-    main_pretrain.main(main_pretrain.options.parse(main_pretrain.get_args_parser(), words))
+    main_pretrain.main(options.parse(main_pretrain.get_args_parser(), words))
 
 
 def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:

@@ -33,7 +33,7 @@ from tests.test_end_to_end import log
 from tests.tiny import classifier, classifier64, fcmae64
 from training import checkpoint
 from training.anomaly import AnomalyGuard, first_not_finite
-from training.checkpoint import TrainState, load_optimizer
+from training.checkpoint import TrainableParts, TrainState, load_optimizer
 from training.ema import ModelEma
 from training.stepper import Stepper, autocast
 
@@ -422,8 +422,7 @@ def ranks_optimize(rank: int, folder: Path) -> dict:
 
 def ranks_save(rank: int, folder: Path) -> dict:
     """Save an optimizer in each mode, and load what ddp saved into each."""
-    options: Any = {"state": TrainState(), "args": {}}
-    saved = {}
+    state, saved = TrainState(), {}
     for mode in MODES:
         torch.manual_seed(0)
         model = classifier64(num_classes=3, in_chans=3, stem_stride=1)
@@ -439,13 +438,14 @@ def ranks_save(rank: int, folder: Path) -> dict:
         weights = full_state_dict(model)
         if rank == 0:  # a view would save its whole bucket
             assert all(w.nbytes == w.untyped_storage().nbytes() for w in weights.values())
-        (folder / f"{mode} save").mkdir(exist_ok=True)
-        checkpoint.save_model(folder / f"{mode} save", model, optimizer, **options)
+        own, parts = folder / f"{mode} save", TrainableParts(model, optimizer)
+        own.mkdir(exist_ok=True)
+        checkpoint.save_model(own, parts, state, {"args": {}})
         with torch.no_grad():
             sharding.to_local(model.head.bias).fill_(math.nan)
         refused = pytest.raises(UserError, match="not finite") if rank == 0 else nullcontext()
         with refused:
-            checkpoint.save_model(folder / f"{mode} save", model, optimizer, **options)
+            checkpoint.save_model(own, parts, state, {"args": {}})
     return saved if rank == 0 else {}
 
 

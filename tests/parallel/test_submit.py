@@ -112,8 +112,8 @@ REFUSED = {
     "--cluster debug --timeout 5": "has no time limit, --timeout 5; use --max_minutes",
     "--array tiny_pretrain,tiny_pretrain": "names a recipe twice",
     "--array tiny_pretrain --recipe base_pretrain": "both name recipes",
-    "--array tiny_ft": "it is for main_finetune.py",
-    "--array tiny_pretrian": "did you mean tiny_pretrain",
+    "--array tiny_ft": "this file is for main_finetune.py",
+    "--array tiny_pretrian": "Did you mean 'tiny_pretrain'",
     "--array tiny_pretrain,base_pretrain --output_dir O": "is one folder for 2 jobs; put %j in it",
 }
 
