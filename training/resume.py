@@ -57,7 +57,7 @@ class ResumePoint:
         return self.entry("state", {}).get("effective_batch", 0)
 
     def entry(self, name: str, default: Any = None) -> Any:
-        """Return an entry of the run's checkpoint; the default if there is no run or no such entry."""
+        """Return an entry of the run's checkpoint, or the default without a run or entry."""
         return self.checkpoint.get(name, default) if self.is_run else default
 
     def missing(self) -> list[str]:
