@@ -530,7 +530,7 @@ def weights(**changes) -> dict[str, torch.Tensor]:
         (weights(**{"0_bias": torch.ones(4, 1)}), r"0\.bias \(4, 1\) instead of \(4,\)"),
         (
             {f"module.{name}": value for name, value in weights().items()},
-            r"4 missing \(0\.weight, 0\.bias, 1\.weight, \.\.\.\); 4 unexpected \(module\.0",
+            r"4 missing \(0\.weight, 0\.bias, 1\.weight and 1 more\); 4 unexpected \(module\.0",
         ),
         ({}, "4 missing"),
     ],
@@ -600,7 +600,7 @@ def test_malicious_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch,
     else:
         new = "old" not in wrapping
         torch.save({"model": Malicious()}, path, _use_new_zipfile_serialization=new)
-    with pytest.raises(UserError, match="evil.pth is refused: it asks for .*system"):
+    with pytest.raises(UserError, match="evil.pth is refused: it needs .*system"):
         read_checkpoint(path)
     assert names(tmp_path) == {"evil.pth"}
 
@@ -636,7 +636,7 @@ def test_file_of_another_kind_is_one_line_of_error(tmp_path, kind):
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
     message = str(caught.value)
-    assert message.startswith(f"checkpoint {path} is ")
+    assert f"{path} is " in message
     assert "\n" not in message
     assert len(message) - len(str(path)) < 450
 

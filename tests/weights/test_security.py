@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Files from outside run no code and write nowhere; ours are as open as the user wants.
+"""Files from outside run no code and write nothing; our files have the permissions of the umask.
 
 Malicious checkpoints: test_checkpoint; bombs and programs that
 pose as images: test_decoding.
@@ -48,8 +48,8 @@ def everything(folder: Path) -> set[str]:
 # --- archives -----------------------------------------------------------------------------------
 
 
-def test_checkpoint_bomb_is_refused_before_it_is_unpacked(tmp_path):
-    """torch stores what it saves; four hundred megabytes of zeros became a pickle to read."""
+def test_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
+    """torch never compresses; 400 MB of zeros used to be unpacked."""
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**25))
@@ -197,7 +197,7 @@ def test_checkpoint_does_not_choose_where_data_is_downloaded(tmp_path, monkeypat
     assert everything(tmp_path) == {"a.pth"}
 
 
-def test_torchscript_is_no_checkpoint(tmp_path):
+def test_torchscript_is_not_a_checkpoint(tmp_path):
     """It is code of its own."""
     path = tmp_path / "a.pt"
     torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)), str(path))
@@ -230,7 +230,7 @@ def test_yaml_with_python_in_it_is_refused(tmp_path, monkeypatch, capsys, flag, 
 
 
 def test_yaml_bomb_does_not_explode_in_the_message(tmp_path, capsys):
-    """Nine lines that stand for a thousand million words."""
+    """Nine lines that expand to a billion words."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     text = "\n".join(["scale:", *(f"- {line[4:]}" for line in lines)])
@@ -270,8 +270,8 @@ def test_files_of_a_run_follow_the_umask(tmp_path, script, umask):
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
-def test_job_folder_and_its_pickles_are_their_owners_alone(tmp_path):
-    """And what the job itself writes has the user's umask again."""
+def test_job_folder_and_its_pickles_are_private(tmp_path):
+    """Files that the job writes have the user's umask again."""
     words = [*PRETRAIN, "--cluster", "local", "--nodes", 1, "--ngpus", 1, "--epochs", 1]
     before = os.umask(0o002)
     try:
@@ -299,7 +299,7 @@ def test_job_folder_without_a_number_becomes_private(tmp_path):
     submit.make_private(str(tmp_path / "new" / "%j" / "deep"))
     assert everything(tmp_path) == {"job", "new"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made yours alone"):
+    with pytest.raises(UserError, match="cannot make .* private"):
         submit.make_private(str(tmp_path / "file"))
 
 
@@ -310,7 +310,7 @@ def test_requeued_job_keeps_the_umask():
 
 
 def test_no_file_of_ours_unpickles_or_unpacks_elsewhere():
-    """What reads files from outside has one home each, which the tests above attack."""
+    """Each way to read foreign files is used in one file only, which the tests above attack."""
     root = Path(builtin.__file__).parents[1]
     files_of_weights, benchmark = "weights/files.py", "benchmarks/cifar_runs.py"
     homes = {
@@ -336,11 +336,11 @@ def test_no_file_of_ours_unpickles_or_unpacks_elsewhere():
         assert ast.unparse(words["weights_only"]) == "True", name
 
 
-def test_scripts_start_where_modules_of_the_same_name_lie(tmp_path):
-    """A data folder with a pickle.py or yaml.py in it is no part of the program."""
+def test_scripts_ignore_modules_in_the_current_folder(tmp_path):
+    """A pickle.py or yaml.py in a data folder is not imported."""
     for name in ("pickle", "yaml", "zipfile"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('ran')")
     script = Path(builtin.__file__).parents[1] / "main_pretrain.py"
     words = [sys.executable, script, "--config", "no.yaml"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "cannot read it" in done.stderr
+    assert "cannot read the file" in done.stderr
