@@ -40,7 +40,12 @@ HEAVY = {
     "submitit",
     "tensorboard",
 }
-UNUSED = {"timm", "submitit", "tensorboard", "models.kernels"}  # by imports of a main
+UNUSED = {
+    "timm",
+    "submitit",
+    "tensorboard",
+    "models.kernels.triton_kernels",
+}  # by imports of a main
 
 
 def start(*words: str) -> tuple[int, str, set[str]]:
