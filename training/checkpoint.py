@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from errors import UserError
+from models.kernels.autotune import autotuner
 from parallel import sharding, state_dict
 from parallel.process_group import is_main_process
 from parallel.state_dict import full_state_dict
@@ -136,6 +137,7 @@ def collect_checkpoint(
         "optimizer": optimizer | {"name": _optimizer_name(parts.optimizer)},
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
         "state": asdict(state),
+        "kernels": autotuner.state(),
         **entries,
     }
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from errors import Preempted, TrainingStopped, UserError
-from models.kernels.autotune import autotuner
 from parallel.process_group import broadcast, get_logger
 from training import run_lock
 from training.checkpoint import (
@@ -256,7 +255,7 @@ def build_checkpoint_manager(
         def write(content: dict[str, Any]) -> None:
             write_checkpoints(folder, content, numbered, improved, args.save_ckpt_num, args.resume)
 
-        stored = {"args": vars(args), "classes": names, "kernels": autotuner.state()}
+        stored = {"args": vars(args), "classes": names}
         content = collect_checkpoint(parts, state, stored)
         if content is not None:
             writer(content, write)
