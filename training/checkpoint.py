@@ -182,7 +182,7 @@ def write_checkpoints(
     """
     newest = folder / checkpoint_name(content["state"])
     if "best-ema" in improved:
-        run_only = ("optimizer", "scaler")
+        run_only = ("optimizer", "scaler", "kernels")
         ema = {key: value for key, value in content.items() if key not in run_only}
         ema["model"] = content["model_ema"]
         write_checkpoint(ema, folder / "checkpoint-best-ema.pth")
