@@ -499,7 +499,7 @@ def test_a_run_says_its_recipe_and_its_effective_batch(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("recipe atto_ft: --model convnextv2_atto --input_size 224") == 1
+    assert done.stdout.count("recipe atto_ft: --model convnextv2_atto --batch_size 32 ") == 1
     assert "changed: --model tests.tiny:classifier" in done.stdout
     sizes = "effective batch 16 = 4 images x 2 micro-batches x 2 processes"
     assert done.stdout.count(sizes) == 1
