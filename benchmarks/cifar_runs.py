@@ -174,7 +174,7 @@ class InMemory:
 
 
 def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
-    """The network that --model means."""
+    """Create the network that --model names or describes."""
     if "/" not in args.model:
         return create_model(args.model, stem_stride=args.stem_stride, **more)
     parts = [part.split(",") for part in args.model.split("/")]
@@ -187,7 +187,7 @@ def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
 
 
 def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.Module:
-    """The model as --compile and --cuda_graphs make it; shapes: of its tensors."""
+    """Apply --compile and --cuda_graphs to the model; shapes: of its inputs."""
     if args.compile:
         model.compile()
     if not args.cuda_graphs:
@@ -207,7 +207,7 @@ def train(
     test: Callable[[], dict[str, float]] = dict,
     **recipe: object,
 ) -> tuple[list[float], dict[str, float]]:
-    """Train; returns the seconds of each epoch without `test`, and what `test` says at the end."""
+    """Train; returns the seconds of each epoch without `test`, and the last result of `test`."""
     optimizer = create_optimizer(model, weight_decay=args.weight_decay, **recipe)
     updates, state = len(batches), checkpoint.TrainState()
     schedule = Schedule(
@@ -241,7 +241,7 @@ def train(
 
 
 def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[str, Tensor]]:
-    """FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
+    """Pre-train FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
     batches = InMemory(*data["pretrain"], args.pretrain_batch_size, args.device, seed, args.pad)
     seed_all(seed)
     model = FCMAE(
@@ -261,7 +261,7 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
 
 
 def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
-    """One of cifar.RUNS: what it reached and how long it took, in plain types."""
+    """Do one of cifar.RUNS; returns its accuracy and times in plain types."""
     start, classes = time.perf_counter(), int(data["train"][1].max()) + 1
     pretraining, weights = pretrain(seed, data, args) if name == "pretrained" else ([], {})
     batches = InMemory(*data["train"], args.batch_size, args.device, seed, args.pad, args.cutout)

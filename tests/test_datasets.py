@@ -386,7 +386,7 @@ def test_workers_do_not_change_tensors():
 @pytest.mark.gpu
 @pytest.mark.parametrize("pin_mem", [False, True])
 def test_batches_on_a_gpu_are_those_on_the_cpu(pin_mem):
-    """Copied beside the work before them, none may be read too early or overwritten too soon."""
+    """The copy overlaps with earlier work: no batch may be read or overwritten too early."""
     args = make_args(batch_size=100, pin_mem=pin_mem)
     data, _ = datasets.build_dataset(True, args)
     on_cpu, on_gpu = (datasets.build_loader(data, True, args, place) for place in ("cpu", "cuda"))

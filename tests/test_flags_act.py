@@ -118,7 +118,7 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def deepest_drop_path(built: Built) -> float:
-    return [module.prob for module in built.inner.modules() if isinstance(module, DropPath)][-1]
+    return max(module.prob for module in built.inner.modules() if isinstance(module, DropPath))
 
 
 def transform(built: Built, loader: str = "train") -> str:
@@ -276,7 +276,7 @@ FINETUNE: dict[str, Row] = {
         "--crop_pct 0.5", lambda b: "size=32" in transform(b, "val"), False, True,
     ),
     "train_interpolation": (
-        "--train_interpolation nearest", lambda b: "nearest" in transform(b), False, True,
+        "--train_interpolation bilinear", lambda b: "bicubic" in transform(b), True, False,
     ),
     "color_jitter": (
         "--color_jitter 0.4", lambda b: "ColorJitter" in transform(b), False, True, "--aa none",

@@ -57,7 +57,7 @@ class ResumePoint:
         return self.entry("state", {}).get("effective_batch", 0)
 
     def entry(self, name: str, default: Any = None) -> Any:
-        """What the run stored under this name; the default without a run or such an entry."""
+        """Return an entry of the run's checkpoint; the default without a run or such an entry."""
         return self.checkpoint.get(name, default) if self.is_run else default
 
     def missing(self) -> list[str]:

@@ -49,7 +49,7 @@ SHOWN = 3  # differences in a message
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What both training scripts settle before they load data."""
+    """Settings that both training scripts make before they load data."""
 
     device: torch.device
     amp: str  # "none", "bf16" or "fp16"

@@ -465,21 +465,21 @@ def test_an_epoch_smaller_than_an_update_is_said(log):
     assert "3 micro-batches, fewer than the 4 of an optimizer step" in log.text
 
 
-# --- README and a run ------------------------------------------------------------------------
+# --- docs and a run --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readme_tells_the_result_that_the_file_tells(name):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_docs_state_the_result_that_the_recipe_states(name):
+    table = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     size, _, kind = name.partition("_")
     if size not in SIZES:
-        assert f"`{name}`" in readme
+        assert f"`{name}`" in table
         return
     first = recipes.recipes()[name].read_text(encoding="utf-8").partition("\n")[0]
     if kind in ("pretrain", "22k_ft"):  # steps on the way to a result
-        assert f"`SIZE_{kind}`" in readme
+        assert f"`SIZE_{kind}`" in table
         return
-    (row,) = [line for line in readme.splitlines() if f"`SIZE_{kind}` |" in line]
+    (row,) = [line for line in table.splitlines() if f"`SIZE_{kind}` |" in line]
     cell = row.split("|")[2 + SIZES.index(size)].strip()
     found = re.search(r"published ([\d.]+)%", first)
     assert cell == (found[1] if found else "—")
@@ -499,7 +499,7 @@ def test_a_run_says_its_recipe_and_its_effective_batch(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("recipe atto_ft: --model convnextv2_atto --batch_size 32 ") == 1
+    assert done.stdout.count("recipe atto_ft: --model convnextv2_atto --batch_size 32") == 1
     assert "changed: --model tests.tiny:classifier" in done.stdout
     sizes = "effective batch 16 = 4 images x 2 micro-batches x 2 processes"
     assert done.stdout.count(sizes) == 1

@@ -33,7 +33,7 @@ def indices(sampler: TrainSampler, count: int | None = None) -> list[int]:
 
 
 def chi_square(counts: list[int], kinds: int) -> float:
-    """How far counts of equally likely things are from equal, in standard deviations."""
+    """Return the distance of counts from uniform, in standard deviations."""
     expected = sum(counts) / kinds
     counts = counts + [0] * (kinds - len(counts))
     total = sum((count - expected) ** 2 / expected for count in counts)
@@ -166,7 +166,7 @@ def test_epoch_that_is_chosen_later_is_not_this_one():
 
 
 def test_order_of_an_earlier_version_stays():
-    """A run that goes on within an epoch has it from here."""
+    """A run that resumes in the middle of an epoch depends on it."""
     assert order(10, 0, 0).tolist() == ORDER_OF_TEN
     sampler = TrainSampler(HUGE, 0, 1, 2)
     sampler.set_epoch(7, 1000)

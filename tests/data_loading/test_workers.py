@@ -185,7 +185,7 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
     monkeypatch.setattr("data_loading.bad_images.time.sleep", waits.append)
     whole = TransformedDataset(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
     again = TransformedDataset(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
-    assert torch.equal(whole[0], again[0])  # drawn anew, and the same
+    assert torch.equal(whole[0], again[0])  # drawn again from the same seed
     assert 0 < sum(waits) < 5
     error = TransformedDataset(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
     assert isinstance(error, UserError)
@@ -290,9 +290,9 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     with BadImages(tmp_path, again):
         pass
     assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
-    told = [record.getMessage() for record in log.records]
-    assert [text.split(" cannot")[0] for text in told] == ["2 images", "1 images", "1 images"]
-    assert "b (why), v (cut). Training replaces them" in told[0]
+    logged = [record.getMessage() for record in log.records]
+    assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 images", "1 images"]
+    assert "b (why), v (cut). Training replaces them" in logged[0]
 
 
 def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def mortal(data_path: str, train: bool) -> Mortal:
 
 @pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])
 def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
-    """What was seen before the last save is not seen again by the run that goes on from it."""
+    """A resumed run does not read again what was read before the last save."""
     bad = tuple(range(0, 24, 2))
     train, folder = make_photos(tmp_path / "train", 24, bad), tmp_path / "run"
     words = ["--data_set", "tests.data_loading.test_workers:mortal", "--data_path", str(train)]

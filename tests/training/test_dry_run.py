@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -96,6 +97,9 @@ def dry(kind: str, *words: object) -> int:
         process_group.launch(main.main, args)
     except SystemExit as stop:
         return stop.code
+    finally:
+        for worker in multiprocessing.active_children():  # as at the end of a process
+            worker.kill()
     return 0
 
 
