@@ -44,7 +44,8 @@ SUBMITIT = {"config", "parallel"}  # submitit_* name a main and do not import it
 LATE = {("utils", "training.checkpoint"), ("utils", "training.resume")}  # names that forks know
 LONG = {"main_pretrain.main", "main_finetune.main"}  # and the engines
 ENGINES = {"engine_pretrain", "engine_finetune"}
-PUBLIC_MODELS = {"ConvNeXtV2.__init__", "FCMAE.__init__"}  # may have more parameters
+# May have more parameters: public interfaces, and Triton kernels, which take sizes and strides.
+EXEMPT = {"ConvNeXtV2.__init__", "FCMAE.__init__", "create_optimizer", "Schedule.__init__"}
 
 
 def product_files() -> list[Path]:
@@ -136,11 +137,30 @@ def test_files_and_functions_stay_short(module):
     assert long == []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_begin_with_licence_and_docstring(module):
-    path = MODULES[module]
+def all_files() -> list[Path]:
+    others = [path for folder in ("tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")]
+    return sorted([*product_files(), *others])
+
+
+@pytest.mark.parametrize("path", all_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_begin_with_licence_and_docstring(path):
     text = path.read_text(encoding="utf-8")
     if path.name == "__init__.py" and not text:
         return
     assert text.startswith("# Copyright (c) the ConvNeXt V2 toolkit authors.\n# Licensed under")
     assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"models.kernels.triton_kernels"}))
+def test_functions_have_at_most_8_parameters(module):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    owner = {id(child): node.name for node in classes for child in node.body}
+    many = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            words = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(word.arg not in ("self", "cls", "ctx") for word in words)
+            name = f"{owner[id(node)]}.{node.name}" if id(node) in owner else node.name
+            many += [f"{name}: {count}"] if count > PARAMETERS and name not in EXEMPT else []
+    assert many == []
