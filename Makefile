@@ -1,16 +1,17 @@
-# make demo   pre-train, fine-tune and evaluate on real images; minutes on a laptop
-# make test   lint and all tests but those that need a SLURM
-# make test-slurm   jobs in a real SLURM of two nodes, started on this machine; as root
+# make demo        pre-train, fine-tune and evaluate on real images: minutes on a laptop
+# make test        lint and the tests that prove every module and number: minutes on two cores
+# make test-all    every test that needs no SLURM
+# make test-slurm  jobs in a real SLURM of two nodes, started on this machine; as root
 #
-# Without an active virtual environment both make .venv, with the versions of constraints.txt.
-# In an active one (venv or conda) only what is missing is installed.
+# Without an active virtual environment they make .venv, with the versions of constraints.txt.
+# In an active one (venv or conda) only missing packages are installed.
 
 PYTHON ?= python3
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 BIN := $(if $(ACTIVE),$(ACTIVE)/bin,.venv/bin)
 DEMO ?= runs/demo
 
-.PHONY: demo test test-slurm lint install clean
+.PHONY: demo test test-rest test-all test-slurm lint install clean
 
 install: $(if $(ACTIVE),active,.venv/installed)
 
@@ -31,18 +32,23 @@ demo: install
 	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
 		--eval --resume $(DEMO)/finetune
 	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
-		--split val --output $(DEMO)/imagined.png
+		--split val --output $(DEMO)/reconstructions.png
 	@echo
 	@echo "accuracy          the line above that ends in acc1, acc5 and loss"
-	@echo "picture           $(DEMO)/imagined.png (what the model imagines behind the mask)"
+	@echo "reconstructions   $(DEMO)/reconstructions.png (input, masked input, reconstruction)"
 	@echo "an epoch a line   $(DEMO)/pretrain/log.txt and $(DEMO)/finetune/log.txt"
 	@echo "curves            $(BIN)/tensorboard --logdir $(DEMO)"
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/run.py -m "not slow"
+
+test-rest: install
+	$(BIN)/python tests/run.py -m slow
+
+test-all: test test-rest
 
 test-slurm: install
-	TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+	TEST_SLURM=1 $(BIN)/python tests/run.py -n 0 tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Data sets by name, and what the flags build of them; `data_pipeline` and `batches` do the rest.
+"""Datasets by name, and the datasets, transforms and loaders that the flags describe.
 
 python -c "import datasets; print(list(datasets.DATASETS))"
 """
@@ -8,84 +8,54 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from data_loading.bad_images import BadImages
-from data_loading.builtin import Digits, Synthetic, cifar10, cifar100
-from data_loading.dataset import Augmented
-from data_loading.folders import DataSpec, folder, image_folder, imnet
-from data_loading.loader import Batches, collate, create_loader
+from data_loading.builtin import Digits, Synthetic, cifar
+from data_loading.dataset import TransformedDataset
+from data_loading.folders import DatasetSpec, folder, image_folder, imnet
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
+    RandomErasing,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
     height_and_width,
     mean_and_std,
 )
-from errors import UserError, resolve
+from data_loading.workers import WatchedLoader
+from errors import UserError, first_few, resolve
 from parallel.process_group import get_rank, get_world_size
 
-__all__ = [  # with the names of data_pipeline, so that `import datasets` is enough
-    "DATASETS",
-    "DOWNLOADED",
-    "Augmented",
-    "Batches",
-    "DataSpec",
-    "EvalSampler",
-    "TrainSampler",
-    "build_bad_images",
-    "build_batches",
-    "build_dataset",
-    "build_datasets",
-    "build_loader",
-    "build_mean_and_std",
-    "build_mixup",
-    "build_pretrain_dataset",
-    "build_transform",
-    "check_class_maps",
-    "class_map",
-    "collate",
-    "create_dataset",
-    "create_loader",
-    "mean_and_std",
-]
+SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each other
 
-
-PATIENCE = 1800.0  # seconds for one sample: half of what ranks wait for each other
-
-
-# --- data sets: (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label) -----
-
-
-DATASETS: dict[str, Callable[[DataSpec, bool], Any]] = {
+# Functions (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label).
+DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "IMNET": imnet,
     "image_folder": image_folder,
     "folder": folder,
-    "CIFAR": cifar100,
-    "CIFAR10": cifar10,
+    "CIFAR": lambda spec, train: cifar(CIFAR100, spec.data_path, train),
+    "CIFAR10": lambda spec, train: cifar(CIFAR10, spec.data_path, train),
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
+DOWNLOADED = ("CIFAR", "CIFAR10")  # if they are not in data_path
 
 
-DOWNLOADED = ("CIFAR", "CIFAR10")  # where they are not in data_path
+def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
+    """Create a dataset of `DATASETS`, or call `package.module:function` with (data_path, train).
 
-
-def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:
-    """A row of `DATASETS`, or what `package.module:function` makes of (data_path, train).
-
-    The function gets eval_data_path, if given, to evaluate.
+    The function gets eval_data_path instead, if given, for train=False.
     """
     make = resolve(data_set, DATASETS, kind="data set")
     own_path = spec.data_path if train else spec.eval_data_path or spec.data_path
     data = make(spec, train) if data_set in DATASETS else make(own_path, train)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise UserError(
-            f"--data_set {data_set} made {type(data).__name__}; expected a map-style set"
+            f"--data_set {data_set} returned {type(data).__name__}, expected a map-style dataset"
         )
     if len(data) == 0:
         raise UserError(f"--data_set {data_set}: the {'train' if train else 'val'} set is empty")
@@ -93,8 +63,8 @@ def create_dataset(data_set: str, spec: DataSpec, train: bool) -> Any:
 
 
 def class_map(dataset: Any) -> dict[str, int] | None:
-    """Class name -> label, if the dataset (or the one it wraps) has names."""
-    while isinstance(dataset, Augmented):
+    """Return class name -> label, if the dataset, or the one it wraps, has class names."""
+    while isinstance(dataset, TransformedDataset):
         dataset = dataset.dataset
     if hasattr(dataset, "class_to_idx"):
         return dict(dataset.class_to_idx)
@@ -103,75 +73,59 @@ def class_map(dataset: Any) -> dict[str, int] | None:
 
 
 def check_class_maps(train: Any, val: Any) -> None:
-    """Raise UserError unless both name the same classes by the same labels (unnamed ones pass)."""
+    """Raise UserError if class names and labels of the two differ; unnamed classes pass."""
     ours, theirs = class_map(train), class_map(val)
     if ours is None or theirs is None or ours == theirs:
         return
-    found = {
+    both = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    differences = {
         "only in train": [name for name in ours if name not in theirs],
         "only in val": [name for name in theirs if name not in ours],
-        "labels differ": [
-            f"{name} (train {ours[name]}, val {theirs[name]})"
-            for name in ours
-            if theirs.get(name, ours[name]) != ours[name]
-        ],
+        "labels differ": [f"{name} (train {ours[name]}, val {theirs[name]})" for name in both],
     }
-    texts = []
-    for what, names in found.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        texts += [f"{what}: {', '.join(map(str, names[:5]))}{more}"] if names else []
+    texts = [f"{kind}: {first_few(names, 5)}" for kind, names in differences.items() if names]
     raise UserError(
-        f"train has {len(ours)} classes, val {len(theirs)}, and they are not the same: "
-        f"{'; '.join(texts)}. Labels would shift; give both the same class folders"
+        f"train has {len(ours)} classes, val {len(theirs)}, and they differ: {'; '.join(texts)}. "
+        "Labels would not match; use the same class folders for both"
     )
 
 
-# --- what the flags build ------------------------------------------------------------------------
-
-
-def build_mean_and_std(args: Any) -> tuple[list, list]:
-    """`mean_and_std` as the flags say."""
-    return mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+# --- built from flags -----------------------------------------------------------------------------
 
 
 def on_bad_image(is_train: bool, args: Any) -> str:
-    """What `Augmented` does; an evaluation must not count another image in place of a bad one."""
+    """Return `on_bad` of `TransformedDataset`; evaluation must not count another image instead."""
     return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]
 
 
-def build_bad_images(args: Any, folder: Path | None, *batches: Batches | None) -> BadImages:
-    """The list of images that `--on_bad_image skip` goes without."""
-    return BadImages(folder, *batches, active=args.on_bad_image == "skip")
-
-
 def build_transform(is_train: bool, args: Any) -> Callable:
-    """The fine-tuning transform for training or evaluation; yields (C, H, W), not normalised."""
+    """Build the fine-tuning transform; yields (C, H, W) before normalisation."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
-    mean, std = build_mean_and_std(args)
+    mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    erasing = None
+    if args.reprob > 0:
+        erasing = RandomErasing(args.reprob, args.remode, args.recount, mean, std)
     return create_train_transform(
         args.input_size,
         mean,
-        std,
         color_jitter=args.color_jitter,
         aa=args.aa,
         interpolation=args.train_interpolation,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
         hflip=args.hflip,
         scale=args.scale,
+        erasing=erasing,
     )
 
 
-def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
-    """The labelled data set and its number of classes, which --nb_classes may only confirm."""
+def build_dataset(is_train: bool, args: Any) -> tuple[TransformedDataset, int]:
+    """Build the labelled dataset; returns it and its number of classes."""
     if args.data_set == "folder":
         raise UserError(
-            "--data_set folder has no labels; expected class folders (--data_set image_folder or "
-            "IMNET). Images without labels serve main_pretrain.py"
+            "--data_set folder has no labels, so main_pretrain.py alone can use it; expected class "
+            "folders: --data_set image_folder or IMNET"
         )
-    spec = DataSpec(
+    spec = DatasetSpec(
         args.data_path,
         args.eval_data_path,
         height_and_width(args.input_size),
@@ -182,24 +136,23 @@ def build_dataset(is_train: bool, args: Any) -> tuple[Augmented, int]:
     names = class_map(data)
     if names is None and args.nb_classes is None:
         raise UserError(
-            f"--data_set {args.data_set} names no classes; give their number: --nb_classes"
+            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
         )
     if names is not None and args.nb_classes not in (None, len(names)):
         raise UserError(
             f"--nb_classes {args.nb_classes}, but the {'train' if is_train else 'val'} data has "
-            f"{len(names)} classes; drop --nb_classes or correct the data"
+            f"{len(names)} classes; drop --nb_classes or fix the data"
         )
     nb_classes = args.nb_classes if names is None else len(names)
     transform = build_transform(is_train, args)
     on_bad = on_bad_image(is_train, args)
-    return Augmented(data, transform, args.seed, args.in_chans, nb_classes, on_bad), nb_classes
+    return TransformedDataset(
+        data, transform, args.seed, args.in_chans, nb_classes, on_bad
+    ), nb_classes
 
 
-def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
-    """(train, val, number of classes), after checking that both number their classes alike.
-
-    No val with --disable_eval.
-    """
+def build_datasets(args: Any) -> tuple[TransformedDataset, TransformedDataset | None, int]:
+    """Build (train, val, number of classes) with equal class labels; val is None if disabled."""
     train, nb_classes = build_dataset(True, args)
     if args.disable_eval:
         return train, None, nb_classes
@@ -208,47 +161,52 @@ def build_datasets(args: Any) -> tuple[Augmented, Augmented | None, int]:
     return train, val, nb_classes
 
 
-def build_pretrain_dataset(args: Any) -> Augmented:
-    """The training images of any data set; their labels are passed on but mean nothing here."""
+def build_pretrain_dataset(args: Any) -> TransformedDataset:
+    """Build the training images of any dataset; pre-training ignores their labels."""
     size = height_and_width(args.input_size)
-    spec = DataSpec(args.data_path, input_size=size, data_index=args.data_index)
+    spec = DatasetSpec(args.data_path, input_size=size, data_index=args.data_index)
     data = create_dataset(args.data_set, spec, train=True)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
-    return Augmented(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
 
 
-def build_loader(dataset: Augmented, is_train: bool, args: Any) -> DataLoader:
-    """This rank's loader: shuffled whole batches to train, each image once to evaluate."""
+def build_loader(
+    dataset: TransformedDataset, is_train: bool, args: Any, device: torch.device | str
+) -> DeviceLoader:
+    """Build this rank's loader: shuffled full batches to train, every image once to evaluate."""
     rank, world_size = get_rank(), get_world_size()
-    patience = PATIENCE if args.data_timeout is None else args.data_timeout
-    if not is_train:
+    if is_train:
+        _check_global_batch(len(dataset), args.batch_size, world_size)
+        sampler = TrainSampler(len(dataset), args.seed, rank, world_size)
+    else:
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
-        size = int(1.5 * args.batch_size)  # as official; no activations are kept for a backward
-        return create_loader(
-            dataset, sampler, size, args.num_workers, args.pin_mem, timeout=patience
-        )
-    needed, fits = args.batch_size * world_size, len(dataset) // world_size
-    if len(dataset) < needed:
-        fix = (
-            f"use --batch_size {fits} or less" if fits else f"use at most {len(dataset)} processes"
-        )
-        raise UserError(
-            f"{len(dataset)} training images, but one global batch takes {needed} "
-            f"({args.batch_size} x {world_size} processes); {fix}"
-        )
-    sampler = TrainSampler(len(dataset), args.seed, rank, world_size)
-    workers = args.num_workers
-    return create_loader(dataset, sampler, args.batch_size, workers, args.pin_mem, True, patience)
+    loader = WatchedLoader(
+        dataset,
+        sampler,
+        args.batch_size if is_train else int(1.5 * args.batch_size),  # as official: no backward
+        args.num_workers,
+        SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
+        drop_last=is_train,
+    )
+    mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    return DeviceLoader(loader, device, mean, std)
 
 
-def build_batches(dataset: Augmented, is_train: bool, args: Any, device: Any) -> Batches:
-    """`build_loader`'s batches, normalised on the device."""
-    return Batches(build_loader(dataset, is_train, args), device, *build_mean_and_std(args))
+def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
+    if images >= batch_size * world_size:
+        return
+    fits = images // world_size
+    fix = f"use --batch_size {fits} or less" if fits else f"use at most {images} processes"
+    raise UserError(
+        f"{images} training images, but one global batch takes {batch_size * world_size} "
+        f"({batch_size} x {world_size} processes); {fix}"
+    )
 
 
 def build_mixup(args: Any, nb_classes: int) -> Callable | None:
-    """timm's mixup and cutmix of a batch, (images, labels) -> (images, soft labels), or None."""
+    """Build timm's mixup and cutmix, (images, labels) -> (images, soft labels), or None."""
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
     from timm.data import Mixup

@@ -7,8 +7,8 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,116 +16,114 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_loading.rng import seed_all
-from datasets import Batches
-from errors import UserError, some
-from optim_factory import Schedule
-from parallel import process_group, sharding
-from training.anomaly import Guard
-from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
-from training.ema import MovingAverage
-from training.hooks import Reporter
+from datasets import DeviceLoader
+from errors import UserError, first_few
+from parallel import sharding
+from parallel.process_group import get_rank, get_world_size
+from training.ema import ModelEma
 from training.meters import Means, accuracy
-from training.stepper import Stepper, autocast
+from training.setup import TrainLoop
+from training.stepper import autocast
 
 
 def train_one_epoch(
-    model: nn.Module,
-    bare: nn.Module,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    batches: Batches,
-    stepper: Stepper,
-    schedule: Schedule,
-    state: TrainState,
-    reporter: Reporter,
-    keeper: Keeper,
-    guard: Guard,
-    seed: int,
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    model_ema: MovingAverage | None = None,
+    model: nn.Module, model_without_ddp: nn.Module, data_loader: DeviceLoader, loop: TrainLoop
 ) -> dict[str, float]:
-    """Train on what is left of the epoch; returns its means and its last learning rate.
+    """Train on the rest of the epoch; returns the means of the metrics and the learning rate.
 
-    model: what is called, DistributedDataParallel perhaps; bare: the network inside, which
-    `model_ema` averages after every update that was taken.
+    model: `model_without_ddp`, perhaps wrapped in DistributedDataParallel. `loop.model_ema` follows
+    `model_without_ddp` after every optimizer step that was taken.
     """
     model.train()
-    means = reporter.begin_epoch(["loss", "grad_norm", "class_acc"], batches, state)
-    compute = partial(supervised_loss, criterion, mixup, seed)
-    stepper.begin_epoch(len(batches))
-    guard.begin_epoch(state, lambda *about: compute(*about)[0])
-    # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
-    lr = schedule.apply(state.updates - 1) if state.seen else 0.0
-    taken = 0  # images of the group
-    for batch in batches:
+    stepper, state = loop.stepper, loop.state
+    meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader)
+    compute = partial(supervised_loss, loop)
+    stepper.begin_epoch(len(data_loader))
+    loop.guard.begin_epoch(state, lambda *micro_batch: compute(*micro_batch)[0])
+    # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
+    lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
+    samples = 0  # in the current optimizer step, over all ranks
+    for batch in data_loader:
         images, labels, ids = batch
         if stepper.micro == 0:
-            lr = schedule.apply(state.updates)
+            lr = loop.schedule.apply(state.global_step)
         with stepper.micro_batch():
-            loss, logits = compute(model, batch, state.updates, stepper.micro)
-        update = stepper.step(loss, ids)
+            loss, logits = compute(model, batch, state.global_step, stepper.micro)
+        result = stepper.step(loss, ids)  # backward; None until the last micro-batch of a step
 
-        means.update(len(images), loss=loss.detach())
-        if mixup is None:  # with mixed images there is no right answer to count
-            means.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
-        reporter.after_batch(len(images))
-        taken += len(images) * process_group.get_world_size()
-        if update:
-            state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
-            means.update(1, grad_norm=update.grad_norm)
-            if model_ema is not None:
-                taken_in_all = state.updates - state.bad_steps - stepper.skipped  # not read here
-                model_ema.update(bare, taken_in_all, update.taken)
-            look = reporter.after_update(lr) or stepper.left == 0
-            keeper.after_update(state, means, guard, look)
-    state.within["guard"] = guard.state()
-    return means.total() | {"lr": lr}
+        meters.update(len(images), loss=loss.detach())
+        if loop.mixup is None:  # mixed images have no single right class
+            meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
+        loop.reporter.after_batch(len(images))
+        samples += len(images) * get_world_size()
+        if result is not None:
+            state.global_step += 1
+            state.samples_in_epoch += samples
+            samples = 0
+            meters.update(1, grad_norm=result.grad_norm)
+            if loop.model_ema is not None:
+                steps_taken = state.global_step - state.bad_steps - stepper.skipped  # on the device
+                loop.model_ema.update(model_without_ddp, steps_taken, result.taken)
+            logged = loop.reporter.after_step(lr)
+            check = logged or stepper.batches_left == 0
+            loop.checkpoints.after_step(state, meters, loop.guard, check)
+    state.epoch_sums["guard"] = loop.guard.state()
+    return meters.total() | {"lr": lr}
 
 
 def supervised_loss(
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    seed: int,
+    loop: TrainLoop,
     network: nn.Module,
     batch: tuple[Tensor, Tensor, Tensor],
-    update: int,
+    step: int,
     micro: int,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, logits) of a micro-batch; what network and mixup draw depends on (seed, update, rank).
+    """(loss, logits) of a micro-batch; drop path and mixup depend on (seed, step, micro, rank).
 
-    `mixup` changes the images in place.
+    `loop.mixup` changes the images in place.
     """
-    seed_all(seed, update, micro, process_group.get_rank())
+    seed_all(loop.seed, step, micro, get_rank())
     images, targets, _ = batch
-    if mixup is not None:
-        images, targets = mixup(images, targets)
+    if loop.mixup is not None:
+        images, targets = loop.mixup(images, targets)
     logits = network(images)
-    return criterion(logits.float(), targets), logits
+    return loop.criterion(logits.float(), targets), logits
 
 
 @torch.inference_mode()
 def evaluate(
-    batches: Batches, model: nn.Module, device: torch.device, amp: str
+    data_loader: DeviceLoader, model: nn.Module, device: torch.device, amp: str
 ) -> dict[str, float]:
-    """Loss and accuracies per image over all ranks, every image counted exactly once.
+    """Mean loss and accuracies over the images of all ranks; every image counts once.
 
-    model: the bare network; DistributedDataParallel would wait for ranks that have fewer batches.
+    model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
     """
     model.eval()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
     sharding.broadcast_buffers(model)
-    with sharding.whole_weights(model) as network:
-        for images, labels, _ in batches:
+    with sharding.unsharded(model) as network:
+        for images, labels, _ in data_loader:
             with autocast(device, amp):
                 logits = network(images)
             logits = logits.float()
             acc1, acc5 = accuracy(logits, labels, (1, 5))
             means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
     stats = means.read()
-    if math.isnan(stats["acc1"]):  # there was not a single image, on any rank
+    if math.isnan(stats["acc1"]):  # not a single image, on any rank
+        bad = first_few([f"{name} ({why})" for name, why in data_loader.bad.items()])
         raise UserError(
-            "no image could be used to evaluate on, --on_bad_image skip left out all of them: "
-            f"{some([f'{name} ({why})' for name, why in batches.bad.items()]) or 'on other ranks'}"
-            "; correct --eval_data_path or --data_path, or give --disable_eval"
+            "no image to evaluate on: --on_bad_image skip left out all of them "
+            f"({bad or 'on other ranks'}); correct --eval_data_path or --data_path, or give "
+            "--disable_eval"
         )
     return stats
+
+
+def evaluate_ema(
+    data_loader: DeviceLoader, model_ema: ModelEma, device: torch.device, amp: str
+) -> dict[str, float]:
+    """`evaluate` the EMA weights, on a copy if --model_ema_force_cpu keeps them elsewhere."""
+    model = model_ema.module
+    if next(model.parameters()).device.type != device.type:
+        model = copy.deepcopy(model).to(device)
+    return evaluate(data_loader, model, device, amp)

@@ -11,78 +11,68 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from data_loading.rng import hash_noise, seed_all
-from datasets import Batches
+from data_loading.rng import mask_noise, seed_all
+from datasets import DeviceLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
-from optim_factory import Schedule
-from parallel import process_group
-from training.anomaly import Guard
-from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
-from training.hooks import Reporter
-from training.stepper import Stepper
+from parallel.process_group import get_rank, get_world_size
+from training.setup import TrainLoop
 
 
 def train_one_epoch(
-    model: nn.Module,
-    fcmae: FCMAE,
-    batches: Batches,
-    stepper: Stepper,
-    schedule: Schedule,
-    state: TrainState,
-    reporter: Reporter,
-    keeper: Keeper,
-    guard: Guard,
-    seed: int,
+    model: nn.Module, model_without_ddp: FCMAE, data_loader: DeviceLoader, loop: TrainLoop
 ) -> dict[str, float]:
-    """Train on what is left of the epoch; returns its mean loss and gradient norm and its rate.
+    """Train on the rest of the epoch; returns mean loss, mean gradient norm and learning rate.
 
-    model: what is called, DistributedDataParallel perhaps; fcmae: the FCMAE inside.
+    model: `model_without_ddp`, perhaps wrapped in DistributedDataParallel.
     """
     model.train()
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches, state)
-    compute = partial(masked_loss, fcmae, seed, state.epoch)
-    stepper.begin_epoch(len(batches))
-    guard.begin_epoch(state, compute)
-    # A resumed epoch may have no batch left; its end is saved with the rate of its last update.
-    lr = schedule.apply(state.updates - 1) if state.seen else 0.0
-    taken = 0  # images of the group
-    for batch in batches:
+    stepper, state = loop.stepper, loop.state
+    meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader)
+    compute_loss = partial(masked_loss, model_without_ddp, loop.seed, state.epoch)
+    stepper.begin_epoch(len(data_loader))
+    loop.guard.begin_epoch(state, compute_loss)
+    # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
+    lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
+    samples = 0  # in the current optimizer step, over all ranks
+    for batch in data_loader:
         images, _, ids = batch
         if stepper.micro == 0:
-            lr = schedule.apply(state.updates)
+            lr = loop.schedule.apply(state.global_step)
         with stepper.micro_batch():
-            loss = compute(model, batch, state.updates, stepper.micro)
-        update = stepper.step(loss, ids)
+            loss = compute_loss(model, batch, state.global_step, stepper.micro)
+        result = stepper.step(loss, ids)  # backward; None until the last micro-batch of a step
 
-        means.update(len(images), loss=loss.detach())
-        reporter.after_batch(len(images))
-        taken += len(images) * process_group.get_world_size()
-        if update:
-            state.updates, state.seen, taken = state.updates + 1, state.seen + taken, 0
-            means.update(1, grad_norm=update.grad_norm)
-            look = reporter.after_update(lr) or stepper.left == 0
-            keeper.after_update(state, means, guard, look)
-    state.within["guard"] = guard.state()
-    return means.total() | {"lr": lr}
+        meters.update(len(images), loss=loss.detach())
+        loop.reporter.after_batch(len(images))
+        samples += len(images) * get_world_size()
+        if result is not None:
+            state.global_step += 1
+            state.samples_in_epoch += samples
+            samples = 0
+            meters.update(1, grad_norm=result.grad_norm)
+            logged = loop.reporter.after_step(lr)
+            check = logged or stepper.batches_left == 0
+            loop.checkpoints.after_step(state, meters, loop.guard, check)
+    state.epoch_sums["guard"] = loop.guard.state()
+    return meters.total() | {"lr": lr}
 
 
 def masked_loss(
-    fcmae: FCMAE,
+    model_without_ddp: FCMAE,
     seed: int,
     epoch: int,
     network: nn.Module,
     batch: tuple[Tensor, Tensor, Tensor],
-    update: int,
+    step: int,
     micro: int,
 ) -> Tensor:
-    """The loss of a micro-batch by `network`: `fcmae`, or what it is wrapped in.
+    """Loss of a micro-batch by `network`, which is `model_without_ddp` or wraps it.
 
-    A mask is a function of (seed, epoch, sample), drop path one of (seed, update, rank).
+    The mask is a function of (seed, epoch, sample id), drop path of (seed, step, micro, rank).
     """
     images, _, ids = batch
-    h, w = fcmae.grid_size(*images.shape[-2:])
-    visible = visible_patches(h * w, fcmae.mask_ratio)
-    mask = random_mask(hash_noise(seed, epoch, ids, h * w), visible)
-    seed_all(seed, update, micro, process_group.get_rank())
+    h, w = model_without_ddp.grid_size(*images.shape[-2:])
+    visible = visible_patches(h * w, model_without_ddp.mask_ratio)
+    mask = random_mask(mask_noise(seed, epoch, ids, h * w), visible)  # (N, L), 1 = removed
+    seed_all(seed, step, micro, get_rank())
     return network(images, mask, visible)[0]

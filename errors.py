@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What to say when the input is bad, and names looked up so that a typo gets a hint.
+"""Error types of the toolkit, and lookup by name with suggestions for typos.
 
 python -c "from errors import resolve; print(resolve('math:sqrt', {}, 'function'))"
 """
@@ -11,31 +11,45 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, it goes on
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to continue
 
 
 class UserError(ValueError):
-    """Bad input from outside: what was got, what is expected, what to do. Scripts exit with 2."""
+    """Invalid input. The message says what was got, what was expected, and the fix. Exit code 2."""
 
 
 class TrainingStopped(RuntimeError):
-    """A run that cannot go on, with the reason and a remedy. Scripts exit with 1."""
+    """A run that cannot continue. The message gives the reason and a remedy. Exit code 1."""
 
 
 class Preempted(Exception):
-    """A run that was asked to stop, and saved. Scripts exit with EXIT_REQUEUE."""
+    """A run that was asked to stop and has saved a checkpoint. Exit code EXIT_REQUEUE."""
 
 
-def some(names: list[str]) -> str:
-    """The first names of a list, for a message."""
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+def first_few(names: Iterable[Any], limit: int = 3) -> str:
+    """Join names for a message: `a, b, c and 2 more`."""
+    names = list(map(str, names))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the closest known names, in any case: `Did you mean 'a' or 'b'?`; '' if none is."""
+    lowered = {key.lower(): key for key in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(repr(lowered[key]) for key in close)}?" if close else ""
 
 
 def see_working_folder() -> None:
-    """Let `import` find a user's own code; scripts see their own folder only."""
+    """Make a user's own modules in the current folder importable; scripts see only their own."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
@@ -51,9 +65,6 @@ def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = T
             return getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"cannot import {kind} {name!r}: {error}") from error
-    lowered = {key.lower(): key for key in table}
-    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(repr(lowered[key]) for key in close)}?" if close else ""
-    known = hint or f"Known: {', '.join(table)}."
+    hint = did_you_mean(name, table) or f"Known: {', '.join(table)}."
     other = " Or pass 'package.module:function'." if importable else ""
-    raise UserError(f"unknown {kind} {name!r}. {known}{other}")
+    raise UserError(f"unknown {kind} {name!r}. {hint}{other}")

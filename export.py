@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Write a checkpoint as timm, transformers, ONNX and others read it, and have them read it.
+"""Convert a checkpoint for timm, transformers, ONNX and others, and check that they can use it.
 
 python export.py runs/demo/finetune --to hf --output my_model
 """
@@ -13,15 +13,14 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from config import parser as options
 from config.flags import GRAPHS, TARGETS
-from parallel import process_group
 
-if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
+if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()
     args = parser.parse_args()
     for problem in options.export_problems(args):
@@ -31,123 +30,119 @@ import torch
 from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
-from errors import UserError
-from weights import export_formats, huggingface
+from errors import UserError, first_line
+from models.convnextv2 import SIZES
+from parallel import process_group
+from weights import export_formats as formats
+from weights import huggingface
 from weights.convert import describe, to_convnextv2
-from weights.export_formats import (
-    Network,
-    Subject,
-    as_dict,
-    check_round_trip,
-    check_shape,
-    first,
-    timm_call,
-)
+from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
-from weights.huggingface import find_labels
-from weights.pretrained import EMA_KEY, pick_weights, wild_weights
+from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
-FORMATS = {  # target -> who writes it, who reads it back, and the package that does so there
-    "timm": (export_formats.write_timm, export_formats.read_timm, "timm"),
+FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
+    "timm": (formats.write_timm, formats.read_timm, "timm"),
     "hf": (huggingface.write_hf, huggingface.read_hf, "transformers"),
-    "official": (export_formats.write_official, export_formats.read_official, "timm"),
-    "safetensors": (
-        export_formats.write_safetensors,
-        export_formats.read_safetensors,
-        "safetensors",
-    ),
-    "onnx": (export_formats.write_onnx, export_formats.read_onnx, "onnxruntime"),
-    "torchscript": (export_formats.write_torchscript, export_formats.read_torchscript, "torch"),
-    "pt2": (export_formats.write_pt2, export_formats.read_pt2, "torch"),
+    "official": (formats.write_official, formats.read_official, "timm"),
+    "safetensors": (formats.write_safetensors, formats.read_safetensors, "safetensors"),
+    "onnx": (formats.write_onnx, formats.read_onnx, "onnxruntime"),
+    "torchscript": (formats.write_torchscript, lambda spec, path: torch.jit.load(path), "torch"),
+    "pt2": (formats.write_pt2, lambda spec, path: torch.export.load(path).module(), "torch"),
 }
-LIMIT, HALF_LIMIT = 1e-5, 1e-2  # largest difference, over the largest value of the output
-PUBLISHED_CELLS = 7  # along a side of the last map: 224 pixels where the stride is 32
+LIMIT, HALF_LIMIT = 1e-5, 1e-2  # largest difference over the largest value of the output
+DEFAULT_CELLS = 7  # along a side of the last feature map: 224 pixels at stride 32
 
 
-# --- what is exported ---------------------------------------------------------------------------
-
-
-def build_subject(args: Any) -> Subject:
-    """The weights that the flags name, and what the run that made them knew."""
+def build_spec(args: argparse.Namespace) -> ExportSpec:
+    """Read the weights that the flags name, and what their run stored about them."""
     key = EMA_KEY if args.use_ema else args.model_key
-    checkpoint = read_checkpoint(args.checkpoint, args.sha256, average=args.use_ema)
-    weights = pick_weights(checkpoint, args.checkpoint, key, args.model_prefix)
+    checkpoint = read_checkpoint(args.checkpoint, args.sha256, ema=args.use_ema)
+    weights = select_state_dict(checkpoint, args.checkpoint, key, args.model_prefix)
     try:
         state, report = to_convnextv2(weights)
         shape = describe(state)
-        whole = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
+        full_state = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
-    run = as_dict(checkpoint.get("args"))
-    check_shape(args.checkpoint, shape, str(run.get("model")).removeprefix("fcmae_"))
-    report.loaded = list(state)
-    print(f"{args.checkpoint}: {report}", file=sys.stderr)  # standard output is for the result
-    if wild := wild_weights(state):
-        print(f"{args.checkpoint}: {wild}", file=sys.stderr)
-    side = PUBLISHED_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
-    default_mean = first(
-        args.imagenet_default_mean_and_std, run.get("imagenet_default_mean_and_std"), True
-    )
-    mean, std = mean_and_std(shape["in_chans"], default_mean)
-    return Subject(
+    run = checkpoint.get("args") or {}
+    run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
+    notes = [check_size(args.checkpoint, shape, str(run.get("model")).removeprefix("fcmae_"))]
+    notes += [f"loaded {len(state)} tensors ({report})", large_weights(state)]
+    for note in filter(None, notes):  # standard output is for the result
+        print(f"{args.checkpoint}: {note}", file=sys.stderr)
+    side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
+    found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
+    for flags in (run, {name: getattr(args, name) for name in found}):
+        found |= {name: flags[name] for name in found if flags.get(name) is not None}
+    mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
+    classes = checkpoint.get("classes")
+    return ExportSpec(
         state,
-        whole,
+        full_state,
         shape,
-        size=height_and_width(first(args.input_size, run.get("input_size"), side)),
+        size=height_and_width(found["input_size"]),
         mean=mean,
         std=std,
-        crop_pct=first(args.crop_pct, run.get("crop_pct")),
-        labels=find_labels(args.labels, as_dict(checkpoint).get("classes"), shape["num_classes"]),
+        crop_pct=found["crop_pct"],
+        labels=huggingface.find_labels(args.labels, classes, shape["num_classes"]),
         half=args.half,
-        opset=args.opset or Subject.opset,
+        opset=args.opset or ExportSpec.opset,
     )
 
 
-# --- whether it is good --------------------------------------------------------------------------
+def check_size(source: str, shape: dict, model: str) -> str:
+    """Refuse weights that lack blocks of the run's model; returns a note on other sizes."""
+    found = shape["depths"], shape["dims"]
+    expected = SIZES.get(model.removeprefix("convnextv2_"), found)
+    if expected != found:
+        raise UserError(
+            f"{source}: {model} has depths and widths {expected}, these weights have {found}; "
+            "blocks are missing, give another checkpoint"
+        )
+    known = found in SIZES.values()
+    return "" if known else f"not a published size: depths {found[0]}, widths {found[1]}"
 
 
-def check(subject: Subject, target: str, path: Path) -> str:
-    """Have the consumer of a target read what was written; what came of it, for the last line."""
-    (_, read, package), limit = FORMATS[target], HALF_LIMIT if subject.half else LIMIT
+def check(spec: ExportSpec, target: str, path: Path) -> str:
+    """Load what was written with another library and compare outputs; returns the result."""
+    (_, read, package), limit = FORMATS[target], HALF_LIMIT if spec.half else LIMIT
     if target not in GRAPHS:
         has_decoder = target in ("official", "safetensors")
-        check_round_trip(subject.whole if has_decoder else subject.state, path)
+        formats.check_round_trip(spec.full_state if has_decoder else spec.state, path)
     try:
-        consumer = f"{package} {importlib.metadata.version(package)}"
+        library = f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
-        return f"written, but NOT checked, since it is not installed: pip install {package}"
+        return f"written, but NOT checked: {package} is not installed (pip install {package})"
     try:
-        difference = largest_difference(subject, target, read(subject, path))
-    except Exception as error:  # whatever the consumer raises: its file is no use
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{consumer} cannot use what was written: {reason}") from error
-    if not difference <= limit:  # NaN is not
+        difference = largest_difference(spec, target, read(spec, path))
+    except Exception as error:  # of any library
+        raise UserError(f"{library} cannot use the file: {first_line(error)}") from error
+    if not difference <= limit:  # also if it is NaN
+        advice = "; try again without --half true" * spec.half
         raise UserError(
-            f"{consumer} gives another output, by {difference:.1e} of the largest value where "
-            f"{limit:.0e} is allowed; nothing was kept"
-            + "; without --half true it may be right"
-            * subject.half
+            f"the output in {library} differs by {difference:.1e} of the largest value, more than "
+            f"{limit:.0e}; the exported file was deleted{advice}"
         )
-    return f"good, largest difference {difference:.1e} of the largest value, against {consumer}"
+    return f"checked with {library}, largest difference {difference:.1e} of the largest value"
 
 
 @torch.no_grad()
 def largest_difference(
-    subject: Subject, target: str, function: Callable[[Tensor], Tensor]
+    spec: ExportSpec, target: str, function: Callable[[Tensor], Tensor]
 ) -> float:
-    """Of `function` from our own network in float64, over the largest value, on random images.
+    """Compare with our network in float64 on random images, relative to the largest value.
 
-    Weights are compared in float64, graphs in float32 and at two sizes and batches.
+    Weights are compared in float64; graphs in float32, with two sizes and batch sizes.
     """
-    height, width = subject.size
+    height, width = spec.size
     sizes = [(2, height, width)]
     if target in GRAPHS:
-        other = height + subject.stride, max(width - subject.stride, 2 * subject.stride)
+        other = height + spec.stride, max(width - spec.stride, 2 * spec.stride)
         sizes = [(1, height, width), (3, *other)]
-    network, generator = Network(subject).double(), torch.Generator().manual_seed(0)
+    network, generator = Network(spec).double(), torch.Generator().manual_seed(0)
     differences = []
     for count, *size in sizes:
-        images = torch.randn(count, subject.shape["in_chans"], *size, generator=generator)
+        images = torch.randn(count, spec.shape["in_chans"], *size, generator=generator)
         expected = network(images.double())
         got = function(images if target in GRAPHS else images.double())
         if got.shape != expected.shape:
@@ -156,49 +151,47 @@ def largest_difference(
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
-def default_output(subject: Subject, target: str) -> str:
-    """convnextv2_tiny-timm.safetensors and so on, in the current folder."""
-    name = subject.size_name or "convnextv2"
+def default_output(spec: ExportSpec, target: str) -> str:
+    """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
-    return f"{name}{kind}{'-half' * subject.half}{TARGETS[target]}"
+    return f"{spec.size_name or 'convnextv2'}{kind}{'-half' * spec.half}{TARGETS[target]}"
 
 
 def publish(draft: Path, output: Path) -> None:
-    """Move what is good to its place; of a folder file by file, so that others in it stay."""
-    if not draft.is_dir():
-        os.replace(draft, output)
-        return
-    output.mkdir(exist_ok=True)
-    for file in draft.iterdir():
-        os.replace(file, output / file.name)
+    """Move a draft to its place; a folder file by file, so that other files in it stay."""
+    if draft.is_dir():
+        output.mkdir(exist_ok=True)
+    for file in draft.iterdir() if draft.is_dir() else [draft]:
+        os.replace(file, output / file.name if draft.is_dir() else output)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write beside the place, have it checked, and only then move it there."""
-    subject = build_subject(args)
-    Network(subject, args.checkpoint)  # fits, or says what does not
-    output = Path(args.output or default_output(subject, args.to))
+    """Write a draft next to the output, check it, and move it to its place."""
+    spec = build_spec(args)
+    Network(spec, args.checkpoint)  # raises UserError if the weights do not fit
+    output = Path(args.output or default_output(spec, args.to))
     if output.exists() and not args.overwrite:
-        raise UserError(f"{output} is there already; choose another --output, or --overwrite true")
+        raise UserError(f"{output} exists; choose another --output, or give --overwrite true")
     if output.exists() and output.is_dir() != (args.to == "hf"):
-        raise UserError(f"{output} is {'a' if output.is_dir() else 'no'} folder; choose another")
-    if subject.half and wild_weights(subject.state):
-        raise UserError(f"{args.checkpoint}: {wild_weights(subject.state)}")
+        raise UserError(f"{output} is {'a' if output.is_dir() else 'not a'} folder; choose another")
+    if spec.half and (warning := large_weights(spec.state)):
+        raise UserError(f"{args.checkpoint}: {warning}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # deprecation of torch's older exporters
             draft = Path(folder) / output.name
-            FORMATS[args.to][0](subject, draft)
-            verdict = check(subject, args.to, draft)
+            FORMATS[args.to][0](spec, draft)
+            result = check(spec, args.to, draft)
             publish(draft, output)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error}); choose another place") from error
     if args.to == "timm":
-        print(timm_call(subject, str(output)))
-    print(f"{output}: {verdict}")
+        print(formats.timm_call(spec, str(output)))
+    print(f"{output}: {result}")
 
 
 if __name__ == "__main__":

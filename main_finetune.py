@@ -8,189 +8,155 @@ torchrun --nproc_per_node=8 main_finetune.py --model convnextv2_tiny --data_path
 from __future__ import annotations
 
 import argparse
-import copy
 from functools import partial
 
-from config import parser as options
 from config.parser import finetune_parser as get_args_parser
-from parallel import process_group
-from training import checkpoint
+from config.parser import parse
 
-if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
-    args = options.parse(get_args_parser())
+if __name__ == "__main__":  # before torch is loaded: --help and typing errors answer at once
+    args = parse(get_args_parser())
 
 import torch
 
 import datasets
 import models
-from data_loading.rng import make_deterministic, seed_all
-from engine_finetune import evaluate, train_one_epoch
-from models.kernels.autotune import autotuner, set_kernels
-from optim_factory import (
-    build_optimizer,
-    build_schedule,
-    choose_update_freq,
-    count_updates,
-    scale_lr,
-)
-from parallel import sharding
-from training import dry_run, hooks, resume
-from training.anomaly import build_guard
-from training.checkpoint_manager import build_keeper
-from training.cuda_graphs import Graphed, check_graphs
+import utils
+from data_loading.bad_images import BadImages
+from data_loading.rng import seed_all
+from engine_finetune import evaluate, evaluate_ema, train_one_epoch
+from models.kernels.autotune import autotuner
+from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
+from parallel.sharding import sync_batch_norm
+from training.checkpoint import TrainableParts
+from training.cuda_graphs import Graphed
+from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
-from training.run_lock import hold_folder
-from training.setup import check_alike
-from training.stepper import Stepper, choose_amp
-from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+from training.hooks import log_cost
+from training.resume import auto_load_model
+from training.setup import build_train_loop, setup_process, setup_run
+from training.stepper import Stepper
+from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fine-tune, or only evaluate, as `args` from `options.parse` say."""
+    """Fine-tune, or only evaluate, as the parsed flags say."""
     # --- 1. set-up --------------------------------------------------------------------------
-    device = process_group.init_distributed_mode(
-        args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
-    )
-    check_alike(vars(args))
-    log = process_group.get_logger()
-    if args.recipe:
-        log.info("recipe %s", args.recipe)
-    amp = choose_amp(args.amp, args.use_amp, device)
-    set_kernels(args.kernels, device)
-    make_deterministic(args.deterministic, device)
+    device, amp = setup_process(args)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
-    sharing = sharding.build_sharing(args, device, amp)
-    processes = process_group.get_world_size()
-    folder = (dry_run.named_folder if args.dry_run else hold_folder)(args.output_dir)
-    start = resume.find_start(
-        folder, args.resume, args.auto_resume, args.sha256, vars(args), not args.dry_run
-    )
-    autotuner.restore(start.kernels, device)
-    update_freq = choose_update_freq(
-        args.update_freq, args.effective_batch, args.batch_size, processes, start.effective_batch
-    )
-    check_graphs(args.cuda_graphs, device, update_freq)
+    run = setup_run(args, device, amp)
+    log = utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------
-    train_set, val_set, nb_classes = datasets.build_datasets(args)
-    batches = datasets.build_batches(train_set, True, args, device)
-    val_batches = datasets.build_batches(val_set, False, args, device) if val_set else None
-    updates_per_epoch = count_updates(len(batches), update_freq)
+    dataset_train, dataset_val, nb_classes = datasets.build_datasets(args)
+    data_loader_train = datasets.build_loader(dataset_train, True, args, device)
+    data_loader_val = None
+    if dataset_val is not None:
+        data_loader_val = datasets.build_loader(dataset_val, False, args, device)
+    steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
-    bare = models.build_classifier(args, nb_classes).to(device)
-    n_parameters = hooks.log_cost(bare, args.in_chans, args.input_size, device)
+    model_without_ddp = models.build_classifier(args, nb_classes).to(device)
+    n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
-    named = {"model_key": EMA_KEY if args.use_ema else args.model_key}
-    named |= {"model_prefix": args.model_prefix, "sha256": args.sha256}
-    load = partial(load_both, bare, **named)
-    if args.finetune and not start.is_run:
+    load = partial(
+        load_model_and_ema,
+        model_without_ddp,
+        model_key=EMA_KEY if args.use_ema else args.model_key,
+        model_prefix=args.model_prefix,
+        sha256=args.sha256,
+    )
+    if args.finetune and not run.resume_point.is_run:
         load(None, args.finetune)
-    elif args.layer_decay < 1 and not start.source:
+    elif args.layer_decay < 1 and not run.resume_point.source:
         log.warning("random weights, but --layer_decay < 1 spares trained ones; give --finetune")
-    model_ema = build_ema(args, bare)
+    model_ema = build_ema(args, model_without_ddp)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
-    bare = sharding.sync_batch_norm(bare, args)  # the average has nobody to wait for
-    sharing.spread(bare, model_ema and model_ema.module)
-    effective_batch = args.batch_size * update_freq * processes
-    lr = scale_lr(args.lr, args.blr, effective_batch)
-    decay = args.layer_decay, args.layer_decay_type
-    optimizer = build_optimizer(args, bare, lr, *decay, sharing.mode)
-    schedule = build_schedule(args, optimizer, lr, updates_per_epoch)
-    # Mixed labels are smoothed by mixup itself.
+    model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
+    run.parallelism.shard(model_without_ddp, model_ema and model_ema.module)
+    lr = scale_lr(args.lr, args.blr, run.effective_batch)
+    optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode)
+    lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
+    # Mixup smooths its labels itself.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
-        bare.compile()
-    called = bare
+        model_without_ddp.compile()
+    model = model_without_ddp
     if args.cuda_graphs:
         shape = (args.batch_size, args.in_chans, *args.input_size)
-        called = Graphed(bare, device, amp, [shape])
-    model = sharing.wrap(called)
-    stepper = Stepper(model, optimizer, device, amp, update_freq, args.clip_grad, args.spike_factor)
+        model = Graphed(model_without_ddp, device, amp, [shape])
+    model = run.parallelism.wrap(model)
+    stepper = Stepper(
+        model, optimizer, device, amp, run.update_freq, args.clip_grad, args.spike_factor
+    )
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = (bare, optimizer, stepper.scaler, model_ema and model_ema.module)
-    load = partial(load, model_ema and model_ema.module)
-    state = resume.auto_load_model(start, *parts, load=load, fresh=args.start_epoch)
-    state.count_updates(updates_per_epoch, effective_batch, len(train_set))
-    known = {"args": vars(args), "classes": datasets.class_map(train_set)}
-    known |= {"keep": args.save_ckpt_num, "source": args.resume, "kernels": autotuner.state}
-    save = partial(checkpoint.save_model, folder, *parts, **known)
-    guard = build_guard(args, stepper, parts, batches, folder)
-    about = {"stepper": stepper, "schedule": schedule, "guard": guard, "seed": args.seed}
-    about |= {"mixup": mixup, "model_ema": model_ema}
-    train_epoch = partial(train_one_epoch, model, bare, criterion, **about)
+    parts = TrainableParts(
+        model_without_ddp, optimizer, stepper.scaler, model_ema and model_ema.module
+    )
+    state = auto_load_model(run.resume_point, parts, load=load, start_epoch=args.start_epoch)
+    state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
+    loaders = data_loader_train, data_loader_val
+    loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, *loaders)
+    loop.criterion, loop.mixup, loop.model_ema = criterion, mixup, model_ema
     if args.dry_run:
-        return dry_run.check_run(
-            *(args, folder, start.source, state, batches, stepper, schedule, train_epoch, save),
-            *(val_batches, partial(evaluate, model=bare, device=device, amp=amp)),
+        train_epoch = partial(train_one_epoch, model, model_without_ddp)
+        evaluation = partial(evaluate, model=model_without_ddp, device=device, amp=amp)
+        source = run.resume_point.source or args.finetune
+        return check_run(
+            PlannedRun(args, run.output_dir, source, loop, train_epoch, *loaders, evaluation)
         )
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with (
-        datasets.build_bad_images(args, folder, batches, val_batches) as bad_images,
-        build_keeper(args, folder and save, bad_images.write) as keeper,
-        hooks.build_reporter(args, folder, device, state, updates_per_epoch) as reporter,
-    ):
+    with loop:
         while state.epoch < args.epochs:
-            batches.set_epoch(state.epoch, state.seen)
-            train = train_epoch(batches=batches, state=state, reporter=reporter, keeper=keeper)
+            data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
+            train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
             state.end_epoch()
-            stats = {f"train_{key}": value for key, value in train.items()}
-            if val_set:  # not its batches, of which this process may have none
-                test = evaluate(val_batches, bare, device, amp)
-                stats |= {f"test_{key}": value for key, value in test.items()}
-            if val_set and args.model_ema_eval:
-                test = evaluate(val_batches, on_device(model_ema.module, device), device, amp)
-                stats |= {f"test_{key}_ema": value for key, value in test.items()}
-            bad_images.write()
-            accuracies = {"best": stats.get("test_acc1"), "best-ema": stats.get("test_acc1_ema")}
-            reporter.end_epoch(stats | {"epoch": state.epoch - 1, "n_parameters": n_parameters})
-            keeper.end_epoch(state, accuracies, last=state.epoch == args.epochs)
-    best = ", ".join(f"{name} acc1 {value:.2f}%" for name, value in state.best.items())
+            log_stats = {f"train_{name}": value for name, value in train_stats.items()}
+            if data_loader_val is not None:
+                test_stats = evaluate(data_loader_val, model_without_ddp, device, amp)
+                log_stats |= {f"test_{name}": value for name, value in test_stats.items()}
+            if data_loader_val is not None and args.model_ema_eval:
+                test_stats = evaluate_ema(data_loader_val, model_ema, device, amp)
+                log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
+            log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
+            loop.report_epoch(log_stats)
+            best = {"best": log_stats.get("test_acc1"), "best-ema": log_stats.get("test_acc1_ema")}
+            loop.checkpoints.end_epoch(state, best, last=state.epoch == args.epochs)
+    best = ", ".join(f"{name} top-1 {value:.2f}%" for name, value in state.best.items())
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, best or "not evaluated")
 
 
-def on_device(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model, or a copy where it is needed: --model_ema_force_cpu keeps it elsewhere."""
-    here = next(model.parameters()).device.type == device.type
-    return model if here else copy.deepcopy(model).to(device)
-
-
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
-    """Evaluate the weights in a checkpoint, and with --model_ema their average too."""
+    """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
     path = args.resume or args.finetune or args.output_dir
-    dataset, nb_classes = datasets.build_dataset(False, args)
-    batches = datasets.build_batches(dataset, False, args, device)
+    dataset_val, nb_classes = datasets.build_dataset(False, args)
+    data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
-    bad_images = datasets.build_bad_images(args, None, batches)
-    both = args.model_ema and has_average(path, args.sha256)  # a published file has one of them
+    bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
+    both = args.model_ema and has_ema(path, args.sha256)  # published files hold one of them
     keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
     for key in keys:
-        load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
-        stats = evaluate(batches, model, device, amp)
-        left_out = bad_images.write()
-        process_group.get_logger().info(
-            "%s of %s on %d images: acc1 %.2f%%  acc5 %.2f%%  loss %.4f",
-            key,
-            path,
-            len(dataset) - left_out,
-            stats["acc1"],
-            stats["acc5"],
-            stats["loss"],
+        report = load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
+        stats = evaluate(data_loader_val, model, device, amp)
+        images = len(dataset_val) - bad_images.write()
+        utils.get_logger().info(
+            "%s%s: top-1 %.2f%%, top-5 %.2f%%, loss %.4f on %d images",
+            *(report.source, " (EMA weights)" * (key == EMA_KEY)),
+            *(stats["acc1"], stats["acc5"], stats["loss"], images),
         )
-    process_group.get_logger().info("kernels %s", autotuner.summary())
+    utils.get_logger().info("kernels: %s", autotuner.summary())
 
 
 if __name__ == "__main__":
-    process_group.launch(main, args)
+    utils.launch(main, args)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Send main_finetune.py to a cluster.
+"""Submit main_finetune.py to a SLURM cluster.
 
 python submitit_finetune.py --nodes 4 --ngpus 8 --model convnextv2_base --data_path /data/imagenet
 """

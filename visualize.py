@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Look at what a pre-trained model imagines behind the mask.
+"""Draw the reconstructions of a pre-trained model.
 
-python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output imagined.png
+python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 """
 
 from __future__ import annotations
@@ -10,53 +10,58 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from config import parser as options
-from data_loading import folders
-from parallel import process_group
-from training.pictures import COLUMNS, build_panel, grid, reconstructions, write_png
+from config.parser import visualize_parser
 
-if __name__ == "__main__":  # --help and typing errors answer before torch is loaded
-    args = options.visualize_parser().parse_args()
+if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
+    args = visualize_parser().parse_args()
 
+from torchvision.utils import save_image
 
 import datasets
 from config.flags import FOLDERS
+from data_loading.folders import DatasetSpec
 from errors import UserError
 from models import build_fcmae
+from parallel.process_group import init_distributed_mode, launch
+from training.pictures import TITLES, build_panel, grid, reconstruct
 from weights.files import load_weights, read_checkpoint
 
 
 def main(args: argparse.Namespace) -> None:
-    """Rebuild the model and data that a pre-training checkpoint was made with, and draw."""
-    device = process_group.init_distributed_mode(args.device)
+    """Draw with the model and the data of the run that wrote the checkpoint."""
+    device = init_distributed_mode(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     run = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     if not isinstance(run, dict) or "mask_ratio" not in run:
         raise UserError(f"{args.checkpoint}: expected a checkpoint that main_pretrain.py wrote")
     given = {key: value for key, value in vars(args).items() if value is not None}
-    for key in ("model", "data_set"):  # a file must not choose what code is imported
-        named = checkpoint["args"].get(key, "")
-        if ":" in named and key not in given:
-            raise UserError(
-                f"{args.checkpoint} names code, {named}; to run it give --{key} {named}"
-            )
-    named = given.get("data_set", checkpoint["args"].get("data_set"))
-    if named in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
-        raise UserError(f"{args.checkpoint} asks for {named}; say where: --data_path")
-    if args.data_index and named not in FOLDERS:
-        raise UserError(f"--data_index lists images in folders, {named} has none; drop it")
-    ours = {"grad_checkpointing": False}  # nothing is trained
-    trained = argparse.Namespace(**{"eval_data_path": None} | checkpoint["args"] | given | ours)
-    model = build_fcmae(trained)
+    for key in ("model", "data_set"):  # a file must not choose which code is imported
+        name = run.get(key, "")
+        if ":" in name and key not in given:
+            raise UserError(f"{args.checkpoint} names code, {name}; to run it give --{key} {name}")
+    data_set = given.get("data_set", run.get("data_set"))
+    if data_set in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
+        raise UserError(f"{args.checkpoint} downloads {data_set}; give the folder with --data_path")
+    if args.data_index and data_set not in FOLDERS:
+        raise UserError(f"--data_index needs image folders, not --data_set {data_set}; drop it")
+    run = {"eval_data_path": None, **run, **given, "grad_checkpointing": False}
+    args = argparse.Namespace(**run)
+    model = build_fcmae(args).to(device)
     load_weights(model, checkpoint["model"], args.checkpoint)
-    about = {"input_size": trained.input_size, "data_index": args.data_index}
-    spec = folders.DataSpec(trained.data_path, trained.eval_data_path, **about)
-    data = datasets.create_dataset(trained.data_set, spec, train=args.split == "train")
-    images, mask = build_panel(data, model.to(device), trained, device, args.num_images)
-    mean, std = datasets.build_mean_and_std(trained)
-    write_png(grid(reconstructions(model, images, mask, mean, std)), Path(args.output))
-    print(f"{args.output}: {len(images)} rows of {', '.join(COLUMNS)}")
+    sources = {"eval_data_path": args.eval_data_path, "data_index": args.data_index}
+    spec = DatasetSpec(args.data_path, input_size=args.input_size, **sources)
+    data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
+    images, mask = build_panel(args, data, model, device, args.num_images)
+    mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    image = grid(reconstruct(model, images, mask, mean, std))
+    try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        save_image(image, args.output)
+    except OSError as error:
+        raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
+    columns = ", ".join(title.replace("\n", " ") for title in TITLES)
+    print(f"{args.output}: {len(images)} rows of {columns}")
 
 
 if __name__ == "__main__":
-    process_group.launch(main, args)
+    launch(main, args)

@@ -15,8 +15,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from parallel import process_group
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -34,7 +32,7 @@ train/CLASS/*.jpg and val/CLASS/*.jpg, stay in the memory of the device and are 
   python benchmarks/cifar.py                              # settings by device, three seeds
   python benchmarks/cifar.py --seeds 0 --pretrain_epochs 40 --epochs 20
   python benchmarks/cifar.py --model 2,4,2/96,192,384 --stem_stride 2     # blocks/channels
-  python benchmarks/cifar.py --results runs/cifar.jsonl   # broken off? The same again goes on
+  python benchmarks/cifar.py --results runs/cifar.jsonl   # rerun the same command to resume
 
 Learning curves go to stderr, the tables to stdout and --output."""
 RUNS = {
@@ -101,11 +99,12 @@ if __name__ == "__main__":
 from benchmarks.cifar_runs import equal_epochs, load, run
 from benchmarks.step import machine, read
 from errors import UserError
+from parallel import process_group
 from training.stepper import choose_amp
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """What depends on the device, and what must fit together."""
+    """Set defaults that depend on the device, and check that settings fit together."""
     args.device = process_group.find_device(args.device)
     args.amp = choose_amp(args.amp, None, args.device)
     for flag, (_, *defaults, _) in SETTINGS.items():
@@ -122,7 +121,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def finished(path: Path | None, settings: str) -> dict[tuple[str, int], dict]:
-    """(run, seed) -> what --results holds of it, all of these settings."""
+    """Return (run, seed) -> row of --results; UserError if rows have other settings."""
     try:
         rows = [json.loads(line) for line in read(path).splitlines()] if path else []
         other = next((row["settings"] for row in rows if row["settings"] != settings), "")

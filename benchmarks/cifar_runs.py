@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What cifar.py runs: images that stay on the device, FCMAE on them, a classifier on them.
+"""The runs of cifar.py: FCMAE and classifiers on images that stay in the device's memory.
 
 PYTHONPATH=. python -c "from benchmarks.cifar_runs import equal_epochs; help(equal_epochs)"
 """
@@ -12,6 +12,8 @@ import math
 import statistics
 import sys
 import time
+import zipfile
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,9 +25,8 @@ from torch import Tensor, nn
 
 import engine_finetune
 import engine_pretrain
-from data_loading.builtin import DAMAGED, Zip
 from data_loading.decode import decode, load_image_file
-from data_loading.rng import mix, seed_all
+from data_loading.rng import fold_in, seed_all
 from datasets import build_mixup, mean_and_std
 from errors import UserError
 from models import create_model
@@ -33,26 +34,31 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
 from optim_factory import Schedule, create_optimizer
 from training import checkpoint
-from training.anomaly import Guard
-from training.checkpoint_manager import Keeper
-from training.hooks import Reporter, summary
+from training.anomaly import AnomalyGuard
+from training.checkpoint_manager import CheckpointManager
+from training.hooks import Reporter, format_stats
 from training.stepper import Stepper
 from weights.convert import to_convnextv2
 from weights.files import load_weights
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (N, H, W, 3) uint8, labels (N,)
+MAX_BYTES = 2**24  # of an image in the zip, whatever size its header claims
+DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, ValueError)
 
 
 # --- images -------------------------------------------------------------------------------------
 
 
 def load(path: Path, counts: dict[str, int]) -> Data:
-    """That many images of SPLIT/CLASS/*.jpg in a zip: the first by name, as many of each class."""
+    """Read `counts[split]` images from SPLIT/CLASS/*.jpg in a zip, the first of each class by name.
+
+    Nothing is extracted: the images are read into memory.
+    """
     expected = " and ".join(f"{count} in {split}/CLASS/*.jpg" for split, count in counts.items())
     try:
-        with Zip(path) as archive:
+        with zipfile.ZipFile(path) as archive:
             data = {split: _read(archive, split, count) for split, count in counts.items()}
-    except (UserError, *DAMAGED) as error:
+    except DAMAGED as error:  # UserError is a ValueError
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         raise UserError(f"--data {path}: {reason}; expected a zip with {expected}") from error
     classes = [names for _, _, names in data.values()]
@@ -62,9 +68,19 @@ def load(path: Path, counts: dict[str, int]) -> Data:
     return {split: (images, labels) for split, (images, labels, _) in data.items()}
 
 
-def _read(archive: Zip, split: str, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _read_bytes(archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{name} unpacks to more than {MAX_BYTES} bytes")
+    return data
+
+
+def _read(
+    archive: zipfile.ZipFile, split: str, count: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     files: dict[str, list[str]] = {}
-    for name in sorted(archive.names):
+    for name in sorted(archive.namelist()):
         if name.startswith(f"{split}/") and name.lower().endswith((".jpg", ".jpeg")):
             files.setdefault(name.split("/")[1], []).append(name)
     each, rest = divmod(count, max(len(files), 1))
@@ -72,21 +88,21 @@ def _read(archive: Zip, split: str, count: int) -> tuple[np.ndarray, np.ndarray,
     if rest or not 1 <= each <= least:
         raise UserError(f"holds {len(files)} classes in {split}/, the smallest of {least} images")
     chosen = [name for names in files.values() for name in names[:each]]
-    images = [decode(load_image_file(io.BytesIO(archive.read(name))), 3) for name in chosen]
+    images = [decode(load_image_file(io.BytesIO(_read_bytes(archive, name))), 3) for name in chosen]
     if len({image.size for image in images}) > 1:
         raise UserError(f"holds images of several sizes in {split}/")
     return np.stack(images), np.repeat(np.arange(len(files)), each), list(files)
 
 
 class InMemory:
-    """What the engines ask of `Batches`, from images that stay on the device as uint8.
+    """Stand-in for `DeviceLoader` over images that stay on the device as uint8.
 
-    images: (N, H, W, 3). seed: of order, crops and flips; None, to evaluate, leaves all as it is.
-    pad: pixels of reflected border that a crop may take in. cutout: side of a square without
-    content. `Batches` itself would copy on a stream that does not wait for crops made on the GPU.
+    images: (N, H, W, 3). seed: for order, crops and flips; None, to evaluate, changes nothing.
+    pad: pixels of reflected border that a crop may include. cutout: side of a blank square.
+    `DeviceLoader` would copy on a stream that does not wait for crops made on the GPU.
     """
 
-    wait_seconds = 0.0  # for a loader; there is none
+    wait_seconds = 0.0  # there is no loader to wait for
 
     def __init__(
         self,
@@ -117,7 +133,7 @@ class InMemory:
         order = torch.arange(len(self.labels), device=self.device)
         if self.seed is not None:
             self.random = torch.Generator(self.device)
-            self.random.manual_seed(mix(self.seed, self.epoch))
+            self.random.manual_seed(fold_in(self.seed, self.epoch))
             order = torch.randperm(len(order), generator=self.random, device=self.device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             ids = order[start : start + self.batch_size]
@@ -128,12 +144,12 @@ class InMemory:
             yield images.permute(0, 3, 1, 2), self.labels[ids], ids
 
     def _draw(self, ids: Tensor, high: int) -> Tensor:
-        """(N,) -> (N, 1, 1) whole numbers below `high`."""
+        """(N,) -> (N, 1, 1) random integers below `high`."""
         shape = (len(ids), 1, 1)
         return torch.randint(high, shape, generator=self.random, device=self.device)
 
     def _lines(self) -> tuple[Tensor, Tensor]:
-        """(H, 1) and (W,): numbers of rows and columns."""
+        """Return row indices (H, 1) and column indices (W,)."""
         height, width = (torch.arange(side, device=self.device) for side in self.size)
         return height[:, None], width
 
@@ -146,7 +162,7 @@ class InMemory:
         return self.images[ids[:, None, None], rows, columns]
 
     def _squares(self, ids: Tensor) -> Tensor:
-        """(N,) -> (N, H, W, 1), true in a square whose centre may be any pixel."""
+        """(N,) -> (N, H, W, 1), True in a square centred on a random pixel."""
         inside = True
         for lines, side in zip(self._lines(), self.size, strict=True):
             below = lines - self._draw(ids, side) + self.cutout // 2
@@ -158,7 +174,7 @@ class InMemory:
 
 
 def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
-    """The network that --model means."""
+    """Create the network that --model names or describes."""
     if "/" not in args.model:
         return create_model(args.model, stem_stride=args.stem_stride, **more)
     parts = [part.split(",") for part in args.model.split("/")]
@@ -171,7 +187,7 @@ def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
 
 
 def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.Module:
-    """The model as --compile and --cuda_graphs make it; shapes: of its tensors."""
+    """Apply --compile and --cuda_graphs to the model; shapes: of its inputs."""
     if args.compile:
         model.compile()
     if not args.cuda_graphs:
@@ -191,19 +207,19 @@ def train(
     test: Callable[[], dict[str, float]] = dict,
     **recipe: object,
 ) -> tuple[list[float], dict[str, float]]:
-    """Train; returns the seconds of each epoch without `test`, and what `test` says at the end."""
+    """Train; returns the seconds of each epoch without `test`, and the last result of `test`."""
     optimizer = create_optimizer(model, weight_decay=args.weight_decay, **recipe)
     updates, state = len(batches), checkpoint.TrainState()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=updates,
+        steps_per_epoch=updates,
         epochs=epochs,
         lr=recipe["lr"],
         warmup_epochs=min(args.warmup_epochs, epochs / 5),
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
-    watchers = Keeper(None), Guard(stepper)
+    watchers = CheckpointManager(None), AnomalyGuard(stepper)
     reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
     seconds = []
     while state.epoch < epochs:
@@ -215,7 +231,9 @@ def train(
         if state.epoch == epochs or state.epoch % args.eval_every == 0:
             tested = test()
             stats |= {f"val_{key}": value for key, value in tested.items()}
-        told = summary({k: v for k, v in stats.items() if not math.isnan(v)})  # mixed: no class_acc
+        told = format_stats(
+            {k: v for k, v in stats.items() if not math.isnan(v)}
+        )  # mixed: no class_acc
         rate = updates * batches.batch_size / seconds[-1]
         line = f"{title} {state.epoch}/{epochs}  {told}  {rate:.0f} img/s"
         print(line, file=sys.stderr, flush=True)
@@ -223,7 +241,7 @@ def train(
 
 
 def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[str, Tensor]]:
-    """FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
+    """Pre-train FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
     batches = InMemory(*data["pretrain"], args.pretrain_batch_size, args.device, seed, args.pad)
     seed_all(seed)
     model = FCMAE(
@@ -243,7 +261,7 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
 
 
 def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
-    """One of cifar.RUNS: what it reached and how long it took, in plain types."""
+    """Do one of cifar.RUNS; returns its accuracy and times in plain types."""
     start, classes = time.perf_counter(), int(data["train"][1].max()) + 1
     pretraining, weights = pretrain(seed, data, args) if name == "pretrained" else ([], {})
     batches = InMemory(*data["train"], args.batch_size, args.device, seed, args.pad, args.cutout)

@@ -59,7 +59,7 @@ from benchmarks.memory_counts import (
     per_gpu,
 )
 from optim_factory import create_optimizer
-from parallel.sharding import Sharing
+from parallel.sharding import Parallelism
 
 ASSUMPTIONS = f"""No GPU was there: this is paper. Assumed is
 
@@ -214,10 +214,10 @@ def measure_all(rank: int, processes: int, tasks: list[Task], folder: str) -> No
         if count != processes:
             continue
         model = task.build()
-        sharing = Sharing(shard, device, "bf16" if task.half else "none")
-        sharing.spread(model)
+        parallelism = Parallelism(shard, device, "bf16" if task.half else "none")
+        parallelism.shard(model)
         optimizer = create_optimizer(model, lr=1e-3, shard=shard)
-        forward = task.forward(sharing.wrap(model), CHECKED_IMAGES)
+        forward = task.forward(parallelism.wrap(model), CHECKED_IMAGES)
         found.append(measure(model, optimizer, forward))
     Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()

@@ -12,10 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
-
-from training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,8 +42,13 @@ from benchmarks.step import machine
 from benchmarks.variants import Variant, make_variant
 from models.fcmae import visible_patches
 from training import stepper
-from training.checkpoint import TrainState
-from training.checkpoint_manager import Writer
+from training.checkpoint import (
+    TrainableParts,
+    TrainState,
+    collect_checkpoint,
+    write_checkpoints,
+)
+from training.checkpoint_manager import AsyncWriter
 
 MASK_RATIO = 0.6
 
@@ -65,18 +67,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def window(
-    variant: Variant, writer: Writer | None, folder: Path, args: argparse.Namespace
+    variant: Variant, writer: AsyncWriter | None, folder: Path, args: argparse.Namespace
 ) -> float:
     """Seconds of so many steps, a save before the first if there is a writer.
 
     A save in the background that takes longer than they is waited for afterwards, not counted.
     """
-    save = partial(checkpoint.save_model, folder, variant.model, variant.optimizer, args={}, keep=1)
+    parts = TrainableParts(variant.model, variant.optimizer)
     wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     if writer is not None:
-        save(state=TrainState(epoch=1), writer=writer)
+        content = collect_checkpoint(parts, TrainState(epoch=1), {"args": {}})
+        writer(content, lambda content: write_checkpoints(folder, content, True, [], 1, ""))
     for _ in range(args.steps):
         variant.step()
     wait()
@@ -95,7 +98,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[bool | None, list[fl
     for number in range(args.rounds):
         turn = number % len(WAYS)
         for way in [*WAYS][turn:] + [*WAYS][:turn]:
-            writer = None if way is None else Writer(in_background=way)
+            writer = None if way is None else AsyncWriter(in_background=way)
             seconds[way].append(window(variant, writer, folder, args))
             print(f"round {number}: {WAYS[way]} {seconds[way][-1]:.3f} s", file=sys.stderr)
     return seconds

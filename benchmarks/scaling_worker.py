@@ -17,7 +17,6 @@ import resource
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -53,18 +52,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_loading.folders import CRC, FIRST, HEADER, MAGIC, VERSION, open_index
-from data_loading.loader import Batches
+from data_loading.folders import DTYPES, open_index, write_header, write_json
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from engine_finetune import supervised_loss
 from engine_pretrain import masked_loss
 from models import create_model, fcmae_name
 from models.kernels import autotune
 from optim_factory import create_optimizer
-from parallel.sharding import Sharing
+from parallel.sharding import Parallelism
 from training.checkpoint import TrainState
 from training.hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
-from training.preemption import Agreement
+from training.preemption import RankVote
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
@@ -83,7 +82,7 @@ class Steps:
             bare = create_model(args.model, num_classes=CLASSES)
             self.loss = lambda *about: supervised_loss(F.cross_entropy, None, 0, *about)[0]
         optimizer = create_optimizer(bare, lr=1e-4)
-        self.model = Sharing("ddp", CPU).wrap(bare.train())
+        self.model = Parallelism("ddp", CPU).wrap(bare.train())
         self.stepper = Stepper(self.model, optimizer, CPU)
         self.stepper.begin_epoch(ENDLESS)
         self.size, self.updates = args.input_size, 0
@@ -125,10 +124,10 @@ def all_reduce(size: int, count: int) -> float:
 
 def told(count: int) -> dict[str, float]:
     """Seconds of what every rank says beside the gradients: in an update, and at a log line."""
-    agreement = Agreement()
-    batches = Batches([], CPU, [0.0] * 3, [1.0] * 3)
+    agreement = RankVote()
+    batches = DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches, TrainState())
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     found = {
         "agreement": seconds_a_call(lambda: agreement.exchange(False, False), count),
         "meters": seconds_a_call(means.read, count),
@@ -168,21 +167,22 @@ def sampler_cost(length: int, ranks: int) -> dict[str, float]:
     return found | {"resume": time.perf_counter() - start, "memory": peak_memory() - before}
 
 
-def sparse_index(file: Path, length: int, known: range) -> None:
-    """An index of so many images, of which only the entries of `known` take room on the disk."""
-    end = FIRST + WIDTH * length
-    offsets = end + -end % 8
-    text = json.dumps({"root": "/data", "made": 0, "classes": [[None, length]]}).encode()
-    header = HEADER.pack(MAGIC, VERSION, length, end, len(text))
-    with file.open("wb") as opened:
-        opened.write(header + CRC.pack(zlib.crc32(text, zlib.crc32(header))))
+def sparse_index(folder: Path, length: int, known: range) -> None:
+    """Write an index of `length` images, of which only the entries in `known` take disk space."""
+    folder.mkdir()
+    with (folder / "paths.npy").open("wb") as paths, (folder / "offsets.npy").open("wb") as offsets:
+        sizes = WIDTH * length, length + 1
+        for file, (name, dtype), size in zip((paths, offsets), DTYPES.items(), sizes, strict=True):
+            write_header(file, name, size)
+            file.truncate(file.tell() + dtype.itemsize * size)
+        paths_start, offsets_start = paths.tell(), offsets.tell()
         for number in known:
-            opened.seek(FIRST + WIDTH * number)
-            opened.write(path_of(number).encode() + b"\0")
-            opened.seek(offsets + 8 * number)
-            opened.write(b"".join(CRC.pack(FIRST + WIDTH * n) for n in (number, number + 1)))
-        opened.seek(offsets + 8 * (length + 1))
-        opened.write(text)
+            paths.seek(paths_start + WIDTH * number)
+            paths.write(path_of(number).encode() + b"\0")
+            offsets.seek(offsets_start + 8 * number)
+            for end in (WIDTH * number, WIDTH * (number + 1)):
+                offsets.write(end.to_bytes(8, "little"))
+    write_json(folder, "/data", classes=[[None, length]], bytes=WIDTH * length)
 
 
 def path_of(number: int) -> str:
@@ -198,7 +198,10 @@ def index_cost(length: int) -> dict[str, float]:
         sparse_index(file, length, known)
         before, start = peak_memory(), time.perf_counter()
         index = open_index(file, "/data")
-        found = {"open": time.perf_counter() - start, "bytes": file.stat().st_size}
+        found = {
+            "open": time.perf_counter() - start,
+            "bytes": sum(part.stat().st_size for part in file.iterdir()),
+        }
         start = time.perf_counter()
         right = all(index[number] == (f"/data/{path_of(number)}", 0) for number in known)
         found["find"] = (time.perf_counter() - start) / len(known)
@@ -208,7 +211,7 @@ def index_cost(length: int) -> dict[str, float]:
 
 def log_cost(print_freq: int) -> dict[str, float]:
     """Seconds of an update's report without a line, of a line with each hook, of an epoch's."""
-    state, batches = TrainState(), Batches([], CPU, [0.0] * 3, [1.0] * 3)
+    state, batches = TrainState(), DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     lines, logger, found = max(3, UPDATES // print_freq), process_group.get_logger(), {}
     before = logger.handlers
     with tempfile.TemporaryDirectory() as name, Path(name, "log").open("w") as log:
@@ -230,18 +233,18 @@ def log_cost(print_freq: int) -> dict[str, float]:
 
 
 def time_updates(
-    hooks: list[Hook], batches: Batches, lines: int, print_freq: int
+    hooks: list[Hook], batches: DeviceLoader, lines: int, print_freq: int
 ) -> tuple[float, float]:
     """Seconds of the report on an update, the longest left out: (without a log line, with one)."""
     reporter = Reporter(hooks, CPU, TrainState(), ENDLESS, ENDLESS, print_freq)
-    means = reporter.begin_epoch(["loss", "grad_norm"], batches, reporter.state)
+    means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(lines * print_freq):
         means.update(64, loss=torch.ones(()), grad_norm=torch.ones(()))
-        reporter.state.updates += 1
+        reporter.state.global_step += 1
         start = time.perf_counter()
         reporter.after_batch(64)
-        told = reporter.after_update(1e-3)
+        told = reporter.after_step(1e-3)
         seconds[told].append(time.perf_counter() - start)
     without, with_one = (
         (sum(s) - max(s, default=0)) / max(1, len(s) - 1) for s in seconds.values()

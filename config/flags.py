@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Every command-line flag, declared once: name, kind, default, what it does.
+"""Every command-line flag, declared once: name, kind, default and help.
 
 python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 """
@@ -10,23 +10,34 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 from collections.abc import Callable
+from typing import Any
 
 
 def str2bool(text: str) -> bool:
-    """`true`, `yes`, `on`, `t`, `y`, `1` and their opposites, in any case."""
+    """Read `true`, `yes`, `on`, `t`, `y`, `1` or one of their opposites, in any case."""
     for value, words in ((True, "true yes on t y 1"), (False, "false no off f n 0")):
         if text.lower() in words.split():
             return value
     raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
 
 
+def as_typed(value: Any) -> str:
+    """Write a value as on the command line: `true`, `0.08 1.0`."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join(shlex.quote(str(x).lower() if isinstance(x, bool) else str(x)) for x in values)
+
+
 def number(kind: str) -> Callable[[str], float]:
-    """`int [1, inf)` -> an argparse type; a round bracket excludes its bound, NaN is outside."""
+    """Make an argparse type of `int [1, inf)`; a round bracket excludes its bound. NaN is refused.
+
+    The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`.
+    """
     name, _, span = kind.partition(" ")
-    low, high = (float(bound) for bound in span[1:-1].split(","))
-    low = math.nextafter(low, math.inf) if span[0] == "(" else low
-    high = math.nextafter(high, -math.inf) if span[-1] == ")" else high
+    first, last = span[1:-1].split(", ")
+    low = math.nextafter(float(first), math.inf) if span[0] == "(" else float(first)
+    high = math.nextafter(float(last), -math.inf) if span[-1] == ")" else float(last)
 
     def convert(text: str) -> float:
         try:
@@ -34,326 +45,248 @@ def number(kind: str) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {name} in {span}")
+            expected = f"{'an integer' if name == 'int' else 'a number'} {convert.range}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
         return value
 
+    above = f"{'>' if span[0] == '(' else '>='}{first}"
+    convert.range = above if last == "inf" else f"in {span.replace(' ', '')}"
     return convert
 
 
-HELP = """%s
+HELP = """%(aim)s
 
-  torchrun --nproc_per_node=8 %s --model convnextv2_tiny --data_path /data/imagenet
-  python %s --model convnextv2_atto --data_set DIGITS --input_size 32 --stem_stride 1
+  python main_%(kind)s.py --recipe digits_%(kind)s --output_dir runs/digits
+  torchrun --nproc_per_node=8 main_%(kind)s.py --model convnextv2_tiny \\
+      --data_path /data/imagenet --output_dir runs/tiny
 
-BOOL is true/false, yes/no, 1/0, and the bare flag is true. --config FILE.yaml sets any flag,
---recipe tiny_ft those of a published run (--recipe list)."""
-COUNT, WHOLE, AMOUNT = "int [1, inf)", "int [0, inf)", "float [0, inf)"
+BOOL is true or false (or yes/no, 1/0); the flag alone means true. Flags on the
+command line win over --config FILE.yaml, which wins over --recipe NAME."""
+SUBMITIT_HELP = """Run main_%(kind)s.py as a SLURM job, or here with --cluster local or debug.
+It saves before its time limit, and continues when it is requeued.
+
+  python submitit_%(kind)s.py --nodes 8 --ngpus 8 --model convnextv2_base \\
+      --data_path /data/imagenet --job_dir /shared/runs/%%j
+
+The last group of flags describes the job. BOOL is true or false (or yes/no,
+1/0); the flag alone means true."""
+EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
+
+  python export.py runs/finetune --to hf --output my_model
+  python export.py hf-hub:facebook/convnextv2-tiny-1k-224 --to timm
+
+formats for --to:
+  timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
+  hf           folder for transformers' from_pretrained, with preprocessing
+  official     .pth for the official ConvNeXt V2 scripts, with the decoder
+  safetensors  this toolkit's own names, with the decoder
+  onnx         graph for onnxruntime, TensorRT and others
+  torchscript  graph for torch.jit.load and LibTorch
+  pt2          graph for torch.export.load; images of at least 64 x 64 pixels
+
+Graphs accept any batch size, height and width. The exported file is loaded with
+timm, transformers, onnxruntime or torch and must reproduce the output to 1e-5
+of its largest value (1e-2 with --half); otherwise it is deleted. The last line
+says so if that library is not installed and the file could not be checked.
+
+Pre-trained weights have no head: their graph returns the last feature map
+(N, C, h, w), or with a final norm the pooled features (N, C)."""
+
+JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
+BOOL, PATH, NAME, TEXT = "BOOL", "PATH", "NAME", "TEXT"
+COUNT, WHOLE, AMOUNT, POSITIVE = "int [1, inf)", "int [0, inf)", "float [0, inf)", "float (0, inf)"
 CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 FOLDERS = ("IMNET", "image_folder", "folder")
 NEED_PATH = (*FOLDERS, "CIFAR10", "CIFAR")
-DATA_SETS = " ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
+HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
+DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
-TARGETS = {  # of export.py -> how the name of what it writes ends; hf is a folder
-    "timm": ".safetensors",
-    "hf": "",
-    "official": ".pth",
-    "safetensors": ".safetensors",
-    "onnx": ".onnx",
-    "torchscript": ".pt",
-    "pt2": ".pt2",
-}
-GRAPHS = ("onnx", "torchscript", "pt2")  # hold the network too, so their precision is fixed
-EXPORT_HELP = """Write a checkpoint as others read it; they read it before it is called good.
+# Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
+GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
+TARGETS |= GRAPHS
 
-  python export.py runs/finetune --to hf --output my_model
-  python export.py runs/finetune --to onnx --half true
-  python export.py hf-hub:facebook/convnextv2-tiny-1k-224 --to timm
-  python export.py runs/pretrain --to official
-
-CHECKPOINT is a %s. Its size, classes and
-channels come from its weights; no --model is needed.
-
-  timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
-  hf           folder for transformers' from_pretrained: weights, labels, preprocessing
-  official     .pth for the official scripts; with the decoder if there is one
-  safetensors  our own names, with the decoder; for every script here
-  onnx         network of free batch, height and width, for onnxruntime, TensorRT and others
-  torchscript  the same for torch.jit.load and LibTorch
-  pt2          the same for torch.export.load; sides of at least two cells (64 pixels)
-
-What is written is loaded again by timm, transformers, onnxruntime or torch and must give the
-same output on random input, to 1e-5 of its largest value (1e-2 with --half); else nothing is
-left. Weights must come back bit by bit. transformers and onnxruntime are asked if installed; if
-not, the last line says that the file is unchecked.
-
-Pre-trained weights have no head and no final norm: a graph of them gives the last map
-(N, C, h, w); of an encoder with a norm, features (N, C). The bare flag of a BOOL is true."""
-WARMUP = "the least of epochs / 5 and 40 (pre-training) or 20 (fine-tuning)"
-# group -> (flag, kind, default, help, nargs if several). Kind: str, str2bool, choices, or a range.
-FLAGS: dict[str, tuple] = {
-    "model": (
-        ("--model", str, "convnextv2_base", "a name in list_models(), or package.module:function"),
-        ("--input_size", COUNT, 224, "pixels: the side, or height and width", "+"),
-        ("--in_chans", COUNT, 3, "channels of an image"),
-        ("--stem_stride", (1, 2, 4), 4, "stride of the stem; the network's is 8 times that"),
-        ("--drop_path", BELOW_1, 0.0, "stochastic depth: chance to skip the deepest block"),
-    ),
-    "masked autoencoder": (
-        ("--patch_size", COUNT, None, "pixels, side of a mask patch; unset: 8 * stem_stride"),
-        ("--mask_ratio", "float (0, 1)", 0.6, "share of the patches removed"),
-        ("--norm_pix_loss", str2bool, True, "bring each target patch to mean 0 and variance 1"),
-        ("--decoder_depth", COUNT, 1, "blocks of the decoder"),
-        ("--decoder_embed_dim", COUNT, 512, "channels of the decoder"),
-        ("--picture_freq", WHOLE, 10, "epochs between reconstruction pictures; 0: none"),
-    ),
-    "data": (
-        ("--data_path", str, "", "folder of the data; DIGITS and SYNTHETIC need none"),
-        ("--data_set", str, "IMNET", f"one of {DATA_SETS}, or package.module:function"),
-        (
-            "--data_index",
-            str,
-            "",
-            "folder for lists of the images, train.index and val.index: each is written once, then "
-            "mapped by all processes; empty: each process lists the folders",
-        ),
-        ("--imagenet_default_mean_and_std", str2bool, True, "false: Inception's mean and std"),
-        ("--num_workers", WHOLE, min(10, CORES), "loader processes of each rank"),
-        ("--pin_mem", str2bool, True, "page-locked host memory: faster copies to a GPU"),
-        ("--on_bad_image", ("error", "skip"), "error", "skip: go on without it, and list it"),
-        (
-            "--data_timeout",
-            AMOUNT,
-            None,
-            "seconds that a loader process may take for one image; 0: any time; unset: 1800",
-        ),
-        ("--hflip", CHANCE, 0.5, "chance of a horizontal flip in training"),
-        ("--scale", SHARE, (0.08, 1.0), "area of the random crop: least and most", 2),
-        ("--crop_pct", SHARE, None, "evaluation: crop / resized side; unset: by input size"),
-    ),
-    "augmentation": (
-        ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
-        ("--color_jitter", AMOUNT, None, "strength of colour jitter without --aa; unset: none"),
-        ("--aa", str, "rand-m9-mstd0.5-inc1", "AutoAugment policy as timm writes it, or none"),
-        ("--reprob", CHANCE, 0.25, "chance of random erasing"),
-        ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, one colour or zero"),
-        ("--recount", COUNT, 1, "rectangles erased in an image, at most"),
-        ("--resplit", str2bool, False, "official flag without a use here: true is refused"),
-        ("--smoothing", BELOW_1, 0.1, "label smoothing; 0: none"),
-        ("--mixup", AMOUNT, 0.0, "alpha of mixup; 0: off"),
-        ("--cutmix", AMOUNT, 0.0, "alpha of cutmix; 0: off"),
-        ("--cutmix_minmax", CHANCE, None, "cutmix side, least and most share; turns it on", "+"),
-        ("--mixup_prob", CHANCE, 1.0, "chance that a batch is mixed"),
-        ("--mixup_switch_prob", CHANCE, 0.5, "chance of cutmix when mixup is on too"),
-        ("--mixup_mode", ("batch", "pair", "elem"), "batch", "one draw for each of these"),
-    ),
-    "optimizer and schedule": (
-        ("--epochs", COUNT, 100, "passes over the data"),
-        ("--start_epoch", WHOLE, 0, "first epoch to run; a resumed checkpoint knows better"),
-        ("--batch_size", COUNT, 64, "images in a micro-batch of one rank"),
-        ("--update_freq", COUNT, None, "micro-batches in an update; unset: by --effective_batch"),
-        (
-            "--effective_batch",
-            COUNT,
-            None,
-            "images in an update of all ranks, chooses --update_freq; unset: one micro-batch each",
-        ),
-        ("--opt", str, "adamw", "optimizer, by timm's name"),
-        ("--opt_eps", "float (0, inf)", None, "epsilon; unset: the optimizer's own"),
-        (
-            "--opt_betas",
-            BELOW_1,
-            None,
-            "betas; unset: the optimizer's own, 0.9 0.95 in pre-training by adamw",
-            "+",
-        ),
-        ("--momentum", BELOW_1, 0.9, "for optimizers that have it, such as sgd"),
-        ("--weight_decay", AMOUNT, 0.05, "for matrices; vectors and GRN get none"),
-        ("--weight_decay_end", AMOUNT, None, "reached by cosine at the end; unset: constant"),
-        ("--clip_grad", "float (0, inf)", None, "largest gradient norm; unset: no clipping"),
-        ("--lr", AMOUNT, None, "peak rate, wins over --blr; unset: blr * images an update / 256"),
-        ("--blr", AMOUNT, 5e-4, "peak rate for 256 images an update"),
-        ("--min_lr", AMOUNT, 1e-6, "reached by cosine at the end"),
-        ("--warmup_epochs", AMOUNT, None, f"linear, fractions too; unset: {WARMUP}"),
-        ("--warmup_steps", "int [-1, inf)", -1, "updates, wins over epochs; -1: not used"),
-    ),
-    "starting weights and head": (
-        ("--finetune", str, "", f"{SOURCES} to start from, of any known layout; empty: random"),
-        ("--model_key", str, MODEL_KEY, "keys under which it holds weights, tried in order"),
-        ("--use_ema", str2bool, False, "take the averaged weights of --finetune, --resume"),
-        ("--model_prefix", str, "", "what precedes the names of its weights; empty: nothing"),
-        ("--head_init_scale", AMOUNT, None, "of a new head; unset: 0.001 with --finetune, else 1"),
-        ("--nb_classes", COUNT, None, "classes to tell apart; unset: as many as the data has"),
-        ("--layer_decay", SHARE, 1.0, "learning rate of a layer / of the next; 1: off"),
-        ("--layer_decay_type", ("single", "group"), "single", "a layer is a block or a group of 3"),
-    ),
-    "evaluation and moving average": (
-        ("--model_ema", str2bool, False, "keep an exponential moving average of the weights"),
-        ("--model_ema_decay", BELOW_1, 0.9999, "share of the average kept in an update"),
-        ("--model_ema_force_cpu", str2bool, False, "keep it in host memory"),
-        ("--model_ema_eval", str2bool, False, "evaluate it too"),
-        (
-            "--eval",
-            str2bool,
-            False,
-            "only evaluate: --resume, --finetune, or the best in OUTPUT_DIR",
-        ),
-        ("--disable_eval", str2bool, False, "train without evaluation"),
-        ("--dist_eval", str2bool, True, "share the evaluation among the ranks"),
-        ("--eval_data_path", str, None, "folder of the evaluation data; unset: by --data_set"),
-    ),
-    "run": (
-        ("--config", str, None, "YAML file of flags; the command line wins"),
-        (
-            "--recipe",
-            str,
-            None,
-            "name in recipes/ or a file like those; --config wins; list: show all",
-        ),
-        ("--device", str, "auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N, mps"),
-        ("--seed", WHOLE, 0, "of every random draw"),
-        ("--amp", ("bf16", "fp16", "none"), None, "unset: bf16 on CUDA, none elsewhere"),
-        ("--use_amp", str2bool, None, "true: half precision on any device; false: --amp none"),
-        (
-            "--on_spike",
-            ("skip", "rollback"),
-            "skip",
-            "an update whose loss or gradient is not finite, or whose loss is a spike: leave it "
-            "out, or return to the last snapshot too; bad_batch.json tells what it held",
-        ),
-        ("--spike_factor", AMOUNT, 0.0, "a spike is a loss above so many times the usual; 0: none"),
-        (
-            "--snapshot_freq",
-            COUNT,
-            None,
-            "updates between snapshots in memory, taken at log lines; unset: 100",
-        ),
-        (
-            "--max_bad_steps",
-            WHOLE,
-            10,
-            "updates in a row to leave out, or returns to one snapshot, before the run stops",
-        ),
-        (
-            "--kernels",
-            KERNELS,
-            "auto",
-            "auto: the fastest here, measured once and kept; torch: its own; triton: Triton's",
-        ),
-        ("--compile", str2bool, False, "torch.compile: slow first update, then faster"),
-        ("--cuda_graphs", str2bool, False, "launch a training step's kernels as one; CUDA only"),
-        (
-            "--grad_checkpointing",
-            str2bool,
-            False,
-            "backward computes each block again: much less memory for up to a third more work",
-        ),
-        (
-            "--deterministic",
-            str2bool,
-            False,
-            "the same bits in every run of the command on this machine; no --compile, slower",
-        ),
-        (
-            "--dry_run",
-            str2bool,
-            False,
-            "try data, weights, memory, speed and disk without a run; exit code 1 on a problem",
-        ),
-        ("--print_freq", COUNT, 20, "updates between log lines"),
-        ("--progress", ("auto", "bar", "lines"), "auto", "auto: bar on a terminal, else lines"),
-    ),
-    "checkpoints and logs": (
-        ("--output_dir", str, "", "folder of checkpoints and logs; empty: write nothing"),
-        ("--log_dir", str, None, "for TensorBoard; unset: OUTPUT_DIR/tensorboard; none: off"),
-        ("--resume", str, "", "run to go on from, or weights; newer ones in OUTPUT_DIR win"),
-        ("--sha256", str, "", "of the checkpoint that is named; a file with another is refused"),
-        ("--auto_resume", str2bool, True, "go on from the newest checkpoint in OUTPUT_DIR"),
-        ("--save_ckpt", str2bool, True, "write checkpoints"),
-        ("--save_ckpt_freq", COUNT, 1, "epochs between checkpoints"),
-        ("--save_ckpt_every_steps", COUNT, None, "updates between checkpoints within an epoch too"),
-        ("--save_ckpt_every_minutes", "float (0, inf)", None, "the same by the clock"),
-        (
-            "--max_minutes",
-            "float (0, inf)",
-            None,
-            "then save and exit with 75, to be requeued",
-        ),
-        ("--async_save", str2bool, False, "write checkpoints beside the training, from a copy"),
-        ("--max_save_failures", WHOLE, 5, "saves in a row that may fail before the run stops"),
-        ("--save_ckpt_num", COUNT, 3, "how many of the newest to keep"),
-    ),
-    "many processes": (
-        (
-            "--shard",
-            ("ddp", "zero1", "fsdp"),
-            "ddp",
-            "what each process keeps: everything; its share of the optimizer's moments; its share "
-            "of weights, gradients and moments",
-        ),
-        ("--grad_compression", ("none", "bf16"), "none", "how gradients travel between processes"),
-        (
-            "--sync_bn",
-            str2bool,
-            False,
-            "take BatchNorm's statistics over all GPUs",
-        ),
-        ("--sync_bn_group", WHOLE, 0, "how many neighbouring processes share them; 0: all"),
-    ),
-    "processes (set by launchers)": (
-        ("--world_size", COUNT, 1, "if not 1, must agree with the launcher"),
-        ("--local_rank --local-rank", "int [-1, inf)", -1, "number of this process on its node"),
-        ("--dist_on_itp", str2bool, False, "read the ranks that Open MPI's mpirun sets"),
-        ("--dist_url", str, "env://", "where the processes meet"),
-    ),
-    "submitit": (
-        ("--cluster", ("slurm", "local", "debug"), "slurm", "local: here; debug: in this process"),
-        ("--ngpus", WHOLE, None, "GPUs of each node; 0: CPUs only; unset: 8 on SLURM, else 1"),
-        ("--tasks_per_node", COUNT, None, "processes of each node; unset: one a GPU, else 1"),
-        ("--nodes", COUNT, None, "nodes; unset: 2 on SLURM, else 1"),
-        ("--cpus_per_task", COUNT, 10, "cores of each process, for its --num_workers too"),
-        ("--mem_gb", "float (0, inf)", None, "memory of each node; unset: the cluster's default"),
-        ("--timeout", COUNT, 4320, "minutes after which the job saves and is requeued"),
-        ("--signal_delay", COUNT, 120, "seconds for that save, before the job would be killed"),
-        ("--job_dir", str, "./runs/%j", "shared folder of the job; %%j becomes its number"),
-        ("--partition", str, "", "empty: the cluster's default"),
-        ("--account", str, "", "who pays; empty: the cluster's default"),
-        ("--qos", str, "", "quality of service; empty: the cluster's default"),
-        ("--constraint", str, "", "features that nodes must have, as sbatch has it"),
-        ("--use_volta32", str2bool, False, "ask for V100 GPUs of 32 GB: --constraint volta32gb"),
-        ("--exclude", str, "", "nodes not to use"),
-        ("--gres", str, "", "generic resources; with gpu:TYPE:N in it, instead of --ngpus's"),
-        ("--dependency", str, "", "jobs to wait for, as sbatch has it: afterok:123"),
-        ("--comment", str, "", "note for the scheduler"),
-        ("--array", str, "", "recipes, parted by commas: a job each, and a folder each"),
-        (
-            "--follow",
-            str2bool,
-            False,
-            "print rank 0's log until the job ends; exit code 1 if it failed",
-        ),
-    ),
-    "pictures": (
-        ("--checkpoint", str, "", "of main_pretrain.py, or its output folder"),
-        ("--output", str, "imagined.png", "the PNG to write"),
-        ("--num_images", COUNT, 8, "rows of the picture"),
-        ("--split", ("train", "val"), "train", "which images; not every data set has val"),
-    ),
-    "export": (
-        ("checkpoint", str, None, SOURCES),
-        ("--to", tuple(TARGETS), None, "who shall read it: see above"),
-        ("--output", str, "", "file or folder to write; empty: named by size and target, here"),
-        ("--overwrite", str2bool, False, "replace what is there"),
-        ("--labels", str, None, "hf: file of class names, one a line; unset: the checkpoint's own"),
-        ("--half", str2bool, False, "graphs: weights in float16, sums, input and output float32"),
-        (
-            "--opset",
-            "int [17, 20]",
-            None,
-            "onnx: version of its operations; unset: 17, the first with LayerNormalization, which "
-            "the most runtimes read",
-        ),
-    ),
-}
+# Group -> rows of (flag, kind, default, help, nargs if several values). A kind is BOOL, PATH, NAME,
+# TEXT, a tuple of choices, or a number with its range. Help may end in "; default: WORDS" where the
+# default itself says too little; the range and other defaults are added when help is printed.
+FLAGS: dict[str, tuple] = {}
+# fmt: off
+FLAGS["start here"] = (
+    ("--model", NAME, "convnextv2_base", "name in models.list_models() or package.module:function"),
+    ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
+    ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
+    ("--output_dir", PATH, "", "folder for checkpoints and logs; default: write nothing"),
+    ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),
+    ("--resume", PATH, "", "run or checkpoint to continue; a newer one in --output_dir wins"),
+    ("--batch_size", COUNT, 64, "images per process in each forward pass"),
+    ("--epochs", COUNT, 100, "passes over the training data"),
+    ("--lr", AMOUNT, None, "peak learning rate; default: blr * images per optimizer step / 256"),
+    ("--device", NAME, "auto", "cpu, cuda, cuda:N, mps; auto: CUDA, MPS or CPU, in this order"),
+    ("--dry_run", BOOL, False, "check data, weights, memory, speed and disk without training"),
+    ("--recipe", NAME, None, "flags of a published run: a name (list shows all) or a YAML file"),
+    ("--config", PATH, None, "YAML file of flags, such as the args.yaml of another run"),
+)
+FLAGS["model"] = (
+    ("--input_size", COUNT, 224, "image side in pixels, or height and width", "+"),
+    ("--in_chans", COUNT, 3, "image channels"),
+    ("--stem_stride", (1, 2, 4), 4, "stride of the stem; the network's is 8 times as large"),
+    ("--drop_path", BELOW_1, 0.0, "stochastic depth rate of the last block"),
+)
+FLAGS["masked autoencoder"] = (
+    ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: 8 * stem_stride"),
+    ("--mask_ratio", "float (0, 1)", 0.6, "fraction of the patches to mask"),
+    ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
+    ("--decoder_depth", COUNT, 1, "decoder blocks"),
+    ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
+    ("--picture_freq", WHOLE, 10, "epochs between reconstruction images; 0: none"),
+)
+FLAGS["data"] = (
+    ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
+    ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
+    ("--num_workers", WHOLE, min(10, CORES), "data-loading processes per rank"),
+    ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
+    ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
+    ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
+    ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
+    ("--scale", SHARE, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
+    ("--crop_pct", SHARE, None, "evaluation crop side / image side; default: by input size"),
+)
+FLAGS["augmentation"] = (
+    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "for random crops"),
+    ("--color_jitter", AMOUNT, None, "color jitter strength, used without --aa; default: none"),
+    ("--aa", NAME, "rand-m9-mstd0.5-inc1", "AutoAugment policy in timm's notation, or none"),
+    ("--reprob", CHANCE, 0.25, "probability of random erasing"),
+    ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
+    ("--recount", COUNT, 1, "largest number of erased rectangles per image"),
+    ("--resplit", BOOL, False, "official flag, not supported here: true is refused"),
+    ("--smoothing", BELOW_1, 0.1, "label smoothing; 0: none"),
+    ("--mixup", AMOUNT, 0.0, "mixup alpha; 0: off"),
+    ("--cutmix", AMOUNT, 0.0, "cutmix alpha; 0: off"),
+    ("--cutmix_minmax", CHANCE, None,
+     "smallest and largest cutmix side, enables cutmix; default: by --cutmix", "+"),
+    ("--mixup_prob", CHANCE, 1.0, "probability of mixing a batch"),
+    ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
+    ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share one mixing ratio"),
+)
+FLAGS["optimizer and schedule"] = (
+    ("--blr", AMOUNT, 5e-4, "peak learning rate per 256 images of an optimizer step"),
+    ("--min_lr", AMOUNT, 1e-6, "final learning rate, reached by cosine decay"),
+    ("--warmup_epochs", AMOUNT, None,
+     "epochs of linear warm-up; default: epochs / 5, at most 40 (pre-training) or 20"),
+    ("--warmup_steps", "int [-1, inf)", -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
+    ("--start_epoch", WHOLE, 0, "first epoch; a resumed checkpoint has its own"),
+    ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
+    ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
+    ("--opt", NAME, "adamw", "optimizer, by timm's name"),
+    ("--opt_eps", POSITIVE, None, "optimizer epsilon; default: the optimizer's own"),
+    ("--opt_betas", BELOW_1, None,
+     "optimizer betas; default: the optimizer's own; 0.9 0.95 for adamw in pre-training", "+"),
+    ("--momentum", BELOW_1, 0.9, "momentum of optimizers such as sgd"),
+    ("--weight_decay", AMOUNT, 0.05, "weight decay of matrices; biases, norms and GRN have none"),
+    ("--weight_decay_end", AMOUNT, None, "final weight decay, by cosine; default: constant"),
+    ("--clip_grad", POSITIVE, None, "largest gradient norm; default: no clipping"),
+)
+FLAGS["pretrained weights and head"] = (
+    ("--model_key", NAME, MODEL_KEY, "keys of the weights in the checkpoint, tried in order"),
+    ("--use_ema", BOOL, False, "use the checkpoint's EMA weights"),
+    ("--model_prefix", TEXT, "", "prefix to strip from names of weights; others are ignored"),
+    ("--head_init_scale", AMOUNT, None,
+     "scale of a new head's weights; default: 0.001 with --finetune, otherwise 1"),
+    ("--nb_classes", COUNT, None, "number of classes; default: as many as the data has"),
+    ("--layer_decay", SHARE, 1.0, "learning rate of a layer over that of the next; 1: equal"),
+    ("--layer_decay_type", ("single", "group"), "single", "a layer: one block, or a group of 3"),
+)
+FLAGS["evaluation and EMA"] = (
+    ("--eval", BOOL, False, "only evaluate --resume, --finetune or the best in --output_dir"),
+    ("--disable_eval", BOOL, False, "train without evaluation"),
+    ("--dist_eval", BOOL, True, "split the evaluation over all processes"),
+    ("--eval_data_path", PATH, None, "folder of the evaluation data; default: by --data_set"),
+    ("--model_ema", BOOL, False, "keep an exponential moving average (EMA) of the weights"),
+    ("--model_ema_decay", BELOW_1, 0.9999, "EMA decay per optimizer step"),
+    ("--model_ema_force_cpu", BOOL, False, "keep the EMA weights in CPU memory"),
+    ("--model_ema_eval", BOOL, False, "evaluate the EMA weights as well"),
+)
+FLAGS["precision, speed and reproducibility"] = (
+    ("--amp", ("bf16", "fp16", "none"), None, "mixed precision; default: bf16 on CUDA, or none"),
+    ("--use_amp", BOOL, None, "mixed precision on any device; false: none; default: by --amp"),
+    ("--kernels", KERNELS, "auto", "kernel implementation; auto: the fastest here, measured once"),
+    ("--compile", BOOL, False, "use torch.compile: a slow first step, faster ones afterwards"),
+    ("--cuda_graphs", BOOL, False, "replay the training step as CUDA graphs; for small models"),
+    ("--grad_checkpointing", BOOL, False, "recompute blocks in backward: less memory, slower"),
+    ("--seed", WHOLE, 0, "random seed"),
+    ("--deterministic", BOOL, False, "reproduce runs bit for bit on this machine; slower"),
+)
+FLAGS["NaN and loss spikes"] = (
+    ("--on_spike", ("skip", "rollback"), "skip",
+     "response to a step with NaN, Inf or a loss spike: skip it, or also restore a snapshot"),
+    ("--spike_factor", AMOUNT, 0.0, "loss spike threshold over the recent mean loss; 0: off"),
+    ("--snapshot_freq", COUNT, None, "optimizer steps between snapshots in memory; default: 100"),
+    ("--max_bad_steps", WHOLE, 10, "consecutive bad steps or rollbacks that the run survives"),
+)
+FLAGS["checkpoints and logs"] = (
+    ("--log_dir", PATH, None, "TensorBoard folder, or none; default: OUTPUT_DIR/tensorboard"),
+    ("--print_freq", COUNT, 20, "optimizer steps between log lines"),
+    ("--progress", ("auto", "bar", "lines"), "auto", "progress display; auto: a bar on a terminal"),
+    ("--auto_resume", BOOL, True, "continue from the newest checkpoint in --output_dir"),
+    ("--sha256", TEXT, "", "expected SHA-256 of the checkpoint, 64 hexadecimal digits"),
+    ("--save_ckpt", BOOL, True, "write checkpoints"),
+    ("--save_ckpt_freq", COUNT, 1, "epochs between checkpoints"),
+    ("--save_ckpt_num", COUNT, 3, "number of newest checkpoints to keep"),
+    ("--save_ckpt_every_steps", COUNT, None, "optimizer steps between saves within an epoch"),
+    ("--save_ckpt_every_minutes", POSITIVE, None, "minutes between saves within an epoch"),
+    ("--max_minutes", POSITIVE, None, "minutes until the run saves and exits with code 75"),
+    ("--async_save", BOOL, False, "write checkpoints in the background, from a copy"),
+    ("--max_save_failures", WHOLE, 5, "consecutive failed saves that the run survives"),
+)
+FLAGS["distributed training"] = (
+    ("--shard", ("ddp", "zero1", "fsdp"), "ddp",
+     "sharded: nothing, the optimizer state (zero1), or weights and gradients too (fsdp)"),
+    ("--grad_compression", ("none", "bf16"), "none", "data type for sending gradients"),
+    ("--sync_bn", BOOL, False, "compute BatchNorm statistics over all GPUs"),
+    ("--sync_bn_group", WHOLE, 0, "neighboring processes that share statistics; 0: all"),
+    ("--world_size", COUNT, 1, "number of processes; 1: as the launcher says"),
+    ("--local_rank --local-rank", "int [-1, inf)", -1, "rank on the node, set by launchers"),
+    ("--dist_on_itp", BOOL, False, "read ranks set by Open MPI's mpirun"),
+    ("--dist_url", TEXT, "env://", "address where the processes meet"),
+)
+FLAGS[JOB] = (
+    ("--cluster", ("slurm", "local", "debug"), "slurm", "SLURM, this machine or this process"),
+    ("--nodes", COUNT, None, "nodes; default: 2 on SLURM, otherwise 1"),
+    ("--ngpus", WHOLE, None, "GPUs per node; 0: CPUs only; default: 8 on SLURM, otherwise 1"),
+    ("--tasks_per_node", COUNT, None, "processes per node; default: one per GPU, at least 1"),
+    ("--cpus_per_task", COUNT, 10, "CPU cores per process, for its --num_workers too"),
+    ("--mem_gb", POSITIVE, None, "memory per node in GB; default: the cluster's"),
+    ("--timeout", COUNT, 4320, "time limit in minutes; the job saves and is requeued"),
+    ("--signal_delay", COUNT, 120, "seconds before the time limit when the job saves"),
+    ("--job_dir", PATH, "./runs/%j", "shared folder of the job; %%j: job number"),
+    ("--partition", NAME, "", "SLURM partition; default: the cluster's"),
+    ("--account", NAME, "", "SLURM account; default: the cluster's"),
+    ("--qos", NAME, "", "SLURM quality of service; default: the cluster's"),
+    ("--constraint", TEXT, "", "required node features, in sbatch's syntax"),
+    ("--use_volta32", BOOL, False, "request V100 GPUs with 32 GB (--constraint volta32gb)"),
+    ("--exclude", TEXT, "", "nodes to avoid, in sbatch's syntax"),
+    ("--gres", TEXT, "", "generic resources in sbatch's syntax; gpu:TYPE:N replaces --ngpus"),
+    ("--dependency", TEXT, "", "jobs to wait for in sbatch's syntax, such as afterok:123"),
+    ("--comment", TEXT, "", "comment for the scheduler"),
+    ("--array", TEXT, "", "recipes separated by commas, each a job with its own folder"),
+    ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 if it fails"),
+)
+FLAGS["what to draw"] = (
+    ("--checkpoint", PATH, "", "checkpoint or output folder of main_pretrain.py"),
+    ("--output", PATH, "imagined.png", "PNG file to write"),
+    ("--num_images", COUNT, 8, "rows, one image each"),
+    ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
+)
+FLAGS["what to export"] = (
+    ("checkpoint", PATH, None, SOURCES),
+    ("--to", tuple(TARGETS), None, "target format, listed above"),
+    ("--output", PATH, "", "file or folder to write; default: named by size and format"),
+    ("--overwrite", BOOL, False, "replace an existing output"),
+    ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
+    ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
+    ("--opset", "int [17, 20]", None, "onnx: opset version; default: 17, the most portable"),
+)
+# fmt: on

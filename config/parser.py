@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The command line of each script: parsers, cross-checks, frozen arguments.
+"""Command-line parsers of all scripts, checks across flags, and frozen arguments.
 
 python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['--help'])"
 """
@@ -13,22 +13,22 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from config import recipes
-from config.flags import (
-    EXPORT_HELP,
-    FLAGS,
-    FOLDERS,
-    GRAPHS,
-    HELP,
-    MODEL_KEY,
-    NEED_PATH,
-    SOURCES,
-    TARGETS,
-    number,
-    str2bool,
-)
+from config import flags, recipes
+from config.flags import as_typed
+from errors import did_you_mean
 
-OTHER_SCRIPTS = ("submitit", "pictures", "export")  # groups of FLAGS that no main has
+OTHER_SCRIPTS = (flags.JOB, "what to draw", "what to export")  # groups of FLAGS
+FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
+CONFLICTS = (  # two flags that exclude each other, and the reason
+    ("deterministic", "compile", "torch.compile chooses kernels by timing"),
+    ("dry_run", "eval", "a dry run checks training"),
+    ("cuda_graphs", "compile", "both capture the training step"),
+    ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
+    ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
+    ("disable_eval", "model_ema_eval", "there would be no evaluation"),
+    ("eval", "cuda_graphs", "graphs are for training"),
+    ("eval", "disable_eval", "there would be nothing to do"),
+)
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -43,122 +43,112 @@ class FrozenNamespace(argparse.Namespace):
     __delattr__ = __setattr__
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Append the range and the default to each flag's help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, _, default = (action.help or "").partition("; default: ")
+        if not default and action.default not in (None, "", argparse.SUPPRESS):
+            default = as_typed(action.default).replace("%", "%%")
+        notes = [getattr(action.type, "range", ""), f"default: {default}" if default else ""]
+        return f"{text} ({'; '.join(filter(None, notes))})" if any(notes) else text
 
 
 class _Parser(argparse.ArgumentParser):
-    script = ""  # the main whose flags these are
-    source = ""  # names the file of flags while its values are parsed
+    script = ""  # the main script that these flags are for
+    source = ""  # names the config file while its values are parsed
 
-    def error(self, message: str) -> NoReturn:  # the usage, ninety flags, would hide the message
+    def __init__(self, usage: str, description: str) -> None:
+        super().__init__(usage=usage, description=description, allow_abbrev=False)
+        self.formatter_class = partial(_Help, max_help_position=30)
+
+    def error(self, message: str) -> NoReturn:  # argparse's usage would hide the message
         self.exit(2, f"{self.prog}: error: {self.source}{message}\n(see {self.prog} --help)\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
             word = next((word for word in extra if word.startswith("-")), extra[0])
-            hint = recipes.closest(word.partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized argument {word!r}; {hint}")
+            hint = did_you_mean(word.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized argument {word!r}. {hint}")
         return parsed
 
 
-def add_args(parser: argparse.ArgumentParser, *groups: str, only: Sequence[str] = ()) -> None:
-    """Declare these groups of FLAGS, or of their flags only some."""
-    for title in groups:
-        group = parser.add_argument_group(title)
-        rows = [row for row in FLAGS[title] if not only or row[0] in only]
-        for flags, kind, default, text, *nargs in rows:
-            more: dict[str, Any] = {"nargs": nargs[0]} if nargs else {}
-            if isinstance(kind, tuple):
-                more |= {"type": type(kind[0]), "choices": kind}
-            elif kind is str2bool:
-                more |= {"type": kind, "metavar": "BOOL", "nargs": "?", "const": True}
-            else:
-                more |= {"type": number(kind), "metavar": "N"} if kind is not str else {}
-            group.add_argument(*flags.split(), default=default, help=text, **more)
+def add_flags(
+    parser: argparse.ArgumentParser, title: str, only: str = "", left_out: Sequence[str] = ()
+) -> None:
+    """Add a group of FLAGS, or under a new title only some flags of any group."""
+    group = parser.add_argument_group(title)
+    rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
+    rows = [row for row in rows or flags.FLAGS[title] if row[0] not in left_out]
+    for names, kind, default, text, *nargs in rows:
+        options: dict[str, Any] = {"default": default, "help": text}
+        if isinstance(kind, tuple):
+            options |= {"type": type(kind[0]), "choices": kind}
+        elif kind == flags.BOOL:
+            options |= {"type": flags.str2bool, "metavar": kind, "nargs": "?", "const": True}
+        elif kind in (flags.PATH, flags.NAME, flags.TEXT):
+            options["metavar"] = kind if names.startswith("-") else names.upper()
+        else:
+            options |= {"type": flags.number(kind), "metavar": kind.split()[0].upper()}
+        group.add_argument(*names.split(), **options, **({"nargs": nargs[0]} if nargs else {}))
 
 
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:
-    """What `submitit_*.py` asks of the cluster, on top of a main's flags."""
-    add_args(parser, "submitit")
+    """Add the flags of `submitit_*.py` that describe the job to those of a main script."""
+    add_flags(parser, flags.JOB)
+    if isinstance(parser, _Parser):
+        parser.description = flags.SUBMITIT_HELP % {"kind": parser.script.removeprefix("main_")}
 
 
-def _make_parser(script: str, aim: str, *left_out: str) -> argparse.ArgumentParser:
-    parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False)
-    parser.description = HELP % (aim, script, script)
-    parser.formatter_class = partial(_Help, max_help_position=32)
-    parser.script = script.removesuffix(".py")
-    add_args(parser, *(title for title in FLAGS if title not in (*left_out, *OTHER_SCRIPTS)))
+def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
+    """Make the parser of main_KIND.py, without some groups or single flags."""
+    parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
+    parser.script = f"main_{kind}"
+    for title in flags.FLAGS:
+        if title not in (*left_out, *OTHER_SCRIPTS):
+            add_flags(parser, title, left_out=left_out)
     return parser
 
 
 def pretrain_parser() -> argparse.ArgumentParser:
     """The flags of main_pretrain.py."""
-    aim = "Pre-train ConvNeXt V2 as a masked autoencoder (FCMAE)."
-    left_out = ("augmentation", "starting weights and head", "evaluation and moving average")
-    parser = _make_parser("main_pretrain.py", aim, *left_out)
+    aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
+    parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
     parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
     return parser
 
 
+def finetune_parser() -> argparse.ArgumentParser:
+    """The flags of main_finetune.py."""
+    aim = "Fine-tune a classifier, train it from scratch, or evaluate it (--eval)."
+    return _main_parser("finetune", aim, "masked autoencoder")
+
+
 def visualize_parser() -> argparse.ArgumentParser:
-    """The flags of visualize.py; data that is not given is that of the run that is looked at."""
-    parser = _Parser(usage="%(prog)s [FLAGS]", allow_abbrev=False, formatter_class=_Help)
-    parser.description = "Draw what a pre-trained model imagines behind the mask."
-    add_args(parser, "pictures")
-    add_args(parser, "model", only=("--model",))
-    add_args(parser, "data", only=("--data_set", "--data_path", "--data_index"))
-    add_args(parser, "evaluation and moving average", only=("--eval_data_path",))
-    add_args(parser, "run", only=("--device", "--seed"))
+    """The flags of visualize.py; unset ones are as in the pre-training run."""
+    aim = "Draw images, their masks and their reconstructions by a pre-trained model."
+    parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
+    add_flags(parser, "what to draw")
+    names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
+    add_flags(parser, "instead of what the run used", names)
     parser.set_defaults(model=None, data_set=None, data_path=None)
     return parser
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """The flags of export.py; what is not given is as in the run that is exported."""
-    usage = "%(prog)s CHECKPOINT --to TARGET [FLAGS]"
-    parser = _Parser(usage=usage, allow_abbrev=False, description=EXPORT_HELP % SOURCES)
-    parser.formatter_class = partial(_Help, max_help_position=32)
-    add_args(parser, "export")
-    add_args(parser, "model", only=("--input_size",))
-    add_args(parser, "data", only=("--crop_pct", "--imagenet_default_mean_and_std"))
-    which = ("--model_key", "--use_ema", "--model_prefix")
-    add_args(parser, "starting weights and head", only=which)
-    add_args(parser, "checkpoints and logs", only=("--sha256",))
+    """The flags of export.py; unset ones are as in the run that is exported."""
+    parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
+    add_flags(parser, "what to export")
+    add_flags(parser, "which weights", "--model_key --use_ema --model_prefix --sha256")
+    names = "--input_size --crop_pct --imagenet_default_mean_and_std"
+    add_flags(parser, "instead of what the run used", names)
     parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
     return parser
 
 
-def export_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with flags of export.py: each acts on a target or is refused."""
-    if args.to is None:
-        return (yield f"--to: expected one of {', '.join(TARGETS)}")
-    if args.half and args.to not in GRAPHS:
-        yield f"--half true: weights for {args.to} keep their precision; who loads them can cast"
-    if args.opset and args.to != "onnx":
-        yield f"--opset {args.opset} is a matter of --to onnx; drop it"
-    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std"):
-        if getattr(args, name) is not None and args.to != "hf":
-            yield f"--{name}: of all targets only hf has a place for it; drop it"
-    suffix = TARGETS[args.to]
-    if args.output and not args.output.endswith(suffix):
-        yield f"--output {args.output}: expected a name that ends in {suffix}"
-    if len(args.input_size or ()) > 2:
-        yield f"--input_size: got {args.input_size}, expected a side, or height and width"
-    if args.use_ema and args.model_key != MODEL_KEY:
-        yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
-
-
-def finetune_parser() -> argparse.ArgumentParser:
-    """The flags of main_finetune.py."""
-    aim = "Fine-tune ConvNeXt V2 (--finetune CKPT), train from scratch, or evaluate (--eval true)."
-    return _make_parser("main_finetune.py", aim, "masked autoencoder")
-
-
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
-    """Read the command line, over `--config` and `--recipe` if given, resolve, check and freeze."""
+    """Read the command line over `--config` over `--recipe`; finalize, check and freeze it."""
     args = finalize(argparse.Namespace(**recipes.read_flags(parser, argv)))
     for problem in _problems(args):
         parser.error(problem)
@@ -168,25 +158,26 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def finalize(args: argparse.Namespace) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
-    `--use_amp false` becomes `amp="none"`; with `amp=None` the main decides by the device:
+    `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
     new = {key: tuple(x) if isinstance(x, list) else x for key, x in vars(args).items()}
+    pretrain = "mask_ratio" in new
     size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
     new["input_size"] = size * 2 if len(size) == 1 else size
     if new["warmup_epochs"] is None:
-        new["warmup_epochs"] = min(40.0 if "mask_ratio" in new else 20.0, new["epochs"] / 5)
+        new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
     if new.get("job_dir") == "":
         new["job_dir"] = "./runs/%j"
-    if "mask_ratio" in new and new["opt_betas"] is None and new["opt"].lower() == "adamw":
-        new["opt_betas"] = (0.9, 0.95)
     if new["use_amp"] is False and new["amp"] is None:
         new["amp"] = "none"
     if new["deterministic"] and new["kernels"] == "auto":
-        new["kernels"] = "torch"  # which of them is the fastest may differ between two runs
-    if "mask_ratio" in new and new["patch_size"] is None:
-        new["patch_size"] = 8 * new["stem_stride"]
-    if "finetune" in new:
+        new["kernels"] = "torch"  # two runs may measure different kernels as the fastest
+    if pretrain:
+        if new["opt_betas"] is None and new["opt"].lower() == "adamw":
+            new["opt_betas"] = (0.9, 0.95)
+        new["patch_size"] = new["patch_size"] or 8 * new["stem_stride"]
+    else:
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
@@ -194,118 +185,120 @@ def finalize(args: argparse.Namespace) -> FrozenNamespace:
 
 
 def dump_args(args: argparse.Namespace) -> str:
-    """YAML that `--config` reads back to the same args."""
+    """Write args as YAML that `--config` reads back to the same args."""
     import yaml
 
     values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(args).items()}
     values.pop("config", None)
-    recipe = values.pop("recipe", None)  # every flag of it is in the values, changed or not
+    recipe = values.pop("recipe", None)  # its flags are among the values
     return f"# recipe {recipe}\n" * bool(recipe) + yaml.safe_dump(values, sort_keys=False)
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
-    if args.data_set in NEED_PATH and not (
-        args.data_path or (vars(args).get("eval") and args.eval_data_path)
-    ):
-        yield f"--data_path is missing, --data_set {args.data_set} needs it; give the folder"
-    if args.data_index and args.data_set not in FOLDERS:
-        yield f"--data_index lists images in folders, --data_set {args.data_set} has none; drop it"
+    """Yield a message for each combination of flags that cannot work."""
+    values = vars(args)
+    for one, other, reason in CONFLICTS:
+        if values.get(one) and values.get(other):
+            both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"
+            yield f"{both} cannot be combined: {reason}; drop one"
+    evaluates_elsewhere = values.get("eval") and args.eval_data_path
+    if args.data_set in flags.NEED_PATH and not (args.data_path or evaluates_elsewhere):
+        yield f"--data_set {args.data_set} needs --data_path; give the folder of the data"
+    if args.data_index and args.data_set not in flags.FOLDERS:
+        yield f"--data_index is for folders of images, not for --data_set {args.data_set}; drop it"
     if len(args.input_size) != 2:
-        yield f"--input_size: got {args.input_size}, expected one or two numbers (height, width)"
+        yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
     if args.scale[0] > args.scale[1]:
-        yield f"--scale: got {args.scale}, expected least and most; swap them"
+        yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
-        yield f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}; lower it"
+        yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
     if args.warmup_epochs > args.epochs:
-        yield f"--warmup_epochs {args.warmup_epochs:g} > --epochs {args.epochs}; lower the first"
+        yield f"--warmup_epochs {args.warmup_epochs:g} is above --epochs {args.epochs}; lower it"
     if args.lr is not None and args.min_lr > args.lr:
-        yield f"--min_lr {args.min_lr} > --lr {args.lr}; lower --min_lr"
+        yield f"--min_lr {args.min_lr} is above --lr {args.lr}; lower --min_lr"
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
-        yield f"--use_amp {args.use_amp} contradicts --amp {args.amp}; give only --amp"
-    if args.sha256 and bool(args.resume) == bool(vars(args).get("finetune")):
-        yield "--sha256 belongs to one file; give either --resume or --finetune with it"
-    if args.deterministic and args.compile:
-        yield "--deterministic true: what --compile true makes is chosen by measuring; drop one"
-    within = args.opt.lower().removeprefix("lookahead_")
-    if args.deterministic and within.startswith(("bnb", "fused")):  # timm's, of others
-        yield f"--deterministic true: torch does not know how --opt {args.opt} adds; drop one"
-    if args.dry_run and vars(args).get("eval"):
-        yield "--dry_run true tries a training run; --eval true writes nothing: drop one"
+        yield f"--use_amp {as_typed(args.use_amp)} contradicts --amp {args.amp}; give only --amp"
+    if args.sha256 and bool(args.resume) == bool(values.get("finetune")):
+        yield "--sha256 is for one file; give it with either --resume or --finetune"
+    opt = args.opt.lower().removeprefix("lookahead_")
+    if args.deterministic and opt.startswith(("bnb", "fused")):  # kernels of other packages
+        yield f"--deterministic true is not possible with --opt {args.opt}; drop one"
     if args.snapshot_freq and args.on_spike != "rollback":
-        yield f"--snapshot_freq {args.snapshot_freq}: --on_spike skip takes none; drop one"
+        yield f"--snapshot_freq {args.snapshot_freq} needs --on_spike rollback; add it or drop both"
     if 0 < args.spike_factor <= 1:
-        yield f"--spike_factor {args.spike_factor:g}: the usual is no spike; give 3 or more, or 0"
+        yield f"--spike_factor {args.spike_factor:g}: expected 3 or more, or 0 for no spike check"
     if args.data_timeout and not args.num_workers:
-        got = f"--data_timeout {args.data_timeout:g}"
-        yield f"{got} watches loader processes, --num_workers 0 has none; give some, or drop it"
-    if args.cuda_graphs and args.compile:
-        yield "--cuda_graphs true and --compile true exclude each other; drop one"
-    if args.cuda_graphs and args.grad_checkpointing:
-        got = "--cuda_graphs true is for small models, --grad_checkpointing true for big ones"
-        yield f"{got}; drop one"
-    if args.update_freq is not None and args.effective_batch is not None:
-        got = f"--update_freq {args.update_freq} and --effective_batch {args.effective_batch}"
-        yield f"{got} both say how much an update accumulates; drop one"
+        yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and (args.update_freq or 1) > 1:
-        yield f"--cuda_graphs true cannot accumulate: --update_freq {args.update_freq}; drop one"
+        yield f"--cuda_graphs true cannot accumulate (--update_freq {args.update_freq}); drop one"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    yield from _pretrain_problems(args) if "mask_ratio" in args else _finetune_problems(args)
+    yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)
 
 
 def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     patch, stride = args.patch_size, 8 * args.stem_stride
-    if patch % stride:
-        yield f"--patch_size {patch}: not a multiple of 8 * stem_stride; try {_near(patch, stride)}"
-    for side in args.input_size:
-        if side % patch:
-            yield f"--input_size {side}: not a multiple of --patch_size; try {_near(side, patch)}"
+    for flag, value, step, name in (
+        ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
+        *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
+    ):
+        if value % step:
+            low = value // step * step
+            near = f"{low} or {low + step}" if low else step
+            yield f"--{flag} {value} is not a multiple of {name}; try {near}"
     patches = math.prod(side // patch for side in args.input_size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
         yield f"{got}, expected 1 to {patches - 1}; raise --input_size or change --mask_ratio"
     if args.crop_pct is not None:
-        yield "--crop_pct: pre-training has no evaluation to crop for; leave it out"
-
-
-def _near(value: int, step: int) -> str:
-    low = value // step * step
-    return f"{low} or {low + step}" if low else str(step)
+        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
 def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
-    span, stride = args.cutmix_minmax, 8 * args.stem_stride
+    minmax, stride = args.cutmix_minmax, 8 * args.stem_stride
     if args.model.startswith("convnextv2") and min(args.input_size) < stride:
-        yield f"--input_size {args.input_size}: expected at least {stride}; lower --stem_stride"
+        got = as_typed(args.input_size)
+        yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
     if args.resplit:
-        yield "--resplit true: there are no augmentation splits here; leave it out"
-    if span is not None and (len(span) != 2 or span[0] > span[1]):
-        yield f"--cutmix_minmax: got {span}, expected two numbers, least and most"
-    mixing = (args.mixup > 0 or args.cutmix > 0 or span is not None) and not args.eval
+        yield "--resplit true is not supported: there are no augmentation splits; leave it out"
+    if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
+        yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
+    mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval
     if mixing and args.batch_size % 2:
-        yield f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; make it even"
+        yield f"--batch_size {args.batch_size}: --mixup and --cutmix need pairs; make it even"
     for name in ("model_ema_eval", "model_ema_force_cpu"):
         if getattr(args, name) and not args.model_ema:
             yield f"--{name} true needs --model_ema true; give both or neither"
-    if args.disable_eval and args.model_ema_eval:
-        yield "--disable_eval true leaves --model_ema_eval nothing to do; drop one"
-    if args.eval_data_path and args.data_set in (
-        "IMNET",
-        "CIFAR10",
-        "CIFAR",
-        "DIGITS",
-        "SYNTHETIC",
-    ):
-        yield f"--eval_data_path: --data_set {args.data_set} has its own; use image_folder"
+    if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
+        got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
+        yield f"{got}; use --data_set image_folder or drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):
-        yield "--use_ema true: no weights to choose among; give --finetune, --resume or --eval"
-    if args.use_ema and args.model_key != MODEL_KEY:
+        yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
+    yield from _two_names(args)
+    if args.eval and not (args.resume or args.finetune or (args.auto_resume and args.output_dir)):
+        yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"
+
+
+def _two_names(args: argparse.Namespace) -> Iterator[str]:
+    if args.use_ema and args.model_key != flags.MODEL_KEY:
         yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
-    if args.eval and args.cuda_graphs:
-        yield "--cuda_graphs true serves training; drop it with --eval true"
-    if args.eval and args.disable_eval:
-        yield "--eval true and --disable_eval true leave nothing to do; --disable_eval false"
-    source = args.resume or args.finetune or (args.auto_resume and args.output_dir)
-    if args.eval and not source:
-        yield "--eval true: no weights to evaluate; give --resume CHECKPOINT"
+
+
+def export_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each flag of export.py that the format cannot use."""
+    if args.to is None:
+        return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
+    if args.half and args.to not in flags.GRAPHS:
+        yield f"--half true: weights for {args.to} keep their precision; drop it"
+    if args.opset and args.to != "onnx":
+        yield f"--opset {args.opset} is for --to onnx only; drop it"
+    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std"):
+        if getattr(args, name) is not None and args.to != "hf":
+            yield f"--{name} is for --to hf only, other formats cannot store it; drop it"
+    suffix = flags.TARGETS[args.to]
+    if args.output and not args.output.endswith(suffix):
+        yield f"--output {args.output}: expected a name that ends in {suffix}"
+    if len(args.input_size or ()) > 2:
+        yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from _two_names(args)

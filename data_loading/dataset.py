@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""A stored data set with a transform, seeded for each sample.
+"""A dataset with a transform, seeded for each sample, and its samples collated to a batch.
 
-python -c "from data_loading.dataset import Augmented; print(Augmented.__doc__)"
+python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import patiently
+from data_loading.bad_images import retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode
-from data_loading.rng import mix, seed_all
+from data_loading.rng import fold_in, seed_all
 from errors import UserError
 
-TRIES = 100  # others in place of an image that cannot be used
+TRIES = 100  # other images to try in place of a bad one
 
 
-class Replaced(NamedTuple):
-    """Another sample, or None, in place of those that cannot be used: (name, why) of each."""
+class Replacement(NamedTuple):
+    """Another sample, or None, in place of bad images; bad: (name, reason) of each."""
 
     sample: tuple[Tensor, int, int] | None
     bad: list[tuple[str, str]]
 
 
-class Augmented(Dataset):
-    """`dataset` with `transform`, asked by keys (epoch, index) and seeded by (seed, epoch, index).
+class TransformedDataset(Dataset):
+    """`dataset` with `transform`; (seed, epoch, index) seeds the random draws of a sample.
 
-    Returns (image (C, H, W), label, index), or a UserError where the sample cannot be used: as a
-    value, because what a worker raises reaches the user as a long traceback. What a transform
-    raises is a bug and stays an exception. on_bad: for an image that cannot be decoded `error`, or
-    a `Replaced` that says so: with `replace` it holds another by the hash of (seed, epoch, index),
-    which keeps the index and so the mask of its place, with `leave out` none.
+    Keys are (epoch, index), samples (image (C, H, W), label, index). A sample that cannot be used
+    is returned as a UserError: if a worker raised it, users would see a long traceback. An
+    exception in the transform is a bug and stays an exception. on_bad, for an image that cannot be
+    decoded: `error`; `replace` returns a `Replacement` that depends on (seed, epoch, index) alone
+    and keeps the index, and so the mask; `leave out` returns an empty `Replacement`.
     """
 
     def __init__(
@@ -56,15 +57,17 @@ class Augmented(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Replaced | UserError:
+    def __getitem__(
+        self, key: tuple[int, int]
+    ) -> tuple[Tensor, int, int] | Replacement | UserError:
         index, bad = key[1], []
         for attempt in range(1 + TRIES * (self.on_bad == "replace")):
             draw = (self.seed, *key, attempt) if attempt else (self.seed, *key)
-            chosen = mix(*draw) % len(self) if attempt else index
+            chosen = fold_in(*draw) % len(self) if attempt else index
             try:
                 image, label = self._load(chosen, draw)
                 sample = self.transform(image), label, index
-                return Replaced(sample, bad) if bad else sample
+                return Replacement(sample, bad) if bad else sample
             except BadImage as error:
                 if self.on_bad == "error":
                     return error
@@ -72,10 +75,10 @@ class Augmented(Dataset):
             except UserError as error:
                 return error
         if self.on_bad == "leave out":
-            return Replaced(None, bad)
+            return Replacement(None, bad)
         return UserError(
-            f"{TRIES} others in place of {self.name_of(index)} cannot be used either, the last "
-            f"{bad[-1][0]} ({bad[-1][1]}); too many to go on without: look at the data"
+            f"{self.name_of(index)} cannot be used, nor can {TRIES} others in its place; the last "
+            f"is {bad[-1][0]} ({bad[-1][1]}). Check the data"
         )
 
     def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
@@ -86,7 +89,7 @@ class Augmented(Dataset):
 
     def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
         try:
-            image, label = patiently(partial(self._read, index, draw))
+            image, label = retry_io(partial(self._read, index, draw))
         except (BadImage, *UNREADABLE) as error:
             if isinstance(error, UserError) and not isinstance(error, BadImage):
                 raise UserError(f"{self.name_of(index)}: {error}") from error
@@ -94,25 +97,43 @@ class Augmented(Dataset):
             if not isinstance(error, BadImage):
                 reason = f"{type(error).__name__}: {reason}"
             raise BadImage(
-                f"cannot read {self.name_of(index)} ({reason}); replace or remove it, or do "
-                "without such images: --on_bad_image skip",
+                f"cannot read {self.name_of(index)} ({reason}); replace or remove it, or skip "
+                "such images: --on_bad_image skip",
                 reason,
             ) from error
         if label is None and self.nb_classes is not None:
             raise UserError(f"{self.name_of(index)} has no label; expected (image, label)")
-        label = 0 if label is None else int(label)  # pre-training has no use for it
+        label = 0 if label is None else int(label)  # pre-training does not use it
         if self.nb_classes is not None and not 0 <= label < self.nb_classes:
             expected = f"expected 0 to {self.nb_classes - 1}"
             raise UserError(f"{self.name_of(index)}: label {label}; {expected}")
         return image, label
 
     def _file(self, index: int) -> str | None:
-        entries = getattr(self.dataset, "samples", None)  # (path, label) where there are files
+        entries = getattr(self.dataset, "samples", None)  # torchvision's name: (path, label) pairs
         listed = isinstance(entries, Sequence) and not isinstance(entries, str)
         entry = entries[index] if listed and index < len(entries) else None
         path = entry[0] if isinstance(entry, tuple | list) and entry else entry
         return str(path) if isinstance(path, str | os.PathLike) else None
 
     def name_of(self, index: int) -> str:
-        """`image <its file>`, or `image number 7` where there are no files."""
+        """Return `image PATH`, or `image number 7` if the dataset has no files."""
         return f"image {self._file(index) or f'number {index}'}"
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
+    """Stack samples to images (N, C, H, W), labels (N,), ids (N,) and a list of bad images.
+
+    Returns the first UserError among the samples instead, if there is one. The list holds (name,
+    reason). N is 0 if all images were left out.
+    """
+    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    if error is not None:
+        return error
+    bad = [fault for sample in samples if isinstance(sample, Replacement) for fault in sample.bad]
+    samples = [sample.sample if isinstance(sample, Replacement) else sample for sample in samples]
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad
+    images, labels, ids = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad

@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""From a file to the picture that a person would see, or a BadImage that says why not.
+"""Decode image files as a viewer shows them; a file that cannot be decoded is a BadImage.
 
-python -c "from data_loading.decode import load_image; print(load_image('assets/imagined.png'))"
+python -c "from data_loading import decode; decode.load_image('assets/reconstructions.png').show()"
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torchvision.transforms.functional import to_pil_image
 
 from errors import UserError
 
-MODES = {1: "L", 3: "RGB"}  # channels -> what PIL calls them
-# PIL would open others too: of EPS it has Ghostscript run the program that the file is.
+MODES = {1: "L", 3: "RGB"}  # channels -> mode of PIL
+# PIL would open others too, and for EPS run Ghostscript, which executes the file's program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-EXTENSIONS = (  # of files to look for in folders; what they are their content says
+EXTENSIONS = (  # of the files to list in folders; their content decides the format
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".ppm", ".pgm",
     ".pbm", ".pnm", ".tif", ".tiff",
 )  # fmt: skip
-PIXELS = 2**28  # that an image may have: 16,384 x 16,384, which is 1 GB to work on
-# What a damaged file raises, in PIL and in the decoders below it.
+MAX_PIXELS = 2**28  # 16,384 x 16,384 pixels, which take 1 GB as RGBA
+# Errors that PIL and its decoders raise for a damaged file.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 UNREADABLE += (Image.DecompressionBombError,)
-SIGNED = 2  # a sample format of TIFF
-ORIENTATION = 0x0112  # of EXIF: how the camera was held
-TURNS = {
+SIGNED = 2  # a TIFF sample format
+ORIENTATION = 0x0112  # EXIF tag
+TRANSPOSE = {  # EXIF orientation -> how to make the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,7 +45,7 @@ TURNS = {
 
 
 class BadImage(UserError):
-    """One image cannot be used, for a reason; `--on_bad_image skip` does without it."""
+    """An image cannot be used, for `reason`; `--on_bad_image skip` skips it."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
@@ -53,46 +53,36 @@ class BadImage(UserError):
 
 
 def load_image(path: str) -> Image.Image:
-    """Decode a whole file, of an animation the first picture, in its own mode; or BadImage.
-
-    `decode` makes it RGB or grey.
-    """
+    """Decode a file in its own mode, the first frame of an animation; `decode` converts it."""
     with open(path, "rb") as file:
         return load_image_file(file)
 
 
 def load_image_file(file: BinaryIO) -> Image.Image:
-    """`load_image` of an open file."""
+    """`load_image` of an open file. Our limit of pixels replaces PIL's, which crops check too."""
     try:
-        image = _open(file)
-        image.load()
-    except (MemoryError, BadImage, *UNREADABLE):  # the first says nothing about the file
-        raise
-    except Exception as error:  # a damaged file leads PIL astray in many ways
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-    return image
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    """Its header; PIL's own limit of pixels makes way for ours, here and where crops ask for it."""
-    Image.MAX_IMAGE_PIXELS = None
-    try:
+        Image.MAX_IMAGE_PIXELS = None
         image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImage(
+                f"it has {width} x {height} pixels, above the limit of {MAX_PIXELS}: it may be a "
+                "decompression bomb; resize it if it is genuine"
+            )
+        image.load()
+    except (MemoryError, BadImage, *UNREADABLE):  # lack of memory is not the file's fault
+        raise
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
+        raise BadImage(f"{type(error).__name__}: {error}") from error
     finally:
-        Image.MAX_IMAGE_PIXELS = PIXELS
-    width, height = image.size
-    if width * height > PIXELS:
-        raise BadImage(
-            f"it has {width} x {height} pixels, above the limit of {PIXELS}: a decompression bomb, "
-            "or to be made smaller first"
-        )
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     return image
 
 
 def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
-    """Make `sample` an RGB or grey PIL image, or a checked (in_chans, H, W) tensor.
+    """Convert `sample` to an RGB or grey PIL image, or to a checked (in_chans, H, W) tensor.
 
-    An image is turned as its EXIF says, and lies on white where it is transparent.
+    The EXIF orientation is applied, and transparent pixels become white.
     """
     if isinstance(sample, Tensor):
         bytes_ = sample.dtype == torch.uint8
@@ -110,27 +100,28 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
             f"--in_chans {in_chans} needs a dataset of ({in_chans}, H, W) tensors, got a PIL image "
             f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
         )
-    sample.load()  # TIFF and PNG know their orientation only then
-    turn, image = _turn(sample), _eight_bits(sample)
-    return _on_white(image if turn is None else image.transpose(turn), MODES[in_chans])
+    sample.load()  # TIFF and PNG have their orientation only after it
+    method, image = _transpose_method(sample), _eight_bits(sample)
+    return _on_white(image if method is None else image.transpose(method), MODES[in_chans])
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _transpose_method(image: Image.Image) -> Image.Transpose | None:
+    """Look up the orientation; ImageOps.exif_transpose also rewrites the EXIF, which can fail."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # a damaged EXIF block does not make the picture any worse
+        return TRANSPOSE.get(image.getexif().get(ORIENTATION))
+    except Exception:  # the pixels are good even if the EXIF block is damaged
         return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of one with more bits the upper 8, since PIL's own conversion cuts off above 255."""
+    """Keep the upper 8 bits of deeper images; PIL's own conversion would clip above 255."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
     if image.mode == "F":
-        raise BadImage("got an image of floats, whose range is unknown; expected 8 or 16 bits")
+        raise BadImage("got float pixels of unknown range; expected 8 or 16 bits")
     if SIGNED in tags.get(Tiff.SAMPLEFORMAT, ()):
-        raise BadImage("got signed pixels, whose range is unknown; expected 8 or 16 bits from 0")
+        raise BadImage("got signed pixels of unknown range; expected 8 or 16 bits from 0")
     if tags and image.mode == "I":
-        raise BadImage("got 32 bits a pixel, whose range is unknown; expected 8 or 16 bits")
+        raise BadImage("got 32 bits per pixel, of unknown range; expected 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
     deep = np.asarray(image)  # (H, W)
@@ -138,14 +129,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     grey = (deep >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
         grey = 255 - grey
-    hidden = image.info.get("transparency")  # a value, of 16 bits too
-    if isinstance(hidden, int):
-        grey[deep == hidden] = 255
+    transparent = image.info.get("transparency")  # a 16-bit value
+    if isinstance(transparent, int):
+        grey[deep == transparent] = 255
     return Image.fromarray(grey)
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:
-    """What lies under transparent pixels was never meant to be seen; pages are white."""
+    """Paste onto white: the colour of transparent pixels is arbitrary."""
     if image.mode not in ("RGBA", "RGBa", "LA", "PA") and "transparency" not in image.info:
         return image.convert(mode)
     image = image.convert("RGBA")
@@ -154,5 +145,5 @@ def _on_white(image: Image.Image, mode: str) -> Image.Image:
 
 
 def describe(tensor: Tensor) -> str:
-    """`uint8 tensor (3, 8, 8)`"""
+    """Return e.g. `uint8 tensor (3, 8, 8)`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} tensor {tuple(tensor.shape)}"

@@ -1,15 +1,14 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Which images a folder holds, in a few long arrays: in memory, or in a file that processes map.
+"""Image folders, and lists of their files as a few arrays in memory or memory-mapped from disk.
 
 python -c "from data_loading.folders import list_images; print(list_images('assets', False)[0])"
 
-It holds, with numbers of 8 bytes, little-endian:
+An index on disk is a folder:
 
-    MAGIC, version, number of images, end of the paths, length of the JSON, CRC-32 of these and it
-    the paths, relative to the root, as bytes, a zero after each; more zeros to a multiple of 8
-    where each path begins, and where one more would
-    JSON: the root, when it was listed, and [class, number of images] of each in order of the labels
+    paths.npy    (bytes,) uint8: the paths relative to the root, each followed by a zero
+    offsets.npy  (images + 1,) int64: where each path begins in paths.npy, and their end
+    index.json   root, time of listing, [class, number of images] in order of the labels, CRC-32
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ import heapq
 import io
 import itertools
 import json
-import mmap
 import os
-import struct
+import secrets
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,33 +35,34 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import patiently
+from data_loading.bad_images import retry_io
 from data_loading.decode import EXTENSIONS, load_image
-from errors import UserError, some
+from errors import UserError, first_few
 from parallel.process_group import from_main_process, get_logger
-from utils import write_atomically
 
-MAGIC, VERSION = b"\x89images\n", 1
-HEADER, CRC = struct.Struct("<8s4Q"), struct.Struct("<Q")
-FIRST = HEADER.size + CRC.size  # byte of the first path
-BLOCK = 2**22  # bytes of paths that are looked at in one go
-LEFT = 86400  # seconds without a change after which half a file has no writer any more
-REMEDY = "remove it, and the next run makes it anew"
+VERSION = 1
+DTYPES = {"paths.npy": np.dtype("|u1"), "offsets.npy": np.dtype("<i8")}
+ABANDONED = 86400  # seconds after which an unfinished index has no writer any more
+REMEDY = "remove it, and the next run lists the images again"
 
 
 class FileIndex(Sequence):
-    """(path, label) of each image below `root`; thousands of them are a handful of objects.
+    """(path, label) of each image below `root`, stored as arrays.
 
-    data: what `write_index` wrote, as bytes or mapped from `file`; ValueError says what is wrong
-    with it. classes: their names by label; None if there are none, and then every label is 0.
-    listed: the folder as the file names it, without links. made: when, in seconds since 1970.
+    about: content of index.json. folder: where the arrays are mapped from, if they are. classes:
+    names by label; None if there are none, and then every label is 0.
     """
 
-    def __init__(self, data: bytes | mmap.mmap, root: str | Path, file: Path | None = None) -> None:
-        self.data, self.root, self.file = data, str(root), file
-        self.offsets, self.end, about = _parse(data)
-        self.listed, self.made = about["root"], about["made"]
-        self.checksum = CRC.unpack_from(data, HEADER.size)[0]
+    def __init__(
+        self,
+        paths: np.ndarray,
+        offsets: np.ndarray,
+        about: dict[str, Any],
+        root: str | Path,
+        folder: Path | None = None,
+    ) -> None:
+        self.paths, self.offsets, self.about = paths, offsets, about
+        self.root, self.folder = str(root), folder
         names, counts = zip(*about["classes"], strict=True)
         self.classes: tuple[str, ...] | None = None if names == (None,) else names
         self.starts = [*itertools.accumulate(counts, initial=0)]
@@ -71,158 +71,177 @@ class FileIndex(Sequence):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> tuple[str, int]:
-        number = range(len(self))[index]  # counts from the end too, or raises IndexError
+        number = range(len(self))[index]  # also counts from the end, or raises IndexError
         first, after = int(self.offsets[number]), int(self.offsets[number + 1])
-        # What a copy that was cut short left out reads as zeros. The checksum leaves the paths out.
-        path = self.data[first : after - 1] if FIRST <= first < after <= self.end else b""
-        if not path or b"\0" in path:
-            raise UserError(f"{self.file or self.root}: the list is damaged; {REMEDY}")
+        path = b""
+        if 0 <= first < after <= len(self.paths):
+            path = self.paths[first : after - 1].tobytes()
+        if not path or b"\0" in path:  # zeros: an incomplete copy, which the checksum cannot see
+            raise UserError(f"{self.folder or self.root}: the list is damaged; {REMEDY}")
         path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
     def __reduce__(self) -> tuple:
-        """Worker processes that are spawned map the file themselves."""
-        if self.file is not None:
-            return open_index, (self.file, self.root, self.checksum)
-        return FileIndex, (self.data, self.root)
+        """Let spawned worker processes map the files themselves."""
+        if self.folder is not None:
+            return open_index, (self.folder, self.root, self.about["crc32"])
+        return FileIndex, (self.paths, self.offsets, self.about, self.root)
 
 
-def _parse(data: bytes | mmap.mmap) -> tuple[np.ndarray, int, dict[str, Any]]:
-    """(images + 1,) where paths begin, their end, the JSON; as fast for a billion as for one."""
-    if len(data) < FIRST or data[:8] != MAGIC:
-        raise ValueError("it is no index of images, or truncated")
-    _, version, count, end, size = HEADER.unpack_from(data)
-    if version != VERSION:
-        raise ValueError(f"its format has version {version}, expected {VERSION}")
-    start = end + -end % 8
-    last = start + 8 * (count + 1)
-    if len(data) != last + size:
-        raise ValueError(f"it is truncated or damaged: {len(data)} bytes, expected {last + size}")
-    about = data[last:]
-    if CRC.unpack_from(data, HEADER.size)[0] != zlib.crc32(about, zlib.crc32(data[: HEADER.size])):
-        raise ValueError("it is damaged: its checksum does not fit")
-    return np.frombuffer(data, "<u8", count + 1, start), end, json.loads(about)
-
-
-def open_index(file: Path, root: str | Path, checksum: int | None = None) -> FileIndex:
-    """Map what `write_index` wrote; UserError if it cannot be used, or has another checksum."""
+def open_index(folder: Path, root: str | Path, crc32: int | None = None) -> FileIndex:
+    """Map what `write_index` wrote; UserError if it cannot be used or has another checksum."""
     try:
-        with open(file, "rb") as opened:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        index = FileIndex(data, root, file)
+        about = json.loads((folder / "index.json").read_bytes())
+        if about.get("version") != VERSION:
+            raise ValueError(f"index.json has version {about.get('version')}, expected {VERSION}")
+        if about["crc32"] != _crc32(about):
+            raise ValueError("index.json is damaged: its checksum does not fit")
+        arrays = [np.lib.format.open_memmap(folder / name, mode="r") for name in DTYPES]
+        for name, array, size in zip(DTYPES, arrays, _sizes(about), strict=True):
+            if (array.dtype, array.shape) != (DTYPES[name], (size,)):
+                got = f"{array.dtype}{list(array.shape)}"
+                raise ValueError(f"{name} holds {got}, expected {DTYPES[name]}[{size}]")
     except FileNotFoundError as error:
         raise UserError(
-            f"{file}: no such file on this machine; --data_index must be a folder that all share"
+            f"{error.filename}: no such file on this machine; --data_index must be a folder that "
+            "all machines share"
         ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be used: {error}; {REMEDY}") from error
-    if checksum not in (None, index.checksum):
+    except Exception as error:  # json and numpy raise nearly anything for damaged files
+        raise UserError(f"{folder} cannot be used: {error}; {REMEDY}") from error
+    if crc32 not in (None, about["crc32"]):
         raise UserError(
-            f"{file} is not the list that this run began with: it was made anew since, or this "
-            "machine sees an old one; start again"
+            f"{folder} is not the list that this run started with: it was replaced, or this "
+            "machine sees an old copy; start again"
         )
-    return index
+    return FileIndex(*arrays, about, root, folder)
 
 
-def write_index(
-    file: BinaryIO, root: str, groups: Iterable[tuple[str | None, Iterable[str]]]
-) -> list[tuple[str | None, int]]:
-    """Fill an empty file, open to read too, in memory that does not grow with the number of paths.
+def _crc32(about: dict[str, Any]) -> int:
+    content = {key: value for key, value in about.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _sizes(about: dict[str, Any]) -> tuple[int, int]:
+    return about["bytes"], sum(count for _, count in about["classes"]) + 1
+
+
+def write_paths(
+    paths: BinaryIO, offsets: BinaryIO, groups: Iterable[tuple[str | None, Iterable[str]]]
+) -> dict[str, Any]:
+    """Append to two files in constant memory; returns `classes` and `bytes` of index.json.
 
     groups: (class, its paths relative to the root) in order of the labels; images without labels
-    are one group called None. Returns (class, number of images) of each.
+    are one group called None.
     """
-    file.write(bytes(FIRST))
-    counts = []
-    for name, paths in groups:
+    end, classes = 0, []
+    offsets.write(end.to_bytes(8, "little"))
+    for name, files in groups:
         count = 0
-        for path in paths:
-            file.write(os.fsencode(path) + b"\0")
+        for file in files:
+            end += paths.write(os.fsencode(file) + b"\0")
+            offsets.write(end.to_bytes(8, "little"))
             count += 1
-        counts.append((name, count))
-    end = file.tell()
-    file.write(bytes(-end % 8))
-    _write_offsets(file, end)
-    about = {"root": root, "made": int(time.time()), "classes": counts}
-    text = json.dumps(about).encode()
-    file.write(text)
-    header = HEADER.pack(MAGIC, VERSION, sum(count for _, count in counts), end, len(text))
+        classes.append([name, count])
+    return {"classes": classes, "bytes": end}
+
+
+def write_header(file: BinaryIO, name: str, size: int) -> None:
+    """Write the header of a one-dimensional .npy file; its length is the same for all sizes."""
     file.seek(0)
-    file.write(header + CRC.pack(zlib.crc32(text, zlib.crc32(header))))
-    return counts
+    header = {"descr": DTYPES[name].str, "fortran_order": False, "shape": (size,)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
-def _write_offsets(file: BinaryIO, end: int) -> None:
-    """Found in the file by the zeros between paths: kept until here they would take memory."""
-    file.write(CRC.pack(FIRST))
-    for start in range(FIRST, end, BLOCK):
-        file.seek(start)
-        block = np.frombuffer(file.read(min(BLOCK, end - start)), np.uint8)
-        file.seek(0, os.SEEK_END)
-        file.write((np.flatnonzero(block == 0) + start + 1).astype("<u8").tobytes())
+def write_json(folder: Path, root: str, **about: Any) -> None:
+    """Write index.json; with `id` no two lists have the same checksum."""
+    about |= {"version": VERSION, "root": root, "made": int(time.time())}
+    about["id"] = secrets.token_hex(8)
+    (folder / "index.json").write_text(json.dumps(about | {"crc32": _crc32(about)}))
+
+
+def write_index(folder: Path, root: str, labelled: bool) -> None:
+    """List the images below `root` in the files of an empty folder."""
+    with (folder / "paths.npy").open("wb") as paths, (folder / "offsets.npy").open("wb") as offsets:
+        for file, name in zip((paths, offsets), DTYPES, strict=True):
+            write_header(file, name, 0)
+        about = _list_folder(paths, offsets, root, labelled)
+        for file, name, size in zip((paths, offsets), DTYPES, _sizes(about), strict=True):
+            write_header(file, name, size)
+            file.flush()
+            os.fsync(file.fileno())
+    write_json(folder, os.path.realpath(root), **about)
 
 
 # --- folders --------------------------------------------------------------------------------------
 
 
-def list_images(root: str | Path, labelled: bool, file: Path | None = None) -> FileIndex:
-    """The images below a folder, links followed; labelled: of one folder a class.
+def list_images(root: str | Path, labelled: bool, folder: Path | None = None) -> FileIndex:
+    """List the images below `root`, links followed; labelled: one folder per class.
 
-    file: where the main process writes the list unless it is there already, for all ranks to map;
-    None: each lists for itself. Every rank must call it. UserError if there are no images.
+    folder: the index that all ranks map; the main process writes it unless it is there. None: each
+    process lists for itself. Every rank must call it. UserError if there are no images.
     """
-    if file is None:
-        memory = io.BytesIO()
-        _fill(memory, str(root), labelled)
-        return FileIndex(memory.getvalue(), root)
-    checksum = from_main_process(partial(_make, file, str(root), labelled))
-    index = open_index(file, root, checksum)
-    if index.listed != os.path.realpath(root) or labelled != (index.classes is not None):
-        what = "images without labels in" if index.classes is None else "the class folders of"
-        ours = "the class folders of" if labelled else "images without labels in"
+    if folder is None:
+        files = io.BytesIO(), io.BytesIO()
+        about = _list_folder(*files, str(root), labelled)
+        kinds = zip(files, DTYPES.values(), strict=True)
+        return FileIndex(*(np.frombuffer(f.getvalue(), d) for f, d in kinds), about, root)
+    crc32 = from_main_process(partial(_make, folder, str(root), labelled))
+    index = open_index(folder, root, crc32)
+    kinds = {False: "images without labels in", True: "the class folders of"}
+    listed = index.about["root"]
+    if listed != os.path.realpath(root) or labelled != (index.classes is not None):
         raise UserError(
-            f"{file} lists {what} {index.listed}, not {ours} {os.path.realpath(root)}; give "
-            "another --data_index, or remove that file"
+            f"{folder} lists {kinds[index.classes is not None]} {listed}, not {kinds[labelled]} "
+            f"{os.path.realpath(root)}; give another --data_index, or remove that folder"
         )
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.made))
-    text = "%s: %d images of %s as of %s; files that came since are seen once it is removed"
-    get_logger().info(text, file, len(index), root, when)
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.about["made"]))
+    text = "%s: %d images of %s as of %s; remove that folder to list newer files too"
+    get_logger().info(text, folder, len(index), root, when)
     return index
 
 
-def _make(file: Path, root: str, labelled: bool) -> int:
-    """The checksum of the list that is there, or is there now."""
-    if file.exists():
-        return open_index(file, root).checksum
-    get_logger().info("%s: listing the images of %s, once", file, root)
+def _make(folder: Path, root: str, labelled: bool) -> int:
+    """Write the index unless it exists; returns its checksum."""
+    if folder.exists():
+        return open_index(folder, root).about["crc32"]
+    get_logger().info("%s: listing the images of %s, once", folder, root)
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
             with contextlib.suppress(FileNotFoundError):  # finished just now
-                if time.time() - left.stat().st_mtime > LEFT:
-                    left.unlink()
-        write_atomically(partial(_fill, root=root, labelled=labelled), file)
+                if time.time() - old.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(old)
+        unfinished.mkdir()
+        write_index(unfinished, root, labelled)
+        unfinished.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"--data_index: {file} cannot be written ({error}); choose a folder with room for it"
-        ) from error
-    return open_index(file, root).checksum
+        if not folder.exists():  # otherwise another process was faster
+            raise UserError(
+                f"--data_index: cannot write {folder} ({error}); choose a folder with enough space"
+            ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return open_index(folder, root).about["crc32"]
 
 
-def _fill(file: BinaryIO, root: str, labelled: bool) -> None:
-    """`write_index` of a folder, class by class; UserError if a class or all is empty."""
+def _list_folder(paths: BinaryIO, offsets: BinaryIO, root: str, labelled: bool) -> dict[str, Any]:
+    """`write_paths` of a folder; UserError if it, or a class, is empty."""
     groups = _classes(root) if labelled else [(None, _in_order(root))]
-    counts = write_index(file, os.path.realpath(root), groups)
-    empty = [str(name) for name, count in counts if not count]
+    about = write_paths(paths, offsets, groups)
+    counts = about["classes"]
+    empty = [name for name, count in counts if not count]
     if not labelled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
     if empty or not counts:
-        found = f"no images in {len(empty)} class folders: {some(empty)}"
+        found = f"no images in {len(empty)} class folders: {first_few(empty)}"
         raise UserError(
-            f"{root}: {found if counts else 'no class folders'}; expected one folder of images a "
-            f"class ({' '.join(EXTENSIONS)}): fill or remove empty ones; images without labels "
-            "pre-train with --data_set folder"
+            f"{root}: {found if counts else 'no class folders'}; expected one folder of images per "
+            f"class ({' '.join(EXTENSIONS)}): fill or remove empty ones; to pre-train on images "
+            "without labels use --data_set folder"
         )
+    return about
 
 
 def _classes(root: str) -> Iterator[tuple[str, Iterator[str]]]:
@@ -231,9 +250,9 @@ def _classes(root: str) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def _by_folder(root: str, top: str) -> Iterator[str]:
-    """In torchvision's order of a class: folders by their path, in each its images by name.
+    """Yield a class's images in torchvision's order: by folder path, then by file name.
 
-    What a folder holds comes after it in that order, so the least of those found is the next.
+    A folder sorts before its subfolders, so the smallest waiting folder is always the next.
     """
     waiting = [top]
     while waiting:
@@ -245,7 +264,7 @@ def _by_folder(root: str, top: str) -> Iterator[str]:
 
 
 def _in_order(root: str, below: str = "") -> Iterator[str]:
-    """In order of their paths; a folder sorts as the paths in it, whose next letter is a slash."""
+    """Yield images in order of their paths; a folder sorts by its name and a slash."""
     images, folders = _names(os.path.join(root, below))
     for name in sorted(images + [f"{name}/" for name in folders]):
         if name.endswith("/"):
@@ -255,11 +274,11 @@ def _in_order(root: str, below: str = "") -> Iterator[str]:
 
 
 def _names(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the images and of the folders in one, in any order."""
+    """Return the names of the images and of the subfolders in a folder, in any order."""
     try:
-        return patiently(partial(_scan, folder))
-    except OSError as error:  # gone, or somebody else's, such as lost+found
-        get_logger().warning("what is in %s is not used: %s", folder, error)
+        return retry_io(partial(_scan, folder))
+    except OSError as error:  # removed meanwhile, or not readable for this user
+        get_logger().warning("%s is skipped: %s", folder, error)
         return [], []
 
 
@@ -282,8 +301,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """What a row of `DATASETS` may need to know; each uses what concerns it."""
+class DatasetSpec:
+    """Settings for the functions in `DATASETS`; each uses those that concern it."""
 
     data_path: str | None = None
     eval_data_path: str | None = None
@@ -301,8 +320,14 @@ def _folder_at(path: str | None, flag: str, holds: str) -> Path:
     return root
 
 
+def _own_folder(spec: DatasetSpec, train: bool, holds: str) -> Path:
+    if train:
+        return _folder_at(spec.data_path, "--data_path", holds)
+    return _folder_at(spec.eval_data_path, "--eval_data_path", holds)
+
+
 class ImageFiles(Dataset):
-    """The images of an index, with their labels."""
+    """The images of a file index, with their labels."""
 
     def __init__(self, samples: FileIndex):
         self.samples, self.classes = samples, samples.classes
@@ -315,33 +340,30 @@ class ImageFiles(Dataset):
         return load_image(path), label
 
 
-def _images(root: Path, labelled: bool, spec: DataSpec, train: bool) -> ImageFiles:
+def _images(root: Path, labelled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
     name = "train.index" if train else "val.index"
-    file = Path(spec.data_index).expanduser() / name if spec.data_index else None
-    return ImageFiles(list_images(root, labelled, file))
+    index = Path(spec.data_index).expanduser() / name if spec.data_index else None
+    return ImageFiles(list_images(root, labelled, index))
 
 
-def imnet(spec: DataSpec, train: bool) -> ImageFiles:
-    """`train/` and `val/` under data_path, one folder a class."""
+def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
+    """Images in `train/` and `val/` under data_path, one folder per class."""
     root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
     split = root / ("train" if train else "val")
     if not split.is_dir():
         raise UserError(
             f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
-            "folder a class. Class folders right there are --data_set image_folder, images "
-            "without labels --data_set folder"
+            "folder per class. If the class folders are directly in it, use --data_set "
+            "image_folder; for images without labels, --data_set folder"
         )
     return _images(split, True, spec, train)
 
 
-def image_folder(spec: DataSpec, train: bool) -> ImageFiles:
-    """One folder a class: in data_path for training, in eval_data_path for validation."""
-    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
-    root = _folder_at(path, f"--{flag}", "one folder of images a class")
-    return _images(root, True, spec, train)
+def image_folder(spec: DatasetSpec, train: bool) -> ImageFiles:
+    """Images in one folder per class: data_path for training, eval_data_path for validation."""
+    return _images(_own_folder(spec, train, "one folder of images per class"), True, spec, train)
 
 
-def folder(spec: DataSpec, train: bool) -> ImageFiles:
+def folder(spec: DatasetSpec, train: bool) -> ImageFiles:
     """Images without labels, flat or nested, in order of their paths, for pre-training."""
-    path, flag = (spec.data_path, "data_path") if train else (spec.eval_data_path, "eval_data_path")
-    return _images(_folder_at(path, f"--{flag}", "images"), False, spec, train)
+    return _images(_own_folder(spec, train, "images"), False, spec, train)

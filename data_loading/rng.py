@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Randomness as a function of numbers and not a state: what identifies a draw seeds it.
+"""Stateless randomness: the numbers that identify a draw, e.g. (seed, epoch, id), seed it.
 
-python -c "from data_loading import rng; print(rng.mix(0, 1))"
+python -c "from data_loading import rng; print(rng.fold_in(0, 1))"
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64, Steele et al.
 _WORD = (1 << 64) - 1
 
 
-def mix(*numbers: int) -> int:
-    """Hash whole numbers to 63 bits: the seed of whatever `numbers` identify."""
+def fold_in(*numbers: int) -> int:
+    """Hash integers to a 63-bit seed."""
     state = 0
     for number in numbers:
         state = (state + number + _GOLDEN) & _WORD
@@ -36,19 +36,19 @@ def _signed(word: int) -> int:
 
 
 def scramble(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 tensors, whose products wrap and whose shifts keep sign."""
+    """Apply the splitmix64 finaliser to int64 (products wrap; right shifts extend the sign)."""
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def hash_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
-    """(N,) int64 sample ids -> (N, count) int64 noise that depends on nothing else.
+def mask_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
+    """(N,) int64 sample ids -> (N, count) int64 noise, a function of (seed, epoch, id) alone.
 
-    Works on every device without a host sync, so a sample's mask is the same whatever the
-    number of ranks, workers or the batch it falls into.
+    Works on every device without a host sync. A sample's mask does not depend on the number of
+    ranks or workers, or on its batch.
     """
-    rows = scramble(ids[:, None] * _signed(_GOLDEN) + mix(seed, epoch))
+    rows = scramble(ids[:, None] * _signed(_GOLDEN) + fold_in(seed, epoch))
     return scramble(rows + torch.arange(1, count + 1, device=ids.device) * _signed(_GOLDEN))
 
 
@@ -56,29 +56,29 @@ def seed_all(*numbers: int) -> None:
     """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw."""
     import numpy as np
 
-    seed = mix(*numbers)
+    seed = fold_in(*numbers)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
 
 
-CUBLAS = (":4096:8", ":16:8")  # the workspaces with which cuBLAS sums in one order
+CUBLAS = (":4096:8", ":16:8")  # workspaces with which cuBLAS is deterministic
 
 
 def make_deterministic(asked: bool, device: torch.device) -> None:
-    """If asked for: from here on torch gives the same bits for the same input, or raises.
+    """If asked for, make torch bit-for-bit reproducible from here on, or let it raise.
 
-    Before the first product on a GPU, since cuBLAS reads its workspace once.
+    Call it before the first matrix product on a GPU: cuBLAS reads its workspace once.
     """
     if not asked:
         return
     if device.type == "mps":
-        raise UserError("--deterministic: torch does not promise it on mps; use --device cpu")
+        raise UserError("--deterministic: torch does not support it on mps; use --device cpu")
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS[0])
     if device.type == "cuda" and workspace not in CUBLAS:
         raise UserError(
-            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}, with which cuBLAS may sum "
-            f"in any order; unset it, or set it to {' or '.join(CUBLAS)}"
+            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}, with which cuBLAS is not "
+            f"deterministic; unset it, or set it to {' or '.join(CUBLAS)}"
         )
-    torch.backends.cudnn.benchmark = False  # which algorithm is the fastest differs between runs
+    torch.backends.cudnn.benchmark = False  # timings, and so its choices, differ between runs
     torch.use_deterministic_algorithms(True)

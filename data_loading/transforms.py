@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""From a stored sample to a batch on the host: transforms, order, loader; see also `decoding`.
+"""Transforms for pre-training, training and evaluation, from PIL images or tensors to tensors.
 
 python -c "from data_loading import transforms; print(transforms.create_eval_transform(224))"
 """
@@ -21,14 +21,14 @@ from torchvision.transforms.functional import crop, get_dimensions, pil_to_tenso
 from data_loading.decode import describe
 from errors import UserError
 
-# --- transforms: PIL image or (C, H, W) tensor -> (C, H, W) tensor, uint8 unless float came in ---
+# Transforms map a PIL image or (C, H, W) tensor to a (C, H, W) tensor: uint8, or float for float.
 
 
 def _to_tensor(image: Image.Image | Tensor) -> Tensor:
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
 
 
-def _check_picture(image: Image.Image | Tensor) -> Image.Image:
+def _require_image(image: Image.Image | Tensor) -> Image.Image:
     if isinstance(image, Tensor):
         raise UserError(
             "--aa and --color_jitter act on 8-bit images of 1 or 3 channels, got "
@@ -46,7 +46,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
 
 
 def _keep_posterize_working(step: Any) -> None:
-    """timm's policies ask for 0 bits, which Pillow 13 refuses; it is black, as Pillow had it."""
+    """Replace timm's posterize: Pillow 13 refuses 0 bits, which used to give a black image."""
     policy = getattr(step, "ops", None) or sum(getattr(step, "policy", []), [])
     for op in policy:
         if op.aug_fn.__name__ == "posterize":
@@ -54,13 +54,13 @@ def _keep_posterize_working(step: Any) -> None:
 
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
-    """One number is a square's side."""
+    """Expand an int to a square (height, width)."""
     height, width = (size, size) if isinstance(size, int) else (*size, *size)[:2]
     return height, width
 
 
 class RandomErasing:
-    """timm's random erasing for one (C, H, W) image that is not normalised yet."""
+    """timm's random erasing, for one (C, H, W) image before normalisation."""
 
     def __init__(self, prob: float, mode: str, count: int, mean: Sequence[float], std: Any):
         from timm.data.random_erasing import RandomErasing as Erase
@@ -81,7 +81,7 @@ class RandomErasing:
 
 
 def mean_and_std(in_chans: int = 3, imagenet_default: bool = True) -> tuple[list, list]:
-    """Per-channel constants for images in 0..1: ImageNet's or Inception's 0.5."""
+    """Return the per-channel mean and std for images in 0..1: ImageNet's, or Inception's 0.5."""
     mean, std = (
         ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_default else ([0.5] * 3,) * 2
     )
@@ -93,7 +93,7 @@ def mean_and_std(in_chans: int = 3, imagenet_default: bool = True) -> tuple[list
 def create_pretrain_transform(
     input_size: int | Sequence[int], scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5
 ) -> T.Compose:
-    """Random resized crop (bicubic) and horizontal flip, as MAE and FCMAE."""
+    """Create random resized crop (bicubic) and horizontal flip, as in MAE and FCMAE."""
     bicubic = T.InterpolationMode.BICUBIC
     crop = T.RandomResizedCrop(
         height_and_width(input_size), scale=tuple(scale), interpolation=bicubic
@@ -104,20 +104,17 @@ def create_pretrain_transform(
 def create_train_transform(
     input_size: int | Sequence[int],
     mean: Sequence[float],
-    std: Sequence[float],
     color_jitter: float | None = None,
     aa: str | None = None,
     interpolation: str = "bicubic",
-    reprob: float = 0.0,
-    remode: str = "pixel",
-    recount: int = 1,
     hflip: float = 0.5,
     scale: Sequence[float] | None = None,
+    erasing: RandomErasing | None = None,
 ) -> T.Compose:
-    """timm's ImageNet augmentation, random erasing included.
+    """Create timm's ImageNet augmentation; `aa` fills borders with `mean`.
 
-    Up to 32 pixels a shift (padding 4) of the whole image replaces the random resized crop, as in
-    the official code, unless `scale` is other than None or timm's own 0.08 to 1.
+    Up to 32 pixels, a random shift (padding 4) replaces the random resized crop, as in the official
+    code, unless `scale` is given and differs from timm's default of 0.08 to 1.
     """
     from timm.data import create_transform
 
@@ -127,13 +124,13 @@ def create_train_transform(
         raise UserError(
             f"--train_interpolation {interpolation}: expected random, {', '.join(modes)}"
         )
-    if aa and color_jitter and "3a" not in aa:  # timm would drop it without a word
+    if aa and color_jitter and "3a" not in aa:  # timm would silently ignore it
         raise UserError(f"--color_jitter {color_jitter} has no effect with --aa {aa}; drop one")
     try:
         steps = create_transform(
             size, is_training=True, use_prefetcher=True, color_jitter=color_jitter or None,
             auto_augment=aa, interpolation=interpolation, hflip=hflip,
-            scale=None if scale is None else tuple(scale), mean=tuple(mean), std=tuple(std),
+            scale=None if scale is None else tuple(scale), mean=tuple(mean),
         ).transforms  # fmt: skip
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"--aa {aa}: {error!r}; expected e.g. rand-m9-mstd0.5-inc1") from error
@@ -143,15 +140,14 @@ def create_train_transform(
         names = ["bilinear", "bicubic"] if interpolation == "random" else [interpolation]
         whole = [T.Resize(size, interpolation=T.InterpolationMode(name)) for name in names]
         steps[0] = T.Compose([T.RandomChoice(whole), T.RandomCrop(size, padding=4)])
-    head = [_check_picture] if aa or color_jitter else []
-    tail = [RandomErasing(reprob, remode, recount, mean, std)] if reprob > 0 else []
-    return T.Compose([*head, *steps, _to_tensor, *tail])
+    head = [_require_image] if aa or color_jitter else []
+    return T.Compose([*head, *steps, _to_tensor, *([erasing] if erasing else [])])
 
 
-def _middle(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tensor:
-    """Without the ends of an image that is more than `ratio` times as long as it is wide.
+def _crop_ends(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tensor:
+    """Crop the long side to at most `ratio` times the short side.
 
-    20,000 x 10 pixels would become 512,000 x 256 before the centre is cut out.
+    Otherwise 20,000 x 10 pixels would be resized to 512,000 x 256 before the centre crop.
     """
     height, width = get_dimensions(image)[1:]
     longest = math.ceil(ratio * min(height, width))
@@ -164,9 +160,9 @@ def _middle(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tensor:
 def create_eval_transform(
     input_size: int | Sequence[int], crop_pct: float | None = None
 ) -> T.Compose:
-    """Shorter side to size / crop_pct, then the centre; bicubic.
+    """Create a bicubic resize of the shorter side to size / crop_pct and a centre crop.
 
-    Without `crop_pct`: 224/256 from 33 to 383 pixels; else the whole image, squashed to the size.
+    Default crop_pct: 224/256 for 33 to 383 pixels; other sizes resize the whole image to the size.
     """
     from timm.data import create_transform
 
@@ -177,11 +173,5 @@ def create_eval_transform(
         return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), _to_tensor])
     pct = crop_pct or 224 / 256
     steps = create_transform(size, interpolation="bicubic", crop_pct=pct, use_prefetcher=True)
-    ratio = 16 * max(size) / min(size)  # far from what the crop keeps
-    return T.Compose([partial(_middle, ratio=ratio / pct), *steps.transforms, _to_tensor])
-
-
-# --- a sample is a function of (seed, epoch, index) ----------------------------------------------
-
-
-# --- loader --------------------------------------------------------------------------------------
+    ratio = 16 * max(size) / min(size)  # far more than the centre crop keeps
+    return T.Compose([partial(_crop_ends, ratio=ratio / pct), *steps.transforms, _to_tensor])

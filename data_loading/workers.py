@@ -1,253 +1,203 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What goes wrong between disk and batch, by name: images without use, processes that die or hang.
+"""A DataLoader that names the sample over which one of its processes died or hangs.
 
-python -c "from data_loading import workers; print(workers.BadImages.__doc__)"
+python -c "from data_loading.workers import WatchedLoader; print(WatchedLoader.__doc__)"
 """
 
 from __future__ import annotations
 
 import atexit
-import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
+from data_loading.dataset import collate
 from errors import TrainingStopped
 
-LOOKS, LOOK = 4, 5.0  # at the processes within --data_timeout; at most these seconds apart
-IDLE = -1  # in place of a sample
-DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)")
+CHECK = 1.0  # seconds between checks of the processes while the run waits for a batch
+GRACE = 1.0  # seconds in which the system reports a death that has already broken a connection
+IDLE = -1  # in place of the index of a sample
+TIMED_OUT = "DataLoader timed out"  # torch's words when no batch came for `timeout` seconds
+IGNORED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 REMEDY = (
-    "if memory ran out, give fewer --num_workers, or more /dev/shm after a bus error; if not, "
-    "look at that sample, and at the data set's code with --num_workers 0"
+    "If memory ran out, lower --num_workers; after a bus error enlarge /dev/shm. Otherwise check "
+    "that sample, and debug the data set with --num_workers 0"
 )
 
 
-# --- processes ------------------------------------------------------------------------------------
+class WatchedLoader:
+    """A DataLoader with keys (epoch, index) that watches its processes, which stay for all epochs.
 
-
-class Watched(Dataset):
-    """`dataset`, whose worker notes in a row of `table` what it holds.
-
-    table: (workers, 3) float64 in shared memory: process, index of a sample or IDLE, since when.
-    """
-
-    def __init__(self, dataset: Any, table: Tensor) -> None:
-        self.dataset, self.table = dataset, table
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        row = self.table[get_worker_info().id]
-        row[1:] = torch.tensor([key[1], time.monotonic()], dtype=torch.float64)
-        try:
-            return self.dataset[key]
-        finally:
-            row[1] = IDLE
-
-
-class Watch:
-    """Turns torch's "worker died" and "timed out" into TrainingStopped with the sample's name.
-
-    seconds: that a process may take for one sample; 0: any time.
-    """
-
-    def __init__(self, workers: int, seconds: float, name_of: Callable[[int], str]) -> None:
-        self.table = torch.tensor([[0.0, IDLE, 0.0]] * workers, dtype=torch.float64)
-        self.table.share_memory_()
-        self.seconds, self.name_of = seconds, name_of
-        self.idle_since = math.inf
-
-    def over(self, batches: Any) -> Iterator[Any]:
-        """What `batches`, torch's iterator, gives."""
-        # Looks are for hanging processes, and for dead ones: a SIGCHLD that comes just before the
-        # wait begins does not end it. Between epochs a process may take its time to answer.
-        batches._timeout = min(LOOK, self.seconds / LOOKS)
-        try:
-            yield from self._each(batches)
-        finally:
-            batches._timeout = self.seconds
-
-    def _each(self, batches: Any) -> Iterator[Any]:
-        end = object()
-        while True:
-            self.idle_since = math.inf
-            try:
-                batch = next(batches, end)
-            except RuntimeError as error:
-                self.explain(error)
-                if not self._waits_on(error):
-                    raise
-                continue
-            except (OSError, EOFError):  # perhaps of a batch that a dead process still held
-                self._look_for_dead()
-                raise
-            if batch is end:
-                return
-            yield batch
-
-    def explain(self, error: RuntimeError) -> None:
-        """Raise TrainingStopped if `error` says that a process of this loader died."""
-        if isinstance(error.__cause__, TrainingStopped):  # by `_OnDeath`, which knew the signal
-            raise error.__cause__
-        found = DIED.search(str(error))
-        dead = {int(number) for number in re.findall(r"\d+", found[1])} if found else set()
-        rows = [row for row in self.table.tolist() if row[0] in dead]
-        if rows:
-            held = [self.name_of(int(index)) for _, index, _ in rows if index != IDLE]
-            raise TrainingStopped(
-                f"a loader process (pid {found[1]}) {_how_it_ended(dead) or found[2]}; it held "
-                f"{' and '.join(held) or 'no sample'}: {REMEDY}"
-            ) from error
-
-    def _look_for_dead(self) -> None:
-        mine, until = {int(row[0]) for row in self.table.tolist()} - {0}, time.monotonic() + 1
-        while mine and time.monotonic() < until:  # the system may not know yet
-            dead = mine - {child.pid for child in multiprocessing.active_children()}
-            if dead:
-                who = ", ".join(map(str, sorted(dead)))
-                self.explain(RuntimeError(f"DataLoader worker (pid {who}) died"))
-            time.sleep(0.02)
-
-    def _waits_on(self, error: RuntimeError) -> bool:
-        """Whether to wait on after `error`: it is a time-out, and the processes make progress."""
-        if "DataLoader timed out" not in str(error):
-            return False
-        rows, now = self.table.tolist(), time.monotonic()
-        busy = [row for row in rows if row[1] != IDLE]
-        late = [row for row in busy if now - row[2] >= self.seconds]
-        self.idle_since = math.inf if busy else min(self.idle_since, now)
-        if not late and now - self.idle_since < self.seconds:
-            return True
-        _end([int(pid) for pid, _, _ in late])
-        held = [f"{self.name_of(int(i))} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
-        raise TrainingStopped(
-            f"a loader process hangs: it has held {' and another '.join(held) or 'no sample'}; "
-            f"--data_timeout {self.seconds:g} ended the wait. See whether that can be read at all "
-            "(a file system that stalls?), or allow more seconds"
-        ) from error
-
-
-STARTED: weakref.WeakSet[Any] = weakref.WeakSet()  # of what multiprocessing itself still holds
-
-
-def _how_it_ended(pids: set[int]) -> str:
-    """Which torch tells only if the system told it of that death, not if it found it itself."""
-    for code in [process.exitcode for process in STARTED if process.pid in pids]:
-        if code is not None:
-            killed = f"was ended by signal {-code} ({signal.strsignal(-code)})"
-            return killed if code < 0 else f"exited with code {code}"
-    return ""
-
-
-def _end_all() -> None:
-    """At the end of the program, where multiprocessing would wait for a loader still in use."""
-    _end([child.pid for child in multiprocessing.active_children() if child in STARTED])
-
-
-def _end(pids: list[int]) -> None:
-    """Kill what would not leave with the run, since workers ignore what ends other processes."""
-    if pids and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for them
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-
-
-class _OnDeath:
-    """A handler of SIGCHLD around torch's, which raises wherever the main thread is just then."""
-
-    def __init__(self, before: Callable) -> None:
-        self.before: Callable = before
-        self.watches: weakref.WeakSet[Watch] = weakref.WeakSet()
-
-    def __call__(self, number: int, frame: Any) -> None:
-        try:
-            self.before(number, frame)
-        except RuntimeError as error:
-            for watch in self.watches:
-                watch.explain(error)
-            raise
-
-
-def _listen(watch: Watch) -> None:
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        return  # torch has not set one; then it looks at the processes when a batch is late
-    if not isinstance(handler, _OnDeath):
-        handler = _OnDeath(handler)
-        signal.signal(signal.SIGCHLD, handler)
-    handler.watches.add(watch)
-
-
-class WatchedLoader(DataLoader):
-    """A DataLoader that says over which sample one of its processes died or hangs.
-
-    start: called in each process with its number.
+    timeout: seconds that a process may take for one sample; 0: no limit. A process that dies or
+    exceeds the limit ends the iteration with TrainingStopped, which names the sample. options: of
+    DataLoader.
     """
 
     def __init__(
         self,
         dataset: Any,
-        num_workers: int,
-        seconds: float,
-        start: Callable[[int], None],
+        sampler: Iterable[tuple[int, int]],
+        batch_size: int,
+        num_workers: int = 0,
+        timeout: float = 0,
+        collate_fn: Callable[[list], Any] = collate,
         **options: Any,
     ) -> None:
-        self.watch, self.samples = None, dataset
+        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self.num_workers, self.timeout, self.collate_fn = num_workers, timeout, collate_fn
+        self.name_of = getattr(dataset, "name_of", "sample {}".format)
+        # A row per process: pid, index of the sample that it reads or IDLE, since when.
+        self.table = torch.tensor([[0.0, IDLE, 0.0]] * num_workers, dtype=torch.float64)
+        self.table.share_memory_()
+        self.processes: list[Any] = []
+        options |= {"sampler": sampler, "batch_size": batch_size, "collate_fn": collate_fn}
         if num_workers:
-            name_of = getattr(dataset, "name_of", "sample {}".format)
-            self.watch = Watch(num_workers, seconds, name_of)
-            dataset = Watched(dataset, self.watch.table)
-            options["worker_init_fn"] = _Start(start, self.watch.table)
-            options["timeout"] = seconds
-        super().__init__(dataset, num_workers=num_workers, **options)
+            dataset = _NotedDataset(dataset, self.table)
+            options |= {"num_workers": num_workers, "persistent_workers": True}
+            options["worker_init_fn"] = partial(_start_worker, self.table)
+            options["timeout"] = min(CHECK, timeout / 4) if timeout else CHECK
+        self._arguments = dataset, options
+        self.loader = DataLoader(dataset, **options)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if self.watch is None:
-            return super().__iter__()
-        others = multiprocessing.active_children()
+        if not self.num_workers:
+            return iter(self.loader)
         try:
-            batches = super().__iter__()
-            _listen(self.watch)
-        except RuntimeError as error:  # in the first moments, or at the next epoch
-            self.watch.explain(error)
-            raise
+            batches = self._start()
+        except RuntimeError as error:
+            self._raise_unless_timed_out(error)
+            # The processes still read batches of an epoch that was broken off: replace them.
+            for process in self.processes:
+                process.kill()
+            dataset, options = self._arguments
+            self.loader = DataLoader(dataset, **options)
+            batches = self._start()
+        return self._each(batches)
+
+    def _start(self) -> Iterator[Any]:
+        others = set(multiprocessing.active_children())
+        try:
+            return iter(self.loader)
         finally:
-            STARTED.update(set(multiprocessing.active_children()).difference(others))
-            atexit.unregister(_end_all)  # the last that is registered is the first that is called,
-            atexit.register(_end_all)  # before torch gives each process 5 seconds
-        return self.watch.over(batches)
+            started = set(multiprocessing.active_children()) - others
+            self.processes = list(started) or self.processes  # persistent ones started before
+            if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+                # torch's handler would raise anywhere, in a backward pass too. We check instead.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            atexit.unregister(_kill_workers)  # functions run in reverse order of registration:
+            atexit.register(_kill_workers)  # before those of torch and multiprocessing, which wait
+
+    def _each(self, batches: Iterator[Any]) -> Iterator[Any]:
+        waiting_since = time.monotonic()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                self._raise_unless_timed_out(error)
+                self._check_progress(waiting_since)
+            else:
+                yield batch
+                waiting_since = time.monotonic()
+
+    def _raise_unless_timed_out(self, error: Exception) -> None:
+        """Raise TrainingStopped if a process died, else `error`; return after a mere time-out."""
+        timed_out = TIMED_OUT in str(error)
+        until = time.monotonic() + (0 if timed_out else GRACE)
+        while not (dead := [p for p in self.processes if p.exitcode is not None]):
+            if time.monotonic() >= until:
+                if timed_out:
+                    return
+                raise error
+            time.sleep(0.02)
+        code, pids = dead[0].exitcode, {process.pid for process in dead}
+        how = f"exited with code {code}"
+        if code < 0:
+            how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        held = [
+            self.name_of(int(i)) for pid, i, _ in self.table.tolist() if pid in pids and i != IDLE
+        ]
+        raise TrainingStopped(
+            f"a loader process (pid {', '.join(map(str, sorted(pids)))}) {how} while it was "
+            f"reading {' and '.join(held) or 'no sample'}. {REMEDY}"
+        ) from error
+
+    def _check_progress(self, waiting_since: float) -> None:
+        """Raise TrainingStopped if a process hangs, or if all are idle and still no batch comes."""
+        rows, now = self.table.tolist(), time.monotonic()
+        late = [row for row in rows if row[1] != IDLE and now - row[2] >= self.timeout]
+        idle_since = max(waiting_since, *(since for _, _, since in rows))
+        idle = all(pid and index == IDLE for pid, index, _ in rows)  # pid 0: not started yet
+        if not self.timeout or not (late or (idle and now - idle_since >= self.timeout)):
+            return
+        for process in self.processes:  # they would not leave with the run
+            process.kill()
+        if late:
+            held = [f"{self.name_of(int(i))} for {now - t:.0f} s (pid {p:.0f})" for p, i, t in late]
+            raise TrainingStopped(
+                f"a loader process hangs: it has been reading {' and another '.join(held)}, longer "
+                f"than --data_timeout {self.timeout:g}. Check that the file can be read (the file "
+                "system may stall), or raise --data_timeout"
+            )
+        raise TrainingStopped(
+            f"no batch came for {now - waiting_since:.0f} s although all loader processes are "
+            f"idle (--data_timeout {self.timeout:g}): a batch was lost on its way to the run. See "
+            "the messages above; /dev/shm may be full, or too many files open (ulimit -n)"
+        )
 
 
-class _Start:
-    """What a process does first; a class, since spawned ones get it pickled."""
+class _NotedDataset:
+    """Wrapper of `dataset`: the process that reads a sample notes it in its row of `table`."""
 
-    def __init__(self, start: Callable[[int], None], table: Tensor) -> None:
-        self.start, self.table = start, table
+    def __init__(self, dataset: Any, table: Tensor) -> None:
+        self.dataset, self.table = dataset, table
 
-    def __call__(self, worker: int) -> None:
-        self.table[worker, 0] = os.getpid()
-        sys.excepthook = _tell  # torch tells the run itself what a sample raises
-        self.start(worker)
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        self._note(key[1])
+        try:
+            return self.dataset[key]
+        finally:
+            self._note(IDLE)
+
+    def _note(self, index: int) -> None:
+        row = self.table[get_worker_info().id]
+        row[1:] = torch.tensor([index, time.monotonic()], dtype=torch.float64)
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What a thread of multiprocessing met; not that the run ended while it fetched a batch."""
+def _start_worker(table: Tensor, worker: int) -> None:
+    values = [os.getpid(), IDLE, time.monotonic()]
+    table[worker] = torch.tensor(values, dtype=torch.float64)
+    sys.excepthook = _report_exception
+    # A scheduler signals all processes of a job, but the run still needs batches to finish its
+    # step. Processes leave with the run: torch's watchdog ends them when it is gone.
+    for name in IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _report_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print what a thread raised, unless the run just ended while it was sending a batch."""
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
 
-# --- images ---------------------------------------------------------------------------------------
+def _kill_workers() -> None:
+    """Kill loader processes, since multiprocessing sends SIGTERM, which they ignore, and waits."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What the launchers of processes say in the environment: torchrun, submitit, srun, mpirun.
+"""Read rank and world size from the variables of torchrun, submitit, srun or mpirun.
 
 python -c "from parallel import environment; print(environment.first_host('n[08-11,20],m2'))"
 """
@@ -16,25 +16,25 @@ from errors import UserError
 
 OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-FIRST_PORT, PORTS = 20000, 10000  # below those that systems give to outgoing connections
+FIRST_PORT, PORTS = 20000, 10000  # below the range of outgoing connections
 
 
 def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) as the environment states them, or None for plain `python`.
+    """Return (rank, world size, local rank), None for plain `python`.
 
-    Where the processes meet, MASTER_ADDR and MASTER_PORT, is added if it is missing and known.
+    Set MASTER_ADDR and MASTER_PORT if they are missing and can be derived.
     """
     env = os.environ
     if not dist_on_itp and "RANK" in env and "WORLD_SIZE" in env:  # torchrun, submitit
         env.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    # mpirun inside a SLURM job starts its processes from steps of SLURM, so it is asked first.
+    # Before srun: inside a SLURM job mpirun starts its processes by srun.
     elif dist_on_itp or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         names = OPEN_MPI
-        absent = [name for name in names if name not in env]
-        if absent:
-            raise UserError(f"--dist_on_itp true: {absent[0]} is not set; start with mpirun")
-        _meet_by_mpirun(env)
+        for name in names:
+            if name not in env:
+                raise UserError(f"--dist_on_itp true: {name} is not set; start with mpirun")
+        _set_address_of_mpirun(env)
     elif _is_srun(env):
         names = SRUN
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
@@ -48,15 +48,15 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
 
 
 def _is_srun(env: MutableMapping[str, str]) -> bool:
-    """Whether srun started several processes of this program.
+    """True if srun started several processes of this program.
 
-    SLURM_PROCID alone stands in every shell of a job, SLURM_NTASKS in those of an allocation; in a
-    shell that srun gave a terminal, a program is alone too.
+    SLURM_PROCID and SLURM_NTASKS are also set in the shells of a job, where a program is alone;
+    SLURM_PTY_PORT is set in a shell with a terminal by srun.
     """
     return int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PTY_PORT" not in env
 
 
-def _meet_by_mpirun(env: MutableMapping[str, str]) -> None:
+def _set_address_of_mpirun(env: MutableMapping[str, str]) -> None:
     if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
     elif "SLURM_JOB_NODELIST" in env:
@@ -65,11 +65,11 @@ def _meet_by_mpirun(env: MutableMapping[str, str]) -> None:
 
 
 def port_of(number: int) -> str:
-    """Where they meet: the same for all processes of a job, and seldom that of another job."""
+    """Return a port that is the same for all processes of a job, and rarely that of another."""
     return str(FIRST_PORT + number % PORTS)
 
 
 def first_host(nodes: str) -> str:
-    """The first machine of SLURM's shorthand: n08 of `n[08-11,20],m2`."""
+    """Return the first host of SLURM's short form: n08 of `n[08-11,20],m2`."""
     group = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", group[0] if group else nodes)

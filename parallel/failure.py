@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Processes of one run that end together: what ends one of them is told to the others.
+"""An error of one rank ends all ranks of a run, and each prints the reason.
 
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --batch_size 9999
 """
@@ -19,113 +19,119 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-# Keys in the store: "<exit code> rank <number> has failed: <why>", how many ranks have printed that
-# or are done, and how many of those look into the store no more.
-FAILED, TOLD, DONE = "failed", "told", "done"
-LOOK = 1.0  # seconds between two looks at it
-GRACE = 3.0  # seconds in which a rank may end by itself, after another did: all may fail alike
-LOST = 30.0  # seconds to wait for ranks that may be gone, or only done, or hang
-CLEANUP = 10.0  # seconds for what gives the folder free and ends loader processes
+# Keys in the store: the first error as "<exit code> rank <number> has failed: <reason>", the number
+# of ranks that have printed it or are done, and the number of ranks that no longer use the store.
+FAILED, PRINTED, DONE = "failed", "printed", "done"
+POLL_S = 1.0  # time between two looks into the store
+GRACE_S = 3.0  # time for a rank to end with its own error, since all may fail alike
+LOST_S = 30.0  # time to wait for ranks that may be killed, done or hanging
+CLEANUP_S = 10.0  # time for exit functions, which release the run folder and end loader workers
+STORE_LOST = "1 rank 0 is gone: killed, out of memory, or its machine lost"
 
-_watches: list[Watch] = []  # this process's, if there are others
+_watches: list[Watch] = []  # at most one, of this process
 
 
 def watch(store: Any, name: str, rank: int, size: int) -> None:
-    """From now on what ends one rank ends all; `store`: by which they met, under that name.
+    """End this rank from now on when another one fails, and the other way round.
 
-    Collectives wait for each other, those of nccl until their time is up. mpirun ends all ranks
-    for one, srun if it is asked to, torchrun those of its own machine.
+    store: the ranks' common store, used under `name`. Without this, ranks wait for a failed one in
+    the next collective, with nccl until its timeout; torchrun ends those of its own machine only.
     """
-    part()
+    leave()
     _watches.append(Watch(_own_client(store, name), rank, size))
 
 
-def mark() -> str:
-    """` [rank 3]` for messages; '' for a process alone."""
+def rank_label() -> str:
+    """Return ` [rank 3]` for messages, '' for a single process."""
     return "".join(f" [rank {each.rank}]" for each in _watches)
 
 
 def fail(code: int, message: str, error: BaseException) -> None:
-    """Say `message`, or else the traceback, and end all ranks; returns only if this is alone."""
-    for each in list(_watches):
+    """Print `message`, or the traceback if it is '', and end all ranks; returns if there are none.
+
+    message: of an error that a user can correct.
+    """
+    for each in _watches:
         each.fail(code, message, error)
 
 
-def part() -> None:
-    """This rank is done, well: whatever becomes of the others ends it no more."""
-    for each in _watches:
-        each.part()
-    _watches.clear()
+def leave() -> None:
+    """Mark this rank as done: the failure of another one no longer ends it."""
+    while _watches:
+        _watches.pop().leave()
 
 
 class Watch:
-    """A thread that looks in the store whether another rank has failed, and then ends this one."""
+    """A thread that ends this rank when the store holds the error of another."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
         self.over, self.ending = threading.Event(), threading.Lock()
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._poll, daemon=True).start()
 
     def fail(self, code: int, message: str, error: BaseException) -> NoReturn:
-        """Print this rank's error, or another's that was only felt, tell the others and leave.
+        """Store and print this rank's error and end; print the first error only, if that caused it.
 
-        An error of a user that several ranks meet is printed by the first one and by rank 0, whose
-        output people read.
+        If several ranks have the same message, the first one and rank 0 print it, since people read
+        the output of rank 0.
         """
-        self.over.set()
-        self.ending.acquire()  # never released: the watching thread may be about to end this too
+        self._stop_polling()
         kind = "" if message else f"{type(error).__name__}: "
-        why = " ".join(f"{kind}{error}".split())[:1000]
-        first = own = f"{code} rank {self.rank} has failed: {why}"
-        with contextlib.suppress(RuntimeError):  # of a store that is gone
+        reason = " ".join(f"{kind}{error}".split())[:1000]
+        first = own = f"{code} rank {self.rank} has failed: {reason}"
+        with contextlib.suppress(RuntimeError):  # rank 0 and its store are gone
             first = self.store.compare_set(FAILED, "", own).decode()
-        same = bool(message) and first.endswith(f" has failed: {why}")
-        told = code if first == own or same else self._tell(first)
+        same = bool(message) and first.endswith(f" has failed: {reason}")
+        first_code = code if first == own or same else self._print_error(first)
         if first == own or (message and (self.rank == 0 or not same)):
             print(message or self._traceback(error), file=sys.stderr, flush=True)
-        self._leave(code if message else told)
+        self._end(code if message else first_code)
 
-    def _leave(self, code: int) -> NoReturn:
-        """End when all ranks have printed the error: launchers kill the others at the first end."""
-        if self._count(TOLD, wait=True):
-            self._count(DONE, wait=self.rank == 0)
-        _end(code)
-
-    def part(self) -> None:
-        """Leave the watch; rank 0, which may keep the store, after all others have."""
-        self.over.set()
-        self.ending.acquire()
-        self._count(TOLD, wait=False)
+    def leave(self) -> None:
+        """Stop the thread; rank 0, which may serve the store, waits for the others."""
+        self._stop_polling()
+        self._count(PRINTED, wait=False)
         self._count(DONE, wait=self.rank == 0)
 
+    def _stop_polling(self) -> None:
+        self.over.set()
+        self.ending.acquire()  # and keep it: the thread may be about to end this process
+
+    def _end(self, code: int) -> NoReturn:
+        """End after all ranks have printed the error: launchers kill them when the first ends."""
+        if self._count(PRINTED, wait=True):
+            self._count(DONE, wait=self.rank == 0)
+        _exit(code)
+
     def _count(self, key: str, wait: bool) -> bool:
-        """Add this rank to those of `key`, wait for all ranks there; False if some do not come."""
-        until = time.monotonic() + LOST
+        """Count this rank at `key`; wait until all are counted, False if some are not in time."""
+        deadline = time.monotonic() + LOST_S
         with contextlib.suppress(RuntimeError):
             count = self.store.add(key, 1)
             while wait and count < self.size:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     return False
-                time.sleep(0.05 if self.rank == 0 else LOOK / 4)
+                time.sleep(0.05 if self.rank == 0 else POLL_S / 4)
                 count = self.store.add(key, 0)
             return True
         return False
 
-    def _look(self) -> None:
-        while not self.over.wait(LOOK):
+    def _poll(self) -> None:
+        while not self.over.wait(POLL_S):
             try:
                 if not self.store.check([FAILED]):
                     continue
-                first, grace = self.store.get(FAILED).decode(), GRACE
-            except RuntimeError:  # the rank that keeps it is gone
-                first, grace = "1 rank 0 is gone: killed, out of memory, or its machine lost", LOST
+                first, grace = self.store.get(FAILED).decode(), GRACE_S
+            except RuntimeError:
+                first, grace = STORE_LOST, LOST_S
             if not self.over.wait(grace) and self.ending.acquire(blocking=False):
-                self._leave(self._tell(first))
+                self._end(self._print_error(first))
 
-    def _tell(self, first: str) -> int:
-        code, _, why = first.partition(" ")
-        line = f"{Path(sys.argv[0]).name}: error [rank {self.rank}]: {why}"
-        with contextlib.suppress(OSError):  # nobody may listen
+    def _print_error(self, first: str) -> int:
+        """Print the error of another rank; returns its exit code."""
+        code, _, reason = first.partition(" ")
+        line = f"{Path(sys.argv[0]).name}: error [rank {self.rank}]: {reason}"
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
         return int(code)
 
@@ -135,7 +141,7 @@ class Watch:
 
 
 def _own_client(store: Any, name: str) -> Any:
-    """A connection for the thread alone: on the other one it would wait while that waits."""
+    """Return another connection to the store, since the main thread may block the first one."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):
@@ -143,9 +149,9 @@ def _own_client(store: Any, name: str) -> Any:
     return dist.PrefixStore(f"watch of {name}", store)
 
 
-def _end(code: int) -> NoReturn:
-    """End now, with loaders and the folder in order, but without what may wait for other ranks."""
-    limit = threading.Timer(CLEANUP, os._exit, [code])
+def _exit(code: int) -> NoReturn:
+    """Run the exit functions and end without Python's shutdown, which may wait for other ranks."""
+    limit = threading.Timer(CLEANUP_S, os._exit, [code])
     limit.daemon = True
     limit.start()
     try:

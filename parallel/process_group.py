@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The process group: joining it, ranks, collectives, and how a script ends.
+"""Join the process group; ranks, collectives, and the end of a script.
 
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --dry_run
 """
@@ -25,34 +25,32 @@ from torch import Tensor
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from parallel import failure
 from parallel.environment import read_launcher
-from parallel.sharding import WAIT_FOR_RANKS
 
-MEET = timedelta(minutes=10)  # in which all processes are started
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # until all processes are started
+# Longer than nccl's default: ranks may wait for a download or an evaluation.
+WAIT_FOR_RANKS = timedelta(hours=1)
+STOPPED = "stopped"  # key in the launcher's store, which torchrun keeps when it restarts processes
 
-
-STOPPED = "stopped"  # key in the launcher's store, which outlives the processes under torchrun
-
-
-_stores: list[dist.Store] = []  # the launcher's
+_stores: list[dist.Store] = []  # the launcher's, if there is one
 
 
 def get_logger() -> logging.Logger:
-    """The toolkit's logger; `init_distributed_mode` makes it quiet on every rank but the first."""
+    """Return the toolkit's logger; after `init_distributed_mode` only rank 0 logs below ERROR."""
     return logging.getLogger("convnextv2")
 
 
 def launch(main: Callable[[Any], Any], args: Any) -> None:
-    """Run a script's `main`: user errors become one line and exit code 2, the group is closed.
+    """Run a script's `main` and exit with its code; an error of the user is one line.
 
-    What ends one of several processes ends all: see parallel/failure.py.
+    An error of one rank ends all of them: see parallel/failure.py.
     """
     code = 0
     try:
         main(args)
-    except Preempted as stop:  # all at once
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start a failure again
+    except Preempted as stop:  # on all ranks
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would restart the processes
             for store in _stores:
-                with contextlib.suppress(RuntimeError):  # it is ending too
+                with contextlib.suppress(RuntimeError):  # the store may be closed already
                     store.set(STOPPED, str(stop))
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
@@ -60,15 +58,15 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, message = _explain(error, args)
         if code:
-            failure.fail(code, message, error)  # returns only where there are no others
-        failure.part()
+            failure.fail(code, message, error)  # returns only for a single process
+        failure.leave()
         if not message:
             raise
         print(message, file=sys.stderr)
-    failure.part()
+    failure.leave()
     if dist.is_available() and dist.is_initialized():
-        # gloo's threads may wait for the interpreter to let go of their last tensors, and the end
-        # of a group waits for them without leaving it to them.
+        # gloo's threads may need the GIL to free their last tensors, and the end of the group
+        # waits for them while it holds the GIL.
         time.sleep(0.1)
         dist.destroy_process_group()
     if code:
@@ -76,20 +74,21 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
 
 
 def _explain(error: BaseException, args: Any) -> tuple[int, str]:
-    """Exit code and one line; '' for a bug, whose traceback tells more."""
-    if isinstance(error, SystemExit):  # of who knows nothing of other processes
+    """Return the exit code and a one-line message, '' for a bug, which needs its traceback."""
+    if isinstance(error, SystemExit):  # from a user's code
         return error.code if isinstance(error.code, int) else int(error.code is not None), ""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the checkpoints written so far are whole"
+        return 130, "interrupted; the checkpoints written so far are complete"
     if not isinstance(error, UserError | TrainingStopped):
         return 1, ""
-    found = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
-    message = f"{Path(sys.argv[0]).name}: error{failure.mark()}: {error}"
-    return 1 if found else 2, message  # what a dry run looks for is its result
+    # An error that a dry run finds is its result, not wrong usage.
+    result = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
+    message = f"{Path(sys.argv[0]).name}: error{failure.rank_label()}: {error}"
+    return 1 if result else 2, message
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, else MPS, else CPU; a device that is asked for but absent is an error."""
+    """Return the device `name`; `auto` is CUDA, else MPS, else CPU. UserError if it is absent."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
@@ -112,10 +111,10 @@ def init_distributed_mode(
     local_rank: int = -1,
     dist_on_itp: bool = False,
 ) -> torch.device:
-    """Join the process group that the launcher describes, if any, and return this rank's device.
+    """Join the launcher's process group, if there is one, and return this rank's device.
 
-    Without a launcher (plain `python`) no group is made. `world_size` other than 1 must agree
-    with the launcher. gloo serves CPU, nccl serves CUDA.
+    Plain `python` makes no group. A `world_size` above 1 must be that of the launcher. The backend
+    is gloo on CPU and nccl on CUDA.
     """
     found = read_launcher(dist_on_itp, local_rank)
     if world_size > 1 and (found is None or found[1] != world_size):
@@ -124,72 +123,77 @@ def init_distributed_mode(
             f"--world_size {world_size} but {got} was found; start with "
             f"torchrun --nproc_per_node={world_size} and drop --world_size"
         )
-    place = find_device(device) if found is None else _join(device, dist_url, *found)
+    own_device = find_device(device) if found is None else _join(device, dist_url, *found)
     _set_up_logging()
-    return place
+    return own_device
 
 
 def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch.device:
-    """Make the group, watched over from its first moment; returns this rank's device."""
-    store, rank, size = _meet(dist_url, rank, size)
+    """Make the group and watch it for failures; returns this rank's device."""
+    store, rank, size = _rendezvous(dist_url, rank, size)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and store.check([STOPPED]):
         raise Preempted(f"{store.get(STOPPED).decode()} (--max-restarts is for failures)")
     _stores.append(store)
-    # torchrun's store still holds the addresses of the processes that it started before.
+    # torchrun's store still holds the addresses of the processes before a restart.
     name = f"attempt {attempt} of {size}"
     if size > 1:
         failure.watch(store, name, rank, size)
     store = dist.PrefixStore(name, store)
-    place = _own_device(device, size, local)
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    limit = {"timeout": WAIT_FOR_RANKS}
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, **limit)
-    return place
+    own_device = _own_device(device, size, local)
+    dist.init_process_group(
+        "nccl" if own_device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=WAIT_FOR_RANKS,
+    )
+    return own_device
 
 
 def _own_device(device: str, size: int, local: int) -> torch.device:
-    place = find_device(device)
+    own = find_device(device)
     if ":" in device and size > 1:
         raise UserError(f"--device {device}: each process takes its own GPU; use --device cuda")
-    if place.type == "mps" and size > 1:
+    if own.type == "mps" and size > 1:
         raise UserError("--device mps: MPS has no process group; use --device cpu")
-    if place.type == "cuda":
+    if own.type == "cuda":
         count = torch.cuda.device_count()
-        if "TORCHELASTIC_RUN_ID" in os.environ and local >= count:  # others may give each its own
+        # srun and mpirun may show each process only its own GPU, torchrun shows all.
+        if "TORCHELASTIC_RUN_ID" in os.environ and local >= count:
             raise UserError(
-                f"process {local} of this machine finds {count} GPUs, and each takes its own; "
-                f"start at most {count} here"
+                f"process {local} of this machine has no GPU of its own, there are {count}; "
+                f"start at most {count} processes here"
             )
-        place = torch.device("cuda", local % count)
-        torch.cuda.set_device(place)
-    return place
+        own = torch.device("cuda", local % count)
+        torch.cuda.set_device(own)
+    return own
 
 
-def _meet(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
-    """The store by which the processes find each other, kept by rank 0."""
+def _rendezvous(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
+    """Return (store, rank, number of processes); rank 0 serves the store."""
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError(
-            f"{size} processes, and nothing says where they meet; set MASTER_ADDR to the machine "
-            "of rank 0 for all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+            f"MASTER_ADDR is not set for {size} processes; set it to the machine of rank 0 for "
+            "all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
         )
     os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's own
-    place = ":".join(os.environ.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
-    place = place if dist_url == "env://" else dist_url
+    address = dist_url
+    if dist_url == "env://":
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=MEET))
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=RENDEZVOUS_TIMEOUT))
     except RuntimeError as error:
         if "imed out" in str(error):
             raise UserError(
-                f"rank {rank} has waited for all {size} processes at {place}, {MEET} ({error}): "
-                "see what those say that have not come, and what they take for that place"
+                f"rank {rank} waited {RENDEZVOUS_TIMEOUT} for all {size} processes at {address} "
+                f"({error}); check the output and the MASTER_ADDR of the others"
             ) from error
         if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
             raise
         raise UserError(
-            f"rank {rank} cannot open {place}: another "
-            "program has that port; end it, or give a free one: torchrun --master_port or "
-            "--standalone, elsewhere MASTER_PORT, the same for all processes"
+            f"rank {rank} cannot open {address}: another program uses that port; set a free one, "
+            "the same for all processes: torchrun --master_port or --standalone, else MASTER_PORT"
         ) from error
     store.set_timeout(WAIT_FOR_RANKS)
     return store, rank, size
@@ -199,7 +203,7 @@ def _set_up_logging() -> None:
     logger = get_logger()
     if not logger.handlers:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
@@ -208,29 +212,29 @@ def _set_up_logging() -> None:
 
 
 def get_rank() -> int:
-    """This process's number in the group; 0 without a group."""
+    """Return this process's rank, 0 without a group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """How many processes there are; 1 without a group."""
+    """Return the number of processes, 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """True on the one rank that writes and prints."""
+    """True on rank 0, which writes and prints."""
     return get_rank() == 0
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum of `values` over all ranks, in place; every rank must call it."""
+    """Sum `values` over all ranks in place; every rank must call it."""
     if get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_gather(value: Any) -> list[Any]:
-    """A value of plain type from every rank, in their order; every rank must call it."""
+    """Return the picklable value of each rank, in order; every rank must call it."""
     values = [value] * get_world_size()
     if get_world_size() > 1:
         dist.all_gather_object(values, value)
@@ -238,7 +242,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """The main process's value of plain type, on every rank; every rank must call it."""
+    """Return rank 0's picklable value on every rank; every rank must call it."""
     values = [value]
     if get_world_size() > 1:
         dist.broadcast_object_list(values)
@@ -246,7 +250,7 @@ def broadcast(value: Any) -> Any:
 
 
 def from_main_process(work: Callable[[], Any]) -> Any:
-    """What `work` returns on the main process, or its error, for all ranks; all must call it."""
+    """Run `work` on rank 0; return its result, or raise its error, on all. All must call it."""
     value, problem = None, ""
     if is_main_process():
         try:
@@ -260,18 +264,18 @@ def from_main_process(work: Callable[[], Any]) -> Any:
 
 
 def main_process_first(work: Callable[[], Any]) -> Any:
-    """Do `work` on every rank, after the main process: what that downloads, the others find."""
+    """Run `work` on rank 0, then on the others, which find what it has downloaded."""
     done: list[Any] = []
     from_main_process(lambda: done.append(work()))
     return done[0] if done else work()
 
 
 def agree(question: str, answer: str) -> str:
-    """The answer of the rank that gives one first; unlike a broadcast, this waits for no rank."""
+    """Return the answer of the rank that is first to give one; unlike a broadcast, nobody waits."""
     if get_world_size() == 1:
         return answer
     store = dist.PrefixStore("agreed", dist.distributed_c10d._get_default_store())
-    with contextlib.suppress(RuntimeError):  # the rank that keeps the store is gone
+    with contextlib.suppress(RuntimeError):  # rank 0 and its store are gone
         return store.compare_set(question, "", answer).decode()
     return answer
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""How the processes of a run share its weights, gradients and moments, and bring them together.
+"""Data-parallel modes of a model and its optimizer: DDP, ZeRO-1 and FSDP2.
 
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --model convnextv2_atto \
     --stem_stride 1 --input_size 32 --shard zero1
@@ -9,15 +9,12 @@ torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --model convnextv
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,51 +23,45 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError, resolve, some
+from errors import UserError, first_few, resolve
+from parallel.process_group import WAIT_FOR_RANKS, all_gather, get_logger, get_world_size
 
-# Longer than the default for nccl: ranks may wait for a download or an evaluation.
-WAIT_FOR_RANKS = timedelta(hours=1)
-
-# Of timm's optimizers: parts of the names of those that look at all parameters together, or were
-# not tried, so that no process can have some alone (zero1); and those that came out the same where
-# each process had but some rows of a parameter (fsdp).
-TOGETHER = ("lamb", "kron", "hessian", "lookahead", "bnb", "fused")
-BY_ROWS = ("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan", "adanw")
-BY_ROWS += ("adopt", "adoptc", "adoptw", "lamb", "lambc", "lambw", "laprop", "lapropc", "lars")
-BY_ROWS += ("lion", "lionc", "madgrad", "madgradw", "momentum", "nadam", "nadamc", "nadamw")
-BY_ROWS += ("nesterov", "nesterovw", "radam", "radamw", "rmsprop", "rmsproptf", "rmsproptfw")
-BY_ROWS += ("sgd", "sgdc", "sgdw")
+# Parts of the names of timm's optimizers that look at all parameters together, or are untested
+# with zero1, where each process updates only some of the parameters.
+NOT_ZERO1 = ("lamb", "kron", "hessian", "lookahead", "bnb", "fused")
+# Optimizers that give the same weights with fsdp, where each process has some rows of a parameter.
+FSDP_OPTIMIZERS = ("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan")
+FSDP_OPTIMIZERS += ("adanw", "adopt", "adoptc", "adoptw", "lamb", "lambc", "lambw", "laprop")
+FSDP_OPTIMIZERS += ("lapropc", "lars", "lion", "lionc", "madgrad", "madgradw", "momentum", "nadam")
+FSDP_OPTIMIZERS += ("nadamc", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop")
+FSDP_OPTIMIZERS += ("rmsproptf", "rmsproptfw", "sgd", "sgdc", "sgdw")
+NOT_FSDP = ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu")
 LISTS = (nn.Sequential, nn.ModuleList)
-NUMBERS = (bool, int, float, str, type(None), Tensor)  # what a module may hold beside its parts
-PLAIN: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # of those that are spread
 
-# What follows is asked of every tensor, module and optimizer, also where torch is built without
-# the modules that define these kinds, or nobody needs the third of a second that they take to load.
+# The three tests below need no import of torch's sharding modules, which takes a third of a second
+# and fails where torch is built without them.
 
 
-def is_spread(tensor: Any) -> bool:
-    """Whether it is a DTensor, of which each process has some rows."""
+def is_dtensor(tensor: Any) -> bool:
+    """True for a DTensor, of which each process holds some rows."""
     return hasattr(tensor, "full_tensor")
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_zero(optimizer: Any) -> bool:
+    """True for a ZeroRedundancyOptimizer."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """True for a module that `fully_shard` has sharded."""
     return hasattr(module, "set_requires_gradient_sync")
 
 
-def is_zero(part: Any) -> bool:
-    """Whether it is a ZeroRedundancyOptimizer."""
-    return hasattr(part, "consolidate_state_dict")
-
-
-def _size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 @dataclass(frozen=True)
-class Sharing:
-    """Who has what: `ddp` everything, `zero1` its share of the moments, `fsdp` its rows of all.
+class Parallelism:
+    """Data-parallel mode: ddp replicates, zero1 shards optimizer state, fsdp shards everything.
 
-    compress: gradients travel in bf16. One process has nobody to share with, and is `ddp`.
+    compress: average gradients in bf16. A single process always uses ddp.
     """
 
     mode: str
@@ -78,30 +69,30 @@ class Sharing:
     amp: str = "none"
     compress: bool = False
 
-    def spread(self, *models: nn.Module | None) -> None:
-        """With fsdp give each process its rows of every parameter, in place: FSDP2, by block.
+    def shard(self, *models: nn.Module | None) -> None:
+        """With fsdp shard the parameters of `models` in place, block by block.
 
-        Under bf16 the weights travel in it, and gradients in float32 unless compressed.
+        Under --amp bf16 weights are gathered in bf16; gradients are reduced in float32, or in
+        bf16 with `compress`.
         """
         for model in filter(None, models):
             _check_parameters(model, self.mode)
             if self.mode == "fsdp":
-                self._spread(model)
+                self._fully_shard(model)
 
-    def _spread(self, model: nn.Module) -> None:
+    def _fully_shard(self, model: nn.Module) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         _broadcast(chain(model.parameters(), model.buffers()))  # as DistributedDataParallel does
-        PLAIN[model] = _without_weights(model)
-        # FCMAE's prediction is one, and nothing writes into it.
+        # FCMAE returns its prediction as a view, and nothing writes into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        mesh = init_device_mesh(self.device.type, (_size(),))
+        mesh = init_device_mesh(self.device.type, (get_world_size(),))
         half = torch.bfloat16 if self.amp == "bf16" else None
-        summed = torch.bfloat16 if self.compress else torch.float32 if half else None
-        policy = MixedPrecisionPolicy(half, summed, cast_forward_inputs=False)
-        if half:  # running statistics stay in float32, and so must what is used with them
-            exact = MixedPrecisionPolicy(None, summed, cast_forward_inputs=False)
+        reduced = torch.bfloat16 if self.compress else torch.float32 if half else None
+        policy = MixedPrecisionPolicy(half, reduced, cast_forward_inputs=False)
+        if half:  # BatchNorm's running statistics are float32, so its weights must be too
+            exact = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
             for norm in [module for module in model.modules() if isinstance(module, _BatchNorm)]:
                 fully_shard(norm, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
         for unit in units(model):
@@ -109,8 +100,8 @@ class Sharing:
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model for training: DistributedDataParallel if there is a group, unless `spread`."""
-        if _size() == 1 or self.mode == "fsdp":
+        """Return the model for training, in DistributedDataParallel unless fsdp or alone."""
+        if get_world_size() == 1 or self.mode == "fsdp":
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -121,30 +112,29 @@ class Sharing:
         return wrapped
 
 
-def build_sharing(args: Any, device: torch.device, amp: str) -> Sharing:
-    """`Sharing` as the flags say, if they go together."""
+def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
+    """Return the `Parallelism` of the flags; refuse flags that do not work together."""
     _check_optimizer(args.opt, args.shard)
-    given = {"amp fp16": amp == "fp16", **vars(args)}
-    for flag in ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu"):
-        if args.shard == "fsdp" and given.get(flag):
-            raise UserError(f"--{flag} does not go with --shard fsdp; drop it, or --shard zero1")
-    if args.shard == "fsdp" and not has_fsdp():
-        raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
+    flags = {"amp fp16": amp == "fp16", **vars(args)}
+    if args.shard == "fsdp":
+        for flag in filter(flags.get, NOT_FSDP):
+            raise UserError(f"--{flag} does not work with --shard fsdp; drop it, or --shard zero1")
+        if not has_fsdp():
+            raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
     if args.sync_bn_group and not args.sync_bn:
-        raise UserError("--sync_bn_group without --sync_bn true: give both, or neither")
-    if args.sync_bn and given.get("cuda_graphs"):
-        raise UserError("--cuda_graphs does not go with --sync_bn; drop one of them")
-    if _size() > 1:
-        return Sharing(args.shard, device, amp, args.grad_compression == "bf16")
-    usual = {"shard": "ddp", "grad_compression": "none", "sync_bn": False}
-    for flag in [flag for flag, value in usual.items() if given[flag] != value]:
-        text = "--%s %s: one process has nobody to share with"
-        logging.getLogger("convnextv2").info(text, flag, given[flag])
-    return Sharing("ddp", device, amp)
+        raise UserError("--sync_bn_group needs --sync_bn true: give both, or neither")
+    if args.sync_bn and flags.get("cuda_graphs"):
+        raise UserError("--cuda_graphs does not work with --sync_bn; drop one of them")
+    if get_world_size() > 1:
+        return Parallelism(args.shard, device, amp, args.grad_compression == "bf16")
+    for flag, default in (("shard", "ddp"), ("grad_compression", "none"), ("sync_bn", False)):
+        if flags[flag] != default:
+            get_logger().info("--%s %s has no effect with a single process", flag, flags[flag])
+    return Parallelism("ddp", device, amp)
 
 
 def has_fsdp() -> bool:
-    """Whether torch has all of FSDP2 that is used here."""
+    """True if this torch has everything of FSDP2 that is used here."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     return dist.is_available() and version >= (2, 7)
 
@@ -154,23 +144,24 @@ def _check_optimizer(opt: str, shard: str) -> None:
         return
     from timm.optim import list_optimizers
 
-    name, known = opt.lower(), dict.fromkeys(list_optimizers())
+    name, expected = opt.lower(), f"one of {', '.join(FSDP_OPTIMIZERS)}"
+    known = dict.fromkeys(list_optimizers())
     resolve(name.removeprefix("lookahead_"), known, "optimizer", importable=False)
-    alone = not any(part in name for part in TOGETHER)
-    if alone if shard == "zero1" else name in BY_ROWS:
-        return
-    expected = "adamw, lion, sgd and others" if shard == "zero1" else f"one of {', '.join(BY_ROWS)}"
-    raise UserError(
-        f"--opt {opt} with --shard {shard}: not known to give the same weights when each process "
-        f"has but a part of them; expected {expected}, or --shard ddp"
-    )
+    works = name in FSDP_OPTIMIZERS
+    if shard == "zero1":
+        works, expected = not any(part in name for part in NOT_ZERO1), "adamw, lion, sgd and others"
+    if not works:
+        raise UserError(
+            f"--opt {opt} is not known to give the same weights with --shard {shard}; "
+            f"expected {expected}, or --shard ddp"
+        )
 
 
 # --- the model ----------------------------------------------------------------------------------
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: what its lists hold that has parts; of stages, what theirs hold."""
+    """Return the blocks of a network: the innermost items of its lists that have children."""
     found = []
     for child in model.children():
         inner = units(child)
@@ -181,176 +172,173 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def exchange(model: nn.Module, now: bool) -> Iterator[None]:
-    """Around a forward: whether its backward brings the processes' gradients together."""
-    if _is_fsdp(model):
-        model.set_requires_gradient_sync(now)
-    waits = isinstance(model, DistributedDataParallel) and not now
-    with model.no_sync() if waits else contextlib.nullcontext():
+def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Wrap a forward; its backward averages gradients over all processes only if `enabled`."""
+    if is_fsdp(model):
+        model.set_requires_gradient_sync(enabled)
+    no_sync = isinstance(model, DistributedDataParallel) and not enabled
+    with model.no_sync() if no_sync else contextlib.nullcontext():
         yield
 
 
 def _check_parameters(model: nn.Module, shard: str) -> None:
-    """What the engines below would say with less words, some of them after the first batch."""
-    named, kind, rows = dict(model.named_parameters()), type(model).__name__, shard == "fsdp"
-    kinds = sorted({str(parameter.dtype) for parameter in named.values()})
-    if shard != "ddp" and len(kinds) > 1:
-        raise UserError(
-            f"--shard {shard}: {kind} has parameters of {' and '.join(kinds)}, and they can only "
-            "be shared if they are all alike; make them so, or use --shard ddp"
-        )
-    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    problems = {
-        "that are not contiguous": [name for name, p in named.items() if not p.is_contiguous()],
-        "without rows": [name for name, p in named.items() if rows and not p.ndim],
-        "under two names": [name for name in every if rows and name not in named],
-    }
-    for what, names in problems.items() if shard != "ddp" else ():
-        if names:
-            other = "ddp" if "contiguous" in what else "zero1"
+    """Refuse by name the parameters on which ZeRO or FSDP2 fail, perhaps only while training."""
+    if shard == "ddp":
+        return
+    named = dict(model.named_parameters())
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    dtypes = sorted({str(parameter.dtype) for parameter in named.values()})
+    fsdp = shard == "fsdp"
+    problems = (  # problem, names of parameters, mode that works
+        (f"of {' and '.join(dtypes)}", names * (len(dtypes) > 1), "ddp"),
+        ("that are not contiguous", [n for n, p in named.items() if not p.is_contiguous()], "ddp"),
+        ("without dimensions", [n for n, p in named.items() if fsdp and not p.ndim], "zero1"),
+        ("under two names", [n for n in names if fsdp and n not in named], "zero1"),
+    )
+    for problem, found, other in problems:
+        if found:
             raise UserError(
-                f"--shard {shard}: {kind} has parameters {what}: {some(names)}; use --shard {other}"
+                f"--shard {shard}: {type(model).__name__} has parameters {problem}: "
+                f"{first_few(found)}; use --shard {other}"
             )
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are empty; a group of processes cannot be copied."""
-    synced = [module for module in model.modules() if hasattr(module, "process_group")]
-    memo: dict[int, Any] = {id(module.process_group): module.process_group for module in synced}
-    for weight in model.parameters():
-        memo[id(weight)] = nn.Parameter(weight.new_empty(0), weight.requires_grad)
-    try:
-        return copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"--shard fsdp: {type(model).__name__} cannot be copied ({error}); use --shard zero1"
-        ) from error
-
-
 @contextlib.contextmanager
-def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Within, a network with all of the weights, which each process may call alone.
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
+    """Give `model` its full weights inside the block, so that each process may call it alone.
 
-    The model itself, unless it is spread; then a copy, with the hooks that it had at first. Every
-    process must enter. torch.OutOfMemoryError, on all of them, if one has no memory for it.
+    All processes must enter. With fsdp this also takes off FSDP2's hooks: they would gather the
+    weights in each forward, rounded to bf16 under --amp bf16, and wait there for processes that
+    have no batch left. Hooks that are added inside the block end with it. If one process lacks the
+    memory, torch.OutOfMemoryError is raised on all.
     """
-    plain = PLAIN.get(model)
-    if plain is None:
+    if not is_fsdp(model):
         yield model
         return
-    for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
-        numbers = {name: v for name, v in vars(theirs).items() if type(v) in NUMBERS}
-        vars(ours).update(numbers)  # `training` is one
-        ours._buffers = theirs._buffers
-    pairs = list(zip(plain.parameters(), model.parameters(), strict=True))
+    full = _gather_parameters(model)
+    kinds = ("_parameters", "_forward_pre_hooks", "_forward_hooks")
+    modules = [(vars(each), {kind: vars(each)[kind] for kind in kinds}) for each in model.modules()]
     try:
-        with torch.inference_mode(False), torch.no_grad():  # in which nothing can be gathered
-            _take_memory(pairs)
-            try:
-                for whole, weight in pairs:
-                    whole.copy_(full(weight))
-            except torch.OutOfMemoryError as error:  # of this process alone: nobody can go on
-                raise RuntimeError(f"no memory to gather all weights: {error}") from error
-        yield plain
+        for attributes, sharded in modules:
+            own = sharded["_parameters"].items()
+            attributes["_parameters"] = {name: full.get(weight) for name, weight in own}
+            for kind in kinds[1:]:
+                hooks = sharded[kind].items()
+                attributes[kind] = OrderedDict((n, h) for n, h in hooks if not _is_fsdp_hook(h))
+        yield model
     finally:
-        for whole, _ in pairs:
-            whole.data = whole.new_empty(0)
+        for attributes, sharded in modules:
+            attributes.update(sharded)
 
 
-def _take_memory(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Before anything is gathered, in the middle of which no process can leave the others."""
-    problem = ""
+def _is_fsdp_hook(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+@torch.inference_mode(False)  # collectives of DTensors do not work in it
+@torch.no_grad()
+def _gather_parameters(model: nn.Module) -> dict[Tensor, nn.Parameter]:
+    """Return a full copy of each parameter. All memory is taken before the first collective."""
+    full, problem = {}, ""
     try:
-        for whole, weight in pairs:
-            whole.data = whole.new_empty(weight.shape)
+        for weight in model.parameters():
+            copy = to_local(weight).new_empty(weight.shape)
+            full[weight] = nn.Parameter(copy, weight.requires_grad)
     except torch.OutOfMemoryError as error:
         problem = str(error)
-    told: list[str] = [""] * _size()
-    dist.all_gather_object(told, problem)
-    for problem in filter(None, told):
-        raise torch.OutOfMemoryError(f"no memory for all weights on each process: {problem}")
+    problems = list(filter(None, all_gather(problem)))
+    if problems:
+        raise torch.OutOfMemoryError(f"not enough memory for all weights: {problems[0]}")
+    try:
+        for weight, copy in full.items():
+            copy.copy_(full_tensor(weight))
+    except torch.OutOfMemoryError as error:  # on this process alone, while the others wait
+        raise RuntimeError(f"not enough memory to gather all weights: {error}") from error
+    return full
 
 
 def sync_batch_norm(model: nn.Module, args: Any) -> nn.Module:
-    """`model` whose BatchNorms take their statistics over several processes, as the flags say."""
-    device = next(model.parameters()).device
+    """Convert BatchNorm to SyncBatchNorm if the flags say so."""
     if not args.sync_bn:
         return model
+    device = next(model.parameters()).device
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError(f"--sync_bn: {type(model).__name__} has no BatchNorm; drop it")
     if device.type != "cuda":
-        raise UserError(f"--sync_bn: torch synchronises BatchNorm on GPUs only, this is {device}")
-    return converted(model, args.sync_bn_group)
+        raise UserError(f"--sync_bn works on GPUs only, the device is {device}; drop it")
+    return convert_batch_norm(model, args.sync_bn_group)
 
 
-def converted(model: nn.Module, group: int) -> nn.Module:
-    """`model` with SyncBatchNorm in groups of so many processes, 0 for all of them."""
-    from timm.layers import convert_sync_batchnorm  # knows those with activations too
+def convert_batch_norm(model: nn.Module, group: int) -> nn.Module:
+    """Convert BatchNorm to SyncBatchNorm over groups of `group` processes, 0 for all of them."""
+    from timm.layers import convert_sync_batchnorm  # converts BatchNormAct2d too
 
-    group = group or _size()
-    if _size() % group:
-        fits = [n for n in range(1, _size() + 1) if _size() % n == 0]
+    size = get_world_size()
+    group = group or size
+    if size % group:
+        fits = [str(n) for n in range(1, size + 1) if size % n == 0]
         raise UserError(
-            f"--sync_bn_group {group}: {_size()} processes are no multiple of it; expected one of "
-            f"{', '.join(map(str, fits))}"
+            f"--sync_bn_group {group} does not divide the {size} processes; "
+            f"expected one of {', '.join(fits)}"
         )
-    if _size() == 1:
+    if size == 1:
         return model
-    ranks = list(range(_size()))
-    groups = [ranks[first : first + group] for first in range(0, len(ranks), group)]
+    groups = [list(range(first, first + group)) for first in range(0, size, group)]
     mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=WAIT_FOR_RANKS)
     return convert_sync_batchnorm(model, mine)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """The main process's on all: running statistics differ, and an evaluation must not."""
+    """Copy rank 0's buffers to all ranks: an evaluation must use the same running statistics."""
     _broadcast(model.buffers())
 
 
 @torch.no_grad()
 def _broadcast(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's on all, as bytes: not every engine knows every type, nor gaps between numbers."""
-    for tensor in tensors if _size() > 1 else ():
+    """Copy rank 0's values to all ranks, as contiguous bytes, which each backend can send."""
+    for tensor in tensors if get_world_size() > 1 else ():
         own = tensor.detach().contiguous().flatten().view(torch.uint8)
-        told = own.clone()
-        dist.broadcast(told, 0)
-        if not torch.equal(told, own):  # nothing can be written to what was expanded
-            tensor.copy_(told.view(tensor.dtype).view(tensor.shape))
+        received = own.clone()
+        dist.broadcast(received, 0)
+        if not torch.equal(received, own):  # expanded tensors cannot be written to
+            tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
 
 
 # --- the optimizer ------------------------------------------------------------------------------
 
 
-def build(make: Callable[..., Optimizer], groups: list[dict], lr: float, shard: str) -> Optimizer:
-    """`make(groups)`; with zero1 each process makes it for its share of the parameters."""
+def wrap_optimizer(
+    make: Callable[..., Optimizer], groups: list[dict], lr: float, shard: str
+) -> Optimizer:
+    """Return `make(groups)`; with zero1 each process makes it for its share of the parameters."""
     if shard != "zero1":
         return make(groups)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     share = {"optimizer_class": lambda own, **_: make(own), "lr": lr}
-    # What changes of a process's share travels as one tensor.
+    # As bucket views, the updated parameters of a process are sent as one tensor.
     return ZeroRedundancyOptimizer(groups, parameters_as_bucket_view=True, **share)
 
 
-def own_part(part: Any) -> Any:
-    """What holds this process's part of the state; `restore` puts it back."""
-    return part.optim if is_zero(part) else part
+def local_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer that holds this process's state; other objects as they are."""
+    return optimizer.optim if is_zero(optimizer) else optimizer
 
 
-def restore(part: Any, state: dict[str, Any]) -> None:
-    """Load what `own_part(part).state_dict()` was."""
-    own = own_part(part)
-    own.load_state_dict(state)
-    if own is not part:  # it gives its groups to its part before each step
-        for group, held in zip(part.param_groups, own.param_groups, strict=True):
+def load_local_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load a former `local_optimizer(optimizer).state_dict()`; also for models and others."""
+    local = local_optimizer(optimizer)
+    local.load_state_dict(state)
+    if local is not optimizer:  # which overwrites the local groups before each step
+        for group, held in zip(optimizer.param_groups, local.param_groups, strict=True):
             group |= {key: value for key, value in held.items() if key != "params"}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor that is spread; others are whole anyway."""
-    return tensor.to_local() if is_spread(tensor) else tensor
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this process's rows of a DTensor, other tensors as they are."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def full(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread. Every process must call it."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a DTensor, return other tensors as they are. All processes must call it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor

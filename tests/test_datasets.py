@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import pickle
 import sys
 import types
@@ -18,9 +19,9 @@ from torch.utils.data import Dataset
 
 import datasets
 from data_loading import builtin
-from data_loading.dataset import Augmented
+from data_loading.dataset import TransformedDataset, collate
 from data_loading.decode import decode
-from data_loading.loader import Batches, collate, create_loader
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
     RandomErasing,
@@ -29,7 +30,8 @@ from data_loading.transforms import (
     create_train_transform,
     mean_and_std,
 )
-from utils import UserError
+from data_loading.workers import WatchedLoader
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,9 +127,9 @@ def test_synthetic_and_folder_need_no_surprise_classes(tmp_path):
 
 def test_synthetic_label_survives_crops_flips_and_rotations():
     crop = create_pretrain_transform(24, scale=(0.08, 1.0))
-    colours = [datasets.colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
+    colours = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
     colours = torch.tensor(colours) - torch.tensor(colours).mean(1, keepdim=True)
-    val = Augmented(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
+    val = TransformedDataset(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
     right = 0
     for i in range(200):
         image, label, _ = val[0, i]
@@ -180,7 +182,7 @@ def test_data_set_from_a_module_needs_no_edit(monkeypatch):
         ({"data_set": "IMNET", "data_path": ROOT / "assets"}, "image_folder.*--data_set folder"),
         (
             {"data_set": "image_folder", "data_path": ROOT / "assets"},
-            "one folder of images a class",
+            "one folder of images per class",
         ),
         ({"data_set": "CIFAR"}, "--data_path is not given"),
         ({"data_set": "DIGIT"}, "Did you mean 'DIGITS'"),
@@ -213,9 +215,11 @@ def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
     def offline(*words):
         raise OSError("no network")
 
-    monkeypatch.setattr(builtin, "download_url", offline)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     for name, folder in [("CIFAR", "cifar-100-python"), ("CIFAR10", "cifar-10-batches-py")]:
-        with pytest.raises(UserError, match=rf"no network.*{tmp_path}/{folder}"):
+        text = rf"cannot read {tmp_path}/{folder} or download .*no network.*; place .* {tmp_path}"
+        with pytest.raises(UserError, match=text):
             datasets.build_dataset(True, make_args(data_set=name, data_path=str(tmp_path)))
 
 
@@ -264,16 +268,16 @@ def test_train_transform_yields_uint8_of_the_size(size, in_chans, aa):
     "aa", ["rand-m10-n5-p1.0-inc1", "rand-m10-n5-p1.0", "original", "augmix-m10"]
 )
 def test_strongest_augmentation_does_not_crash_in_pillow(aa):
-    transform = create_train_transform(8, *mean_and_std(), aa=aa)
-    data = Augmented(Listed([(picture(8, 8), 0)]), transform, 0)
+    transform = create_train_transform(8, mean_and_std()[0], aa=aa)
+    data = TransformedDataset(Listed([(picture(8, 8), 0)]), transform, 0)
     for epoch in range(60):  # Pillow 13 refuses the posterize that timm's magnitude 10 asks for
         assert data[epoch, 0][0].shape == (3, 8, 8)
 
 
 def test_scale_acts_at_small_sizes_too():
-    mean, std = mean_and_std()
-    shift = create_train_transform(32, mean, std, scale=(0.08, 1.0))
-    crop = create_train_transform(32, mean, std, scale=(0.5, 1.0))
+    mean, _ = mean_and_std()
+    shift = create_train_transform(32, mean, scale=(0.08, 1.0))
+    crop = create_train_transform(32, mean, scale=(0.5, 1.0))
     assert "RandomCrop(" in str(shift)
     assert "scale=(0.5, 1.0)" in str(crop)
 
@@ -337,7 +341,7 @@ def test_flips_follow_the_flag():
     for hflip in (0.0, 1.0):
         transform = create_pretrain_transform(8, scale=(1.0, 1.0), hflip=hflip)
         transform.transforms[0].ratio = (1.0, 1.0)
-        outs.append(Augmented(Listed(sample), transform, 0)[0, 0][0])
+        outs.append(TransformedDataset(Listed(sample), transform, 0)[0, 0][0])
     assert torch.equal(outs[0].flip(2), outs[1])
 
 
@@ -367,7 +371,7 @@ def test_workers_do_not_change_tensors():
     for num_workers in (0, 2):
         args = make_args(num_workers=num_workers, batch_size=300)
         data, _ = datasets.build_dataset(True, args)
-        batches = Batches(datasets.build_loader(data, True, args), "cpu", *mean_and_std())
+        batches = datasets.build_loader(data, True, args, "cpu")
         seen = []
         for epoch in (0, 5):  # persistent workers must honour the second epoch too
             batches.set_epoch(epoch)
@@ -382,13 +386,10 @@ def test_workers_do_not_change_tensors():
 @pytest.mark.gpu
 @pytest.mark.parametrize("pin_mem", [False, True])
 def test_batches_on_a_gpu_are_those_on_the_cpu(pin_mem):
-    """Copied beside the work before them, none may be read too early or overwritten too soon."""
+    """The copy overlaps with earlier work: no batch may be read or overwritten too early."""
     args = make_args(batch_size=100, pin_mem=pin_mem)
     data, _ = datasets.build_dataset(True, args)
-    on_cpu, on_gpu = (
-        Batches(datasets.build_loader(data, True, args), place, *mean_and_std())
-        for place in ("cpu", "cuda")
-    )
+    on_cpu, on_gpu = (datasets.build_loader(data, True, args, place) for place in ("cpu", "cuda"))
     for epoch in (0, 1):
         on_cpu.set_epoch(epoch)
         on_gpu.set_epoch(epoch)
@@ -439,14 +440,14 @@ def test_evaluation_counts_every_image_once():
 def test_eval_loader_drops_nothing_and_keeps_order():
     args = make_args(batch_size=50)
     data, _ = datasets.build_dataset(False, args)
-    ids = torch.cat([ids for _, _, ids, _ in datasets.build_loader(data, False, args)])
+    ids = torch.cat([ids for _, _, ids in datasets.build_loader(data, False, args, "cpu")])
     assert ids.tolist() == list(range(355))
 
 
 def test_batch_larger_than_the_data_is_refused():
-    data = Augmented(Listed([(picture(), 0)] * 5), create_eval_transform(8), 0)
+    data = TransformedDataset(Listed([(picture(), 0)] * 5), create_eval_transform(8), 0)
     with pytest.raises(UserError, match=r"5 training images.* 6 \(6 x 1 .*--batch_size 5 or less"):
-        datasets.build_loader(data, True, make_args(batch_size=6))
+        datasets.build_loader(data, True, make_args(batch_size=6), "cpu")
 
 
 # --- errors and devices ---------------------------------------------------------------------
@@ -459,9 +460,8 @@ def test_unreadable_image_names_its_file(tmp_path, num_workers):
     (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
     args = make_args(data_set="image_folder", data_path=tmp_path, batch_size=1)
     data, _ = datasets.build_dataset(True, args)
-    sampler = TrainSampler(3, 0, 0, 1, shuffle=False)
-    loader = create_loader(data, sampler, 1, num_workers)
-    batches = iter(Batches(loader, "cpu", *mean_and_std()))
+    loader = WatchedLoader(data, EvalSampler(3, 0, 1), 1, num_workers)
+    batches = iter(DeviceLoader(loader, "cpu", *mean_and_std()))
     next(batches)
     with pytest.raises(UserError, match=r"cannot read image .*a/1\.png .*truncated.*replace"):
         next(batches)
@@ -478,21 +478,21 @@ def test_a_bug_in_a_transform_is_not_called_an_unreadable_image():
         raise ValueError("bug")
 
     with pytest.raises(ValueError, match="^bug$"):
-        Augmented(Listed([(picture(), 0)]), broken, 0)[0, 0]
+        TransformedDataset(Listed([(picture(), 0)]), broken, 0)[0, 0]
 
 
 def test_colour_augmentation_of_floats_is_refused():
-    transform = create_train_transform(8, *mean_and_std(), aa="rand-m9")
-    result = Augmented(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
+    transform = create_train_transform(8, mean_and_std()[0], aa="rand-m9")
+    result = TransformedDataset(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
     assert isinstance(result, UserError)
     assert "--aa none" in str(result)
 
 
 def test_batches_normalise_like_totensor_and_normalize():
     images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
-    data = Augmented(Listed([(image, 1) for image in images]), decode_back, 0)
-    loader = create_loader(data, EvalSampler(2, 0, 1), 2)
-    batches = Batches(loader, "cpu", *mean_and_std())
+    data = TransformedDataset(Listed([(image, 1) for image in images]), decode_back, 0)
+    loader = WatchedLoader(data, EvalSampler(2, 0, 1), 2)
+    batches = DeviceLoader(loader, "cpu", *mean_and_std())
     ((x, labels, ids),) = list(batches)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in mean_and_std())
     torch.testing.assert_close(x, (images / 255 - mean) / std)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What an epoch does, seen through the mains' own wiring."""
+"""An epoch, run through the training scripts' own wiring."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import main_finetune
 import main_pretrain
 from config import parser as options
 from errors import UserError
+from optim_factory import Schedule
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
 from training.stepper import Stepper
 
@@ -57,7 +58,7 @@ class Watched:
 
 def test_images_come_in_another_order_every_epoch_of_a_single_process(monkeypatch):
     """set_epoch was only called with more than one process: the same shuffle again and again."""
-    seen = Watched(monkeypatch, engine_pretrain, "hash_noise")
+    seen = Watched(monkeypatch, engine_pretrain, "mask_noise")
     pretrain("--epochs 2 --picture_freq 0")
     first, second = ([call[2].tolist() for call in seen.calls[i : i + 4]] for i in (0, 4))
     assert [call[1] for call in seen.calls[:8]] == [0] * 4 + [1] * 4  # epochs, of masks too
@@ -103,8 +104,8 @@ def test_mixup_gives_soft_labels_and_smoothing_acts_without_it(monkeypatch, word
 
 
 @pytest.mark.parametrize("print_freq", [1, 3, 100])
-def test_average_does_not_move_when_an_update_was_skipped(monkeypatch, print_freq):
-    """The official average followed steps that the scaler had left out."""
+def test_ema_does_not_move_when_a_step_was_skipped(monkeypatch, print_freq):
+    """The official EMA followed steps that the scaler had skipped."""
     averaged = []
     build = main_finetune.build_ema
 
@@ -126,19 +127,19 @@ def test_average_does_not_move_when_an_update_was_skipped(monkeypatch, print_fre
 
 
 @pytest.mark.parametrize("print_freq", [1, 100])
-def test_checkpoint_knows_every_skipped_update(tmp_path, print_freq):
+def test_checkpoint_counts_every_skipped_step(tmp_path, print_freq):
     words = f"--epochs 2 --print_freq {print_freq} --output_dir {tmp_path}"
     pretrain(f"{words} --data_set tests.tiny:poisoned --picture_freq 0")
     for epoch in (0, 1):
         state = torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["state"]
-        assert (state["updates"], state["bad_steps"]) == (4 * epoch + 4, epoch + 1)
+        assert (state["global_step"], state["bad_steps"]) == (4 * epoch + 4, epoch + 1)
 
 
-def test_rate_and_decay_are_set_once_an_update_and_end_where_they_should(monkeypatch):
+def test_schedule_acts_once_per_step_and_ends_at_the_minimum(monkeypatch):
     applied = []
-    real = engine_finetune.Schedule.apply
+    real = Schedule.apply
     monkeypatch.setattr(
-        engine_finetune.Schedule,
+        Schedule,
         "apply",
         lambda self, update: applied.append((update, real(self, update))) or applied[-1][1],
     )
@@ -160,7 +161,7 @@ def test_evaluation_shows_a_loss_that_is_not_finite():
     assert stats["loss"] != stats["loss"]
 
 
-def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
+def test_resumed_steps_are_counted_in_the_new_batch_size(tmp_path, monkeypatch):
     """With another batch the schedule would otherwise be long over, or start anew."""
     words = f"--epochs 4 --disable_eval --output_dir {tmp_path}"
     finetune(words)
@@ -171,12 +172,14 @@ def test_resumed_updates_count_this_runs_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(
         main_finetune,
         "train_one_epoch",
-        lambda *a, **k: states.append(copy.copy(k["state"])) or real(*a, **k),
+        lambda *a: states.append(copy.copy(a[3].state)) or real(*a),
     )
-    with pytest.raises(UserError, match="the run's effective batch 6: not a multiple of"):
+    with pytest.raises(
+        UserError, match="the effective batch 6 of the resumed run is not a multiple of"
+    ):
         finetune(f"{words} --batch_size 12")  # nobody said that the updates should change
     finetune(f"{words} --batch_size 12 --effective_batch 12")
-    assert [(state.epoch, state.updates) for state in states] == [(2, 4), (3, 6)]
+    assert [(state.epoch, state.global_step) for state in states] == [(2, 4), (3, 6)]
 
 
 @pytest.mark.parametrize(("run", "words"), [(pretrain, "--picture_freq 0"), (finetune, "")])
@@ -187,7 +190,9 @@ def test_epoch_that_breaks_off_at_its_last_update_is_saved_like_any(
     words = f"{words} --epochs 2 --log_dir none --save_ckpt_every_steps 4 --output_dir"
     run(f"{words} {tmp_path / 'whole'}")
     with monkeypatch.context() as broken:
-        broken.setattr(Keeper, "end_epoch", lambda *_, **__: (_ for _ in ()).throw(OSError("dead")))
+        broken.setattr(
+            CheckpointManager, "end_epoch", lambda *_, **__: (_ for _ in ()).throw(OSError("dead"))
+        )
         with pytest.raises(OSError, match="dead"):
             run(f"{words} {tmp_path / 'run'}")
     assert (tmp_path / "run" / "checkpoint-0-seen-24.pth").exists()
@@ -212,14 +217,14 @@ def test_graphs_without_a_gpu_are_refused(run):
 @pytest.mark.parametrize("run", [pretrain, finetune])
 def test_effective_batch_is_settled_before_any_work(run, tmp_path):
     words = f"--epochs 1 --log_dir none --output_dir {tmp_path / 'new'} --effective_batch"
-    with pytest.raises(UserError, match="10: not a multiple of --batch_size 6 x 1 processes = 6"):
+    with pytest.raises(UserError, match="10 is not a multiple of --batch_size 6 x 1 processes = 6"):
         run(f"{words} 10")
-    with pytest.raises(UserError, match="cannot accumulate, and an update has 2 micro-batches"):
+    with pytest.raises(UserError, match="--cuda_graphs does not work with 2 gradient accumulation"):
         run(f"{words} 12 --cuda_graphs")
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     run(f"{words} 12")
     state = torch.load(tmp_path / "new" / "checkpoint-0.pth", weights_only=True)["state"]
-    assert state["updates"] == 2
+    assert state["global_step"] == 2
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Looking names up."""
+"""Lookup by name, and error types."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pickle
 
 import pytest
 
-from errors import TrainingStopped, UserError, resolve
+from errors import TrainingStopped, UserError, did_you_mean, first_few, resolve
 
 TABLE = {"sgd": 1, "adamw": 2, "IMNET": 3}
 
 
-def test_known_name_is_its_row():
+def test_known_name_returns_its_row():
     assert resolve("adamw", TABLE, "optimizer") == 2
 
 
@@ -22,7 +22,7 @@ def test_colon_in_a_name_of_the_table_is_no_import():
     assert resolve("a:b", {"a:b": 5}, "thing") == 5
 
 
-def test_function_of_any_module_needs_no_row():
+def test_function_is_imported_from_any_module():
     assert resolve("math:sqrt", TABLE, "optimizer") is math.sqrt
     assert resolve("os.path:join", TABLE, "optimizer")("a", "b") == "a/b"
 
@@ -39,18 +39,18 @@ def test_typo_gets_the_closest_name_in_any_case(typo, meant):
     assert "\n" not in message
 
 
-def test_name_like_no_other_gets_the_whole_list():
+def test_name_without_a_close_match_gets_the_full_list():
     with pytest.raises(UserError, match="Known: sgd, adamw, IMNET"):
         resolve("zzz", TABLE, "optimizer")
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "math:no_such", ":f", "math:", ":", ".x:f"])
-def test_what_cannot_be_imported_is_a_user_error(name):
+def test_failed_import_is_a_user_error(name):
     with pytest.raises(UserError, match="cannot import optimizer"):
         resolve(name, TABLE, "optimizer")
 
 
-def test_table_that_takes_no_imports_offers_none():
+def test_table_without_imports_offers_none():
     with pytest.raises(UserError) as caught:
         resolve("math:sqrt", TABLE, "optimizer", importable=False)
     assert "unknown optimizer 'math:sqrt'" in str(caught.value)
@@ -69,3 +69,15 @@ def test_errors_are_of_the_kinds_that_callers_catch():
     assert not issubclass(TrainingStopped, UserError)
     error = pickle.loads(pickle.dumps(UserError("got 3, expected 4")))  # from a loader's worker
     assert (type(error), str(error)) == (UserError, "got 3, expected 4")
+
+
+def test_first_few():
+    assert first_few(["a"]) == "a"
+    assert first_few({"a": 1, "b": 2, "c": 3, "d": 4}) == "a, b, c and 1 more"
+    assert first_few(range(9), limit=2) == "0, 1 and 7 more"
+    assert first_few([]) == ""
+
+
+def test_did_you_mean_is_empty_without_a_close_match():
+    assert did_you_mean("--epoch", ["--epochs", "--lr"]) == "Did you mean '--epochs'?"
+    assert did_you_mean("zzz", TABLE) == ""

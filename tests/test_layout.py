@@ -111,8 +111,9 @@ def test_imports_point_upwards(module):
 def test_no_import_cycles(module):
     seen, waiting = set(), [module]
     while waiting:
-        for other in imported(MODULES[waiting.pop()]):
-            if (module, other) not in LATE and other not in seen:
+        current = waiting.pop()
+        for other in imported(MODULES[current]):
+            if (current, other) not in LATE and other not in seen:
                 seen.add(other)
                 waiting.append(other)
     assert module not in seen

@@ -1,10 +1,9 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Parameter groups, optimizers by name, schedules, EMA."""
+"""Parameter groups, optimizers by name, schedules."""
 
 from __future__ import annotations
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -25,7 +24,6 @@ from optim_factory import (
     get_parameter_groups,
     scale_lr,
 )
-from training.ema import build_ema
 
 
 def classifier(depths=(1, 1, 2, 1)) -> ConvNeXtV2:
@@ -157,7 +155,8 @@ def test_rate_falls_by_half_with_each_layer_from_the_head(kind, depths, powers):
 
 def test_layer_decay_of_a_model_without_layers_is_refused():
     with pytest.raises(
-        UserError, match="--layer_decay 0.9: FCMAE has no layer_of.*--layer_decay 1"
+        UserError,
+        match="--layer_decay 0.9 needs a model.*layer_of.*FCMAE has none: use --layer_decay 1",
     ):
         create_optimizer(fcmae(), lr=1.0, layer_decay=0.9)
 
@@ -217,8 +216,9 @@ def test_given_eps_and_betas_reach_the_optimizer():
 
 def test_flags_reach_the_optimizer():
     flags = {"opt": "sgd", "weight_decay": 0.3, "opt_eps": None, "opt_betas": None}
+    flags |= {"layer_decay": 0.1, "layer_decay_type": "group"}
     args = SimpleNamespace(**flags, momentum=0.6)
-    optimizer = build_optimizer(args, classifier(), 0.5, layer_decay=0.1, kind="group")
+    optimizer = build_optimizer(args, classifier(), 0.5)
     scales = {round(group["lr_scale"], 9) for group in optimizer.param_groups}
     assert scales == {round(0.1**k, 9) for k in range(6)}  # stem, 1, 2, one third, 4, head
     assert {group["momentum"] for group in optimizer.param_groups} == {0.6}
@@ -266,7 +266,7 @@ def test_rate_and_decay_reach_every_group_before_the_first_update():
     optimizer = optimizer_of_two()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=5,
+        steps_per_epoch=5,
         epochs=2,
         lr=0.8,
         min_lr=0.1,
@@ -286,7 +286,7 @@ def test_warmup_steps_win_over_epochs(steps, warmup):
     """A dead flag in the official code."""
     schedule = Schedule(
         optimizer_of_two(),
-        updates_per_epoch=5,
+        steps_per_epoch=5,
         epochs=9,
         lr=1.0,
         warmup_epochs=2,
@@ -302,7 +302,7 @@ def test_weight_decay_moves_to_its_end_and_spares_what_is_not_decayed():
     optimizer = optimizer_of_two()
     schedule = Schedule(
         optimizer,
-        updates_per_epoch=3,
+        steps_per_epoch=3,
         epochs=1,
         lr=1.0,
         warmup_steps=2,  # of the rate alone
@@ -320,15 +320,15 @@ def test_weight_decay_moves_to_its_end_and_spares_what_is_not_decayed():
 
 def test_weight_decay_stays_where_it_is_without_an_end():
     optimizer = optimizer_of_two()
-    schedule = Schedule(optimizer, updates_per_epoch=3, epochs=2, lr=1.0, weight_decay=0.04)
+    schedule = Schedule(optimizer, steps_per_epoch=3, epochs=2, lr=1.0, weight_decay=0.04)
     for update in range(6):
         schedule.apply(update)
         assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.04)
 
 
 def test_warm_up_over_the_whole_run_is_said(log):
-    Schedule(optimizer_of_two(), updates_per_epoch=5, epochs=2, lr=1.0, warmup_epochs=2)
-    assert "warm-up of 10 updates is the whole run of 10" in log.text
+    Schedule(optimizer_of_two(), steps_per_epoch=5, epochs=2, lr=1.0, warmup_epochs=2)
+    assert "warm-up of 10 steps, but the run has 10" in log.text
 
 
 def test_last_update_has_the_minimum_after_almost_a_whole_run_of_warm_up():
@@ -345,90 +345,6 @@ def test_flags_reach_the_schedule():
         weight_decay_end=0.4,
     )
     optimizer = optimizer_of_two()
-    schedule = build_schedule(args, optimizer, 0.8, updates_per_epoch=4)
+    schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
     assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.4
-
-
-# --- EMA ------------------------------------------------------------------------------------
-
-
-def ema_args(**changes) -> SimpleNamespace:
-    flags = {"model_ema": True, "model_ema_decay": 0.5, "model_ema_force_cpu": False}
-    return SimpleNamespace(**(flags | changes))
-
-
-def test_no_moving_average_unless_asked_for():
-    assert build_ema(ema_args(model_ema=False), nn.Linear(1, 1)) is None
-
-
-@pytest.mark.parametrize("force_cpu", [False, True])
-def test_moving_average_warms_up_and_then_follows_exactly(force_cpu):
-    """decay 0 at the first update, then 1 - k^(-2/3) for k = 2, 3, ... up to the flag's 0.5."""
-    model = nn.Linear(1, 1, bias=False).double()
-    model.weight.data[:] = 100.0
-    ema = build_ema(ema_args(model_ema_force_cpu=force_cpu), model)
-    average = 100.0
-    decays = [0.0, 1 - 2 ** (-2 / 3), 0.5, 0.5]  # 1 - 3^(-2/3) = 0.519 is above the limit
-    for step, (weight, decay) in enumerate(zip([8.0, 4.0, 2.0, 1.0], decays, strict=True), start=1):
-        model.weight.data[:] = weight
-        ema.update(model, torch.tensor(step), torch.tensor(True))
-        average = decay * average + (1 - decay) * weight
-        assert ema.module.weight.item() == pytest.approx(average, rel=1e-12)
-    assert model.weight.item() == 1.0
-
-
-@pytest.mark.parametrize("force_cpu", [False, True])
-def test_moving_average_is_the_same_to_the_bit_after_a_skipped_update(force_cpu):
-    """Even where the batch that was skipped has left statistics that are not finite."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 2))
-    ema = build_ema(ema_args(model_ema_force_cpu=force_cpu), model)
-    for updates, x in enumerate(torch.randn(3, 8, 20), start=1):
-        model(x).sum().backward()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        ema.update(model, torch.tensor(updates), torch.tensor(True))
-    before = copy.deepcopy(ema.module.state_dict())
-    with torch.no_grad():
-        model[2].weight.mul_(3)
-    model(torch.full((8, 20), math.nan))
-    ema.update(model, torch.tensor(3), torch.tensor(False))
-    for name, value in ema.module.state_dict().items():
-        assert value.dtype == before[name].dtype
-        assert value.numpy().tobytes() == before[name].numpy().tobytes(), name
-
-
-def test_moving_average_averages_float_buffers_and_copies_others():
-    model = nn.BatchNorm1d(1)
-    ema = build_ema(ema_args(), model)
-    model.running_mean.fill_(4.0)
-    model.num_batches_tracked.fill_(7)
-    ema.update(model, torch.tensor(100), torch.tensor(True))  # the decay is the flag's 0.5
-    assert ema.module.running_mean.item() == 2.0
-    assert ema.module.num_batches_tracked.item() == 7
-
-
-def test_moving_average_is_timms():
-    """Which waits for the device, to know whether there is anything to average."""
-    from timm.utils import ModelEmaV3
-
-    model = classifier()
-    ours = build_ema(ema_args(model_ema_decay=0.9), model)
-    timms = ModelEmaV3(model, 0.9, use_warmup=True)
-    for step in range(1, 60):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        ours.update(model, torch.tensor(step), torch.tensor(True))
-        timms.update(model, step=step)
-    for a, b in zip(ours.module.parameters(), timms.module.parameters(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_moving_average_has_no_gradient_and_is_in_evaluation_mode():
-    model = classifier()
-    ema = build_ema(ema_args(), model.train())
-    assert not ema.module.training
-    assert model.training
-    model(torch.randn(1, 3, 32, 32)).sum().backward()
-    assert all(parameter.grad is None for parameter in ema.module.parameters())

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a script loads before it answers, by `python -X importtime`: seconds would be no test."""
+"""Scripts answer --help and wrong flags before they import torch; `-X importtime` shows imports."""
 
 from __future__ import annotations
 
@@ -40,16 +40,11 @@ HEAVY = {
     "submitit",
     "tensorboard",
 }
-UNUSED = {
-    "timm",
-    "submitit",
-    "tensorboard",
-    "models.kernels.triton_kernels",
-}  # by imports of a main
+UNUSED = {"timm", "submitit", "tensorboard", "models.kernels.triton_kernels"}
 
 
 def start(*words: str) -> tuple[int, str, set[str]]:
-    """Exit code and standard output of `python` with these words, and the modules it loaded."""
+    """Run python; returns its exit code, its standard output and the modules that it imported."""
     command = [sys.executable, "-X", "importtime", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
@@ -57,7 +52,7 @@ def start(*words: str) -> tuple[int, str, set[str]]:
     return done.returncode, done.stdout, {line.rpartition("|")[2].strip() for line in lines}
 
 
-def test_loaded_modules_are_seen():
+def test_imported_modules_are_seen():
     code, out, loaded = start("-c", "import json.decoder; print('here')")
     assert (code, out) == (0, "here\n")
     assert "json.decoder" in loaded
@@ -74,7 +69,7 @@ def test_help_loads_nothing_heavy(script):
 
 
 @pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py", "submitit_pretrain.py"])
-def test_a_typing_error_is_told_before_anything_heavy_loads(script):
+def test_wrong_flag_is_reported_before_anything_heavy_loads(script):
     code, _, loaded = start(script, "--data_set", "SYNTHETIC", "--modle", "convnextv2_atto")
     assert code == 2
     assert loaded & HEAVY == set()
@@ -82,21 +77,21 @@ def test_a_typing_error_is_told_before_anything_heavy_loads(script):
 
 @pytest.mark.parametrize("main", ["main_pretrain", "main_finetune"])
 def test_importing_a_main_loads_nothing_unused(main):
-    """torchvision and torch's optimizers load torch._dynamo and with it triton: not ours to cut."""
+    """torchvision and torch's optimizers import torch._dynamo and with it triton."""
     code, _, loaded = start("-c", f"import {main}")
     assert code == 0
     assert loaded & UNUSED == set()
     assert {main, "torch", "torchvision"} <= loaded
 
 
-def test_seconds_end_with_the_text_or_the_program():
+def test_seconds_are_measured_until_the_text_or_the_exit():
     endless = "import time\nprint('step 1/2', flush=True)\ntime.sleep(1000)"
     assert startup.seconds_to(["-c", endless], "step 1/") > 0
     assert startup.seconds_to(["-c", "print('done')"]) > 0
 
 
 @pytest.mark.parametrize(("words", "text"), [("print('a')", "b"), ("raise SystemExit('a')", "")])
-def test_a_program_that_fails_gives_no_seconds(words, text):
+def test_failing_program_has_no_seconds(words, text):
     with pytest.raises(SystemExit, match="failed:\na"):
         startup.seconds_to(["-c", words], text)
 

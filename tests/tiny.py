@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from data_loading.rng import mix
+from data_loading.rng import fold_in
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 
@@ -178,7 +178,7 @@ def frail(**kwargs) -> ConvNeXtV2:
     """
     network = classifier(**kwargs)
     what, update, rank = os.environ["FRAIL"].split(":")
-    seed, block = mix(0, int(update), 0, int(rank)), network.stages[1][0]
+    seed, block = fold_in(0, int(update), 0, int(rank)), network.stages[1][0]
 
     def fail(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         if torch.initial_seed() != seed or not module.training:

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Updates that go wrong: what they held is written down, and training goes back to good weights.
+"""Bad optimizer steps (NaN, Inf, loss spikes): report them, skip them or roll back.
 
 python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32 \
     --on_spike rollback --output_dir runs/guarded
@@ -21,197 +21,209 @@ from torch import Tensor, nn
 from parallel import sharding
 from parallel.process_group import all_gather, get_logger, get_rank, is_main_process
 from training.checkpoint import TrainState, is_finite
-from training.checkpoint_manager import snapshot
-from training.stepper import Fault, Stepper, autocast
+from training.checkpoint_manager import copy_to_cpu
+from training.stepper import BadStep, Stepper, autocast
 from utils import write_atomically
 
 FILE = "bad_batch.json"
-KEPT = 100  # faults in that file
-SNAPSHOTS = 100  # updates between two
-RUN_AGAIN = 3  # faults between two looks whose batches are run again
+MAX_ENTRIES = 100  # in that file
+SNAPSHOT_FREQ = 100  # optimizer steps between two snapshots
+MAX_DIAGNOSED = 3  # bad steps between two checks whose batches are run again
 REMEDY = (
-    "lower --lr or --blr, set --clip_grad 1, raise --spike_factor if spikes are no fault here, or "
-    "raise --max_bad_steps"
+    "lower --lr or --blr, set --clip_grad 1, raise --spike_factor if loss spikes do no harm, "
+    "or raise --max_bad_steps"
 )
 
-Compute = Callable[..., Tensor]  # (network, batch, update, micro) -> loss
+ComputeLoss = Callable[..., Tensor]  # (network, batch, step, micro) -> loss
 
 
-class Guard:
-    """Looks at what became of the updates since it looked last.
+class AnomalyGuard:
+    """Check recent steps for NaN, Inf and loss spikes.
 
-    parts: network, optimizer, scaler and average or None, which a rollback restores. max_bad_steps:
-    faults in a row, or returns with less than `every` updates between, that a run survives. every:
-    updates between two snapshots, in host memory, at the next look; None for none: faulty updates
-    are only skipped.
+    parts: model, optimizer, scaler and EMA model (or None), which a rollback restores.
+    max_bad_steps: consecutive bad steps, or rollbacks with fewer than `snapshot_freq` steps between
+        them, that a run survives.
+    snapshot_freq: optimizer steps between two snapshots in host memory; None: bad steps are skipped
+        and nothing is rolled back.
 
-        guard.begin_epoch(state, compute)  # compute: the loss of a micro-batch, run anew
-        problem = guard.look(state)        # on all ranks; '' if training can go on
+        guard.begin_epoch(state, compute_loss)
+        problem = guard.check(state)       # on all ranks; '' if training can continue
 
-    A rollback undoes the updates since the snapshot and does not repeat them: the same batches
-    would lead to the same weights. PaLM (arXiv 2204.02311, 5.1) got past its spikes so. Updates
-    whose images are not finite are only skipped, since nothing of them is in the weights.
+    A rollback drops the steps since the last snapshot and continues with the next batches: the same
+    batches would lead to the same weights (PaLM did so, arXiv 2204.02311, section 5.1). Steps with
+    non-finite images are only skipped, since they have not changed the weights.
     """
 
     def __init__(
         self,
         stepper: Stepper,
         parts: Sequence[Any] = (),
-        batches: Any = None,
+        data_loader: Any = None,
         folder: Path | None = None,
         max_bad_steps: int = 10,
-        every: int | None = None,
+        snapshot_freq: int | None = None,
     ) -> None:
-        self.stepper, self.batches, self.folder = stepper, batches, folder
+        self.stepper, self.data_loader, self.folder = stepper, data_loader, folder
         self.parts = [part for part in parts if part is not None]
-        self.max_bad_steps, self.every = max_bad_steps, every
-        self.kept: list[Any] = []
-        self.returns, self.returned_at = 0, 0  # how often with less than `every` updates between
+        self.max_bad_steps, self.snapshot_freq = max_bad_steps, snapshot_freq
+        self.snapshots: list[Any] = []  # one for each part
+        self.rollbacks = 0  # in a row, with fewer than `snapshot_freq` steps between two
+        self.last_rollback = 0  # global step
 
-    def begin_epoch(self, state: TrainState, compute: Compute) -> None:
-        """Before its first update, or the first after a resume."""
-        self.compute = compute
-        if "guard" in state.within:
-            numbers = state.within["guard"]
-            self.stepper.restore(numbers)
-            self.returns, self.returned_at = numbers["returns"], numbers["returned_at"]
-        self.keep(state)
+    def begin_epoch(self, state: TrainState, compute_loss: ComputeLoss) -> None:
+        """Prepare for an epoch, or for the rest of it after a resume."""
+        self.compute_loss = compute_loss
+        if "guard" in state.epoch_sums:
+            saved = state.epoch_sums["guard"]
+            self.stepper.restore(saved)
+            self.rollbacks, self.last_rollback = saved["returns"], saved["returned_at"]
+        self.snapshot(state)
 
     def state(self) -> dict[str, float]:
-        """What `begin_epoch` goes on from, as plain numbers."""
-        returned = {"returns": self.returns, "returned_at": self.returned_at}
-        return self.stepper.state() | returned
+        """Return the counters as plain numbers, for a checkpoint."""
+        rollbacks = {"returns": self.rollbacks, "returned_at": self.last_rollback}
+        return self.stepper.state() | rollbacks
 
-    def keep(self, state: TrainState) -> None:
-        """Take a snapshot, if there shall be any: when a checkpoint is saved, and in between."""
-        if self.every is None or (self.kept and state.updates == self.kept_at):
+    def snapshot(self, state: TrainState) -> None:
+        """Copy all parts to host memory, if rollbacks are enabled and all weights are finite."""
+        if self.snapshot_freq is None or (
+            self.snapshots and state.global_step == self.snapshot_step
+        ):
             return
-        if self.kept and not all(all_gather(is_finite(self.parts[0]))):  # the next update shows it
-            return
-        self.kept = []  # two of them at once could be too much
-        self.kept = [snapshot(sharding.own_part(part).state_dict()) for part in self.parts]
-        self.kept_at, self.kept_bad = state.updates, state.bad_steps
-        self.kept_numbers = self.stepper.state()
+        if self.snapshots and not all(all_gather(is_finite(self.parts[0]))):
+            return  # the next step will be bad
+        self.snapshots = []  # free the old one first
+        self.snapshots = [
+            copy_to_cpu(sharding.local_optimizer(part).state_dict()) for part in self.parts
+        ]
+        self.snapshot_step, self.snapshot_bad_steps = state.global_step, state.bad_steps
+        self.snapshot_counters = self.stepper.state()
 
-    def look(self, state: TrainState) -> str:
-        """Count, log and write down what was skipped; roll back; what the run has to stop for."""
-        skipped, faults = self.stepper.read()
+    def check(self, state: TrainState) -> str:
+        """Count and report skipped steps, roll back if needed; returns why training must stop."""
+        skipped, bad = self.stepper.read()
         state.bad_steps += skipped
-        if not faults:
+        if not bad:
             if skipped:
-                get_logger().info("skipped %d updates while fp16 looks for its scale", skipped)
-            if self.every is not None and state.updates >= self.kept_at + self.every:
-                self.keep(state)
+                get_logger().info("skipped %d steps while fp16 searches for its scale", skipped)
+            freq = self.snapshot_freq
+            if freq is not None and state.global_step >= self.snapshot_step + freq:
+                self.snapshot(state)
             return ""
-        what = "an update" if skipped == 1 else f"{skipped} updates"
-        where = state.updates + 1 - faults[0].ago
-        get_logger().warning("skipped %s, first number %d: %s", what, where, faults[0])
-        places = self._write_down(state, faults)
-        if self.batches is not None:
-            get_logger().warning("first not finite when run again: %s", "; ".join(places))
-        by_images = set(places) == {"images"}
-        if self.every is not None and not by_images:
+        first = state.global_step + 1 - bad[0].steps_ago
+        get_logger().warning("skipped %d steps, the first is step %d: %s", skipped, first, bad[0])
+        sources = self._report(state, bad)
+        if self.data_loader is not None:
+            get_logger().warning("first non-finite value in a rerun: %s", "; ".join(sources))
+        if self.snapshot_freq is not None and set(sources) != {"images"}:
             return self._roll_back(state)
-        longest = max(fault.in_a_row for fault in faults)
+        longest = max(step.in_a_row for step in bad)
         if longest <= self.max_bad_steps:
             return ""
-        self.stepper.bad_in_a_row = 0  # for who goes on from here with other flags
-        return f"{longest} updates in a row went wrong, the last: {faults[-1]}; {REMEDY}"
+        self.stepper.bad_in_a_row = 0  # a run that resumes with other flags starts from zero
+        return f"{longest} bad steps in a row, the last one: {bad[-1]}; {REMEDY}"
 
     def _roll_back(self, state: TrainState) -> str:
-        for part, content in zip(self.parts, self.kept, strict=True):
-            # A copy, since an optimizer would train on in the original.
-            sharding.restore(part, snapshot(content))
-        self.stepper.restore(self.kept_numbers)
-        undone = state.updates - self.kept_at
-        recent = self.kept_at < self.returned_at + self.every
-        self.returns, self.returned_at = 1 + self.returns * recent, state.updates
-        self.kept_at, self.kept_bad = state.updates, self.kept_bad + undone
-        state.bad_steps = self.kept_bad  # so that updates less these are the ones in the weights
-        text = "went back to the last snapshot: the %d updates since are undone; return %d of %d"
-        get_logger().warning(text, undone, self.returns, self.max_bad_steps)
-        if self.returns <= self.max_bad_steps:
-            return ""
-        self.returns = 0  # for who goes on from here with other flags
-        return (
-            f"went back to a snapshot {self.max_bad_steps + 1} times, which did not help; {REMEDY}"
+        for part, content in zip(self.parts, self.snapshots, strict=True):
+            # Restore a copy: an optimizer would continue to train on the original tensors.
+            sharding.load_local_state(part, copy_to_cpu(content))
+        self.stepper.restore(self.snapshot_counters)
+        dropped = state.global_step - self.snapshot_step
+        recent = self.snapshot_step < self.last_rollback + self.snapshot_freq
+        self.rollbacks, self.last_rollback = 1 + self.rollbacks * recent, state.global_step
+        self.snapshot_step = state.global_step
+        self.snapshot_bad_steps += dropped
+        state.bad_steps = self.snapshot_bad_steps  # global_step - bad_steps: steps in the weights
+        get_logger().warning(
+            "rolled back to the last snapshot: %d steps dropped; rollback %d of at most %d",
+            *(dropped, self.rollbacks, self.max_bad_steps),
         )
+        if self.rollbacks <= self.max_bad_steps:
+            return ""
+        self.rollbacks = 0  # a run that resumes with other flags starts from zero
+        return f"rolled back {self.max_bad_steps + 1} times without success; {REMEDY}"
 
     # --- bad_batch.json ---------------------------------------------------------------------
 
-    def _write_down(self, state: TrainState, faults: list[Fault]) -> list[str]:
-        """Into the file; returns what was first not finite, for each fault that was run again."""
-        found = []
-        for number, fault in enumerate(faults):
-            mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in fault.ids]}
-            if number < RUN_AGAIN and self.batches is not None:
+    def _report(self, state: TrainState, bad: list[BadStep]) -> list[str]:
+        """Write bad_batch.json; returns the first non-finite value of each step that was rerun."""
+        entries = []
+        for number, step in enumerate(bad):
+            mine = {"rank": get_rank(), "sample_ids": [ids.tolist() for ids in step.ids]}
+            if number < MAX_DIAGNOSED and self.data_loader is not None:
                 try:
-                    with sharding.whole_weights(self.parts[0]) as network:
-                        mine |= self._run_again(network, state, fault)
-                except torch.OutOfMemoryError as error:  # on all ranks alike
-                    mine |= {"first_not_finite": None, "note": f"cannot be run again: {error}"}
-            entry = {"epoch": state.epoch, "update": state.updates + 1 - fault.ago}
-            entry |= {"fault": str(fault), "loss": _number(fault.loss)}
-            entry |= {"usual_loss": _number(fault.usual_loss)}
-            entry |= {"grad_norm": _number(fault.grad_norm)}
-            found.append(entry | {"ranks": all_gather(mine)})
+                    with sharding.unsharded(self.parts[0]) as network:
+                        mine |= self._diagnose(network, state, step)
+                except torch.OutOfMemoryError as error:  # on all ranks
+                    mine |= {"first_not_finite": None, "note": f"cannot be rerun: {error}"}
+            entry = {
+                "epoch": state.epoch,
+                "update": state.global_step + 1 - step.steps_ago,
+                "fault": str(step),
+                "loss": _number(step.loss),
+                "usual_loss": _number(step.usual_loss),
+                "grad_norm": _number(step.grad_norm),
+            }
+            entries.append(entry | {"ranks": all_gather(mine)})
         if is_main_process() and self.folder is not None:
             try:
-                add_to(self.folder / FILE, found)
+                append_entries(self.folder / FILE, entries)
             except OSError as error:
                 get_logger().warning("%s cannot be written: %s", self.folder / FILE, error)
-        again = [{rank.get("first_not_finite") for rank in fault["ranks"]} for fault in found]
-        named = [places - {None} or {"nothing"} for places in again[:RUN_AGAIN]]
-        return ["images" if "images" in places else ", ".join(sorted(places)) for places in named]
+        rerun = entries[:MAX_DIAGNOSED]
+        places = [{rank.get("first_not_finite") for rank in entry["ranks"]} for entry in rerun]
+        named = [place - {None} or {"nothing"} for place in places]
+        return ["images" if "images" in place else ", ".join(sorted(place)) for place in named]
 
-    def _run_again(self, network: nn.Module, state: TrainState, fault: Fault) -> dict[str, Any]:
-        """Where this rank's micro-batches meet the first value that is not finite, run anew."""
+    def _diagnose(self, network: nn.Module, state: TrainState, step: BadStep) -> dict[str, Any]:
+        """Rerun this rank's micro-batches up to the first value that is not finite."""
         if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
-            note = "not run again: SyncBatchNorm would wait for the other processes"
+            note = "not rerun: SyncBatchNorm would wait for the other processes"
             return {"first_not_finite": None, "note": note}
-        update = state.updates - fault.ago
         try:
-            for micro, ids in enumerate(fault.ids):
-                batch = self.batches.again(state.epoch, ids)
+            for micro, ids in enumerate(step.ids):
+                batch = self.data_loader.reload(state.epoch, ids)
                 bad = ~torch.isfinite(batch[0]).flatten(1).all(1)
                 if bad.any():
                     return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}
-                compute = partial(self._loss, network, batch, update, micro)
+                number = state.global_step - step.steps_ago
+                compute = partial(self._compute, network, batch, number, micro)
                 if found := first_not_finite(network, compute):
                     return {"first_not_finite": found}
-        except Exception as error:  # no memory perhaps: to look must not end the run
-            note = f"cannot be run again: {type(error).__name__}: {error}"
+        except Exception as error:  # such as out of memory: a diagnosis must not end the run
+            note = f"cannot be rerun: {type(error).__name__}: {error}"
             return {"first_not_finite": None, "note": note}
-        how = ", with weights as files have them" * (network is not self.parts[0])
-        return {"first_not_finite": None, "note": f"every value was finite when run again{how}"}
+        how = " with the gathered float32 weights" * sharding.is_fsdp(network)
+        return {"first_not_finite": None, "note": f"every value was finite in a rerun{how}"}
 
-    def _loss(self, *micro_batch: Any) -> Tensor:
+    def _compute(self, network: nn.Module, batch: Any, step: int, micro: int) -> Tensor:
         with autocast(self.stepper.device, self.stepper.amp):
-            return self.compute(*micro_batch)
+            return self.compute_loss(network, batch, step, micro)
 
 
 def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # NaN would not be JSON
+    return value if math.isfinite(value) else None  # NaN is not valid JSON
 
 
-def add_to(path: Path, faults: list[dict[str, Any]]) -> None:
-    """Into a list in a file, each update once, the newest KEPT."""
+def append_entries(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Add to the JSON list in a file; each step appears once, the newest MAX_ENTRIES stay."""
     try:
-        before = json.loads(path.read_text())
-        known = {(fault["epoch"], fault["update"]): fault for fault in before}
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # absent, half, or of another
-        known = {}
-    known |= {(fault["epoch"], fault["update"]): fault for fault in faults}
-    lines = [json.dumps(fault) for fault in list(known.values())[-KEPT:]]
+        by_step = {
+            (entry["epoch"], entry["update"]): entry for entry in json.loads(path.read_text())
+        }
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # absent, truncated or foreign
+        by_step = {}
+    by_step |= {(entry["epoch"], entry["update"]): entry for entry in entries}
+    lines = [json.dumps(entry) for entry in list(by_step.values())[-MAX_ENTRIES:]]
     write_atomically("[\n" + ",\n".join(lines) + "\n]\n", path)
 
 
 def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
-    """Where a loss or its gradient first gets a value that is not finite; '' for nowhere.
+    """Name the first non-finite value of a forward and backward pass; '' if there is none.
 
-    compute: the loss, by a call of `network`. In the order of computation: a parameter,
-    the output of a module, the loss, then backwards the gradient of such an output or parameter.
-    Gradients, buffers and hooks of the network are afterwards what they were.
+    compute: calls `network` and returns the loss. Order: parameters, outputs of modules, the loss,
+    then gradients of outputs and parameters. Leaves gradients, buffers and hooks of the network as
+    they were.
     """
     found: list[str] = []
 
@@ -251,7 +263,7 @@ def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Those in nested tuples, lists and dicts."""
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -260,8 +272,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def build_guard(
-    args: Any, stepper: Stepper, parts: Sequence[Any], batches: Any, folder: Path | None
-) -> Guard:
-    """`Guard` as the flags say."""
-    every = args.snapshot_freq or SNAPSHOTS if args.on_spike == "rollback" else None
-    return Guard(stepper, parts, batches, folder, args.max_bad_steps, every)
+    args: Any, stepper: Stepper, parts: Sequence[Any], data_loader: Any, folder: Path | None
+) -> AnomalyGuard:
+    """Build an `AnomalyGuard` from the flags."""
+    freq = args.snapshot_freq or SNAPSHOT_FREQ if args.on_spike == "rollback" else None
+    return AnomalyGuard(stepper, parts, data_loader, folder, args.max_bad_steps, freq)

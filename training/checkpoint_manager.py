@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""When a run is saved, and how it stops when it is asked to: one path for every launcher.
+"""Save a run at the right times, through disk failures, and stop it when asked to.
 
-python main_pretrain.py --data_set DIGITS --input_size 32 --stem_stride 1 --output_dir runs/keep \
+python main_pretrain.py --data_set DIGITS --input_size 32 --stem_stride 1 --output_dir runs/saved \
     --model convnextv2_atto --save_ckpt_every_steps 20 --max_minutes 1; echo "exit code $?"
 """
 
@@ -14,85 +14,84 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from errors import Preempted, TrainingStopped, UserError
-from parallel.process_group import broadcast, from_main_process, get_logger
+from models.kernels.autotune import autotuner
+from parallel.process_group import broadcast, get_logger
 from training import run_lock
-from training.checkpoint import TrainState
-from training.preemption import Agreement, Requests
+from training.checkpoint import (
+    TrainableParts,
+    TrainState,
+    collect_checkpoint,
+    write_checkpoints,
+)
+from training.preemption import RankVote, StopSignals
 
-RETRY = 60.0  # seconds after which a save that failed is tried again
-PAUSE = 5.0  # seconds between tries where a run ends with its save
+RETRY = 60.0  # seconds after which a failed save is repeated while training continues
+PAUSE = 5.0  # seconds between attempts where the run ends with its save
 
 
-class Writer:
-    """Writes checkpoints, in a thread if `in_background`; what went wrong is told the next time."""
+class AsyncWriter:
+    """Writes checkpoints, in a thread if `in_background`.
+
+    writer(content, write)  # write(content) now, or write(a copy of it) in the background
+    writer.wait()           # until that is done; raises its error
+    """
 
     def __init__(self, in_background: bool) -> None:
-        self.in_background = in_background
-        self.thread: threading.Thread | None = None
-        self.problem, self.done = "", 0  # what went wrong; how often nothing did
+        self.pool = ThreadPoolExecutor(1, initializer=_lower_priority) if in_background else None
+        self.pending: Future[None] | None = None
 
     def __call__(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-        """`write(content)`, or start to write a copy of it; OSError if this or the last failed."""
-        if not self.in_background:
+        """Write, or start to."""
+        if self.pool is None:
             write(content)
-            self.done += 1
-            return
-        try:
-            self.wait()
-        finally:  # what is new is written though the last was not
-            copied = snapshot(content)
-            self.thread = threading.Thread(target=self._run, args=(copied, write))
-            self.thread.start()
+        else:
+            self.pending = self.pool.submit(write, copy_to_cpu(content))
 
-    def wait(self) -> None:
-        """Until nothing is being written; OSError if that failed."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        problem, self.problem = self.problem, ""
-        if problem:
-            raise OSError(problem)
-
-    def _run(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: training goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            write(content)
-            self.done += 1
-        except Exception as error:  # which would be lost with the thread
-            self.problem = str(error) if isinstance(error, OSError) else repr(error)
+    def wait(self) -> bool:
+        """Wait for the write in the background and raise its error; False if there is none."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+        return pending is not None
 
 
-def snapshot(value: Any) -> Any:
-    """A copy in host memory, which training does not change any more."""
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where each thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def copy_to_cpu(value: Any) -> Any:
+    """Copy nested tensors to host memory, where training does not change them."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: snapshot(item) for key, item in value.items()}
+        return {key: copy_to_cpu(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(item) for item in value)
+        return type(value)(copy_to_cpu(item) for item in value)
     return value
 
 
-class Keeper:
-    """Saves a run between updates and at the end of epochs, and stops it when asked to.
+class CheckpointManager:
+    """Saves a run between optimizer steps and at the end of epochs, and stops it when asked to.
 
-    save: `utils.save_model` with everything but the state, or None to write nothing.
-    every_steps, every_minutes: when to save within an epoch; None for never. every_epochs: when at
-    its end. max_minutes: after which the run stops as if by a signal. max_failures: saves in a row
-    that may fail; one that did is tried again a minute later. in_background: write in a thread.
-    before_save: called on all ranks before a save within an epoch.
+    save: called with state, writer, numbered and improved (`write_checkpoints`); None to not save.
+    every_epochs, every_steps, every_minutes: between saves at the end of epochs, and within them;
+    None for never. max_minutes: after which the run stops as if by a signal. max_failures: saves
+    in a row that may fail; a failed one is repeated a minute later. in_background: write in a
+    thread. before_save: called on all ranks before a save within an epoch.
 
-        with Keeper(...) as keeper:
+        with CheckpointManager(...) as checkpoints:
             ...
-            keeper.after_update(state, means, guard)  # in the epoch, after every update
-            keeper.end_epoch(state, accuracies, last)   # after the evaluation
+            checkpoints.after_step(state, meters, guard)       # after every optimizer step
+            checkpoints.end_epoch(state, accuracies, last)     # after the evaluation
     """
 
     def __init__(
@@ -106,43 +105,43 @@ class Keeper:
         in_background: bool = False,
         before_save: Callable[[], Any] | None = None,
     ) -> None:
-        self.before_save = before_save
         self.save, self.every_epochs, self.every_steps = save, every_epochs, every_steps
-        self.requests = Requests(every_minutes, max_minutes)
-        self.agreement = Agreement()
-        self.writer = Writer(in_background)
-        self.saved_at, self.unsaved = 0, ""  # update; why the last save is none
-        self.saves = 0  # that went well
-        self.written: dict[str, float] = {}  # best accuracies that have their checkpoint
-        self.failures, self.max_failures = 0, max_failures  # saves in a row that went wrong
+        self.max_failures, self.before_save = max_failures, before_save
+        self.signals = StopSignals(every_minutes, max_minutes)
+        self.vote = RankVote()
+        self.writer = AsyncWriter(in_background)
+        self.saved_at = 0  # step of the last save within an epoch
+        self.saved_best: dict[str, float] = {}  # best accuracies that have their checkpoint
+        self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
+        self.problem = ""  # why the last save failed, '' if it did not
 
-    def __enter__(self) -> Keeper:
-        self.requests.__enter__()
+    def __enter__(self) -> CheckpointManager:
+        self.signals.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.requests.__exit__()
-        with contextlib.suppress(OSError):  # the error that ends the run tells more
+        self.signals.__exit__()
+        with contextlib.suppress(OSError):  # the error that ends the run says more
             self.writer.wait()
 
-    def after_update(self, state: TrainState, means: Any, guard: Any, look: bool = False) -> None:
+    def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:
         """Save if it is time to; raise Preempted if any rank was asked to stop.
 
-        look: read what became of the updates, as before every save: a log line waits as well.
-        TrainingStopped if that went wrong too often, after a save.
+        check: let the guard check recent steps, as before every save; it waits for the device.
+        Raises TrainingStopped, after a save, if the guard found too many bad steps.
         """
-        save, stop = self.agreement.exchange(*self.requests.read())
-        save &= state.updates > self.saved_at + 1  # the answer to a question of before that
-        due = self.every_steps is not None and state.updates % self.every_steps == 0
-        problem = guard.look(state) if look or save or stop or due else ""
+        save, stop = self.vote.exchange(*self.signals.read())
+        save = save and state.global_step > self.saved_at + 1  # else a vote on the last save
+        due = self.every_steps is not None and state.global_step % self.every_steps == 0
+        problem = guard.check(state) if check or save or stop or due else ""
         if save or stop or due or problem:
-            self.saved_at = state.updates
+            self.saved_at = state.global_step
             if self.before_save is not None:
                 self.before_save()
-            guard.keep(state)
-            state.within = {"means": means.state(), "guard": guard.state()}
-            self._settle(state)
-            self._write(state, ends=stop or bool(problem))
+            guard.snapshot(state)
+            state.epoch_sums = {"means": meters.state(), "guard": guard.state()}
+            self._finish_write(state)
+            self._save(state, is_last=stop or bool(problem))
         if problem:
             raise TrainingStopped(problem)
         if stop:
@@ -154,112 +153,116 @@ class Keeper:
         accuracies: Mapping[str, float | None] | None = None,
         last: bool = False,
     ) -> None:
-        """Save what the end of an epoch asks for, and what could not be saved before.
+        """Save if this epoch is to be saved, or if the last save failed.
 
         accuracies: checkpoint name -> value; a new best is written under its name.
         """
-        self._settle(state)
-        improved = state.note_best(accuracies or {})
-        numbered = last or state.epoch % self.every_epochs == 0 or bool(self.unsaved)
-        stop = False
-        if not last:
-            self.agreement.exchange(*self.requests.read())
-            stop = (self.agreement.wait() or self.requests.read())[1]
+        self._finish_write(state)
+        improved = state.update_best(accuracies or {})
+        numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
+        stop = not last and self.vote.exchange_now(*self.signals.read())[1]
         if numbered or stop or improved:
-            self._write(state, last or stop, numbered=numbered or stop, improved=improved)
+            self._save(state, last or stop, numbered=numbered or stop, improved=improved)
         if stop:
             self._stop(state)
-        if last and self.unsaved:
+        if last and self.problem:
             raise TrainingStopped(
-                f"training is over, but its end is not saved: {self.unsaved}; once that is mended, "
-                "the same command goes on from the last checkpoint"
+                f"training is complete, but its end could not be saved: {self.problem}; solve "
+                "this, then rerun the same command to continue from the last checkpoint"
             )
 
-    def _write(self, state: TrainState, ends: bool = False, **options: Any) -> None:
-        """Save; a disk that is full or gone does not end the run, unless for long.
+    def _save(self, state: TrainState, is_last: bool = False, **options: Any) -> None:
+        """Save; a full or absent disk does not end the run until max_failures saves in a row fail.
 
-        ends: nothing comes after it, so that it is waited for and tried again at once.
+        is_last: the run ends after this save, so wait for it, and repeat it at once if it fails.
         """
         run_lock.check()
         if self.save is None:
             return
-        best = dict(state.best)
-        for attempt in range(1 + self.max_failures * ends):
+        best, wait = dict(state.best), is_last or self.writer.pool is None
+
+        def save() -> bool:
+            self.save(state=state, writer=self.writer, **options)
+            return wait and (self.writer.wait() or True)
+
+        for attempt in range(1 + self.max_failures if is_last else 1):
             if attempt:
                 time.sleep(PAUSE)
             state.best = dict(best)
-            problem, of_disk, done = broadcast(self._try(state, options))
-            state.best = dict(self.written) if problem else state.best
-            self._note(problem, done, of_disk)
-            if ends and not problem:
-                of_disk = self._settle(state)
-            if not (self.unsaved and of_disk):
+            if self._attempt(state, save):
                 break
-        if not self.unsaved and options.get("numbered", True):
-            self.requests.saved = time.monotonic()
-        if self.failures > self.max_failures and not ends:
+        if not self.problem and options.get("numbered", True):
+            self.signals.last_save = time.monotonic()
+        if self.failures > self.max_failures and not is_last:
             raise TrainingStopped(
-                f"{self.failures} saves in a row failed, the last with: {self.unsaved}; free some "
-                "space or choose another --output_dir, and start again: what was saved is whole"
+                f"{self.failures} saves in a row failed, the last with: {self.problem}; free some "
+                "disk space or choose another --output_dir, then rerun the same command: the "
+                "checkpoints written before are intact"
             )
 
-    def _note(self, problem: str, done: int, of_disk: bool = True) -> None:
-        """What became of a save, if that is known: in the background it has only begun."""
-        went_well, self.saves = done > self.saves, done
-        self.unsaved = problem or self.unsaved * (not went_well)
-        failed = bool(problem) and of_disk
-        self.failures = (self.failures + failed) * (failed or not went_well)
-        self.requests.retry_at = time.monotonic() + RETRY if failed else math.inf
-        if failed:
-            text = "could not save, %d times in a row (%s); the checkpoints before are whole"
-            get_logger().warning(text, self.failures, problem)
-        elif problem:
-            get_logger().warning("not saved: %s; the checkpoints before are whole", problem)
+    def _finish_write(self, state: TrainState) -> None:
+        """Wait for the write in the background; from here on `state.best` is on the disk."""
+        self._attempt(state, self.writer.wait)
+        self.saved_best = dict(state.best)
 
-    def _try(self, state: TrainState, options: dict[str, Any]) -> tuple[str, bool, int]:
-        """What went wrong, whether that is the disk's fault, and how many saves went well."""
-        problem, of_disk = "", False
+    def _attempt(self, state: TrainState, work: Callable[[], bool]) -> bool:
+        """Save or wait on all ranks and record the result; False if the disk failed.
+
+        work: returns True if a checkpoint is complete, on the main process.
+        """
+        done, problem, of_disk = False, "", False
         try:
-            self.save(state=state, writer=self.writer, **options)
+            done = work()
         except (OSError, UserError) as error:
             problem, of_disk = str(error), isinstance(error, OSError)
-        return problem, of_disk, self.writer.done
-
-    def _settle(self, state: TrainState) -> bool:
-        """Wait until nothing is being written; whether that failed. A best must be written."""
-        problem, done = from_main_process(self._await)
-        if problem or done > self.saves:
-            self._note(problem, done)
+        done, problem, of_disk = broadcast((done, problem, of_disk))
+        self.signals.retry_at = time.monotonic() + RETRY if of_disk else math.inf
         if problem:
-            state.best = dict(self.written)
-        self.written = dict(state.best)
-        return bool(problem)
-
-    def _await(self) -> tuple[str, int]:
-        problem = ""
-        try:
-            self.writer.wait()
-        except OSError as error:
-            problem = str(error)
-        return problem, self.writer.done
+            self.problem, state.best = problem, dict(self.saved_best)
+            self.failures += of_disk
+            text = "could not save, %d times in a row (%s); the checkpoints before are intact"
+            get_logger().warning(text, max(self.failures, 1), problem)
+        elif done:
+            self.problem, self.failures, self.successes = "", 0, self.successes + 1
+        return not of_disk
 
     def _stop(self, state: TrainState) -> None:
-        reason = self.requests.reason or "another process"
-        get_logger().info("asked to stop (%s) at update %d", reason, state.updates)
-        where = f"stopped by {reason} at epoch {state.epoch}, update {state.updates}"
-        if self.unsaved and not self.saves:  # to be queued again it would begin where it did
-            raise TrainingStopped(f"{where}; nothing of this run could be saved: {self.unsaved}")
-        saved = "nothing saved, as asked for" if self.save is None else "saved"
-        saved = f"not saved since: {self.unsaved}" if self.unsaved else saved
-        raise Preempted(f"{where}, {saved}; the same command goes on from the last save")
+        reason = self.signals.reason or "another process"
+        where = f"stopped by {reason} at epoch {state.epoch}, step {state.global_step}"
+        get_logger().info("asked to stop (%s) at step %d", reason, state.global_step)
+        if self.problem and not self.successes:  # a requeued run would start from the same point
+            raise TrainingStopped(f"{where}; nothing of this run could be saved: {self.problem}")
+        saved = "checkpoint saved" if self.save is not None else "no checkpoints, as configured"
+        saved = f"the last save failed: {self.problem}" if self.problem else saved
+        raise Preempted(f"{where}; {saved}. Exit code 75: rerun the same command to continue")
 
 
-def build_keeper(
-    args: Any, save: Callable[..., None] | None, before_save: Callable[[], Any]
-) -> Keeper:
-    """`Keeper` as the flags say."""
-    return Keeper(
-        save if args.save_ckpt else None,
+def build_checkpoint_manager(
+    args: Any,
+    folder: Path | None,
+    parts: TrainableParts,
+    classes: Mapping[str, int] | None = None,
+    before_save: Callable[[], Any] | None = None,
+) -> CheckpointManager:
+    """Build a `CheckpointManager` from the flags.
+
+    classes: label by name, stored as the names in the order of the head.
+    """
+    names = None if classes is None else sorted(classes, key=classes.__getitem__)
+
+    def save(
+        state: TrainState, writer: AsyncWriter, numbered: bool = True, improved: Sequence[str] = ()
+    ) -> None:
+        def write(content: dict[str, Any]) -> None:
+            write_checkpoints(folder, content, numbered, improved, args.save_ckpt_num, args.resume)
+
+        stored = {"args": vars(args), "classes": names, "kernels": autotuner.state()}
+        content = collect_checkpoint(parts, state, stored)
+        if content is not None:
+            writer(content, write)
+
+    return CheckpointManager(
+        save if folder and args.save_ckpt else None,
         args.save_ckpt_freq,
         args.save_ckpt_every_steps,
         args.save_ckpt_every_minutes,

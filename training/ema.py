@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Moving average of the weights (EMA).
+"""Exponential moving average (EMA) of a model's weights.
 
-python -c "from training.ema import MovingAverage; print(MovingAverage.__doc__)"
+python -c "from training.ema import ModelEma; print(ModelEma.__doc__)"
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from parallel import sharding
 
 
-class MovingAverage:
-    """The exponential moving average of a model's weights and float buffers, in `module`.
+class ModelEma:
+    """EMA of a model's parameters and float buffers, in `module`.
 
-    decay: the share that an update keeps; after the n-th, when that is less, 1 - n^(-2/3).
-    device: where to keep it.
+    decay: fraction kept at each step; at step n at most 1 - n^(-2/3), as timm's warm-up.
+    device: where the EMA weights are stored.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device) -> None:
@@ -28,30 +28,30 @@ class MovingAverage:
         self.decay, self.device = decay, device
 
     @torch.no_grad()
-    def update(self, model: nn.Module, updates: Tensor, taken: Tensor) -> None:
-        """Follow `model`, which so many `updates` have changed, unless the last was not `taken`.
+    def update(self, model: nn.Module, steps: Tensor, taken: Tensor) -> None:
+        """Move towards `model` after its n-th optimizer step, unless the step was skipped.
 
-        Where the average lies beside the model the host waits for nothing.
+        steps: n; taken: false if the step was skipped. Both are tensors on the model's device,
+        so that the host need not wait for it.
         """
-        old = [sharding.local(kept) for kept in self.module.parameters()]
-        share = updates.to(old[0]).pow(-2 / 3).clamp(min=1 - self.decay)
+        averages = [sharding.to_local(average) for average in self.module.parameters()]
+        fraction = steps.to(averages[0]).pow(-2 / 3).clamp(min=1 - self.decay)
         taken = taken.to(self.device)
-        share = torch.where(taken, share, 0.0)
-        news = [sharding.local(new).to(self.device) for new in model.parameters()]
-        change = torch._foreach_sub(news, old)
-        torch._foreach_mul_(change, share)
-        torch._foreach_add_(old, change)
-        for kept, new in zip(self.module.buffers(), model.buffers(), strict=True):
-            new = new.to(self.device)  # of a skipped update it need not be finite
-            new = kept.lerp(new, share.to(kept.dtype)) if kept.is_floating_point() else new
-            kept.copy_(torch.where(taken, new, kept))
+        fraction = torch.where(taken, fraction, 0.0)
+        weights = [sharding.to_local(weight).to(self.device) for weight in model.parameters()]
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, fraction)
+        torch._foreach_add_(averages, change)
+        for average, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            new = new.to(self.device)
+            if average.is_floating_point():
+                new = average.lerp(new, fraction.to(average.dtype))
+            average.copy_(torch.where(taken, new, average))  # a skipped step may leave NaN in `new`
 
 
-def build_ema(args: Any, model: nn.Module) -> MovingAverage | None:
-    """The moving average that the flags ask for, or None."""
+def build_ema(args: Any, model: nn.Module) -> ModelEma | None:
+    """Create the EMA that the flags ask for, or None."""
     if not args.model_ema:
         return None
-    device = next(model.parameters()).device
-    return MovingAverage(
-        model, args.model_ema_decay, torch.device("cpu") if args.model_ema_force_cpu else device
-    )
+    device = "cpu" if args.model_ema_force_cpu else next(model.parameters()).device
+    return ModelEma(model, args.model_ema_decay, torch.device(device))

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Observers of a run: log lines or a progress bar, log.txt, TensorBoard, pictures.
+"""Hooks that report a run: log lines or a progress bar, log.txt, TensorBoard, images.
 
 python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir runs/look
 """
@@ -14,19 +14,22 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.utils import save_image
 
-from config import parser as options
-from datasets import Batches
+from config.parser import dump_args
+from datasets import DeviceLoader
 from errors import UserError
 from models.kernels.autotune import autotuner, only_torch
-from parallel import process_group
-from training import pictures, run_lock
+from parallel.process_group import from_main_process, get_logger, get_world_size
+from training import run_lock
 from training.checkpoint import TrainState
 from training.meters import Means
 from utils import write_atomically
@@ -35,281 +38,279 @@ Record = dict[str, float]
 
 
 class Hook:
-    """What a run tells: override what you want to hear. Hooks never change a number."""
+    """Base class of hooks: override the methods you need. A hook never changes a number."""
 
-    def on_update(self, state: TrainState) -> None:
-        """After every update; no values, so no host sync."""
+    def on_step(self, state: TrainState) -> None:
+        """Called after every optimizer step. It gets no values, so nothing synchronizes."""
 
     def on_log(self, record: Record, state: TrainState) -> None:
-        """Every `print_freq` updates: means since the last time, speed, time left."""
+        """Called every `print_freq` steps: means since the last call, speed, time left."""
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        """After training and evaluation of an epoch: what goes into log.txt."""
+        """Called after training and evaluation of an epoch: the values that go into log.txt."""
 
-    def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
-        """A picture (3, H, W) in 0 to 1 was made."""
+    def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
+        """Called with an image to show, (3, H, W) in 0 to 1."""
 
     def on_end(self) -> None:
-        """The run is over, or broke off."""
+        """Called once when the run ends or fails."""
 
 
+@dataclass
 class Reporter:
-    """Reads meters and clock at log lines and tells the hooks.
+    """Reads the meters every `print_freq` steps and notifies the hooks.
 
-    Every rank makes one, since reading meters is collective; only the main process has hooks.
-    updates_all: updates of the whole run, for the time left.
+    Reading meters is collective, so every rank has a reporter; only rank 0 has hooks.
+    total_steps: optimizer steps of the whole run, for the time left.
     """
 
-    def __init__(
-        self,
-        hooks: Sequence[Hook],
-        device: torch.device,
-        state: TrainState,
-        updates_all: int,
-        updates_per_epoch: int,
-        print_freq: int,
-    ) -> None:
-        self.hooks, self.device, self.state = hooks, device, state
-        self.updates_all, self.updates_per_epoch = updates_all, updates_per_epoch
-        self.print_freq = print_freq
-        self.began, self.began_at = time.perf_counter(), state.updates
-        self.told_kernels = False
+    hooks: list[Hook]
+    device: torch.device
+    state: TrainState
+    total_steps: int
+    steps_per_epoch: int
+    print_freq: int
 
-    def begin_epoch(self, names: Sequence[str], batches: Batches, state: TrainState) -> Means:
-        """Meters for an epoch on `batches`: fresh, or as they were when it broke off."""
+    def __post_init__(self) -> None:
+        self.run_start, self.first_step = time.perf_counter(), self.state.global_step
+        self.kernels_logged = False
+
+    def begin_epoch(self, names: Sequence[str], batches: DeviceLoader) -> Means:
+        """Return the meters of an epoch, which continue those of an interrupted one."""
         self.means, self.batches = Means(names, self.device), batches
-        if "means" in state.within:
-            self.means.restore(state.within["means"])
-        self._restart_window()
+        if "means" in self.state.epoch_sums:
+            self.means.restore(self.state.epoch_sums["means"])
+        self._begin_window()
         return self.means
 
-    def _restart_window(self) -> None:
-        self.since, self.images = time.perf_counter(), 0
-        self.waited = self.batches.wait_seconds
+    def _begin_window(self) -> None:
+        self.window_start, self.images = time.perf_counter(), 0
+        self.waited_before = self.batches.wait_seconds
 
     def after_batch(self, images: int) -> None:
-        """A micro-batch of so many images went by."""
-        self.images += images * process_group.get_world_size()
+        """Count the images of a micro-batch."""
+        self.images += images * get_world_size()
 
-    def after_update(self, lr: float) -> bool:
-        """An update is done; a log line reads the meters on every rank. Returns if this was one."""
-        self._tell("on_update", self.state)
-        step = (self.state.updates - 1) % self.updates_per_epoch + 1
-        if step % self.print_freq and step != self.updates_per_epoch:
+    def after_step(self, lr: float) -> bool:
+        """Notify the hooks of an optimizer step; returns whether the meters were read.
+
+        Every rank must call it.
+        """
+        self._notify("on_step", self.state)
+        step = (self.state.global_step - 1) % self.steps_per_epoch + 1
+        if step % self.print_freq and step != self.steps_per_epoch:
             return False
         record = self.means.read()
         now = time.perf_counter()
-        window = max(now - self.since, 1e-9)
-        done = self.state.updates - self.began_at
+        window = max(now - self.window_start, 1e-9)
+        seconds_per_step = (now - self.run_start) / (self.state.global_step - self.first_step)
         record |= {
             "lr": lr,
             "images_per_s": self.images / window,
-            "data_wait": (self.batches.wait_seconds - self.waited) / window,
-            "memory_mb": self._memory_mb(),
-            "eta_s": (now - self.began) / done * (self.updates_all - self.state.updates),
+            "data_wait": (self.batches.wait_seconds - self.waited_before) / window,
+            "memory_mb": peak_memory_mb(self.device),
+            "eta_s": seconds_per_step * (self.total_steps - self.state.global_step),
             "step": step,
-            "steps": self.updates_per_epoch,
+            "steps": self.steps_per_epoch,
         }
-        self._tell("on_log", record, self.state)
-        if not self.told_kernels:  # at the first line every choice is made
-            process_group.get_logger().info("kernels %s", autotuner.summary())
-            self.told_kernels = True
-        self._restart_window()
+        self._notify("on_log", record, self.state)
+        if not self.kernels_logged:  # by now a kernel is chosen for every operation
+            get_logger().info("kernels chosen: %s", autotuner.summary())
+            self.kernels_logged = True
+        self._begin_window()
         return True
 
     def end_epoch(self, stats: Record) -> None:
-        """Tell what log.txt gets for the epoch, if the folder is still this run's."""
+        """Notify the hooks of an epoch's values, if this run still holds the output folder."""
         run_lock.check()
-        self._tell("on_epoch", stats, self.state)
+        self._notify("on_epoch", stats, self.state)
 
-    def picture(self, name: str, picture: Tensor) -> None:
-        """Show a picture."""
-        self._tell("on_picture", name, picture, self.state)
+    def image(self, name: str, image: Tensor | None) -> None:
+        """Notify the hooks of an image, if there is one."""
+        if image is not None:
+            self._notify("on_image", name, image, self.state)
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._tell("on_end")
+        self._notify("on_end")
 
-    def _tell(self, what: str, *about: object) -> None:
-        """Call each hook; one that cannot write does not end the run."""
+    def _notify(self, method: str, *args: object) -> None:
+        """Call a method of each hook; a hook that cannot write does not end the run."""
         for hook in self.hooks:
             try:
-                getattr(hook, what)(*about)
+                getattr(hook, method)(*args)
             except OSError as error:
-                process_group.get_logger().warning(
-                    "%s cannot write: %s", type(hook).__name__, error
-                )
-
-    def _memory_mb(self) -> float:
-        """Largest memory so far: of the GPU if there is one, else of this process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        import resource
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB here
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+                get_logger().warning("%s cannot write: %s", type(hook).__name__, error)
 
 
-def clock(seconds: float) -> str:
-    """3723.4 -> 1:02:03"""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU if there is one, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def format_duration(seconds: float) -> str:
+    """3723.4 -> '1:02:03'; 90000 -> '1 day, 1:00:00'."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def format_record(record: Record) -> str:
+    """The values of a log line, each after its name."""
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad_norm {record['grad_norm']:.2f}  "
+        f"images/s {record['images_per_s']:.0f}  data_wait {100 * record['data_wait']:.0f}%  "
+        f"memory {record['memory_mb']:.0f} MB  eta {format_duration(record['eta_s'])}"
+    )
+
+
+def format_stats(stats: Record) -> str:
+    """The losses and accuracies of an epoch, each after its name in log.txt."""
+    shown = [key for key in stats if key.endswith("loss") or "acc" in key]
+    return "  ".join(f"{key} {stats[key]:.4g}" for key in shown)
 
 
 class LineHook(Hook):
-    """A line at every log point, a line an epoch: for files and schedulers' logs."""
+    """Log a line every `print_freq` steps and every epoch."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
     def on_log(self, record: Record, state: TrainState) -> None:
-        process_group.get_logger().info(
-            "epoch %d/%d  step %d/%d  %s",
-            state.epoch + 1,
-            self.epochs,
-            record["step"],
-            record["steps"],
-            describe(record),
-        )
+        epoch, step = f"{state.epoch + 1}/{self.epochs}", f"{record['step']}/{record['steps']}"
+        get_logger().info("epoch %s  step %s  %s", epoch, step, format_record(record))
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        process_group.get_logger().info(
-            "epoch %d/%d done  %s", state.epoch, self.epochs, summary(stats)
-        )
-
-
-def describe(record: Record) -> str:
-    """The values of a log line."""
-    return (
-        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
-        f"{record['images_per_s']:.0f} img/s  data {100 * record['data_wait']:.0f}%  "
-        f"mem {record['memory_mb']:.0f} MB  eta {clock(record['eta_s'])}"
-    )
-
-
-def summary(stats: Record) -> str:
-    """The losses and accuracies of an epoch."""
-    shown = [key for key in stats if key.endswith("loss") or "acc" in key]
-    return "  ".join(f"{key} {stats[key]:.4g}" for key in shown)
+        get_logger().info("epoch %d/%d done  %s", state.epoch, self.epochs, format_stats(stats))
 
 
 class BarHook(Hook):
-    """One progress bar over the whole run, for a person at a terminal."""
+    """Show one progress bar for the whole run in a terminal."""
 
-    def __init__(self, epochs: int, state: TrainState, updates_all: int) -> None:
+    def __init__(self, epochs: int, state: TrainState, total_steps: int) -> None:
         from tqdm import tqdm
 
         self.epochs = epochs
         self.bar = tqdm(
-            total=updates_all, initial=state.updates, unit="update", dynamic_ncols=True, leave=False
+            total=total_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
         )
 
-    def on_update(self, state: TrainState) -> None:
-        self.bar.update(state.updates - self.bar.n)
+    def on_step(self, state: TrainState) -> None:
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, record: Record, state: TrainState) -> None:
         self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
-        self.bar.set_postfix_str(describe(record).split("  eta")[0])
+        self.bar.set_postfix_str(format_record(record).split("  eta")[0])
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        self.bar.write(f"epoch {state.epoch}/{self.epochs}  {summary(stats)}")
+        self.bar.write(f"epoch {state.epoch}/{self.epochs} done  {format_stats(stats)}")
 
     def on_end(self) -> None:
         self.bar.close()
 
 
 class JsonHook(Hook):
-    """log.txt: one JSON object an epoch. What a resumed run is about to repeat is taken out."""
+    """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats."""
 
     def __init__(self, folder: Path, state: TrainState) -> None:
-        self.path, self.unwritten = folder / "log.txt", ""
-        if self.path.exists():
-            content = self.path.read_bytes()  # not all of it text, after a crash
-            lines = [line + b"\n" for line in content.splitlines()]
-            kept = [line for line in lines if self._epoch(line) < state.epoch]
-            if b"".join(kept) != content:
-                write_atomically(b"".join(kept), self.path)
+        self.path, self.unwritten = folder / "log.txt", b""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = [line + b"\n" for line in content.splitlines()]
+        kept = b"".join(line for line in lines if self._epoch(line) < state.epoch)
+        if kept != content:
+            write_atomically(kept, self.path)
+        self.size = len(kept)
 
     @staticmethod
     def _epoch(line: bytes) -> float:
         try:
             return json.loads(line)["epoch"]
-        except (ValueError, KeyError, TypeError):  # half a line, or bytes that are no text
+        except (ValueError, KeyError, TypeError):  # a crash left half a line, or not even text
             return math.inf
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in stats.items()
-        }
-        self.unwritten += json.dumps(finite) + "\n"  # NaN would not be JSON
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in stats.items()
+        }  # NaN is not valid JSON
+        self.unwritten += json.dumps(finite).encode() + b"\n"
         self.on_end()
 
     def on_end(self) -> None:
-        """Write what is not written yet, whole lines or, on a full disk, nothing."""
+        """Append the lines that are not written yet."""
         if not self.unwritten:
             return
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with open(self.path, "a") as file:
-                file.write(self.unwritten)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            raise
-        self.unwritten = ""
+        with open(self.path, "ab") as file:
+            file.truncate(min(self.size, file.tell()))  # a full disk may have left half a line
+            file.write(self.unwritten)
+            file.flush()
+            os.fsync(file.fileno())
+        self.size, self.unwritten = self.size + len(self.unwritten), b""
 
 
 class TensorboardHook(Hook):
-    """Scalars by update and epoch, and pictures.  tensorboard --logdir runs"""
+    """Write TensorBoard scalars by step and epoch, and images.  tensorboard --logdir runs"""
 
-    def __init__(self, folder: Path, state: TrainState, at_end: bool = False) -> None:
-        """at_end: of its epoch, which is told again at the update that the run goes on from."""
+    def __init__(self, folder: Path, state: TrainState, repeats_epoch_end: bool = False) -> None:
+        """Delete the points after `state` from the files of an interrupted run.
+
+        repeats_epoch_end: `state` is at the last step of an epoch whose evaluation and images
+            come again, so that of this step only the training scalars are kept.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
                 "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
             ) from error
-        self.folder, self.open = folder, partial(SummaryWriter, str(folder))
+        step, self.folder, self.open = (
+            state.global_step,
+            folder,
+            partial(SummaryWriter, str(folder)),
+        )
         try:
-            kept = train_points(folder, state.updates) if at_end else {}
-            self.writer = self.open(purge_step=state.updates + (not at_end))
-            for tag, (value, seconds) in kept.items():
-                self.writer.add_scalar(tag, value, state.updates, seconds)
+            kept = _train_scalars(folder, step) if repeats_epoch_end else []
+            self.writer = self.open(purge_step=step if repeats_epoch_end else step + 1)
+            for tag, scalar in kept:
+                self.writer.add_scalar(tag, scalar.value, step, scalar.wall_time)
         except OSError as error:
             raise UserError(f"--log_dir {folder}: cannot write there ({error.strerror})") from error
 
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():
             if key not in ("step", "steps"):
-                self._write("add_scalar", f"train/{key}", value, state.updates)
+                self._write("add_scalar", f"train/{key}", value, state.global_step)
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         if self.writer is None:
-            self.folder.mkdir(exist_ok=True)  # not the run's folder, where that vanished
+            self.folder.mkdir(exist_ok=True)  # fails while the run's own folder is missing
             self.writer = self.open()
         for key, value in stats.items():
             if key.startswith("test_"):
-                self._write("add_scalar", f"test/{key[5:]}", value, state.updates)
+                self._write("add_scalar", f"test/{key[5:]}", value, state.global_step)
         self._write("flush")
 
-    def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
-        self._write("add_image", name, picture, state.updates)
+    def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
+        self._write("add_image", name, image, state.global_step)
 
     def on_end(self) -> None:
         self._write("close")
 
-    def _write(self, what: str, *point: object) -> None:
-        """After an OSError the writer's thread is dead: nothing more until the next epoch."""
+    def _write(self, method: str, *args: object) -> None:
+        """Call the writer. An OSError ends its thread, so `on_epoch` opens another writer."""
         if self.writer is None:
             return
         try:
-            getattr(self.writer, what)(*point)
+            getattr(self.writer, method)(*args)
         except OSError:
             with contextlib.suppress(OSError):
                 self.writer.close()
@@ -317,58 +318,50 @@ class TensorboardHook(Hook):
             raise
 
 
-def train_points(folder: Path, step: int) -> dict[str, tuple[float, float]]:
-    """tag -> (value, time) of what TensorBoard's files hold of training at a step."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+def _train_scalars(folder: Path, step: int) -> list[tuple[str, Any]]:
+    """(tag, scalar event) of the training scalars at a step in a folder's TensorBoard files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            values = event.summary.value if event.step == step else ()
-            train = [value for value in values if value.tag.startswith("train/")]
-            found |= {value.tag: (value.simple_value, event.wall_time) for value in train}
-    return found
+    if not folder.exists():
+        return []
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()  # 0: all of them
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
+    return [(tag, event) for tag in tags for event in events.Scalars(tag) if event.step == step]
 
 
-class PictureHook(Hook):
-    """Pictures as PNG files, numbered by the epoch after which they were made."""
+class ImageHook(Hook):
+    """Write images as PNG files, numbered by epoch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_picture(self, name: str, picture: Tensor, state: TrainState) -> None:
-        place = self.folder / name
-        place.mkdir(exist_ok=True)  # in the run's folder, which is not made anew where it vanished
-        (place / f"epoch-{state.epoch - 1}.png").write_bytes(pictures.png(picture))
+    def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)  # fails if the run's own folder is missing
+        save_image(image, folder / f"epoch-{state.epoch - 1}.png")
 
 
 def build_reporter(
-    args: Any,
-    folder: Path | None,
-    device: torch.device,
-    state: TrainState,
-    updates_per_epoch: int,
+    args: Any, folder: Path | None, device: torch.device, state: TrainState, steps_per_epoch: int
 ) -> Reporter:
-    """The hooks that the flags ask for, on the main process, and the reporter that tells them."""
-    updates_all = updates_per_epoch * args.epochs
-    found: list[Hook] = []
-    process_group.from_main_process(
-        lambda: found.extend(_build_hooks(args, folder, state, updates_per_epoch))
-    )
-    return Reporter(found, device, state, updates_all, updates_per_epoch, args.print_freq)
+    """Build the reporter, on rank 0 with the hooks that the flags choose."""
+    total_steps = steps_per_epoch * args.epochs
+    reporter = Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq)
+    from_main_process(lambda: reporter.hooks.extend(_build_hooks(args, folder, reporter)))
+    return reporter
 
 
-def _build_hooks(
-    args: Any, folder: Path | None, state: TrainState, updates_per_epoch: int
-) -> list[Hook]:
-    watched = args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty())
-    found: list[Hook] = [LineHook(args.epochs)]
-    if watched:
-        found = [BarHook(args.epochs, state, updates_per_epoch * args.epochs)]
+def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hook]:
+    if args.dry_run:
+        return []
+    hooks: list[Hook] = [LineHook(args.epochs)]
+    state, total_steps = reporter.state, reporter.total_steps
+    if args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty()):
+        hooks = [BarHook(args.epochs, state, total_steps)]
     try:
         if folder:
-            write_atomically(options.dump_args(args), folder / "args.yaml")  # --config takes it
-            found += [JsonHook(folder, state), PictureHook(folder)]
+            write_atomically(dump_args(args), folder / "args.yaml")  # for --config
+            hooks += [JsonHook(folder, state), ImageHook(folder)]
     except OSError as error:
         raise UserError(
             f"--output_dir {folder}: cannot write args.yaml and log.txt there "
@@ -376,26 +369,25 @@ def _build_hooks(
         ) from error
     log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
     if log_dir and log_dir != "none":
-        at_end = state.seen > 0 and state.updates % updates_per_epoch == 0
-        found.append(TensorboardHook(Path(log_dir), state, at_end))
-    return found
+        repeats_epoch_end = (
+            state.samples_in_epoch > 0 and state.global_step % reporter.steps_per_epoch == 0
+        )
+        hooks.append(TensorboardHook(Path(log_dir), state, repeats_epoch_end))
+    return hooks
 
 
-def log_cost(
-    model: torch.nn.Module, in_chans: int, size: tuple[int, int], device: torch.device
-) -> int:
-    """Log parameters and the forward cost of one image; returns the number of parameters."""
+def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
+    """Log the parameters of a model and its cost of a forward pass; returns the parameters."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    device = next(model.parameters()).device
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counter = FlopCounterMode(display=False)
     model.eval()
     with torch.no_grad(), only_torch(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
-    process_group.get_logger().info(
-        "%s: %.2fM parameters, %.3f GMAC an image forward",
-        type(model).__name__,
-        parameters / 1e6,
-        counter.get_total_flops() / 2e9,
+    get_logger().info(
+        "%s: %.2fM parameters, %.3f GMACs per %dx%d image",
+        *(name, parameters / 1e6, counter.get_total_flops() / 2e9, *size),
     )
     return parameters

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Reconstruction images: input, mask and prediction side by side.
+"""Reconstruction images: input, masked input and prediction, a row per input.
 
 python visualize.py --checkpoint runs/demo/pretrain --output reconstructions.png
 """
@@ -8,99 +8,120 @@ python visualize.py --checkpoint runs/demo/pretrain --output reconstructions.png
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import make_grid
 
 import datasets
-from data_loading.rng import hash_noise
-from errors import UserError
+from data_loading.rng import mask_noise
+from data_loading.workers import WatchedLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
+from parallel import sharding
+from parallel.process_group import is_main_process
+from training.stepper import autocast
 
-GREY = 0.5  # shown where a patch is removed
-
-
-GAP = 2  # white pixels between pictures
-
-
-COLUMNS = ("image", "masked", "prediction", "prediction, visible pixels pasted in")
-
-
-@torch.no_grad()
-def reconstructions(
-    model: FCMAE, images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """Input, masked, prediction, pasted: (N, C, H, W) normalised -> (N, 4, C, H, W) in 0 to 1.
-
-    A model with a per-patch normalised target predicts patches without their mean and variance;
-    they are put back from the image itself, since nothing else knows them. mask: 1 = removed.
-    """
-    was_training = model.training
-    model.eval()
-    pred = model(images, mask, int((mask[0] == 0).sum()))[1]
-    model.train(was_training)
-    patches = model.patchify(images)  # (N, L, p*p*C)
-    imagined = pred.flatten(2).transpose(1, 2).to(patches.dtype)
-    if model.norm_pix_loss:
-        spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-        imagined = imagined * spread + patches.mean(-1, keepdim=True)
-    removed = mask[..., None] > 0
-    size = model.grid_size(*images.shape[-2:])
-    views = [patches, patches, imagined, torch.where(removed, imagined, patches)]
-    pictures = torch.stack([model.unpatchify(view, size) for view in views], dim=1)
-    mean, std = (pictures.new_tensor(values).view(1, 1, -1, 1, 1) for values in (mean, std))
-    pictures = pictures * std + mean
-    hidden = model.unpatchify(removed.to(patches.dtype).expand_as(patches), size) > 0
-    pictures[:, 1] = torch.where(hidden, GREY, pictures[:, 1])
-    return pictures.clamp(0, 1)
+GREY = 0.5  # shown where there is nothing to see
+TITLES = ("input", "masked", "reconstruction", "reconstruction\n+ visible")
+MIN_WIDTH = 128  # pixels of a column, so that its title fits; smaller images are enlarged
+INK = "#303030"  # colour of the titles
 
 
-def grid(pictures: Tensor) -> Tensor:
-    """(N, 4, C, H, W) in 0 to 1 -> one RGB picture (3, N*(H+gap), 4*(W+gap)), a row an image."""
-    from torchvision.utils import make_grid
+class ReconstructionImages:
+    """Reconstructions of the same images behind the same masks, every `--picture_freq` epochs."""
 
-    n, columns, chans, height, width = pictures.shape
-    rgb = pictures if chans == 3 else pictures.mean(2, keepdim=True).expand(-1, -1, 3, -1, -1)
-    scale = max(1, 96 // height)  # small images would be stamps on a screen
-    flat = rgb.reshape(n * columns, 3, height, width)
-    flat = flat.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(flat, nrow=columns, padding=GAP * scale, pad_value=1.0).cpu()
+    def __init__(
+        self, args: Any, data: Any, model: FCMAE, device: torch.device, amp: str = "none"
+    ) -> None:
+        self.picture_freq, self.epochs = args.picture_freq, args.epochs
+        self.device, self.amp = device, amp
+        imagenet = args.imagenet_default_mean_and_std
+        self.mean, self.std = datasets.mean_and_std(args.in_chans, imagenet)
+        if self.picture_freq:
+            self.images, self.mask = build_panel(args, data, model, device)
 
+    def draw(self, model: FCMAE, epoch: int) -> Tensor | None:
+        """Draw (3, H, W) on rank 0 if the run shows images after `epoch` epochs; otherwise None.
 
-def png(picture: Tensor) -> bytes:
-    """A picture (3, H, W) in 0 to 1 as a PNG file."""
-    from torchvision.io import encode_png
-
-    return bytes(encode_png((picture * 255).round().to(torch.uint8)).numpy())
-
-
-def write_png(picture: Tensor, path: Path) -> None:
-    """A picture (3, H, W) in 0 to 1 to a PNG file, whose folder is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(picture))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another place") from error
+        Every rank must call it, since sharded weights are gathered.
+        """
+        if not self.picture_freq or (epoch % self.picture_freq and epoch != self.epochs):
+            return None
+        with sharding.unsharded(model) as network, autocast(self.device, self.amp):
+            if not is_main_process():
+                return None
+            return grid(reconstruct(network, self.images, self.mask, self.mean, self.std))
 
 
 def build_panel(
-    data: Any, model: FCMAE, args: Any, device: torch.device, count: int = 8
+    args: Any, data: Any, model: FCMAE, device: torch.device, count: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W), evenly spread over `data`, whole and normalised, and masks (N, L).
+    """Pick `count` images evenly from `data`: normalised (N, C, H, W), and masks (N, L).
 
-    A mask depends on the sample alone, so pictures of different epochs compare.
+    A mask depends only on the seed and the sample, so images of different epochs compare.
     """
     transform = datasets.build_transform(False, args)
-    skip = vars(args).get("on_bad_image") == "skip"  # which an old checkpoint does not say
+    skip = vars(args).get("on_bad_image") == "skip"  # old checkpoints do not have the flag
     on_bad = "replace" if skip else "error"
-    whole = datasets.Augmented(data, transform, 0, args.in_chans, on_bad=on_bad)
+    dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
     count = min(count, len(data))
-    picked = [i * len(data) // count for i in range(count)]
-    loader = datasets.create_loader(whole, [(0, i) for i in picked], count)
-    batches = datasets.Batches(loader, device, *datasets.build_mean_and_std(args))
+    picked = [(0, i * len(data) // count) for i in range(count)]
+    loader = WatchedLoader(dataset, picked, count)
+    mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    batches = datasets.DeviceLoader(loader, device, mean, std)
     images, _, ids = next(iter(batches))
     h, w = model.grid_size(*images.shape[-2:])
-    noise = hash_noise(args.seed, 0, ids, h * w)
+    noise = mask_noise(args.seed, 0, ids, h * w)
     return images, random_mask(noise, visible_patches(h * w, model.mask_ratio))
+
+
+@torch.no_grad()
+def reconstruct(
+    model: FCMAE, images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Normalised (N, C, H, W) and mask (N, L), 1 = removed -> (N, 4, C, H, W) in 0 to 1.
+
+    The four are those of TITLES. The loss counts only removed patches, so the prediction of
+    visible ones means nothing and is not shown. With `norm_pix_loss` the model predicts patches
+    without their mean and variance, which are taken from the input.
+    """
+    was_training = model.training
+    model.eval()
+    pred = model(images, mask, int((mask[0] == 0).sum()))[1]  # (N, p*p*C, h, w)
+    model.train(was_training)
+    patches = model.patchify(images)  # (N, L, p*p*C)
+    pred = pred.flatten(2).transpose(1, 2).to(patches.dtype)
+    if model.norm_pix_loss:
+        deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        pred = pred * deviation + patches.mean(-1, keepdim=True)
+    size = model.grid_size(*images.shape[-2:])
+    pred = model.unpatchify(pred, size)  # (N, C, H, W)
+    removed = model.unpatchify(mask[..., None].expand_as(patches), size) > 0
+    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+    images, pred = images * std + mean, pred * std + mean
+    masked, alone = torch.where(removed, GREY, images), torch.where(removed, pred, GREY)
+    pasted = torch.where(removed, pred, images)
+    return torch.stack([images, masked, alone, pasted], dim=1).clamp(0, 1)
+
+
+def grid(views: Tensor) -> Tensor:
+    """Lay out (N, 4, C, H, W) in 0 to 1 as one RGB image (3, H, W): titles above N rows."""
+    n, columns, chans, height, width = views.shape
+    rgb = views if chans == 3 else views.mean(2, keepdim=True).expand(-1, -1, 3, -1, -1)
+    scale = -(-MIN_WIDTH // width)
+    cells = F.interpolate(rgb.reshape(n * columns, 3, height, width), scale_factor=scale)
+    width *= scale
+    size = min(width, 2 * MIN_WIDTH) // 8  # of the font
+    gap = size // 2
+    rows = make_grid(cells, nrow=columns, padding=gap, pad_value=1.0).cpu()
+    titles = Image.new("RGB", (rows.shape[2], 3 * size), "white")
+    draw, font = ImageDraw.Draw(titles), ImageFont.load_default(size)
+    for column, title in enumerate(TITLES):
+        middle = gap + column * (width + gap) + width // 2
+        style = {"font": font, "anchor": "md", "align": "center", "fill": INK}
+        draw.multiline_text((middle, 3 * size - gap // 2), title, **style)
+    return torch.cat([to_tensor(titles), rows], dim=1)

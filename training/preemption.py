@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Requests to stop or save: signals, time limits, and the agreement of all ranks.
+"""Reasons to save or to stop: signals and time limits, and a vote that shares them with all ranks.
 
 python main_pretrain.py --data_set DIGITS --device cpu --max_minutes 1; echo "exit code $?"
 """
@@ -21,62 +21,58 @@ from parallel.process_group import get_world_size
 from parallel.sharding import WAIT_FOR_RANKS
 from training import run_lock
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+WARNINGS = {"SIGUSR1", "SIGUSR2"}  # a scheduler sends them, perhaps in addition to SIGTERM
+SAME_SIGNAL = 1.0  # seconds within which a repeated signal is the same one, sent by a launcher too
 
 
-WARNINGS = {"SIGUSR1", "SIGUSR2"}  # a scheduler's, perhaps besides its SIGTERM
+class StopSignals:
+    """Signals that this process received, and time limits that it reached.
 
-
-PATIENCE = 1.0  # seconds in which a repeated signal is the same one: launchers pass them on
-
-
-class Requests:
-    """What this process was asked for from outside: signals, and clocks that ran out.
-
-    The first signal is noted; another that ends programs, more than PATIENCE after such a one,
-    ends the process at once.
+    The first signal asks for a save and a stop. A second SIGTERM or SIGINT, more than SAME_SIGNAL
+    later, ends the process at once.
     """
 
     def __init__(self, save_minutes: float | None, max_minutes: float | None) -> None:
         self.save_minutes, self.max_minutes = save_minutes, max_minutes
-        self.began = self.saved = time.monotonic()
-        self.retry_at = math.inf  # of a save that failed
-        self.reason, self.times, self.before = "", {}, {}
+        self.started = self.last_save = time.monotonic()
+        self.retry_at = math.inf  # when to repeat a save that failed
+        self.reason = ""  # why to stop, '' to train on
+        self.received: dict[str, float] = {}  # signal -> time
+        self.old_handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Requests:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            kinds = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-            self.before = {kind: signal.signal(kind, self._note) for kind in kinds}
+            self.old_handlers = {kind: signal.signal(kind, self._handle) for kind in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for kind, handler in self.before.items():
+        for kind, handler in self.old_handlers.items():
             signal.signal(kind, handler)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         self.reason = self.reason or name
-        # A scheduler's warning and its SIGTERM, half a minute apart, are one wish.
-        alike = [other for other in self.times if not WARNINGS & {other, name}]
-        if any(now - self.times[other] > PATIENCE for other in alike):
+        # A scheduler's warning and its SIGTERM, half a minute apart, are one request.
+        earlier = [at for other, at in self.received.items() if not WARNINGS & {other, name}]
+        if any(now - at > SAME_SIGNAL for at in earlier):
             os._exit(128 + number)
-        self.times.setdefault(name, now)
+        self.received.setdefault(name, now)
 
     def read(self) -> tuple[bool, bool]:
         """(save, stop), as far as this process knows."""
-        minutes = (time.monotonic() - self.began) / 60
-        if not self.reason and self.max_minutes is not None and minutes >= self.max_minutes:
-            self.reason = f"--max_minutes {self.max_minutes:g}"
-        since = (time.monotonic() - self.saved) / 60
-        due = self.save_minutes is not None and since >= self.save_minutes
-        due |= time.monotonic() >= self.retry_at or run_lock.is_lost()  # which ends the run
-        return due, bool(self.reason)
+        now = time.monotonic()
+        if self.max_minutes is not None and now - self.started >= 60 * self.max_minutes:
+            self.reason = self.reason or f"--max_minutes {self.max_minutes:g}"
+        save = self.save_minutes is not None and now - self.last_save >= 60 * self.save_minutes
+        save = save or now >= self.retry_at or run_lock.is_lost()  # a save finds the lost lock
+        return save, bool(self.reason)
 
 
-class Agreement:
-    """Flags of all ranks, each true if it is so on any; the answer comes one update later.
+class RankVote:
+    """Logical OR of flags over all ranks, one call late so that no rank waits for another.
 
-    Later, so that nobody waits: the exchange runs beside the update, on the CPU.
+    The exchange runs on the CPU, alongside the next optimizer step.
     """
 
     def __init__(self) -> None:
@@ -85,20 +81,28 @@ class Agreement:
         self.pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """What all ranks said at the last call; alone, what this one says now."""
+        """Return the result of the last call, and start to vote on `flags`.
+
+        A single process gets its own flags back.
+        """
         if self.group is None:
             return flags
-        answer = self.wait() or (False,) * len(flags)
-        said = torch.tensor(flags, dtype=torch.uint8)
-        work = dist.all_reduce(said, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        self.pending = work, said
-        return answer
+        result = self.wait() or (False,) * len(flags)
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = work, votes
+        return result
+
+    def exchange_now(self, *flags: bool) -> tuple[bool, ...]:
+        """Return the result for `flags`; waits for all ranks."""
+        self.exchange(*flags)
+        return self.wait() or flags
 
     def wait(self) -> tuple[bool, ...] | None:
-        """What all ranks said at the last call, now; None before the first."""
+        """Wait for the result of the last call; None if there is none."""
         if self.pending is None:
             return None
-        work, said = self.pending
+        work, votes = self.pending
         work.wait()
         self.pending = None
-        return tuple(bool(flag) for flag in said.tolist())
+        return tuple(bool(vote) for vote in votes.tolist())

@@ -1,23 +1,22 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a run goes on from: the newest checkpoint that is whole, what may have changed since.
+"""Resume a run: find its newest intact checkpoint, compare flags, restore its parts.
 
 python -c "from training import resume; print(resume.FIXED)"
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
-import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from errors import UserError
 from parallel.process_group import (
@@ -26,11 +25,11 @@ from parallel.process_group import (
     is_main_process,
     main_process_first,
 )
-from training.checkpoint import TrainState, drop_passed, restore_run
+from training.checkpoint import TrainableParts, TrainState, restore_run, rotate
 from weights.files import numbered_checkpoints, read_checkpoint
 
-RUN = ("model", "optimizer", "state")  # what a checkpoint holds if a run can go on from it
-# Flags without which it is not the same run, and those that are nobody's affair.
+REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
+# Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
@@ -40,153 +39,150 @@ ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, seconds between them
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run goes on from: nothing, a run of this toolkit, or weights alone."""
+class ResumePoint:
+    """The checkpoint that a run starts from: none, a run to resume, or weights alone."""
 
     source: str = ""
     checkpoint: Any = None
-    as_weights: bool = False  # of another kind of run, or of an average that somebody asked for
+    as_weights: bool = False  # of the other kind of run, or EMA weights that --use_ema asks for
 
     @property
     def is_run(self) -> bool:
-        """Whether there is more than weights."""
-        return bool(self.source) and not self.absent() and not self.as_weights
+        """True if there is a run to resume."""
+        return bool(self.source) and not self.missing() and not self.as_weights
 
     @property
     def effective_batch(self) -> int:
-        """Images in an update of the run; 0 where there was none."""
-        return self.checkpoint["state"].get("effective_batch", 0) if self.is_run else 0
+        """Images in an optimizer step of the run; 0 without one."""
+        return self.entry("state", {}).get("effective_batch", 0)
 
-    @property
-    def kernels(self) -> dict[str, dict[str, str]]:
-        """The kernel choices of the run; empty where there was none, or an older version's."""
-        return self.checkpoint.get("kernels", {}) if self.is_run else {}
+    def entry(self, name: str, default: Any = None) -> Any:
+        """Return an entry of the run's checkpoint; the default without a run or such an entry."""
+        return self.checkpoint.get(name, default) if self.is_run else default
 
-    def absent(self) -> list[str]:
-        """What a run has and this has not."""
-        holds = self.checkpoint if isinstance(self.checkpoint, dict) else {}
-        return [key for key in RUN if key not in holds]
+    def missing(self) -> list[str]:
+        """Entries that a run needs and this checkpoint does not hold."""
+        held = self.checkpoint if isinstance(self.checkpoint, dict) else {}
+        return [name for name in REQUIRED if name not in held]
 
 
-def find_start(
+def find_resume_point(
     folder: Path | None,
     resume: str = "",
     auto_resume: bool = True,
     sha256: str = "",
     args: Mapping[str, Any] | None = None,
     rename: bool = True,
-) -> Start:
-    """The newest readable checkpoint of `folder`, else `resume`, read on every rank.
+) -> ResumePoint:
+    """Read the newest intact checkpoint of `folder`, or else `resume`, on every rank.
 
-    A damaged newest file is passed over with a warning; if none can be read that is an error.
-    `resume` is where a run starts: what the run has since saved itself wins. args: the flags now;
-    what they change of the run's is told, or refused. rename: damaged files, out of the way.
+    `resume` is where a run starts: what it has saved itself since then takes precedence.
+    args: the flags of today; changes since the checkpoint are logged, or refused.
+    rename: rename damaged files, so that they are not tried again.
     """
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
     if not source:
-        return Start()
-    named = source == resume  # what lies in the folder is checked already
-    expected = sha256 if named else ""
-    start = Start(
-        source, main_process_first(lambda: read_checkpoint(source, expected, check=named))
-    )
-    if args is not None and start.is_run and named:
-        was_pretraining = "mask_ratio" in start.checkpoint.get("args", {})
-        other = was_pretraining != ("mask_ratio" in args) or args.get("use_ema", False)
-        start = replace(start, as_weights=other)
-    if args is not None and start.is_run:
-        within = start.checkpoint["state"].get("seen", 0) > 0
-        for change in compare_args(start.checkpoint.get("args", {}), args, source, within):
-            get_logger().warning("%s: changed since, %s", source, change)
-    if rename and source != resume and is_main_process():  # it goes on: what that file has passed
-        drop_passed(Path(source), resume)
-    if source != resume and start.absent():
-        raise UserError(f"{source} has no {', '.join(start.absent())}: it is no run to go on with")
-    return start
+        return ResumePoint()
+    named = source == resume  # files in the folder are checked already
+    digest = sha256 if named else ""
+    read = main_process_first(lambda: read_checkpoint(source, digest, check=named))
+    point = ResumePoint(source, read)
+    if args is not None and point.is_run and named:
+        was_pretraining = "mask_ratio" in point.entry("args", {})
+        other_kind = was_pretraining != ("mask_ratio" in args)
+        point = replace(point, as_weights=other_kind or args.get("use_ema", False))
+    if args is not None and point.is_run:
+        state = TrainState.from_dict(point.entry("state"))
+        for change in compare_args(
+            point.entry("args", {}), args, source, state.samples_in_epoch > 0
+        ):
+            get_logger().warning("%s: changed since then: %s", source, change)
+    if not named and point.missing():
+        raise UserError(_cannot_resume(point))
+    if rename and not named and is_main_process():
+        with contextlib.suppress(OSError):
+            rotate(Path(source), sys.maxsize, resume)
+    return point
+
+
+def _cannot_resume(point: ResumePoint) -> str:
+    return f"cannot resume: {point.source} holds no {' and no '.join(point.missing())}"
 
 
 def auto_load_model(
-    start: Start,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any = None,
-    model_ema: nn.Module | None = None,
-    *,
-    load: Callable[[str], Any] | None = None,
-    fresh: int = 0,
+    point: ResumePoint,
+    parts: TrainableParts,
+    load: Callable[[Any, str], Any] | None = None,
+    start_epoch: int = 0,
 ) -> TrainState:
-    """Continue a run from what `find_start` found, or begin one at epoch `fresh`.
+    """Restore the run of a `ResumePoint`, or start a new one at `start_epoch`.
 
-    load: what loads weights that are no run, and their average; without it they are an error.
+    load: called with (EMA model or None, path) to load weights alone; None makes them an error.
     """
-    log, source, absent = get_logger(), start.source, start.absent()
-    if not source:
-        return TrainState(fresh)
-    if absent and load is None:
-        raise UserError(f"{source} has no {', '.join(absent)}: it is no run to go on with")
-    if not start.is_run:
-        why = f"it has no {' and '.join(absent)}" if absent else "no run to go on with here"
-        log.warning("%s: %s; training starts from its weights, at epoch %d", source, why, fresh)
-        load(source)
-        return TrainState(fresh)
-    restore_run(start.checkpoint, source, model, optimizer, scaler, model_ema)
-    state = TrainState(**start.checkpoint["state"])
-    log.info("resumed from %s: epoch %d, update %d", source, state.epoch, state.updates)
-    return state
+    log, source = get_logger(), point.source
+    if point.is_run:
+        restore_run(point.checkpoint, source, parts)
+        state = TrainState.from_dict(point.checkpoint["state"])
+        log.info("resumed from %s: epoch %d, step %d", source, state.epoch, state.global_step)
+        return state
+    if source:
+        if load is None:
+            raise UserError(_cannot_resume(point))
+        why = _cannot_resume(point) if point.missing() else f"{source} is another kind of run"
+        log.warning("%s; training starts from its weights, at epoch %d", why, start_epoch)
+        load(parts.model_ema, source)
+    return TrainState(start_epoch)
 
 
 def choose_checkpoint(
     folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
 ) -> str:
-    """The file that a run goes on from: the newest readable one, else `resume`, '' for none.
-
-    rename: what is damaged, so that nobody tries it again.
-    """
+    """Path of the newest intact checkpoint of `folder`, or else `resume`, or ''."""
     paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
     if paths and not auto_resume:
         raise UserError(
-            f"--auto_resume false, but {folder} holds {paths[0].name}: a new run would mix with "
-            "that one; choose another --output_dir or move its files away"
+            f"--auto_resume false, but {folder} holds {paths[0].name}: the files of two runs would "
+            "mix; choose another --output_dir or move these files away"
         )
-    reasons: dict[Path, str] = {}
-    good = next((path for path in paths if not _note_fault(path, reasons)), None)
-    if paths and good is None and not resume:
+    problems: dict[Path, str] = {}
+    intact = ""
+    for path in paths:
+        problems[path] = _find_problem(path)
+        if not problems[path]:
+            intact = str(path)
+            break
+    if paths and not intact and not resume:
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be used, the newest since "
-            f"{reasons[paths[0]]}; choose another --output_dir, or move them away to start anew"
+            f"none of the {len(paths)} checkpoints in {folder} can be used (newest: "
+            f"{problems[paths[0]]}); choose another --output_dir, or move them away to start again"
         )
-    for path, reason in reasons.items():
-        aside = f"; it is now called {_set_aside(path).name}" if rename else ""
-        logging.getLogger("convnextv2").warning("%s%s, trying the one before", reason, aside)
-    return str(good) if good else resume
+    for path, problem in problems.items():
+        if problem:
+            renamed = f"; renamed to {_set_aside(path).name}" if rename else ""
+            get_logger().warning("%s%s, trying the one before", problem, renamed)
+    return intact or resume
 
 
-def _note_fault(path: Path, reasons: dict[Path, str]) -> bool:
-    """Whether a run cannot go on from what should be its checkpoint; the reason goes there.
+def _find_problem(path: Path) -> str:
+    """Reason why no run can resume from a file, '' if one can.
 
-    A disk that does not answer is no fault of the file: it is asked again, then that is an error.
+    A disk that does not answer says nothing about the file: try again, then raise.
     """
     for attempt in range(ATTEMPTS):
-        try:
-            content = read_checkpoint(path)
-            absent = [key for key in RUN if key not in content]
-            if absent:
-                raise UserError(f"checkpoint {path} has no {', '.join(absent)}")
-        except UserError as error:
-            reasons[path] = str(error)
-        except OSError as error:
-            if attempt + 1 == ATTEMPTS:
-                raise UserError(
-                    f"checkpoint {path} cannot be read now ({error}); try again"
-                ) from error
+        if attempt:
             time.sleep(PAUSE)
-            continue
-        break
-    return path in reasons
+        try:
+            point = ResumePoint(str(path), read_checkpoint(path))
+            return _cannot_resume(point) if point.missing() else ""
+        except UserError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip
+                return str(error)
+    raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nobody tries it again and nothing is lost."""
+    """Rename a damaged checkpoint."""
     names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
     aside = next(name for name in names if not name.exists())
     os.rename(path, aside)
@@ -194,23 +190,24 @@ def _set_aside(path: Path) -> Path:
 
 
 def compare_args(
-    saved: Mapping[str, Any], given: Mapping[str, Any], source: str, within: bool = False
+    saved: Mapping[str, Any], now: Mapping[str, Any], source: str, within_epoch: bool = False
 ) -> list[str]:
-    """`--lr 0.1 -> 0.2` for each flag that changed; UserError where a run cannot go on with it.
+    """`--lr 0.1 -> 0.2` for each flag that changed; UserError if the run cannot resume with it.
 
-    within: an epoch, whose order depends on the seed.
+    within_epoch: the rest of an epoch is to run, whose order depends on the seed.
     """
-    told, fixed = [], FIXED + ("seed",) * within
-    for name, now in given.items():
-        before = saved.get(name, now)
-        if name == "model":  # of which either name will do
-            before, now = (str(value).removeprefix("fcmae_") for value in (before, now))
-        if before == now or name in LOCAL:
+    changes, fixed = [], FIXED + ("seed",) * within_epoch
+    for name, value in now.items():
+        before = saved.get(name, value)
+        if name == "model":  # either name is valid
+            before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
+        if before == value or name in LOCAL:
             continue
         if name in fixed:
             raise UserError(
-                f"{source} was made with --{name} {before} and cannot go on with {now}: give what "
-                "it had, or another --output_dir; --finetune starts from its weights alone"
+                f"{source} was trained with --{name} {before} and cannot resume with {value}: "
+                f"pass --{name} {before}, or choose another --output_dir (--finetune loads only "
+                "its weights)"
             )
-        told.append(f"--{name} {before} -> {now}")
-    return told
+        changes.append(f"--{name} {before} -> {value}")
+    return changes

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Weights of every published layout, from and to the names of our own models.
+"""Convert weights between this toolkit and the official code, timm, Hugging Face and others.
 
 python -c "from weights import convert; print(*convert.NAMES['timm'].items(), sep=chr(10))"
 """
@@ -14,15 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from errors import UserError, some
+from errors import UserError, first_few
 
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # what pre-training has beside the encoder
-CLASSIFIER = ("norm.", "head.")  # what only a classifier has
+State = Mapping[str, Tensor]
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # pre-training only
+CLASSIFIER = ("norm.", "head.")  # classifiers only
 BLOCK = "stages.{i}.{j}."
 CONV_MLP = (40, 48, 64, 80)  # first widths of timm's atto to nano: their MLPs are 1x1 convolutions
-# Our dense names -> those of a layout; {i} is a stage, {j} a block or a place in it. The first row
-# that fits is taken. Names without a row are the same on both sides.
+# Our dense names -> those of a layout; {i} is a stage, {j} a block or a layer in it. The first row
+# that matches applies. Names without a row are the same on both sides.
 NAMES = {
     "timm": {
         "downsample_layers.0.{j}.": "stem.{j}.",
@@ -58,7 +59,7 @@ NAMES = {
     },
     "official": {},
 }
-SIGNS = {  # a name that only one layout has
+SIGNS = {  # a name that identifies a layout
     "embeddings.patch_embeddings.weight": "Hugging Face",
     "stem.0.weight": "timm",
     "downsample_layers.0.0.weight": "official",
@@ -67,62 +68,55 @@ SIGNS = {  # a name that only one layout has
 
 @dataclass
 class Report:
-    """What became of the tensors of a checkpoint, by name."""
+    """Names of a checkpoint's tensors that were loaded, dropped, or missing from it."""
 
     layout: str  # a key of NAMES
-    renamed: dict[str, str] = field(default_factory=dict)  # theirs -> ours
-    reshaped: list[str] = field(default_factory=list)  # "name (4C,) -> (1, 1, 1, 4C)"
-    dropped: list[str] = field(default_factory=list)  # of a part that the target does not have
-    loaded: list[str] = field(default_factory=list)  # what `models.pretrained` took
-    missing: list[str] = field(default_factory=list)  # what it left as it was initialised
+    source: str = ""  # the file
+    dropped: list[str] = field(default_factory=list)  # of parts that the model does not have
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # parts of the model that stay as initialized
 
     def __str__(self) -> str:
-        lists = {"new": self.missing, "dropped": self.dropped, "reshaped": self.reshaped}
-        told = [f"{len(names)} {kind} ({some(names)})" for kind, names in lists.items() if names]
-        told = [f"{len(self.loaded)} tensors loaded, {len(self.renamed)} of them renamed", *told]
-        return f"{self.layout} layout; {'; '.join(told)}"
+        """`official layout, new: head, norm; dropped: decoder`."""
+        notes = [f"{self.layout} layout"]
+        for kind, names in {"new": self.missing, "dropped": self.dropped}.items():
+            parts = dict.fromkeys(name.split(".")[0] for name in names)
+            notes += [f"{kind}: {', '.join(parts)}"] if parts else []
+        return "; ".join(notes)
 
 
-# --- in ---------------------------------------------------------------------------------
+def to_convnextv2(state: State, decoder: bool = False) -> tuple[dict[str, Tensor], Report]:
+    """Convert a state dict of any known layout to `ConvNeXtV2`, or with `decoder` to `FCMAE`.
 
-
-def to_convnextv2(
-    state: Mapping[str, Tensor], decoder: bool = False
-) -> tuple[dict[str, Tensor], Report]:
-    """State dict of any known layout -> that of `ConvNeXtV2`, or with `decoder` of `FCMAE`.
-
-    Layouts: see NAMES; ours are the official ones, with `encoder.` before them in pre-training.
-    What only the other of the two models has is dropped, and reported. Unknown names stay: for
-    `load_weights` to refuse.
+    Layouts: see NAMES; ours is the official one, with a prefix `encoder.` in pre-training.
+    Parts that only the other of the two models has are dropped, and reported. Unknown names stay,
+    and `load_weights` refuses them.
     """
-    bare = {unwrap(name): (name, value) for name, value in state.items()}
-    if len(bare) < len(state):
+    unwrapped = {unwrap(name): value for name, value in state.items()}
+    if len(unwrapped) < len(state):
         raise UserError("some names differ only by a prefix such as module.; expected one of each")
-    report = Report(_layout(bare))
-    if report.layout == "Hugging Face":  # ConvNextV2Model has not the prefix of its classifier
-        whole = ("convnextv2.", "classifier.")
-        bare = {n if n.startswith(whole) else f"convnextv2.{n}": v for n, v in bare.items()}
-    out = {}
-    for name, (given, value) in bare.items():
-        ours = _translate(name.removeprefix("encoder."), _rules(report.layout, inward=True))
+    report = Report(_layout(unwrapped))
+    if report.layout == "Hugging Face":  # ConvNextV2Model lacks the prefix of its classifier
+        full = ("convnextv2.", "classifier.")
+        items = unwrapped.items()
+        unwrapped = {n if n.startswith(full) else f"convnextv2.{n}": v for n, v in items}
+    rules, out = _rules(report.layout, inward=True), {}
+    for name, value in unwrapped.items():
+        ours = _translate(name.removeprefix("encoder."), rules)
         if ours.startswith(CLASSIFIER if decoder else DECODER):
-            report.dropped.append(given)
+            report.dropped.append(ours)
             continue
-        new = _reshape(ours, name, value)
+        value = _reshape(ours, name, value)
         ours = f"encoder.{ours}" if decoder and not ours.startswith(DECODER) else ours
-        if new.shape != value.shape:
-            report.reshaped.append(f"{ours} {tuple(value.shape)} -> {tuple(new.shape)}")
-        if ours != given:
-            report.renamed[given] = ours
         if ours in out:
-            raise UserError(f"{given} and another tensor are both {ours}; expected one of each")
-        out[ours] = new
+            raise UserError(f"{name} and another tensor are both {ours}; expected one of each")
+        out[ours] = value
     return out, report
 
 
 def unwrap(name: str) -> str:
-    """The name without what DistributedDataParallel and torch.compile put before it."""
-    for prefix in WRAPPERS * 2:  # either may stand inside the other
+    """Remove the prefixes of DistributedDataParallel and torch.compile from a name."""
+    for prefix in WRAPPERS * 2:  # either may be inside the other
         name = name.removeprefix(prefix)
     return name
 
@@ -134,17 +128,16 @@ def _layout(names: Iterable[str]) -> str:
     found = [layout for sign, layout in SIGNS.items() if sign in names]
     if not found:
         ends = [name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(sign)]
-        hint = f"; perhaps --model_prefix {ends[0]}" if ends else ""
+        hint = f"; try --model_prefix {ends[0]}" if ends else ""
         raise UserError(
-            f"no weights of a ConvNeXt V2: the names look like {some(names) or 'nothing'}; "
-            "expected those of the official code, of timm, of Hugging Face or of this toolkit"
-            + hint
+            f"these are not weights of a ConvNeXt V2, with names like {first_few(names) or 'none'};"
+            " expected those of the official code, timm, Hugging Face or this toolkit" + hint
         )
     return found[0]
 
 
 def _rules(layout: str, inward: bool) -> list[tuple[re.Pattern, str]]:
-    """(pattern, replacement) that turn names of a layout into ours, or ours into its."""
+    """Make (pattern, replacement) pairs that turn a layout's names into ours, or ours into its."""
     rules = []
     for ours, theirs in NAMES[layout].items():
         source, target = (theirs, ours) if inward else (ours, theirs)
@@ -155,18 +148,17 @@ def _rules(layout: str, inward: bool) -> list[tuple[re.Pattern, str]]:
 
 def _translate(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     for pattern, replacement in rules:
-        match = pattern.match(name)
-        if match:
+        if match := pattern.match(name):
             return match.expand(replacement) + name[match.end() :]
     return name
 
 
 def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
-    """The shape that a tensor has here; what is not a vector or a kernel stays as it is."""
-    if theirs.endswith(".kernel"):  # (k*k, C) depthwise or (k*k, C, D); k*k counts columns first
-        places, *channels = value.shape
-        k = round(places**0.5)
-        if k * k != places or len(channels) not in (1, 2):
+    """Give a tensor the shape of ours; tensors with other than the known shapes are unchanged."""
+    if theirs.endswith(".kernel"):  # (k*k, C) depthwise or (k*k, C, D), with k*k column by column
+        cells, *channels = value.shape
+        k = round(cells**0.5)
+        if k * k != cells or len(channels) not in (1, 2):
             raise UserError(f"{theirs} {tuple(value.shape)}: expected (k * k, C) or (k * k, C, D)")
         kernel = value.reshape(k, k, *channels).transpose(0, 1)
         return kernel.permute(3, 2, 0, 1) if len(channels) == 2 else kernel.movedim(2, 0)[:, None]
@@ -179,13 +171,10 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
     return value.flatten() if is_vector and (ours.endswith(".bias") or norm) else value
 
 
-# --- out --------------------------------------------------------------------------------
+def to_timm(state: State) -> dict[str, Tensor]:
+    """Convert a state dict of `ConvNeXtV2` to timm's `convnextv2_*`.
 
-
-def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `ConvNeXtV2` -> that of timm's `convnextv2_*`.
-
-    GRN has vectors there, and the four small sizes have 1x1 convolutions for linear layers.
+    timm's GRN has vectors, and its four small sizes have 1x1 convolutions instead of linear layers.
     """
     if describe(state)["dims"][0] in CONV_MLP:
         mlp = [name for name in state if ".pwconv" in name and name.endswith("weight")]
@@ -193,15 +182,15 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _outward(state, "timm", lambda grn: grn.flatten())
 
 
-def to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `ConvNeXtV2` -> that of transformers' `ConvNextV2ForImageClassification`."""
+def to_hf(state: State) -> dict[str, Tensor]:
+    """Convert a state dict of `ConvNeXtV2` to `ConvNextV2ForImageClassification`."""
     return _outward(state, "Hugging Face", lambda grn: grn)
 
 
-def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `ConvNeXtV2` or `FCMAE` -> what the official scripts read.
+def to_official(state: State) -> dict[str, Tensor]:
+    """Convert a state dict of `ConvNeXtV2` or `FCMAE` to the official scripts.
 
-    A classifier's is the same. Pre-trained weights lose `encoder.`, and GRN has the shape (1, 4C)
+    A classifier's is the same. Pre-trained weights lose `encoder.`, and GRN gets the shape (1, 4C)
     of the published files, since the official `--finetune` adds two axes to it.
     """
     state = {name.removeprefix("encoder."): value for name, value in state.items()}
@@ -209,16 +198,14 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _outward(state, "official", lambda grn: grn if classifier else grn.reshape(1, -1))
 
 
-def _outward(
-    state: Mapping[str, Tensor], layout: str, grn: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+def _outward(state: State, layout: str, grn: Callable) -> dict[str, Tensor]:
     rules = _rules(layout, inward=False)
     shaped = {name: grn(v) if ".grn." in name else v for name, v in state.items()}
     return {_translate(name, rules): value.contiguous() for name, value in shaped.items()}
 
 
-def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The keywords of the `ConvNeXtV2` that a state dict under our names belongs to."""
+def describe(state: State) -> dict[str, Any]:
+    """Return the arguments of the `ConvNeXtV2` that a state dict under our names belongs to."""
     dims, depths = [], []
     while f"stages.{len(dims)}.0.dwconv.weight" in state:
         i = len(dims)
@@ -226,7 +213,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         depths.append(sum(f"stages.{i}.{j}.dwconv.weight" in state for j in range(len(state))))
     stem = state.get("downsample_layers.0.0.weight")
     if not dims or stem is None or stem.ndim != 4:
-        raise UserError(f"no weights of a ConvNeXt V2: {some(list(state)) or 'no tensors at all'}")
+        names = first_few(state) or "none"
+        raise UserError(f"these are not weights of a ConvNeXt V2, with names like {names}")
     return {
         "depths": tuple(depths),
         "dims": tuple(dims),

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Where a checkpoint may lie: a file, the Hugging Face hub, timm's weights, an https address.
+"""Checkpoint sources: local paths, the Hugging Face hub, timm's weights and https addresses.
 
 python -c "from weights.download import locate; print(locate('timm:convnextv2_atto.fcmae'))"
 """
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, resolve
+from errors import UserError, first_line, resolve
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what a hub's model or its folder holds
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # weight files of the Hugging Face hub
 KINDS = "a file, a folder, hf-hub:owner/name, timm:model.tag or https://..."
 
 
 def locate(source: str | Path, sha256: str = "") -> Path:
-    """The local path of `source`, downloaded into the hub's or torch's own cache where need be.
+    """Return the local path of `source`, downloaded to the hub's or torch's cache if needed.
 
-    source: a path, `hf-hub:owner/name` (with `@revision` if wanted), `timm:model.tag`, or an https
-    address. sha256: of the file, in hexadecimal; a file with another is refused.
+    source: a path, `hf-hub:owner/name` (with an optional `@revision`), `timm:model.tag`, or an
+    https address. sha256: expected checksum of the file, in hexadecimal; another one is refused.
     """
     text = str(source)
     kind, _, name = text.partition(":")
@@ -34,92 +34,81 @@ def locate(source: str | Path, sha256: str = "") -> Path:
     if kind == "hf-hub":
         path = _from_hub(name, text)
     elif kind == "timm":
-        path = _from_hub(f"timm/{_timm_name(name)}", text)
+        from timm import list_pretrained
+
+        known = dict.fromkeys(list_pretrained("convnextv2_*"), "timm/" + name)
+        path = _from_hub(resolve(name, known, "weights of timm", importable=False), text)
     elif kind == "https":
-        path = _download(text, sha256)
+        path = _from_address(text, sha256)
     elif "://" in text:
         raise UserError(f"{text}: expected {KINDS}")
     else:
         path = Path(text)
     if sha256:
-        _check_hash(path, text, sha256)
+        _check_hash(path, text, sha256.lower())
     return path
 
 
 def _check_hash(path: Path, source: str, sha256: str) -> None:
     if not path.is_file():
-        raise UserError(f"--sha256 belongs to a file, and {source} is none; drop it or name a file")
+        raise UserError(f"--sha256 needs a file, and {source} is not one; drop it or give a file")
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-        found = found or hashlib.sha256(file.read())  # Python 3.10
-    if found.hexdigest() != sha256.lower():
-        fetched = "" if str(path) == source else f"delete {path} and fetch it again, or "
+        while block := file.read(2**20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != sha256:
+        cached = "" if str(path) == source else f"delete {path} to download it again, or "
         raise UserError(
-            f"{source} has sha256 {found.hexdigest()}, expected {sha256.lower()}: another or a "
-            f"damaged file; {fetched}correct --sha256"
+            f"{source} has SHA-256 {found}, expected {sha256}: it is another file or damaged; "
+            f"{cached}correct --sha256"
         )
 
 
-def _timm_name(name: str) -> str:
-    from timm import list_pretrained
-
-    known = list_pretrained("convnextv2_*")
-    resolve(name, dict.fromkeys(known), "weights of timm", importable=False)
-    return name
-
-
 def _from_hub(name: str, source: str) -> Path:
-    """Download the first of WEIGHTS that a model of the Hugging Face hub has."""
+    """Download the first of WEIGHTS that a model on the Hugging Face hub has."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    repository, _, version = name.partition("@")
-    revision = version or None  # the hub's main one
+    repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"{source}: expected hf-hub:owner/name, with @revision if wanted")
+        raise UserError(f"{source}: expected hf-hub:owner/name, with an optional @revision")
+    offline = None
     for file in WEIGHTS:
         try:
-            return Path(hub.hf_hub_download(repository, file, revision=revision))
+            return Path(hub.hf_hub_download(repository, file, revision=revision or None))
         except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-            kept = [hub.try_to_load_from_cache(repository, w, revision=revision) for w in WEIGHTS]
-            for path in kept:
-                if isinstance(path, str):
-                    return Path(path)
-            raise UserError(
-                f"{source}: the hub cannot be reached and the weights are in no cache here; "
-                "download them where there is a network and give the file's path"
-            ) from error
-        except errors.EntryNotFoundError:  # then the next; LocalEntryNotFoundError is one of these
+            offline = error  # the next file may be in the cache
+        except errors.EntryNotFoundError:  # the model has no such file
             continue
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
             raise UserError(
-                f"{source}: the hub knows no such model, or hides it; check the name, or log in "
-                "with `hf auth login`"
+                f"{source}: the hub has no such model, or it is private; check the name, or log "
+                "in with `hf auth login`"
             ) from error
-        except Exception as error:  # what the http library of this version raises
-            raise UserError(f"{source}: {_first_line(error)}; check the network") from error
-    raise UserError(f"{source} holds none of {', '.join(WEIGHTS)}; give a file's path instead")
+        except Exception as error:  # of any http library
+            raise UserError(f"{source}: {first_line(error)}; check the network") from error
+    if offline:
+        raise UserError(
+            f"{source}: the hub cannot be reached and the weights are not in the local cache; "
+            "download them on a machine with network access and give the file's path"
+        ) from offline
+    raise UserError(f"{source} has no {' or '.join(WEIGHTS)}; give the path of a file instead")
 
 
-def _download(address: str, sha256: str) -> Path:
-    """Into torch's cache, under a name that belongs to this address alone."""
+def _from_address(address: str, sha256: str) -> Path:
+    """Download to torch's cache, under a name that is unique to the address."""
     name = os.path.basename(address.partition("?")[0]) or "weights"
-    mark = hashlib.sha256(address.encode()).hexdigest()[:12]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{mark}-{name}"
+    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path), sha256.lower() or None)
-        except Exception as error:  # of urllib, ssl, sockets, and torch's of a wrong hash
-            raise UserError(
-                f"{address}: {_first_line(error)}; check address and network"
-            ) from error
+        except Exception as error:  # of urllib, ssl, sockets, and torch's for a wrong hash
+            reason = first_line(error)
+            raise UserError(f"{address}: {reason}; check address and network") from error
     if not sha256:
-        logging.getLogger("convnextv2").warning(
-            "%s: taken as it came, without --sha256 to tell whether it is what you expect", address
-        )
+        warning = "%s: the download was not verified; give --sha256 to verify it"
+        logging.getLogger("convnextv2").warning(warning, address)
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

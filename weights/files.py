@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Checkpoint files: written whole or not at all, read without running code, loaded strictly.
+"""Checkpoint files: find them, read them without running code, load them strictly.
 
 python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo/finetune')"
 """
@@ -8,7 +8,6 @@ python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo
 from __future__ import annotations
 
 import argparse
-import logging
 import pickle
 import re
 import zipfile
@@ -19,34 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, some
+from errors import UserError, first_few, first_line
 from parallel import state_dict
 from weights.download import KINDS, WEIGHTS, locate
 
-# The official mains and submitit keep their flags so; neither can do anything.
+# Harmless classes in checkpoints of the official code and of submitit, which store their flags.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
 
 
-def check_archive(path: Path, checksums: bool = True) -> None:
-    """UserError if a record of a zip archive is compressed or does not match its CRC-32."""
-    if not zipfile.is_zipfile(path):
-        return  # a pickle of before torch 1.6 has no checksums
-    with zipfile.ZipFile(path) as archive:
-        packed = [record for record in archive.infolist() if record.compress_type]
-        if packed:  # it could hold a thousand times the size of the file
-            raise UserError(
-                f"checkpoint {path} is refused: its member {packed[0].filename!r} is compressed, "
-                "as torch never does, and could unpack to any size; if you trust who made it, "
-                f"unpack it and save it again: python -c \"import torch; c = torch.load('{path}', "
-                "weights_only=True); torch.save(c, 'stored.pth')\""
-            )
-        damaged = archive.testzip() if checksums else None
-    if damaged:
-        raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} does not match")
-
-
-def progress(path: Path) -> tuple[int, int] | None:
-    """(epoch to go on with, images) of a checkpoint by its name; None if it is not numbered."""
+def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
+    """Parse (epoch to resume, images of it already seen); None if the name has no number."""
     found = re.fullmatch(r"checkpoint-(\d+)(?:-seen-(\d+))?\.pth", path.name)
     if not found:
         return None
@@ -54,87 +35,102 @@ def progress(path: Path) -> tuple[int, int] | None:
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that a run can go on from, newest first."""
-    found = [(progress(path), path) for path in folder.iterdir()]
-    return [path for _, path in sorted((p for p in found if p[0]), reverse=True)]
+    """List the checkpoints of a folder that a run can resume from, newest first."""
+    found = [path for path in folder.iterdir() if parse_checkpoint_name(path)]
+    return sorted(found, key=parse_checkpoint_name, reverse=True)
 
 
-def find_checkpoint(folder: Path, average: bool = False) -> Path:
-    """What to use of a run's folder: the best, else the newest; or a hub's weights.
+def find_checkpoint(folder: Path, ema: bool = False) -> Path:
+    """Choose the weights in a folder: the best, else the newest checkpoint, else a hub's file.
 
-    average: the best average of the weights, `checkpoint-best-ema.pth`, goes first.
+    ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
-    names = ["checkpoint-best-ema.pth"] * average + ["checkpoint-best.pth"]
-    found = [folder / name for name in names if (folder / name).exists()]
-    found += numbered_checkpoints(folder) if folder.is_dir() else []
-    found += [folder / name for name in WEIGHTS if (folder / name).exists()]
-    if not found:
-        raise UserError(
-            f"{folder} holds no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
-            "name a checkpoint or another folder"
-        )
-    return found[0]
+    best = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
+    newest = numbered_checkpoints(folder)[:1] if folder.is_dir() else []
+    for name in (*best, *(path.name for path in newest), *WEIGHTS):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(
+        f"{folder} contains no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
+        "give the path of a checkpoint or of another folder"
+    )
+
+
+def find_source(source: str | Path, sha256: str = "", ema: bool = False) -> Path:
+    """Find the file of a source, as `locate` does, and in a folder as `find_checkpoint` does."""
+    path = locate(source, sha256)
+    return find_checkpoint(path, ema) if path.is_dir() else path
 
 
 def read_checkpoint(
-    source: str | Path, sha256: str = "", check: bool = True, average: bool = False
+    source: str | Path, sha256: str = "", check: bool = True, ema: bool = False
 ) -> Any:
-    """Read a checkpoint's plain types and tensors to the CPU; code in it is never run.
+    """Read a checkpoint's plain types and tensors to the CPU, without running code in it.
 
-    source: what `sources.locate` understands; a folder stands for its `find_checkpoint`, which
-    knows `average`.
-    sha256: of the file that is expected. check: the checksum that our own end with, which takes
-    reading all of them. `.safetensors` files are read as state dicts.
+    source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
+    reads all of it. A `.safetensors` file is a state dict.
     """
-    path = locate(source, sha256)
-    if path.is_dir():
-        path = find_checkpoint(path, average)
-        logging.getLogger("convnextv2").info("%s: %s of it", source, path.name)
+    path = find_source(source, sha256, ema)
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":  # safetensors: a length of 8 bytes, then JSON
+        if start[8:] == b"{":  # safetensors: a length in 8 bytes, then JSON
             from safetensors.torch import load_file
 
             return load_file(path)
-        if not start.startswith((b"PK", b"\x80")):  # a zip, or a pickle of before torch 1.6
+        if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle before torch 1.6
             raise UserError(
-                f"checkpoint {path} is no checkpoint, it begins with {start!r}; expected a .pth, "
-                ".pt, .bin or .safetensors file"
+                f"{path} is not a checkpoint: it begins with {start!r}; expected a .pth, .pt, "
+                ".bin or .safetensors file"
             )
         check_archive(path, check)
-        return _unpickle(path)
+        return _load(path)
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist; expected {KINDS}") from error
     except PermissionError as error:
-        raise UserError(f"checkpoint {path} may not be read; check its permissions") from error
-    except (UserError, MemoryError):  # the second says nothing about the file
+        raise UserError(f"checkpoint {path} is not readable; check its permissions") from error
+    except (UserError, MemoryError):  # lack of memory says nothing about the file
         raise
-    except Exception as error:  # torch's unpickler raises nearly anything on other files
+    except Exception as error:  # torch's unpickler raises almost anything for other files
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
             raise UserError(
-                f"checkpoint {path} is refused: it asks for {asked[1]}, and what a checkpoint "
-                "names could run. If you trust who made it, take its tensors out, best where "
-                "nothing can be harmed, such as a container without network: python -c "
-                f"\"import torch; c = torch.load('{path}', weights_only=False); "
-                "c = c.get('model', c) if isinstance(c, dict) else c; "
+                f"checkpoint {path} is refused: it needs {asked[1]}, and loading that could run "
+                "any code. If you trust its author, extract the tensors, best in a container "
+                f"without network: python -c \"import torch; c = torch.load('{path}', "
+                "weights_only=False); c = c.get('model', c) if isinstance(c, dict) else c; "
                 "torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pth')\""
             ) from error
-        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise UserError(
-            f"checkpoint {path} is truncated, damaged or no checkpoint ({reason})"
-        ) from error
+        reason = first_line(error).split(". ")[0]
+        raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error
 
 
-def _unpickle(path: Path) -> Any:
+def check_archive(path: Path, checksums: bool = True) -> None:
+    """Raise UserError if a record of a zip archive is compressed or fails its CRC-32."""
+    if not zipfile.is_zipfile(path):
+        return  # pickles before torch 1.6 have no checksums
+    with zipfile.ZipFile(path) as archive:
+        packed = [record for record in archive.infolist() if record.compress_type]
+        if packed:  # it could unpack to a thousand times the size of the file
+            raise UserError(
+                f"checkpoint {path} is refused: its member {packed[0].filename!r} is compressed, "
+                "which torch never does, and could unpack to any size. If you trust its author, "
+                f"save it again: python -c \"import torch; c = torch.load('{path}', "
+                "weights_only=True); torch.save(c, 'stored.pth')\""
+            )
+        damaged = archive.testzip() if checksums else None
+    if damaged:
+        raise UserError(f"checkpoint {path} is damaged: {damaged} does not match its checksum")
+
+
+def _load(path: Path) -> Any:
     with torch.serialization.safe_globals(HARMLESS):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "unable to mmap" in str(error):  # for want of memory
+            if "unable to mmap" in str(error):  # lack of memory
                 raise OSError(str(error)) from error
-            if "mmap can only be used" not in str(error):  # files of before torch 1.6
+            if "mmap can only be used" not in str(error):  # files before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -142,9 +138,10 @@ def _unpickle(path: Path) -> Any:
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], source: str, allow_missing: Iterable[str] = ()
 ) -> list[str]:
-    """Load all of `weights` or nothing; returns the missing names that start as allowed.
+    """Load all of `weights` or nothing, and return the missing names.
 
-    Anything else that is missing, unexpected or of another shape is an error that names it.
+    Missing names must start with one of `allow_missing`. Other missing names, unexpected names
+    and other shapes are an error that lists them.
     """
     expected = model.state_dict()
     allowed = tuple(allow_missing)
@@ -159,16 +156,10 @@ def load_weights(
         ],
     }
     if any(problems.values()):
-        told = "; ".join(
-            f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names
-        )
+        found = [f"{len(x)} {kind} ({first_few(x)})" for kind, x in problems.items() if x]
         raise UserError(
-            f"{source} does not fit {type(model).__name__}: {told}; "
+            f"{source} does not fit {type(model).__name__}: {'; '.join(found)}; "
             "check --model and the flags that shape it (--stem_stride, --in_chans, --decoder_*)"
         )
     state_dict.load_weights(model, weights)
     return missing
-
-
-def _is_within(path: Path) -> bool:
-    return "-seen-" in path.name

@@ -107,15 +107,15 @@ def test_bad_zip_ends_in_one_line_and_exit_code_2(toy_zip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("counts", "told"),
+    ("counts", "message"),
     [
         ({"train": 20, "val": 10}, "holds 2 classes in train/, the smallest of 9 images; expected"),
         ({"train": 17, "val": 10}, "expected a zip with 17 in train"),
         ({"test": 2}, "holds 0 classes in test/"),
     ],
 )
-def test_zip_without_enough_images_is_refused(toy_zip, counts, told):
-    with pytest.raises(UserError, match=told):
+def test_zip_without_enough_images_is_refused(toy_zip, counts, message):
+    with pytest.raises(UserError, match=message):
         load(toy_zip, counts)
 
 
@@ -190,21 +190,21 @@ def test_model_that_is_no_list_of_blocks_and_channels_is_refused(model):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("--batch_size 5 --cutmix 1", "--batch_size 5: mixup mixes pairs; make it even"),
         ("--output no_such/table.md", "no_such/table.md: there is no folder no_such; make it"),
         ("--pretrain_batch_size 64", "a batch of 64, but --pretrain_images 40; lower it"),
     ],
 )
-def test_settings_that_do_not_fit_together_are_refused(words, told):
+def test_settings_that_do_not_fit_together_are_refused(words, message):
     argv = "--device cpu --pretrain_images 40 --train_images 40 --batch_size 4 " + words
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         cifar.fill_in(cifar.get_args_parser().parse_args(argv.split()))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (
             '{"run": "scratch", "seed": 0, "settings": "--epochs 1"}',
@@ -214,10 +214,10 @@ def test_settings_that_do_not_fit_together_are_refused(words, told):
         ('{"loss": 1}', "not of this program"),
     ],
 )
-def test_results_that_do_not_belong_are_refused(tmp_path, text, told):
+def test_results_that_do_not_belong_are_refused(tmp_path, text, message):
     path = tmp_path / "runs.jsonl"
     path.write_text(text + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         cifar.finished(path, "--epochs 2")
     assert cifar.finished(tmp_path / "new.jsonl", "--epochs 2") == {}
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""No flag is silently ignored: each is read where its script can see it."""
+"""No flag is silently ignored: each is read in a file that its script imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from config import parser as options
 from config import recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
-# Flags whose whole effect is in options.py: refused there. configs.FILES are read by configs.py.
+# Flags that config/parser.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
@@ -62,7 +62,10 @@ def reachable(script: Path) -> set[Path]:
 
 
 def reads(path: Path) -> set[str]:
-    """Every `x` of `args.x` or `self.args.x` that the file reads."""
+    """Every `x` of `args.x`, `self.args.x`, `vars(args).get("x")` or `vars(args)["x"]` in a file.
+
+    A function with `getattr(args, name)` reads what its string constants name.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -70,6 +73,12 @@ def reads(path: Path) -> set[str]:
             name = getattr(owner, "id", None) or getattr(owner, "attr", None)
             if name == "args":
                 found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "vars(args).get":
+            found.add(ast.literal_eval(node.args[0]))
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "vars(args)":
+            found.add(ast.unparse(node.slice).strip("'"))
+        elif isinstance(node, ast.FunctionDef) and "getattr(args, name)" in ast.unparse(node):
+            found |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
     return found
 
 
@@ -103,6 +112,10 @@ def test_reads_are_found_through_imports(tmp_path, monkeypatch):
     (tmp_path / "pack" / "low.py").write_text("def f(args):\n    return args.deep\n")
     (tmp_path / "other.py").write_text("def f(args):\n    return args.unrelated\n")
     (tmp_path / "main.py").write_text(
-        "def main(args):\n    from pack import x\n    print(args.near)\n    args.set = 1\n"
+        "def main(args):\n    from pack import x\n    print(args.near, vars(args).get('got'))\n"
+        "    args.set = 1\n"
+        "def named(args):\n    return [getattr(args, name) for name in ('one', 'two')]\n"
+        "def unrelated(args):\n    return 'three'\n"
     )
-    assert unread("main", {"near", "deep", "unrelated", "set"}) == {"unrelated", "set"}
+    flags = {"near", "got", "deep", "unrelated", "set", "one", "two", "three"}
+    assert unread("main", flags) == {"unrelated", "set", "three"}

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags: official ones parse, wrong ones are refused with a fix."""
+"""Official flags parse; wrong flags are refused with an error that says how to fix them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def refused(capsys, kind, words, *parts, base=DIGITS):
 
 
 def plain(text):
-    """What the args must hold for a value written as text."""
+    """The value in args of a value written as text."""
     if text in ("true", "yes", "false", "no"):
         return text in ("true", "yes")
     for kind in (int, float):
@@ -471,7 +471,13 @@ def test_help_names_every_flag_and_group(kind):
     options.add_submitit_args(parser)
     text = parser.format_help()
     assert f"main_{kind}.py" in text
-    for group in ("model:", "data:", "run:", "optimizer and schedule:", "submitit:"):
+    for group in (
+        "start here:",
+        "model:",
+        "data:",
+        "optimizer and schedule:",
+        "SLURM job (submitit):",
+    ):
         assert f"\n{group}\n" in text
     for action in parser._actions:
         assert action.help

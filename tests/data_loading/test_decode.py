@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_loading.dataset import Augmented
+from data_loading.dataset import TransformedDataset
 from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image, load_image_file
-from data_loading.folders import DataSpec
+from data_loading.folders import DatasetSpec
 from data_loading.transforms import (
+    RandomErasing,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
@@ -149,7 +150,7 @@ def test_tiff_of_unknown_range_is_a_bad_image(bits, format_):
     if format_ == 1 and bits < 32:
         assert decode(image, 1).size == (3, 1)
         return
-    with pytest.raises(BadImage, match="whose range is unknown"):
+    with pytest.raises(BadImage, match="of unknown range"):
         decode(image, 1)
 
 
@@ -233,8 +234,13 @@ def test_animation_is_its_first_picture(tmp_path, suffix):
 
 TRANSFORMS = {
     "pre-training": create_pretrain_transform(32),
-    "training": create_train_transform(64, *mean_and_std(), aa="rand-m9-mstd0.5-inc1", reprob=1.0),
-    "training, small": create_train_transform(32, *mean_and_std(), color_jitter=0.4),
+    "training": create_train_transform(
+        64,
+        mean_and_std()[0],
+        aa="rand-m9-mstd0.5-inc1",
+        erasing=RandomErasing(1.0, "pixel", 1, *mean_and_std()),
+    ),
+    "training, small": create_train_transform(32, mean_and_std()[0], color_jitter=0.4),
     "evaluation": create_eval_transform(64),
     "evaluation, small": create_eval_transform(32),
     "evaluation, squashed": create_eval_transform(384),
@@ -247,7 +253,7 @@ TRANSFORMS = {
 def test_smallest_and_longest_images_pass_every_transform(tmp_path, name, size):
     path = tmp_path / "a.png"
     Image.new("RGB", size, (10, 200, 30)).save(path)
-    data = Augmented([(load_image(str(path)), 0)], TRANSFORMS[name], 0)
+    data = TransformedDataset([(load_image(str(path)), 0)], TRANSFORMS[name], 0)
     image = data[0, 0][0]
     assert image.shape[0] == 3
     assert min(image.shape[1:]) >= 32
@@ -280,7 +286,7 @@ SIZES |= {(40_000, 40_000): True, (2**31 - 1, 2**31 - 1): True}
 @pytest.mark.parametrize(("size", "refused"), SIZES.items(), ids=str)
 def test_bomb_is_refused_by_its_header_and_a_panorama_is_none(size, refused):
     """Forty kilobytes that would take 5 GB; 200 million pixels are a panorama."""
-    data = Augmented(Lazy(png(*size, 1, 0, b"")), create_eval_transform(32), 0)
+    data = TransformedDataset(Lazy(png(*size, 1, 0, b"")), create_eval_transform(32), 0)
     error = data[0, 0]
     assert isinstance(error, BadImage)
     expected = f"it has {size[0]} x {size[1]} pixels, above the limit of 268435456"
@@ -305,7 +311,7 @@ def test_every_extension_of_the_formats_is_looked_for(tmp_path):
         (tmp_path / "a").mkdir(exist_ok=True)
         quadrants().save(tmp_path / "a" / name, Image.registered_extensions()[end])
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    spec = DataSpec(str(tmp_path), nb_classes=1)
+    spec = DatasetSpec(str(tmp_path), nb_classes=1)
     for kind in ("folder", "image_folder"):
         data = create_dataset(kind, spec, train=True)
         assert len(data) == len(EXTENSIONS)
@@ -370,7 +376,9 @@ def test_damaged_file_is_an_image_or_a_bad_image_and_never_a_traceback(format_):
     image.save(file, format_, **({} if format_ in ("GIF", "BMP", "PPM") else {"exif": exif}))
     draw, bad = random.Random(format_), 0
     for _ in range(300):
-        data = Augmented(Lazy(damage(file.getvalue(), draw)), create_pretrain_transform(16), 0)
+        data = TransformedDataset(
+            Lazy(damage(file.getvalue(), draw)), create_pretrain_transform(16), 0
+        )
         result = data[0, 0]
         assert isinstance(result, tuple | BadImage)
         bad += isinstance(result, UserError)

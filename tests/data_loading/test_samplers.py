@@ -16,16 +16,16 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from data_loading.dataset import Augmented
-from data_loading.loader import create_loader
-from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, shuffled
-from training.trial_data import decode_some
+from data_loading.dataset import TransformedDataset
+from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, permute
+from data_loading.workers import WatchedLoader
+from training.dry_run import decode_some
 
 HUGE = 1_300_000_000  # images
 
 
 def order(length: int, *numbers: int) -> torch.Tensor:
-    return shuffled(torch.arange(length), length, *numbers)
+    return permute(torch.arange(length), length, *numbers)
 
 
 def indices(sampler: TrainSampler, count: int | None = None) -> list[int]:
@@ -33,7 +33,7 @@ def indices(sampler: TrainSampler, count: int | None = None) -> list[int]:
 
 
 def chi_square(counts: list[int], kinds: int) -> float:
-    """How far counts of equally likely things are from equal, in standard deviations."""
+    """Return the distance of counts from uniform, in standard deviations."""
     expected = sum(counts) / kinds
     counts = counts + [0] * (kinds - len(counts))
     total = sum((count - expected) ** 2 / expected for count in counts)
@@ -55,7 +55,7 @@ def test_every_image_comes_once(lengths):
 @pytest.mark.parametrize("length", [HUGE, 2**40, 2**40 + 1, 2**62])
 def test_part_of_a_huge_order_has_no_image_twice_nor_one_that_is_not_there(length):
     for first in (0, length // 3, length - 20_000):
-        part = shuffled(torch.arange(first, first + 20_000), length, 1, 2)
+        part = permute(torch.arange(first, first + 20_000), length, 1, 2)
         assert len(part.unique()) == 20_000
         assert part.min() >= 0
         assert part.max() < length
@@ -92,7 +92,7 @@ def orders_of(length: int, count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("position", [0, 1, 25])
 def test_any_image_may_come_at_any_place(position):
     place = torch.tensor([position])
-    seen = collections.Counter(int(shuffled(place, 26, seed, 0)) for seed in range(26 * 20))
+    seen = collections.Counter(int(permute(place, 26, seed, 0)) for seed in range(26 * 20))
     assert chi_square([*seen.values()], 26) < 4
 
 
@@ -166,7 +166,7 @@ def test_epoch_that_is_chosen_later_is_not_this_one():
 
 
 def test_order_of_an_earlier_version_stays():
-    """A run that goes on within an epoch has it from here."""
+    """A run that resumes in the middle of an epoch depends on it."""
     assert order(10, 0, 0).tolist() == ORDER_OF_TEN
     sampler = TrainSampler(HUGE, 0, 1, 2)
     sampler.set_epoch(7, 1000)
@@ -230,13 +230,13 @@ def test_epoch_begins_and_goes_on_without_memory(length, seen):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader_and_dry_run_make_no_list_of_all(workers):
-    data = Augmented(Endless(HUGE), pil_to_tensor, seed=0)
+    data = TransformedDataset(Endless(HUGE), pil_to_tensor, seed=0)
     with Memory() as memory:
-        loader = create_loader(data, TrainSampler(HUGE, 0, 5, 8), 4, workers, drop_last=True)
+        loader = WatchedLoader(data, TrainSampler(HUGE, 0, 5, 8), 4, workers, drop_last=True)
         assert len(loader) == HUGE // 8 // 4
         images, labels, ids, bad = next(iter(loader))
         found = decode_some(loader, seed=0, seconds=0.2)
-        loader = create_loader(data, EvalSampler(HUGE, 5, 8), 4, workers)
+        loader = WatchedLoader(data, EvalSampler(HUGE, 5, 8), 4, workers)
         assert next(iter(loader))[2].tolist() == [5, 13, 21, 29]
     assert ids.tolist() == indices(TrainSampler(HUGE, 0, 5, 8), 4)
     assert found.tried > 0

@@ -1,9 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Two processes compute what one does.
+"""Two processes compute the same as one.
 
-Two gloo ranks start once, run every function named `ranks_...`, and leave what they returned in
-files, which the tests then judge.
+Two gloo ranks start once and run every function named `ranks_...`; the tests check their results.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,22 +20,24 @@ import pytest
 import torch
 from torch import nn
 
-from data_loading.dataset import Augmented
-from data_loading.loader import Batches, create_loader
+from data_loading.dataset import TransformedDataset
+from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
+from data_loading.workers import WatchedLoader
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
 from parallel import process_group
-from parallel.sharding import Sharing
+from parallel.sharding import Parallelism
 from tests.groups import results_of, run_ranks
+from tests.training.test_run_lock import lock_from_elsewhere
 from training import checkpoint, hooks, resume, run_lock
-from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint import TrainableParts, TrainState
+from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
-from training.run_lock import hold_folder
+from training.run_lock import acquire_run_lock
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
@@ -42,7 +45,7 @@ RANKS = 2
 
 
 def toy(seed: int = 0) -> ConvNeXtV2:
-    """A toy classifier in float64 with every parameter away from its start."""
+    """Return a toy classifier in float64 without parameters of zero or one."""
     torch.manual_seed(seed)
     model = ConvNeXtV2((1, 1, 1, 1), (4, 6, 8, 10), num_classes=3).double()
     with torch.no_grad():
@@ -51,16 +54,16 @@ def toy(seed: int = 0) -> ConvNeXtV2:
     return model
 
 
-# --- what the ranks do ----------------------------------------------------------------------
+# --- jobs of the ranks ----------------------------------------------------------------------
 
 
 def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
-    """Three epochs of AdamW on 20 images; groups of two micro-batches, the last one of one."""
+    """Train 3 epochs on 20 images: 5 micro-batches, 2 in each optimizer step, 1 in the last."""
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     images = images.to(model.head.weight.dtype)
     labels = torch.arange(20) % 3
     optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
-    wrapped = Sharing("ddp", CPU).wrap(model)
+    wrapped = Parallelism("ddp", CPU).wrap(model)
     stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
     own = slice(process_group.get_rank() * batch, (process_group.get_rank() + 1) * batch)
     local = None
@@ -77,15 +80,15 @@ def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
 
 
 def ranks_see_no_warning(rank: int, folder: Path) -> list[str]:
-    """First of all, since torch warns of strides only once in a process."""
+    """Runs first, since torch warns of strides only once in a process."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(toy().float(), batch=2)  # float64 takes another path through torch
+        train(toy().float(), batch=2)  # torch does not warn in float64
     return [str(warning.message) for warning in caught]
 
 
 def ranks_train(rank: int, folder: Path) -> dict[str, torch.Tensor]:
-    return train(toy(seed=rank), batch=2)  # rank 1 must take over the weights of rank 0
+    return train(toy(seed=rank), batch=2)  # rank 1 must get the weights of rank 0
 
 
 def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -93,13 +96,13 @@ def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def ranks_skip_together(rank: int, folder: Path) -> dict:
-    """Rank 1 alone meets NaN: in the loss and the gradient, or in the loss alone."""
+    """Let rank 1 have NaN: in loss and gradient, or in the loss alone."""
     result = {}
     for place, fused in itertools.product(range(4), (False, True)):
         for kind in ("loss and gradient", "loss alone"):
             layer = nn.Linear(1, 1, bias=False).double()
             layer.weight.data[:] = 1.0
-            model = Sharing("ddp", CPU).wrap(layer)
+            model = Parallelism("ddp", CPU).wrap(layer)
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
             stepper = Stepper(model, optimizer, CPU, update_freq=2)
             stepper.begin_epoch(6)
@@ -118,7 +121,7 @@ def ranks_skip_together(rank: int, folder: Path) -> dict:
 
 
 def ranks_average(rank: int, folder: Path) -> dict:
-    """Images 0 to 6 with values 0, 1, 4, ..., 36: four of them on rank 0."""
+    """Average images 0 to 6 with values 0, 1, 4, ..., 36: four of them on rank 0."""
     uneven = Means(["square"], CPU)
     for image in range(rank, 7, RANKS):
         uneven.update(1, square=torch.tensor(float(image**2)))
@@ -146,9 +149,9 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def evaluation(dist_eval: bool = True) -> dict[str, float]:
-    data = Augmented(Pictures(), create_eval_transform((32, 32)), seed=0)
+    data = TransformedDataset(Pictures(), create_eval_transform((32, 32)), seed=0)
     sampler = EvalSampler(7, process_group.get_rank(), process_group.get_world_size(), dist_eval)
-    batches = Batches(create_loader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+    batches = DeviceLoader(WatchedLoader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
     return evaluate(batches, toy().float(), CPU, "none")
 
 
@@ -162,26 +165,26 @@ class Recorder(hooks.Hook):
 
 
 def ranks_write(rank: int, folder: Path) -> dict:
-    """Each rank is given a folder of its own: only that of rank 0 may come to be."""
+    """Write to a different folder on each rank: only that of rank 0 may exist afterwards."""
     own = folder / f"run-{rank}"
     model = toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    hold_folder(str(own))
-    state = TrainState(epoch=1, updates=1)
-    checkpoint.save_model(own, model, optimizer, state=state, args={"epochs": 1}, improved=["best"])
-    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
+    acquire_run_lock(str(own))
+    parts, state = TrainableParts(model, optimizer), TrainState(epoch=1, global_step=1)
+    checkpoint.save_model(own, parts, state, {"args": {"epochs": 1}}, improved=["best"])
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
     running = TrainState()
     with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
         own_hooks = len(reporter.hooks)
         recorder = Recorder()
         reporter.hooks.append(recorder)
         waited = SimpleNamespace(wait_seconds=0.0)
-        means = reporter.begin_epoch(["loss", "grad_norm"], waited, running)
+        means = reporter.begin_epoch(["loss", "grad_norm"], waited)
         means.update(1, loss=torch.tensor(float(rank)), grad_norm=torch.tensor(1.0))
         reporter.after_batch(4)
         images = reporter.images
-        running.updates += 1
-        reporter.after_update(lr=0.1)
+        running.global_step += 1
+        reporter.after_step(lr=0.1)
         running.epoch += 1
         reporter.end_epoch({"train_loss": 1.0, "epoch": 0})
     return {
@@ -194,48 +197,51 @@ def ranks_write(rank: int, folder: Path) -> dict:
 
 
 def ranks_resume(rank: int, folder: Path) -> dict:
-    """All read what rank 0 wrote."""
+    """Resume all ranks from the checkpoint of rank 0."""
     process_group.barrier()
     model = toy(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    state = resume.auto_load_model(resume.find_start(folder / "run-0"), model, optimizer)
-    return {"state": (state.epoch, state.updates), "head": model.head.weight.detach()}
+    point = resume.find_resume_point(folder / "run-0")
+    state = resume.auto_load_model(point, TrainableParts(model, optimizer))
+    return {"state": (state.epoch, state.global_step), "head": model.head.weight.detach()}
 
 
 def ranks_refuse(rank: int, folder: Path) -> str:
-    """An error that only rank 0 can see ends every rank, and leaves none waiting."""
+    """Raise an error that only rank 0 can see."""
     (folder / "mixed").mkdir(exist_ok=True)
     (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
     process_group.barrier()
     with pytest.raises(UserError) as caught:
-        resume.find_start(folder / "mixed", auto_resume=False)
+        resume.find_resume_point(folder / "mixed", auto_resume=False)
     return str(caught.value)
 
 
-def ranks_lose_their_folder(rank: int, folder: Path) -> list[str]:
-    """Only rank 0 has the lock that another run took over."""
-    guard = SimpleNamespace(look=lambda state: "", keep=lambda state: None, state=dict)
-    hold_folder(str(folder / "lost"))
+def ranks_lose_the_run_folder(rank: int, folder: Path) -> list[str]:
+    """Let another run take over the lock, which only rank 0 holds."""
+    guard = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)
+    run_lock.BEAT = 0.05
+    acquire_run_lock(str(folder / "lost"))
     if rank == 0:
-        (folder / "lost" / run_lock.NAME).write_text('{"host": "elsewhere", "pid": 1}')
-        run_lock.held[0].look()
-    state = TrainState(updates=3, seen=12)
-    told = []
-    with Keeper(lambda **_: None) as keeper:
+        lock_from_elsewhere(folder / "lost")
+        while not run_lock.is_lost():
+            time.sleep(0.01)
+    state = TrainState(global_step=3, samples_in_epoch=12)
+    messages = []
+    with CheckpointManager(lambda **_: None) as keeper:
         try:
-            for state.updates in range(3, 9):
-                keeper.after_update(state, guard, guard)
+            for state.global_step in range(3, 9):
+                keeper.after_step(state, guard, guard)
         except TrainingStopped as error:
-            told = [str(error).split("/")[-1].split(" while")[0], str(state.updates)]
-        keeper.agreement.wait()
-    hold_folder("")
-    return told
+            messages = [str(error).split("/")[-1].split(" while")[0], str(state.global_step)]
+        keeper.vote.wait()
+    acquire_run_lock("")
+    return messages
 
 
 def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
-    """What the hooks of rank 0 need: args.yaml, log.txt, TensorBoard's folder."""
-    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1)
-    told = []
+    """Make args.yaml, log.txt or TensorBoard's folder unwritable."""
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
+    messages = []
     for number, name in enumerate(["args.yaml", "log.txt", "tensorboard"]):
         place = folder / f"no-{name}"
         if rank == 0:
@@ -243,8 +249,8 @@ def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
             (place / name).write_text("") if number == 2 else (place / name).mkdir()
         with pytest.raises(UserError) as caught:
             hooks.build_reporter(args, place, CPU, TrainState(), 1)
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
 JOBS = [  # in this order
@@ -257,17 +263,17 @@ JOBS = [  # in this order
     ranks_write,
     ranks_resume,
     ranks_refuse,
-    ranks_lose_their_folder,
+    ranks_lose_the_run_folder,
     ranks_cannot_write,
 ]
 
 
-# --- what they must have found --------------------------------------------------------------
+# --- checks of their results -----------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """As the ranks have it: on a busy machine a second thread makes toy sizes ten times slower."""
+    """Use one thread, as the ranks do: on a busy machine two are ten times slower at toy sizes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -276,13 +282,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two ranks ran all jobs."""
+    """Run all jobs on two ranks; returns their folder."""
     return run_ranks(JOBS, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def results(folder) -> list[dict]:
-    """What each rank's jobs returned."""
+    """Return the results of each rank's jobs."""
     return results_of(folder)
 
 
@@ -304,20 +310,20 @@ def test_two_ranks_train_as_one_with_twice_the_batch(results, job, options):
         assert_equal(result[f"ranks_{job}"], expected)
 
 
-def test_gradients_are_exchanged_only_when_a_group_closes(results):
+def test_gradients_are_averaged_only_with_the_last_micro_batch(results):
     first, second = (result["ranks_train"]["first gradient"] for result in results)
     assert not torch.allclose(first, second)
     alone = train(toy(), batch=4)["first gradient"]
     assert torch.allclose((first + second) / 2, alone, rtol=0, atol=1e-12)
 
 
-def test_gradient_strides_suit_ddps_buckets(results):
-    """`Grad strides do not match bucket view strides` means a copy of every gradient."""
+def test_gradient_strides_match_the_buckets_of_ddp(results):
+    """`Grad strides do not match bucket view strides` costs a copy of every gradient."""
     assert [result["ranks_see_no_warning"] for result in results] == [[], []]
 
 
 def test_nan_on_one_rank_is_skipped_by_both(results):
-    """The official run exited on one rank and hung on the others."""
+    """The official code exits on one rank and hangs on the others."""
     assert results[0]["ranks_skip_together"] == results[1]["ranks_skip_together"]
     for case, seen in results[0]["ranks_skip_together"].items():
         # inputs 1 and 2 on the ranks: a good group's mean gradient is 1.5
@@ -326,7 +332,7 @@ def test_nan_on_one_rank_is_skipped_by_both(results):
         assert seen == (second_is_bad if case.startswith("1") else first_is_bad), case
 
 
-def test_means_count_each_image_once_whatever_rank_holds_it(results):
+def test_means_count_the_images_of_all_ranks_once(results):
     for result in results:
         found = result["ranks_average"]
         assert found["uneven"] == found["uneven, all"] == {"square": 91 / 7}  # 0 + 1 + ... + 36
@@ -341,7 +347,7 @@ def test_rank_without_images_takes_part_in_means(results):
 
 
 def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):
-    """A padded sampler counts an eighth image."""
+    """A sampler with padding would count an eighth image."""
     expected = evaluation()
     assert expected["acc1"] * 7 / 100 == pytest.approx(round(expected["acc1"] * 7 / 100))
     for result in results:
@@ -379,15 +385,16 @@ def test_error_of_the_first_rank_is_that_of_all(results):
     assert ["checkpoint-3.pth" in result["ranks_refuse"] for result in results] == [True, True]
 
 
-def test_folder_that_rank_0_lost_ends_all_ranks_at_the_same_update(results):
-    told = ["lost was taken over by process 1 on elsewhere", "4"]  # agreed one update later
-    assert [result["ranks_lose_their_folder"] for result in results] == [told, told]
+def test_run_folder_lost_by_rank_0_ends_all_ranks_at_the_same_step(results):
+    for text, step in (result["ranks_lose_the_run_folder"] for result in results):
+        assert re.fullmatch("lost was taken over by process [0-9]+ on elsewhere", text)
+        assert step == "4"  # the vote is one step late
 
 
 def test_hooks_that_cannot_write_end_all_ranks(results):
-    """Rank 0 ended alone, and the others waited for it until nccl's patience was over."""
+    """If rank 0 ended alone, the others would wait for it until nccl's timeout."""
     first, second = (result["ranks_cannot_write"] for result in results)
     assert first == second
-    for told, flag in zip(first, ["--output_dir", "--output_dir", "--log_dir"], strict=True):
-        assert told.startswith(flag)
-        assert "cannot write" in told
+    for message, flag in zip(first, ["--output_dir", "--output_dir", "--log_dir"], strict=True):
+        assert message.startswith(flag)
+        assert "cannot write" in message

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Runs that go on with other processes than they began with."""
+"""Runs that resume with other processes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_end_to_end import COLOURS, ROOT, run
+from errors import EXIT_REQUEUE
+from tests.groups import run_script
+from tests.test_end_to_end import COLOURS, ROOT
 from tests.training.test_checkpoint_manager import wait_for
 
-# 26 images, of which an update takes 6, whatever the number of processes.
+# 26 images, 6 in an optimizer step with any number of processes.
 SMALL = [
     *["--model", "tests.tiny:fcmae", *COLOURS, "--decoder_embed_dim", "8", "--input_size", "16"],
     *["--stem_stride", "1", "--batch_size", "3", "--lr", "0.01", "--num_workers", "0"],
@@ -32,20 +34,23 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_run_goes_on_with_another_number_of_processes_as_it_would_have(tmp_path, before, after):
-    """The images it has seen are behind it, and the effective batch is kept."""
-    words = [*SMALL, "--epochs", "2", "--save_ckpt_every_steps", "1"]
-    more = ["--update_freq", 2 // before]
-    run("main_pretrain.py", *words, *more, "--output_dir", tmp_path / "whole", torchrun=before)
-    words += ["--output_dir", tmp_path / "run"]
-    run("main_pretrain.py", *words, *more, "--max_minutes", "1e-6", torchrun=before, expect=1)
+def test_run_resumes_with_another_number_of_processes_with_the_same_result(tmp_path, before, after):
+    """It continues after the images it has seen and keeps the effective batch."""
+
+    def train(folder: str, ranks: int, *words: object, expect: int = 0) -> str:
+        words = [*SMALL, "--epochs", "2", "--save_ckpt_every_steps", "1", *words]
+        words += ["--update_freq", 2 // before, "--output_dir", tmp_path / folder]
+        return run_script("main_pretrain.py", *words, ranks=ranks, folder=tmp_path, expect=expect)
+
+    train("whole", before)
+    train("run", before, "--max_minutes", "1e-6", expect=EXIT_REQUEUE)
     state = torch.load(_newest(tmp_path / "run"), weights_only=True)["state"]
-    assert 0 < state["seen"] < 24
-    assert state["seen"] % 6 == 0
-    done = run("main_pretrain.py", *words, *more, torchrun=after)
+    assert 0 < state["samples_in_epoch"] < 24
+    assert state["samples_in_epoch"] % 6 == 0
+    output = train("run", after)
     freq = 2 // after
-    assert f"effective batch 6 = 3 images x {freq} micro-batches x {after} processes" in done.stdout
-    assert "kept: the effective batch of 6 that the run has had so far" in done.stdout
+    assert f"effective batch 6 = 3 images x {freq} micro-batches x {after} processes" in output
+    assert "effective batch stays 6, as in the run that is resumed" in output
     ours, theirs = (weights(tmp_path / name / "checkpoint-1.pth") for name in ("run", "whole"))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
@@ -62,18 +67,18 @@ def _losses(lines: list[str]) -> list[float]:
     return [json.loads(line)["train_loss"] for line in lines]
 
 
-def test_torchrun_starts_the_processes_again_when_one_is_killed(tmp_path):
+def test_torchrun_restarts_the_processes_when_one_is_killed(tmp_path):
     folder = tmp_path / "run"
     words = [*SMALL, "--epochs", "400", "--print_freq", "1", "--output_dir", folder]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:4", "--max-restarts=3"]
     launcher += ["--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     launcher += ["--rdzv-conf=last_call_timeout=2", "--monitor-interval=0.2"]
-    with open(folder.with_suffix(".txt"), "w") as said:
+    with open(folder.with_suffix(".txt"), "w") as output:
         process = subprocess.Popen(
             [*launcher, str(ROOT / "main_pretrain.py"), *map(str, words)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
@@ -95,8 +100,8 @@ def test_torchrun_starts_the_processes_again_when_one_is_killed(tmp_path):
     assert len(epochs) > last
 
 
-def test_torchrun_does_not_start_again_what_was_asked_to_stop(tmp_path):
-    """It takes every exit code for a failure: --max_minutes would last four times as long."""
+def test_torchrun_does_not_restart_a_run_that_was_asked_to_stop(tmp_path):
+    """torchrun treats every exit code as a failure: --max_minutes would be reached four times."""
     words = [*SMALL, "--epochs", "400", "--max_minutes", "1e-6", "--output_dir", tmp_path]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
     done = subprocess.run(
@@ -117,13 +122,13 @@ def test_torchrun_does_not_start_again_what_was_asked_to_stop(tmp_path):
 
 
 def _workers(launcher: int) -> list[int]:
-    """Process numbers of the launcher's ranks, in their order."""
+    """Return the process numbers of the launcher's ranks, in order."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, parent = path.parent.name, path.read_text().rpartition(")")[2].split()[1]
             command = (path.parent / "cmdline").read_text()
-        except OSError:  # gone meanwhile
+        except OSError:  # it has ended
             continue
         if int(parent) == launcher and "main_pretrain.py" in command:
             found.append(int(pid))

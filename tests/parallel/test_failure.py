@@ -1,15 +1,13 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Ranks end together.
+"""All ranks end when one fails.
 
-They are started by hand, as launchers start them that do not care for what becomes of them.
+No launcher starts them here, since some launchers do not end the others.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -25,82 +23,59 @@ import pytest
 import torch
 
 import main_pretrain
+from config import parser as options
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError
 from parallel import failure, process_group
 from tests import tiny
-from tests.test_end_to_end import PRETRAIN, ROOT, free_port
+from tests.groups import ROOT, become_rank, exit_codes, fork_context, free_port
+from tests.test_end_to_end import PRETRAIN
 from training import run_lock
 
 QUICK = ["--batch_size", "3", "--epochs", "1", "--kernels", "torch", "--print_freq", "1"]
 QUICK += ["--log_dir", "none"]
-PROMPTLY = 30.0  # seconds, on a busy machine; without the watch it would be an hour, or for ever
-FORKS = multiprocessing.get_context("forkserver")
+TIMEOUT_S = 30.0  # on a busy machine; without the watch ranks wait for an hour or forever
 
 
-@pytest.fixture(autouse=True, scope="module")
-def imported_once():
-    """The ranks are forks of a process that has imported all they need, and done nothing else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        FORKS.set_forkserver_preload([__name__])
-        multiprocessing.forkserver.ensure_running()
-
-
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher says; it says no more."""
-    own = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-
-
-def rank_main(program: Callable, rank: int, size: int, port: int, folder: Path) -> None:
-    """A process of the forkserver becomes a rank: `program` runs as a main does."""
-    sink = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+def run_program(
+    program: Callable, rank: int, size: int, port: int, output: Path, folder: Path
+) -> None:
+    """Run `program` on a rank as a script runs its main."""
+    become_rank(rank, size, port, output)
     sys.argv = ["program.py"]
-    os.environ |= environment(rank, size, port)
-    failure.LOOK, failure.GRACE, failure.LOST = 0.25, 2.0, 6.0  # no test shall wait for long
-    torch.set_num_threads(1)
+    failure.POLL_S, failure.GRACE_S, failure.LOST_S = 0.25, 2.0, 6.0
     process_group.launch(program, SimpleNamespace(rank=rank, folder=folder))
 
 
 class Ranks:
-    """Processes that run `program`, and what becomes of them."""
+    """Processes that run `program`, and their output."""
 
     def __init__(self, program: Callable, folder: Path, size: int = 2) -> None:
-        self.folder, port = folder, free_port()
-        each = [(program, rank, size, port, folder) for rank in range(size)]
-        self.processes = [FORKS.Process(target=rank_main, args=args) for args in each]
+        self.folder, port, context = folder, free_port(), fork_context()
+        each = [(program, rank, size, port, folder / f"{rank}.txt", folder) for rank in range(size)]
+        self.processes = [context.Process(target=run_program, args=args) for args in each]
         for process in self.processes:
             process.start()
 
     def end(self) -> list[int]:
-        """Their exit codes; they must end promptly."""
-        deadline = time.monotonic() + PROMPTLY
-        for process in self.processes:
-            process.join(max(0, deadline - time.monotonic()))
-        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        assert not late, f"ranks {late} would not end: {[self.said(rank) for rank in late]}"
-        return [process.exitcode for process in self.processes]
+        """Return the exit codes; all must end in time."""
+        codes = exit_codes(self.processes, TIMEOUT_S)
+        late = [self.output(rank) for rank, code in enumerate(codes) if code is None]
+        assert not late, f"these ranks did not end: {late}"
+        return codes
 
-    def said(self, rank: int) -> str:
+    def output(self, rank: int) -> str:
         return (self.folder / f"{rank}.txt").read_text()
 
     def wait_for(self, name: str) -> None:
-        """Until a rank has made a file."""
-        deadline = time.monotonic() + PROMPTLY
+        """Wait until a rank has made the file `name`."""
+        deadline = time.monotonic() + TIMEOUT_S
         while not (self.folder / name).exists():
-            assert time.monotonic() < deadline, self.said(0)
+            assert time.monotonic() < deadline, self.output(0)
             time.sleep(0.02)
 
 
-# --- what the ranks do ----------------------------------------------------------------------
+# --- programs of the ranks ----------------------------------------------------------------------
 
 
 def join() -> None:
@@ -109,46 +84,46 @@ def join() -> None:
 
 
 def loop() -> None:
-    """Python, and nothing by which one rank knows of another."""
+    """Run without communication between ranks."""
     while True:
         time.sleep(0.01)
 
 
-def fails_beside_a_collective(args: SimpleNamespace) -> None:
+def one_fails_during_a_collective(args: SimpleNamespace) -> None:
     join()
     if args.rank == 1:
         raise ZeroDivisionError("for a reason")
     process_group.all_reduce_sum(torch.ones(1))
 
 
-def last_fails_beside_loops(args: SimpleNamespace) -> None:
+def last_fails_during_loops(args: SimpleNamespace) -> None:
     join()
     if args.rank == 2:
         raise ZeroDivisionError("for a reason")
     loop()
 
 
-def first_fails_beside_a_loop(args: SimpleNamespace) -> None:
+def first_fails_during_a_loop(args: SimpleNamespace) -> None:
     join()
     if args.rank == 0:
         raise ZeroDivisionError("for a reason")
     loop()
 
 
-def one_fails_beside_a_loop(args: SimpleNamespace) -> None:
+def one_fails_during_a_loop(args: SimpleNamespace) -> None:
     join()
-    failure.GRACE = 3.0  # longer than the time in which a rank that failed ended
+    failure.GRACE_S = 3.0  # longer than a rank needs to end
     if args.rank == int((args.folder / "failed").read_text()):
         raise ZeroDivisionError("for a reason")
     loop()
 
 
-def fails_beside_a_call_that_knows_no_python(args: SimpleNamespace) -> None:
-    """As one of nccl, which does not hear of a partner's end either."""
+def one_fails_during_a_blocking_call(args: SimpleNamespace) -> None:
+    """The call blocks like nccl, which does not notice that another rank has ended."""
     join()
     if args.rank == 1:
         raise ZeroDivisionError("for a reason")
-    process_group._stores[0].get("what nobody says")
+    process_group._stores[0].get("key that is never set")
 
 
 def user_error_of_one(args: SimpleNamespace) -> None:
@@ -172,7 +147,7 @@ def no_device_for_one(args: SimpleNamespace) -> None:
 def user_error_of_all(args: SimpleNamespace) -> None:
     join()
     first = int((args.folder / "first").read_text())
-    time.sleep(0.7 * (args.rank != first))  # to read a disk takes longer for some
+    time.sleep(0.7 * (args.rank != first))  # ranks meet the same error at different times
     raise UserError("got 3, expected 4")
 
 
@@ -193,12 +168,12 @@ def exits(args: SimpleNamespace) -> None:
 def one_is_done_before(args: SimpleNamespace) -> None:
     join()
     if args.rank == int((args.folder / "longest").read_text()):
-        time.sleep(failure.GRACE + 1)
+        time.sleep(failure.GRACE_S + 1)
     print("done")
 
 
 def killed(args: SimpleNamespace) -> None:
-    """Rank 1 while the other waits for it; rank 0, which keeps the store, whatever it does."""
+    """Wait to be killed, in a collective if the file `meets` exists. Rank 0 serves the store."""
     join()
     (args.folder / f"ready-{args.rank}").touch()
     while True:
@@ -208,7 +183,7 @@ def killed(args: SimpleNamespace) -> None:
 
 
 class Stuck(tiny.Colours):
-    """An image of it never comes; the file has the number of the process that waits for it."""
+    """Loading an image never ends; the loader's process writes its number into a file."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(8)
@@ -221,12 +196,12 @@ class Stuck(tiny.Colours):
 
 
 def folder_and_loaders(args: SimpleNamespace) -> None:
-    """The first rank holds the folder, both have a loader's process when the other one fails."""
+    """Fail on rank 1 while rank 0 holds the run folder and both ranks have a loader process."""
     join()
-    run_lock.hold_folder(str(args.folder / "run"))
+    run_lock.acquire_run_lock(str(args.folder / "run"))
     data = Stuck(args.folder / f"loader-{args.rank}")
-    options = {"sampler": [(0, 1)], "batch_size": 1, "multiprocessing_context": "fork"}
-    batches = iter(WatchedLoader(data, 1, 0, int, prefetch_factor=1, **options))
+    options = {"prefetch_factor": 1, "multiprocessing_context": "fork"}
+    batches = iter(WatchedLoader(data, [(0, 1)], 1, 1, **options))
     if args.rank == 0:
         next(batches)
     while not all((args.folder / f"loader-{rank}").exists() for rank in (0, 1)):
@@ -236,7 +211,7 @@ def folder_and_loaders(args: SimpleNamespace) -> None:
 
 def pretrain(args: SimpleNamespace, *words: str) -> None:
     words = [*PRETRAIN, *QUICK, "--output_dir", str(args.folder / "run"), *words]
-    main_pretrain.main(main_pretrain.options.parse(main_pretrain.get_args_parser(), words))
+    main_pretrain.main(options.parse(main_pretrain.get_args_parser(), words))
 
 
 def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
@@ -244,34 +219,34 @@ def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
 
 
 def alone(args: SimpleNamespace) -> None:
-    process_group.MEET = timedelta(seconds=1)
+    process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     os.environ["WORLD_SIZE"] = "2"
     process_group.init_distributed_mode("cpu")
 
 
-# --- how they end ---------------------------------------------------------------------------
+# --- their ends -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("program", "failed", "size"),
     [
-        (fails_beside_a_collective, 1, 2),
-        (fails_beside_a_call_that_knows_no_python, 1, 2),
-        (first_fails_beside_a_loop, 0, 2),
-        (last_fails_beside_loops, 2, 3),
+        (one_fails_during_a_collective, 1, 2),
+        (one_fails_during_a_blocking_call, 1, 2),
+        (first_fails_during_a_loop, 0, 2),
+        (last_fails_during_loops, 2, 3),
     ],
 )
 def test_error_of_one_rank_ends_all(tmp_path, program, failed, size):
     started = Ranks(program, tmp_path, size)
     assert started.end() == [1] * size
     for rank in range(size):
-        told = started.said(rank)
+        output = started.output(rank)
         if rank == failed:
-            assert told.startswith(f"[rank {rank}] Traceback (most recent call last):\n")
-            assert told.endswith(f"[rank {rank}] ZeroDivisionError: for a reason\n")
+            assert output.startswith(f"[rank {rank}] Traceback (most recent call last):\n")
+            assert output.endswith(f"[rank {rank}] ZeroDivisionError: for a reason\n")
         else:
             why = f"rank {failed} has failed: ZeroDivisionError: for a reason"
-            assert told == f"program.py: error [rank {rank}]: {why}\n"
+            assert output == f"program.py: error [rank {rank}]: {why}\n"
 
 
 @pytest.mark.parametrize(
@@ -282,63 +257,62 @@ def test_error_of_one_rank_ends_all(tmp_path, program, failed, size):
         (no_device_for_one, 2, "--device tpu: expected auto, cpu, cuda, cuda:N or mps"),
     ],
 )
-def test_error_of_a_user_on_one_rank_is_a_line_on_all(tmp_path, program, code, why):
+def test_user_error_of_one_rank_is_one_line_on_all(tmp_path, program, code, why):
     started = Ranks(program, tmp_path)
     assert started.end() == [code, code]
-    assert started.said(1) == f"program.py: error [rank 1]: {why}\n"
-    assert started.said(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
+    assert started.output(1) == f"program.py: error [rank 1]: {why}\n"
+    assert started.output(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_same_error_of_all_ranks_is_told_by_the_first_and_by_rank_0(tmp_path, first):
-    """1,024 of them would have said 1,024 times what is wrong with a flag; or not in rank 0's log,
-    the one that is followed, if another was a moment faster."""
+def test_same_error_of_all_ranks_is_printed_by_the_first_and_by_rank_0(tmp_path, first):
+    """1,024 ranks must not print it 1,024 times, and people read the log of rank 0."""
     (tmp_path / "first").write_text(str(first))
     started = Ranks(user_error_of_all, tmp_path, size=3)
     assert started.end() == [2, 2, 2]
     for rank in range(3):
         line = f"program.py: error [rank {rank}]: got 3, expected 4\n"
-        assert started.said(rank) == (line if rank in (0, first) else "")
+        assert started.output(rank) == (line if rank in (0, first) else "")
 
 
 def test_first_error_is_on_every_rank_before_its_own(tmp_path):
     started = Ranks(user_errors_that_differ, tmp_path)
     assert started.end() == [2, 2]
-    assert started.said(1) == "program.py: error [rank 1]: got 1\n"
+    assert started.output(1) == "program.py: error [rank 1]: got 1\n"
     first = "program.py: error [rank 0]: rank 1 has failed: got 1\n"
-    assert started.said(0) == first + "program.py: error [rank 0]: got 0\n"
+    assert started.output(0) == first + "program.py: error [rank 0]: got 0\n"
 
 
 @pytest.mark.parametrize("failed", [0, 1])
 def test_no_rank_ends_before_all_have_printed_the_error(tmp_path, failed):
-    """Launchers kill the others when the first one ends."""
+    """Launchers kill the others when the first rank ends."""
     (tmp_path / "failed").write_text(str(failed))
-    started = Ranks(one_fails_beside_a_loop, tmp_path)
-    started.processes[failed].join(PROMPTLY)
+    started = Ranks(one_fails_during_a_loop, tmp_path)
+    started.processes[failed].join(TIMEOUT_S)
     for process in started.processes:
         process.kill()
-    assert f"rank {failed} has failed: ZeroDivisionError" in started.said(1 - failed)
+    assert f"rank {failed} has failed: ZeroDivisionError" in started.output(1 - failed)
     assert started.end()[failed] == 1
 
 
 @pytest.mark.parametrize("code", [3, 0])
 def test_rank_that_exits_by_itself_ends_the_others(tmp_path, code):
-    """A data set's own code did: the others waited, one at the end of the run for as long."""
+    """A data set's code may call sys.exit; the others must not wait for that rank."""
     (tmp_path / "code").write_text(str(code))
     started = Ranks(exits, tmp_path)
     assert started.end() == [code, code]
     why = "rank 1 has failed: SystemExit: 3"
-    assert started.said(0) == (f"program.py: error [rank 0]: {why}\n" if code else "")
+    assert started.output(0) == (f"program.py: error [rank 0]: {why}\n" if code else "")
 
 
 def test_torchrun_on_two_machines_ends_on_both(tmp_path):
-    """It ends the processes of its own machine; the others waited for the time-out of nccl."""
+    """torchrun itself ends only the processes of the machine of the failed rank."""
     program = tmp_path / "program.py"
     program.write_text(
         "from types import SimpleNamespace\n"
         "import os, utils\n"
-        "from tests.parallel.test_failure import last_fails_beside_loops\n"
-        "utils.launch(last_fails_beside_loops, SimpleNamespace(rank=int(os.environ['RANK'])))\n"
+        "from tests.parallel.test_failure import last_fails_during_loops\n"
+        "utils.launch(last_fails_during_loops, SimpleNamespace(rank=int(os.environ['RANK'])))\n"
     )
     words = ["--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     words += ["--master_port", str(free_port())]
@@ -368,26 +342,26 @@ def test_rank_that_is_killed_ends_the_others(tmp_path, number, meets):
     started.processes[number].kill()
     other = 1 - number
     assert started.end()[other] == 1
-    told = "(?i)gloo" if meets else "rank 0 is gone: killed, out of memory"
-    assert f"[rank {other}]" in started.said(other)
-    assert re.search(told, started.said(other))
+    expected = "(?i)gloo" if meets else "rank 0 is gone: killed, out of memory"
+    assert f"[rank {other}]" in started.output(other)
+    assert re.search(expected, started.output(other))
 
 
 @pytest.mark.parametrize("longest", [0, 1])
-def test_rank_that_is_done_before_others_ends_nobody(tmp_path, longest):
+def test_rank_that_is_done_first_does_not_end_the_others(tmp_path, longest):
     (tmp_path / "longest").write_text(str(longest))
     started = Ranks(one_is_done_before, tmp_path)
     assert started.end() == [0, 0]
-    assert [started.said(rank) for rank in (0, 1)] == ["done\n", "done\n"]
+    assert [started.output(rank) for rank in (0, 1)] == ["done\n", "done\n"]
 
 
-def test_ranks_leave_their_folder_free_and_no_loaders(tmp_path):
+def test_failed_ranks_release_the_run_folder_and_end_their_loaders(tmp_path):
     started = Ranks(folder_and_loaders, tmp_path)
     assert started.end() == [1, 1]
     assert not (tmp_path / "run" / ".lock").exists()
     why = "rank 1 has failed: ZeroDivisionError: for a reason"
-    assert started.said(0) == f"program.py: error [rank 0]: {why}\n"
-    assert started.said(1).count("Traceback") == 1
+    assert started.output(0) == f"program.py: error [rank 0]: {why}\n"
+    assert started.output(1).count("Traceback") == 1
     for rank in (0, 1):
         assert not _runs(int((tmp_path / f"loader-{rank}").read_text()))
 
@@ -401,34 +375,36 @@ def _runs(pid: int) -> bool:
 def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
     started = Ranks(pretrain_what_one_cannot_read, tmp_path)
     assert started.end() == [1, 1]
-    assert "[rank 1] ZeroDivisionError: of rank 1" in started.said(1)
-    assert started.said(0).endswith(
+    assert "[rank 1] ZeroDivisionError: of rank 1" in started.output(1)
+    assert started.output(0).endswith(
         "program.py: error [rank 0]: rank 1 has failed: ZeroDivisionError: of rank 1\n"
     )
-    assert "Traceback" not in started.said(0)
-    assert "step 1/" in started.said(0)
+    assert "Traceback" not in started.output(0)
+    assert "step 1/" in started.output(0)
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_process_whose_partners_do_not_come_says_so(tmp_path):
+def test_missing_ranks_are_a_user_error(tmp_path):
     started = Ranks(alone, tmp_path, size=1)
     assert started.end() == [2]
-    assert "rank 0 has waited for all 2 processes at 127.0.0.1:" in started.said(0)
-    assert "Traceback" not in started.said(0)
+    assert "rank 0 waited 0:00:01 for all 2 processes at 127.0.0.1:" in started.output(0)
+    assert "Traceback" not in started.output(0)
 
 
 # --- the scripts ----------------------------------------------------------------------------
 
 
 def start_script(places: list[Path], script: str, *words: object) -> list[subprocess.Popen]:
-    """A rank in each place."""
+    """Start one rank in each folder."""
     port = free_port()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
         subprocess.Popen(
             [sys.executable, str(place / script), *map(str, words)],
             cwd=place,
-            env=os.environ | environment(rank, len(places), port),
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": str(len(places)), "LOCAL_RANK": str(rank)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
             **pipes,
         )
         for rank, place in enumerate(places)
@@ -436,17 +412,17 @@ def start_script(places: list[Path], script: str, *words: object) -> list[subpro
 
 
 def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, standard outputs, standard errors."""
+    """Return exit codes, standard outputs and standard errors."""
     try:
-        said = [process.communicate(timeout=2 * PROMPTLY) for process in processes]
+        outputs = [process.communicate(timeout=2 * TIMEOUT_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    out, errors = zip(*said, strict=True)
+    out, errors = zip(*outputs, strict=True)
     return [process.returncode for process in processes], list(out), list(errors)
 
 
-def test_script_that_ends_well_says_nothing_of_it(tmp_path):
+def test_script_without_error_prints_nothing_to_stderr(tmp_path):
     words = [*PRETRAIN, *QUICK, "--output_dir", tmp_path / "run"]
     codes, out, errors = ends(start_script([ROOT] * 2, "main_pretrain.py", *words))
     assert codes == [0, 0]

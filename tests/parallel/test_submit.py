@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags of submitit_*.py to jobs, and jobs on this machine.
+"""Flags of submitit_*.py, the job for sbatch, and jobs on this machine.
 
 With a real SLURM: slurm/test_jobs.py.
 """
@@ -36,9 +36,9 @@ def script(*words: str) -> list[str]:
     return submit.script("main_pretrain", read(*words)).splitlines()
 
 
-# --- what sbatch is asked -------------------------------------------------------------------
+# --- parameters of sbatch -------------------------------------------------------------------
 
-ASKED = {
+SBATCH = {
     "--nodes 8": "--nodes=8",
     "--ngpus 4": "--gpus-per-node=4",
     "--ngpus 3": "--ntasks-per-node=3",
@@ -58,16 +58,16 @@ ASKED = {
     "--dependency afterok:12": "--dependency=afterok:12",
     "--comment note": "--comment=note",
     "--array tiny_pretrain,base_pretrain --data_path D": "--array=0-1%2",
-    "": "--requeue",  # where a cluster's own default is not to
+    "": "--requeue",  # the cluster's default may be not to
 }
 
 
-@pytest.mark.parametrize("words", ASKED)
-def test_flag_is_asked_of_sbatch(words):
-    assert f"#SBATCH {ASKED[words]}" in script(*words.split())
+@pytest.mark.parametrize("words", SBATCH)
+def test_flag_becomes_a_parameter_of_sbatch(words):
+    assert f"#SBATCH {SBATCH[words]}" in script(*words.split())
 
 
-def test_defaults_are_the_official_ones_and_no_cluster_is_built_in():
+def test_defaults_are_the_official_ones_without_names_of_a_cluster():
     lines = script()
     assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8", "#SBATCH --time=4320"} <= set(lines)
     text = "\n".join(lines)
@@ -76,20 +76,20 @@ def test_defaults_are_the_official_ones_and_no_cluster_is_built_in():
     assert f"--output={os.getcwd()}/runs/%j/%j_0_log.out" in text
 
 
-def test_cpu_only_clusters_are_asked_for_no_gpu():
+def test_no_gpu_is_requested_with_ngpus_0():
     text = "\n".join(script("--ngpus", "0", "--tasks_per_node", "2"))
     assert "gpu" not in text.replace(str(Path.cwd()), "")
     args = read("--ngpus", "0")[0]
     assert (args.device, args.tasks_per_node) == ("cpu", 1)
 
 
-def test_gpus_asked_for_by_gres_are_not_asked_for_twice():
+def test_gpus_in_gres_are_not_requested_twice():
     text = "\n".join(script("--gres", "gpu:2", "--ngpus", "2"))
     assert "gpus-per-node" not in text
 
 
-def test_srun_is_told_the_cores_and_to_end_all_if_one_fails():
-    """Since SLURM 22.05 srun gave every process one core, whatever sbatch was asked for."""
+def test_srun_gets_the_cores_and_ends_all_ranks_with_one():
+    """Since SLURM 22.05 srun ignores the cores of sbatch."""
     line = next(line for line in script("--cpus_per_task", "6") if line.startswith("srun "))
     assert "--cpus-per-task=6" in line
     assert "--kill-on-bad-exit=1" in line
@@ -99,7 +99,7 @@ def test_srun_is_told_the_cores_and_to_end_all_if_one_fails():
 
 REFUSED = {
     "--ngpus 8 --tasks_per_node 4": "each process takes one GPU",
-    "--ngpus 0 --device cuda": "--ngpus 0 asks for none",
+    "--ngpus 0 --device cuda": "and --ngpus 0 asks for none",
     "--timeout 1": "--signal_delay 120 s is all of --timeout 1 min",
     "--job_dir runs/%A": "expected no other % than %j",
     "--gres gpu:4": "has 4 GPUs and --ngpus 8",
@@ -107,36 +107,36 @@ REFUSED = {
     "--cluster local --mem_gb 4": "--mem_gb acts on SLURM only",
     "--cluster local --dry_run": "--dry_run acts on SLURM only",
     "--cluster local --nodes 2": "is one machine, --nodes 2",
-    "--cluster local --auto_resume false": "cannot start a job again with --auto_resume false",
-    "--cluster debug --ngpus 2": "is one process, asked for are 2",
-    "--cluster debug --timeout 5": "keeps no time, --timeout 5; use --max_minutes",
-    "--array tiny_pretrain,tiny_pretrain": "a recipe stands there twice",
+    "--cluster local --auto_resume false": "cannot restart a job with --auto_resume false",
+    "--cluster debug --ngpus 2": "is one process, not 2",
+    "--cluster debug --timeout 5": "has no time limit, --timeout 5; use --max_minutes",
+    "--array tiny_pretrain,tiny_pretrain": "names a recipe twice",
     "--array tiny_pretrain --recipe base_pretrain": "both name recipes",
-    "--array tiny_ft": "it is for main_finetune.py",
-    "--array tiny_pretrian": "did you mean tiny_pretrain",
+    "--array tiny_ft": "this file is for main_finetune.py",
+    "--array tiny_pretrian": "Did you mean 'tiny_pretrain'",
     "--array tiny_pretrain,base_pretrain --output_dir O": "is one folder for 2 jobs; put %j in it",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_act_is_refused(words, capsys):
+def test_flags_without_effect_are_refused(words, capsys):
     with pytest.raises(SystemExit) as end:
         read(*words.split())
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "--" + REFUSED[words].removeprefix("--") in error or REFUSED[words] in error
-    assert len(error.splitlines()) == 2  # and where to read more
+    assert len(error.splitlines()) == 2  # with a hint to --help
 
 
-def test_array_without_a_number_has_a_folder_for_each_recipe():
+def test_array_without_job_number_has_a_folder_for_each_recipe():
     words = ["--array", "tiny_pretrain,base_pretrain", "--data_path", "D"]
-    assert [args.output_dir for args in read(*words)] == ["", ""]  # each takes its own number
+    assert [args.output_dir for args in read(*words)] == ["", ""]  # each job uses its number
     fixed = read(*words, "--job_dir", "sweep")
     assert [args.output_dir for args in fixed] == ["sweep/tiny_pretrain", "sweep/base_pretrain"]
     assert [args.model for args in fixed] == ["convnextv2_tiny", "convnextv2_base"]
 
 
-def test_without_submitit_it_says_how_to_get_it(monkeypatch):
+def test_error_without_submitit_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     args = read()
     for work in (submit.submit, submit.script):
@@ -144,10 +144,10 @@ def test_without_submitit_it_says_how_to_get_it(monkeypatch):
             work("main_pretrain", args)
 
 
-def test_without_sbatch_it_says_so_and_a_dry_run_works(tmp_path):
+def test_without_sbatch_only_a_dry_run_works(tmp_path):
     words = [*PRETRAIN, "--job_dir", tmp_path / "%j"]
     done = run("submitit_pretrain.py", *words, expect=2, env={"PATH": ""})
-    assert "error: sbatch is not on this machine; send from a login node" in done.stderr
+    assert "error: sbatch is not on this machine; submit on a login node" in done.stderr
     done = run("submitit_pretrain.py", *words, "--dry_run", env={"PATH": ""})
     assert done.stdout.startswith("#!/bin/bash")
     assert list(tmp_path.iterdir()) == []
@@ -155,7 +155,7 @@ def test_without_sbatch_it_says_so_and_a_dry_run_works(tmp_path):
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """program(name, text) makes a shell script that is found first."""
+    """Return a function that makes a shell script, first in PATH: program(name, text)."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
@@ -167,26 +167,28 @@ def program(tmp_path, monkeypatch):
     return make
 
 
-def test_folder_that_no_node_can_see_is_refused(program, monkeypatch):
-    """The job failed at once and could not write why."""
+def test_folder_that_no_node_can_see_is_refused(program, tmp_path):
+    """The job would fail at once, without a log."""
     for name in ("sbatch", "srun"):
         program(name, "exit 1")
     program("sinfo", "echo node17")
-    monkeypatch.setattr(submit, "_file_system", lambda folder: "tmpfs")
+    program("stat", "echo tmpfs")
     with pytest.raises(UserError, match=r"--job_dir /x/%j: /x is in this machine's memory \(tmp"):
         submit.check_slurm("/x/%j")
     program("sinfo", "echo 127.0.0.1")  # the only node is here
     submit.check_slurm("/x/%j")
     if Path("/dev/shm").is_mount():
-        monkeypatch.undo()
-        assert submit._file_system(Path("/dev/shm/a/b")) in submit.IN_MEMORY
+        (tmp_path / "bin" / "stat").unlink()
+        program("sinfo", "echo node17")
+        with pytest.raises(UserError, match=r"/dev/shm/a is in this machine's memory \(tmpfs\)"):
+            submit.check_slurm("/dev/shm/a/%j")
 
 
 # --- back into the queue --------------------------------------------------------------------
 
 
-class Numbered(SimpleNamespace):
-    """What submitit tells a process of a SLURM job."""
+class SlurmJob(SimpleNamespace):
+    """A stand-in for submitit's JobEnvironment in a SLURM job."""
 
     def name(self) -> str:
         return "slurm"
@@ -194,54 +196,67 @@ class Numbered(SimpleNamespace):
 
 @pytest.fixture
 def handlers():
-    kinds = [getattr(signal, name) for name in slurm.WARNINGS]
+    kinds = [getattr(signal, name) for name in slurm.SIGNALS]
     before = {kind: signal.getsignal(kind) for kind in kinds}
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)
 
 
-def leave(rank: int = 0) -> object:
-    with pytest.raises(SystemExit) as end:
-        slurm.requeue(Numbered(global_rank=rank, job_id="12"))
-    return end.value.code
+def requeue(rank: int = 0) -> int:
+    return slurm.requeue(SlurmJob(global_rank=rank, job_id="12"))
 
 
 SHOW = 'if [ "$1" = show ]; then echo "JobId=12 JobState=%s Reason=None"; exit; fi; '
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
-def test_job_that_the_scheduler_has_decided_about_is_left_alone(program, handlers, state, tmp_path):
-    """scancel sends the signal of a preemption."""
+def test_only_a_running_job_is_requeued(program, handlers, state, tmp_path):
+    """scancel sends the same signal as a preemption."""
     program("scontrol", SHOW % state + f"touch {tmp_path}/requeued")
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert not (tmp_path / "requeued").exists()
 
 
-def test_only_rank_0_asks_and_the_others_do_not_end_it_first(program, handlers, tmp_path):
-    program("scontrol", SHOW % "RUNNING" + f'echo "$@" >> {tmp_path}/asked')
-    assert leave(rank=1) == 0
-    assert not (tmp_path / "asked").exists()
-    assert leave() == EXIT_REQUEUE
-    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+def test_only_rank_0_requeues_and_the_others_do_not_end_it_first(program, handlers, tmp_path):
+    program("scontrol", SHOW % "RUNNING" + f'echo "$@" >> {tmp_path}/requeued')
+    assert requeue(rank=1) == 0
+    assert not (tmp_path / "requeued").exists()
+    assert requeue() == EXIT_REQUEUE
+    assert (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
-def test_scontrol_that_fails_once_is_asked_again(program, handlers, tmp_path, capsys, monkeypatch):
-    """A controller that was busy for a moment cost the job."""
-    monkeypatch.setattr(slurm, "LOOK", 0)
+def test_job_that_is_done_ignores_warnings(handlers, monkeypatch):
+    """Python's shutdown restores the default handlers, which end the process."""
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: SlurmJob(global_rank=0, job_id="12"))
+    environment = SimpleNamespace(export=lambda **options: None)
+    monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: environment)
+    monkeypatch.setattr("parallel.process_group.launch", lambda main, args: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    slurm.Trainer("main_pretrain", read()[0])()
+    kinds = [getattr(signal, name) for name in slurm.SIGNALS]
+    assert [signal.getsignal(kind) for kind in kinds] == [signal.SIG_IGN] * 3
+
+
+def test_requeue_is_tried_again_when_scontrol_fails(
+    program, handlers, tmp_path, capsys, monkeypatch
+):
+    """The controller may be busy for a moment."""
+    monkeypatch.setattr(slurm, "POLL_S", 0)
     fail = f"[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo Socket timed out; exit 1; }}"
     program("scontrol", SHOW % "RUNNING" + fail)
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert "job 12 goes back into the queue" in capsys.readouterr().out
 
 
-def test_job_that_cannot_go_back_says_how_to_go_on(program, handlers, capsys, monkeypatch):
-    monkeypatch.setattr(slurm, "LOOK", 0)
+def test_job_that_cannot_be_requeued_says_how_to_continue(program, handlers, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "POLL_S", 0)
     program("scontrol", SHOW % "RUNNING" + "echo Access denied >&2; exit 1")
-    assert leave() == EXIT_REQUEUE
-    assert "cannot go back into the queue: Access denied; what it has" in capsys.readouterr().err
+    assert requeue() == EXIT_REQUEUE
+    assert "cannot go back into the queue: Access denied; its" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
-    assert leave() == EXIT_REQUEUE
+    assert requeue() == EXIT_REQUEUE
     assert "scontrol is not on this machine" in capsys.readouterr().err
 
 
@@ -256,8 +271,8 @@ def test_state_of_a_job_without_accounting(program, monkeypatch):
         slurm.state("12")
 
 
-def test_job_that_could_not_even_log_names_the_file_system(program, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(slurm, "LOOK", 0)
+def test_job_without_a_log_names_the_file_system(program, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(slurm, "POLL_S", 0)
     program("scontrol", SHOW % "FAILED")
     paths = SimpleNamespace(stdout=tmp_path / "a.out", stderr=tmp_path / "a.err")
     assert not slurm.follow([SimpleNamespace(job_id="12", paths=paths)], "slurm")
@@ -266,7 +281,7 @@ def test_job_that_could_not_even_log_names_the_file_system(program, tmp_path, ca
     )
 
 
-def test_log_is_shown_by_whole_lines(tmp_path, capsys):
+def test_log_is_shown_in_complete_lines(tmp_path, capsys):
     tail = slurm.Tail(tmp_path / "log", "12: ")
     tail.show()
     for text in ("one\ntw", "o\n", "\xc3\n"):
@@ -279,22 +294,22 @@ def test_log_is_shown_by_whole_lines(tmp_path, capsys):
 # --- jobs on this machine -------------------------------------------------------------------
 
 
-def test_local_job_is_warned_goes_back_and_ends_with_the_same_weights(tmp_path):
-    """Its controller is asked to stop in mid-run, as a preemption does."""
+def test_preempted_local_job_is_requeued_and_ends_with_the_same_weights(tmp_path):
+    """SIGTERM to submitit's controller works like a preemption."""
     slow = ["--data_set", "tests.tiny:slow", "--data_path", "0.1,9,0", "--batch_size", 3]
     words = [*PRETRAIN, *slow, "--ngpus", 2, "--job_dir", tmp_path / "%j", "--cluster", "local"]
-    words += ["--kernels", "torch"]  # which is the fastest may differ between two runs
+    words += ["--kernels", "torch"]  # the fastest may differ between two runs
     command = [sys.executable, ROOT / "submitit_pretrain.py", *words]
-    with open(tmp_path / "sent", "w") as file:  # a pipe would stay open until the job has ended
-        one = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has it
-        subprocess.run(list(map(str, command)), cwd=ROOT, stdout=file, env=one, check=True)
-    number = re.search(r"^job (\d+);", (tmp_path / "sent").read_text())[1]
-    said = tmp_path / number / f"{number}_0_log.out"
-    wait(lambda: said.exists() and " step 2/" in said.read_text())
+    with open(tmp_path / "stdout", "w") as file:  # a pipe would stay open until the job ends
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(list(map(str, command)), cwd=ROOT, stdout=file, env=env, check=True)
+    number = re.search(r"^job (\d+);", (tmp_path / "stdout").read_text())[1]
+    log = tmp_path / number / f"{number}_0_log.out"
+    wait(lambda: log.exists() and " step 2/" in log.read_text())
     os.kill(int(number), signal.SIGTERM)
-    wait(lambda: "2 of 2 epochs are done" in said.read_text())
-    assert "asked to stop (SIGTERM)" in said.read_text()
-    assert "resumed from" in said.read_text()
+    wait(lambda: "2 of 2 epochs are done" in log.read_text())
+    assert "asked to stop (SIGTERM)" in log.read_text()
+    assert "resumed from" in log.read_text()
     words = [*PRETRAIN, "--batch_size", 3, "--kernels", "torch", "--output_dir", tmp_path / "whole"]
     run("main_pretrain.py", *words, torchrun=2)
     newest = "checkpoint-1.pth"
@@ -320,7 +335,7 @@ def test_local_job_is_followed_to_its_end(tmp_path):
     assert "Traceback" not in done.stdout
 
 
-def test_debug_job_ends_as_its_main_does(tmp_path):
+def test_debug_job_exits_with_the_code_of_its_script(tmp_path):
     words = [*PRETRAIN, "--cluster", "debug", "--job_dir", tmp_path / "%j", "--batch_size", 40]
     done = run("submitit_pretrain.py", *words, expect=2)
     assert "main_pretrain.py: error: 26 training images" in done.stderr
@@ -340,8 +355,8 @@ def test_local_array_runs_every_recipe(tmp_path):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="python has no -P yet")
-def test_modules_of_the_folder_it_is_sent_from_are_not_taken_for_ours(tmp_path):
-    for name in ("utils", "slurm", "options"):
+def test_job_does_not_import_from_the_current_folder(tmp_path):
+    for name in ("utils", "parallel", "config"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
     words = [*PRETRAIN, *LOCAL, "--epochs", 1, "--job_dir", tmp_path / "%j"]
     command = [sys.executable, ROOT / "submitit_pretrain.py", *words]

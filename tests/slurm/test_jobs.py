@@ -154,9 +154,9 @@ def test_cancelled_job_saves_and_stays_cancelled(place):
     ask("scancel", job.number)
     job.until(lambda: "the scheduler has decided" in job.said(), "the end")
     assert (job.end(), job.restarts()) == ("CANCELLED", 0)
-    said = int(re.search(r"asked to stop \(SIGTERM\) at update (\d+)", job.said())[1])
+    said = int(re.search(r"asked to stop \(SIGTERM\) at step (\d+)", job.said())[1])
     files = [torch.load(path, weights_only=True) for path in job.folder.glob("checkpoint-*.pth")]
-    assert max(file["state"]["updates"] for file in files) == said
+    assert max(file["state"]["global_step"] for file in files) == said
 
 
 def test_signal_before_the_first_epoch_requeues_too(place):
@@ -212,7 +212,6 @@ def test_error_of_another_rank_is_followed_too(place):
     words += ["--data_set", "tests.tiny:fails", "--batch_size", 3]
     done = run("submitit_pretrain.py", *words, expect=1)
     assert "error [rank 0]: rank 1 has failed: ZeroDivisionError: of rank 1\n" in done.stdout
-    assert "[rank 1] Traceback" in done.stdout
     assert "[rank 1] ZeroDivisionError: of rank 1\n" in done.stdout
 
 

@@ -17,11 +17,18 @@ import torch
 from torch import nn
 
 import utils
+from config.parser import finetune_parser, parse
 from errors import UserError
-from training.checkpoint import TrainState, load_optimizer, save_model
-from training.resume import auto_load_model, find_start
+from training.checkpoint import (
+    TrainableParts,
+    TrainState,
+    load_optimizer,
+    save_model,
+    write_checkpoint,
+)
+from training.checkpoint_manager import build_checkpoint_manager
+from training.resume import auto_load_model, find_resume_point
 from utils import link, write_atomically
-from weights import files
 from weights.files import find_checkpoint, load_weights, numbered_checkpoints, read_checkpoint
 
 
@@ -48,16 +55,19 @@ class Run:
 
     def save(self, folder: Path, epoch: int, **options) -> Path:
         """Save as after the epoch of that number."""
-        state = TrainState(epoch=epoch + 1, updates=10 * (epoch + 1), best={"best": 12.5})
+        state = TrainState(epoch=epoch + 1, global_step=10 * (epoch + 1), best={"best": 12.5})
         args = {"lr": None, "input_size": (32, 32), "aa": "none", "epochs": 5, "use_amp": False}
-        parts = (self.model, self.optimizer, self.scaler, self.ema)
-        save_model(folder, *parts, state=state, args=args, **options)
+        entries = {"args": args, "classes": None}
+        save_model(folder, self.parts(), state, entries, **options)
         return folder / f"checkpoint-{epoch}.pth"
 
+    def parts(self) -> TrainableParts:
+        return TrainableParts(self.model, self.optimizer, self.scaler, self.ema)
+
     def load(self, folder: Path | None, **options) -> TrainState:
-        parts = (self.model, self.optimizer, self.scaler, self.ema)
-        begin = {key: options.pop(key) for key in ("load", "fresh") if key in options}
-        return auto_load_model(find_start(folder, **options), *parts, **begin)
+        load, start_epoch = options.pop("load", None), options.pop("start_epoch", 0)
+        point = find_resume_point(folder, **options)
+        return auto_load_model(point, self.parts(), load, start_epoch)
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -80,8 +90,8 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
     expected.add("kernels")
     assert set(content) == expected
     assert content["state"] == {
-        **{"epoch": 7, "seen": 0, "updates": 70, "effective_batch": 0, "bad_steps": 0},
-        **{"best": {"best": 12.5}, "within": {}, "images": 0},
+        **{"epoch": 7, "samples_in_epoch": 0, "global_step": 70, "effective_batch": 0},
+        **{"bad_steps": 0, "best": {"best": 12.5}, "epoch_sums": {}, "images": 0},
     }
     assert content["args"]["input_size"] == (32, 32)
     assert content["args"]["lr"] is None
@@ -91,7 +101,7 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-0.pth"
-    write_atomically({"a": 1}, path)
+    write_checkpoint({"a": 1}, path)
 
     def full_disk(content, file):
         file.write(b"half of")
@@ -99,7 +109,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_atomically({"a": 2}, path)
+        write_checkpoint({"a": 2}, path)
     monkeypatch.undo()
     assert names(tmp_path) == {"checkpoint-0.pth"}
     assert read_checkpoint(path) == {"a": 1}
@@ -112,7 +122,7 @@ def test_interrupted_write_leaves_no_file_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_atomically({"a": 2}, tmp_path / "checkpoint-0.pth")
+        write_checkpoint({"a": 2}, tmp_path / "checkpoint-0.pth")
     assert names(tmp_path) == set()
 
 
@@ -130,11 +140,11 @@ def test_second_name_survives_the_first(tmp_path):
     """Rotation deletes checkpoint-N, of which checkpoint-best is a hard link."""
     first, second = tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-best.pth"
     for content in ({"a": 1}, {"a": 2}):
-        write_atomically(content, first)
+        write_checkpoint(content, first)
         link(first, second)
         assert read_checkpoint(second) == content
     assert names(tmp_path) == {"checkpoint-0.pth", "checkpoint-best.pth"}
-    write_atomically({"a": 3}, first)
+    write_checkpoint({"a": 3}, first)
     first.unlink()
     assert read_checkpoint(second) == {"a": 2}
 
@@ -144,10 +154,45 @@ def test_second_name_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypat
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    write_atomically({"a": 1}, tmp_path / "a.pth")
+    write_checkpoint({"a": 1}, tmp_path / "a.pth")
     link(tmp_path / "a.pth", tmp_path / "b.pth")
     assert read_checkpoint(tmp_path / "b.pth") == {"a": 1}
     assert names(tmp_path) == {"a.pth", "b.pth"}
+
+
+# --- progress -------------------------------------------------------------------------------
+
+
+def test_accuracy_of_zero_is_still_a_first_best():
+    """The official strict `<` from 0.0 never wrote a best file for it."""
+    state = TrainState()
+    assert state.update_best({"best": 0.0, "best-ema": None}) == ["best"]
+    assert state.best == {"best": 0.0}
+
+
+def test_equal_accuracy_is_no_new_best():
+    state = TrainState(best={"best": 50.0})
+    assert state.update_best({"best": 50.0}) == []
+    assert state.update_best({"best": 49.0}) == []
+    assert state.update_best({"best": 50.5}) == ["best"]
+    assert state.best == {"best": 50.5}
+
+
+def test_accuracies_of_model_and_average_are_kept_apart():
+    state = TrainState(best={"best": 50.0, "best-ema": 60.0})
+    assert state.update_best({"best": 55.0, "best-ema": 55.0}) == ["best"]
+    assert state.best == {"best": 55.0, "best-ema": 60.0}
+    assert state.update_best({"best": None, "best-ema": None}) == []
+
+
+def test_states_share_no_best():
+    one, other = TrainState(), TrainState()
+    one.update_best({"best": 1.0})
+    assert other.best == {}
+
+
+def test_accuracy_that_is_not_a_number_is_no_best():
+    assert TrainState().update_best({"best": float("nan")}) == []
 
 
 # --- rotation -------------------------------------------------------------------------------
@@ -203,7 +248,7 @@ def test_best_is_complete_and_resumable_and_best_ema_holds_the_average(tmp_path)
     assert all((value == 7).all() for value in average["model"].values())
     other = Run(seed=1)
     assert other.load(None, resume=str(tmp_path / "checkpoint-best.pth")).epoch == 4
-    with pytest.raises(UserError, match="has no optimizer: it is no run"):
+    with pytest.raises(UserError, match="cannot resume: .*best-ema.pth holds no optimizer"):
         other.load(None, resume=str(tmp_path / "checkpoint-best-ema.pth"))
 
 
@@ -233,7 +278,7 @@ def test_evaluation_takes_the_best_else_the_newest(tmp_path):
     run.save(tmp_path, 12)
     assert find_checkpoint(tmp_path).name == "checkpoint-best.pth"
     for empty in (tmp_path / "absent", tmp_path / "empty"):
-        with pytest.raises(UserError, match="holds no checkpoint"):
+        with pytest.raises(UserError, match="contains no checkpoint"):
             find_checkpoint(empty)
         (tmp_path / "empty").mkdir(exist_ok=True)
 
@@ -247,7 +292,7 @@ def test_resumed_run_continues_as_if_it_had_not_stopped(tmp_path):
     run.scaler.update(2.0**12)
     run.save(tmp_path, 6)
     state = other.load(tmp_path)
-    assert (state.epoch, state.updates, state.best) == (7, 70, {"best": 12.5})
+    assert (state.epoch, state.global_step, state.best) == (7, 70, {"best": 12.5})
     assert other.scaler.get_scale() == 2.0**12
     for one in (run, other):
         one.step(torch.ones(2, 3))
@@ -267,7 +312,7 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
             for module in (run.model, run.ema):
                 load_weights(module, read_checkpoint(path)["model"], path)
 
-        return run.load(folder, resume=str(source), load=start, fresh=2)
+        return run.load(folder, resume=str(source), load=start, start_epoch=2)
 
     run = Run(seed=1)
     assert load(run) == TrainState(epoch=2)
@@ -283,17 +328,19 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
 def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, more):
     """--resume of a pre-training run in fine-tuning named 151 tensors that did not fit."""
     source, loaded = Run(seed=3).save(tmp_path, 6), []
-    start = find_start(None, str(source), args={"lr": None, **more})
-    assert not start.is_run
-    run = Run(seed=1)
-    state = auto_load_model(start, run.model, run.optimizer, load=loaded.append, fresh=2)
+    point = find_resume_point(None, str(source), args={"lr": None, **more})
+    assert not point.is_run
+    state = auto_load_model(point, Run(seed=1).parts(), load=loaded.append, start_epoch=2)
     assert (state, loaded) == (TrainState(2), [str(source)])
 
 
 def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
     """By insertion, labels of an exported model were swapped."""
-    path = Run().save(tmp_path, 1, classes={"dog": 1, "cat": 0, "eel": 2})
-    assert read_checkpoint(path)["classes"] == ["cat", "dog", "eel"]
+    args = parse(finetune_parser(), ["--data_set", "DIGITS"])
+    classes = {"dog": 1, "cat": 0, "eel": 2}
+    manager = build_checkpoint_manager(args, tmp_path, Run().parts(), classes)
+    manager.end_epoch(TrainState(epoch=1), last=True)
+    assert read_checkpoint(tmp_path / "checkpoint-0.pth")["classes"] == ["cat", "dog", "eel"]
 
 
 def test_hash_belongs_to_resume_and_not_to_what_the_run_saves(tmp_path):
@@ -302,7 +349,7 @@ def test_hash_belongs_to_resume_and_not_to_what_the_run_saves(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     assert Run().load(folder, resume=str(source), sha256=digest).epoch == 2
-    with pytest.raises(UserError, match="has sha256"):
+    with pytest.raises(UserError, match="has SHA-256"):
         Run().load(folder, resume=str(source), sha256="0" * 64)
     Run().save(folder, 6)
     assert Run().load(folder, resume=str(source), sha256=digest).epoch == 7
@@ -371,7 +418,7 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path, monkeypatch, folder):
     run, before = Run(seed=1), Run(seed=1)
     place = folder and tmp_path / folder
     assert run.load(place) == TrainState()
-    assert run.load(place, fresh=5) == TrainState(5)
+    assert run.load(place, start_epoch=5) == TrainState(5)
     assert_same(run.model, before.model)
 
 
@@ -414,6 +461,35 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
         run.load(tmp_path)
 
 
+def test_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
+    """It has other names in its state, and a checksum as the comment of its zip file."""
+    path = Run(seed=3).save(tmp_path, 6)
+    content = read_checkpoint(path)
+    content["state"] = {
+        **{"epoch": 7, "updates": 70, "bad_steps": 2, "best": {"best": 12.5}, "seen": 8},
+        **{"effective_batch": 4, "within": {"guard": {"losses": 3}}, "images": 26},
+    }
+    path.unlink()
+    path = tmp_path / "checkpoint-7-seen-8.pth"
+    torch.save(content, path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.comment = b"sha256 of all before: " + b"0" * 64
+    run = Run(seed=1)
+    assert run.load(tmp_path) == TrainState(
+        epoch=7,
+        global_step=70,
+        bad_steps=2,
+        best={"best": 12.5},
+        samples_in_epoch=8,
+        effective_batch=4,
+        epoch_sums={"guard": {"losses": 3}},
+        images=26,
+    )
+    assert_same(run.model, Run(seed=3).model)
+    point = find_resume_point(tmp_path)
+    assert (point.effective_batch, point.entry("kernels", {})) == (4, {})
+
+
 def test_missing_average_starts_from_the_weights_and_says_so(tmp_path, log):
     run = Run()
     run.ema = None
@@ -421,7 +497,7 @@ def test_missing_average_starts_from_the_weights_and_says_so(tmp_path, log):
     other = Run(seed=1)
     other.load(tmp_path)
     assert_same(other.ema, run.model)
-    assert "no averaged weights" in log.text
+    assert "has no EMA weights" in log.text
 
 
 def test_missing_scaler_is_no_error(tmp_path):
@@ -454,7 +530,7 @@ def weights(**changes) -> dict[str, torch.Tensor]:
         (weights(**{"0_bias": torch.ones(4, 1)}), r"0\.bias \(4, 1\) instead of \(4,\)"),
         (
             {f"module.{name}": value for name, value in weights().items()},
-            r"4 missing \(0\.weight, 0\.bias, 1\.weight, \.\.\.\); 4 unexpected \(module\.0",
+            r"4 missing \(0\.weight, 0\.bias, 1\.weight and 1 more\); 4 unexpected \(module\.0",
         ),
         ({}, "4 missing"),
     ],
@@ -524,7 +600,7 @@ def test_malicious_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch,
     else:
         new = "old" not in wrapping
         torch.save({"model": Malicious()}, path, _use_new_zipfile_serialization=new)
-    with pytest.raises(UserError, match="evil.pth is refused: it asks for .*system"):
+    with pytest.raises(UserError, match="evil.pth is refused: it needs .*system"):
         read_checkpoint(path)
     assert names(tmp_path) == {"evil.pth"}
 
@@ -560,13 +636,13 @@ def test_file_of_another_kind_is_one_line_of_error(tmp_path, kind):
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
     message = str(caught.value)
-    assert message.startswith(f"checkpoint {path} is ")
+    assert f"{path} is " in message
     assert "\n" not in message
     assert len(message) - len(str(path)) < 450
 
 
 def test_folder_stands_for_its_best_or_newest_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         read_checkpoint(tmp_path)
     Run().save(tmp_path, 3)
     assert read_checkpoint(tmp_path)["state"]["epoch"] == 4
@@ -579,11 +655,12 @@ def test_checkpoint_of_before_torch_1_6_is_read(tmp_path):
 
 
 def test_weights_of_a_gpu_are_read_without_one(tmp_path):
-    path = tmp_path / "a.pth"
-    torch.save({"a": torch.ones(2)}, path)
-    data = path.read_bytes().replace(b"cpu", b"hpu")  # a device that is not here
-    path.write_bytes(data)
-    assert files.read_checkpoint(path)["a"].device.type == "cpu"
+    source, path = tmp_path / "cpu.pth", tmp_path / "a.pth"
+    torch.save({"a": torch.ones(2)}, source)
+    with zipfile.ZipFile(source) as ours, zipfile.ZipFile(path, "w") as theirs:
+        for name in ours.namelist():  # hpu: a device that is not here
+            theirs.writestr(name, ours.read(name).replace(b"cpu", b"hpu"))
+    assert read_checkpoint(path)["a"].device.type == "cpu"
 
 
 def test_second_name_given_twice_leaves_nothing(tmp_path):

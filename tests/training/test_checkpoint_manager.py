@@ -20,9 +20,9 @@ import pytest
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted
 from training.checkpoint import TrainState
-from training.checkpoint_manager import Keeper
+from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
-from training.preemption import Requests
+from training.preemption import StopSignals
 
 INSTANTS = 10  # of each script
 SCRIPTS = list(chaos.RUNS)
@@ -110,12 +110,10 @@ def test_signal_saves_at_the_next_update_and_asks_to_be_requeued(whole, tmp_path
     os.kill(child, getattr(signal, kind))
     assert chaos.finish(child) == EXIT_REQUEUE == 75
     said = (tmp_path / "run.txt").read_text()
-    assert re.search(
-        f"stopped by {kind} at epoch [0-9]+, update [0-9]+, saved; the same command", said
-    )
-    updates = int(re.findall(r"update ([0-9]+), saved", said)[0])
-    chaos.complete(script, tmp_path / "run", "--epochs", str(updates // 3 + 2))
-    assert f", update {updates}\n" in (tmp_path / "run.txt").read_text()  # resumed from there
+    stopped = f"stopped by {kind} at epoch [0-9]+, step ([0-9]+); checkpoint saved. Exit code 75: "
+    steps = int(re.search(f"{stopped}rerun the same command to continue", said)[1])
+    chaos.complete(script, tmp_path / "run", "--epochs", str(steps // 3 + 2))
+    assert f", step {steps}\n" in (tmp_path / "run.txt").read_text()  # resumed from there
 
 
 def test_time_that_is_up_stops_as_a_signal_does_and_the_rest_is_the_same(whole, tmp_path):
@@ -135,7 +133,7 @@ def test_time_that_is_up_stops_as_a_signal_does_and_the_rest_is_the_same(whole, 
 def test_second_signal_leaves_at_once(tmp_path):
     child = os.fork()
     if child == 0:
-        with Requests(None, None):
+        with StopSignals(None, None):
             (tmp_path / "ready").touch()
             while True:
                 time.sleep(0.01)
@@ -151,27 +149,29 @@ def test_second_signal_leaves_at_once(tmp_path):
 
 def test_first_signal_after_the_time_is_over_lets_the_save_finish():
     """The scheduler's warning may come in the same minute."""
-    requests = Requests(None, max_minutes=1e-9)
-    assert requests.read() == (False, True)
+    signals = StopSignals(None, max_minutes=1e-9)
+    assert signals.read() == (False, True)
     time.sleep(1.2)
-    requests._note(signal.SIGTERM, None)  # would have left the process
-    assert requests.reason == "--max_minutes 1e-09"
+    signals._handle(signal.SIGTERM, None)  # would have left the process
+    assert signals.reason == "--max_minutes 1e-09"
 
 
-@pytest.mark.parametrize("kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM")])
+@pytest.mark.parametrize(
+    "kinds", [("SIGTERM", "SIGUSR2"), ("SIGUSR2", "SIGTERM"), ("SIGUSR2", "SIGUSR2")]
+)
 def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_began(kinds):
     """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
-    with Requests(None, None) as requests:
+    with StopSignals(None, None) as signals:
         os.kill(os.getpid(), getattr(signal, kinds[0]))
-        requests.times[kinds[0]] -= 30
+        signals.received[kinds[0]] -= 30
         os.kill(os.getpid(), getattr(signal, kinds[1]))
-        assert requests.read() == (False, True)
-        assert requests.reason == kinds[0]
+        assert signals.read() == (False, True)
+        assert signals.reason == kinds[0]
 
 
 def test_handlers_are_those_of_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
-    with Requests(None, None):
+    with StopSignals(None, None):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -197,7 +197,7 @@ def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
 
 
 class Quiet:
-    """A guard that has seen nothing wrong."""
+    """A guard that found nothing wrong."""
 
     def look(self, state: TrainState) -> str:
         return ""
@@ -209,34 +209,41 @@ class Quiet:
         return {}
 
 
-def drive(keeper: Keeper, updates: int) -> None:
+def drive(checkpoints: CheckpointManager, steps: int) -> None:
     state = TrainState()
-    with keeper:
-        for _ in range(updates):
-            state.updates, state.seen = state.updates + 1, state.seen + 4
-            keeper.after_update(state, Means(["loss"], "cpu"), Quiet())
+    with checkpoints:
+        for _ in range(steps):
+            state.global_step += 1
+            state.samples_in_epoch += 4
+            checkpoints.after_step(state, Means(["loss"], "cpu"), Quiet())
 
 
-def test_saves_every_so_many_updates():
+def steps_saved(steps: int, **options: float) -> list[int]:
+    """Steps at which a manager with these options saves."""
     saved: list[int] = []
-    drive(Keeper(lambda state, writer: saved.append(state.updates), every_steps=3), 10)
-    assert saved == [3, 6, 9]
+    manager = CheckpointManager(lambda state, writer: saved.append(state.global_step), **options)
+    drive(manager, steps)
+    return saved
+
+
+def test_saves_every_so_many_steps():
+    assert steps_saved(10, every_steps=3) == [3, 6, 9]
 
 
 def test_saves_by_the_clock(monkeypatch):
-    now, saved = [100.0], []
+    now = [100.0]
     monkeypatch.setattr(
         "training.checkpoint_manager.time.monotonic",
         lambda: now.__setitem__(0, now[0] + 20) or now[0],
     )
-    drive(Keeper(lambda state, writer: saved.append(state.updates), every_minutes=2), 12)
+    saved = steps_saved(12, every_minutes=2)
     assert len(saved) >= 2
     assert len(set(saved)) == len(saved)
     assert all(b - a > 1 for a, b in zip(saved, saved[1:], strict=False))
 
 
 def test_stop_without_a_folder_says_that_nothing_is_saved():
-    keeper = Keeper(None)
-    keeper.requests.reason = "SIGTERM"
-    with pytest.raises(Preempted, match="nothing saved, as asked for"):
-        drive(keeper, 1)
+    manager = CheckpointManager(None)
+    manager.signals.reason = "SIGTERM"
+    with pytest.raises(Preempted, match="no checkpoints, as configured"):
+        drive(manager, 1)

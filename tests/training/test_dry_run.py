@@ -1,18 +1,18 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What --dry_run finds, and that it leaves no trace."""
+"""--dry_run: it reports what a run will do, finds what would fail, and writes nothing."""
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
-import threading
-import time
+import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,18 +25,18 @@ from config import parser as options
 from errors import TrainingStopped, UserError
 from optim_factory import Schedule
 from parallel import process_group
-from tests.test_end_to_end import FINETUNE, PRETRAIN, run
+from tests.test_end_to_end import FINETUNE, PRETRAIN, free_port
 from tests.tiny import Colours
-from training import dry_run, trial
-from training.run_lock import Lock, hold_folder
-from training.trial import Repeated, Trial, largest_that_fits, memory, peak_of, readable, size_of
+from training import dry_run, run_lock
+from training.dry_run import PlannedRun, StepProbe, TimedLoader, format_bytes, tensor_bytes
+from training.setup import TrainLoop
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
 
 
 class Unreadable(Colours):
-    """Of the training images 3 and 4 cannot be read, of those for evaluation 1."""
+    """Images whose numbers are in `bad` cannot be read."""
 
     def __init__(self, length: int, bad: tuple) -> None:
         super().__init__(length)
@@ -56,20 +56,8 @@ def no_val(data_path: str, train: bool) -> Unreadable:
     return Unreadable(26, ()) if train else Unreadable(3, (0, 1, 2))
 
 
-class SlowVal(Colours):
-    """Images for evaluation that come from far away."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        time.sleep(0.02 if self.length == 60 else 0)
-        return super().__getitem__(index)
-
-
-def slow_val(data_path: str, train: bool) -> SlowVal:
-    return SlowVal(26 if train else 60)
-
-
 class Broken(Colours):
-    """Two images that raise what somebody's own data set may raise, none of ours."""
+    """Two images raise an exception that only a user's own data set raises."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index in (3, 4):
@@ -81,19 +69,17 @@ def broken(data_path: str, train: bool) -> Broken:
     return Broken(26 if train else 3)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Measurements of a moment: their numbers matter to no test."""
+    """Measure for a moment only: no test depends on the numbers."""
     monkeypatch.setattr(dry_run, "SECONDS", 0.05)
 
 
 @pytest.fixture
 def said(monkeypatch, capsys):
-    """A function: all that was said so far, by log lines and errors."""
+    """A function that returns all output so far, log lines and errors."""
     monkeypatch.setattr(process_group.get_logger(), "propagate", True)  # else pytest adds a handler
-    monkeypatch.setattr(
-        process_group.get_logger(), "handlers", []
-    )  # a run makes one for this capsys
+    monkeypatch.setattr(process_group.get_logger(), "handlers", [])  # a run makes one for capsys
     text = []
 
     def read() -> str:
@@ -104,127 +90,146 @@ def said(monkeypatch, capsys):
 
 
 def dry(kind: str, *words: object) -> int:
-    """Exit code of a dry run in this process."""
+    """Dry-run a script in this process; returns its exit code."""
     main, base = MAINS[kind]
     args = options.parse(main.get_args_parser(), [*base, *map(str, words), "--dry_run"])
     try:
         process_group.launch(main.main, args)
     except SystemExit as stop:
         return stop.code
+    finally:
+        for worker in multiprocessing.active_children():  # as at the end of a process
+            worker.kill()
     return 0
 
 
 def tree(folder: Path) -> dict[str, tuple]:
-    """Every file with its contents and time."""
+    """Every file with its content and time, but not the time of the lock: its owner updates it."""
     paths = sorted(folder.rglob("*"))
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths}
+    times = {path: path.stat().st_mtime_ns for path in paths if path.name != run_lock.NAME}
+    return {str(p): (times.get(p), p.read_bytes() if p.is_file() else b"") for p in paths}
 
 
-# --- all right --------------------------------------------------------------------------------
+# --- no problem -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks", "workers"), [("pretrain", 1, 2), ("finetune", 2, 0), ("finetune", 1, 2)]
-)
-def test_a_good_run_is_0_and_the_report_is_the_main_process_s(kind, ranks, workers, tmp_path):
-    base, folder = MAINS[kind][1], tmp_path / "runs" / "new"
-    flags = ["--batch_size", 3, "--output_dir", folder, "--dry_run", "--num_workers", workers]
-    done = run(f"main_{kind}.py", *base, *flags, ranks=ranks)
-    labels = "train start update parameters rate memory model loader together disk time"
-    for label in labels.split() + ["val", "evaluation"] * (kind == "finetune"):
-        assert done.stdout.count(f"\n{label.ljust(12)} ") == 1, (label, done.stdout)
-    assert "nothing would fail" in done.stdout
-    assert "step 1/" not in done.stdout
+def rank_main(rank: int, port: int, folder: Path, words: list) -> None:
+    """A fork of this process becomes one of two ranks, which writes into `folder`."""
+    code = 70
+    try:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        process_group.get_logger().handlers = []
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        code = dry("finetune", *words)
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_two_processes_agree_and_only_rank_0_reports(fault, tmp_path):
+    port, words = free_port(), ["--batch_size", 3, "--output_dir", tmp_path / "runs" / "new"]
+    words += ["--data_set", "tests.training.test_dry_run:broken"] * fault
+    children = [os.fork(), 0]
+    if children[0] == 0:
+        rank_main(0, port, tmp_path, words)
+    children[1] = os.fork()
+    if children[1] == 0:
+        rank_main(1, port, tmp_path, words)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    out, other = ((tmp_path / f"stdout-{rank}").read_text() for rank in (0, 1))
+    assert codes == [int(fault)] * 2, (tmp_path / "stderr-0").read_text()
+    assert other == ""
+    assert "6 images = 3 x 1 accumulation steps x 2 processes" in out
+    labels = set(re.findall(r"^([a-z]+)  +\S", out, re.MULTILINE))
+    measured = {"model", "loader", "together", "evaluation", "time"}
+    assert labels == {*LABELS, "val", "evaluation"} - (measured if fault else set())
+    assert ("no problems found" in out) != fault
     assert not (tmp_path / "runs").exists()
 
 
-def test_folder_of_a_run_that_goes_on_elsewhere_is_left_as_it_is(short, said, tmp_path):
-    """A lock taken over, a checkpoint renamed or a picture drawn would harm that run."""
+LABELS = [
+    "train",
+    "start",
+    "step",
+    "parameters",
+    "lr",
+    "memory",
+    "model",
+    "loader",
+    "together",
+    "disk",
+    "time",
+]
+
+
+def test_pretraining_is_tried_and_leaves_no_trace(said, tmp_path):
+    flags = ["--num_workers", 1, "--output_dir", tmp_path / "runs" / "new", "--amp", "fp16"]
+    assert dry("pretrain", *flags) == 0
+    found = re.findall(r"^([a-z]+) +\S", said().partition("writes nothing\n")[2], re.MULTILINE)
+    assert found == [*LABELS, "dry"]
+    assert "step 1/" not in said()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folder_of_a_run_is_left_as_it_is(said, monkeypatch, tmp_path):
+    """Taking over a lock, renaming a checkpoint or drawing an image would harm that run."""
+    monkeypatch.setattr(run_lock, "BEAT", 0.2)
     words = ["--output_dir", tmp_path, "--log_dir", "none", "--save_ckpt_num", 9]
     args = options.parse(main_pretrain.get_args_parser(), [*PRETRAIN, *map(str, words)])
     main_pretrain.main(args)
     newest = tmp_path / "checkpoint-1.pth"
     newest.write_bytes(newest.read_bytes()[:500])  # cut off by a crash
-    hold_folder("")  # the run is over
     before = tree(tmp_path)
-    assert dry("pretrain", *words, "--epochs", 4) == 0
+    assert dry("pretrain", *words, "--epochs", 4) == 1  # this process holds the lock
     assert "trying the one before" in said()
-    assert "checkpoint-0.pth, at epoch 1, update 4 of 16" in said()
-    assert tree(tmp_path) == before
-
-    lock = Lock(tmp_path).take()
-    lock.stopped.set()  # so that its time stands still
-    time.sleep(0.01)
-    before = tree(tmp_path)
-    assert dry("pretrain", *words, "--epochs", 4) == 1
+    assert "checkpoint-0.pth, epoch 1, step 4 of 16" in said()
     assert "is in use by process" in said()
     assert tree(tmp_path) == before
-    lock.release()
+    run_lock.acquire_run_lock("")  # the run is over
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_lock_of_another_machine_is_a_fault_only_if_its_run_lives(
-    short, said, tmp_path, monkeypatch, alive
-):
-    """A run takes over what a machine that died left; no clocks are compared."""
-    monkeypatch.setattr(dry_run, "LOOK", 2.0 if alive else 0.2)
-    file, over = tmp_path / ".lock", threading.Event()
-    file.write_text(json.dumps({"host": "elsewhere", "pid": 7, "start": "1"}))
-
-    def beat() -> None:
-        while not over.wait(0.05):
-            os.utime(file)
-
-    if alive:
-        threading.Thread(target=beat, daemon=True).start()
-    code = dry("pretrain", "--output_dir", tmp_path)
-    over.set()
-    assert code == int(alive)
-    assert ("is in use by process 7 on elsewhere" in said()) == alive
-    assert ("process 7 on elsewhere holds" in said()) != alive
-    assert file.exists()
+@pytest.mark.parametrize("holder", ["process 7 on elsewhere", None])
+def test_folder_is_a_problem_only_if_a_living_run_holds_it(holder, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_lock, "describe_holder", lambda folder: holder)
+    report = dry_run.Report()
+    dry_run.check_folder(report, tmp_path, None)
+    in_use = f"--output_dir {tmp_path} is in use by {holder}; choose another folder"
+    assert report.problems == [in_use] * bool(holder)
 
 
-def test_report_says_what_the_run_will_do(short, said):
+def test_report_says_what_the_run_will_do(said):
     words = ["--epochs", 10, "--update_freq", 2, "--warmup_epochs", 2, "--min_lr", 0.001]
-    assert dry("finetune", *words, "--layer_decay", 0.5, "--model_ema", "--model_ema_eval") == 0
-    assert "26 images of 3 classes; 26 decoded, all good" in said()
-    assert "7 images of 3 classes, as train has them; 7 decoded, all good" in said()
-    assert "random weights, at epoch 0, update 0 of 20" in said()
-    assert "12 images = 6 x 2 micro-batches x 1 processes; 20 in the whole run" in said()
-    assert "rate times 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
-    assert "update  3  1.00e-02  ######################################## peak" in said()
-    assert "update 19  1.00e-03  ####" in said()
+    words += ["--layer_decay", 0.5, "--model_ema", "--model_ema_eval", "--mixup", 0.8]
+    assert dry("finetune", *words) == 0
+    assert "26 images of 3 classes; decoded 26: all good" in said()
+    assert "7 images of the same 3 classes; decoded 7: all good" in said()
+    assert "random weights, epoch 0, step 0 of 20" in said()
+    assert "12 images = 6 x 2 accumulation steps x 1 processes; 20 steps in the run" in said()
+    assert "learning rate x 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
+    assert "step  3  1.00e-02  ######################################## peak" in said()
+    assert "step 19  1.00e-03  ####" in said()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_that_the_run_goes_without_are_told_and_no_fault(short, said, workers):
+def test_skipped_images_are_reported_and_no_problem(workers, said):
     words = ["--data_set", "tests.training.test_dry_run:unreadable", "--on_bad_image", "skip"]
     assert dry("finetune", *words, "--num_workers", workers) == 0
-    assert "26 decoded, 2 bad, replaced" in said()
+    assert "decoded 26: 2 bad and replaced" in said()
     assert "replaced: image number 3 (OSError: cannot identify it), image number 4 (" in said()
-    assert "7 decoded, 1 bad, left out" in said()
-    assert "nothing would fail" in said()
+    assert "decoded 7: 1 bad and left out" in said()
+    assert "no problems found" in said()
 
 
-def test_a_set_of_which_nothing_is_left_would_fail(short, said):
+def test_a_data_set_without_a_usable_image_is_a_problem(said):
     words = ["--data_set", "tests.training.test_dry_run:no_val", "--on_bad_image", "skip"]
     assert dry("finetune", *words) == 1
     assert "none of 3 val images can be used" in said()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_time_of_evaluation_is_that_of_its_loader_where_that_is_slower(short, said, workers):
-    """Six thousand images at the model's rate are a moment, from there two minutes."""
-    words = ["--data_set", "tests.training.test_dry_run:slow_val", "--num_workers", workers]
-    assert dry("finetune", *words) == 0
-    found = re.search(r"evaluation +([\d.]+) images/s by the model, ([\d.]+) by the loader", said())
-    model, loader = map(float, found.groups())
-    assert 1 < loader < min(50 * max(workers, 1) * 1.5, model)
-    assert ": the loader is what takes the time" in said().split("by the model")[1]
-
-
-# --- what would fail ----------------------------------------------------------------------------
+# --- problems -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +248,7 @@ def planted(tmp_path_factory) -> Path:
     return root
 
 
-FAULTS = {  # name -> script, flags, what must be said
+PROBLEMS = {  # name -> script, flags, part of the message
     "bad image": ("pretrain", "--data_set folder --data_path {0}/broken", "1 of 12 train images"),
     "own data set": (
         "pretrain",
@@ -259,101 +264,89 @@ FAULTS = {  # name -> script, flags, what must be said
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_a_planted_fault_is_named_and_the_exit_code_is_1(case, planted, short, said):
-    kind, words, named = FAULTS[case]
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_a_problem_is_named_and_the_exit_code_is_1(case, planted, said):
+    kind, words, named = PROBLEMS[case]
     assert dry(kind, *words.format(planted).split()) == 1
     assert "error: " in said()
     assert named in said()
-    assert "nothing would fail" not in said()
+    assert "no problems found" not in said()
 
 
-def test_every_fault_is_listed_and_not_only_the_first(planted, short, said, monkeypatch, tmp_path):
+def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
     Usage = namedtuple("Usage", "free")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1000))
+    monkeypatch.setattr(dry_run.importlib.util, "find_spec", lambda name: None)
     words = ["--data_set", "folder", "--data_path", planted / "broken", "--output_dir", tmp_path]
     assert dry("pretrain", *words) == 1
-    assert "1. 1 of 12 train images: cannot read image" in said()
-    assert "b/4.png" in said()
-    assert "2. checkpoints need" in said()
-    assert "1000 B are free: lower --save_ckpt_num" in said()
+    listed = said().partition("error: dry run: 3 problems found:\n")[2].splitlines()
+    assert listed[0].startswith("  1. 1 of 12 train images: cannot read image")
+    assert "b/4.png" in listed[0]
+    assert listed[1].startswith("  2. tensorboard is not installed: pip install tensorboard")
+    assert listed[2].startswith("  3. checkpoints need")
+    assert "1000 B are free; lower --save_ckpt_num" in listed[2]
 
 
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
-def test_a_sample_that_kills_or_holds_its_reader_is_named(fault):
-    """It would kill the check itself, or hold it for ever, if that read it."""
-    words = [*FINETUNE, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2, "--dry_run"]
+def test_an_image_that_kills_or_blocks_its_reader_is_named(fault, said):
+    """If the dry run itself read it, it would be killed, or wait forever."""
+    words = ["--data_set", f"tests.tiny:{fault}", "--num_workers", 2]
     words += ["--data_timeout", 2] if fault == "hangs" else []
-    done = run("main_finetune.py", *words, expect=1)
-    assert "Traceback" not in done.stderr
-    assert "dry run: would fail: 1 of " in done.stderr
-    assert "image photos/5.jpg" in done.stderr
+    assert dry("finetune", *words) == 1
+    assert "Traceback" not in said()
+    assert re.search(r"dry run: \d problems? found:\n  1. 1 of ", said())
+    assert "image photos/5.jpg" in said()
 
 
-def test_a_batch_that_does_not_fit_is_not_even_tried(short, said, monkeypatch):
-    """On a CPU the system would end the process, without a word."""
+def test_a_batch_that_does_not_fit_is_not_even_tried(said, monkeypatch):
+    """On a CPU the system would kill the process without a message."""
     sizes = []
-    real = Trial.step
-    monkeypatch.setattr(Trial, "step", lambda s, n, t=1: sizes.append(n) or real(s, n, t))
-    monkeypatch.setattr(dry_run, "memory", lambda device: (0, 1000))
+    real = StepProbe.batches
+    monkeypatch.setattr(StepProbe, "batches", lambda s, n, t=1: sizes.append(n) or real(s, n, t))
+    monkeypatch.setattr(StepProbe, "used_and_free", lambda self: (0, 1000))
     assert dry("pretrain", "--batch_size", 24) == 1
     assert "--batch_size 24 does not fit" in said()
     assert max(sizes) == 6
-
-
-def test_a_fault_is_exit_code_1_of_a_process(planted):
-    words = ["--data_set", "IMNET", "--data_path", planted / "differ", "--dry_run"]
-    run("main_finetune.py", *FINETUNE, *words, expect=1)
+    assert "images/s" not in said()
 
 
 def test_a_dry_run_of_an_evaluation_is_refused(capsys):
     with pytest.raises(SystemExit):
         dry("finetune", "--eval", "--resume", "a.pth")
-    assert "--dry_run true tries a training run" in capsys.readouterr().err
+    assert "--dry_run true and --eval true cannot be combined" in capsys.readouterr().err
 
 
-# --- what it measures with ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("unit", [1, 2])
-@pytest.mark.parametrize("asked", [2, 8, 64])
-@pytest.mark.parametrize("truth", [0, 1, 5, 63, 64, 65, 130, 999, 5000])
-def test_largest_batch_is_found_to_a_sixteenth(truth, asked, unit):
-    tried = []
-    found = largest_that_fits(lambda n: tried.append(n) or n <= truth, asked, 1001, unit)
-    best = min(truth, 1001) // unit * unit
-    assert found % unit == 0
-    assert best - max(unit, best // 15) <= found <= best
-    assert len(tried) <= 16
-    assert max(tried) <= 1001
+# --- parts ----------------------------------------------------------------------------------------
 
 
 class Small:
-    """As much of a stepper and its batches as a trial needs, with room for ten images."""
+    """As much of a run as a probe needs, with memory for ten images, 16 MiB each."""
 
     device, update_freq = CPU, 1
 
     def __init__(self, error: Exception) -> None:
-        self.error, self.weight = error, torch.zeros(1, requires_grad=True)
-        self.optimizer = torch.optim.SGD([self.weight])
+        self.error, self.optimizer = error, torch.optim.SGD([torch.zeros(1)])
         self.normalise = torch.Tensor.float
         self.scaler = torch.amp.GradScaler("cpu")
+        self.loader = SimpleNamespace(dataset=range(100))
 
     def read(self) -> tuple[int, list]:
         return 0, []
 
-    def train(self, batches, **rest) -> None:
+    def train(self, batches, loop) -> None:
         for images, _, _ in batches:
-            loss = self.weight.sum() * len(images)
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)  # which it does once before an update
+            self.work = torch.ones(len(images) * 2**22)
             if len(images) > 10:
                 raise self.error
-            self.scaler.update()
+            del self.work
 
-    def trial(self) -> Trial:
+    def probe(self, batch_size: int = 6, **flags: bool) -> StepProbe:
+        args = SimpleNamespace(batch_size=batch_size, compile=False, cuda_graphs=False)
+        vars(args).update(flags)
+        others = ("schedule", "state", "guard", "reporter", "checkpoints", "bad_images", "seed")
+        loop = TrainLoop(self, **dict.fromkeys(others))
         samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, n) for n in range(4)]
-        return Trial(self.train, self, self, samples)
+        return StepProbe(PlannedRun(args, None, "", loop, self.train, self), samples)
 
 
 @pytest.mark.parametrize(
@@ -365,106 +358,267 @@ class Small:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],  # fmt: skip
 )
-def test_memory_that_ran_out_is_an_answer(error):
-    trial = Small(error).trial()
-    assert [trial.fits(n) for n in (1, 10, 11, 40, 10)] == [True, True, False, False, True]
+def test_a_step_without_enough_memory_is_a_problem(error):
+    report = dry_run.Report()
+    assert dry_run.check_memory(report, Small(error).probe(10, compile=True)) == 10
+    assert dry_run.check_memory(report, Small(error).probe(11, compile=True)) == 0
+    assert report.problems == ["--batch_size 11 does not fit; try a smaller model"]
 
 
-def test_other_errors_are_no_answer():
+def test_other_errors_end_the_dry_run():
+    report = dry_run.Report()
     with pytest.raises(RuntimeError, match="shapes"):
-        Small(RuntimeError("shapes do not fit")).trial().fits(11)
+        dry_run.check_memory(report, Small(RuntimeError("shapes do not fit")).probe(11, compile=1))
     refused = RuntimeError("f does not have a deterministic implementation. More")
     with pytest.raises(UserError, match="--deterministic: f does not have"):
-        Small(refused).trial().fits(11)
+        dry_run.check_memory(report, Small(refused).probe(11, compile=True))
 
 
-def test_reason_to_stop_is_not_taken_for_a_refusal_of_torch():
-    """A sample's name may hold any word."""
+def test_reason_to_stop_is_not_taken_for_a_message_of_torch():
+    """The name of an image may contain any word."""
     stopped = TrainingStopped("a loader process died; it held image deterministic/1.png")
     with pytest.raises(TrainingStopped, match="it held image"):
-        Small(stopped).trial().fits(11)
+        Small(stopped).probe().peak(11)
 
 
-GROUPS = {  # what /proc/self/cgroup says, the files by group, and what is free
-    "job's": ("0::/slurm/job_7/step_0/task_0\n", {"slurm/job_7": (1000, 300, 200)}, 900),
-    "tightest": ("0::/a/b\n", {"a/b": (1000, 0, 0), "a": (500, 100, 0), "": (900, 0, 0)}, 400),
-    "own, no other": ("0::/a/b\n", {"a/b": (1000, 0, 0), "a": ("max", 100, 0)}, 1000),
-    "container": ("0::/\n", {"": (800, 0, 0)}, 800),
-    "seen from outside": ("0::/docker/abc\n", {"": (800, 0, 0)}, 800),
-    "over its limit": ("0::/a\n", {"a": (800, 900, 0)}, 0),
+needs_proc = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux reports memory in /proc"
+)
+
+
+@needs_proc
+def test_peak_counts_memory_that_was_used_for_a_moment():
+    probe = Small(MemoryError()).probe()
+    used, free = probe.used_and_free()
+    assert 0 < used < used + free < 2**60
+    small, large = probe.peak(1), probe.peak(9)
+    assert 0.9 < (large - small) / (8 * 2**24) < 1.3
+
+
+@pytest.mark.parametrize(
+    ("asked", "unit", "sizes"),
+    [
+        *[(1, 1, [1, 1]), (2, 1, [1, 2]), (16, 1, [2, 4]), (80, 1, [10, 20])],
+        *[(2, 2, [2, 2]), (6, 2, [2, 4]), (28, 2, [2, 4]), (80, 2, [10, 20])],
+    ],
+)
+def test_largest_batch_follows_from_two_small_steps(asked, unit, sizes, monkeypatch):
+    """A process of 500 bytes, 100 bytes more for each image, and 9,500 of 10,000 bytes to use."""
+    probe, tried = Small(MemoryError()).probe(), []
+    monkeypatch.setattr(probe, "peak", lambda n: tried.append(n) or 500 + 100 * n)
+    monkeypatch.setattr(probe, "used_and_free", lambda: (500, 10_000))
+    probe.samples, probe.batch_multiple = [torch.zeros(1, 1)], unit
+    largest, how = dry_run.estimate_largest(probe, asked)
+    assert largest == 95 // unit * unit
+    assert tried == sizes
+    assert how == "estimated from 100 B per image and 9.8 KiB free per process"
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "size", "advice"),
+    [
+        (64, 64, 64, "no problem"),  # as estimated
+        (96, 96, 96, "no problem"),  # more than estimated
+        (96, 90, 0, "try 95"),
+        (64, 60, 0, "try a smaller model"),  # less than estimated
+    ],
+)
+def test_on_one_gpu_the_batch_itself_is_tried(asked, room, size, advice, monkeypatch):
+    """There a lack of memory is an exception, and the estimate may be wrong."""
+    probe = Small(MemoryError()).probe(asked)
+
+    def peak(images: int, times: int = 1) -> int:
+        if images > room:
+            raise torch.OutOfMemoryError("full")
+        return 500 + 100 * images
+
+    monkeypatch.setattr(probe, "peak", peak)
+    monkeypatch.setattr(probe, "used_and_free", lambda: (500, 10_000))
+    probe.samples, probe.device = [torch.zeros(1, 1)], torch.device("cuda")
+    report = dry_run.Report()
+    assert dry_run.check_memory(report, probe) == size
+    assert report.problems == [f"--batch_size {asked} does not fit; {advice}"] * (size == 0)
+
+
+def test_an_image_takes_at_least_its_own_memory(monkeypatch):
+    """Steps of a few images may show no growth at all."""
+    probe = Small(MemoryError()).probe()
+    monkeypatch.setattr(probe, "peak", lambda n: 1000)
+    monkeypatch.setattr(probe, "used_and_free", lambda: (1000, 40_000))
+    assert dry_run.estimate_largest(probe, 8)[0] == 2 + 38_000 // (3 * 4 * 4 * 4)
+
+
+GROUPS = {  # /proc/self/cgroup, {group: (limit, used)}, free
+    "job's": ("0::/slurm/job_7/step_0/task_0\n", {"slurm/job_7": (1000, 100)}, 900),
+    "tightest": ("0::/a/b\n", {"a/b": (1000, 0), "a": (500, 100), "": (900, 0)}, 400),
+    "own, no other": ("0::/a/b\n", {"a/b": (1000, 0), "a": ("max", 100)}, 1000),
+    "container": ("0::/\n", {"": (800, 0)}, 800),
+    "seen from outside": ("0::/docker/abc\n", {"": (800, 0)}, 800),
+    "over its limit": ("0::/a\n", {"a": (800, 900)}, 0),
+    "beside version 1": ("4:memory:/x\n0::/a\n", {"a": (800, 0)}, 800),
+    "version 1 only": ("5:cpu,cpuacct:/x\n4:memory:/a\n", {}, math.inf),
     "none": ("0::/a\n", {}, math.inf),
-    "version 1": (
-        "5:cpu,cpuacct:/x\n4:memory:/slurm/job_7/step_0\n0::/a\n",
-        {"memory/slurm/job_7": (1000, 300, 100), "memory": (2**63 - 4096, 0, 0), "x": (1, 0, 0)},
-        800,
-    ),
 }
 
 
 @pytest.mark.parametrize("case", GROUPS)
-def test_tightest_control_group_above_counts(case, tmp_path, monkeypatch):
+def test_tightest_control_group_counts(case, tmp_path, monkeypatch):
     """SLURM limits the job, and the process is three groups below."""
-    said, groups, free = GROUPS[case]
-    (tmp_path / "said").write_text(said)
-    for name, (limit, used, cached) in groups.items():
-        group, first = tmp_path / "root" / name, case == "version 1"
+    listing, groups, free = GROUPS[case]
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(listing)
+    for name, (limit, used) in groups.items():
+        group = tmp_path / "root" / name
         group.mkdir(parents=True, exist_ok=True)
-        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
-        (group / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
-        line = f"{'total_' * first}inactive_file {cached}\n"
-        (group / "memory.stat").write_text(f"anon 5\n{line}")
-    monkeypatch.setattr(trial, "GROUPS", tmp_path / "said")
-    monkeypatch.setattr(trial, "CGROUP", tmp_path / "root")
-    assert trial.free_in_group() == free
-    monkeypatch.setattr(trial, "GROUPS", tmp_path / "nothing")
-    assert trial.free_in_group() == math.inf
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.stat").write_text(f"anon {used}\nfile 5\n")
+    monkeypatch.setattr(dry_run, "PROC", tmp_path)
+    monkeypatch.setattr(dry_run, "CGROUPS", tmp_path / "root")
+    assert dry_run.free_in_cgroup() == free
 
 
-def test_memory_is_shared_by_the_processes_that_the_launcher_starts_here(monkeypatch):
-    for name in trial.LOCAL_SIZES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(trial, "processes", lambda: 8)
-    assert trial.local_processes() == 1
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
-    assert trial.local_processes() == 2
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")  # srun's own say
-    assert trial.local_processes() == 4
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    assert trial.local_processes() == 5
-    monkeypatch.setattr(trial, "processes", lambda: 1)  # a single one in a job of many
-    assert trial.local_processes() == 1
+@needs_proc
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    probe = Small(MemoryError()).probe()
+    monkeypatch.setattr(dry_run, "read_memory", lambda file, name: 800)
+    monkeypatch.setattr(dry_run, "free_in_cgroup", lambda: math.inf)
+    assert probe.used_and_free() == (800, 800)
+    monkeypatch.setattr(dry_run, "all_gather", lambda host: [host, "other", host, host])
+    assert Small(MemoryError()).probe().used_and_free() == (800, 266)
 
 
-def test_batches_of_any_size_hold_their_own_copy():
-    """Mixup works in place: the same tensor again would be mixed twice."""
-    images = torch.ones(2, 3, 4, 4)
-    for batch in Repeated((images, images, images), 3):
-        assert batch[0].sum() == 96
-        batch[0].mul_(0)
+def test_repeated_batches_are_copies():
+    """Mixup works in place: without a copy it would mix the same images twice."""
+    batches = Small(MemoryError()).probe().batches(6, times=3)
+    assert len(batches) == 3
+    for images, _, ids in batches:
+        assert images.sum() == 0
+        assert ids.tolist() == [0, 1, 2, 3, 0, 1]
+        images += 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells memory there")
-def test_peak_counts_what_lived_for_a_moment():
-    used, free = memory(CPU)
-    assert 0 < used < used + free < 2**60
-    megabytes = 200
-    peak = peak_of(CPU, lambda: [torch.ones(megabytes * 2**18), time.sleep(0.05)])
-    assert megabytes * 0.9 < (peak - used) / 2**20 < megabytes * 1.3
+def test_clock_starts_after_the_warm_up():
+    """Worker processes hold some batches ready when it begins."""
+    loader = TimedLoader(iter(range(100)), times=3, warmup=2)
+    seen = []
+    for number in loader:
+        seen.append((number, hasattr(loader, "start")))
+    assert seen == [(0, False), (1, False), (2, True), (3, True), (4, True)]
+    assert len(loader) == 5
 
 
 def test_size_of_a_checkpoint_is_that_of_its_file(tmp_path):
-    content = {"model": {"a": torch.ones(1000, 10)}, "state": {"epoch": 1}}
+    tensors = {"a": torch.ones(1000, 10), "b": [torch.ones(90_000, dtype=torch.half)]}
+    content = {"model": tensors, "model_ema": None, "state": {"epoch": 1}}
     torch.save(content, tmp_path / "file.pth")
-    assert abs(size_of(content) - (tmp_path / "file.pth").stat().st_size) < 1000
-    assert [readable(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3.0 GiB"]
+    assert tensor_bytes(content) == pytest.approx((tmp_path / "file.pth").stat().st_size, rel=0.01)
 
 
-def test_rates_are_those_of_the_schedule():
+def test_bytes_have_a_unit():
+    texts = ["5 B", "1.5 KiB", "1.0 MiB", "3.0 GiB", "2048.0 TiB", "0 B"]
+    assert [format_bytes(n) for n in (5, 1536, 2**20, 3 * 2**30, 2**51, 0)] == texts
+
+
+def test_learning_rates_are_those_of_the_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    kwargs = {"updates_per_epoch": 7, "epochs": 3, "warmup_epochs": 1, "lr": 1.0, "min_lr": 0.1}
+    kwargs = {"steps_per_epoch": 7, "epochs": 3, "warmup_epochs": 1, "lr": 1.0, "min_lr": 0.1}
     schedule = Schedule(optimizer, **kwargs)
-    rows = [row.split() for row in dry_run.rate_rows(schedule, 9)]
-    updates = [int(row[1]) for row in rows]
-    assert updates == sorted({0, 6, 20, 9, *(21 * k // 10 for k in range(10))})
+    rows = [row.split() for row in dry_run.lr_rows(schedule, 9)]
+    steps = [int(row[1]) for row in rows]
+    assert steps == sorted({0, 6, 20, 9, *(21 * k // 10 for k in range(10))})
     assert all(math.isclose(float(r[2]), schedule.rate(int(r[1])), rel_tol=0.01) for r in rows)
     assert [row[-1] for row in rows if int(row[1]) in (6, 9)] == ["peak", "here"]
+
+
+class ClockedLoader:
+    """Two epochs of 4 batches of 10 images; after `ready` batches each takes a second of `now`."""
+
+    num_workers, now, ready = 2, 0.0, 5
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self):
+        for _ in range(4):
+            self.ready -= 1
+            self.now += self.ready < 0
+            yield torch.zeros(10), torch.zeros(10)
+
+
+def test_loader_rate_leaves_out_what_workers_hold_ready(monkeypatch):
+    loader = ClockedLoader()
+    clock = SimpleNamespace(perf_counter=lambda: loader.now)
+    monkeypatch.setattr(dry_run, "time", clock)
+    assert dry_run.loader_rate(loader, seconds=4.0) == 10
+    assert loader.now == 5
+
+
+def test_loader_rate_does_not_wait_for_a_slow_loader(monkeypatch):
+    """A batch may take minutes: two are enough."""
+    loader = ClockedLoader()
+    loader.ready = 0
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: loader.now))
+    assert dry_run.loader_rate(loader, seconds=0.1) == 10
+    assert loader.now == 2
+
+
+def test_rank_without_images_reads_none():
+    assert dry_run.loader_rate([], seconds=1.0) == 0
+
+
+@pytest.mark.parametrize(("loader", "slower", "seconds"), [(5.0, "loader", 20), (1e9, "model", 5)])
+def test_evaluation_lasts_as_long_as_its_slower_half(loader, slower, seconds, monkeypatch):
+    """Ten batches of 2 images a second by the model; evaluated twice, with EMA weights too."""
+    monkeypatch.setattr(dry_run, "calls_per_second", lambda work, seconds: 10.0)
+    monkeypatch.setattr(dry_run, "loader_rate", lambda loader, seconds: loader_images)
+    loader_images, lines = loader, []
+    probe = Small(MemoryError()).probe(dist_eval=True, model_ema_eval=True)
+    val = SimpleNamespace(dataset=range(100), batch_size=2)
+    probe.run.data_loader_val = SimpleNamespace(loader=val)
+    probe.run.evaluate = lambda batches: list(batches)
+    report = SimpleNamespace(line=lambda label, text: lines.append(text))
+    assert dry_run.measure_evaluation(report, probe) == 2 * seconds
+    assert lines[0].endswith(f"limited by the {slower}: 0:00:{seconds:02d}")
+
+
+def test_time_is_that_of_the_epochs_left():
+    """100 batches of 6 images at 60 images/s and 5 s of evaluation; 20 epochs, 2.5 are done."""
+    planned = Small(MemoryError()).probe(epochs=20).run
+    planned.data_loader_train = SizedLoader(range(600))
+    planned.loop.state = SimpleNamespace(epoch=2, samples_in_epoch=300)
+    lines = []
+    report = SimpleNamespace(line=lambda label, text: lines.append(text))
+    dry_run.report_time(report, planned, 60.0, 5.0)
+    assert lines == ["0:00:15 per epoch, 0:04:22 for the 17.5 epochs left, without saves"]
+
+
+class SizedLoader:
+    """A loader of 100 batches."""
+
+    def __init__(self, dataset: range) -> None:
+        self.loader = SimpleNamespace(dataset=dataset)
+
+    def __len__(self) -> int:
+        return 100
+
+
+@pytest.mark.parametrize("within_epoch", [None, 5])
+def test_disk_space_is_that_of_all_files_at_once(within_epoch, tmp_path, monkeypatch):
+    """Of 2400 bytes each: 3 numbered, the best, one being written; the best EMA weights apart."""
+    content = {"model": torch.zeros(500), "model_ema": {"a": torch.zeros(100)}}
+    flags = {"epochs": 10, "save_ckpt_freq": 1, "save_ckpt_num": 3}
+    flags |= {"save_ckpt_every_steps": within_epoch, "save_ckpt_every_minutes": None}
+    planned = Small(MemoryError()).probe(**flags).run
+    planned.folder, planned.data_loader_val = tmp_path, object()
+    planned.loop.state = SimpleNamespace(epoch=0)
+    planned.loop.checkpoints = SimpleNamespace(save=lambda state, writer: writer(content, None))
+    (tmp_path / "checkpoint-0.pth").write_bytes(b"0" * 1000)
+    os.link(tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-best.pth")
+    needed = (5 if within_epoch is None else 7) * 2400 + 400 - 1000
+    for free, problems in ((needed, 0), (needed - 1, 1)):
+        monkeypatch.setattr(
+            dry_run.shutil, "disk_usage", lambda path, n=free: SimpleNamespace(free=n)
+        )
+        report = dry_run.Report()
+        dry_run.check_disk(report, planned)
+        assert len(report.problems) == problems

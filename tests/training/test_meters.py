@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Means and accuracies by hand; over ranks: parallel/test_distributed.py."""
+"""Means and accuracies by hand; over several ranks: tests/parallel/test_distributed.py."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def value(x: float) -> torch.Tensor:
 
 
 def test_batches_are_weighted_by_their_images():
-    """Official evaluation took the mean of batch means: 4 images of 1 and 1 of 0 gave 0.5."""
+    """The official evaluation averages batch means: 4 images of 1 and 1 image of 0 gave 0.5."""
     means = Means(["loss"], "cpu")
     means.update(4, loss=value(1.0))
     means.update(1, loss=value(0.0))
     assert means.read() == {"loss": pytest.approx(0.8)}
 
 
-def test_reading_begins_a_new_window_and_the_total_covers_all():
+def test_read_covers_the_time_since_the_last_read_and_total_covers_all():
     means = Means(["loss", "grad_norm"], "cpu")
     means.update(1, loss=value(2.0), grad_norm=value(10.0))
     means.update(1, loss=value(4.0))
     assert means.read() == {"loss": 3.0, "grad_norm": 10.0}
     means.update(2, loss=value(6.0))
     assert means.read()["loss"] == 6.0
-    means.update(2, loss=value(1.0))  # not read yet, but in the total
+    means.update(2, loss=value(1.0))  # not read yet, but part of the total
     assert means.total() == {"loss": pytest.approx(20 / 6), "grad_norm": 10.0}
     assert means.total() == {"loss": pytest.approx(20 / 6), "grad_norm": 10.0}
 
 
-def test_nothing_seen_is_nan_and_no_error():
+def test_mean_of_nothing_is_nan():
     means = Means(["loss", "class_acc"], "cpu")
     means.update(3, loss=value(1.0))
     read = means.read()
@@ -46,7 +46,7 @@ def test_nothing_seen_is_nan_and_no_error():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_value_of_a_skipped_update_does_not_poison_the_mean(bad):
+def test_nonfinite_values_are_left_out(bad):
     means = Means(["loss"], "cpu")
     means.update(8, loss=value(bad))
     means.update(2, loss=value(3.0))
@@ -62,7 +62,7 @@ def test_half_precision_values_are_summed_in_float64():
     assert means.recent.dtype == torch.float64
 
 
-def test_updates_keep_no_graph():
+def test_update_keeps_no_graph():
     means = Means(["loss"], "cpu")
     means.update(1, loss=torch.ones((), requires_grad=True) * 2)
     assert not means.recent.requires_grad
@@ -84,18 +84,18 @@ LOGITS = torch.tensor(
 
 
 def test_accuracy_by_hand():
-    labels = torch.tensor([1, 3, 1, 3])  # found at place 1, 2, 3, 4
+    labels = torch.tensor([1, 3, 1, 3])  # the label has rank 1, 2, 3, 4
     got = [a.item() for a in accuracy(LOGITS, labels, (1, 2, 3, 4))]
     assert got == [25, 50, 75, 100]
 
 
-def test_top_5_of_fewer_classes_counts_every_image():
-    """timm 0.3.2 raised an error here."""
+def test_top_5_of_fewer_classes_is_100_percent():
+    """timm 0.3.2 raises an error here."""
     assert [a.item() for a in accuracy(LOGITS, torch.tensor([3, 3, 3, 3]))] == [25, 100]
     one = accuracy(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
     assert [a.item() for a in one] == [100, 100]
 
 
-def test_accuracies_come_in_the_order_asked_for():
+def test_accuracies_have_the_order_of_topk():
     labels = torch.tensor([1, 3, 1, 3])
     assert [a.item() for a in accuracy(LOGITS, labels, (3, 1))] == [75, 25]

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Ranks begin only alike."""
+"""All ranks of a run must have the same flags, files and packages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from parallel import process_group
 from tests.parallel.test_failure import QUICK, Ranks, ends, imported_once, pretrain, start_script
 from tests.test_end_to_end import FINETUNE, ROOT
+from tests.test_layout import product_files
 from training import setup
 
 __all__ = ["imported_once"]  # a fixture
@@ -20,35 +21,36 @@ __all__ = ["imported_once"]  # a fixture
 def different(args: SimpleNamespace) -> None:
     process_group.init_distributed_mode("cpu")
     flags = {"lr": 0.1 * (args.rank != 1), "seed": args.rank == 2, "epochs": 3}
-    setup.check_alike(flags | {"local_rank": args.rank, "num_workers": args.rank})
+    setup.check_ranks_agree(flags | {"local_rank": args.rank, "num_workers": args.rank})
 
 
 def pretrain_at_own_rate(args: SimpleNamespace) -> None:
     pretrain(args, "--lr", ["0.01", "0.02"][args.rank])
 
 
-def test_one_difference_is_told_and_other_ranks_are_counted(tmp_path):
+def test_one_difference_is_shown_and_other_ranks_are_named(tmp_path):
     started = Ranks(different, tmp_path, size=3)
     assert started.end() == [2, 2, 2]
-    assert "".join(map(started.said, range(3))).count("error [rank ") == 1
     assert (
-        "]: rank 1 was not started as rank 0 was: it has --lr 0.0 instead of 0.1; others that "
-        "differ: 2. Give all"
-    ) in "".join(map(started.said, range(3)))
+        "]: rank 1 differs from rank 0: --lr 0.0 (rank 0: 0.1); other ranks that differ: 2. "
+        "Start all processes with"
+    ) in started.said(0)
 
 
 def test_script_refuses_other_flags_before_it_does_anything(tmp_path):
     """Each had its own learning rate, and the weights of all became those of none."""
     started = Ranks(pretrain_at_own_rate, tmp_path)
     assert started.end() == [2, 2]
-    (told,) = [said for said in map(started.said, (0, 1)) if said]
-    assert told.startswith("program.py: error [rank ")
-    assert "]: rank 1 was not started as rank 0 was: it has --lr 0.02 instead of 0.01. Gi" in told
+    said = started.said(0)
+    assert said.startswith("program.py: error [rank ")
+    assert "]: rank 1 differs from rank 0: --lr 0.02 (rank 0: 0.01). Start all" in said
     assert not (tmp_path / "run").exists()
 
 
 def test_description_has_flags_versions_and_files():
-    found = setup.describe({"lr": 0.1, "input_size": (32, 32), "local_rank": 3, "num_workers": 2})
+    found = setup.describe_rank(
+        {"lr": 0.1, "input_size": (32, 32), "local_rank": 3, "num_workers": 2}
+    )
     assert found["--lr"] == "0.1"
     assert found["--input_size"] == "(32, 32)"
     assert not {"--local_rank", "--num_workers"} & found.keys()
@@ -56,39 +58,37 @@ def test_description_has_flags_versions_and_files():
     assert {"Python", "timm", "numpy", "torchvision", "utils.py", "models/fcmae.py"} <= found.keys()
 
 
-def test_own_code_that_flags_name_is_compared_too():
-    found = setup.describe(
+def test_user_modules_that_flags_name_are_compared_too():
+    found = setup.describe_rank(
         {"model": "tests.tiny:classifier", "dist_url": "tcp://here:1", "opt": "a:b"}
     )
     assert found["tests.tiny"].startswith("(SHA-256 ")
     assert "a" not in found
 
 
-def test_order_of_flags_is_no_difference():
+def test_order_of_flags_makes_no_difference():
     """Equal ones had another digest, and no difference to show."""
     one, two = ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
     assert setup.digest_of(one) == setup.digest_of(two) != setup.digest_of({"a": "1", "b": "3"})
 
 
-def test_first_differences_are_told_and_all_are_counted():
+def test_first_differences_are_shown_and_all_are_counted():
     first = dict.fromkeys("abcdef", "1")
     assert setup.differences(first, first) == ([], 0)
     told, count = setup.differences({"a": "1", "c": "2", "g": "3"}, first)
-    assert told == ["b absent instead of 1", "c 2 instead of 1", "d absent instead of 1"]
+    assert told == ["b absent (rank 0: 1)", "c 2 (rank 0: 1)", "d absent (rank 0: 1)"]
     assert count == 6
 
 
-def test_scripts_of_different_copies_are_told_the_file(tmp_path):
-    files = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), ROOT / "tests" / "tiny.py"]
-    for path in files:
+def test_scripts_from_different_copies_name_the_file(tmp_path):
+    for path in [*product_files(), ROOT / "tests" / "tiny.py"]:
         copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     with open(tmp_path / "training/meters.py", "a") as file:
         file.write("# mended\n")
     words = [*FINETUNE, *QUICK]
     codes, _, errors = ends(start_script([ROOT, tmp_path], "main_finetune.py", *words))
     assert codes == [2, 2]
-    (told,) = filter(None, errors)
-    assert told.startswith("main_finetune.py: error [rank ")
-    assert "]: rank 1 was not started as rank 0 was: it has training/meters.py (SHA-256 " in told
+    assert errors[0].startswith("main_finetune.py: error [rank ")
+    assert "]: rank 1 differs from rank 0: training/meters.py (SHA-256 " in errors[0]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
-from training.stepper import WARM_UP, Stepper, autocast, choose_amp
+from training.stepper import WARMUP_STEPS, Stepper, autocast, choose_amp
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -181,7 +181,7 @@ def test_bad_loss_changes_neither_weights_nor_moments(bad, amp, fused):
     update = feed(model, stepper, bad)
     assert not update.taken
     assert not torch.isfinite(update.grad_norm)
-    assert [fault.in_a_row for fault in stepper.read()[1]] == [1]
+    assert [bad_step.in_a_row for bad_step in stepper.read()[1]] == [1]
     assert model.state_dict() == weights
     assert optimizer.state_dict()["state"] == moments["state"]
     assert feed(model, stepper, 1).taken  # momentum 0.5 * 2 + 1 = 2
@@ -284,16 +284,20 @@ def test_overflow_of_the_scaler_skips_and_lowers_the_scale():
 def test_what_went_wrong_between_two_looks_is_read_in_order(fused):
     model, _, stepper = product(lr=1e-9, fused=fused)
     feed(model, stepper, 1, NAN, INF, 1, NAN)
-    skipped, faults = stepper.read()
+    skipped, bad_steps = stepper.read()
     assert skipped == 3
-    assert [(fault.ago, fault.in_a_row) for fault in faults] == [(4, 1), (3, 2), (1, 1)]
-    assert str(faults[0]) == "loss is not finite"
+    assert [(bad_step.steps_ago, bad_step.in_a_row) for bad_step in bad_steps] == [
+        (4, 1),
+        (3, 2),
+        (1, 1),
+    ]
+    assert str(bad_steps[0]) == "loss is not finite"
     assert stepper.read() == (0, [])
     feed(model, stepper, NAN)  # with the one before the look it is two in a row
-    assert [fault.in_a_row for fault in stepper.read()[1]] == [2]
+    assert [bad_step.in_a_row for bad_step in stepper.read()[1]] == [2]
 
 
-def test_overflow_that_the_scaler_can_still_mend_is_no_fault():
+def test_overflow_that_the_scaler_can_still_mend_is_no_bad_step():
     """Seventeen halvings of 65536 give a scale below 1; only what is bad then counts."""
     model, _, stepper = product(lr=1e-38, amp="fp16")
     for x in [3e38] * 16:  # finite, but not times the scale
@@ -302,12 +306,12 @@ def test_overflow_that_the_scaler_can_still_mend_is_no_fault():
     assert stepper.scaler.get_scale() == 1
 
 
-def test_samples_of_a_fault_are_those_of_its_micro_batches():
+def test_samples_of_a_bad_step_are_those_of_its_micro_batches():
     model, _, stepper = product(update_freq=2, lr=1e-9)
     for number, x in enumerate((1, 1, NAN, 1, 1, 1)):
         stepper.step(model(x), torch.tensor([number]))
-    ((fault,), _) = stepper.read()[1], None
-    assert [ids.tolist() for ids in fault.ids] == [[2], [3]]
+    ((bad_step,), _) = stepper.read()[1], None
+    assert [ids.tolist() for ids in bad_step.ids] == [[2], [3]]
 
 
 def losses(stepper, *values: float) -> list[bool]:
@@ -318,14 +322,14 @@ def losses(stepper, *values: float) -> list[bool]:
 
 def test_spike_is_a_multiple_of_the_usual_loss():
     _, _, stepper = product(lr=1e-9, spike_factor=3.0)
-    assert losses(stepper, *[2.0] * WARM_UP, 5.9, 6.7, 2.0) == [True] * (WARM_UP + 1) + [
+    assert losses(stepper, *[2.0] * WARMUP_STEPS, 5.9, 6.7, 2.0) == [True] * (WARMUP_STEPS + 1) + [
         False,
         True,
     ]
-    skipped, (fault,) = stepper.read()
-    assert (skipped, fault.ago) == (1, 2)
-    assert fault.usual_loss == pytest.approx((2 * WARM_UP + 5.9) / (WARM_UP + 1))
-    assert str(fault) == "loss 6.7 is a spike, 2.186 is usual"
+    skipped, (bad_step,) = stepper.read()
+    assert (skipped, bad_step.steps_ago) == (1, 2)
+    assert bad_step.usual_loss == pytest.approx((2 * WARMUP_STEPS + 5.9) / (WARMUP_STEPS + 1))
+    assert str(bad_step) == "loss 6.7 is a spike (running mean 2.186)"
     assert losses(stepper, 6.7) == [False]  # a spike does not become the usual
 
 
@@ -382,7 +386,7 @@ def test_host_reads_nothing_between_two_looks(amp):
 def test_optimizer_that_needs_the_host_is_named_once(log):
     model, _, stepper = product()
     feed(model, stepper, 1, 2)
-    assert log.text.count("SGD cannot skip a step by itself") == 1
+    assert log.text.count("SGD cannot skip a step on the device") == 1
     adamw()
     assert "AdamW" not in log.text
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Checkpoints as others read them, read by those others."""
+"""Exported files, loaded by the libraries that they are for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from models.fcmae import FCMAE
 from tests.tiny import SIZE
 from weights import export_formats, huggingface
 from weights.convert import describe, to_convnextv2
-from weights.export_formats import Network, Subject
+from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ SIDES = ["--input_size", "64"]
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Fresh values everywhere: zeros and ones would hide what is swapped."""
+    """Set random values everywhere: zeros and ones would hide swapped tensors."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -48,22 +48,22 @@ def classifier(**kwargs) -> ConvNeXtV2:
     return randomise(ConvNeXtV2(*SIZE, **{"num_classes": 3, **kwargs}))
 
 
-def subject(model: torch.nn.Module | None = None, **kwargs) -> Subject:
+def spec_of(model: torch.nn.Module | None = None, **kwargs) -> ExportSpec:
     state = (model or classifier()).state_dict()
     mean, std = mean_and_std()
     values = {"mean": mean, "std": std, "size": (64, 64), "labels": CLASSES, **kwargs}
-    return Subject(state, state, describe(state), **values)
+    return ExportSpec(state, state, describe(state), **values)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Checkpoints of this toolkit: a classifier with an average, and a pre-trained model."""
+    """Checkpoints of this toolkit: a classifier with EMA weights, and a pre-trained model."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    model, averaged = classifier(), classifier(stem_stride=2)
+    model, model_ema = classifier(), classifier(stem_stride=2)
     run = {"input_size": [64, 64], "crop_pct": None, "imagenet_default_mean_and_std": False}
-    known = {"args": run, "classes": CLASSES, "state": {}}
-    weights = {"model": model.state_dict(), "model_ema": averaged.state_dict()}
-    torch.save(weights | known, folder / "classifier.pth")
+    facts = {"args": run, "classes": CLASSES, "state": {}}
+    weights = {"model": model.state_dict(), "model_ema": model_ema.state_dict()}
+    torch.save(weights | facts, folder / "classifier.pth")
     autoencoder = randomise(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8))
     torch.save({"model": autoencoder.state_dict(), "args": run}, folder / "pretrained.pth")
     encoder = classifier(num_classes=0)
@@ -97,14 +97,14 @@ def main(*words: object) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_script_writes_what_its_consumer_reads(target, files, tmp_path):
+def test_script_writes_files_that_others_load(target, files, tmp_path):
     done = run(files / "classifier.pth", "--to", target, cwd=tmp_path)
     (written,) = tmp_path.iterdir()
     assert written.name.endswith(TARGETS[target])
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"{written.name}: good, largest difference ")
-    said = done.stderr.splitlines()  # what was found, and no warning of any library
-    assert ["none of the eight" in said[0], "official layout" in said[1], len(said)] == [
+    assert last.startswith(f"{written.name}: checked with ")
+    said = done.stderr.splitlines()  # nothing else, such as a library's warning
+    assert ["not a published size" in said[0], "official layout" in said[1], len(said)] == [
         True,
         True,
         2,
@@ -122,7 +122,7 @@ def test_script_writes_what_its_consumer_reads(target, files, tmp_path):
 def test_weights_without_a_head_are_exported_as_features(kind, target, files, tmp_path, capsys):
     output = tmp_path / f"out{TARGETS[target]}"
     main(files / f"{kind}.pth", "--to", target, "--output", output, *SIDES)
-    assert "good, largest difference" in capsys.readouterr().out
+    assert "checked with" in capsys.readouterr().out
     if target in ("official", "safetensors"):  # the decoder comes along
         ours = read_checkpoint(files / f"{kind}.pth")["model"]
         held = read_checkpoint(output)
@@ -131,7 +131,7 @@ def test_weights_without_a_head_are_exported_as_features(kind, target, files, tm
         assert all(torch.equal(again[name], value) for name, value in ours.items())
 
 
-def test_last_line_of_timm_is_the_one_to_type(files, tmp_path):
+def test_line_printed_for_timm_loads_the_file(files, tmp_path):
     import timm
 
     output = tmp_path / "a.safetensors"
@@ -142,13 +142,13 @@ def test_last_line_of_timm_is_the_one_to_type(files, tmp_path):
     torch.testing.assert_close(scope["model"].eval()(images), classifier()(images))
 
 
-def test_average_is_exported_when_asked_for(files, tmp_path):
+def test_use_ema_exports_the_ema_weights(files, tmp_path):
     words = ["--to", "safetensors", "--output", tmp_path / "a.safetensors", "--use_ema"]
     main(files / "classifier.pth", *words)
     assert describe(read_checkpoint(tmp_path / "a.safetensors"))["stem_stride"] == 2
 
 
-def test_script_goes_on_from_what_it_wrote(files, tmp_path):
+def test_script_reads_its_own_output(files, tmp_path):
     """A folder for transformers is a source like any other."""
     main(files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf")
     main(tmp_path / "hf", "--to", "safetensors", "--output", tmp_path / "a.safetensors", *SIDES)
@@ -160,10 +160,10 @@ def test_script_goes_on_from_what_it_wrote(files, tmp_path):
 # --- bad input ------------------------------------------------------------------------------
 
 BAD = {  # words after the checkpoint -> what the message must name
-    "no target": ("", "--to: expected one of timm"),
+    "no target": ("", "--to is missing; give one of timm"),
     "half weights": ("--to timm --half", "--half"),
     "opset elsewhere": ("--to pt2 --opset 18", "--opset 18"),
-    "old opset": ("--to onnx --opset 16", "expected int in [17, 20]"),
+    "old opset": ("--to onnx --opset 16", "expected an integer in [17,20]"),
     "labels elsewhere": ("--to onnx --labels names.txt", "--labels"),
     "crop elsewhere": ("--to timm --crop_pct 0.9", "--crop_pct"),
     "name": ("--to onnx --output a.pth", "ends in .onnx"),
@@ -180,7 +180,7 @@ def test_flags_that_would_be_ignored_are_refused(case, files, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_wrong_target_is_told_before_torch_loads(files):
+def test_wrong_target_is_refused(files):
     done = run(files / "classifier.pth", "--to", "tflite", expect=2)
     assert "'tflite' (choose from" in done.stderr
 
@@ -191,7 +191,7 @@ def test_missing_checkpoint_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_there_stays_unless_it_may_be_replaced(files, tmp_path):
+def test_existing_output_is_kept_without_overwrite(files, tmp_path):
     output = tmp_path / "a.safetensors"
     output.write_text("mine")
     words = [files / "classifier.pth", "--to", "safetensors", "--output", output]
@@ -200,7 +200,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(files, tmp_path):
     assert output.read_text() == "mine"
     main(*words, "--overwrite")
     assert read_checkpoint(output)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         main(files / "classifier.pth", "--to", "hf", "--output", output, "--overwrite")
 
 
@@ -216,7 +216,7 @@ def test_number_of_labels_must_be_that_of_the_head(files, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("one\ntwo\n")
     words = [files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf", "--labels"]
-    with pytest.raises(UserError, match="names 2 classes, the weights have 3"):
+    with pytest.raises(UserError, match="has 2 names and the weights have 3"):
         main(*words, names)
     with pytest.raises(UserError, match=r"nothing\.txt"):
         main(*words, tmp_path / "nothing.txt")
@@ -232,7 +232,7 @@ def test_folder_for_transformers_has_square_images(files, tmp_path):
 
 
 def test_exported_program_needs_two_cells(files, tmp_path):
-    with pytest.raises(UserError, match="needs 64 pixels"):
+    with pytest.raises(UserError, match="needs at least 64 pixels"):
         main(
             *[files / "classifier.pth", "--to", "pt2", "--input_size", "32"],
             *["--output", tmp_path / "a.pt2"],
@@ -241,15 +241,15 @@ def test_exported_program_needs_two_cells(files, tmp_path):
 
 def test_weights_that_half_precision_would_not_survive_are_refused(tmp_path):
     state = {name: value * 5 for name, value in classifier().state_dict().items()}
-    torch.save({"model": state}, tmp_path / "wild.pth")
+    torch.save({"model": state}, tmp_path / "large.pth")
     with pytest.raises(UserError, match="do not export it in float16"):
-        main(tmp_path / "wild.pth", "--to", "torchscript", "--half", *SIDES)
+        main(tmp_path / "large.pth", "--to", "torchscript", "--half", *SIDES)
 
 
 def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
     with torch.device("meta"):
         state = ConvNeXtV2((3, 3, 27, 3), (352, 704, 1408, 2816)).state_dict()
-    huge = Subject(state, state, describe(state))
+    huge = ExportSpec(state, state, describe(state))
     with pytest.raises(UserError, match="--half true"):
         export_formats.write_onnx(huge, tmp_path / "a.onnx")
 
@@ -261,18 +261,18 @@ def test_network_beyond_what_onnx_holds_is_refused(tmp_path):
 def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch):
     write, read, package = export.FORMATS["torchscript"]
 
-    def other(subject: Subject, path: Path):
+    def other(subject: ExportSpec, path: Path):
         function = read(subject, path)
         return lambda images: function(images) * (1 + wrong)
 
     monkeypatch.setitem(export.FORMATS, "torchscript", (write, other, package))
-    with pytest.raises(UserError, match="gives another output"):
+    with pytest.raises(UserError, match="differs by"):
         main(files / "classifier.pth", "--to", "torchscript", "--output", tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeypatch):
-    def write(subject: Subject, path: Path) -> None:
+    def write(subject: ExportSpec, path: Path) -> None:
         changed = {name: value + 1e-7 for name, value in subject.state.items()}
         export_formats.save(changed, path)
 
@@ -286,20 +286,20 @@ def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_consumer_is_said_in_the_last_line(files, tmp_path, monkeypatch, capsys):
+def test_missing_library_is_reported_in_the_last_line(files, tmp_path, monkeypatch, capsys):
     write, read, _ = export.FORMATS["hf"]
     monkeypatch.setitem(export.FORMATS, "hf", (write, read, "not-a-package"))
     main(files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf")
     said = capsys.readouterr().out
-    assert "NOT checked, since it is not installed: pip install not-a-package" in said
+    assert "NOT checked: not-a-package is not installed (pip install not-a-package)" in said
     assert (tmp_path / "hf" / "config.json").exists()
 
 
 # --- graphs ---------------------------------------------------------------------------------
 
 
-def test_weights_that_fit_no_network_are_refused_though_nobody_could_check(tmp_path, monkeypatch):
-    """Without the consumer a transposed tensor was written and kept."""
+def test_weights_that_fit_no_network_are_refused_without_the_library(tmp_path, monkeypatch):
+    """Without the library installed, a transposed tensor used to be written and kept."""
     state = classifier().state_dict()
     name = "stages.1.0.pwconv1.weight"
     torch.save(state | {name: state[name].T}, tmp_path / "odd.pth")
@@ -311,7 +311,7 @@ def test_weights_that_fit_no_network_are_refused_though_nobody_could_check(tmp_p
 
 
 def test_missing_block_is_no_smaller_network(tmp_path):
-    """Atto without its last block of stage 2 became a network of other depths, and good."""
+    """Atto without its last block of stage 2 used to be exported as a network of other depths."""
     with torch.device("meta"):
         state = create_model("convnextv2_atto").state_dict()
     state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
@@ -320,24 +320,23 @@ def test_missing_block_is_no_smaller_network(tmp_path):
         main(tmp_path / "a.pth", "--to", "safetensors")
 
 
-def test_export_tells_what_it_took_and_warns_of_wild_weights(tmp_path, capsys):
+def test_export_reports_dropped_parts_and_large_weights(tmp_path, capsys):
     model = classifier()
     with torch.no_grad():
         for block in model.modules():
             if hasattr(block, "pwconv1"):
                 block.pwconv1.weight.normal_(std=0.88)
-    torch.save(model.state_dict() | {"pred.bias": torch.zeros(3)}, tmp_path / "wild.pth")
-    main(tmp_path / "wild.pth", "--to", "timm", "--output", tmp_path / "out.safetensors")
+    torch.save(model.state_dict() | {"pred.bias": torch.zeros(3)}, tmp_path / "large.pth")
+    main(tmp_path / "large.pth", "--to", "timm", "--output", tmp_path / "out.safetensors")
     said = capsys.readouterr().err
-    assert "official layout; " in said
-    assert "1 dropped (pred.bias)" in said
-    assert "have an rms of" in said
+    assert "official layout; dropped: pred)" in said
+    assert "the rms of its pointwise weights is" in said
 
 
 @pytest.mark.parametrize("target", GRAPHS)
 @pytest.mark.parametrize("half", [False, True])
 def test_graph_takes_other_batches_and_sizes(target, half, tmp_path):
-    given, path = subject(half=half), tmp_path / f"a{TARGETS[target]}"
+    given, path = spec_of(half=half), tmp_path / f"a{TARGETS[target]}"
     write, read, _ = export.FORMATS[target]
     write(given, path)
     function, network = read(given, path), Network(given)
@@ -358,7 +357,7 @@ def test_onnx_graph_is_plain(opset, tmp_path):
     """
     import onnx
 
-    export_formats.write_onnx(subject(opset=opset), tmp_path / "a.onnx")
+    export_formats.write_onnx(spec_of(opset=opset), tmp_path / "a.onnx")
     model = onnx.load(tmp_path / "a.onnx")
     assert model.opset_import[0].version == opset
     kinds = [node.op_type for node in model.graph.node]
@@ -376,7 +375,7 @@ def test_half_precision_graph_sums_in_full_precision(tmp_path):
     """In fp16 the sum of squares of 224 x 224 pixels' features is infinite."""
     import onnx
 
-    export_formats.write_onnx(subject(half=True), tmp_path / "a.onnx")
+    export_formats.write_onnx(spec_of(half=True), tmp_path / "a.onnx")
     inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "a.onnx"))
     kind = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     kind |= {value.name: value.type.tensor_type.elem_type for value in inferred.graph.output}
@@ -395,11 +394,11 @@ def test_half_precision_survives_large_activations(tmp_path):
     with torch.no_grad():
         for block in (stage[0] for stage in model.stages):
             block.pwconv1.bias += 50  # squares of 2500 at 256 places and more
-    given = subject(model, half=True)
+    given = spec_of(model, half=True)
     export_formats.write_torchscript(given, tmp_path / "a.pt")
     images = torch.randn(1, 3, 224, 224)
     got, expected = (
-        export_formats.read_torchscript(given, tmp_path / "a.pt")(images),
+        torch.jit.load(tmp_path / "a.pt")(images),
         Network(given)(images),
     )
     assert got.isfinite().all()
@@ -422,14 +421,14 @@ def picture(width: int, height: int) -> Image.Image:
     ("size", "crop_pct"), [(224, None), (224, 0.5), (96, 1.0), (384, None), (32, None)]
 )
 @pytest.mark.parametrize("shape", [(300, 300), (640, 480), (200, 224), (150, 500)])
-def test_processor_is_our_evaluation_transform(size, crop_pct, shape, tmp_path):
+def test_processor_equals_our_evaluation_transform(size, crop_pct, shape, tmp_path):
     """To 4 of 255 levels: PIL and torchvision round bicubic differently, most where they enlarge.
 
-    Where a margin is odd, the crop of transformers may sit a pixel beside torchvision's.
+    If the margin is odd, the crop of transformers may be one pixel off torchvision's.
     """
     import transformers
 
-    values = huggingface.hf_processor(subject(size=(size, size), crop_pct=crop_pct))
+    values = huggingface.hf_processor(spec_of(size=(size, size), crop_pct=crop_pct))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     image = picture(*shape)
@@ -437,17 +436,17 @@ def test_processor_is_our_evaluation_transform(size, crop_pct, shape, tmp_path):
     mean, std = (torch.tensor(x)[:, None, None] for x in mean_and_std())
     ours = create_eval_transform((size, size), crop_pct)(image)
     difference = ((theirs * std + mean) * 255 - ours).abs()
-    beside = [difference]
-    for axis in (1, 2):  # ours is one further at most
+    shifted = [difference]
+    for axis in (1, 2):  # by one pixel at most
         moved = (theirs * std + mean) * 255
         length = ours.shape[axis] - 1
-        beside.append((moved.narrow(axis, 1, length) - ours.narrow(axis, 0, length)).abs())
+        shifted.append((moved.narrow(axis, 1, length) - ours.narrow(axis, 0, length)).abs())
     assert theirs.shape == ours.shape
-    assert min(d.max().item() for d in beside) <= 4.01
+    assert min(d.max().item() for d in shifted) <= 4.01
     assert values["do_center_crop"] == (size not in (32, 384))
 
 
-def test_folder_knows_labels_and_preprocessing(files, tmp_path):
+def test_folder_has_labels_and_preprocessing(files, tmp_path):
     output = tmp_path / "hf"
     main(files / "classifier.pth", "--to", "hf", "--output", output)
     config = json.loads((output / "config.json").read_text())
@@ -469,7 +468,7 @@ def test_one_channel(tmp_path):
     assert (values["do_convert_rgb"], len(values["image_mean"])) == (False, 1)
 
 
-# --- what is known of the weights -----------------------------------------------------------
+# --- facts about the weights ----------------------------------------------------------------
 
 
 def test_labels_come_from_the_file_the_checkpoint_imagenet_or_numbers(tmp_path):
@@ -481,15 +480,16 @@ def test_labels_come_from_the_file_the_checkpoint_imagenet_or_numbers(tmp_path):
     assert huggingface.find_labels(None, None, 1000)[0] == "tench, Tinca tinca"
 
 
-def test_flags_of_an_official_checkpoint_are_understood():
-    given = argparse.Namespace(input_size=384)
-    assert export.as_dict(given) == {"input_size": 384}
-    assert export.as_dict(None) == {}
+def test_flags_of_an_official_checkpoint_are_understood(tmp_path):
+    content = {"model": classifier().state_dict(), "args": argparse.Namespace(input_size=384)}
+    torch.save(content, tmp_path / "a.pth")
+    args = options.export_parser().parse_args([str(tmp_path / "a.pth"), "--to", "hf"])
+    assert export.build_spec(args).size == (384, 384)
 
 
 def test_size_of_the_run_is_that_of_the_export(files):
     words = [files / "classifier.pth", "--to", "hf"]
-    build = export.build_subject
+    build = export.build_spec
     parser = options.export_parser()
     assert build(parser.parse_args(list(map(str, words)))).size == (64, 64)
     words += ["--input_size", "96"]
@@ -503,6 +503,6 @@ def test_published_size_is_called_by_its_name(name):
     from models import create_model
 
     with torch.device("meta"):
-        given = subject(create_model(f"convnextv2_{name}", num_classes=7))
+        given = spec_of(create_model(f"convnextv2_{name}", num_classes=7))
     assert export.default_output(given, "timm") == f"convnextv2_{name}-timm.safetensors"
     assert export_formats.timm_arguments(given) == (f"convnextv2_{name}", {"num_classes": 7})

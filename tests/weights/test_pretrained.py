@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Weights from files, hubs and addresses into models, or a message and nothing changed."""
+"""Loading weights from files, hubs and addresses: all of them, or an error and no change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, has_average, load_both, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -58,7 +58,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 @pytest.fixture
 def lines(caplog):
-    """What the toolkit's logger says."""
+    """Messages of the toolkit's logger."""
     logger = logging.getLogger("convnextv2")
     before = logger.propagate, logger.level
     logger.propagate = True
@@ -91,34 +91,34 @@ def test_folder_of_a_hub_model_stands_for_its_weights(tmp_path):
     assert_same(values(model), values(classifier()))
 
 
-def test_averaged_weights_are_taken_when_asked_for(tmp_path):
-    state, average = classifier().state_dict(), classifier(seed=2).state_dict()
-    torch.save({"model": state, "model_ema": average}, tmp_path / "a.pth")
+def test_ema_weights_are_loaded_by_their_key(tmp_path):
+    state, ema = classifier().state_dict(), classifier(seed=2).state_dict()
+    torch.save({"model": state, "model_ema": ema}, tmp_path / "a.pth")
     model = classifier(seed=1)
     load_pretrained(model, str(tmp_path / "a.pth"), EMA_KEY)
     assert_same(values(model), values(classifier(seed=2)))
 
 
-@pytest.mark.parametrize("average", [{}, {"model_ema": None}])
-def test_absent_average_is_an_error_and_not_the_plain_weights(tmp_path, average):
-    torch.save({"model": classifier().state_dict(), **average}, tmp_path / "a.pth")
+@pytest.mark.parametrize("ema", [{}, {"model_ema": None}])
+def test_missing_ema_weights_are_an_error(tmp_path, ema):
+    torch.save({"model": classifier().state_dict(), **ema}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="expected weights under 'model_ema"):
         load_pretrained(classifier(), str(tmp_path / "a.pth"), EMA_KEY)
 
 
-def test_averages_are_found_only_where_they_are(tmp_path):
+def test_has_ema(tmp_path):
     for name, content in {
         "both": {"model": {}, "model_ema": classifier().state_dict()},
         "none": {"model": classifier().state_dict(), "model_ema": None},
         "bare": classifier().state_dict(),
     }.items():
         torch.save(content, tmp_path / name)
-        assert has_average(str(tmp_path / name)) == (name == "both")
+        assert has_ema(str(tmp_path / name)) == (name == "both")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_model_of_a_fork_loads_its_own_names(tmp_path, prefix):
-    """Weights of unknown names were refused, though they fitted the model that was asked for."""
+    """Unknown names used to be refused even if they fitted the model."""
     source, target = tiny.Other(3), tiny.Other(3)
     state = {prefix + name: value for name, value in source.state_dict().items()}
     torch.save({"model": state}, tmp_path / "a.pth")
@@ -129,7 +129,7 @@ def test_model_of_a_fork_loads_its_own_names(tmp_path, prefix):
         load_pretrained(target, str(tmp_path / "a.pth"))
 
 
-def test_fork_takes_the_encoder_of_its_autoencoder(tmp_path):
+def test_model_of_a_fork_loads_the_encoder_of_its_autoencoder(tmp_path):
     target, source = tiny.Other(3), tiny.Other(3)
     state = {f"encoder.{name}": value for name, value in source.state_dict().items()}
     torch.save(state | {"pred.weight": torch.zeros(2)}, tmp_path / "a.pth")
@@ -137,20 +137,19 @@ def test_fork_takes_the_encoder_of_its_autoencoder(tmp_path):
     assert_same(values(target), values(source))
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_average_begins_with_what_a_published_run_has(tmp_path, averaged, lines):
-    """It was the raw weights, without a word, though the file held the average."""
+@pytest.mark.parametrize("in_file", [True, False])
+def test_ema_starts_from_the_ema_weights_in_the_file_if_any(tmp_path, in_file, lines):
     content = {"model": classifier().state_dict(), "epoch": 3}
-    content |= {"model_ema": classifier(seed=2).state_dict()} if averaged else {}
+    content |= {"model_ema": classifier(seed=2).state_dict()} if in_file else {}
     torch.save(content, tmp_path / "a.pth")
-    model, average = classifier(seed=1), classifier(seed=1)
-    load_both(model, average, str(tmp_path / "a.pth"))
+    model, model_ema = classifier(seed=1), classifier(seed=1)
+    load_model_and_ema(model, model_ema, str(tmp_path / "a.pth"))
     assert_same(values(model), values(classifier()))
-    assert_same(values(average), values(classifier(seed=2 if averaged else 0)))
-    assert any("the average starts from the weights" in line for line in lines()) != averaged
+    assert_same(values(model_ema), values(classifier(seed=2 if in_file else 0)))
+    assert any("EMA weights start from the loaded" in line for line in lines()) != in_file
 
 
-def test_average_of_a_folder_is_the_best_average(tmp_path, lines):
+def test_ema_key_selects_the_best_ema_checkpoint_of_a_folder(tmp_path, lines):
     for name, seed in (("checkpoint-best.pth", 2), ("checkpoint-best-ema.pth", 3)):
         state = classifier(seed=seed).state_dict()
         torch.save({"model": state, "model_ema": state}, tmp_path / name)
@@ -158,25 +157,24 @@ def test_average_of_a_folder_is_the_best_average(tmp_path, lines):
         model = classifier(seed=1)
         load_pretrained(model, str(tmp_path), key)
         assert_same(values(model), values(classifier(seed=seed)))
-    assert any(line.endswith("checkpoint-best-ema.pth of it") for line in lines())
+    assert any("checkpoint-best-ema.pth (official layout)" in line for line in lines())
 
 
-# --- what is said -----------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------
 
 
-def test_report_tells_what_became_of_everything(tmp_path, lines):
+def test_report_names_new_and_dropped_parts(tmp_path, lines):
     torch.save({"model": to_timm(classifier(classes=5).state_dict())}, tmp_path / "a.pth")
     model = classifier(seed=1)
     report = load_pretrained(model, str(tmp_path / "a.pth"))
     assert report.layout == "timm"
-    assert report.renamed["stem.0.weight"] == "downsample_layers.0.0.weight"
-    assert "stages.0.0.grn.gamma (16,) -> (1, 1, 1, 16)" in report.reshaped
     assert report.dropped == ["head.weight", "head.bias"]
     assert report.missing == ["head.weight", "head.bias"]
     assert len(report.loaded) == len(model.state_dict()) - 2
     warning, summary = lines()
-    assert warning.endswith("its head for 5 classes does not fit: a new one")
-    assert "timm layout; 58 tensors loaded, 58 of them renamed; 2 new (head.weight" in summary
+    assert warning.endswith("its head has 5 classes, so the model gets a new head")
+    path = tmp_path / "a.pth"
+    assert summary == f"loaded 58 tensors from {path} (timm layout; new: head; dropped: head)"
     expected = values(classifier(classes=5))
     for name, value in model.state_dict().items():
         wanted = values(classifier(seed=1)) if name.startswith("head.") else expected
@@ -189,8 +187,8 @@ def test_head_that_does_not_fit_is_an_error_in_evaluation(tmp_path):
         load_pretrained(classifier(), str(tmp_path / "a.pth"), new=())
 
 
-def test_part_of_a_head_is_no_head(tmp_path):
-    """A head.weight without its bias once kept a bias of another initialisation."""
+def test_incomplete_head_is_an_error(tmp_path):
+    """A head.weight without its bias used to be combined with a random bias."""
     state = classifier().state_dict()
     del state["head.bias"]
     torch.save(state, tmp_path / "a.pth")
@@ -198,7 +196,7 @@ def test_part_of_a_head_is_no_head(tmp_path):
         load_pretrained(classifier(), str(tmp_path / "a.pth"))
 
 
-def test_encoder_alone_starts_an_autoencoder_whose_decoder_is_new(tmp_path):
+def test_encoder_alone_loads_into_an_autoencoder_with_a_new_decoder(tmp_path):
     save_file(to_timm(autoencoder().encoder.state_dict()), tmp_path / "a.safetensors")
     model = autoencoder(seed=1)
     report = load_pretrained(model, str(tmp_path / "a.safetensors"))
@@ -218,22 +216,22 @@ def test_decoder_of_another_width_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "warned"), [(0.88, True), (0.1, False)])
-def test_weights_of_the_official_double_initialisation_are_warned_of(
+def test_large_weights_of_the_official_initialization_give_a_warning(
     tmp_path, lines, scale, warned
 ):
-    """Pre-trained by the official script they overflow fp16, and the loss is NaN."""
+    """Weights pre-trained by the official script overflow fp16, and the loss is NaN."""
     torch.save(classifier(scale=scale).state_dict(), tmp_path / "a.pth")
     load_pretrained(classifier(), str(tmp_path / "a.pth"))
-    told = [line for line in lines() if "rms of 0.8" in line and "--amp bf16" in line]
-    assert bool(told) == warned
+    warnings = [line for line in lines() if "weights is 0.8" in line and "--amp bf16" in line]
+    assert bool(warnings) == warned
 
 
-# --- from elsewhere ---------------------------------------------------------------------
+# --- downloads --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that cannot be reached, with a cache that holds two models."""
+    """A hub that cannot be reached, with a cache of two models."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for owner, name, file in (
@@ -255,7 +253,7 @@ def hub(tmp_path, monkeypatch):
     "source",
     ["timm:convnextv2_atto.fcmae", "hf-hub:timm/convnextv2_atto.fcmae", "hf-hub:someone/theirs"],
 )
-def test_hub_names_and_what_is_cached_of_them(hub, source):
+def test_cached_hub_models_load_offline(hub, source):
     model = classifier(seed=1)
     load_pretrained(model, source)
     assert_same(values(model), values(classifier()))
@@ -264,7 +262,7 @@ def test_hub_names_and_what_is_cached_of_them(hub, source):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("hf-hub:someone/nothing", "cannot be reached and the weights are in no cache"),
+        ("hf-hub:someone/nothing", "cannot be reached and the weights are not in the local cache"),
         ("timm:convnextv2_tiny.fcmae", "cannot be reached"),
         ("timm:convnextv2_tny.fcmae", "Did you mean 'convnextv2_tiny.fcmae'"),
         ("hf-hub:nobody", "expected hf-hub:owner/name"),
@@ -272,7 +270,7 @@ def test_hub_names_and_what_is_cached_of_them(hub, source):
         ("https://localhost:1/a.pth", "https://localhost:1/a.pth: .*check address and network"),
     ],
 )
-def test_sources_that_give_nothing_say_why(hub, source, message):
+def test_unavailable_sources_are_explained(hub, source, message):
     model = classifier(seed=1)
     with pytest.raises(UserError, match=message) as caught:
         load_pretrained(model, source)
@@ -328,7 +326,7 @@ def test_https_address_with_its_hash(server, lines):
         again, address, sha256=download.locate(address) and sha256(download.locate(address))
     )
     assert_same(values(again), values(classifier()))
-    assert sum("without --sha256" in line for line in lines()) == 2  # said by locate alone
+    assert sum("was not verified" in line for line in lines()) == 2  # by locate alone
 
 
 def test_https_address_with_another_hash_leaves_nothing(server, tmp_path):
@@ -337,17 +335,17 @@ def test_https_address_with_another_hash_leaves_nothing(server, tmp_path):
         read_checkpoint(address, "0" * 64)
     assert not list((tmp_path / "torch").rglob("*.pth"))
     read_checkpoint(address)
-    with pytest.raises(UserError, match=f"expected {'0' * 64}: another or a damaged file"):
+    with pytest.raises(UserError, match=f"expected {'0' * 64}: it is another file or damaged"):
         read_checkpoint(address, "0" * 64)  # the one in the cache
 
 
-def test_hash_is_checked_of_local_files_too(tmp_path):
+def test_hash_of_local_files_is_checked_too(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     assert read_checkpoint(tmp_path / "a.pth", sha256(tmp_path / "a.pth").upper())
-    for wrong, message in (("0" * 64, "has sha256"), ("12", "64 hexadecimal digits")):
+    for wrong, message in (("0" * 64, "has SHA-256"), ("12", "64 hexadecimal digits")):
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / "a.pth", wrong)
-    with pytest.raises(UserError, match="belongs to a file"):
+    with pytest.raises(UserError, match="needs a file"):
         read_checkpoint(tmp_path, "0" * 64)
 
 
@@ -376,16 +374,16 @@ def transposed(path: Path) -> None:
 
 
 BAD = {
-    "truncated": (truncated, "truncated, damaged or no checkpoint"),
-    "truncated safetensors": (truncated_safetensors, "truncated, damaged or no checkpoint"),
+    "truncated": (truncated, "truncated, damaged or not a checkpoint"),
+    "truncated safetensors": (truncated_safetensors, "truncated, damaged or not a checkpoint"),
     "text": (lambda path: path.write_text("some notes\n"), "begins with b'some note"),
-    "zip": (a_zip, "truncated, damaged or no checkpoint"),
+    "zip": (a_zip, "truncated, damaged or not a checkpoint"),
     "nothing in it": (lambda path: torch.save({}, path), "expected weights under"),
     "no weights": (lambda path: torch.save({"model": {}}, path), "expected weights under"),
-    "a list": (lambda path: torch.save([1, 2], path), "holds list; expected weights"),
+    "a list": (lambda path: torch.save([1, 2], path), "contains list; expected weights"),
     "resnet": (
         lambda path: torch.save({"model": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, path),
-        "no weights of a ConvNeXt V2: the names look like conv1.weight",
+        "not weights of a ConvNeXt V2, with names like conv1.weight",
     ),
     "transposed": (transposed, r"pwconv1\.weight \(8, 32\) instead of \(32, 8\)"),
     "absent": (lambda path: None, "does not exist"),
@@ -394,7 +392,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("build", [classifier, autoencoder])
-def test_bad_file_is_one_line_that_names_it_and_nothing_is_half_loaded(tmp_path, case, build):
+def test_bad_file_gives_a_one_line_error_and_changes_nothing(tmp_path, case, build):
     write, message = BAD[case]
     write(tmp_path / "bad.pth")
     model = build(seed=1)
@@ -405,11 +403,11 @@ def test_bad_file_is_one_line_that_names_it_and_nothing_is_half_loaded(tmp_path,
     assert_same(values(model), values(build(seed=1)))
 
 
-def test_errors_of_the_main_process_are_everybodys(monkeypatch):
-    """Others would wait for a download that failed."""
-    told = []
+def test_error_of_the_main_process_is_raised_on_all_ranks(monkeypatch):
+    """Otherwise the others would wait for a failed download."""
+    calls = []
     monkeypatch.setattr(process_group, "is_main_process", lambda: False)
     monkeypatch.setattr(process_group, "broadcast", lambda value: (None, "no network"))
     with pytest.raises(UserError, match="no network"):
-        process_group.main_process_first(lambda: told.append(1))
-    assert not told
+        process_group.main_process_first(lambda: calls.append(1))
+    assert not calls

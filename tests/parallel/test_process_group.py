@@ -1,0 +1,138 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The process group, devices, and the end of a script.
+
+More than one process: test_distributed.py, test_failure.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from errors import TrainingStopped, UserError
+from parallel import process_group
+from parallel.environment import read_launcher
+from parallel.process_group import init_distributed_mode
+from parallel.sharding import Parallelism
+from tests.groups import free_port
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "OMPI_", "MASTER_")
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """Environment without a launcher; restores it and the logger, closes the group."""
+    saved = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+        del os.environ[name]
+    monkeypatch.setattr(process_group.get_logger(), "propagate", True)
+    monkeypatch.setattr(process_group.get_logger(), "handlers", [])
+    monkeypatch.setattr(process_group.get_logger(), "level", logging.NOTSET)
+    yield os.environ
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_plain_python_makes_no_group(clean):
+    assert init_distributed_mode("cpu") == torch.device("cpu")
+    assert not dist.is_initialized()
+    assert (
+        process_group.get_rank(),
+        process_group.get_world_size(),
+        process_group.is_main_process(),
+    ) == (0, 1, True)
+    assert process_group.get_logger().level == logging.INFO
+
+
+def test_group_of_one_is_a_group(clean):
+    port = free_port()
+    clean |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    init_distributed_mode("cpu", world_size=1)
+    assert dist.get_backend() == "gloo"
+    layer = torch.nn.Linear(1, 1)
+    assert Parallelism("ddp", torch.device("cpu")).wrap(layer) is layer
+    assert process_group.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("tasks", [{"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_NTASKS": "4"}, {}])
+def test_single_task_of_slurm_is_plain_python(clean, tasks):
+    """The official code makes a group for it, and fails without MASTER_ADDR."""
+    clean |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"} | tasks
+    assert read_launcher() is None
+    init_distributed_mode("cpu")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "got"),
+    [({}, "no launcher"), ({"RANK": "0", "WORLD_SIZE": "2"}, "a launcher with 2 processes")],
+)
+def test_world_size_other_than_the_launchers_is_refused(clean, launcher, got):
+    clean |= launcher
+    with pytest.raises(UserError, match=f"--world_size 4 but {got}.*torchrun --nproc_per_node=4"):
+        init_distributed_mode("cpu", world_size=4)
+    assert not dist.is_initialized()
+
+
+def test_missing_device_is_refused():
+    with pytest.raises(UserError, match="--device tpus: expected auto, cpu, cuda"):
+        process_group.find_device("tpus")
+    assert process_group.find_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda:1: no such device here"):
+            process_group.find_device("cuda:1")
+        assert process_group.find_device("auto").type != "cuda"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """nccl fails on two processes of one GPU with `Duplicate GPU detected`."""
+    monkeypatch.setattr(process_group, "find_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert process_group._own_device("cuda", 3, 1) == torch.device("cuda:1")
+    with pytest.raises(
+        UserError, match="process 2 of this machine.*there are 2; start at most 2 processes here"
+    ):
+        process_group._own_device("cuda", 3, 2)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # srun and mpirun may show each process only its own
+    assert process_group._own_device("cuda", 3, 2) == torch.device("cuda:0")
+
+
+# --- the end of a script --------------------------------------------------------------------
+
+
+def fail(error: BaseException):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("got 3, expected 4"), 2, "error: got 3, expected 4\n"),
+        (TrainingStopped("10 updates in a row"), 1, "error: 10 updates in a row\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_user_errors_are_one_line_and_an_exit_code(capsys, error, code, message):
+    with pytest.raises(SystemExit) as stop:
+        process_group.launch(fail(error), None)
+    output = capsys.readouterr().err
+    assert stop.value.code == code
+    assert message in output
+    assert output.count("\n") == 1
+
+
+def test_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        process_group.launch(fail(ZeroDivisionError()), None)

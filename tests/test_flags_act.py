@@ -1,0 +1,408 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Every flag of the training scripts changes what a run computes, by the very value that it has.
+
+A flag that is read (tests/config/test_no_dead_flag.py) may still reach nobody. Each row runs a
+script's `main` in this process, with the training of an epoch left out, and looks at what it built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main_finetune
+import main_pretrain
+from config import parser as options
+from models import kernels
+from models.layers import DropPath
+from parallel.process_group import get_logger
+from tests import tiny
+from training import run_lock
+from training.stepper import autocast
+
+MAINS = {"pretrain": main_pretrain, "finetune": main_finetune}
+COMMON = (
+    "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "
+    "--epochs 2 --log_dir none --data_set tests.test_flags_act:recorded --data_path here"
+)
+BASE = {
+    "pretrain": f"--model tests.tiny:fcmae --decoder_embed_dim 8 {COMMON}",
+    "finetune": f"--model tests.tiny:classifier {COMMON}",
+}
+PATHS: list[str | None] = []
+
+
+def recorded(data_path: str | None, train: bool) -> tiny.Colours:
+    """`tests.tiny:colours`; notes the path that it was given."""
+    PATHS.append(data_path)
+    return tiny.colours(data_path, train)
+
+
+@dataclass
+class Built:
+    """What a script had built when its first epoch was about to begin, and the files it left."""
+
+    args: argparse.Namespace
+    folder: Path
+    model: Any = None
+    inner: Any = None  # without DistributedDataParallel
+    train: Any = None  # data loaders
+    val: Any = None
+    loop: Any = None
+    text: str = ""
+    epochs: list[int] = field(default_factory=list)
+
+    @property
+    def stepper(self) -> Any:
+        return self.loop.stepper
+
+    @property
+    def group(self) -> dict:
+        """The parameter group of the deepest decayed weights."""
+        return max(self.stepper.optimizer.param_groups, key=lambda g: (g["decayed"], g["lr_scale"]))
+
+    def sample(self, index: int = 0, loader: str = "train") -> torch.Tensor:
+        """An image as the loader's data set gives it, (C, H, W)."""
+        return getattr(self, loader).loader.dataset[0, index][0]
+
+    def files(self, pattern: str) -> list[str]:
+        return sorted(path.name for path in self.folder.glob(pattern))
+
+
+def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
+    """Run a script's main; its `train_one_epoch` does nothing but take the optimizer steps."""
+    main = MAINS[script]
+    with_folder = f"--output_dir {folder} " * ("--output_dir" not in words)
+    words = f"{BASE[script]} {with_folder}{words}"
+    args = options.parse(main.get_args_parser(), words.split())
+    built = Built(args, folder)
+
+    def train_one_epoch(model, model_without_ddp, data_loader, loop):
+        built.model, built.inner, built.train, built.loop = (
+            model, model_without_ddp, data_loader, loop,
+        )  # fmt: skip
+        built.epochs.append(loop.state.epoch)
+        for _ in range(-(-len(data_loader) // loop.stepper.update_freq)):
+            loop.schedule.apply(loop.state.global_step)
+            loop.state.global_step += 1
+        return {"loss": 1.0, "lr": 0.0}
+
+    def evaluate(data_loader, model, device, amp):
+        built.val = data_loader
+        return {"acc1": 50.0, "loss": 1.0}
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
+    if script == "finetune":
+        monkeypatch.setattr(main, "evaluate", evaluate)
+        monkeypatch.setattr(main, "evaluate_ema", evaluate)
+    PATHS.clear()
+    get_logger().addHandler(handler)
+    try:
+        main.main(args)
+    finally:
+        get_logger().removeHandler(handler)
+        torch.use_deterministic_algorithms(False)
+        run_lock.acquire_run_lock("")
+    built.text = "\n".join(messages)
+    return built
+
+
+def deepest_drop_path(built: Built) -> float:
+    return max(module.prob for module in built.inner.modules() if isinstance(module, DropPath))
+
+
+def transform(built: Built, loader: str = "train") -> str:
+    return repr(getattr(built, loader).loader.dataset.transform)
+
+
+def precision(built: Built) -> torch.dtype:
+    with autocast(built.stepper.device, built.stepper.amp):
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+# (flag words, what to look at, its value without them, its value with them). A fifth entry: words
+# for both runs.
+Row = tuple
+SHARED: dict[str, Row] = {
+    "input_size": ("--input_size 32", lambda b: tuple(b.sample().shape), (3, 16, 16), (3, 32, 32)),
+    "in_chans": ("--in_chans 1", lambda b: (b.inner.in_chans, len(b.sample())), (3, 3), (1, 1)),
+    "drop_path": ("--drop_path 0.3", deepest_drop_path, 0.0, pytest.approx(0.3)),
+    "data_path": ("--data_path there", lambda b: PATHS[0], "here", "there"),
+    "num_workers": ("--num_workers 2", lambda b: b.train.loader.num_workers, 0, 2),
+    "on_bad_image": (
+        "--on_bad_image skip",
+        lambda b: (b.train.loader.dataset.on_bad, b.loop.bad_images.active),
+        ("error", False),
+        ("replace", True),
+    ),
+    "data_timeout": (
+        "--data_timeout 7", lambda b: b.train.loader.timeout, 1800.0, 7.0, "--num_workers 1",
+    ),
+    "hflip": ("--hflip 1", lambda b: "HorizontalFlip(p=1" in transform(b), False, True),
+    "epochs": ("--epochs 3", lambda b: (len(b.epochs), b.loop.schedule.total), (2, 8), (3, 12)),
+    "start_epoch": ("--start_epoch 1", lambda b: b.epochs, [0, 1], [1]),
+    "batch_size": (
+        "--batch_size 4", lambda b: (b.train.loader.batch_size, len(b.train)), (6, 4), (4, 6),
+    ),
+    "update_freq": ("--update_freq 2", lambda b: b.stepper.update_freq, 1, 2),
+    "effective_batch": ("--effective_batch 12", lambda b: b.stepper.update_freq, 1, 2),
+    "opt": ("--opt sgd", lambda b: type(b.stepper.optimizer).__name__, "AdamW", "SGD"),
+    "opt_eps": ("--opt_eps 1e-3", lambda b: b.group["eps"], 1e-8, 1e-3),
+    "momentum": ("--momentum 0.5", lambda b: b.group["momentum"], 0.9, 0.5, "--opt sgd"),
+    "weight_decay": ("--weight_decay 0.2", lambda b: b.group["weight_decay"], 0.05, 0.2),
+    "weight_decay_end": (
+        "--weight_decay_end 0.2", lambda b: b.group["weight_decay"], 0.05, pytest.approx(0.2),
+    ),
+    "clip_grad": ("--clip_grad 3", lambda b: b.stepper.clip_grad, None, 3.0),
+    "lr": ("--lr 0.02", lambda b: b.loop.schedule.lr, 0.01, 0.02),
+    "min_lr": ("--min_lr 0.001", lambda b: b.loop.schedule.min_lr == 0.001, False, True),
+    "warmup_epochs": ("--warmup_epochs 1", lambda b: b.loop.schedule.warmup, 2, 4),
+    "warmup_steps": ("--warmup_steps 3", lambda b: b.loop.schedule.warmup, 2, 3),
+    "seed": (
+        "--seed 5", lambda b: (b.loop.seed, b.train.loader.sampler.seed), (0, 0), (5, 5),
+    ),
+    "amp": ("--amp bf16", precision, torch.float32, torch.bfloat16),
+    "use_amp": ("--use_amp true", precision, torch.float32, torch.bfloat16),
+    "on_spike": ("--on_spike rollback", lambda b: b.loop.guard.snapshot_freq, None, 100),
+    "snapshot_freq": (
+        "--snapshot_freq 7", lambda b: b.loop.guard.snapshot_freq, 100, 7, "--on_spike rollback",
+    ),
+    "max_bad_steps": ("--max_bad_steps 3", lambda b: b.loop.guard.max_bad_steps, 10, 3),
+    "spike_factor": ("--spike_factor 8", lambda b: b.stepper.spike_factor == 8, False, True),
+    "kernels": (
+        "--kernels torch", lambda b: kernels.autotune.autotuner.mode, "auto", "torch",
+    ),
+    "deterministic": (
+        "--deterministic", lambda b: kernels.autotune.autotuner.mode, "auto", "torch",
+    ),
+    "grad_checkpointing": (
+        "--grad_checkpointing",
+        lambda b: any(getattr(m, "checkpointing", False) for m in b.inner.modules()),
+        False,
+        True,
+    ),
+    "print_freq": ("--print_freq 7", lambda b: b.loop.reporter.print_freq, 20, 7),
+    "progress": (
+        "--progress bar", lambda b: type(b.loop.reporter.hooks[0]).__name__, "LineHook", "BarHook",
+    ),
+    "save_ckpt": (
+        "--save_ckpt false",
+        lambda b: b.files("checkpoint-?.pth"),
+        ["checkpoint-0.pth", "checkpoint-1.pth"],
+        [],
+    ),
+    "save_ckpt_freq": (
+        "--save_ckpt_freq 2",
+        lambda b: b.files("checkpoint-?.pth"),
+        ["checkpoint-0.pth", "checkpoint-1.pth"],
+        ["checkpoint-1.pth"],
+    ),
+    "save_ckpt_num": (
+        "--save_ckpt_num 1",
+        lambda b: b.files("checkpoint-?.pth"),
+        ["checkpoint-0.pth", "checkpoint-1.pth"],
+        ["checkpoint-1.pth"],
+    ),
+    "save_ckpt_every_steps": (
+        "--save_ckpt_every_steps 3", lambda b: b.loop.checkpoints.every_steps, None, 3,
+    ),
+    "save_ckpt_every_minutes": (
+        "--save_ckpt_every_minutes 9", lambda b: b.loop.checkpoints.signals.save_minutes, None, 9.0,
+    ),
+    "max_minutes": ("--max_minutes 99", lambda b: b.loop.checkpoints.signals.max_minutes, None, 99),
+    "max_save_failures": (
+        "--max_save_failures 2", lambda b: b.loop.checkpoints.max_failures, 5, 2,
+    ),
+    "async_save": ("--async_save", lambda b: b.loop.checkpoints.writer.pool is None, True, False),
+}  # fmt: skip
+PRETRAIN: dict[str, Row] = {
+    "model": ("--model tests.tiny:fcmae64", lambda b: type(b.inner).__name__, "FCMAE", "FCMAE64"),
+    "stem_stride": (
+        "--stem_stride 2", lambda b: b.inner.encoder.total_stride, 8, 16, "--input_size 32",
+    ),
+    "patch_size": ("--patch_size 16", lambda b: b.inner.patch_size, 8, 16, "--input_size 32"),
+    "mask_ratio": ("--mask_ratio 0.3", lambda b: b.inner.mask_ratio, 0.6, 0.3),
+    "norm_pix_loss": ("--norm_pix_loss false", lambda b: b.inner.norm_pix_loss, True, False),
+    "decoder_depth": ("--decoder_depth 2", lambda b: len(b.inner.decoder), 1, 2),
+    "decoder_embed_dim": ("--decoder_embed_dim 12", lambda b: b.inner.mask_token.shape[1], 8, 12),
+    "picture_freq": (
+        "--picture_freq 1",
+        lambda b: b.files("reconstructions/*"),
+        ["epoch-1.png"],
+        ["epoch-0.png", "epoch-1.png"],
+    ),
+    "imagenet_default_mean_and_std": (
+        "--imagenet_default_mean_and_std false",
+        lambda b: round(b.train.mean.flatten()[0].item(), 3),
+        0.485,
+        0.5,
+    ),
+    "scale": (
+        "--scale 0.5 0.6",
+        lambda b: "scale=(0.5, 0.6)" in transform(b),
+        False,
+        True,
+    ),
+    "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.95), (0.8, 0.7)),
+    "blr": (
+        "--blr 1.28", lambda b: round(b.loop.schedule.lr, 6), 0.01, 0.03,
+    ),
+}  # fmt: skip
+FINETUNE: dict[str, Row] = {
+    "model": ("--model tests.tiny:other", lambda b: type(b.inner).__name__, "ConvNeXtV2", "Other"),
+    "stem_stride": (
+        "--stem_stride 2", lambda b: b.inner.total_stride, 8, 16, "--input_size 32",
+    ),
+    "imagenet_default_mean_and_std": (
+        "--imagenet_default_mean_and_std false",
+        lambda b: [round(loader.mean.flatten()[0].item(), 3) for loader in (b.train, b.val)],
+        [0.485] * 2,
+        [0.5] * 2,
+    ),
+    "scale": (
+        "--scale 0.5 0.6", lambda b: "scale=(0.5, 0.6)" in transform(b), False, True,
+    ),
+    "crop_pct": (
+        "--crop_pct 0.5", lambda b: "size=32" in transform(b, "val"), False, True,
+    ),
+    "train_interpolation": (
+        "--train_interpolation bilinear", lambda b: "bicubic" in transform(b), True, False,
+    ),
+    "color_jitter": (
+        "--color_jitter 0.4", lambda b: "ColorJitter" in transform(b), False, True, "--aa none",
+    ),
+    "aa": ("--aa none", lambda b: "RandAugment" in transform(b), True, False, "--data_set DIGITS"),
+    "reprob": (
+        "--reprob 0.5", lambda b: b.train.loader.dataset.transform.transforms[-1].prob, 0.25, 0.5,
+        "--aa none --data_set DIGITS",
+    ),
+    "remode": (
+        "--remode const",
+        lambda b: b.train.loader.dataset.transform.transforms[-1].erase.mode,
+        "pixel",
+        "const",
+    ),
+    "recount": (
+        "--recount 3",
+        lambda b: b.train.loader.dataset.transform.transforms[-1].erase.max_count,
+        1,
+        3,
+    ),
+    "smoothing": (
+        "--smoothing 0.3", lambda b: b.loop.criterion.label_smoothing, 0.1, 0.3,
+    ),
+    "mixup": ("--mixup 0.8", lambda b: b.loop.mixup and b.loop.mixup.mixup_alpha, None, 0.8),
+    "cutmix": ("--cutmix 0.7", lambda b: b.loop.mixup and b.loop.mixup.cutmix_alpha, None, 0.7),
+    "cutmix_minmax": (
+        "--cutmix_minmax 0.2 0.4",
+        lambda b: b.loop.mixup.cutmix_minmax,
+        None,
+        (0.2, 0.4),
+        "--cutmix 1",
+    ),
+    "mixup_prob": ("--mixup_prob 0.4", lambda b: b.loop.mixup.mix_prob, 1.0, 0.4, "--mixup 1"),
+    "mixup_switch_prob": (
+        "--mixup_switch_prob 0.3", lambda b: b.loop.mixup.switch_prob, 0.5, 0.3, "--mixup 1",
+    ),
+    "mixup_mode": ("--mixup_mode elem", lambda b: b.loop.mixup.mode, "batch", "elem", "--mixup 1"),
+    "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.999), (0.8, 0.7)),
+    "blr": ("--blr 1.28", lambda b: round(b.loop.schedule.lr, 6), 0.01, 0.03),
+    "head_init_scale": (
+        "--head_init_scale 0.5",
+        lambda b: round(b.inner.head.weight.std().item(), 2),
+        0.02,
+        0.01,
+    ),
+    "layer_decay": ("--layer_decay 0.5", lambda b: min_scale(b), 1.0, 0.5**5),
+    "layer_decay_type": (
+        "--layer_decay_type group", lambda b: min_scale(b), 0.5**5, 0.5**5, "--layer_decay 0.5",
+    ),
+    "model_ema": ("--model_ema", lambda b: b.loop.model_ema is None, True, False),
+    "model_ema_decay": (
+        "--model_ema_decay 0.5", lambda b: b.loop.model_ema.decay, 0.9999, 0.5, "--model_ema",
+    ),
+    "model_ema_force_cpu": (
+        "--model_ema_force_cpu",
+        lambda b: b.loop.model_ema.device.type,
+        "cpu",
+        "cpu",
+        "--model_ema",
+    ),
+    "model_ema_eval": (
+        "--model_ema_eval",
+        lambda b: "test_acc1_ema" in (b.folder / "log.txt").read_text(),
+        False,
+        True,
+        "--model_ema",
+    ),
+    "disable_eval": (
+        "--disable_eval",
+        lambda b: "test_acc1" in (b.folder / "log.txt").read_text(),
+        True,
+        False,
+    ),
+    "dist_eval": (
+        "--dist_eval false", lambda b: len(b.val.loader.sampler), 7, 7,
+    ),
+}  # fmt: skip
+# Flags that other tests show to act, with the file.
+ELSEWHERE = {
+    "tests/data_loading/test_folders.py": "data_index",
+    "tests/training/test_resume.py": "resume auto_resume sha256",
+    "tests/config/test_recipes.py": "config recipe",
+    "tests/parallel/test_sharding.py": "shard grad_compression sync_bn sync_bn_group",
+    "tests/parallel/test_environment.py": "world_size local_rank dist_on_itp dist_url",
+    "tests/training/test_dry_run.py": "dry_run",
+    "tests/test_end_to_end.py": "output_dir log_dir finetune eval nb_classes data_set",
+    "tests/weights/test_pretrained.py": "model_key use_ema model_prefix",
+    "tests/models/test_compile_and_export.py": "compile",
+    "tests/test_engines.py": "cuda_graphs device pin_mem",  # some of them on a GPU
+    "tests/config/test_parser.py": "crop_pct resplit",  # refused
+    "tests/data_loading/test_transforms.py": "eval_data_path",
+}
+
+
+def min_scale(built: Built) -> float:
+    return min(group["lr_scale"] for group in built.stepper.optimizer.param_groups)
+
+
+ROWS = [
+    (script, flag, *row)
+    for script, own in {"pretrain": PRETRAIN, "finetune": FINETUNE}.items()
+    for flag, row in (SHARED | own).items()
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "row"),
+    [(script, flag, row) for script, flag, *row in ROWS],
+    ids=[f"{script}-{flag}" for script, flag, *_ in ROWS],
+)
+def test_flag_acts(script, flag, row, tmp_path, monkeypatch):
+    words, look, before, after, *base = row
+    base = base[0] if base else ""
+    base += " --reprob 0.25" * (script == "finetune" and flag in ("reprob", "remode", "recount"))
+    seen = []
+    for name, more in (("without", base), ("with", f"{base} {words}")):
+        if flag == "blr" and name == "with":
+            monkeypatch.setitem(BASE, script, BASE[script].replace("--lr 0.01 ", ""))
+        seen.append(look(build(script, more, tmp_path / name, monkeypatch)))
+    assert seen == [before, after]
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_every_flag_has_a_row(script):
+    flags = {action.dest for action in MAINS[script].get_args_parser()._actions} - {"help"}
+    rows = {flag for name, flag, *_ in ROWS if name == script}
+    elsewhere = set(" ".join(ELSEWHERE.values()).split())
+    assert flags - rows - elsewhere == set()

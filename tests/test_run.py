@@ -1,0 +1,45 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The test runner: failures are failures, and tests that pass alone are reported as FLAKY."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUNNER = Path(__file__).resolve().parent / "run.py"
+FAILS_ONCE = """
+from pathlib import Path
+def test_once():
+    seen = Path("seen")
+    first = not seen.exists()
+    seen.touch()
+    assert not first
+def test_fine():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "expected"),
+    [
+        (FAILS_ONCE, 0, "FLAKY tests/test_it.py::test_once: failed beside other tests"),
+        ("def test_bad():\n    assert False", 1, "FAILED tests/test_it.py::test_bad"),
+    ],
+)
+def test_failures_are_run_again_alone(tmp_path, text, code, expected):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
+    notes = tmp_path / "notes"
+    done = subprocess.run(
+        [sys.executable, RUNNER, "-n", "0", "-q"],
+        cwd=tmp_path, env={**os.environ, "FLAKY_FILE": str(notes)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert expected in done.stdout.splitlines()[-1]
+    assert (expected in notes.read_text()) == (code == 0)

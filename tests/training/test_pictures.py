@@ -1,0 +1,129 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Reconstruction images: the four columns by hand, their layout, when a run draws them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from config import parser as options
+from data_loading import builtin
+from models.convnextv2 import ConvNeXtV2
+from models.fcmae import FCMAE
+from training.pictures import GREY, ReconstructionImages, build_panel, grid, reconstruct
+
+CPU = torch.device("cpu")
+
+
+def toy(in_chans: int = 3, norm_pix_loss: bool = True) -> FCMAE:
+    """A toy FCMAE of stride 8 whose prediction is not 0."""
+    torch.manual_seed(0)
+    encoder = ConvNeXtV2((1, 1, 1, 1), (4, 6, 8, 10), in_chans, stem_stride=1)
+    model = FCMAE(encoder, decoder_embed_dim=12, norm_pix_loss=norm_pix_loss)
+    torch.nn.init.normal_(model.pred.weight)
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("in_chans", "size"), [(3, (16, 16)), (3, (8, 24)), (1, (24, 16)), (1, (8, 16))]
+)
+def test_each_column_is_grey_where_it_shows_nothing(in_chans, size):
+    model = toy(in_chans)
+    mean, std = [0.4, 0.5, 0.6][:in_chans], [0.1, 0.2, 0.3][:in_chans]
+    truth = torch.rand(2, in_chans, *size)
+    scale = torch.tensor([mean, std])[:, None, :, None, None]  # (2, 1, C, 1, 1)
+    images = (truth - scale[0]) / scale[1]
+    mask = torch.zeros(2, size[0] * size[1] // 64)
+    mask[0, 1], mask[1, 0] = 1, 1
+    hidden = torch.zeros(2, in_chans, *size, dtype=torch.bool)
+    hidden[0, :, :8, 8:16] = hidden[1, :, :8, :8] = True  # patch 1 and patch 0 of a row
+    views = reconstruct(model, images, mask, mean, std)
+    assert views.shape == (2, 4, in_chans, *size)
+    whole, masked, reconstruction, pasted = views.unbind(1)
+    assert torch.allclose(whole, truth, atol=1e-6)
+    assert torch.equal(masked, torch.where(hidden, GREY, whole))
+    assert (reconstruction[~hidden] == GREY).all()
+    assert torch.equal(pasted, torch.where(hidden, reconstruction, whole))
+    assert not torch.allclose(reconstruction[hidden], whole[hidden], atol=0.05)
+    assert model.training  # as before
+
+
+def test_prediction_gets_mean_and_deviation_of_its_patch_back():
+    """A prediction of 0 is the mean of each patch; of 1, its mean and one deviation."""
+    model = toy(in_chans=1)
+    images = torch.zeros(1, 1, 8, 16)
+    images[..., :4, 8:] = 1.0  # half of the right patch: mean 0.5, variance 16 / 63
+    for prediction in (0.0, 1.0):
+        with torch.no_grad():
+            model.pred.weight.zero_()
+            model.pred.bias.fill_(prediction)
+        shown = [
+            reconstruct(model, images, torch.tensor([mask]), [0.25], [0.5])[0, 2, 0]
+            for mask in ([1.0, 0.0], [0.0, 1.0])
+        ]
+        right = 0.5 + prediction * (16 / 63) ** 0.5
+        assert torch.allclose(shown[0][:, :8], torch.tensor(0.25 + 0.5 * prediction * 1e-3))
+        assert torch.allclose(shown[1][:, 8:], torch.tensor(0.25 + 0.5 * right))
+
+
+def test_prediction_of_plain_pixels_is_only_denormalised():
+    model = toy(in_chans=3, norm_pix_loss=False)
+    with torch.no_grad():
+        model.pred.weight.zero_()
+        model.pred.bias.view(8, 8, 3)[:] = torch.tensor([1.0, -1.0, 9.0])  # channels innermost
+    mask = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    mean, std = [0.5, 0.5, 0.5], [0.25, 0.125, 0.25]
+    shown = reconstruct(model, torch.randn(1, 3, 16, 16), mask, mean, std)[0, 2, :, :8, :8]
+    assert shown.mean((1, 2)).tolist() == pytest.approx([0.75, 0.375, 1.0])  # the last is clipped
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 4, 3, 128, 128), (3, 3 * 16 + 2 * (128 + 8) + 8, 4 * (128 + 8) + 8)),
+        ((2, 4, 1, 32, 64), (3, 3 * 16 + 2 * (64 + 8) + 8, 4 * (128 + 8) + 8)),  # enlarged
+        ((1, 4, 3, 224, 160), (3, 3 * 20 + 224 + 2 * 10, 4 * (160 + 10) + 10)),
+    ],
+)
+def test_grid_has_titles_above_a_row_for_each_image(shape, expected):
+    views = torch.full(shape, 0.75)
+    views[-1, 3] = 0.25
+    drawn = grid(views)
+    assert drawn.shape == expected
+    assert drawn[:, -1, -1].tolist() == [1, 1, 1]  # the gap
+    assert drawn[:, -20, -20].tolist() == [0.25] * 3  # last row, last column
+    rows = shape[0] * (shape[3] * (2 if shape[4] == 64 else 1))
+    titles = drawn[0, : expected[1] - rows - 20]
+    columns = titles.chunk(4, dim=1)
+    dark = [(column < 0.5).nonzero()[:, 1].double() for column in columns]
+    assert all(len(pixels) > 50 for pixels in dark)  # a title above each column
+    for pixels, column in zip(dark, columns, strict=True):  # centred
+        middle = (pixels.min() + pixels.max()).item() / 2
+        assert middle == pytest.approx(column.shape[1] / 2, abs=8)
+        assert pixels.max() - pixels.min() < column.shape[1] - 10  # and narrower than it
+
+
+WORDS = ["--data_set", "DIGITS", "--input_size", "16", "--stem_stride", "1", "--seed", "3"]
+
+
+def test_panel_has_the_same_images_behind_the_same_masks():
+    args = options.parse(options.pretrain_parser(), WORDS)
+    data, model = builtin.Digits(train=False), toy()
+    images, masks = build_panel(args, data, model, CPU, count=4)
+    again, masks_again = build_panel(args, data, model, CPU, count=2)
+    assert images.shape == (4, 3, 16, 16)
+    assert masks.sum(1).tolist() == [3] * 4  # floor(4 * 0.4) = 1 of 4 stays visible
+    assert torch.equal(images[[0, 2]], again)  # sample 0 and the one in the middle
+    assert torch.equal(masks[[0, 2]], masks_again)
+
+
+@pytest.mark.parametrize(("freq", "drawn"), [(2, [2, 4, 5]), (10, [5]), (0, [])])
+def test_run_draws_every_so_many_epochs_and_after_the_last(freq, drawn):
+    words = [*WORDS, "--picture_freq", str(freq), "--epochs", "5"]
+    args = options.parse(options.pretrain_parser(), words)
+    model = toy()
+    images = ReconstructionImages(args, builtin.Digits(train=False), model, CPU)
+    found = {epoch: images.draw(model, epoch) for epoch in range(1, 6)}
+    assert [epoch for epoch, image in found.items() if image is not None] == drawn
+    assert all(found[epoch].shape == found[5].shape for epoch in drawn)
