@@ -32,7 +32,7 @@ from parallel.process_group import agree, get_logger
 from utils import write_atomically
 
 VERSION = 1  # raise it with every change of an implementation: timings before it are ignored
-GAIN = 0.9  # take another implementation only below this share of the first one's time
+GAIN = 0.9  # take another implementation only below this fraction of the first one's time
 ROUNDS = 5  # of timing; the shortest counts
 PATIENCE = 2.0  # seconds to wait for the lock of the cache file before writing without it
 REAL = (Tensor, torch.nn.Parameter)
@@ -83,7 +83,9 @@ class Autotuner:
         if restored is not None:
             text = "kernels: the run's choice for %s, %s, does not exist here; choosing again"
             get_logger().warning(text, entry, restored)
-        cached = self.cached.setdefault(device.type, _read(device.type))
+        if device.type not in self.cached:
+            self.cached[device.type] = _read(device.type)
+        cached = self.cached[device.type]
         if cached.get(entry) not in names:
             if _capturing(like):
                 return names[0]  # nothing can be timed within a CUDA graph

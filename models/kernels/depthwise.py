@@ -219,7 +219,7 @@ def _without_cudnn(function: Callable) -> Callable:
     return native
 
 
-# --- which there are ---------------------------------------------------------------------------
+# --- implementations ---------------------------------------------------------------------------
 
 
 CONVOLVE = {  # (x, weight, bias, ids, slots) -> y

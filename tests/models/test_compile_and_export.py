@@ -129,7 +129,7 @@ def test_whole_training_step_compiles_without_a_graph_break(traced_backward, bui
 
 
 def test_compiled_step_with_fused_adamw_breaks_nowhere_but_in_torchs_optimizer(traced_backward):
-    """`Optimizer.step` breaks the graph itself; what is ours is whole, the numbers are eager's."""
+    """`Optimizer.step` breaks the graph itself; the model is one graph with eager's numbers."""
     runs = []
     for compiling in (False, True):
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def test_compiled_step_with_fused_adamw_breaks_nowhere_but_in_torchs_optimizer(t
     assert runs[1] == pytest.approx(runs[0], rel=1e-9)
 
 
-LAYOUTS = {  # shape and strides of what a custom operation gets
+LAYOUTS = {  # shape and strides of a custom operation's input
     "dense": ((2, 5, 6, 4), None),
     "channels first in memory": ((2, 5, 6, 4), (0, 3, 1, 2)),
     "images last in memory": ((2, 5, 6, 4), (1, 2, 3, 0)),
@@ -259,7 +259,7 @@ def test_average_of_a_model_starts_as_the_model_and_follows_it(build):
 
 
 def operations(program):
-    """Names of what a program and the programs inside it call."""
+    """Names of the functions that a program and the programs inside it call."""
     modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     nodes = [node for module in modules for node in module.graph.nodes]
     return {str(node.target) for node in nodes if node.op == "call_function"}
@@ -268,7 +268,7 @@ def operations(program):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_exported_classifier_is_of_torchs_operations_alone(strict, dtype):
-    """Whoever loads it has no convnextv2::depthwise, and maybe no oneDNN."""
+    """Other programs have no convnextv2::depthwise, and maybe no oneDNN."""
     model = classifier(dtype)[0].eval()
     images = torch.randn(2, 3, 16, 16, dtype=dtype)
     program = torch.export.export(model, (images,), strict=strict)
@@ -402,7 +402,7 @@ def test_new_batch_size_makes_one_graph_for_all():
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_module_that_someone_changed_is_called(change, packed):
+def test_a_changed_module_is_called(change, packed):
     """LoRA on a layer whose forward never runs would train nothing."""
     block = Block(8)
     change(block)
@@ -518,7 +518,7 @@ def test_frozen_weights_get_no_gradient_and_the_rest_its_own():
 
 
 def test_almost_dead_channel_keeps_fp16_gradients_finite():
-    """The gradient of its length over that length is beyond what fp16 holds."""
+    """The gradient of its norm over that norm exceeds the range of fp16."""
     torch.manual_seed(0)
     block = Block(8)
     nn.init.normal_(block.grn.gamma)

@@ -181,7 +181,7 @@ def test_logits_are_timms_also_where_32_does_not_divide_the_image():
         images = doubles(2, 3, *size)
         with torch.no_grad():
             expected, got = oracle(images), ours(images)
-        assert expected.std() > 0.1  # else anything would be close
+        assert expected.std() > 0.1  # otherwise anything would be close
         assert torch.allclose(got, expected, rtol=0, atol=1e-10), size
 
 

@@ -62,8 +62,8 @@ def block(x, p, name, visible):
     wide = p[name + ".pwconv1.weight"]
     y = F.conv2d(y, wide[:, :, None, None], p[name + ".pwconv1.bias"])
     y = y * 0.5 * (1 + torch.erf(y / 2**0.5)) * visible
-    energy = (y**2).sum((2, 3), keepdim=True)
-    length = torch.where(energy > 0, energy, 1.0).sqrt() * (energy > 0)
+    squares = (y**2).sum((2, 3), keepdim=True)
+    length = torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
     relative = length / (length.mean(1, keepdim=True) + 1e-6)
     gamma, beta = (p[f"{name}.grn.{k}"].reshape(1, -1, 1, 1) for k in ("gamma", "beta"))
     y = (gamma * (y * relative) + beta + y) * visible

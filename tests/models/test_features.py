@@ -68,7 +68,7 @@ def test_maps_are_timms(size):
     with torch.no_grad():
         expected, got = oracle(images), backbone(images)
     for mine, other in zip(got, expected, strict=True):
-        assert other.std() > 0.1  # else anything would be close
+        assert other.std() > 0.1  # otherwise anything would be close
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
     assert backbone.feature_info.channels() == oracle.feature_info.channels()
     assert backbone.feature_info.reduction() == oracle.feature_info.reduction()

@@ -96,7 +96,7 @@ def test_loss_gradients_and_random_draws_are_the_same(case, half):
 
 
 def test_drop_path_drops_here():
-    """Else the test above would compare nothing random."""
+    """Otherwise the test above would compare nothing random."""
     model, inputs = build("dense")
     first = loss_of(model(*inputs))
     assert loss_of(model(*inputs)) != first
@@ -119,7 +119,7 @@ def test_block_saves_its_input_and_nothing_wider(packed):
 
 @pytest.mark.parametrize(("case", "times"), [("dense", 3), ("packed", 2)])
 def test_network_saves_much_less(case, times):
-    """Stem, downsampling and head save what they did."""
+    """Stem, downsampling and head still save their tensors."""
     model, inputs = build(case)
     plain = saved_bytes(model, inputs)
     model.set_grad_checkpointing()

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The block's own backward passes against plain torch."""
+"""The block's backward passes against plain torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_fused_mlp_of_an_all_zero_image_has_finite_gradients():
 
 
 def test_fused_mlp_saves_one_wide_tensor():
-    """Plain autograd saves five; what is saved is what pre-training's memory goes into."""
+    """Plain autograd saves five; saved tensors take most of the memory of pre-training."""
     fc1, grn, fc2 = mlp_layers(4)
     saved = []
 
@@ -97,7 +97,7 @@ def test_fused_mlp_under_autocast_is_close_and_returns_full_gradients(half):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (9, 4)])
 def test_depthwise_gradients_are_those_of_torch(size):
-    """Small maps: the 7 x 7 kernel is larger than what it slides over."""
+    """Small maps: the 7 x 7 kernel is larger than the map."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 3, 7, padding=3, groups=3).double()
     x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
@@ -313,8 +313,8 @@ def test_fcmae_in_float32_is_right_in_both_linear_layers(set_kernels, monkeypatc
         calls.append(args[1].ndim)
         return onednn(*args)
 
-    def measure(form, *_):
-        return 1.0 if form is ops.LINEAR[faster] else 2.0
+    def measure(function, *_):
+        return 1.0 if function is ops.LINEAR[faster] else 2.0
 
     monkeypatch.setitem(ops.LINEAR, "onednn", counted)
     monkeypatch.setattr(autotune, "measure", measure)

@@ -100,7 +100,7 @@ def test_packed_convolution_is_that_of_a_canvas_with_its_gradients(p, h, w, visi
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_memory_beside_the_map_does_not_leak_in(packed):
+def test_memory_around_the_map_does_not_leak_in(packed):
     """NaN lies where hidden patches (slot -1), padding and channels past the last would be."""
     grid, where = patches(2, 3, 4) if packed else (None, {})
     shape = (2, 4, 2, 2, 5) if packed else (2, 3, 5, 5)
@@ -118,8 +118,8 @@ def test_memory_beside_the_map_does_not_leak_in(packed):
         assert torch.equal(call(*map(amid_nan, (x, dy, weight, bias))), wanted)
 
 
-def test_strides_of_inputs_are_heeded():
-    """Gradients come expanded, ids as a slice of what argsort gave."""
+def test_strides_of_inputs_are_respected():
+    """Gradients may be expanded, ids are a slice of argsort's result."""
     grid, where = patches(3, 3, 4)
     x = randn(5, 4, 2, 2, 2).transpose(0, -1)
     dy = randn(2, 4, 1, 1, 1).expand(2, 4, 2, 2, 5)
@@ -236,7 +236,7 @@ def test_mlp_passes_are_those_of_torch(monkeypatch, shape, programs):
         close(one, other, EXACT)
 
 
-def test_mlp_passes_heed_strides_and_leak_nothing():
+def test_mlp_passes_respect_strides_and_leak_nothing():
     h, da, scale, slopes = mlp_inputs(shape=(2, 5, 20))
     wanted = passes(h, da, scale, slopes)
     turned = (t.mT.contiguous().mT for t in (h, da, scale, slopes))
@@ -246,7 +246,7 @@ def test_mlp_passes_heed_strides_and_leak_nothing():
         assert torch.equal(one, other)
 
 
-def test_empty_channel_has_no_energy():
+def test_sum_of_squares_of_an_empty_channel_is_zero():
     """Its length is 0, which the caller tells from small ones."""
     h = mlp_inputs()[0]
     h[..., 4] = 0
@@ -258,7 +258,7 @@ def test_empty_channel_has_no_energy():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_mlp_passes_in_lower_precision_sum_in_float32(dtype):
-    """Sums are those of what is stored: the gradients see the same a as the products do."""
+    """Sums are of the stored values: the gradients see the same a as the linear layers."""
     h, da, scale, slopes = inputs = mlp_inputs(dtype)
     a, squares, dscale, scaled, dh, db = passes(*inputs)
     assert {t.dtype for t in (a, scaled, dh)} == {dtype}
