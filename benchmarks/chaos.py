@@ -20,10 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel import process_group
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from parallel import process_group
 
 COMMON = (
     "--input_size 16 --stem_stride 1 --batch_size 4 --lr 0.01 --num_workers 0 --device cpu "

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parallel import process_group
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from parallel import process_group
 
 CLASSES = 1000
 KEYS = 200_000  # of a sampler that are counted

@@ -199,10 +199,10 @@ def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
 class Quiet:
     """A guard that found nothing wrong."""
 
-    def look(self, state: TrainState) -> str:
+    def check(self, state: TrainState) -> str:
         return ""
 
-    def keep(self, state: TrainState) -> None:
+    def snapshot(self, state: TrainState) -> None:
         pass
 
     def state(self) -> dict[str, float]:
