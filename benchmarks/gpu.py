@@ -65,7 +65,7 @@ PARTS = {  # name: title, minutes at most, what runs; the most important first
         f"{OWN} profile --model convnextv2_tiny --batch 128",
     ),
     "choices": (
-        "Forms measured by --kernels auto",
+        "Implementations timed by --kernels auto",
         0.45,
         f"{OWN} choices --model convnextv2_tiny convnextv2_base --batch 128 64",
     ),

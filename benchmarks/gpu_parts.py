@@ -173,7 +173,7 @@ def profiles(args: argparse.Namespace) -> str:
 
 
 def choices(args: argparse.Namespace) -> str:
-    """Every entry of the file of kernel choices, with the time of each form, measured anew."""
+    """All entries of the cache file of kernel choices, with the time of each implementation."""
     cache = args.output.with_name("cache") / "choices"
     shutil.rmtree(cache, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = str(cache)
@@ -191,15 +191,15 @@ def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
     """where: the step that met an entry first."""
     seconds = autotune.autotuner.seconds
     kept = autotune.autotuner.cached.get(torch.device(args.device).type, {})
-    forms = list(dict.fromkeys(form for own in seconds.values() for form in own))
+    names = list(dict.fromkeys(name for own in seconds.values() for name in own))
     rows = []
     for entry, taken in sorted(kept.items(), key=lambda item: (where[item[0]], item[0])):
         own = seconds[entry]
-        cells = [f"{1000 * own[form]:.3f}" if form in own else "" for form in forms]
+        cells = [f"{1000 * own[name]:.3f}" if name in own else "" for name in names]
         gain = next(iter(own.values())) / own[taken]
         rows.append([where[entry], entry, *cells, taken, f"{gain:.2f}"])
     head = ["first met in", "operation, dtype, shape"]
-    return table([*head, *(f"{form}, ms" for form in forms), "taken", "first / taken"], rows)
+    return table([*head, *(f"{name}, ms" for name in names), "chosen", "first / chosen"], rows)
 
 
 def rates(output: str) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_loading.loader import Batches
+from data_loading.loader import DeviceLoader
 from errors import UserError
 from models.kernels import autotune, ops
 from tests import tiny
@@ -358,16 +358,16 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     """At the first log line, when every choice is made: of a resumed run too."""
     timed(3, 1, 2)
     monkeypatch.setattr(hooks, "autotuner", autotune.autotuner)
-    state = TrainState(updates=6)
+    state = TrainState(global_step=6)
     reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
-    reporter.begin_epoch(["loss"], Batches([X], CPU, [0.5], [0.5]), state)
+    reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]))
     choose()
     for _ in range(6):
-        state.updates += 1
+        state.global_step += 1
         reporter.after_batch(1)
-        reporter.after_update(0.1)
+        reporter.after_step(0.1)
     lines = [message for message in log.messages if message.startswith("kernels")]
-    assert lines == ["kernels auto: sum onednn 1"]
+    assert lines == ["kernels chosen: auto: sum onednn 1"]
 
 
 def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
@@ -390,7 +390,7 @@ def test_run_with_triton_in_the_interpreter_trains():
     words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
     words += ["--epochs", 1, "--data_set", "tests.models.kernels.test_autotune:two"]
     done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "1"})
-    line = re.search(r"kernels triton: (.*)", done.stdout)[1]
+    line = re.search(r"kernels chosen: triton: (.*)", done.stdout)[1]
     assert "depthwise norm triton" in line
     assert "mlp gradients triton" in line
 
@@ -513,8 +513,9 @@ def test_resumed_run_whose_implementation_is_gone_says_so(timed, folder, log):
 
 
 def test_checkpoint_without_choices_says_nothing(folder, log):
-    assert resume.Start("x", {"model": {}, "optimizer": {}, "state": {}}).kernels == {}
-    autotune.autotuner.restore({}, CPU)
+    point = resume.ResumePoint("x", {"model": {}, "optimizer": {}, "state": {}})
+    autotune.autotuner.restore(point.entry("kernels", {}), CPU)
+    assert autotune.autotuner.state() == {}
     assert log.messages == []
 
 
@@ -556,7 +557,7 @@ def test_run_resumed_after_the_file_has_changed_ends_with_the_same_weights(tmp_p
             env={"XDG_CACHE_HOME": str(tmp_path)},
             expect=expect,
         )
-        (said,) = re.findall("kernels auto: (.*)", done.stdout)  # once
+        (said,) = re.findall("kernels chosen: auto: (.*)", done.stdout)  # once
         return said
 
     file = tmp_path / "convnextv2" / autotune.cache_file("cpu").name
