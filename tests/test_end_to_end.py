@@ -140,16 +140,16 @@ def test_finetuning_leaves_everything_it_promises(finetuned):
 def test_evaluation_of_a_checkpoint_is_that_of_the_run(finetuned):
     done = run("main_finetune.py", *FINETUNE, "--eval", "--resume", finetuned / "checkpoint-3.pth")
     entry = log(finetuned)[3]
-    assert f"on 7 images: acc1 {entry['test_acc1']:.2f}%" in done.stdout
-    assert f"loss {entry['test_loss']:.4f}" in done.stdout
+    assert f"checkpoint-3.pth: top-1 {entry['test_acc1']:.2f}%" in done.stdout
+    assert f"loss {entry['test_loss']:.4f} on 7 images" in done.stdout
 
 
 def test_evaluation_on_two_processes_counts_every_image_once(finetuned):
     words = [*FINETUNE, "--eval", "true", "--resume", finetuned / "checkpoint-3.pth"]
     words += ["--model_ema", "true"]
     alone, two = run("main_finetune.py", *words), run("main_finetune.py", *words, torchrun=2)
-    said = re.compile(r"on 7 images: .*")
-    assert len(said.findall(alone.stdout)) == 2  # the weights and their average
+    said = re.compile(r"top-1 .* on 7 images")
+    assert len(said.findall(alone.stdout)) == 2  # the weights and the EMA weights
     assert said.findall(alone.stdout) == said.findall(two.stdout)
     unshared = run("main_finetune.py", *words, "--dist_eval", "false", ranks=2)
     assert said.findall(alone.stdout) == said.findall(unshared.stdout)
@@ -161,12 +161,12 @@ def test_checkpoint_is_evaluated_and_tuned_at_other_sizes(finetuned, tmp_path):
     for size in ((40, 24), (33,), (384,)):  # squashed up to 32 and from 384, cropped between
         flags = ["--input_size", *size, "--eval", "--resume", path]
         said = run("main_finetune.py", *FINETUNE, *flags).stdout
-        (loss,) = re.findall(r"on 7 images: .* loss ([\d.]+)", said)
+        (loss,) = re.findall(r"top-1 .* loss ([\d.]+) on 7 images", said)
         assert float(loss) == pytest.approx(loss_at(path, size), abs=1e-4)
 
     words = [*FINETUNE, "--finetune", path, "--epochs", 4, "--output_dir", tmp_path]
     done = run("main_finetune.py", *words, "--input_size", 40, 24)
-    assert "60 tensors loaded" in done.stdout  # all: the head too
+    assert "loaded 60 tensors" in done.stdout  # all: the head too
     assert log(tmp_path)[-1]["test_loss"] < loss_at(path, (40, 24))
 
 
@@ -288,14 +288,14 @@ def test_head_that_fits_is_kept_and_another_is_new(finetuned, tmp_path):
     assert_same(weights(tmp_path / "checkpoint-1.pth"), weights(best))
     digits = ["--data_set", "DIGITS", "--batch_size", 700, "--epochs", 1]
     done = run("main_finetune.py", *words, *digits, "--aa", "none")
-    assert "its head for 3 classes does not fit" in done.stdout
+    assert "its head has 3 classes, so the model gets a new head" in done.stdout
 
 
 def test_evaluation_takes_the_averaged_weights_when_asked_for(finetuned):
     newest = finetuned / "checkpoint-3.pth"
     done = run("main_finetune.py", *FINETUNE, "--eval", "--resume", newest, "--use_ema")
     entry = log(finetuned)[3]
-    assert f"acc1 {entry['test_acc1_ema']:.2f}%" in done.stdout
+    assert f"top-1 {entry['test_acc1_ema']:.2f}%" in done.stdout
     assert f"loss {entry['test_loss_ema']:.4f}" in done.stdout
     assert f"loss {entry['test_loss']:.4f}" not in done.stdout
 

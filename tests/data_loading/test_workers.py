@@ -392,7 +392,8 @@ def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
         test = log(one)[1]["test_loss"]
         words += ["--eval", "--resume", one / "checkpoint-1.pth"]
         said = run(script, *words).stdout
-        assert f"on 5 images: acc1 {log(one)[1]['test_acc1']:.2f}%" in said
+        assert f"checkpoint-1.pth: top-1 {log(one)[1]['test_acc1']:.2f}%" in said
+        assert " on 5 images" in said
         assert f"loss {test:.4f}" in said
         assert "val/c/02.png" in said
 
