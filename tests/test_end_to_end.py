@@ -365,7 +365,7 @@ def folders(tmp_path_factory) -> Path:
 
 
 BAD = {  # name -> script, flags, what the line must name
-    "nobody to watch": ("finetune", "--data_timeout 9", "--num_workers 0"),
+    "no workers": ("finetune", "--data_timeout 9", "--data_timeout needs --num_workers"),
     "on bad image": ("pretrain", "--on_bad_image skp", "skip"),
     "wrong path": ("pretrain", "--data_set IMNET --data_path {0}/nowhere", "nowhere"),
     "no train folder": ("pretrain", "--data_set IMNET --data_path {0}/empty", "--data_set folder"),

@@ -7,6 +7,7 @@ python -c "from training.checkpoint import TrainState; print(TrainState())"
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -207,7 +208,8 @@ def rotate(newest: Path, keep: int, source: str = "") -> None:
     ]
     for path in ends[keep:] + (within[2:] if newest in within else passed):
         if path != newest and path.resolve() != Path(source).resolve():
-            path.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
 
 
 def _optimizer_name(optimizer: Optimizer) -> str:

@@ -64,7 +64,8 @@ class AsyncWriter:
 
 def _lower_priority() -> None:
     if sys.platform == "linux":  # where each thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def copy_to_cpu(value: Any) -> Any:
@@ -120,7 +121,7 @@ class CheckpointManager:
 
     def __exit__(self, *exception: object) -> None:
         self.signals.__exit__()
-        with contextlib.suppress(OSError):  # the error that ends the run says more
+        with contextlib.suppress(Exception):  # the error that ends the run says more
             self.writer.wait()
 
     def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:

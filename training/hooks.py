@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -70,6 +70,7 @@ class Reporter:
     total_steps: int
     steps_per_epoch: int
     print_freq: int
+    open_hooks: Callable[[Reporter], list[Hook]] | None = None  # on entering the run
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
@@ -131,6 +132,8 @@ class Reporter:
             self._notify("on_image", name, image, self.state)
 
     def __enter__(self) -> Reporter:
+        if self.open_hooks is not None:  # errors of rank 0 reach all ranks
+            from_main_process(lambda: self.hooks.extend(self.open_hooks(self)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -344,16 +347,13 @@ class ImageHook(Hook):
 def build_reporter(
     args: Any, folder: Path | None, device: torch.device, state: TrainState, steps_per_epoch: int
 ) -> Reporter:
-    """Build the reporter, on rank 0 with the hooks that the flags choose."""
+    """Build the reporter; when it is entered, rank 0 opens the hooks that the flags choose."""
     total_steps = steps_per_epoch * args.epochs
-    reporter = Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq)
-    from_main_process(lambda: reporter.hooks.extend(_build_hooks(args, folder, reporter)))
-    return reporter
+    open_hooks = partial(_build_hooks, args, folder)
+    return Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq, open_hooks)
 
 
 def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hook]:
-    if args.dry_run:
-        return []
     hooks: list[Hook] = [LineHook(args.epochs)]
     state, total_steps = reporter.state, reporter.total_steps
     if args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty()):

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.process_group import get_world_size
-from parallel.sharding import WAIT_FOR_RANKS
+from parallel.process_group import WAIT_FOR_RANKS, get_world_size
 from training import run_lock
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

@@ -128,7 +128,7 @@ def auto_load_model(
     if source:
         if load is None:
             raise UserError(_cannot_resume(point))
-        why = _cannot_resume(point) if point.missing() else f"{source} is another kind of run"
+        why = _cannot_resume(point) if point.missing() else f"{source} serves as weights alone"
         log.warning("%s; training starts from its weights, at epoch %d", why, start_epoch)
         load(parts.model_ema, source)
     return TrainState(start_epoch)

@@ -435,7 +435,7 @@ def test_flag_is_refused_where_there_are_no_folders(data_set, capsys):
     for parser in (options.pretrain_parser(), options.finetune_parser()):
         with pytest.raises(SystemExit):
             options.parse(parser, words)
-        expected = f"--data_index lists images in folders, --data_set {data_set} has none"
+        expected = f"--data_index is for folders of images, not for --data_set {data_set}"
         assert expected in capsys.readouterr().err
 
 

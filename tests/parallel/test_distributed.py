@@ -248,7 +248,7 @@ def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
             place.mkdir()
             (place / name).write_text("") if number == 2 else (place / name).mkdir()
         with pytest.raises(UserError) as caught:
-            hooks.build_reporter(args, place, CPU, TrainState(), 1)
+            hooks.build_reporter(args, place, CPU, TrainState(), 1).__enter__()
         messages.append(str(caught.value))
     return messages
 
