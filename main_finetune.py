@@ -72,7 +72,9 @@ def main(args: argparse.Namespace) -> None:
     if args.finetune and not run.resume_point.is_run:
         load(None, args.finetune)
     elif args.layer_decay < 1 and not run.resume_point.source:
-        log.warning("random weights, but --layer_decay < 1 spares trained ones; give --finetune")
+        log.warning(
+            "random weights: --layer_decay < 1 is meant for pretrained ones; give --finetune"
+        )
     model_ema = build_ema(args, model_without_ddp)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
@@ -155,7 +157,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             *(report.source, " (EMA weights)" * (key == EMA_KEY)),
             *(stats["acc1"], stats["acc5"], stats["loss"], images),
         )
-    utils.get_logger().info("kernels: %s", autotuner.summary())
+    utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
             image = images.draw(model_without_ddp, state.epoch)
             loop.reporter.image("reconstructions", image)
             loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)
-    saved = run.output_dir or "nothing saved without --output_dir"
+    saved = run.output_dir if run.output_dir and args.save_ckpt else "nothing saved"
     log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, saved)
 
 

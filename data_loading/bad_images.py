@@ -101,5 +101,5 @@ class BadImages:
             "%d images cannot be used: %s. Training replaces them, evaluation leaves them out; %s",
             len(new),
             first_few(f"{name} ({why})" for name, why in new.items()),
-            f"see {self.path}" if self.path else "without --output_dir they are not listed",
+            f"see {self.path}" if self.path else "they are not listed in a file",
         )

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from errors import TrainingStopped
 CHECK = 1.0  # seconds between checks of the processes while the run waits for a batch
 GRACE = 1.0  # seconds in which the system reports a death that has already broken a connection
 IDLE = -1  # in place of the index of a sample
+_started: weakref.WeakSet[Any] = weakref.WeakSet()  # processes of all loaders of this program
 TIMED_OUT = "DataLoader timed out"  # torch's words when no batch came for `timeout` seconds
 IGNORED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 REMEDY = (
@@ -95,6 +97,7 @@ class WatchedLoader:
         finally:
             started = set(multiprocessing.active_children()) - others
             self.processes = list(started) or self.processes  # persistent ones started before
+            _started.update(started)
             if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
                 # torch's handler would raise anywhere, in a backward pass too. We check instead.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -198,6 +201,6 @@ def _report_exception(kind: type[BaseException], error: BaseException, trace: An
 
 def _kill_workers() -> None:
     """Kill loader processes, since multiprocessing sends SIGTERM, which they ignore, and waits."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    for process in multiprocessing.active_children():
+        if process in _started:
+            process.kill()

@@ -220,8 +220,9 @@ class CheckpointManager:
         if problem:
             self.problem, state.best = problem, dict(self.saved_best)
             self.failures += of_disk
-            text = "could not save, %d times in a row (%s); the checkpoints before are intact"
-            get_logger().warning(text, max(self.failures, 1), problem)
+            times = f", {self.failures} times in a row" if of_disk else ""
+            text = "could not save%s (%s); the checkpoints before are intact"
+            get_logger().warning(text, times, problem)
         elif done:
             self.problem, self.failures, self.successes = "", 0, self.successes + 1
         return not of_disk
@@ -232,8 +233,9 @@ class CheckpointManager:
         get_logger().info("asked to stop (%s) at step %d", reason, state.global_step)
         if self.problem and not self.successes:  # a requeued run would start from the same point
             raise TrainingStopped(f"{where}; nothing of this run could be saved: {self.problem}")
-        saved = "checkpoint saved" if self.save is not None else "no checkpoints, as configured"
-        saved = f"the last save failed: {self.problem}" if self.problem else saved
+        if self.save is None:
+            raise Preempted(f"{where}; nothing saved: the same command starts from the beginning")
+        saved = f"the last save failed: {self.problem}" if self.problem else "checkpoint saved"
         raise Preempted(f"{where}; {saved}. Exit code 75: rerun the same command to continue")
 
 

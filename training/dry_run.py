@@ -189,7 +189,7 @@ def check_images(report: Report, name: str, loader: WatchedLoader, seed: int) ->
     if bad:
         report.problem(f"{len(bad)} of {tried} {name} images: {first_few(bad, 5)}")
     elif not good:
-        report.problem(f"none of {tried} {name} images can be used; look at the data")
+        report.problem(f"none of {tried} {name} images can be used; check the data")
     return mine.good
 
 
@@ -225,14 +225,14 @@ def lr_rows(schedule: Schedule, now: int) -> Iterator[str]:
 
 
 def check_folder(report: Report, folder: Path | None, log_dir: str | None) -> None:
-    """Report if the run could not write its files; this only looks."""
+    """Report if the run could not write its files; nothing is written here."""
     own_logs = Path(log_dir) if log_dir not in (None, "", "none") else None
     log_folder = folder if log_dir is None else own_logs
     for flag, path in (("--output_dir", folder), ("--log_dir", log_folder)):
         if path and not nearest(path).is_dir():
             report.problem(f"{flag} {path}: {nearest(path)} is a file; choose another folder")
         elif path and not os.access(nearest(path), os.W_OK | os.X_OK):
-            report.problem(f"{flag} {path}: no right to write there; choose a folder you own")
+            report.problem(f"{flag} {path}: not writable; choose a folder you own")
     if get_rank() == 0 and folder and (holder := run_lock.describe_holder(folder)):
         report.problem(f"--output_dir {folder} is in use by {holder}; choose another folder")
     if log_folder and importlib.util.find_spec("tensorboard") is None:
@@ -335,12 +335,12 @@ def check_memory(report: Report, probe: StepProbe) -> int:
     args, unit, asked = probe.run.args, probe.batch_multiple, probe.run.args.batch_size
     most = len(probe.run.data_loader_train.loader.dataset) // get_world_size() // unit * unit
     largest, how = asked, "no other size was tried"
-    if probe.tells_memory and not (args.compile or args.cuda_graphs):  # they compile each size
-        largest, how = estimate_largest(probe, asked)
-    largest = min(*all_gather(largest), most)
-    survives = probe.device.type == "cuda" and get_world_size() == 1  # a CPU process gets killed
-    size = min(asked, most if survives else largest)
     try:
+        if probe.tells_memory and not (args.compile or args.cuda_graphs):  # they compile each size
+            largest, how = estimate_largest(probe, asked)
+        largest = min(*all_gather(largest), most)
+        survives = probe.device.type == "cuda" and get_world_size() == 1  # a CPU process dies
+        size = min(asked, most if survives else largest)
         peak = probe.peak(size, min(2, probe.run.loop.stepper.update_freq)) if size else 0
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -379,8 +379,8 @@ def read_memory(file: str, name: str) -> int:
 
 def free_in_cgroup() -> float:
     """Bytes free under the tightest limit of this process's control groups (v2); inf if none."""
-    group = CGROUPS / (PROC / "self/cgroup").read_text().strip().rpartition("0::/")[2]
-    free = [math.inf]
+    free, own = [math.inf], PROC / "self/cgroup"
+    group = CGROUPS / (own.read_text() if own.exists() else "").strip().rpartition("0::/")[2]
     for place in (group, *group.parents):  # SLURM limits the job, some groups above its processes
         with suppress(OSError, ValueError):  # no such group, or its limit is "max"
             limit = int((place / "memory.max").read_text())

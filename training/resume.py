@@ -44,7 +44,7 @@ class ResumePoint:
 
     source: str = ""
     checkpoint: Any = None
-    as_weights: bool = False  # of the other kind of run, or EMA weights that --use_ema asks for
+    as_weights: bool = False  # weights only: from pre-training to fine-tuning, or with --use_ema
 
     @property
     def is_run(self) -> bool:
@@ -77,7 +77,7 @@ def find_resume_point(
     """Read the newest intact checkpoint of `folder`, or else `resume`, on every rank.
 
     `resume` is where a run starts: what it has saved itself since then takes precedence.
-    args: the flags of today; changes since the checkpoint are logged, or refused.
+    args: current flags; changes since the checkpoint are logged, or refused.
     rename: rename damaged files, so that they are not tried again.
     """
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))

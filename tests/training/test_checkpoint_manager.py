@@ -245,5 +245,7 @@ def test_saves_by_the_clock(monkeypatch):
 def test_stop_without_a_folder_says_that_nothing_is_saved():
     manager = CheckpointManager(None)
     manager.signals.reason = "SIGTERM"
-    with pytest.raises(Preempted, match="no checkpoints, as configured"):
+    with pytest.raises(
+        Preempted, match="nothing saved: the same command starts from the beginning"
+    ):
         drive(manager, 1)
