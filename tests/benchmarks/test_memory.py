@@ -26,6 +26,8 @@ from benchmarks.memory_counts import (
     zero1_share,
 )
 
+pytestmark = pytest.mark.slow
+
 ATTO = "convnextv2_atto"
 # A root of 3 + 2 x 4 numbers, blocks of 5 and 5 x 2; groups of the optimizer of 8 + 10 and 3 + 5.
 WHOLE = Work(Line(100, 7), (Line(150, 8), Line(50, 12)))

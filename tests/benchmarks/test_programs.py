@@ -17,6 +17,8 @@ import torch
 
 from benchmarks import curves, gpu, gpu_parts, step
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOY = (
     "--model convnextv2_atto --input_size 64 --sizes atto femto --size_batches 2 1 --image_sizes "

@@ -21,6 +21,8 @@ from models import create_model
 from models.convnextv2 import SIZES
 from models.kernels.autotune import only_torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -22,6 +22,8 @@ from benchmarks.dense_masked import DenseMasked, assert_equal_to_packed
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, random_mask
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -21,6 +21,8 @@ from tests.groups import run_script
 from tests.test_end_to_end import COLOURS, ROOT
 from tests.training.test_checkpoint_manager import wait_for
 
+pytestmark = pytest.mark.slow
+
 # 26 images, 6 in an optimizer step with any number of processes.
 SMALL = [
     *["--model", "tests.tiny:fcmae", *COLOURS, "--decoder_embed_dim", "8", "--input_size", "16"],

@@ -113,9 +113,9 @@ def alone(tmp_path_factory):
     ("shard", "processes", "batch", "freq"),
     [
         ("zero1", 2, 8, 1),
-        ("ddp", 2, 4, 2),
+        pytest.param("ddp", 2, 4, 2, marks=pytest.mark.slow),
         pytest.param("fsdp", 2, 4, 2, marks=NEEDS_FSDP),
-        ("ddp", 4, 2, 2),
+        pytest.param("ddp", 4, 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_shard_and_number_of_processes_change_nothing(

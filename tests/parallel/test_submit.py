@@ -294,6 +294,7 @@ def test_log_is_shown_in_complete_lines(tmp_path, capsys):
 # --- jobs on this machine -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_preempted_local_job_is_requeued_and_ends_with_the_same_weights(tmp_path):
     """SIGTERM to submitit's controller works like a preemption."""
     slow = ["--data_set", "tests.tiny:slow", "--data_path", "0.1,9,0", "--batch_size", 3]
@@ -343,6 +344,7 @@ def test_debug_job_exits_with_the_code_of_its_script(tmp_path):
     run("submitit_pretrain.py", *words, "--max_minutes", 0.0001, expect=EXIT_REQUEUE)
 
 
+@pytest.mark.slow
 def test_local_array_runs_every_recipe(tmp_path):
     for seed in (1, 2):
         (tmp_path / f"s{seed}.yaml").write_text(f"# toy\nscript: main_pretrain\nseed: {seed}\n")

@@ -28,7 +28,9 @@ INSTANTS = 10  # of each script
 SCRIPTS = list(chaos.RUNS)
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(
+    scope="module", params=[SCRIPTS[0], pytest.param(SCRIPTS[1], marks=pytest.mark.slow)]
+)
 def whole(request, tmp_path_factory) -> tuple[str, Path, float]:
     """A script, the folder of a run of it that nobody touched, and how long it took."""
     place = tmp_path_factory.mktemp(request.param)
