@@ -37,6 +37,7 @@ from training import checkpoint
 from training.anomaly import AnomalyGuard
 from training.checkpoint_manager import CheckpointManager
 from training.hooks import Reporter, format_stats
+from training.setup import TrainLoop
 from training.stepper import Stepper
 from weights.convert import to_convnextv2
 from weights.files import load_weights
@@ -197,10 +198,16 @@ def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.M
     return Graphed(model, args.device, args.amp, shapes, *fixed)
 
 
+def empty_loop(seed: int) -> TrainLoop:
+    """Create a training loop whose other parts `train` sets."""
+    return TrainLoop(None, None, None, None, None, None, None, seed)
+
+
 def train(
     title: str,
     model: nn.Module,
     one_epoch: Callable[..., dict[str, float]],
+    loop: TrainLoop,
     batches: InMemory,
     epochs: int,
     args: Namespace,
@@ -219,13 +226,14 @@ def train(
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
-    watchers = CheckpointManager(None), AnomalyGuard(stepper)
-    reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
+    loop.stepper, loop.schedule, loop.state = stepper, schedule, state
+    loop.checkpoints, loop.guard = CheckpointManager(None), AnomalyGuard(stepper)
+    loop.reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
     seconds = []
     while state.epoch < epochs:
         batches.set_epoch(state.epoch)
         start = time.perf_counter()
-        stats = one_epoch(batches, stepper, schedule, state, reporter, *watchers)
+        stats = one_epoch(batches, loop)
         seconds.append(time.perf_counter() - start)  # it reads the meters: no queue is left
         state.end_epoch()
         if state.epoch == epochs or state.epoch % args.eval_every == 0:
@@ -253,10 +261,11 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
     patches = math.prod(model.grid_size(*batches.size))
     shapes = [(batches.batch_size, 3, *batches.size), (batches.batch_size, patches)]
     fast = called(model, args, shapes, visible_patches(patches, args.mask_ratio))
-    one_epoch = partial(engine_pretrain.train_one_epoch, fast, model, seed=seed)
+    one_epoch = partial(engine_pretrain.train_one_epoch, fast, model)
+    loop = empty_loop(seed)
     recipe = {"lr": args.pretrain_lr, "opt_betas": (0.9, 0.95)}
     title, epochs = f"seed {seed} pre-training", args.pretrain_epochs
-    seconds, _ = train(title, model, one_epoch, batches, epochs, args, **recipe)
+    seconds, _ = train(title, model, one_epoch, loop, batches, epochs, args, **recipe)
     return seconds, to_convnextv2(model.state_dict())[0]
 
 
@@ -276,11 +285,12 @@ def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
     mixup = build_mixup(args, classes)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
     fast = called(model, args, [(args.batch_size, 3, *batches.size)])
-    one_epoch = partial(engine_finetune.train_one_epoch, fast, model, criterion)
-    one_epoch = partial(one_epoch, seed=seed, mixup=mixup)
+    one_epoch = partial(engine_finetune.train_one_epoch, fast, model)
+    loop = empty_loop(seed)
+    loop.criterion, loop.mixup = criterion, mixup
     test = partial(engine_finetune.evaluate, val, model, args.device, args.amp)
     title = f"seed {seed} {name}"
-    training, tested = train(title, model, one_epoch, batches, epochs, args, test, **recipe)
+    training, tested = train(title, model, one_epoch, loop, batches, epochs, args, test, **recipe)
     return {
         "run": name,
         "seed": seed,

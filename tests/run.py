@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
     """Run the selected tests, then the failed ones again, each alone."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-n", "2", "--dist", "loadscope", "--durations=25"]
+        options = ["-n", "2", "--dist", "loadscope", "--durations=25"]
         code = pytest(*options, *words, report=report)
         if code in (0, NO_TESTS) or not report.exists():
             return 0 if code == NO_TESTS else code

@@ -159,7 +159,10 @@ def test_what_cannot_be_is_refused(restored, capsys):
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":0:0"
     with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG is :0:0"):
         make_deterministic(True, torch.device("cuda"))
-    refused = {"--compile": "--compile true makes is chosen by measuring", "--opt bnbadamw": "adds"}
+    refused = {
+        "--compile": "torch.compile chooses kernels by timing",
+        "--opt bnbadamw": "with --opt bnbadamw",
+    }
     refused |= {"--opt lookahead_bnbadamw8bit": "adds", "--opt Lookahead_FusedLAMB": "adds"}
     for kind in (options.pretrain_parser, options.finetune_parser):
         for words, reason in refused.items():

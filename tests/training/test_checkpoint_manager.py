@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted
@@ -58,10 +59,12 @@ def test_killed_anywhere_and_started_again_it_ends_bit_for_bit_the_same(whole, t
     for number in range(5 * INSTANTS):
         here = tmp_path / f"{number}"
         at = draw.uniform(0, seconds)
-        in_time += chaos.attempt(script, here, at)
+        killed = chaos.attempt(script, here, at)
+        in_time += killed
+        seconds *= 1 if killed else 0.7  # the machine has become faster since it was timed
         assert not chaos.differences(chaos.digest(here), expected), f"killed after {at:.3f} s"
         shutil.rmtree(here)
-        if in_time == INSTANTS:  # a busy machine may be faster later than when it was timed
+        if in_time == INSTANTS:
             return
     raise AssertionError(f"of {5 * INSTANTS} runs only {in_time} were killed before their end")
 
@@ -180,11 +183,11 @@ def test_handlers_are_those_of_before_afterwards():
 
 def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
     """scancel and srun send it to every process, and a run without workers cannot save."""
-    from data_loading.loader import _leave_signals_to_the_run
+    from data_loading.workers import _start_worker
 
     child = os.fork()
     if child == 0:
-        _leave_signals_to_the_run(0)
+        _start_worker(torch.zeros(1, 3), 0)
         (tmp_path / "ready").touch()
         time.sleep(1)
         os._exit(5)

@@ -29,7 +29,7 @@ from training.checkpoint_manager import CheckpointManager
 from training.hooks import JsonHook, Reporter
 from training.run_lock import acquire_run_lock, describe_holder
 
-WATCHED = SimpleNamespace(look=lambda state: "", keep=lambda state: None, state=dict)
+WATCHED = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)
 
 
 @pytest.fixture(autouse=True)

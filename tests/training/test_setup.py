@@ -10,12 +10,10 @@ from types import SimpleNamespace
 import torch
 
 from parallel import process_group
-from tests.parallel.test_failure import QUICK, Ranks, ends, imported_once, pretrain, start_script
+from tests.parallel.test_failure import QUICK, Ranks, ends, pretrain, start_script
 from tests.test_end_to_end import FINETUNE, ROOT
 from tests.test_layout import product_files
 from training import setup
-
-__all__ = ["imported_once"]  # a fixture
 
 
 def different(args: SimpleNamespace) -> None:
@@ -34,14 +32,14 @@ def test_one_difference_is_shown_and_other_ranks_are_named(tmp_path):
     assert (
         "]: rank 1 differs from rank 0: --lr 0.0 (rank 0: 0.1); other ranks that differ: 2. "
         "Start all processes with"
-    ) in started.said(0)
+    ) in started.output(0)
 
 
 def test_script_refuses_other_flags_before_it_does_anything(tmp_path):
     """Each had its own learning rate, and the weights of all became those of none."""
     started = Ranks(pretrain_at_own_rate, tmp_path)
     assert started.end() == [2, 2]
-    said = started.said(0)
+    said = started.output(0)
     assert said.startswith("program.py: error [rank ")
     assert "]: rank 1 differs from rank 0: --lr 0.02 (rank 0: 0.01). Start all" in said
     assert not (tmp_path / "run").exists()
