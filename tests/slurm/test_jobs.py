@@ -128,7 +128,8 @@ def test_two_nodes_train_as_torchrun_does(long, whole, tmp_path):
 def test_srun_needs_no_torchrun(whole, tmp_path):
     """Processes met on the machine that srun was typed on, where none of them is."""
     words = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable]
-    code = "import os; from parallel import environment as l; print(*l.read_launcher(), os.environ['MASTER_ADDR'])"
+    code = "import os; from parallel.environment import read_launcher as read; "
+    code += "print(*read(), os.environ['MASTER_ADDR'])"
     assert sorted(ask(*words, "-c", code).splitlines()) == ["0 2 0 n1", "1 2 0 n1"]
     words += [ROOT / "main_pretrain.py", *PRETRAIN, *SIX, "--output_dir", tmp_path]
     one = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run` has it
