@@ -6,21 +6,18 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import datasets
 from config import parser as options
 from data_loading.rng import make_deterministic
 from errors import UserError
 from models.kernels import autotune
-from parallel import process_group
+from tests.groups import results_of, run_ranks
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 
 ALL = ["--deterministic", "--drop_path", "0.2", "--scale", "0.3", "1", "--save_ckpt_num", "1"]
@@ -100,22 +97,13 @@ def batches_of(batch_size: int, workers: int) -> list[tuple[torch.Tensor, torch.
     return found
 
 
-def rank_main(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    process_group.init_distributed_mode("cpu")
-    found = {workers: batches_of(3, workers) for workers in (0, 3)}
-    torch.save(found, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+def batches_of_rank(rank: int, folder: Path) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+    return {workers: batches_of(3, workers) for workers in (0, 3)}
 
 
 def test_order_and_augmentation_are_the_same_for_1_and_2_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, (port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    run_ranks([batches_of_rank], 2, tmp_path)
+    ranks = [results["batches_of_rank"] for results in results_of(tmp_path)]
     alone = batches_of(6, 0)
     assert not torch.equal(alone[0][0], alone[4][0])  # another order in the second epoch
     others = {

@@ -8,13 +8,10 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
-from benchmarks import chaos
 from data_loading.transforms import create_eval_transform, mean_and_std
 from tests import tiny
+from tests.groups import exit_codes, start_script
 
 ROOT = Path(__file__).resolve().parent.parent
 # A run of seconds: 26 images of 16 x 16 pixels, 4 patches, 2 epochs of 4 or 3 updates.
@@ -45,42 +42,33 @@ def run(
     expect: int = 0,
     torchrun: int = 0,
     ranks: int = 1,
-    env: dict | None = None,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess:
-    """Run a script; returns the finished process, or what all of its `ranks` wrote.
+    """Run a script; returns the finished process, with the output of all of its `ranks`.
 
-    torchrun: so many processes, with that; ranks: without, which takes two seconds less.
+    torchrun: number of processes, started by torchrun; fresh: in a new Python. Without them the
+    script runs in forks of a process that has imported everything, which takes 3 s less.
     """
     start = [sys.executable]
     if torchrun:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
     command = [*start, str(ROOT / script), *map(str, words)]
-    own = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    meet = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with ExitStack() as stack:
-        files = [
-            [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in ("stdout", "stderr")]
-            for _ in range(ranks)
-        ]
-        running = []
-        for rank, (out, error) in enumerate(files):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **meet} if ranks > 1 else {}
-            pipes = {"stdout": out, "stderr": error}
-            running.append(subprocess.Popen(command, cwd=ROOT, env=own | place, **pipes))
-        stack.callback(lambda: [process.kill() for process in running])
-        deadline = time.monotonic() + 300
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in running]
-        for file in chain(*files):
-            file.seek(0)
-        out, error = ("".join(file.read() for file in kind) for kind in zip(*files, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(Path(folder, f"{i}.out"), Path(folder, f"{i}.err")) for i in range(ranks)]
+        if torchrun or fresh:
+            own = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+            with files[0][0].open("w") as out, files[0][1].open("w") as error:
+                done = subprocess.run(
+                    command, cwd=cwd, env=own, stdout=out, stderr=error, timeout=300, check=False
+                )
+            codes = [done.returncode]
+        else:
+            codes = exit_codes(start_script(script, words, files, env, cwd), 300)
+        out, error = ("".join(map(Path.read_text, kind)) for kind in zip(*files, strict=True))
     assert codes == [expect] * ranks, f"exit {codes}\n{out}\n{error}"
     return subprocess.CompletedProcess(command, expect, out, error)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def weights(path: Path, key: str = "model") -> dict[str, torch.Tensor]:
@@ -100,7 +88,8 @@ def log(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain")
-    run("main_pretrain.py", *PRETRAIN, "--output_dir", folder, "--drop_path", "0.1")
+    words = [*PRETRAIN, "--output_dir", folder, "--drop_path", "0.1"]
+    run("main_pretrain.py", *words, fresh=True)
     return folder
 
 
@@ -111,6 +100,7 @@ def finetuned(tmp_path_factory, pretrained) -> Path:
         *["main_finetune.py", *FINETUNE, "--finetune", pretrained, "--output_dir", folder],
         *["--epochs", 4, "--model_ema", "--model_ema_eval", "--drop_path", "0.2"],
         *["--mixup", 0.8, "--cutmix", "1.0", "--reprob", "0.5", "--update_freq", 3],
+        fresh=True,
     )
     return folder
 
@@ -260,18 +250,10 @@ def test_a_poisoned_image_costs_its_update_and_not_the_run(tmp_path):
 
 def test_empty_output_dir_saves_and_resumes_nothing(tmp_path):
     """The official code looked for checkpoints in the current directory."""
-    shutil.copytree(ROOT / "tests", tmp_path / "tests")
     bait = tmp_path / "checkpoint-7.pth"
     bait.write_bytes(b"not to be read")
     before = sorted(path.name for path in tmp_path.iterdir())
-    done = subprocess.run(
-        [sys.executable, ROOT / "main_pretrain.py", *PRETRAIN],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("main_pretrain.py", *PRETRAIN, cwd=tmp_path)
     assert "nothing saved" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -398,17 +380,13 @@ BAD = {  # name -> script, flags, what the line must name
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_that_helps(case, folders, finetuned, tmp_path):
-    """In forks of this process, which start at once; only the hub needs a fresh one."""
+def test_bad_input_is_one_line_that_helps(case, folders, finetuned):
     kind, words, named = BAD[case]
     base = PRETRAIN if kind == "pretrain" else FINETUNE
     words = words.format(folders, finetuned / "checkpoint-best.pth").split()
-    if case == "hub":
-        done = run(f"main_{kind}.py", *base, *words, expect=2, env={"HF_HUB_OFFLINE": "1"})
-        said = done.stdout + done.stderr
-    else:
-        assert chaos.finish(chaos.fork(f"main_{kind}", [*base, *words], tmp_path / "said")) == 2
-        said = (tmp_path / "said").read_text()
+    offline = {"env": {"HF_HUB_OFFLINE": "1"}, "fresh": True} if case == "hub" else {}
+    done = run(f"main_{kind}.py", *base, *words, expect=2, **offline)
+    said = done.stdout + done.stderr
     errors = [line for line in said.splitlines() if "error:" in line]
     assert len(errors) == 1, said
     assert named in errors[0]

@@ -28,7 +28,7 @@ from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError
 from parallel import failure, process_group
 from tests import tiny
-from tests.groups import ROOT, become_rank, exit_codes, fork_context, free_port
+from tests.groups import ROOT, become_rank, exit_codes, fork_context, free_port, redirect
 from tests.test_end_to_end import PRETRAIN
 from training import run_lock
 
@@ -41,7 +41,9 @@ def run_program(
     program: Callable, rank: int, size: int, port: int, output: Path, folder: Path
 ) -> None:
     """Run `program` on a rank as a script runs its main."""
-    become_rank(rank, size, port, output)
+    become_rank(rank, size, port)
+    redirect(1, output)
+    redirect(2, output)
     sys.argv = ["program.py"]
     failure.POLL_S, failure.GRACE_S, failure.LOST_S = 0.25, 2.0, 6.0
     process_group.launch(program, SimpleNamespace(rank=rank, folder=folder))
