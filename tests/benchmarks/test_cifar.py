@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import re
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image
 from benchmarks import cifar
 from benchmarks.cifar_runs import InMemory, encoder, equal_epochs, load
 from errors import UserError
+from tests.test_end_to_end import run
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = cifar.get_args_parser().get_default("data")
@@ -46,10 +46,9 @@ def toy_zip(tmp_path_factory) -> Path:
     return path
 
 
-def program(*words: object) -> subprocess.CompletedProcess:
+def program(*words: object, expect: int = 0) -> subprocess.CompletedProcess:
     """Run it with the toy's settings and these."""
-    command = [sys.executable, "benchmarks/cifar.py", *TOY.split(), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run("benchmarks/cifar.py", *TOY.split(), *words, expect=expect)
 
 
 def cells(text: str, title: str) -> list[str]:
@@ -58,10 +57,10 @@ def cells(text: str, title: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")][1:]
 
 
+@pytest.mark.slow
 def test_program_compares_the_three_runs_and_equal_seeds_agree(toy_zip, tmp_path):
     output, results = tmp_path / "table.md", tmp_path / "runs.jsonl"
     first = program("--data", toy_zip, "--output", output)
-    assert first.returncode == 0, first.stderr
     assert output.read_text(encoding="utf-8").strip() == first.stdout.strip()
     table = {name: cells(first.stdout, title) for name, title in cifar.RUNS.items()}
     assert table["pretrained"][0] == "2 + 2"
@@ -98,8 +97,7 @@ def test_equal_time_rounds_up_and_leaves_slow_first_epochs_out():
 def test_bad_zip_ends_in_one_line_and_exit_code_2(toy_zip, tmp_path):
     broken = tmp_path / "half.zip"
     broken.write_bytes(toy_zip.read_bytes()[:5000])
-    done = program("--data", broken)
-    assert done.returncode == 2
+    done = program("--data", broken, expect=2)
     assert done.stderr == (
         f"cifar.py: error: --data {broken}: File is not a zip file; expected a zip with "
         "16 in train/CLASS/*.jpg and 10 in val/CLASS/*.jpg\n"
@@ -222,6 +220,7 @@ def test_results_that_do_not_belong_are_refused(tmp_path, text, message):
     assert cifar.finished(tmp_path / "new.jsonl", "--epochs 2") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not here")
 def test_the_real_zip_holds_what_the_defaults_ask_for():
     data = load(REAL, {"train": 20000, "val": 10000})
