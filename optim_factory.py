@@ -8,6 +8,7 @@ python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -185,31 +186,26 @@ def cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> f
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(position, 1.0)))
 
 
+@dataclass(eq=False)
 class Schedule:
     """Learning rate and weight decay of every parameter group as functions of the global step.
 
-    total: optimizer steps of the whole run, of which `warmup` raise the learning rate to `lr`.
+    total: optimizer steps of the whole run; the first `warmup` raise the learning rate to `lr`.
     weight_decay_end: None keeps the weight decay constant.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        total: int,
-        lr: float,
-        *,
-        min_lr: float = 0.0,
-        warmup: int = 0,
-        weight_decay: float = 0.05,
-        weight_decay_end: float | None = None,
-    ) -> None:
-        self.optimizer, self.total, self.warmup = optimizer, total, warmup
-        self.lr, self.min_lr = lr, min_lr
-        self.decay = weight_decay
-        self.decay_end = weight_decay if weight_decay_end is None else weight_decay_end
-        if warmup >= total:
+    optimizer: torch.optim.Optimizer
+    total: int
+    lr: float
+    min_lr: float = 0.0
+    warmup: int = 0
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup >= self.total:
             text = "warm-up of %d steps, but the run has %d: the learning rate never decays"
-            get_logger().warning(text, warmup, total)
+            get_logger().warning(text, self.warmup, self.total)
 
     def rate(self, step: int) -> float:
         """Base learning rate of a global step, counted from 0."""
@@ -218,7 +214,9 @@ class Schedule:
     def apply(self, step: int) -> float:
         """Set lr and weight decay of all groups for a global step; returns the base rate."""
         lr = self.rate(step)
-        decay = cosine(step, self.decay, self.decay_end, warmup=0, total=self.total)
+        decay, end = self.weight_decay, self.weight_decay_end
+        if end is not None:
+            decay = cosine(step, decay, end, warmup=0, total=self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = decay if group["decayed"] else 0.0

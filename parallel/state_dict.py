@@ -22,8 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from errors import UserError
 from parallel.process_group import get_world_size, is_main_process
 from parallel.sharding import full_tensor, is_dtensor, is_zero, load_local_state, local_optimizer
+
+COUNTERS = ("params", "step", "lookahead_step", "k")  # entries of groups that are no options
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -97,22 +100,40 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict(sharded, strict=False)
 
 
-def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load a full optimizer state; each process keeps its shard."""
+def optimizer_name(optimizer: Optimizer) -> str:
+    """Return the name of the optimizer's class, without the wrapper of zero1."""
+    return type(local_optimizer(optimizer)).__name__
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], source: str) -> None:
+    """Load a full optimizer state; each process keeps its shard.
+
+    Learning rate, weight decay and betas stay as the flags set them. UserError if the state is of
+    another optimizer or of other parameter groups; `source` names its file.
+    """
+    name = optimizer_name(optimizer)
+    if saved.get("name", name) != name:
+        raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
+    own_groups, saved_groups = optimizer.param_groups, saved["param_groups"]
+    ours, theirs = ([len(g["params"]) for g in groups] for groups in (own_groups, saved_groups))
+    if ours != theirs:
+        raise UserError(
+            f"{source}: its optimizer has parameter groups of {theirs} tensors, this run has "
+            f"{ours}; resume with the same --layer_decay, --layer_decay_type and --weight_decay"
+        )
     local = local_optimizer(optimizer)
-    numbers = _parameters(saved["param_groups"])
-    number_of = dict(zip(_parameters(optimizer.param_groups), numbers, strict=True))
+    numbers = dict(zip(_parameters(own_groups), _parameters(saved_groups), strict=True))
     state = {}
     for place, parameter in enumerate(_parameters(local.param_groups)):
-        held = saved["state"].get(number_of[parameter])
+        held = saved["state"].get(numbers[parameter])
         if held is not None:
             state[place] = {key: _shard_like(value, parameter) for key, value in held.items()}
-    groups = [
-        group | {"params": local_group["params"]}
-        for group, local_group in zip(
-            saved["param_groups"], local.state_dict()["param_groups"], strict=True
-        )
-    ]
+    groups = []
+    for group, own, held in zip(
+        saved_groups, own_groups, local.state_dict()["param_groups"], strict=True
+    ):
+        options = {key: value for key, value in own.items() if key not in COUNTERS}
+        groups.append(group | options | {"params": held["params"]})
     load_local_state(optimizer, saved | {"state": state, "param_groups": groups})
 
 

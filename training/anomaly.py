@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ REMEDY = (
 ComputeLoss = Callable[..., Tensor]  # (network, batch, step, micro) -> loss
 
 
+@dataclass(eq=False)
 class AnomalyGuard:
     """Check recent steps for NaN, Inf and loss spikes.
 
@@ -54,17 +56,14 @@ class AnomalyGuard:
     non-finite images are only skipped, since they have not changed the weights.
     """
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        parts: Sequence[Any] = (),
-        data_loader: Any = None,
-        folder: Path | None = None,
-        max_bad_steps: int = 10,
-        snapshot_freq: int | None = None,
-    ) -> None:
-        self.stepper, self.data_loader, self.folder = stepper, data_loader, folder
-        self.parts, self.max_bad_steps, self.snapshot_freq = parts, max_bad_steps, snapshot_freq
+    stepper: Stepper
+    parts: Sequence[Any] = ()
+    data_loader: Any = None
+    folder: Path | None = None
+    max_bad_steps: int = 10
+    snapshot_freq: int | None = None
+
+    def __post_init__(self) -> None:
         self.snapshots: list[Any] = []  # one for each part
         self.rollbacks = 0  # in a row, with fewer than `snapshot_freq` steps between two
         self.last_rollback = 0  # global step

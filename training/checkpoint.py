@@ -19,9 +19,8 @@ from torch.optim import Optimizer
 
 from errors import UserError
 from models.kernels.autotune import autotuner
-from parallel import sharding, state_dict
 from parallel.process_group import get_logger, is_main_process
-from parallel.state_dict import full_state_dict
+from parallel.state_dict import full_state_dict, load_optimizer, optimizer_name
 from utils import link, write_atomically
 from weights.files import load_weights, numbered_checkpoints, parse_checkpoint_name
 
@@ -70,13 +69,10 @@ class TrainState:
 
     def update_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
         """Store the highest accuracy of each name; returns the names that have a new one."""
-        improved = {
-            name: value
-            for name, value in accuracies.items()
-            if value is not None and value > self.best.get(name, -1.0)
-        }
-        self.best |= improved
-        return list(improved)
+        known = {name: value for name, value in accuracies.items() if value is not None}
+        improved = [name for name, value in known.items() if value > self.best.get(name, -1.0)]
+        self.best |= {name: known[name] for name in improved}
+        return improved
 
 
 @dataclass
@@ -99,19 +95,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
-def save_model(
-    folder: Path,
-    parts: TrainableParts,
-    state: TrainState,
-    entries: Mapping[str, Any],
-    **options: Any,
-) -> None:
-    """`collect_checkpoint`, then `write_checkpoints` on the main process; every rank calls it."""
-    content = collect_checkpoint(parts, state, entries)
-    if content is not None:
-        write_checkpoints(folder, content, **options)
-
-
 def collect_checkpoint(
     parts: TrainableParts, state: TrainState, entries: Mapping[str, Any]
 ) -> dict[str, Any] | None:
@@ -129,7 +112,7 @@ def collect_checkpoint(
     return {
         "model": weights,
         "model_ema": ema,
-        "optimizer": optimizer | {"name": _optimizer_name(parts.optimizer)},
+        "optimizer": optimizer | {"name": optimizer_name(parts.optimizer)},
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
         "state": asdict(state),
         "kernels": autotuner.state(),
@@ -200,31 +183,8 @@ def rotate(newest: Path, keep: int, source: str = "") -> None:
                 path.unlink()
 
 
-def _optimizer_name(optimizer: Optimizer) -> str:
-    return type(sharding.local_optimizer(optimizer)).__name__
-
-
-def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], source: str) -> None:
-    """Restore the optimizer state; learning rate, decay and betas stay as the flags set them."""
-    name = _optimizer_name(optimizer)
-    if saved.get("name", name) != name:
-        raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
-    counters = ("params", "step", "lookahead_step", "k")  # kept in groups by some optimizers
-    options = [{k: v for k, v in g.items() if k not in counters} for g in optimizer.param_groups]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
-    if ours != theirs:
-        raise UserError(
-            f"{source}: its optimizer has parameter groups of {theirs} tensors, this run has "
-            f"{ours}; resume with the same --layer_decay, --layer_decay_type and --weight_decay"
-        )
-    state_dict.load_optimizer(optimizer, saved)
-    for group, option in zip(optimizer.param_groups, options, strict=True):
-        group.update(option)
-
-
 def restore_run(checkpoint: Mapping[str, Any], source: str, parts: TrainableParts) -> None:
-    """Load what `save_model` wrote into the parts of a run."""
+    """Load a checkpoint of `write_checkpoints` into the parts of a run."""
     load_weights(parts.model, checkpoint["model"], source)
     load_optimizer(parts.optimizer, checkpoint["optimizer"], source)
     if parts.scaler is not None and checkpoint.get("scaler"):

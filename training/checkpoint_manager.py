@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def _lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
+@dataclass(eq=False)
 class CheckpointManager:
     """Saves a run between optimizer steps and at the end of epochs, and stops it when asked to.
 
@@ -94,22 +96,18 @@ class CheckpointManager:
             checkpoints.end_epoch(state, accuracies, last)     # after the evaluation
     """
 
-    def __init__(
-        self,
-        save: Callable[..., None] | None,
-        every_epochs: int = 1,
-        every_steps: int | None = None,
-        every_minutes: float | None = None,
-        max_minutes: float | None = None,
-        max_failures: int = 5,
-        in_background: bool = False,
-        before_save: Callable[[], Any] | None = None,
-    ) -> None:
-        self.save, self.every_epochs, self.every_steps = save, every_epochs, every_steps
-        self.max_failures, self.before_save = max_failures, before_save
-        self.signals = StopSignals(every_minutes, max_minutes)
-        self.vote = RankVote()
-        self.writer = AsyncWriter(in_background)
+    save: Callable[..., None] | None
+    every_epochs: int = 1
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    max_minutes: float | None = None
+    max_failures: int = 5
+    in_background: bool = False
+    before_save: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.signals = StopSignals(self.every_minutes, self.max_minutes)
+        self.vote, self.writer = RankVote(), AsyncWriter(self.in_background)
         self.saved_at = 0  # step of the last save within an epoch
         self.saved_best: dict[str, float] = {}  # best accuracies that have their checkpoint
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row

@@ -47,7 +47,7 @@ class ResumePoint:
     @property
     def is_run(self) -> bool:
         """True if there is a run to resume."""
-        return bool(self.source) and not self.missing() and not self.weights_only
+        return bool(self.source) and not self.problem and not self.weights_only
 
     @property
     def is_weights(self) -> bool:
@@ -55,23 +55,15 @@ class ResumePoint:
         return bool(self.source) and not self.is_run
 
     @property
-    def effective_batch(self) -> int:
-        """Images in an optimizer step of the run; 0 without one."""
-        return self.entry("state", {}).get("effective_batch", 0)
+    def problem(self) -> str:
+        """Reason why no run can resume from this checkpoint, '' if one can."""
+        held = self.checkpoint if isinstance(self.checkpoint, dict) else {}
+        missing = " and no ".join(name for name in REQUIRED if name not in held)
+        return f"cannot resume: {self.source} holds no {missing}" if missing else ""
 
     def entry(self, name: str, default: Any = None) -> Any:
         """Return an entry of the run's checkpoint; the default without a run or such an entry."""
         return self.checkpoint.get(name, default) if self.is_run else default
-
-    def missing(self) -> list[str]:
-        """Entries that a run needs and this checkpoint does not hold."""
-        held = self.checkpoint if isinstance(self.checkpoint, dict) else {}
-        return [name for name in REQUIRED if name not in held]
-
-    def problem(self) -> str:
-        """Reason why no run can resume from this checkpoint, '' if one can."""
-        missing = " and no ".join(self.missing())
-        return f"cannot resume: {self.source} holds no {missing}" if missing else ""
 
 
 def find_resume_point(
@@ -98,8 +90,8 @@ def find_resume_point(
     digest = sha256 if named else ""
     read = main_process_first(lambda: read_checkpoint(source, digest, check=named))
     point = ResumePoint(source, read)
-    if not named and point.missing():
-        raise UserError(point.problem())
+    if not named and point.problem:
+        raise UserError(point.problem)
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
         if named and (args.get("use_ema") or ("mask_ratio" in saved_args) != pretraining):
@@ -122,7 +114,7 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
         log.info("resumed from %s: epoch %d, step %d", source, state.epoch, state.global_step)
         return state
     if source:
-        reason = point.problem() or f"{source} is used for its weights only"
+        reason = point.problem or f"{source} is used for its weights only"
         log.warning("%s; training starts from its weights, at epoch %d", reason, start_epoch)
     return TrainState(start_epoch)
 
@@ -158,7 +150,7 @@ def choose_checkpoint(
 def _find_problem(path: Path) -> str:
     """Reason why no run can resume from a file, '' if one can; UserError if the disk fails."""
     try:
-        return ResumePoint(str(path), read_checkpoint(path)).problem()
+        return ResumePoint(str(path), read_checkpoint(path)).problem
     except UserError as error:
         cause = error.__cause__
         if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip

@@ -87,7 +87,7 @@ def setup_run(args: Any, device: torch.device, amp: str, pretraining: bool) -> R
         args.effective_batch,
         args.batch_size,
         get_world_size(),
-        resume_point.effective_batch,
+        resume_point.entry("state", {}).get("effective_batch", 0),
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()

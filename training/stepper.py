@@ -88,6 +88,7 @@ class BadStep:
         return f"loss {self.loss:.4g} is a spike (running mean {self.running_loss:.4g})"
 
 
+@dataclass(eq=False)
 class Stepper:
     """Turn micro-batches into optimizer steps.
 
@@ -105,26 +106,18 @@ class Stepper:
     two `read`s. With other optimizers the host waits for the finite check of each step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        amp: str = "none",
-        update_freq: int = 1,
-        clip_grad: float | None = None,
-        spike_factor: float = 0.0,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.device = device
-        self.amp = amp
-        self.update_freq = update_freq
-        self.clip_grad = clip_grad
-        self.spike_factor = spike_factor
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.local_optimizer = sharding.local_optimizer(optimizer)
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    amp: str = "none"
+    update_freq: int = 1
+    clip_grad: float | None = None
+    spike_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.local_optimizer = sharding.local_optimizer(self.optimizer)
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
         # Not at the first step: if it were skipped, fused SGD would not initialize its momentum.
         self.skips_on_device = False
@@ -134,9 +127,9 @@ class Stepper:
                 type(self.local_optimizer).__name__,
             )
         # Steps since the last `read`.
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.num_losses = torch.zeros((), dtype=torch.int64, device=device)
-        self.running_loss = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.num_losses = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.running_loss = torch.zeros((), device=self.device)
         self.bad_in_a_row = 0  # at the last `read`
         self.records: list[tuple[list[Tensor], Tensor]] = []  # (ids, values) since the last `read`
 

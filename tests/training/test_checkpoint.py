@@ -23,12 +23,11 @@ from training.checkpoint import (
     TrainableParts,
     TrainState,
     load_optimizer,
-    save_model,
     write_checkpoint,
 )
 from training.checkpoint_manager import build_checkpoint_manager
 from training.resume import auto_load_model, find_resume_point
-from utils import link, write_atomically
+from utils import link, save_model, write_atomically
 from weights.files import find_checkpoint, load_weights, numbered_checkpoints, read_checkpoint
 
 
@@ -480,7 +479,7 @@ def test_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
     )
     assert_same(run.model, Run(seed=3).model)
     point = find_resume_point(tmp_path)
-    assert point.effective_batch == 4
+    assert point.entry("state")["effective_batch"] == 4
 
 
 def test_missing_average_starts_from_the_weights_and_says_so(tmp_path, log):

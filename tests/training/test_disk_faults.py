@@ -21,11 +21,11 @@ from benchmarks import chaos
 from errors import Preempted, TrainingStopped, UserError
 from tests.training.test_checkpoint import Run, names
 from tests.training.test_checkpoint_manager import Quiet, drive, wait_for
-from training.checkpoint import TrainState, save_model, write_checkpoint
+from training.checkpoint import TrainState, write_checkpoint
 from training.checkpoint_manager import AsyncWriter, CheckpointManager
 from training.meters import Means
 from training.resume import choose_checkpoint, compare_args
-from utils import write_atomically
+from utils import save_model, write_atomically
 from weights.files import read_checkpoint
 
 CORRUPTIONS = 500
