@@ -99,7 +99,7 @@ class AnomalyGuard:
         Stores the counters in `state`, for a checkpoint.
         """
         problem = self._check(state)
-        # The keys are those of the first version.
+        # Keys of the first version, so that checkpoints of all versions load.
         rollbacks = {"returns": self.rollbacks, "returned_at": self.last_rollback}
         state.epoch_sums["guard"] = self.stepper.state() | rollbacks
         return problem

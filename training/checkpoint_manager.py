@@ -73,7 +73,7 @@ def _as_os_error() -> Iterator[None]:
 
 
 def _lower_priority() -> None:
-    if sys.platform == "linux":  # where each thread has a priority of its own
+    if sys.platform == "linux":  # where threads have their own priorities
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
@@ -82,7 +82,8 @@ def _lower_priority() -> None:
 class CheckpointManager:
     """Saves a run between optimizer steps and at the end of epochs, and stops it when asked to.
 
-    save: called with state, writer, numbered and improved (`write_checkpoints`), or None.
+    save: called on all ranks with state, writer, numbered and improved (`write_checkpoints`);
+        None to save nothing.
     every_epochs: save at the end of every so many epochs.
     every_steps, every_minutes: save within epochs; None for never.
     max_minutes: the run stops after this time as if by a signal.
@@ -119,7 +120,7 @@ class CheckpointManager:
 
     def __exit__(self, *exception: object) -> None:
         self.signals.__exit__()
-        with contextlib.suppress(Exception):  # the error that ends the run says more
+        with contextlib.suppress(OSError):  # the error that ends the run says more
             self.writer.wait()
 
     def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:
@@ -129,7 +130,8 @@ class CheckpointManager:
         Raises TrainingStopped, after a save, if the guard found too many bad steps.
         """
         save, stop = self.vote.exchange(*self.signals.read())
-        save = save and state.global_step > self.saved_at + 1  # else a vote on the last save
+        # The vote comes one step late, so right after a save it still asks for that save.
+        save = save and state.global_step > self.saved_at + 1
         due = self.every_steps is not None and state.global_step % self.every_steps == 0
         problem = guard.check(state) if check or save or stop or due else ""
         if save or stop or due or problem:
@@ -201,9 +203,9 @@ class CheckpointManager:
             self.signals.last_save = time.monotonic()
         if self.failures > self.max_failures and not is_last:
             raise TrainingStopped(
-                f"{self.failures} saves in a row failed, the last with: {self.problem}; free some "
-                "disk space or choose another --output_dir, then rerun the same command: earlier "
-                "checkpoints are intact"
+                f"{self.failures} saves in a row failed, the last with: {self.problem}; free disk "
+                "space, choose another --output_dir or fix the error, then rerun the same command: "
+                "earlier checkpoints are intact"
             )
 
     def _finish_write(self, state: TrainState) -> None:

@@ -135,16 +135,14 @@ def check_ranks_agree(args: Mapping[str, Any]) -> None:
 
 
 def describe_rank(args: Mapping[str, Any]) -> dict[str, str]:
-    """Flags, package versions and file digests that must be the same on all ranks, by name."""
+    """Return the flags, versions and file digests that all ranks must share, by name."""
     flags = {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL_FLAGS}
     versions = {"Python": "{}.{}".format(*sys.version_info)}
     versions |= {name: metadata.version(name) for name in LIBRARIES}
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
     paths = [*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))]
-    files = {
-        path.relative_to(
-            ROOT
-        ).as_posix(): f"(SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
-        for path in sorted(paths)
-    }
+    files = {}
+    for path in sorted(paths):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        files[path.relative_to(ROOT).as_posix()] = f"(SHA-256 {digest})"
     return flags | versions | files

@@ -215,7 +215,7 @@ class Stepper:
 
     def state(self) -> dict[str, float]:
         """Return the running mean and counters as plain numbers, for a checkpoint."""
-        return {  # the keys are those of the first version
+        return {  # keys of the first version, so that checkpoints of all versions load
             "losses": int(self.num_losses),
             "usual_loss": float(self.running_loss),
             "bad_in_a_row": self.bad_in_a_row,
