@@ -333,6 +333,9 @@ class Small:
     def read(self) -> tuple[int, list]:
         return 0, []
 
+    def state(self) -> dict:
+        return {}
+
     def train(self, batches, loop) -> None:
         for images, _, _ in batches:
             self.work = torch.ones(len(images) * 2**22)
