@@ -126,7 +126,7 @@ class Stepper:
                 "%s cannot skip a step on the device: the host waits for each step",
                 type(self.local_optimizer).__name__,
             )
-        # Steps since the last `read`.
+        # Steps skipped since the last `read`; losses in the running mean; the mean itself.
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.num_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.running_loss = torch.zeros((), device=self.device)
