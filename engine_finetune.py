@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
-from datasets import DeviceLoader
 from errors import UserError, first_few
 from parallel import sharding
 from parallel.process_group import get_rank, get_world_size
@@ -36,30 +35,36 @@ def train_one_epoch(
     """
     model.train()
     stepper, state = loop.stepper, loop.state
+
+    def forward(network: nn.Module, batch: tuple, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """(loss, logits) of a micro-batch; mixup changes its images in place."""
+        images, targets, _ = batch
+        seed_all(loop.seed, step, micro, get_rank())  # mixup and drop path
+        if loop.mixup is not None:
+            images, targets = loop.mixup(images, targets)
+        logits = network(images)
+        return loop.criterion(logits.float(), targets), logits
+
     meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader)
-    compute = partial(supervised_loss, loop)
     stepper.begin_epoch(len(data_loader))
-    loop.guard.begin_epoch(state, lambda *micro_batch: compute(*micro_batch)[0])
+    loop.guard.begin_epoch(state, lambda *inputs: forward(*inputs)[0])  # it reruns bad steps
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
     lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
-    samples = 0  # in the current optimizer step, over all ranks
     for batch in data_loader:
         images, labels, ids = batch
         if stepper.micro == 0:
             lr = loop.schedule.apply(state.global_step)
         with stepper.micro_batch():
-            loss, logits = compute(model, batch, state.global_step, stepper.micro)
+            loss, logits = forward(model, batch, state.global_step, stepper.micro)
         result = stepper.step(loss, ids)  # backward; None until the last micro-batch of a step
 
+        state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
         if loop.mixup is None:  # mixed images have no single right class
             meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         loop.reporter.after_batch(len(images))
-        samples += len(images) * get_world_size()
         if result is not None:
             state.global_step += 1
-            state.samples_in_epoch += samples
-            samples = 0
             meters.update(1, grad_norm=result.grad_norm)
             if loop.model_ema is not None:
                 steps_taken = state.global_step - state.bad_steps - stepper.skipped  # on the device
@@ -67,27 +72,7 @@ def train_one_epoch(
             logged = loop.reporter.after_step(lr)
             check = logged or stepper.batches_left == 0
             loop.checkpoints.after_step(state, meters, loop.guard, check)
-    state.epoch_sums["guard"] = loop.guard.state()
     return meters.total() | {"lr": lr}
-
-
-def supervised_loss(
-    loop: TrainLoop,
-    network: nn.Module,
-    batch: tuple[Tensor, Tensor, Tensor],
-    step: int,
-    micro: int,
-) -> tuple[Tensor, Tensor]:
-    """(loss, logits) of a micro-batch; drop path and mixup depend on (seed, step, micro, rank).
-
-    `loop.mixup` changes the images in place.
-    """
-    seed_all(loop.seed, step, micro, get_rank())
-    images, targets, _ = batch
-    if loop.mixup is not None:
-        images, targets = loop.mixup(images, targets)
-    logits = network(images)
-    return loop.criterion(logits.float(), targets), logits
 
 
 @torch.inference_mode()
@@ -109,12 +94,11 @@ def evaluate(
             acc1, acc5 = accuracy(logits, labels, (1, 5))
             means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
     stats = means.read()
-    if math.isnan(stats["acc1"]):  # not a single image, on any rank
-        bad = first_few([f"{name} ({why})" for name, why in data_loader.bad.items()])
+    if math.isnan(stats["acc1"]):  # no image on any rank
         raise UserError(
             "no image to evaluate on: --on_bad_image skip left out all of them "
-            f"({bad or 'on other ranks'}); correct --eval_data_path or --data_path, or give "
-            "--disable_eval"
+            f"({first_few(data_loader.bad) or 'on other ranks'}); correct --eval_data_path or "
+            "--data_path, or pass --disable_eval"
         )
     return stats
 

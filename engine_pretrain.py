@@ -7,12 +7,10 @@ python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
+from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise, seed_all
-from datasets import DeviceLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from parallel.process_group import get_rank, get_world_size
 from training.setup import TrainLoop
@@ -27,13 +25,17 @@ def train_one_epoch(
     """
     model.train()
     stepper, state = loop.stepper, loop.state
+
+    def compute_loss(network: nn.Module, batch: tuple, step: int, micro: int) -> Tensor:
+        images, _, ids = batch
+        seed_all(loop.seed, step, micro, get_rank())  # drop path
+        return masked_loss(network, model_without_ddp, images, ids, loop.seed, state.epoch)
+
     meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader)
-    compute_loss = partial(masked_loss, model_without_ddp, loop.seed, state.epoch)
     stepper.begin_epoch(len(data_loader))
-    loop.guard.begin_epoch(state, compute_loss)
+    loop.guard.begin_epoch(state, compute_loss)  # it reruns bad steps
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
     lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
-    samples = 0  # in the current optimizer step, over all ranks
     for batch in data_loader:
         images, _, ids = batch
         if stepper.micro == 0:
@@ -42,37 +44,31 @@ def train_one_epoch(
             loss = compute_loss(model, batch, state.global_step, stepper.micro)
         result = stepper.step(loss, ids)  # backward; None until the last micro-batch of a step
 
+        state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
         loop.reporter.after_batch(len(images))
-        samples += len(images) * get_world_size()
         if result is not None:
             state.global_step += 1
-            state.samples_in_epoch += samples
-            samples = 0
             meters.update(1, grad_norm=result.grad_norm)
             logged = loop.reporter.after_step(lr)
             check = logged or stepper.batches_left == 0
             loop.checkpoints.after_step(state, meters, loop.guard, check)
-    state.epoch_sums["guard"] = loop.guard.state()
     return meters.total() | {"lr": lr}
 
 
 def masked_loss(
+    network: nn.Module,
     model_without_ddp: FCMAE,
+    images: Tensor,
+    ids: Tensor,
     seed: int,
     epoch: int,
-    network: nn.Module,
-    batch: tuple[Tensor, Tensor, Tensor],
-    step: int,
-    micro: int,
 ) -> Tensor:
-    """Loss of a micro-batch by `network`, which is `model_without_ddp` or wraps it.
+    """Reconstruction loss of images (N, C, H, W) under masks drawn from (seed, epoch, sample id).
 
-    The mask is a function of (seed, epoch, sample id), drop path of (seed, step, micro, rank).
+    network: `model_without_ddp`, perhaps wrapped. ids: (N,).
     """
-    images, _, ids = batch
     h, w = model_without_ddp.grid_size(*images.shape[-2:])
     visible = visible_patches(h * w, model_without_ddp.mask_ratio)
     mask = random_mask(mask_noise(seed, epoch, ids, h * w), visible)  # (N, L), 1 = removed
-    seed_all(seed, step, micro, get_rank())
     return network(images, mask, visible)[0]

@@ -8,7 +8,6 @@ torchrun --nproc_per_node=8 main_finetune.py --model convnextv2_tiny --data_path
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
 from config.parser import finetune_parser as get_args_parser
 from config.parser import parse
@@ -27,15 +26,17 @@ from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from models.kernels.autotune import autotuner
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
+from training.anomaly import build_guard
 from training.checkpoint import TrainableParts
+from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
-from training.hooks import log_cost
+from training.hooks import build_reporter, log_cost
 from training.resume import auto_load_model
-from training.setup import build_train_loop, setup_process, setup_run
+from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     device, amp = setup_process(args)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
-    run = setup_run(args, device, amp)
+    run = setup_run(args, device, amp, pretraining=False)
     log = utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------
@@ -62,24 +63,23 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
-    load = partial(
-        load_model_and_ema,
-        model_without_ddp,
-        model_key=EMA_KEY if args.use_ema else args.model_key,
-        model_prefix=args.model_prefix,
-        sha256=args.sha256,
-    )
-    if args.finetune and not run.resume_point.is_run:
-        load(None, args.finetune)
-    elif args.layer_decay < 1 and not run.resume_point.source:
+    start = run.resume_point  # if it is a run, step 7 restores it
+    source = start.source or args.finetune
+    key = EMA_KEY if args.use_ema else args.model_key
+    if source and not start.is_run:
+        load_pretrained(model_without_ddp, source, key, args.model_prefix, args.sha256)
+    elif args.layer_decay < 1 and not source:
         log.warning(
-            "random weights: --layer_decay < 1 is meant for pretrained ones; give --finetune"
+            "random weights: --layer_decay < 1 is meant for pretrained ones; use --finetune"
         )
     model_ema = build_ema(args, model_without_ddp)
+    ema_module = model_ema.module if model_ema else None
+    if ema_module and start.is_weights and key != EMA_KEY and has_ema(source, args.sha256):
+        load_pretrained(ema_module, source, EMA_KEY, args.model_prefix, args.sha256)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
-    run.parallelism.shard(model_without_ddp, model_ema and model_ema.module)
+    run.parallelism.shard(model_without_ddp, ema_module)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode)
     lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
@@ -100,24 +100,43 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = TrainableParts(
-        model_without_ddp, optimizer, stepper.scaler, model_ema and model_ema.module
-    )
-    state = auto_load_model(run.resume_point, parts, load=load, start_epoch=args.start_epoch)
+    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module)
+    state = auto_load_model(start, parts, args.start_epoch)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
-    loaders = data_loader_train, data_loader_val
-    loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, *loaders)
-    loop.criterion, loop.mixup, loop.model_ema = criterion, mixup, model_ema
+    bad_images = BadImages(
+        run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
+    )
+    class_map = datasets.class_map(dataset_train)
+    loop = TrainLoop(
+        stepper,
+        lr_schedule,
+        state,
+        guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
+        reporter=build_reporter(args, run.output_dir, device, state, steps_per_epoch),
+        checkpoints=build_checkpoint_manager(
+            args, run.output_dir, parts, class_map, bad_images.write
+        ),
+        bad_images=bad_images,
+        seed=args.seed,
+        criterion=criterion,
+        mixup=mixup,
+        model_ema=model_ema,
+    )
     if args.dry_run:
-        train_epoch = partial(train_one_epoch, model, model_without_ddp)
-        evaluation = partial(evaluate, model=model_without_ddp, device=device, amp=amp)
-        source = run.resume_point.source or args.finetune
-        return check_run(
-            PlannedRun(args, run.output_dir, source, loop, train_epoch, *loaders, evaluation)
+        plan = PlannedRun(
+            args,
+            run.output_dir,
+            source,
+            loop,
+            lambda batches, loop: train_one_epoch(model, model_without_ddp, batches, loop),
+            data_loader_train,
+            data_loader_val,
+            lambda batches: evaluate(batches, model_without_ddp, device, amp),
         )
+        return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with loop:
+    with bad_images, loop.checkpoints, loop.reporter:
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
@@ -130,7 +149,8 @@ def main(args: argparse.Namespace) -> None:
                 test_stats = evaluate_ema(data_loader_val, model_ema, device, amp)
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            loop.report_epoch(log_stats)
+            bad_images.write()
+            loop.reporter.end_epoch(log_stats)
             best = {"best": log_stats.get("test_acc1"), "best-ema": log_stats.get("test_acc1_ema")}
             loop.checkpoints.end_epoch(state, best, last=state.epoch == args.epochs)
     best = ", ".join(f"{name} top-1 {value:.2f}%" for name, value in state.best.items())
@@ -146,18 +166,23 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     if args.compile:
         model.compile()
     bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
-    both = args.model_ema and has_ema(path, args.sha256)  # published files hold one of them
-    keys = [EMA_KEY] if args.use_ema else [args.model_key] + [EMA_KEY] * both
+    keys = [EMA_KEY if args.use_ema else args.model_key]
+    if args.model_ema and not args.use_ema and has_ema(path, args.sha256):
+        keys.append(EMA_KEY)
     for key in keys:
         report = load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(data_loader_val, model, device, amp)
         images = len(dataset_val) - bad_images.write()
         utils.get_logger().info(
             "%s%s: top-1 %.2f%%, top-5 %.2f%%, loss %.4f on %d images",
-            *(report.source, " (EMA weights)" * (key == EMA_KEY)),
-            *(stats["acc1"], stats["acc5"], stats["loss"], images),
+            report.source,
+            " (EMA weights)" * (key == EMA_KEY),
+            stats["acc1"],
+            stats["acc5"],
+            stats["loss"],
+            images,
         )
-    utils.get_logger().info("kernels chosen: %s", autotuner.summary())
+    utils.get_logger().info("kernels chosen by %s", autotuner.summary())
 
 
 if __name__ == "__main__":

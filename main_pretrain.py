@@ -8,7 +8,6 @@ torchrun --nproc_per_node=8 main_pretrain.py --model convnextv2_tiny --data_path
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
 from config.parser import parse
 from config.parser import pretrain_parser as get_args_parser
@@ -19,27 +18,30 @@ if __name__ == "__main__":  # before torch is loaded: --help and typing errors a
 import datasets
 import models
 import utils
+from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_pretrain import train_one_epoch
 from models.fcmae import visible_patches
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
+from training.anomaly import build_guard
 from training.checkpoint import TrainableParts
+from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
-from training.hooks import log_cost
+from training.hooks import build_reporter, log_cost
 from training.pictures import ReconstructionImages
 from training.resume import auto_load_model
-from training.setup import build_train_loop, setup_process, setup_run
+from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import load_model_and_ema
+from weights.pretrained import load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as the parsed flags say."""
     # --- 1. set-up --------------------------------------------------------------------------
     device, amp = setup_process(args)
-    run = setup_run(args, device, amp)
+    run = setup_run(args, device, amp, pretraining=True)
     log = utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------
@@ -56,7 +58,8 @@ def main(args: argparse.Namespace) -> None:
     log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
 
     # --- 4. weights -------------------------------------------------------------------------
-    # Random, unless step 7 loads a checkpoint.
+    if run.resume_point.is_weights:  # a run is restored in step 7
+        load_pretrained(model_without_ddp, run.resume_point.source, sha256=args.sha256)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)
@@ -80,27 +83,43 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler)
-    load = partial(load_model_and_ema, model_without_ddp, sha256=args.sha256)
-    state = auto_load_model(run.resume_point, parts, load=load, start_epoch=args.start_epoch)
+    state = auto_load_model(run.resume_point, parts, args.start_epoch)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
-    loop = build_train_loop(args, run, parts, stepper, lr_schedule, state, data_loader_train)
+    bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
+    loop = TrainLoop(
+        stepper,
+        lr_schedule,
+        state,
+        guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
+        reporter=build_reporter(args, run.output_dir, device, state, steps_per_epoch),
+        checkpoints=build_checkpoint_manager(
+            args, run.output_dir, parts, before_save=bad_images.write
+        ),
+        bad_images=bad_images,
+        seed=args.seed,
+    )
     if args.dry_run:
-        train_epoch = partial(train_one_epoch, model, model_without_ddp)
-        source = run.resume_point.source
-        return check_run(
-            PlannedRun(args, run.output_dir, source, loop, train_epoch, data_loader_train)
+        plan = PlannedRun(
+            args,
+            run.output_dir,
+            run.resume_point.source,
+            loop,
+            lambda batches, loop: train_one_epoch(model, model_without_ddp, batches, loop),
+            data_loader_train,
         )
+        return check_run(plan)
     images = ReconstructionImages(args, dataset_train.dataset, model_without_ddp, device, amp)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with loop:
+    with bad_images, loop.checkpoints, loop.reporter:
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
             state.end_epoch()
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            loop.report_epoch(log_stats)
+            bad_images.write()
+            loop.reporter.end_epoch(log_stats)
             image = images.draw(model_without_ddp, state.epoch)
             loop.reporter.image("reconstructions", image)
             loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)

@@ -8,7 +8,7 @@ python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -46,18 +46,16 @@ def choose_update_freq(
         log.warning("effective batch changes from %d to %d", resumed_batch, effective_batch)
     elif resumed_batch and resumed_batch != global_batch * (update_freq or 1):
         log.warning("effective batch stays %d, as in the run that is resumed", resumed_batch)
-    wanted = effective_batch or resumed_batch
-    if wanted:
-        update_freq, rest = divmod(wanted, global_batch)
-        if rest:
-            name = f"--effective_batch {wanted}"
-            if not effective_batch:
-                name = f"the effective batch {wanted} of the resumed run"
-            raise UserError(
-                f"{name} is not a multiple of --batch_size {batch_size} x {world_size} processes "
-                f"= {global_batch}; try {_fitting(wanted, batch_size, world_size)}"
-            )
-    update_freq = update_freq or 1
+    wanted = effective_batch or resumed_batch  # 0: not given
+    if wanted % global_batch:
+        name = f"--effective_batch {wanted}"
+        if not effective_batch:
+            name = f"the effective batch {wanted} of the resumed run"
+        raise UserError(
+            f"{name} is not a multiple of --batch_size {batch_size} x {world_size} processes "
+            f"= {global_batch}; try {_fitting(wanted, batch_size, world_size)}"
+        )
+    update_freq = wanted // global_batch or update_freq or 1
     log.info(
         "effective batch %d = %d images x %d micro-batches x %d processes",
         *(global_batch * update_freq, batch_size, update_freq, world_size),
@@ -67,19 +65,18 @@ def choose_update_freq(
 
 def _fitting(effective_batch: int, batch_size: int, world_size: int) -> str:
     """Suggest the nearest batch sizes that divide it and the nearest effective batches."""
-    fixes = []
-    per_process, rest = divmod(effective_batch, world_size)
-    if not rest:
-        sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
-        sizes = [size for size in sizes if size % 2 == 0] or sizes  # mixup takes pairs
-        below, above = [s for s in sizes if s < batch_size], [s for s in sizes if s > batch_size]
-        near = [*below[-1:], *above[:1]]
-        fixes.append(f"--batch_size {' or '.join(map(str, near))}")
     global_batch = batch_size * world_size
     low = effective_batch // global_batch * global_batch
-    near = [low, low + global_batch] if low else [global_batch]
-    fixes.append(f"--effective_batch {' or '.join(map(str, near))}")
-    return ", or ".join(fixes)
+    fix = f"--effective_batch {low} or {low + global_batch}"
+    if not low:
+        fix = f"--effective_batch {global_batch}"
+    per_process, rest = divmod(effective_batch, world_size)
+    if rest:
+        return fix
+    sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
+    sizes = [size for size in sizes if size % 2 == 0] or sizes  # mixup takes pairs
+    below, above = [s for s in sizes if s < batch_size], [s for s in sizes if s > batch_size]
+    return f"--batch_size {' or '.join(map(str, below[-1:] + above[:1]))}, or {fix}"
 
 
 def count_steps(batches: int, update_freq: int) -> int:
@@ -144,15 +141,15 @@ def create_optimizer(
     weight_decay: float = 0.05,
     layer_decay: float = 1.0,
     layer_decay_type: str = "single",
-    opt_eps: float | None = None,
-    opt_betas: Sequence[float] | None = None,
     momentum: float = 0.9,
     shard: str = "ddp",
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """Create any of timm's optimizers by name, over `get_parameter_groups`.
 
-    lr: peak of the schedule. opt_eps, opt_betas: replace the optimizer's own; UserError if it has
-    none. shard: data-parallel mode, `ddp`, `zero1` or `fsdp`.
+    lr: peak of the schedule. momentum: for optimizers that have one. shard: data-parallel mode,
+    `ddp`, `zero1` or `fsdp`. options: of the optimizer itself, such as `eps` and `betas`; UserError
+    if it has none of that name.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
@@ -162,23 +159,17 @@ def create_optimizer(
     if layer_decay < 1.0:
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
     groups = get_parameter_groups(model, weight_decay, assigner)
-    given = {"eps": opt_eps, "betas": opt_betas and tuple(opt_betas)}
-    given = {key: value for key, value in given.items() if value is not None}
     kind = get_optimizer_class(name, bind_defaults=False)
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
     in_one_kernel &= shard != "fsdp" or name.startswith("adam")  # the only ones on DTensors
     fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
-    options = {"opt": opt, "lr": lr, "momentum": momentum, **given, **fused}
+    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **options, **fused)
     try:
-        optimizer = sharding.wrap_optimizer(
-            partial(create_optimizer_v2, **options), groups, lr, shard
-        )
+        optimizer = sharding.wrap_optimizer(make, groups, lr, shard)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
-        raise UserError(f"--opt {opt} with {given}: {error}; try --opt adamw") from error
-    accepted = sharding.local_optimizer(
-        optimizer
-    ).defaults.keys()  # timm drops options it cannot use
-    for key in given.keys() - accepted:
+        raise UserError(f"--opt {opt} with {options}: {error}; try --opt adamw") from error
+    # timm drops options that an optimizer does not have
+    for key in options.keys() - sharding.local_optimizer(optimizer).defaults.keys():
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     return optimizer
 
@@ -195,39 +186,26 @@ def cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> f
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(position, 1.0)))
 
 
+@dataclass(eq=False)
 class Schedule:
     """Learning rate and weight decay of every parameter group as functions of the global step.
 
-    warmup_steps: optimizer steps; replaces warmup_epochs unless negative. weight_decay_end: None
-    keeps the weight decay constant.
+    total: optimizer steps of the whole run; the first `warmup` raise the learning rate to `lr`.
+    weight_decay_end: None keeps the weight decay constant.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        steps_per_epoch: int,
-        epochs: int,
-        lr: float,
-        min_lr: float = 0.0,
-        warmup_epochs: float = 0,
-        warmup_steps: int = -1,
-        weight_decay: float = 0.05,
-        weight_decay_end: float | None = None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.total = steps_per_epoch * epochs
-        self.warmup = round(warmup_epochs * steps_per_epoch)
-        if warmup_steps >= 0:
-            self.warmup = warmup_steps
-        self.lr, self.min_lr = lr, min_lr
-        self.decay = weight_decay
-        self.decay_end = weight_decay if weight_decay_end is None else weight_decay_end
+    optimizer: torch.optim.Optimizer
+    total: int
+    lr: float
+    min_lr: float = 0.0
+    warmup: int = 0
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+
+    def __post_init__(self) -> None:
         if self.warmup >= self.total:
-            get_logger().warning(
-                "warm-up of %d steps, but the run has %d: the learning rate never decays",
-                *(self.warmup, self.total),
-            )
+            text = "warm-up of %d steps, but the run has %d: the learning rate never decays"
+            get_logger().warning(text, self.warmup, self.total)
 
     def rate(self, step: int) -> float:
         """Base learning rate of a global step, counted from 0."""
@@ -236,7 +214,9 @@ class Schedule:
     def apply(self, step: int) -> float:
         """Set lr and weight decay of all groups for a global step; returns the base rate."""
         lr = self.rate(step)
-        decay = cosine(step, self.decay, self.decay_end, warmup=0, total=self.total)
+        decay, end = self.weight_decay, self.weight_decay_end
+        if end is not None:
+            decay = cosine(step, decay, end, warmup=0, total=self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = decay if group["decayed"] else 0.0
@@ -247,17 +227,17 @@ def build_optimizer(
     args: Any, model: nn.Module, lr: float, shard: str = "ddp"
 ) -> torch.optim.Optimizer:
     """Build the optimizer from the flags; pre-training has no layer decay."""
+    options = {"eps": args.opt_eps, "betas": args.opt_betas and tuple(args.opt_betas)}
     return create_optimizer(
         model,
         args.opt,
         lr=lr,
         weight_decay=args.weight_decay,
-        layer_decay=vars(args).get("layer_decay", 1.0),
-        layer_decay_type=vars(args).get("layer_decay_type", "single"),
-        opt_eps=args.opt_eps,
-        opt_betas=args.opt_betas,
+        layer_decay=getattr(args, "layer_decay", 1.0),
+        layer_decay_type=getattr(args, "layer_decay_type", "single"),
         momentum=args.momentum,
         shard=shard,
+        **{name: value for name, value in options.items() if value is not None},
     )
 
 
@@ -265,14 +245,15 @@ def build_schedule(
     args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
 ) -> Schedule:
     """Build the schedule from the flags."""
+    warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
+    if warmup < 0:
+        warmup = round(args.warmup_epochs * steps_per_epoch)
     return Schedule(
         optimizer,
-        steps_per_epoch=steps_per_epoch,
-        epochs=args.epochs,
-        lr=lr,
+        steps_per_epoch * args.epochs,
+        lr,
         min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs,
-        warmup_steps=args.warmup_steps,
+        warmup=warmup,
         weight_decay=args.weight_decay,
         weight_decay_end=args.weight_decay_end,
     )

@@ -32,11 +32,13 @@ from parallel.process_group import (  # noqa: F401  names that forks of the offi
 )
 
 
-def save_model(*args: Any, **kwargs: Any) -> None:
-    """Call `training.checkpoint.save_model`."""
+def save_model(folder: Path, parts: Any, state: Any, entries: Any, **options: Any) -> None:
+    """`collect_checkpoint`, then `write_checkpoints` on the main process; every rank calls it."""
     from training import checkpoint
 
-    checkpoint.save_model(*args, **kwargs)
+    content = checkpoint.collect_checkpoint(parts, state, entries)
+    if content is not None:
+        checkpoint.write_checkpoints(folder, content, **options)
 
 
 def auto_load_model(*args: Any, **kwargs: Any) -> Any:

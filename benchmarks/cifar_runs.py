@@ -219,10 +219,9 @@ def train(
     updates, state = len(batches), checkpoint.TrainState()
     schedule = Schedule(
         optimizer,
-        steps_per_epoch=updates,
-        epochs=epochs,
-        lr=recipe["lr"],
-        warmup_epochs=min(args.warmup_epochs, epochs / 5),
+        updates * epochs,
+        recipe["lr"],
+        warmup=round(min(args.warmup_epochs, epochs / 5) * updates),
         weight_decay=args.weight_decay,
     )
     stepper = Stepper(model, optimizer, args.device, args.amp)
@@ -263,7 +262,7 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
     fast = called(model, args, shapes, visible_patches(patches, args.mask_ratio))
     one_epoch = partial(engine_pretrain.train_one_epoch, fast, model)
     loop = empty_loop(seed)
-    recipe = {"lr": args.pretrain_lr, "opt_betas": (0.9, 0.95)}
+    recipe = {"lr": args.pretrain_lr, "betas": (0.9, 0.95)}
     title, epochs = f"seed {seed} pre-training", args.pretrain_epochs
     seconds, _ = train(title, model, one_epoch, loop, batches, epochs, args, **recipe)
     return seconds, to_convnextv2(model.state_dict())[0]

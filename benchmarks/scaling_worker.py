@@ -55,7 +55,6 @@ from torch import Tensor
 from data_loading.folders import DTYPES, open_index, write_header, write_json
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
-from engine_finetune import supervised_loss
 from engine_pretrain import masked_loss
 from models import create_model, fcmae_name
 from models.kernels import autotune
@@ -77,22 +76,23 @@ class Steps:
         torch.manual_seed(0)
         if args.mode == "pretrain":
             bare = create_model(fcmae_name(args.model))
-            self.loss = partial(masked_loss, bare, 0, 0)
+            self.loss = lambda network, images, _, ids: masked_loss(
+                network, bare, images, ids, 0, 0
+            )
         else:
             bare = create_model(args.model, num_classes=CLASSES)
-            self.loss = lambda *about: supervised_loss(F.cross_entropy, None, 0, *about)[0]
+            self.loss = lambda network, images, labels, _: F.cross_entropy(network(images), labels)
         optimizer = create_optimizer(bare, lr=1e-4)
         self.model = Parallelism("ddp", CPU).wrap(bare.train())
         self.stepper = Stepper(self.model, optimizer, CPU)
         self.stepper.begin_epoch(ENDLESS)
-        self.size, self.updates = args.input_size, 0
+        self.size = args.input_size
 
     def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """An update."""
         with self.stepper.micro_batch():
-            loss = self.loss(self.model, batch, self.updates, 0)
+            loss = self.loss(self.model, *batch)
         self.stepper.step(loss, batch[2])
-        self.updates += 1
 
     def time(self, images: int, exchange: bool, count: int) -> float:
         """Seconds of a step of so many images; without `exchange` of a rank by itself."""

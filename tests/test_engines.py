@@ -17,10 +17,10 @@ import main_pretrain
 from config import parser as options
 from errors import UserError
 from optim_factory import Schedule
+from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
-from training.stepper import Stepper
 
 COMMON = (
     "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "
@@ -247,7 +247,7 @@ def no_waiting(monkeypatch):
     under("error", main_pretrain, "train_one_epoch", after=1)
     under("error", main_finetune, "train_one_epoch", after=1)
     under("default", Means, "read")
-    under("default", Stepper, "check")
+    under("default", AnomalyGuard, "check")
 
 
 @pytest.mark.gpu

@@ -44,8 +44,8 @@ SUBMITIT = {"config", "parallel"}  # submitit_* name a main and do not import it
 LATE = {("utils", "training.checkpoint"), ("utils", "training.resume")}  # names that forks know
 LONG = {"main_pretrain.main", "main_finetune.main"}  # and the engines
 ENGINES = {"engine_pretrain", "engine_finetune"}
-# May have more parameters: public interfaces, and Triton kernels, which take sizes and strides.
-EXEMPT = {"ConvNeXtV2.__init__", "FCMAE.__init__", "create_optimizer", "Schedule.__init__"}
+# May have more parameters: public models, and Triton kernels, which take sizes and strides.
+EXEMPT = {"ConvNeXtV2.__init__", "FCMAE.__init__"}
 
 
 def product_files() -> list[Path]:

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Bad optimizer steps (NaN, Inf, loss spikes): report them, skip them or roll back.
+"""Bad optimizer steps (NaN, Inf, loss spikes): report them, and skip them or roll back.
 
 python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32 \
     --on_spike rollback --output_dir runs/guarded
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from parallel import sharding
 from parallel.process_group import all_gather, get_logger, get_rank, is_main_process
-from training.checkpoint import TrainState, is_finite
-from training.checkpoint_manager import copy_to_cpu
+from parallel.state_dict import copy_to_cpu, tensor_leaves
+from training.checkpoint import TrainableParts, TrainState, all_finite
 from training.stepper import BadStep, Stepper, autocast
 from utils import write_atomically
 
@@ -37,10 +38,11 @@ REMEDY = (
 ComputeLoss = Callable[..., Tensor]  # (network, batch, step, micro) -> loss
 
 
+@dataclass(eq=False)
 class AnomalyGuard:
     """Check recent steps for NaN, Inf and loss spikes.
 
-    parts: model, optimizer, scaler and EMA model (or None), which a rollback restores.
+    parts: model, optimizer and others, which a rollback restores.
     max_bad_steps: consecutive bad steps, or rollbacks with fewer than `snapshot_freq` steps between
         them, that a run survives.
     snapshot_freq: optimizer steps between two snapshots in host memory; None: bad steps are skipped
@@ -54,18 +56,14 @@ class AnomalyGuard:
     non-finite images are only skipped, since they have not changed the weights.
     """
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        parts: Sequence[Any] = (),
-        data_loader: Any = None,
-        folder: Path | None = None,
-        max_bad_steps: int = 10,
-        snapshot_freq: int | None = None,
-    ) -> None:
-        self.stepper, self.data_loader, self.folder = stepper, data_loader, folder
-        self.parts = [part for part in parts if part is not None]
-        self.max_bad_steps, self.snapshot_freq = max_bad_steps, snapshot_freq
+    stepper: Stepper
+    parts: Sequence[Any] = ()
+    data_loader: Any = None
+    folder: Path | None = None
+    max_bad_steps: int = 10
+    snapshot_freq: int | None = None
+
+    def __post_init__(self) -> None:
         self.snapshots: list[Any] = []  # one for each part
         self.rollbacks = 0  # in a row, with fewer than `snapshot_freq` steps between two
         self.last_rollback = 0  # global step
@@ -79,18 +77,14 @@ class AnomalyGuard:
             self.rollbacks, self.last_rollback = saved["returns"], saved["returned_at"]
         self.snapshot(state)
 
-    def state(self) -> dict[str, float]:
-        """Return the counters as plain numbers, for a checkpoint."""
-        rollbacks = {"returns": self.rollbacks, "returned_at": self.last_rollback}
-        return self.stepper.state() | rollbacks
-
     def snapshot(self, state: TrainState) -> None:
         """Copy all parts to host memory, if rollbacks are enabled and all weights are finite."""
         if self.snapshot_freq is None or (
             self.snapshots and state.global_step == self.snapshot_step
         ):
             return
-        if self.snapshots and not all(all_gather(is_finite(self.parts[0]))):
+        weights = map(sharding.to_local, self.parts[0].parameters())
+        if self.snapshots and not all(all_gather(all_finite(weights))):
             return  # the next step will be bad
         self.snapshots = []  # free the old one first
         self.snapshots = [
@@ -100,7 +94,17 @@ class AnomalyGuard:
         self.snapshot_counters = self.stepper.state()
 
     def check(self, state: TrainState) -> str:
-        """Count and report skipped steps, roll back if needed; returns why training must stop."""
+        """Count and report skipped steps, roll back if needed; returns why training must stop.
+
+        Stores the counters in `state`, for a checkpoint.
+        """
+        problem = self._check(state)
+        # Keys of the first version, so that checkpoints of all versions load.
+        rollbacks = {"returns": self.rollbacks, "returned_at": self.last_rollback}
+        state.epoch_sums["guard"] = self.stepper.state() | rollbacks
+        return problem
+
+    def _check(self, state: TrainState) -> str:
         skipped, bad = self.stepper.read()
         state.bad_steps += skipped
         if not bad:
@@ -120,7 +124,7 @@ class AnomalyGuard:
         longest = max(step.in_a_row for step in bad)
         if longest <= self.max_bad_steps:
             return ""
-        self.stepper.bad_in_a_row = 0  # a run that resumes with other flags starts from zero
+        self.stepper.bad_in_a_row = 0  # a resumed run, perhaps with other flags, starts from zero
         return f"{longest} bad steps in a row, the last one: {bad[-1]}; {REMEDY}"
 
     def _roll_back(self, state: TrainState) -> str:
@@ -140,7 +144,7 @@ class AnomalyGuard:
         )
         if self.rollbacks <= self.max_bad_steps:
             return ""
-        self.rollbacks = 0  # a run that resumes with other flags starts from zero
+        self.rollbacks = 0  # a resumed run, perhaps with other flags, starts from zero
         return f"rolled back {self.max_bad_steps + 1} times without success; {REMEDY}"
 
     # --- bad_batch.json ---------------------------------------------------------------------
@@ -161,7 +165,7 @@ class AnomalyGuard:
                 "update": state.global_step + 1 - step.steps_ago,
                 "fault": str(step),
                 "loss": _number(step.loss),
-                "usual_loss": _number(step.usual_loss),
+                "running_loss": _number(step.running_loss),
                 "grad_norm": _number(step.grad_norm),
             }
             entries.append(entry | {"ranks": all_gather(mine)})
@@ -170,10 +174,11 @@ class AnomalyGuard:
                 append_entries(self.folder / FILE, entries)
             except OSError as error:
                 get_logger().warning("%s cannot be written: %s", self.folder / FILE, error)
-        rerun = entries[:MAX_DIAGNOSED]
-        places = [{rank.get("first_not_finite") for rank in entry["ranks"]} for entry in rerun]
-        named = [place - {None} or {"nothing"} for place in places]
-        return ["images" if "images" in place else ", ".join(sorted(place)) for place in named]
+        found = [
+            {rank.get("first_not_finite") for rank in entry["ranks"]} - {None}
+            for entry in entries[:MAX_DIAGNOSED]
+        ]
+        return ["images" if "images" in f else ", ".join(sorted(f)) or "nothing" for f in found]
 
     def _diagnose(self, network: nn.Module, state: TrainState, step: BadStep) -> dict[str, Any]:
         """Rerun this rank's micro-batches up to the first value that is not finite."""
@@ -232,7 +237,7 @@ def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
             found.append(name)
 
     def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        for value in tensors_in(output):
+        for value in tensor_leaves(output):
             check(f"output of {name}", value)
             if value.requires_grad:
                 value.register_hook(partial(check, f"gradient of the output of {name}"))
@@ -262,18 +267,9 @@ def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
     return found[0] if found else ""
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
-
-
 def build_guard(
-    args: Any, stepper: Stepper, parts: Sequence[Any], data_loader: Any, folder: Path | None
+    args: Any, stepper: Stepper, parts: TrainableParts, data_loader: Any, folder: Path | None
 ) -> AnomalyGuard:
     """Build an `AnomalyGuard` from the flags."""
     freq = args.snapshot_freq or SNAPSHOT_FREQ if args.on_spike == "rollback" else None
-    return AnomalyGuard(stepper, parts, data_loader, folder, args.max_bad_steps, freq)
+    return AnomalyGuard(stepper, parts.present(), data_loader, folder, args.max_bad_steps, freq)

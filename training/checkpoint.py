@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Checkpoints of a run: its progress, and the files with it, written atomically and rotated.
+"""Checkpoints of a run: their content, written atomically and rotated, and how to restore it.
 
 python -c "from training.checkpoint import TrainState; print(TrainState())"
 """
@@ -8,11 +8,10 @@ python -c "from training.checkpoint import TrainState; print(TrainState())"
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,8 @@ from torch.optim import Optimizer
 
 from errors import UserError
 from models.kernels.autotune import autotuner
-from parallel import sharding, state_dict
-from parallel.process_group import is_main_process
-from parallel.state_dict import full_state_dict
+from parallel.process_group import get_logger, is_main_process
+from parallel.state_dict import full_state_dict, load_optimizer, optimizer_name
 from utils import link, write_atomically
 from weights.files import load_weights, numbered_checkpoints, parse_checkpoint_name
 
@@ -35,7 +33,7 @@ class TrainState:
 
     epoch: int = 0  # the current epoch, or the next one to run
     global_step: int = 0  # optimizer steps, skipped ones included
-    bad_steps: int = 0  # steps skipped because a loss or gradient was not finite
+    bad_steps: int = 0  # steps that were skipped or rolled back
     best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
     samples_in_epoch: int = 0  # images trained on in this epoch, over all ranks
     effective_batch: int = 0  # images in an optimizer step, over all ranks
@@ -44,7 +42,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
-        """The state that a checkpoint stores, under the names of today or of earlier versions."""
+        """Return the state that a checkpoint of this or an earlier version stores."""
         return cls(**{OLD_NAMES.get(name, name): value for name, value in saved.items()})
 
     def recount_steps(self, steps_per_epoch: int, effective_batch: int, images: int) -> None:
@@ -65,19 +63,16 @@ class TrainState:
         self.global_step, self.effective_batch = steps, effective_batch
 
     def end_epoch(self) -> None:
-        """Move on to the next epoch."""
+        """Advance to the next epoch."""
         self.epoch, self.samples_in_epoch = self.epoch + 1, 0
         self.epoch_sums.pop("means", None)
 
     def update_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
         """Store the highest accuracy of each name; returns the names that have a new one."""
-        improved = {
-            name: value
-            for name, value in accuracies.items()
-            if value is not None and value > self.best.get(name, -1.0)
-        }
-        self.best |= improved
-        return list(improved)
+        known = {name: value for name, value in accuracies.items() if value is not None}
+        improved = [name for name, value in known.items() if value > self.best.get(name, -1.0)]
+        self.best |= {name: known[name] for name in improved}
+        return improved
 
 
 @dataclass
@@ -90,32 +85,14 @@ class TrainableParts:
     model_ema: nn.Module | None = None
 
     def present(self) -> list[Any]:
-        """Those that exist, the model first."""
+        """Return the parts that exist, the model first."""
         parts = (self.model, self.optimizer, self.scaler, self.model_ema)
         return [part for part in parts if part is not None]
-
-
-def is_finite(model: nn.Module) -> bool:
-    """True if all parameters are finite, of those that this process has."""
-    return all_finite(sharding.to_local(parameter) for parameter in model.parameters())
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """True if the tensors hold no NaN and no Inf."""
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
-
-
-def save_model(
-    folder: Path,
-    parts: TrainableParts,
-    state: TrainState,
-    entries: Mapping[str, Any],
-    **options: Any,
-) -> None:
-    """`collect_checkpoint`, then `write_checkpoints` on the main process; every rank calls it."""
-    content = collect_checkpoint(parts, state, entries)
-    if content is not None:
-        write_checkpoints(folder, content, **options)
 
 
 def collect_checkpoint(
@@ -135,7 +112,7 @@ def collect_checkpoint(
     return {
         "model": weights,
         "model_ema": ema,
-        "optimizer": optimizer | {"name": _optimizer_name(parts.optimizer)},
+        "optimizer": optimizer | {"name": optimizer_name(parts.optimizer)},
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
         "state": asdict(state),
         "kernels": autotuner.state(),
@@ -144,15 +121,8 @@ def collect_checkpoint(
 
 
 def write_checkpoint(content: Any, path: Path) -> None:
-    """`torch.save` that leaves the old or the new file, complete; OSError if the disk fails."""
-
-    def save(file: BinaryIO) -> None:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # raised by torch's zip writer when the disk is full
-            raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
-
-    write_atomically(save, path)
+    """`torch.save` that leaves the old or the new file, complete."""
+    write_atomically(lambda file: torch.save(content, file), path)
 
 
 def checkpoint_name(state: Mapping[str, Any]) -> str:
@@ -172,14 +142,13 @@ def write_checkpoints(
     keep: int = 3,
     source: str = "",
 ) -> None:
-    """Write the checkpoints of this moment, each atomically.
+    """Write the checkpoints of an epoch end or of a step, each atomically.
 
     numbered: write `checkpoint-<epoch>.pth`, within an epoch `checkpoint-<epoch>-seen-<n>.pth`,
         and delete old ones but the `keep` newest and `source`, which the run resumed from.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the EMA weights, for use and not to resume.
-    The numbered one comes last: a run that is killed before it repeats the epoch and writes the
-    others again.
+    The numbered one comes last: a run killed earlier repeats the epoch and writes the others again.
     """
     newest = folder / checkpoint_name(content["state"])
     if "best-ema" in improved:
@@ -201,42 +170,21 @@ def rotate(newest: Path, keep: int, source: str = "") -> None:
     Of saves within epochs two stay while their epoch runs, none after its end.
     """
     paths = numbered_checkpoints(newest.parent)
-    within = [path for path in paths if parse_checkpoint_name(path)[1] > 0]
-    ends = [path for path in paths if path not in within]
-    passed = [
-        path for path in within if parse_checkpoint_name(path) < parse_checkpoint_name(newest)
-    ]
-    for path in ends[keep:] + (within[2:] if newest in within else passed):
+    in_epoch = [path for path in paths if parse_checkpoint_name(path)[1] > 0]
+    old = [path for path in paths if path not in in_epoch][keep:]
+    if newest in in_epoch:
+        old += in_epoch[2:]
+    else:
+        now = parse_checkpoint_name(newest)
+        old += [path for path in in_epoch if parse_checkpoint_name(path) < now]
+    for path in old:
         if path != newest and path.resolve() != Path(source).resolve():
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
 
-def _optimizer_name(optimizer: Optimizer) -> str:
-    return type(sharding.local_optimizer(optimizer)).__name__
-
-
-def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], source: str) -> None:
-    """Restore the optimizer state; learning rate, decay and betas stay as the flags set them."""
-    name = _optimizer_name(optimizer)
-    if saved.get("name", name) != name:
-        raise UserError(f"{source}: saved by {saved['name']}, this run uses {name}; change --opt")
-    counters = ("params", "step", "lookahead_step", "k")  # kept in groups by some optimizers
-    options = [{k: v for k, v in g.items() if k not in counters} for g in optimizer.param_groups]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
-    if ours != theirs:
-        raise UserError(
-            f"{source}: its optimizer has parameter groups of {theirs} tensors, this run has "
-            f"{ours}; resume with the same --layer_decay, --layer_decay_type and --weight_decay"
-        )
-    state_dict.load_optimizer(optimizer, saved)
-    for group, option in zip(optimizer.param_groups, options, strict=True):
-        group.update(option)
-
-
 def restore_run(checkpoint: Mapping[str, Any], source: str, parts: TrainableParts) -> None:
-    """Load what `save_model` wrote into the parts of a run."""
+    """Load a checkpoint of `write_checkpoints` into the parts of a run."""
     load_weights(parts.model, checkpoint["model"], source)
     load_optimizer(parts.optimizer, checkpoint["optimizer"], source)
     if parts.scaler is not None and checkpoint.get("scaler"):
@@ -244,7 +192,5 @@ def restore_run(checkpoint: Mapping[str, Any], source: str, parts: TrainablePart
     if parts.model_ema is not None:
         ema = checkpoint.get("model_ema")
         if ema is None:
-            logging.getLogger("convnextv2").warning(
-                "%s has no EMA weights: the EMA starts from its weights", source
-            )
+            get_logger().warning("%s has no EMA weights: the EMA starts from its weights", source)
         load_weights(parts.model_ema, ema or checkpoint["model"], source)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Save a run at the right times, through disk failures, and stop it when asked to.
+"""Save a run on schedule, survive failed writes, and stop the run when asked to.
 
 python main_pretrain.py --data_set DIGITS --input_size 32 --stem_stride 1 --output_dir runs/saved \
     --model convnextv2_atto --save_ckpt_every_steps 20 --max_minutes 1; echo "exit code $?"
@@ -14,22 +14,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from errors import Preempted, TrainingStopped, UserError
+from errors import Preempted, TrainingStopped, UserError, first_line
 from parallel.process_group import broadcast, get_logger
+from parallel.state_dict import copy_to_cpu
 from training import run_lock
-from training.checkpoint import (
-    TrainableParts,
-    TrainState,
-    collect_checkpoint,
-    write_checkpoints,
-)
+from training.checkpoint import TrainableParts, TrainState, collect_checkpoint, write_checkpoints
 from training.preemption import RankVote, StopSignals
 
 RETRY = 60.0  # seconds after which a failed save is repeated while training continues
@@ -41,6 +36,8 @@ class AsyncWriter:
 
     writer(content, write)  # write(content) now, or write(a copy of it) in the background
     writer.wait()           # until that is done; raises its error
+
+    Any error of a write is raised as an OSError, which a run survives.
     """
 
     def __init__(self, in_background: bool) -> None:
@@ -49,44 +46,50 @@ class AsyncWriter:
 
     def __call__(self, content: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """Write, or start to."""
-        if self.pool is None:
-            write(content)
-        else:
-            self.pending = self.pool.submit(write, copy_to_cpu(content))
+        with _as_os_error():
+            if self.pool is None:
+                write(content)
+            else:
+                self.pending = self.pool.submit(write, copy_to_cpu(content))
 
     def wait(self) -> bool:
         """Wait for the write in the background and raise its error; False if there is none."""
         pending, self.pending = self.pending, None
         if pending is not None:
-            pending.result()
+            with _as_os_error():
+                pending.result()
         return pending is not None
 
 
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Raise other errors as OSError: torch.save reports a full disk as a RuntimeError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
 def _lower_priority() -> None:
-    if sys.platform == "linux":  # where each thread has a priority of its own
+    if sys.platform == "linux":  # where threads have their own priorities
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def copy_to_cpu(value: Any) -> Any:
-    """Copy nested tensors to host memory, where training does not change them."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
-
-
+@dataclass(eq=False)
 class CheckpointManager:
     """Saves a run between optimizer steps and at the end of epochs, and stops it when asked to.
 
-    save: called with state, writer, numbered and improved (`write_checkpoints`); None to not save.
-    every_epochs, every_steps, every_minutes: between saves at the end of epochs, and within them;
-    None for never. max_minutes: after which the run stops as if by a signal. max_failures: saves
-    in a row that may fail; a failed one is repeated a minute later. in_background: write in a
-    thread. before_save: called on all ranks before a save within an epoch.
+    save: called on all ranks with state, writer, numbered and improved (`write_checkpoints`);
+        None to save nothing.
+    every_epochs: save at the end of every so many epochs.
+    every_steps, every_minutes: save within epochs; None for never.
+    max_minutes: the run stops after this time as if by a signal.
+    max_failures: saves in a row that may fail; a failed one is repeated a minute later.
+    in_background: write in a thread.
+    before_save: called on all ranks before a save within an epoch.
 
         with CheckpointManager(...) as checkpoints:
             ...
@@ -94,22 +97,18 @@ class CheckpointManager:
             checkpoints.end_epoch(state, accuracies, last)     # after the evaluation
     """
 
-    def __init__(
-        self,
-        save: Callable[..., None] | None,
-        every_epochs: int = 1,
-        every_steps: int | None = None,
-        every_minutes: float | None = None,
-        max_minutes: float | None = None,
-        max_failures: int = 5,
-        in_background: bool = False,
-        before_save: Callable[[], Any] | None = None,
-    ) -> None:
-        self.save, self.every_epochs, self.every_steps = save, every_epochs, every_steps
-        self.max_failures, self.before_save = max_failures, before_save
-        self.signals = StopSignals(every_minutes, max_minutes)
-        self.vote = RankVote()
-        self.writer = AsyncWriter(in_background)
+    save: Callable[..., None] | None
+    every_epochs: int = 1
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    max_minutes: float | None = None
+    max_failures: int = 5
+    in_background: bool = False
+    before_save: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.signals = StopSignals(self.every_minutes, self.max_minutes)
+        self.vote, self.writer = RankVote(), AsyncWriter(self.in_background)
         self.saved_at = 0  # step of the last save within an epoch
         self.saved_best: dict[str, float] = {}  # best accuracies that have their checkpoint
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
@@ -121,7 +120,7 @@ class CheckpointManager:
 
     def __exit__(self, *exception: object) -> None:
         self.signals.__exit__()
-        with contextlib.suppress(Exception):  # the error that ends the run says more
+        with contextlib.suppress(OSError):  # the error that ends the run says more
             self.writer.wait()
 
     def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:
@@ -131,7 +130,8 @@ class CheckpointManager:
         Raises TrainingStopped, after a save, if the guard found too many bad steps.
         """
         save, stop = self.vote.exchange(*self.signals.read())
-        save = save and state.global_step > self.saved_at + 1  # else a vote on the last save
+        # The vote comes one step late, so right after a save it still asks for that save.
+        save = save and state.global_step > self.saved_at + 1
         due = self.every_steps is not None and state.global_step % self.every_steps == 0
         problem = guard.check(state) if check or save or stop or due else ""
         if save or stop or due or problem:
@@ -139,7 +139,7 @@ class CheckpointManager:
             if self.before_save is not None:
                 self.before_save()
             guard.snapshot(state)
-            state.epoch_sums = {"means": meters.state(), "guard": guard.state()}
+            state.epoch_sums["means"] = meters.state()
             self._finish_write(state)
             self._save(state, is_last=stop or bool(problem))
         if problem:
@@ -162,17 +162,23 @@ class CheckpointManager:
         numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
         stop = not last and self.vote.exchange_now(*self.signals.read())[1]
         if numbered or stop or improved:
-            self._save(state, last or stop, numbered=numbered or stop, improved=improved)
+            self._save(state, last or stop, numbered or stop, improved)
         if stop:
             self._stop(state)
         if last and self.problem:
             raise TrainingStopped(
-                f"training is complete, but its end could not be saved: {self.problem}; solve "
+                f"training is complete, but its end could not be saved: {self.problem}; fix "
                 "this, then rerun the same command to continue from the last checkpoint"
             )
 
-    def _save(self, state: TrainState, is_last: bool = False, **options: Any) -> None:
-        """Save; a full or absent disk does not end the run until max_failures saves in a row fail.
+    def _save(
+        self,
+        state: TrainState,
+        is_last: bool,
+        numbered: bool = True,
+        improved: Sequence[str] = (),
+    ) -> None:
+        """Save, or report the failure; raise TrainingStopped after too many failures in a row.
 
         is_last: the run ends after this save, so wait for it, and repeat it at once if it fails.
         """
@@ -182,8 +188,10 @@ class CheckpointManager:
         best, wait = dict(state.best), is_last or self.writer.pool is None
 
         def save() -> bool:
-            self.save(state=state, writer=self.writer, **options)
-            return wait and (self.writer.wait() or True)
+            self.save(state=state, writer=self.writer, numbered=numbered, improved=improved)
+            if wait:
+                self.writer.wait()
+            return wait
 
         for attempt in range(1 + self.max_failures if is_last else 1):
             if attempt:
@@ -191,13 +199,13 @@ class CheckpointManager:
             state.best = dict(best)
             if self._attempt(state, save):
                 break
-        if not self.problem and options.get("numbered", True):
+        if not self.problem and numbered:
             self.signals.last_save = time.monotonic()
         if self.failures > self.max_failures and not is_last:
             raise TrainingStopped(
-                f"{self.failures} saves in a row failed, the last with: {self.problem}; free some "
-                "disk space or choose another --output_dir, then rerun the same command: the "
-                "checkpoints written before are intact"
+                f"{self.failures} saves in a row failed, the last with: {self.problem}; free disk "
+                "space, choose another --output_dir or fix the error, then rerun the same command: "
+                "earlier checkpoints are intact"
             )
 
     def _finish_write(self, state: TrainState) -> None:
@@ -206,26 +214,27 @@ class CheckpointManager:
         self.saved_best = dict(state.best)
 
     def _attempt(self, state: TrainState, work: Callable[[], bool]) -> bool:
-        """Save or wait on all ranks and record the result; False if the disk failed.
+        """Save or wait on all ranks and record the result; False if a retry makes sense.
 
-        work: returns True if a checkpoint is complete, on the main process.
+        work: returns True if a checkpoint is complete, on the main process. Its UserError means
+        that the weights cannot be saved, which a retry does not change.
         """
-        done, problem, of_disk = False, "", False
+        done, problem, retry = False, "", False
         try:
             done = work()
         except (OSError, UserError) as error:
-            problem, of_disk = str(error), isinstance(error, OSError)
-        done, problem, of_disk = broadcast((done, problem, of_disk))
-        self.signals.retry_at = time.monotonic() + RETRY if of_disk else math.inf
+            problem, retry = str(error), isinstance(error, OSError)
+        done, problem, retry = broadcast((done, problem, retry))
+        self.signals.retry_at = time.monotonic() + RETRY if retry else math.inf
         if problem:
             self.problem, state.best = problem, dict(self.saved_best)
-            self.failures += of_disk
-            times = f", {self.failures} times in a row" if of_disk else ""
-            text = "could not save%s (%s); the checkpoints before are intact"
+            self.failures += retry
+            times = f", {self.failures} times in a row" if retry else ""
+            text = "could not save%s (%s); earlier checkpoints are intact"
             get_logger().warning(text, times, problem)
         elif done:
             self.problem, self.failures, self.successes = "", 0, self.successes + 1
-        return not of_disk
+        return not retry
 
     def _stop(self, state: TrainState) -> None:
         reason = self.signals.reason or "another process"
@@ -250,7 +259,7 @@ def build_checkpoint_manager(
 
     classes: label by name, stored as the names in the order of the head.
     """
-    names = None if classes is None else sorted(classes, key=classes.__getitem__)
+    entries = {"args": vars(args), "classes": classes and sorted(classes, key=classes.get)}
 
     def save(
         state: TrainState, writer: AsyncWriter, numbered: bool = True, improved: Sequence[str] = ()
@@ -258,8 +267,7 @@ def build_checkpoint_manager(
         def write(content: dict[str, Any]) -> None:
             write_checkpoints(folder, content, numbered, improved, args.save_ckpt_num, args.resume)
 
-        stored = {"args": vars(args), "classes": names}
-        content = collect_checkpoint(parts, state, stored)
+        content = collect_checkpoint(parts, state, entries)
         if content is not None:
             writer(content, write)
 

@@ -35,14 +35,14 @@ from parallel import sharding
 from parallel.process_group import all_reduce_sum, get_logger, get_world_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WARMUP_STEPS = 20  # before a loss can count as a spike
-RUNNING_STEPS = 100  # in the running mean of the loss
+WARMUP_STEPS = 20  # steps before a loss can count as a spike
+RUNNING_STEPS = 100  # steps in the running mean of the loss
 
 
 def choose_amp(amp: str | None, use_amp: bool | None, device: torch.device) -> str:
-    """Choose `bf16`, `fp16` or `none`: the one given, by default bf16 on CUDA and none elsewhere.
+    """Return `amp` if given; otherwise `bf16` on CUDA and `none` elsewhere.
 
-    `use_amp` true means bf16, or fp16 on a GPU without bf16.
+    use_amp: true asks for bf16, or fp16 on a GPU without bf16, on any device; false for `none`.
     """
     on_cuda = device.type == "cuda"
     has_bf16 = not on_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -78,16 +78,17 @@ class BadStep:
     ids: list[Tensor]  # (N,) sample ids of this rank, one tensor for each micro-batch
     loss: float  # mean over all ranks; NaN if it was not finite on one of them
     grad_norm: float
-    usual_loss: float  # running mean
+    running_loss: float  # mean of the last losses
 
     def __str__(self) -> str:
         if math.isnan(self.loss):
             return "loss is not finite"
         if not math.isfinite(self.grad_norm):
             return "gradient is not finite"
-        return f"loss {self.loss:.4g} is a spike (running mean {self.usual_loss:.4g})"
+        return f"loss {self.loss:.4g} is a spike (running mean {self.running_loss:.4g})"
 
 
+@dataclass(eq=False)
 class Stepper:
     """Turn micro-batches into optimizer steps.
 
@@ -101,42 +102,34 @@ class Stepper:
         result = stepper.step(loss, ids)      # None until the accumulation window closes
         skipped, bad = stepper.read()         # at log lines and before a checkpoint
 
-    torch's fused optimizers can skip a step without a host sync, so the host reads nothing from the
-    device between two `read`s. With other optimizers it waits for each step's finite check.
+    torch's fused optimizers skip a step on the device, so the host reads nothing from it between
+    two `read`s. With other optimizers the host waits for the finite check of each step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        amp: str = "none",
-        update_freq: int = 1,
-        clip_grad: float | None = None,
-        spike_factor: float = 0.0,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.device = device
-        self.amp = amp
-        self.update_freq = update_freq
-        self.clip_grad = clip_grad
-        self.spike_factor = spike_factor
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.local_optimizer = sharding.local_optimizer(optimizer)
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    amp: str = "none"
+    update_freq: int = 1
+    clip_grad: float | None = None
+    spike_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.local_optimizer = sharding.local_optimizer(self.optimizer)
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
-        # Not before the first step: fused SGD would skip to a momentum that does not exist yet.
+        # Not at the first step: if it were skipped, fused SGD would not initialize its momentum.
         self.skips_on_device = False
         if not self.can_skip:
             get_logger().info(
                 "%s cannot skip a step on the device: the host waits for each step",
                 type(self.local_optimizer).__name__,
             )
-        # Steps since the last `read`.
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.num_losses = torch.zeros((), dtype=torch.int64, device=device)
-        self.usual_loss = torch.zeros((), device=device)
+        # Steps skipped since the last `read`; losses in the running mean; the mean itself.
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.num_losses = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.running_loss = torch.zeros((), device=self.device)
         self.bad_in_a_row = 0  # at the last `read`
         self.records: list[tuple[list[Tensor], Tensor]] = []  # (ids, values) since the last `read`
 
@@ -153,7 +146,7 @@ class Stepper:
 
     @contextlib.contextmanager
     def micro_batch(self) -> Iterator[None]:
-        """Wrap forward and loss in autocast; reduce gradients with the last micro-batch only."""
+        """Wrap forward and loss in autocast; only the last micro-batch reduces gradients."""
         last = self.micro + 1 == self.window
         with sharding.sync_gradients(self.model, last), autocast(self.device, self.amp):
             yield
@@ -177,41 +170,38 @@ class Stepper:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        norm = sharding.full_tensor(norm)
-        taken = self._finish_step(norm.detach(), *self._agree(norm))
+        norm = sharding.full_tensor(norm).detach()
+        taken = self._finish_step(norm)
         self._open_window()
-        return StepResult(taken, norm.detach())
+        return StepResult(taken, norm)
 
-    def _agree(self, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean loss, all losses finite, all norms finite) over all ranks."""
+    def _finish_step(self, norm: Tensor) -> Tensor:
+        """Take or skip the step and record its values; returns a bool tensor, True if taken."""
         bad = torch.stack([~torch.isfinite(self.loss), ~torch.isfinite(norm)])
         values = torch.cat([self.loss.nan_to_num(0.0, 0.0, 0.0)[None], bad.to(self.loss.dtype)])
-        loss, bad_loss, bad_norm = all_reduce_sum(values).unbind()
-        return loss / get_world_size(), bad_loss == 0, bad_norm == 0
-
-    def _finish_step(self, norm: Tensor, loss: Tensor, loss_ok: Tensor, norm_ok: Tensor) -> Tensor:
-        """Take or skip the step and record its values; returns a bool tensor, True if taken."""
+        loss, bad_losses, bad_norms = all_reduce_sum(values).unbind()  # over all ranks
+        loss, loss_ok = loss / get_world_size(), bad_losses == 0
         spike = self._is_spike(loss)
-        taken = loss_ok & norm_ok & ~spike
+        taken = loss_ok & (bad_norms == 0) & ~spike
         self._step_if(taken)
         # With a finite loss, an overflow may only mean that fp16 needs a smaller loss scale.
         scale = self.scaler.scale(torch.ones((), device=self.device))
         bad = ~taken & (~loss_ok | spike | (scale <= 1))
         loss_or_nan = torch.where(loss_ok, loss, math.nan)
-        values = torch.stack([taken, bad, loss_or_nan, norm, self.usual_loss])
+        values = torch.stack([taken, bad, loss_or_nan, norm, self.running_loss])
         self.records.append((self.ids, values))
         self.skipped += ~taken
         self.num_losses += taken
         weight = 1 / self.num_losses.clamp(1, RUNNING_STEPS)
-        self.usual_loss += torch.where(taken, (loss - self.usual_loss) * weight, 0.0)
+        self.running_loss += torch.where(taken, (loss - self.running_loss) * weight, 0.0)
         self.scaler.update()
         return taken
 
     def _is_spike(self, loss: Tensor) -> Tensor:
         if not self.spike_factor:
             return torch.zeros((), dtype=torch.bool, device=self.device)
-        known = (self.num_losses >= WARMUP_STEPS) & (self.usual_loss > 0)
-        return known & (loss > self.spike_factor * self.usual_loss)
+        warm = (self.num_losses >= WARMUP_STEPS) & (self.running_loss > 0)
+        return warm & (loss > self.spike_factor * self.running_loss)
 
     def _step_if(self, taken: Tensor) -> None:
         """Step the optimizer if `taken`, without the scaler: the gradients are unscaled already."""
@@ -224,19 +214,22 @@ class Stepper:
             self.skips_on_device = self.can_skip
 
     def state(self) -> dict[str, float]:
-        """Return running mean and counters as plain numbers, for a checkpoint."""
-        usual = {"losses": int(self.num_losses), "usual_loss": float(self.usual_loss)}
-        return usual | {"bad_in_a_row": self.bad_in_a_row}
+        """Return the running mean and counters as plain numbers, for a checkpoint."""
+        return {  # keys of the first version, so that checkpoints of all versions load
+            "losses": int(self.num_losses),
+            "usual_loss": float(self.running_loss),
+            "bad_in_a_row": self.bad_in_a_row,
+        }
 
     def restore(self, state: dict[str, float]) -> None:
         """Restore `state()`."""
         self.num_losses.fill_(state["losses"])
-        self.usual_loss.fill_(state["usual_loss"])
+        self.running_loss.fill_(state["usual_loss"])
         self.bad_in_a_row = state["bad_in_a_row"]
-        self.skips_on_device = False  # the optimizer state may be that before its first step
+        self.skips_on_device = False  # the restored optimizer may not have stepped yet
 
     def read(self) -> tuple[int, list[BadStep]]:
-        """Number of steps skipped since the last `read`, and the bad ones; synchronizes."""
+        """Return (skipped steps since the last `read`, the bad ones of them); synchronizes."""
         records, self.records = self.records, []
         self.skipped.zero_()
         rows = torch.stack([row for _, row in records]).tolist() if records else []

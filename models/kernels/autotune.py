@@ -137,13 +137,14 @@ class Autotuner:
             get_logger().warning(text, " and ".join(state), here)
 
     def summary(self) -> str:
-        """Choices for the log: `auto: depthwise torch 1, triton 3; linear onednn 1`."""
+        """Choices for the log: `--kernels auto: linear onednn for 1 shape, torch for 2 shapes`."""
         counts = Counter((op, name) for (op, *_), name in self.chosen.items())
         texts: dict[str, list[str]] = {}
         for (op, name), count in sorted(counts.items()):
-            texts.setdefault(op, []).append(f"{name} {count}")
+            shapes = f"{count} shape{'s' * (count > 1)}"
+            texts.setdefault(op, []).append(f"{name} for {shapes}")
         text = "; ".join(f"{op} {', '.join(names)}" for op, names in texts.items())
-        return f"{self.mode}: {text or 'no operation with a choice'}"
+        return f"--kernels {self.mode}: {text or 'no operation has a choice'}"
 
 
 autotuner = Autotuner()

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+import utils
 from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
@@ -33,7 +34,7 @@ from parallel import process_group
 from parallel.sharding import Parallelism
 from tests.groups import results_of, run_ranks
 from tests.training.test_run_lock import lock_from_elsewhere
-from training import checkpoint, hooks, resume, run_lock
+from training import hooks, resume, run_lock
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.meters import Means
@@ -171,7 +172,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     acquire_run_lock(str(own))
     parts, state = TrainableParts(model, optimizer), TrainState(epoch=1, global_step=1)
-    checkpoint.save_model(own, parts, state, {"args": {"epochs": 1}}, improved=["best"])
+    utils.save_model(own, parts, state, {"args": {"epochs": 1}}, improved=["best"])
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
     running = TrainState()
     with hooks.build_reporter(args, own, CPU, running, 1) as reporter:

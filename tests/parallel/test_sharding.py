@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import utils
 from engine_finetune import evaluate
 from errors import UserError
 from models.fcmae import FCMAE
@@ -31,7 +32,6 @@ from parallel.state_dict import full_state_dict
 from tests.groups import results_of, run_ranks, run_script
 from tests.test_end_to_end import log
 from tests.tiny import classifier, classifier64, fcmae64
-from training import checkpoint
 from training.anomaly import AnomalyGuard, first_not_finite
 from training.checkpoint import TrainableParts, TrainState, load_optimizer
 from training.ema import ModelEma
@@ -440,12 +440,12 @@ def ranks_save(rank: int, folder: Path) -> dict:
             assert all(w.nbytes == w.untyped_storage().nbytes() for w in weights.values())
         own, parts = folder / f"{mode} save", TrainableParts(model, optimizer)
         own.mkdir(exist_ok=True)
-        checkpoint.save_model(own, parts, state, {"args": {}})
+        utils.save_model(own, parts, state, {"args": {}})
         with torch.no_grad():
             sharding.to_local(model.head.bias).fill_(math.nan)
         refused = pytest.raises(UserError, match="not finite") if rank == 0 else nullcontext()
         with refused:
-            checkpoint.save_model(own, parts, state, {"args": {}})
+            utils.save_model(own, parts, state, {"args": {}})
     return saved if rank == 0 else {}
 
 

@@ -121,7 +121,7 @@ def test_return_brings_back_weights_moments_and_average(tmp_path):
     said = run("main_finetune.py", *words, "--output_dir", tmp_path, env={"FRAIL": "loss:25:0"})
     (fault,) = faults(tmp_path)
     assert fault["update"] == 26  # the second of 4 steps of its epoch; the third is checked
-    assert fault["loss"] > 5 * fault["usual_loss"] > 0
+    assert fault["loss"] > 5 * fault["running_loss"] > 0
     assert fault["ranks"][0]["first_not_finite"] is None
     assert "3 steps dropped" in said.stdout
     before, after = (

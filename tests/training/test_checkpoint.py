@@ -23,12 +23,11 @@ from training.checkpoint import (
     TrainableParts,
     TrainState,
     load_optimizer,
-    save_model,
     write_checkpoint,
 )
 from training.checkpoint_manager import build_checkpoint_manager
 from training.resume import auto_load_model, find_resume_point
-from utils import link, write_atomically
+from utils import link, save_model, write_atomically
 from weights.files import find_checkpoint, load_weights, numbered_checkpoints, read_checkpoint
 
 
@@ -65,9 +64,8 @@ class Run:
         return TrainableParts(self.model, self.optimizer, self.scaler, self.ema)
 
     def load(self, folder: Path | None, **options) -> TrainState:
-        load, start_epoch = options.pop("load", None), options.pop("start_epoch", 0)
-        point = find_resume_point(folder, **options)
-        return auto_load_model(point, self.parts(), load, start_epoch)
+        start_epoch = options.pop("start_epoch", 0)
+        return auto_load_model(find_resume_point(folder, **options), self.parts(), start_epoch)
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -247,8 +245,7 @@ def test_best_is_complete_and_resumable_and_best_ema_holds_the_average(tmp_path)
     assert all((value == 7).all() for value in average["model"].values())
     other = Run(seed=1)
     assert other.load(None, resume=str(tmp_path / "checkpoint-best.pth")).epoch == 4
-    with pytest.raises(UserError, match="cannot resume: .*best-ema.pth holds no optimizer"):
-        other.load(None, resume=str(tmp_path / "checkpoint-best-ema.pth"))
+    assert find_resume_point(None, resume=str(tmp_path / "checkpoint-best-ema.pth")).is_weights
 
 
 class Namespace:
@@ -299,40 +296,34 @@ def test_resumed_run_continues_as_if_it_had_not_stopped(tmp_path):
     assert_same(other.ema, run.ema)
 
 
-def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path):
+def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path, log):
     """Published weights have no optimizer; a requeued job repeats its --resume every time."""
     source = tmp_path / "published.pth"
     torch.save({"model": Run(seed=3).model.state_dict(), "epoch": 99}, source)
     folder = tmp_path / "run"
     folder.mkdir()
-
-    def load(run: Run) -> TrainState:
-        def start(ema: nn.Module | None, path: str) -> None:
-            for module in (run.model, run.ema):
-                load_weights(module, read_checkpoint(path)["model"], path)
-
-        return run.load(folder, resume=str(source), load=start, start_epoch=2)
-
+    point = find_resume_point(folder, str(source))
+    assert (point.is_weights, point.is_run, point.source) == (True, False, str(source))
     run = Run(seed=1)
-    assert load(run) == TrainState(epoch=2)
-    assert_same(run.model, Run(seed=3).model)
-    assert_same(run.ema, Run(seed=3).model)
+    assert run.load(folder, resume=str(source), start_epoch=2) == TrainState(epoch=2)
+    text = "holds no optimizer and no state; training starts from its weights, at epoch 2"
+    assert f"cannot resume: {source} {text}" in log.text
     run.save(folder, 6)
     again = Run(seed=4)
-    assert load(again).epoch == 7
+    assert again.load(folder, resume=str(source), start_epoch=2).epoch == 7
     assert_same(again.model, run.model)
 
 
-@pytest.mark.parametrize("more", [{"mask_ratio": 0.6}, {"use_ema": True}])
-def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, more):
+@pytest.mark.parametrize(
+    ("pretraining", "use_ema", "is_run"),
+    [(False, False, True), (True, False, False), (False, True, False)],
+)
+def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, pretraining, use_ema, is_run):
     """--resume of a pre-training run in fine-tuning named 151 tensors that did not fit."""
-    source, loaded = Run(seed=3).save(tmp_path, 6), []
-    point = find_resume_point(None, str(source), args={"lr": None, **more})
-    assert not point.is_run
-    state = auto_load_model(
-        point, Run(seed=1).parts(), load=lambda ema, path: loaded.append(path), start_epoch=2
-    )
-    assert (state, loaded) == (TrainState(2), [str(source)])
+    source = str(Run(seed=3).save(tmp_path, 6))
+    args = {"lr": None, "use_ema": use_ema}
+    point = find_resume_point(None, source, args=args, pretraining=pretraining)
+    assert (point.is_run, point.is_weights) == (is_run, not is_run)
 
 
 def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
@@ -488,7 +479,7 @@ def test_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
     )
     assert_same(run.model, Run(seed=3).model)
     point = find_resume_point(tmp_path)
-    assert point.effective_batch == 4
+    assert point.entry("state")["effective_batch"] == 4
 
 
 def test_missing_average_starts_from_the_weights_and_says_so(tmp_path, log):

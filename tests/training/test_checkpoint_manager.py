@@ -210,9 +210,6 @@ class Quiet:
     def snapshot(self, state: TrainState) -> None:
         pass
 
-    def state(self) -> dict[str, float]:
-        return {}
-
 
 def drive(checkpoints: CheckpointManager, steps: int) -> None:
     state = TrainState()
@@ -226,7 +223,7 @@ def drive(checkpoints: CheckpointManager, steps: int) -> None:
 def steps_saved(steps: int, **options: float) -> list[int]:
     """Steps at which a manager with these options saves."""
     saved: list[int] = []
-    manager = CheckpointManager(lambda state, writer: saved.append(state.global_step), **options)
+    manager = CheckpointManager(lambda state, **_: saved.append(state.global_step), **options)
     drive(manager, steps)
     return saved
 

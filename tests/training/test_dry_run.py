@@ -333,6 +333,9 @@ class Small:
     def read(self) -> tuple[int, list]:
         return 0, []
 
+    def state(self) -> dict:
+        return {}
+
     def train(self, batches, loop) -> None:
         for images, _, _ in batches:
             self.work = torch.ones(len(images) * 2**22)
@@ -521,8 +524,7 @@ def test_bytes_have_a_unit():
 
 def test_learning_rates_are_those_of_the_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    kwargs = {"steps_per_epoch": 7, "epochs": 3, "warmup_epochs": 1, "lr": 1.0, "min_lr": 0.1}
-    schedule = Schedule(optimizer, **kwargs)
+    schedule = Schedule(optimizer, total=21, lr=1.0, min_lr=0.1, warmup=7)
     rows = [row.split() for row in dry_run.lr_rows(schedule, 9)]
     steps = [int(row[1]) for row in rows]
     assert steps == sorted({0, 6, 20, 9, *(21 * k // 10 for k in range(10))})

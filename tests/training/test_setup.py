@@ -56,28 +56,6 @@ def test_description_has_flags_versions_and_files():
     assert {"Python", "timm", "numpy", "torchvision", "utils.py", "models/fcmae.py"} <= found.keys()
 
 
-def test_user_modules_that_flags_name_are_compared_too():
-    found = setup.describe_rank(
-        {"model": "tests.tiny:classifier", "dist_url": "tcp://here:1", "opt": "a:b"}
-    )
-    assert found["tests.tiny"].startswith("(SHA-256 ")
-    assert "a" not in found
-
-
-def test_order_of_flags_makes_no_difference():
-    """Equal ones had another digest, and no difference to show."""
-    one, two = ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
-    assert setup.digest_of(one) == setup.digest_of(two) != setup.digest_of({"a": "1", "b": "3"})
-
-
-def test_first_differences_are_shown_and_all_are_counted():
-    first = dict.fromkeys("abcdef", "1")
-    assert setup.differences(first, first) == ([], 0)
-    told, count = setup.differences({"a": "1", "c": "2", "g": "3"}, first)
-    assert told == ["b absent (rank 0: 1)", "c 2 (rank 0: 1)", "d absent (rank 0: 1)"]
-    assert count == 6
-
-
 def test_scripts_from_different_copies_name_the_file(tmp_path):
     for path in [*product_files(), ROOT / "tests" / "tiny.py"]:
         copy = tmp_path / path.relative_to(ROOT)

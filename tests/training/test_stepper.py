@@ -320,7 +320,7 @@ def losses(stepper, *values: float) -> list[bool]:
     return [stepper.step(weight.sum() * 1 + value - weight.item()).taken.item() for value in values]
 
 
-def test_spike_is_a_multiple_of_the_usual_loss():
+def test_spike_is_a_multiple_of_the_running_loss():
     _, _, stepper = product(lr=1e-9, spike_factor=3.0)
     assert losses(stepper, *[2.0] * WARMUP_STEPS, 5.9, 6.7, 2.0) == [True] * (WARMUP_STEPS + 1) + [
         False,
@@ -328,9 +328,9 @@ def test_spike_is_a_multiple_of_the_usual_loss():
     ]
     skipped, (bad_step,) = stepper.read()
     assert (skipped, bad_step.steps_ago) == (1, 2)
-    assert bad_step.usual_loss == pytest.approx((2 * WARMUP_STEPS + 5.9) / (WARMUP_STEPS + 1))
+    assert bad_step.running_loss == pytest.approx((2 * WARMUP_STEPS + 5.9) / (WARMUP_STEPS + 1))
     assert str(bad_step) == "loss 6.7 is a spike (running mean 2.186)"
-    assert losses(stepper, 6.7) == [False]  # a spike does not become the usual
+    assert losses(stepper, 6.7) == [False]  # a spike does not raise the mean
 
 
 @pytest.mark.parametrize("factor", [0.0, 3.0])
@@ -341,11 +341,11 @@ def test_first_losses_and_those_without_a_limit_are_no_spikes(factor):
     assert all(losses(stepper, *[1.0] * 30, 1e6))
 
 
-def test_usual_loss_follows_the_last_hundred_and_is_restored():
+def test_running_loss_follows_the_last_hundred_and_is_restored():
     _, _, stepper = product(lr=1e-9, spike_factor=3.0)
     stepper.begin_epoch(10**4)
     losses(stepper, *[8.0] * 150, *[1.0] * 500)
-    assert stepper.usual_loss.item() == pytest.approx(1.0, abs=0.1)
+    assert stepper.running_loss.item() == pytest.approx(1.0, abs=0.1)
     _, _, other = product(lr=1e-9, spike_factor=3.0)
     other.restore(stepper.state())
     assert other.state() == stepper.state()

@@ -343,15 +343,17 @@ def test_only_torch_lasts_as_long_as_its_block_even_if_that_fails(timed):
 
 def test_summary_names_operations_and_implementations(timed):
     timed(3, 1, 2)
-    assert autotune.autotuner.summary() == "auto: no operation with a choice"
+    assert autotune.autotuner.summary() == "--kernels auto: no operation has a choice"
     for key in (1, 2):
         choose(key=(key,))
     timed(1, 2, 3)
     choose(key=(3,))
     autotune.autotuner.choose("difference", SUMS, (), X, lambda: (X,))
-    assert autotune.autotuner.summary() == "auto: difference torch 1; sum onednn 2, torch 1"
+    assert autotune.autotuner.summary() == (
+        "--kernels auto: difference torch for 1 shape; sum onednn for 2 shapes, torch for 1 shape"
+    )
     autotune.set_kernels("torch", CPU)
-    assert autotune.autotuner.summary() == "torch: no operation with a choice"
+    assert autotune.autotuner.summary() == "--kernels torch: no operation has a choice"
 
 
 def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
@@ -367,7 +369,7 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
         reporter.after_batch(1)
         reporter.after_step(0.1)
     lines = [message for message in log.messages if message.startswith("kernels")]
-    assert lines == ["kernels chosen: auto: sum onednn 1"]
+    assert lines == ["kernels chosen by --kernels auto: sum onednn for 1 shape"]
 
 
 def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
@@ -390,7 +392,7 @@ def test_run_with_triton_in_the_interpreter_trains():
     words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
     words += ["--epochs", 1, "--data_set", "tests.models.kernels.test_autotune:two"]
     done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "1"})
-    line = re.search(r"kernels chosen: triton: (.*)", done.stdout)[1]
+    line = re.search(r"kernels chosen by --kernels triton: (.*)", done.stdout)[1]
     assert "depthwise norm triton" in line
     assert "mlp gradients triton" in line
 
@@ -557,14 +559,14 @@ def test_run_resumed_after_the_file_has_changed_ends_with_the_same_weights(tmp_p
             env={"XDG_CACHE_HOME": str(tmp_path)},
             expect=expect,
         )
-        (said,) = re.findall("kernels chosen: auto: (.*)", done.stdout)  # once
+        (said,) = re.findall("kernels chosen by --kernels auto: (.*)", done.stdout)  # once
         return said
 
     file = tmp_path / "convnextv2" / autotune.cache_file("cpu").name
     file.parent.mkdir()
     file.write_text('{"linear float32": "onednn"}')
     said = train("whole")
-    assert "linear onednn 1" in said
+    assert "linear onednn for 1 shape" in said
     train("resumed", "--max_minutes", 0.0001, "--print_freq", 1, expect=75)
     file.write_text('{"linear float32": "torch"}')
     assert train("resumed") == said
