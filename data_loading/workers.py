@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
@@ -70,42 +70,28 @@ class WatchedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.num_workers:
-            return iter(self.loader)
-        with self._name_sample_of_dead_worker():
-            batches = self._start()
-        return self._each(batches)
-
-    def _start(self) -> Iterator[Any]:
         others = set(multiprocessing.active_children())
-        batches = iter(self.loader)
-        started = set(multiprocessing.active_children()) - others
-        if started:  # in the first epoch
-            self.processes = list(started)
-            # Runs when this loader is garbage, and at exit: before torch and multiprocessing send
-            # SIGTERM, which workers ignore, and wait.
-            atexit.register(Finalize(self, _kill, [self.processes], exitpriority=100))
-            with suppress(AttributeError, ValueError):  # on Windows; outside the main thread
-                # torch's handler would raise anywhere, even in a backward pass. DataLoader also
-                # checks its workers every 5 s while it waits for a batch.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return batches
-
-    def _each(self, batches: Iterator[Any]) -> Iterator[Any]:
-        with self._name_sample_of_dead_worker():
-            yield from batches
-
-    @contextmanager
-    def _name_sample_of_dead_worker(self) -> Iterator[None]:
-        """Raise TrainingStopped in place of any error if a worker has died."""
         try:
-            yield
+            batches = iter(self.loader)
+            if started := set(multiprocessing.active_children()) - others:  # in the first epoch
+                self._take_over(list(started))
+            yield from batches
         except Exception as error:
-            exited = connection.wait([process.sentinel for process in self.processes], EXIT_S)
-            dead = [process for process in self.processes if process.sentinel in exited]
-            if not dead:
+            processes = {process.sentinel: process for process in self.processes}
+            exited = connection.wait(processes, EXIT_S if processes else 0)
+            if not exited:
                 raise
-            raise TrainingStopped(self._describe(dead[0])) from error
+            raise TrainingStopped(self._describe(processes[exited[0]])) from error
+
+    def _take_over(self, processes: list[Any]) -> None:
+        """Kill workers when the loader or the program ends, and report none in the middle of a step."""
+        self.processes = processes
+        # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
+        atexit.register(Finalize(self, _kill, [processes], exitpriority=100))
+        with suppress(AttributeError, ValueError):  # on Windows, or outside the main thread
+            # torch's handler would raise anywhere, even in a backward pass. While it waits for a
+            # batch, DataLoader checks its workers every 5 s.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _describe(self, process: Any) -> str:
         process.join(EXIT_S)

@@ -302,12 +302,11 @@ def test_incomplete_copy_gives_no_wrong_path(tmp_path, name):
     expected, content = pairs(list_images(root, True, folder)), (folder / name).read_bytes()
     for first in range(128, len(content) - 40, 7):
         (folder / name).write_bytes(content[:first] + bytes(40) + content[first + 40 :])
-        try:
-            damaged, errors = open_index(folder, root), set()
-        except UserError as error:
-            assert "do not fit index.json" in str(error)
-            assert name == "offsets.npy"  # whose end is zero
+        if name == "offsets.npy" and first + 40 >= len(content) - 8:  # the end of paths.npy is lost
+            with pytest.raises(UserError, match="do not fit index.json"):
+                open_index(folder, root)
             continue
+        damaged, errors = open_index(folder, root), set()
         for number, pair in enumerate(expected):
             try:
                 assert damaged[number] == pair

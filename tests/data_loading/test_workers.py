@@ -479,25 +479,28 @@ def test_worker_is_silent_if_the_run_ends_while_it_sends_a_batch(monkeypatch, ca
 
 
 class Slow(Dataset):
-    """Samples that each take some time."""
+    """Samples that each take some time, but for the first `quick` of them."""
 
     samples = [(f"{index}.png", 0) for index in range(24)]
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, quick: int = 0) -> None:
+        self.seconds, self.quick = seconds, quick
 
     def __len__(self) -> int:
         return 24
 
     def __getitem__(self, index: int) -> Image.Image:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds * (index >= self.quick))
         return Image.new("RGB", (4, 4))
 
 
-def watched(seconds: float, *options: float, **more: object) -> WatchedLoader:
-    """A loader of 24 samples in their order that each take some time."""
-    data = TransformedDataset(Slow(seconds), to_tensor, 0)
-    return WatchedLoader(data, [(0, index) for index in range(24)], *options, **more)
+def watched(
+    seconds: float, batch_size: int, workers: int, quick: int = 0, **options: object
+) -> WatchedLoader:
+    """A loader of the 24 samples of `Slow`, in their order."""
+    data = TransformedDataset(Slow(seconds, quick), to_tensor, 0)
+    keys = [(0, index) for index in range(24)]
+    return WatchedLoader(data, keys, batch_size, workers, **options)
 
 
 def test_limit_is_per_sample_and_not_per_batch():
@@ -511,12 +514,13 @@ def end(process: object) -> None:
 
 
 def test_worker_that_is_killed_during_a_step_is_reported_with_the_next_batch():
-    loader = watched(1000, 3, 1)
+    loader = watched(1000, 3, 1, quick=3)
     batches = iter(loader)
+    next(batches)
     while loader.reading[0, 1] == IDLE:
         time.sleep(0.01)
     end(loader.processes[0])  # nothing is raised here, nor in the step
-    text = r"was killed by signal 9 \(Killed\) while it was reading image 0.png\. .*--num_workers"
+    text = r"was killed by signal 9 \(Killed\) while it was reading image .*png\. .*--num_workers"
     with pytest.raises(TrainingStopped, match=text):
         next(batches)
 
@@ -526,7 +530,7 @@ def test_worker_that_is_killed_between_epochs_is_reported_in_the_next():
     assert len(list(loader)) == 1
     end(loader.processes[0])
     with pytest.raises(TrainingStopped, match="was killed .* while it was reading no sample"):
-        iter(loader)
+        list(loader)
 
 
 def raises(*parts: object) -> Iterator[object]:
@@ -542,12 +546,12 @@ def test_broken_connection_to_a_dead_process_names_the_process():
     loader = watched(0, 4, 1)
     next(iter(loader))
     loader.processes[0].kill()
-    parts = raises("a batch", ConnectionResetError("reset by peer"))
+    loader.loader = raises("a batch", ConnectionResetError("reset by peer"))
     with pytest.raises(TrainingStopped, match=r"process \(pid [0-9]+\) was killed by signal 9"):
-        list(loader._each(parts))
-    loader.processes = []
+        list(loader)
+    loader.processes, loader.loader = [], raises(OSError("disk"))
     with pytest.raises(OSError, match="disk"):
-        list(loader._each(raises(OSError("disk"))))
+        list(loader)
 
 
 def collate_and_lose(samples: list) -> object:
@@ -571,9 +575,10 @@ def test_epoch_that_is_broken_off_does_not_disturb_the_next():
 
 def test_loader_that_is_garbage_ends_its_busy_workers():
     """They ignore the signal by which DataLoader would end them, after some seconds each."""
-    loader = watched(1000, 3, 2)
-    batches, processes = iter(loader), loader.processes
-    loader.itself = loader, batches
+    loader = watched(1000, 3, 2, quick=3)
+    batches = iter(loader)
+    next(batches)
+    processes, loader.itself = loader.processes, (loader, batches)
     del loader, batches
     gc.collect()
     assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
@@ -582,9 +587,8 @@ def test_loader_that_is_garbage_ends_its_busy_workers():
 IN_USE = """
 import sys
 from tests.data_loading.test_workers import watched
-loaders = [(iter(loader), loader) for loader in (watched(0, 2, 2), watched(1000, 2, 2))]
-next(loaders[0][0])
-sys.modules["in use"] = loaders
+loaders = [iter(watched(seconds, 2, 2, quick=2)) for seconds in (0, 1000)]
+sys.modules["in use"] = loaders, [next(loader) for loader in loaders]
 """
 
 
