@@ -163,11 +163,11 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
     crc32 = from_main_process(partial(_make, folder, str(root), labelled))
     index = open_index(folder, root, crc32)
     kinds = {False: "images without labels in", True: "the class folders of"}
-    listed = index.metadata["root"]
-    if listed != os.path.realpath(root) or labelled != (index.classes is not None):
+    got = f"{kinds[index.classes is not None]} {index.metadata['root']}"
+    expected = f"{kinds[labelled]} {os.path.realpath(root)}"
+    if got != expected:
         raise UserError(
-            f"{folder} lists {kinds[index.classes is not None]} {listed}, not {kinds[labelled]} "
-            f"{os.path.realpath(root)}; give another --data_index, or remove that folder"
+            f"{folder} lists {got}, not {expected}; give another --data_index, or remove that folder"
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.metadata["made"]))
     text = "%s: %d images of %s as of %s; remove that folder to list newer files too"

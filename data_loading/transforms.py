@@ -18,7 +18,6 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
 
-from data_loading.decode import describe
 from errors import UserError
 
 # Transforms map a PIL image or (C, H, W) tensor to a (C, H, W) tensor: uint8, or float for float.
@@ -32,7 +31,7 @@ def _require_image(image: Image.Image | Tensor) -> Image.Image:
     if isinstance(image, Tensor):
         raise UserError(
             "--aa and --color_jitter act on 8-bit images of 1 or 3 channels, got "
-            f"{describe(image)}; turn them off: --aa none --color_jitter 0"
+            f"{image.dtype} tensor {tuple(image.shape)}; turn them off: --aa none --color_jitter 0"
         )
     return image
 

@@ -29,7 +29,7 @@ from errors import TrainingStopped
 IDLE = -1  # in place of the index of a sample
 NOT_SENT = 74  # exit code of a worker that cannot send a batch
 EXIT_S = 1.0  # a worker's connection may break this long before its exit code is known
-IGNORED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+IGNORED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")  # Windows has two of them
 REMEDY = (
     "If memory ran out, lower --num_workers; after a bus error enlarge /dev/shm. Otherwise check "
     "that sample, and debug the data set with --num_workers 0"
@@ -84,7 +84,7 @@ class WatchedLoader:
             raise TrainingStopped(self._describe(processes[exited[0]])) from error
 
     def _take_over(self, processes: list[Any]) -> None:
-        """Kill workers when the loader or the program ends, and report none in the middle of a step."""
+        """Kill the workers with the loader or the program; do not report deaths during a step."""
         self.processes = processes
         # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
         atexit.register(Finalize(self, _kill, [processes], exitpriority=100))
@@ -101,10 +101,9 @@ class WatchedLoader:
                 "a loader process could not send a batch, for the reason above: /dev/shm may be "
                 "full (df -h /dev/shm), or too many files open (ulimit -n)"
             )
-        held = [index for pid, index in self.reading.tolist() if pid == process.pid]
-        name = "no sample"
-        if held and held[0] != IDLE:
-            name = getattr(self.dataset, "name_of", "sample {}".format)(held[0])
+        name_of = getattr(self.dataset, "name_of", "sample {}".format)
+        held = {pid: name_of(index) for pid, index in self.reading.tolist() if index != IDLE}
+        name = held.get(process.pid, "no sample")
         if -code == getattr(signal, "SIGALRM", None):
             return (
                 f"a loader process (pid {process.pid}) hangs: reading {name} took longer than "
@@ -144,14 +143,7 @@ def _start_worker(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    sys.excepthook = _report_exception
     Queue._on_queue_feeder_error = staticmethod(_exit_without_sending)
-
-
-def _report_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print what a thread raised, unless the run just ended while it was sending a batch."""
-    if not issubclass(kind, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _exit_without_sending(error: Exception, batch: Any) -> None:

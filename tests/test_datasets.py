@@ -425,7 +425,7 @@ def test_uneven_length_gives_every_rank_as_many():
 def test_resume_within_an_epoch_repeats_and_skips_nothing():
     sampler = TrainSampler(20, 0, 0, 1)
     whole = list(sampler)
-    sampler.set_epoch(0, seen=8)
+    sampler.set_epoch(0, start=8)
     assert list(sampler) == whole[8:]
     assert len(sampler) == 12
 

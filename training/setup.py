@@ -118,7 +118,7 @@ class TrainLoop:
 
     def __enter__(self) -> TrainLoop:
         with contextlib.ExitStack() as stack:
-            for part in (self.bad_images, self.checkpoints, self.reporter):
+            for part in (self.checkpoints, self.reporter):
                 stack.enter_context(part)
             self._stack = stack.pop_all()
         return self

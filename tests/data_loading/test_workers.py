@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,9 +30,9 @@ from data_loading.decode import BadImage
 from data_loading.folders import list_images
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.workers import IDLE, IGNORED, WatchedLoader, _start_worker
+from data_loading.workers import IDLE, WatchedLoader
 from engine_finetune import evaluate
-from errors import Preempted, TrainingStopped, UserError
+from errors import TrainingStopped, UserError
 from tests.groups import run_script
 from tests.test_end_to_end import ROOT, SMALL, log, weights
 
@@ -290,8 +289,7 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     path = tmp_path / "bad_images.txt"
     assert path.read_text() == "b\twhy\nv\tcut\na\tgone\n"
     again = Told(a="gone", c="new")
-    with BadImages(tmp_path, again):
-        pass
+    BadImages(tmp_path, again).write()
     assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
     logged = [record.getMessage() for record in log.records]
     assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 images", "1 images"]
@@ -313,15 +311,6 @@ def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
     assert [bad.write(), bad.write()] == [3, 3]
     assert sent == [{"a": "x"}, {"c": "y"}, {}]
     assert (tmp_path / "bad_images.txt").read_text() == "a\tx\nb\tof the other\nc\ty\n"
-
-
-def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path):
-    with pytest.raises(ValueError, match="bug"), BadImages(tmp_path, Told(a="x")):
-        raise ValueError("bug")  # on one rank alone: the others would not come to the exchange
-    assert not (tmp_path / "bad_images.txt").exists()
-    with pytest.raises(Preempted), BadImages(tmp_path, Told(a="x")):
-        raise Preempted("stop")
-    assert (tmp_path / "bad_images.txt").exists()
 
 
 def test_odd_names_stay_one_line_each(tmp_path):
@@ -462,22 +451,6 @@ def test_sample_that_kills_or_holds_a_worker_is_named(tmp_path, script, fault):
     assert expected[fault] in line
 
 
-def test_worker_is_silent_if_the_run_ends_while_it_sends_a_batch(monkeypatch, capsys):
-    """A thread printed its traceback above the one line that says what happened."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(Queue, "_on_queue_feeder_error", Queue._on_queue_feeder_error)
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in (*IGNORED, "SIGALRM")}
-    _start_worker(0)
-    set_to = {name: signal.getsignal(getattr(signal, name)) for name in handlers}
-    for name, handler in handlers.items():
-        signal.signal(getattr(signal, name), handler)
-    assert set_to == dict.fromkeys(IGNORED, signal.SIG_IGN) | {"SIGALRM": signal.SIG_DFL}
-    sys.excepthook(ConnectionResetError, ConnectionResetError("gone"), None)
-    assert capsys.readouterr().err == ""
-    sys.excepthook(ValueError, ValueError("other"), None)
-    assert "ValueError: other" in capsys.readouterr().err
-
-
 class Slow(Dataset):
     """Samples that each take some time, but for the first `quick` of them."""
 
@@ -582,6 +555,16 @@ def test_loader_that_is_garbage_ends_its_busy_workers():
     del loader, batches
     gc.collect()
     assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_signals_of_a_scheduler_do_not_end_workers():
+    """The run still needs batches to finish its step and save."""
+    loader = watched(0, 1, 1)
+    batches = iter(loader)
+    next(batches)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        os.kill(loader.processes[0].pid, number)
+    assert len(list(batches)) == 23
 
 
 IN_USE = """
