@@ -52,9 +52,8 @@ class Digits(Dataset):
     def __init__(self, train: bool):
         with np.load(ASSETS / "digits.npz") as file:
             images, labels = file["images"], file["labels"]
-        nth = np.array(
-            [(labels[:i] == label).sum() for i, label in enumerate(labels)]
-        )  # of its class
+        # Position of each within its class.
+        nth = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
         chosen = (nth % 5 != 4) if train else (nth % 5 == 4)
         self.images = (images[chosen].astype(np.uint16) * 255 // 16).astype(np.uint8)  # was 0..16
         self.labels = labels[chosen].tolist()

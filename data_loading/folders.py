@@ -167,7 +167,7 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
     expected = f"{kinds[labelled]} {os.path.realpath(root)}"
     if got != expected:
         raise UserError(
-            f"{folder} lists {got}, not {expected}; give another --data_index, or remove that folder"
+            f"{folder} lists {got}, not {expected}; give another --data_index, or remove it"
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.metadata["made"]))
     text = "%s: %d images of %s as of %s; remove that folder to list newer files too"

@@ -243,7 +243,7 @@ def test_sixteen_bit_image_is_scaled_not_clipped():
 def test_channel_counts_are_checked_not_guessed():
     with pytest.raises(UserError, match="--in_chans 4"):
         decode(picture(), 4)
-    with pytest.raises(UserError, match=r"--in_chans 4, got uint8 tensor \(5, 2, 2\)"):
+    with pytest.raises(UserError, match=r"--in_chans 4, got torch.uint8 tensor \(5, 2, 2\)"):
         decode(torch.zeros(5, 2, 2, dtype=torch.uint8), 4)
     with pytest.raises(UserError, match="uint8 or float"):
         decode(torch.zeros(3, 2, 2, dtype=torch.int32), 3)
