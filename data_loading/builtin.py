@@ -22,13 +22,11 @@ from parallel.process_group import is_main_process, main_process_first
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> CIFAR10:
+def cifar(kind: type[CIFAR10], data_path: str, train: bool) -> CIFAR10:
     """Open torchvision's CIFAR in data_path; the main process downloads it if it is not there.
 
     torchvision compares the MD5 of every file to the published one before it unpickles it.
     """
-    if not data_path:
-        raise UserError(f"--data_path is not given; expected the folder for {kind.__name__}")
     root = Path(data_path).expanduser()
 
     def find() -> CIFAR10:

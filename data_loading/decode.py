@@ -100,12 +100,11 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Keep the upper 8 bits of deeper images; PIL's own conversion would clip above 255."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    if image.mode == "F":
-        raise BadImage("got float pixels of unknown range; expected 8 or 16 bits")
-    if SIGNED in tags.get(Tiff.SAMPLEFORMAT, ()):
-        raise BadImage("got signed pixels of unknown range; expected 8 or 16 bits from 0")
-    if tags and image.mode == "I":
-        raise BadImage("got 32 bits per pixel, of unknown range; expected 8 or 16 bits")
+    signed = SIGNED in tags.get(Tiff.SAMPLEFORMAT, ())
+    if image.mode == "F" or signed or (tags and image.mode == "I"):
+        raise BadImage(
+            "got float, signed or 32-bit pixels of unknown range; expected 8 or 16 bits from 0"
+        )
     if not image.mode.startswith("I"):
         return image
     deep = np.asarray(image)  # (H, W)

@@ -12,7 +12,6 @@ An index on disk is a folder:
 from __future__ import annotations
 
 import bisect
-import heapq
 import itertools
 import json
 import os
@@ -204,17 +203,16 @@ def _classes(root: str) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def _by_folder(root: str, top: str) -> Iterator[str]:
-    """Yield a class's images in torchvision's order: by folder path, then by file name.
-
-    A folder sorts before its subfolders, so the smallest waiting folder is always the next.
-    """
-    waiting = [top]
-    while waiting:
-        folder = heapq.heappop(waiting)
-        images, folders = _names(os.path.join(root, folder))
+    """Yield a class's images in torchvision's order: by folder path, then by file name."""
+    for folder, images in sorted(_walk(root, top)):
         yield from (f"{folder}/{name}" for name in sorted(images))
-        for name in folders:
-            heapq.heappush(waiting, f"{folder}/{name}")
+
+
+def _walk(root: str, folder: str) -> Iterator[tuple[str, list[str]]]:
+    images, folders = _names(os.path.join(root, folder))
+    yield folder, images
+    for name in folders:
+        yield from _walk(root, f"{folder}/{name}")
 
 
 def _in_order(root: str, below: str = "") -> Iterator[str]:

@@ -51,12 +51,9 @@ class DeviceLoader:
         self.loader.sampler.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        start, batches = time.perf_counter(), iter(self.loader)
-        while True:
-            batch = next(batches, None)
+        start = time.perf_counter()
+        for batch in self.loader:
             self.wait_seconds += time.perf_counter() - start
-            if batch is None:
-                return
             if isinstance(batch, UserError):
                 raise batch
             *batch, bad = batch

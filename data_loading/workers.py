@@ -29,7 +29,6 @@ from errors import TrainingStopped
 IDLE = -1  # in place of the index of a sample
 NOT_SENT = 74  # exit code of a worker that cannot send a batch
 EXIT_S = 1.0  # a worker's connection may break this long before its exit code is known
-IGNORED = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")  # Windows has two of them
 REMEDY = (
     "If memory ran out, lower --num_workers; after a bus error enlarge /dev/shm. Otherwise check "
     "that sample, and debug the data set with --num_workers 0"
@@ -59,12 +58,11 @@ class WatchedLoader:
         # (workers, 2): process id, and index of the sample that the worker reads or IDLE.
         self.reading = torch.full((num_workers, 2), IDLE).share_memory_()
         self.processes: list[Any] = []
-        options |= {"sampler": sampler, "batch_size": batch_size, "collate_fn": collate_fn}
+        options |= {"sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn}
         if num_workers:
             dataset = _WatchedDataset(dataset, self.reading, timeout)
-            options |= {"num_workers": num_workers, "persistent_workers": True}
-            options["worker_init_fn"] = _start_worker
-        self.loader = DataLoader(dataset, **options)
+            options |= {"persistent_workers": True, "worker_init_fn": _start_worker}
+        self.loader = DataLoader(dataset, batch_size, **options)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -138,8 +136,8 @@ class _WatchedDataset:
 def _start_worker(worker: int) -> None:
     # A scheduler signals all processes of a job, but the run still needs batches to finish its
     # step. Workers leave with the run: torch's watchdog ends them when it is gone.
-    for name in IGNORED:
-        if hasattr(signal, name):
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+        if hasattr(signal, name):  # Windows has two of them
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

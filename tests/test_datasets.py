@@ -184,12 +184,9 @@ def test_data_set_from_a_module_needs_no_edit(monkeypatch):
             {"data_set": "image_folder", "data_path": ROOT / "assets"},
             "one folder of images per class",
         ),
-        ({"data_set": "CIFAR"}, "--data_path is not given"),
         ({"data_set": "DIGIT"}, "Did you mean 'DIGITS'"),
         ({"aa": "foo"}, "--aa foo"),
         ({"color_jitter": 0.4}, "no effect with --aa"),
-        ({"remode": "bad"}, "--remode bad"),
-        ({"train_interpolation": "bad"}, "--train_interpolation bad"),
     ],
 )
 def test_bad_input_is_one_line_that_helps(changes, message):

@@ -435,20 +435,13 @@ def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
 # --- processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("script", "fault"), [("main_pretrain.py", "dies"), ("main_finetune.py", "hangs")]
-)
-def test_sample_that_kills_or_holds_a_worker_is_named(tmp_path, script, fault):
-    words = [*COMMANDS[script], *SMALL, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2]
-    words += ["--data_timeout", 2] if fault == "hangs" else []
-    printed = run_script(script, *words, ranks=1, folder=tmp_path, expect=1)
+def test_sample_that_holds_a_worker_is_named(tmp_path):
+    words = [*COMMANDS["main_finetune.py"], *SMALL, "--data_set", "tests.tiny:hangs"]
+    words += ["--num_workers", 2, "--data_timeout", 2]
+    printed = run_script("main_finetune.py", *words, ranks=1, folder=tmp_path, expect=1)
     (line,) = [line for line in printed.splitlines() if "error:" in line]
     assert "Traceback" not in printed
-    expected = {
-        "dies": "was killed by signal 9 (Killed) while it was reading image photos/5.jpg",
-        "hangs": "hangs: reading image photos/5.jpg took longer than --data_timeout 2 s",
-    }
-    assert expected[fault] in line
+    assert "hangs: reading image photos/5.jpg took longer than --data_timeout 2 s" in line
 
 
 class Slow(Dataset):
