@@ -1,3 +1,5 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
 """Image folders, and lists of their files as two arrays in memory or memory-mapped from disk.
 
 python -c "from data_loading.folders import list_images; print(list_images('assets', False)[0])"

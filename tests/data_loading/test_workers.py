@@ -348,10 +348,12 @@ def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
 
 # --- the scripts ----------------------------------------------------------------------------
 
-SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip"]
+SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip", "--log_dir", "none"]
 SIZES += ["--opt", "sgd", "--lr", 0.1]  # Adam would enlarge differences of gradients near zero
 COMMANDS = {
-    "main_pretrain.py": ["--data_set", "folder", "--model", "tests.tiny:fcmae"],
+    "main_pretrain.py": [
+        *["--data_set", "folder", "--model", "tests.tiny:fcmae", "--picture_freq", 0],
+    ],
     "main_finetune.py": ["--model", "tests.tiny:classifier", "--data_set", "image_folder"],
 }
 
