@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with bad_images, loop.checkpoints, loop.reporter:
+    with loop.checkpoints, loop.reporter:
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)

@@ -47,12 +47,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from data_loading.folders import DTYPES, open_index, write_header, write_json
+from data_loading.folders import open_index, write_json
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from engine_pretrain import masked_loss
@@ -170,19 +172,13 @@ def sampler_cost(length: int, ranks: int) -> dict[str, float]:
 def sparse_index(folder: Path, length: int, known: range) -> None:
     """Write an index of `length` images, of which only the entries in `known` take disk space."""
     folder.mkdir()
-    with (folder / "paths.npy").open("wb") as paths, (folder / "offsets.npy").open("wb") as offsets:
-        sizes = WIDTH * length, length + 1
-        for file, (name, dtype), size in zip((paths, offsets), DTYPES.items(), sizes, strict=True):
-            write_header(file, name, size)
-            file.truncate(file.tell() + dtype.itemsize * size)
-        paths_start, offsets_start = paths.tell(), offsets.tell()
-        for number in known:
-            paths.seek(paths_start + WIDTH * number)
-            paths.write(path_of(number).encode() + b"\0")
-            offsets.seek(offsets_start + 8 * number)
-            for end in (WIDTH * number, WIDTH * (number + 1)):
-                offsets.write(end.to_bytes(8, "little"))
-    write_json(folder, "/data", classes=[[None, length]], bytes=WIDTH * length)
+    paths = open_memmap(folder / "paths.npy", "w+", np.uint8, (WIDTH * length,))
+    offsets = open_memmap(folder / "offsets.npy", "w+", np.int64, (length + 1,))
+    for number in [*known, length - 1]:
+        first, after = WIDTH * number, WIDTH * (number + 1)
+        paths[first:after] = list(path_of(number).encode() + b"\0")
+        offsets[number : number + 2] = first, after
+    write_json(folder, "/data", [[None, length]])
 
 
 def path_of(number: int) -> str:

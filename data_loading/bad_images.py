@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import Preempted, UserError, first_few
+from errors import UserError, first_few
 from parallel.process_group import all_gather, get_logger, is_main_process
 from utils import write_atomically
 
@@ -48,13 +48,10 @@ def retry_io(read: Callable[[], Any]) -> Any:
 
 
 class BadImages:
-    """Images that a run skips: each is logged and listed in bad_images.txt once.
+    """Images that a run skips; `write` logs each once and lists it in bad_images.txt.
 
-    Loaders collect them in `bad`, name -> reason; `write` gathers those of all ranks.
-
-        with BadImages(folder, loader, val_loader) as bad_images:
-            ...
-            bad_images.write()  # on every rank, before each save: a resumed run skips that part
+    Loaders collect them in `bad`, name -> reason. A resumed run does not read again what was read
+    before its checkpoint, so call `write` before each save.
     """
 
     def __init__(self, folder: Path | None, *loaders: Any, active: bool = True) -> None:
@@ -62,30 +59,24 @@ class BadImages:
         self.loaders = [loader for loader in loaders if loader is not None]
         self.active, self.text = active, ""
         self.listed: set[str] = set()
-        self.known: dict[str, str] = {}  # gathered before, so that no rank sends it again
+        self.gathered: dict[str, str] = {}  # from all ranks, so that none is sent again
         if active and self.path and is_main_process() and self.path.exists():
-            self.text = self.path.read_bytes().decode("utf-8", "surrogateescape")
-            self.listed = {line.split("\t")[0] for line in self.text.split("\n")} - {""}
-
-    def __enter__(self) -> BadImages:
-        return self
-
-    def __exit__(self, kind: type | None, *exception: object) -> None:
-        if kind is None or issubclass(kind, Preempted):  # which all ranks reach together
-            self.write()
+            self.text = self.path.read_text("utf-8", "surrogateescape")
+            self.listed = {line.split("\t")[0] for line in self.text.split("\n")}
 
     def write(self) -> int:
-        """List new ones and return the number of all. Every rank must call it."""
+        """List new images and return the number of all. Every rank must call it."""
         if not self.active:
             return 0
         mine = {name: why for loader in self.loaders for name, why in loader.bad.items()}
-        for part in all_gather({name: mine[name] for name in mine.keys() - self.known}):
-            self.known |= part
+        for found in all_gather({name: mine[name] for name in mine.keys() - self.gathered}):
+            self.gathered |= found
         if is_main_process():  # with all of them: an earlier write may have failed
-            self._list({name.translate(ESCAPES): why for name, why in sorted(self.known.items())})
-        return len(self.known)
+            self._list()
+        return len(self.gathered)
 
-    def _list(self, found: dict[str, str]) -> None:
+    def _list(self) -> None:
+        found = {name.translate(ESCAPES): why for name, why in sorted(self.gathered.items())}
         new = {name: why for name, why in found.items() if name not in self.listed}
         if not new:
             return

@@ -22,13 +22,11 @@ from parallel.process_group import is_main_process, main_process_first
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def cifar(kind: type[CIFAR10], data_path: str | None, train: bool) -> CIFAR10:
+def cifar(kind: type[CIFAR10], data_path: str, train: bool) -> CIFAR10:
     """Open torchvision's CIFAR in data_path; the main process downloads it if it is not there.
 
     torchvision compares the MD5 of every file to the published one before it unpickles it.
     """
-    if not data_path:
-        raise UserError(f"--data_path is not given; expected the folder for {kind.__name__}")
     root = Path(data_path).expanduser()
 
     def find() -> CIFAR10:
@@ -52,9 +50,8 @@ class Digits(Dataset):
     def __init__(self, train: bool):
         with np.load(ASSETS / "digits.npz") as file:
             images, labels = file["images"], file["labels"]
-        nth = np.zeros(len(labels), dtype=np.int64)  # position within its class
-        for label in range(10):
-            nth[labels == label] = np.arange((labels == label).sum())
+        # Position of each within its class.
+        nth = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
         chosen = (nth % 5 != 4) if train else (nth % 5 == 4)
         self.images = (images[chosen].astype(np.uint16) * 255 // 16).astype(np.uint8)  # was 0..16
         self.labels = labels[chosen].tolist()

@@ -93,13 +93,11 @@ class TransformedDataset(Dataset):
         except (BadImage, *UNREADABLE) as error:
             if isinstance(error, UserError) and not isinstance(error, BadImage):
                 raise UserError(f"{self.name_of(index)}: {error}") from error
-            reason = str(error)
-            if not isinstance(error, BadImage):
-                reason = f"{type(error).__name__}: {reason}"
+            kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
             raise BadImage(
-                f"cannot read {self.name_of(index)} ({reason}); replace or remove it, or skip "
+                f"cannot read {self.name_of(index)} ({kind}{error}); replace or remove it, or skip "
                 "such images: --on_bad_image skip",
-                reason,
+                f"{kind}{error}",
             ) from error
         if label is None and self.nb_classes is not None:
             raise UserError(f"{self.name_of(index)} has no label; expected (image, label)")

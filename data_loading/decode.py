@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -32,16 +33,6 @@ MAX_PIXELS = 2**28  # 16,384 x 16,384 pixels, which take 1 GB as RGBA
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 UNREADABLE += (Image.DecompressionBombError,)
 SIGNED = 2  # a TIFF sample format
-ORIENTATION = 0x0112  # EXIF tag
-TRANSPOSE = {  # EXIF orientation -> how to make the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class BadImage(UserError):
@@ -85,13 +76,13 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
     The EXIF orientation is applied, and transparent pixels become white.
     """
     if isinstance(sample, Tensor):
-        bytes_ = sample.dtype == torch.uint8
-        if not (bytes_ or sample.is_floating_point()) or sample.ndim != 3:
-            raise UserError(f"expected (C, H, W) uint8 or float, got {describe(sample)}")
-        if not (bytes_ and in_chans in MODES and len(sample) in MODES):
+        is_uint8, got = sample.dtype == torch.uint8, f"{sample.dtype} tensor {tuple(sample.shape)}"
+        if not (is_uint8 or sample.is_floating_point()) or sample.ndim != 3:
+            raise UserError(f"expected (C, H, W) uint8 or float, got {got}")
+        if not (is_uint8 and in_chans in MODES and len(sample) in MODES):
             if len(sample) != in_chans:
-                raise UserError(f"expected --in_chans {in_chans}, got {describe(sample)}")
-            return sample if bytes_ else sample.float()
+                raise UserError(f"expected --in_chans {in_chans}, got {got}")
+            return sample if is_uint8 else sample.float()
         sample = to_pil_image(sample)
     if not isinstance(sample, Image.Image):
         raise UserError(f"expected a PIL image or a tensor, got {type(sample).__name__}")
@@ -101,27 +92,19 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
             f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
         )
     sample.load()  # TIFF and PNG have their orientation only after it
-    method, image = _transpose_method(sample), _eight_bits(sample)
-    return _on_white(image if method is None else image.transpose(method), MODES[in_chans])
-
-
-def _transpose_method(image: Image.Image) -> Image.Transpose | None:
-    """Look up the orientation; ImageOps.exif_transpose also rewrites the EXIF, which can fail."""
-    try:
-        return TRANSPOSE.get(image.getexif().get(ORIENTATION))
-    except Exception:  # the pixels are good even if the EXIF block is damaged
-        return None
+    with suppress(Exception):  # a damaged EXIF block, which is rewritten after the pixels
+        ImageOps.exif_transpose(sample, in_place=True)
+    return _on_white(_eight_bits(sample), MODES[in_chans])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Keep the upper 8 bits of deeper images; PIL's own conversion would clip above 255."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    if image.mode == "F":
-        raise BadImage("got float pixels of unknown range; expected 8 or 16 bits")
-    if SIGNED in tags.get(Tiff.SAMPLEFORMAT, ()):
-        raise BadImage("got signed pixels of unknown range; expected 8 or 16 bits from 0")
-    if tags and image.mode == "I":
-        raise BadImage("got 32 bits per pixel, of unknown range; expected 8 or 16 bits")
+    signed = SIGNED in tags.get(Tiff.SAMPLEFORMAT, ())
+    if image.mode == "F" or signed or (tags and image.mode == "I"):
+        raise BadImage(
+            "got float, signed or 32-bit pixels of unknown range; expected 8 or 16 bits from 0"
+        )
     if not image.mode.startswith("I"):
         return image
     deep = np.asarray(image)  # (H, W)
@@ -142,8 +125,3 @@ def _on_white(image: Image.Image, mode: str) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert(mode)
-
-
-def describe(tensor: Tensor) -> str:
-    """Return e.g. `uint8 tensor (3, 8, 8)`."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} tensor {tuple(tensor.shape)}"

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Image folders, and lists of their files as a few arrays in memory or memory-mapped from disk.
+"""Image folders, and lists of their files as two arrays in memory or memory-mapped from disk.
 
 python -c "from data_loading.folders import list_images; print(list_images('assets', False)[0])"
 
@@ -14,22 +14,19 @@ An index on disk is a folder:
 from __future__ import annotations
 
 import bisect
-import contextlib
-import glob
-import heapq
-import io
 import itertools
 import json
 import os
 import secrets
-import shutil
+import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,29 +38,28 @@ from errors import UserError, first_few
 from parallel.process_group import from_main_process, get_logger
 
 VERSION = 1
-DTYPES = {"paths.npy": np.dtype("|u1"), "offsets.npy": np.dtype("<i8")}
-ABANDONED = 86400  # seconds after which an unfinished index has no writer any more
+ARRAYS = ("paths.npy", "offsets.npy")
 REMEDY = "remove it, and the next run lists the images again"
 
 
 class FileIndex(Sequence):
-    """(path, label) of each image below `root`, stored as arrays.
+    """(path, label) of each image below `root`, stored as the arrays of an index.
 
-    about: content of index.json. folder: where the arrays are mapped from, if they are. classes:
-    names by label; None if there are none, and then every label is 0.
+    metadata: content of index.json. folder: of the index, if the arrays are mapped from one.
+    classes: names by label; None if there are none, and then every label is 0.
     """
 
     def __init__(
         self,
         paths: np.ndarray,
         offsets: np.ndarray,
-        about: dict[str, Any],
+        metadata: dict[str, Any],
         root: str | Path,
         folder: Path | None = None,
     ) -> None:
-        self.paths, self.offsets, self.about = paths, offsets, about
+        self.paths, self.offsets, self.metadata = paths, offsets, metadata
         self.root, self.folder = str(root), folder
-        names, counts = zip(*about["classes"], strict=True)
+        names, counts = zip(*metadata["classes"], strict=True)
         self.classes: tuple[str, ...] | None = None if names == (None,) else names
         self.starts = [*itertools.accumulate(counts, initial=0)]
 
@@ -84,23 +80,26 @@ class FileIndex(Sequence):
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map the files themselves."""
         if self.folder is not None:
-            return open_index, (self.folder, self.root, self.about["crc32"])
-        return FileIndex, (self.paths, self.offsets, self.about, self.root)
+            return open_index, (self.folder, self.root, self.metadata["crc32"])
+        return FileIndex, (self.paths, self.offsets, self.metadata, self.root)
+
+
+# --- an index on disk -----------------------------------------------------------------------------
 
 
 def open_index(folder: Path, root: str | Path, crc32: int | None = None) -> FileIndex:
     """Map what `write_index` wrote; UserError if it cannot be used or has another checksum."""
     try:
-        about = json.loads((folder / "index.json").read_bytes())
-        if about.get("version") != VERSION:
-            raise ValueError(f"index.json has version {about.get('version')}, expected {VERSION}")
-        if about["crc32"] != _crc32(about):
+        metadata = json.loads((folder / "index.json").read_bytes())
+        if (version := metadata.get("version")) != VERSION:
+            raise ValueError(f"index.json has version {version}, expected {VERSION}")
+        if metadata["crc32"] != _crc32(metadata):
             raise ValueError("index.json is damaged: its checksum does not fit")
-        arrays = [np.lib.format.open_memmap(folder / name, mode="r") for name in DTYPES]
-        for name, array, size in zip(DTYPES, arrays, _sizes(about), strict=True):
-            if (array.dtype, array.shape) != (DTYPES[name], (size,)):
-                got = f"{array.dtype}{list(array.shape)}"
-                raise ValueError(f"{name} holds {got}, expected {DTYPES[name]}[{size}]")
+        paths, offsets = (np.load(folder / name, mmap_mode="r") for name in ARRAYS)
+        images = sum(count for _, count in metadata["classes"])
+        got = paths.dtype, offsets.dtype, len(offsets), int(offsets[-1])
+        if got != (np.uint8, np.int64, images + 1, len(paths)):
+            raise ValueError(f"paths.npy and offsets.npy do not fit index.json: {images} images")
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename}: no such file on this machine; --data_index must be a folder that "
@@ -108,68 +107,47 @@ def open_index(folder: Path, root: str | Path, crc32: int | None = None) -> File
         ) from error
     except Exception as error:  # json and numpy raise nearly anything for damaged files
         raise UserError(f"{folder} cannot be used: {error}; {REMEDY}") from error
-    if crc32 not in (None, about["crc32"]):
+    if crc32 not in (None, metadata["crc32"]):
         raise UserError(
             f"{folder} is not the list that this run started with: it was replaced, or this "
             "machine sees an old copy; start again"
         )
-    return FileIndex(*arrays, about, root, folder)
+    return FileIndex(paths, offsets, metadata, root, folder)
 
 
-def _crc32(about: dict[str, Any]) -> int:
-    content = {key: value for key, value in about.items() if key != "crc32"}
+def _crc32(metadata: dict[str, Any]) -> int:
+    content = {key: value for key, value in metadata.items() if key != "crc32"}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _sizes(about: dict[str, Any]) -> tuple[int, int]:
-    return about["bytes"], sum(count for _, count in about["classes"]) + 1
-
-
-def write_paths(
-    paths: BinaryIO, offsets: BinaryIO, groups: Iterable[tuple[str | None, Iterable[str]]]
-) -> dict[str, Any]:
-    """Append to two files in constant memory; returns `classes` and `bytes` of index.json.
-
-    groups: (class, its paths relative to the root) in order of the labels; images without labels
-    are one group called None.
-    """
-    end, classes = 0, []
-    offsets.write(end.to_bytes(8, "little"))
-    for name, files in groups:
-        count = 0
-        for file in files:
-            end += paths.write(os.fsencode(file) + b"\0")
-            offsets.write(end.to_bytes(8, "little"))
-            count += 1
-        classes.append([name, count])
-    return {"classes": classes, "bytes": end}
-
-
-def write_header(file: BinaryIO, name: str, size: int) -> None:
-    """Write the header of a one-dimensional .npy file; its length is the same for all sizes."""
-    file.seek(0)
-    header = {"descr": DTYPES[name].str, "fortran_order": False, "shape": (size,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def write_json(folder: Path, root: str, **about: Any) -> None:
+def write_json(folder: Path, root: str, classes: list[list]) -> None:
     """Write index.json; with `id` no two lists have the same checksum."""
-    about |= {"version": VERSION, "root": root, "made": int(time.time())}
-    about["id"] = secrets.token_hex(8)
-    (folder / "index.json").write_text(json.dumps(about | {"crc32": _crc32(about)}))
+    metadata = {"version": VERSION, "root": os.path.realpath(root), "classes": classes}
+    metadata |= {"made": int(time.time()), "id": secrets.token_hex(8)}
+    (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
 
 
-def write_index(folder: Path, root: str, labelled: bool) -> None:
-    """List the images below `root` in the files of an empty folder."""
-    with (folder / "paths.npy").open("wb") as paths, (folder / "offsets.npy").open("wb") as offsets:
-        for file, name in zip((paths, offsets), DTYPES, strict=True):
-            write_header(file, name, 0)
-        about = _list_folder(paths, offsets, root, labelled)
-        for file, name, size in zip((paths, offsets), DTYPES, _sizes(about), strict=True):
-            write_header(file, name, size)
-            file.flush()
-            os.fsync(file.fileno())
-    write_json(folder, os.path.realpath(root), **about)
+def _make(folder: Path, root: str, labelled: bool) -> int:
+    """Write the index unless it exists; returns its checksum."""
+    if not folder.exists():
+        get_logger().info("%s: listing the images of %s, once", folder, root)
+        index = _list_folder(root, labelled)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+                unfinished = Path(name, folder.name)
+                unfinished.mkdir()
+                for file, content in zip(ARRAYS, (index.paths, index.offsets), strict=True):
+                    np.save(unfinished / file, content)
+                write_json(unfinished, root, index.metadata["classes"])
+                unfinished.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # otherwise another process was faster
+                raise UserError(
+                    f"--data_index: cannot write {folder} ({error}); choose a folder with enough "
+                    "space"
+                ) from error
+    return open_index(folder, root).metadata["crc32"]
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -182,66 +160,43 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
     process lists for itself. Every rank must call it. UserError if there are no images.
     """
     if folder is None:
-        files = io.BytesIO(), io.BytesIO()
-        about = _list_folder(*files, str(root), labelled)
-        kinds = zip(files, DTYPES.values(), strict=True)
-        return FileIndex(*(np.frombuffer(f.getvalue(), d) for f, d in kinds), about, root)
+        return _list_folder(str(root), labelled)
     crc32 = from_main_process(partial(_make, folder, str(root), labelled))
     index = open_index(folder, root, crc32)
     kinds = {False: "images without labels in", True: "the class folders of"}
-    listed = index.about["root"]
-    if listed != os.path.realpath(root) or labelled != (index.classes is not None):
+    got = f"{kinds[index.classes is not None]} {index.metadata['root']}"
+    expected = f"{kinds[labelled]} {os.path.realpath(root)}"
+    if got != expected:
         raise UserError(
-            f"{folder} lists {kinds[index.classes is not None]} {listed}, not {kinds[labelled]} "
-            f"{os.path.realpath(root)}; give another --data_index, or remove that folder"
+            f"{folder} lists {got}, not {expected}; give another --data_index, or remove it"
         )
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.about["made"]))
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.metadata["made"]))
     text = "%s: %d images of %s as of %s; remove that folder to list newer files too"
     get_logger().info(text, folder, len(index), root, when)
     return index
 
 
-def _make(folder: Path, root: str, labelled: bool) -> int:
-    """Write the index unless it exists; returns its checksum."""
-    if folder.exists():
-        return open_index(folder, root).about["crc32"]
-    get_logger().info("%s: listing the images of %s, once", folder, root)
-    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # finished just now
-                if time.time() - old.stat().st_mtime > ABANDONED:
-                    shutil.rmtree(old)
-        unfinished.mkdir()
-        write_index(unfinished, root, labelled)
-        unfinished.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # otherwise another process was faster
-            raise UserError(
-                f"--data_index: cannot write {folder} ({error}); choose a folder with enough space"
-            ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return open_index(folder, root).about["crc32"]
-
-
-def _list_folder(paths: BinaryIO, offsets: BinaryIO, root: str, labelled: bool) -> dict[str, Any]:
-    """`write_paths` of a folder; UserError if it, or a class, is empty."""
-    groups = _classes(root) if labelled else [(None, _in_order(root))]
-    about = write_paths(paths, offsets, groups)
-    counts = about["classes"]
-    empty = [name for name, count in counts if not count]
+def _list_folder(root: str, labelled: bool) -> FileIndex:
+    """List a folder in memory; UserError if it, or a class, is empty."""
+    paths, offsets, classes = bytearray(), array("q", [0]), []
+    for name, files in _classes(root) if labelled else [(None, _in_order(root))]:
+        before = len(offsets)
+        for file in files:
+            paths += os.fsencode(file) + b"\0"
+            offsets.append(len(paths))
+        classes.append([name, len(offsets) - before])
+    empty = [name for name, count in classes if not count]
     if not labelled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
-    if empty or not counts:
+    if empty or not classes:
         found = f"no images in {len(empty)} class folders: {first_few(empty)}"
         raise UserError(
-            f"{root}: {found if counts else 'no class folders'}; expected one folder of images per "
-            f"class ({' '.join(EXTENSIONS)}): fill or remove empty ones; to pre-train on images "
-            "without labels use --data_set folder"
+            f"{root}: {found if classes else 'no class folders'}; expected one folder of images "
+            f"per class ({' '.join(EXTENSIONS)}): fill or remove empty ones; to pre-train on "
+            "images without labels use --data_set folder"
         )
-    return about
+    arrays = np.frombuffer(paths, np.uint8), np.frombuffer(offsets, np.int64)
+    return FileIndex(*arrays, {"classes": classes}, root)
 
 
 def _classes(root: str) -> Iterator[tuple[str, Iterator[str]]]:
@@ -250,17 +205,16 @@ def _classes(root: str) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def _by_folder(root: str, top: str) -> Iterator[str]:
-    """Yield a class's images in torchvision's order: by folder path, then by file name.
-
-    A folder sorts before its subfolders, so the smallest waiting folder is always the next.
-    """
-    waiting = [top]
-    while waiting:
-        folder = heapq.heappop(waiting)
-        images, folders = _names(os.path.join(root, folder))
+    """Yield a class's images in torchvision's order: by folder path, then by file name."""
+    for folder, images in sorted(_walk(root, top)):
         yield from (f"{folder}/{name}" for name in sorted(images))
-        for name in folders:
-            heapq.heappush(waiting, f"{folder}/{name}")
+
+
+def _walk(root: str, folder: str) -> Iterator[tuple[str, list[str]]]:
+    images, folders = _names(os.path.join(root, folder))
+    yield folder, images
+    for name in folders:
+        yield from _walk(root, f"{folder}/{name}")
 
 
 def _in_order(root: str, below: str = "") -> Iterator[str]:
@@ -311,19 +265,15 @@ class DatasetSpec:
     data_index: str = ""
 
 
-def _folder_at(path: str | None, flag: str, holds: str) -> Path:
+def _root_folder(spec: DatasetSpec, train: bool, holds: str) -> Path:
+    flag = "data_path" if train else "eval_data_path"
+    path = getattr(spec, flag)
     if not path:
-        raise UserError(f"{flag} is not given; expected a folder with {holds}")
+        raise UserError(f"--{flag} is not given; expected a folder with {holds}")
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"{flag} {path}: no such folder; expected {holds} there")
+        raise UserError(f"--{flag} {path}: no such folder; expected {holds} there")
     return root
-
-
-def _own_folder(spec: DatasetSpec, train: bool, holds: str) -> Path:
-    if train:
-        return _folder_at(spec.data_path, "--data_path", holds)
-    return _folder_at(spec.eval_data_path, "--eval_data_path", holds)
 
 
 class ImageFiles(Dataset):
@@ -348,7 +298,7 @@ def _images(root: Path, labelled: bool, spec: DatasetSpec, train: bool) -> Image
 
 def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
     """Images in `train/` and `val/` under data_path, one folder per class."""
-    root = _folder_at(spec.data_path, "--data_path", "train/ and val/")
+    root = _root_folder(spec, True, "train/ and val/")
     split = root / ("train" if train else "val")
     if not split.is_dir():
         raise UserError(
@@ -361,9 +311,9 @@ def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
 
 def image_folder(spec: DatasetSpec, train: bool) -> ImageFiles:
     """Images in one folder per class: data_path for training, eval_data_path for validation."""
-    return _images(_own_folder(spec, train, "one folder of images per class"), True, spec, train)
+    return _images(_root_folder(spec, train, "one folder of images per class"), True, spec, train)
 
 
 def folder(spec: DatasetSpec, train: bool) -> ImageFiles:
     """Images without labels, flat or nested, in order of their paths, for pre-training."""
-    return _images(_own_folder(spec, train, "images"), False, spec, train)
+    return _images(_root_folder(spec, train, "images"), False, spec, train)

@@ -46,17 +46,14 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Call `TrainSampler.set_epoch` of the loader's sampler."""
-        self.loader.sampler.set_epoch(epoch, seen)
+        self.loader.sampler.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        start, batches = time.perf_counter(), iter(self.loader)
-        while True:
-            batch = next(batches, None)
+        start = time.perf_counter()
+        for batch in self.loader:
             self.wait_seconds += time.perf_counter() - start
-            if batch is None:
-                return
             if isinstance(batch, UserError):
                 raise batch
             *batch, bad = batch

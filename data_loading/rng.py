@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,8 +55,6 @@ def mask_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
 
 def seed_all(*numbers: int) -> None:
     """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw."""
-    import numpy as np
-
     seed = fold_in(*numbers)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

@@ -22,10 +22,9 @@ CHUNK = 4096  # keys computed at once: fewer cost more per key, more delay the f
 def keys_at(positions: range, length: int, seed: int, epoch: int) -> Iterator[tuple[int, int]]:
     """Yield keys (epoch, index) at positions of an epoch's order, in constant memory."""
     for first in range(0, len(positions), CHUNK):
-        part = positions[first : first + CHUNK]
-        indices = torch.arange(part.start, part.stop, part.step)
-        indices = permute(indices, length, seed, epoch)
-        yield from ((epoch, index) for index in indices.tolist())
+        chunk = positions[first : first + CHUNK]
+        chunk = torch.arange(chunk.start, chunk.stop, chunk.step)
+        yield from ((epoch, index) for index in permute(chunk, length, seed, epoch).tolist())
 
 
 class TrainSampler(Sampler):
@@ -37,18 +36,18 @@ class TrainSampler(Sampler):
     def __init__(self, length: int, seed: int, rank: int, world_size: int):
         self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.seen = 0, 0
+        self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int, seen: int = 0) -> None:
-        """Choose the order, and skip the first `seen` images, which were used before a resume."""
-        self.epoch, self.seen = epoch, seen
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order; start: position in it, after the samples used before a resume."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return (self.length - self.seen) // self.world_size
+        return (self.length - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        end = self.seen + len(self) * self.world_size
-        mine = range(self.seen, end)[self.rank :: self.world_size]
+        end = self.start + len(self) * self.world_size
+        mine = range(self.start, end)[self.rank :: self.world_size]
         return keys_at(mine, self.length, self.seed, self.epoch)
 
 

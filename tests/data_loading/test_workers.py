@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -29,10 +30,11 @@ from data_loading.decode import BadImage
 from data_loading.folders import list_images
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.workers import IDLE, IGNORED, WatchedLoader, _start_worker
+from data_loading.workers import IDLE, WatchedLoader
 from engine_finetune import evaluate
-from errors import Preempted, TrainingStopped, UserError
-from tests.test_end_to_end import ROOT, SMALL, assert_same, log, run, weights
+from errors import TrainingStopped, UserError
+from tests.groups import run_script
+from tests.test_end_to_end import ROOT, SMALL, log, weights
 
 COUNT, BAD = 12, (2, 3, 7)
 
@@ -287,8 +289,7 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     path = tmp_path / "bad_images.txt"
     assert path.read_text() == "b\twhy\nv\tcut\na\tgone\n"
     again = Told(a="gone", c="new")
-    with BadImages(tmp_path, again):
-        pass
+    BadImages(tmp_path, again).write()
     assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
     logged = [record.getMessage() for record in log.records]
     assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 images", "1 images"]
@@ -310,15 +311,6 @@ def test_what_all_processes_know_is_not_sent_again(tmp_path, monkeypatch):
     assert [bad.write(), bad.write()] == [3, 3]
     assert sent == [{"a": "x"}, {"c": "y"}, {}]
     assert (tmp_path / "bad_images.txt").read_text() == "a\tx\nb\tof the other\nc\ty\n"
-
-
-def test_list_is_written_when_a_run_is_preempted_and_not_when_it_breaks(tmp_path):
-    with pytest.raises(ValueError, match="bug"), BadImages(tmp_path, Told(a="x")):
-        raise ValueError("bug")  # on one rank alone: the others would not come to the exchange
-    assert not (tmp_path / "bad_images.txt").exists()
-    with pytest.raises(Preempted), BadImages(tmp_path, Told(a="x")):
-        raise Preempted("stop")
-    assert (tmp_path / "bad_images.txt").exists()
 
 
 def test_odd_names_stay_one_line_each(tmp_path):
@@ -356,46 +348,48 @@ def test_full_disk_costs_the_list_and_not_the_run(tmp_path, monkeypatch, log):
 
 # --- the scripts ----------------------------------------------------------------------------
 
-SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip"]
+SIZES = [*SMALL, "--batch_size", 6, "--on_bad_image", "skip", "--log_dir", "none"]
 SIZES += ["--opt", "sgd", "--lr", 0.1]  # Adam would enlarge differences of gradients near zero
 COMMANDS = {
-    "main_pretrain.py": ["--data_set", "folder", "--model", "tests.tiny:fcmae"],
+    "main_pretrain.py": [
+        *["--data_set", "folder", "--model", "tests.tiny:fcmae", "--picture_freq", 0],
+    ],
     "main_finetune.py": ["--model", "tests.tiny:classifier", "--data_set", "image_folder"],
 }
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_run_goes_on_without_bad_images_and_lists_them(tmp_path, script):
-    """The same weights and the same list, whatever the numbers of workers and processes."""
+def test_run_continues_without_bad_images_and_lists_them(tmp_path, script):
+    """The same weights and the same list for any number of workers and processes."""
     train, val = make_photos(tmp_path / "train", 26), make_photos(tmp_path / "val", 7, (1, 2))
     words = [*COMMANDS[script], *SIZES, "--data_path", train]
     listed = names(train)
     if "finetune" in script:
         words += ["--eval_data_path", val, "--aa", "none"]
         listed = sorted(listed + names(val, (1, 2)))
+
+    def run(folder: Path, *more: object, ranks: int = 1) -> str:
+        return run_script(script, *words, *more, ranks=ranks, folder=folder.parent)
+
     one, two = tmp_path / "one", tmp_path / "two"
-    said = run(script, *words, "--output_dir", one, "--num_workers", 2).stdout
-    assert "cannot be used" in said
-    run(script, *words, "--batch_size", 3, "--output_dir", two, ranks=2)
+    assert "cannot be used" in run(one, "--output_dir", one, "--num_workers", 2)
+    run(two, "--output_dir", two, "--batch_size", 3, ranks=2)
     for folder in (one, two):
         lines = (folder / "bad_images.txt").read_text().splitlines()
         assert sorted(line.split("\t")[0] for line in lines) == listed
     ours, theirs = (weights(folder / "checkpoint-1.pth") for folder in (one, two))
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
-    run(script, *words, "--output_dir", tmp_path / "alone")
-    assert_same(weights(tmp_path / "alone" / "checkpoint-1.pth"), ours)
     before = (one / "bad_images.txt").read_text()
-    run(script, *words, "--output_dir", one, "--epochs", 3)
+    run(one, "--output_dir", one, "--epochs", 3)
     assert (one / "bad_images.txt").read_text() == before
     if "finetune" in script:
         test = log(one)[1]["test_loss"]
-        words += ["--eval", "--resume", one / "checkpoint-1.pth"]
-        said = run(script, *words).stdout
-        assert f"checkpoint-1.pth: top-1 {log(one)[1]['test_acc1']:.2f}%" in said
-        assert " on 5 images" in said
-        assert f"loss {test:.4f}" in said
-        assert "val/c/02.png" in said
+        printed = run(one, "--eval", "--resume", one / "checkpoint-1.pth")
+        assert f"checkpoint-1.pth: top-1 {log(one)[1]['test_acc1']:.2f}%" in printed
+        assert " on 5 images" in printed
+        assert f"loss {test:.4f}" in printed
+        assert "val/c/02.png" in printed
 
 
 class Mortal(folders.ImageFiles):
@@ -443,88 +437,68 @@ def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
 # --- processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("script", "fault"), [("main_pretrain.py", "dies"), ("main_finetune.py", "hangs")]
-)
-def test_sample_that_kills_or_holds_a_worker_is_named(script, fault):
-    words = [*COMMANDS[script], *SMALL, "--data_set", f"tests.tiny:{fault}", "--num_workers", 2]
-    words += ["--data_timeout", 2] if fault == "hangs" else []
-    start = time.monotonic()
-    done = run(script, *words, expect=1)
-    assert time.monotonic() - start < 60  # it does not wait for the one that hangs
-    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert "Traceback" not in done.stderr
-    assert "image photos/5.jpg" in line
-    expected = {
-        "dies": "was killed by signal 9 (Killed) while it was reading image photos/5.jpg",
-        "hangs": "has been reading image photos/5.jpg for 2 s",
-    }
-    assert expected[fault] in line
-
-
-def test_worker_is_silent_if_the_run_ends_while_it_sends_a_batch(monkeypatch, capsys):
-    """A thread printed its traceback above the one line that says what happened."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    ignored = {name: signal.getsignal(getattr(signal, name)) for name in IGNORED}
-    table = torch.zeros(1, 3, dtype=torch.float64)
-    _start_worker(table, 0)
-    for name, handler in ignored.items():
-        assert signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
-        signal.signal(getattr(signal, name), handler)
-    assert table[0, :2].tolist() == [os.getpid(), IDLE]
-    sys.excepthook(ConnectionResetError, ConnectionResetError("gone"), None)
-    assert capsys.readouterr().err == ""
-    sys.excepthook(ValueError, ValueError("other"), None)
-    assert "ValueError: other" in capsys.readouterr().err
+def test_sample_that_holds_a_worker_is_named(tmp_path):
+    words = [*COMMANDS["main_finetune.py"], *SMALL, "--data_set", "tests.tiny:hangs"]
+    words += ["--num_workers", 2, "--data_timeout", 2]
+    printed = run_script("main_finetune.py", *words, ranks=1, folder=tmp_path, expect=1)
+    (line,) = [line for line in printed.splitlines() if "error:" in line]
+    assert "Traceback" not in printed
+    assert "hangs: reading image photos/5.jpg took longer than --data_timeout 2 s" in line
 
 
 class Slow(Dataset):
-    """Samples that each take some time."""
+    """Samples that each take some time, but for the first `quick` of them."""
 
     samples = [(f"{index}.png", 0) for index in range(24)]
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, quick: int = 0) -> None:
+        self.seconds, self.quick = seconds, quick
 
     def __len__(self) -> int:
         return 24
 
     def __getitem__(self, index: int) -> Image.Image:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds * (index >= self.quick))
         return Image.new("RGB", (4, 4))
 
 
-def test_slow_batches_are_waited_for():
-    """DataLoader's own timeout would have ended it: a batch takes longer."""
-    batches = batches_of(TransformedDataset(Slow(0.25), to_tensor, 0), 2, size=12, timeout=2)
-    assert len(list(batches)) == 2
+def watched(
+    seconds: float, batch_size: int, workers: int, quick: int = 0, **options: object
+) -> WatchedLoader:
+    """A loader of the 24 samples of `Slow`, in their order."""
+    data = TransformedDataset(Slow(seconds, quick), to_tensor, 0)
+    keys = [(0, index) for index in range(24)]
+    return WatchedLoader(data, keys, batch_size, workers, **options)
 
 
-@pytest.mark.parametrize("when", ["waiting", "training", "idle"])
-@pytest.mark.parametrize("timeout", [0, 1800])
-def test_killed_worker_is_reported(when, timeout):
-    """While the run waits for a batch, in the middle of a step, and between its samples."""
-    data = TransformedDataset(Slow(0 if when == "idle" else 0.5), to_tensor, 0)
-    loader = batches_of(data, 1, size=3, timeout=timeout)
+def test_limit_is_per_sample_and_not_per_batch():
+    loader = watched(0.1, 24, 1, timeout=2)
+    assert len(list(loader)) == 1
+
+
+def end(process: object) -> None:
+    process.kill()
+    process.join()
+
+
+def test_worker_that_is_killed_during_a_step_is_reported_with_the_next_batch():
+    loader = watched(1000, 3, 1, quick=3)
     batches = iter(loader)
     next(batches)
-    if when == "idle":
-        wait_until_idle(loader.loader)
-    os.kill(int(loader.loader.table[0, 0]), signal.SIGKILL)
-    if when == "training":
-        time.sleep(0.5)  # a long step: nothing is raised in it
-    reading = "no sample" if when == "idle" else "image .*png"
-    text = rf"was killed by signal 9 \(Killed\) while it was reading {reading}\. .*--num_workers"
+    while loader.reading[0, 1] == IDLE:
+        time.sleep(0.01)
+    end(loader.processes[0])  # nothing is raised here, nor in the step
+    text = r"was killed by signal 9 \(Killed\) while it was reading image .*png\. .*--num_workers"
     with pytest.raises(TrainingStopped, match=text):
-        list(batches)
+        next(batches)
 
 
-def wait_until_idle(loader: WatchedLoader) -> None:
-    """Wait until a process has read all that it may ahead."""
-    before = None
-    while loader.table[0, 1] != IDLE or loader.table[0, 2] != before:
-        before = loader.table[0, 2].clone()
-        time.sleep(0.3)
+def test_worker_that_is_killed_between_epochs_is_reported_in_the_next():
+    loader = watched(0, 24, 1)
+    assert len(list(loader)) == 1
+    end(loader.processes[0])
+    with pytest.raises(TrainingStopped, match="was killed .* while it was reading no sample"):
+        list(loader)
 
 
 def raises(*parts: object) -> Iterator[object]:
@@ -537,55 +511,62 @@ def raises(*parts: object) -> Iterator[object]:
 
 def test_broken_connection_to_a_dead_process_names_the_process():
     """A batch arrived, but its pixels were to be fetched from a process that had died since."""
-    loader = batches_of(TransformedDataset(Slow(0), to_tensor, 0), 1).loader
+    loader = watched(0, 4, 1)
     next(iter(loader))
-    os.kill(int(loader.table[0, 0]), signal.SIGKILL)
-    parts = raises("a batch", ConnectionResetError("reset by peer"))
-    with pytest.raises(
-        TrainingStopped, match=r"loader process \(pid [0-9]+\) was killed by signal 9"
-    ):
-        list(loader._each(parts))
-    loader.processes = []
+    loader.processes[0].kill()
+    loader.loader = raises("a batch", ConnectionResetError("reset by peer"))
+    with pytest.raises(TrainingStopped, match=r"process \(pid [0-9]+\) was killed by signal 9"):
+        list(loader)
+    loader.processes, loader.loader = [], raises(OSError("disk"))
     with pytest.raises(OSError, match="disk"):
-        list(loader._each(raises(OSError("disk"))))
+        list(loader)
 
 
 def collate_and_lose(samples: list) -> object:
-    """A batch that cannot be sent: multiprocessing drops it with a traceback."""
+    """Collate one batch to a thing that cannot be sent: multiprocessing would drop it."""
     return open(os.devnull) if samples[0][2] == 6 else collate(samples)
 
 
-def test_batch_that_is_lost_on_its_way_ends_the_run():
-    """All processes are alive and idle, and DataLoader would wait for ever."""
-    data = TransformedDataset(Slow(0), to_tensor, 0)
-    keys = [(0, index) for index in range(24)]
-    loader = WatchedLoader(data, keys, 3, 2, timeout=3, collate_fn=collate_and_lose)
-    found = iter(loader)
-    next(found), next(found)
-    with pytest.raises(TrainingStopped, match="all loader processes are idle .*a batch was lost"):
-        list(found)
+def test_batch_that_cannot_be_sent_ends_the_run(capfd):
+    """DataLoader would wait for it forever."""
+    with pytest.raises(TrainingStopped, match="could not send a batch, .* /dev/shm may be full"):
+        list(watched(0, 3, 2, collate_fn=collate_and_lose))
+    assert "a loader process cannot send a batch: TypeError(" in capfd.readouterr().err
 
 
-def test_epoch_that_is_broken_off_in_a_slow_batch_does_not_disturb_the_next():
-    """The processes still read, longer than the loader waits for an answer."""
-    data = TransformedDataset(Slow(0.4), to_tensor, 0)
-    loader = WatchedLoader(data, [(0, index) for index in range(12)], 6, 1, timeout=4)
+def test_epoch_that_is_broken_off_does_not_disturb_the_next():
+    loader = watched(0.02, 6, 1, timeout=4)
     for _ in range(2):
         assert next(iter(loader))[2].tolist() == list(range(6))
-    assert [ids.tolist() for _, _, ids, _ in loader] == [[*range(6)], [*range(6, 12)]]
+    assert [ids.tolist() for _, _, ids, _ in loader] == [[*range(i, i + 6)] for i in (0, 6, 12, 18)]
+
+
+def test_loader_that_is_garbage_ends_its_busy_workers():
+    """They ignore the signal by which DataLoader would end them, after some seconds each."""
+    loader = watched(1000, 3, 2, quick=3)
+    batches = iter(loader)
+    next(batches)
+    processes, loader.itself = loader.processes, (loader, batches)
+    del loader, batches
+    gc.collect()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_signals_of_a_scheduler_do_not_end_workers():
+    """The run still needs batches to finish its step and save."""
+    loader = watched(0, 1, 1)
+    batches = iter(loader)
+    next(batches)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        os.kill(loader.processes[0].pid, number)
+    assert len(list(batches)) == 23
 
 
 IN_USE = """
 import sys
-from data_loading.workers import WatchedLoader
-from tests.data_loading.test_workers import Slow, TransformedDataset, to_tensor
-loaders = []
-for seconds in (0, 1000):
-    data = TransformedDataset(Slow(seconds), to_tensor, 0)
-    loader = WatchedLoader(data, [(0, index) for index in range(24)], 2, 2)
-    loaders.append((iter(loader), loader))
-next(loaders[0][0])
-sys.modules["in use"] = loaders
+from tests.data_loading.test_workers import watched
+loaders = [iter(watched(seconds, 2, 2, quick=2)) for seconds in (0, 1000)]
+sys.modules["in use"] = loaders, [next(loader) for loader in loaders]
 """
 
 
