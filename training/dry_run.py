@@ -12,9 +12,7 @@ import gc
 import importlib.util
 import math
 import os
-import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -47,7 +45,6 @@ SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
 MARGIN = 0.95  # fraction of the free memory that an estimated batch may use
 NEVER = 1 << 40  # steps until the next log line
-PROC = Path("/proc/self")
 OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in plain RuntimeErrors
 
 
@@ -210,12 +207,14 @@ def check_folder(problems: list[str], run: PlannedRun) -> None:
     """Find out if the run could not write its files."""
     folder, logs = run.folder, hooks.log_folder(run.args.log_dir, run.folder)
     for flag, path in (("--output_dir", folder), ("--log_dir", run.args.log_dir and logs)):
-        if path and not nearest(path).is_dir():
-            problems.append(f"{flag} {path}: {nearest(path)} is a file; choose another folder")
-        elif path and not os.access(nearest(path), os.W_OK | os.X_OK):
-            problems.append(f"{flag} {path}: not writable; choose a folder you own")
+        place = path and nearest(path)
+        if place and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            problems.append(f"{flag} {path}: cannot write in {place}; choose a folder you own")
     if get_rank() == 0 and folder and (holder := run_lock.describe_holder(folder)):
-        problems.append(f"--output_dir {folder} is in use by {holder}; choose another folder")
+        problems.append(
+            f"--output_dir {folder} is in use by {holder}; choose another folder, or wait "
+            f"{run_lock.SILENCE:.0f} s if that run was killed"
+        )
     if logs and importlib.util.find_spec("tensorboard") is None:
         problems.append("tensorboard is not installed: pip install tensorboard, or --log_dir none")
 
@@ -254,9 +253,6 @@ class StepProbe:
         self.loop = replace(
             run.loop, guard=AnomalyGuard(run.loop.stepper), checkpoints=CheckpointManager(None)
         )
-        on_linux = self.device.type == "cpu" and os.access(PROC / "clear_refs", os.W_OK)
-        self.sees_memory = on_linux or self.device.type == "cuda"
-        self.local_processes = all_gather(socket.gethostname()).count(socket.gethostname())
 
     def batches(self, size: int, times: int = 1) -> FirstBatches:
         """Make a batch on the device, of repeated samples if need be, and repeat it."""
@@ -272,26 +268,19 @@ class StepProbe:
         self.run.train_epoch(batches, replace(self.loop, state=state, reporter=reporter))
         self.loop.checkpoints.vote.wait()  # for the last exchange between ranks
 
-    def peak(self, size: int, times: int = 1) -> int:
-        """Return the most bytes in use during a step: by tensors on CUDA, else by the process."""
+    def peak(self, size: int, times: int = 1) -> float:
+        """Return the peak memory of a step in bytes: of tensors on CUDA, else of the process."""
         for _ in range(2):  # the first step compiles and creates the optimizer state
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            elif self.sees_memory:
-                (PROC / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
             self.train(self.batches(size, times))
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return read_memory(PROC / "status", "VmHWM") if self.sees_memory else 0
+        return hooks.peak_memory_mb(self.device) * 2**20
 
     def used_and_free(self) -> tuple[int, int]:
-        """Return the bytes that this process uses and those free for it, on its device."""
-        if self.device.type == "cuda":
-            used = torch.cuda.memory_allocated(self.device)
-            cached = torch.cuda.memory_reserved(self.device) - used
-            return used, torch.cuda.mem_get_info(self.device)[0] + cached
-        free = read_memory(PROC.parent / "meminfo", "MemAvailable")
-        return read_memory(PROC / "status", "VmRSS"), free // self.local_processes
+        """Return the bytes of the GPU's memory that tensors use and that are free for them."""
+        used = torch.cuda.memory_allocated(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - used
+        return used, torch.cuda.mem_get_info(self.device)[0] + cached
 
 
 def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
@@ -310,32 +299,33 @@ def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
 
 def check_memory(problems: list[str], probe: StepProbe) -> int:
     """Log the memory of a step and the largest batch; returns a size that fits, 0 for none."""
-    args, asked = probe.run.args, probe.run.args.batch_size
+    args, size = probe.run.args, probe.run.args.batch_size
     images = len(probe.run.data_loader_train.loader.dataset) // get_world_size()
-    largest, how = asked, "no other size was tried"
+    largest, how = 0, ""
     try:
-        if probe.sees_memory and not (args.compile or args.cuda_graphs):  # they compile each size
-            largest, how = estimate_largest(probe, asked)
-        largest = min(*all_gather(largest), images)
-        survives = probe.device.type == "cuda" and get_world_size() == 1  # a CPU process dies
-        size = asked if survives else min(asked, largest)
-        peak = probe.peak(size, min(2, probe.run.loop.stepper.update_freq)) if size else 0
+        if probe.device.type == "cuda" and not (args.compile or args.cuda_graphs):
+            largest, how = estimate_largest(probe, size)
+            largest = min(*all_gather(largest), images)
+            if get_world_size() > 1:  # others would wait for one that ran out of memory
+                size = min(size, largest)
+        peak = probe.peak(size, min(2, probe.run.loop.stepper.update_freq)) if size else 0.0
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         full = full or any(text in str(error) for text in OUT_OF_MEMORY)
         if get_world_size() > 1 or not full:
-            raise  # other processes would wait for this one
-        size, largest = 0, largest if largest < asked else 0
-    if size < asked:
-        problems.append(f"--batch_size {asked} does not fit; try {largest or 'a smaller model'}")
-    if size and probe.sees_memory:
-        limit = f"the largest batch that fits is {max(largest, size)}"
-        log_result("memory", f"{format_bytes(peak)} for a batch of {size}; {limit}, {how}")
+            raise
+        size, largest = 0, largest if largest < size else 0
+    if size < args.batch_size:
+        advice = f"try {largest or 'a smaller model'}"
+        problems.append(f"--batch_size {args.batch_size} does not fit; {advice}")
+    if size:
+        limit = f"; the largest batch that fits is {max(largest, size)}, {how}" if how else ""
+        log_result("memory", f"{format_bytes(peak)} for a batch of {size}{limit}")
     return size
 
 
 def estimate_largest(probe: StepProbe, asked: int) -> tuple[int, str]:
-    """Estimate the largest batch from two small steps; returns it and how it was found."""
+    """Estimate the largest batch on CUDA from two small steps; returns it and a description."""
     unit = probe.batch_multiple
     small = max(asked // 8 // unit, 1) * unit
     size = min(2 * small, asked)
@@ -344,13 +334,8 @@ def estimate_largest(probe: StepProbe, asked: int) -> tuple[int, str]:
     growth = (high - low) / (size - small) if size > small else (high - used) / size
     each = max(growth, probe.samples[0][0].numel() * 4)
     more = math.floor((used + MARGIN * free - high) / each)
-    how = f"estimated from {format_bytes(each)} per image and {format_bytes(free)} free per process"
+    how = f"estimated from {format_bytes(each)} per image and {format_bytes(free)} free"
     return max(size + more // unit * unit, 0), how
-
-
-def read_memory(file: Path, name: str) -> int:
-    """Return the bytes of a line such as "VmRSS:  5678 kB" in a file of /proc."""
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE)[1])
 
 
 def format_bytes(size: float) -> str:
@@ -379,15 +364,22 @@ def endless(batches: DeviceLoader) -> Iterator[tuple[Tensor, ...]]:
     for epoch in count():
         if hasattr(batches.loader.sampler, "set_epoch"):  # evaluation has one order
             batches.set_epoch(epoch)
-        yield from batches
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:  # without --dist_eval only rank 0 has images to evaluate
+            return
 
 
 def loader_rate(batches: Iterator[tuple], seconds: float) -> float:
     """Return this rank's images/s, after the batches that its workers held ready."""
     for _ in ("warm-up", "measurement"):
         start, images = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            images += len(next(batches)[0])
+        for batch in batches:
+            images += len(batch[0])
+            if time.perf_counter() - start > seconds:
+                break
     return images / (time.perf_counter() - start)
 
 
@@ -417,8 +409,7 @@ def measure_evaluation(probe: StepProbe) -> float:
     size = min(batches.loader.batch_size, images)
     model = size * calls_per_second(lambda n: run.evaluate(probe.batches(size, n)), SECONDS / 2)
     model *= get_world_size() if run.args.dist_eval else 1
-    own = loader_rate(endless(batches), SECONDS / 2) if len(batches) else 0.0
-    loader = sum(all_gather(own))  # without --dist_eval only rank 0 has images
+    loader = sum(all_gather(loader_rate(endless(batches), SECONDS / 2)))
     slower, seconds = "loader" if loader < model else "model", images / min(model, loader)
     text = f"model {model:.1f} images/s, loader {loader:.1f} images/s, limited by the {slower}"
     log_result("evaluation", f"{text}: {timedelta(seconds=round(seconds))}")
@@ -441,11 +432,11 @@ def tensor_bytes(content: Any) -> int:
 
 def check_disk(problems: list[str], run: PlannedRun) -> None:
     """Compare the size of all checkpoints that will exist at once with the free disk space."""
-    args, evaluated, contents = run.args, run.data_loader_val is not None, []
-    run.loop.checkpoints.save(state=run.loop.state, writer=lambda *save: contents.append(save[0]))
-    if not contents:  # only rank 0 has them
+    args, evaluated, saved = run.args, run.data_loader_val is not None, []
+    run.loop.checkpoints.save(state=run.loop.state, writer=lambda content, _: saved.append(content))
+    if not saved:  # only rank 0 has the content
         return
-    complete, ema = tensor_bytes(contents[0]), tensor_bytes(contents[0]["model_ema"]) * evaluated
+    complete, ema = tensor_bytes(saved[0]), tensor_bytes(saved[0]["model_ema"]) * evaluated
     epoch_ends = math.ceil((args.epochs - run.loop.state.epoch) / args.save_ckpt_freq)
     within_epoch = 2 if args.save_ckpt_every_steps or args.save_ckpt_every_minutes else 0
     files = min(args.save_ckpt_num, max(epoch_ends, 1)) + within_epoch + evaluated + 1  # a new one

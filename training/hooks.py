@@ -372,8 +372,7 @@ def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, 
     model.eval()
     with torch.no_grad(), only_torch(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
-    get_logger().info(
-        "%s: %.2fM parameters, %.3f GMACs per %dx%d image",
-        *(name, parameters / 1e6, counter.get_total_flops() / 2e9, *size),
-    )
+    macs = counter.get_total_flops() / 2
+    text = "%s: %.2fM parameters, %.3f GMACs per %dx%d image"
+    get_logger().info(text, name, parameters / 1e6, macs / 1e9, *size)
     return parameters

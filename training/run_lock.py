@@ -74,7 +74,7 @@ def _wait_for(lease: SoftFileLease) -> None:
         return _last_heartbeat(lease) not in (None, before)
 
     if before is not None:
-        text = "%s: found the lock of %s; waiting up to %.0f s for a heartbeat, unless it died here"
+        text = "%s belongs to %s; waiting up to %.0f s for its next heartbeat"
         get_logger().info(text, lease.lock_file, _owner(lease), SILENCE)
     try:
         lease.acquire(timeout=2 * SILENCE, cancel_check=in_use)
@@ -126,7 +126,7 @@ def _check() -> str:
     """Return why the lock is lost, '' if it is not; restart heartbeats that the disk ended."""
     for lease in _held:
         if lease.compromise is not None and lease.owner is not None and not _find_loss(lease):
-            # Another run may take the lock in between, as it could before: this one then ends.
+            # If another run takes the lock in between, as it could before, this run ends.
             with contextlib.suppress(OSError):
                 lease.release(force=True)
                 lease.acquire(timeout=1)
