@@ -16,9 +16,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain, count, islice, repeat
+from itertools import count, islice, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -110,55 +110,43 @@ class ErrorsAsSamples:
             return UserError(f"{self.name_of(key[1])}: {reason}")
 
 
-@dataclass
-class Decoded:
-    """Images that a rank has tried to decode."""
+def decode_some(loader: WatchedLoader, seed: int, seconds: float) -> Iterator[tuple[str, Any]]:
+    """Yield names and samples of this rank's part of a loader's images, in random order.
 
-    tried: int = 0
-    good: list[tuple] = field(default_factory=list)  # the first samples
-    bad: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # by --on_bad_image skip
-
-
-def decode_some(loader: WatchedLoader, seed: int, seconds: float) -> Decoded:
-    """Decode this rank's part of a loader's images in random order until the time is up.
-
-    Uses the run's own number of worker processes and time limit, so that an image that kills or
-    blocks its reader is named; decoding ends there.
+    It ends when the time is up, or after an image that kills or blocks its reader: that one is
+    named by a UserError, since the images are read with the run's own workers and time limit.
     """
-    data, found = loader.dataset, Decoded()
+    data, start = loader.dataset, time.perf_counter()
     mine = range(get_rank(), len(data), get_world_size())[:100_000]  # more than there is time for
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     workers, safe = min(loader.num_workers, len(keys)), ErrorsAsSamples(data)
     one_by_one = WatchedLoader(safe, keys, 1, workers, loader.timeout, itemgetter(0))
-    start = time.perf_counter()
     try:
         for (_, index), sample in zip(keys, one_by_one, strict=True):
-            found.tried += 1
-            if isinstance(sample, Replacement):
-                found.skipped += [f"{image} ({reason})" for image, reason in sample.bad]
-                sample = sample.sample
-            if isinstance(sample, UserError):
-                found.bad.append(str(sample))
-            elif sample and sample[0].is_floating_point() and not sample[0].isfinite().all():
-                found.bad.append(f"{data.name_of(index)} holds values that are not finite")
-            elif sample and len(found.good) < 64:
-                found.good.append(sample)
+            yield data.name_of(index), sample
             if time.perf_counter() - start > seconds:
-                break
-    except TrainingStopped as error:  # a worker process died or hangs
-        found.tried += 1
-        found.bad.append(str(error))
-    return found
+                return
+    except TrainingStopped as error:
+        yield "", UserError(error)
 
 
 def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: int) -> list[tuple]:
-    """Decode images of a data set on all ranks; returns good samples of this rank."""
-    data, mine = loader.dataset, decode_some(loader, seed, DECODE_SECONDS)
+    """Decode images of a data set on all ranks; returns the first good samples of this rank."""
+    data, tried, good, bad, skipped = loader.dataset, 0, [], set(), set()
+    for image, sample in decode_some(loader, seed, DECODE_SECONDS):
+        tried += 1
+        if isinstance(sample, Replacement):
+            skipped |= {f"{file} ({reason})" for file, reason in sample.bad}
+            sample = sample.sample
+        if isinstance(sample, UserError):
+            bad.add(str(sample))
+        elif sample and sample[0].is_floating_point() and not sample[0].isfinite().all():
+            bad.add(f"{image} holds values that are not finite")
+        elif sample and len(good) < 64:
+            good.append(sample)
     gc.collect()  # an error refers to its loader, whose workers would outlive this check
-    everything = all_gather((mine.tried, len(mine.good), mine.bad, mine.skipped))
-    tried, good, bad, skipped = zip(*everything, strict=True)
-    tried, bad, skipped = sum(tried), sorted({*chain(*bad)}), sorted({*chain(*skipped)})
+    tried, found, bad, skipped = zip(*all_gather((tried, len(good), bad, skipped)), strict=True)
+    tried, bad, skipped = sum(tried), sorted(set().union(*bad)), sorted(set().union(*skipped))
     classes = f"of {data.nb_classes} classes" if data.nb_classes else "without labels"
     fate = "left out" if data.on_bad == "leave out" else "replaced"
     counts = f"{len(bad)} bad, {len(skipped)} {fate}"
@@ -167,9 +155,9 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
         log_result("", f"{fate}: {first_few(skipped)}")
     if bad:
         problems.append(f"{len(bad)} of {tried} {name} images: {first_few(bad, 5)}")
-    elif not sum(good):
+    elif not sum(found):
         problems.append(f"none of {tried} {name} images can be used; check the data")
-    return mine.good
+    return good
 
 
 def log_plan(run: PlannedRun) -> None:
