@@ -23,7 +23,7 @@ from data_loading.folders import DatasetSpec
 from errors import UserError
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
-from training.pictures import TITLES, build_panel, grid, reconstruct
+from training.pictures import TITLES, ReconstructionImages
 from weights.files import load_weights, read_checkpoint
 
 
@@ -44,23 +44,23 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} downloads {data_set}; give the folder with --data_path")
     if args.data_index and data_set not in FOLDERS:
         raise UserError(f"--data_index needs image folders, not --data_set {data_set}; drop it")
-    run = {"eval_data_path": None, **run, **given, "grad_checkpointing": False}
-    args = argparse.Namespace(**run)
+    new = {"eval_data_path": None, "on_bad_image": "error"}  # flags that old checkpoints lack
+    fixed = {"grad_checkpointing": False, "picture_freq": 1}
+    args = argparse.Namespace(**{**new, **run, **given, **fixed})
     model = build_fcmae(args).to(device)
     load_weights(model, checkpoint["model"], args.checkpoint)
     sources = {"eval_data_path": args.eval_data_path, "data_index": args.data_index}
     spec = DatasetSpec(args.data_path, input_size=args.input_size, **sources)
     data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
-    images, mask = build_panel(args, data, model, device, args.num_images)
-    mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
-    image = grid(reconstruct(model, images, mask, mean, std))
+    drawing = ReconstructionImages(args, data, model, device, count=args.num_images)
+    image = drawing.draw(model, args.epochs)
     try:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_image(image, args.output)
     except OSError as error:
         raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
     columns = ", ".join(title.replace("\n", " ") for title in TITLES)
-    print(f"{args.output}: {len(images)} rows of {columns}")
+    print(f"{args.output}: {len(drawing.images)} rows of {columns}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""CUDA graphs: forward and backward pass each launch all their kernels at once.
+"""CUDA graphs: the forward and the backward pass each launch all their kernels at once.
 
 python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --cuda_graphs
 """
@@ -29,9 +29,9 @@ def check_graphs(asked: bool, device: torch.device, update_freq: int = 1) -> Non
 
 
 class Graphed(nn.Module):
-    """A model whose training forward and backward are replayed as CUDA graphs.
+    """A model whose training forward and backward passes are replayed as CUDA graphs.
 
-    shapes: of the tensors of every call; constants: further arguments of every call.
+    shapes: of the tensors that every call gets; constants: the other arguments of every call.
     Gradients must not accumulate (pytorch issue 181723). Random numbers follow the seed as
     without graphs, since a replay reads the generator's state.
     """
@@ -40,7 +40,6 @@ class Graphed(nn.Module):
         self, model: nn.Module, device: torch.device, amp: str, shapes: Sequence, *constants: Any
     ) -> None:
         super().__init__()
-        check_graphs(True, device)
         self.model, self.device, self.amp, self.constants = model, device, amp, constants
         self.shapes = [torch.Size(shape) for shape in shapes]
         samples = [torch.ones(shape, device=device) for shape in shapes]
@@ -56,7 +55,7 @@ class Graphed(nn.Module):
             buffer.copy_(before)
 
     def __call__(self, *args: Any) -> Any:
-        """Call the model; constants among `args` are ignored, since the graphs hold them."""
+        """Call the model with the tensors among `args`; the graphs hold the constants."""
         tensors = args[: len(self.shapes)]
         shapes = [x.shape for x in tensors]
         if shapes != self.shapes:  # a replay would broadcast a batch of one without an error

@@ -7,10 +7,8 @@ python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_di
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,16 +36,16 @@ Record = dict[str, float]
 
 
 class Hook:
-    """Base class of hooks: override the methods you need. A hook never changes a number."""
+    """Base class of hooks: override the methods you need. A hook must not change the training."""
 
     def on_step(self, state: TrainState) -> None:
         """Called after every optimizer step. It gets no values, so nothing synchronizes."""
 
     def on_log(self, record: Record, state: TrainState) -> None:
-        """Called every `print_freq` steps: means since the last call, speed, time left."""
+        """Called every `print_freq` steps with means since the last call, speed and time left."""
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        """Called after training and evaluation of an epoch: the values that go into log.txt."""
+        """Called after training and evaluation of an epoch with the values for log.txt."""
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         """Called with an image to show, (3, H, W) in 0 to 1."""
@@ -61,7 +59,8 @@ class Reporter:
     """Reads the meters every `print_freq` steps and notifies the hooks.
 
     Reading meters is collective, so every rank has a reporter; only rank 0 has hooks.
-    total_steps: optimizer steps of the whole run, for the time left.
+    total_steps: optimizer steps of the whole run, for the time left. open_hooks: called on rank 0
+    on entering the run, since hooks create files.
     """
 
     hooks: list[Hook]
@@ -70,7 +69,7 @@ class Reporter:
     total_steps: int
     steps_per_epoch: int
     print_freq: int
-    open_hooks: Callable[[Reporter], list[Hook]] | None = None  # on entering the run
+    open_hooks: Callable[[Reporter], list[Hook]] | None = None
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
@@ -89,11 +88,11 @@ class Reporter:
         self.waited_before = self.batches.wait_seconds
 
     def after_batch(self, images: int) -> None:
-        """Count the images of a micro-batch."""
+        """Count the images of a micro-batch; every rank has as many."""
         self.images += images * get_world_size()
 
     def after_step(self, lr: float) -> bool:
-        """Notify the hooks of an optimizer step; returns whether the meters were read.
+        """Notify the hooks of an optimizer step; returns True if it read the meters.
 
         Every rank must call it.
         """
@@ -122,7 +121,7 @@ class Reporter:
         return True
 
     def end_epoch(self, stats: Record) -> None:
-        """Notify the hooks of an epoch's values, if this run still holds the output folder."""
+        """Notify the hooks of an epoch's values; raises if this run lost its output folder."""
         run_lock.check()
         self._notify("on_epoch", stats, self.state)
 
@@ -158,22 +157,18 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def format_duration(seconds: float) -> str:
-    """3723.4 -> '1:02:03'; 90000 -> '1 day, 1:00:00'."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 def format_record(record: Record) -> str:
-    """The values of a log line, each after its name."""
+    """Format the values of a log line, each after its name."""
+    time_left = timedelta(seconds=round(record["eta_s"]))
     return (
         f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad_norm {record['grad_norm']:.2f}  "
         f"images/s {record['images_per_s']:.0f}  data_wait {100 * record['data_wait']:.0f}%  "
-        f"memory {record['memory_mb']:.0f} MB  eta {format_duration(record['eta_s'])}"
+        f"memory {record['memory_mb']:.0f} MB  eta {time_left}"
     )
 
 
 def format_stats(stats: Record) -> str:
-    """The losses and accuracies of an epoch, each after its name in log.txt."""
+    """Format the losses and accuracies of an epoch, each after its name in log.txt."""
     shown = [key for key in stats if key.endswith("loss") or "acc" in key]
     return "  ".join(f"{key} {stats[key]:.4g}" for key in shown)
 
@@ -193,7 +188,7 @@ class LineHook(Hook):
 
 
 class BarHook(Hook):
-    """Show one progress bar for the whole run in a terminal."""
+    """Show one progress bar for the whole run."""
 
     def __init__(self, epochs: int, state: TrainState, total_steps: int) -> None:
         from tqdm import tqdm
@@ -225,19 +220,17 @@ class JsonHook(Hook):
     """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats."""
 
     def __init__(self, folder: Path, state: TrainState) -> None:
-        self.path, self.unwritten = folder / "log.txt", b""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        lines = [line + b"\n" for line in content.splitlines()]
-        kept = b"".join(line for line in lines if self._epoch(line) < state.epoch)
-        if kept != content:
-            write_atomically(kept, self.path)
-        self.size = len(kept)
+        self.path = folder / "log.txt"
+        self.written = self.path.read_bytes() if self.path.exists() else b""
+        lines = [line + b"\n" for line in self.written.splitlines()]
+        self.content = b"".join(line for line in lines if self._epoch(line) < state.epoch)
+        self.on_end()
 
     @staticmethod
     def _epoch(line: bytes) -> float:
         try:
             return json.loads(line)["epoch"]
-        except (ValueError, KeyError, TypeError):  # a crash left half a line, or not even text
+        except (ValueError, KeyError, TypeError):  # half a line or garbage after a power cut
             return math.inf
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
@@ -245,29 +238,24 @@ class JsonHook(Hook):
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in stats.items()
         }  # NaN is not valid JSON
-        self.unwritten += json.dumps(finite).encode() + b"\n"
+        self.content += json.dumps(finite).encode() + b"\n"
         self.on_end()
 
     def on_end(self) -> None:
-        """Append the lines that are not written yet."""
-        if not self.unwritten:
-            return
-        with open(self.path, "ab") as file:
-            file.truncate(min(self.size, file.tell()))  # a full disk may have left half a line
-            file.write(self.unwritten)
-            file.flush()
-            os.fsync(file.fileno())
-        self.size, self.unwritten = self.size + len(self.unwritten), b""
+        """Write the lines that are not on the disk yet, perhaps because a write failed."""
+        if self.content != self.written:
+            write_atomically(self.content, self.path)
+            self.written = self.content
 
 
 class TensorboardHook(Hook):
     """Write TensorBoard scalars by step and epoch, and images.  tensorboard --logdir runs"""
 
     def __init__(self, folder: Path, state: TrainState, repeats_epoch_end: bool = False) -> None:
-        """Delete the points after `state` from the files of an interrupted run.
+        """Hide the points after `state` that an interrupted run has written.
 
-        repeats_epoch_end: `state` is at the last step of an epoch whose evaluation and images
-            come again, so that of this step only the training scalars are kept.
+        repeats_epoch_end: the run evaluates again at the step of `state`, of which therefore only
+            the training scalars are kept.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -275,18 +263,12 @@ class TensorboardHook(Hook):
             raise UserError(
                 "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
             ) from error
-        step, self.folder, self.open = (
-            state.global_step,
-            folder,
-            partial(SummaryWriter, str(folder)),
-        )
-        try:
-            kept = _train_scalars(folder, step) if repeats_epoch_end else []
-            self.writer = self.open(purge_step=step if repeats_epoch_end else step + 1)
-            for tag, scalar in kept:
-                self.writer.add_scalar(tag, scalar.value, step, scalar.wall_time)
-        except OSError as error:
-            raise UserError(f"--log_dir {folder}: cannot write there ({error.strerror})") from error
+        step, self.folder = state.global_step, folder
+        self.open = partial(SummaryWriter, str(folder))
+        kept = _train_scalars(folder, step) if repeats_epoch_end else []
+        self.writer = self.open(purge_step=step if repeats_epoch_end else step + 1)
+        for tag, scalar in kept:
+            self.writer.add_scalar(tag, scalar.value, step, scalar.wall_time)
 
     def on_log(self, record: Record, state: TrainState) -> None:
         for key, value in record.items():
@@ -315,14 +297,12 @@ class TensorboardHook(Hook):
         try:
             getattr(self.writer, method)(*args)
         except OSError:
-            with contextlib.suppress(OSError):
-                self.writer.close()
             self.writer = None
             raise
 
 
 def _train_scalars(folder: Path, step: int) -> list[tuple[str, Any]]:
-    """(tag, scalar event) of the training scalars at a step in a folder's TensorBoard files."""
+    """Read the (tag, scalar event) pairs of `train/*` at a step from TensorBoard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not folder.exists():
@@ -341,13 +321,14 @@ class ImageHook(Hook):
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)  # fails if the run's own folder is missing
-        save_image(image, folder / f"epoch-{state.epoch - 1}.png")
+        path = folder / f"epoch-{state.epoch - 1}.png"
+        write_atomically(partial(save_image, image, format="png"), path)
 
 
 def build_reporter(
     args: Any, folder: Path | None, device: torch.device, state: TrainState, steps_per_epoch: int
 ) -> Reporter:
-    """Build the reporter; when it is entered, rank 0 opens the hooks that the flags choose."""
+    """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose."""
     total_steps = steps_per_epoch * args.epochs
     open_hooks = partial(_build_hooks, args, folder)
     return Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq, open_hooks)
@@ -358,26 +339,31 @@ def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hoo
     state, total_steps = reporter.state, reporter.total_steps
     if args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty()):
         hooks = [BarHook(args.epochs, state, total_steps)]
+    at_epoch_end = state.global_step % reporter.steps_per_epoch == 0 and state.samples_in_epoch > 0
+    logs = log_folder(args.log_dir, folder)
     try:
         if folder:
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
             hooks += [JsonHook(folder, state), ImageHook(folder)]
+        if logs:
+            hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: cannot write args.yaml and log.txt there "
-            f"({error.strerror}); choose a folder you own or free some space"
+            f"the run cannot write its logs ({error}); choose another --output_dir or --log_dir, "
+            "or free some space"
         ) from error
-    log_dir = args.log_dir if args.log_dir is not None else folder and folder / "tensorboard"
-    if log_dir and log_dir != "none":
-        repeats_epoch_end = (
-            state.samples_in_epoch > 0 and state.global_step % reporter.steps_per_epoch == 0
-        )
-        hooks.append(TensorboardHook(Path(log_dir), state, repeats_epoch_end))
     return hooks
 
 
+def log_folder(log_dir: str | None, output_dir: Path | None) -> Path | None:
+    """Return the folder of the TensorBoard files, None for none. log_dir: the flag's value."""
+    if log_dir is None:
+        return output_dir and output_dir / "tensorboard"
+    return None if log_dir in ("", "none") else Path(log_dir)
+
+
 def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
-    """Log the parameters of a model and its cost of a forward pass; returns the parameters."""
+    """Log the number of parameters and the GMACs per image; returns the number of parameters."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
@@ -386,8 +372,7 @@ def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, 
     model.eval()
     with torch.no_grad(), only_torch(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
-    get_logger().info(
-        "%s: %.2fM parameters, %.3f GMACs per %dx%d image",
-        *(name, parameters / 1e6, counter.get_total_flops() / 2e9, *size),
-    )
+    macs = counter.get_total_flops() / 2
+    text = "%s: %.2fM parameters, %.3f GMACs per %dx%d image"
+    get_logger().info(text, name, parameters / 1e6, macs / 1e9, *size)
     return parameters

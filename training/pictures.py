@@ -25,24 +25,44 @@ from parallel import sharding
 from parallel.process_group import is_main_process
 from training.stepper import autocast
 
-GREY = 0.5  # shown where there is nothing to see
+GREY = 0.5  # shown where a column has no pixels
 TITLES = ("input", "masked", "reconstruction", "reconstruction\n+ visible")
 MIN_WIDTH = 128  # pixels of a column, so that its title fits; smaller images are enlarged
 INK = "#303030"  # colour of the titles
 
 
 class ReconstructionImages:
-    """Reconstructions of the same images behind the same masks, every `--picture_freq` epochs."""
+    """Reconstructions of the same images behind the same masks, every `--picture_freq` epochs.
+
+    It picks `count` images evenly from `data`. A mask depends only on the seed and the sample, so
+    images of different epochs can be compared.
+    """
 
     def __init__(
-        self, args: Any, data: Any, model: FCMAE, device: torch.device, amp: str = "none"
+        self,
+        args: Any,
+        data: Any,
+        model: FCMAE,
+        device: torch.device,
+        amp: str = "none",
+        count: int = 8,
     ) -> None:
         self.picture_freq, self.epochs = args.picture_freq, args.epochs
         self.device, self.amp = device, amp
+        if not self.picture_freq:
+            return
         imagenet = args.imagenet_default_mean_and_std
         self.mean, self.std = datasets.mean_and_std(args.in_chans, imagenet)
-        if self.picture_freq:
-            self.images, self.mask = build_panel(args, data, model, device)
+        transform = datasets.build_transform(False, args)
+        on_bad = "replace" if args.on_bad_image == "skip" else "error"
+        dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+        count = min(count, len(data))
+        ids = torch.arange(count) * len(data) // count
+        loader = datasets.DeviceLoader(WatchedLoader(dataset, [], 1), device, self.mean, self.std)
+        self.images, _, ids = loader.reload(0, ids)  # (N, C, H, W), normalised
+        h, w = model.grid_size(*self.images.shape[-2:])
+        noise = mask_noise(args.seed, 0, ids, h * w)
+        self.mask = random_mask(noise, visible_patches(h * w, model.mask_ratio))  # (N, L)
 
     def draw(self, model: FCMAE, epoch: int) -> Tensor | None:
         """Draw (3, H, W) on rank 0 if the run shows images after `epoch` epochs; otherwise None.
@@ -57,37 +77,15 @@ class ReconstructionImages:
             return grid(reconstruct(network, self.images, self.mask, self.mean, self.std))
 
 
-def build_panel(
-    args: Any, data: Any, model: FCMAE, device: torch.device, count: int = 8
-) -> tuple[Tensor, Tensor]:
-    """Pick `count` images evenly from `data`: normalised (N, C, H, W), and masks (N, L).
-
-    A mask depends only on the seed and the sample, so images of different epochs compare.
-    """
-    transform = datasets.build_transform(False, args)
-    skip = vars(args).get("on_bad_image") == "skip"  # old checkpoints do not have the flag
-    on_bad = "replace" if skip else "error"
-    dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
-    count = min(count, len(data))
-    picked = [(0, i * len(data) // count) for i in range(count)]
-    loader = WatchedLoader(dataset, picked, count)
-    mean, std = datasets.mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
-    batches = datasets.DeviceLoader(loader, device, mean, std)
-    images, _, ids = next(iter(batches))
-    h, w = model.grid_size(*images.shape[-2:])
-    noise = mask_noise(args.seed, 0, ids, h * w)
-    return images, random_mask(noise, visible_patches(h * w, model.mask_ratio))
-
-
 @torch.no_grad()
 def reconstruct(
     model: FCMAE, images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
     """Normalised (N, C, H, W) and mask (N, L), 1 = removed -> (N, 4, C, H, W) in 0 to 1.
 
-    The four are those of TITLES. The loss counts only removed patches, so the prediction of
-    visible ones means nothing and is not shown. With `norm_pix_loss` the model predicts patches
-    without their mean and variance, which are taken from the input.
+    The four are those of TITLES. The loss ignores visible patches, so their prediction has no
+    meaning and is not shown. With `norm_pix_loss` the model predicts patches without their mean
+    and variance, which are taken from the input.
     """
     was_training = model.training
     model.eval()

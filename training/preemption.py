@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Reasons to save or to stop: signals and time limits, and a vote that shares them with all ranks.
+"""Signals and time limits that make a run save or stop, and a vote that tells all ranks.
 
 python main_pretrain.py --data_set DIGITS --device cpu --max_minutes 1; echo "exit code $?"
 """
@@ -21,23 +21,23 @@ from parallel.process_group import WAIT_FOR_RANKS, get_world_size
 from training import run_lock
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-WARNINGS = {"SIGUSR1", "SIGUSR2"}  # a scheduler sends them, perhaps in addition to SIGTERM
-SAME_SIGNAL = 1.0  # seconds within which a repeated signal is the same one, sent by a launcher too
+SAME_SIGNAL = 1.0  # seconds within which a launcher may forward a signal that was received already
 
 
 class StopSignals:
     """Signals that this process received, and time limits that it reached.
 
     The first signal asks for a save and a stop. A second SIGTERM or SIGINT, more than SAME_SIGNAL
-    later, ends the process at once.
+    later, ends the process at once. SIGUSR1 and SIGUSR2 are a scheduler's warnings, which it may
+    send before a SIGTERM.
     """
 
     def __init__(self, save_minutes: float | None, max_minutes: float | None) -> None:
         self.save_minutes, self.max_minutes = save_minutes, max_minutes
         self.started = self.last_save = time.monotonic()
         self.retry_at = math.inf  # when to repeat a save that failed
-        self.reason = ""  # why to stop, '' to train on
-        self.received: dict[str, float] = {}  # signal -> time
+        self.reason = ""  # why to stop, '' to continue
+        self.terminated = math.inf  # time of the first SIGTERM or SIGINT
         self.old_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -50,21 +50,20 @@ class StopSignals:
             signal.signal(kind, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        self.reason = self.reason or name
-        # A scheduler's warning and its SIGTERM, half a minute apart, are one request.
-        earlier = [at for other, at in self.received.items() if not WARNINGS & {other, name}]
-        if any(now - at > SAME_SIGNAL for at in earlier):
-            os._exit(128 + number)
-        self.received.setdefault(name, now)
+        self.reason = self.reason or signal.Signals(number).name
+        if number in (signal.SIGTERM, signal.SIGINT):
+            now = time.monotonic()
+            if now - self.terminated > SAME_SIGNAL:
+                os._exit(128 + number)
+            self.terminated = min(self.terminated, now)
 
     def read(self) -> tuple[bool, bool]:
-        """(save, stop), as far as this process knows."""
+        """Return (save, stop), as far as this process knows."""
         now = time.monotonic()
         if self.max_minutes is not None and now - self.started >= 60 * self.max_minutes:
             self.reason = self.reason or f"--max_minutes {self.max_minutes:g}"
         save = self.save_minutes is not None and now - self.last_save >= 60 * self.save_minutes
-        save = save or now >= self.retry_at or run_lock.is_lost()  # a save finds the lost lock
+        save = save or now >= self.retry_at or run_lock.is_lost()  # a save reports the lost lock
         return save, bool(self.reason)
 
 

@@ -168,7 +168,7 @@ def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_bega
     """SLURM preempts by SIGTERM and up to half a minute later sends what --signal asks for."""
     with StopSignals(None, None) as signals:
         os.kill(os.getpid(), getattr(signal, kinds[0]))
-        signals.received[kinds[0]] -= 30
+        signals.terminated -= 30
         os.kill(os.getpid(), getattr(signal, kinds[1]))
         assert signals.read() == (False, True)
         assert signals.reason == kinds[0]

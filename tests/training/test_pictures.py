@@ -11,7 +11,7 @@ from config import parser as options
 from data_loading import builtin
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from training.pictures import GREY, ReconstructionImages, build_panel, grid, reconstruct
+from training.pictures import GREY, ReconstructionImages, grid, reconstruct
 
 CPU = torch.device("cpu")
 
@@ -107,15 +107,14 @@ def test_grid_has_titles_above_a_row_for_each_image(shape, expected):
 WORDS = ["--data_set", "DIGITS", "--input_size", "16", "--stem_stride", "1", "--seed", "3"]
 
 
-def test_panel_has_the_same_images_behind_the_same_masks():
+def test_images_and_masks_do_not_depend_on_how_many_are_drawn():
     args = options.parse(options.pretrain_parser(), WORDS)
     data, model = builtin.Digits(train=False), toy()
-    images, masks = build_panel(args, data, model, CPU, count=4)
-    again, masks_again = build_panel(args, data, model, CPU, count=2)
-    assert images.shape == (4, 3, 16, 16)
-    assert masks.sum(1).tolist() == [3] * 4  # floor(4 * 0.4) = 1 of 4 stays visible
-    assert torch.equal(images[[0, 2]], again)  # sample 0 and the one in the middle
-    assert torch.equal(masks[[0, 2]], masks_again)
+    four, two = (ReconstructionImages(args, data, model, CPU, count=count) for count in (4, 2))
+    assert four.images.shape == (4, 3, 16, 16)
+    assert four.mask.sum(1).tolist() == [3] * 4  # floor(4 * 0.4) = 1 of 4 stays visible
+    assert torch.equal(four.images[[0, 2]], two.images)  # sample 0 and the one in the middle
+    assert torch.equal(four.mask[[0, 2]], two.mask)
 
 
 @pytest.mark.parametrize(("freq", "drawn"), [(2, [2, 4, 5]), (10, [5]), (0, [])])
