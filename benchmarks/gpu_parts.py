@@ -190,7 +190,7 @@ def choices(args: argparse.Namespace) -> str:
 def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
     """where: the step that met an entry first."""
     seconds = autotune.autotuner.seconds
-    kept = autotune.autotuner.cached.get(torch.device(args.device).type, {})
+    kept = {e: name for own in autotune.autotuner.state().values() for e, name in own.items()}
     names = list(dict.fromkeys(name for own in seconds.values() for name in own))
     rows = []
     for entry, taken in sorted(kept.items(), key=lambda item: (where[item[0]], item[0])):

@@ -23,8 +23,6 @@ _PREFIX = "fcmae_"
 
 def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
     """An FCMAE around the encoder of that name; keywords that FCMAE lacks go to the encoder."""
-    if kwargs.get("features_only"):
-        raise UserError(f"features_only: an FCMAE gives no maps; ask for {encoder} without fcmae_")
     names = inspect.signature(FCMAE).parameters.keys() & kwargs.keys()
     own = {name: kwargs.pop(name) for name in names}
     return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **own)

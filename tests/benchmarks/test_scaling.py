@@ -19,7 +19,6 @@ from benchmarks import scaling, scaling_model, scaling_steps, scaling_worker
 from benchmarks.scaling_model import Cluster, Link, Training, Work, on_paper
 from models import create_model
 from models.convnextv2 import SIZES
-from models.kernels.autotune import only_torch
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +168,7 @@ def test_multiplications_are_those_that_torch_counts(mode):
     """Its counter sees the depthwise convolutions of pre-training on the whole map."""
     name = {"pretrain": "fcmae_convnextv2_atto", "finetune": "convnextv2_atto"}[mode]
     network, mask = create_model(name).eval(), torch.tensor([[1.0, 1, 1, 0]])
-    with torch.no_grad(), only_torch(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, 64, 64), *([mask, 1] if mode == "pretrain" else []))
     hidden = 0  # multiplications of 49 weights a channel at the cells of three patches
     if mode == "pretrain":
