@@ -131,9 +131,9 @@ class ConvNeXtV2(nn.Module):
         self, x: Tensor, grid: PatchGrid | None = None, last: int = -1
     ) -> list[Tensor]:
         """Maps of the stages up to `last`, in the layout of x: dense (N, H, W, C) or packed."""
-        steps = list(zip(self.downsample_layers, self.stages, strict=True))
         maps = []
-        for downsample, stage in steps[: last + 1 or None]:
+        steps = list(zip(self.downsample_layers, self.stages, strict=True))[: last + 1 or None]
+        for downsample, stage in steps:
             x = downsample(x)
             for block in stage:
                 x = block(x, grid)

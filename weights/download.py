@@ -62,14 +62,13 @@ def _check_hash(path: Path, source: str, sha256: str) -> None:
 
 def _from_hub(name: str, source: str) -> Path:
     """Download the first of WEIGHTS that a model on the Hugging Face hub has."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, hf_hub_download
 
     repository, _, revision = name.partition("@")
     absent = None
     for file in WEIGHTS:
         try:
-            return Path(hub.hf_hub_download(repository, file, revision=revision or None))
+            return Path(hf_hub_download(repository, file, revision=revision or None))
         except errors.EntryNotFoundError as error:  # not in the model, or offline and not cached
             absent = error
         except Exception as error:  # of any http library

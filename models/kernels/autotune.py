@@ -33,7 +33,6 @@ VERSION = 1  # raise it with every change of an implementation: timings before i
 GAIN = 0.9  # take another implementation only below this fraction of the first one's time
 ROUNDS = 5  # of timing; the shortest counts
 PATIENCE = 2.0  # seconds to wait for the lock of the cache file
-REAL = (Tensor, torch.nn.Parameter)
 
 
 class Autotuner:
@@ -52,7 +51,10 @@ class Autotuner:
         self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
         """Name of the implementation for tensors such as `like`; `sample()` is timed."""
-        if type(like) not in REAL or _get_current_dispatch_mode() is not None:
+        if (
+            type(like) not in (Tensor, torch.nn.Parameter)
+            or _get_current_dispatch_mode() is not None
+        ):
             return next(iter(implementations))  # fake tensors, or a mode that counts operations
         question = (op, like.device.type, like.dtype, key)
         if question not in self.chosen:
@@ -70,7 +72,8 @@ class Autotuner:
         if len(names) == 1 or self.mode != "auto":
             return names[0]
         device = like.device
-        machine, entry = _machine(device.type), _entry(op, like.dtype, key)
+        machine = _machine(device.type)
+        entry = " ".join([op, str(like.dtype).removeprefix("torch."), *map(str, key)])
         own = self.timed.get(machine, {})
         if own.get(entry) not in names:
             name = _read(device.type).get(entry)
@@ -112,25 +115,20 @@ class Autotuner:
 autotuner = Autotuner()
 
 
-def shape_key(x: Tensor, *more: int) -> tuple[int, ...]:
-    """A key for `dispatch`: the shape, with images rounded up to a power of two.
+def dispatch(op: str, implementations: dict[str, Callable], more: tuple, *args: Any) -> Any:
+    """Run the fastest implementation of an operation on `args`, a tensor (N, ...) first.
 
-    The last batch may be smaller. Empty while compiling: a key would fix the graph's batch size.
-    """
-    if torch.compiler.is_compiling():
-        return ()
-    return 1 << (x.shape[0] - 1).bit_length(), *x.shape[1:], *more
-
-
-def dispatch(op: str, implementations: dict[str, Callable], key: tuple, *args: Any) -> Any:
-    """Run the fastest implementation of an operation on `args`, a tensor first.
-
-    key: what the speed depends on, apart from device and dtype. Under torch.compile the first
-    implementation runs, which the compiler optimizes.
+    more: integers that the speed depends on, apart from the device, dtype and shape of that tensor.
+    Under torch.compile the first implementation runs, which the compiler optimizes.
     """
     if len(implementations) == 1 or torch.compiler.is_compiling():
         return next(iter(implementations.values()))(*args)
-    return implementations[autotuner.choose(op, implementations, key, args[0], lambda: args)](*args)
+    x = args[0]
+    images = (
+        1 << (x.shape[0] - 1).bit_length()
+    )  # a power of two, since the last batch may be smaller
+    key = (images, *x.shape[1:], *more)
+    return implementations[autotuner.choose(op, implementations, key, x, lambda: args)](*args)
 
 
 def set_kernels(mode: str, device: torch.device) -> None:
@@ -199,10 +197,6 @@ def _store(kind: str, entry: str, name: str, names: list[str]) -> str:
     except (OSError, RuntimeError) as error:  # no home directory, not writable, or no locks there
         get_logger().debug("kernels are timed in every run: %s", error)
         return name
-
-
-def _entry(op: str, dtype: torch.dtype, key: tuple) -> str:
-    return " ".join([op, str(dtype).removeprefix("torch."), *map(str, key)])
 
 
 def _machine(kind: str) -> str:

@@ -60,7 +60,7 @@ class _DepthwiseNorm(Function):
     @staticmethod
     def forward(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> tuple[Tensor, ...]:
         inputs = (x, weight, bias, norm_weight, norm_bias, eps, ids, slots)
-        return autotune.dispatch("depthwise norm", CONVOLVE_NORM, _key(x, weight, slots), *inputs)
+        return autotune.dispatch("depthwise norm", CONVOLVE_NORM, _sizes(weight, slots), *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -93,8 +93,8 @@ def _convolve(
     """The convolution in its fastest implementation, which has no gradient."""
     if torch.compiler.is_compiling():
         return torch.ops.convnextv2.depthwise(x, weight, bias, ids, slots)
-    key = _key(x, weight, slots)
-    y = autotune.dispatch("depthwise", CONVOLVE, key, x, weight, bias, ids, slots)
+    sizes = _sizes(weight, slots)
+    y = autotune.dispatch("depthwise", CONVOLVE, sizes, x, weight, bias, ids, slots)
     return y.contiguous()  # as `register_fake` promises; torch's own follows the strides of x
 
 
@@ -111,14 +111,13 @@ def _gradients(
         return _cpu_gradients(dy, x, weight, ids, slots)
     dx = _convolve(dy, weight.flip(2, 3), None, ids, slots)
     inputs = (dy, x, weight.shape[-1], ids, slots)
-    key = _key(x, weight, slots)
-    dweight = autotune.dispatch("depthwise weight", WEIGHT_GRAD, key, *inputs)
+    dweight = autotune.dispatch("depthwise weight", WEIGHT_GRAD, _sizes(weight, slots), *inputs)
     return dx, dweight.to(weight.dtype).contiguous()
 
 
-def _key(x: Tensor, weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
-    """Everything but the dtype that the speed depends on."""
-    return autotune.shape_key(x, weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:]))
+def _sizes(weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
+    """k, h and w, on which the speed depends too; h and w are 0 for a dense map."""
+    return weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:])
 
 
 # --- torch's own implementations, on the dense map -------------------------------------------

@@ -315,7 +315,7 @@ def test_exporting_one_model_leaves_the_fast_path_to_others():
         node = stack.pop()
         found.add(type(node).__name__)
         stack += [above for above, _ in node.next_functions if above is not None]
-    assert {"_MLPBackward", "_DepthwiseBackward"} <= found
+    assert {"_MLPBackward", "_DepthwiseNormBackward"} <= found
 
 
 # --- on a GPU ----------------------------------------------------------------------------
