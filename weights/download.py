@@ -65,19 +65,19 @@ def _from_hub(name: str, source: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     repository, _, revision = name.partition("@")
-    absent = None
+    problem: Exception | None = None
     for file in WEIGHTS:
         try:
             return Path(hf_hub_download(repository, file, revision=revision or None))
         except errors.EntryNotFoundError as error:  # not in the model, or offline and not cached
-            absent = error
+            problem = error
         except Exception as error:  # of any http library
-            advice = "check name and network; private models need `hf auth login`"
-            raise UserError(f"{source}: {first_line(error)}; {advice}") from error
+            problem = error
+            break
     raise UserError(
-        f"{source}: found no {' or '.join(WEIGHTS)} ({first_line(absent)}); check the name and the "
-        "network, or download the file elsewhere and give its path"
-    ) from absent
+        f"{source}: found no {' or '.join(WEIGHTS)} ({first_line(problem)}); check the name and the "
+        "network, run `hf auth login` for a private model, or give the path of a downloaded file"
+    ) from problem
 
 
 def _from_address(address: str, sha256: str) -> Path:

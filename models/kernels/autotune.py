@@ -51,11 +51,9 @@ class Autotuner:
         self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
         """Name of the implementation for tensors such as `like`; `sample()` is timed."""
-        if (
-            type(like) not in (Tensor, torch.nn.Parameter)
-            or _get_current_dispatch_mode() is not None
-        ):
-            return next(iter(implementations))  # fake tensors, or a mode that counts operations
+        fake = type(like) not in (Tensor, torch.nn.Parameter)
+        if fake or _get_current_dispatch_mode() is not None:  # such as a counter of operations
+            return next(iter(implementations))
         question = (op, like.device.type, like.dtype, key)
         if question not in self.chosen:
             self.chosen[question] = self._decide(op, implementations, key, like, sample)
@@ -124,9 +122,7 @@ def dispatch(op: str, implementations: dict[str, Callable], more: tuple, *args: 
     if len(implementations) == 1 or torch.compiler.is_compiling():
         return next(iter(implementations.values()))(*args)
     x = args[0]
-    images = (
-        1 << (x.shape[0] - 1).bit_length()
-    )  # a power of two, since the last batch may be smaller
+    images = 1 << (x.shape[0] - 1).bit_length()  # rounded up: the last batch may be smaller
     key = (images, *x.shape[1:], *more)
     return implementations[autotuner.choose(op, implementations, key, x, lambda: args)](*args)
 

@@ -265,7 +265,7 @@ def test_cached_hub_models_load_offline(hub, source):
         ("hf-hub:someone/nothing", "found no model.safetensors or pytorch_model.bin .*local cache"),
         ("timm:convnextv2_tiny.fcmae", "local cache.*check the name and the network"),
         ("timm:convnextv2_tny.fcmae", "Did you mean 'convnextv2_tiny.fcmae'"),
-        ("hf-hub:owner/two/many", "hf-hub:owner/two/many: .*check name"),
+        ("hf-hub:owner/two/many", "hf-hub:owner/two/many: .*check the name"),
         ("http://example.com/a.pth", "expected a file, a folder, hf-hub"),
         ("https://localhost:1/a.pth", "https://localhost:1/a.pth: .*check address and network"),
     ],
