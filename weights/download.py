@@ -75,8 +75,8 @@ def _from_hub(name: str, source: str) -> Path:
             problem = error
             break
     raise UserError(
-        f"{source}: found no {' or '.join(WEIGHTS)} ({first_line(problem)}); check the name and the "
-        "network, run `hf auth login` for a private model, or give the path of a downloaded file"
+        f"{source}: found no {' or '.join(WEIGHTS)} ({first_line(problem)}); check the name and "
+        "the network, run `hf auth login` for a private model, or give the path of a file"
     ) from problem
 
 

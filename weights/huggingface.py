@@ -118,5 +118,5 @@ def find_labels(path: str | None, classes: list[str] | None, count: int) -> list
     if count == 1000:
         from timm.data import ImageNetInfo
 
-        return [ImageNetInfo().index_to_description(label) for label in range(count)]
+        return [*map(ImageNetInfo().index_to_description, range(count))]
     return [f"class_{label}" for label in range(count)]
