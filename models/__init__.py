@@ -38,11 +38,7 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or call `package.module:function`.
-
-    features_only=True, out_indices=(1, 2, 3): a backbone for detection and segmentation, see
-    `ConvNeXtV2`.
-    """
+    """Build the model called `name`, or call the `package.module:function` of that name."""
     return resolve(name, MODELS, kind="model")(**kwargs)
 
 
@@ -95,6 +91,5 @@ def enable_grad_checkpointing(model: nn.Module, compiled: bool) -> None:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # timm's models that cannot raise the second
         raise UserError(
-            f"--grad_checkpointing true: {type(model).__name__} has no set_grad_checkpointing("
-            f"enable=True) that would turn it on; drop the flag ({error})"
+            f"--grad_checkpointing true: {type(model).__name__} does not support it ({error}); drop it"
         ) from error

@@ -194,10 +194,7 @@ class ConvNeXtV2(nn.Module):
 
 
 def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, ...]:
-    """Numbers of stages: all (None), the last n (an int), or a rising list, -1 for the last.
-
-    Means what it means in timm, whose private helper accepts unsorted and repeated numbers too.
-    """
+    """Numbers of stages, as in timm: all (None), the last n (an int), or a rising list."""
     if indices is None:
         indices = stages
     listed = range(-indices, 0) if isinstance(indices, int) else indices

@@ -78,10 +78,9 @@ class FCMAE(nn.Module):
         """(h, w), the patches of an image of H x W pixels."""
         p = self.patch_size
         if height % p or width % p:
-            near = max(height // p, 1) * p, max(width // p, 1) * p
             raise UserError(
                 f"image of {height} x {width} pixels is not a whole number of {p} x {p} "
-                f"patches; try {near[0]} x {near[1]}"
+                f"patches; try {max(height // p, 1) * p} x {max(width // p, 1) * p}"
             )
         return height // p, width // p
 

@@ -111,9 +111,9 @@ def fused_dwconv(
     Removed patches count as zeros, like the padding around an image.
     """
     if _can_fuse(conv, nn.Conv2d) and _is_depthwise(conv) and _can_fuse(norm, nn.LayerNorm):
-        places = (None, None) if grid is None else (grid.ids, grid.slots)
-        of_norm = (norm.weight, norm.bias, norm.eps)
-        return depthwise_norm(x, conv.weight, conv.bias, *of_norm, *places)
+        places = () if grid is None else (grid.ids, grid.slots)
+        weights = (conv.weight, conv.bias, norm.weight, norm.bias)
+        return depthwise_norm(x, *weights, norm.eps, *places)
     dense = x if grid is None else grid.unpack(x)
     y = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return norm(y if grid is None else grid.pack(y))

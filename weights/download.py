@@ -53,10 +53,9 @@ def _check_hash(path: Path, source: str, sha256: str) -> None:
             digest.update(block)
     found = digest.hexdigest()
     if found != sha256:
-        cached = "" if str(path) == source else f"delete {path} to download it again, or "
         raise UserError(
-            f"{source} has SHA-256 {found}, expected {sha256}: it is another file or damaged; "
-            f"{cached}correct --sha256"
+            f"{path} has SHA-256 {found}, expected {sha256}: it is another file or damaged; "
+            "correct --sha256, or delete the file and download it again"
         )
 
 

@@ -104,8 +104,8 @@ def _rename(
     own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
     if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder
         report.dropped = [name for name in own if name.startswith(DECODER)]
-        kept = {name: value for name, value in own.items() if name not in report.dropped}
-        own = {name.removeprefix("encoder."): value for name, value in kept.items()}
+        kept = [name for name in own if name not in report.dropped]
+        own = {name.removeprefix("encoder."): own[name] for name in kept}
     return own, report
 
 

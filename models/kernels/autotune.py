@@ -98,16 +98,13 @@ class Autotuner:
             get_logger().warning(text, " and ".join(state), here)
 
     def summary(self) -> str:
-        """Implementations in use, such as `torch for gelu; onednn for linear (--kernels auto)`.
+        """Implementations in use: `gelu by torch, linear by onednn (--kernels auto: ...)`.
 
-        An operation with two implementations uses one or the other depending on the tensor shape.
+        An operation can occur twice, since the choice depends on the tensor shape.
         """
-        operations: dict[str, set[str]] = {}
-        for (op, *_), name in self.chosen.items():
-            operations.setdefault(name, set()).add(op)
-        texts = [f"{name} for {', '.join(sorted(ops))}" for name, ops in sorted(operations.items())]
+        texts = sorted({f"{op} by {name}" for (op, *_), name in self.chosen.items()})
         reason = ": the fastest on this device" if self.mode == "auto" else ""
-        return f"{'; '.join(texts) or 'none yet'} (--kernels {self.mode}{reason})"
+        return f"{', '.join(texts) or 'none yet'} (--kernels {self.mode}{reason})"
 
 
 autotuner = Autotuner()
@@ -140,7 +137,6 @@ def set_kernels(mode: str, device: torch.device) -> None:
     autotuner.timed.clear()
 
 
-@cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

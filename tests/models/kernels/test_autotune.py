@@ -326,10 +326,11 @@ def test_summary_names_operations_and_implementations(timed):
     timed(1, 2, 3)
     choose(key=(3,))
     autotune.autotuner.choose("difference", SUMS, (), X, lambda: (X,))
-    assert autotune.autotuner.summary() == f"onednn for sum; torch for difference, sum {reason}"
+    texts = "difference by torch, sum by onednn, sum by torch"
+    assert autotune.autotuner.summary() == f"{texts} {reason}"
     autotune.set_kernels("torch", CPU)
     assert choose() == "torch"
-    assert autotune.autotuner.summary() == "torch for sum (--kernels torch)"
+    assert autotune.autotuner.summary() == "sum by torch (--kernels torch)"
 
 
 def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
@@ -345,7 +346,7 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
         reporter.after_batch(1)
         reporter.after_step(0.1)
     lines = [message for message in log.messages if message.startswith("kernels")]
-    assert lines == ["kernels chosen: onednn for sum (--kernels auto: the fastest on this device)"]
+    assert lines == ["kernels chosen: sum by onednn (--kernels auto: the fastest on this device)"]
 
 
 def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
@@ -368,8 +369,8 @@ def test_run_with_triton_in_the_interpreter_trains():
     words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
     words += ["--epochs", 1, "--data_set", "tests.models.kernels.test_autotune:two"]
     done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "1"})
-    line = re.search(r"kernels chosen: .*triton for (.*) \(--kernels triton\)", done.stdout)[1]
-    assert {"depthwise norm", "mlp gradients"} <= set(line.split(", "))
+    line = re.search(r"kernels chosen: (.*) \(--kernels triton\)", done.stdout)[1]
+    assert {"depthwise norm by triton", "mlp gradients by triton"} <= set(line.split(", "))
 
 
 def test_implementation_that_fails_is_left_out(folder):
@@ -539,7 +540,7 @@ def test_run_resumed_after_the_file_has_changed_ends_with_the_same_weights(tmp_p
     file.parent.mkdir()
     file.write_text('{"linear float32": "onednn"}')
     said = train("whole")
-    assert "onednn for linear" in said
+    assert "linear by onednn" in said
     train("resumed", "--max_minutes", 0.0001, "--print_freq", 1, expect=75)
     file.write_text('{"linear float32": "torch"}')
     assert train("resumed") == said
