@@ -91,5 +91,5 @@ def enable_grad_checkpointing(model: nn.Module, compiled: bool) -> None:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # timm's models that cannot raise the second
         raise UserError(
-            f"--grad_checkpointing true: {type(model).__name__} does not support it ({error}); drop it"
+            f"--grad_checkpointing: {type(model).__name__} does not support it ({error}); drop it"
         ) from error

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling, scaling_model, scaling_steps, scaling_worker
-from benchmarks.scaling_model import Cluster, Link, Training, Work, on_paper
+from benchmarks.scaling_model import Cluster, Link, Training, Work, assumed_training
 from models import create_model
 from models.convnextv2 import SIZES
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def case(mode: str = "pretrain", model: str = "convnextv2_tiny", words: str = "") -> Training:
-    return on_paper(model, mode, scaling.parse_args(words.split()))
+    return assumed_training(model, mode, scaling.parse_args(words.split()))
 
 
 def test_ring_by_hand():
@@ -230,13 +230,13 @@ def test_steps_and_gpus_in_toy_size(tmp_path):
     assert all(float(cell) > 0 for row in steps if row[1] == "2" for cell in row[3:6])
     gradients = scaling_model.parameters("convnextv2_atto", "pretrain") / 256
     sizes = [*(4**exponent for exponent in range(8)), round(gradients)]
-    told = [*scaling_steps.TOLD.values()]
-    assert [row[0] for row in messages] == [*(f"{size} KiB" for size in sizes), *told]
+    control = [*scaling_steps.CONTROL.values()]
+    assert [row[0] for row in messages] == [*(f"{size} KiB" for size in sizes), *control]
 
-    gpus = tables(text, "Many GPUs, by the model")
+    gpus = tables(text, "Many GPUs, estimated")
     assert [[row[0] for row in table] for table in gpus] == [list(SIZES)] * 6
     assert all(len(row) == 3 + len(scaling_model.GPUS) for table in gpus[:2] for row in table)
-    assert "Computed, not measured" in text
+    assert "Estimated, not measured" in text
 
 
 def test_data_and_log_in_toy_size(monkeypatch, capsys):
