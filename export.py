@@ -33,15 +33,15 @@ from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
 from parallel import process_group
 from weights import export_formats as formats
-from weights import huggingface
 from weights.convert import describe, to_convnextv2
 from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
+from weights.huggingface import find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (formats.write_timm, formats.read_timm, "timm"),
-    "hf": (huggingface.write_hf, huggingface.read_hf, "transformers"),
+    "hf": (write_hf, read_hf, "transformers"),
     "official": (formats.write_official, formats.read_official, "timm"),
     "safetensors": (formats.write_safetensors, formats.read_safetensors, "safetensors"),
     "onnx": (formats.write_onnx, formats.read_onnx, "onnxruntime"),
@@ -73,7 +73,6 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     for flags in (run, {name: getattr(args, name) for name in found}):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
     mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
-    classes = checkpoint.get("classes")
     return ExportSpec(
         state,
         full_state,
@@ -82,7 +81,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         mean=mean,
         std=std,
         crop_pct=found["crop_pct"],
-        labels=huggingface.find_labels(args.labels, classes, shape["num_classes"]),
+        labels=find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"]),
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )

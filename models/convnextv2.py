@@ -209,10 +209,7 @@ def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """Channels and strides of a backbone's maps, with the methods of timm's `FeatureInfo`.
-
-    timm's own takes two seconds to import, and torch.hub promises that torch is enough.
-    """
+    """Channels and strides of a backbone's maps, as timm's `FeatureInfo`, which imports slowly."""
 
     num_chs: tuple[int, ...]
     strides: tuple[int, ...]

@@ -89,8 +89,7 @@ def _from_address(address: str, sha256: str) -> Path:
         try:
             torch.hub.download_url_to_file(address, str(path), sha256.lower() or None)
         except Exception as error:  # of urllib, ssl, sockets, and torch's for a wrong hash
-            reason = first_line(error)
-            raise UserError(f"{address}: {reason}; check address and network") from error
+            raise UserError(f"{address}: {first_line(error)}; check address and network") from error
     if not sha256:
         warning = "%s: the download was not verified; give --sha256 to verify it"
         logging.getLogger("convnextv2").warning(warning, address)
