@@ -19,10 +19,10 @@ from models.sparse import PatchGrid
 
 def visible_patches(num_patches: int, mask_ratio: float) -> int:
     """Number of patches that stay visible: 19 of 49 at 0.6, 10 of 100 at 0.9."""
-    visible = num_patches * (1 - mask_ratio) + 1e-6  # 100 * (1 - 0.9) is 9.999...
+    visible = (num_patches * (1 - mask_ratio) + 1e-6) // 1  # 100 * (1 - 0.9) is 9.999...
     if not 1 <= visible < num_patches:
         raise UserError(
-            f"mask_ratio {mask_ratio} leaves {visible:.2f} of {num_patches} patches visible; "
+            f"mask_ratio {mask_ratio} leaves {visible:.0f} of {num_patches} patches visible; "
             "expected at least 1 visible and 1 removed"
         )
     return int(visible)

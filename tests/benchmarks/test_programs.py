@@ -110,7 +110,7 @@ def test_point_without_memory_keeps_its_row(monkeypatch):
         ("--only mask,size", "--only size: expected some of sizes, image, batch, mask"),
         ("--sizes atto femto --size_batches 4", "--size_batches has 1 numbers for 2 sizes"),
         ("--mask_ratios 0.6", "--mask_ratios: a line needs two different ones at least"),
-        ("--rounds 0", "expected whole numbers from 1"),
+        ("--rounds 0", "expected integers from 1"),
     ],
 )
 def test_curves_refuse(words, message, capsys):

@@ -252,4 +252,4 @@ def test_data_and_log_in_toy_size(monkeypatch, capsys):
     assert [row[0] for row in samplers] == [row[0] for row in indexes] == ["50,000", "70,000"]
     (log,) = tables(text, "Cost of the log")
     assert len(log) == 5
-    assert "70,000 samples in updates of 4096 (17 updates, 0 log lines)" in text
+    assert "70,000 samples in batches of 4096 (17 steps, 0 log lines)" in text
