@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -31,18 +31,17 @@ from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
-from models.convnextv2 import SIZES
 from parallel import process_group
 from weights import export_formats as formats
-from weights import huggingface
 from weights.convert import describe, to_convnextv2
 from weights.export_formats import ExportSpec, Network
 from weights.files import read_checkpoint
+from weights.huggingface import find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (formats.write_timm, formats.read_timm, "timm"),
-    "hf": (huggingface.write_hf, huggingface.read_hf, "transformers"),
+    "hf": (write_hf, read_hf, "transformers"),
     "official": (formats.write_official, formats.read_official, "timm"),
     "safetensors": (formats.write_safetensors, formats.read_safetensors, "safetensors"),
     "onnx": (formats.write_onnx, formats.read_onnx, "onnxruntime"),
@@ -66,8 +65,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         raise UserError(f"{args.checkpoint}: {error}") from error
     run = checkpoint.get("args") or {}
     run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
-    notes = [check_size(args.checkpoint, shape, str(run.get("model")).removeprefix("fcmae_"))]
-    notes += [f"loaded {len(state)} tensors ({report})", large_weights(state)]
+    notes = [f"loaded {len(state)} tensors ({report})", large_weights(state)]
     for note in filter(None, notes):  # standard output is for the result
         print(f"{args.checkpoint}: {note}", file=sys.stderr)
     side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
@@ -75,7 +73,6 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     for flags in (run, {name: getattr(args, name) for name in found}):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
     mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
-    classes = checkpoint.get("classes")
     return ExportSpec(
         state,
         full_state,
@@ -84,23 +81,10 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         mean=mean,
         std=std,
         crop_pct=found["crop_pct"],
-        labels=huggingface.find_labels(args.labels, classes, shape["num_classes"]),
+        labels=find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"]),
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )
-
-
-def check_size(source: str, shape: dict, model: str) -> str:
-    """Refuse weights that lack blocks of the run's model; returns a note on other sizes."""
-    found = shape["depths"], shape["dims"]
-    expected = SIZES.get(model.removeprefix("convnextv2_"), found)
-    if expected != found:
-        raise UserError(
-            f"{source}: {model} has depths and widths {expected}, these weights have {found}; "
-            "blocks are missing, give another checkpoint"
-        )
-    known = found in SIZES.values()
-    return "" if known else f"not a published size: depths {found[0]}, widths {found[1]}"
 
 
 def check(spec: ExportSpec, target: str, path: Path) -> str:
@@ -134,12 +118,11 @@ def largest_difference(
 
     Weights are compared in float64; graphs in float32, with two sizes and batch sizes.
     """
-    height, width = spec.size
+    network, generator = Network(spec).double(), torch.Generator().manual_seed(0)
+    (height, width), stride = spec.size, network.model.total_stride
     sizes = [(2, height, width)]
     if target in GRAPHS:
-        other = height + spec.stride, max(width - spec.stride, 2 * spec.stride)
-        sizes = [(1, height, width), (3, *other)]
-    network, generator = Network(spec).double(), torch.Generator().manual_seed(0)
+        sizes = [(1, height, width), (3, height + stride, max(width - stride, 2 * stride))]
     differences = []
     for count, *size in sizes:
         images = torch.randn(count, spec.shape["in_chans"], *size, generator=generator)
@@ -147,22 +130,14 @@ def largest_difference(
         got = function(images if target in GRAPHS else images.double())
         if got.shape != expected.shape:
             raise UserError(f"output {tuple(got.shape)}, expected {tuple(expected.shape)}")
-        differences.append(((got - expected).abs().max() / expected.abs().max()).item())
-    return math.nan if any(map(math.isnan, differences)) else max(differences)
+        differences.append((got - expected).abs().max() / expected.abs().max())
+    return torch.stack(differences).max().item()  # NaN if one is
 
 
 def default_output(spec: ExportSpec, target: str) -> str:
     """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
     return f"{spec.size_name or 'convnextv2'}{kind}{'-half' * spec.half}{TARGETS[target]}"
-
-
-def publish(draft: Path, output: Path) -> None:
-    """Move a draft to its place; a folder file by file, so that other files in it stay."""
-    if draft.is_dir():
-        output.mkdir(exist_ok=True)
-    for file in draft.iterdir() if draft.is_dir() else [draft]:
-        os.replace(file, output / file.name if draft.is_dir() else output)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -172,8 +147,6 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output or default_output(spec, args.to))
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; choose another --output, or give --overwrite true")
-    if output.exists() and output.is_dir() != (args.to == "hf"):
-        raise UserError(f"{output} is {'a' if output.is_dir() else 'not a'} folder; choose another")
     if spec.half and (warning := large_weights(spec.state)):
         raise UserError(f"{args.checkpoint}: {warning}")
     try:
@@ -186,7 +159,10 @@ def main(args: argparse.Namespace) -> None:
             draft = Path(folder) / output.name
             FORMATS[args.to][0](spec, draft)
             result = check(spec, args.to, draft)
-            publish(draft, output)
+            if draft.is_dir():  # other files in the folder stay
+                shutil.copytree(draft, output, dirs_exist_ok=True)
+            else:
+                os.replace(draft, output)
     except OSError as error:
         raise UserError(f"cannot write {output} ({error}); choose another place") from error
     if args.to == "timm":

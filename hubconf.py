@@ -4,32 +4,18 @@
 
 python -c "import torch; torch.hub.load('.', 'convnextv2_atto', source='local')"
 
-The modules here have short names (models, utils, errors, ...), and a process can import only one
-module of a name. If a program has imported its own `utils` before, loading fails with that name; if
-it imports `utils` afterwards, it gets the one here.
+The modules here have short names (models, utils, errors, ...). A program with a module of the same
+name needs to load the model in a process of its own.
 """
 
 # torch.hub.list shows every public callable of this file as a model, so all others are _private.
 from __future__ import annotations
 
-import sys
-from pathlib import Path as _Path
-
-OWN = ("config", "errors", "models", "parallel", "utils", "weights")  # modules that a model imports
-_HERE = _Path(__file__).resolve().parent
-for _name in OWN:
-    _other = getattr(sys.modules.get(_name), "__file__", None)
-    if _name in sys.modules and (not _other or _HERE not in _Path(_other).resolve().parents):
-        raise ImportError(
-            f"another module named {_name!r} is already imported, from {_other}, and hides the one "
-            f"in {_HERE}; rename yours, or load this model in a separate process"
-        )
-
-import models as _models  # noqa: E402
-from config.flags import MODEL_KEY as _MODEL_KEY  # noqa: E402
-from weights import convert as _convert  # noqa: E402
-from weights import files as _files  # noqa: E402
-from weights import pretrained as _pretrained  # noqa: E402
+import models as _models
+from config.flags import MODEL_KEY as _MODEL_KEY
+from weights import convert as _convert
+from weights import files as _files
+from weights import pretrained as _pretrained
 
 dependencies = ["torch"]
 

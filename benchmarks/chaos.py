@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Kill runs at random instants, start them again, and compare with one that nobody touched.
+"""Kill runs at random instants, restart them, and compare with an uninterrupted run.
 
 python benchmarks/chaos.py --instants 200 --output benchmarks/RESULTS.md
 """
@@ -40,13 +40,13 @@ RUNS = {  # script -> its flags: each takes about a second
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instants", type=int, default=200, help="kills, half of each script")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the instants")
     parser.add_argument("--output", type=Path, help="markdown file to append the table to")
     return parser
 
 
 def start(script: str, folder: Path, *words: str) -> int:
-    """Run the script in a fork of this process, its output in FOLDER.txt; its process number."""
+    """Run the script in a fork of this process, with output in FOLDER.txt; returns its pid."""
     while int(time.time()) <= _second_of_events(folder):  # TensorBoard sorts files by it
         time.sleep(0.02)
     words = (*RUNS[script].split(), "--output_dir", str(folder), *words)
@@ -54,7 +54,7 @@ def start(script: str, folder: Path, *words: str) -> int:
 
 
 def fork(script: str, words: Sequence[str], said: Path) -> int:
-    """Run the script with these flags as `start` does, its output added to a file."""
+    """Run the script with these flags in a fork of this process; its output goes to a file."""
     child = os.fork()
     if child == 0:
         status = 70
@@ -70,12 +70,12 @@ def fork(script: str, words: Sequence[str], said: Path) -> int:
 
 
 def _second_of_events(folder: Path) -> int:
-    """When the newest event file of a run was begun; 0 for none."""
+    """Return the second in which the newest event file of a run was created, or 0."""
     return max((int(p.name.split(".")[3]) for p in folder.rglob("events.out.*")), default=0)
 
 
 def finish(child: int) -> int:
-    """Its exit code, or minus the signal that ended it."""
+    """Wait for a process; returns its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -86,7 +86,7 @@ def _child(script: str, words: Sequence[str]) -> int:
     from config import parser as options
 
     module = importlib.import_module(script)
-    process_group.get_logger().handlers.clear()  # they write to what standard output was
+    process_group.get_logger().handlers.clear()  # they write to the old standard output
     try:
         process_group.launch(module.main, options.parse(module.get_args_parser(), words))
     except SystemExit as end:
@@ -98,7 +98,7 @@ def _child(script: str, words: Sequence[str]) -> int:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """A hash of everything that a run leaves and that has no time in it."""
+    """Hash all files of a run, without timings."""
     import torch
 
     found = {}
@@ -135,7 +135,7 @@ def _feed(marks, value: object) -> None:
 
 
 def scalars(folder: Path) -> dict[str, list]:
-    """tag -> [step, value] of what does not depend on time, as TensorBoard shows it."""
+    """Return tag -> [step, value] of the TensorBoard scalars that are not timings."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
@@ -145,7 +145,7 @@ def scalars(folder: Path) -> dict[str, list]:
 
 
 def attempt(script: str, folder: Path, seconds: float) -> bool:
-    """Kill a run after so many seconds, start it again; False where it was over before."""
+    """Kill a run after some seconds and restart it; returns False if it had already ended."""
     child = start(script, folder)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
@@ -155,47 +155,46 @@ def attempt(script: str, folder: Path, seconds: float) -> bool:
 
 
 def complete(script: str, folder: Path, *words: str) -> None:
-    """Run the script to its end."""
+    """Run the script until it ends."""
     if finish(start(script, folder, *words)) != 0:
         text = folder.with_suffix(".txt").read_text(errors="replace")
-        raise AssertionError(f"{script} in {folder} did not go on:\n{text[-3000:]}")
+        raise AssertionError(f"{script} in {folder} did not resume:\n{text[-3000:]}")
 
 
 def differences(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    """Names of what is not equal, or is only on one side."""
+    """Return the names of files that differ or exist on one side only."""
     return sorted(
         name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
     )
 
 
 def trial(script: str, count: int, seed: int, place: Path) -> dict[str, int]:
-    """`count` instants of one script; how many kills came in time, were lost, or differ."""
+    """Kill a script at `count` random instants; returns the number of each outcome."""
     import importlib
 
-    importlib.import_module(script)  # so that no fork has to
-    whole = place / f"{script}-whole"
+    importlib.import_module(script)  # once, instead of in each fork
+    reference = place / f"{script}-reference"
     complete(script, place / f"{script}-warm")
     began = time.monotonic()
-    complete(script, whole)
+    complete(script, reference)
     seconds = time.monotonic() - began
-    expected, draw = digest(whole), random.Random(seed)
-    told = {"killed": 0, "over before": 0, "lost": 0, "different": 0}
+    expected, draw = digest(reference), random.Random(seed)
+    outcomes = {"killed": 0, "already ended": 0, "lost": 0, "different": 0}
     for number in range(count):
         folder = place / f"{script}-{number}"
         try:
-            told[
-                "killed" if attempt(script, folder, draw.uniform(0, seconds)) else "over before"
-            ] += 1
+            killed = attempt(script, folder, draw.uniform(0, seconds))
+            outcomes["killed" if killed else "already ended"] += 1
             if names := differences(digest(folder), expected):
-                told["different"] += 1
+                outcomes["different"] += 1
                 print(f"{folder.name}: {', '.join(names)}", file=sys.stderr)
         except AssertionError as error:
-            told["lost"] += 1
+            outcomes["lost"] += 1
             print(error, file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         print(f"\r{script} {number + 1}/{count}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return told
+    return outcomes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,22 +202,20 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
-    torch.set_num_threads(1)  # a fork has no pool of threads
+    torch.set_num_threads(1)  # forks have no thread pool
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as place:
         found = {s: trial(s, args.instants // 2, args.seed, Path(place)) for s in RUNS}
     rows = [
-        f"| {script} | {' | '.join(map(str, told.values()))} |" for script, told in found.items()
+        f"| {script} | {' | '.join(map(str, each.values()))} |" for script, each in found.items()
     ]
-    head = (
-        "| | killed in time | over before | runs lost | hashes not equal |\n|---|---|---|---|---|"
-    )
+    head = "| | killed | already ended | runs lost | different files |\n|---|---|---|---|---|"
     text = "\n".join(["### Killed at random instants", "", head, *rows, ""])
     print(text)
     if args.output:
         with open(args.output, "a", encoding="utf-8") as file:
             file.write(f"\n{text}")
-    return 1 if any(told["lost"] + told["different"] for told in found.values()) else 0
+    return 1 if any(each["lost"] + each["different"] for each in found.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Does FCMAE pay on CIFAR-10? Pre-trained against from scratch, at equal epochs and equal time.
+"""Compare FCMAE pre-training on CIFAR-10 with training from scratch, at equal epochs and time.
 
 python benchmarks/cifar.py --data cifar10_jpeg.zip --output benchmarks/RESULTS.md
 """
@@ -44,8 +44,8 @@ SETTINGS = {  # flag: (kind, default on a GPU, default on a CPU, help)
     "model": (None, "convnextv2_pico", "1,2,2/24,48,96", "a name, or blocks/channels of stages"),
     "stem_stride": (COUNT, 1, 2, "1, 2 or 4; 2 costs a quarter of 1"),
     "drop_path": (BELOW_1, 0.1, 0.0, "stochastic depth, not in pre-training"),
-    "patch_size": (COUNT, 8, 8, "pixels, side of a mask patch; a multiple of the whole stride"),
-    "mask_ratio": (CHANCE, 0.6, 0.6, "share of the patches removed"),
+    "patch_size": (COUNT, 8, 8, "pixels, side of a mask patch; a multiple of the total stride"),
+    "mask_ratio": (CHANCE, 0.6, 0.6, "fraction of patches removed"),
     "decoder_embed_dim": (COUNT, 256, 64, "channels of the decoder's one block"),
     "pretrain_images": (COUNT, 20000, 20000, "to pre-train on, as many of each class"),
     "train_images": (COUNT, 20000, 20000, "with labels, to train on, as many of each class"),
@@ -82,7 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cuda_graphs", action="store_true", help="as main_pretrain.py --cuda_graphs"
     )
-    parser.add_argument("--results", type=Path, help="file of finished runs, to go on from")
+    parser.add_argument("--results", type=Path, help="file of finished runs, to resume from")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
     longer = {"type": number(COUNT), "metavar": "N", "help": "instead of the rule for `longer`"}
     parser.add_argument("--longer_epochs", **longer)
@@ -94,7 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 from benchmarks.cifar_runs import equal_epochs, load, run
 from benchmarks.step import machine, read
@@ -154,7 +154,7 @@ def report(rows: dict[tuple[str, int], dict], args: argparse.Namespace, settings
     first, rates = rows["pretrained", args.seeds[0]], []
     sizes = (args.pretrain_images, args.pretrain_batch_size), (args.train_images, args.batch_size)
     for key, (images, size) in zip(("pretraining", "training"), sizes, strict=True):
-        images = images // size * size  # what fills no batch is left out
+        images = images // size * size  # incomplete batches are dropped
         rates.append(f"{images / statistics.median(first[key]):.0f}")
     lines = [
         f"### CIFAR-10, {args.pretrain_images} images, {args.train_images} of them with labels\n",

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""How a step's cost follows model size, image size, batch size and mask ratio.
+"""Measure the cost of a step over model size, image size, batch size and mask ratio.
 
 python benchmarks/curves.py --only mask,image --model convnextv2_atto
 """
@@ -32,7 +32,7 @@ SIZE_BATCHES = {  # images a step of each size, atto first
     "cuda": [256, 256, 256, 256, 128, 64, 32, 16],
 }
 BATCHES = {"cpu": [1, 2, 4, 8, 16, 32], "cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
-STATE = 16  # bytes a float32 parameter takes: itself, its gradient, AdamW's two averages
+STATE = 16  # bytes a float32 parameter takes: itself, its gradient, AdamW's state
 ROOM = 1.5  # memory asked for over that, for what a step saves
 
 
@@ -71,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 import torch
 from torch import nn
@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.rounds = (10 if kind == "cuda" else 3) if args.rounds is None else args.rounds
     args.steps = args.steps or (5 if kind == "cuda" else 1)
     if min(args.rounds, args.steps, args.batch_size, *args.batches, *args.size_batches) < 1:
-        parser.error("rounds, steps and batch sizes: expected whole numbers from 1")
+        parser.error("rounds, steps and batch sizes: expected integers from 1")
     if "mask" in args.only and len(set(args.mask_ratios)) < 2:
         parser.error("--mask_ratios: a line needs two different ones at least")
     args.model = args.model.removeprefix("fcmae_")
@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @cache
 def shape_of(model: str) -> FCMAE:
-    """The FCMAE around a model without memory for its parameters: for its sizes alone."""
+    """Build the FCMAE of a model on the meta device, for its sizes."""
     with torch.device("meta"):
         return create_model(fcmae_name(model))
 
@@ -167,7 +167,7 @@ def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, in
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses, on the device."""
+    """Return the free memory of the device in bytes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -177,7 +177,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def runs(variant: Variant) -> bool:
-    """One step; False where its memory does not suffice."""
+    """Take one step; returns False if memory does not suffice."""
     try:
         variant.step()
     except torch.OutOfMemoryError:
@@ -187,7 +187,7 @@ def runs(variant: Variant) -> bool:
 
 
 def measure_size(own: argparse.Namespace) -> str:
-    """The row of one model size: a packed and a dense step, in turn where both fit in memory."""
+    """Return the row of a model size: a packed and a dense step, alternating if both fit."""
     shape = shape_of(own.model)
     need = ROOM * STATE * sum(p.numel() for p in shape.parameters())
     free = free_bytes(own.device)
@@ -268,7 +268,7 @@ def table(found: list[Point], reference: str, title: str) -> list[str]:
 
 
 def describe_fit(found: list[Point]) -> str:
-    """Whether the cost of an image follows its visible patches, in a sentence."""
+    """Describe the cost of an image as a line over its visible patches."""
     known = [(own, 1000 / variant.rate) for own, variant in found if variant]
     if len({own.visible for own, _ in known}) < 2:
         return "No line: it needs two points that differ in visible patches."
@@ -285,9 +285,9 @@ def describe_fit(found: list[Point]) -> str:
 
 
 def report(name: str, points: list[argparse.Namespace]) -> str:
-    """Markdown of a curve, measured here."""
+    """Measure a curve; returns Markdown."""
     first, last = points[0], ""
-    autotune.set_kernels(first.kernels, first.device)  # forgets what the curve before took
+    autotune.set_kernels(first.kernels, first.device)  # clears the choices of the curve before
     if name == "sizes":
         lines, title = measure_sizes(points), CURVES[name]
         others = [own.others for own in points if hasattr(own, "others")]
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"curve {name}: {len(points)} points", file=sys.stderr, flush=True)
         text = report(name, points)
         print(text + "\n", flush=True)
-        if args.output:  # at once: what is finished stays if a later curve is cut off
+        if args.output:  # now, so that finished curves stay if a later one is interrupted
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(text + "\n\n")
         free_bytes(args.device)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""FCMAE as toolkits without packing run it: every layer on the whole map, hidden cells zeroed.
+"""FCMAE without packing: every layer runs on the full map, and hidden cells are zeroed.
 
 PYTHONPATH=. python -c "import benchmarks.dense_masked as d; print(d.DenseMasked.__doc__)"
 """
@@ -88,7 +88,7 @@ def grn(x: Tensor, layer: GRN) -> Tensor:
 def assert_equal_to_packed(
     model: FCMAE, images: Tensor, mask: Tensor, tolerance: float
 ) -> dict[str, float]:
-    """Both forms give the same loss, prediction and gradients; returns the relative differences.
+    """Check that both forms give the same loss, prediction and gradients; returns the differences.
 
     Works on a copy whose GRN and biases are moved off their start, where they would hide faults.
     tolerance: on the norm of a difference, over that of the dense-masked value.

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What to test and measure on a GPU, in one go and in a bounded time, with one report.
+"""Run all GPU tests and measurements in a bounded time and write one report.
 
 python benchmarks/gpu.py --output runs/gpu --minutes 8
 
@@ -53,12 +53,12 @@ PARTS = {  # name: title, minutes at most, what runs; the most important first
     ),
     "tiny": ("Step of Tiny, eager", 1.0, f"{STEP} {TINY} {EAGER},infer,timminfer"),
     "tiny_compiled": (
-        "Step of Tiny beside compiled ones",
+        "Step of Tiny, compiled peers",
         1.1,
         f"{STEP} {TINY} {COMPILED},infer,timminfer_compiled",
     ),
     "base": ("Step of Base, eager", 1.1, f"{STEP} {BASE} {EAGER}"),
-    "base_compiled": ("Step of Base beside compiled ones", 1.3, f"{STEP} {BASE} {COMPILED}"),
+    "base_compiled": ("Step of Base, compiled peers", 1.3, f"{STEP} {BASE} {COMPILED}"),
     "profile": (
         "Where a step of Tiny spends its time",
         0.35,
@@ -107,13 +107,13 @@ TOY = {  # what toy size adds to a part or a program
 
 @dataclass
 class Part:
-    """A process of its own, and what became of it."""
+    """A part of the report, which runs in its own process, and its state."""
 
     name: str
     title: str
     limit: float  # seconds at most
     command: list[str]
-    state: str = "not begun"
+    state: str = "not started"
     seconds: float = 0.0
 
     def timed(self, limit: float) -> list[str]:
@@ -123,7 +123,7 @@ class Part:
 
     @property
     def left_out(self) -> bool:
-        return self.state.startswith(("left out", "not begun"))
+        return self.state.startswith(("left out", "not started"))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def reason_against(name: str, program: str, args: argparse.Namespace) -> str:
-    """Why a part cannot run here, or nothing."""
+    """Return the reason why a part cannot run here, or an empty string."""
     needs = ["pytest"] * (program == TESTS) + ["triton"] * (name == "kernel_tests")
     if lacks := [package for package in needs if not importlib.util.find_spec(package)]:
         return f"left out: {lacks[0]} is not installed"
@@ -173,7 +173,7 @@ def reason_against(name: str, program: str, args: argparse.Namespace) -> str:
 
 
 def plan(args: argparse.Namespace) -> list[Part]:
-    """The parts to run. Few that are chosen share the whole time."""
+    """Return the parts to run; a selection shares the total time."""
     parts = []
     together = min(BUDGET, sum(PARTS[name][1] for name in set(args.only)))
     for name, (title, minutes, words) in PARTS.items():
@@ -187,16 +187,16 @@ def plan(args: argparse.Namespace) -> list[Part]:
             command += ["--continue-on-collection-errors", "-rfE"]
         else:
             command += ["--device", args.device, "--output", f"{args.output}/{name}.md"]
-        if program == CIFAR:  # broken off, it goes on in the next call
+        if program == CIFAR:  # interrupted, it continues in the next call
             command += ["--results", f"{args.output}/cifar.jsonl"]
         limit = args.limit.get(name, 60 * minutes * args.minutes / together)
-        state = reason_against(name, program, args) or "not begun"
+        state = reason_against(name, program, args) or "not started"
         parts.append(Part(name, title, limit, command, state))
     return parts
 
 
 def surroundings(output: Path) -> dict[str, str]:
-    """Environment of a part: whatever it keeps lies in the output folder."""
+    """Return the environment of a part, with its caches in the output folder."""
     cache = output / "cache"
     own = {
         "XDG_CACHE_HOME": cache,
@@ -234,7 +234,7 @@ def run(part: Part, limit: float, output: Path) -> None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE)
         finally:
-            with suppress(ProcessLookupError):  # what it started may outlive it
+            with suppress(ProcessLookupError):  # its child processes may outlive it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     part.seconds = time.monotonic() - start
@@ -253,20 +253,20 @@ def section(part: Part, output: Path) -> str:
 
 
 def again(parts: list[Part], args: argparse.Namespace) -> str:
-    """The call that makes up for what this one left out."""
-    names = [p.name for p in parts if p.state == "not begun" or "time was up" in p.state]
+    """Return the command that runs the parts left out by this one."""
+    names = [p.name for p in parts if p.state == "not started" or "out of time" in p.state]
     names += [p.name for p in parts if p.state.startswith("stopped")]
     if not names:
         return ""
     words = f"--output {shlex.quote(str(args.output))} --minutes {args.minutes:g}"
-    return f"\nTo make up for it: `python benchmarks/gpu.py {words} --only {','.join(names)}`"
+    return f"\nTo run them: `python benchmarks/gpu.py {words} --only {','.join(names)}`"
 
 
 def write_report(parts: list[Part], args: argparse.Namespace, seconds: float, path: Path) -> None:
-    """What is finished so far."""
+    """Write the report of the parts that have finished."""
     rows = [f"| {p.name} | {p.state} | {p.seconds:.0f} |" for p in parts]
     missing = [f"- {p.name}: {p.state}" for p in parts if p.state != "done"] or ["Nothing."]
-    size = " TOY SIZE: its figures mean nothing." if args.toy else ""
+    size = " TOY SIZE: these figures are meaningless." if args.toy else ""
     texts = [
         f"# Report of benchmarks/gpu.py\n\n{seconds:.0f} s of {60 * args.minutes:.0f} s.{size}",
         "\n".join(["| part | state | seconds |", "|---|---|---|", *rows]),
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{part.name}: at most {part.limit:.0f} s\n  {shlex.join(part.timed(part.limit))}"
             )
-            if part.left_out and part.state != "not begun":
+            if part.left_out and part.state != "not started":
                 print(f"  {part.state}")
         return 0
     start, total, due = time.monotonic(), 60 * args.minutes, 0.0
@@ -303,9 +303,9 @@ def main(argv: list[str] | None = None) -> int:
     for part in parts:
         passed = time.monotonic() - start
         due += part.limit
-        if part.state == "not begun" and passed >= total:
-            part.state = "left out: the time was up"
-        if part.state == "not begun":
+        if part.state == "not started" and passed >= total:
+            part.state = "left out: out of time"
+        if part.state == "not started":
             limit = min(due, total) - passed  # with what parts before it did not need
             limit = min(part.limit, limit) if part.name in args.limit else limit
             print(f"[{passed:4.0f} s] {part.name}: at most {limit:.0f} s", flush=True)

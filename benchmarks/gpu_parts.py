@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What benchmarks/gpu.py does itself: machine, compilation, profile, forms, CUDA graphs.
+"""Parts of benchmarks/gpu.py: machine, compilation, profile, kernel choices, CUDA graphs.
 
 python benchmarks/gpu_parts.py profile --model convnextv2_atto --batch 8 --output profile.md
 """
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "pytest", "submit
 TOP = 25  # kernels of a profile that the table shows
 STEPS = 3  # of a profile
 COMPILED = ["model", "batch", "exit status", "seconds"]
-PEERS = "masked_compiled,timm_compiled"  # what takes minutes to compile
+PEERS = "masked_compiled,timm_compiled"  # these take minutes to compile
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -67,7 +67,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def save(text: str, args: argparse.Namespace) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     args.output.write_text(text + "\n", encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def version(package: str) -> str:
 
 
 def environment(args: argparse.Namespace) -> str:
-    """Versions, commit and what nvidia-smi says."""
+    """Return versions, commit and the output of nvidia-smi."""
     rows = [["python", sys.version.split()[0]], ["commit", commit()]]
     rows += [[name, version(name)] for name in PACKAGES]
     rows += [["CUDA of torch", torch.version.cuda], ["cuDNN", torch.backends.cudnn.version()]]
@@ -139,7 +139,7 @@ def events_of(
     file.write_text(averages.table(sort_by=order, row_limit=100, max_name_column_width=100))
     events = []
     for event in averages:
-        # Operators are listed beside the kernels they launch, and a range spans others' kernels.
+        # The list also has the operators that launch kernels, and ranges that span several kernels.
         whole = getattr(event, "is_user_annotation", False) or "Optimizer.step#" in event.key
         if not whole and ("CUDA" in str(event.device_type)) == on_cuda:
             ms = getattr(event, order) / steps / 1000
@@ -148,7 +148,7 @@ def events_of(
 
 
 def profiles(args: argparse.Namespace) -> str:
-    """The kernels that a packed and a dense step spend most time in."""
+    """List the kernels that take the most time in a packed and a dense step."""
     device, texts = torch.device(args.device), []
     on_cuda, steps = device.type == "cuda", 1 if args.toy else STEPS
     for name, variant in steps_of(args.model[0], args.batch[0], args).items():
@@ -166,9 +166,9 @@ def profiles(args: argparse.Namespace) -> str:
             f"### {name}, {args.model[0]}, batch {variant.batch}\n\nA step takes {wall:.2f} ms "
             f"unprofiled; {what}: {total:.2f} ms in {sum(n for _, n, _ in events)} calls. "
             f"The profiler's own table: {file.name}.\n\n"
-            + table(["kernel", "calls", "ms", "share"], rows)
+            + table(["kernel", "calls", "ms", "fraction"], rows)
         )
-        save("\n\n".join(texts), args)  # what is finished stays if the next is cut off
+        save("\n\n".join(texts), args)  # now, so that it stays if the next one is interrupted
     return "\n\n".join(texts)
 
 
@@ -188,9 +188,9 @@ def choices(args: argparse.Namespace) -> str:
 
 
 def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
-    """where: the step that met an entry first."""
+    """Return the choices as a table; where: the step that made a choice first."""
     seconds = autotune.autotuner.seconds
-    kept = autotune.autotuner.cached.get(torch.device(args.device).type, {})
+    kept = {e: name for own in autotune.autotuner.state().values() for e, name in own.items()}
     names = list(dict.fromkeys(name for own in seconds.values() for name in own))
     rows = []
     for entry, taken in sorted(kept.items(), key=lambda item: (where[item[0]], item[0])):
@@ -198,7 +198,7 @@ def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
         cells = [f"{1000 * own[name]:.3f}" if name in own else "" for name in names]
         gain = next(iter(own.values())) / own[taken]
         rows.append([where[entry], entry, *cells, taken, f"{gain:.2f}"])
-    head = ["first met in", "operation, dtype, shape"]
+    head = ["first used in", "operation, dtype, shape"]
     return table([*head, *(f"{name}, ms" for name in names), "chosen", "first / chosen"], rows)
 
 
@@ -209,7 +209,7 @@ def rates(output: str) -> list[tuple[int, int]]:
 
 
 def graphs(args: argparse.Namespace) -> str:
-    """Pre-training by the real main, small, with and without CUDA graphs."""
+    """Run main_pretrain.py on a small model with and without CUDA graphs."""
     words = (
         "main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir= "
         f"--device {args.device} --progress lines "

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Bytes of a training step: counted without memory, measured, and by a formula for any GPUs.
+"""Count or measure the bytes of a training step, and estimate them for any number of GPUs.
 
 PYTHONPATH=. python -c "from benchmarks.memory_counts import per_gpu; help(per_gpu)"
 """
@@ -34,12 +34,12 @@ SHARDS = ("ddp", "zero1", "fsdp")
 FULL, HALF = 4, 2  # bytes of a number, in float32 and bf16
 Shape = tuple[int, ...]
 
-# --- the formula -------------------------------------------------------------------------
+# --- estimate ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes that grow with the images of a GPU."""
+    """Bytes as a linear function of the images per GPU."""
 
     fixed: float
     each: float
@@ -50,10 +50,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of all tensors but parameters and their gradients.
+    """Bytes of all tensors except parameters and their gradients.
 
-    saved: between forward and backward. peak: at most, whichever of the lines is the highest: with
-    more images another operation is where most is in use.
+    saved: between forward and backward. peak: the maximum of these lines, because another operation
+    has the peak when there are more images.
     """
 
     saved: Line
@@ -65,59 +65,59 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """What the formula has to know of a training step of one GPU.
+    """Sizes of one GPU's training step, from which `per_gpu` estimates its memory.
 
     units: shapes of the parameters that fsdp gathers together: the root's, then each block's.
     groups: sizes of the parameters in each group of the optimizer.
-    whole: with parameters in float32. gathered: in the step's precision, as fsdp brings them.
-    half: in bf16. average: one of the weights is kept.
+    full: with float32 parameters. gathered: in the step's precision, as fsdp gathers them.
+    half: trains in bf16. ema: keeps EMA weights.
     """
 
     units: tuple[tuple[Shape, ...], ...]
     groups: tuple[tuple[int, ...], ...]
-    whole: Work
+    full: Work
     gathered: Work
     half: bool
-    average: bool
+    ema: bool
 
 
 def per_gpu(step: Step, shard: str, gpus: int, images: int) -> dict[str, float]:
-    """Bytes on the fullest of the GPUs, each with so many images, in parts.
+    """Bytes by kind on the GPU that holds the most, for `images` on each GPU.
 
-    One GPU has nobody to share with. working: what the peak has beyond `saved`; after an update
-    the average is compared with the weights, which takes as much as they, if that is more.
+    working: the peak beyond `saved`, or the copy of the weights that updating EMA takes, if that is
+    more.
     """
     sizes = [[size_of(shape) for shape in unit] for unit in step.units]
-    mine = moments = sum(map(sum, sizes))
-    work, gathered = step.whole, 0.0
+    kept = stepped = sum(map(sum, sizes))  # numbers of this GPU, and those with optimizer state
+    work, gathered = step.full, 0.0
     if shard == "zero1":
-        moments = zero1_share(step.groups, gpus)
+        stepped = zero1_fraction(step.groups, gpus)
     if shard == "fsdp" and gpus > 1:
-        mine = moments = sum(fsdp_share(shape, gpus) for unit in step.units for shape in unit)
+        kept = stepped = sum(fsdp_fraction(shape, gpus) for unit in step.units for shape in unit)
         gathered = fsdp_gathered([sum(unit) for unit in sizes], HALF if step.half else FULL)
         work = step.gathered
     saved = work.saved.at(images)
-    average = FULL * mine * step.average
+    ema = FULL * kept * step.ema
     return {
-        "weights": FULL * mine,
-        "gradients": FULL * mine,
-        "moments": 2 * FULL * moments,
-        "average": average,
+        "weights": FULL * kept,
+        "gradients": FULL * kept,
+        "optimizer": 2 * FULL * stepped,
+        "EMA": ema,
         "gathered": gathered,
         "saved": saved,
-        "working": max(work.at_peak(images) - saved, average - gathered - saved),
+        "working": max(work.at_peak(images) - saved, ema - gathered - saved),
     }
 
 
 def size_of(shape: Shape) -> int:
-    """Numbers in a tensor."""
+    """Return the number of elements of a tensor."""
     return torch.Size(shape).numel()
 
 
-def zero1_share(groups: Iterable[Iterable[int]], gpus: int) -> int:
-    """Numbers whose moments the fullest GPU keeps.
+def zero1_fraction(groups: Iterable[Iterable[int]], gpus: int) -> int:
+    """Parameters whose optimizer state lies on the GPU that holds the most.
 
-    ZeroRedundancyOptimizer gives whole tensors, the largest of a group first, to the GPU that has
+    ZeroRedundancyOptimizer assigns whole tensors, the largest of a group first, to the GPU that has
     the least so far.
     """
     taken = [0] * gpus
@@ -127,23 +127,23 @@ def zero1_share(groups: Iterable[Iterable[int]], gpus: int) -> int:
     return max(taken)
 
 
-def fsdp_share(shape: Shape, gpus: int) -> int:
-    """Numbers of a parameter that a GPU keeps: its rows of the first axis, rounded up."""
+def fsdp_fraction(shape: Shape, gpus: int) -> int:
+    """Elements of a parameter on one GPU: its rows of the first axis, rounded up."""
     return -(-shape[0] // gpus) * size_of(shape[1:])
 
 
 def fsdp_gathered(sizes: list[int], number: int) -> float:
-    """Bytes of what a GPU holds of others' parameters and gradients for a moment.
+    """Bytes of other GPUs' parameters and gradients that a GPU holds temporarily.
 
-    The root's parameters and gradients stay. Of the largest block are there: its parameters, those
-    of the next one on their way, its gradients, and these once more in float32 to be summed.
+    The root's parameters and gradients stay. The largest block adds its parameters, the prefetched
+    ones of the next block, its gradients, and a float32 copy of these for the reduction.
     """
     root, *blocks = sizes
     return 2 * number * root + (3 * number + FULL) * max(blocks)
 
 
 def images_that_fit(step: Step, shard: str, gpus: int, memory: float) -> int:
-    """The most images a GPU of so many bytes trains on at once; 0 for none."""
+    """Return the largest micro-batch that fits into `memory` bytes per GPU, or 0."""
     low, high = 0, 1 << 20
     while high - low > 1:
         middle = (low + high) // 2
@@ -152,11 +152,11 @@ def images_that_fit(step: Step, shard: str, gpus: int, memory: float) -> int:
     return low
 
 
-# --- counting without memory ---------------------------------------------------------------
+# --- counting on fake tensors ---------------------------------------------------------------
 
 
 class Live(TorchDispatchMode):
-    """Bytes of tensors made within it that are still in use: now, and at most."""
+    """Count the bytes of tensors created in this mode and still alive: now, and the peak."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -185,9 +185,9 @@ class Live(TorchDispatchMode):
 
 
 def saved_by(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Bytes of distinct storages that `forward` saves for backward, parameters aside; its loss.
+    """Return the bytes of distinct storages that `forward` saves for backward, and its loss.
 
-    Of those that fsdp gathered it has emptied the blocks' by then, and the root's are parameters.
+    Parameters are not counted. Blocks that fsdp gathered are already freed again.
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -205,13 +205,13 @@ def saved_by(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, Tens
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's rows of a tensor that fsdp has cut."""
+    """Return this process's rows of a tensor that fsdp shards."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 @dataclass(frozen=True)
 class Task:
-    """A training step: `pretrain` or `finetune` a model on square images of a size in pixels."""
+    """A training step. kind: `pretrain` or `finetune`; size: side of the images in pixels."""
 
     model: str
     kind: str
@@ -220,14 +220,14 @@ class Task:
     half: bool
 
     def build(self) -> nn.Module:
-        """The network, in training."""
+        """Build the network in training mode."""
         name = fcmae_name(self.model) if self.kind == "pretrain" else self.model
         model = create_model(name)
         model.set_grad_checkpointing(self.checkpointing)
         return model.train()
 
     def forward(self, model: nn.Module, images: int) -> Callable[[], Tensor]:
-        """What gives the loss of so many images, in the engine's precision."""
+        """Return a function that computes the loss of `images` random images."""
         x = torch.rand(images, 3, self.size, self.size)
         patches = (self.size // PATCH) ** 2
         visible = visible_patches(patches, MASK_RATIO)
@@ -245,19 +245,17 @@ class Task:
 
 @contextlib.contextmanager
 def as_on_cuda(model: nn.Module) -> Iterator[None]:
-    """On a CPU: all images of a batch at once, torch's forms for CUDA, and its autocast.
+    """Let a CPU compute as CUDA does: the batch at once, CUDA's kernels and autocast rules.
 
-    That has LayerNorm in float32, of which those within blocks take care themselves.
+    CUDA's autocast runs LayerNorm in float32; the blocks' norms do so themselves.
     """
     of_blocks = {id(block.norm) for block in model.modules() if isinstance(block, Block)}
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and id(m) not in of_blocks]
     hooks = [norm.register_forward_pre_hook(lambda _, args: (args[0].float(),)) for norm in norms]
     at_once = mock.patch.object(ops, "images_at_once", lambda x, elements: x.shape[0])
     try:
-        with (
-            at_once,
-            mock.patch.object(autotune.autotuner, "mode", "triton"),
-        ):  # fake tensors get torch's
+        # On fake tensors the mode triton runs torch's implementations for CUDA.
+        with at_once, mock.patch.object(autotune.autotuner, "mode", "triton"):
             yield
     finally:
         for hook in hooks:
@@ -265,7 +263,7 @@ def as_on_cuda(model: nn.Module) -> Iterator[None]:
 
 
 def count(task: Task, images: int, cuda: bool = True, gathered: bool = False) -> tuple[int, int]:
-    """Bytes (saved, at the peak) as in `Work`, of tensors that have shapes and no memory."""
+    """Return the bytes (saved, peak) of `Work`, counted on fake tensors."""
     with torch.device("meta"):
         model = task.build()
     if gathered and task.half:
@@ -284,7 +282,7 @@ def count(task: Task, images: int, cuda: bool = True, gathered: bool = False) ->
 
 
 def count_work(task: Task, cuda: bool = True, gathered: bool = False) -> Work:
-    """`Work` of a task, from lines through a few numbers of images and many."""
+    """Return the `Work` of a task, from lines through few and many images."""
     lines = []
     for images in ((1, 2), (64, 128)):
         low, high = (count(task, number, cuda, gathered) for number in images)
@@ -294,27 +292,27 @@ def count_work(task: Task, cuda: bool = True, gathered: bool = False) -> Work:
 
 
 def line(images: tuple[int, int], values: tuple[float, float]) -> Line:
-    """Through two points."""
+    """Return the line through two points."""
     each = (values[1] - values[0]) / (images[1] - images[0])
     return Line(values[0] - each * images[0], each)
 
 
 def count_step(task: Task, cuda: bool = True, fsdp: bool = True) -> Step:
-    """`Step` of a task, for fsdp too or only for others; fine-tuning keeps an average."""
+    """Return the `Step` of a task; fsdp: count its gathered parameters too."""
     with torch.device("meta"):
         model = task.build()
     blocks = [list(unit.parameters()) for unit in units(model)]
     in_blocks = {id(p) for block in blocks for p in block}
     root = [p for p in model.parameters() if id(p) not in in_blocks]
     groups = get_parameter_groups(model, weight_decay=0.05)
-    whole = count_work(task, cuda)
+    full = count_work(task, cuda)
     return Step(
         units=tuple(tuple(tuple(p.shape) for p in unit) for unit in (root, *blocks)),
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
-        whole=whole,
-        gathered=count_work(task, cuda, gathered=True) if fsdp and task.half else whole,
+        full=full,
+        gathered=count_work(task, cuda, gathered=True) if fsdp and task.half else full,
         half=task.half,
-        average=task.kind == "finetune",
+        ema=task.kind == "finetune",
     )
 
 
@@ -322,7 +320,7 @@ def count_step(task: Task, cuda: bool = True, fsdp: bool = True) -> Step:
 
 
 def distinct(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages of this process's part of tensors, each counted once."""
+    """Return the bytes of the local storages of tensors, each counted once."""
     storages = [local(x).untyped_storage() for x in tensors if torch.is_tensor(x)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -330,10 +328,10 @@ def distinct(tensors: Iterable[Any]) -> int:
 def measure(
     model: nn.Module, optimizer: torch.optim.Optimizer, forward: Callable[[], Tensor]
 ) -> dict[str, int]:
-    """Bytes that this process really holds between backward and update, and saved for backward.
+    """Measure this process's bytes between backward and optimizer step, and saved for backward.
 
-    model: what forward calls, in DistributedDataParallel or cut by fully_shard too. optimizer:
-    ZeroRedundancyOptimizer too.
+    model: the module that `forward` calls, also wrapped by DistributedDataParallel or sharded.
+    optimizer: also a ZeroRedundancyOptimizer.
     """
     forward().backward()
     optimizer.step()
@@ -341,10 +339,10 @@ def measure(
     saved, loss = saved_by(model, forward)
     loss.backward()
     parameters = list(model.parameters())
-    state = getattr(optimizer, "optim", optimizer).state.values()  # zero1: of its own parameters
+    state = getattr(optimizer, "optim", optimizer).state.values()  # zero1: the local optimizer
     return {
         "weights": distinct(parameters),
         "gradients": distinct(p.grad for p in parameters),
-        "moments": distinct(x for each in state for x in each.values()),
+        "optimizer": distinct(x for each in state for x in each.values()),
         "saved": saved,
     }

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The matrix products of a step, repeated with nothing in between: the limit a step can reach.
+"""Repeat the matrix products of a step alone: a lower bound for the time of a step.
 
 PYTHONPATH=. python -c "import benchmarks.products as p; print(p.Products.__doc__)"
 """
@@ -47,6 +47,6 @@ class Products(TorchDispatchMode):
         return self.operands[key]
 
     def __call__(self) -> None:
-        """All of them once."""
+        """Compute all matrix products once."""
         for func, args, kwargs in self.calls:
             func(*args, **kwargs)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a checkpoint costs the steps of FCMAE around it: none, written at once, in the background.
+"""Measure how much saving a checkpoint, at once or in the background, slows FCMAE steps down.
 
 python benchmarks/saving.py --model convnextv2_tiny --output benchmarks/RESULTS.md
 """
@@ -34,7 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 import torch
 
@@ -69,9 +69,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def window(
     variant: Variant, writer: AsyncWriter | None, folder: Path, args: argparse.Namespace
 ) -> float:
-    """Seconds of so many steps, a save before the first if there is a writer.
+    """Return the seconds of some steps, with a save before the first if there is a writer.
 
-    A save in the background that takes longer than they is waited for afterwards, not counted.
+    Waiting for a background save that takes longer is not counted.
     """
     parts = TrainableParts(variant.model, variant.optimizer)
     wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
@@ -115,7 +115,7 @@ def report(args: argparse.Namespace, seconds: dict[bool | None, list[float]], si
     settings = (
         f"FCMAE steps of {args.batch_size} images of {args.input_size} px, "
         f"{'float32' if args.amp == 'none' else 'autocast ' + args.amp}; {args.steps} steps from a "
-        f"save of {size / 2**20:.0f} MiB (weights and moments) on, {args.rounds} rounds."
+        f"save of {size / 2**20:.0f} MiB (weights and optimizer state) on, {args.rounds} rounds."
     )
     head = [f"### Saving, {args.model}", "", settings, machine(args.device), ""]
     return "\n".join([*head, *lines])

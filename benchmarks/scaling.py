@@ -1,13 +1,13 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Steps on several processes, measured and by a model, up to 1,024 GPUs; what big data costs.
+"""Measure and model training steps on several processes; measure the cost of big data.
 
 python benchmarks/scaling.py --model convnextv2_atto --processes 1 2 4 --output runs/scaling.md
 
-Parts: `steps` times the toolkit's step on gloo processes of this machine, beside as many processes
-that do not know of each other, and fits the model to it. `gpus` extends the model, with hardware
-that the flags assume: it measures nothing. `data` and `log` time what could grow with the data set
-and with the number of ranks.
+Parts: `steps` times the toolkit's step on gloo processes of this machine, compares it with as many
+independent processes, and fits a model to it. `gpus` applies the model to hardware described by the
+flags, up to 1,024 GPUs, without measuring. `data` and `log` time the parts whose cost could grow
+with the data set and the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 PARTS = ("steps", "gpus", "data", "log")
-FRESH = 3  # processes of which the median counts
+FRESH = 3  # processes per measurement; the median counts
 
 
 def number(expected: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """What argparse reads a flag's value with."""
+    """Return a parser of a flag's value for argparse."""
 
     def read(text: str) -> Any:
         try:
@@ -44,8 +44,8 @@ def number(expected: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[
 WHOLE = number("a whole number from 1", int, lambda n: n >= 1)
 POSITIVE = number("a number above 0", float, lambda x: x > 0)
 FROM_ZERO = number("a number from 0", float, lambda x: x >= 0)
-REACHED = number("a share above 0, at most 1", float, lambda x: 0 < x <= 1)
-HIDDEN = number("a share from 0 to 1", float, lambda x: 0 <= x <= 1)
+REACHED = number("a fraction above 0, at most 1", float, lambda x: 0 < x <= 1)
+HIDDEN = number("a fraction from 0 to 1", float, lambda x: 0 <= x <= 1)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,31 +58,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
     numbers = {
         "steps, measured here": [
-            ("--input_size", WHOLE, 224, "side of images in pixels, of `gpus` too"),
-            ("--processes", WHOLE, [1, 2, 4], "of one thread each; 1 is always among them"),
-            ("--batch_size", WHOLE, 8, "images of a process, in weak scaling"),
-            ("--total", WHOLE, 8, "images of all processes, in strong scaling"),
-            ("--rounds", WHOLE, 10, "each times every case once"),
-            ("--steps", WHOLE, 3, "of a timing"),
-            ("--quiet", FROM_ZERO, None, "repeat while others keep more cores busy"),
+            ("--input_size", WHOLE, 224, "side of the images in pixels, also for `gpus`"),
+            ("--processes", WHOLE, [1, 2, 4], "with one thread each; 1 is always included"),
+            ("--batch_size", WHOLE, 8, "images per process in weak scaling"),
+            ("--total", WHOLE, 8, "images of all processes in strong scaling"),
+            ("--rounds", WHOLE, 10, "rounds; each times every case once"),
+            ("--steps", WHOLE, 3, "steps per timing"),
+            ("--quiet", FROM_ZERO, None, "repeat while other programs keep more cores busy"),
         ],
         "GPUs, assumed: the defaults resemble nodes of 8 H100": [
-            ("--peak_tflops", POSITIVE, 989, "of bf16, without sparsity"),
-            ("--share", REACHED, 0.2, "of that which a step reaches"),
-            ("--block_ms", FROM_ZERO, 0.5, "at least, for launches, a block"),
-            ("--memory_tb_s", POSITIVE, 2.5, "TB/s that AdamW reaches"),
-            ("--gpus_per_node", WHOLE, 8, "each with an adapter of its own"),
-            ("--node_gb_s", POSITIVE, 300, "GB/s a GPU sends in a node"),
-            ("--node_us", FROM_ZERO, 5, "latency there, microseconds"),
-            ("--network_gb_s", POSITIVE, 40, "GB/s a GPU sends out of it"),
-            ("--network_us", FROM_ZERO, 10, "latency there, microseconds"),
-            ("--hidden", HIDDEN, 0.8, "share of the exchange, at most"),
-            ("--gpu_batch", WHOLE, 64, "images a GPU, in weak scaling"),
+            ("--peak_tflops", POSITIVE, 989, "peak bf16 TFLOP/s without sparsity"),
+            ("--share", REACHED, 0.2, "fraction of the peak that a step reaches"),
+            ("--block_ms", FROM_ZERO, 0.5, "least milliseconds per block, for launching kernels"),
+            ("--memory_tb_s", POSITIVE, 2.5, "memory bandwidth of AdamW in TB/s"),
+            ("--gpus_per_node", WHOLE, 8, "GPUs per node, each with its own network adapter"),
+            ("--node_gb_s", POSITIVE, 300, "GB/s that a GPU sends within a node"),
+            ("--node_us", FROM_ZERO, 5, "latency within a node in microseconds"),
+            ("--network_gb_s", POSITIVE, 40, "GB/s that a GPU sends to other nodes"),
+            ("--network_us", FROM_ZERO, 10, "latency between nodes in microseconds"),
+            ("--hidden", HIDDEN, 0.8, "most communication that overlaps with backward"),
+            ("--gpu_batch", WHOLE, 64, "images per GPU in weak scaling"),
         ],
         "data and log, measured here": [
-            ("--samples", WHOLE, [1_281_167, 100_000_000, 1_300_000_000], "in the data set"),
-            ("--ranks", WHOLE, 1024, "of which the last one's sampler is timed"),
-            ("--print_freq", WHOLE, 20, "updates between log lines"),
+            ("--samples", WHOLE, [1_281_167, 100_000_000, 1_300_000_000], "data set sizes"),
+            ("--ranks", WHOLE, 1024, "ranks; the last one's sampler is timed"),
+            ("--print_freq", WHOLE, 20, "optimizer steps between log lines"),
         ],
     }
     groups = [parser.add_argument_group(title) for title in numbers]
@@ -93,15 +93,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     steps, gpus, _ = groups
     steps.add_argument("--model", default="convnextv2_atto", help="`gpus` shows all sizes")
     steps.add_argument(
-        "--mode", choices=["pretrain", "finetune"], default="pretrain", help="likewise"
+        "--mode", choices=["pretrain", "finetune"], default="pretrain", help="`gpus` shows both"
     )
-    gpus.add_argument("--between", choices=["ring", "tree"], default="tree", help="the nodes")
-    gpus.add_argument("--gradient_bytes", type=int, choices=[2, 4], default=4, help="2: as bf16")
+    gpus.add_argument("--between", choices=["ring", "tree"], default="tree", help="between nodes")
+    gpus.add_argument("--gradient_bytes", type=int, choices=[2, 4], default=4, help="2: bf16")
     return parser
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 import torch
 
@@ -113,7 +113,7 @@ from errors import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags; `only` becomes a list of parts, `processes` begins with one."""
+    """Parse flags; `only` becomes a list of parts, and `processes` starts with 1."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     args.only = args.only.split(",")
@@ -121,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(PARTS)}")
     args.processes = sorted({1, *args.processes})
     if uneven := [n for n in args.processes if args.total % n]:
-        parser.error(f"--total {args.total} images are no whole number for {uneven[0]} processes")
+        parser.error(f"--total {args.total} images do not divide among {uneven[0]} processes")
     if min(args.samples) < args.ranks:
         parser.error(f"--samples {min(args.samples)}: fewer than --ranks {args.ranks}")
     try:
@@ -135,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def ask_fresh(args: argparse.Namespace, what: str, **about: Any) -> dict[str, float]:
-    """Medians of what new processes answer, one after the other: memory is a process's own."""
+    """Return the medians of FRESH new processes, since peak memory is per process."""
     answers = []
     for _ in range(FRESH):
         with Team(1, args) as team:
@@ -144,7 +144,7 @@ def ask_fresh(args: argparse.Namespace, what: str, **about: Any) -> dict[str, fl
 
 
 def report_data(args: argparse.Namespace) -> str:
-    """Markdown: the last rank's sampler and the index of files for each number of samples."""
+    """Return Markdown: costs of the sampler and the file index for each data set size."""
     samplers, indexes = [], []
     for length in args.samples:
         print(f"data of {length:,} samples", file=sys.stderr, flush=True)
@@ -156,32 +156,32 @@ def report_data(args: argparse.Namespace) -> str:
         cells = [f"{found['bytes'] / 1e9:.2f}", f"{1e3 * found['open']:.2f}"]
         cells += [f"{1e6 * found['find']:.1f}", f"{found['memory'] / 2**20:.1f}"]
         indexes.append([f"{length:,}", *cells])
-    begin = ["samples", "ms to the first key", "ms to the first after half of them", "growth, MiB"]
+    begin = ["samples", "ms to the first key", "ms to resume in the middle", "memory growth, MiB"]
     return f"""### Large data sets
 
-Measured, medians of {FRESH} processes. Growth: of a process at its largest, from just before.
+Measured, medians of {FRESH} processes. Memory growth: increase of the peak.
 {machine(torch.device("cpu"))}
 
-`TrainSampler` of rank {args.ranks - 1} of {args.ranks}; keys/s with the first of them, at most \
+`TrainSampler` of rank {args.ranks - 1} of {args.ranks}; keys/s over the first keys, at most \
 200,000:
 
 {table([*begin, "keys/s"], samplers)}
 
-An index of files, mapped, and a thousand paths found in it for the first time. The file has holes \
-where no path is looked for, so that the disk has no part in the times:
+A memory-mapped index of files, in which a thousand paths are looked up for the first time. The \
+file is sparse, so the times do not include the disk:
 
-{table(["samples", "GB", "ms to open", "us a path", "growth, MiB"], indexes)}"""
+{table(["samples", "GB", "ms to open", "us per path", "memory growth, MiB"], indexes)}"""
 
 
 def report_log(args: argparse.Namespace) -> str:
-    """Markdown: what the log costs an update, and in an epoch of all samples."""
+    """Return Markdown: cost of the log per optimizer step, and in an epoch of all samples."""
     print("log", file=sys.stderr, flush=True)
     found = ask_fresh(args, "log", print_freq=args.print_freq)
     often, meters = args.print_freq, found["meters"]
-    costs = {  # what -> seconds, updates between two
-        "an update without a log line, every rank": (found["update"], 1),
-        "means and speed at a log line, every rank, exchange aside": (meters, often),
-        "the line itself, rank 0": (found["line"] - meters, often),
+    costs = {  # item -> (seconds, optimizer steps between two)
+        "optimizer step without a log line, every rank": (found["update"], 1),
+        "means and speed at a log line, every rank, without communication": (meters, often),
+        "log line, rank 0": (found["line"] - meters, often),
         "TensorBoard, rank 0": (found["TensorBoard"] - meters, often),
         "end of an epoch: log.txt, rank 0": (found["log.txt"], math.inf),
     }
@@ -194,13 +194,13 @@ def report_log(args: argparse.Namespace) -> str:
     seconds = found["log.txt"] + updates * sum(s / every for s, every in costs.values())
     return f"""### Cost of the log
 
-Measured, medians of {FRESH} processes, a log line every {often} updates. Only rank 0 writes, so \
-the number of ranks adds no more than the exchange of the means, which `steps` times.
+Measured, medians of {FRESH} processes, a log line every {often} optimizer steps. Only rank 0 \
+writes, so more ranks add only the reduction of the means, which `steps` times.
 {machine(torch.device("cpu"))}
 
-{table(["", "us a time", "us an update"], rows)}
+{table(["", "us each", "us per optimizer step"], rows)}
 
-By these costs an epoch of {samples:,} samples in updates of {total} ({updates:,} updates, \
+By these costs an epoch of {samples:,} samples in batches of {total} ({updates:,} steps, \
 {updates // often:,} log lines) spends {seconds:.1f} s for the log on rank 0, with \
 {updates // often * found["TensorBoard bytes"] / 1e6:.1f} MB of TensorBoard and \
 {found["log.txt bytes"]:.0f} bytes in log.txt."""
@@ -208,13 +208,13 @@ By these costs an epoch of {samples:,} samples in updates of {total} ({updates:,
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(1)  # as in the processes it starts
+    torch.set_num_threads(1)  # as in the worker processes
     reports = (report_steps, gpu_tables, report_data, report_log)
     for name, report in zip(PARTS, reports, strict=True):
         if name not in args.only:
             continue
         print(text := report(args) + "\n", flush=True)
-        if args.output:  # at once: what is finished stays if a later part fails
+        if args.output:  # now, so that finished parts stay if a later one fails
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")

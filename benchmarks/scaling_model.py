@@ -1,11 +1,11 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a step costs on many processes: computation, and an all-reduce of the gradients.
+"""Model the time of a step on many processes: computation, and an all-reduce of the gradients.
 
 PYTHONPATH=. python -c "from benchmarks.scaling_model import Link; print(Link(1e-5, 4e10))"
 
-The same formulas are fitted to processes of this machine (scaling_steps) and, with numbers that
-flags assume, give tables for GPUs that nobody timed.
+scaling_steps fits these formulas to processes of this machine; with the hardware figures of the
+flags they give tables for GPUs that were not measured.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from models.convnextv2 import SIZES, Block
 from models.fcmae import visible_patches
 
 CLASSES = 1000
-BACKWARD = 2 / 3  # of the multiplications of a step: two products for each one of forward
+BACKWARD = 2 / 3  # of a step's multiplications: two matrix products for each one of forward
 FIRST, OTHERS = 2**20, 25 * 2**20  # bytes of DistributedDataParallel's buckets
 UPDATE = 32  # bytes moved: AdamW reads p, g, m, v and writes p, m, v; the norm reads g
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-RECIPES = {  # name, images an update; arXiv 2301.00808, appendix A
+RECIPES = {  # name, global batch; arXiv 2301.00808, appendix A
     "pretrain": ("Pre-training", 4096),
     "finetune": ("Fine-tuning", 1024),
 }
-ENOUGH = 0.9  # of what a GPU could do
-MOST = 2**20  # images of a GPU that are looked at
+ENOUGH = 0.9  # of a GPU's full throughput
+MOST = 2**20  # upper bound of the search for images per GPU
 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins members that add up their gradients.
+    """A connection between members of an all-reduce.
 
     latency: seconds a step of the ring. bandwidth: bytes a second that a member sends. tree: steps
     grow with the logarithm of the members; double binary trees move as many bytes as a ring.
-    cores: members beyond so many take turns.
+    cores: more members than that take turns.
     """
 
     latency: float
@@ -55,9 +55,9 @@ class Link:
     cores: float = math.inf
 
     def seconds(self, size: float, members: int, messages: int = 1) -> float:
-        """All-reduce of `size` bytes in so many messages, one after the other.
+        """Return the seconds of an all-reduce of `size` bytes in `messages`, one after the other.
 
-        A ring: n - 1 steps that add, n - 1 that hand the sums on, each of size / n bytes. Source:
+        A ring: n - 1 steps of reduce-scatter, n - 1 of all-gather, each of size / n bytes. Source:
         Thakur, Rabenseifner, Gropp 2005, sections 4.4 and 4.5.
         """
         waits = messages * steps(members, self.tree) * self.latency
@@ -69,8 +69,8 @@ class Link:
 class Cluster:
     """Nodes of GPUs: a ring in each node, and a link through the nodes for each GPU's part.
 
-    Adding up and handing on within a node together are what one all-reduce there costs; between
-    them each of a node's GPUs exchanges its own part with its peers through its own adapter.
+    Reduce-scatter and all-gather within a node together cost one all-reduce there; between them
+    each GPU exchanges its own part with its peers in other nodes through its own adapter.
     """
 
     inside: Link
@@ -78,7 +78,7 @@ class Cluster:
     per_node: int
 
     def seconds(self, size: float, members: int, messages: int = 1) -> float:
-        """All-reduce over `members` GPUs that fill their nodes."""
+        """Return the seconds of an all-reduce over `members` GPUs that fill their nodes."""
         local = min(members, self.per_node)
         nodes = math.ceil(members / self.per_node)
         within = self.inside.seconds(size, local, messages)
@@ -86,29 +86,29 @@ class Cluster:
 
 
 def steps(members: int, tree: bool = False) -> int:
-    """Messages that wait for each other in an all-reduce."""
+    """Return the number of sequential messages of an all-reduce."""
     return 2 * (math.ceil(math.log2(members)) if tree else members - 1)
 
 
 def share(members: int) -> float:
-    """Bytes that a member of a ring sends for each byte of an all-reduce."""
+    """Return the bytes that a member of a ring sends per byte of an all-reduce."""
     return 2 * (members - 1) / members
 
 
 def buckets(size: float) -> int:
-    """Messages in which DistributedDataParallel sends gradients of so many bytes, about.
+    """Estimate the number of buckets in which DistributedDataParallel sends `size` bytes.
 
-    A bucket ends with a whole parameter, and one larger than a bucket has its own.
+    A bucket holds whole parameters, and a parameter larger than a bucket has its own.
     """
     return 1 + math.ceil(max(0.0, size - FIRST) / OTHERS)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a step without anybody else.
+    """Seconds of a step of a single process.
 
-    image: forward and backward of one image. fixed: what does not depend on the images, as the
-    optimizer. floor: forward and backward take no less, however few images: the host's launches.
+    image: forward and backward of one image. fixed: independent of the images, such as the
+    optimizer. floor: least time of forward and backward, for launching kernels.
     """
 
     image: float
@@ -116,11 +116,11 @@ class Work:
     floor: float = 0.0
 
     def passes(self, images: float) -> float:
-        """Forward and backward."""
+        """Return the seconds of forward and backward."""
         return max(self.floor, images * self.image)
 
     def seconds(self, images: float) -> float:
-        """The whole step."""
+        """Return the seconds of a full step."""
         return self.passes(images) + self.fixed
 
 
@@ -128,9 +128,9 @@ class Work:
 class Training:
     """A model's steps on several processes.
 
-    numbers: in the gradient. gradient_bytes: of each as it is sent. hidden: share of the exchange
-    that runs beside backward, if that lasts long enough. slowdown: processes -> how much longer
-    each computes beside the others; processes that share nothing are not in it.
+    numbers: size of the gradient. gradient_bytes: of each number sent. hidden: fraction of the
+    communication that overlaps with backward, if that lasts long enough. slowdown: number of
+    processes -> factor on the computing time, since they share cores and memory; default 1.
     """
 
     work: Work
@@ -142,35 +142,35 @@ class Training:
 
     @property
     def size(self) -> int:
-        """Bytes of the gradients as they are sent."""
+        """Bytes of the gradients that are sent."""
         return self.gradient_bytes * self.numbers
 
     @property
     def messages(self) -> int:
-        """The wrapper fills its buckets in float32, however few bytes of them then travel."""
+        """Number of buckets; they are filled in float32, also if the gradients are sent in bf16."""
         return buckets(4 * self.numbers)
 
     def exchange(self, members: int) -> float:
-        """Seconds of the gradients' exchange with nothing beside it."""
+        """Return the seconds of the gradients' all-reduce alone."""
         return self.network.seconds(self.size, members, self.messages)
 
     def seconds(self, members: int, images: float) -> float:
-        """A step of so many images on each of the members."""
+        """Return the seconds of a step of `images` on each of the members."""
         slow, exchange = self.slowdown.get(members, 1.0), self.exchange(members)
         backward = BACKWARD * slow * self.work.passes(images)
         longer = max((1 - self.hidden) * exchange, exchange - backward)
         return slow * self.work.seconds(images) + longer
 
     def weak(self, members: int, images: float) -> float:
-        """Efficiency against as many that each train alone on as many images."""
+        """Return the efficiency compared with independent processes of as many images."""
         return self.work.seconds(images) / self.seconds(members, images)
 
     def strong(self, members: int, total: float) -> float:
-        """Efficiency against one that takes the whole batch, in parts if it has to."""
+        """Return the efficiency compared with one process that takes the full batch."""
         return self.work.seconds(total) / (members * self.seconds(members, total / members))
 
     def fewest(self, members: int) -> int:
-        """Images of each with which it does ENOUGH of what any number would let it do alone."""
+        """Return the fewest images per GPU for ENOUGH of the full throughput of a single GPU."""
         return bisect.bisect_left(
             range(MOST), ENOUGH, key=lambda n: n * self.work.image / self.seconds(members, n)
         )
@@ -182,7 +182,7 @@ class Training:
 def fit_two(
     a: Sequence[float], b: Sequence[float], seconds: Sequence[float]
 ) -> tuple[float, float]:
-    """x, y >= 0 with x a + y b = seconds, by least squares of the relative errors.
+    """Fit x, y >= 0 with x a + y b = seconds, by least squares of the relative errors.
 
     Relative, since the times of an all-reduce differ by a factor of a thousand.
     """
@@ -190,7 +190,7 @@ def fit_two(
     both = np.linalg.lstsq(terms, np.ones(len(seconds)), rcond=None)[0]
     if both.min() >= 0:
         return float(both[0]), float(both[1])
-    alone = terms.sum(0) / np.square(terms).sum(0)  # each without the other
+    alone = terms.sum(0) / np.square(terms).sum(0)  # one term without the other
     gaps = np.square(1 - terms * alone).sum(0)
     return (float(alone[0]), 0.0) if gaps[0] < gaps[1] else (0.0, float(alone[1]))
 
@@ -198,8 +198,8 @@ def fit_two(
 def fit_link(
     sizes: Sequence[float], members: Sequence[int], seconds: Sequence[float], cores: float
 ) -> Link:
-    """Latency and bandwidth of a ring from timed all-reduces."""
-    one = Link(1.0, math.inf, cores=cores), Link(0.0, 1.0, cores=cores)  # what a second and byte do
+    """Fit latency and bandwidth of a ring to timed all-reduces."""
+    one = Link(1.0, math.inf, cores=cores), Link(0.0, 1.0, cores=cores)  # units
     points = list(zip(sizes, members, strict=True))
     waits, sent = ([link.seconds(*point) for point in points] for link in one)
     latency, per_byte = fit_two(waits, sent, seconds)
@@ -207,22 +207,22 @@ def fit_link(
 
 
 def fit_work(images: Sequence[float], seconds: Sequence[float]) -> Work:
-    """Seconds an image and a step from timed steps of different numbers of images."""
+    """Fit the seconds per image and per step to timed steps of different numbers of images."""
     return Work(*fit_two(images, [1.0] * len(images), seconds))
 
 
 def relative_errors(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
-    """(root of the mean square, largest) of predicted / measured - 1."""
+    """Return (root mean square, largest) of predicted / measured - 1."""
     gaps = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
     return math.sqrt(sum(gap**2 for gap in gaps) / len(gaps)), max(gaps)
 
 
-# --- what a model computes and sends -------------------------------------------------------------
+# --- computation and gradients of a model --------------------------------------------------------
 
 
 @cache
 def network(model: str, mode: str) -> nn.Module:
-    """The model that a mode trains, without memory for its parameters."""
+    """Build the model that a mode trains, on the meta device."""
     if mode == "pretrain":
         return shape_of(model)
     with torch.device("meta"):
@@ -230,25 +230,25 @@ def network(model: str, mode: str) -> nn.Module:
 
 
 def parameters(model: str, mode: str) -> int:
-    """Numbers in the gradient."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in network(model, mode).parameters() if p.requires_grad)
 
 
 def blocks(model: str, mode: str) -> int:
-    """Of encoder and decoder."""
+    """Return the number of blocks of encoder and decoder."""
     return sum(isinstance(part, Block) for part in network(model, mode).modules())
 
 
 def weights(layers: nn.Module) -> int:
-    """Multiplications of linear and convolution layers at one position."""
+    """Return the multiplications of linear and convolution layers at one position."""
     kinds = (nn.Conv2d, nn.Linear)
     return sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, kinds))
 
 
 def forward_gmac(model: str, mode: str, input_size: int) -> float:
-    """Billions of multiplications of linear and convolution layers, forward, an image.
+    """Return the GMACs of linear and convolution layers in forward, per image.
 
-    In pre-training those of the visible patches in the encoder, and of all cells in the decoder.
+    In pre-training the encoder counts visible patches only, and the decoder all cells.
     """
     whole = network(model, mode)
     if mode == "finetune":
@@ -260,11 +260,11 @@ def forward_gmac(model: str, mode: str, input_size: int) -> float:
     return gmac(whole.encoder, seen) + cells * decoder / 1e9
 
 
-# --- many GPUs, on paper -------------------------------------------------------------------------
+# --- many GPUs, estimated ------------------------------------------------------------------------
 
 
-def on_paper(model: str, mode: str, args: argparse.Namespace) -> Training:
-    """On the GPUs that the flags assume; a step multiplies three times as often as forward."""
+def assumed_training(model: str, mode: str, args: argparse.Namespace) -> Training:
+    """Model training on the GPUs of the flags; a step has three times forward's multiplications."""
     numbers = parameters(model, mode)
     flops = 3 * 2e9 * forward_gmac(model, mode, args.input_size)
     work = Work(
@@ -279,7 +279,7 @@ def on_paper(model: str, mode: str, args: argparse.Namespace) -> Training:
 
 
 def cell(seconds: float, images: float, efficiency: float) -> str:
-    """12.3 ms, 333k/s, 98%"""
+    """Format a cell: `12.3 ms, 333k/s, **98%**`."""
     rate, percent = images / seconds, 100 * efficiency
     text = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.0f}k"
     text = text if rate >= 1e4 else f"{rate:.0f}"
@@ -287,53 +287,55 @@ def cell(seconds: float, images: float, efficiency: float) -> str:
 
 
 def describe_assumptions(args: argparse.Namespace) -> str:
-    """What the tables of GPUs rest on."""
+    """Return the assumptions of the tables as Markdown."""
     between = "double binary trees" if args.between == "tree" else "a ring"
     ways = (argparse.Namespace(**{**vars(args), "between": way}) for way in ("tree", "ring"))
-    huge = (on_paper("convnextv2_huge", "pretrain", way) for way in ways)
+    huge = (assumed_training("convnextv2_huge", "pretrain", way) for way in ways)
     ms = [1e3 * training.exchange(GPUS[-1]) for training in huge]
-    return f"""Computed, not measured, for DistributedDataParallel. Assumed:
+    return f"""Estimated, not measured, for DistributedDataParallel. Assumptions:
 
-- Computing: {args.peak_tflops:g} TFLOP/s in bf16, of which {100 * args.share:g}% are reached \
-whatever the size; {args.block_ms:g} ms a block at least, for launches; AdamW and the norm move \
-{UPDATE} bytes a parameter at {args.memory_tb_s:g} TB/s. {args.input_size} px, mask ratio 0.6.
-- Network: nodes of {args.gpus_per_node} GPUs; in each a ring, {args.node_gb_s:g} GB/s a GPU and \
-{args.node_us:g} us a step; through the nodes {between}, {args.network_gb_s:g} GB/s a GPU and \
-{args.network_us:g} us a step.
-- Exchange: {args.gradient_bytes} bytes a parameter, in messages of {OTHERS >> 20} MiB of float32, \
-one after the other, in the node and between the nodes in turn; {100 * args.hidden:g}% hidden \
-behind backward, if that, two thirds of the passes, is long enough.
-- No rank is slower than another, none waits for data, memory suffices.
+- Computing: {args.peak_tflops:g} TFLOP/s in bf16, of which models of all sizes reach \
+{100 * args.share:g}%; at least {args.block_ms:g} ms per block, for launches; AdamW and the \
+gradient norm move {UPDATE} bytes per parameter at {args.memory_tb_s:g} TB/s. \
+{args.input_size} px, mask ratio 0.6.
+- Network: nodes of {args.gpus_per_node} GPUs; in each a ring, {args.node_gb_s:g} GB/s per GPU and \
+{args.node_us:g} us per step; between the nodes {between}, {args.network_gb_s:g} GB/s per GPU \
+and {args.network_us:g} us per step.
+- Communication: {args.gradient_bytes} bytes per parameter, in buckets of {OTHERS >> 20} MiB of \
+float32, one after the other, in turn within and between the nodes; {100 * args.hidden:g}% overlap \
+with backward (two thirds of the computation), if it is long enough.
+- All ranks are equally fast, none waits for data, and memory suffices.
 
-What rests on this most: gradients of Huge take {ms[0]:.0f} ms through {GPUS[-1]} GPUs with a tree \
-between the nodes, as NCCL prefers for many, and {ms[1]:.0f} ms with a ring (`--between`)."""
+The most sensitive assumption: the gradients of Huge take {ms[0]:.0f} ms on {GPUS[-1]} GPUs with a \
+tree between the nodes, which NCCL prefers for many, and {ms[1]:.0f} ms with a ring \
+(`--between`)."""
 
 
 def gpu_tables(args: argparse.Namespace) -> str:
-    """Markdown for all sizes: step time, images/s, efficiency, the fewest images of a GPU."""
-    texts = ["### Many GPUs, by the model", describe_assumptions(args)]
+    """Return Markdown for all sizes: step time, images/s, efficiency, fewest images per GPU."""
+    texts = ["### Many GPUs, estimated", describe_assumptions(args)]
     gpus = [f"{n} GPUs" for n in GPUS]
     for mode, (name, total) in RECIPES.items():
         each, weak, strong, fewest = args.gpu_batch, [], [], []
         for size in SIZES:
             model = f"convnextv2_{size}"
-            own = on_paper(model, mode, args)
+            own = assumed_training(model, mode, args)
             about = [size, f"{forward_gmac(model, mode, args.input_size):.3f}"]
             about += [f"{own.size / 1e6:.0f}"]
             points = [(n, own.seconds(n, each), own.seconds(n, total / n)) for n in GPUS]
             weak.append(about + [cell(s, n * each, own.weak(n, each)) for n, s, _ in points])
             strong.append(about + [cell(s, total, own.strong(n, total)) for n, _, s in points])
             fewest.append([size, *(own.fewest(n) for n in (1, *GPUS))])
-        head = ["", "GMAC an image", "MB of gradients", *gpus]
+        head = ["", "GMAC per image", "MB of gradients", *gpus]
         texts += [
-            f"{name}, {each} images a GPU (weak scaling): ms a step, images/s, efficiency against "
-            "as many GPUs that each train alone.",
+            f"{name}, {each} images per GPU (weak scaling): ms per step, images/s, efficiency "
+            "compared with as many independent GPUs.",
             table(head, weak),
-            f"{name}, {total} images an update (strong scaling): ms a step, images/s, efficiency "
-            "against one GPU with all of them.",
+            f"{name}, {total} images per step (strong scaling): ms per step, images/s, efficiency "
+            "compared with one GPU that takes them all.",
             table(head, strong),
-            f"{name}: fewest images a GPU for {100 * ENOUGH:g}% of what one reaches alone with as "
-            "many as it likes.",
+            f"{name}: fewest images per GPU for {100 * ENOUGH:g}% of the throughput that one "
+            "GPU reaches alone with any number.",
             table(["", "1 GPU", *gpus], fewest),
         ]
     return "\n\n".join(texts)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Steps and all-reduces of several processes, round by round, and the model fitted to them.
+"""Time steps and all-reduces of several processes, and fit the model to them.
 
 python benchmarks/scaling.py --only steps --processes 1 2 --rounds 3
 """
@@ -38,16 +38,16 @@ from benchmarks.scaling_model import (
 from benchmarks.step import machine, others_busy
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
-WAYS = ("alone", "no_sync", "sync")  # without a group; in one, without and with exchange
-TOLD = {"agreement": "whether to save or stop, an update", "meters": "means, a log line"}
+WAYS = ("alone", "no_sync", "sync")  # without a group; in a group without and with all-reduce
+CONTROL = {"vote": "vote on saving and stopping, per step", "meters": "means, per log line"}
 SIZES = [2**exponent for exponent in range(10, 25, 2)]  # bytes of all-reduces: 1 KiB to 16 MiB
 
-Case = tuple[str, int, Any]  # a way, processes, images of each; message, processes, which of them
-Seconds = dict[Case, list[float]]  # a value a round
+Case = tuple[str, int, Any]  # (way or "message", processes, images or size)
+Seconds = dict[Case, list[float]]  # one value per round
 
 
 class Team:
-    """Processes that do the same at the same time, in a group or not."""
+    """Worker processes that do the same at the same time, in a process group or not."""
 
     def __init__(self, size: int, args: argparse.Namespace, meet: Path | None = None) -> None:
         command = [sys.executable, str(WORKER), "--model", args.model, "--mode", args.mode]
@@ -61,7 +61,7 @@ class Team:
             self.members.append(subprocess.Popen(command, env=own, **pipes))
 
     def ask(self, what: str, first: int | None = None, **about: Any) -> list[Any]:
-        """What each of the members, or the `first` of them, answers."""
+        """Ask the members, or the `first` few of them, and return their answers."""
         asked = self.members[:first]
         for member in asked:
             with suppress(BrokenPipeError):  # it will not answer either
@@ -87,7 +87,7 @@ class Team:
 
 
 def scalings(args: argparse.Namespace) -> dict[str, list[tuple[int, int]]]:
-    """Kind -> (processes, images of each)."""
+    """Return kind of scaling -> (processes, images per process)."""
     return {
         "weak": [(n, args.batch_size) for n in args.processes],
         "strong": [(n, args.total // n) for n in args.processes],
@@ -95,23 +95,23 @@ def scalings(args: argparse.Namespace) -> dict[str, list[tuple[int, int]]]:
 
 
 def step_cases(args: argparse.Namespace) -> list[Case]:
-    """The steps that a round times. One process takes every number of images, for the fit."""
+    """Return the steps of a round; a single process takes every number of images, for the fit."""
     points = list(dict.fromkeys(point for kind in scalings(args).values() for point in kind))
     single = list(dict.fromkeys(("alone", 1, images) for _, images in points))
     return single + [(way, n, images) for n, images in points if n > 1 for way in WAYS]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> tuple[Seconds, list[float]]:
-    """Seconds of each case, and the cores that other programs kept busy in each timing.
+    """Time all cases; returns their seconds and the cores that other programs kept busy.
 
-    Each round begins one case later, so that none has a fixed place.
+    Each round starts with another case, so that none has a fixed place.
     """
     groups, found, others = args.processes[1:], defaultdict(list), []
     gradients = 4 * parameters(args.model, args.mode)
     sizes = [*(size for size in SIZES if size < gradients), gradients]
     with ExitStack() as stack:
         print("starting processes, a step of each case to warm up", file=sys.stderr, flush=True)
-        teams = {0: stack.enter_context(Team(max(args.processes), args))}  # of no group
+        teams = {0: stack.enter_context(Team(max(args.processes), args))}  # without a group
         for n in groups:
             teams[n] = stack.enter_context(Team(n, args, folder / f"meet-{n}"))
         for case in step_cases(args):  # a single process is the first to choose kernels
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[Seconds, list[float
 def quietly(
     timing: Callable[[], Any], teams: dict[int, Team], limit: float | None, others: list[float]
 ) -> Any:
-    """What `timing` returns, again while other programs keep more cores busy than `limit`."""
+    """Call `timing`, repeatedly while other programs keep more than `limit` cores busy."""
 
     def busy() -> float:
         return others_busy() - sum(sum(team.ask("cpu")) for team in teams.values())
@@ -147,7 +147,7 @@ def quietly(
 
 
 def time_step(case: Case, teams: dict[int, Team], count: int) -> dict[Case, float]:
-    """Seconds of a step, the mean over the processes."""
+    """Return the seconds of a step, the mean over the processes."""
     way, n, images = case
     team = teams[0 if way == "alone" else n]
     answers = team.ask("step", n, images=images, exchange=way == "sync", count=count)
@@ -155,17 +155,17 @@ def time_step(case: Case, teams: dict[int, Team], count: int) -> dict[Case, floa
 
 
 def time_messages(n: int, sizes: list[int], team: Team) -> dict[Case, float]:
-    """Seconds of an all-reduce of each size, and of what ranks tell each other besides."""
+    """Return the seconds of an all-reduce of each size, and of the control messages."""
     found: dict[Case, float] = {}
     for size in sizes:
         answers = team.ask("all_reduce", size=size, count=max(2, min(200, 2**23 // size)))
         found["message", n, size] = statistics.mean(answers)
-    told = team.ask("told", count=200)[0]
-    return found | {("message", n, what): told[what] for what in TOLD}
+    control = team.ask("control", count=200)[0]
+    return found | {("message", n, what): control[what] for what in CONTROL}
 
 
 def fit(args: argparse.Namespace, found: Seconds) -> Training:
-    """The model of this machine. Of the groups' steps it knows one: weak, in the smallest group."""
+    """Fit the model to this machine; of the groups' steps it uses only the first weak one."""
     middle = {case: statistics.median(seconds) for case, seconds in found.items()}
     alone = {(n, images): s for (way, n, images), s in middle.items() if way == "alone"}
     single = {images: s for (n, images), s in alone.items() if n == 1}
@@ -181,13 +181,13 @@ def fit(args: argparse.Namespace, found: Seconds) -> Training:
     here = replace(here, network=fit_link(sizes, members, seconds, os.cpu_count() or 1))
     n, images = scalings(args)["weak"][1]
     pairs = zip(found["sync", n, images], found["alone", n, images], strict=True)
-    longer = statistics.median(group - alone for group, alone in pairs)  # of the same round
+    longer = statistics.median(group - alone for group, alone in pairs)  # in the same round
     return replace(here, hidden=min(1.0, max(0.0, 1 - longer / here.exchange(n))))
 
 
 def reduces(found: Seconds) -> list[tuple[int, int, float]]:
-    """(processes, bytes, seconds) of the all-reduces."""
-    messages = [case for case in found if case[0] == "message" and case[2] not in TOLD]
+    """Return (processes, bytes, seconds) of the all-reduces."""
+    messages = [case for case in found if case[0] == "message" and case[2] not in CONTROL]
     return [(n, size, statistics.median(found["message", n, size])) for _, n, size in messages]
 
 
@@ -195,7 +195,7 @@ def reduces(found: Seconds) -> list[tuple[int, int, float]]:
 
 
 def ms(seconds: float, digits: int = 1) -> str:
-    """Milliseconds; nothing for what was not measured."""
+    """Format milliseconds; empty if not measured."""
     return "" if math.isnan(seconds) else f"{1e3 * seconds:.{digits}f}"
 
 
@@ -204,7 +204,7 @@ def percent(ratio: float) -> str:
 
 
 def step_rows(args: argparse.Namespace, found: Seconds, here: Training) -> list[list[object]]:
-    """A row for each number of processes in each kind of scaling."""
+    """Return a row for each number of processes in each kind of scaling."""
     rows: list[list[object]] = []
     for kind, points in scalings(args).items():
         first = points[0][1] / statistics.median(found["alone", 1, points[0][1]])
@@ -223,7 +223,7 @@ def step_rows(args: argparse.Namespace, found: Seconds, here: Training) -> list[
 
 
 def message_table(args: argparse.Namespace, found: Seconds, here: Training) -> str:
-    """Milliseconds of an all-reduce of each size, measured and by the model, and of the rest."""
+    """Return a table of all-reduces, measured and modelled, and of the control messages."""
     head, rows = ["all-reduce of"], defaultdict(list)
     for n in args.processes[1:]:
         head += [f"{n} processes, ms", "min", "model", "error"]
@@ -231,14 +231,14 @@ def message_table(args: argparse.Namespace, found: Seconds, here: Training) -> s
             model, least = here.network.seconds(size, n), min(found["message", n, size])
             rows[f"{size / 1024:.0f} KiB"] += [ms(middle, 2), ms(least, 2), ms(model, 2)]
             rows[f"{size / 1024:.0f} KiB"] += [f"{100 * (model / middle - 1):+.0f}%"]
-        for what, name in TOLD.items():
+        for what, name in CONTROL.items():
             own = found["message", n, what]
             rows[name] += [ms(statistics.median(own), 2), ms(min(own), 2), "", ""]
     return table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def describe_fit(args: argparse.Namespace, found: Seconds, here: Training) -> str:
-    """The numbers of the model and how well they fit."""
+    """Describe the fitted model and its errors."""
     members, sizes, seconds = zip(*reduces(found), strict=True)
     predicted = [here.network.seconds(size, n) for n, size in zip(members, sizes, strict=True)]
     usual, largest = relative_errors(predicted, seconds)
@@ -246,32 +246,31 @@ def describe_fit(args: argparse.Namespace, found: Seconds, here: Training) -> st
     n, link = args.processes[1], here.network
     return f"""The model, fitted to the columns *alone* and to the all-reduces below:
 
-- Computing: {ms(here.work.fixed)} ms a step and {ms(here.work.image, 2)} ms an image of a process \
-that has the machine to itself; others beside it make that {slow} times as long.
+- Computing: {ms(here.work.fixed)} ms per step and {ms(here.work.image, 2)} ms per image in a \
+single process; with several processes {slow} times as long.
 - All-reduce: 2 (n - 1) latencies of {1e6 * link.latency:.0f} us and 2 (n - 1) / n of the bytes at \
 {link.bandwidth / 1e9:.2f} GB/s, times n / {link.cores} where processes outnumber cores; error \
 {percent(usual)} (root mean square), at most {percent(largest)}.
-- Exchange: {here.size / 1e6:.1f} MB of gradients in {here.messages} messages, \
-{ms(here.exchange(n))} ms with {n} processes, of which {percent(here.hidden)} are hidden behind \
-backward. The weak step of {n} processes tells that share; the other steps are predicted."""
+- Communication: {here.size / 1e6:.1f} MB of gradients in {here.messages} buckets, \
+{ms(here.exchange(n))} ms with {n} processes, of which {percent(here.hidden)} overlap with \
+backward. This fraction is fitted to the weak step of {n} processes; other steps are predicted."""
 
 
 def report_steps(args: argparse.Namespace) -> str:
-    """Markdown: steps and all-reduces, the model's beside them."""
+    """Return Markdown: measured steps and all-reduces next to those of the model."""
     with tempfile.TemporaryDirectory() as folder:
         found, others = measure(args, Path(folder))
     here = fit(args, found)
-    head = ["scaling", "processes", "images each", "alone, ms", "group, no exchange, ms"]
-    head += ["group, ms", "min to max", "images/s", "of one process", "of as many alone"]
+    head = ["scaling", "processes", "images each", "alone, ms", "group, no all-reduce, ms"]
+    head += ["group, ms", "min to max", "images/s", "vs. one process", "vs. independent"]
     lines = [
         f"### Steps on several processes: {args.model}, {args.mode}",
         "",
-        f"Measured but for the model: float32, {args.input_size} px, gloo, a thread a process on "
-        f"{os.cpu_count()} cores; medians of {args.rounds} rounds, the cases in turn, "
-        f"{args.steps} steps a timing. *Alone*: as many processes at the same time without a "
-        "group, which share the cores as a group does. *Of one process*: images/s of a process, "
-        "against one that has the machine to itself. *Of as many alone*: what the group leaves "
-        "of that.",
+        f"Measured, except the model: float32, {args.input_size} px, gloo, one thread per "
+        f"process on {os.cpu_count()} cores; medians of {args.rounds} rounds, the cases in turn, "
+        f"{args.steps} steps per timing. *Alone*: as many independent processes at the same time. "
+        "*vs. one process*: images/s per process compared with a single process. "
+        "*vs. independent*: compared with independent processes.",
         "",
         machine(torch.device("cpu")),
         f"Other programs kept {statistics.mean(others):.2f} cores busy, in a timing at most "

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""A process that benchmarks/scaling.py starts: it does what lines of JSON ask for, and answers so.
+"""Worker process of benchmarks/scaling.py: measures what a line of JSON asks for, answers in JSON.
 
 echo '{"what": "sampler", "length": 1281167, "ranks": 1024}' | python benchmarks/scaling_worker.py
 """
@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 from parallel import process_group
 
 CLASSES = 1000
-KEYS = 200_000  # of a sampler that are counted
-UPDATES, EPOCHS = 2000, 100  # of a run that logs
-LOOKUPS, WIDTH = 1000, 18  # in an index of files; bytes of a path there
+KEYS = 200_000  # keys of a sampler that are timed
+UPDATES, EPOCHS = 2000, 100  # steps and epochs of the timed log
+LOOKUPS, WIDTH = 1000, 18  # paths to look up in an index; bytes of a path
 ENDLESS = 1 << 40  # batches of an epoch
 
 
@@ -40,12 +40,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="convnextv2_atto")
     parser.add_argument("--mode", choices=["pretrain", "finetune"], default="pretrain")
     parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--meet", default="", help="address of the group to join; default none")
+    parser.add_argument("--meet", default="", help="address of the process group; default none")
     return parser
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ CPU = torch.device("cpu")
 
 
 class Steps:
-    """The toolkit's own step on images that are already there."""
+    """The toolkit's training step on images in memory."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         autotune.set_kernels("auto", CPU)
@@ -91,25 +91,25 @@ class Steps:
         self.size = args.input_size
 
     def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        """An update."""
+        """Take one optimizer step."""
         with self.stepper.micro_batch():
             loss = self.loss(self.model, *batch)
         self.stepper.step(loss, batch[2])
 
     def time(self, images: int, exchange: bool, count: int) -> float:
-        """Seconds of a step of so many images; without `exchange` of a rank by itself."""
+        """Return the seconds of a step of `images`; exchange: all-reduce the gradients."""
         x = torch.randn(images, 3, self.size, self.size)
         x = x.contiguous(memory_format=torch.channels_last)
         batch = x, torch.randint(CLASSES, (images,)), torch.arange(images)
         silent = process_group.get_world_size() > 1 and not exchange
         with self.model.no_sync() if silent else nullcontext():
             seconds = seconds_a_call(partial(self.step, batch), count)
-        self.stepper.read()  # it keeps a record of each update until somebody asks
+        self.stepper.read()  # it keeps a record of each step until it is read
         return seconds
 
 
 def seconds_a_call(work: Callable[[], Any], count: int) -> float:
-    """Seconds, after one call untimed, all ranks at the same time."""
+    """Return the seconds of a call, after an untimed one, on all ranks at the same time."""
     work()
     process_group.barrier()
     start = time.perf_counter()
@@ -119,22 +119,22 @@ def seconds_a_call(work: Callable[[], Any], count: int) -> float:
 
 
 def all_reduce(size: int, count: int) -> float:
-    """Seconds of an all-reduce of `size` bytes over the group."""
+    """Return the seconds of an all-reduce of `size` bytes over the group."""
     values = torch.zeros(size // 4)
     return seconds_a_call(lambda: dist.all_reduce(values), count)
 
 
-def told(count: int) -> dict[str, float]:
-    """Seconds of what every rank says beside the gradients: in an update, and at a log line."""
-    agreement = RankVote()
+def control(count: int) -> dict[str, float]:
+    """Return the seconds of the control messages: in each step, and at a log line."""
+    vote = RankVote()
     batches = DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     found = {
-        "agreement": seconds_a_call(lambda: agreement.exchange(False, False), count),
+        "vote": seconds_a_call(lambda: vote.exchange(False, False), count),
         "meters": seconds_a_call(means.read, count),
     }
-    agreement.wait()
+    vote.wait()
     return found
 
 
@@ -142,9 +142,9 @@ def told(count: int) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most.
+    """Return the peak memory of this process in bytes.
 
-    Linux's own figure for the program: that of getrusage begins with what its parent held.
+    On Linux from /proc: the value of getrusage includes the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
@@ -154,7 +154,7 @@ def peak_memory() -> int:
 
 
 def sampler_cost(length: int, ranks: int) -> dict[str, float]:
-    """The last rank's sampler: seconds to the first key, keys a second, resume, peak bytes."""
+    """Measure the last rank's sampler: seconds to start and to resume, keys/s, peak memory."""
     before, start = peak_memory(), time.perf_counter()
     sampler = TrainSampler(length, 0, ranks - 1, ranks)
     sampler.set_epoch(3)
@@ -182,12 +182,12 @@ def sparse_index(folder: Path, length: int, known: range) -> None:
 
 
 def path_of(number: int) -> str:
-    """WIDTH - 1 letters."""
+    """Return a path of WIDTH - 1 letters."""
     return f"{number // 1000:09d}/{number % 1000:03d}.jpg"
 
 
 def index_cost(length: int) -> dict[str, float]:
-    """Seconds to map an index and to find a path in it; peak bytes of that; bytes of the file."""
+    """Measure an index: seconds to open it and to find a path, its bytes, peak memory."""
     known = range(0, length, max(1, length // LOOKUPS))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "images.index"
@@ -201,12 +201,12 @@ def index_cost(length: int) -> dict[str, float]:
         start = time.perf_counter()
         right = all(index[number] == (f"/data/{path_of(number)}", 0) for number in known)
         found["find"] = (time.perf_counter() - start) / len(known)
-    assert right, "another path than was written"
+    assert right, "found another path than was written"
     return found | {"memory": peak_memory() - before}
 
 
 def log_cost(print_freq: int) -> dict[str, float]:
-    """Seconds of an update's report without a line, of a line with each hook, of an epoch's."""
+    """Measure the log: seconds per step without a line, per line with each hook, per epoch."""
     state, batches = TrainState(), DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
     lines, logger, found = max(3, UPDATES // print_freq), process_group.get_logger(), {}
     before = logger.handlers
@@ -231,7 +231,7 @@ def log_cost(print_freq: int) -> dict[str, float]:
 def time_updates(
     hooks: list[Hook], batches: DeviceLoader, lines: int, print_freq: int
 ) -> tuple[float, float]:
-    """Seconds of the report on an update, the longest left out: (without a log line, with one)."""
+    """Return the seconds of logging a step (without a log line, with one), without the longest."""
     reporter = Reporter(hooks, CPU, TrainState(), ENDLESS, ENDLESS, print_freq)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -240,8 +240,8 @@ def time_updates(
         reporter.state.global_step += 1
         start = time.perf_counter()
         reporter.after_batch(64)
-        told = reporter.after_step(1e-3)
-        seconds[told].append(time.perf_counter() - start)
+        logged = reporter.after_step(1e-3)
+        seconds[logged].append(time.perf_counter() - start)
     without, with_one = (
         (sum(s) - max(s, default=0)) / max(1, len(s) - 1) for s in seconds.values()
     )
@@ -251,7 +251,7 @@ def time_updates(
 ANSWERS = {
     "cpu": time.process_time,
     "all_reduce": all_reduce,
-    "told": told,
+    "control": control,
     "sampler": sampler_cost,
     "index": index_cost,
     "log": log_cost,
@@ -259,9 +259,9 @@ ANSWERS = {
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Answer until there is nothing more to read."""
+    """Answer the requests on standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the toolkit prints is no answer
+    os.dup2(2, 1)  # output of the toolkit goes to standard error
     torch.set_num_threads(1)
     process_group.init_distributed_mode("cpu", args.meet or "env://")
     steps: list[Steps] = []

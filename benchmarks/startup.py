@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Seconds from the start of a script to its --help, and to its first update.
+"""Measure the seconds from the start of a script to its --help and to its first step.
 
 python benchmarks/startup.py --output benchmarks/RESULTS.md
 """
@@ -42,12 +42,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def make_rows(device: str) -> dict[str, tuple[list[str], str]]:
-    """What a row is called -> the words behind `python`, and the output that it waits for."""
+    """Return name of a row -> (arguments of `python`, output to wait for)."""
     rows = {"import torch, nothing else": (["-c", "import torch"], "")}
     rows |= {f"{script} --help": ([script, "--help"], "") for script in HELP}
     words = [*TRAIN.split(), "--progress", "lines", "--device", device]
     for script in ("main_pretrain.py", "main_finetune.py"):
-        rows[f"{script}, Atto, to the end of the first update"] = ([script, *words], FIRST_UPDATE)
+        rows[f"{script}, Atto, to the end of the first step"] = ([script, *words], FIRST_UPDATE)
     return rows
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Time a training step, ours beside dense-masked FCMAE and timm, in one process.
+"""Time a training step and compare it with dense-masked FCMAE and timm, in one process.
 
 python benchmarks/step.py --model convnextv2_tiny
 """
@@ -58,7 +58,7 @@ RATIOS = (
     ("packed", "products"),
 )
 MEMORY_RATIOS = (("packed", "masked"), ("dense", "timm"))
-MAKING = 0.65  # share of --minutes in which variants are compiled and batches tried
+MAKING = 0.65  # fraction of --minutes for compiling variants and trying batches
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -84,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default cuda where there is one, else cpu")
     parser.add_argument("--only", help=f"comma separated, of {', '.join(VARIANTS)}")
     parser.add_argument("--no_compile", action="store_true", help="leave compiled variants out")
-    parser.add_argument("--quiet", type=float, help="repeat while others keep more cores busy")
+    parser.add_argument("--quiet", type=float, help="repeat while other programs use more cores")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="then report the batches and rounds so far"
     )
@@ -93,7 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and typing errors answer before torch is loaded
+    get_args_parser().parse_args()  # --help and wrong flags answer before torch is imported
 
 import timm
 import torch
@@ -181,7 +181,7 @@ def make_variants(args: argparse.Namespace) -> list[Variant]:
     except TimeIsUp as up:
         args.end = 0.0 if up.args[0] == signal.SIGTERM else args.end
         for name, batch in points:
-            leave_out(name, f"batch {batch}", "the time was up", args)
+            leave_out(name, f"batch {batch}", "out of time", args)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     variants = [best[name][0] for name in names if name in best]
@@ -200,13 +200,13 @@ def make_products(packed: Variant, args: argparse.Namespace) -> list[Variant]:
     except (Exception, TimeIsUp) as error:
         up = isinstance(error, TimeIsUp)
         args.end = 0.0 if up else args.end
-        leave_out("products", f"batch {packed.batch}", "the time was up" if up else error, args)
+        leave_out("products", f"batch {packed.batch}", "out of time" if up else error, args)
         return []
     return [Variant("products", packed.batch, packed.model, None, replay)]
 
 
 def leave_out(name: str, what: str, why: object, args: argparse.Namespace) -> None:
-    """Say it on stderr and keep it for the report."""
+    """Print a text to stderr and keep it for the report."""
     if isinstance(why, Exception):
         lines = str(why).strip().splitlines()
         why = f"{type(why).__name__}: {lines[0][:200] if lines else ''}"
@@ -242,7 +242,7 @@ def measure(args: argparse.Namespace, variants: list[Variant], end: float = math
 
 
 def time_quietly(variant: Variant, args: argparse.Namespace) -> float:
-    """Time the variant, again while others are busier than --quiet; the cores they kept busy."""
+    """Time a variant, repeatedly while other programs exceed --quiet; returns their busy cores."""
     for _ in range(args.settle):  # caches and free memory are those of another variant
         variant.step()
     for _ in range(1 if args.quiet is None else 20):
@@ -262,13 +262,13 @@ def read(path: str) -> str:
 
 
 def others_busy() -> float:
-    """CPU seconds that other processes have used since boot; 0 where it is not known."""
+    """Return the CPU seconds of other processes since boot; 0 if unknown."""
     ticks = sum(map(int, read("/proc/stat").split()[1:4]))  # user, nice, system
     return ticks / os.sysconf("SC_CLK_TCK") - time.process_time() if ticks else 0.0
 
 
 def report(args: argparse.Namespace, variants: list[Variant]) -> str:
-    """Markdown: what was measured, where, the rows and the ratios."""
+    """Return Markdown: settings, machine, rows and ratios."""
     kind = "peak MiB" if args.device.type == "cuda" else "saved for backward, MiB"
     named = {v.name: v for v in variants}
     rows, ratios = [], []
@@ -305,7 +305,7 @@ def describe(args: argparse.Namespace, variants: list[Variant]) -> list[str]:
     size, (h, w), (mean, high) = args.input_size, args.grid, args.others
     rounds = str(done := len(variants[0].seconds))
     if done < args.rounds:
-        rounds += f" of {args.rounds} (the time was up)"
+        rounds += f" of {args.rounds} (out of time)"
     settings = (
         f"{'float32' if args.amp == 'none' else 'autocast ' + args.amp}, {size} px, {CLASSES} "
         f"classes, patches {h} x {w}, {args.visible} visible; a training step is forward + "

@@ -43,7 +43,7 @@ class Variant:
     memory: int | None = None  # bytes
 
     def step(self) -> None:
-        """Forward, backward, optimizer; gradients are freed, as other variants share the memory."""
+        """Take one step; gradients are freed afterwards, since other variants share the memory."""
         if self.optimizer is None:
             with torch.inference_mode():
                 self.loss()
@@ -54,7 +54,7 @@ class Variant:
 
     @property
     def rate(self) -> float:
-        """Images a second, by the median."""
+        """Return the images per second, by the median."""
         return self.batch / statistics.median(self.seconds)
 
 
@@ -84,7 +84,7 @@ def make_variant(name: str, batch: int, args: argparse.Namespace) -> Variant:
 def make_loss(
     kind: str, forward: Callable, batch: int, args: argparse.Namespace
 ) -> Callable[[], Tensor]:
-    """What a step differentiates; in inference the logits."""
+    """Return the loss; in inference the logits."""
     device, size = args.device, args.input_size
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -105,7 +105,7 @@ def make_loss(
 
 
 def saved_bytes(variant: Variant) -> int:
-    """What forward saves for backward: distinct storages, parameters aside."""
+    """Return the bytes that forward saves for backward, without parameters."""
     seen = {p.untyped_storage().data_ptr(): 0 for p in variant.model.parameters()}
 
     def pack(x: Tensor) -> Tensor:
@@ -113,13 +113,13 @@ def saved_bytes(variant: Variant) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = variant.loss()  # kept to the end: what is freed could be counted as one
+        loss = variant.loss()  # kept until the end: memory that is freed could be counted twice
     del loss
     return sum(seen.values())
 
 
 def measure_memory(variant: Variant, device: torch.device) -> int | None:
-    """Bytes, in a step. CUDA: what a run of it alone would peak at. CPU: saved for backward."""
+    """Return the bytes of a step. CUDA: the peak of a separate run. CPU: saved for backward."""
     if device.type == "cuda":
         states = variant.optimizer.state.values() if variant.optimizer else ()
         state = [v for s in states for v in s.values()]
@@ -135,7 +135,7 @@ def measure_memory(variant: Variant, device: torch.device) -> int | None:
 
 
 def time_steps(variant: Variant, steps: int, device: torch.device) -> float:
-    """Seconds a step; a GPU's queue is empty at both ends."""
+    """Return the seconds per step, synchronized with the GPU before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

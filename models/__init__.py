@@ -23,8 +23,6 @@ _PREFIX = "fcmae_"
 
 def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
     """An FCMAE around the encoder of that name; keywords that FCMAE lacks go to the encoder."""
-    if kwargs.get("features_only"):
-        raise UserError(f"features_only: an FCMAE gives no maps; ask for {encoder} without fcmae_")
     names = inspect.signature(FCMAE).parameters.keys() & kwargs.keys()
     own = {name: kwargs.pop(name) for name in names}
     return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **own)
@@ -40,11 +38,7 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or call `package.module:function`.
-
-    features_only=True, out_indices=(1, 2, 3): a backbone for detection and segmentation, see
-    `ConvNeXtV2`.
-    """
+    """Build the model called `name`, or call the `package.module:function` of that name."""
     return resolve(name, MODELS, kind="model")(**kwargs)
 
 
@@ -97,6 +91,5 @@ def enable_grad_checkpointing(model: nn.Module, compiled: bool) -> None:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # timm's models that cannot raise the second
         raise UserError(
-            f"--grad_checkpointing true: {type(model).__name__} has no set_grad_checkpointing("
-            f"enable=True) that would turn it on; drop the flag ({error})"
+            f"--grad_checkpointing: {type(model).__name__} does not support it ({error}); drop it"
         ) from error

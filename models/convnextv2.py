@@ -39,34 +39,24 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        branch = self._checkpointed_branch if self._checkpoints() else self.branch
-        return x + self.drop_path(branch(x, grid))
-
-    def branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
-        """The residual branch before drop path."""
-        x = fused_dwconv(x, self.dwconv, grid, self.norm)  # norm(dwconv(x))
-        return fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
-
-    def _checkpoints(self) -> bool:
-        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            return False
-        # `functional_call` lends weights that are gone in backward; exported graphs have none.
-        lent = any(not isinstance(weight, nn.Parameter) for weight in self.parameters())
-        return not (lent or ops.exporting())
-
-    def _checkpointed_branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
-        weights = [*self.parameters()]
-
         def branch(x: Tensor) -> Tensor:
-            if any(now is not then for now, then in zip(self.parameters(), weights, strict=True)):
-                raise RuntimeError(
-                    "gradient checkpointing: a block has other weights in backward than in "
-                    "forward, as after functional_call; call set_grad_checkpointing(False)"
-                )
-            return self.branch(x, grid)
+            x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
+            x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
+            return x
 
-        # The branch draws no random numbers, so that no generator's state is kept.
-        return checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
+        if self.checkpointing and self.training and torch.is_grad_enabled() and not ops.exporting():
+            # The branch draws no random numbers, so no generator's state is saved.
+            y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = branch(x)
+        return x + self.drop_path(y)
+
+
+def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
+    """Save only the input of each block and compute the rest again in backward, as in timm."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.checkpointing = enable
 
 
 class ConvNeXtV2(nn.Module):
@@ -81,6 +71,8 @@ class ConvNeXtV2(nn.Module):
         deeper stages; see `forward_intermediates`, and `feature_info.channels()`, `.reduction()`.
     Parameter names and shapes are the official ones. Source: arXiv 2301.00808, appendix A.
     """
+
+    set_grad_checkpointing = set_grad_checkpointing
 
     def __init__(
         self,
@@ -135,17 +127,13 @@ class ConvNeXtV2(nn.Module):
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Save only the input of each block and compute the rest again in backward, as in timm."""
-        set_grad_checkpointing(self, enable)
-
     def forward_stages(
         self, x: Tensor, grid: PatchGrid | None = None, last: int = -1
     ) -> list[Tensor]:
         """Maps of the stages up to `last`, in the layout of x: dense (N, H, W, C) or packed."""
-        steps = list(zip(self.downsample_layers, self.stages, strict=True))
         maps = []
-        for downsample, stage in steps[: last + 1 or None]:
+        steps = list(zip(self.downsample_layers, self.stages, strict=True))[: last + 1 or None]
+        for downsample, stage in steps:
             x = downsample(x)
             for block in stage:
                 x = block(x, grid)
@@ -205,18 +193,8 @@ class ConvNeXtV2(nn.Module):
         return 1 + sum(layers[:stage]) + block // sizes[stage]
 
 
-def set_grad_checkpointing(network: nn.Module, enable: bool = True) -> None:
-    """Turn gradient checkpointing of all blocks in a network on or off."""
-    for module in network.modules():
-        if isinstance(module, Block):
-            module.checkpointing = enable
-
-
 def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, ...]:
-    """Numbers of stages: all (None), the last n (an int), or a rising list, -1 for the last.
-
-    Means what it means in timm, whose private helper accepts unsorted and repeated numbers too.
-    """
+    """Numbers of stages, as in timm: all (None), the last n (an int), or a rising list."""
     if indices is None:
         indices = stages
     listed = range(-indices, 0) if isinstance(indices, int) else indices
@@ -231,10 +209,7 @@ def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """Channels and strides of a backbone's maps, with the methods of timm's `FeatureInfo`.
-
-    timm's own takes two seconds to import, and torch.hub promises that torch is enough.
-    """
+    """Channels and strides of a backbone's maps, as timm's `FeatureInfo`, which imports slowly."""
 
     num_chs: tuple[int, ...]
     strides: tuple[int, ...]

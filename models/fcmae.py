@@ -19,15 +19,13 @@ from models.sparse import PatchGrid
 
 def visible_patches(num_patches: int, mask_ratio: float) -> int:
     """Number of patches that stay visible: 19 of 49 at 0.6, 10 of 100 at 0.9."""
-    if not 0 < mask_ratio < 1:
-        raise UserError(f"mask_ratio {mask_ratio}: expected a number between 0 and 1")
-    visible = int(num_patches * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.999...
+    visible = (num_patches * (1 - mask_ratio) + 1e-6) // 1  # 100 * (1 - 0.9) is 9.999...
     if not 1 <= visible < num_patches:
         raise UserError(
-            f"mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches visible; "
+            f"mask_ratio {mask_ratio} leaves {visible:.0f} of {num_patches} patches visible; "
             "expected at least 1 visible and 1 removed"
         )
-    return visible
+    return int(visible)
 
 
 def random_mask(noise: Tensor, visible: int) -> Tensor:
@@ -46,6 +44,8 @@ class FCMAE(nn.Module):
     norm_pix_loss: normalize the target, each patch by its own mean and variance.
     Source: arXiv 2301.00808, section 3. Parameter names are the official ones.
     """
+
+    set_grad_checkpointing = set_grad_checkpointing
 
     def __init__(
         self,
@@ -74,18 +74,13 @@ class FCMAE(nn.Module):
         self.decoder = nn.Sequential(*[Block(decoder_embed_dim) for _ in range(decoder_depth)])
         self.pred = PatchConv(decoder_embed_dim, stride**2 * self.in_chans, 1)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turn gradient checkpointing of encoder and decoder on or off, see `ConvNeXtV2`."""
-        set_grad_checkpointing(self, enable)
-
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w), the patches of an image of H x W pixels."""
         p = self.patch_size
         if height % p or width % p:
-            near = max(height // p, 1) * p, max(width // p, 1) * p
             raise UserError(
                 f"image of {height} x {width} pixels is not a whole number of {p} x {p} "
-                f"patches; try {near[0]} x {near[1]}"
+                f"patches; try {max(height // p, 1) * p} x {max(width // p, 1) * p}"
             )
         return height // p, width // p
 
@@ -102,8 +97,6 @@ class FCMAE(nn.Module):
         n, length, dim = patches.shape
         p = self.patch_size
         h, w = size or (round(length**0.5),) * 2
-        if h * w != length:
-            raise UserError(f"{length} patches do not fill {h} x {w}; pass size=(h, w)")
         cells = patches.reshape(n, h, w, p, p, dim // p**2).permute(0, 5, 1, 3, 2, 4)
         return cells.reshape(n, -1, h * p, w * p)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.kernels import ops
-from models.kernels.depthwise import depthwise
+from models.kernels.depthwise import depthwise_norm
 from models.kernels.grn_mlp import grn_mlp
 from models.sparse import PatchGrid
 
@@ -104,22 +104,19 @@ def init_weights(layer: nn.Module) -> nn.Module:
 
 
 def fused_dwconv(
-    x: Tensor, conv: nn.Conv2d, grid: PatchGrid | None = None, norm: nn.Module | None = None
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module, grid: PatchGrid | None = None
 ) -> Tensor:
     """`norm(conv(x))` of a dense map, or of a packed map and its grid, in the layout of x.
 
     Removed patches count as zeros, like the padding around an image.
     """
-    fused = _can_fuse(conv, nn.Conv2d) and _is_depthwise(conv)
-    if norm is not None and not (fused and _can_fuse(norm, nn.LayerNorm)):
-        return norm(fused_dwconv(x, conv, grid))
-    if not fused:
-        dense = x if grid is None else grid.unpack(x)
-        y = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return y if grid is None else grid.pack(y)
-    of_norm = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    places = (None, None) if grid is None else (grid.ids, grid.slots)
-    return depthwise(x, conv.weight, conv.bias, *of_norm, *places)
+    if _can_fuse(conv, nn.Conv2d) and _is_depthwise(conv) and _can_fuse(norm, nn.LayerNorm):
+        places = () if grid is None else (grid.ids, grid.slots)
+        weights = (conv.weight, conv.bias, norm.weight, norm.bias)
+        return depthwise_norm(x, *weights, norm.eps, *places)
+    dense = x if grid is None else grid.unpack(x)
+    y = conv(dense.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return norm(y if grid is None else grid.pack(y))
 
 
 def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
@@ -140,9 +137,8 @@ def _can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or getattr(module, "bias", True) is None or ops.exporting():
         return False
-    own = (getattr(module, name) for name in _HOOKS)
-    of_all = (getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
-    return not any(own) and not any(of_all) and "forward" not in vars(module)
+    hooked = nn.modules.module._has_any_global_hook() or any(getattr(module, n) for n in _HOOKS)
+    return not hooked and "forward" not in vars(module)
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:

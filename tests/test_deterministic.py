@@ -60,9 +60,7 @@ def test_two_runs_are_equal_whatever_the_workers_and_what_was_measured_before(sc
         words = ["--num_workers", workers, "--output_dir", folder, "--print_freq", 1]
         env = {"XDG_CACHE_HOME": str(tmp_path / faster)}
         said.append(run(script, *BASE[script], *words, env=env).stdout)
-    assert all(
-        "kernels chosen by --kernels torch: " in text and "linear torch" in text for text in said
-    )
+    assert all("linear by torch" in text for text in said)
     runs = [final(tmp_path / f"run{number}") for number in range(3)]
     assert runs[0]["optimizer"]["state"]
     assert differing(runs[0], runs[1]) == []

@@ -372,7 +372,7 @@ BAD = {  # name -> script, flags, what the line must name
     "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has SHA-256"),
     "hash of what": ("finetune", f"--sha256 {'0' * 64}", "either --resume or --finetune"),
     "average of what": ("finetune", "--use_ema", "--finetune, --resume or --eval"),
-    "hub": ("finetune", "--finetune hf-hub:owner/name", "cannot be reached"),
+    "hub": ("finetune", "--finetune hf-hub:owner/name", "local cache"),
     "output": ("pretrain", "--output_dir {0}/file", "--output_dir"),
     "device": ("pretrain", "--device warp", "--device warp"),
     "launcher": ("pretrain", "--world_size 2", "torchrun"),

@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 from config.parser import dump_args
 from datasets import DeviceLoader
 from errors import UserError
-from models.kernels.autotune import autotuner, only_torch
+from models.kernels.autotune import autotuner
 from parallel.process_group import from_main_process, get_logger, get_world_size
 from training import run_lock
 from training.checkpoint import TrainState
@@ -370,7 +370,7 @@ def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, 
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counter = FlopCounterMode(display=False)
     model.eval()
-    with torch.no_grad(), only_torch(), counter:
+    with torch.no_grad(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
     macs = counter.get_total_flops() / 2
     text = "%s: %.2fM parameters, %.3f GMACs per %dx%d image"

@@ -92,21 +92,18 @@ def to_convnextv2(state: State, decoder: bool = False) -> tuple[dict[str, Tensor
     Parts that only the other of the two models has are dropped, and reported. Unknown names stay,
     and `load_weights` refuses them.
     """
-    unwrapped = {unwrap(name): value for name, value in state.items()}
-    if len(unwrapped) < len(state):
-        raise UserError("some names differ only by a prefix such as module.; expected one of each")
-    report = Report(_layout(unwrapped))
+    names = {name: unwrap(name) for name in state}
+    report = Report(_layout(names.values()))
     if report.layout == "Hugging Face":  # ConvNextV2Model lacks the prefix of its classifier
         full = ("convnextv2.", "classifier.")
-        items = unwrapped.items()
-        unwrapped = {n if n.startswith(full) else f"convnextv2.{n}": v for n, v in items}
+        names = {n: u if u.startswith(full) else f"convnextv2.{u}" for n, u in names.items()}
     rules, out = _rules(report.layout, inward=True), {}
-    for name, value in unwrapped.items():
-        ours = _translate(name.removeprefix("encoder."), rules)
+    for name, theirs in names.items():
+        ours = _translate(theirs.removeprefix("encoder."), rules)
         if ours.startswith(CLASSIFIER if decoder else DECODER):
             report.dropped.append(ours)
             continue
-        value = _reshape(ours, name, value)
+        value = _reshape(ours, theirs, state[name])
         ours = f"encoder.{ours}" if decoder and not ours.startswith(DECODER) else ours
         if ours in out:
             raise UserError(f"{name} and another tensor are both {ours}; expected one of each")
@@ -158,8 +155,6 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
     if theirs.endswith(".kernel"):  # (k*k, C) depthwise or (k*k, C, D), with k*k column by column
         cells, *channels = value.shape
         k = round(cells**0.5)
-        if k * k != cells or len(channels) not in (1, 2):
-            raise UserError(f"{theirs} {tuple(value.shape)}: expected (k * k, C) or (k * k, C, D)")
         kernel = value.reshape(k, k, *channels).transpose(0, 1)
         return kernel.permute(3, 2, 0, 1) if len(channels) == 2 else kernel.movedim(2, 0)[:, None]
     is_vector = value.ndim > 0 and value.numel() == value.shape[-1]

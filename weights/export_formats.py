@@ -52,11 +52,6 @@ class ExportSpec:
             return "logits"
         return "features" if "norm.weight" in self.state else "map"
 
-    @property
-    def stride(self) -> int:
-        """Total stride in pixels."""
-        return self.shape["stem_stride"] * 2 ** (len(self.shape["dims"]) - 1)
-
 
 class Network(nn.Module):
     """The network of an exported graph: images (N, C, H, W) -> `ExportSpec.output`.
@@ -217,7 +212,8 @@ def write_torchscript(spec: ExportSpec, path: Path) -> None:
 
 def write_pt2(spec: ExportSpec, path: Path) -> None:
     """Write an exported program, for `torch.export.load` and AOT compilers."""
-    least = 2 * spec.stride  # torch.export would specialize on a single cell
+    network = Network(spec, half=spec.half)
+    least = 2 * network.model.total_stride  # torch.export would specialize on a single cell
     if min(spec.size) < least:
         raise UserError(
             f"--input_size {spec.size}: --to pt2 needs at least {least} pixels a side; give "
@@ -225,6 +221,5 @@ def write_pt2(spec: ExportSpec, path: Path) -> None:
         )
     dims = {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
     dynamic = ({0: torch.export.Dim("batch", min=1), **dims},)
-    network = Network(spec, half=spec.half)
     program = torch.export.export(network, (_example(spec),), dynamic_shapes=dynamic, strict=False)
     torch.export.save(program, path)

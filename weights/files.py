@@ -113,10 +113,8 @@ def check_archive(path: Path, checksums: bool = True) -> None:
         packed = [record for record in archive.infolist() if record.compress_type]
         if packed:  # it could unpack to a thousand times the size of the file
             raise UserError(
-                f"checkpoint {path} is refused: its member {packed[0].filename!r} is compressed, "
-                "which torch never does, and could unpack to any size. If you trust its author, "
-                f"save it again: python -c \"import torch; c = torch.load('{path}', "
-                "weights_only=True); torch.save(c, 'stored.pth')\""
+                f"checkpoint {path} is refused: its member {packed[0].filename!r} is compressed "
+                "and could unpack to any size; expected a file that torch.save wrote"
             )
         damaged = archive.testzip() if checksums else None
     if damaged:
@@ -128,8 +126,6 @@ def _load(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "unable to mmap" in str(error):  # lack of memory
-                raise OSError(str(error)) from error
             if "mmap can only be used" not in str(error):  # files before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)

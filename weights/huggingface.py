@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Folders for transformers' from_pretrained: weights, labels, preprocessing and a model card.
+"""Folders for transformers' from_pretrained: weights, labels and preprocessing.
 
 python export.py runs/demo/finetune --to hf --output my_model
 """
@@ -20,30 +20,6 @@ from weights.convert import to_hf
 from weights.export_formats import ExportSpec, save
 
 OUTPUTS = {"logits": "logits", "features": "pooler_output", "map": "last_hidden_state"}
-NOTES = {
-    "logits": "A classifier of {count} classes.",
-    "features": "An encoder with normalized output and no classifier.",
-    "map": "A pre-trained encoder without classifier and final norm: transformers adds a random "
-    "norm, so use `last_hidden_state` and not `pooler_output`.",
-}
-CARD = """---
-library_name: transformers
-pipeline_tag: {task}
-tags: [convnextv2]
----
-
-# {name}
-
-{note} Before you share it, add the training data, the accuracy and the license.
-
-```python
-from transformers import AutoImageProcessor, {auto}
-
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-model = {auto}.from_pretrained("FOLDER")
-{output} = model(**processor(image, return_tensors="pt")).{output}
-```
-"""
 
 
 def hf_config(spec: ExportSpec) -> dict[str, Any]:
@@ -106,15 +82,6 @@ def write_hf(spec: ExportSpec, path: Path) -> None:
     for name, values in configs.items():
         text = json.dumps(values, indent=2, ensure_ascii=False)
         (path / name).write_text(text + "\n", encoding="utf-8")
-    is_classifier = spec.output == "logits"
-    card = CARD.format(
-        name=spec.size_name or "ConvNeXt V2",
-        note=NOTES[spec.output].format(count=len(spec.labels)),
-        task="image-classification" if is_classifier else "image-feature-extraction",
-        auto="AutoModelForImageClassification" if is_classifier else "AutoModel",
-        output=OUTPUTS[spec.output],
-    )
-    (path / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_hf(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]:
@@ -151,5 +118,5 @@ def find_labels(path: str | None, classes: list[str] | None, count: int) -> list
     if count == 1000:
         from timm.data import ImageNetInfo
 
-        return [ImageNetInfo().index_to_description(label) for label in range(count)]
+        return [*map(ImageNetInfo().index_to_description, range(count))]
     return [f"class_{label}" for label in range(count)]

@@ -70,13 +70,14 @@ def load_pretrained(
     are an error that lists them.
     """
     log = get_logger()
-    path, checkpoint = main_process_first(lambda: _read(source, sha256, model_key == EMA_KEY))
+    file = main_process_first(lambda: find_source(source, sha256, ema=model_key == EMA_KEY))
+    path, checkpoint = str(file) if Path(source).is_dir() else source, read_checkpoint(file)
     expected = model.state_dict()
+    selected = select_state_dict(checkpoint, path, model_key, model_prefix)
     try:
-        selected = select_state_dict(checkpoint, path, model_key, model_prefix)
         state, report = _rename(selected, expected)
     except UserError as error:
-        raise UserError(f"{path}: {error}".replace(f"{path}: {path}", path)) from error
+        raise UserError(f"{path}: {error}") from error
     left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
     head, own_head = state.get("head.weight"), expected.get("head.weight")
     if "head." in new and head is not None and (own_head is None or head.shape != own_head.shape):
@@ -93,12 +94,6 @@ def load_pretrained(
     return report
 
 
-def _read(source: str, sha256: str, ema: bool) -> tuple[str, Any]:
-    """Read a checkpoint; returns its source too, where a folder is replaced by the file in it."""
-    path = find_source(source, sha256, ema)
-    return str(path) if Path(source).is_dir() else source, read_checkpoint(path)
-
-
 def _rename(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Report]:
@@ -109,8 +104,8 @@ def _rename(
     own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
     if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder
         report.dropped = [name for name in own if name.startswith(DECODER)]
-        kept = {name: value for name, value in own.items() if name not in report.dropped}
-        own = {name.removeprefix("encoder."): value for name, value in kept.items()}
+        kept = [name for name in own if name not in report.dropped]
+        own = {name.removeprefix("encoder."): own[name] for name in kept}
     return own, report
 
 
@@ -138,7 +133,7 @@ def load_model_and_ema(
 
 def has_ema(source: str, sha256: str = "") -> bool:
     """Return True if a checkpoint contains EMA weights."""
-    checkpoint = main_process_first(lambda: read_checkpoint(source, sha256))
+    checkpoint = read_checkpoint(source, sha256)
     content = checkpoint if isinstance(checkpoint, dict) else {}
     return any(content.get(key) is not None for key in EMA_KEY.split("|"))
 

@@ -14,10 +14,9 @@ import math
 import os
 import platform
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import timeit
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from config.flags import KERNELS
 from errors import UserError
 from parallel.process_group import agree, get_logger
 from utils import write_atomically
@@ -34,8 +32,7 @@ from utils import write_atomically
 VERSION = 1  # raise it with every change of an implementation: timings before it are ignored
 GAIN = 0.9  # take another implementation only below this fraction of the first one's time
 ROUNDS = 5  # of timing; the shortest counts
-PATIENCE = 2.0  # seconds to wait for the lock of the cache file before writing without it
-REAL = (Tensor, torch.nn.Parameter)
+PATIENCE = 2.0  # seconds to wait for the lock of the cache file
 
 
 class Autotuner:
@@ -47,28 +44,24 @@ class Autotuner:
     def __init__(self) -> None:
         self.mode = "auto"
         self.chosen: dict[tuple, str] = {}
-        self.restored: dict[str, dict[str, str]] = {}  # of the resumed run, as in `state()`
-        self.cached: dict[str, dict[str, str]] = {}  # device type -> content of its cache file
+        self.timed: dict[str, dict[str, str]] = {}  # choices of mode auto: see `state`
         self.seconds: dict[str, dict[str, float]] = {}  # entry -> times measured here
 
     def choose(
         self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
         """Name of the implementation for tensors such as `like`; `sample()` is timed."""
+        fake = type(like) not in (Tensor, torch.nn.Parameter)
+        if fake or _get_current_dispatch_mode() is not None:  # such as a counter of operations
+            return next(iter(implementations))
         question = (op, like.device.type, like.dtype, key)
         if question not in self.chosen:
-            if type(like) not in REAL or _get_current_dispatch_mode() is not None:
-                return next(iter(implementations))  # fake tensors or counting modes: no timing
-            name = self._decide(op, implementations, key, like, sample)
-            if _capturing(like):
-                return name  # perhaps only because nothing can be timed now
-            self.chosen[question] = name
+            self.chosen[question] = self._decide(op, implementations, key, like, sample)
         return self.chosen[question]
 
     def _decide(
         self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
     ) -> str:
-        device = like.device
         if self.mode == "triton" and "triton" in implementations:
             return "triton"
         # Triton's interpreter is for tests, under --kernels triton.
@@ -76,158 +69,89 @@ class Autotuner:
         names = [name for name in implementations if usable.get(name, True)]
         if len(names) == 1 or self.mode != "auto":
             return names[0]
-        entry = _entry(op, like.dtype, key)
-        restored = self.restored.get(_machine(device.type), {}).get(entry)
-        if restored in names:
-            return restored
-        if restored is not None:
-            text = "kernels: the run's choice for %s, %s, does not exist here; choosing again"
-            get_logger().warning(text, entry, restored)
-        if device.type not in self.cached:
-            self.cached[device.type] = _read(device.type)
-        cached = self.cached[device.type]
-        if cached.get(entry) not in names:
-            if _capturing(like):
-                return names[0]  # nothing can be timed within a CUDA graph
-            first, *others = (implementations[name] for name in names)
-            times = [measure(first, sample(), device)]
-            times += [_try_to_measure(other, sample(), device) for other in others]
-            self.seconds[entry] = dict(zip(names, times, strict=True))
-            best = min(times)
-            cached[entry] = names[times.index(best) if best < GAIN * times[0] else 0]
-            self._store(device.type, entry, names)
-        name = self.cached[device.type][entry]
-        agreed = agree(f"{_machine(device.type)} {entry}", name)
-        return agreed if agreed in names else name
-
-    def _store(self, kind: str, entry: str, names: list[str]) -> None:
-        """Add an entry to the cache file, or adopt one that another process has added meanwhile."""
-        from filelock import FileLock  # takes long to import
-
-        try:
-            path = cache_file(kind)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(".lock"))
-            with suppress(OSError, NotImplementedError):  # too slow, or no locks on this disk
-                lock.acquire(timeout=PATIENCE, poll_interval=0.01)
-            try:
-                found = _read(kind)
-                if found.get(entry) not in names:
-                    found[entry] = self.cached[kind][entry]
-                    write_atomically(json.dumps(found, indent=1, sort_keys=True), path)
-            finally:
-                lock.release()
-            self.cached[kind] = found
-        except (OSError, RuntimeError) as error:  # no home directory, or it is not writable
-            get_logger().debug("kernels are timed in every run: %s", error)
+        device = like.device
+        machine = _machine(device.type)
+        entry = " ".join([op, str(like.dtype).removeprefix("torch."), *map(str, key)])
+        own = self.timed.get(machine, {})
+        if own.get(entry) not in names:
+            name = _read(device.type).get(entry)
+            if name not in names:
+                times = {n: measure(implementations[n], sample(), device) for n in names}
+                self.seconds[entry] = times
+                best = min(names, key=times.get)
+                name = best if times[best] < GAIN * times[names[0]] else names[0]
+                name = _store(device.type, entry, name, names)
+            own = self.timed.setdefault(machine, {})
+            own[entry] = agree(f"{machine} {entry}", name)
+        return own[entry]
 
     def state(self) -> dict[str, dict[str, str]]:
         """The run's choices, by device and versions, as plain types for its checkpoints."""
-        state = {machine: dict(entries) for machine, entries in self.restored.items()}
-        for (op, kind, dtype, key), name in self.chosen.items() if self.mode == "auto" else ():
-            state.setdefault(_machine(kind), {})[_entry(op, dtype, key)] = name
-        return state
+        return {machine: dict(entries) for machine, entries in self.timed.items()}
 
     def restore(self, state: Mapping[str, Mapping[str, str]], device: torch.device) -> None:
         """Continue with the choices of `state()`, unless the device or a version has changed."""
-        self.restored = {machine: dict(entries) for machine, entries in state.items()}
+        self.timed = {machine: dict(entries) for machine, entries in state.items()}
         here = _machine(device.type)
         if self.mode == "auto" and state and here not in state:
             text = "kernels: choosing again, since the run was on %s and this is %s"
             get_logger().warning(text, " and ".join(state), here)
 
     def summary(self) -> str:
-        """Choices for the log: `--kernels auto: linear onednn for 1 shape, torch for 2 shapes`."""
-        counts = Counter((op, name) for (op, *_), name in self.chosen.items())
-        texts: dict[str, list[str]] = {}
-        for (op, name), count in sorted(counts.items()):
-            shapes = f"{count} shape{'s' * (count > 1)}"
-            texts.setdefault(op, []).append(f"{name} for {shapes}")
-        text = "; ".join(f"{op} {', '.join(names)}" for op, names in texts.items())
-        return f"--kernels {self.mode}: {text or 'no operation has a choice'}"
+        """Implementations in use: `gelu by torch, linear by onednn (--kernels auto: ...)`.
+
+        An operation can occur twice, since the choice depends on the tensor shape.
+        """
+        texts = sorted({f"{op} by {name}" for (op, *_), name in self.chosen.items()})
+        reason = ": the fastest on this device" if self.mode == "auto" else ""
+        return f"{', '.join(texts) or 'none yet'} (--kernels {self.mode}{reason})"
 
 
 autotuner = Autotuner()
 
 
-def shape_key(x: Tensor, *more: int) -> tuple[int, ...]:
-    """A key for `dispatch`: the shape, with images rounded up to a power of two.
+def dispatch(op: str, implementations: dict[str, Callable], more: tuple, *args: Any) -> Any:
+    """Run the fastest implementation of an operation on `args`, a tensor (N, ...) first.
 
-    The last batch may be smaller. Empty while compiling: a key would fix the graph's batch size.
-    """
-    if torch.compiler.is_compiling():
-        return ()
-    return 1 << (x.shape[0] - 1).bit_length(), *x.shape[1:], *more
-
-
-def dispatch(op: str, implementations: dict[str, Callable], key: tuple, *args: Any) -> Any:
-    """Run the fastest implementation of an operation on `args`, a tensor first.
-
-    key: what the speed depends on, apart from device and dtype. Under torch.compile the first
-    implementation runs, which the compiler optimizes.
+    more: integers that the speed depends on, apart from the device, dtype and shape of that tensor.
+    Under torch.compile the first implementation runs, which the compiler optimizes.
     """
     if len(implementations) == 1 or torch.compiler.is_compiling():
         return next(iter(implementations.values()))(*args)
-    return implementations[autotuner.choose(op, implementations, key, args[0], lambda: args)](*args)
+    x = args[0]
+    images = 1 << (x.shape[0] - 1).bit_length()  # rounded up: the last batch may be smaller
+    key = (images, *x.shape[1:], *more)
+    return implementations[autotuner.choose(op, implementations, key, x, lambda: args)](*args)
 
 
 def set_kernels(mode: str, device: torch.device) -> None:
     """Set --kernels: auto chooses by timing, torch and triton take their own where they exist."""
-    if mode not in KERNELS:
-        raise UserError(f"--kernels {mode}: expected one of {', '.join(KERNELS)}")
-    if mode == "triton" and not runs_triton(device):
+    can_run = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if mode == "triton" and not (can_run and _has_triton()):
         raise UserError(
             f"--kernels triton: Triton does not run on this {device.type} device; use --kernels "
             "auto, or set TRITON_INTERPRET=1 to run the kernels slowly without a GPU"
         )
     autotuner.mode = mode
     autotuner.chosen.clear()
-    autotuner.restored.clear()
+    autotuner.timed.clear()
 
 
-@contextmanager
-def only_torch() -> Iterator[None]:
-    """Use torch's own implementations, for code that counts or traces torch's operations."""
-    before = autotuner.mode, autotuner.chosen
-    autotuner.mode, autotuner.chosen = "torch", {}
-    try:
-        yield
-    finally:
-        autotuner.mode, autotuner.chosen = before
-
-
-def runs_triton(device: torch.device) -> bool:
-    """True on CUDA, or anywhere in Triton's interpreter, if Triton is installed."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and _has_triton()
-
-
-@cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 @torch.no_grad()
 def measure(function: Callable, args: tuple, device: torch.device) -> float:
-    """Seconds of the fastest of ROUNDS calls, after one that compiles and warms up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        wait()
-        start = time.perf_counter()
+    """Shortest of ROUNDS calls in seconds, after one that compiles; infinity if it fails."""
+
+    def call() -> None:
         function(*args)
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-
-def _try_to_measure(function: Callable, args: tuple, device: torch.device) -> float:
     try:
-        return measure(function, args, device)
+        return min(timeit.repeat(call, number=1, repeat=1 + ROUNDS)[1:])
     except Exception as error:  # it may not fit this device, shape or memory
         get_logger().debug("kernel left out: %s: %s", type(error).__name__, error)
         return math.inf
@@ -249,8 +173,22 @@ def _read(kind: str) -> dict[str, str]:
         return {}
 
 
-def _entry(op: str, dtype: torch.dtype, key: tuple) -> str:
-    return " ".join([op, str(dtype).removeprefix("torch."), *map(str, key)])
+def _store(kind: str, entry: str, name: str, names: list[str]) -> str:
+    """Add a choice to the cache file; returns it, or one that another process added meanwhile."""
+    from filelock import FileLock  # takes long to import
+
+    try:
+        path = cache_file(kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(".lock"), timeout=PATIENCE, poll_interval=0.01):
+            found = _read(kind)
+            if found.get(entry) not in names:
+                found[entry] = name
+                write_atomically(json.dumps(found, indent=1, sort_keys=True), path)
+            return found[entry]
+    except (OSError, RuntimeError) as error:  # no home directory, not writable, or no locks there
+        get_logger().debug("kernels are timed in every run: %s", error)
+        return name
 
 
 def _machine(kind: str) -> str:

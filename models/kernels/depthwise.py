@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Depthwise convolution of dense and packed maps, and the LayerNorm behind it.
+"""Depthwise convolution of dense and packed maps, followed by LayerNorm.
 
 python -c "from models.kernels import depthwise; print(list(depthwise.CONVOLVE))"
 
@@ -10,7 +10,7 @@ and slots (N, h, w) of a `PatchGrid`; weight (C, 1, k, k), bias (C). Results are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any
 
@@ -22,29 +22,29 @@ from torch.autograd import Function
 from models.kernels import autotune, ops
 
 
-def depthwise(
+def depthwise_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 0.0,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
     ids: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """Convolve with stride 1 and zero padding, then normalize if there are a norm's parameters.
+    """Convolve with stride 1 and zero padding, then normalize.
 
     Removed patches count as zeros. Under autocast the norm's statistics are in float32.
     """
     x, weight, bias = ops.in_autocast_dtype(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _Depthwise.apply(x, weight, bias, norm_weight, norm_bias, eps, ids, slots)[0]
+        return _DepthwiseNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, ids, slots)[0]
 
 
 def _plain(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> Tensor:
-    """The result of `_Depthwise` by torch's own differentiable operations."""
+    """The result of `_DepthwiseNorm` by torch's own differentiable operations."""
     y = _torch_convolve(x, weight, bias, ids, slots)
-    return y if norm_weight is None else _layer_norm(y, norm_weight, norm_bias, eps)[0]
+    return _layer_norm(y, norm_weight, norm_bias, eps)[0]
 
 
 def _layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -54,15 +54,13 @@ def _layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
     return normed.to(y.dtype), mean, rstd
 
 
-class _Depthwise(Function):
-    """Saves x, and with a norm also the convolution's result."""
+class _DepthwiseNorm(Function):
+    """Returns (normalized, y, mean, 1 / deviation) and saves x and the last three."""
 
     @staticmethod
     def forward(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> tuple[Tensor, ...]:
-        if norm_weight is None:
-            return (ops.no_view(_convolve(x, weight, bias, ids, slots)),)
         inputs = (x, weight, bias, norm_weight, norm_bias, eps, ids, slots)
-        return autotune.dispatch("depthwise norm", CONVOLVE_NORM, _key(x, weight, slots), *inputs)
+        return autotune.dispatch("depthwise norm", CONVOLVE_NORM, _sizes(weight, slots), *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -76,24 +74,16 @@ class _Depthwise(Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, weight, bias, norm_weight, norm_bias, ids, slots, *saved = ctx.saved_tensors
+        x, weight, bias, norm_weight, norm_bias, ids, slots, y, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative
             inputs = (x, weight, bias, norm_weight, norm_bias, ctx.eps, ids, slots)
             return ops.plain_gradients(_plain, inputs, grad)
-        norm_grads = None, None
-        if saved:
-            y, mean, rstd = saved
-            wide = (t.to(norm_weight.dtype) for t in (grad, y))
-            rest = (norm_weight.shape, mean, rstd, norm_weight, norm_bias, [True, True, True])
-            grad, *norm_grads = torch.ops.aten.native_layer_norm_backward(*wide, *rest)
-            grad = grad.to(y.dtype)
+        wide = (t.to(norm_weight.dtype) for t in (grad, y))
+        rest = (norm_weight.shape, mean, rstd, norm_weight, norm_bias, [True, True, True])
+        grad, *norm_grads = torch.ops.aten.native_layer_norm_backward(*wide, *rest)
+        grad = grad.to(y.dtype)
         dbias = grad.flatten(0, -2).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        if not ctx.needs_input_grad[1]:  # frozen
-            dx, dweight = _convolve(grad, weight.flip(2, 3), None, ids, slots), None
-        else:
-            compiling = torch.compiler.is_compiling()
-            gradients = torch.ops.convnextv2.depthwise_gradients if compiling else _gradients
-            dx, dweight = gradients(grad, x, weight, ids, slots)
+        dx, dweight = _gradients(grad, x, weight, ids, slots)
         return dx, dweight, dbias, *norm_grads, None, None, None
 
 
@@ -101,16 +91,10 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, slots: Tensor | None
 ) -> Tensor:
     """The convolution in its fastest implementation, which has no gradient."""
-    compiling = torch.compiler.is_compiling()
-    convolve = torch.ops.convnextv2.depthwise if compiling else _fastest_convolve
-    return convolve(x, weight, bias, ids, slots)
-
-
-def _fastest_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, slots: Tensor | None
-) -> Tensor:
-    key = _key(x, weight, slots)
-    y = autotune.dispatch("depthwise", CONVOLVE, key, x, weight, bias, ids, slots)
+    if torch.compiler.is_compiling():
+        return torch.ops.convnextv2.depthwise(x, weight, bias, ids, slots)
+    sizes = _sizes(weight, slots)
+    y = autotune.dispatch("depthwise", CONVOLVE, sizes, x, weight, bias, ids, slots)
     return y.contiguous()  # as `register_fake` promises; torch's own follows the strides of x
 
 
@@ -121,18 +105,19 @@ def _gradients(
 
     The weight's is contiguous like DDP's gradient buckets, which would copy any other.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.convnextv2.depthwise_gradients(dy, x, weight, ids, slots)
     if x.device.type == "cpu" and autotune.autotuner.mode != "triton":
         return _cpu_gradients(dy, x, weight, ids, slots)
-    dx = _fastest_convolve(dy, weight.flip(2, 3), None, ids, slots)
+    dx = _convolve(dy, weight.flip(2, 3), None, ids, slots)
     inputs = (dy, x, weight.shape[-1], ids, slots)
-    key = _key(x, weight, slots)
-    dweight = autotune.dispatch("depthwise weight", WEIGHT_GRAD, key, *inputs)
+    dweight = autotune.dispatch("depthwise weight", WEIGHT_GRAD, _sizes(weight, slots), *inputs)
     return dx, dweight.to(weight.dtype).contiguous()
 
 
-def _key(x: Tensor, weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
-    """Everything but the dtype that the speed depends on."""
-    return autotune.shape_key(x, weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:]))
+def _sizes(weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
+    """k, h and w, on which the speed depends too; h and w are 0 for a dense map."""
+    return weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:])
 
 
 # --- torch's own implementations, on the dense map -------------------------------------------
@@ -209,19 +194,10 @@ def _torch_norm(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> tup
     return normed, y, *statistics
 
 
-def _without_cudnn(function: Callable) -> Callable:
-    """The same function with torch's own CUDA kernels, which are faster at some shapes."""
-
-    def native(*args: Any) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=False):
-            return function(*args)
-
-    return native
-
-
 # --- implementations ---------------------------------------------------------------------------
 
 
+_without_cudnn = torch.backends.cudnn.flags(enabled=False)  # torch's own CUDA kernels
 CONVOLVE = {  # (x, weight, bias, ids, slots) -> y
     "torch": _torch_convolve,
     "native": _without_cudnn(_torch_convolve),
@@ -232,7 +208,7 @@ WEIGHT_GRAD = {  # (dy, x, k, ids, slots) -> (C, 1, k, k)
     "native": _without_cudnn(_torch_weight_grad),
     "triton": lambda *args: ops.triton_kernels().depthwise_weight_grad(*args),
 }
-CONVOLVE_NORM = {  # the inputs of `depthwise` -> normalized, y, mean and 1 / deviation
+CONVOLVE_NORM = {  # the inputs of `depthwise_norm` -> normalized, y, mean and 1 / deviation
     "torch": _torch_norm,
     "triton": lambda *args: ops.triton_kernels().depthwise_norm(*args),
 }
@@ -240,7 +216,7 @@ CONVOLVE_NORM = {  # the inputs of `depthwise` -> normalized, y, mean and 1 / de
 # torch.compile calls both as they are: nothing in them could be fused with the layers around.
 torch.library.custom_op(
     "convnextv2::depthwise",
-    _fastest_convolve,
+    _convolve,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? ids, Tensor? slots) -> Tensor",
 ).register_fake(lambda x, *_: x.new_empty(x.shape))

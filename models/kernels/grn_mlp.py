@@ -59,7 +59,7 @@ class _MLP(Function):
         h = linear(x, w1, b1.to(x.dtype))
         outs, norms = [], []
         for part in h.split(ops.images_at_once(h, 2 * h.shape[1] * h.shape[2])):
-            a, squares = autotune.dispatch("gelu", GELU, autotune.shape_key(part), part)
+            a, squares = autotune.dispatch("gelu", GELU, (), part)
             norms.append(ops.safe_sqrt(squares))
             scale = (1 + gamma * over_mean(norms[-1], eps)[0])[:, None]  # (N, 1, K)
             if _scales_weights(a, w2):
@@ -90,8 +90,7 @@ class _MLP(Function):
         parts, dxs = [], []
         for dy_, x_, h_, norm_ in zip(*(t.split(images) for t in (dy, x, h, norm)), strict=True):
             arguments = (h_, dy_, w2, gamma, beta, norm_, ctx.eps)
-            key = autotune.shape_key(h_)
-            dh, *grads = autotune.dispatch("mlp gradients", BACKWARD, key, *arguments)
+            dh, *grads = autotune.dispatch("mlp gradients", BACKWARD, (), *arguments)
             dxs.append(linear(dh, w1.mT))
             parts.append((weight_grad(dh.flatten(0, 1), x_.flatten(0, 1)), *grads))
         dw1, db1, dw2, dgamma, dbeta = (_total(own, norm.dtype) for own in zip(*parts, strict=True))

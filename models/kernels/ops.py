@@ -60,11 +60,6 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [x if x.dtype == torch.float64 else x.to(half) for x in tensors]
 
 
-def no_view(x: Tensor) -> Tensor:
-    """Return x as a tensor that callers may change in place, unlike views made in a Function."""
-    return torch.ops.aten._unsafe_view(x, x.shape)
-
-
 def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a function of torch's own operations, None for inputs that need none.
 
@@ -92,7 +87,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Affine(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return no_view(linear(x, weight, bias))
+        y = linear(x, weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -114,11 +110,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The fastest implementation may have no gradient: see `affine`.
     """
-    if not has_onednn(x):
-        return _torch_linear(x, weight, bias)
-    if torch.compiler.is_compiling():
+
+    def sample() -> tuple[Tensor, Tensor]:  # one choice for all shapes: timing small ones is noise
+        return x.new_ones(1024, 384), x.new_ones(1536, 384)
+
+    if torch.compiler.is_compiling() and has_onednn(x):
         return torch.ops.convnextv2.linear(x, weight, bias)
-    return _fastest_linear(x, weight, bias)
+    if not has_onednn(x) or x.numel() == 0:  # oneDNN refuses empty inputs
+        return _torch_linear(x, weight, bias)
+    return LINEAR[autotune.autotuner.choose("linear", LINEAR, (), x, sample)](x, weight, bias)
 
 
 def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
@@ -153,19 +153,10 @@ def has_onednn(x: Tensor) -> bool:
     return _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    def sample() -> tuple[Tensor, Tensor]:  # one choice for all shapes: timing small ones is noise
-        return x.new_ones(1024, 384), x.new_ones(1536, 384)
-
-    if x.numel() == 0:  # oneDNN refuses empty inputs
-        return _torch_linear(x, weight, bias)
-    return LINEAR[autotune.autotuner.choose("linear", LINEAR, (), x, sample)](x, weight, bias)
-
-
 # torch.compile would use MKL: a custom operation keeps the choice.
 torch.library.custom_op(
     "convnextv2::linear",
-    _fastest_linear,
+    linear,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
 ).register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[-2]))

@@ -206,9 +206,7 @@ def _gelu_kernel(
 
 # --- functions ----------------------------------------------------------------------------------
 #
-# Maps are dense (N, H, W, C), or packed (N, V, p, p, C): the V visible patches of an h x w grid,
-# with ids (N, V) int64, their numbers row by row, and slots (N, h, w) int32, the index of every
-# patch among the V, or -1 if it is removed. Removed cells count as zeros, like padding.
+# Maps, ids (N, V) int64 and slots (N, h, w) int32 are those of models/kernels/depthwise.py.
 
 
 def depthwise(

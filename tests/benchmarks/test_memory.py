@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Memory on paper is what processes really hold."""
+"""Estimated memory is the memory that processes really hold."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from benchmarks.memory_counts import (
     count,
     count_work,
     distinct,
-    fsdp_share,
+    fsdp_fraction,
     images_that_fit,
     line,
     per_gpu,
     saved_by,
-    zero1_share,
+    zero1_fraction,
 )
 
 pytestmark = pytest.mark.slow
 
 ATTO = "convnextv2_atto"
 # A root of 3 + 2 x 4 numbers, blocks of 5 and 5 x 2; groups of the optimizer of 8 + 10 and 3 + 5.
-WHOLE = Work(Line(100, 7), (Line(150, 8), Line(50, 12)))
+WORK = Work(Line(100, 7), (Line(150, 8), Line(50, 12)))
 TOY = Step(
     units=(((3,), (2, 4)), ((5,),), ((5, 2),)),
     groups=((8, 10), (3, 5)),
-    whole=WHOLE,
+    full=WORK,
     gathered=Work(Line(0, 7), (Line(20, 8),)),
     half=True,
-    average=True,
+    ema=True,
 )
 
 
-def test_formula_in_hand_calculated_numbers():
+def test_estimate_by_hand_calculation():
     """26 numbers of four bytes; at 10 images the peak is 150 + 80, at 100 it is 50 + 1200."""
     assert per_gpu(TOY, "ddp", 4, 10) == {
         "weights": 104,
         "gradients": 104,
-        "moments": 208,
-        "average": 104,
+        "optimizer": 208,
+        "EMA": 104,
         "gathered": 0,
         "saved": 170,
         "working": 60,
@@ -56,39 +56,40 @@ def test_formula_in_hand_calculated_numbers():
     assert per_gpu(TOY, "ddp", 4, 0)["working"] == 50  # 150 - 100
 
 
-def test_share_of_zero1_is_the_fullest_gpus():
+def test_zero1_fraction_is_that_of_the_gpu_that_holds_the_most():
     """10 and 8 go to two GPUs, 5 to the second, which has 13, and 3 to the first, which has 13."""
-    assert zero1_share(TOY.groups, 2) == 13
-    assert zero1_share(TOY.groups, 3) == 10
-    assert per_gpu(TOY, "zero1", 2, 1)["moments"] == 13 * 8
+    assert zero1_fraction(TOY.groups, 2) == 13
+    assert zero1_fraction(TOY.groups, 3) == 10
+    assert per_gpu(TOY, "zero1", 2, 1)["optimizer"] == 13 * 8
     assert per_gpu(TOY, "zero1", 2, 1)["weights"] == 104
 
 
-def test_shares_of_fsdp_are_rows_rounded_up():
-    assert [fsdp_share(shape, 2) for shape in ((3,), (2, 4), (5, 2), (1, 1, 1, 9))] == [2, 4, 6, 9]
+def test_fsdp_fractions_are_rows_rounded_up():
+    shapes = ((3,), (2, 4), (5, 2), (1, 1, 1, 9))
+    assert [fsdp_fraction(shape, 2) for shape in shapes] == [2, 4, 6, 9]
     held = per_gpu(TOY, "fsdp", 2, 1)
-    assert held["weights"] == held["average"] == (2 + 4 + 3 + 6) * 4
-    assert held["moments"] == 2 * held["gradients"] == 2 * held["weights"]
+    assert held["weights"] == held["EMA"] == (2 + 4 + 3 + 6) * 4
+    assert held["optimizer"] == 2 * held["gradients"] == 2 * held["weights"]
     assert held["gathered"] == 2 * 2 * 11 + 10 * (3 * 2 + 4)
     assert (held["saved"], held["working"]) == (7, 21)
     assert per_gpu(TOY, "fsdp", 1, 1) == per_gpu(TOY, "ddp", 1, 1)
 
 
-def test_average_takes_its_weight_twice_when_nothing_else_is_in_use():
-    """After an update: the difference of 26 numbers, which is more than 20 bytes of a peak."""
+def test_ema_update_copies_the_weights():
+    """After a step: the copy of 26 numbers takes more than the 20 bytes of the peak."""
     idle = Work(Line(0, 1), (Line(20, 1),))
-    step = Step(TOY.units, TOY.groups, idle, idle, half=True, average=True)
+    step = Step(TOY.units, TOY.groups, idle, idle, half=True, ema=True)
     assert sum(per_gpu(step, "ddp", 1, 0).values()) == (4 + 1 + 1) * 104
     assert sum(per_gpu(step, "ddp", 1, 90).values()) == (4 + 1) * 104 + 110
 
 
 @pytest.mark.parametrize(("memory", "images"), [(669, 0), (678, 1), (520 + 1250, 100), (1e3, 35)])
 def test_most_images_that_fit(memory, images):
-    """ddp: 520 bytes whatever the images, then 150 + 8 n or, from 25 on, 50 + 12 n."""
+    """ddp: 520 bytes independent of the images, then 150 + 8 n or, from 25 on, 50 + 12 n."""
     assert images_that_fit(TOY, "ddp", 1, memory) == images
 
 
-def test_bytes_in_use_are_those_of_living_storages():
+def test_bytes_in_use_are_those_of_storages_that_are_alive():
     outside = torch.ones(10)
     with Live([outside]) as live:
         outside.view(2, 5).add_(1)  # nothing new
@@ -100,7 +101,7 @@ def test_bytes_in_use_are_those_of_living_storages():
         assert live.now == 40
         third = second[:5]
         del second
-        assert live.now == 40  # a part keeps the whole
+        assert live.now == 40  # a view keeps its storage
         del third
     assert (live.now, live.peak) == (0, 80)
 
@@ -118,8 +119,8 @@ def test_saved_are_distinct_storages_but_no_parameters():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
-def test_counts_without_memory_are_those_with_memory(kind, checkpointing):
-    """Saved bytes and the peak, of the same operations on tensors that have numbers."""
+def test_counts_on_fake_tensors_equal_those_on_real_ones(kind, checkpointing):
+    """Saved bytes, and the peak."""
     task = Task(ATTO, kind, 64, checkpointing, half=False)
     model = task.build()
     forward = task.forward(model, 3)
@@ -133,7 +134,7 @@ def test_counts_without_memory_are_those_with_memory(kind, checkpointing):
 
 
 def test_bytes_grow_by_lines():
-    """Saved ones exactly; the peak is that of few images or that of many, whichever is more."""
+    """Saved bytes exactly; the peak is the higher one of two lines."""
     task = Task(ATTO, "finetune", 128, checkpointing=True, half=True)
     work = count_work(task)
     for images in (1, 3, 12, 40, 200):
@@ -150,8 +151,8 @@ def test_checkpointing_saves_less_than_half():
         assert again < most * plain
 
 
-def test_formula_is_what_processes_hold():
-    """One process and two, each way of sharing, in float32 and in bf16 with checkpointing."""
+def test_estimate_is_what_processes_hold():
+    """On one process and two, with each sharding, in float32 and in bf16 with checkpointing."""
     tasks = [
         Task(ATTO, "pretrain", 64, checkpointing=False, half=False),
         Task(ATTO, "finetune", 64, checkpointing=True, half=True),
@@ -164,7 +165,7 @@ def test_formula_is_what_processes_hold():
 def test_tables_have_every_row(monkeypatch):
     monkeypatch.setattr(memory, "count_step", lambda task, fsdp: TOY)
     words = "--sizes atto tiny --gpus 1 2 8 --cards 1e-6 2.5e-6"
-    text = memory.paper(memory.get_args_parser().parse_args(words.split()))
+    text = memory.estimates(memory.get_args_parser().parse_args(words.split()))
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
     resident, images, total, fit, sizes = tables
     ways = ["ddp, any number", "zero1, 2 GPUs", "zero1, 8 GPUs", "fsdp, 2 GPUs", "fsdp, 8 GPUs"]

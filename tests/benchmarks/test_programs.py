@@ -110,7 +110,7 @@ def test_point_without_memory_keeps_its_row(monkeypatch):
         ("--only mask,size", "--only size: expected some of sizes, image, batch, mask"),
         ("--sizes atto femto --size_batches 4", "--size_batches has 1 numbers for 2 sizes"),
         ("--mask_ratios 0.6", "--mask_ratios: a line needs two different ones at least"),
-        ("--rounds 0", "expected whole numbers from 1"),
+        ("--rounds 0", "expected integers from 1"),
     ],
 )
 def test_curves_refuse(words, message, capsys):
@@ -194,7 +194,7 @@ def test_a_part_that_fits_no_more_is_named_in_the_next_call(tmp_path):
     for part in parts:
         part.state = "done"
     assert gpu.again(parts, args) == ""
-    parts[-1].state, parts[-2].state = "left out: the time was up", "stopped: it took more than 9 s"
+    parts[-1].state, parts[-2].state = "left out: out of time", "stopped: it took more than 9 s"
     assert gpu.again(parts, args).endswith(f" --only {parts[-1].name},{parts[-2].name}`")
 
 
@@ -214,14 +214,14 @@ def test_parts_without_pytest_are_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     states = {part.name: part.state for part in gpu.plan(gpu.parse_args([]))}
     assert states["gpu_tests"] == states["kernel_tests"] == "left out: pytest is not installed"
-    assert states["tiny"] == "not begun"
+    assert states["tiny"] == "not started"
 
 
 def test_a_budget_that_is_used_up_leaves_parts_out(tmp_path):
     done = run("gpu.py", f"--only tiny,curves --minutes 0 --output {tmp_path}")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "- tiny: left out: the time was up\n- curves: left out: the time was up" in text
+    assert "- tiny: left out: out of time\n- curves: left out: out of time" in text
 
 
 def test_a_part_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
@@ -295,5 +295,5 @@ def test_whole_gpu_script_in_toy_size(tmp_path):
     assert re.search(
         r"^\| false \| \d+ \| \d+% \| \d+ \|\n\| true \| CUDA only", text, re.MULTILINE
     )
-    assert re.search(r"^\| first met in .* torch, ms \| .*\n.*\n\| atto, packed \| ", text, re.M)
+    assert re.search(r"^\| first used in .* torch, ms \| .*\n.*\n\| atto, packed \| ", text, re.M)
     assert re.search(r"^\d+ (passed|skipped)", text, re.MULTILINE)  # pytest's last line

@@ -16,10 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scaling, scaling_model, scaling_steps, scaling_worker
-from benchmarks.scaling_model import Cluster, Link, Training, Work, on_paper
+from benchmarks.scaling_model import Cluster, Link, Training, Work, assumed_training
 from models import create_model
 from models.convnextv2 import SIZES
-from models.kernels.autotune import only_torch
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def case(mode: str = "pretrain", model: str = "convnextv2_tiny", words: str = "") -> Training:
-    return on_paper(model, mode, scaling.parse_args(words.split()))
+    return assumed_training(model, mode, scaling.parse_args(words.split()))
 
 
 def test_ring_by_hand():
@@ -169,7 +168,7 @@ def test_multiplications_are_those_that_torch_counts(mode):
     """Its counter sees the depthwise convolutions of pre-training on the whole map."""
     name = {"pretrain": "fcmae_convnextv2_atto", "finetune": "convnextv2_atto"}[mode]
     network, mask = create_model(name).eval(), torch.tensor([[1.0, 1, 1, 0]])
-    with torch.no_grad(), only_torch(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, 64, 64), *([mask, 1] if mode == "pretrain" else []))
     hidden = 0  # multiplications of 49 weights a channel at the cells of three patches
     if mode == "pretrain":
@@ -183,11 +182,11 @@ def test_multiplications_are_those_that_torch_counts(mode):
     ("words", "message"),
     [
         ("--only step", "--only step: expected some of steps, gpus, data, log"),
-        ("--processes 1 3 --total 8", "--total 8 images are no whole number for 3 processes"),
+        ("--processes 1 3 --total 8", "--total 8 images do not divide among 3 processes"),
         ("--rounds 0", "--rounds: 0: expected a whole number from 1"),
         ("--processes 1 two", "--processes: two: expected a whole number from 1"),
-        ("--share 20", "--share: 20: expected a share above 0, at most 1"),
-        ("--hidden nan", "--hidden: nan: expected a share from 0 to 1"),
+        ("--share 20", "--share: 20: expected a fraction above 0, at most 1"),
+        ("--hidden nan", "--hidden: nan: expected a fraction from 0 to 1"),
         ("--network_gb_s 0", "--network_gb_s: 0: expected a number above 0"),
         ("--quiet -1", "--quiet: -1: expected a number from 0"),
         ("--samples 100 7", "--samples 7: fewer than --ranks 1024"),
@@ -231,13 +230,13 @@ def test_steps_and_gpus_in_toy_size(tmp_path):
     assert all(float(cell) > 0 for row in steps if row[1] == "2" for cell in row[3:6])
     gradients = scaling_model.parameters("convnextv2_atto", "pretrain") / 256
     sizes = [*(4**exponent for exponent in range(8)), round(gradients)]
-    told = [*scaling_steps.TOLD.values()]
-    assert [row[0] for row in messages] == [*(f"{size} KiB" for size in sizes), *told]
+    control = [*scaling_steps.CONTROL.values()]
+    assert [row[0] for row in messages] == [*(f"{size} KiB" for size in sizes), *control]
 
-    gpus = tables(text, "Many GPUs, by the model")
+    gpus = tables(text, "Many GPUs, estimated")
     assert [[row[0] for row in table] for table in gpus] == [list(SIZES)] * 6
     assert all(len(row) == 3 + len(scaling_model.GPUS) for table in gpus[:2] for row in table)
-    assert "Computed, not measured" in text
+    assert "Estimated, not measured" in text
 
 
 def test_data_and_log_in_toy_size(monkeypatch, capsys):
@@ -253,4 +252,4 @@ def test_data_and_log_in_toy_size(monkeypatch, capsys):
     assert [row[0] for row in samplers] == [row[0] for row in indexes] == ["50,000", "70,000"]
     (log,) = tables(text, "Cost of the log")
     assert len(log) == 5
-    assert "70,000 samples in updates of 4096 (17 updates, 0 log lines)" in text
+    assert "70,000 samples in batches of 4096 (17 steps, 0 log lines)" in text

@@ -142,7 +142,7 @@ def test_a_stopped_program_reports_the_whole_rounds_it_has(monkeypatch, tmp_path
     monkeypatch.setattr(step, "time_quietly", at_call(6, sigterm, step.time_quietly))
     code, text = run_here("--only packed,dense --rounds 9", tmp_path)
     assert code == 0
-    assert "2 of 9 (the time was up) interleaved rounds" in text
+    assert "2 of 9 (out of time) interleaved rounds" in text
     assert f"| {step.VARIANTS['packed']} / {step.VARIANTS['dense']} | " in text
 
 
@@ -151,10 +151,10 @@ def test_stopped_before_every_batch_was_tried_it_times_one_round(monkeypatch, tm
     monkeypatch.setattr(step, "time_quietly", at_call(3, sigterm, step.time_quietly))
     code, text = run_here("--only packed,dense --rounds 9", tmp_path)
     assert code == 0
-    assert "1 of 9 (the time was up) interleaved rounds" in text
+    assert "1 of 9 (out of time) interleaved rounds" in text
     for name in ("packed", "dense"):
         assert f"| {step.VARIANTS[name]} | 2 | " in text
-        assert f"Left out: {step.VARIANTS[name]}, batch 4: the time was up." in text
+        assert f"Left out: {step.VARIANTS[name]}, batch 4: out of time." in text
 
 
 def test_after_its_minutes_no_round_begins(monkeypatch, tmp_path):
@@ -164,7 +164,7 @@ def test_after_its_minutes_no_round_begins(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "time_quietly", at_call(3, past, step.time_quietly))
     code, text = run_here("--only packed --rounds 9 --minutes 900", tmp_path)
     assert code == 0
-    assert "3 of 9 (the time was up) interleaved rounds" in text
+    assert "3 of 9 (out of time) interleaved rounds" in text
 
 
 def test_time_that_is_up_ends_a_long_compilation(monkeypatch, tmp_path):
@@ -180,7 +180,7 @@ def test_time_that_is_up_ends_a_long_compilation(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "make_variant", make_variant)
     code, text = run_here("--only packed,dense --rounds 2 --minutes 900", tmp_path)
     assert code == 1
-    assert f"Left out: {step.VARIANTS['dense']}, batch 2: the time was up." in text
+    assert f"Left out: {step.VARIANTS['dense']}, batch 2: out of time." in text
     assert "2 interleaved rounds" in text
 
 

@@ -149,11 +149,9 @@ def test_deeper_stages_do_not_run_for_the_maps_alone():
         model.forward_intermediates(images_of(32, 32), (0, 1))
 
 
-def test_maps_without_features_only_and_of_an_autoencoder_are_refused():
+def test_out_indices_without_features_only_are_refused():
     with pytest.raises(UserError, match="needs features_only=True"):
         network(out_indices=(1, 2))
-    with pytest.raises(UserError, match="ask for convnextv2_atto without fcmae_"):
-        create_model("fcmae_convnextv2_atto", features_only=True)
 
 
 def test_backbones_by_name_and_of_a_fork():

@@ -262,10 +262,10 @@ def test_cached_hub_models_load_offline(hub, source):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("hf-hub:someone/nothing", "cannot be reached and the weights are not in the local cache"),
-        ("timm:convnextv2_tiny.fcmae", "cannot be reached"),
+        ("hf-hub:someone/nothing", "found no model.safetensors or pytorch_model.bin .*local cache"),
+        ("timm:convnextv2_tiny.fcmae", "local cache.*check the name and the network"),
         ("timm:convnextv2_tny.fcmae", "Did you mean 'convnextv2_tiny.fcmae'"),
-        ("hf-hub:nobody", "expected hf-hub:owner/name"),
+        ("hf-hub:owner/two/many", "hf-hub:owner/two/many: .*check the name"),
         ("http://example.com/a.pth", "expected a file, a folder, hf-hub"),
         ("https://localhost:1/a.pth", "https://localhost:1/a.pth: .*check address and network"),
     ],
@@ -342,7 +342,7 @@ def test_https_address_with_another_hash_leaves_nothing(server, tmp_path):
 def test_hash_of_local_files_is_checked_too(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
     assert read_checkpoint(tmp_path / "a.pth", sha256(tmp_path / "a.pth").upper())
-    for wrong, message in (("0" * 64, "has SHA-256"), ("12", "64 hexadecimal digits")):
+    for wrong, message in (("0" * 64, "has SHA-256"), ("12", "expected 12")):
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / "a.pth", wrong)
     with pytest.raises(UserError, match="needs a file"):
