@@ -182,7 +182,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             stats["loss"],
             images,
         )
-    utils.get_logger().info("kernels chosen by %s", autotuner.summary())
+    utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
@@ -35,6 +34,7 @@ from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError, first_few, first_line
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
+from parallel.state_dict import tensor_leaves
 from training import hooks, run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
@@ -415,7 +415,7 @@ def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
 
 def tensor_bytes(content: Any) -> int:
     """Return the bytes of all tensors in nested dicts and lists: nearly all of a checkpoint."""
-    return sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
+    return sum(tensor.nbytes for tensor in tensor_leaves(content))
 
 
 def check_disk(problems: list[str], run: PlannedRun) -> None:

@@ -109,28 +109,6 @@ def _rename(
     return own, report
 
 
-def load_model_and_ema(
-    model: nn.Module,
-    model_ema: nn.Module | None,
-    source: str,
-    model_key: str = MODEL_KEY,
-    model_prefix: str = "",
-    sha256: str = "",
-) -> None:
-    """Load pretrained weights into a model, and its EMA weights, if it has any, into `model_ema`.
-
-    Without EMA weights in the checkpoint, `model_ema` becomes a copy of the model.
-    """
-    load_pretrained(model, source, model_key, model_prefix, sha256)
-    if model_ema is None:
-        return
-    if model_key != EMA_KEY and has_ema(source, sha256):
-        load_pretrained(model_ema, source, EMA_KEY, model_prefix, sha256)
-    else:
-        get_logger().info("%s: the EMA weights start from the loaded weights", source)
-        model_ema.load_state_dict(model.state_dict())  # sharded alike, if they are
-
-
 def has_ema(source: str, sha256: str = "") -> bool:
     """Return True if a checkpoint contains EMA weights."""
     checkpoint = read_checkpoint(source, sha256)

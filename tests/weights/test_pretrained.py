@@ -25,7 +25,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, has_ema, load_model_and_ema, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -135,18 +135,6 @@ def test_model_of_a_fork_loads_the_encoder_of_its_autoencoder(tmp_path):
     torch.save(state | {"pred.weight": torch.zeros(2)}, tmp_path / "a.pth")
     assert load_pretrained(target, str(tmp_path / "a.pth")).dropped == ["pred.weight"]
     assert_same(values(target), values(source))
-
-
-@pytest.mark.parametrize("in_file", [True, False])
-def test_ema_starts_from_the_ema_weights_in_the_file_if_any(tmp_path, in_file, lines):
-    content = {"model": classifier().state_dict(), "epoch": 3}
-    content |= {"model_ema": classifier(seed=2).state_dict()} if in_file else {}
-    torch.save(content, tmp_path / "a.pth")
-    model, model_ema = classifier(seed=1), classifier(seed=1)
-    load_model_and_ema(model, model_ema, str(tmp_path / "a.pth"))
-    assert_same(values(model), values(classifier()))
-    assert_same(values(model_ema), values(classifier(seed=2 if in_file else 0)))
-    assert any("EMA weights start from the loaded" in line for line in lines()) != in_file
 
 
 def test_ema_key_selects_the_best_ema_checkpoint_of_a_folder(tmp_path, lines):
