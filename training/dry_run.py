@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from training.setup import TrainLoop
 SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
 MARGIN = 0.95  # fraction of the free memory that an estimated batch may use
+MEMORY = Path("/proc/meminfo")  # on Linux; limits of containers and jobs are not in it
 NEVER = 1 << 40  # steps until the next log line
 OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in plain RuntimeErrors
 
@@ -264,8 +266,11 @@ class StepProbe:
             self.train(self.batches(size, times))
         return hooks.peak_memory_mb(self.device) * 2**20
 
-    def used_and_free(self) -> tuple[int, int]:
-        """Return the bytes of the GPU's memory that tensors use and that are free for them."""
+    def used_and_free(self) -> tuple[float, float]:
+        """Return the bytes that this process uses and that are free for it, on its device."""
+        if self.device.type == "cpu":
+            kib = int(re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())[1])
+            return hooks.peak_memory_mb(self.device) * 2**20, kib * 1024 / get_world_size()
         used = torch.cuda.memory_allocated(self.device)
         cached = torch.cuda.memory_reserved(self.device) - used
         return used, torch.cuda.mem_get_info(self.device)[0] + cached
@@ -291,7 +296,8 @@ def check_memory(problems: list[str], probe: StepProbe) -> int:
     images = len(probe.run.data_loader_train.loader.dataset) // get_world_size()
     largest, how = 0, ""
     try:
-        if probe.device.type == "cuda" and not (args.compile or args.cuda_graphs):
+        known = probe.device.type == "cuda" or (probe.device.type == "cpu" and MEMORY.exists())
+        if known and not (args.compile or args.cuda_graphs):
             largest, how = estimate_largest(probe, size)
             largest = min(*all_gather(largest), images)
             if get_world_size() > 1:  # others would wait for one that ran out of memory
@@ -313,7 +319,7 @@ def check_memory(problems: list[str], probe: StepProbe) -> int:
 
 
 def estimate_largest(probe: StepProbe, asked: int) -> tuple[int, str]:
-    """Estimate the largest batch on CUDA from two small steps; returns it and a description."""
+    """Estimate the largest batch from two small steps; returns it and a description."""
     unit = probe.batch_multiple
     small = max(asked // 8 // unit, 1) * unit
     size = min(2 * small, asked)
@@ -322,7 +328,7 @@ def estimate_largest(probe: StepProbe, asked: int) -> tuple[int, str]:
     growth = (high - low) / (size - small) if size > small else (high - used) / size
     each = max(growth, probe.samples[0][0].numel() * 4)
     more = math.floor((used + MARGIN * free - high) / each)
-    how = f"estimated from {format_bytes(each)} per image and {format_bytes(free)} free"
+    how = f"estimated from {format_bytes(each)} per image and {format_bytes(free)} free per process"
     return max(size + more // unit * unit, 0), how
 
 

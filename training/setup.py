@@ -7,7 +7,10 @@ python main_pretrain.py --data_set DIGITS --model convnextv2_atto --epochs 1 --d
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ import torch
 
 from data_loading.bad_images import BadImages
 from data_loading.rng import make_deterministic
-from errors import UserError, first_few
+from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import Schedule, choose_update_freq
 from parallel import process_group, sharding
@@ -141,8 +144,22 @@ def describe_rank(args: Mapping[str, Any]) -> dict[str, str]:
     versions |= {name: metadata.version(name) for name in LIBRARIES}
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
     paths = [*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))]
-    files = {}
-    for path in sorted(paths):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        files[path.relative_to(ROOT).as_posix()] = f"(SHA-256 {digest})"
-    return flags | versions | files
+    files = {path.relative_to(ROOT).as_posix(): path for path in sorted(paths)} | user_modules(args)
+    digests = {
+        name: f"(SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+        for name, path in files.items()
+    }
+    return flags | versions | digests
+
+
+def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files of the modules that flags name as `package.module:function`."""
+    see_working_folder()
+    found = {}
+    for value in map(str, args.values()):
+        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*", value)
+        with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
+            spec = importlib.util.find_spec(module[1]) if module else None
+            if spec and spec.origin and Path(spec.origin).is_file():
+                found[module[1]] = Path(spec.origin)
+    return found

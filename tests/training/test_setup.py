@@ -56,6 +56,14 @@ def test_description_has_flags_versions_and_files():
     assert {"Python", "timm", "numpy", "torchvision", "utils.py", "models/fcmae.py"} <= found.keys()
 
 
+def test_user_modules_that_flags_name_are_compared_too():
+    found = setup.describe_rank(
+        {"model": "tests.tiny:classifier", "dist_url": "tcp://here:1", "opt": "a:b"}
+    )
+    assert found["tests.tiny"].startswith("(SHA-256 ")
+    assert "a" not in found
+
+
 def test_scripts_from_different_copies_name_the_file(tmp_path):
     for path in [*product_files(), ROOT / "tests" / "tiny.py"]:
         copy = tmp_path / path.relative_to(ROOT)
