@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Join the process group; ranks, collectives, and the end of a script.
+"""The process group: launching a script, joining the group, ranks and collectives.
 
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --dry_run
 """
@@ -26,12 +26,13 @@ from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from parallel import failure
 from parallel.environment import read_launcher
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # until all processes are started
-# Longer than nccl's default: ranks may wait for a download or an evaluation.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+# Longer than nccl's default: other ranks wait while rank 0 downloads or saves.
 WAIT_FOR_RANKS = timedelta(hours=1)
 STOPPED = "stopped"  # key in the launcher's store, which torchrun keeps when it restarts processes
 
 _stores: list[dist.Store] = []  # the launcher's, if there is one
+_watches: list[failure.Watch] = []  # of this process, if there are other ranks
 
 
 def get_logger() -> logging.Logger:
@@ -40,7 +41,7 @@ def get_logger() -> logging.Logger:
 
 
 def launch(main: Callable[[Any], Any], args: Any) -> None:
-    """Run a script's `main` and exit with its code; an error of the user is one line.
+    """Run a script's `main` and exit with its code; a UserError is printed as one line.
 
     An error of one rank ends all of them: see parallel/failure.py.
     """
@@ -57,13 +58,14 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         code = EXIT_REQUEUE
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, message = _explain(error, args)
-        if code:
-            failure.fail(code, message, error)  # returns only for a single process
-        failure.leave()
+        for watch in _watches if code else ():
+            watch.fail(code, message, error)  # does not return
         if not message:
             raise
         print(message, file=sys.stderr)
-    failure.leave()
+    finally:
+        while _watches:
+            _watches.pop().leave()
     if dist.is_available() and dist.is_initialized():
         # gloo's threads may need the GIL to free their last tensors, and the end of the group
         # waits for them while it holds the GIL.
@@ -81,27 +83,21 @@ def _explain(error: BaseException, args: Any) -> tuple[int, str]:
         return 130, "interrupted; the checkpoints written so far are complete"
     if not isinstance(error, UserError | TrainingStopped):
         return 1, ""
-    # An error that a dry run finds is its result, not wrong usage.
+    # An error that a dry run finds is its result and not wrong usage.
     result = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
-    message = f"{Path(sys.argv[0]).name}: error{failure.rank_label()}: {error}"
+    rank = "".join(f" [rank {watch.rank}]" for watch in _watches)
+    message = f"{Path(sys.argv[0]).name}: error{rank}: {error}"
     return 1 if result else 2, message
 
 
 def find_device(name: str = "auto") -> torch.device:
     """Return the device `name`; `auto` is CUDA, else MPS, else CPU. UserError if it is absent."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", *available):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not available.get(device.type, True) or (device.index or 0) >= count:
-        raise UserError(f"--device {name}: no such device here; use --device auto or cpu")
-    return device
+    found = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if torch.cuda.is_available():
+        found = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), *found]
+    if name not in ("auto", *found):
+        raise UserError(f"--device {name} is not available; expected auto, {', '.join(found)}")
+    return torch.device(found[0] if name == "auto" else name)
 
 
 def init_distributed_mode(
@@ -138,7 +134,7 @@ def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch
     # torchrun's store still holds the addresses of the processes before a restart.
     name = f"attempt {attempt} of {size}"
     if size > 1:
-        failure.watch(store, name, rank, size)
+        _watches.append(failure.Watch(store, name, rank, size))
     store = dist.PrefixStore(name, store)
     own_device = _own_device(device, size, local)
     dist.init_process_group(
@@ -183,17 +179,12 @@ def _rendezvous(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=RENDEZVOUS_TIMEOUT))
-    except RuntimeError as error:
-        if "imed out" in str(error):
-            raise UserError(
-                f"rank {rank} waited {RENDEZVOUS_TIMEOUT} for all {size} processes at {address} "
-                f"({error}); check the output and the MASTER_ADDR of the others"
-            ) from error
-        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
-            raise
+    except dist.DistError as error:
+        advice = f"not all of them came within {RENDEZVOUS_TIMEOUT}; check their output"
+        if "EADDRINUSE" in str(error):
+            advice = "the port is in use; set a free one as MASTER_PORT, the same for all ranks"
         raise UserError(
-            f"rank {rank} cannot open {address}: another program uses that port; set a free one, "
-            "the same for all processes: torchrun --master_port or --standalone, else MASTER_PORT"
+            f"rank {rank} cannot meet the {size} processes at {address}: {advice} ({error})"
         ) from error
     store.set_timeout(WAIT_FOR_RANKS)
     return store, rank, size
@@ -264,23 +255,17 @@ def from_main_process(work: Callable[[], Any]) -> Any:
 
 
 def main_process_first(work: Callable[[], Any]) -> Any:
-    """Run `work` on rank 0, then on the others, which find what it has downloaded."""
+    """Run `work` on rank 0 first, then on the others, so that only rank 0 downloads."""
     done: list[Any] = []
     from_main_process(lambda: done.append(work()))
     return done[0] if done else work()
 
 
 def agree(question: str, answer: str) -> str:
-    """Return the answer of the rank that is first to give one; unlike a broadcast, nobody waits."""
+    """Return the answer of the first rank that calls this; unlike a broadcast, no rank waits."""
     if get_world_size() == 1:
         return answer
     store = dist.PrefixStore("agreed", dist.distributed_c10d._get_default_store())
     with contextlib.suppress(RuntimeError):  # rank 0 and its store are gone
         return store.compare_set(question, "", answer).decode()
     return answer
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if get_world_size() > 1:
-        dist.barrier()

@@ -23,13 +23,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError, first_few, resolve
+from errors import UserError, first_few
 from parallel.process_group import WAIT_FOR_RANKS, all_gather, get_logger, get_world_size
 
-# Parts of the names of timm's optimizers that look at all parameters together, or are untested
-# with zero1, where each process updates only some of the parameters.
+# Parts of names of optimizers that look at all parameters together, or that are untested with
+# zero1, where each process updates only some of the parameters.
 NOT_ZERO1 = ("lamb", "kron", "hessian", "lookahead", "bnb", "fused")
-# Optimizers that give the same weights with fsdp, where each process has some rows of a parameter.
+# Optimizers that give the same weights with fsdp, where each process holds rows of a parameter.
 FSDP_OPTIMIZERS = ("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan")
 FSDP_OPTIMIZERS += ("adanw", "adopt", "adoptc", "adoptw", "lamb", "lambc", "lambw", "laprop")
 FSDP_OPTIMIZERS += ("lapropc", "lars", "lion", "lionc", "madgrad", "madgradw", "momentum", "nadam")
@@ -38,8 +38,9 @@ FSDP_OPTIMIZERS += ("rmsproptf", "rmsproptfw", "sgd", "sgdc", "sgdw")
 NOT_FSDP = ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu")
 LISTS = (nn.Sequential, nn.ModuleList)
 
-# The three tests below need no import of torch's sharding modules, which takes a third of a second
-# and fails where torch is built without them.
+
+# Recognized by attributes: importing torch's sharding modules takes 0.3 s, and some builds of torch
+# lack them.
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -142,12 +143,8 @@ def has_fsdp() -> bool:
 def _check_optimizer(opt: str, shard: str) -> None:
     if shard == "ddp":
         return
-    from timm.optim import list_optimizers
-
-    name, expected = opt.lower(), f"one of {', '.join(FSDP_OPTIMIZERS)}"
-    known = dict.fromkeys(list_optimizers())
-    resolve(name.removeprefix("lookahead_"), known, "optimizer", importable=False)
-    works = name in FSDP_OPTIMIZERS
+    name, works = opt.lower(), opt.lower() in FSDP_OPTIMIZERS
+    expected = f"one of {', '.join(FSDP_OPTIMIZERS)}"
     if shard == "zero1":
         works, expected = not any(part in name for part in NOT_ZERO1), "adamw, lion, sgd and others"
     if not works:
@@ -182,21 +179,16 @@ def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def _check_parameters(model: nn.Module, shard: str) -> None:
-    """Refuse by name the parameters on which ZeRO or FSDP2 fail, perhaps only while training."""
-    if shard == "ddp":
-        return
+    """Refuse parameters on which torch fails only while training; it refuses others by itself."""
     named = dict(model.named_parameters())
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    dtypes = sorted({str(parameter.dtype) for parameter in named.values()})
-    fsdp = shard == "fsdp"
-    problems = (  # problem, names of parameters, mode that works
-        (f"of {' and '.join(dtypes)}", names * (len(dtypes) > 1), "ddp"),
-        ("that are not contiguous", [n for n, p in named.items() if not p.is_contiguous()], "ddp"),
-        ("without dimensions", [n for n, p in named.items() if fsdp and not p.ndim], "zero1"),
-        ("under two names", [n for n in names if fsdp and n not in named], "zero1"),
-    )
-    for problem, found, other in problems:
-        if found:
+    strided = [name for name, parameter in named.items() if not parameter.is_contiguous()]
+    shared = [name for name in names if name not in named]
+    for mode, found, problem, other in (
+        ("zero1", strided, "that are not contiguous", "ddp"),
+        ("fsdp", shared, "under two names", "zero1"),
+    ):
+        if shard == mode and found:
             raise UserError(
                 f"--shard {shard}: {type(model).__name__} has parameters {problem}: "
                 f"{first_few(found)}; use --shard {other}"
@@ -209,8 +201,8 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
     All processes must enter. With fsdp this also takes off FSDP2's hooks: they would gather the
     weights in each forward, rounded to bf16 under --amp bf16, and wait there for processes that
-    have no batch left. Hooks that are added inside the block end with it. If one process lacks the
-    memory, torch.OutOfMemoryError is raised on all.
+    have no batch left. Hooks added inside the block are removed at its end. If one process lacks
+    the memory, MemoryError is raised on all.
     """
     if not is_fsdp(model):
         yield model
@@ -248,12 +240,9 @@ def _gather_parameters(model: nn.Module) -> dict[Tensor, nn.Parameter]:
         problem = str(error)
     problems = list(filter(None, all_gather(problem)))
     if problems:
-        raise torch.OutOfMemoryError(f"not enough memory for all weights: {problems[0]}")
-    try:
-        for weight, copy in full.items():
-            copy.copy_(full_tensor(weight))
-    except torch.OutOfMemoryError as error:  # on this process alone, while the others wait
-        raise RuntimeError(f"not enough memory to gather all weights: {error}") from error
+        raise MemoryError(f"not enough memory for all weights: {problems[0]}")
+    for weight, copy in full.items():
+        copy.copy_(full_tensor(weight))
     return full
 
 
@@ -276,15 +265,13 @@ def convert_batch_norm(model: nn.Module, group: int) -> nn.Module:
     size = get_world_size()
     group = group or size
     if size % group:
-        fits = [str(n) for n in range(1, size + 1) if size % n == 0]
         raise UserError(
-            f"--sync_bn_group {group} does not divide the {size} processes; "
-            f"expected one of {', '.join(fits)}"
+            f"--sync_bn_group {group} does not divide the {size} processes; use a divisor of "
+            f"{size}, or 0 for all of them"
         )
     if size == 1:
         return model
-    groups = [list(range(first, first + group)) for first in range(0, size, group)]
-    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=WAIT_FOR_RANKS)
+    mine, _ = dist.new_subgroups(group, timeout=WAIT_FOR_RANKS)
     return convert_sync_batchnorm(model, mine)
 
 
@@ -295,13 +282,11 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _broadcast(tensors: Iterable[Tensor]) -> None:
-    """Copy rank 0's values to all ranks, as contiguous bytes, which each backend can send."""
+    """Copy rank 0's values to all ranks."""
     for tensor in tensors if get_world_size() > 1 else ():
-        own = tensor.detach().contiguous().flatten().view(torch.uint8)
-        received = own.clone()
-        dist.broadcast(received, 0)
-        if not torch.equal(received, own):  # expanded tensors cannot be written to
-            tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
+        values = tensor.contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
 
 
 # --- the optimizer ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import main_pretrain
 from config import parser as options
@@ -80,7 +81,7 @@ class Ranks:
 
 def join() -> None:
     process_group.init_distributed_mode("cpu")
-    process_group.barrier()
+    dist.barrier()
 
 
 def loop() -> None:
