@@ -84,13 +84,10 @@ formats for --to:
   torchscript  graph for torch.jit.load and LibTorch
   pt2          graph for torch.export.load; images of at least 64 x 64 pixels
 
-Graphs accept any batch size, height and width. The exported file is loaded with
-timm, transformers, onnxruntime or torch and must reproduce the output to 1e-5
-of its largest value (1e-2 with --half); otherwise it is deleted. The last line
-says so if that library is not installed and the file could not be checked.
-
-Pre-trained weights have no head: their graph returns the last feature map
-(N, C, h, w), or with a final norm the pooled features (N, C)."""
+Graphs accept any batch size, height and width; without a head they return the
+last feature map. The file is loaded with timm, transformers, onnxruntime or
+torch, if installed, and deleted unless it reproduces the output to 1e-5 of its
+largest value (1e-2 with --half)."""
 
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL, PATH, NAME, TEXT = "BOOL", "PATH", "NAME", "TEXT"
@@ -137,7 +134,7 @@ FLAGS["model"] = (
 )
 FLAGS["masked autoencoder"] = (
     ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: 8 * stem_stride"),
-    ("--mask_ratio", "float (0, 1)", 0.6, "fraction of the patches to mask"),
+    ("--mask_ratio", "float (0, 1)", 0.6, "fraction of patches to mask"),
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
@@ -152,10 +149,10 @@ FLAGS["data"] = (
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
     ("--scale", SHARE, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
-    ("--crop_pct", SHARE, None, "evaluation crop side / image side; default: by input size"),
+    ("--crop_pct", SHARE, None, "evaluation crop side / image side; default: by --input_size"),
 )
 FLAGS["augmentation"] = (
-    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "for random crops"),
+    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
     ("--color_jitter", AMOUNT, None, "color jitter strength, used without --aa; default: none"),
     ("--aa", NAME, "rand-m9-mstd0.5-inc1", "AutoAugment policy in timm's notation, or none"),
     ("--reprob", CHANCE, 0.25, "probability of random erasing"),
@@ -169,7 +166,7 @@ FLAGS["augmentation"] = (
      "smallest and largest cutmix side, enables cutmix; default: by --cutmix", "+"),
     ("--mixup_prob", CHANCE, 1.0, "probability of mixing a batch"),
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
-    ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share one mixing ratio"),
+    ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
 )
 FLAGS["optimizer and schedule"] = (
     ("--blr", AMOUNT, 5e-4, "peak learning rate per 256 images of an optimizer step"),
@@ -180,7 +177,7 @@ FLAGS["optimizer and schedule"] = (
     ("--start_epoch", WHOLE, 0, "first epoch; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
     ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
-    ("--opt", NAME, "adamw", "optimizer, by timm's name"),
+    ("--opt", NAME, "adamw", "optimizer name in timm"),
     ("--opt_eps", POSITIVE, None, "optimizer epsilon; default: the optimizer's own"),
     ("--opt_betas", BELOW_1, None,
      "optimizer betas; default: the optimizer's own; 0.9 0.95 for adamw in pre-training", "+"),
@@ -247,10 +244,10 @@ FLAGS["distributed training"] = (
     ("--grad_compression", ("none", "bf16"), "none", "data type for sending gradients"),
     ("--sync_bn", BOOL, False, "compute BatchNorm statistics over all GPUs"),
     ("--sync_bn_group", WHOLE, 0, "neighboring processes that share statistics; 0: all"),
-    ("--world_size", COUNT, 1, "number of processes; 1: as the launcher says"),
+    ("--world_size", COUNT, 1, "expected number of processes; 1: any"),
     ("--local_rank --local-rank", "int [-1, inf)", -1, "rank on the node, set by launchers"),
     ("--dist_on_itp", BOOL, False, "read ranks set by Open MPI's mpirun"),
-    ("--dist_url", TEXT, "env://", "address where the processes meet"),
+    ("--dist_url", TEXT, "env://", "rendezvous address of the processes"),
 )
 FLAGS[JOB] = (
     ("--cluster", ("slurm", "local", "debug"), "slurm", "SLURM, this machine or this process"),
@@ -260,7 +257,7 @@ FLAGS[JOB] = (
     ("--cpus_per_task", COUNT, 10, "CPU cores per process, for its --num_workers too"),
     ("--mem_gb", POSITIVE, None, "memory per node in GB; default: the cluster's"),
     ("--timeout", COUNT, 4320, "time limit in minutes; the job saves and is requeued"),
-    ("--signal_delay", COUNT, 120, "seconds before the time limit when the job saves"),
+    ("--signal_delay", COUNT, 120, "seconds before the time limit at which the job saves"),
     ("--job_dir", PATH, "./runs/%j", "shared folder of the job; %%j: job number"),
     ("--partition", NAME, "", "SLURM partition; default: the cluster's"),
     ("--account", NAME, "", "SLURM account; default: the cluster's"),

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags from YAML files: `--recipe` and `--config`, below the command line.
+"""Flags from YAML files: `--recipe` and `--config`, which the command line overrides.
 
 python -c "from config import recipes; print(recipes.listing())"
 """
@@ -112,10 +112,8 @@ def _load(parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...]) -
         parser.error(f"{path} builds on itself through its 'base'; remove one 'base'")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"cannot read the file: {error}")
-    except RecursionError:
-        parser.error("the file is nested too deeply; expected lines of 'flag: value'")
     if not isinstance(values, dict):
         parser.error("expected lines of 'flag: value', without dashes")
     base = values.pop("base", None)

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -55,7 +56,9 @@ class Watch:
         same = bool(message) and first.endswith(f" has failed: {reason}")
         first_code = code if first == own or same else self._print_error(first)
         if first == own or (message and (self.rank == 0 or not same)):
-            print(message or self._traceback(error), file=sys.stderr, flush=True)
+            lines = "".join(traceback.format_exception(error)).rstrip()
+            text = message or textwrap.indent(lines, f"[rank {self.rank}] ")
+            print(text, file=sys.stderr, flush=True)
         self._end(code if message else first_code)
 
     def leave(self) -> None:
@@ -105,10 +108,6 @@ class Watch:
         with contextlib.suppress(OSError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
         return int(code)
-
-    def _traceback(self, error: BaseException) -> str:
-        lines = "".join(traceback.format_exception(error)).splitlines()
-        return "\n".join(f"[rank {self.rank}] {line}" for line in lines)
 
 
 def _own_client(store: Any, name: str) -> Any:

@@ -113,10 +113,10 @@ def init_distributed_mode(
     is gloo on CPU and nccl on CUDA.
     """
     found = read_launcher(dist_on_itp, local_rank)
-    if world_size > 1 and (found is None or found[1] != world_size):
-        got = "no launcher" if found is None else f"a launcher with {found[1]} processes"
+    started = found[1] if found else 1
+    if world_size not in (1, started):
         raise UserError(
-            f"--world_size {world_size} but {got} was found; start with "
+            f"--world_size {world_size}, but {started} process(es) were started; start them with "
             f"torchrun --nproc_per_node={world_size} and drop --world_size"
         )
     own_device = find_device(device) if found is None else _join(device, dist_url, *found)
@@ -149,10 +149,8 @@ def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch
 
 def _own_device(device: str, size: int, local: int) -> torch.device:
     own = find_device(device)
-    if ":" in device and size > 1:
-        raise UserError(f"--device {device}: each process takes its own GPU; use --device cuda")
-    if own.type == "mps" and size > 1:
-        raise UserError("--device mps: MPS has no process group; use --device cpu")
+    if size > 1 and (":" in device or own.type == "mps"):
+        raise UserError(f"--device {device} is for a single process; use --device cuda or cpu")
     if own.type == "cuda":
         count = torch.cuda.device_count()
         # srun and mpirun may show each process only its own GPU, torchrun shows all.
@@ -195,9 +193,7 @@ def _set_up_logging() -> None:
     if not logger.handlers:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(logging.StreamHandler(sys.stdout))
         logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 

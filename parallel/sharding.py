@@ -143,14 +143,13 @@ def has_fsdp() -> bool:
 def _check_optimizer(opt: str, shard: str) -> None:
     if shard == "ddp":
         return
-    name, works = opt.lower(), opt.lower() in FSDP_OPTIMIZERS
-    expected = f"one of {', '.join(FSDP_OPTIMIZERS)}"
+    works = opt.lower() in FSDP_OPTIMIZERS
     if shard == "zero1":
-        works, expected = not any(part in name for part in NOT_ZERO1), "adamw, lion, sgd and others"
+        works = not any(part in opt.lower() for part in NOT_ZERO1)
     if not works:
         raise UserError(
-            f"--opt {opt} is not known to give the same weights with --shard {shard}; "
-            f"expected {expected}, or --shard ddp"
+            f"--opt {opt} is not known to give the same weights with --shard {shard}; use one such "
+            "as adamw, lion or sgd, or --shard ddp"
         )
 
 
@@ -300,9 +299,10 @@ def wrap_optimizer(
         return make(groups)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    share = {"optimizer_class": lambda own, **_: make(own), "lr": lr}
     # As bucket views, the updated parameters of a process are sent as one tensor.
-    return ZeroRedundancyOptimizer(groups, parameters_as_bucket_view=True, **share)
+    return ZeroRedundancyOptimizer(
+        groups, lambda own, **_: make(own), parameters_as_bucket_view=True, lr=lr
+    )
 
 
 def local_optimizer(optimizer: Any) -> Any:

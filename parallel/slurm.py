@@ -97,16 +97,20 @@ def requeue(job: Any) -> int:
     _ignore_signals()
     if job.global_rank != 0:
         return 0  # with another code srun would kill rank 0 before it has requeued the job
+    if job.name() != "slurm":
+        from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE as code
+
+        return code if job.name() == "local" else EXIT_REQUEUE
     for attempt in range(ATTEMPTS):
         time.sleep(POLL_S * (attempt > 0))  # the controller may be busy
         try:
-            if job.name() == "slurm":
-                _requeue_in_slurm(job.job_id)
+            now = state(job.job_id)
+            if now == "RUNNING":  # and not cancelled, which sends the signal of a preemption
+                _scontrol("requeue", job.job_id)
+                print(f"requeued job {job.job_id}", flush=True)
             else:
-                job._requeue(0)  # exits with the code that submitit's controller waits for
+                print(f"did not requeue job {job.job_id}, since it is {now}", flush=True)
             return EXIT_REQUEUE
-        except SystemExit as end:
-            return int(end.code or 0)
         except (OSError, subprocess.SubprocessError, RuntimeError) as error:
             problem = error
     print(
@@ -115,15 +119,6 @@ def requeue(job: Any) -> int:
         file=sys.stderr,
     )
     return EXIT_REQUEUE
-
-
-def _requeue_in_slurm(job_id: str) -> None:
-    now = state(job_id)
-    if now == "RUNNING":
-        _scontrol("requeue", job_id)
-        print(f"requeued job {job_id}", flush=True)
-    else:  # scancel sends the same signal as a preemption
-        print(f"job {job_id} is not requeued, since SLURM reports it as {now}", flush=True)
 
 
 def state(job_id: str) -> str:

@@ -101,7 +101,6 @@ def resolve(args: Any, parser: argparse.ArgumentParser) -> Any:
 
 def _problems(args: Any, parser: argparse.ArgumentParser) -> Iterator[str]:
     tasks, where = args.tasks_per_node, f"--cluster {args.cluster}"
-    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.ngpus and tasks != args.ngpus:
         yield (
             f"--tasks_per_node {tasks} and --ngpus {args.ngpus}: each process takes one GPU; drop "
@@ -121,17 +120,16 @@ def _problems(args: Any, parser: argparse.ArgumentParser) -> Iterator[str]:
         yield f"--gres {args.gres} has {gpus} GPUs and --ngpus {args.ngpus}; make them equal"
     if args.cluster == "slurm":
         return
-    for name in filter(changed.__contains__, SLURM_ONLY):
-        yield f"--{name} is for SLURM only, not for {where}; drop it"
+    unused = (*SLURM_ONLY, *(("timeout", "signal_delay") if args.cluster == "debug" else ()))
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            yield f"--{name} has no effect with {where}; drop it"
     if args.nodes > 1:
         yield f"{where} is one machine, --nodes {args.nodes}; use --nodes 1"
     if args.cluster == "local" and not args.auto_resume:
         yield f"{where} cannot restart a job with --auto_resume false; drop it, or use %j"
     if args.cluster == "debug" and tasks > 1:
         yield f"{where} is one process, not {tasks}; use --ngpus 1, or --cluster local"
-    for name in filter(changed.__contains__, ("timeout", "signal_delay")):
-        if args.cluster == "debug":
-            yield f"{where} has no time limit, --{name} {getattr(args, name)}; use --max_minutes"
 
 
 def _gpus_of(gres: str) -> int | None:
@@ -167,7 +165,9 @@ def slurm_parameters(module: str, args: Any) -> dict[str, Any]:
     return parameters | {"wckey": None}  # submitit sets one, which some clusters refuse
 
 
-def _executor(submitit: Any, module: str, args: Any) -> Any:
+def _executor(module: str, args: Any) -> Any:
+    import submitit
+
     if args.cluster == "slurm":
         executor = submitit.SlurmExecutor(args.job_dir)
         executor.update_parameters(**slurm_parameters(module, args))
@@ -186,10 +186,11 @@ def _executor(submitit: Any, module: str, args: Any) -> Any:
 
 def script(module: str, runs: Sequence[Any]) -> str:
     """Return the script for sbatch; works without SLURM."""
-    submitit = _import_submitit()
+    from submitit.slurm.slurm import _make_sbatch_string
+
     folder = Path(runs[0].job_dir).expanduser().absolute()
     words = [sys.executable, "-u", "-m", "submitit.core._submit", str(folder)]
-    return submitit.slurm.slurm._make_sbatch_string(  # an executor would need srun
+    return _make_sbatch_string(  # an executor would need srun
         shlex.join(words),
         folder,
         map_count=len(runs) if len(runs) > 1 else None,
@@ -197,17 +198,11 @@ def script(module: str, runs: Sequence[Any]) -> str:
     )
 
 
-def _import_submitit() -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("submitit is not installed: pip install submitit") from error
-    return submitit
-
-
 def submit(module: str, runs: Sequence[Any]) -> list[Any]:
     """Submit a job, or an array of them; returns submitit's jobs."""
-    submitit, args = _import_submitit(), runs[0]
+    import submitit
+
+    args = runs[0]
     if args.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError(
             "sbatch is not on this machine; submit on a login node of a SLURM cluster, show the "
@@ -217,7 +212,7 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONSAFEPATH"] = "1"  # and nothing from the folder in which it starts
     make_private(args.job_dir)
-    executor = _executor(submitit, module, args)
+    executor = _executor(module, args)
     umask = os.umask(0o077)  # a job runs its pickle: nobody else may write it
     try:
         return executor.submit_array([Trainer(module, run, umask) for run in runs])
@@ -229,16 +224,16 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
 
 def make_private(job_dir: str) -> None:
     """Make the job's folder, for its owner alone; with %j only the folder above."""
-    folder = _import_submitit().core.utils.JobPaths.get_first_id_independent_folder(job_dir)
+    from submitit.core.utils import JobPaths
+
+    folder = JobPaths.get_first_id_independent_folder(job_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if JOB_ID not in job_dir:
             folder.chmod(0o700)
     except OSError as error:
-        raise UserError(
-            f"--job_dir {job_dir}: cannot make {folder} private ({error.strerror}), and pickles in "
-            "it are code; choose a folder that you own"
-        ) from error
+        problem = f"cannot make {folder} private ({error.strerror}), and the job's pickle is code"
+        raise UserError(f"--job_dir {job_dir}: {problem}; choose a folder that you own") from error
 
 
 def report(jobs: Sequence[Any], args: Any) -> None:

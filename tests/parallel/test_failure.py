@@ -255,7 +255,7 @@ def test_error_of_one_rank_ends_all(tmp_path, program, failed, size):
     [
         (user_error_of_one, 2, "got 3, expected 4"),
         (stop_of_one, 1, "a loader process died"),
-        (no_device_for_one, 2, "--device tpu: expected auto, cpu, cuda, cuda:N or mps"),
+        (no_device_for_one, 2, "--device tpu is not available; expected auto, cpu"),
     ],
 )
 def test_user_error_of_one_rank_is_one_line_on_all(tmp_path, program, code, why):
@@ -388,7 +388,8 @@ def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
 def test_missing_ranks_are_a_user_error(tmp_path):
     started = Ranks(alone, tmp_path, size=1)
     assert started.end() == [2]
-    assert "rank 0 waited 0:00:01 for all 2 processes at 127.0.0.1:" in started.output(0)
+    assert "rank 0 cannot meet the 2 processes at 127.0.0.1:" in started.output(0)
+    assert "not all of them came within 0:00:01" in started.output(0)
     assert "Traceback" not in started.output(0)
 
 

@@ -599,9 +599,9 @@ def flags(**values: Any) -> SimpleNamespace:
         (
             {"opt": "lamb", "shard": "zero1"},
             "none",
-            "--opt lamb is not known.* --shard zero1; expected adamw",
+            "--opt lamb is not known.* --shard zero1; use .*adamw",
         ),
-        ({"opt": "muon"}, "none", "--opt muon is not known.* --shard fsdp; expected .*adamw"),
+        ({"opt": "muon"}, "none", "--opt muon is not known.* --shard fsdp; use .*adamw"),
         (
             {"shard": "ddp", "sync_bn": True, "cuda_graphs": True},
             "none",
