@@ -155,10 +155,7 @@ def _own_device(device: str, size: int, local: int) -> torch.device:
         count = torch.cuda.device_count()
         # srun and mpirun may show each process only its own GPU, torchrun shows all.
         if "TORCHELASTIC_RUN_ID" in os.environ and local >= count:
-            raise UserError(
-                f"process {local} of this machine has no GPU of its own, there are {count}; "
-                f"start at most {count} processes here"
-            )
+            raise UserError(f"process {local} has no GPU of its own; start at most {count} here")
         own = torch.device("cuda", local % count)
         torch.cuda.set_device(own)
     return own

@@ -35,6 +35,7 @@ FSDP_OPTIMIZERS += ("adanw", "adopt", "adoptc", "adoptw", "lamb", "lambc", "lamb
 FSDP_OPTIMIZERS += ("lapropc", "lars", "lion", "lionc", "madgrad", "madgradw", "momentum", "nadam")
 FSDP_OPTIMIZERS += ("nadamc", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop")
 FSDP_OPTIMIZERS += ("rmsproptf", "rmsproptfw", "sgd", "sgdc", "sgdw")
+HAS_FSDP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 NOT_FSDP = ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu")
 LISTS = (nn.Sequential, nn.ModuleList)
 
@@ -120,7 +121,7 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
     if args.shard == "fsdp":
         for flag in filter(flags.get, NOT_FSDP):
             raise UserError(f"--{flag} does not work with --shard fsdp; drop it, or --shard zero1")
-        if not has_fsdp():
+        if not HAS_FSDP:
             raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
     if args.sync_bn_group and not args.sync_bn:
         raise UserError("--sync_bn_group needs --sync_bn true: give both, or neither")
@@ -130,12 +131,6 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
         if flags[flag] != default:
             get_logger().info("--%s %s has no effect with a single process", flag, flags[flag])
     return Parallelism("ddp", device, amp)
-
-
-def has_fsdp() -> bool:
-    """True if this torch has everything of FSDP2 that is used here."""
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return dist.is_available() and version >= (2, 7)
 
 
 def _check_optimizer(opt: str, shard: str) -> None:
@@ -179,17 +174,13 @@ def _check_parameters(model: nn.Module, shard: str) -> None:
     """Refuse parameters on which torch fails only while training; it refuses others by itself."""
     named = dict(model.named_parameters())
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    strided = [name for name, parameter in named.items() if not parameter.is_contiguous()]
     shared = [name for name in names if name not in named]
-    for mode, found, problem, other in (
-        ("zero1", strided, "that are not contiguous", "ddp"),
-        ("fsdp", shared, "under two names", "zero1"),
-    ):
-        if shard == mode and found:
-            raise UserError(
-                f"--shard {shard}: {type(model).__name__} has parameters {problem}: "
-                f"{first_few(found)}; use --shard {other}"
-            )
+    strided = [name for name, parameter in named.items() if not parameter.is_contiguous()]
+    problem = f"--shard {shard}: {type(model).__name__} has parameters"
+    if shard == "fsdp" and shared:
+        raise UserError(f"{problem} under two names: {first_few(shared)}; use --shard zero1")
+    if shard == "zero1" and strided:
+        raise UserError(f"{problem} that are not contiguous: {first_few(strided)}; use --shard ddp")
 
 
 @contextlib.contextmanager

@@ -124,12 +124,11 @@ def requeue(job: Any) -> int:
 def state(job_id: str) -> str:
     """Return the state of a job in SLURM's words; GONE if SLURM no longer knows it."""
     try:
-        shown = _scontrol("show", "job", "--oneliner", job_id)
+        return re.search(r"JobState=(\w+)", _scontrol("show", "job", "--oneliner", job_id))[1]
     except RuntimeError as error:
         if "Invalid job id" in str(error):
             return "GONE"
         raise
-    return re.search(r"JobState=(\w+)", shown)[1]
 
 
 def _scontrol(*words: str) -> str:

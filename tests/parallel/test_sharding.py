@@ -26,7 +26,7 @@ from errors import UserError
 from models.fcmae import FCMAE
 from optim_factory import create_optimizer
 from parallel import sharding
-from parallel.sharding import Parallelism, build_parallelism
+from parallel.sharding import HAS_FSDP, Parallelism, build_parallelism
 from parallel.state_dict import full_state_dict
 from tests.groups import results_of, run_ranks, run_script
 from tests.test_end_to_end import log
@@ -38,7 +38,6 @@ from training.ema import ModelEma
 from training.stepper import Stepper, autocast
 
 CPU = torch.device("cpu")
-HAS_FSDP = sharding.has_fsdp()
 MODES = ["ddp", "zero1"] + ["fsdp"] * HAS_FSDP
 NEEDS_FSDP = pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7")
 # 3 epochs of 2 updates of 16 images each; 3 images to evaluate.
