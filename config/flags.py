@@ -158,7 +158,7 @@ FLAGS["augmentation"] = (
     ("--reprob", CHANCE, 0.25, "probability of random erasing"),
     ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
     ("--recount", COUNT, 1, "largest number of erased rectangles per image"),
-    ("--resplit", BOOL, False, "official flag, not supported here: true is refused"),
+    ("--resplit", BOOL, False, "flag of the official code; true is not supported"),
     ("--smoothing", BELOW_1, 0.1, "label smoothing; 0: none"),
     ("--mixup", AMOUNT, 0.0, "mixup alpha; 0: off"),
     ("--cutmix", AMOUNT, 0.0, "cutmix alpha; 0: off"),
@@ -269,15 +269,15 @@ FLAGS[JOB] = (
     ("--dependency", TEXT, "", "jobs to wait for in sbatch's syntax, such as afterok:123"),
     ("--comment", TEXT, "", "comment for the scheduler"),
     ("--array", TEXT, "", "recipes separated by commas, each a job with its own folder"),
-    ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 if it fails"),
+    ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 on failure"),
 )
-FLAGS["what to draw"] = (
+FLAGS["drawing"] = (
     ("--checkpoint", PATH, "", "checkpoint or output folder of main_pretrain.py"),
     ("--output", PATH, "imagined.png", "PNG file to write"),
-    ("--num_images", COUNT, 8, "rows, one image each"),
+    ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )
-FLAGS["what to export"] = (
+FLAGS["export"] = (
     ("checkpoint", PATH, None, SOURCES),
     ("--to", tuple(TARGETS), None, "target format, listed above"),
     ("--output", PATH, "", "file or folder to write; default: named by size and format"),

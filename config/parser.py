@@ -16,7 +16,7 @@ from config import flags, recipes
 from config.flags import as_typed
 from errors import did_you_mean
 
-OTHER_SCRIPTS = (flags.JOB, "what to draw", "what to export")  # groups of FLAGS
+OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
 FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
 CONFLICTS = (  # two flags that exclude each other, and the reason
     ("deterministic", "compile", "torch.compile chooses kernels by timing"),
@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 def add_flags(
     parser: argparse.ArgumentParser, title: str, only: str = "", left_out: Sequence[str] = ()
 ) -> None:
-    """Add a group of FLAGS, or under a new title only some flags of any group."""
+    """Add a group of FLAGS, or under a new title only the flags named in `only`."""
     group = parser.add_argument_group(title)
     rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
     rows = [row for row in rows or flags.FLAGS[title] if row[0] not in left_out]
@@ -102,7 +102,7 @@ def add_submitit_args(parser: argparse.ArgumentParser) -> None:
 
 
 def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
-    """Make the parser of main_KIND.py, without some groups or single flags."""
+    """Return the parser of main_KIND.py without some groups or flags."""
     parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
     parser.script = f"main_{kind}"
     for title in flags.FLAGS:
@@ -112,7 +112,7 @@ def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
 
 
 def pretrain_parser() -> argparse.ArgumentParser:
-    """The flags of main_pretrain.py."""
+    """Return the parser of main_pretrain.py."""
     aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
     parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
     parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
@@ -120,29 +120,29 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 
 def finetune_parser() -> argparse.ArgumentParser:
-    """The flags of main_finetune.py."""
+    """Return the parser of main_finetune.py."""
     aim = "Fine-tune a classifier, train it from scratch, or evaluate it (--eval)."
     return _main_parser("finetune", aim, "masked autoencoder")
 
 
 def visualize_parser() -> argparse.ArgumentParser:
-    """The flags of visualize.py; unset ones are as in the pre-training run."""
+    """Return the parser of visualize.py; unset flags are those of the pre-training run."""
     aim = "Draw images, their masks and their reconstructions by a pre-trained model."
     parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
-    add_flags(parser, "what to draw")
+    add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
-    add_flags(parser, "instead of what the run used", names)
+    add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(model=None, data_set=None, data_path=None)
     return parser
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """The flags of export.py; unset ones are as in the run that is exported."""
+    """Return the parser of export.py; unset flags are those of the exported run."""
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
-    add_flags(parser, "what to export")
-    add_flags(parser, "which weights", "--model_key --use_ema --model_prefix --sha256")
+    add_flags(parser, "export")
+    add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
     names = "--input_size --crop_pct --imagenet_default_mean_and_std"
-    add_flags(parser, "instead of what the run used", names)
+    add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
     return parser
 

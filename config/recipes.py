@@ -18,7 +18,7 @@ from errors import did_you_mean
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
-# Two flags that set the same thing: one given at a higher level removes the other at a lower one.
+# Pairs of flags for the same thing: one on the command line overrides the other in a file.
 ONE_OF = (
     ("update_freq", "effective_batch"),
     ("lr", "blr"),
@@ -60,7 +60,7 @@ def listing() -> str:
 
 
 def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Flags:
-    """Parse words into the flags that they set, without the defaults of others."""
+    """Parse words, and return only the flags that they set, without defaults."""
     unset = object()
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     found = vars(parser.parse_args(words, blank))
@@ -68,7 +68,7 @@ def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) 
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Flags:
-    """Put `above` over `below`, from which the partners of flags in `above` are removed."""
+    """Override `below` with `above`, and drop the partners of flags in `above` from it."""
     replaced = {PARTNER.get(name) for name, value in above.items() if value is not None}
     return {name: value for name, value in below.items() if name not in replaced} | above
 
@@ -126,7 +126,7 @@ def _load(parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...]) -
 
 
 def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:
-    """Turn a value of a file into command-line words; an allowed null needs none."""
+    """Turn a value of a file into command-line words; none for null where it is allowed."""
     if value is None and (action.default is None or action.dest == "aa"):
         return []
     several = action.nargs not in (None, "?")

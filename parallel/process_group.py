@@ -125,7 +125,7 @@ def init_distributed_mode(
 
 
 def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch.device:
-    """Make the group and watch it for failures; returns this rank's device."""
+    """Create the process group and watch it for failures; returns this rank's device."""
     store, rank, size = _rendezvous(dist_url, rank, size)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and store.check([STOPPED]):
@@ -155,7 +155,7 @@ def _own_device(device: str, size: int, local: int) -> torch.device:
         count = torch.cuda.device_count()
         # srun and mpirun may show each process only its own GPU, torchrun shows all.
         if "TORCHELASTIC_RUN_ID" in os.environ and local >= count:
-            raise UserError(f"process {local} has no GPU of its own; start at most {count} here")
+            raise UserError(f"local rank {local} has no GPU; start at most {count} per node")
         own = torch.device("cuda", local % count)
         torch.cuda.set_device(own)
     return own
@@ -165,21 +165,21 @@ def _rendezvous(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
     """Return (store, rank, number of processes); rank 0 serves the store."""
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError(
-            f"MASTER_ADDR is not set for {size} processes; set it to the machine of rank 0 for "
-            "all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+            f"MASTER_ADDR is not set for {size} processes; set it to the host of rank 0 "
+            "(mpirun -x MASTER_ADDR=HOST), or start with torchrun"
         )
-    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's own
+    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's default
     address = dist_url
     if dist_url == "env://":
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=RENDEZVOUS_TIMEOUT))
     except dist.DistError as error:
-        advice = f"not all of them came within {RENDEZVOUS_TIMEOUT}; check their output"
+        reason = f"not all joined within {RENDEZVOUS_TIMEOUT}; check their output and MASTER_ADDR"
         if "EADDRINUSE" in str(error):
-            advice = "the port is in use; set a free one as MASTER_PORT, the same for all ranks"
+            reason = "the port is in use; set a free MASTER_PORT, the same for all processes"
         raise UserError(
-            f"rank {rank} cannot meet the {size} processes at {address}: {advice} ({error})"
+            f"rank {rank}: rendezvous of {size} processes at {address} failed: {reason} ({error})"
         ) from error
     store.set_timeout(WAIT_FOR_RANKS)
     return store, rank, size

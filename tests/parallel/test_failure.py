@@ -388,8 +388,8 @@ def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
 def test_missing_ranks_are_a_user_error(tmp_path):
     started = Ranks(alone, tmp_path, size=1)
     assert started.end() == [2]
-    assert "rank 0 cannot meet the 2 processes at 127.0.0.1:" in started.output(0)
-    assert "not all of them came within 0:00:01" in started.output(0)
+    assert "rank 0: rendezvous of 2 processes at 127.0.0.1:" in started.output(0)
+    assert "not all joined within 0:00:01" in started.output(0)
     assert "Traceback" not in started.output(0)
 
 

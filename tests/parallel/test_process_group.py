@@ -97,7 +97,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert process_group._own_device("cuda", 3, 1) == torch.device("cuda:1")
-    with pytest.raises(UserError, match="process 2 has no GPU of its own; start at most 2 here"):
+    with pytest.raises(UserError, match="local rank 2 has no GPU; start at most 2"):
         process_group._own_device("cuda", 3, 2)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # srun and mpirun may show each process only its own
     assert process_group._own_device("cuda", 3, 2) == torch.device("cuda:0")
