@@ -11,7 +11,6 @@ import argparse
 import math
 import os
 import shlex
-from collections.abc import Callable
 from typing import Any
 
 
@@ -29,10 +28,10 @@ def as_typed(value: Any) -> str:
     return " ".join(shlex.quote(str(x).lower() if isinstance(x, bool) else str(x)) for x in values)
 
 
-def number(kind: str) -> Callable[[str], float]:
-    """Make an argparse type of `int [1, inf)`; a round bracket excludes its bound. NaN is refused.
+def number(kind: str) -> dict[str, Any]:
+    """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
 
-    The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`.
+    NaN is refused. The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`.
     """
     name, _, span = kind.partition(" ")
     first, last = span[1:-1].split(", ")
@@ -51,7 +50,7 @@ def number(kind: str) -> Callable[[str], float]:
 
     above = f"{'>' if span[0] == '(' else '>='}{first}"
     convert.range = above if last == "inf" else f"in {span.replace(' ', '')}"
-    return convert
+    return {"type": convert, "metavar": name.upper()}
 
 
 HELP = """%(aim)s
@@ -90,9 +89,11 @@ torch, if installed, and deleted unless it reproduces the output to 1e-5 of its
 largest value (1e-2 with --half)."""
 
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
-BOOL, PATH, NAME, TEXT = "BOOL", "PATH", "NAME", "TEXT"
-COUNT, WHOLE, AMOUNT, POSITIVE = "int [1, inf)", "int [0, inf)", "float [0, inf)", "float (0, inf)"
-CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
+BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
+PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
+COUNT, WHOLE, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
+AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
+CHANCE, BELOW_1, SHARE = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 FOLDERS = ("IMNET", "image_folder", "folder")
@@ -106,9 +107,9 @@ GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
 TARGETS |= GRAPHS
 
-# Group -> rows of (flag, kind, default, help, nargs if several values). A kind is BOOL, PATH, NAME,
-# TEXT, a tuple of choices, or a number with its range. Help may end in "; default: WORDS" where the
-# default itself says too little; the range and other defaults are added when help is printed.
+# Group -> rows of (flag, kind, default, help, nargs if several values). A kind is a tuple of
+# choices, or argparse's options. Help may end in "; default: WORDS" where the default itself says
+# too little; the range and other defaults are added when help is printed.
 FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
@@ -134,7 +135,7 @@ FLAGS["model"] = (
 )
 FLAGS["masked autoencoder"] = (
     ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: 8 * stem_stride"),
-    ("--mask_ratio", "float (0, 1)", 0.6, "fraction of patches to mask"),
+    ("--mask_ratio", number("float (0, 1)"), 0.6, "fraction of patches to mask"),
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
@@ -173,7 +174,7 @@ FLAGS["optimizer and schedule"] = (
     ("--min_lr", AMOUNT, 1e-6, "final learning rate, reached by cosine decay"),
     ("--warmup_epochs", AMOUNT, None,
      "epochs of linear warm-up; default: epochs / 5, at most 40 (pre-training) or 20"),
-    ("--warmup_steps", "int [-1, inf)", -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
+    ("--warmup_steps", FROM_MINUS_1, -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
     ("--start_epoch", WHOLE, 0, "first epoch; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
     ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
@@ -245,7 +246,7 @@ FLAGS["distributed training"] = (
     ("--sync_bn", BOOL, False, "compute BatchNorm statistics over all GPUs"),
     ("--sync_bn_group", WHOLE, 0, "neighboring processes that share statistics; 0: all"),
     ("--world_size", COUNT, 1, "expected number of processes; 1: any"),
-    ("--local_rank --local-rank", "int [-1, inf)", -1, "rank on the node, set by launchers"),
+    ("--local_rank --local-rank", FROM_MINUS_1, -1, "rank on the node, set by launchers"),
     ("--dist_on_itp", BOOL, False, "read ranks set by Open MPI's mpirun"),
     ("--dist_url", TEXT, "env://", "rendezvous address of the processes"),
 )
@@ -278,12 +279,12 @@ FLAGS["drawing"] = (
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )
 FLAGS["export"] = (
-    ("checkpoint", PATH, None, SOURCES),
+    ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
     ("--to", tuple(TARGETS), None, "target format, listed above"),
     ("--output", PATH, "", "file or folder to write; default: named by size and format"),
     ("--overwrite", BOOL, False, "replace an existing output"),
     ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
     ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
-    ("--opset", "int [17, 20]", None, "onnx: opset version; default: 17, the most portable"),
+    ("--opset", number("int [17, 20]"), None, "onnx: opset; default: 17, the most portable"),
 )
 # fmt: on

@@ -82,16 +82,11 @@ def add_flags(
     rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
     rows = [row for row in rows or flags.FLAGS[title] if row[0] not in left_out]
     for names, kind, default, text, *nargs in rows:
-        options: dict[str, Any] = {"default": default, "help": text}
-        if isinstance(kind, tuple):
-            options |= {"type": type(kind[0]), "choices": kind}
-        elif kind == flags.BOOL:
-            options |= {"type": flags.str2bool, "metavar": kind, "nargs": "?", "const": True}
-        elif kind in (flags.PATH, flags.NAME, flags.TEXT):
-            options["metavar"] = kind if names.startswith("-") else names.upper()
-        else:
-            options |= {"type": flags.number(kind), "metavar": kind.split()[0].upper()}
-        group.add_argument(*names.split(), **options, **({"nargs": nargs[0]} if nargs else {}))
+        choices = isinstance(kind, tuple)
+        options = {"choices": kind, "type": type(kind[0])} if choices else dict(kind)
+        if nargs:
+            options["nargs"] = nargs[0]
+        group.add_argument(*names.split(), default=default, help=text, **options)
 
 
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:

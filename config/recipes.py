@@ -54,7 +54,7 @@ def recipes(pattern: str = "*") -> dict[str, Path]:
 def listing() -> str:
     """List every recipe with the first line of its file."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in recipes("[!_]*").items()}
-    width = max(map(len, texts), default=0)
+    width = max(map(len, texts))
     first = {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
     return "\n".join(f"{name:{width}}  {line}" for name, line in first.items())
 

@@ -33,7 +33,11 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
         for name in names:
             if name not in env:
                 raise UserError(f"--dist_on_itp true: {name} is not set; start with mpirun")
-        _set_address_of_mpirun()
+        if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
+            env.setdefault("MASTER_ADDR", "127.0.0.1")
+        elif "SLURM_JOB_NODELIST" in env:
+            env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
+        env.setdefault("MASTER_PORT", port_of(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
     # SLURM_PROCID is also set in a job's shells, where a program runs alone: in the batch script,
     # and in a terminal started by srun, which has SLURM_PTY_PORT.
     elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PTY_PORT" not in env:
@@ -46,15 +50,6 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
         return None
     rank, size, local = (int(env[name]) for name in names)
     return rank, size, local
-
-
-def _set_address_of_mpirun() -> None:
-    env = os.environ
-    if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-    elif "SLURM_JOB_NODELIST" in env:
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
-    env.setdefault("MASTER_PORT", port_of(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
 
 
 def port_of(number: int) -> str:

@@ -22,7 +22,6 @@ from config import recipes
 from errors import UserError
 from parallel.slurm import JOB_ID, Trainer, follow
 
-DEFAULTS = {"slurm": (2, 8), "local": (1, 1), "debug": (1, 1)}  # nodes, GPUs of each
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "gres", "dependency")
 SLURM_ONLY += ("comment", "use_volta32", "cpus_per_task", "mem_gb", "dry_run")
 
@@ -44,11 +43,10 @@ def run(module: str, parser: argparse.ArgumentParser) -> None:
             sys.exit(0 if follow(jobs, args.cluster) else 1)
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write into --job_dir: {error}; choose a folder that you own")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted; submitted SLURM jobs continue, local ones are stopped\n")
-
-
-# --- the flags ------------------------------------------------------------------------------
 
 
 def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> list[Any]:
@@ -85,7 +83,7 @@ def _replace(args: Any, **values: Any) -> Any:
 
 def resolve(args: Any, parser: argparse.ArgumentParser) -> Any:
     """Fill in the defaults of the cluster; a flag that cannot work ends the program."""
-    nodes, gpus = DEFAULTS[args.cluster]
+    nodes, gpus = (2, 8) if args.cluster == "slurm" else (1, 1)
     ngpus = gpus if args.ngpus is None else args.ngpus
     args = _replace(
         args,
@@ -139,9 +137,6 @@ def _gpus_of(gres: str) -> int | None:
         if name == "gpu":
             return int(more[-1]) if more and more[-1].isdigit() else 1
     return None
-
-
-# --- the job --------------------------------------------------------------------------------
 
 
 def slurm_parameters(module: str, args: Any) -> dict[str, Any]:
@@ -208,12 +203,12 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
             "sbatch is not on this machine; submit on a login node of a SLURM cluster, show the "
             "job with --dry_run, or run it here with --cluster local"
         )
+    make_private(args.job_dir)
     root = str(Path(__file__).resolve().parents[1])  # the job imports this toolkit from here
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONSAFEPATH"] = "1"  # and nothing from the folder in which it starts
-    make_private(args.job_dir)
     executor = _executor(module, args)
-    umask = os.umask(0o077)  # a job runs its pickle: nobody else may write it
+    umask = os.umask(0o077)  # nobody else may write the job's pickle
     try:
         return executor.submit_array([Trainer(module, run, umask) for run in runs])
     except submitit.core.utils.FailedJobError as error:
@@ -223,17 +218,13 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
 
 
 def make_private(job_dir: str) -> None:
-    """Make the job's folder, for its owner alone; with %j only the folder above."""
+    """Create the job's folder, for its owner alone; with %j only the folder above."""
     from submitit.core.utils import JobPaths
 
     folder = JobPaths.get_first_id_independent_folder(job_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if JOB_ID not in job_dir:
-            folder.chmod(0o700)
-    except OSError as error:
-        problem = f"cannot make {folder} private ({error.strerror}), and the job's pickle is code"
-        raise UserError(f"--job_dir {job_dir}: {problem}; choose a folder that you own") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if JOB_ID not in job_dir:
+        folder.chmod(0o700)
 
 
 def report(jobs: Sequence[Any], args: Any) -> None:

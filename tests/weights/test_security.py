@@ -290,7 +290,7 @@ def test_job_folder_and_its_pickles_are_private(tmp_path):
     assert stat.S_IMODE(newest.stat().st_mode) == 0o664
 
 
-def test_job_folder_without_a_number_becomes_private(tmp_path):
+def test_job_folder_without_a_number_becomes_private(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "job"
     folder.mkdir(mode=0o777)
     submit.make_private(str(folder))
@@ -298,8 +298,11 @@ def test_job_folder_without_a_number_becomes_private(tmp_path):
     submit.make_private(str(tmp_path / "new" / "%j" / "deep"))
     assert everything(tmp_path) == {"job", "new"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make .* private"):
-        submit.make_private(str(tmp_path / "file"))
+    words = ["--data_set", "DIGITS", "--cluster", "debug", "--job_dir", str(tmp_path / "file")]
+    monkeypatch.setattr(sys, "argv", ["submitit_pretrain.py", *words])
+    with pytest.raises(SystemExit):
+        submit.run("main_pretrain", options.pretrain_parser())
+    assert "cannot write into --job_dir: [Errno 17]" in capsys.readouterr().err
 
 
 def test_no_file_of_ours_unpickles_or_unpacks_elsewhere():
