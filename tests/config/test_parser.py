@@ -289,7 +289,7 @@ def test_choices_are_refused_with_the_list(capsys):
         ("finetune", "--cuda_graphs --opt adahessian", ["--cuda_graphs", "--opt adahessian"]),
     ],
 )
-def test_what_cannot_run_is_refused(capsys, kind, words, parts):
+def test_flags_that_cannot_work_are_refused(capsys, kind, words, parts):
     refused(capsys, kind, words, *parts)
 
 
@@ -506,7 +506,7 @@ def test_help_names_every_flag_and_group(kind):
             assert option in text
 
 
-def test_options_imports_nothing_heavy():
+def test_parser_imports_nothing_heavy():
     code = "import sys, config.parser; print({'torch', 'timm', 'yaml'} & sys.modules.keys())"
     root = Path(options.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

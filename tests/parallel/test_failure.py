@@ -219,13 +219,13 @@ def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
     pretrain(args, "--data_set", "tests.tiny:fails", "--picture_freq", "0")
 
 
-def alone(args: SimpleNamespace) -> None:
+def rank_without_others(args: SimpleNamespace) -> None:
     process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     os.environ["WORLD_SIZE"] = "2"
     process_group.init_distributed_mode("cpu")
 
 
-# --- their ends -----------------------------------------------------------------------------
+# --- exit codes and output -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
 
 
 def test_missing_ranks_are_a_user_error(tmp_path):
-    started = Ranks(alone, tmp_path, size=1)
+    started = Ranks(rank_without_others, tmp_path, size=1)
     assert started.end() == [2]
     assert "rank 0: rendezvous of 2 processes at 127.0.0.1:" in started.output(0)
     assert "not all joined within 0:00:01" in started.output(0)
