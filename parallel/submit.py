@@ -38,7 +38,7 @@ def run(module: str, parser: argparse.ArgumentParser) -> None:
             print(script(module, runs), end="")
             return
         jobs = submit(module, runs)
-        report(jobs, args)
+        report(jobs, runs)
         if args.follow and args.cluster != "debug":
             sys.exit(0 if follow(jobs, args.cluster) else 1)
     except UserError as error:
@@ -53,7 +53,7 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     """Return the checked flags of each job: one, or one for each recipe of `--array`."""
     words = list(sys.argv[1:] if argv is None else argv)
     flags = recipes.read_flags(parser, words)
-    names = _names(flags["array"])
+    names = [name.strip() for name in flags["array"].split(",") if name.strip()]
     if not names:
         return [resolve(options.parse(parser, words), parser)]
     labels = [Path(name).stem for name in names]
@@ -71,10 +71,6 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         _replace(args, output_dir=args.output_dir or str(Path(args.job_dir, label)))
         for args, label in zip(runs, labels, strict=True)
     ]
-
-
-def _names(array: str) -> list[str]:
-    return [name.strip() for name in array.split(",") if name.strip()]
 
 
 def _replace(args: Any, **values: Any) -> Any:
@@ -227,10 +223,10 @@ def make_private(job_dir: str) -> None:
         folder.chmod(0o700)
 
 
-def report(jobs: Sequence[Any], args: Any) -> None:
+def report(jobs: Sequence[Any], runs: Sequence[Any]) -> None:
     """Print each job's number, its logs and the commands to follow and to cancel it."""
-    for job, name in zip(jobs, _names(args.array) or [""], strict=True):
-        label = f" ({name})" if name else ""
+    for job, args in zip(jobs, runs, strict=True):
+        label = f" ({args.recipe.partition(':')[0]})" if len(jobs) > 1 else ""
         print(f"job {job.job_id}{label}; output of rank 0: {job.paths.stdout}")
         print(f"  errors  {job.paths.stderr}")
         if args.cluster == "debug":

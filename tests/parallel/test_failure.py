@@ -225,7 +225,7 @@ def rank_without_others(args: SimpleNamespace) -> None:
     process_group.init_distributed_mode("cpu")
 
 
-# --- exit codes and output -----------------------------------------------------------------------------
+# --- exit codes and output --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
