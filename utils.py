@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from parallel.process_group import (  # noqa: F401  names that forks of the official code use
     all_gather,
     all_reduce_sum,
-    barrier,
     broadcast,
     find_device,
     from_main_process,

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, SHARE, WHOLE, number
+from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, SHARE, WHOLE
 
 HELP = """Train a ConvNeXt V2 on CIFAR-10, in three runs for each seed:
   pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning
@@ -84,10 +84,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", type=Path, help="file of finished runs, to resume from")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
-    longer = {"type": number(COUNT), "metavar": "N", "help": "instead of the rule for `longer`"}
+    longer = {**COUNT, "metavar": "N", "help": "instead of the rule for `longer`"}
     parser.add_argument("--longer_epochs", **longer)
     for flag, (kind, large, small, text) in SETTINGS.items():
-        check = {"type": number(kind), "metavar": "N"} if kind else {}
+        check = {**kind, "metavar": "N"} if kind else {}
         parser.add_argument(f"--{flag}", help=f"{text} [GPU {large}, CPU {small}]", **check)
     parser.set_defaults(cutmix_minmax=None, mixup_switch_prob=0.5, mixup_mode="batch")
     return parser

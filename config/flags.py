@@ -11,7 +11,6 @@ import argparse
 import math
 import os
 import shlex
-from collections.abc import Callable
 from typing import Any
 
 
@@ -29,10 +28,10 @@ def as_typed(value: Any) -> str:
     return " ".join(shlex.quote(str(x).lower() if isinstance(x, bool) else str(x)) for x in values)
 
 
-def number(kind: str) -> Callable[[str], float]:
-    """Make an argparse type of `int [1, inf)`; a round bracket excludes its bound. NaN is refused.
+def number(kind: str) -> dict[str, Any]:
+    """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
 
-    The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`.
+    NaN is refused. The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`.
     """
     name, _, span = kind.partition(" ")
     first, last = span[1:-1].split(", ")
@@ -51,7 +50,7 @@ def number(kind: str) -> Callable[[str], float]:
 
     above = f"{'>' if span[0] == '(' else '>='}{first}"
     convert.range = above if last == "inf" else f"in {span.replace(' ', '')}"
-    return convert
+    return {"type": convert, "metavar": name.upper()}
 
 
 HELP = """%(aim)s
@@ -84,18 +83,17 @@ formats for --to:
   torchscript  graph for torch.jit.load and LibTorch
   pt2          graph for torch.export.load; images of at least 64 x 64 pixels
 
-Graphs accept any batch size, height and width. The exported file is loaded with
-timm, transformers, onnxruntime or torch and must reproduce the output to 1e-5
-of its largest value (1e-2 with --half); otherwise it is deleted. The last line
-says so if that library is not installed and the file could not be checked.
-
-Pre-trained weights have no head: their graph returns the last feature map
-(N, C, h, w), or with a final norm the pooled features (N, C)."""
+Graphs accept any batch size, height and width; without a head they return the
+last feature map. The file is loaded with timm, transformers, onnxruntime or
+torch, if installed, and deleted unless it reproduces the output to 1e-5 of its
+largest value (1e-2 with --half)."""
 
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
-BOOL, PATH, NAME, TEXT = "BOOL", "PATH", "NAME", "TEXT"
-COUNT, WHOLE, AMOUNT, POSITIVE = "int [1, inf)", "int [0, inf)", "float [0, inf)", "float (0, inf)"
-CHANCE, BELOW_1, SHARE = "float [0, 1]", "float [0, 1)", "float (0, 1]"
+BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
+PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
+COUNT, WHOLE, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
+AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
+CHANCE, BELOW_1, SHARE = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 FOLDERS = ("IMNET", "image_folder", "folder")
@@ -109,9 +107,9 @@ GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
 TARGETS |= GRAPHS
 
-# Group -> rows of (flag, kind, default, help, nargs if several values). A kind is BOOL, PATH, NAME,
-# TEXT, a tuple of choices, or a number with its range. Help may end in "; default: WORDS" where the
-# default itself says too little; the range and other defaults are added when help is printed.
+# Group -> rows of (flag, kind, default, help, nargs if several values). A kind is a tuple of
+# choices, or argparse's options. Help may end in "; default: WORDS" where the default itself says
+# too little; the range and other defaults are added when help is printed.
 FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
@@ -137,7 +135,7 @@ FLAGS["model"] = (
 )
 FLAGS["masked autoencoder"] = (
     ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: 8 * stem_stride"),
-    ("--mask_ratio", "float (0, 1)", 0.6, "fraction of the patches to mask"),
+    ("--mask_ratio", number("float (0, 1)"), 0.6, "fraction of patches to mask"),
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
@@ -152,16 +150,16 @@ FLAGS["data"] = (
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
     ("--scale", SHARE, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
-    ("--crop_pct", SHARE, None, "evaluation crop side / image side; default: by input size"),
+    ("--crop_pct", SHARE, None, "evaluation crop side / image side; default: by --input_size"),
 )
 FLAGS["augmentation"] = (
-    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "for random crops"),
+    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
     ("--color_jitter", AMOUNT, None, "color jitter strength, used without --aa; default: none"),
     ("--aa", NAME, "rand-m9-mstd0.5-inc1", "AutoAugment policy in timm's notation, or none"),
     ("--reprob", CHANCE, 0.25, "probability of random erasing"),
     ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
     ("--recount", COUNT, 1, "largest number of erased rectangles per image"),
-    ("--resplit", BOOL, False, "official flag, not supported here: true is refused"),
+    ("--resplit", BOOL, False, "flag of the official code; true is not supported"),
     ("--smoothing", BELOW_1, 0.1, "label smoothing; 0: none"),
     ("--mixup", AMOUNT, 0.0, "mixup alpha; 0: off"),
     ("--cutmix", AMOUNT, 0.0, "cutmix alpha; 0: off"),
@@ -169,18 +167,18 @@ FLAGS["augmentation"] = (
      "smallest and largest cutmix side, enables cutmix; default: by --cutmix", "+"),
     ("--mixup_prob", CHANCE, 1.0, "probability of mixing a batch"),
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
-    ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share one mixing ratio"),
+    ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
 )
 FLAGS["optimizer and schedule"] = (
     ("--blr", AMOUNT, 5e-4, "peak learning rate per 256 images of an optimizer step"),
     ("--min_lr", AMOUNT, 1e-6, "final learning rate, reached by cosine decay"),
     ("--warmup_epochs", AMOUNT, None,
      "epochs of linear warm-up; default: epochs / 5, at most 40 (pre-training) or 20"),
-    ("--warmup_steps", "int [-1, inf)", -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
+    ("--warmup_steps", FROM_MINUS_1, -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
     ("--start_epoch", WHOLE, 0, "first epoch; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
     ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
-    ("--opt", NAME, "adamw", "optimizer, by timm's name"),
+    ("--opt", NAME, "adamw", "optimizer name in timm"),
     ("--opt_eps", POSITIVE, None, "optimizer epsilon; default: the optimizer's own"),
     ("--opt_betas", BELOW_1, None,
      "optimizer betas; default: the optimizer's own; 0.9 0.95 for adamw in pre-training", "+"),
@@ -247,10 +245,10 @@ FLAGS["distributed training"] = (
     ("--grad_compression", ("none", "bf16"), "none", "data type for sending gradients"),
     ("--sync_bn", BOOL, False, "compute BatchNorm statistics over all GPUs"),
     ("--sync_bn_group", WHOLE, 0, "neighboring processes that share statistics; 0: all"),
-    ("--world_size", COUNT, 1, "number of processes; 1: as the launcher says"),
-    ("--local_rank --local-rank", "int [-1, inf)", -1, "rank on the node, set by launchers"),
+    ("--world_size", COUNT, 1, "expected number of processes; 1: any"),
+    ("--local_rank --local-rank", FROM_MINUS_1, -1, "rank on the node, set by launchers"),
     ("--dist_on_itp", BOOL, False, "read ranks set by Open MPI's mpirun"),
-    ("--dist_url", TEXT, "env://", "address where the processes meet"),
+    ("--dist_url", TEXT, "env://", "rendezvous address of the processes"),
 )
 FLAGS[JOB] = (
     ("--cluster", ("slurm", "local", "debug"), "slurm", "SLURM, this machine or this process"),
@@ -260,7 +258,7 @@ FLAGS[JOB] = (
     ("--cpus_per_task", COUNT, 10, "CPU cores per process, for its --num_workers too"),
     ("--mem_gb", POSITIVE, None, "memory per node in GB; default: the cluster's"),
     ("--timeout", COUNT, 4320, "time limit in minutes; the job saves and is requeued"),
-    ("--signal_delay", COUNT, 120, "seconds before the time limit when the job saves"),
+    ("--signal_delay", COUNT, 120, "seconds before the time limit at which the job saves"),
     ("--job_dir", PATH, "./runs/%j", "shared folder of the job; %%j: job number"),
     ("--partition", NAME, "", "SLURM partition; default: the cluster's"),
     ("--account", NAME, "", "SLURM account; default: the cluster's"),
@@ -272,21 +270,21 @@ FLAGS[JOB] = (
     ("--dependency", TEXT, "", "jobs to wait for in sbatch's syntax, such as afterok:123"),
     ("--comment", TEXT, "", "comment for the scheduler"),
     ("--array", TEXT, "", "recipes separated by commas, each a job with its own folder"),
-    ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 if it fails"),
+    ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 on failure"),
 )
-FLAGS["what to draw"] = (
+FLAGS["drawing"] = (
     ("--checkpoint", PATH, "", "checkpoint or output folder of main_pretrain.py"),
     ("--output", PATH, "imagined.png", "PNG file to write"),
-    ("--num_images", COUNT, 8, "rows, one image each"),
+    ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )
-FLAGS["what to export"] = (
-    ("checkpoint", PATH, None, SOURCES),
+FLAGS["export"] = (
+    ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
     ("--to", tuple(TARGETS), None, "target format, listed above"),
     ("--output", PATH, "", "file or folder to write; default: named by size and format"),
     ("--overwrite", BOOL, False, "replace an existing output"),
     ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
     ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
-    ("--opset", "int [17, 20]", None, "onnx: opset version; default: 17, the most portable"),
+    ("--opset", number("int [17, 20]"), None, "onnx: opset; default: 17, the most portable"),
 )
 # fmt: on

@@ -8,7 +8,6 @@ python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['-
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -17,13 +16,14 @@ from config import flags, recipes
 from config.flags import as_typed
 from errors import did_you_mean
 
-OTHER_SCRIPTS = (flags.JOB, "what to draw", "what to export")  # groups of FLAGS
+OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
 FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
 CONFLICTS = (  # two flags that exclude each other, and the reason
     ("deterministic", "compile", "torch.compile chooses kernels by timing"),
     ("dry_run", "eval", "a dry run checks training"),
     ("cuda_graphs", "compile", "both capture the training step"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
+    ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
@@ -77,21 +77,16 @@ class _Parser(argparse.ArgumentParser):
 def add_flags(
     parser: argparse.ArgumentParser, title: str, only: str = "", left_out: Sequence[str] = ()
 ) -> None:
-    """Add a group of FLAGS, or under a new title only some flags of any group."""
+    """Add a group of FLAGS, or under a new title only the flags named in `only`."""
     group = parser.add_argument_group(title)
     rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
     rows = [row for row in rows or flags.FLAGS[title] if row[0] not in left_out]
     for names, kind, default, text, *nargs in rows:
-        options: dict[str, Any] = {"default": default, "help": text}
-        if isinstance(kind, tuple):
-            options |= {"type": type(kind[0]), "choices": kind}
-        elif kind == flags.BOOL:
-            options |= {"type": flags.str2bool, "metavar": kind, "nargs": "?", "const": True}
-        elif kind in (flags.PATH, flags.NAME, flags.TEXT):
-            options["metavar"] = kind if names.startswith("-") else names.upper()
-        else:
-            options |= {"type": flags.number(kind), "metavar": kind.split()[0].upper()}
-        group.add_argument(*names.split(), **options, **({"nargs": nargs[0]} if nargs else {}))
+        choices = isinstance(kind, tuple)
+        options = {"choices": kind, "type": type(kind[0])} if choices else dict(kind)
+        if nargs:
+            options["nargs"] = nargs[0]
+        group.add_argument(*names.split(), default=default, help=text, **options)
 
 
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +97,7 @@ def add_submitit_args(parser: argparse.ArgumentParser) -> None:
 
 
 def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
-    """Make the parser of main_KIND.py, without some groups or single flags."""
+    """Return the parser of main_KIND.py without some groups or flags."""
     parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
     parser.script = f"main_{kind}"
     for title in flags.FLAGS:
@@ -112,7 +107,7 @@ def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
 
 
 def pretrain_parser() -> argparse.ArgumentParser:
-    """The flags of main_pretrain.py."""
+    """Return the parser of main_pretrain.py."""
     aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
     parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
     parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
@@ -120,29 +115,29 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 
 def finetune_parser() -> argparse.ArgumentParser:
-    """The flags of main_finetune.py."""
+    """Return the parser of main_finetune.py."""
     aim = "Fine-tune a classifier, train it from scratch, or evaluate it (--eval)."
     return _main_parser("finetune", aim, "masked autoencoder")
 
 
 def visualize_parser() -> argparse.ArgumentParser:
-    """The flags of visualize.py; unset ones are as in the pre-training run."""
+    """Return the parser of visualize.py; unset flags are those of the pre-training run."""
     aim = "Draw images, their masks and their reconstructions by a pre-trained model."
     parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
-    add_flags(parser, "what to draw")
+    add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
-    add_flags(parser, "instead of what the run used", names)
+    add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(model=None, data_set=None, data_path=None)
     return parser
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """The flags of export.py; unset ones are as in the run that is exported."""
+    """Return the parser of export.py; unset flags are those of the exported run."""
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
-    add_flags(parser, "what to export")
-    add_flags(parser, "which weights", "--model_key --use_ema --model_prefix --sha256")
+    add_flags(parser, "export")
+    add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
     names = "--input_size --crop_pct --imagenet_default_mean_and_std"
-    add_flags(parser, "instead of what the run used", names)
+    add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
     return parser
 
@@ -229,30 +224,12 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--spike_factor {args.spike_factor:g}: expected 3 or more, or 0 for no spike check"
     if args.data_timeout and not args.num_workers:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
-    if args.cuda_graphs and (args.update_freq or 1) > 1:
-        yield f"--cuda_graphs true cannot accumulate (--update_freq {args.update_freq}); drop one"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)
-
-
-def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
-    patch, stride = args.patch_size, 8 * args.stem_stride
-    for flag, value, step, name in (
-        ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
-        *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
-    ):
-        if value % step:
-            low = value // step * step
-            near = f"{low} or {low + step}" if low else step
-            yield f"--{flag} {value} is not a multiple of {name}; try {near}"
-    patches = math.prod(side // patch for side in args.input_size)
-    kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
-    if not 1 <= kept < patches:
-        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
-        yield f"{got}, expected 1 to {patches - 1}; raise --input_size or change --mask_ratio"
-    if args.crop_pct is not None:
-        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
+    if "mask_ratio" not in values:
+        yield from _finetune_problems(args)
+    elif args.crop_pct is not None:
+        yield "--crop_pct is for evaluation, and pre-training has none; drop it"
 
 
 def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -261,7 +238,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         got = as_typed(args.input_size)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
     if args.resplit:
-        yield "--resplit true is not supported: there are no augmentation splits; leave it out"
+        yield "--resplit true is not supported: there are no augmentation splits; drop it"
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
         yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
     mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval

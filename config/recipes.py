@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags from YAML files: `--recipe` and `--config`, below the command line.
+"""Flags from YAML files: `--recipe` and `--config`, which the command line overrides.
 
 python -c "from config import recipes; print(recipes.listing())"
 """
@@ -18,7 +18,7 @@ from errors import did_you_mean
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
-# Two flags that set the same thing: one given at a higher level removes the other at a lower one.
+# Pairs of flags for the same thing: one on the command line overrides the other in a file.
 ONE_OF = (
     ("update_freq", "effective_batch"),
     ("lr", "blr"),
@@ -54,13 +54,13 @@ def recipes(pattern: str = "*") -> dict[str, Path]:
 def listing() -> str:
     """List every recipe with the first line of its file."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in recipes("[!_]*").items()}
-    width = max(map(len, texts), default=0)
+    width = max(map(len, texts))
     first = {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
     return "\n".join(f"{name:{width}}  {line}" for name, line in first.items())
 
 
 def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Flags:
-    """Parse words into the flags that they set, without the defaults of others."""
+    """Parse words, and return only the flags that they set, without defaults."""
     unset = object()
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     found = vars(parser.parse_args(words, blank))
@@ -68,7 +68,7 @@ def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) 
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Flags:
-    """Put `above` over `below`, from which the partners of flags in `above` are removed."""
+    """Override `below` with `above`, and drop the partners of flags in `above` from it."""
     replaced = {PARTNER.get(name) for name, value in above.items() if value is not None}
     return {name: value for name, value in below.items() if name not in replaced} | above
 
@@ -112,10 +112,8 @@ def _load(parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...]) -
         parser.error(f"{path} builds on itself through its 'base'; remove one 'base'")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"cannot read the file: {error}")
-    except RecursionError:
-        parser.error("the file is nested too deeply; expected lines of 'flag: value'")
     if not isinstance(values, dict):
         parser.error("expected lines of 'flag: value', without dashes")
     base = values.pop("base", None)
@@ -128,7 +126,7 @@ def _load(parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...]) -
 
 
 def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:
-    """Turn a value of a file into command-line words; an allowed null needs none."""
+    """Turn a value of a file into command-line words; none for null where it is allowed."""
     if value is None and (action.default is None or action.dest == "aa"):
         return []
     several = action.nargs not in (None, "?")

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Read rank and world size from the variables of torchrun, submitit, srun or mpirun.
+"""Read rank and world size from the environment of torchrun, submitit, srun or mpirun.
 
 python -c "from parallel import environment; print(environment.first_host('n[08-11,20],m2'))"
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import MutableMapping
 
 from errors import UserError
 
 OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-FIRST_PORT, PORTS = 20000, 10000  # below the range of outgoing connections
+FIRST_PORT, PORTS = 20000, 10000  # below the ports of outgoing connections
 
 
 def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int, int, int] | None:
@@ -34,8 +33,14 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
         for name in names:
             if name not in env:
                 raise UserError(f"--dist_on_itp true: {name} is not set; start with mpirun")
-        _set_address_of_mpirun(env)
-    elif _is_srun(env):
+        if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
+            env.setdefault("MASTER_ADDR", "127.0.0.1")
+        elif "SLURM_JOB_NODELIST" in env:
+            env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
+        env.setdefault("MASTER_PORT", port_of(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
+    # SLURM_PROCID is also set in a job's shells, where a program runs alone: in the batch script,
+    # and in a terminal started by srun, which has SLURM_PTY_PORT.
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PTY_PORT" not in env:
         names = SRUN
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
         env.setdefault("MASTER_ADDR", first_host(nodes))
@@ -47,25 +52,8 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
     return rank, size, local
 
 
-def _is_srun(env: MutableMapping[str, str]) -> bool:
-    """True if srun started several processes of this program.
-
-    SLURM_PROCID and SLURM_NTASKS are also set in the shells of a job, where a program is alone;
-    SLURM_PTY_PORT is set in a shell with a terminal by srun.
-    """
-    return int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PTY_PORT" not in env
-
-
-def _set_address_of_mpirun(env: MutableMapping[str, str]) -> None:
-    if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["OMPI_COMM_WORLD_SIZE"]:
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-    elif "SLURM_JOB_NODELIST" in env:
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_JOB_NODELIST"]))
-    env.setdefault("MASTER_PORT", port_of(zlib.crc32(env.get("PMIX_NAMESPACE", "").encode())))
-
-
 def port_of(number: int) -> str:
-    """Return a port that is the same for all processes of a job, and rarely that of another."""
+    """Map a job's number to a port, the same for all its processes and rarely that of another."""
     return str(FIRST_PORT + number % PORTS)
 
 

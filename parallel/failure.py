@@ -11,69 +11,41 @@ import atexit
 import contextlib
 import os
 import sys
+import textwrap
 import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 # Keys in the store: the first error as "<exit code> rank <number> has failed: <reason>", the number
 # of ranks that have printed it or are done, and the number of ranks that no longer use the store.
 FAILED, PRINTED, DONE = "failed", "printed", "done"
-POLL_S = 1.0  # time between two looks into the store
+POLL_S = 1.0  # interval between checks of the store
 GRACE_S = 3.0  # time for a rank to end with its own error, since all may fail alike
 LOST_S = 30.0  # time to wait for ranks that may be killed, done or hanging
 CLEANUP_S = 10.0  # time for exit functions, which release the run folder and end loader workers
 STORE_LOST = "1 rank 0 is gone: killed, out of memory, or its machine lost"
 
-_watches: list[Watch] = []  # at most one, of this process
-
-
-def watch(store: Any, name: str, rank: int, size: int) -> None:
-    """End this rank from now on when another one fails, and the other way round.
-
-    store: the ranks' common store, used under `name`. Without this, ranks wait for a failed one in
-    the next collective, with nccl until its timeout; torchrun ends those of its own machine only.
-    """
-    leave()
-    _watches.append(Watch(_own_client(store, name), rank, size))
-
-
-def rank_label() -> str:
-    """Return ` [rank 3]` for messages, '' for a single process."""
-    return "".join(f" [rank {each.rank}]" for each in _watches)
-
-
-def fail(code: int, message: str, error: BaseException) -> None:
-    """Print `message`, or the traceback if it is '', and end all ranks; returns if there are none.
-
-    message: of an error that a user can correct.
-    """
-    for each in _watches:
-        each.fail(code, message, error)
-
-
-def leave() -> None:
-    """Mark this rank as done: the failure of another one no longer ends it."""
-    while _watches:
-        _watches.pop().leave()
-
 
 class Watch:
-    """A thread that ends this rank when the store holds the error of another."""
+    """A thread that ends this rank when another one fails; `fail` ends the others.
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = store, rank, size
+    store: the store of all ranks, used under `name`. Without a watch, ranks wait for a failed one
+    in the next collective, with nccl until its timeout; torchrun only ends those of its machine.
+    """
+
+    def __init__(self, store: Any, name: str, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = _own_client(store, name), rank, size
         self.over, self.ending = threading.Event(), threading.Lock()
         threading.Thread(target=self._poll, daemon=True).start()
 
     def fail(self, code: int, message: str, error: BaseException) -> NoReturn:
-        """Store and print this rank's error and end; print the first error only, if that caused it.
+        """End all ranks. Print `message`, or the traceback if it is '', of an error of this rank.
 
-        If several ranks have the same message, the first one and rank 0 print it, since people read
-        the output of rank 0.
+        If another rank failed first, its error is printed before `message` and instead of a
+        traceback, which may be a consequence. If both have the same message, the first one and
+        rank 0 print it, since people read the output of rank 0.
         """
         self._stop_polling()
         kind = "" if message else f"{type(error).__name__}: "
@@ -84,11 +56,13 @@ class Watch:
         same = bool(message) and first.endswith(f" has failed: {reason}")
         first_code = code if first == own or same else self._print_error(first)
         if first == own or (message and (self.rank == 0 or not same)):
-            print(message or self._traceback(error), file=sys.stderr, flush=True)
+            lines = "".join(traceback.format_exception(error)).rstrip()
+            text = message or textwrap.indent(lines, f"[rank {self.rank}] ")
+            print(text, file=sys.stderr, flush=True)
         self._end(code if message else first_code)
 
     def leave(self) -> None:
-        """Stop the thread; rank 0, which may serve the store, waits for the others."""
+        """Mark this rank as done; rank 0, which may serve the store, waits for the others."""
         self._stop_polling()
         self._count(PRINTED, wait=False)
         self._count(DONE, wait=self.rank == 0)
@@ -101,7 +75,7 @@ class Watch:
         """End after all ranks have printed the error: launchers kill them when the first ends."""
         if self._count(PRINTED, wait=True):
             self._count(DONE, wait=self.rank == 0)
-        _exit(code)
+        exit_now(code)
 
     def _count(self, key: str, wait: bool) -> bool:
         """Count this rank at `key`; wait until all are counted, False if some are not in time."""
@@ -135,13 +109,11 @@ class Watch:
             print(line, file=sys.stderr, flush=True)
         return int(code)
 
-    def _traceback(self, error: BaseException) -> str:
-        lines = "".join(traceback.format_exception(error)).splitlines()
-        return "\n".join(f"[rank {self.rank}] {line}" for line in lines)
-
 
 def _own_client(store: Any, name: str) -> Any:
     """Return another connection to the store, since the main thread may block the first one."""
+    import torch.distributed as dist  # slurm.py imports this module, and submits without torch
+
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):
@@ -149,8 +121,12 @@ def _own_client(store: Any, name: str) -> Any:
     return dist.PrefixStore(f"watch of {name}", store)
 
 
-def _exit(code: int) -> NoReturn:
-    """Run the exit functions and end without Python's shutdown, which may wait for other ranks."""
+def exit_now(code: int) -> NoReturn:
+    """Run the exit functions and end without Python's shutdown.
+
+    The shutdown may wait for other ranks to close the process group, or for gloo's thread to free a
+    tensor while that thread waits for the GIL.
+    """
     limit = threading.Timer(CLEANUP_S, os._exit, [code])
     limit.daemon = True
     limit.start()

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Join the process group; ranks, collectives, and the end of a script.
+"""The process group: launching a script, joining the group, ranks and collectives.
 
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --dry_run
 """
@@ -26,12 +26,13 @@ from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from parallel import failure
 from parallel.environment import read_launcher
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # until all processes are started
-# Longer than nccl's default: ranks may wait for a download or an evaluation.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+# Longer than nccl's default: other ranks wait while rank 0 downloads or saves.
 WAIT_FOR_RANKS = timedelta(hours=1)
 STOPPED = "stopped"  # key in the launcher's store, which torchrun keeps when it restarts processes
 
 _stores: list[dist.Store] = []  # the launcher's, if there is one
+_watches: list[failure.Watch] = []  # of this process, if there are other ranks
 
 
 def get_logger() -> logging.Logger:
@@ -40,7 +41,7 @@ def get_logger() -> logging.Logger:
 
 
 def launch(main: Callable[[Any], Any], args: Any) -> None:
-    """Run a script's `main` and exit with its code; an error of the user is one line.
+    """Run a script's `main` and exit with its code; a UserError is printed as one line.
 
     An error of one rank ends all of them: see parallel/failure.py.
     """
@@ -57,13 +58,14 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
         code = EXIT_REQUEUE
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, message = _explain(error, args)
-        if code:
-            failure.fail(code, message, error)  # returns only for a single process
-        failure.leave()
+        for watch in _watches if code else ():
+            watch.fail(code, message, error)  # does not return
         if not message:
             raise
         print(message, file=sys.stderr)
-    failure.leave()
+    finally:
+        while _watches:
+            _watches.pop().leave()
     if dist.is_available() and dist.is_initialized():
         # gloo's threads may need the GIL to free their last tensors, and the end of the group
         # waits for them while it holds the GIL.
@@ -81,27 +83,21 @@ def _explain(error: BaseException, args: Any) -> tuple[int, str]:
         return 130, "interrupted; the checkpoints written so far are complete"
     if not isinstance(error, UserError | TrainingStopped):
         return 1, ""
-    # An error that a dry run finds is its result, not wrong usage.
+    # An error that a dry run finds is its result and not wrong usage.
     result = isinstance(error, TrainingStopped) or getattr(args, "dry_run", False)
-    message = f"{Path(sys.argv[0]).name}: error{failure.rank_label()}: {error}"
+    rank = "".join(f" [rank {watch.rank}]" for watch in _watches)
+    message = f"{Path(sys.argv[0]).name}: error{rank}: {error}"
     return 1 if result else 2, message
 
 
 def find_device(name: str = "auto") -> torch.device:
     """Return the device `name`; `auto` is CUDA, else MPS, else CPU. UserError if it is absent."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next((kind for kind, here in available.items() if here), "cpu"))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", *available):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not available.get(device.type, True) or (device.index or 0) >= count:
-        raise UserError(f"--device {name}: no such device here; use --device auto or cpu")
-    return device
+    found = ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if torch.cuda.is_available():
+        found = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), *found]
+    if name not in ("auto", *found):
+        raise UserError(f"--device {name} is not available; expected auto, {', '.join(found)}")
+    return torch.device(found[0] if name == "auto" else name)
 
 
 def init_distributed_mode(
@@ -117,10 +113,10 @@ def init_distributed_mode(
     is gloo on CPU and nccl on CUDA.
     """
     found = read_launcher(dist_on_itp, local_rank)
-    if world_size > 1 and (found is None or found[1] != world_size):
-        got = "no launcher" if found is None else f"a launcher with {found[1]} processes"
+    started = found[1] if found else 1
+    if world_size not in (1, started):
         raise UserError(
-            f"--world_size {world_size} but {got} was found; start with "
+            f"--world_size {world_size}, but {started} process(es) were started; start them with "
             f"torchrun --nproc_per_node={world_size} and drop --world_size"
         )
     own_device = find_device(device) if found is None else _join(device, dist_url, *found)
@@ -129,7 +125,7 @@ def init_distributed_mode(
 
 
 def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch.device:
-    """Make the group and watch it for failures; returns this rank's device."""
+    """Create the process group and watch it for failures; returns this rank's device."""
     store, rank, size = _rendezvous(dist_url, rank, size)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and store.check([STOPPED]):
@@ -138,7 +134,7 @@ def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch
     # torchrun's store still holds the addresses of the processes before a restart.
     name = f"attempt {attempt} of {size}"
     if size > 1:
-        failure.watch(store, name, rank, size)
+        _watches.append(failure.Watch(store, name, rank, size))
     store = dist.PrefixStore(name, store)
     own_device = _own_device(device, size, local)
     dist.init_process_group(
@@ -153,18 +149,13 @@ def _join(device: str, dist_url: str, rank: int, size: int, local: int) -> torch
 
 def _own_device(device: str, size: int, local: int) -> torch.device:
     own = find_device(device)
-    if ":" in device and size > 1:
-        raise UserError(f"--device {device}: each process takes its own GPU; use --device cuda")
-    if own.type == "mps" and size > 1:
-        raise UserError("--device mps: MPS has no process group; use --device cpu")
+    if size > 1 and (":" in device or own.type == "mps"):
+        raise UserError(f"--device {device} is for a single process; use --device cuda or cpu")
     if own.type == "cuda":
         count = torch.cuda.device_count()
         # srun and mpirun may show each process only its own GPU, torchrun shows all.
         if "TORCHELASTIC_RUN_ID" in os.environ and local >= count:
-            raise UserError(
-                f"process {local} of this machine has no GPU of its own, there are {count}; "
-                f"start at most {count} processes here"
-            )
+            raise UserError(f"local rank {local} has no GPU; start at most {count} per node")
         own = torch.device("cuda", local % count)
         torch.cuda.set_device(own)
     return own
@@ -174,26 +165,21 @@ def _rendezvous(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
     """Return (store, rank, number of processes); rank 0 serves the store."""
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError(
-            f"MASTER_ADDR is not set for {size} processes; set it to the machine of rank 0 for "
-            "all of them (mpirun -x MASTER_ADDR=HOST), or start with torchrun"
+            f"MASTER_ADDR is not set for {size} processes; set it to the host of rank 0 "
+            "(mpirun -x MASTER_ADDR=HOST), or start with torchrun"
         )
-    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's own
+    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's default
     address = dist_url
     if dist_url == "env://":
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=RENDEZVOUS_TIMEOUT))
-    except RuntimeError as error:
-        if "imed out" in str(error):
-            raise UserError(
-                f"rank {rank} waited {RENDEZVOUS_TIMEOUT} for all {size} processes at {address} "
-                f"({error}); check the output and the MASTER_ADDR of the others"
-            ) from error
-        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
-            raise
+    except dist.DistError as error:
+        reason = f"not all joined within {RENDEZVOUS_TIMEOUT}; check their output and MASTER_ADDR"
+        if "EADDRINUSE" in str(error):
+            reason = "the port is in use; set a free MASTER_PORT, the same for all processes"
         raise UserError(
-            f"rank {rank} cannot open {address}: another program uses that port; set a free one, "
-            "the same for all processes: torchrun --master_port or --standalone, else MASTER_PORT"
+            f"rank {rank}: rendezvous of {size} processes at {address} failed: {reason} ({error})"
         ) from error
     store.set_timeout(WAIT_FOR_RANKS)
     return store, rank, size
@@ -204,9 +190,7 @@ def _set_up_logging() -> None:
     if not logger.handlers:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(logging.StreamHandler(sys.stdout))
         logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
@@ -264,23 +248,17 @@ def from_main_process(work: Callable[[], Any]) -> Any:
 
 
 def main_process_first(work: Callable[[], Any]) -> Any:
-    """Run `work` on rank 0, then on the others, which find what it has downloaded."""
+    """Run `work` on rank 0 first, then on the others, so that only rank 0 downloads."""
     done: list[Any] = []
     from_main_process(lambda: done.append(work()))
     return done[0] if done else work()
 
 
 def agree(question: str, answer: str) -> str:
-    """Return the answer of the rank that is first to give one; unlike a broadcast, nobody waits."""
+    """Return the answer of the first rank that calls this; unlike a broadcast, no rank waits."""
     if get_world_size() == 1:
         return answer
     store = dist.PrefixStore("agreed", dist.distributed_c10d._get_default_store())
     with contextlib.suppress(RuntimeError):  # rank 0 and its store are gone
         return store.compare_set(question, "", answer).decode()
     return answer
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if get_world_size() > 1:
-        dist.barrier()

@@ -23,23 +23,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError, first_few, resolve
+from errors import UserError, first_few
 from parallel.process_group import WAIT_FOR_RANKS, all_gather, get_logger, get_world_size
 
-# Parts of the names of timm's optimizers that look at all parameters together, or are untested
-# with zero1, where each process updates only some of the parameters.
+# Parts of names of optimizers that look at all parameters together, or that are untested with
+# zero1, where each process updates only some of the parameters.
 NOT_ZERO1 = ("lamb", "kron", "hessian", "lookahead", "bnb", "fused")
-# Optimizers that give the same weights with fsdp, where each process has some rows of a parameter.
+# Optimizers that give the same weights with fsdp, where each process holds rows of a parameter.
 FSDP_OPTIMIZERS = ("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamc", "adamw", "adan")
 FSDP_OPTIMIZERS += ("adanw", "adopt", "adoptc", "adoptw", "lamb", "lambc", "lambw", "laprop")
 FSDP_OPTIMIZERS += ("lapropc", "lars", "lion", "lionc", "madgrad", "madgradw", "momentum", "nadam")
 FSDP_OPTIMIZERS += ("nadamc", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop")
 FSDP_OPTIMIZERS += ("rmsproptf", "rmsproptfw", "sgd", "sgdc", "sgdw")
+HAS_FSDP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 NOT_FSDP = ("amp fp16", "compile", "cuda_graphs", "model_ema_force_cpu")
 LISTS = (nn.Sequential, nn.ModuleList)
 
-# The three tests below need no import of torch's sharding modules, which takes a third of a second
-# and fails where torch is built without them.
+
+# Recognized by attributes: importing torch's sharding modules takes 0.3 s, and some builds of torch
+# lack them.
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -119,12 +121,10 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
     if args.shard == "fsdp":
         for flag in filter(flags.get, NOT_FSDP):
             raise UserError(f"--{flag} does not work with --shard fsdp; drop it, or --shard zero1")
-        if not has_fsdp():
+        if not HAS_FSDP:
             raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
     if args.sync_bn_group and not args.sync_bn:
         raise UserError("--sync_bn_group needs --sync_bn true: give both, or neither")
-    if args.sync_bn and flags.get("cuda_graphs"):
-        raise UserError("--cuda_graphs does not work with --sync_bn; drop one of them")
     if get_world_size() > 1:
         return Parallelism(args.shard, device, amp, args.grad_compression == "bf16")
     for flag, default in (("shard", "ddp"), ("grad_compression", "none"), ("sync_bn", False)):
@@ -133,27 +133,16 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
     return Parallelism("ddp", device, amp)
 
 
-def has_fsdp() -> bool:
-    """True if this torch has everything of FSDP2 that is used here."""
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return dist.is_available() and version >= (2, 7)
-
-
 def _check_optimizer(opt: str, shard: str) -> None:
     if shard == "ddp":
         return
-    from timm.optim import list_optimizers
-
-    name, expected = opt.lower(), f"one of {', '.join(FSDP_OPTIMIZERS)}"
-    known = dict.fromkeys(list_optimizers())
-    resolve(name.removeprefix("lookahead_"), known, "optimizer", importable=False)
-    works = name in FSDP_OPTIMIZERS
+    works = opt.lower() in FSDP_OPTIMIZERS
     if shard == "zero1":
-        works, expected = not any(part in name for part in NOT_ZERO1), "adamw, lion, sgd and others"
+        works = not any(part in opt.lower() for part in NOT_ZERO1)
     if not works:
         raise UserError(
-            f"--opt {opt} is not known to give the same weights with --shard {shard}; "
-            f"expected {expected}, or --shard ddp"
+            f"--opt {opt} is not known to give the same weights with --shard {shard}; use one such "
+            "as adamw, lion or sgd, or --shard ddp"
         )
 
 
@@ -182,25 +171,16 @@ def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def _check_parameters(model: nn.Module, shard: str) -> None:
-    """Refuse by name the parameters on which ZeRO or FSDP2 fail, perhaps only while training."""
-    if shard == "ddp":
-        return
+    """Refuse parameters on which torch fails only while training; it refuses others by itself."""
     named = dict(model.named_parameters())
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    dtypes = sorted({str(parameter.dtype) for parameter in named.values()})
-    fsdp = shard == "fsdp"
-    problems = (  # problem, names of parameters, mode that works
-        (f"of {' and '.join(dtypes)}", names * (len(dtypes) > 1), "ddp"),
-        ("that are not contiguous", [n for n, p in named.items() if not p.is_contiguous()], "ddp"),
-        ("without dimensions", [n for n, p in named.items() if fsdp and not p.ndim], "zero1"),
-        ("under two names", [n for n in names if fsdp and n not in named], "zero1"),
-    )
-    for problem, found, other in problems:
-        if found:
-            raise UserError(
-                f"--shard {shard}: {type(model).__name__} has parameters {problem}: "
-                f"{first_few(found)}; use --shard {other}"
-            )
+    shared = [name for name in names if name not in named]
+    strided = [name for name, parameter in named.items() if not parameter.is_contiguous()]
+    problem = f"--shard {shard}: {type(model).__name__} has parameters"
+    if shard == "fsdp" and shared:
+        raise UserError(f"{problem} under two names: {first_few(shared)}; use --shard zero1")
+    if shard == "zero1" and strided:
+        raise UserError(f"{problem} that are not contiguous: {first_few(strided)}; use --shard ddp")
 
 
 @contextlib.contextmanager
@@ -209,8 +189,8 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
 
     All processes must enter. With fsdp this also takes off FSDP2's hooks: they would gather the
     weights in each forward, rounded to bf16 under --amp bf16, and wait there for processes that
-    have no batch left. Hooks that are added inside the block end with it. If one process lacks the
-    memory, torch.OutOfMemoryError is raised on all.
+    have no batch left. Hooks added inside the block are removed at its end. If one process lacks
+    the memory, MemoryError is raised on all.
     """
     if not is_fsdp(model):
         yield model
@@ -248,12 +228,9 @@ def _gather_parameters(model: nn.Module) -> dict[Tensor, nn.Parameter]:
         problem = str(error)
     problems = list(filter(None, all_gather(problem)))
     if problems:
-        raise torch.OutOfMemoryError(f"not enough memory for all weights: {problems[0]}")
-    try:
-        for weight, copy in full.items():
-            copy.copy_(full_tensor(weight))
-    except torch.OutOfMemoryError as error:  # on this process alone, while the others wait
-        raise RuntimeError(f"not enough memory to gather all weights: {error}") from error
+        raise MemoryError(f"not enough memory for all weights: {problems[0]}")
+    for weight, copy in full.items():
+        copy.copy_(full_tensor(weight))
     return full
 
 
@@ -276,15 +253,13 @@ def convert_batch_norm(model: nn.Module, group: int) -> nn.Module:
     size = get_world_size()
     group = group or size
     if size % group:
-        fits = [str(n) for n in range(1, size + 1) if size % n == 0]
         raise UserError(
-            f"--sync_bn_group {group} does not divide the {size} processes; "
-            f"expected one of {', '.join(fits)}"
+            f"--sync_bn_group {group} does not divide the {size} processes; use a divisor of "
+            f"{size}, or 0 for all of them"
         )
     if size == 1:
         return model
-    groups = [list(range(first, first + group)) for first in range(0, size, group)]
-    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=WAIT_FOR_RANKS)
+    mine, _ = dist.new_subgroups(group, timeout=WAIT_FOR_RANKS)
     return convert_sync_batchnorm(model, mine)
 
 
@@ -295,13 +270,11 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _broadcast(tensors: Iterable[Tensor]) -> None:
-    """Copy rank 0's values to all ranks, as contiguous bytes, which each backend can send."""
+    """Copy rank 0's values to all ranks."""
     for tensor in tensors if get_world_size() > 1 else ():
-        own = tensor.detach().contiguous().flatten().view(torch.uint8)
-        received = own.clone()
-        dist.broadcast(received, 0)
-        if not torch.equal(received, own):  # expanded tensors cannot be written to
-            tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
+        values = tensor.contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
 
 
 # --- the optimizer ------------------------------------------------------------------------------
@@ -315,9 +288,10 @@ def wrap_optimizer(
         return make(groups)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    share = {"optimizer_class": lambda own, **_: make(own), "lr": lr}
     # As bucket views, the updated parameters of a process are sent as one tensor.
-    return ZeroRedundancyOptimizer(groups, parameters_as_bucket_view=True, **share)
+    return ZeroRedundancyOptimizer(
+        groups, lambda own, **_: make(own), parameters_as_bucket_view=True, lr=lr
+    )
 
 
 def local_optimizer(optimizer: Any) -> Any:

@@ -1,17 +1,15 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The job that submitit runs: how it starts, goes back into the queue and is followed.
+"""Run a training script as a job of submitit, requeue it, and follow its output.
 
 python -c "from parallel import slurm; print(slurm.state('12345'))"
 """
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,24 +17,25 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from errors import EXIT_REQUEUE
 from parallel.environment import port_of
+from parallel.failure import exit_now
 
 JOB_ID = "%j"
-SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # a scheduler's warnings before it ends a job
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # sent before a job is killed
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 ENDS += ("DEADLINE", "PREEMPTED", "GONE")  # GONE: SLURM no longer knows the job
-POLL_S = 5.0  # time between two questions to SLURM
-ATTEMPTS = 3  # to put a job back into the queue
+POLL_S = 5.0  # seconds between queries of SLURM
+ATTEMPTS = 3  # to requeue a job
 
 
 class Trainer:
-    """The job: each of its tasks is one rank of `module.main(args)`.
+    """The job; each of its tasks is one rank of `module.main(args)`.
 
-    The output goes into the job's folder. After a preemption or at the time limit the job starts
-    again under the same number and resumes.
+    After a preemption or at its time limit the job is requeued under the same number and resumes.
+    umask: the user's, to restore in the job, which is submitted with a private one.
     """
 
     def __init__(self, module: str, args: Any, umask: int | None = None) -> None:
@@ -45,13 +44,11 @@ class Trainer:
     def __call__(self) -> None:
         import submitit
 
-        if self.umask is not None:  # the user's; jobs are submitted with a private one
+        if self.umask is not None:
             os.umask(self.umask)
         job = submitit.JobEnvironment()
-        for name in SIGNALS:  # submitit's handlers would pickle the job again each time
-            signal.signal(
-                getattr(signal, name), lambda number, _: self._requeue_at_once(job, number)
-            )
+        for kind in SIGNALS:  # submitit's own handlers limit the number of requeues
+            signal.signal(kind, lambda number, _: _requeue_at_once(job, number))
         # The training script chooses the GPU: SLURM may number them differently.
         launcher = submitit.helpers.TorchDistributedEnvironment()
         launcher.export(set_cuda_visible_devices=False, overwrite=True)
@@ -61,16 +58,14 @@ class Trainer:
 
         main = importlib.import_module(self.module)
         try:
-            from parallel import process_group  # loads torch, which submitting a job need not
+            from parallel import process_group  # imports torch, which submitting does not need
 
             process_group.launch(main.main, self._flags(main, job.job_id))
-            _ignore_signals()  # during Python's shutdown they would fail a job that is done
-        except SystemExit as end:  # its traceback keeps the whole run alive: see _exit
+            _ignore_signals()  # during Python's shutdown they would fail a finished job
+        except SystemExit as end:
             if end.code != EXIT_REQUEUE:
                 raise
-            code = requeue(job)
-            atexit._run_exitfuncs()  # they release the run folder
-            _exit(code)
+            exit_now(requeue(job))
 
     def _flags(self, main: Any, job_id: str) -> Any:
         """Return the training script's own flags, for this job."""
@@ -83,107 +78,82 @@ class Trainer:
         flags["auto_resume"] = self.args.auto_resume or restarted
         return type(self.args)(**flags)
 
-    def _requeue_at_once(self, job: Any, number: int) -> None:
-        """Handle a signal outside of the epochs, where there is nothing to save."""
-        if job.global_rank == 0:  # the others end with it; it may need them to save
-            text = f"asked to stop ({signal.Signals(number).name}) outside of the epochs"
-            print(text, flush=True)
-            _exit(requeue(job))
 
-    def checkpoint(self) -> Any:
-        """Return the job that submitit queues after a preemption: the same one, resumed."""
-        import submitit
-
-        again = type(self.args)(**vars(self.args) | {"auto_resume": True})
-        return submitit.helpers.DelayedSubmission(Trainer(self.module, again, self.umask))
+def _requeue_at_once(job: Any, number: int) -> None:
+    """Handle a signal before the first or after the last epoch, when there is nothing to save."""
+    if job.global_rank == 0:  # the other ranks end when rank 0 does
+        name = signal.Signals(number).name
+        print(f"received {name} outside the training loop, requeuing the job", flush=True)
+        exit_now(requeue(job))
 
 
 def _ignore_signals() -> None:
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _exit(code: int) -> NoReturn:
-    """End without Python's shutdown.
-
-    To close a process group may need the other ranks, and to free gloo's last tensor may wait for
-    its thread, which waits for the GIL.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    for kind in SIGNALS:
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def requeue(job: Any) -> int:
-    """Put this job back into the queue, on rank 0; returns the exit code for this process."""
+    """Requeue this job if this is rank 0; returns the exit code for this process."""
     _ignore_signals()
     if job.global_rank != 0:
-        return 0  # another code would make srun end rank 0 before it has requeued the job
+        return 0  # with another code srun would kill rank 0 before it has requeued the job
+    if job.name() != "slurm":
+        from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE as code
+
+        return code if job.name() == "local" else EXIT_REQUEUE
     for attempt in range(ATTEMPTS):
         time.sleep(POLL_S * (attempt > 0))  # the controller may be busy
         try:
-            if job.name() == "slurm":
-                _requeue_in_slurm(job.job_id)
+            now = state(job.job_id)
+            if now == "RUNNING":  # and not cancelled, which sends the signal of a preemption
+                _scontrol("requeue", job.job_id)
+                print(f"requeued job {job.job_id}", flush=True)
             else:
-                job._requeue(0)  # exits with the code that submitit's controller waits for
+                print(f"did not requeue job {job.job_id}, since it is {now}", flush=True)
             return EXIT_REQUEUE
-        except SystemExit as end:
-            return int(end.code or 0)
         except (OSError, subprocess.SubprocessError, RuntimeError) as error:
             problem = error
     print(
-        f"job {job.job_id} cannot go back into the queue: {problem}; its checkpoints are complete: "
-        "submit it again with the same output folder",
+        f"job {job.job_id} could not be requeued: {problem}; its checkpoints are complete: submit "
+        "it again with the same output folder",
         file=sys.stderr,
     )
     return EXIT_REQUEUE
 
 
-def _requeue_in_slurm(job_id: str) -> None:
-    now = state(job_id)
-    if now != "RUNNING":
-        print(f"job {job_id} is {now} and not requeued: the scheduler has decided", flush=True)
-        return
-    done = run_command("scontrol", "requeue", job_id)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip())
-    print(f"job {job_id} goes back into the queue", flush=True)
-
-
 def state(job_id: str) -> str:
     """Return the state of a job in SLURM's words; GONE if SLURM no longer knows it."""
-    if shutil.which("scontrol") is None:
-        raise RuntimeError("scontrol is not on this machine")
-    done = run_command("scontrol", "show", "job", "--oneliner", job_id)
-    found = re.search(r"JobState=(\w+)", done.stdout)
-    if found:
-        return found[1]
-    if "Invalid job id" not in done.stderr:
-        raise RuntimeError(done.stderr.strip() or f"scontrol printed {done.stdout!r}")
-    if shutil.which("sacct") is None:
-        return "GONE"
-    states = run_command("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State").stdout.split()
-    return states[0] if states else "GONE"
+    try:
+        return re.search(r"JobState=(\w+)", _scontrol("show", "job", "--oneliner", job_id))[1]
+    except RuntimeError as error:
+        if "Invalid job id" in str(error):
+            return "GONE"
+        raise
 
 
-def run_command(*words: str) -> subprocess.CompletedProcess:
-    """Run a program and return its exit code and output."""
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+def _scontrol(*words: str) -> str:
+    """Run scontrol and return its output; RuntimeError with its message if it fails."""
+    command = ("scontrol", *words)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return done.stdout
 
 
 def follow(jobs: Sequence[Any], cluster: str) -> bool:
     """Print the output of rank 0 of each job until all have ended; True if all completed."""
-    outputs = [Tail(job.paths.stdout, f"{job.job_id}: " * (len(jobs) > 1)) for job in jobs]
-    states = [""] * len(jobs)
+    states, printed = [""] * len(jobs), [0] * len(jobs)
     while not set(states) <= set(ENDS):
         time.sleep(POLL_S if cluster == "slurm" else POLL_S / 10)
         for number, job in enumerate(jobs):
-            before = states[number]
-            if before not in ENDS:
-                states[number] = _state(job, cluster) or before
-            outputs[number].show()
-            if states[number] != before:
-                print(f"job {job.job_id}: {states[number]}", flush=True)
+            if states[number] in ENDS:
+                continue
+            now = _state(job, cluster) or states[number]  # first, so that no output is missed
+            prefix = f"{job.job_id}: " * (len(jobs) > 1)
+            printed[number] = print_lines(job.paths.stdout, printed[number], prefix)
+            if now != states[number]:
+                print(f"job {job.job_id}: {now}", flush=True)
+            states[number] = now
     for job, end in zip(jobs, states, strict=True):
         if end != "COMPLETED":
             print(_last_errors(job))
@@ -196,14 +166,25 @@ def _state(job: Any, cluster: str) -> str:
     if cluster == "slurm":
         try:
             now = state(job.job_id)
-        except (RuntimeError, subprocess.SubprocessError) as error:
-            print(f"SLURM does not answer, asking again: {error}", file=sys.stderr)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            print(f"SLURM does not answer, retrying: {error}", file=sys.stderr)
             return ""
         if now != "GONE":
             return now
     if job.task(0).paths.result_pickle.exists():
         return "FAILED" if job.task(0).exception() else "COMPLETED"
     return now or ("FAILED" if job.done() else "RUNNING")
+
+
+def print_lines(path: Path, printed: int, prefix: str = "") -> int:
+    """Print the complete lines of a file after the first `printed`; returns their new number."""
+    if not path.exists():
+        return printed
+    with open(path, errors="replace", newline="\n") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    for line in lines[printed:]:
+        print(prefix + line, end="", flush=True)
+    return len(lines)
 
 
 def _last_errors(job: Any) -> str:
@@ -218,20 +199,3 @@ def _last_errors(job: Any) -> str:
     texts = [log.read_text(errors="replace") for log in (errors, *others) if log.exists()]
     shown = texts[:1] + [text for text in texts[1:] if "Traceback" in text][:1]
     return "\n".join(line for text in shown for line in text.splitlines()[-20:])
-
-
-class Tail:
-    """Prints the lines that are added to a file."""
-
-    def __init__(self, path: Path, prefix: str = "") -> None:
-        self.path, self.prefix, self.printed = path, prefix, 0
-
-    def show(self) -> None:
-        """Print the complete lines since the last call."""
-        if not self.path.exists():
-            return
-        with open(self.path, errors="replace", newline="\n") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        for line in lines[self.printed :]:
-            print(self.prefix + line, end="", flush=True)
-        self.printed = len(lines)

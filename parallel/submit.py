@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Submit a training script to SLURM, or to processes of this machine, by submitit.
+"""Submit a training script as a job of SLURM or of this machine, by submitit.
 
 python submitit_pretrain.py --nodes 8 --ngpus 8 --model convnextv2_base --data_path D --dry_run
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,50 +20,40 @@ from typing import Any
 from config import parser as options
 from config import recipes
 from errors import UserError
-from parallel.slurm import JOB_ID, Trainer, follow, run_command
+from parallel.slurm import JOB_ID, Trainer, follow
 
-DEFAULTS = {"slurm": (2, 8), "local": (1, 1), "debug": (1, 1)}  # nodes, GPUs of each
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "gres", "dependency")
 SLURM_ONLY += ("comment", "use_volta32", "cpus_per_task", "mem_gb", "dry_run")
-DRY_RUN_HELP = "print the script for sbatch and send nothing; on a node: main_*.py --dry_run"
 
 
 def run(module: str, parser: argparse.ArgumentParser) -> None:
-    """Run submitit_*.py: read the flags, submit `module`, print where the job and its logs are."""
+    """Run submitit_*.py: read the flags, submit `module`, print the job's number and logs."""
     options.add_submitit_args(parser)
     dry_run = next(action for action in parser._actions if action.dest == "dry_run")
-    dry_run.help = DRY_RUN_HELP
+    dry_run.help = "print the script for sbatch without submitting it"
     try:
         runs = read_runs(parser)
-        args = runs[0]  # the flags of the cluster are the same for all
+        args = runs[0]  # the flags of the job are the same for all
         if args.dry_run:
             print(script(module, runs), end="")
             return
         jobs = submit(module, runs)
-        report(jobs, args)
+        report(jobs, runs)
         if args.follow and args.cluster != "debug":
-            sys.exit(_follow(jobs, args.cluster))
+            sys.exit(0 if follow(jobs, args.cluster) else 1)
     except UserError as error:
         parser.error(str(error))
-
-
-def _follow(jobs: Sequence[Any], cluster: str) -> int:
-    try:
-        return 0 if follow(jobs, cluster) else 1
+    except OSError as error:
+        parser.error(f"cannot write into --job_dir: {error}; choose a folder that you own")
     except KeyboardInterrupt:
-        then = "continue" if cluster == "slurm" else "are stopped too"
-        print(f"\nno longer followed; the jobs {then}", file=sys.stderr)
-        return 130
-
-
-# --- the flags ------------------------------------------------------------------------------
+        parser.exit(130, "\ninterrupted; submitted SLURM jobs continue, local ones are stopped\n")
 
 
 def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> list[Any]:
-    """Return the checked arguments of each job: one, or one for each recipe of `--array`."""
+    """Return the checked flags of each job: one, or one for each recipe of `--array`."""
     words = list(sys.argv[1:] if argv is None else argv)
     flags = recipes.read_flags(parser, words)
-    names = _names(flags["array"])
+    names = [name.strip() for name in flags["array"].split(",") if name.strip()]
     if not names:
         return [resolve(options.parse(parser, words), parser)]
     labels = [Path(name).stem for name in names]
@@ -83,17 +73,13 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     ]
 
 
-def _names(array: str) -> list[str]:
-    return [name.strip() for name in array.split(",") if name.strip()]
-
-
 def _replace(args: Any, **values: Any) -> Any:
     return type(args)(**{**vars(args), **values})
 
 
 def resolve(args: Any, parser: argparse.ArgumentParser) -> Any:
-    """Fill in the defaults of the cluster; end with the first problem, if there is one."""
-    nodes, gpus = DEFAULTS[args.cluster]
+    """Fill in the defaults of the cluster; a flag that cannot work ends the program."""
+    nodes, gpus = (2, 8) if args.cluster == "slurm" else (1, 1)
     ngpus = gpus if args.ngpus is None else args.ngpus
     args = _replace(
         args,
@@ -109,7 +95,6 @@ def resolve(args: Any, parser: argparse.ArgumentParser) -> Any:
 
 def _problems(args: Any, parser: argparse.ArgumentParser) -> Iterator[str]:
     tasks, where = args.tasks_per_node, f"--cluster {args.cluster}"
-    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.ngpus and tasks != args.ngpus:
         yield (
             f"--tasks_per_node {tasks} and --ngpus {args.ngpus}: each process takes one GPU; drop "
@@ -120,26 +105,25 @@ def _problems(args: Any, parser: argparse.ArgumentParser) -> Iterator[str]:
     if args.signal_delay >= 60 * args.timeout:
         yield (
             f"--signal_delay {args.signal_delay} s is all of --timeout {args.timeout} min and "
-            "leaves no time to train; lower the first or raise the second"
+            "leaves no time to train; lower --signal_delay or raise --timeout"
         )
     if "%" in args.job_dir.replace(JOB_ID, ""):
-        yield f"--job_dir {args.job_dir}: expected no other % than %j, the job's number"
+        yield f"--job_dir {args.job_dir}: % is only allowed in %j, the job's number"
     gpus = _gpus_of(args.gres)
     if gpus is not None and gpus != args.ngpus:
         yield f"--gres {args.gres} has {gpus} GPUs and --ngpus {args.ngpus}; make them equal"
     if args.cluster == "slurm":
         return
-    for name in filter(changed.__contains__, SLURM_ONLY):
-        yield f"--{name} acts on SLURM only, this is {where}; drop it"
+    unused = (*SLURM_ONLY, *(("timeout", "signal_delay") if args.cluster == "debug" else ()))
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            yield f"--{name} has no effect with {where}; drop it"
     if args.nodes > 1:
         yield f"{where} is one machine, --nodes {args.nodes}; use --nodes 1"
     if args.cluster == "local" and not args.auto_resume:
         yield f"{where} cannot restart a job with --auto_resume false; drop it, or use %j"
     if args.cluster == "debug" and tasks > 1:
         yield f"{where} is one process, not {tasks}; use --ngpus 1, or --cluster local"
-    for name in filter(changed.__contains__, ("timeout", "signal_delay")):
-        if args.cluster == "debug":
-            yield f"{where} has no time limit, --{name} {getattr(args, name)}; use --max_minutes"
 
 
 def _gpus_of(gres: str) -> int | None:
@@ -149,9 +133,6 @@ def _gpus_of(gres: str) -> int | None:
         if name == "gpu":
             return int(more[-1]) if more and more[-1].isdigit() else 1
     return None
-
-
-# --- the job --------------------------------------------------------------------------------
 
 
 def slurm_parameters(module: str, args: Any) -> dict[str, Any]:
@@ -167,15 +148,17 @@ def slurm_parameters(module: str, args: Any) -> dict[str, Any]:
         "time": args.timeout,
         "signal_delay_s": args.signal_delay,
         "constraint": "&".join(filter(None, features)),
-        "additional_parameters": {"requeue": True},  # the cluster's default may be not to
-        # End all ranks with one that fails. Since SLURM 22.05 srun ignores sbatch's cores.
+        "additional_parameters": {"requeue": True},  # not the default of every cluster
+        # Kill all ranks when one fails. Since SLURM 22.05 srun ignores sbatch's cores.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
     }
     parameters = {name: value for name, value in parameters.items() if value not in (None, "")}
     return parameters | {"wckey": None}  # submitit sets one, which some clusters refuse
 
 
-def _executor(submitit: Any, module: str, args: Any) -> Any:
+def _executor(module: str, args: Any) -> Any:
+    import submitit
+
     if args.cluster == "slurm":
         executor = submitit.SlurmExecutor(args.job_dir)
         executor.update_parameters(**slurm_parameters(module, args))
@@ -193,42 +176,35 @@ def _executor(submitit: Any, module: str, args: Any) -> Any:
 
 
 def script(module: str, runs: Sequence[Any]) -> str:
-    """Return the script for sbatch, without the help of SLURM."""
-    submitit = _import_submitit()
+    """Return the script for sbatch; works without SLURM."""
+    from submitit.slurm.slurm import _make_sbatch_string
 
-    class DryRunExecutor(submitit.SlurmExecutor):
-        """An executor that does not look for srun."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 1
-
-    executor = DryRunExecutor(runs[0].job_dir)
-    executor.update_parameters(**slurm_parameters(module, runs[0]))
-    if len(runs) > 1:
-        executor.parameters["map_count"] = len(runs)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-def _import_submitit() -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("submitit is not installed: pip install submitit") from error
-    return submitit
+    folder = Path(runs[0].job_dir).expanduser().absolute()
+    words = [sys.executable, "-u", "-m", "submitit.core._submit", str(folder)]
+    return _make_sbatch_string(  # an executor would need srun
+        shlex.join(words),
+        folder,
+        map_count=len(runs) if len(runs) > 1 else None,
+        **slurm_parameters(module, runs[0]),
+    )
 
 
 def submit(module: str, runs: Sequence[Any]) -> list[Any]:
     """Submit a job, or an array of them; returns submitit's jobs."""
-    submitit, args = _import_submitit(), runs[0]
-    if args.cluster == "slurm":
-        check_slurm(args.job_dir)
-    root = str(Path(__file__).resolve().parents[1])  # the job's Python must find these files
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    os.environ["PYTHONSAFEPATH"] = "1"  # and must not import from the folder it starts in
+    import submitit
+
+    args = runs[0]
+    if args.cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch is not on this machine; submit on a login node of a SLURM cluster, show the "
+            "job with --dry_run, or run it here with --cluster local"
+        )
     make_private(args.job_dir)
-    executor = _executor(submitit, module, args)
-    umask = os.umask(0o077)  # a job runs its pickle: nobody else may write it
+    root = str(Path(__file__).resolve().parents[1])  # the job imports this toolkit from here
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONSAFEPATH"] = "1"  # and nothing from the folder in which it starts
+    executor = _executor(module, args)
+    umask = os.umask(0o077)  # nobody else may write the job's pickle
     try:
         return executor.submit_array([Trainer(module, run, umask) for run in runs])
     except submitit.core.utils.FailedJobError as error:
@@ -238,54 +214,23 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
 
 
 def make_private(job_dir: str) -> None:
-    """Make the job's folder, for its owner alone; with %j only the folder above."""
-    folder = _parent_of_jobs(job_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if JOB_ID not in job_dir:
-            folder.chmod(0o700)
-    except OSError as error:
-        raise UserError(
-            f"--job_dir {job_dir}: cannot make {folder} private ({error.strerror}), and pickles in "
-            "it are code; choose a folder that you own"
-        ) from error
+    """Create the job's folder, for its owner alone; with %j only the folder above."""
+    from submitit.core.utils import JobPaths
+
+    folder = JobPaths.get_first_id_independent_folder(job_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if JOB_ID not in job_dir:
+        folder.chmod(0o700)
 
 
-def _parent_of_jobs(job_dir: str) -> Path:
-    """Return the innermost folder without the job's number in its name."""
-    folder = Path(job_dir)
-    return next(path for path in (folder, *folder.parents) if JOB_ID not in str(path))
-
-
-def check_slurm(job_dir: str) -> None:
-    """Refuse to submit where SLURM is absent, or into a folder that the nodes cannot see."""
-    for name in ("sbatch", "srun"):
-        if shutil.which(name) is None:
-            raise UserError(
-                f"{name} is not on this machine; submit on a login node of a SLURM cluster, show "
-                "the job with --dry_run, or run it here with --cluster local"
-            )
-    folder = _parent_of_jobs(job_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    kind = run_command("stat", "--file-system", "--format=%T", str(existing)).stdout.strip()
-    if kind not in ("tmpfs", "ramfs"):
-        return
-    nodes = run_command("sinfo", "--noheader", "--format", "%o").stdout.split()
-    if not {*nodes} <= {"127.0.0.1", "localhost", socket.gethostname()}:
-        raise UserError(
-            f"--job_dir {job_dir}: {folder} is in this machine's memory ({kind}), where nodes "
-            "cannot see it; choose a folder on a file system that they share"
-        )
-
-
-def report(jobs: Sequence[Any], args: Any) -> None:
+def report(jobs: Sequence[Any], runs: Sequence[Any]) -> None:
     """Print each job's number, its logs and the commands to follow and to cancel it."""
-    for job, name in zip(jobs, _names(args.array) or [""], strict=True):
-        label = f" ({name})" if name else ""
+    for job, args in zip(jobs, runs, strict=True):
+        label = f" ({args.recipe.partition(':')[0]})" if len(jobs) > 1 else ""
         print(f"job {job.job_id}{label}; output of rank 0: {job.paths.stdout}")
         print(f"  errors  {job.paths.stderr}")
         if args.cluster == "debug":
-            job.result()  # runs it, in this process
+            job.result()  # runs the job in this process
             continue
         print(f"  follow  tail -F {job.paths.stdout}")
         cancel = "scancel" if args.cluster == "slurm" else "kill -INT"

@@ -158,7 +158,7 @@ class AnomalyGuard:
                 try:
                     with sharding.unsharded(self.parts[0]) as network:
                         mine |= self._diagnose(network, state, step)
-                except torch.OutOfMemoryError as error:  # on all ranks
+                except MemoryError as error:  # on all ranks
                     mine |= {"first_not_finite": None, "note": f"cannot be rerun: {error}"}
             entry = {
                 "epoch": state.epoch,

@@ -156,4 +156,4 @@ def test_help_names_kind_range_and_default(script):
 )
 def test_number_outside_of_its_range_is_named(kind, text, expected):
     with pytest.raises(argparse.ArgumentTypeError, match=expected):
-        flags.number(kind)(text)
+        flags.number(kind)["type"](text)

@@ -269,7 +269,7 @@ def test_weight_decay_of_named_parameters(name, decay):
         ("base_scratch", IMAGES_1K, 64, 312),
     ],
 )
-def test_updates_of_an_epoch(name, images, processes, expected):
+def test_steps_of_an_epoch(name, images, processes, expected):
     args = expand(name)
     freq = choose_update_freq(None, args.effective_batch, args.batch_size, processes)
     batches = len(TrainSampler(images, 0, 0, processes)) // args.batch_size
@@ -307,7 +307,7 @@ SCHEDULES = {  # (updates an epoch, peak lr, {update: lr of the head})
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_at_chosen_updates(name):
+def test_schedule_at_chosen_steps(name):
     updates_per_epoch, peak, expected = SCHEDULES[name]
     args = expand(name)
     head = torch.nn.Parameter(torch.zeros(2, 2))
@@ -458,7 +458,7 @@ def test_effective_batch_that_does_not_divide_is_refused(effective, batch, proce
         assert part in str(refusal.value)
 
 
-def test_an_epoch_smaller_than_an_update_is_said(log):
+def test_epoch_smaller_than_a_step_is_logged(log):
     assert (count_steps(8, 4), count_steps(9, 4), count_steps(4, 4)) == (2, 3, 1)
     assert log.text == ""
     assert count_steps(3, 4) == 1
@@ -485,7 +485,7 @@ def test_docs_state_the_result_that_the_recipe_states(name):
     assert cell == (found[1] if found else "—")
 
 
-def test_a_run_says_its_recipe_and_its_effective_batch(tmp_path):
+def test_run_logs_its_recipe_and_effective_batch(tmp_path):
     words = "--recipe atto_ft --model tests.tiny:classifier --data_set tests.tiny:colours --aa none"
     words += " --input_size 16 --stem_stride 1 --epochs 1 --batch_size 4 --effective_batch 16"
     words += f" --num_workers 0 --device cpu --output_dir {tmp_path}"

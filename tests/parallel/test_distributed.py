@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import utils
@@ -199,7 +200,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
 
 def ranks_resume(rank: int, folder: Path) -> dict:
     """Resume all ranks from the checkpoint of rank 0."""
-    process_group.barrier()
+    dist.barrier()
     model = toy(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     point = resume.find_resume_point(folder / "run-0")
@@ -211,7 +212,7 @@ def ranks_refuse(rank: int, folder: Path) -> str:
     """Raise an error that only rank 0 can see."""
     (folder / "mixed").mkdir(exist_ok=True)
     (folder / "mixed" / "checkpoint-3.pth").write_bytes(b"of another run")
-    process_group.barrier()
+    dist.barrier()
     with pytest.raises(UserError) as caught:
         resume.find_resume_point(folder / "mixed", auto_resume=False)
     return str(caught.value)

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import main_pretrain
 from config import parser as options
@@ -82,7 +83,7 @@ class Ranks:
 
 def join() -> None:
     process_group.init_distributed_mode("cpu")
-    process_group.barrier()
+    dist.barrier()
 
 
 def loop() -> None:
@@ -223,13 +224,13 @@ def pretrain_what_one_cannot_read(args: SimpleNamespace) -> None:
     pretrain(args, "--data_set", "tests.tiny:fails", "--picture_freq", "0")
 
 
-def alone(args: SimpleNamespace) -> None:
+def rank_without_others(args: SimpleNamespace) -> None:
     process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=1)
     os.environ["WORLD_SIZE"] = "2"
     process_group.init_distributed_mode("cpu")
 
 
-# --- their ends -----------------------------------------------------------------------------
+# --- exit codes and output --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_error_of_one_rank_ends_all(tmp_path, program, failed, size):
     [
         (user_error_of_one, 2, "got 3, expected 4"),
         (stop_of_one, 1, "a loader process died"),
-        (no_device_for_one, 2, "--device tpu: expected auto, cpu, cuda, cuda:N or mps"),
+        (no_device_for_one, 2, "--device tpu is not available; expected auto, cpu"),
     ],
 )
 def test_user_error_of_one_rank_is_one_line_on_all(tmp_path, program, code, why):
@@ -390,9 +391,10 @@ def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
 
 
 def test_missing_ranks_are_a_user_error(tmp_path):
-    started = Ranks(alone, tmp_path, size=1)
+    started = Ranks(rank_without_others, tmp_path, size=1)
     assert started.end() == [2]
-    assert "rank 0 waited 0:00:01 for all 2 processes at 127.0.0.1:" in started.output(0)
+    assert "rank 0: rendezvous of 2 processes at 127.0.0.1:" in started.output(0)
+    assert "not all joined within 0:00:01" in started.output(0)
     assert "Traceback" not in started.output(0)
 
 

@@ -27,7 +27,7 @@ from errors import UserError
 from models.fcmae import FCMAE
 from optim_factory import create_optimizer
 from parallel import sharding
-from parallel.sharding import Parallelism, build_parallelism
+from parallel.sharding import HAS_FSDP, Parallelism, build_parallelism
 from parallel.state_dict import full_state_dict
 from tests.groups import results_of, run_ranks, run_script
 from tests.test_end_to_end import log
@@ -38,7 +38,6 @@ from training.ema import ModelEma
 from training.stepper import Stepper, autocast
 
 CPU = torch.device("cpu")
-HAS_FSDP = sharding.has_fsdp()
 MODES = ["ddp", "zero1"] + ["fsdp"] * HAS_FSDP
 NEEDS_FSDP = pytest.mark.skipif(not HAS_FSDP, reason="FSDP2 needs torch 2.7")
 # 3 epochs of 2 updates of 16 images each; 3 images to evaluate.
@@ -318,11 +317,10 @@ def ranks_normalise(rank: int, folder: Path) -> dict:
         Parallelism("fsdp", CPU).shard(synced)
         with sharding.unsharded(synced) as network:
             assert network[1].process_group is synced[1].process_group
-    with pytest.raises(UserError, match="--sync_bn_group 3 does not divide the 2.*one of 1, 2"):
+    with pytest.raises(UserError, match="--sync_bn_group 3 does not divide the 2 processes"):
         sharding.convert_batch_norm(model, 3)
     model[1].running_mean.fill_(rank)
-    model.register_buffer("count", torch.full((2, 3), rank, dtype=torch.int16).t())
-    model.register_buffer("wide", torch.full((1,), float("nan")).expand(4))
+    model.register_buffer("count", torch.full((2, 3), rank).t())
     model.register_buffer("empty", torch.ones(2, 0))
     for parameter in model.parameters():
         dist.broadcast(parameter.data, 0)
@@ -357,7 +355,7 @@ def ranks_gather(rank: int, folder: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             patch.setattr(Tensor, "new_empty", short_of_memory)
-        with pytest.raises(torch.OutOfMemoryError, match="not enough memory for all weights: full"):
+        with pytest.raises(MemoryError, match="not enough memory for all weights: full"):
             sharding.unsharded(model).__enter__()
     with sharding.unsharded(model) as network:
         return {"output": network(torch.ones(1, 2)).detach()}
@@ -600,15 +598,9 @@ def flags(**values: Any) -> SimpleNamespace:
         (
             {"opt": "lamb", "shard": "zero1"},
             "none",
-            "--opt lamb is not known.* --shard zero1; expected adamw",
+            "--opt lamb is not known.* --shard zero1; use .*adamw",
         ),
-        ({"opt": "muon"}, "none", "--opt muon is not known.* --shard fsdp; expected .*adamw"),
-        ({"opt": "adamx"}, "none", "optimizer 'adamx'. Did you mean 'adamax'"),
-        (
-            {"shard": "ddp", "sync_bn": True, "cuda_graphs": True},
-            "none",
-            "--cuda_graphs does not work with --sync_bn",
-        ),
+        ({"opt": "muon"}, "none", "--opt muon is not known.* --shard fsdp; use .*adamw"),
         ({"compile": True}, "none", "--compile does not work with --shard fsdp"),
         ({"cuda_graphs": True}, "none", "--cuda_graphs does not work"),
         ({"model_ema_force_cpu": True}, "none", "--model_ema_force_cpu does not work"),
@@ -634,16 +626,6 @@ def test_single_process_ignores_the_flags_and_logs_it(caplog):
         assert f"{flag} has no effect with a single process" in caplog.text
 
 
-def mixed() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
-
-
-def scaled() -> nn.Module:
-    model = nn.Linear(2, 2)
-    model.scale = nn.Parameter(torch.ones(()))
-    return model
-
-
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -662,14 +644,6 @@ def channels_last() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "shard", "message"),
     [
-        (mixed, "zero1", "--shard zero1: Sequential has.*float32 and torch.float64.*ddp"),
-        (mixed, "fsdp", "--shard fsdp: Sequential has.*float32 and torch.float64.*ddp"),
-        (scaled, "fsdp", "--shard fsdp: Linear has .* scale; use --shard zero1"),
-        (
-            channels_last,
-            "fsdp",
-            "--shard fsdp: Conv2d has .* not contiguous: weight; use --shard ddp",
-        ),
         (
             channels_last,
             "zero1",
@@ -679,7 +653,7 @@ def channels_last() -> nn.Module:
     ],
 )
 def test_models_that_cannot_be_sharded_are_refused_by_name(make, shard, message):
-    """torch fails on them after the first batch, or with a message that is hard to read."""
+    """torch fails on them after the first batch, or never."""
     with pytest.raises(UserError, match=message):
         Parallelism(shard, CPU).shard(make())
 

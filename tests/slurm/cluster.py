@@ -58,7 +58,7 @@ PartitionName=toy Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody uses now."""
+    """Return unused ports."""
     sockets = [socket.socket() for _ in range(number)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -69,9 +69,9 @@ def free_ports(number: int) -> list[int]:
 
 
 def install() -> None:
-    """What is missing of Debian's packages; RuntimeError if that cannot be had."""
+    """Install the Debian packages that are missing; RuntimeError if that fails."""
     if os.geteuid() != 0:
-        raise RuntimeError("a SLURM with nodes of its own needs root: run it in a container")
+        raise RuntimeError("a SLURM of its own needs root: run it in a container")
     missing = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
     if not missing:
         return
@@ -90,7 +90,7 @@ def install() -> None:
 
 
 class Cluster:
-    """Starts the daemons, keeps jobs from waiting, and ends what it started, by process."""
+    """The daemons of a SLURM; they end with the `with` block. Requeued jobs start early."""
 
     def __init__(self) -> None:
         self.place = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -147,9 +147,9 @@ class Cluster:
             time.sleep(0.1)
 
     def _hurry(self) -> None:
-        """SLURM lets a job that was requeued wait for two minutes, here for two seconds.
+        """Start requeued jobs after two seconds; SLURM would wait for two minutes.
 
-        Started in the second in which it was ended, it is taken for the one that was to end.
+        A job that starts in the second of its end would be taken for the ended one.
         """
         seen: dict[str, float] = {}
         while not self.over.wait(0.5):
@@ -183,7 +183,7 @@ class Cluster:
 
 
 def ask(*words: str) -> str:
-    """What a command of SLURM prints; '' if it fails."""
+    """Return the output of a SLURM command, '' if it fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:

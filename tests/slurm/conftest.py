@@ -16,7 +16,7 @@ WHY = "a real SLURM changes the machine (packages, /etc/hosts): `make test-slurm
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Where it is not asked for, the tests are skipped; where it cannot start, they fail."""
+    """Start SLURM if TEST_SLURM is 1, else skip; the tests fail if it cannot start."""
     if os.environ.get("TEST_SLURM") != "1":
         pytest.skip(WHY)
     with Cluster() as running:

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Jobs in a real SLURM of two nodes: sent, warned, requeued, cancelled.  make test-slurm"""
+"""Jobs in a real SLURM of two nodes: submitted, signalled, requeued, cancelled.  make test-slurm"""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tests.slurm.cluster import ask
 from tests.test_end_to_end import FINETUNE, PRETRAIN, ROOT, assert_same, log, run, weights
 
 NODES = ["--nodes", 2, "--ngpus", 0, "--cpus_per_task", 1, "--timeout", 10]
-SIX = ["--batch_size", 3, "--epochs", 6]  # 24 updates on two ranks
+SIX = ["--batch_size", 3, "--epochs", 6]  # 24 steps on two ranks
 SLOW = ["--picture_freq", 0, "--save_ckpt_every_steps", 1]  # pictures read images too
 SLOW += ["--data_set", "tests.tiny:slow", "--data_path"]
 
 
 class Job:
-    """A job that was sent, and its folder."""
+    """A submitted job and its folder."""
 
     def __init__(self, number: str, folder: Path) -> None:
         self.number, self.folder = number, folder
 
     def state(self) -> str:
-        """As SLURM has it; '' where it does not answer, as on a busy machine."""
+        """Return SLURM's state of the job, '' if SLURM does not answer, as on a busy machine."""
         try:
             return slurm.state(self.number)
         except (RuntimeError, subprocess.TimeoutExpired):
@@ -42,26 +42,26 @@ class Job:
         found = re.search(r"Restarts=(\d+)", ask("scontrol", "show", "job", self.number))
         return int(found[1]) if found else -1
 
-    def said(self, kind: str = "out") -> str:
+    def output(self, kind: str = "out") -> str:
         path = self.folder / f"{self.number}_0_log.{kind}"
         return path.read_text() if path.exists() else ""
 
-    def about(self) -> str:
+    def describe(self) -> str:
         shown = ask("scontrol", "show", "job", self.number)
         log = Path(os.environ["SLURM_CONF"]).with_name("ctld.log").read_text()
         lines = [line for line in log.splitlines() if f"JobId={self.number}" in line]
-        return "\n".join([shown, *lines[-40:], self.said(), self.said("err")])
+        return "\n".join([shown, *lines[-40:], self.output(), self.output("err")])
 
     def until(self, ready: Callable[[], object], what: str, seconds: float = 400) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > end:
-                pytest.fail(f"never: {what}\n{self.about()}")
+                pytest.fail(f"never: {what}\n{self.describe()}")
             time.sleep(0.2)
 
     def until_stuck(self) -> None:
-        """SLOW 60,1,12: in the first update of the second epoch."""
-        self.until(lambda: "slow from here" in self.said(), "an update that takes its time")
+        """Wait for the first step of the second epoch, which SLOW 60,1,12 makes slow."""
+        self.until(lambda: "slow from here" in self.output(), "a slow step")
         assert (self.folder / "checkpoint-0.pth").exists()
 
     def end(self) -> str:
@@ -69,12 +69,12 @@ class Job:
         return self.state()
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """The weights of the job's last checkpoint."""
-        assert self.end() == "COMPLETED", self.about()
+        """Return the weights of the job's last checkpoint."""
+        assert self.end() == "COMPLETED", self.describe()
         return weights(max(self.folder.glob("checkpoint-?.pth")))
 
 
-def send(place: Path, script: str, *words: object, at: str = "%j") -> list[Job]:
+def submit(place: Path, script: str, *words: object, at: str = "%j") -> list[Job]:
     done = run(script, *words, "--job_dir", place / at)
     numbers = re.findall(r"^job (\w+)", done.stdout, re.MULTILINE)
     return [Job(number, place / at.replace("%j", number)) for number in numbers]
@@ -87,17 +87,17 @@ def place(cluster, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(place) -> list[Job]:
-    """An array of jobs of two updates, one of them in each start."""
+    """An array of jobs that take two steps, one in each start."""
     for seed in (0, 5):
         (place / f"s{seed}.yaml").write_text(f"# toy\nscript: main_pretrain\nseed: {seed}\n")
     words = [*PRETRAIN, *NODES, "--nodes", 1, "--max_minutes", 0.0001, "--epochs", 1]
     words += ["--array", f"{place}/s0.yaml,{place}/s5.yaml", "--batch_size", 13]
-    return send(place, "submitit_pretrain.py", *words, at="sweep")
+    return submit(place, "submitit_pretrain.py", *words, at="sweep")
 
 
 @pytest.fixture(scope="module")
 def long(place, sweep) -> dict[str, Job]:
-    """Jobs that take their time, all at once."""
+    """Slow jobs, submitted together."""
     a_step_a_start = ["--max_minutes", 0.0001, "--epochs", 3, "--exclude", "n2"]
     words = {
         "out of time": [*SIX, *SLOW, "1,1,0", *NODES, "--timeout", 2, "--signal_delay", 60],
@@ -106,19 +106,19 @@ def long(place, sweep) -> dict[str, Job]:
         "requeued": [*SIX, *SLOW, "60,1,12", *NODES],
     }
     return {
-        name: send(place, "submitit_pretrain.py", *PRETRAIN, *more)[0]
+        name: submit(place, "submitit_pretrain.py", *PRETRAIN, *more)[0]
         for name, more in words.items()
     }
 
 
 @pytest.fixture(scope="module")
 def whole(long) -> dict[str, torch.Tensor]:
-    """The weights of a job that nobody touched."""
+    """Weights of an uninterrupted job."""
     return long["whole"].finish()
 
 
 def test_two_nodes_train_as_torchrun_does(long, whole, tmp_path):
-    """Two copies of a run of one process would train too."""
+    """Two single-process copies of the run would train too."""
     assert long["whole"].restarts() == 0
     assert "NodeList=n[1-2]" in ask("scontrol", "show", "job", long["whole"].number)
     run("main_pretrain.py", *PRETRAIN, *SIX, "--output_dir", tmp_path, torchrun=2)
@@ -126,7 +126,7 @@ def test_two_nodes_train_as_torchrun_does(long, whole, tmp_path):
 
 
 def test_srun_needs_no_torchrun(whole, tmp_path):
-    """Processes met on the machine that srun was typed on, where none of them is."""
+    """Once they met on the machine where srun was started, on which none of them ran."""
     words = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable]
     code = "import os; from parallel.environment import read_launcher as read; "
     code += "print(*read(), os.environ['MASTER_ADDR'])"
@@ -138,43 +138,43 @@ def test_srun_needs_no_torchrun(whole, tmp_path):
 
 
 def test_requeued_from_outside_before_it_could_save(long, whole):
-    """SLURM kills it KillWait seconds after its signal; an update takes longer."""
+    """SLURM kills it KillWait seconds after its signal; a step takes longer."""
     job = long["requeued"]
     job.until_stuck()
     ask("scontrol", "requeue", job.number)
     assert_same(job.finish(), whole)
     assert job.restarts() == 1
-    assert "asked to stop" not in job.said()
-    assert job.said().count("resumed from") == 1
+    assert "asked to stop" not in job.output()
+    assert job.output().count("resumed from") == 1
 
 
 def test_cancelled_job_saves_and_stays_cancelled(place):
-    """It was asked to stop by the signal of a preemption, and came back from the dead."""
-    job = send(place, "submitit_pretrain.py", *PRETRAIN, *SIX, *SLOW, "0.5,9,0", *NODES)[0]
-    job.until(lambda: " step 2/" in job.said(), "updates")
+    """scancel sends the signal of a preemption, after which a job is requeued."""
+    job = submit(place, "submitit_pretrain.py", *PRETRAIN, *SIX, *SLOW, "0.5,9,0", *NODES)[0]
+    job.until(lambda: " step 2/" in job.output(), "steps")
     ask("scancel", job.number)
-    job.until(lambda: "the scheduler has decided" in job.said(), "the end")
+    job.until(lambda: "did not requeue" in job.output(), "the end")
     assert (job.end(), job.restarts()) == ("CANCELLED", 0)
-    said = int(re.search(r"asked to stop \(SIGTERM\) at step (\d+)", job.said())[1])
+    step = int(re.search(r"asked to stop \(SIGTERM\) at step (\d+)", job.output())[1])
     files = [torch.load(path, weights_only=True) for path in job.folder.glob("checkpoint-*.pth")]
-    assert max(file["state"]["global_step"] for file in files) == said
+    assert max(file["state"]["global_step"] for file in files) == step
 
 
 def test_signal_before_the_first_epoch_requeues_too(place):
-    job = send(place, "submitit_pretrain.py", *PRETRAIN, *SLOW, "9,1,0", *NODES)[0]
-    job.until(lambda: "effective batch" in job.said(), "a start")
+    job = submit(place, "submitit_pretrain.py", *PRETRAIN, *SLOW, "9,1,0", *NODES)[0]
+    job.until(lambda: "effective batch" in job.output(), "a start")
     ask("scancel", "--signal=USR2", job.number)
     assert job.end() == "COMPLETED"
     assert job.restarts() == 1
-    assert "asked to stop (SIGUSR2) outside of the epochs" in job.said()
+    assert "received SIGUSR2 outside the training loop" in job.output()
 
 
-def test_array_runs_each_recipe_in_a_folder_of_its_own(place, whole, tmp_path):
+def test_array_runs_each_recipe_in_its_own_folder(place, whole, tmp_path):
     for seed in (0, 5):
         text = f"# toy\nscript: main_pretrain\nseed: {seed}\n"
         (tmp_path / f"seed{seed}.yaml").write_text(text)
     array = ["--array", f"{tmp_path}/seed0.yaml,{tmp_path}/seed5.yaml", *SIX, *NODES]
-    jobs = send(place, "submitit_pretrain.py", *PRETRAIN, *array)
+    jobs = submit(place, "submitit_pretrain.py", *PRETRAIN, *array)
     assert [job.number[-2:] for job in jobs] == ["_0", "_1"]
     same, other = (job.finish() for job in jobs)
     assert_same(same, whole)
@@ -182,7 +182,7 @@ def test_array_runs_each_recipe_in_a_folder_of_its_own(place, whole, tmp_path):
 
 
 def test_each_job_of_an_array_requeues_itself(sweep, place):
-    """And without %j goes on in the folder that is named by its recipe."""
+    """Without %j it resumes in the folder named after its recipe."""
     assert [job.end() for job in sweep] == ["COMPLETED"] * 2
     assert all(job.restarts() > 0 for job in sweep)
     assert all((place / "sweep" / f"s{seed}" / "checkpoint-0.pth").exists() for seed in (0, 5))
@@ -208,7 +208,7 @@ def test_job_that_fails_is_followed_to_its_error(place):
 
 
 def test_error_of_another_rank_is_followed_too(place):
-    """srun ended rank 0 before that had printed whose error it was."""
+    """Once srun killed rank 0 before it had printed the error of rank 1."""
     words = [*PRETRAIN, *NODES, "--follow", "--job_dir", place / "%j", "--picture_freq", 0]
     words += ["--data_set", "tests.tiny:fails", "--batch_size", 3]
     done = run("submitit_pretrain.py", *words, expect=1)
@@ -225,7 +225,7 @@ def test_script_of_a_dry_run_is_one_that_sbatch_takes(cluster, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.sh"]
 
 
-def test_what_slurm_refuses_is_one_line(cluster, tmp_path):
+def test_refusal_by_slurm_is_one_line(cluster, tmp_path):
     words = [*PRETRAIN, *NODES, "--partition", "nowhere", "--job_dir", tmp_path / "%j"]
     done = run("submitit_pretrain.py", *words, expect=2)
     assert "SLURM refused the job" in done.stderr
@@ -233,27 +233,27 @@ def test_what_slurm_refuses_is_one_line(cluster, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_tenth_requeue_goes_on_too(long, tmp_path):
-    """submitit's own count ends after three; a pickle that each requeue wrote anew got lost."""
+def test_tenth_requeue_resumes_too(long, tmp_path):
+    """submitit requeues three times, and writes its pickle again each time, which lost it."""
     weights_of_job = long["ten times"].finish()
     assert long["ten times"].restarts() >= 10
     run("main_pretrain.py", *PRETRAIN, "--epochs", 3, "--output_dir", tmp_path)
     assert_same(weights(tmp_path / "checkpoint-2.pth"), weights_of_job)
 
 
-def test_out_of_time_it_saves_and_goes_on_to_the_same_weights(long, whole):
+def test_job_at_its_time_limit_saves_and_resumes_to_the_same_weights(long, whole):
     job = long["out of time"]
     assert_same(job.finish(), whole)
-    assert job.restarts() >= 1  # or in its second start too, on a busy machine
-    assert "asked to stop (SIGUSR2)" in job.said()
+    assert job.restarts() >= 1  # on a busy machine its second start may time out too
+    assert "asked to stop (SIGUSR2)" in job.output()
 
 
-def test_node_that_fails_costs_no_more_than_an_update(place, whole):
+def test_failure_of_a_node_costs_at_most_one_step(place, whole):
     words = [*PRETRAIN, *SIX, *SLOW, "60,1,12", *NODES]
-    job = send(place, "submitit_pretrain.py", *words)[0]
+    job = submit(place, "submitit_pretrain.py", *words)[0]
     job.until_stuck()
     ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     job.until(lambda: job.restarts() == 1, "a restart")
     ask("scontrol", "update", "NodeName=n2", "State=RESUME")
     assert_same(job.finish(), whole)
-    assert "resumed from" in job.said()
+    assert "resumed from" in job.output()
