@@ -8,6 +8,7 @@ python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['-
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -23,7 +24,6 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("dry_run", "eval", "a dry run checks training"),
     ("cuda_graphs", "compile", "both capture the training step"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
-    ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
@@ -224,12 +224,30 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--spike_factor {args.spike_factor:g}: expected 3 or more, or 0 for no spike check"
     if args.data_timeout and not args.num_workers:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
+    if args.cuda_graphs and (args.update_freq or 1) > 1:
+        yield f"--cuda_graphs true cannot accumulate (--update_freq {args.update_freq}); drop one"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    if "mask_ratio" not in values:
-        yield from _finetune_problems(args)
-    elif args.crop_pct is not None:
-        yield "--crop_pct is for evaluation, and pre-training has none; drop it"
+    yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)
+
+
+def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
+    patch, stride = args.patch_size, 8 * args.stem_stride
+    for flag, value, step, name in (
+        ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
+        *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
+    ):
+        if value % step:
+            low = value // step * step
+            near = f"{low} or {low + step}" if low else step
+            yield f"--{flag} {value} is not a multiple of {name}; try {near}"
+    patches = math.prod(side // patch for side in args.input_size)
+    kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
+    if not 1 <= kept < patches:
+        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
+        yield f"{got}, expected 1 to {patches - 1}; raise --input_size or change --mask_ratio"
+    if args.crop_pct is not None:
+        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
 def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -238,7 +256,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         got = as_typed(args.input_size)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
     if args.resplit:
-        yield "--resplit true is not supported: there are no augmentation splits; drop it"
+        yield "--resplit true is not supported: there are no augmentation splits; leave it out"
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
         yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
     mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval

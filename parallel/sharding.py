@@ -125,6 +125,8 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
             raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
     if args.sync_bn_group and not args.sync_bn:
         raise UserError("--sync_bn_group needs --sync_bn true: give both, or neither")
+    if args.sync_bn and flags.get("cuda_graphs"):
+        raise UserError("--cuda_graphs does not work with --sync_bn; drop one of them")
     if get_world_size() > 1:
         return Parallelism(args.shard, device, amp, args.grad_compression == "bf16")
     for flag, default in (("shard", "ddp"), ("grad_compression", "none"), ("sync_bn", False)):
