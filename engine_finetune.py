@@ -85,7 +85,7 @@ def evaluate(
     """
     model.eval()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
-    sharding.broadcast_buffers(model)
+    sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
     with sharding.unsharded(model) as network:
         for images, labels, _ in data_loader:
             with autocast(device, amp):

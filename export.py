@@ -33,17 +33,26 @@ from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
 from parallel import process_group
 from weights import export_formats as formats
-from weights.convert import describe, to_convnextv2
-from weights.export_formats import ExportSpec, Network
+from weights.convert import describe, to_convnextv2, to_official, to_timm
+from weights.export_formats import ExportSpec, Network, save
 from weights.files import read_checkpoint
 from weights.huggingface import find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
+OWN_LAYOUT = "ConvNeXt V2 toolkit (the official names)"
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
-    "timm": (formats.write_timm, formats.read_timm, "timm"),
+    "timm": (lambda spec, path: save(to_timm(spec.state), path), formats.read_timm, "timm"),
     "hf": (write_hf, read_hf, "transformers"),
-    "official": (formats.write_official, formats.read_official, "timm"),
-    "safetensors": (formats.write_safetensors, formats.read_safetensors, "safetensors"),
+    "official": (
+        lambda spec, path: torch.save({"model": to_official(spec.full_state)}, path),
+        formats.read_official,
+        "timm",
+    ),
+    "safetensors": (
+        lambda spec, path: save(spec.full_state, path, layout=OWN_LAYOUT),
+        formats.read_safetensors,
+        "safetensors",
+    ),
     "onnx": (formats.write_onnx, formats.read_onnx, "onnxruntime"),
     "torchscript": (formats.write_torchscript, lambda spec, path: torch.jit.load(path), "torch"),
     "pt2": (formats.write_pt2, lambda spec, path: torch.export.load(path).module(), "torch"),

@@ -116,7 +116,6 @@ def main(args: argparse.Namespace) -> None:
         checkpoints=build_checkpoint_manager(
             args, run.output_dir, parts, class_map, bad_images.write
         ),
-        bad_images=bad_images,
         seed=args.seed,
         criterion=criterion,
         mixup=mixup,

@@ -95,7 +95,6 @@ def main(args: argparse.Namespace) -> None:
         checkpoints=build_checkpoint_manager(
             args, run.output_dir, parts, before_save=bad_images.write
         ),
-        bad_images=bad_images,
         seed=args.seed,
     )
     if args.dry_run:

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Process group and checkpoints under the names of the official code; atomic files.
 
-python -c "import utils; print(utils.find_device())"
+python -c "import utils; print(utils.get_rank())"
 """
 
 from __future__ import annotations
@@ -16,18 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from parallel.process_group import (  # noqa: F401  names that forks of the official code use
-    all_gather,
-    all_reduce_sum,
-    broadcast,
-    find_device,
-    from_main_process,
     get_logger,
     get_rank,
     get_world_size,
     init_distributed_mode,
     is_main_process,
     launch,
-    main_process_first,
 )
 
 

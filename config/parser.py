@@ -23,6 +23,7 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("deterministic", "compile", "torch.compile chooses kernels by timing"),
     ("dry_run", "eval", "a dry run checks training"),
     ("cuda_graphs", "compile", "both capture the training step"),
+    ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),

@@ -179,7 +179,9 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
 def _list_folder(root: str, labelled: bool) -> FileIndex:
     """List a folder in memory; UserError if it, or a class, is empty."""
     paths, offsets, classes = bytearray(), array("q", [0]), []
-    for name, files in _classes(root) if labelled else [(None, _in_order(root))]:
+    names = sorted(_names(root)[1]) if labelled else [None]
+    for name in names:
+        files = _by_folder(root, name) if labelled else _in_order(root)
         before = len(offsets)
         for file in files:
             paths += os.fsencode(file) + b"\0"
@@ -197,11 +199,6 @@ def _list_folder(root: str, labelled: bool) -> FileIndex:
         )
     arrays = np.frombuffer(paths, np.uint8), np.frombuffer(offsets, np.int64)
     return FileIndex(*arrays, {"classes": classes}, root)
-
-
-def _classes(root: str) -> Iterator[tuple[str, Iterator[str]]]:
-    for name in sorted(_names(root)[1]):
-        yield name, _by_folder(root, name)
 
 
 def _by_folder(root: str, top: str) -> Iterator[str]:

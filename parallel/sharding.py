@@ -2,8 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Data-parallel modes of a model and its optimizer: DDP, ZeRO-1 and FSDP2.
 
-torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --model convnextv2_atto \
-    --stem_stride 1 --input_size 32 --shard zero1
+torchrun --nproc_per_node=2 main_pretrain.py --recipe digits_pretrain --shard zero1
 """
 
 from __future__ import annotations
@@ -86,7 +85,8 @@ class Parallelism:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        _broadcast(chain(model.parameters(), model.buffers()))  # as DistributedDataParallel does
+        # As DistributedDataParallel does:
+        broadcast_tensors(chain(model.parameters(), model.buffers()))
         # FCMAE returns its prediction as a view, and nothing writes into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (get_world_size(),))
@@ -125,8 +125,6 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
             raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
     if args.sync_bn_group and not args.sync_bn:
         raise UserError("--sync_bn_group needs --sync_bn true: give both, or neither")
-    if args.sync_bn and flags.get("cuda_graphs"):
-        raise UserError("--cuda_graphs does not work with --sync_bn; drop one of them")
     if get_world_size() > 1:
         return Parallelism(args.shard, device, amp, args.grad_compression == "bf16")
     for flag, default in (("shard", "ddp"), ("grad_compression", "none"), ("sync_bn", False)):
@@ -265,13 +263,8 @@ def convert_batch_norm(model: nn.Module, group: int) -> nn.Module:
     return convert_sync_batchnorm(model, mine)
 
 
-def broadcast_buffers(model: nn.Module) -> None:
-    """Copy rank 0's buffers to all ranks: an evaluation must use the same running statistics."""
-    _broadcast(model.buffers())
-
-
 @torch.no_grad()
-def _broadcast(tensors: Iterable[Tensor]) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Copy rank 0's values to all ranks."""
     for tensor in tensors if get_world_size() > 1 else ():
         values = tensor.contiguous()

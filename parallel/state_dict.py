@@ -2,8 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Full state dicts of sharded models and optimizers, as a single process would save them.
 
-torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --model convnextv2_atto \
-    --stem_stride 1 --input_size 32 --shard zero1 --output_dir runs/zero1
+torchrun --nproc_per_node=2 main_pretrain.py --recipe digits_pretrain --shard zero1
 
 The optimizer state is numbered by parameter, as in torch's own optimizers, so that a run with any
 --shard, on any number of processes, can resume from it. torch.distributed.checkpoint.state_dict

@@ -2,8 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Bad optimizer steps (NaN, Inf, loss spikes): report them, and skip them or roll back.
 
-python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32 \
-    --on_spike rollback --output_dir runs/guarded
+python main_pretrain.py --recipe digits_pretrain --on_spike rollback --output_dir runs/guarded
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Save a run on schedule, survive failed writes, and stop the run when asked to.
 
-python main_pretrain.py --data_set DIGITS --input_size 32 --stem_stride 1 --output_dir runs/saved \
-    --model convnextv2_atto --save_ckpt_every_steps 20 --max_minutes 1; echo "exit code $?"
+python main_pretrain.py --recipe digits_pretrain --output_dir runs/saved --save_ckpt_every_steps 20
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Check a training run before it starts: data, memory, speed, disk, time.
 
-python main_pretrain.py --data_set DIGITS --model convnextv2_atto --input_size 32 --stem_stride 1 \
-    --batch_size 64 --epochs 10 --output_dir runs/tried --dry_run
+python main_pretrain.py --recipe digits_pretrain --output_dir runs/tried --dry_run
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from data_loading.bad_images import BadImages
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
@@ -107,7 +106,6 @@ class TrainLoop:
     guard: AnomalyGuard
     reporter: Reporter
     checkpoints: CheckpointManager
-    bad_images: BadImages
     seed: int
     # Fine-tuning only:
     criterion: Callable[..., torch.Tensor] | None = None  # (logits, labels) -> loss

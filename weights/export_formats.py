@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.convnextv2 import SIZES, ConvNeXtV2
-from weights.convert import CLASSIFIER, CONV_MLP, to_convnextv2, to_official, to_timm
+from weights.convert import CLASSIFIER, CONV_MLP, to_convnextv2
 from weights.files import load_weights, read_checkpoint
 
 PROTOBUF_LIMIT = 2**31 - 2**24  # bytes: a protobuf message ends at 2 GiB, with the graph in it
@@ -82,11 +82,6 @@ class Network(nn.Module):
         return self.model.head(x.half()).float() if self.is_half else self.model.head(x)
 
 
-def write_safetensors(spec: ExportSpec, path: Path) -> None:
-    """Write our own names, with the decoder if there is one."""
-    save(spec.full_state, path, layout="ConvNeXt V2 toolkit (the official names)")
-
-
 def save(state: dict[str, Tensor], path: Path, **metadata: str) -> None:
     """Write a .safetensors file; safetensors' `save_file` makes it readable by its owner only."""
     from safetensors import torch as safetensors
@@ -104,11 +99,6 @@ def read_safetensors(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]
     return Network(replace(spec, state=own)).double()
 
 
-def write_official(spec: ExportSpec, path: Path) -> None:
-    """Write a .pth file for the official scripts, with the decoder if there is one."""
-    torch.save({"model": to_official(spec.full_state)}, path)
-
-
 def read_official(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]:
     """Load with timm, which can read official names."""
     from timm.models.convnext import checkpoint_filter_fn
@@ -117,11 +107,6 @@ def read_official(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]:
         return checkpoint_filter_fn({name: state[name] for name in spec.state}, model)
 
     return read_timm(spec, path, without_decoder)
-
-
-def write_timm(spec: ExportSpec, path: Path) -> None:
-    """Write a file for `timm.create_model(..., checkpoint_path=FILE)`."""
-    save(to_timm(spec.state), path)
 
 
 def read_timm(

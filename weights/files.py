@@ -96,10 +96,8 @@ def read_checkpoint(
         if isinstance(error, pickle.UnpicklingError) and asked:
             raise UserError(
                 f"checkpoint {path} is refused: it needs {asked[1]}, and loading that could run "
-                "any code. If you trust its author, extract the tensors, best in a container "
-                f"without network: python -c \"import torch; c = torch.load('{path}', "
-                "weights_only=False); c = c.get('model', c) if isinstance(c, dict) else c; "
-                "torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pth')\""
+                "any code. If you trust its author, load it in a container without network by "
+                "torch.load(PATH, weights_only=False), and torch.save its state dict alone"
             ) from error
         reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error

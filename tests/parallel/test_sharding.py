@@ -601,11 +601,6 @@ def flags(**values: Any) -> SimpleNamespace:
             "--opt lamb is not known.* --shard zero1; use .*adamw",
         ),
         ({"opt": "muon"}, "none", "--opt muon is not known.* --shard fsdp; use .*adamw"),
-        (
-            {"shard": "ddp", "sync_bn": True, "cuda_graphs": True},
-            "none",
-            "--cuda_graphs does not work with --sync_bn",
-        ),
         ({"compile": True}, "none", "--compile does not work with --shard fsdp"),
         ({"cuda_graphs": True}, "none", "--cuda_graphs does not work"),
         ({"model_ema_force_cpu": True}, "none", "--model_ema_force_cpu does not work"),

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted
@@ -179,23 +178,6 @@ def test_handlers_are_those_of_before_afterwards():
     with StopSignals(None, None):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_loaders_processes_outlive_the_signal_of_their_job(tmp_path):
-    """scancel and srun send it to every process, and a run without workers cannot save."""
-    from data_loading.workers import _start_worker
-
-    child = os.fork()
-    if child == 0:
-        _start_worker(torch.zeros(1, 3), 0)
-        (tmp_path / "ready").touch()
-        time.sleep(1)
-        os._exit(5)
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.01)
-    for kind in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        os.kill(child, kind)
-    assert chaos.finish(child) == 5
 
 
 # --- when to save ---------------------------------------------------------------------------
