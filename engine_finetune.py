@@ -95,9 +95,10 @@ def evaluate(
             means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
     stats = means.read()
     if math.isnan(stats["acc1"]):  # no image on any rank
+        reasons = [f"{name} ({reason})" for name, reason in data_loader.bad.items()]
         raise UserError(
             "no image to evaluate on: --on_bad_image skip left out all of them "
-            f"({first_few(data_loader.bad) or 'on other ranks'}); correct --eval_data_path or "
+            f"({first_few(reasons) or 'on other ranks'}); correct --eval_data_path or "
             "--data_path, or pass --disable_eval"
         )
     return stats

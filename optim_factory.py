@@ -48,14 +48,12 @@ def choose_update_freq(
         log.warning("effective batch stays %d, as in the run that is resumed", resumed_batch)
     wanted = effective_batch or resumed_batch  # 0: not given
     if wanted % global_batch:
-        low = wanted // global_batch * global_batch
-        near = f"{low} or {low + global_batch}" if low else global_batch
         name = f"--effective_batch {wanted}"
         if not effective_batch:
             name = f"the effective batch {wanted} of the resumed run"
         raise UserError(
             f"{name} is not a multiple of --batch_size {batch_size} x {world_size} processes "
-            f"= {global_batch}; try another --batch_size, or --effective_batch {near}"
+            f"= {global_batch}; try {_fitting(wanted, batch_size, world_size)}"
         )
     update_freq = wanted // global_batch or update_freq or 1
     log.info(
@@ -63,6 +61,22 @@ def choose_update_freq(
         *(global_batch * update_freq, batch_size, update_freq, world_size),
     )
     return update_freq
+
+
+def _fitting(effective_batch: int, batch_size: int, world_size: int) -> str:
+    """Suggest the nearest batch sizes that divide it and the nearest effective batches."""
+    global_batch = batch_size * world_size
+    low = effective_batch // global_batch * global_batch
+    fix = f"--effective_batch {low} or {low + global_batch}"
+    if not low:
+        fix = f"--effective_batch {global_batch}"
+    per_process, rest = divmod(effective_batch, world_size)
+    if rest:
+        return fix
+    sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
+    sizes = [size for size in sizes if size % 2 == 0] or sizes  # mixup takes pairs
+    below, above = [s for s in sizes if s < batch_size], [s for s in sizes if s > batch_size]
+    return f"--batch_size {' or '.join(map(str, below[-1:] + above[:1]))}, or {fix}"
 
 
 def count_steps(batches: int, update_freq: int) -> int:

@@ -274,7 +274,7 @@ FLAGS[JOB] = (
 )
 FLAGS["drawing"] = (
     ("--checkpoint", PATH, "", "checkpoint or output folder of main_pretrain.py"),
-    ("--output", PATH, "reconstructions.png", "PNG file to write"),
+    ("--output", PATH, "imagined.png", "PNG file to write"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )

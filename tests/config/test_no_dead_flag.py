@@ -62,9 +62,10 @@ def reachable(script: Path) -> set[Path]:
 
 
 def reads(path: Path) -> set[str]:
-    """Every `x` of `args.x`, `self.args.x`, `vars(args).get("x")` or `vars(args)["x"]` in a file.
+    """Every `x` of `args.x`, `self.args.x`, `getattr(args, "x", ...)` or `flags["x"]` in a file.
 
-    A function with `getattr(args, name)` reads what its string constants name.
+    `vars(args)` counts as `flags`. A function with `getattr(args, name)` reads what its string
+    constants name.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -75,7 +76,9 @@ def reads(path: Path) -> set[str]:
                 found.add(node.attr)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "vars(args).get":
             found.add(ast.literal_eval(node.args[0]))
-        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "vars(args)":
+        elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, '"):
+            found.add(ast.literal_eval(node.args[1]))
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("vars(args)", "flags"):
             found.add(ast.unparse(node.slice).strip("'"))
         elif isinstance(node, ast.FunctionDef) and "getattr(args, name)" in ast.unparse(node):
             found |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}

@@ -355,16 +355,18 @@ def test_names_that_are_no_text_are_logged(tmp_path, monkeypatch, capsys):
 # --- in little memory -----------------------------------------------------------------------------
 
 
-def generated(count: int):
-    """Yield 1000 classes and their paths, without keeping them."""
-    for label in range(1000):
-        yield f"class{label:04d}", (f"class{label:04d}/{n:09d}.jpg" for n in range(count // 1000))
+def generate(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Replace the disk by 1000 classes, whose paths are not kept."""
+    names = [f"class{label:04d}" for label in range(1000)]
+    monkeypatch.setattr(folders, "_names", lambda folder: ([], names))
+    paths = lambda root, name: (f"{name}/{n:09d}.jpg" for n in range(count // 1000))  # noqa: E731
+    monkeypatch.setattr(folders, "_by_folder", paths)
 
 
 def test_memory_to_open_an_index_does_not_grow_with_the_images(tmp_path, monkeypatch):
     kept = []
     for count in (10_000, 200_000):
-        monkeypatch.setattr(folders, "_classes", lambda root, count=count: generated(count))
+        generate(monkeypatch, count)
         folder = tmp_path / f"{count}"
         list_images("/data", True, folder)
         tracemalloc.start()
@@ -377,7 +379,7 @@ def test_memory_to_open_an_index_does_not_grow_with_the_images(tmp_path, monkeyp
 
 
 def test_list_in_memory_takes_a_path_and_eight_bytes_an_image(monkeypatch):
-    monkeypatch.setattr(folders, "_classes", lambda root: generated(100_000))
+    generate(monkeypatch, 100_000)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     index = list_images("/data", labelled=True)

@@ -27,7 +27,8 @@ from data_loading.samplers import EvalSampler
 from data_loading.workers import WatchedLoader
 from optim_factory import Schedule
 from parallel import process_group
-from tests.test_end_to_end import FINETUNE, PRETRAIN, free_port
+from tests.groups import free_port
+from tests.test_end_to_end import FINETUNE, PRETRAIN
 from tests.tiny import Colours
 from training import dry_run, run_lock
 from training.dry_run import PlannedRun, StepProbe, format_bytes, tensor_bytes
@@ -342,7 +343,7 @@ class Small:
     def probe(self, batch_size: int = 6, **flags: bool) -> StepProbe:
         args = SimpleNamespace(batch_size=batch_size, compile=False, cuda_graphs=False)
         vars(args).update(flags)
-        others = ("schedule", "state", "guard", "reporter", "checkpoints", "bad_images", "seed")
+        others = ("schedule", "state", "guard", "reporter", "checkpoints", "seed")
         loop = TrainLoop(self, **dict.fromkeys(others))
         samples = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, n) for n in range(4)]
         return StepProbe(PlannedRun(args, None, "", loop, self.train, self), samples)
@@ -385,7 +386,16 @@ def test_largest_batch_follows_from_two_small_steps(asked, unit, sizes, monkeypa
     largest, how = dry_run.estimate_largest(probe, asked)
     assert largest == 95 // unit * unit
     assert tried == sizes
-    assert how == "estimated from 100 B per image and 9.8 KiB free"
+    assert how == "estimated from 100 B per image and 9.8 KiB free per process"
+
+
+def test_free_memory_of_a_cpu_is_what_linux_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "MEMORY", tmp_path / "meminfo")
+    dry_run.MEMORY.write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable:    2000 kB\n")
+    monkeypatch.setattr(dry_run, "get_world_size", lambda: 4)
+    used, free = Small(MemoryError()).probe().used_and_free()
+    assert free == 500 * 1024
+    assert used > 2**20  # of this process
 
 
 @pytest.mark.parametrize(
