@@ -141,7 +141,7 @@ SHARED: dict[str, Row] = {
     "num_workers": ("--num_workers 2", lambda b: b.train.loader.num_workers, 0, 2),
     "on_bad_image": (
         "--on_bad_image skip",
-        lambda b: (b.train.loader.dataset.on_bad, b.loop.bad_images.active),
+        lambda b: (b.train.loader.dataset.on_bad, b.loop.checkpoints.before_save.__self__.active),
         ("error", False),
         ("replace", True),
     ),
