@@ -19,11 +19,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which must be set before a kernel is defined
 
 
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What the toolkit logs, even if a test before this one set its logger up for a run."""
+@pytest.fixture(autouse=True)
+def fresh_logger(monkeypatch):
+    """Undo what a run in an earlier test did to the logger, which would write to its stdout."""
     monkeypatch.setattr(get_logger(), "propagate", True)
     monkeypatch.setattr(get_logger(), "handlers", [])
+
+
+@pytest.fixture
+def log(caplog):
+    """What the toolkit logs."""
     caplog.set_level("INFO", logger="convnextv2")
     return caplog
 

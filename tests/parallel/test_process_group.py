@@ -30,8 +30,6 @@ def clean(monkeypatch):
     saved = dict(os.environ)
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
-    monkeypatch.setattr(process_group.get_logger(), "propagate", True)
-    monkeypatch.setattr(process_group.get_logger(), "handlers", [])
     monkeypatch.setattr(process_group.get_logger(), "level", logging.NOTSET)
     yield os.environ
     if dist.is_initialized():

@@ -79,10 +79,8 @@ def short(monkeypatch):
 
 
 @pytest.fixture
-def said(monkeypatch, capsys):
+def said(capsys):
     """A function that returns all output so far, log lines and errors."""
-    monkeypatch.setattr(process_group.get_logger(), "propagate", True)  # else pytest adds a handler
-    monkeypatch.setattr(process_group.get_logger(), "handlers", [])  # a run makes one for capsys
     text = []
 
     def read() -> str:
