@@ -29,6 +29,7 @@ def test_fine():
     [
         (FAILS_ONCE, 0, "FLAKY tests/test_it.py::test_once: failed beside other tests"),
         ("def test_bad():\n    assert False", 1, "FAILED tests/test_it.py::test_bad"),
+        ("import no_such_module", 1, "FAILED tests/test_it.py"),
     ],
 )
 def test_failures_are_run_again_alone(tmp_path, text, code, expected):
