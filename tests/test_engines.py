@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from statistics import mean
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from optim_factory import Schedule
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.hooks import LineHook
 from training.meters import Means
+from training.stepper import Stepper
 
 COMMON = (
     "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "
@@ -147,6 +151,78 @@ def test_schedule_acts_once_per_step_and_ends_at_the_minimum(monkeypatch):
     assert [update for update, _ in applied] == [0, 1, 2, 3]  # groups of 3 and 1, twice
     assert applied[0][1] == pytest.approx(0.01)
     assert applied[-1][1] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("run", "engine"), [(pretrain, engine_pretrain), (finetune, engine_finetune)]
+)
+def test_log_holds_the_means_of_the_steps(tmp_path, monkeypatch, run, engine):
+    """Of the losses, norms and accuracies that the engine computed in training mode."""
+    losses, norms, records = [], [], []
+    step = Stepper.step
+
+    def noting(self, loss, ids):
+        assert all(module.training for module in self.model.modules())
+        losses.append(loss.item())
+        result = step(self, loss, ids)
+        norms.append(result.grad_norm.item())
+        return result
+
+    monkeypatch.setattr(Stepper, "step", noting)
+    monkeypatch.setattr(LineHook, "on_log", lambda self, record, state: records.append(record))
+    seeds = Watched(monkeypatch, engine, "seed_all")
+    checks = Watched(monkeypatch, AnomalyGuard, "check")
+    run(f"--epochs 2 --print_freq 3 --save_ckpt false --log_dir none --output_dir {tmp_path}")
+    entries = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    for epoch, entry in enumerate(entries):
+        part = slice(4 * epoch, 4 * epoch + 4)
+        assert entry["train_loss"] == pytest.approx(mean(losses[part]))
+        assert entry["train_grad_norm"] == pytest.approx(mean(norms[part]))
+    assert len(entries) == 2
+    assert seeds.calls == [(0, number, 0, 0) for number in range(8)]
+    assert [record["step"] for record in records] == [3, 4, 3, 4]
+    assert len(checks.calls) == 4
+    assert all(record["images_per_s"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("mixup", [0, 0.8])
+def test_training_accuracy_is_the_mean_over_images_or_absent(tmp_path, monkeypatch, mixup):
+    found = []
+    real = engine_finetune.accuracy
+
+    def noting(*args):
+        found.append(real(*args))
+        return found[-1]
+
+    monkeypatch.setattr(engine_finetune, "accuracy", noting)
+    words = f"--epochs 1 --disable_eval --mixup {mixup} --log_dir none --output_dir {tmp_path}"
+    finetune(f"{words} --save_ckpt false")
+    entry = json.loads((tmp_path / "log.txt").read_text())
+    if mixup:  # mixed images have no single right class
+        assert found == []
+        assert entry["train_class_acc"] is None
+    else:
+        assert [len(values) for values in found] == [1] * 4
+        assert entry["train_class_acc"] == pytest.approx(mean(value.item() for (value,) in found))
+
+
+def test_evaluation_is_that_of_every_image_in_evaluation_mode():
+    """Loss and accuracies by hand; the labels have ranks 1, 2, 6 and, in a smaller batch, 1."""
+
+    class Known(torch.nn.Module):
+        def forward(self, images):
+            assert not self.training
+            return images[:, 0, 0]
+
+    logits = torch.tensor([[9.0, 5, 4, 3, 2, 1]] * 4)
+    labels, ids = torch.tensor([0, 1, 5, 0]), torch.arange(4)
+    images = logits[:, None, None]
+    batches = [(images[:3], labels[:3], ids[:3]), (images[3:], labels[3:], ids[3:])]
+    stats = engine_finetune.evaluate(batches, Known(), torch.device("cpu"), "none")
+    assert stats["acc1"] == pytest.approx(50)
+    assert stats["acc5"] == pytest.approx(75)
+    expected = (logits.logsumexp(1) - logits[range(4), labels]).mean().item()
+    assert stats["loss"] == pytest.approx(expected)
 
 
 def test_evaluation_shows_a_loss_that_is_not_finite():
