@@ -358,17 +358,16 @@ FINETUNE: dict[str, Row] = {
 # Flags that other tests show to act, with the file.
 ELSEWHERE = {
     "tests/data_loading/test_folders.py": "data_index",
-    "tests/training/test_resume.py": "resume auto_resume sha256",
+    "tests/training/test_checkpoint.py": "auto_resume",
     "tests/config/test_recipes.py": "config recipe",
     "tests/parallel/test_sharding.py": "shard grad_compression sync_bn sync_bn_group",
     "tests/parallel/test_environment.py": "world_size local_rank dist_on_itp dist_url",
-    "tests/training/test_dry_run.py": "dry_run",
-    "tests/test_end_to_end.py": "output_dir log_dir finetune eval nb_classes data_set",
-    "tests/weights/test_pretrained.py": "model_key use_ema model_prefix",
-    "tests/models/test_compile_and_export.py": "compile",
-    "tests/test_engines.py": "cuda_graphs device pin_mem",  # some of them on a GPU
+    "tests/test_end_to_end.py": "output_dir log_dir nb_classes data_set",
+    "tests/test_mains.py": "resume sha256 finetune eval model_key use_ema model_prefix dry_run "
+    "compile cuda_graphs",
+    "tests/test_engines.py": "device",  # cuda on a GPU
+    "tests/test_datasets.py": "pin_mem eval_data_path",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused
-    "tests/data_loading/test_transforms.py": "eval_data_path",
 }
 
 
@@ -406,3 +405,4 @@ def test_every_flag_has_a_row(script):
     rows = {flag for name, flag, *_ in ROWS if name == script}
     elsewhere = set(" ".join(ELSEWHERE.values()).split())
     assert flags - rows - elsewhere == set()
+    assert all((Path(__file__).parents[1] / path).exists() for path in ELSEWHERE)

@@ -1,0 +1,318 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The steps of both training scripts: initial weights, wrapping, dry run, evaluation, logs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_finetune
+from config import parser as options
+from data_loading.samplers import EvalSampler, TrainSampler
+from errors import UserError
+from parallel.sharding import Parallelism
+from tests import tiny
+from tests.test_flags_act import BASE, MAINS, Built, build
+from training import setup
+from training.checkpoint_manager import CheckpointManager
+from training.hooks import Reporter
+
+SEED_OF = {"model": 1, "model_ema": 2, "other": 3}  # entry of the checkpoint -> its weights
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = tiny.classifier(stem_stride=1, num_classes=tiny.CLASSES)
+    return {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """A checkpoint of weights alone."""
+    content = {key: weights(seed) for key, seed in SEED_OF.items()}
+    content["wrapped"] = {f"net.{name}": value for name, value in weights(4).items()}
+    torch.save(content, tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+def seed_of(model: torch.nn.Module) -> int | None:
+    """The number of the `weights` that a model holds."""
+    head = model.state_dict()["stages.0.0.pwconv1.weight"]
+    same = [n for n in range(5) if torch.equal(head, weights(n)["stages.0.0.pwconv1.weight"])]
+    return same[0] if same else None
+
+
+@pytest.mark.parametrize("flag", ["--finetune", "--resume"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", 1),
+        ("--use_ema", 2),
+        ("--model_key other|model", 3),
+        ("--model_key wrapped --model_prefix net.", 4),
+    ],
+)
+def test_finetuning_starts_from_the_weights_that_flags_name(
+    flag, words, expected, file, tmp_path, monkeypatch
+):
+    built = build("finetune", f"{flag} {file} {words}", tmp_path / "run", monkeypatch)
+    assert seed_of(built.inner) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--finetune {}", 1),  # EMA weights of the former run are not those of this one
+        ("--resume {}", 2),
+        ("--resume {} --use_ema", 2),
+        ("--resume {} --model_key wrapped|model --model_prefix net.", 4),
+    ],
+)
+def test_ema_starts_from_the_ema_weights_of_what_is_resumed(
+    words, expected, file, tmp_path, monkeypatch
+):
+    content = torch.load(file, weights_only=True)
+    if "wrapped" in words:  # without EMA weights
+        torch.save({"wrapped": content["wrapped"]}, file)
+    words = f"--model_ema {words.format(file)}"
+    built = build("finetune", words, tmp_path / "run", monkeypatch)
+    assert seed_of(built.loop.model_ema.module) == expected
+
+
+def test_prefix_of_ema_weights_is_removed_too(file, tmp_path, monkeypatch):
+    content = torch.load(file, weights_only=True)
+    wrapped = {f"net.{name}": value for name, value in content["model_ema"].items()}
+    torch.save({"model": content["wrapped"], "model_ema": wrapped}, file)
+    words = f"--model_ema --resume {file} --model_prefix net."
+    built = build("finetune", words, tmp_path / "run", monkeypatch)
+    assert (seed_of(built.inner), seed_of(built.loop.model_ema.module)) == (4, 2)
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_hash_of_initial_weights_is_checked(script, file, tmp_path, monkeypatch):
+    words = f"--resume {file} --sha256 {'0' * 64}"
+    with pytest.raises(UserError, match="has SHA-256"):
+        build(script, words, tmp_path / "run", monkeypatch)
+
+
+def test_pretraining_starts_from_the_weights_of_a_classifier(file, tmp_path, monkeypatch):
+    built = build("pretrain", f"--resume {file}", tmp_path / "run", monkeypatch)
+    assert seed_of(built.inner.encoder) == 1
+
+
+def test_layer_decay_of_random_weights_is_a_warning(file, tmp_path, monkeypatch):
+    for number, (words, expected) in enumerate(
+        [("", 0), ("--layer_decay 0.9", 1), (f"--layer_decay 0.9 --finetune {file}", 0)]
+    ):
+        built = build("finetune", words, tmp_path / str(number), monkeypatch)
+        assert built.text.count("random weights: --layer_decay < 1") == expected
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_random_weights_depend_on_the_seed(script, tmp_path, monkeypatch):
+    first, again, other = (
+        next(iter(build(script, f"--seed {seed}", tmp_path / name, monkeypatch).inner.parameters()))
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_compile_compiles_the_network(script, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    build(script, "", tmp_path / "plain", monkeypatch)
+    assert compiled == []
+    built = build(script, "--compile", tmp_path / "compiled", monkeypatch)
+    assert compiled == [built.inner]
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_graphs_capture_the_shapes_of_a_batch(script, tmp_path, monkeypatch):
+    captured = []
+
+    class Graphed(torch.nn.Module):
+        def __init__(self, model, *arguments) -> None:
+            super().__init__()
+            captured.append(arguments)
+
+    monkeypatch.setattr(MAINS[script], "Graphed", Graphed)
+    monkeypatch.setattr(setup, "check_graphs", lambda *_: None)  # there is no GPU
+    built = build(script, "--cuda_graphs", tmp_path / "run", monkeypatch)
+    assert isinstance(built.model, Graphed)
+    shapes = [(6, 3, 16, 16)] if script == "finetune" else [(6, 3, 16, 16), (6, 4)]
+    expected = [torch.device("cpu"), "none", shapes] + [1] * (script == "pretrain")
+    assert [*captured[0][:2], list(captured[0][2]), *captured[0][3:]] == expected
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_models_are_sharded_before_the_optimizer_is_built(script, tmp_path, monkeypatch):
+    sharded = []
+    monkeypatch.setattr(Parallelism, "shard", lambda self, *models: sharded.append(models))
+    words = "--model_ema" if script == "finetune" else ""
+    built = build(script, words, tmp_path / "run", monkeypatch)
+    expected = (built.inner, built.loop.model_ema.module) if words else (built.inner,)
+    assert sharded == [expected]
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_dry_run_gets_the_parts_of_the_run(script, file, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(MAINS[script], "check_run", plans.append)
+    words = f"--resume {file} --dry_run"
+    built = build(script, words, tmp_path / "run", monkeypatch)
+    (plan,) = plans
+    assert built.epochs == []  # nothing was trained
+    assert not (tmp_path / "run").exists()
+    assert (plan.folder, plan.source) == (tmp_path / "run", str(file))
+    assert plan.loop.checkpoints.save is not None
+    plan.train_epoch(plan.data_loader_train, plan.loop)
+    assert built.train is plan.data_loader_train
+    assert built.loop is plan.loop
+    if script == "finetune":
+        assert plan.evaluate(plan.data_loader_val) == {"acc1": 50.0, "loss": 1.0}
+        assert built.val is plan.data_loader_val
+
+
+def test_eval_only_evaluates(tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(main_finetune, "evaluate_checkpoint", lambda *args: evaluated.append(args))
+    built = build("finetune", "--eval --resume x.pth", tmp_path / "run", monkeypatch)
+    assert evaluated == [(built.args, torch.device("cpu"), "none")]
+    assert built.epochs == []
+
+
+def test_evaluation_has_its_own_sampler_and_batch(tmp_path, monkeypatch):
+    built = build("finetune", "", tmp_path / "run", monkeypatch)
+    assert isinstance(built.train.loader.sampler, TrainSampler)
+    assert isinstance(built.val.loader.sampler, EvalSampler)
+    assert (built.train.loader.batch_size, built.val.loader.batch_size) == (6, 9)
+
+
+def log(built: Built) -> list[dict]:
+    return [json.loads(line) for line in (built.folder / "log.txt").read_text().splitlines()]
+
+
+def test_log_of_finetuning(tmp_path, monkeypatch):
+    built = build("finetune", "--model_ema --model_ema_eval", tmp_path / "run", monkeypatch)
+    n_parameters = sum(p.numel() for p in built.inner.parameters())
+    stats = {"train_loss": 1.0, "train_lr": 0.0, "test_acc1": 50.0, "test_loss": 1.0}
+    stats |= {"test_acc1_ema": 50.0, "test_loss_ema": 1.0, "n_parameters": n_parameters}
+    assert log(built) == [stats | {"epoch": epoch} for epoch in range(2)]
+    assert "tests.tiny:classifier: 0.00M parameters" in built.text
+    assert "peak lr 0.01, precision none" in built.text
+    assert "2 of 2 epochs are done; best top-1 50.00%, best-ema top-1 50.00%" in built.text
+    assert (tmp_path / "run" / "checkpoint-1.pth").exists()
+
+
+def test_log_of_pretraining(tmp_path, monkeypatch):
+    built = build("pretrain", "--mask_ratio 0.5", tmp_path / "run", monkeypatch)
+    n_parameters = sum(p.numel() for p in built.inner.parameters())
+    stats = {"train_loss": 1.0, "train_lr": 0.0, "n_parameters": n_parameters}
+    assert log(built) == [stats | {"epoch": epoch} for epoch in range(2)]
+    assert "2 of 4 patches visible: mask ratio 0.500" in built.text
+    assert "peak lr 0.01, precision none" in built.text
+    assert f"2 of 2 epochs are done; {tmp_path / 'run'}" in built.text
+    assert [path.name for path in (tmp_path / "run" / "reconstructions").iterdir()] == [
+        "epoch-1.png"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "text"),
+    [
+        ("pretrain", "--save_ckpt false", "2 of 2 epochs are done; nothing saved"),
+        ("finetune", "--disable_eval", "2 of 2 epochs are done; not evaluated"),
+    ],
+)
+def test_last_words_say_what_is_missing(script, words, text, tmp_path, monkeypatch):
+    assert text in build(script, words, tmp_path / "run", monkeypatch).text
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_resumed_run_continues_at_its_sample(script, tmp_path, monkeypatch):
+    """The loader starts after the samples that the checkpoint has seen."""
+    build(script, "--epochs 1", tmp_path / "run", monkeypatch)
+    path = tmp_path / "run" / "checkpoint-0.pth"
+    content = torch.load(path, weights_only=True)
+    content["state"] |= {"samples_in_epoch": 12}
+    torch.save(content, path)
+    built = build(script, "", tmp_path / "run", monkeypatch)
+    assert built.epochs == [1]
+    assert (built.train.loader.sampler.epoch, built.train.loader.sampler.start) == (1, 12)
+
+
+def evaluate(words: str, capsys: pytest.CaptureFixture) -> str:
+    words = f"{BASE['finetune']} --eval {words}".split()
+    args: argparse.Namespace = options.parse(main_finetune.get_args_parser(), words)
+    main_finetune.main(args)
+    return capsys.readouterr().out
+
+
+def test_evaluation_reports_each_kind_of_weights(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        main_finetune,
+        "evaluate",
+        lambda loader, model, *_: {"acc1": 10.0 * seed_of(model), "acc5": 99.0, "loss": 0.5},
+    )
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    line = "{}: top-1 {}.00%, top-5 99.00%, loss 0.5000 on 7 images"
+    plain, ema = line.format(file, 10), line.format(f"{file} (EMA weights)", 20)
+    assert plain in evaluate(f"--resume {file}", capsys)
+    assert ema in evaluate(f"--finetune {file} --use_ema", capsys)
+    said = evaluate(f"--resume {file} --model_ema", capsys)
+    assert plain in said
+    assert ema in said
+    assert line.format(file, 30) in evaluate(f"--resume {file} --model_key other", capsys)
+    said = evaluate(f"--resume {file} --model_key wrapped --model_prefix net.", capsys)
+    assert line.format(file, 40) in said
+    assert "kernels chosen: " in said
+    assert compiled == []
+    (tmp_path / "run").mkdir()
+    file.rename(tmp_path / "run" / "checkpoint-best.pth")
+    said = evaluate(f"--output_dir {tmp_path / 'run'} --compile", capsys)
+    assert f"{tmp_path / 'run' / 'checkpoint-best.pth'}: top-1 10.00%" in said
+    assert len(compiled) == 1
+    with pytest.raises(UserError, match="has SHA-256"):
+        evaluate(f"--resume {tmp_path / 'run' / 'checkpoint-best.pth'} --sha256 {'0' * 64}", capsys)
+
+
+def test_evaluation_refuses_another_head(file, capsys):
+    """A new head would be evaluated as it was drawn."""
+    state = {name: value for name, value in weights(1).items() if not name.startswith("head")}
+    torch.save(state, file)
+    with pytest.raises(UserError, match="missing"):
+        evaluate(f"--resume {file}", capsys)
+
+
+def test_evaluation_counts_the_images_that_it_used(file, monkeypatch, capsys):
+    class Bad:
+        def __init__(self, folder, *loaders, active) -> None:
+            assert (folder, active) == (None, True)
+
+        def write(self) -> int:
+            return 2
+
+    monkeypatch.setattr(main_finetune, "BadImages", Bad)
+    assert "on 5 images" in evaluate(f"--resume {file} --on_bad_image skip", capsys)
+
+
+def test_scripts_stop_listening_to_signals_and_close_their_files(tmp_path, monkeypatch):
+    closed = []
+    for kind in (CheckpointManager, Reporter):
+        real = kind.__exit__
+        monkeypatch.setattr(
+            kind,
+            "__exit__",
+            lambda self, *error, real=real: closed.append(type(self).__name__) or real(self),
+        )
+    for script in MAINS:
+        build(script, "", tmp_path / script, monkeypatch)
+    assert closed == ["Reporter", "CheckpointManager"] * 2
