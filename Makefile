@@ -34,7 +34,7 @@ demo: install
 	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
 		--split val --output $(DEMO)/reconstructions.png
 	@echo
-	@echo "accuracy          the line above that ends in acc1, acc5 and loss"
+	@echo "accuracy          the line above with top-1, top-5 and loss"
 	@echo "reconstructions   $(DEMO)/reconstructions.png (input, masked input, reconstruction)"
 	@echo "an epoch a line   $(DEMO)/pretrain/log.txt and $(DEMO)/finetune/log.txt"
 	@echo "curves            $(BIN)/tensorboard --logdir $(DEMO)"

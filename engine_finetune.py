@@ -36,7 +36,9 @@ def train_one_epoch(
     model.train()
     stepper, state = loop.stepper, loop.state
 
-    def forward(network: nn.Module, batch: tuple, step: int, micro: int) -> tuple[Tensor, Tensor]:
+    def compute_loss(
+        network: nn.Module, batch: tuple, step: int, micro: int
+    ) -> tuple[Tensor, Tensor]:
         """(loss, logits) of a micro-batch; mixup changes its images in place."""
         images, targets, _ = batch
         seed_all(loop.seed, step, micro, get_rank())  # mixup and drop path
@@ -47,7 +49,8 @@ def train_one_epoch(
 
     meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader)
     stepper.begin_epoch(len(data_loader))
-    loop.guard.begin_epoch(state, lambda *inputs: forward(*inputs)[0])  # it reruns bad steps
+    # The guard reruns bad steps to find their first NaN.
+    loop.guard.begin_epoch(state, lambda *inputs: compute_loss(*inputs)[0])
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
     lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
     for batch in data_loader:
@@ -55,7 +58,7 @@ def train_one_epoch(
         if stepper.micro == 0:
             lr = loop.schedule.apply(state.global_step)
         with stepper.micro_batch():
-            loss, logits = forward(model, batch, state.global_step, stepper.micro)
+            loss, logits = compute_loss(model, batch, state.global_step, stepper.micro)
         result = stepper.step(loss, ids)  # backward; None until the last micro-batch of a step
 
         state.samples_in_epoch += len(images) * get_world_size()
@@ -67,9 +70,10 @@ def train_one_epoch(
             state.global_step += 1
             meters.update(1, grad_norm=result.grad_norm)
             if loop.model_ema is not None:
-                steps_taken = state.global_step - state.bad_steps - stepper.skipped  # on the device
+                steps_taken = state.global_step - state.bad_steps - stepper.skipped  # a tensor
                 loop.model_ema.update(model_without_ddp, steps_taken, result.taken)
             logged = loop.reporter.after_step(lr)
+            # Check for NaN where the host waits for the device anyway.
             check = logged or stepper.batches_left == 0
             loop.checkpoints.after_step(state, meters, loop.guard, check)
     return meters.total() | {"lr": lr}

@@ -33,7 +33,7 @@ def train_one_epoch(
 
     meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader)
     stepper.begin_epoch(len(data_loader))
-    loop.guard.begin_epoch(state, compute_loss)  # it reruns bad steps
+    loop.guard.begin_epoch(state, compute_loss)  # to rerun bad steps and find their first NaN
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
     lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
     for batch in data_loader:
@@ -51,6 +51,7 @@ def train_one_epoch(
             state.global_step += 1
             meters.update(1, grad_norm=result.grad_norm)
             logged = loop.reporter.after_step(lr)
+            # Check for NaN where the host waits for the device anyway.
             check = logged or stepper.batches_left == 0
             loop.checkpoints.after_step(state, meters, loop.guard, check)
     return meters.total() | {"lr": lr}

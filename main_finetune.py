@@ -40,7 +40,7 @@ from weights.pretrained import EMA_KEY, has_ema, load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fine-tune, or only evaluate, as the parsed flags say."""
+    """Fine-tune a classifier, or evaluate a checkpoint (--eval)."""
     # --- 1. set-up --------------------------------------------------------------------------
     device, amp = setup_process(args)
     if args.eval:
@@ -63,10 +63,10 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
-    start = run.resume_point  # if it is a run, step 7 restores it
-    source = start.source or args.finetune
+    resume_point = run.resume_point  # if it is a run, step 7 restores it
+    source = resume_point.source or args.finetune
     key = EMA_KEY if args.use_ema else args.model_key
-    if source and not start.is_run:
+    if source and not resume_point.is_run:
         load_pretrained(model_without_ddp, source, key, args.model_prefix, args.sha256)
     elif args.layer_decay < 1 and not source:
         log.warning(
@@ -74,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
         )
     model_ema = build_ema(args, model_without_ddp)
     ema_module = model_ema.module if model_ema else None
-    if ema_module and start.is_weights and key != EMA_KEY and has_ema(source, args.sha256):
+    own_ema = resume_point.is_weights and key != EMA_KEY and has_ema(source, args.sha256)
+    if ema_module and own_ema:
         load_pretrained(ema_module, source, EMA_KEY, args.model_prefix, args.sha256)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module)
-    state = auto_load_model(start, parts, args.start_epoch)
+    state = auto_load_model(resume_point, parts, args.start_epoch)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     bad_images = BadImages(
         run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
@@ -127,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
             run.output_dir,
             source,
             loop,
-            lambda batches, loop: train_one_epoch(model, model_without_ddp, batches, loop),
+            lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             data_loader_val,
             lambda batches: evaluate(batches, model_without_ddp, device, amp),
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with loop.checkpoints, loop.reporter:
+    with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
@@ -147,6 +148,7 @@ def main(args: argparse.Namespace) -> None:
             if data_loader_val is not None and args.model_ema_eval:
                 test_stats = evaluate_ema(data_loader_val, model_ema, device, amp)
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
+            # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
             bad_images.write()
             loop.reporter.end_epoch(log_stats)
@@ -172,15 +174,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         report = load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
         stats = evaluate(data_loader_val, model, device, amp)
         images = len(dataset_val) - bad_images.write()
-        utils.get_logger().info(
-            "%s%s: top-1 %.2f%%, top-5 %.2f%%, loss %.4f on %d images",
-            report.source,
-            " (EMA weights)" * (key == EMA_KEY),
-            stats["acc1"],
-            stats["acc5"],
-            stats["loss"],
-            images,
-        )
+        source = report.source + " (EMA weights)" * (key == EMA_KEY)
+        text = "top-1 {acc1:.2f}%, top-5 {acc5:.2f}%, loss {loss:.4f}".format(**stats)
+        utils.get_logger().info("%s: %s on %d images", source, text, images)
     utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 
 

@@ -38,7 +38,7 @@ from weights.pretrained import load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pre-train as the parsed flags say."""
+    """Pre-train FCMAE."""
     # --- 1. set-up --------------------------------------------------------------------------
     device, amp = setup_process(args)
     run = setup_run(args, device, amp, pretraining=True)
@@ -103,23 +103,26 @@ def main(args: argparse.Namespace) -> None:
             run.output_dir,
             run.resume_point.source,
             loop,
-            lambda batches, loop: train_one_epoch(model, model_without_ddp, batches, loop),
+            lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
         )
         return check_run(plan)
-    images = ReconstructionImages(args, dataset_train.dataset, model_without_ddp, device, amp)
+    reconstructions = ReconstructionImages(
+        args, dataset_train.dataset, model_without_ddp, device, amp
+    )
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    with loop.checkpoints, loop.reporter:
+    with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
             state.end_epoch()
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
+            # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
             bad_images.write()
             loop.reporter.end_epoch(log_stats)
-            image = images.draw(model_without_ddp, state.epoch)
+            image = reconstructions.draw(model_without_ddp, state.epoch)
             loop.reporter.image("reconstructions", image)
             loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)
     saved = run.output_dir if run.output_dir and args.save_ckpt else "nothing saved"

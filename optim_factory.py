@@ -58,25 +58,25 @@ def choose_update_freq(
     update_freq = wanted // global_batch or update_freq or 1
     log.info(
         "effective batch %d = %d images x %d micro-batches x %d processes",
-        *(global_batch * update_freq, batch_size, update_freq, world_size),
+        global_batch * update_freq,
+        batch_size,
+        update_freq,
+        world_size,
     )
     return update_freq
 
 
 def _fitting(effective_batch: int, batch_size: int, world_size: int) -> str:
-    """Suggest the nearest batch sizes that divide it and the nearest effective batches."""
-    global_batch = batch_size * world_size
-    low = effective_batch // global_batch * global_batch
-    fix = f"--effective_batch {low} or {low + global_batch}"
-    if not low:
-        fix = f"--effective_batch {global_batch}"
+    """Suggest the nearest batch sizes that divide it, or else the nearest effective batches."""
     per_process, rest = divmod(effective_batch, world_size)
     if rest:
-        return fix
+        step = batch_size * world_size
+        low = effective_batch // step * step
+        return f"--effective_batch {low} or {low + step}" if low else f"--effective_batch {step}"
     sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
     sizes = [size for size in sizes if size % 2 == 0] or sizes  # mixup takes pairs
     below, above = [s for s in sizes if s < batch_size], [s for s in sizes if s > batch_size]
-    return f"--batch_size {' or '.join(map(str, below[-1:] + above[:1]))}, or {fix}"
+    return f"--batch_size {' or '.join(map(str, below[-1:] + above[:1]))}"
 
 
 def count_steps(batches: int, update_freq: int) -> int:
@@ -86,7 +86,8 @@ def count_steps(batches: int, update_freq: int) -> int:
             "an epoch has %d micro-batches, fewer than the %d of an optimizer step: every step "
             "uses fewer images than its learning rate assumes; lower --effective_batch or "
             "--update_freq",
-            *(batches, update_freq),
+            batches,
+            update_freq,
         )
     return math.ceil(batches / update_freq)
 

@@ -91,9 +91,9 @@ largest value (1e-2 with --half)."""
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
-COUNT, WHOLE, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
+COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
-CHANCE, BELOW_1, SHARE = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
+CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 FOLDERS = ("IMNET", "image_folder", "folder")
@@ -139,18 +139,18 @@ FLAGS["masked autoencoder"] = (
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
-    ("--picture_freq", WHOLE, 10, "epochs between reconstruction images; 0: none"),
+    ("--picture_freq", FROM_0, 10, "epochs between reconstruction images; 0: none"),
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
-    ("--num_workers", WHOLE, min(10, CORES), "data-loading processes per rank"),
+    ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
-    ("--scale", SHARE, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
-    ("--crop_pct", SHARE, None, "evaluation crop side / image side; default: by --input_size"),
+    ("--scale", FRACTION, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
+    ("--crop_pct", FRACTION, None, "evaluation crop side / image side; default: by --input_size"),
 )
 FLAGS["augmentation"] = (
     ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
@@ -175,7 +175,7 @@ FLAGS["optimizer and schedule"] = (
     ("--warmup_epochs", AMOUNT, None,
      "epochs of linear warm-up; default: epochs / 5, at most 40 (pre-training) or 20"),
     ("--warmup_steps", FROM_MINUS_1, -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
-    ("--start_epoch", WHOLE, 0, "first epoch; a resumed checkpoint has its own"),
+    ("--start_epoch", FROM_0, 0, "first epoch; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
     ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
     ("--opt", NAME, "adamw", "optimizer name in timm"),
@@ -194,7 +194,7 @@ FLAGS["pretrained weights and head"] = (
     ("--head_init_scale", AMOUNT, None,
      "scale of a new head's weights; default: 0.001 with --finetune, otherwise 1"),
     ("--nb_classes", COUNT, None, "number of classes; default: as many as the data has"),
-    ("--layer_decay", SHARE, 1.0, "learning rate of a layer over that of the next; 1: equal"),
+    ("--layer_decay", FRACTION, 1.0, "learning rate of a layer over that of the next; 1: equal"),
     ("--layer_decay_type", ("single", "group"), "single", "a layer: one block, or a group of 3"),
 )
 FLAGS["evaluation and EMA"] = (
@@ -214,7 +214,7 @@ FLAGS["precision, speed and reproducibility"] = (
     ("--compile", BOOL, False, "use torch.compile: a slow first step, faster ones afterwards"),
     ("--cuda_graphs", BOOL, False, "replay the training step as CUDA graphs; for small models"),
     ("--grad_checkpointing", BOOL, False, "recompute blocks in backward: less memory, slower"),
-    ("--seed", WHOLE, 0, "random seed"),
+    ("--seed", FROM_0, 0, "random seed"),
     ("--deterministic", BOOL, False, "reproduce runs bit for bit on this machine; slower"),
 )
 FLAGS["NaN and loss spikes"] = (
@@ -222,7 +222,7 @@ FLAGS["NaN and loss spikes"] = (
      "response to a step with NaN, Inf or a loss spike: skip it, or also restore a snapshot"),
     ("--spike_factor", AMOUNT, 0.0, "loss spike threshold over the recent mean loss; 0: off"),
     ("--snapshot_freq", COUNT, None, "optimizer steps between snapshots in memory; default: 100"),
-    ("--max_bad_steps", WHOLE, 10, "consecutive bad steps or rollbacks that the run survives"),
+    ("--max_bad_steps", FROM_0, 10, "consecutive bad steps or rollbacks that the run survives"),
 )
 FLAGS["checkpoints and logs"] = (
     ("--log_dir", PATH, None, "TensorBoard folder, or none; default: OUTPUT_DIR/tensorboard"),
@@ -237,14 +237,14 @@ FLAGS["checkpoints and logs"] = (
     ("--save_ckpt_every_minutes", POSITIVE, None, "minutes between saves within an epoch"),
     ("--max_minutes", POSITIVE, None, "minutes until the run saves and exits with code 75"),
     ("--async_save", BOOL, False, "write checkpoints in the background, from a copy"),
-    ("--max_save_failures", WHOLE, 5, "consecutive failed saves that the run survives"),
+    ("--max_save_failures", FROM_0, 5, "consecutive failed saves that the run survives"),
 )
 FLAGS["distributed training"] = (
     ("--shard", ("ddp", "zero1", "fsdp"), "ddp",
-     "sharded: nothing, the optimizer state (zero1), or weights and gradients too (fsdp)"),
+     "ddp: replicate all; zero1: shard optimizer state; fsdp: shard weights and gradients too"),
     ("--grad_compression", ("none", "bf16"), "none", "data type for sending gradients"),
     ("--sync_bn", BOOL, False, "compute BatchNorm statistics over all GPUs"),
-    ("--sync_bn_group", WHOLE, 0, "neighboring processes that share statistics; 0: all"),
+    ("--sync_bn_group", FROM_0, 0, "neighboring processes that share statistics; 0: all"),
     ("--world_size", COUNT, 1, "expected number of processes; 1: any"),
     ("--local_rank --local-rank", FROM_MINUS_1, -1, "rank on the node, set by launchers"),
     ("--dist_on_itp", BOOL, False, "read ranks set by Open MPI's mpirun"),
@@ -253,7 +253,7 @@ FLAGS["distributed training"] = (
 FLAGS[JOB] = (
     ("--cluster", ("slurm", "local", "debug"), "slurm", "SLURM, this machine or this process"),
     ("--nodes", COUNT, None, "nodes; default: 2 on SLURM, otherwise 1"),
-    ("--ngpus", WHOLE, None, "GPUs per node; 0: CPUs only; default: 8 on SLURM, otherwise 1"),
+    ("--ngpus", FROM_0, None, "GPUs per node; 0: CPUs only; default: 8 on SLURM, otherwise 1"),
     ("--tasks_per_node", COUNT, None, "processes per node; default: one per GPU, at least 1"),
     ("--cpus_per_task", COUNT, 10, "CPU cores per process, for its --num_workers too"),
     ("--mem_gb", POSITIVE, None, "memory per node in GB; default: the cluster's"),

@@ -225,8 +225,6 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--spike_factor {args.spike_factor:g}: expected 3 or more, or 0 for no spike check"
     if args.data_timeout and not args.num_workers:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
-    if args.cuda_graphs and (args.update_freq or 1) > 1:
-        yield f"--cuda_graphs true cannot accumulate (--update_freq {args.update_freq}); drop one"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)

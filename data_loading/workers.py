@@ -38,7 +38,7 @@ REMEDY = (
 class WatchedLoader:
     """A DataLoader with keys (epoch, index) and persistent workers, which it watches.
 
-    timeout: seconds that a worker may take for one sample; 0: no limit, as on Windows. A worker
+    timeout: seconds that a worker may take for one sample; 0: no limit. A worker
     that dies or exceeds the limit ends the iteration with TrainingStopped, which names the sample.
     options: of DataLoader.
     """
@@ -86,7 +86,7 @@ class WatchedLoader:
         self.processes = processes
         # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
         atexit.register(Finalize(self, _kill, [processes], exitpriority=100))
-        with suppress(AttributeError, ValueError):  # on Windows, or outside the main thread
+        with suppress(ValueError):  # outside the main thread
             # torch's handler would raise anywhere, even in a backward pass. While it waits for a
             # batch, DataLoader checks its workers every 5 s.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -102,7 +102,7 @@ class WatchedLoader:
         name_of = getattr(self.dataset, "name_of", "sample {}".format)
         held = {pid: name_of(index) for pid, index in self.reading.tolist() if index != IDLE}
         name = held.get(process.pid, "no sample")
-        if -code == getattr(signal, "SIGALRM", None):
+        if -code == signal.SIGALRM:
             return (
                 f"a loader process (pid {process.pid}) hangs: reading {name} took longer than "
                 f"--data_timeout {self.timeout:g} s. Check that the file can be read (the file "
@@ -129,18 +129,15 @@ class _WatchedDataset:
 
     def _note(self, index: int, seconds: float) -> None:
         self.reading[get_worker_info().id] = torch.tensor((os.getpid(), index))
-        if hasattr(signal, "setitimer"):  # not on Windows
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, even if Python code hangs in C
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, even if Python code hangs in C
 
 
 def _start_worker(worker: int) -> None:
     # A scheduler signals all processes of a job, but the run still needs batches to finish its
     # step. Workers leave with the run: torch's watchdog ends them when it is gone.
-    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
-        if hasattr(signal, name):  # Windows has two of them
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     Queue._on_queue_feeder_error = staticmethod(_exit_without_sending)
 
 

@@ -8,7 +8,6 @@ python -c "from models import create_model; print(create_model('convnextv2_atto'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -93,8 +92,13 @@ class ConvNeXtV2(nn.Module):
             raise UserError(f"out_indices {out_indices}: needs features_only=True")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.out_indices = take_stages(out_indices, len(dims))
-        info = [(dims[i], stem_stride * 2**i) for i in self.out_indices]
-        self.feature_info = FeatureInfo(*zip(*info, strict=True))
+        if features_only:
+            from timm.models import FeatureInfo  # imports slowly
+
+            names = ("num_chs", "reduction", "module")
+            rows = [(dim, stem_stride * 2**i, f"stages.{i}") for i, dim in enumerate(dims)]
+            info = [dict(zip(names, row, strict=True)) for row in rows]
+            self.feature_info = FeatureInfo(info, self.out_indices)
         self.features_only, built = features_only, self.out_indices[-1] + 1
         parts, deeper = ("downsample_layers", "stages"), range(built, len(dims))
         prefixes = ["norm.", "head.", *(f"{part}.{i}." for part in parts for i in deeper)]
@@ -205,20 +209,6 @@ def take_stages(indices: int | Sequence[int] | None, stages: int) -> tuple[int, 
             f"of numbers from 0 to {stages - 1}"
         )
     return tuple(taken)
-
-
-@dataclass(frozen=True)
-class FeatureInfo:
-    """Channels and strides of a backbone's maps, as timm's `FeatureInfo`, which imports slowly."""
-
-    num_chs: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def channels(self) -> list[int]:
-        return list(self.num_chs)
-
-    def reduction(self) -> list[int]:
-        return list(self.strides)
 
 
 SIZES = {  # depths, dims; arXiv 2301.00808, appendix A

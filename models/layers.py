@@ -53,9 +53,6 @@ class DropPath(nn.Module):
         keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.prob)
         return x * keep / max(1 - self.prob, 1e-6)  # prob 1 keeps nothing; 0 / 0 would be NaN
 
-    def extra_repr(self) -> str:
-        return f"prob={self.prob:.3f}"
-
 
 class PatchConv(nn.Conv2d):
     """Convolution whose stride is its kernel, `(..., H, W, C) -> (..., H/k, W/k, D)`.

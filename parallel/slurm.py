@@ -124,11 +124,15 @@ def requeue(job: Any) -> int:
 def state(job_id: str) -> str:
     """Return the state of a job in SLURM's words; GONE if SLURM no longer knows it."""
     try:
-        return re.search(r"JobState=(\w+)", _scontrol("show", "job", "--oneliner", job_id))[1]
+        shown = _scontrol("show", "job", "--oneliner", job_id)
     except RuntimeError as error:
         if "Invalid job id" in str(error):
             return "GONE"
         raise
+    found = re.search(r"JobState=(\w+)", shown)
+    if found is None:
+        raise RuntimeError(f"scontrol printed no JobState: {shown.strip()}")
+    return found[1]
 
 
 def _scontrol(*words: str) -> str:

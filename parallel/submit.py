@@ -37,14 +37,17 @@ def run(module: str, parser: argparse.ArgumentParser) -> None:
         if args.dry_run:
             print(script(module, runs), end="")
             return
-        jobs = submit(module, runs)
+        try:
+            jobs = submit(module, runs)
+        except OSError as error:
+            raise UserError(
+                f"cannot write into --job_dir: {error}; use a folder you own"
+            ) from error
         report(jobs, runs)
         if args.follow and args.cluster != "debug":
             sys.exit(0 if follow(jobs, args.cluster) else 1)
     except UserError as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot write into --job_dir: {error}; choose a folder that you own")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted; submitted SLURM jobs continue, local ones are stopped\n")
 
@@ -79,7 +82,7 @@ def _replace(args: Any, **values: Any) -> Any:
 
 def resolve(args: Any, parser: argparse.ArgumentParser) -> Any:
     """Fill in the defaults of the cluster; a flag that cannot work ends the program."""
-    nodes, gpus = (2, 8) if args.cluster == "slurm" else (1, 1)
+    nodes, gpus = (2, _gpus_of(args.gres) or 8) if args.cluster == "slurm" else (1, 1)
     ngpus = gpus if args.ngpus is None else args.ngpus
     args = _replace(
         args,

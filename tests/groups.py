@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import secrets
 import socket
 import sys
 import time
@@ -42,10 +44,12 @@ def fork_context() -> Any:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a port that nobody uses, below those of outgoing connections."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            port = secrets.randbelow(10_000) + 10_000
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def become_rank(rank: int, size: int, port: int) -> None:

@@ -93,9 +93,12 @@ def test_prefix_of_ema_weights_is_removed_too(file, tmp_path, monkeypatch):
     assert (seed_of(built.inner), seed_of(built.loop.model_ema.module)) == (4, 2)
 
 
-@pytest.mark.parametrize("script", MAINS)
-def test_hash_of_initial_weights_is_checked(script, file, tmp_path, monkeypatch):
-    words = f"--resume {file} --sha256 {'0' * 64}"
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [("pretrain", "--resume"), ("finetune", "--resume"), ("finetune", "--finetune")],
+)
+def test_hash_of_initial_weights_is_checked(script, flag, file, tmp_path, monkeypatch):
+    words = f"{flag} {file} --sha256 {'0' * 64}"
     with pytest.raises(UserError, match="has SHA-256"):
         build(script, words, tmp_path / "run", monkeypatch)
 
@@ -106,11 +109,15 @@ def test_pretraining_starts_from_the_weights_of_a_classifier(file, tmp_path, mon
 
 
 def test_layer_decay_of_random_weights_is_a_warning(file, tmp_path, monkeypatch):
-    for number, (words, expected) in enumerate(
-        [("", 0), ("--layer_decay 0.9", 1), (f"--layer_decay 0.9 --finetune {file}", 0)]
+    for folder, words, expected in (
+        ("a", "", 0),
+        ("b", "--layer_decay 0.9", 1),
+        ("c", f"--layer_decay 0.9 --finetune {file}", 0),
+        ("b", "--layer_decay 0.9 --epochs 3", 0),  # resumed
     ):
-        built = build("finetune", words, tmp_path / str(number), monkeypatch)
+        built = build("finetune", words, tmp_path / folder, monkeypatch)
         assert built.text.count("random weights: --layer_decay < 1") == expected
+    assert "loaded" not in built.text  # the checkpoint is restored, and not loaded as weights too
 
 
 @pytest.mark.parametrize("script", MAINS)
@@ -144,9 +151,9 @@ def test_graphs_capture_the_shapes_of_a_batch(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MAINS[script], "Graphed", Graphed)
     monkeypatch.setattr(setup, "check_graphs", lambda *_: None)  # there is no GPU
-    built = build(script, "--cuda_graphs", tmp_path / "run", monkeypatch)
+    built = build(script, "--cuda_graphs --in_chans 1", tmp_path / "run", monkeypatch)
     assert isinstance(built.model, Graphed)
-    shapes = [(6, 3, 16, 16)] if script == "finetune" else [(6, 3, 16, 16), (6, 4)]
+    shapes = [(6, 1, 16, 16)] if script == "finetune" else [(6, 1, 16, 16), (6, 4)]
     expected = [torch.device("cpu"), "none", shapes] + [1] * (script == "pretrain")
     assert [*captured[0][:2], list(captured[0][2]), *captured[0][3:]] == expected
 
@@ -233,6 +240,23 @@ def test_log_of_pretraining(tmp_path, monkeypatch):
 )
 def test_last_words_say_what_is_missing(script, words, text, tmp_path, monkeypatch):
     assert text in build(script, words, tmp_path / "run", monkeypatch).text
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_last_epoch_is_saved_whatever_the_frequency(script, tmp_path, monkeypatch):
+    built = build(script, "--save_ckpt_freq 5", tmp_path / "run", monkeypatch)
+    assert built.files("checkpoint-?.pth") == ["checkpoint-1.pth"]
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_folder_to_resume_stands_for_its_newest_checkpoint(script, tmp_path, monkeypatch):
+    """Its best one is older, and an evaluation's choice."""
+    build(script, "", tmp_path / "old", monkeypatch)
+    (tmp_path / "old" / "checkpoint-0.pth").rename(tmp_path / "old" / "checkpoint-best.pth")
+    words = f"--epochs 3 --resume {tmp_path / 'old'}"
+    built = build(script, words, tmp_path / "new", monkeypatch)
+    assert built.epochs == [2]
+    assert f"resumed from {tmp_path / 'old' / 'checkpoint-1.pth'}: epoch 2" in built.text
 
 
 @pytest.mark.parametrize("script", MAINS)

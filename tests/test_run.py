@@ -29,7 +29,6 @@ def test_fine():
     [
         (FAILS_ONCE, 0, "FLAKY tests/test_it.py::test_once: failed beside other tests"),
         ("def test_bad():\n    assert False", 1, "FAILED tests/test_it.py::test_bad"),
-        ("import no_such_module", 1, "FAILED tests/test_it.py"),
     ],
 )
 def test_failures_are_run_again_alone(tmp_path, text, code, expected):
@@ -44,3 +43,13 @@ def test_failures_are_run_again_alone(tmp_path, text, code, expected):
     assert done.returncode == code, done.stdout + done.stderr
     assert expected in done.stdout.splitlines()[-1]
     assert (expected in notes.read_text()) == (code == 0)
+
+
+def test_module_that_cannot_be_imported_is_a_failure(tmp_path):
+    """Its tests did not run, so that nothing else may turn the result into a success."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text("import no_such_module\n")
+    (tmp_path / "tests" / "test_other.py").write_text("def test_fine():\n    pass\n")
+    command = [sys.executable, RUNNER, "-n", "0", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2

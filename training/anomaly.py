@@ -108,13 +108,13 @@ class AnomalyGuard:
         state.bad_steps += skipped
         if not bad:
             if skipped:
-                get_logger().info("skipped %d steps while fp16 searches for its scale", skipped)
+                get_logger().info("skipped %d steps: fp16 reduced its loss scale", skipped)
             freq = self.snapshot_freq
             if freq is not None and state.global_step >= self.snapshot_step + freq:
                 self.snapshot(state)
             return ""
         first = state.global_step + 1 - bad[0].steps_ago
-        get_logger().warning("skipped %d steps, the first is step %d: %s", skipped, first, bad[0])
+        get_logger().warning("skipped %d steps, first at step %d: %s", skipped, first, bad[0])
         sources = self._report(state, bad)
         if self.data_loader is not None:
             get_logger().warning("first non-finite value in a rerun: %s", "; ".join(sources))
@@ -139,7 +139,9 @@ class AnomalyGuard:
         state.bad_steps = self.snapshot_bad_steps  # global_step - bad_steps: steps in the weights
         get_logger().warning(
             "rolled back to the last snapshot: %d steps dropped; rollback %d of at most %d",
-            *(dropped, self.rollbacks, self.max_bad_steps),
+            dropped,
+            self.rollbacks,
+            self.max_bad_steps,
         )
         if self.rollbacks <= self.max_bad_steps:
             return ""

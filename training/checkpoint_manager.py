@@ -166,7 +166,7 @@ class CheckpointManager:
             self._stop(state)
         if last and self.problem:
             raise TrainingStopped(
-                f"training is complete, but its end could not be saved: {self.problem}; fix "
+                f"training is complete, but could not be saved: {self.problem}; fix "
                 "this, then rerun the same command to continue from the last checkpoint"
             )
 

@@ -239,6 +239,7 @@ class StepProbe:
         self.run, self.device = run, run.loop.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
         self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
+        self.bad_steps = 0  # with NaN or Inf; fp16 has some while it searches for its scale
         self.loop = replace(
             run.loop, guard=AnomalyGuard(run.loop.stepper), checkpoints=CheckpointManager(None)
         )
@@ -255,6 +256,7 @@ class StepProbe:
         state = TrainState()
         reporter = hooks.Reporter([], self.device, state, NEVER, NEVER, NEVER)
         self.run.train_epoch(batches, replace(self.loop, state=state, reporter=reporter))
+        self.bad_steps += state.bad_steps
         self.loop.checkpoints.vote.wait()  # for the last exchange between ranks
 
     def peak(self, size: int, times: int = 1) -> float:
@@ -262,6 +264,8 @@ class StepProbe:
         for _ in range(2):  # the first step compiles and creates the optimizer state
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+            elif MEMORY.exists():
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
             self.train(self.batches(size, times))
         return hooks.peak_memory_mb(self.device) * 2**20
 
@@ -269,7 +273,8 @@ class StepProbe:
         """Return the bytes that this process uses and that are free for it, on its device."""
         if self.device.type == "cpu":
             kib = int(re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())[1])
-            return hooks.peak_memory_mb(self.device) * 2**20, kib * 1024 / get_world_size()
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
+            return hooks.peak_memory_mb(self.device) * 2**20, kib * 1024 / processes
         used = torch.cuda.memory_allocated(self.device)
         cached = torch.cuda.memory_reserved(self.device) - used
         return used, torch.cuda.mem_get_info(self.device)[0] + cached
@@ -285,6 +290,8 @@ def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
         log_result("skipped", "speed and time: the batch does not fit in memory")
     else:
         measure_speed(probe)
+    if probe.bad_steps and run.loop.stepper.amp != "fp16":
+        problems.append(f"{probe.bad_steps} of the steps tried had NaN or Inf; lower --lr")
     if size and run.folder and run.args.save_ckpt:
         check_disk(problems, run)
 
@@ -299,7 +306,8 @@ def check_memory(problems: list[str], probe: StepProbe) -> int:
         if known and not (args.compile or args.cuda_graphs):
             largest, how = estimate_largest(probe, size)
             largest = min(*all_gather(largest), images)
-            if get_world_size() > 1:  # others would wait for one that ran out of memory
+            # Others would wait for one that ran out of memory; a CPU's system would kill it.
+            if get_world_size() > 1 or probe.device.type == "cpu":
                 size = min(size, largest)
         peak = probe.peak(size, min(2, probe.run.loop.stepper.update_freq)) if size else 0.0
     except (RuntimeError, MemoryError) as error:
@@ -357,12 +365,9 @@ def endless(batches: DeviceLoader) -> Iterator[tuple[Tensor, ...]]:
     for epoch in count():
         if hasattr(batches.loader.sampler, "set_epoch"):  # evaluation has one order
             batches.set_epoch(epoch)
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:  # without --dist_eval only rank 0 has images to evaluate
+        if not len(batches):  # without --dist_eval only rank 0 has images to evaluate
             return
+        yield from batches
 
 
 def loader_rate(batches: Iterator[tuple], seconds: float) -> float:
@@ -418,18 +423,15 @@ def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
     log_result("time", f"{each} per epoch, {rest} for the {epochs:.4g} epochs left, without saves")
 
 
-def tensor_bytes(content: Any) -> int:
-    """Return the bytes of all tensors in nested dicts and lists: nearly all of a checkpoint."""
-    return sum(tensor.nbytes for tensor in tensor_leaves(content))
-
-
 def check_disk(problems: list[str], run: PlannedRun) -> None:
     """Compare the size of all checkpoints that will exist at once with the free disk space."""
     args, evaluated, saved = run.args, run.data_loader_val is not None, []
     run.loop.checkpoints.save(state=run.loop.state, writer=lambda content, _: saved.append(content))
     if not saved:  # only rank 0 has the content
         return
-    complete, ema = tensor_bytes(saved[0]), tensor_bytes(saved[0]["model_ema"]) * evaluated
+    whole, averaged = tensor_leaves(saved[0]), tensor_leaves(saved[0]["model_ema"])
+    complete, ema = (sum(tensor.nbytes for tensor in part) for part in (whole, averaged))
+    ema *= evaluated
     epoch_ends = math.ceil((args.epochs - run.loop.state.epoch) / args.save_ckpt_freq)
     within_epoch = 2 if args.save_ckpt_every_steps or args.save_ckpt_every_minutes else 0
     files = min(args.save_ckpt_num, max(epoch_ends, 1)) + within_epoch + evaluated + 1  # a new one

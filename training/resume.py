@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ FIXED += ("decoder_depth", "decoder_embed_dim")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
 LOCAL += ("data_index", "local_rank", "world_size", "dist_url", "progress", "dry_run")
 LOCAL += ("shard", "grad_checkpointing")
+ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def find_resume_point(
             return replace(point, weights_only=True)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
-            get_logger().warning("%s was saved with another flag: %s", source, change)
+            get_logger().warning("resuming %s with a changed flag: %s", source, change)
     if rename and not named and is_main_process():
         with contextlib.suppress(OSError):
             rotate(Path(source), sys.maxsize, resume)
@@ -114,15 +116,20 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
         log.info("resumed from %s: epoch %d, step %d", source, state.epoch, state.global_step)
         return state
     if source:
-        reason = point.problem or f"{source} is used for its weights only"
-        log.warning("%s; training starts from its weights, at epoch %d", reason, start_epoch)
+        reason = point.problem or f"resuming {source} for another kind of run or with --use_ema"
+        log.warning("%s: only its weights are loaded; epoch %d is first", reason, start_epoch)
     return TrainState(start_epoch)
 
 
 def choose_checkpoint(
     folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
 ) -> str:
-    """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''."""
+    """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''.
+
+    If `resume` is a folder with numbered checkpoints, it stands for the newest one.
+    """
+    if resume and Path(resume).is_dir() and (found := numbered_checkpoints(Path(resume))):
+        resume = str(found[0])
     paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
     if paths and not auto_resume:
         raise UserError(
@@ -149,13 +156,15 @@ def choose_checkpoint(
 
 def _find_problem(path: Path) -> str:
     """Reason why no run can resume from a file, '' if one can; UserError if the disk fails."""
-    try:
-        return ResumePoint(str(path), read_checkpoint(path)).problem
-    except UserError as error:
-        cause = error.__cause__
-        if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip
-            return str(error)
-        raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE * (attempt > 0))
+        try:
+            return ResumePoint(str(path), read_checkpoint(path)).problem
+        except UserError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip
+                return str(error)
+    raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
 
 
 def _set_aside(path: Path) -> Path:
@@ -169,7 +178,7 @@ def _set_aside(path: Path) -> Path:
 def compare_args(
     saved: Mapping[str, Any], now: Mapping[str, Any], source: str, in_epoch: bool = False
 ) -> list[str]:
-    """`--lr 0.1, now 0.2` for each flag that changed; UserError if the run cannot resume with it.
+    """`--lr 0.2 (was 0.1)` for each flag that changed; UserError if the run cannot resume with it.
 
     in_epoch: an epoch was interrupted; the order of its images depends on the seed.
     """
@@ -187,5 +196,5 @@ def compare_args(
                 "its weights)"
             )
         before, value = ("not set" if v is None else v for v in (before, value))
-        changes.append(f"--{name} {before}, now {value}")
+        changes.append(f"--{name} {value} (was {before})")
     return changes

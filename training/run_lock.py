@@ -74,7 +74,7 @@ def _wait_for(lease: SoftFileLease) -> None:
         return _last_heartbeat(lease) not in (None, before)
 
     if before is not None:
-        text = "%s belongs to %s; waiting up to %.0f s for its next heartbeat"
+        text = "%s is held by %s; taking it over if that is dead, after %.0f s at most"
         get_logger().info(text, lease.lock_file, _owner(lease), SILENCE)
     try:
         lease.acquire(timeout=2 * SILENCE, cancel_check=in_use)

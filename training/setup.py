@@ -98,7 +98,7 @@ def setup_run(args: Any, device: torch.device, amp: str, pretraining: bool) -> R
 
 @dataclass
 class TrainLoop:
-    """The parts of a training run besides model and data, for `train_one_epoch`."""
+    """Everything that `train_one_epoch` needs besides the model and the data."""
 
     stepper: Stepper
     schedule: Schedule

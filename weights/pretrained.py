@@ -111,7 +111,7 @@ def _rename(
 
 def has_ema(source: str, sha256: str = "") -> bool:
     """Return True if a checkpoint contains EMA weights."""
-    checkpoint = read_checkpoint(source, sha256)
+    checkpoint = read_checkpoint(main_process_first(lambda: find_source(source, sha256)))
     content = checkpoint if isinstance(checkpoint, dict) else {}
     return any(content.get(key) is not None for key in EMA_KEY.split("|"))
 

@@ -287,7 +287,6 @@ def test_choices_are_refused_with_the_list(capsys):
         ("pretrain", "--cuda_graphs --compile", ["--cuda_graphs", "--compile", "drop one"]),
         ("pretrain", "--cuda_graphs --grad_checkpointing", ["--grad_checkpointing", "drop one"]),
         ("pretrain", "--cuda_graphs --sync_bn", ["--cuda_graphs", "--sync_bn", "drop one"]),
-        ("finetune", "--cuda_graphs --update_freq 2", ["--cuda_graphs", "--update_freq 2"]),
         ("finetune", "--cuda_graphs --opt adahessian", ["--cuda_graphs", "--opt adahessian"]),
     ],
 )

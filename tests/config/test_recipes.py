@@ -445,8 +445,8 @@ def test_update_freq_follows_from_the_processes(log, asked, expected):
 @pytest.mark.parametrize(
     ("effective", "batch", "processes", "parts"),
     [
-        (1024, 48, 8, ["48 x 8 processes = 384", "--batch_size 32 or 64", "768 or 1152"]),
-        (1024, 32, 64, ["= 2048", "--batch_size 16, or --effective_batch 2048"]),
+        (1024, 48, 8, ["48 x 8 processes = 384", "--batch_size 32 or 64"]),
+        (1024, 32, 64, ["= 2048", "--batch_size 16"]),
         (1024, 32, 3, ["= 96; try --effective_batch 960 or 1056"]),  # no batch size would do
         (2, 1, 8, ["= 8; try --effective_batch 8"]),
     ],

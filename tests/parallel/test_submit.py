@@ -95,6 +95,11 @@ def test_srun_gets_the_cores_and_ends_all_ranks_with_one():
     assert "--kill-on-bad-exit=1" in line
 
 
+def test_gpus_of_gres_are_the_processes():
+    args = read("--gres", "gpu:a100:4,nvme:1")
+    assert (args.ngpus, args.tasks_per_node) == (4, 4)
+
+
 # --- refused --------------------------------------------------------------------------------
 
 REFUSED = {
@@ -102,7 +107,7 @@ REFUSED = {
     "--ngpus 0 --device cuda": "and --ngpus 0 asks for none",
     "--timeout 1": "--signal_delay 120 s is all of --timeout 1 min",
     "--job_dir runs/%A": "% is only allowed in %j",
-    "--gres gpu:4": "has 4 GPUs and --ngpus 8",
+    "--gres gpu:4 --ngpus 8": "has 4 GPUs and --ngpus 8",
     "--cluster local --partition gpu": "--partition has no effect with --cluster local",
     "--cluster local --mem_gb 4": "--mem_gb has no effect with --cluster local",
     "--cluster local --dry_run": "--dry_run has no effect with --cluster local",

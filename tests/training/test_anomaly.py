@@ -50,7 +50,7 @@ def test_image_that_is_not_finite_is_named_and_costs_its_update_alone(tmp_path, 
     words = [*SCRIPTS[script], "--data_set", "tests.tiny:poisoned", "--on_spike", on_spike]
     words += ["--num_workers", 2, "--print_freq", 3, "--output_dir", tmp_path]
     said = run(script, *words).stdout
-    assert said.count("skipped 1 steps, the first is step") == 2
+    assert said.count("skipped 1 steps, first at step") == 2
     assert "rolled back" not in said
     state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
     assert state["bad_steps"] == 2  # once an epoch
@@ -71,7 +71,7 @@ def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
     words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", on_spike]
     words += ["--output_dir", tmp_path, "--kernels", "torch"]
     said = run(script, *words, ranks=2, env={"FRAIL": "gradient:2:1"}).stdout
-    assert "skipped 1 steps, the first is step 3: gradient is not finite" in said
+    assert "skipped 1 steps, first at step 3: gradient is not finite" in said
     (fault,) = faults(tmp_path)
     assert (fault["epoch"], fault["update"], fault["grad_norm"]) == (0, 3, None)
     well, ill = fault["ranks"]
@@ -211,7 +211,7 @@ def test_search_of_fp16_for_its_scale_is_not_a_bad_step(tmp_path, log):
     feed(model, stepper, *[3e38] * 16)
     assert guard.check(state) == ""
     assert state.bad_steps == 16
-    assert "skipped 16 steps while fp16 searches for its scale" in log.text
+    assert "skipped 16 steps: fp16 reduced its loss scale" in log.text
     assert list(tmp_path.iterdir()) == []
 
 

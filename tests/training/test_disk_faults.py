@@ -163,9 +163,9 @@ def test_newest_within_an_epoch_is_what_saw_most_whatever_an_update_takes(tmp_pa
 def test_changed_flags_are_listed_and_those_of_another_run_are_refused():
     saved = {"model": "convnextv2_atto", "lr": 0.1, "epochs": 5, "output_dir": "a", "opt": "sgd"}
     given = saved | {"model": "fcmae_convnextv2_atto", "lr": 0.2, "output_dir": "b", "new": 1}
-    assert compare_args(saved, given, "x.pth") == ["--lr 0.1, now 0.2"]
+    assert compare_args(saved, given, "x.pth") == ["--lr 0.2 (was 0.1)"]
     assert compare_args({"max_minutes": 9.0}, {"max_minutes": None}, "x.pth") == [
-        "--max_minutes 9.0, now not set"
+        "--max_minutes not set (was 9.0)"
     ]
     for name, value in (("model", "convnextv2_tiny"), ("opt", "adamw")):
         with pytest.raises(UserError, match=f"x.pth was trained with --{name} .*cannot resume"):
@@ -312,7 +312,7 @@ def test_end_of_training_is_saved_or_the_run_fails(no_pause, in_background):
     epochs(CheckpointManager(saves, 9, in_background=in_background), 1, last=True)
     assert len(saves.found) == 1
     manager = CheckpointManager(Saves(*[True] * 99), 9, in_background=in_background)
-    with pytest.raises(TrainingStopped, match="its end could not be saved: full"):
+    with pytest.raises(TrainingStopped, match="but could not be saved: full"):
         epochs(manager, 1, last=True)
 
 
@@ -342,7 +342,9 @@ def test_weights_that_are_refused_are_not_saved_again_at_once(no_pause, log):
 
     manager, state = CheckpointManager(refuse, max_failures=0), TrainState(epoch=1)
     manager.end_epoch(state)
-    with pytest.raises(TrainingStopped, match="its end could not be saved: the weights are not"):
+    with pytest.raises(
+        TrainingStopped, match="could not be saved: the weights are not"
+    ):
         manager.end_epoch(state, last=True)
     assert len(calls) == 2
 
@@ -383,6 +385,8 @@ def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     with monkeypatch.context() as broken:
+        waits: list[float] = []
+        broken.setattr("training.resume.time.sleep", waits.append)
         broken.setattr("weights.files.check_archive", stale)
         with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
             choose_checkpoint(tmp_path, "", True)
