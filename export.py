@@ -31,6 +31,7 @@ from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
+from models.convnextv2 import SIZES
 from parallel import process_group
 from weights import export_formats as formats
 from weights.convert import describe, to_convnextv2, to_official, to_timm
@@ -74,6 +75,13 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         raise UserError(f"{args.checkpoint}: {error}") from error
     run = checkpoint.get("args") or {}
     run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
+    found = shape["depths"], shape["dims"]
+    expected = SIZES.get(str(run.get("model")).removeprefix("convnextv2_"), found)
+    if found != expected:
+        raise UserError(
+            f"{args.checkpoint}: {run['model']} has depths and widths {expected}, these weights "
+            f"{found}: blocks are missing; give another checkpoint"
+        )
     notes = [f"loaded {len(state)} tensors ({report})", large_weights(state)]
     for note in filter(None, notes):  # standard output is for the result
         print(f"{args.checkpoint}: {note}", file=sys.stderr)

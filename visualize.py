@@ -29,6 +29,8 @@ from weights.files import load_weights, read_checkpoint
 
 def main(args: argparse.Namespace) -> None:
     """Draw with the model and the data of the run that wrote the checkpoint."""
+    if not args.checkpoint:
+        raise UserError("--checkpoint is missing; give a checkpoint or folder of main_pretrain.py")
     device = init_distributed_mode(args.device)
     checkpoint = read_checkpoint(args.checkpoint)
     run = checkpoint.get("args") if isinstance(checkpoint, dict) else None

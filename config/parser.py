@@ -128,7 +128,7 @@ def visualize_parser() -> argparse.ArgumentParser:
     add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
     add_flags(parser, "overrides of the run's flags", names)
-    parser.set_defaults(model=None, data_set=None, data_path=None)
+    parser.set_defaults(model=None, data_set=None, data_path=None, data_index=None, seed=None)
     return parser
 
 

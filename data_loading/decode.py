@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -93,7 +93,9 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
         )
     sample.load()  # TIFF and PNG have their orientation only after it
     with suppress(Exception):  # a damaged EXIF block, which is rewritten after the pixels
-        ImageOps.exif_transpose(sample, in_place=True)
+        if sample.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            sample = sample.copy()  # a dataset may return the same object again
+            ImageOps.exif_transpose(sample, in_place=True)
     return _on_white(_eight_bits(sample), MODES[in_chans])
 
 

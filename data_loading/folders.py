@@ -73,7 +73,7 @@ class FileIndex(Sequence):
         if 0 <= first < after <= len(self.paths):
             path = self.paths[first : after - 1].tobytes()
         if not path or b"\0" in path:  # zeros: an incomplete copy, which the checksum cannot see
-            raise UserError(f"{self.folder or self.root}: the list is damaged; {REMEDY}")
+            raise UserError(f"{self.folder or 'the list of images'} is damaged; {REMEDY}")
         path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
@@ -88,7 +88,7 @@ class FileIndex(Sequence):
 
 
 def open_index(folder: Path, root: str | Path, crc32: int | None = None) -> FileIndex:
-    """Map what `write_index` wrote; UserError if it cannot be used or has another checksum."""
+    """Open an index, memory-mapped; UserError if it is damaged or has another checksum."""
     try:
         metadata = json.loads((folder / "index.json").read_bytes())
         if (version := metadata.get("version")) != VERSION:
@@ -121,7 +121,7 @@ def _crc32(metadata: dict[str, Any]) -> int:
 
 
 def write_json(folder: Path, root: str, classes: list[list]) -> None:
-    """Write index.json; with `id` no two lists have the same checksum."""
+    """Write index.json; its random `id` makes the checksum of each list unique."""
     metadata = {"version": VERSION, "root": os.path.realpath(root), "classes": classes}
     metadata |= {"made": int(time.time()), "id": secrets.token_hex(8)}
     (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
@@ -144,8 +144,8 @@ def _make(folder: Path, root: str, labelled: bool) -> int:
         except OSError as error:
             if not folder.exists():  # otherwise another process was faster
                 raise UserError(
-                    f"--data_index: cannot write {folder} ({error}); choose a folder with enough "
-                    "space"
+                    f"--data_index: cannot write {folder} ({error}); choose a writable folder with "
+                    "enough space"
                 ) from error
     return open_index(folder, root).metadata["crc32"]
 
@@ -168,7 +168,7 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
     expected = f"{kinds[labelled]} {os.path.realpath(root)}"
     if got != expected:
         raise UserError(
-            f"{folder} lists {got}, not {expected}; give another --data_index, or remove it"
+            f"{folder} lists {got}, not {expected}; give another --data_index, or delete {folder}"
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.metadata["made"]))
     text = "%s: %d images of %s as of %s; remove that folder to list newer files too"
@@ -229,7 +229,7 @@ def _names(folder: str) -> tuple[list[str], list[str]]:
     try:
         return retry_io(partial(_scan, folder))
     except OSError as error:  # removed meanwhile, or not readable for this user
-        get_logger().warning("%s is skipped: %s", folder, error)
+        get_logger().warning("skipped folder %s: %s", folder, error)
         return [], []
 
 
@@ -237,18 +237,12 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
     images, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _is_folder(entry):
+            # For a link to itself `is_dir` raises, and `isdir` is false.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.name)
             elif entry.name.lower().endswith(EXTENSIONS):
                 images.append(entry.name)
     return images, folders
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 @dataclass(frozen=True)

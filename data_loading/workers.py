@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""A DataLoader that names the sample on which a worker process died or hung.
+"""A DataLoader that reports the sample on which a worker process died or hung.
 
 python -c "from data_loading.workers import WatchedLoader; print(WatchedLoader.__doc__)"
 """
@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
@@ -28,6 +30,8 @@ from errors import TrainingStopped
 
 IDLE = -1  # in place of the index of a sample
 NOT_SENT = 74  # exit code of a worker that cannot send a batch
+POLL = 2.0  # seconds between checks of the workers while the run waits for a batch
+TIMED_OUT = "DataLoader timed out"  # torch's words when no batch came for POLL seconds
 EXIT_S = 1.0  # a worker's connection may break this long before its exit code is known
 REMEDY = (
     "If memory ran out, lower --num_workers; after a bus error enlarge /dev/shm. Otherwise check "
@@ -36,10 +40,10 @@ REMEDY = (
 
 
 class WatchedLoader:
-    """A DataLoader with keys (epoch, index) and persistent workers, which it watches.
+    """A DataLoader with persistent workers that reports the sample on which one died or hung.
 
-    timeout: seconds that a worker may take for one sample; 0: no limit. A worker
-    that dies or exceeds the limit ends the iteration with TrainingStopped, which names the sample.
+    The sampler's keys are (epoch, index). timeout: seconds that a worker may take for one sample;
+    0: no limit. A worker that dies or exceeds the limit ends the iteration with TrainingStopped.
     options: of DataLoader.
     """
 
@@ -55,31 +59,56 @@ class WatchedLoader:
     ) -> None:
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
         self.num_workers, self.timeout, self.collate_fn = num_workers, timeout, collate_fn
-        # (workers, 2): process id, and index of the sample that the worker reads or IDLE.
-        self.reading = torch.full((num_workers, 2), IDLE).share_memory_()
+        # (workers, 3): process id, index of the sample that the worker reads or IDLE, since when.
+        self.reading = torch.full((num_workers, 3), IDLE).share_memory_()
         self.processes: list[Any] = []
+        self.interrupted = False  # True within an epoch, and after one that was broken off
         options |= {"sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn}
         if num_workers:
             dataset = _WatchedDataset(dataset, self.reading, timeout)
             options |= {"persistent_workers": True, "worker_init_fn": _start_worker}
-        self.loader = DataLoader(dataset, batch_size, **options)
+            options["timeout"] = POLL
+        self.make = partial(DataLoader, dataset, batch_size, **options)
+        self.loader = self.make()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self.num_workers:
+            yield from self.loader
+            return
+        if self.interrupted:  # its workers may still read, and DataLoader would wait for them
+            self._replace_workers()
+        self.interrupted = True
+        try:
+            batches = self._start()
+        except Exception as error:
+            self._check(error)  # returns if the workers did not answer within POLL
+            self._replace_workers()
+            batches = self._start()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except Exception as error:
+                self._check(error)
+            else:
+                yield batch
+        self.interrupted = False
+
+    def _replace_workers(self) -> None:
+        _kill(self.processes)
+        self.loader = self.make()
+
+    def _start(self) -> Iterator[Any]:
         others = set(multiprocessing.active_children())
         try:
-            batches = iter(self.loader)
+            return iter(self.loader)
+        finally:  # even if only some have started
             if started := set(multiprocessing.active_children()) - others:  # in the first epoch
                 self._take_over(list(started))
-            yield from batches
-        except Exception as error:
-            processes = {process.sentinel: process for process in self.processes}
-            exited = connection.wait(processes, EXIT_S if processes else 0)
-            if not exited:
-                raise
-            raise TrainingStopped(self._describe(processes[exited[0]])) from error
 
     def _take_over(self, processes: list[Any]) -> None:
         """Kill the workers with the loader or the program; do not report deaths during a step."""
@@ -87,9 +116,24 @@ class WatchedLoader:
         # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
         atexit.register(Finalize(self, _kill, [processes], exitpriority=100))
         with suppress(ValueError):  # outside the main thread
-            # torch's handler would raise anywhere, even in a backward pass. While it waits for a
-            # batch, DataLoader checks its workers every 5 s.
+            # torch's SIGCHLD handler can raise at any line, even in backward. While it waits for a
+            # batch, DataLoader checks its workers every POLL seconds.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def _check(self, error: Exception) -> None:
+        """Raise TrainingStopped if a worker died or hangs; otherwise `error`, unless POLL is up."""
+        still_waiting = TIMED_OUT in str(error)
+        processes = {process.sentinel: process for process in self.processes}
+        if exited := connection.wait(processes, 0 if still_waiting else EXIT_S):
+            raise TrainingStopped(self._describe(processes[exited[0]])) from error
+        if not still_waiting:
+            raise error
+        # SIGALRM had its chance, but a process that waits for a disk ignores every signal.
+        latest = time.monotonic() - self.timeout - POLL
+        for pid, index, since in self.reading.tolist() if self.timeout else ():
+            if index != IDLE and since < latest:
+                _kill(self.processes)
+                raise TrainingStopped(self._describe_hang(pid, index)) from error
 
     def _describe(self, process: Any) -> str:
         process.join(EXIT_S)
@@ -99,23 +143,29 @@ class WatchedLoader:
                 "a loader process could not send a batch, for the reason above: /dev/shm may be "
                 "full (df -h /dev/shm), or too many files open (ulimit -n)"
             )
-        name_of = getattr(self.dataset, "name_of", "sample {}".format)
-        held = {pid: name_of(index) for pid, index in self.reading.tolist() if index != IDLE}
-        name = held.get(process.pid, "no sample")
-        if -code == signal.SIGALRM:
-            return (
-                f"a loader process (pid {process.pid}) hangs: reading {name} took longer than "
-                f"--data_timeout {self.timeout:g} s. Check that the file can be read (the file "
-                "system may stall), or raise --data_timeout"
-            )
+        held = {pid: index for pid, index, _ in self.reading.tolist() if index != IDLE}
+        index = held.get(process.pid)
+        if -code == signal.SIGALRM and index is not None:
+            return self._describe_hang(process.pid, index)
         how = f"exited with code {code}"
         if code < 0:
             how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        return f"a loader process (pid {process.pid}) {how} while it was reading {name}. {REMEDY}"
+        what = "idle" if index is None else f"reading {self._name_of(index)}"
+        return f"a loader process (pid {process.pid}) {how} while it was {what}. {REMEDY}"
+
+    def _describe_hang(self, pid: int, index: int) -> str:
+        return (
+            f"a loader process (pid {pid}) hangs: reading {self._name_of(index)} took longer than "
+            f"--data_timeout {self.timeout:g} s. Check that the file can be read (the file system "
+            "may stall), or raise --data_timeout"
+        )
+
+    def _name_of(self, index: int) -> str:
+        return getattr(self.dataset, "name_of", "sample {}".format)(index)
 
 
 class _WatchedDataset:
-    """`dataset`, whose reader notes the sample in `reading` and dies if it exceeds `timeout`."""
+    """Record the sample being read in `reading`; kill the worker after `timeout` seconds."""
 
     def __init__(self, dataset: Any, reading: Tensor, timeout: float) -> None:
         self.dataset, self.reading, self.timeout = dataset, reading, timeout
@@ -128,7 +178,8 @@ class _WatchedDataset:
             self._note(IDLE, 0)
 
     def _note(self, index: int, seconds: float) -> None:
-        self.reading[get_worker_info().id] = torch.tensor((os.getpid(), index))
+        row = os.getpid(), index, int(time.monotonic())
+        self.reading[get_worker_info().id] = torch.tensor(row)
         signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, even if Python code hangs in C
 
 
@@ -143,7 +194,8 @@ def _start_worker(worker: int) -> None:
 
 def _exit_without_sending(error: Exception, batch: Any) -> None:
     """End the worker, since multiprocessing drops the batch, and the run would wait forever."""
-    print(f"a loader process cannot send a batch: {error!r}", file=sys.stderr, flush=True)
+    if not isinstance(error, ConnectionError):  # the run has ended
+        print(f"a loader process cannot send a batch: {error!r}", file=sys.stderr, flush=True)
     os._exit(NOT_SENT)
 
 

@@ -43,7 +43,10 @@ class Block(nn.Module):
             x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
             return x
 
-        if self.checkpointing and self.training and torch.is_grad_enabled() and not ops.exporting():
+        # torch.func.functional_call lends weights that backward would no longer find.
+        lent = any(not isinstance(weight, nn.Parameter) for weight in self.parameters())
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled() and not lent
+        if recompute and not ops.exporting():
             # The branch draws no random numbers, so no generator's state is saved.
             y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
         else:

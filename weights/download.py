@@ -8,13 +8,13 @@ python -c "from weights.download import locate; print(locate('timm:convnextv2_at
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from pathlib import Path
 
 import torch
 
 from errors import UserError, first_line, resolve
+from parallel.process_group import get_logger
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # weight files of the Hugging Face hub
 KINDS = "a file, a folder, hf-hub:owner/name, timm:model.tag or https://..."
@@ -92,5 +92,5 @@ def _from_address(address: str, sha256: str) -> Path:
             raise UserError(f"{address}: {first_line(error)}; check address and network") from error
     if not sha256:
         warning = "%s: the download was not verified; give --sha256 to verify it"
-        logging.getLogger("convnextv2").warning(warning, address)
+        get_logger().warning(warning, address)
     return path

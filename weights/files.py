@@ -124,6 +124,8 @@ def _load(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
+            if "unable to mmap" in str(error):
+                raise MemoryError(f"not enough memory to map {path}") from error
             if "mmap can only be used" not in str(error):  # files before torch 1.6
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)

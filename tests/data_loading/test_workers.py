@@ -497,8 +497,37 @@ def test_worker_that_is_killed_between_epochs_is_reported_in_the_next():
     loader = watched(0, 24, 1)
     assert len(list(loader)) == 1
     end(loader.processes[0])
-    with pytest.raises(TrainingStopped, match="was killed .* while it was reading no sample"):
+    with pytest.raises(TrainingStopped, match="was killed .* while it was idle"):
         list(loader)
+
+
+class Deaf(Slow):
+    """A read that no signal ends, as on a file system that does not answer."""
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if index == 3:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            time.sleep(1000)
+        return super().__getitem__(index)
+
+
+def test_worker_that_ignores_the_limit_ends_the_run():
+    data = TransformedDataset(Deaf(0), to_tensor, 0)
+    loader = WatchedLoader(data, [(0, index) for index in range(24)], 3, 2, timeout=1)
+    with pytest.raises(TrainingStopped, match="hangs: reading .* than --data_timeout 1"):
+        list(loader)
+    for process in loader.processes:
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+
+
+def test_workers_that_do_not_answer_between_epochs_are_replaced(monkeypatch):
+    loader = watched(0, 24, 1)
+    assert len(list(loader)) == 1
+    before = loader.processes
+    os.kill(before[0].pid, signal.SIGSTOP)
+    assert len(list(loader)) == 1
+    assert loader.processes != before
 
 
 def raises(*parts: object) -> Iterator[object]:
@@ -514,10 +543,10 @@ def test_broken_connection_to_a_dead_process_names_the_process():
     loader = watched(0, 4, 1)
     next(iter(loader))
     loader.processes[0].kill()
-    loader.loader = raises("a batch", ConnectionResetError("reset by peer"))
+    loader.interrupted, loader.loader = False, raises("a batch", ConnectionResetError("by peer"))
     with pytest.raises(TrainingStopped, match=r"process \(pid [0-9]+\) was killed by signal 9"):
         list(loader)
-    loader.processes, loader.loader = [], raises(OSError("disk"))
+    loader.processes, loader.interrupted, loader.loader = [], False, raises(OSError("disk"))
     with pytest.raises(OSError, match="disk"):
         list(loader)
 

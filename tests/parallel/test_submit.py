@@ -96,7 +96,7 @@ def test_srun_gets_the_cores_and_ends_all_ranks_with_one():
 
 
 def test_gpus_of_gres_are_the_processes():
-    args = read("--gres", "gpu:a100:4,nvme:1")
+    (args,) = read("--gres", "gpu:a100:4,nvme:1")
     assert (args.ngpus, args.tasks_per_node) == (4, 4)
 
 

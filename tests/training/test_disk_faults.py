@@ -140,7 +140,7 @@ def _start(data: bytes, record: zipfile.ZipInfo) -> int:
 
 def test_seed_may_change_between_epochs_and_not_within_one():
     """The order of what is left of it would be another: images come twice, or never."""
-    assert compare_args({"seed": 0}, {"seed": 1}, "it") == ["--seed 0, now 1"]
+    assert compare_args({"seed": 0}, {"seed": 1}, "it") == ["--seed 1 (was 0)"]
     with pytest.raises(UserError, match="--seed 0 and cannot resume with 1"):
         compare_args({"seed": 0}, {"seed": 1}, "it", in_epoch=True)
 
@@ -342,9 +342,7 @@ def test_weights_that_are_refused_are_not_saved_again_at_once(no_pause, log):
 
     manager, state = CheckpointManager(refuse, max_failures=0), TrainState(epoch=1)
     manager.end_epoch(state)
-    with pytest.raises(
-        TrainingStopped, match="could not be saved: the weights are not"
-    ):
+    with pytest.raises(TrainingStopped, match="could not be saved: the weights are not"):
         manager.end_epoch(state, last=True)
     assert len(calls) == 2
 

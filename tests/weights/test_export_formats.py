@@ -338,6 +338,16 @@ def test_weights_that_fit_no_network_are_refused_without_the_library(tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_block_is_no_smaller_network(tmp_path):
+    """Atto without its last block of stage 2 used to be exported as a network of other depths."""
+    with torch.device("meta"):
+        state = create_model("convnextv2_atto").state_dict()
+    state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
+    torch.save({"model": state, "args": {"model": "convnextv2_atto"}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"convnextv2_atto has depths and widths .*\(2, 2, 5, 2\)"):
+        main(tmp_path / "a.pth", "--to", "safetensors")
+
+
 def test_export_reports_dropped_parts_and_large_weights(tmp_path, capsys):
     model = classifier()
     with torch.no_grad():
