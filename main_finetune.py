@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
             if data_loader_val is not None:
                 test_stats = evaluate(data_loader_val, model_without_ddp, device, amp)
                 log_stats |= {f"test_{name}": value for name, value in test_stats.items()}
-            if data_loader_val is not None and args.model_ema_eval:
+            if args.model_ema_eval:
                 test_stats = evaluate_ema(data_loader_val, model_ema, device, amp)
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     if run.resume_point.is_weights:  # a run is restored in step 7
-        load_pretrained(model_without_ddp, run.resume_point.source, sha256=args.sha256)
+        load_pretrained(model_without_ddp, run.resume_point.source)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)

@@ -13,6 +13,7 @@ import torch
 
 import main_finetune
 from config import parser as options
+from data_loading.bad_images import BadImages
 from data_loading.samplers import EvalSampler, TrainSampler
 from errors import UserError
 from parallel.sharding import Parallelism
@@ -101,6 +102,19 @@ def test_hash_of_initial_weights_is_checked(script, flag, file, tmp_path, monkey
     words = f"{flag} {file} --sha256 {'0' * 64}"
     with pytest.raises(UserError, match="has SHA-256"):
         build(script, words, tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_run_of_the_other_kind_gives_its_weights_alone(script, tmp_path, monkeypatch):
+    """Not its epochs, optimizer and schedule."""
+    other = next(name for name in MAINS if name != script)
+    first = build(other, "", tmp_path / "other", monkeypatch).inner.state_dict()
+    words = f"--resume {tmp_path / 'other' / 'checkpoint-1.pth'}"
+    built = build(script, words, tmp_path / "run", monkeypatch)
+    assert built.epochs == [0, 1]
+    name = "stages.0.0.pwconv1.weight"
+    ours, theirs = (name, f"encoder.{name}")[:: -1 if script == "pretrain" else 1]
+    assert torch.equal(built.inner.state_dict()[ours], first[theirs])
 
 
 def test_pretraining_starts_from_the_weights_of_a_classifier(file, tmp_path, monkeypatch):
@@ -223,6 +237,7 @@ def test_log_of_pretraining(tmp_path, monkeypatch):
     n_parameters = sum(p.numel() for p in built.inner.parameters())
     stats = {"train_loss": 1.0, "train_lr": 0.0, "n_parameters": n_parameters}
     assert log(built) == [stats | {"epoch": epoch} for epoch in range(2)]
+    assert "tests.tiny:fcmae: 0.01M parameters" in built.text
     assert "2 of 4 patches visible: mask ratio 0.500" in built.text
     assert "peak lr 0.01, precision none" in built.text
     assert f"2 of 2 epochs are done; {tmp_path / 'run'}" in built.text
@@ -260,6 +275,21 @@ def test_folder_to_resume_stands_for_its_newest_checkpoint(script, tmp_path, mon
 
 
 @pytest.mark.parametrize("script", MAINS)
+def test_checkpoint_says_what_its_steps_were(script, tmp_path, monkeypatch):
+    built = build(script, "--update_freq 2", tmp_path / "run", monkeypatch)
+    state = torch.load(built.folder / "checkpoint-1.pth", weights_only=True)["state"]
+    assert (state["effective_batch"], state["images"], state["global_step"]) == (12, 26, 4)
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_bad_images_are_listed_after_every_epoch(script, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(BadImages, "write", lambda self: written.append(self) or 0)
+    build(script, "--save_ckpt false", tmp_path / "run", monkeypatch)
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize("script", MAINS)
 def test_resumed_run_continues_at_its_sample(script, tmp_path, monkeypatch):
     """The loader starts after the samples that the checkpoint has seen."""
     build(script, "--epochs 1", tmp_path / "run", monkeypatch)
@@ -280,17 +310,24 @@ def evaluate(words: str, capsys: pytest.CaptureFixture) -> str:
 
 
 def test_evaluation_reports_each_kind_of_weights(file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        main_finetune,
-        "evaluate",
-        lambda loader, model, *_: {"acc1": 10.0 * seed_of(model), "acc5": 99.0, "loss": 0.5},
-    )
+    samplers = []
+
+    def evaluation(loader, model, *_):
+        samplers.append(type(loader.loader.sampler))
+        return {"acc1": 10.0 * seed_of(model), "acc5": 99.0, "loss": 0.5}
+
+    monkeypatch.setattr(main_finetune, "evaluate", evaluation)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     line = "{}: top-1 {}.00%, top-5 99.00%, loss 0.5000 on 7 images"
     plain, ema = line.format(file, 10), line.format(f"{file} (EMA weights)", 20)
     assert plain in evaluate(f"--resume {file}", capsys)
     assert ema in evaluate(f"--finetune {file} --use_ema", capsys)
+    assert samplers == [EvalSampler] * 2
+    assert evaluate(f"--resume {file} --use_ema --model_ema", capsys).count("on 7 images") == 1
+    words = f"--resume {tmp_path / 'plain.pth'} --model_ema"
+    torch.save({"model": weights(1)}, tmp_path / "plain.pth")
+    assert evaluate(words, capsys).count("on 7 images") == 1  # it has no EMA weights
     said = evaluate(f"--resume {file} --model_ema", capsys)
     assert plain in said
     assert ema in said
