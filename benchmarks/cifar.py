@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, SHARE, WHOLE
+from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, FRACTION, FROM_0
 
 HELP = """Train a ConvNeXt V2 on CIFAR-10, in three runs for each seed:
   pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning
@@ -57,15 +57,15 @@ SETTINGS = {  # flag: (kind, default on a GPU, default on a CPU, help)
     "pretrain_lr": (AMOUNT, 1.5e-3, 2e-3, "peak rate of pre-training"),
     "finetune_lr": (AMOUNT, 2e-3, 2e-3, "peak rate of fine-tuning"),
     "scratch_lr": (AMOUNT, 2e-3, 2e-3, "peak rate from scratch"),
-    "layer_decay": (SHARE, 0.9, 0.9, "rate of a layer / of the next, in fine-tuning; 1: off"),
+    "layer_decay": (FRACTION, 0.9, 0.9, "rate of a layer / of the next, in fine-tuning; 1: off"),
     "warmup_epochs": (AMOUNT, 5, 2, "of every training, at most a fifth of it"),
     "weight_decay": (AMOUNT, 0.05, 0.05, "for matrices, of every training"),
     "smoothing": (BELOW_1, 0.1, 0.1, "label smoothing"),
     "mixup": (AMOUNT, 0.0, 0.0, "alpha of mixup; 0: off"),
     "cutmix": (AMOUNT, 1.0, 0.0, "alpha of cutmix; 0: off"),
     "mixup_prob": (CHANCE, 0.5, 0.5, "chance that a batch is mixed"),
-    "cutout": (WHOLE, 8, 0, "pixels, side of a grey square, not in pre-training; 0: none"),
-    "pad": (WHOLE, 4, 4, "pixels that a random crop may take from beyond the border"),
+    "cutout": (FROM_0, 8, 0, "pixels, side of a grey square, not in pre-training; 0: none"),
+    "pad": (FROM_0, 4, 4, "pixels that a random crop may take from beyond the border"),
     "eval_every": (COUNT, 10, 10, "epochs between points of the learning curve"),
 }
 
