@@ -64,7 +64,7 @@ RELEASED = {
     """,
     "visualize": """
         checkpoint:c14e output:8c32 num_images:e7f2 split:bcba model:cd28 data_path:acf3
-        data_set:d412 data_index:6e06 eval_data_path:8f1c device:60dd seed:f37e
+        data_set:d412 data_index:5ec7 eval_data_path:8f1c device:60dd seed:c9e3
     """,
     "export": """
         checkpoint:642c to:2331 output:ea54 overwrite:bc13 labels:c73d half:abe4 opset:5575
