@@ -117,7 +117,7 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
         return state
     if source:
         reason = point.problem or f"resuming {source} for another kind of run or with --use_ema"
-        log.warning("%s: only its weights are loaded; epoch %d is first", reason, start_epoch)
+        log.warning("%s: only its weights are loaded; training starts at epoch %d", reason, start_epoch)
     return TrainState(start_epoch)
 
 

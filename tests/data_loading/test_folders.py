@@ -126,7 +126,7 @@ def test_unreadable_folder_is_skipped_and_logged(tmp_path, monkeypatch, log):
 
     monkeypatch.setattr(folders, "_scan", guarded)
     assert len(list_images(root, True)) == 2
-    assert f"{root}/a/secret is skipped: [Errno 13] Permission denied" in log.text
+    assert f"skipped folder {root}/a/secret: [Errno 13] Permission denied" in log.text
 
 
 def test_disk_that_does_not_answer_empties_no_list(tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_incomplete_copy_gives_no_wrong_path(tmp_path, name):
             except UserError as error:
                 errors.add(str(error))
         assert errors == {
-            f"{folder}: the list is damaged; remove it, and the next run lists the images again"
+            f"{folder} is damaged; remove it, and the next run lists the images again"
         }
 
 
