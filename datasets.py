@@ -5,8 +5,6 @@
 python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

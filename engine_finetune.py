@@ -5,8 +5,6 @@
 python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32
 """
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -5,8 +5,6 @@
 python main_pretrain.py --data_set DIGITS --model convnextv2_atto --stem_stride 1 --input_size 32
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from data_loading.loader import DeviceLoader

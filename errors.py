@@ -5,8 +5,6 @@
 python -c "from errors import resolve; print(resolve('math:sqrt', {}, 'function'))"
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import os

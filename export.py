@@ -5,8 +5,6 @@
 python export.py runs/demo/finetune --to hf --output my_model
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import os

@@ -9,8 +9,6 @@ name needs to load the model in a process of its own.
 """
 
 # torch.hub.list shows every public callable of this file as a model, so all others are _private.
-from __future__ import annotations
-
 import models as _models
 from config.flags import MODEL_KEY as _MODEL_KEY
 from weights import convert as _convert

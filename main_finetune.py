@@ -5,8 +5,6 @@
 torchrun --nproc_per_node=8 main_finetune.py --model convnextv2_tiny --data_path /data/imagenet
 """
 
-from __future__ import annotations
-
 import argparse
 
 from config.parser import finetune_parser as get_args_parser

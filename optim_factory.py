@@ -5,8 +5,6 @@
 python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=10, total=100))"
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@
 python submitit_finetune.py --nodes 4 --ngpus 8 --model convnextv2_base --data_path /data/imagenet
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from config import parser as options

@@ -5,8 +5,6 @@
 python -c "import utils; print(utils.get_rank())"
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets

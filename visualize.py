@@ -5,8 +5,6 @@
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

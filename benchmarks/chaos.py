@@ -5,8 +5,6 @@
 python benchmarks/chaos.py --instants 200 --output benchmarks/RESULTS.md
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -5,8 +5,6 @@
 python benchmarks/cifar.py --data cifar10_jpeg.zip --output benchmarks/RESULTS.md
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

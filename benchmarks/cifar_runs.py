@@ -5,8 +5,6 @@
 PYTHONPATH=. python -c "from benchmarks.cifar_runs import equal_epochs; help(equal_epochs)"
 """
 
-from __future__ import annotations
-
 import io
 import math
 import statistics
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 
 import engine_finetune
 import engine_pretrain
-from data_loading.decode import decode, load_image_file
+from data_loading.decode import decode, load_image
 from data_loading.rng import fold_in, seed_all
 from datasets import build_mixup, mean_and_std
 from errors import UserError
@@ -89,7 +87,7 @@ def _read(
     if rest or not 1 <= each <= least:
         raise UserError(f"holds {len(files)} classes in {split}/, the smallest of {least} images")
     chosen = [name for names in files.values() for name in names[:each]]
-    images = [decode(load_image_file(io.BytesIO(_read_bytes(archive, name))), 3) for name in chosen]
+    images = [decode(load_image(io.BytesIO(_read_bytes(archive, name))), 3) for name in chosen]
     if len({image.size for image in images}) > 1:
         raise UserError(f"holds images of several sizes in {split}/")
     return np.stack(images), np.repeat(np.arange(len(files)), each), list(files)

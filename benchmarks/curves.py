@@ -5,8 +5,6 @@
 python benchmarks/curves.py --only mask,image --model convnextv2_atto
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import re

@@ -5,8 +5,6 @@
 PYTHONPATH=. python -c "import benchmarks.dense_masked as d; print(d.DenseMasked.__doc__)"
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

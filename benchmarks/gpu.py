@@ -10,8 +10,6 @@ that is stopped keeps the tables it had. The report ends with the call that make
 left out; it may use the same folder, as each call writes a report of its own (report2.md ...).
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -5,8 +5,6 @@
 python benchmarks/gpu_parts.py profile --model convnextv2_atto --batch 8 --output profile.md
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import os

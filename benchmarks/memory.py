@@ -5,8 +5,6 @@
 python benchmarks/memory.py --model convnextv2_huge
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@
 PYTHONPATH=. python -c "from benchmarks.memory_counts import per_gpu; help(per_gpu)"
 """
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator

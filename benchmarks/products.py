@@ -5,8 +5,6 @@
 PYTHONPATH=. python -c "import benchmarks.products as p; print(p.Products.__doc__)"
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@
 python benchmarks/saving.py --model convnextv2_tiny --output benchmarks/RESULTS.md
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

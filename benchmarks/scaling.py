@@ -10,8 +10,6 @@ flags, up to 1,024 GPUs, without measuring. `data` and `log` time the parts whos
 with the data set and the number of ranks.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

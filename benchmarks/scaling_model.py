@@ -8,8 +8,6 @@ scaling_steps fits these formulas to processes of this machine; with the hardwar
 flags they give tables for GPUs that were not measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import bisect
 import math

@@ -5,8 +5,6 @@
 python benchmarks/scaling.py --only steps --processes 1 2 --rounds 3
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -72,7 +70,7 @@ class Team:
             sys.exit(f"benchmarks/scaling.py: a process asked for {what!r} ended; see above")
         return [json.loads(answer) for answer in answers]
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> "Team":
         return self
 
     def __exit__(self, *exception: object) -> None:

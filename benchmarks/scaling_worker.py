@@ -5,8 +5,6 @@
 echo '{"what": "sampler", "length": 1281167, "ranks": 1024}' | python benchmarks/scaling_worker.py
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

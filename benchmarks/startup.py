@@ -5,8 +5,6 @@
 python benchmarks/startup.py --output benchmarks/RESULTS.md
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -5,8 +5,6 @@
 python benchmarks/step.py --model convnextv2_tiny
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import math

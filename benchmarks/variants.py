@@ -5,8 +5,6 @@
 PYTHONPATH=. python -c "from benchmarks.variants import make_variant; help(make_variant)"
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

@@ -5,8 +5,6 @@
 python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -5,8 +5,6 @@
 python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['--help'])"
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@
 python -c "from config import recipes; print(recipes.listing())"
 """
 
-from __future__ import annotations
-
 import argparse
 import reprlib
 from collections.abc import Mapping, Sequence

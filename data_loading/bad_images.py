@@ -5,8 +5,6 @@
 python -c "from data_loading.bad_images import BadImages; print(BadImages.__doc__)"
 """
 
-from __future__ import annotations
-
 import errno
 import time
 from collections.abc import Callable

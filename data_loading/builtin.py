@@ -5,8 +5,6 @@
 python -c "from data_loading.builtin import Digits; print(len(Digits(train=True)))"
 """
 
-from __future__ import annotations
-
 import colorsys
 from pathlib import Path
 

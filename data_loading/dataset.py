@@ -5,8 +5,6 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from functools import partial

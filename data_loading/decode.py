@@ -5,8 +5,6 @@
 python -c "from data_loading import decode; decode.load_image('assets/reconstructions.png').show()"
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from contextlib import suppress
@@ -43,14 +41,11 @@ class BadImage(UserError):
         self.reason = reason or message
 
 
-def load_image(path: str) -> Image.Image:
-    """Decode a file in its own mode, the first frame of an animation; `decode` converts it."""
-    with open(path, "rb") as file:
-        return load_image_file(file)
+def load_image(file: str | BinaryIO) -> Image.Image:
+    """Decode a file in its own mode, the first frame of an animation; `decode` converts it.
 
-
-def load_image_file(file: BinaryIO) -> Image.Image:
-    """`load_image` of an open file. Our limit of pixels replaces PIL's, which crops check too."""
+    MAX_PIXELS replaces PIL's limit, which PIL would also check when it crops.
+    """
     try:
         Image.MAX_IMAGE_PIXELS = None
         image = Image.open(file, formats=FORMATS)

@@ -11,8 +11,6 @@ An index on disk is a folder:
     index.json   root, time of listing, [class, number of images] in order of the labels, CRC-32
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import json

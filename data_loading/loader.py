@@ -5,8 +5,6 @@
 python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 

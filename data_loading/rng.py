@@ -5,8 +5,6 @@
 python -c "from data_loading import rng; print(rng.fold_in(0, 1))"
 """
 
-from __future__ import annotations
-
 import os
 import random
 

@@ -5,8 +5,6 @@
 python -c "from data_loading import samplers; print(*samplers.TrainSampler(9, 0, 0, 2))"
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -5,8 +5,6 @@
 python -c "from data_loading import transforms; print(transforms.create_eval_transform(224))"
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

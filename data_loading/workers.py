@@ -5,8 +5,6 @@
 python -c "from data_loading.workers import WatchedLoader; print(WatchedLoader.__doc__)"
 """
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

@@ -5,8 +5,6 @@
 python -c "import models; print(models.list_models())"
 """
 
-from __future__ import annotations
-
 import inspect
 from functools import partial
 from typing import Any

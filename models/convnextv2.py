@@ -5,8 +5,6 @@
 python -c "from models import create_model; print(create_model('convnextv2_atto'))"
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -5,8 +5,6 @@
 python -c "from models import create_model; print(create_model('fcmae_convnextv2_atto'))"
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,8 +5,6 @@
 python -c "import torch; from models.layers import GRN; print(GRN(8)(torch.ones(1, 2, 2, 8)).shape)"
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -5,8 +5,6 @@
 python -c "import torch; from models.sparse import PatchGrid; print(PatchGrid(torch.eye(3)).ids)"
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

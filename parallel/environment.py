@@ -5,8 +5,6 @@
 python -c "from parallel import environment; print(environment.first_host('n[08-11,20],m2'))"
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

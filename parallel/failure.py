@@ -5,8 +5,6 @@
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --batch_size 9999
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

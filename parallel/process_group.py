@@ -5,8 +5,6 @@
 torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --dry_run
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

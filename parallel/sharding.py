@@ -5,8 +5,6 @@
 torchrun --nproc_per_node=2 main_pretrain.py --recipe digits_pretrain --shard zero1
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections import OrderedDict

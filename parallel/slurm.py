@@ -5,8 +5,6 @@
 python -c "from parallel import slurm; print(slurm.state('12345'))"
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

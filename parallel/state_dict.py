@@ -10,8 +10,6 @@ names it by module instead, and takes an extra step where no state exists yet. T
 ZeroRedundancyOptimizer.consolidate_state_dict packs bytes one by one: minutes for a large model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain

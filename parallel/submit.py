@@ -5,8 +5,6 @@
 python submitit_pretrain.py --nodes 8 --ngpus 8 --model convnextv2_base --data_path D --dry_run
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

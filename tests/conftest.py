@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """One thread for toy sizes, since beside other programs torch's threads wait for each other."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 

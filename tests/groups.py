@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Scripts and gloo ranks for tests, forked from a server process that imports everything once."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import multiprocessing

@@ -7,8 +7,6 @@ python tests/run.py -m "not slow"
 Words are handed to pytest: `-n 0` runs one test after the other.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

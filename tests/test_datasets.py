@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Data sets, transforms, samplers and loaders."""
 
-from __future__ import annotations
-
 import colorsys
 import pickle
 import sys

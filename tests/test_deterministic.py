@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Two runs with --deterministic end with the same bits."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """README and docs: commands parse, code runs, links and files exist, pages are complete."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import importlib.util

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The scripts, run as processes the way people run them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

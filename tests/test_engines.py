@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """An epoch, run through the training scripts' own wiring."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

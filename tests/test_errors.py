@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Lookup by name, and error types."""
 
-from __future__ import annotations
-
 import math
 import pickle
 

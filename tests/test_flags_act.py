@@ -6,8 +6,6 @@ A flag that is read (tests/config/test_no_dead_flag.py) may still reach nobody. 
 script's `main` in this process, with the training of an epoch left out, and looks at what it built.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from dataclasses import dataclass, field

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """torch.hub loads the models from another folder, in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@
 The order is that of docs/forking.md. A new file needs no line here, a new package does.
 """
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

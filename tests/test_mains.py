@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The steps of both training scripts: initial weights, wrapping, dry run, evaluation, logs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

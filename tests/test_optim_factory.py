@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Parameter groups, optimizers by name, schedules."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

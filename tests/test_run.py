@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The test runner: failures are failures, and tests that pass alone are reported as FLAKY."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Scripts answer --help and wrong flags before they import torch; `-X importtime` shows imports."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Plain English: no archaic or private words in documents, help texts, messages and comments."""
 
-from __future__ import annotations
-
 import ast
 import io
 import re

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """A model and data small enough to train in a test: --model tests.tiny:classifier and so on."""
 
-from __future__ import annotations
-
 import atexit
 import hashlib
 import os

@@ -5,8 +5,6 @@
 python main_pretrain.py --recipe digits_pretrain --on_spike rollback --output_dir runs/guarded
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@
 python -c "from training.checkpoint import TrainState; print(TrainState())"
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -41,7 +39,7 @@ class TrainState:
     images: int = 0  # in the data set
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> TrainState:
+    def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
         """Return the state that a checkpoint of this or an earlier version stores."""
         return cls(**{OLD_NAMES.get(name, name): value for name, value in saved.items()})
 

@@ -5,8 +5,6 @@
 python main_pretrain.py --recipe digits_pretrain --output_dir runs/saved --save_ckpt_every_steps 20
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -113,7 +111,7 @@ class CheckpointManager:
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
         self.problem = ""  # why the last save failed, '' if it did not
 
-    def __enter__(self) -> CheckpointManager:
+    def __enter__(self) -> "CheckpointManager":
         self.signals.__enter__()
         return self
 

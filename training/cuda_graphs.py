@@ -5,8 +5,6 @@
 python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --cuda_graphs
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

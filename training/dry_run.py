@@ -5,8 +5,6 @@
 python main_pretrain.py --recipe digits_pretrain --output_dir runs/tried --dry_run
 """
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import math

@@ -5,8 +5,6 @@
 python -c "from training.ema import ModelEma; print(ModelEma.__doc__)"
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

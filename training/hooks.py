@@ -5,8 +5,6 @@
 python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir runs/look
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -69,7 +67,7 @@ class Reporter:
     total_steps: int
     steps_per_epoch: int
     print_freq: int
-    open_hooks: Callable[[Reporter], list[Hook]] | None = None
+    open_hooks: Callable[["Reporter"], list[Hook]] | None = None
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
@@ -130,7 +128,7 @@ class Reporter:
         if image is not None:
             self._notify("on_image", name, image, self.state)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> "Reporter":
         if self.open_hooks is not None:  # errors of rank 0 reach all ranks
             from_main_process(lambda: self.hooks.extend(self.open_hooks(self)))
         return self

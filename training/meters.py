@@ -5,8 +5,6 @@
 python -c "from training import meters; print(meters.Means(['loss'], 'cpu').read())"
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

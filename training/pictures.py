@@ -5,8 +5,6 @@
 python visualize.py --checkpoint runs/demo/pretrain --output reconstructions.png
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

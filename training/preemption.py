@@ -5,8 +5,6 @@
 python main_pretrain.py --data_set DIGITS --device cpu --max_minutes 1; echo "exit code $?"
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal
@@ -40,7 +38,7 @@ class StopSignals:
         self.terminated = math.inf  # time of the first SIGTERM or SIGINT
         self.old_handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             self.old_handlers = {kind: signal.signal(kind, self._handle) for kind in SIGNALS}
         return self

@@ -5,8 +5,6 @@
 python -c "from training import resume; print(resume.FIXED)"
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools
@@ -117,7 +115,8 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
         return state
     if source:
         reason = point.problem or f"resuming {source} for another kind of run or with --use_ema"
-        log.warning("%s: only its weights are loaded; training starts at epoch %d", reason, start_epoch)
+        text = "%s: only its weights are loaded; training starts at epoch %d"
+        log.warning(text, reason, start_epoch)
     return TrainState(start_epoch)
 
 

@@ -5,8 +5,6 @@
 python -c "from training.run_lock import acquire_run_lock; acquire_run_lock('runs/locked')"
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

@@ -5,8 +5,6 @@
 python main_pretrain.py --data_set DIGITS --model convnextv2_atto --epochs 1 --dry_run
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

@@ -20,8 +20,6 @@ In plain PyTorch, as long as every loss and gradient is finite, `Stepper` does t
     scaler.update()
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

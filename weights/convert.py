@@ -5,8 +5,6 @@
 python -c "from weights import convert; print(*convert.NAMES['timm'].items(), sep=chr(10))"
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@
 python -c "from weights.download import locate; print(locate('timm:convnextv2_atto.fcmae'))"
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

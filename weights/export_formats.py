@@ -5,8 +5,6 @@
 python -c "from weights import export_formats; print(export_formats.ExportSpec.__doc__)"
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@
 python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo/finetune')"
 """
 
-from __future__ import annotations
-
 import argparse
 import pickle
 import re

@@ -5,8 +5,6 @@
 python export.py runs/demo/finetune --to hf --output my_model
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@
 python main_finetune.py --model convnextv2_atto --data_set DIGITS --input_size 32 --finetune FILE
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -5,9 +5,6 @@
 python -c "from models.kernels import autotune; print(autotune.cache_file('cpu'))"
 """
 
-from __future__ import annotations
-
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -16,7 +13,6 @@ import platform
 import re
 import timeit
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,17 +191,11 @@ def _store(kind: str, entry: str, name: str, names: list[str]) -> str:
 def _machine(kind: str) -> str:
     """Name of the device and versions that a choice is valid for."""
     if kind == "cuda":
-        machine = f"{torch.cuda.get_device_name()} triton {_triton_version()}"
+        triton = importlib.import_module("triton").__version__ if _has_triton() else "none"
+        machine = f"{torch.cuda.get_device_name()} triton {triton}"
     else:
         machine = f"{kind} {_processor()} {torch.get_num_threads()} threads"
     return re.sub(r"[^\w.+]+", "-", f"{machine} torch {torch.__version__} kernels {VERSION}")
-
-
-def _triton_version() -> str:
-    for package in ("triton", "pytorch-triton", "triton-windows"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-    return "none"
 
 
 @cache

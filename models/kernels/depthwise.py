@@ -8,8 +8,6 @@ Shapes: x dense (N, H, W, C) with ids and slots None, or packed (N, V, p, p, C) 
 and slots (N, h, w) of a `PatchGrid`; weight (C, 1, k, k), bias (C). Results are in the layout of x.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import repeat
 from typing import Any

@@ -11,8 +11,6 @@ layer has channels, s scales the weights of each image and beta goes into the bi
 scales a.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any
 

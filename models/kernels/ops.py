@@ -5,8 +5,6 @@
 python -c "from models.kernels import ops; help(ops.linear)"
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any

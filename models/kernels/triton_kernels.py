@@ -9,8 +9,6 @@ On CUDA tensors they are compiled; with TRITON_INTERPRET=1 they run on CPU tenso
 are float32, or float64 where the input is. No atomics and no tuning: the same bits at every call.
 """
 
-from __future__ import annotations
-
 from math import gcd
 
 import torch

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The CIFAR-10 benchmark: its three runs, its rule of equal time, its data and its refusals."""
 
-from __future__ import annotations
-
 import io
 import re
 import subprocess

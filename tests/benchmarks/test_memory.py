@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Estimated memory is the memory that processes really hold."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The curves and the GPU script print every row, and a part that fails stops no other."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The model of many processes in numbers worked out by hand, and the program at toy size."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

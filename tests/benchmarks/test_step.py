@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The benchmark compares equals, and its program prints every row and ratio."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

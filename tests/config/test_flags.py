@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Flags stay valid, and their help is complete and fits a terminal."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """No flag is silently ignored: each is read in a file that its script imports."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 from pathlib import Path

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Official flags parse; wrong flags are refused with an error that says how to fix them."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import subprocess

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Recipes give the published numbers, calculated by hand here."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

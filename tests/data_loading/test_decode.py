@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Every kind of image file, as a person sees it, or refused."""
 
-from __future__ import annotations
-
 import io
 import os
 import random
@@ -17,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_loading.dataset import TransformedDataset
-from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image, load_image_file
+from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image
 from data_loading.folders import DatasetSpec
 from data_loading.transforms import (
     RandomErasing,
@@ -107,14 +105,14 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: b
 
 def test_sixteen_bit_colour_keeps_its_high_byte():
     row = b"\x00" + struct.pack(">6H", 0xFF12, 0x8034, 0x0056, 0, 0x01FF, 0xFFFF)
-    image = load_image_file(io.BytesIO(png(2, 1, 16, 2, row)))
+    image = load_image(io.BytesIO(png(2, 1, 16, 2, row)))
     assert np.asarray(decode(image, 3)).tolist() == [[[255, 128, 0], [0, 1, 255]]]
 
 
 def test_sixteen_bit_grey_is_white_where_it_is_transparent():
     """Not where the upper byte alone is that of the transparent value."""
     row = b"\x00" + struct.pack(">4H", 0x1234, 0x1235, 0xFF00, 0)
-    image = load_image_file(io.BytesIO(png(4, 1, 16, 0, row, png_chunk(b"tRNS", b"\x12\x34"))))
+    image = load_image(io.BytesIO(png(4, 1, 16, 0, row, png_chunk(b"tRNS", b"\x12\x34"))))
     assert np.asarray(decode(image, 1)).tolist() == [[255, 0x12, 0xFF, 0]]
 
 
@@ -124,7 +122,7 @@ def tiff(bits: int, white_is_zero: bool, format_: int, data: bytes, width: int) 
     tags |= {277: 1, 278: 1, 279: len(data), 339: format_}
     body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = b"II*\0" + struct.pack("<IH", 8, len(tags))
-    return load_image_file(io.BytesIO(head + body + bytes(4) + data))
+    return load_image(io.BytesIO(head + body + bytes(4) + data))
 
 
 TIFFS = {  # bits, white is zero, data, width, what is seen
@@ -328,13 +326,13 @@ class Lazy:
         return 1
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image_file(io.BytesIO(self.data)), 0
+        return load_image(io.BytesIO(self.data)), 0
 
 
 def test_bomb_of_text_in_a_png_is_refused():
     text = png_chunk(b"zTXt", b"comment\x00\x00" + zlib.compress(bytes(2**27)))
     with pytest.raises(ValueError, match="too large"):
-        load_image_file(io.BytesIO(png(1, 1, 8, 0, b"\x00\x00", text)))
+        load_image(io.BytesIO(png(1, 1, 8, 0, b"\x00\x00", text)))
 
 
 def test_program_posing_as_an_image_is_not_run(tmp_path, monkeypatch):
@@ -391,8 +389,8 @@ def test_real_photos_decode_and_halves_of_them_do_not():
         files = [archive.read(n) for n in archive.namelist() if n.lower().endswith(".jpeg")]
     assert len(files) >= 20
     for data in files[:20]:
-        image = decode(load_image_file(io.BytesIO(data)), 3)
+        image = decode(load_image(io.BytesIO(data)), 3)
         assert min(image.size) > 50
         assert np.asarray(image).std() > 5
         with pytest.raises(OSError, match="truncated"):
-            load_image_file(io.BytesIO(data[: len(data) // 2]))
+            load_image(io.BytesIO(data[: len(data) // 2]))

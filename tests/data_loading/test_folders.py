@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Lists of image files, in memory and memory-mapped from an index."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

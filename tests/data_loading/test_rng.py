@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Random numbers as functions of seed, epoch and sample."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The order of images: random, the same for all, and without a list."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import math
@@ -197,7 +195,7 @@ class Memory:
     The second only above what the process has had before: a list of a billion is seen.
     """
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> "Memory":
         self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tracemalloc.start()
         return self

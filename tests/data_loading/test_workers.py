@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Images that cannot be used and loader processes that die or hang."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Compiled, exported, traced, checkpointed and copied models compute the same as plain ones."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

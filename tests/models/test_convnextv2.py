@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The dense model: official names, timm's numbers, layers by hand."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

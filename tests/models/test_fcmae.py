@@ -5,8 +5,6 @@
 The reference is dense, channels first, reads parameters by name and shares no code with `models`.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Maps for detection and segmentation: timm's numbers, gradients, weights."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections import OrderedDict

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """--grad_checkpointing changes what is saved for backward and no number."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from types import SimpleNamespace

@@ -5,8 +5,6 @@
 Two gloo ranks start once and run every function named `ranks_...`; the tests check their results.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

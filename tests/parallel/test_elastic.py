@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Runs that resume with other processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@
 A real srun: slurm/test_jobs.py.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

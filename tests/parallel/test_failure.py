@@ -5,8 +5,6 @@
 No launcher starts them here, since some launchers do not end the others.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -5,8 +5,6 @@
 More than one process: test_distributed.py, test_failure.py.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """A run computes the same with any --shard on any number of processes."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

@@ -5,8 +5,6 @@
 With a real SLURM: slurm/test_jobs.py.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -5,8 +5,6 @@
 python -m tests.slurm.cluster sinfo    (as root: starts it, runs a command, stops it)
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -100,7 +98,7 @@ class Cluster:
         self.over = threading.Event()
         self.before = os.environ.get("SLURM_CONF")
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> "Cluster":
         try:
             self._start()
         except BaseException:

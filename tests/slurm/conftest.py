@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The real SLURM of these tests; only `make test-slurm` starts it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

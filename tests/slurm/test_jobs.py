@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Jobs in a real SLURM of two nodes: submitted, signalled, requeued, cancelled.  make test-slurm"""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Updates that go wrong: planted in data, gradients, parameters."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

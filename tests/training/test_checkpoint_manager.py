@@ -5,8 +5,6 @@
 A fork of this process runs a script: it needs no second to load torch, and can be killed anywhere.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Which runs may use CUDA graphs; that they change no number: tests/test_engines.py on a GPU."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

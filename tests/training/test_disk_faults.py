@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Checkpoint files that are damaged, and disks that fail."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import os

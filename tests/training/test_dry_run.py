@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """--dry_run: it reports what a run will do, finds what would fail, and leaves the run alone."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """EMA of weights and buffers: warm-up, skipped steps, agreement with timm."""
 
-from __future__ import annotations
-
 import copy
 import math
 from types import SimpleNamespace

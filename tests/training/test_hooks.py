@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Reports of a run: log lines, log.txt, TensorBoard, reconstruction images."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Means and accuracies by hand; over several ranks: tests/parallel/test_distributed.py."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

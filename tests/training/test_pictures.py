@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Reconstruction images: the four columns by hand, their layout, when a run draws them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

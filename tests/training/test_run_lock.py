@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """One run in a folder: the lock is refused, taken over, lost and released."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

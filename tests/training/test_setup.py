@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """All ranks of a run must have the same flags, files and packages."""
 
-from __future__ import annotations
-
 import shutil
 from types import SimpleNamespace
 

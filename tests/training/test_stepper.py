@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Accumulation, scaling, clipping, skipped updates, by hand."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Conversion of every published layout, compared with the code that published it."""
 
-from __future__ import annotations
-
 import argparse
 import pathlib
 

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Exported files, loaded by the libraries that they are for."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

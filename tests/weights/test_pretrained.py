@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Loading weights from files, hubs and addresses: all of them, or an error and no change."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import logging

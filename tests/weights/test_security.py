@@ -6,8 +6,6 @@ Malicious checkpoints: test_checkpoint; bombs and programs that
 pose as images: test_decoding.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import io

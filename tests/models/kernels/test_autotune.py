@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The autotuner: which implementation runs, its cache file, the choices of a run."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """The block's backward passes against plain torch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

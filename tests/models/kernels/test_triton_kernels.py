@@ -2,8 +2,6 @@
 # Licensed under the MIT License; see LICENSE.
 """Triton's kernels against plain torch, interpreted without a GPU."""
 
-from __future__ import annotations
-
 import importlib
 import os
 
