@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode)
     lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
-    # Mixup smooths its labels itself.
+    # Mixed labels are smoothed by mixup itself.
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
