@@ -198,7 +198,7 @@ def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.M
 
 def empty_loop(seed: int) -> TrainLoop:
     """Create a training loop whose other parts `train` sets."""
-    return TrainLoop(None, None, None, None, None, None, None, seed)
+    return TrainLoop(None, None, None, None, None, None, seed=seed)
 
 
 def train(

@@ -262,8 +262,8 @@ class StepProbe:
         for _ in range(2):  # the first step compiles and creates the optimizer state
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            elif MEMORY.exists():
-                Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+            elif (peaks := Path("/proc/self/clear_refs")).exists():
+                peaks.write_text("5")  # resets the process's peak, see proc(5)
             self.train(self.batches(size, times))
         return hooks.peak_memory_mb(self.device) * 2**20
 
