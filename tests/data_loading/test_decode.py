@@ -394,3 +394,14 @@ def test_real_photos_decode_and_halves_of_them_do_not():
         assert np.asarray(image).std() > 5
         with pytest.raises(OSError, match="truncated"):
             load_image(io.BytesIO(data[: len(data) // 2]))
+
+
+def test_image_of_a_dataset_is_not_turned_in_place():
+    """A dataset that caches it would return a turned one in the next epoch."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (4, 2)).save(file, "JPEG", exif=exif)
+    image = load_image(file)
+    for _ in range(2):
+        assert decode(image, 3).size == (2, 4)
+        assert image.size == (4, 2)

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -356,8 +357,11 @@ def test_names_that_are_no_text_are_logged(tmp_path, monkeypatch, capsys):
 def generate(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Replace the disk by 1000 classes, whose paths are not kept."""
     names = [f"class{label:04d}" for label in range(1000)]
+
+    def paths(root: str, name: str) -> Iterator[str]:
+        yield from (f"{name}/{n:09d}.jpg" for n in range(count // 1000))
+
     monkeypatch.setattr(folders, "_names", lambda folder: ([], names))
-    paths = lambda root, name: (f"{name}/{n:09d}.jpg" for n in range(count // 1000))  # noqa: E731
     monkeypatch.setattr(folders, "_by_folder", paths)
 
 

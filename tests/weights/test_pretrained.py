@@ -397,3 +397,15 @@ def test_error_of_the_main_process_is_raised_on_all_ranks(monkeypatch):
     with pytest.raises(UserError, match="no network"):
         process_group.main_process_first(lambda: calls.append(1))
     assert not calls
+
+
+def test_lack_of_memory_is_not_a_damaged_file(tmp_path, monkeypatch):
+    """The newest checkpoint was renamed to .damaged, and an older one resumed."""
+    torch.save({"model": {}}, tmp_path / "a.pth")
+
+    def full(*args, **kwargs):
+        raise RuntimeError("unable to mmap 800 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError, match="not enough memory to map"):
+        read_checkpoint(tmp_path / "a.pth")
