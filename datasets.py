@@ -88,9 +88,6 @@ def check_class_maps(train: Any, val: Any) -> None:
     )
 
 
-# --- built from flags -----------------------------------------------------------------------------
-
-
 def on_bad_image(is_train: bool, args: Any) -> str:
     """Return `on_bad` of `TransformedDataset`; evaluation must not count another image instead."""
     return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]

@@ -74,11 +74,13 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     run = checkpoint.get("args") or {}
     run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
     found = shape["depths"], shape["dims"]
-    expected = SIZES.get(str(run.get("model")).removeprefix("convnextv2_"), found)
+    expected = SIZES.get(
+        str(run.get("model")).removeprefix("fcmae_").removeprefix("convnextv2_"), found
+    )
     if found != expected:
         raise UserError(
-            f"{args.checkpoint}: {run['model']} has depths and widths {expected}, these weights "
-            f"{found}: blocks are missing; give another checkpoint"
+            f"{args.checkpoint}: its run trained {run['model']} of depths and widths {expected}, but "
+            f"these weights have {found}; the file is incomplete or mixed, give another"
         )
     notes = [f"loaded {len(state)} tensors ({report})", large_weights(state)]
     for note in filter(None, notes):  # standard output is for the result

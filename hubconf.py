@@ -26,7 +26,7 @@ checkpoint: a file, a run's folder, `hf-hub:owner/name`, `timm:model.tag` or an 
 num_classes, in_chans, stem_stride: default to the checkpoint's, and without one to 1000, 3 and 4.
     A pre-trained checkpoint has no head, so it gives normalized features (N, C), as num_classes=0
     does; with any other num_classes than the checkpoint's, the head is new and random.
-features_only, out_indices: return feature maps of strides 4, 8, 16, 32 instead of logits.
+features_only, out_indices: return feature maps of strides 4, 8, 16, 32, not logits; needs timm.
 model_key, model_prefix, sha256: select the weights, as in main_finetune.py;
     model_key="model_ema" selects the EMA weights.
 

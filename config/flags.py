@@ -81,10 +81,10 @@ formats for --to:
   torchscript  graph for torch.jit.load and LibTorch
   pt2          graph for torch.export.load; images of at least 64 x 64 pixels
 
-Graphs accept any batch size, height and width; without a head they return the
-last feature map. The file is loaded with timm, transformers, onnxruntime or
-torch, if installed, and deleted unless it reproduces the output to 1e-5 of its
-largest value (1e-2 with --half)."""
+Graphs accept any batch size, height and width; without a head they return
+pooled features, or the last feature map if there is no final norm. The file is
+loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
+if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
 
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}

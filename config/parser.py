@@ -200,6 +200,10 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--data_set {args.data_set} needs --data_path; give the folder of the data"
     if args.data_index and args.data_set not in flags.FOLDERS:
         yield f"--data_index is for folders of images, not for --data_set {args.data_set}; drop it"
+    if args.cuda_graphs and (args.update_freq or 1) > 1:
+        yield f"--cuda_graphs does not work with --update_freq {args.update_freq}; drop one"
+    if args.sync_bn_group and not args.sync_bn:
+        yield "--sync_bn_group needs --sync_bn true; give both or neither"
     if len(args.input_size) != 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
     if args.scale[0] > args.scale[1]:
@@ -241,8 +245,8 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     patches = math.prod(side // patch for side in args.input_size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if not 1 <= kept < patches:
-        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
-        yield f"{got}, expected 1 to {patches - 1}; raise --input_size or change --mask_ratio"
+        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches, expected to keep"
+        yield f"{got} and to mask some; raise --input_size, lower --stem_stride, or change it"
     if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 

@@ -21,6 +21,8 @@ _PREFIX = "fcmae_"
 
 def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
     """An FCMAE around the encoder of that name; keywords that FCMAE lacks go to the encoder."""
+    if kwargs.get("features_only"):
+        raise UserError(f"features_only is for {encoder}, not for the FCMAE around it")
     names = inspect.signature(FCMAE).parameters.keys() & kwargs.keys()
     own = {name: kwargs.pop(name) for name in names}
     return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **own)

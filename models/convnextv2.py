@@ -5,6 +5,7 @@
 python -c "from models import create_model; print(create_model('convnextv2_atto'))"
 """
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 
@@ -36,14 +37,16 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
+        weights = [*self.parameters()]
+
         def branch(x: Tensor) -> Tensor:
+            if any(map(operator.is_not, self.parameters(), weights)):
+                raise RuntimeError("functional_call does not work with gradient checkpointing")
             x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
             x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
             return x
 
-        # torch.func.functional_call lends weights that backward would no longer find.
-        lent = any(not isinstance(weight, nn.Parameter) for weight in self.parameters())
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled() and not lent
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
         if recompute and not ops.exporting():
             # The branch draws no random numbers, so no generator's state is saved.
             y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)

@@ -95,9 +95,6 @@ def init_weights(layer: nn.Module) -> nn.Module:
     return layer
 
 
-# --- fused operations ------------------------------------------------------------------------
-
-
 def fused_dwconv(
     x: Tensor, conv: nn.Conv2d, norm: nn.Module, grid: PatchGrid | None = None
 ) -> Tensor:

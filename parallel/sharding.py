@@ -121,8 +121,6 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
             raise UserError(f"--{flag} does not work with --shard fsdp; drop it, or --shard zero1")
         if not HAS_FSDP:
             raise UserError(f"--shard fsdp needs torch 2.7, this is {torch.__version__}; use zero1")
-    if args.sync_bn_group and not args.sync_bn:
-        raise UserError("--sync_bn_group needs --sync_bn true: give both, or neither")
     if get_world_size() > 1:
         return Parallelism(args.shard, device, amp, args.grad_compression == "bf16")
     for flag, default in (("shard", "ddp"), ("grad_compression", "none"), ("sync_bn", False)):

@@ -32,7 +32,12 @@ def failed_tests(report: Path) -> list[str]:
 
 
 def node_id(classname: str, name: str) -> str:
-    """`tests.models.test_fcmae` and `test_mask[3]` -> `tests/models/test_fcmae.py::test_mask[3]`"""
+    """`tests.models.test_fcmae` and `test_mask[3]` -> `tests/models/test_fcmae.py::test_mask[3]`
+
+    A module that cannot be imported has no class name, and its own name is the test's.
+    """
+    if not classname:
+        return f"{name.replace('.', '/')}.py"
     return f"{classname.replace('.', '/')}.py::{name}"
 
 

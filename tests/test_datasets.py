@@ -445,6 +445,89 @@ def test_batch_larger_than_the_data_is_refused():
         datasets.build_loader(data, True, make_args(batch_size=6), "cpu")
 
 
+# --- each flag reaches what is built --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("imagenet", "mean"), [(True, [0.485, 0.456, 0.406]), (False, [0.5] * 3)])
+def test_fill_colours_of_augmentation_follow_mean_and_std(imagenet, mean):
+    args = make_args(imagenet_default_mean_and_std=imagenet)
+    *_, augment, _, _, erasing = datasets.build_transform(True, args).transforms
+    assert erasing.mean.flatten().tolist() == pytest.approx(mean)
+    fills = {operation.kwargs["fillcolor"] for operation in augment.ops if operation.kwargs}
+    assert fills == {tuple(round(255 * value) for value in mean)}
+
+
+def test_split_index_and_size_reach_the_data_set(tmp_path):
+    train, other = (make_folders(tmp_path / name, "ab") for name in ("train", "other"))
+    index = tmp_path / "index"
+    flags = {"data_set": "image_folder", "data_path": str(train), "data_index": str(index)}
+    args = make_args(**flags, eval_data_path=str(other))
+    val, _ = datasets.build_dataset(False, args)
+    assert str(val.dataset.samples[0][0]).startswith(str(other))
+    assert [path.name for path in index.iterdir()] == ["val.index"]
+    datasets.build_pretrain_dataset(make_args(**flags))
+    assert sorted(path.name for path in index.iterdir()) == ["train.index", "val.index"]
+
+    synthetic = make_args(data_set="SYNTHETIC", input_size=(24, 16), nb_classes=7)
+    for data in (
+        datasets.build_dataset(True, synthetic)[0],
+        datasets.build_pretrain_dataset(synthetic),
+    ):
+        assert data.dataset[0][0].size == (16, 24)
+
+
+def test_every_transform_is_seeded_by_the_flag():
+    first, other = (datasets.build_pretrain_dataset(make_args(seed=seed)) for seed in (1, 2))
+    assert (first.seed, other.seed) == (1, 2)
+    assert not torch.equal(first[0, 3][0], other[0, 3][0])
+
+
+@pytest.mark.parametrize(("is_train", "on_bad"), [(True, "replace"), (False, "leave out")])
+def test_bad_images_of_evaluation_are_never_replaced(is_train, on_bad):
+    data, _ = datasets.build_dataset(is_train, make_args(on_bad_image="skip"))
+    assert data.on_bad == on_bad
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("pin_mem", [False, True])
+def test_memory_is_pinned_if_asked_and_if_there_is_a_gpu(pin_mem, cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    args = make_args(pin_mem=pin_mem)
+    data, _ = datasets.build_dataset(False, args)
+    assert datasets.build_loader(data, False, args, "cpu").loader.loader.pin_memory is (
+        pin_mem and cuda
+    )
+
+
+def test_loader_normalises_grey_images_by_one_mean():
+    args = make_args(in_chans=1, aa="none")
+    data, _ = datasets.build_dataset(True, args)
+    loader = datasets.build_loader(data, True, args, "cpu")
+    assert loader.mean.numel() == loader.std.numel() == 1
+    assert next(iter(loader))[0].shape == (4, 1, 16, 16)
+
+
+@pytest.mark.parametrize(("dist_eval", "images"), [(True, [178, 177]), (False, [355, 0])])
+def test_dist_eval_shares_the_images_out(dist_eval, images, monkeypatch):
+    args = make_args(dist_eval=dist_eval)
+    data, _ = datasets.build_dataset(False, args)
+    monkeypatch.setattr(datasets, "get_world_size", lambda: 2)
+    for rank, count in enumerate(images):
+        monkeypatch.setattr(datasets, "get_rank", lambda rank=rank: rank)
+        loader = datasets.build_loader(data, False, args, "cpu")
+        assert len(loader.loader.sampler) == count
+
+
+def test_mixup_smooths_over_the_classes_of_the_data():
+    none = {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None}
+    shared = {"mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "smoothing": 0.2}
+    assert datasets.build_mixup(make_args(**none, **shared), 4) is None
+    for flag in ({"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": [0.2, 0.3]}):
+        mixup = datasets.build_mixup(make_args(**{**none, **flag}, **shared), 4)
+        _, labels = mixup(torch.zeros(2, 3, 8, 8), torch.tensor([3, 3]))
+        torch.testing.assert_close(labels, torch.tensor([[0.05, 0.05, 0.05, 0.85]] * 2))
+
+
 # --- errors and devices ---------------------------------------------------------------------
 
 

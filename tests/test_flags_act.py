@@ -349,9 +349,6 @@ FINETUNE: dict[str, Row] = {
         True,
         False,
     ),
-    "dist_eval": (
-        "--dist_eval false", lambda b: len(b.val.loader.sampler), 7, 7,
-    ),
 }  # fmt: skip
 # Flags that other tests show to act, with the file.
 ELSEWHERE = {
@@ -364,7 +361,7 @@ ELSEWHERE = {
     "tests/test_mains.py": "resume sha256 finetune eval model_key use_ema model_prefix dry_run "
     "compile cuda_graphs",
     "tests/test_engines.py": "device",  # cuda on a GPU
-    "tests/test_datasets.py": "pin_mem eval_data_path",
+    "tests/test_datasets.py": "pin_mem eval_data_path dist_eval",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused
 }
 

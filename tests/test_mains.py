@@ -4,6 +4,7 @@
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,33 @@ def test_folder_to_resume_stands_for_its_newest_checkpoint(script, tmp_path, mon
     built = build(script, words, tmp_path / "new", monkeypatch)
     assert built.epochs == [2]
     assert f"resumed from {tmp_path / 'old' / 'checkpoint-1.pth'}: epoch 2" in built.text
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_folder_to_resume_is_treated_as_the_file_would_be(script, tmp_path, monkeypatch):
+    """Checksums and --sha256 count, none of its files is deleted, other kinds give weights."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    build(script, "", old, monkeypatch)
+    torch.save({}, old / "checkpoint-0-seen-6.pth")
+    files = sorted(old.iterdir())
+    with pytest.raises(UserError, match="sha256"):
+        build(script, f"--resume {old} --sha256 {'0' * 64}", new / "hash", monkeypatch)
+    build(script, f"--epochs 3 --resume {old}", new / "run", monkeypatch)
+    assert sorted(old.iterdir()) == files
+    other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
+    built = build(other, f"--resume {old}", new / "other", monkeypatch)
+    assert "only its weights are loaded" in built.text
+
+    newest = old / "checkpoint-1.pth"
+    content = bytearray(newest.read_bytes())
+    with zipfile.ZipFile(newest) as file:
+        record = next(
+            info for info in file.infolist() if info.file_size > 100 and "/data/" in info.filename
+        )
+    content[record.header_offset + 150] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(UserError, match="checksum"):
+        build(script, f"--resume {old}", new / "damaged", monkeypatch)
 
 
 @pytest.mark.parametrize("script", MAINS)

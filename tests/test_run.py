@@ -43,11 +43,13 @@ def test_failures_are_run_again_alone(tmp_path, text, code, expected):
     assert (expected in notes.read_text()) == (code == 0)
 
 
-def test_module_that_cannot_be_imported_is_a_failure(tmp_path):
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_module_that_cannot_be_imported_is_a_failure(tmp_path, processes):
     """Its tests did not run, so that nothing else may turn the result into a success."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text("import no_such_module\n")
     (tmp_path / "tests" / "test_other.py").write_text("def test_fine():\n    pass\n")
-    command = [sys.executable, RUNNER, "-n", "0", "-q"]
+    command = [sys.executable, RUNNER, "-n", processes, "-q"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert done.returncode == (2 if processes == "0" else 1)
+    assert processes == "0" or "FAILED tests/test_it.py" in done.stdout.splitlines()[-1]

@@ -83,6 +83,10 @@ def find_resume_point(
         and the other way round.
     rename: rename damaged files, so that they are not tried again.
     """
+    found = from_main_process(
+        lambda: resume and Path(resume).is_dir() and numbered_checkpoints(Path(resume))
+    )
+    resume = str(found[0]) if found else resume  # a folder stands for its newest checkpoint
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
     if not source:
         return ResumePoint()
@@ -123,12 +127,7 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
 def choose_checkpoint(
     folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
 ) -> str:
-    """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''.
-
-    If `resume` is a folder with numbered checkpoints, it stands for the newest one.
-    """
-    if resume and Path(resume).is_dir() and (found := numbered_checkpoints(Path(resume))):
-        resume = str(found[0])
+    """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''."""
     paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
     if paths and not auto_resume:
         raise UserError(

@@ -154,9 +154,6 @@ def measure(function: Callable, args: tuple, device: torch.device) -> float:
         return math.inf
 
 
-# --- the cache file --------------------------------------------------------------------------
-
-
 def cache_file(kind: str) -> Path:
     """File of the choices for a type of device: one for each device and versions."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -7,6 +7,7 @@ import hashlib
 
 import pytest
 
+import datasets
 from config import flags
 from config import parser as options
 
@@ -155,3 +156,8 @@ def test_help_names_kind_range_and_default(script):
 def test_number_outside_of_its_range_is_named(kind, text, expected):
     with pytest.raises(argparse.ArgumentTypeError, match=expected):
         flags.number(kind)["type"](text)
+
+
+def test_flags_name_every_data_set_by_name():
+    assert set(datasets.DATASETS) == {*flags.NEED_PATH, *flags.HAVE_EVAL_DATA}
+    assert set(flags.DATA_SETS.split(", ")) == set(datasets.DATASETS)

@@ -284,6 +284,8 @@ def test_choices_are_refused_with_the_list(capsys):
         ("finetune", "--input_size 16", ["--input_size", "at least 32", "--stem_stride"]),
         ("pretrain", "--cuda_graphs --compile", ["--cuda_graphs", "--compile", "drop one"]),
         ("pretrain", "--cuda_graphs --grad_checkpointing", ["--grad_checkpointing", "drop one"]),
+        ("pretrain", "--sync_bn_group 2", ["--sync_bn_group needs --sync_bn true"]),
+        ("pretrain", "--cuda_graphs --update_freq 2", ["--cuda_graphs", "--update_freq 2", "drop"]),
         ("pretrain", "--cuda_graphs --sync_bn", ["--cuda_graphs", "--sync_bn", "drop one"]),
         ("finetune", "--cuda_graphs --opt adahessian", ["--cuda_graphs", "--opt adahessian"]),
     ],

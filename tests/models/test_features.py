@@ -150,6 +150,8 @@ def test_deeper_stages_do_not_run_for_the_maps_alone():
 def test_out_indices_without_features_only_are_refused():
     with pytest.raises(UserError, match="needs features_only=True"):
         network(out_indices=(1, 2))
+    with pytest.raises(UserError, match="features_only is for convnextv2_atto"):
+        create_model("fcmae_convnextv2_atto", features_only=True)
 
 
 def test_backbones_by_name_and_of_a_fork():

@@ -276,3 +276,14 @@ def test_finetuning_ends_with_the_same_weights_and_average(tmp_path):
     plain, flag = both_ways(tmp_path, "main_finetune.py", *words)
     for key in ("model", "model_ema"):
         assert_same(weights(flag, key), weights(plain, key))
+
+
+def test_lent_weights_are_refused_in_backward():
+    """The recomputation uses the module's own weights, so gradients would be silently wrong."""
+    model, inputs = build("dense")
+    model.set_grad_checkpointing()
+    for kind in (nn.Parameter, lambda tensor: tensor.clone().requires_grad_()):
+        lent = {name: kind(2 * weight.detach()) for name, weight in model.named_parameters()}
+        loss = loss_of(torch.func.functional_call(model, lent, inputs))
+        with pytest.raises(RuntimeError, match="functional_call does not work"):
+            loss.backward()

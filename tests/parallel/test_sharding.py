@@ -603,7 +603,6 @@ def flags(**values: Any) -> SimpleNamespace:
         ({"cuda_graphs": True}, "none", "--cuda_graphs does not work"),
         ({"model_ema_force_cpu": True}, "none", "--model_ema_force_cpu does not work"),
         ({}, "fp16", "--amp fp16 does not work"),
-        ({"shard": "ddp", "sync_bn_group": 2}, "none", "--sync_bn_group needs --sync_bn"),
     ],
 )
 def test_flags_that_do_not_work_together_are_refused(values, amp, message):

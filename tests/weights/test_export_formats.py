@@ -336,13 +336,14 @@ def test_weights_that_fit_no_network_are_refused_without_the_library(tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_block_is_no_smaller_network(tmp_path):
+@pytest.mark.parametrize("name", ["convnextv2_atto", "fcmae_convnextv2_atto"])
+def test_missing_block_is_no_smaller_network(name, tmp_path):
     """Atto without its last block of stage 2 used to be exported as a network of other depths."""
     with torch.device("meta"):
         state = create_model("convnextv2_atto").state_dict()
     state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
-    torch.save({"model": state, "args": {"model": "convnextv2_atto"}}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"convnextv2_atto has depths and widths .*\(2, 2, 5, 2\)"):
+    torch.save({"model": state, "args": {"model": name}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"convnextv2_atto of depths and widths .*\(2, 2, 5, 2\)"):
         main(tmp_path / "a.pth", "--to", "safetensors")
 
 
