@@ -79,8 +79,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     )
     if found != expected:
         raise UserError(
-            f"{args.checkpoint}: its run trained {run['model']} of depths and widths {expected}, but "
-            f"these weights have {found}; the file is incomplete or mixed, give another"
+            f"{args.checkpoint}: the run trained {run['model']} of depths and widths {expected}, "
+            f"but these weights have {found}; the file is incomplete or mixed, give another"
         )
     notes = [f"loaded {len(state)} tensors ({report})", large_weights(state)]
     for note in filter(None, notes):  # standard output is for the result
