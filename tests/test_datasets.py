@@ -52,6 +52,10 @@ def picture(height=20, width=30, seed=0):
     return Image.fromarray(pixels)
 
 
+def unnamed(data_path, train):
+    return [(picture(), 0)]
+
+
 def make_folders(root, classes, images=2):
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
@@ -185,6 +189,11 @@ def test_data_set_from_a_module_needs_no_edit(monkeypatch):
         ({"data_set": "DIGIT"}, "Did you mean 'DIGITS'"),
         ({"aa": "foo"}, "--aa foo"),
         ({"color_jitter": 0.4}, "no effect with --aa"),
+        ({"nb_classes": 3}, "--nb_classes 3, but the train data has 10 classes"),
+        (
+            {"data_set": "tests.test_datasets:unnamed"},
+            "--data_set tests.test_datasets:unnamed has no class names",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_helps(changes, message):
