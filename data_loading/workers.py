@@ -31,6 +31,7 @@ NOT_SENT = 74  # exit code of a worker that cannot send a batch
 POLL = 2.0  # seconds between checks of the workers while the run waits for a batch
 TIMED_OUT = "DataLoader timed out"  # torch's words when no batch came for POLL seconds
 EXIT_S = 1.0  # a worker's connection may break this long before its exit code is known
+LIMITS = "/dev/shm may be full (df -h /dev/shm), or too many files open (ulimit -n)"
 REMEDY = (
     "If memory ran out, lower --num_workers; after a bus error enlarge /dev/shm. Otherwise check "
     "that sample, and debug the data set with --num_workers 0"
@@ -60,6 +61,7 @@ class WatchedLoader:
         # (workers, 3): process id, index of the sample that the worker reads or IDLE, since when.
         self.reading = torch.full((num_workers, 3), IDLE).share_memory_()
         self.processes: list[Any] = []
+        self.waited = 0.0  # seconds since the last batch
         self.interrupted = False  # True within an epoch, and after one that was broken off
         options |= {"sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn}
         if num_workers:
@@ -93,6 +95,7 @@ class WatchedLoader:
             except Exception as error:
                 self._check(error)
             else:
+                self.waited = 0.0
                 yield batch
         self.interrupted = False
 
@@ -126,29 +129,29 @@ class WatchedLoader:
             raise TrainingStopped(self._describe(processes[exited[0]])) from error
         if not still_waiting:
             raise error
-        # SIGALRM had its chance, but a process that waits for a disk ignores every signal.
-        latest = time.monotonic() - self.timeout - POLL
-        for pid, index, since in self.reading.tolist() if self.timeout else ():
-            if index != IDLE and since < latest:
+        # A process that waits for a disk ignores every signal, SIGALRM too.
+        now, self.waited = time.monotonic(), self.waited + POLL
+        rows = self.reading.tolist()
+        for pid, index, since in rows:
+            if index != IDLE and 0 < self.timeout < now - since - POLL:
                 _kill(self.processes)
                 raise TrainingStopped(self._describe_hang(pid, index)) from error
+        idle = all(index == IDLE and since < now - POLL for _, index, since in rows)
+        if idle and 0 < self.timeout < self.waited - 5 * POLL:  # a thread of DataLoader died
+            raise TrainingStopped(f"no batch came within {self.waited:g} s: {LIMITS}") from error
 
     def _describe(self, process: Any) -> str:
         process.join(EXIT_S)
         code = process.exitcode
         if code == NOT_SENT:
-            return (
-                "a loader process could not send a batch, for the reason above: /dev/shm may be "
-                "full (df -h /dev/shm), or too many files open (ulimit -n)"
-            )
-        held = {pid: index for pid, index, _ in self.reading.tolist() if index != IDLE}
-        index = held.get(process.pid)
-        if -code == signal.SIGALRM and index is not None:
+            return f"a loader process could not send a batch, for the reason above: {LIMITS}"
+        index = next((i for pid, i, _ in self.reading.tolist() if pid == process.pid), IDLE)
+        if code == -signal.SIGALRM and index != IDLE:
             return self._describe_hang(process.pid, index)
         how = f"exited with code {code}"
-        if code < 0:
+        if code is not None and code < 0:
             how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        what = "idle" if index is None else f"reading {self._name_of(index)}"
+        what = "idle" if index == IDLE else f"reading {self._name_of(index)}"
         return f"a loader process (pid {process.pid}) {how} while it was {what}. {REMEDY}"
 
     def _describe_hang(self, pid: int, index: int) -> str:

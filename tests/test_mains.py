@@ -301,6 +301,21 @@ def test_folder_to_resume_is_treated_as_the_file_would_be(script, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", MAINS)
+def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkeypatch):
+    """Its files would outrank the new ones, and each rerun would begin at epoch 0."""
+    folder = tmp_path / "run"
+    build(script, "", folder, monkeypatch)
+    other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
+    with pytest.raises(UserError, match="cannot resume"):
+        build(other, f"--resume {folder}", folder, monkeypatch)
+    (folder / "checkpoint-0.pth").unlink()
+    (folder / "checkpoint-1.pth").write_bytes(b"half")
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        build(script, f"--resume {folder}", folder, monkeypatch)
+    assert (folder / "checkpoint-1.pth").exists()
+
+
+@pytest.mark.parametrize("script", MAINS)
 def test_checkpoint_says_what_its_steps_were(script, tmp_path, monkeypatch):
     built = build(script, "--update_freq 2", tmp_path / "run", monkeypatch)
     state = torch.load(built.folder / "checkpoint-1.pth", weights_only=True)["state"]

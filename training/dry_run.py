@@ -5,6 +5,7 @@
 python main_pretrain.py --recipe digits_pretrain --output_dir runs/tried --dry_run
 """
 
+import contextlib
 import gc
 import importlib.util
 import math
@@ -238,9 +239,8 @@ class StepProbe:
         self.samples = collate(samples)[:3]  # images, labels, indices
         self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
         self.bad_steps = 0  # with NaN or Inf; fp16 has some while it searches for its scale
-        self.loop = replace(
-            run.loop, guard=AnomalyGuard(run.loop.stepper), checkpoints=CheckpointManager(None)
-        )
+        guard = AnomalyGuard(run.loop.stepper, max_bad_steps=NEVER)
+        self.loop = replace(run.loop, guard=guard, checkpoints=CheckpointManager(None))
 
     def batches(self, size: int, times: int = 1) -> FirstBatches:
         """Make a batch on the device, of repeated samples if need be, and repeat it."""
@@ -262,8 +262,8 @@ class StepProbe:
         for _ in range(2):  # the first step compiles and creates the optimizer state
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            elif (peaks := Path("/proc/self/clear_refs")).exists():
-                peaks.write_text("5")  # resets the process's peak, see proc(5)
+            with contextlib.suppress(OSError):  # resets the process's peak, see proc(5)
+                Path("/proc/self/clear_refs").write_text("5")
             self.train(self.batches(size, times))
         return hooks.peak_memory_mb(self.device) * 2**20
 
@@ -289,7 +289,7 @@ def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
     else:
         measure_speed(probe)
     if probe.bad_steps and run.loop.stepper.amp != "fp16":
-        problems.append(f"{probe.bad_steps} of the steps tried had NaN or Inf; lower --lr")
+        problems.append(f"{probe.bad_steps} of the steps tried had NaN, Inf or a spike; lower --lr")
     if size and run.folder and run.args.save_ckpt:
         check_disk(problems, run)
 
@@ -363,9 +363,12 @@ def endless(batches: DeviceLoader) -> Iterator[tuple[Tensor, ...]]:
     for epoch in count():
         if hasattr(batches.loader.sampler, "set_epoch"):  # evaluation has one order
             batches.set_epoch(epoch)
-        if not len(batches):  # without --dist_eval only rank 0 has images to evaluate
+        empty = True  # without --dist_eval other ranks have no images, or all may be left out
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
             return
-        yield from batches
 
 
 def loader_rate(batches: Iterator[tuple], seconds: float) -> float:

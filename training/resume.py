@@ -98,7 +98,8 @@ def find_resume_point(
         raise UserError(point.problem)
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
-        if named and (args.get("use_ema") or ("mask_ratio" in saved_args) != pretraining):
+        other = args.get("use_ema") or ("mask_ratio" in saved_args) != pretraining
+        if named and other and Path(source).parent != folder:  # its own folder holds this run
             return replace(point, weights_only=True)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
@@ -141,7 +142,7 @@ def choose_checkpoint(
             chosen = str(path)
             break
         damaged[path] = problem
-    if damaged and not chosen:
+    if damaged and (not chosen or Path(chosen) in damaged):
         raise UserError(
             f"none of the {len(paths)} checkpoints in {folder} can be used (newest: "
             f"{damaged[paths[0]]}); choose another --output_dir, or move them away to start again"

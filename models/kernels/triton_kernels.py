@@ -157,9 +157,6 @@ def _weight_grad_kernel(
     tl.store(partial + at, tl.sum(sums, axis=2), mask=there)
 
 
-# --- kernel of the MLP --------------------------------------------------------------------------
-
-
 @triton.jit
 def _gelu_kernel(
     h, da, scale, slopes, out, partial, L, K, span, LINES: tl.constexpr, BLOCK: tl.constexpr
@@ -276,9 +273,6 @@ def gelu_grad(da: Tensor, h: Tensor, scale: Tensor, slopes: Tensor) -> tuple[Ten
     """dh = (da scale + gelu(h) slopes) gelu'(h), and its sum (K,) over N and L."""
     dh, sums = _gelu_pass(h, da, scale, slopes)
     return dh, sums.sum((0, 1))
-
-
-# --- launching ----------------------------------------------------------------------------------
 
 
 def _run(kernel: triton.JITFunction, programs: int, *args: object, **options: object) -> None:

@@ -629,3 +629,15 @@ def test_flags_reach_the_loader(tmp_path):
         for train in (True, False):
             assert datasets.build_loader(data, train, args, "cpu").loader.timeout == expected
     assert datasets.on_bad_image(False, args) == "leave out"
+
+
+def test_batches_that_get_lost_on_their_way_are_noticed(monkeypatch):
+    """torch looks after its thread for pinned memory only without `timeout`; nobody else would."""
+    monkeypatch.setattr("data_loading.workers.POLL", 0.2)
+    data = TransformedDataset([(Image.new("RGB", (8, 8)), 0)] * 4, to_tensor, seed=3)
+    loader = WatchedLoader(data, EvalSampler(4, 0, 1), 2, num_workers=1, timeout=0.5)
+    batches = iter(loader)
+    next(batches)
+    monkeypatch.setattr(loader.loader._iterator, "_try_get_data", lambda timeout: (False, None))
+    with pytest.raises(TrainingStopped, match="no batch came .* /dev/shm"):
+        next(batches)
