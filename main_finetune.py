@@ -72,8 +72,8 @@ def main(args: argparse.Namespace) -> None:
         )
     model_ema = build_ema(args, model_without_ddp)
     ema_module = model_ema.module if model_ema else None
-    resumes_weights = ema_module and resume_point.is_weights and key != EMA_KEY
-    if resumes_weights and has_ema(source, args.sha256):
+    load_ema = ema_module and resume_point.is_weights and key != EMA_KEY
+    if load_ema and has_ema(source, args.sha256):
         load_pretrained(ema_module, source, EMA_KEY, args.model_prefix, args.sha256)
 
     # --- 5. optimizer and schedule ----------------------------------------------------------

@@ -245,8 +245,8 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     patches = math.prod(side // patch for side in args.input_size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if not 1 <= kept < patches:
-        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches, expected to keep"
-        yield f"{got} and to mask some; raise --input_size, lower --stem_stride, or change it"
+        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
+        yield f"{got}, but must keep and mask some: change it, --input_size or --stem_stride"
     if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 

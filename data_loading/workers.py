@@ -122,7 +122,7 @@ class WatchedLoader:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _check(self, error: Exception) -> None:
-        """Raise TrainingStopped if a worker died or hangs; otherwise `error`, unless POLL is up."""
+        """Raise TrainingStopped if a worker died or hangs; `error` unless it is a time-out."""
         still_waiting = TIMED_OUT in str(error)
         processes = {process.sentinel: process for process in self.processes}
         if exited := connection.wait(processes, 0 if still_waiting else EXIT_S):

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
         def branch(x: Tensor) -> Tensor:
             if any(map(operator.is_not, self.parameters(), weights)):
-                raise RuntimeError("functional_call does not work with gradient checkpointing")
+                raise RuntimeError("functional_call needs set_grad_checkpointing(False)")
             x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
             x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
             return x

@@ -485,7 +485,7 @@ def test_split_index_and_size_reach_the_data_set(tmp_path):
         assert data.dataset[0][0].size == (16, 24)
 
 
-def test_every_transform_is_seeded_by_the_flag():
+def test_pretraining_images_depend_on_the_seed():
     first, other = (datasets.build_pretrain_dataset(make_args(seed=seed)) for seed in (1, 2))
     assert (first.seed, other.seed) == (1, 2)
     assert not torch.equal(first[0, 3][0], other[0, 3][0])

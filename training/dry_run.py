@@ -262,8 +262,9 @@ class StepProbe:
         for _ in range(2):  # the first step compiles and creates the optimizer state
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            with contextlib.suppress(OSError):  # resets the process's peak, see proc(5)
-                Path("/proc/self/clear_refs").write_text("5")
+            else:
+                with contextlib.suppress(OSError):  # resets the process's peak, see proc(5)
+                    Path("/proc/self/clear_refs").write_text("5")
             self.train(self.batches(size, times))
         return hooks.peak_memory_mb(self.device) * 2**20
 
@@ -289,7 +290,7 @@ def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
     else:
         measure_speed(probe)
     if probe.bad_steps and run.loop.stepper.amp != "fp16":
-        problems.append(f"{probe.bad_steps} of the steps tried had NaN, Inf or a spike; lower --lr")
+        problems.append(f"{probe.bad_steps} of the steps tried had NaN or a loss spike; lower --lr")
     if size and run.folder and run.args.save_ckpt:
         check_disk(problems, run)
 
@@ -363,11 +364,10 @@ def endless(batches: DeviceLoader) -> Iterator[tuple[Tensor, ...]]:
     for epoch in count():
         if hasattr(batches.loader.sampler, "set_epoch"):  # evaluation has one order
             batches.set_epoch(epoch)
-        empty = True  # without --dist_eval other ranks have no images, or all may be left out
+        batch = None
         for batch in batches:
-            empty = False
             yield batch
-        if empty:
+        if batch is None:  # no images without --dist_eval, or all were left out
             return
 
 

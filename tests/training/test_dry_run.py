@@ -293,6 +293,13 @@ def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
     assert "1000 B are free; lower --save_ckpt_num" in listed[2]
 
 
+def test_steps_with_nan_do_not_hide_other_problems(planted, said):
+    assert dry("pretrain", "--lr", "1e30", "--output_dir", planted / "file" / "run") == 1
+    text = said()
+    assert "of the steps tried had NaN or a loss spike; lower --lr" in text
+    assert f"cannot write in {planted / 'file'};" in text
+
+
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
 def test_an_image_that_kills_or_blocks_its_reader_is_named(fault, said):
     """If the dry run itself read it, it would be killed, or wait forever."""
@@ -506,6 +513,23 @@ def test_loader_rate_leaves_out_what_workers_hold_ready(monkeypatch):
 def test_rank_without_images_reads_none():
     empty = DeviceLoader(WatchedLoader([], EvalSampler(4, 1, 2, dist_eval=False), 1), CPU, [0], [1])
     assert dry_run.loader_rate(dry_run.endless(empty), seconds=1.0) == 0
+
+
+class AllLeftOut:
+    """Evaluation batches of images that cannot be decoded: there is a length, but no batch."""
+
+    loader = SimpleNamespace(sampler=EvalSampler(4, 0, 1))
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter(())
+
+
+def test_rank_whose_images_are_all_left_out_ends():
+    """It would search for a batch forever, and the other ranks wait for it."""
+    assert list(dry_run.endless(AllLeftOut())) == []
 
 
 def test_loader_rate_does_not_wait_for_a_slow_loader(monkeypatch):
