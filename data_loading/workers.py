@@ -80,7 +80,7 @@ class WatchedLoader:
             return
         if self.interrupted:  # its workers may still read, and DataLoader would wait for them
             self._replace_workers()
-        self.interrupted = True
+        self.interrupted, self.waited = True, 0.0
         try:
             batches = self._start()
         except Exception as error:
@@ -101,6 +101,7 @@ class WatchedLoader:
 
     def _replace_workers(self) -> None:
         _kill(self.processes)
+        self.reading.fill_(IDLE)
         self.loader = self.make()
 
     def _start(self) -> Iterator[Any]:
@@ -136,7 +137,7 @@ class WatchedLoader:
             if index != IDLE and 0 < self.timeout < now - since - POLL:
                 _kill(self.processes)
                 raise TrainingStopped(self._describe_hang(pid, index)) from error
-        idle = all(index == IDLE and since < now - POLL for _, index, since in rows)
+        idle = all(index == IDLE and since < now - self.timeout for _, index, since in rows)
         if idle and 0 < self.timeout < self.waited - 5 * POLL:  # a thread of DataLoader died
             raise TrainingStopped(f"no batch came within {self.waited:g} s: {LIMITS}") from error
 

@@ -41,12 +41,13 @@ class Block(nn.Module):
 
         def branch(x: Tensor) -> Tensor:
             if any(map(operator.is_not, self.parameters(), weights)):
-                raise RuntimeError("functional_call needs set_grad_checkpointing(False)")
+                raise RuntimeError("weights changed before backward: set_grad_checkpointing(False)")
             x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
             x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
             return x
 
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        lent = any(not isinstance(weight, nn.Parameter) for weight in weights)  # by torch.func
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled() and not lent
         if recompute and not ops.exporting():
             # The branch draws no random numbers, so no generator's state is saved.
             y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)

@@ -4,6 +4,7 @@
 
 import argparse
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -305,14 +306,24 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     """Its files would outrank the new ones, and each rerun would begin at epoch 0."""
     folder = tmp_path / "run"
     build(script, "", folder, monkeypatch)
+    monkeypatch.chdir(tmp_path)
     other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
-    with pytest.raises(UserError, match="cannot resume"):
-        build(other, f"--resume {folder}", folder, monkeypatch)
-    (folder / "checkpoint-0.pth").unlink()
-    (folder / "checkpoint-1.pth").write_bytes(b"half")
-    with pytest.raises(UserError, match="none of the 1 checkpoints"):
-        build(script, f"--resume {folder}", folder, monkeypatch)
-    assert (folder / "checkpoint-1.pth").exists()
+    for resume in (folder, "run"):  # however the folder is written
+        for output in (folder, "run"):
+            with pytest.raises(UserError, match="in the output folder|cannot resume"):
+                build(other, f"--resume {resume} --output_dir {output}", folder, monkeypatch)
+    os.replace(folder / "checkpoint-0.pth", tmp_path / "0")  # may be a hard link of the next
+    os.replace(tmp_path / "0", folder / "checkpoint-best.pth")
+    newest = folder / "checkpoint-1.pth"
+    newest.write_bytes(b"half")
+    for resume in (folder, "run"):
+        with pytest.raises(UserError, match="none of the 1 checkpoints"):
+            build(script, f"--resume {resume}", folder, monkeypatch)
+        assert newest.exists()
+    newest.unlink()
+    for resume in (folder / "checkpoint-best.pth", "run/checkpoint-best.pth"):
+        with pytest.raises(UserError, match="in the output folder"):
+            build(other, f"--resume {resume}", folder, monkeypatch)
 
 
 @pytest.mark.parametrize("script", MAINS)

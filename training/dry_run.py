@@ -290,7 +290,7 @@ def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
     else:
         measure_speed(probe)
     if probe.bad_steps and run.loop.stepper.amp != "fp16":
-        problems.append(f"{probe.bad_steps} of the steps tried had NaN or a loss spike; lower --lr")
+        problems.append(f"{probe.bad_steps} of the steps tried had NaN, Inf or a spike; lower --lr")
     if size and run.folder and run.args.save_ckpt:
         check_disk(problems, run)
 

@@ -83,9 +83,7 @@ def find_resume_point(
         and the other way round.
     rename: rename damaged files, so that they are not tried again.
     """
-    found = from_main_process(
-        lambda: resume and Path(resume).is_dir() and numbered_checkpoints(Path(resume))
-    )
+    found = from_main_process(lambda: resume and numbered_checkpoints(Path(resume)))
     resume = str(found[0]) if found else resume  # a folder stands for its newest checkpoint
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
     if not source:
@@ -99,7 +97,11 @@ def find_resume_point(
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
         other = args.get("use_ema") or ("mask_ratio" in saved_args) != pretraining
-        if named and other and Path(source).parent != folder:  # its own folder holds this run
+        if named and other:
+            if folder and folder.resolve() in (Path(source, d).resolve() for d in (".", "..")):
+                raise UserError(
+                    f"--resume {resume} is in the output folder; drop it, or change --output_dir"
+                )
             return replace(point, weights_only=True)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
@@ -129,7 +131,7 @@ def choose_checkpoint(
     folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
 ) -> str:
     """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''."""
-    paths = numbered_checkpoints(folder) if folder and folder.is_dir() else []
+    paths = numbered_checkpoints(folder) if folder else []
     if paths and not auto_resume:
         raise UserError(
             f"--auto_resume false, but {folder} holds {paths[0].name}: the files of two runs would "
@@ -142,7 +144,7 @@ def choose_checkpoint(
             chosen = str(path)
             break
         damaged[path] = problem
-    if damaged and (not chosen or Path(chosen) in damaged):
+    if damaged and (not chosen or Path(chosen).resolve() in map(Path.resolve, damaged)):
         raise UserError(
             f"none of the {len(paths)} checkpoints in {folder} can be used (newest: "
             f"{damaged[paths[0]]}); choose another --output_dir, or move them away to start again"

@@ -34,7 +34,8 @@ def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a folder that a run can resume from, newest first."""
-    found = [path for path in folder.iterdir() if parse_checkpoint_name(path)]
+    files = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in files if parse_checkpoint_name(path)]
     return sorted(found, key=parse_checkpoint_name, reverse=True)
 
 
@@ -44,7 +45,7 @@ def find_checkpoint(folder: Path, ema: bool = False) -> Path:
     ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
     best = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
-    newest = numbered_checkpoints(folder)[:1] if folder.is_dir() else []
+    newest = numbered_checkpoints(folder)[:1]
     for name in (*best, *(path.name for path in newest), *WEIGHTS):
         if (folder / name).exists():
             return folder / name

@@ -118,9 +118,6 @@ def _sizes(weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
     return weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:])
 
 
-# --- torch's own implementations, on the dense map -------------------------------------------
-
-
 def _to_dense(x: Tensor, ids: Tensor | None, slots: Tensor | None) -> Tensor:
     """Dense or packed map -> (N, C, H, W), zero where removed."""
     x = x if ids is None else ops.unpack(x, ids, *slots.shape[1:])
@@ -190,9 +187,6 @@ def _torch_norm(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> tup
     y = _convolve(x, weight, bias, ids, slots)
     normed, *statistics = _layer_norm(y, norm_weight, norm_bias, eps)
     return normed, y, *statistics
-
-
-# --- implementations ---------------------------------------------------------------------------
 
 
 _without_cudnn = torch.backends.cudnn.flags(enabled=False)  # torch's own CUDA kernels

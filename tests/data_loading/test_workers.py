@@ -28,7 +28,7 @@ from data_loading.decode import BadImage
 from data_loading.folders import list_images
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.workers import IDLE, WatchedLoader
+from data_loading.workers import IDLE, TIMED_OUT, WatchedLoader
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
 from tests.groups import run_script
@@ -641,3 +641,15 @@ def test_batches_that_get_lost_on_their_way_are_noticed(monkeypatch):
     monkeypatch.setattr(loader.loader._iterator, "_try_get_data", lambda timeout: (False, None))
     with pytest.raises(TrainingStopped, match="no batch came .* /dev/shm"):
         next(batches)
+
+
+def test_slow_batch_is_not_called_lost():
+    """A batch may take far longer than a sample, and a worker seems idle between two samples."""
+    loader = WatchedLoader([], EvalSampler(0, 0, 1), 6, num_workers=2, timeout=1.0)
+    loader.waited = 1000.0
+    loader.reading[:] = torch.tensor([1, IDLE, 0])  # for long
+    loader.reading[1, 2] = int(time.monotonic()) + 10  # just now
+    loader._check(RuntimeError(TIMED_OUT))
+    loader.reading[1, 2] = 0
+    with pytest.raises(TrainingStopped, match="no batch came within 1004 s"):
+        loader._check(RuntimeError(TIMED_OUT))

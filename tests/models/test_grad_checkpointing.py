@@ -278,12 +278,19 @@ def test_finetuning_ends_with_the_same_weights_and_average(tmp_path):
         assert_same(weights(flag, key), weights(plain, key))
 
 
-def test_lent_weights_are_refused_in_backward():
-    """The recomputation uses the module's own weights, so gradients would be silently wrong."""
+def test_weights_lent_by_functional_call_never_give_wrong_gradients():
+    """Backward would recompute with the module's own weights."""
     model, inputs = build("dense")
-    model.set_grad_checkpointing()
-    for kind in (nn.Parameter, lambda tensor: tensor.clone().requires_grad_()):
-        lent = {name: kind(2 * weight.detach()) for name, weight in model.named_parameters()}
-        loss = loss_of(torch.func.functional_call(model, lent, inputs))
-        with pytest.raises(RuntimeError, match="functional_call needs"):
-            loss.backward()
+    twice = {name: 2 * weight.detach() for name, weight in model.named_parameters()}
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        lent = {name: weight.clone().requires_grad_() for name, weight in twice.items()}
+        torch.manual_seed(1)  # of drop path
+        loss_of(torch.func.functional_call(model, lent, inputs)).backward()
+        gradients.append({name: weight.grad for name, weight in lent.items()})
+    assert_same(*gradients)
+    lent = {name: nn.Parameter(weight) for name, weight in twice.items()}
+    loss = loss_of(torch.func.functional_call(model, lent, inputs))
+    with pytest.raises(RuntimeError, match="weights changed before backward"):
+        loss.backward()

@@ -296,7 +296,7 @@ def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
 def test_steps_with_nan_do_not_hide_other_problems(planted, said):
     assert dry("pretrain", "--lr", "1e30", "--output_dir", planted / "file" / "run") == 1
     text = said()
-    assert "of the steps tried had NaN or a loss spike; lower --lr" in text
+    assert "of the steps tried had NaN, Inf or a spike; lower --lr" in text
     assert f"cannot write in {planted / 'file'};" in text
 
 
@@ -523,7 +523,11 @@ class AllLeftOut:
     def __len__(self):
         return 2
 
+    asked = 0
+
     def __iter__(self):
+        self.asked += 1
+        assert self.asked == 1, "asked again"
         return iter(())
 
 
