@@ -6,6 +6,7 @@ python -m tests.slurm.cluster sinfo    (as root: starts it, runs a command, stop
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -145,17 +146,19 @@ class Cluster:
             time.sleep(0.1)
 
     def _hurry(self) -> None:
-        """Start requeued jobs after two seconds; SLURM would wait for two minutes.
+        """Start requeued jobs three seconds after the last process of their last start has ended.
 
-        A job that starts in the second of its end would be taken for the ended one.
+        SLURM would wait for two minutes. An srun that is still ending sends its signals, and a
+        node its last reports, by the number of the job: they would hit the job's next start.
         """
-        seen: dict[str, float] = {}
+        quiet: dict[str, float] = {}
         while not self.over.wait(0.5):
-            pending = ask("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines()
+            pending = ask("squeue", "-h", "-t", "PD", "-o", "%A %r").splitlines()
             waiting = {line.split()[0] for line in pending if line.endswith("BeginTime")}
-            seen = {job: seen.get(job, time.monotonic()) for job in waiting}
-            for job, since in seen.items():
-                if time.monotonic() - since > 2:
+            waiting -= jobs_with_processes() if waiting else set()
+            quiet = {job: quiet.get(job, time.monotonic()) for job in waiting}
+            for job, since in quiet.items():
+                if time.monotonic() - since > 3:
                     ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def __exit__(self, *exception: object) -> None:
@@ -178,6 +181,19 @@ class Cluster:
             os.environ.pop("SLURM_CONF", None)
         else:
             os.environ["SLURM_CONF"] = self.before
+
+
+def jobs_with_processes() -> set[str]:
+    """Return the numbers of the jobs that this machine has processes of, slurmstepd among them."""
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (process / "environ").read_bytes() + b"\0" + (process / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        found.update(re.findall(r"(?:^|\0)SLURM_JOB_ID=(\d+)\0", text.decode(errors="replace")))
+        found.update(re.findall(r"slurmstepd: \[(\d+)\.", text.decode(errors="replace")))
+    return found
 
 
 def ask(*words: str) -> str:
