@@ -94,7 +94,7 @@ def on_bad_image(is_train: bool, args: Any) -> str:
 
 
 def build_transform(is_train: bool, args: Any) -> Callable:
-    """Build the fine-tuning transform; yields (C, H, W) before normalisation."""
+    """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
     mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
@@ -114,7 +114,7 @@ def build_transform(is_train: bool, args: Any) -> Callable:
 
 
 def build_dataset(is_train: bool, args: Any) -> tuple[TransformedDataset, int]:
-    """Build the labelled dataset; returns it and its number of classes."""
+    """Build the labeled dataset; returns it and its number of classes."""
     if args.data_set == "folder":
         raise UserError(
             "--data_set folder has no labels, so main_pretrain.py alone can use it; expected class "

@@ -25,7 +25,7 @@ from parallel import process_group
 
 COMMON = (
     "--input_size 16 --stem_stride 1 --batch_size 4 --lr 0.01 --num_workers 0 --device cpu "
-    "--epochs 3 --data_set tests.tiny:colours --save_ckpt_every_steps 2 --update_freq 2 "
+    "--epochs 3 --data_set tests.tiny:colors --save_ckpt_every_steps 2 --update_freq 2 "
     "--progress lines --kernels torch --drop_path 0.1"
 )
 RUNS = {  # script -> its flags: each takes about a second

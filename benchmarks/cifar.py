@@ -62,7 +62,7 @@ SETTINGS = {  # flag: (kind, default on a GPU, default on a CPU, help)
     "mixup": (AMOUNT, 0.0, 0.0, "alpha of mixup; 0: off"),
     "cutmix": (AMOUNT, 1.0, 0.0, "alpha of cutmix; 0: off"),
     "mixup_prob": (CHANCE, 0.5, 0.5, "chance that a batch is mixed"),
-    "cutout": (FROM_0, 8, 0, "pixels, side of a grey square, not in pre-training; 0: none"),
+    "cutout": (FROM_0, 8, 0, "pixels, side of a gray square, not in pre-training; 0: none"),
     "pad": (FROM_0, 4, 4, "pixels that a random crop may take from beyond the border"),
     "eval_every": (COUNT, 10, 10, "epochs between points of the learning curve"),
 }

@@ -161,7 +161,7 @@ class InMemory:
         return self.images[ids[:, None, None], rows, columns]
 
     def _squares(self, ids: Tensor) -> Tensor:
-        """(N,) -> (N, H, W, 1), True in a square centred on a random pixel."""
+        """(N,) -> (N, H, W, 1), True in a square centered on a random pixel."""
         inside = True
         for lines, side in zip(self._lines(), self.size, strict=True):
             below = lines - self._draw(ids, side) + self.cutout // 2

@@ -221,7 +221,7 @@ def step_rows(args: argparse.Namespace, found: Seconds, here: Training) -> list[
 
 
 def message_table(args: argparse.Namespace, found: Seconds, here: Training) -> str:
-    """Return a table of all-reduces, measured and modelled, and of the control messages."""
+    """Return a table of all-reduces, measured and modeled, and of the control messages."""
     head, rows = ["all-reduce of"], defaultdict(list)
     for n in args.processes[1:]:
         head += [f"{n} processes, ms", "min", "model", "error"]

@@ -41,7 +41,7 @@ def cifar(kind: type[CIFAR10], data_path: str, train: bool) -> CIFAR10:
 
 
 class Digits(Dataset):
-    """1797 grey 8x8 digits (assets/README.md); every fifth of each class is for validation."""
+    """1797 gray 8x8 digits (assets/README.md); every fifth of each class is for validation."""
 
     classes = tuple("0123456789")
 
@@ -74,11 +74,11 @@ class Synthetic(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         (height, width), label = self.size, index % len(self.classes)
         random = np.random.default_rng(fold_in(int(self.train), index))
-        colour = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
+        color = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
         radius = random.uniform(0.25, 0.45) * min(height, width)
         y = np.arange(height)[:, None] + 0.5 - random.uniform(radius, height - radius)
         x = np.arange(width)[None, :] + 0.5 - random.uniform(radius, width - radius)
         opacity = np.where(y**2 + x**2 <= radius**2, 0.8, 0.2)[..., None]  # (H, W, 1)
         noise = random.uniform(0, 255, size=(height, width, 1))
-        pixels = (opacity * colour + (1 - opacity) * noise).astype(np.uint8)  # (H, W, 3)
+        pixels = (opacity * color + (1 - opacity) * noise).astype(np.uint8)  # (H, W, 3)
         return Image.fromarray(pixels), label

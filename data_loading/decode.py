@@ -66,7 +66,7 @@ def load_image(file: str | BinaryIO) -> Image.Image:
 
 
 def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
-    """Convert `sample` to an RGB or grey PIL image, or to a checked (in_chans, H, W) tensor.
+    """Convert `sample` to an RGB or gray PIL image, or to a checked (in_chans, H, W) tensor.
 
     The EXIF orientation is applied, and transparent pixels become white.
     """
@@ -106,17 +106,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     deep = np.asarray(image)  # (H, W)
     bits = tags.get(Tiff.BITSPERSAMPLE, (16,))[0]
-    grey = (deep >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    gray = (deep >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
-        grey = 255 - grey
+        gray = 255 - gray
     transparent = image.info.get("transparency")  # a 16-bit value
     if isinstance(transparent, int):
-        grey[deep == transparent] = 255
-    return Image.fromarray(grey)
+        gray[deep == transparent] = 255
+    return Image.fromarray(gray)
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:
-    """Paste onto white: the colour of transparent pixels is arbitrary."""
+    """Paste onto white: the color of transparent pixels is arbitrary."""
     if image.mode not in ("RGBA", "RGBa", "LA", "PA") and "transparency" not in image.info:
         return image.convert(mode)
     image = image.convert("RGBA")

@@ -125,11 +125,11 @@ def write_json(folder: Path, root: str, classes: list[list]) -> None:
     (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
 
 
-def _make(folder: Path, root: str, labelled: bool) -> int:
+def _make(folder: Path, root: str, labeled: bool) -> int:
     """Write the index unless it exists; returns its checksum."""
     if not folder.exists():
         get_logger().info("%s: listing the images of %s, once", folder, root)
-        index = _list_folder(root, labelled)
+        index = _list_folder(root, labeled)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
@@ -151,19 +151,19 @@ def _make(folder: Path, root: str, labelled: bool) -> int:
 # --- folders --------------------------------------------------------------------------------------
 
 
-def list_images(root: str | Path, labelled: bool, folder: Path | None = None) -> FileIndex:
-    """List the images below `root`, links followed; labelled: one folder per class.
+def list_images(root: str | Path, labeled: bool, folder: Path | None = None) -> FileIndex:
+    """List the images below `root`, links followed; labeled: one folder per class.
 
     folder: the index that all ranks map; the main process writes it unless it is there. None: each
     process lists for itself. Every rank must call it. UserError if there are no images.
     """
     if folder is None:
-        return _list_folder(str(root), labelled)
-    crc32 = from_main_process(partial(_make, folder, str(root), labelled))
+        return _list_folder(str(root), labeled)
+    crc32 = from_main_process(partial(_make, folder, str(root), labeled))
     index = open_index(folder, root, crc32)
     kinds = {False: "images without labels in", True: "the class folders of"}
     got = f"{kinds[index.classes is not None]} {index.metadata['root']}"
-    expected = f"{kinds[labelled]} {os.path.realpath(root)}"
+    expected = f"{kinds[labeled]} {os.path.realpath(root)}"
     if got != expected:
         raise UserError(
             f"{folder} lists {got}, not {expected}; give another --data_index, or delete {folder}"
@@ -174,19 +174,19 @@ def list_images(root: str | Path, labelled: bool, folder: Path | None = None) ->
     return index
 
 
-def _list_folder(root: str, labelled: bool) -> FileIndex:
+def _list_folder(root: str, labeled: bool) -> FileIndex:
     """List a folder in memory; UserError if it, or a class, is empty."""
     paths, offsets, classes = bytearray(), array("q", [0]), []
-    names = sorted(_names(root)[1]) if labelled else [None]
+    names = sorted(_names(root)[1]) if labeled else [None]
     for name in names:
-        files = _by_folder(root, name) if labelled else _in_order(root)
+        files = _by_folder(root, name) if labeled else _in_order(root)
         before = len(offsets)
         for file in files:
             paths += os.fsencode(file) + b"\0"
             offsets.append(len(paths))
         classes.append([name, len(offsets) - before])
     empty = [name for name, count in classes if not count]
-    if not labelled and empty:
+    if not labeled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
     if empty or not classes:
         found = f"no images in {len(empty)} class folders: {first_few(empty)}"
@@ -279,10 +279,10 @@ class ImageFiles(Dataset):
         return load_image(path), label
 
 
-def _images(root: Path, labelled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
+def _images(root: Path, labeled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
     name = "train.index" if train else "val.index"
     index = Path(spec.data_index).expanduser() / name if spec.data_index else None
-    return ImageFiles(list_images(root, labelled, index))
+    return ImageFiles(list_images(root, labeled, index))
 
 
 def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:

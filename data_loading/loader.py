@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Batches of a data loader copied to the device and normalised there.
+"""Batches of a data loader copied to the device and normalized there.
 
 python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 """
@@ -16,7 +16,7 @@ from errors import UserError
 
 
 class DeviceLoader:
-    """A loader's batches on `device`: images (N, C, H, W) float, normalised, channels_last.
+    """A loader's batches on `device`: images (N, C, H, W) float, normalized, channels_last.
 
     The loader's images are uint8 in 0..255 or float in 0..1. Raises the UserErrors that
     `TransformedDataset` returned. `wait_seconds` sums the time spent waiting for the loader; `bad`
@@ -69,7 +69,7 @@ class DeviceLoader:
 
     def _copy(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
-        return self.normalise(images), labels, ids
+        return self.normalize(images), labels, ids
 
     def _to_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if self.copy_stream is None:
@@ -82,7 +82,7 @@ class DeviceLoader:
             part.record_stream(current)  # otherwise the next batch could reuse its memory too early
         return parts
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 or float in 0..1 -> float32, (x - mean) / std."""
         x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
         x = x if images.is_floating_point() else x / 255

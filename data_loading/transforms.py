@@ -54,7 +54,7 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 class RandomErasing:
-    """timm's random erasing, for one (C, H, W) image before normalisation."""
+    """timm's random erasing, for one (C, H, W) image before normalization."""
 
     def __init__(self, prob: float, mode: str, count: int, mean: Sequence[float], std: Any):
         from timm.data.random_erasing import RandomErasing as Erase
@@ -134,7 +134,7 @@ def create_train_transform(
 def _crop_ends(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tensor:
     """Crop the long side to at most `ratio` times the short side.
 
-    Otherwise 20,000 x 10 pixels would be resized to 512,000 x 256 before the centre crop.
+    Otherwise 20,000 x 10 pixels would be resized to 512,000 x 256 before the center crop.
     """
     height, width = get_dimensions(image)[1:]
     longest = math.ceil(ratio * min(height, width))
@@ -147,7 +147,7 @@ def _crop_ends(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tenso
 def create_eval_transform(
     input_size: int | Sequence[int], crop_pct: float | None = None
 ) -> T.Compose:
-    """Create a bicubic resize of the shorter side to size / crop_pct and a centre crop.
+    """Create a bicubic resize of the shorter side to size / crop_pct and a center crop.
 
     Default crop_pct: 224/256 for 33 to 383 pixels; other sizes resize the whole image to the size.
     """
@@ -158,5 +158,5 @@ def create_eval_transform(
         return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), _to_tensor])
     pct = crop_pct or 224 / 256
     steps = create_transform(size, interpolation="bicubic", crop_pct=pct, use_prefetcher=True)
-    ratio = 16 * max(size) / min(size)  # far more than the centre crop keeps
+    ratio = 16 * max(size) / min(size)  # far more than the center crop keeps
     return T.Compose([partial(_crop_ends, ratio=ratio / pct), *steps.transforms, _to_tensor])

@@ -129,14 +129,14 @@ def test_synthetic_and_folder_need_no_surprise_classes(tmp_path):
 
 def test_synthetic_label_survives_crops_flips_and_rotations():
     crop = create_pretrain_transform(24, scale=(0.08, 1.0))
-    colours = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
-    colours = torch.tensor(colours) - torch.tensor(colours).mean(1, keepdim=True)
+    colors = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
+    colors = torch.tensor(colors) - torch.tensor(colors).mean(1, keepdim=True)
     val = TransformedDataset(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
     right = 0
     for i in range(200):
         image, label, _ = val[0, i]
         mean = torch.rot90(image, i % 4, (1, 2)).float().mean((1, 2))
-        right += int(torch.cosine_similarity(colours, (mean - mean.mean())[None]).argmax()) == label
+        right += int(torch.cosine_similarity(colors, (mean - mean.mean())[None]).argmax()) == label
     assert right >= 190
 
 
@@ -147,7 +147,7 @@ def test_synthetic_differs_between_splits_but_not_between_reads():
     assert train[3][0].tobytes() != val[3][0].tobytes()
 
 
-def test_unlabelled_folder_finds_nested_images_in_order(tmp_path):
+def test_unlabeled_folder_finds_nested_images_in_order(tmp_path):
     make_folders(tmp_path, ["b", "a/deep"])
     picture().save(tmp_path / "c.JPEG")
     (tmp_path / "notes.txt").write_text("no image")
@@ -230,7 +230,7 @@ def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
 # --- decoding and transforms ----------------------------------------------------------------
 
 
-def test_every_pil_mode_decodes_to_rgb_and_grey():
+def test_every_pil_mode_decodes_to_rgb_and_gray():
     for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV"):
         image = picture().convert("RGB").convert(mode) if mode != "LA" else picture().convert("LA")
         for channels in (1, 3):
@@ -334,7 +334,7 @@ def test_random_erasing_leaves_other_pixels_bit_exact():
     black = RandomErasing(1.0, "const", 1, *mean_and_std())(
         torch.zeros(3, 16, 16, dtype=torch.uint8)
     )
-    assert black.flatten(1).amax(1).tolist() == [124, 116, 104]  # 0 after normalising is the mean
+    assert black.flatten(1).amax(1).tolist() == [124, 116, 104]  # 0 after normalizing is the mean
     never = RandomErasing(0.0, "pixel", 1, *mean_and_std())
     assert torch.equal(never(image), image)
 
@@ -349,7 +349,7 @@ def test_flips_follow_the_flag():
     assert torch.equal(outs[0].flip(2), outs[1])
 
 
-def test_mean_and_std_of_grey_is_the_average():
+def test_mean_and_std_of_gray_is_the_average():
     assert mean_and_std(3) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert mean_and_std(3, imagenet_default=False) == ([0.5] * 3, [0.5] * 3)
     mean, std = mean_and_std(2)
@@ -458,7 +458,7 @@ def test_batch_larger_than_the_data_is_refused():
 
 
 @pytest.mark.parametrize(("imagenet", "mean"), [(True, [0.485, 0.456, 0.406]), (False, [0.5] * 3)])
-def test_fill_colours_of_augmentation_follow_mean_and_std(imagenet, mean):
+def test_fill_colors_of_augmentation_follow_mean_and_std(imagenet, mean):
     args = make_args(imagenet_default_mean_and_std=imagenet)
     *_, augment, _, _, erasing = datasets.build_transform(True, args).transforms
     assert erasing.mean.flatten().tolist() == pytest.approx(mean)
@@ -508,7 +508,7 @@ def test_memory_is_pinned_if_asked_and_if_there_is_a_gpu(pin_mem, cuda, monkeypa
     )
 
 
-def test_loader_normalises_grey_images_by_one_mean():
+def test_loader_normalizes_gray_images_by_one_mean():
     args = make_args(in_chans=1, aa="none")
     data, _ = datasets.build_dataset(True, args)
     loader = datasets.build_loader(data, True, args, "cpu")
@@ -568,14 +568,14 @@ def test_a_bug_in_a_transform_is_not_called_an_unreadable_image():
         TransformedDataset(Listed([(picture(), 0)]), broken, 0)[0, 0]
 
 
-def test_colour_augmentation_of_floats_is_refused():
+def test_color_augmentation_of_floats_is_refused():
     transform = create_train_transform(8, mean_and_std()[0], aa="rand-m9")
     result = TransformedDataset(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
     assert isinstance(result, UserError)
     assert "--aa none" in str(result)
 
 
-def test_batches_normalise_like_totensor_and_normalize():
+def test_batches_normalize_like_totensor_and_normalize():
     images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
     data = TransformedDataset(Listed([(image, 1) for image in images]), decode_back, 0)
     loader = WatchedLoader(data, EvalSampler(2, 0, 1), 2)
@@ -583,7 +583,7 @@ def test_batches_normalise_like_totensor_and_normalize():
     ((x, labels, ids),) = list(batches)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in mean_and_std())
     torch.testing.assert_close(x, (images / 255 - mean) / std)
-    torch.testing.assert_close(batches.normalise(images / 255), x)
+    torch.testing.assert_close(batches.normalize(images / 255), x)
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (labels.tolist(), ids.tolist(), labels.dtype) == ([1, 1], [0, 1], torch.int64)
     assert batches.wait_seconds > 0

@@ -29,9 +29,9 @@ SMALL = [
     *["--input_size", "16", "--stem_stride", "1", "--batch_size", "6", "--epochs", "2"],
     *["--lr", "0.01", "--num_workers", "0", "--device", "cpu", "--print_freq", "2"],
 ]
-COLOURS = ["--data_set", "tests.tiny:colours"]
-PRETRAIN = ["--model", "tests.tiny:fcmae", *COLOURS, *SMALL, "--decoder_embed_dim", "8"]
-FINETUNE = ["--model", "tests.tiny:classifier", *COLOURS, *SMALL, "--aa", "none"]
+COLORS = ["--data_set", "tests.tiny:colors"]
+PRETRAIN = ["--model", "tests.tiny:fcmae", *COLORS, *SMALL, "--decoder_embed_dim", "8"]
+FINETUNE = ["--model", "tests.tiny:classifier", *COLORS, *SMALL, "--aa", "none"]
 
 
 def run(
@@ -159,12 +159,12 @@ def test_checkpoint_is_evaluated_and_tuned_at_other_sizes(finetuned, tmp_path):
 
 
 def loss_at(path: Path, size: tuple[int, ...]) -> float:
-    """Of the images that `tests.tiny:colours` evaluates, at another size."""
+    """Of the images that `tests.tiny:colors` evaluates, at another size."""
     model = tiny.classifier(stem_stride=1, num_classes=tiny.CLASSES).eval()
     model.load_state_dict(weights(path))
     resize = create_eval_transform(size * 2 if len(size) == 1 else size)
     mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in mean_and_std())
-    data = tiny.colours("", False)
+    data = tiny.colors("", False)
     images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
     batch = torch.stack([resize(to_pil_image(image)) for image in images])
     with torch.no_grad():
@@ -174,7 +174,7 @@ def loss_at(path: Path, size: tuple[int, ...]) -> float:
 
 def test_visualize_draws_a_checkpoint(pretrained, tmp_path):
     words = ["--checkpoint", pretrained, "--output", tmp_path / "a.png", "--device", "cpu"]
-    run("visualize.py", *words, "--model", "tests.tiny:fcmae", *COLOURS)
+    run("visualize.py", *words, "--model", "tests.tiny:fcmae", *COLORS)
     assert np.asarray(Image.open(tmp_path / "a.png")).std() > 10
 
 

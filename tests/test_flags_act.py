@@ -37,10 +37,10 @@ BASE = {
 PATHS: list[str | None] = []
 
 
-def recorded(data_path: str | None, train: bool) -> tiny.Colours:
-    """`tests.tiny:colours`; notes the path that it was given."""
+def recorded(data_path: str | None, train: bool) -> tiny.Colors:
+    """`tests.tiny:colors`; notes the path that it was given."""
     PATHS.append(data_path)
-    return tiny.colours(data_path, train)
+    return tiny.colors(data_path, train)
 
 
 @dataclass

@@ -141,7 +141,7 @@ def all_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", all_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_begin_with_licence_and_docstring(path):
+def test_files_begin_with_license_and_docstring(path):
     text = path.read_text(encoding="utf-8")
     if path.name == "__init__.py" and not text:
         return

@@ -54,7 +54,7 @@ def fcmae64(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) ->
     return FCMAE64(encoder, **kwargs).double()
 
 
-class Colours(torch.utils.data.Dataset):
+class Colors(torch.utils.data.Dataset):
     """Noise that is brighter in the channel of its label."""
 
     classes = ("red", "green", "blue")
@@ -72,17 +72,17 @@ class Colours(torch.utils.data.Dataset):
         return image, index % CLASSES
 
 
-def colours(data_path: str, train: bool) -> Colours:
+def colors(data_path: str, train: bool) -> Colors:
     """26 images to train on, 7 to evaluate."""
-    return Colours(26 if train else 7)
+    return Colors(26 if train else 7)
 
 
-def even(data_path: str, train: bool) -> Colours:
+def even(data_path: str, train: bool) -> Colors:
     """32 images to train on; to evaluate 3, fewer than there may be processes."""
-    return Colours(32 if train else 3)
+    return Colors(32 if train else 3)
 
 
-class Poisoned(Colours):
+class Poisoned(Colors):
     """Float images of which one batch holds a NaN."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -92,7 +92,7 @@ class Poisoned(Colours):
 
 
 def poisoned(data_path: str, train: bool) -> Poisoned:
-    """`colours` with one image that is not finite."""
+    """`colors` with one image that is not finite."""
     return Poisoned(26 if train else 7)
 
 
@@ -113,7 +113,7 @@ def other(num_classes: int, **kwargs) -> Other:
     return Other(num_classes)
 
 
-class Deadly(Colours):
+class Deadly(Colors):
     """One sample of it ends the process that reads it, or never comes."""
 
     def __init__(self, length: int, fault: str) -> None:
@@ -130,16 +130,16 @@ class Deadly(Colours):
 
 
 def dies(data_path: str, train: bool) -> Deadly:
-    """`colours` whose reader is killed, as for want of memory."""
+    """`colors` whose reader is killed, as for want of memory."""
     return Deadly(26 if train else 5, "dies")
 
 
 def hangs(data_path: str, train: bool) -> Deadly:
-    """`colours` of which one is on a file system that stalls."""
+    """`colors` of which one is on a file system that stalls."""
     return Deadly(26 if train else 5, "hangs")
 
 
-class Fails(Colours):
+class Fails(Colors):
     """The seventh image that rank 1 asks for is an error."""
 
     asked = 0
@@ -152,7 +152,7 @@ class Fails(Colours):
 
 
 def fails(data_path: str, train: bool) -> Fails:
-    """`colours`, of which one rank cannot read all."""
+    """`colors`, of which one rank cannot read all."""
     return Fails(26 if train else 7)
 
 
@@ -206,7 +206,7 @@ def frail_fcmae(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs
     return FCMAE(encoder, **kwargs)
 
 
-class Slow(Colours):
+class Slow(Colors):
     """In the first starts of a SLURM job it takes a while, and so does an image: to be ended."""
 
     def __init__(self, length: int, seconds: float, starts: int, after: int) -> None:
@@ -225,6 +225,6 @@ class Slow(Colours):
 
 
 def slow(data_path: str, train: bool) -> Slow:
-    """`colours`; --data_path 0.5,2,6: half a second an image in two starts, but not the first 6."""
+    """`colors`; --data_path 0.5,2,6: half a second an image in two starts, but not the first 6."""
     seconds, starts, after = data_path.split(",")
     return Slow(26 if train else 7, float(seconds), int(starts), int(after))

@@ -246,7 +246,7 @@ class StepProbe:
         """Make a batch on the device, of repeated samples if need be, and repeat it."""
         rows = torch.arange(size) % len(self.samples[0])
         images, labels, ids = (part[rows].to(self.device) for part in self.samples)
-        batch = self.run.data_loader_train.normalise(images), labels, ids
+        batch = self.run.data_loader_train.normalize(images), labels, ids
         return FirstBatches(map(deepcopy, repeat(batch)), times)  # mixup works in place
 
     def train(self, batches: FirstBatches) -> None:

@@ -23,10 +23,10 @@ from parallel import sharding
 from parallel.process_group import is_main_process
 from training.stepper import autocast
 
-GREY = 0.5  # shown where a column has no pixels
+GRAY = 0.5  # shown where a column has no pixels
 TITLES = ("input", "masked", "reconstruction", "reconstruction\n+ visible")
 MIN_WIDTH = 128  # pixels of a column, so that its title fits; smaller images are enlarged
-INK = "#303030"  # colour of the titles
+INK = "#303030"  # color of the titles
 
 
 class ReconstructionImages:
@@ -57,7 +57,7 @@ class ReconstructionImages:
         count = min(count, len(data))
         ids = torch.arange(count) * len(data) // count
         loader = datasets.DeviceLoader(WatchedLoader(dataset, [], 1), device, self.mean, self.std)
-        self.images, _, ids = loader.reload(0, ids)  # (N, C, H, W), normalised
+        self.images, _, ids = loader.reload(0, ids)  # (N, C, H, W), normalized
         h, w = model.grid_size(*self.images.shape[-2:])
         noise = mask_noise(args.seed, 0, ids, h * w)
         self.mask = random_mask(noise, visible_patches(h * w, model.mask_ratio))  # (N, L)
@@ -79,7 +79,7 @@ class ReconstructionImages:
 def reconstruct(
     model: FCMAE, images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Normalised (N, C, H, W) and mask (N, L), 1 = removed -> (N, 4, C, H, W) in 0 to 1.
+    """Normalized (N, C, H, W) and mask (N, L), 1 = removed -> (N, 4, C, H, W) in 0 to 1.
 
     The four are those of TITLES. The loss ignores visible patches, so their prediction has no
     meaning and is not shown. With `norm_pix_loss` the model predicts patches without their mean
@@ -99,7 +99,7 @@ def reconstruct(
     removed = model.unpatchify(mask[..., None].expand_as(patches), size) > 0
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
     images, pred = images * std + mean, pred * std + mean
-    masked, alone = torch.where(removed, GREY, images), torch.where(removed, pred, GREY)
+    masked, alone = torch.where(removed, GRAY, images), torch.where(removed, pred, GRAY)
     pasted = torch.where(removed, pred, images)
     return torch.stack([images, masked, alone, pasted], dim=1).clamp(0, 1)
 

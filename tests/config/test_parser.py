@@ -301,7 +301,7 @@ def test_data_path_is_needed_unless_the_data_has_none(capsys):
             assert options.parse(PARSERS[kind](), ["--data_set", name]).data_path == ""
 
 
-def test_legal_neighbours_of_refused_values():
+def test_legal_neighbors_of_refused_values():
     assert parse("pretrain", "--input_size", "64", "--mask_ratio", "0.75").mask_ratio == 0.75
     assert parse("pretrain", "--input_size", "320", "--mask_ratio", "0.99").input_size == (320, 320)
     assert parse("finetune", "--epochs", "20", "--warmup_epochs", "20").warmup_epochs == 20

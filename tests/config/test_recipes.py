@@ -484,7 +484,7 @@ def test_docs_state_the_result_that_the_recipe_states(name):
 
 
 def test_run_logs_its_recipe_and_effective_batch(tmp_path):
-    words = "--recipe atto_ft --model tests.tiny:classifier --data_set tests.tiny:colours --aa none"
+    words = "--recipe atto_ft --model tests.tiny:classifier --data_set tests.tiny:colors --aa none"
     words += " --input_size 16 --stem_stride 1 --epochs 1 --batch_size 4 --effective_batch 16"
     words += f" --num_workers 0 --device cpu --output_dir {tmp_path}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

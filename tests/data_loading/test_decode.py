@@ -28,22 +28,22 @@ from datasets import create_dataset
 from errors import UserError
 
 PHOTOS = Path(os.environ.get("PHOTOS", "photos.zip"))  # of any *.JPEG
-RED, GREEN, BLUE, GREY, WHITE = (
+RED, GREEN, BLUE, GRAY, WHITE = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (255, 255, 255),
 )  # fmt: skip
-CORNERS = [RED, GREEN, BLUE, GREY]
+CORNERS = [RED, GREEN, BLUE, GRAY]
 
 
 def quadrants(side: int = 16) -> Image.Image:
-    """Red and green above blue and grey."""
+    """Red and green above blue and gray."""
     image, half = Image.new("RGB", (2 * side, 2 * side)), (side, side)
-    for place, colour in zip(((0, 0), (1, 0), (0, 1), (1, 1)), CORNERS, strict=True):
-        image.paste(Image.new("RGB", half, colour), (place[0] * side, place[1] * side))
+    for place, color in zip(((0, 0), (1, 0), (0, 1), (1, 1)), CORNERS, strict=True):
+        image.paste(Image.new("RGB", half, color), (place[0] * side, place[1] * side))
     return image
 
 
 def seen(image: Image.Image, in_chans: int = 3) -> list:
-    """The colours of its quadrants, as the network gets them."""
+    """The colors of its quadrants, as the network gets them."""
     pixels = decode(image, in_chans)
     width, height = pixels.size
     return [
@@ -57,8 +57,8 @@ def reread(image: Image.Image, path: Path, **options) -> Image.Image:
     return load_image(str(path))
 
 
-def near(colours: list, expected: list, tolerance: int = 4) -> bool:
-    return np.abs(np.array(colours, int) - np.array(expected, int)).max() <= tolerance
+def near(colors: list, expected: list, tolerance: int = 4) -> bool:
+    return np.abs(np.array(colors, int) - np.array(expected, int)).max() <= tolerance
 
 
 # --- kinds of files -------------------------------------------------------------------------
@@ -95,21 +95,21 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
+def png(width: int, height: int, bits: int, color: int, rows: bytes, *chunks: bytes) -> bytes:
     """A PNG of rows that PIL itself cannot write."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     body = png_chunk(b"IDAT", zlib.compress(rows))
     parts = [png_chunk(b"IHDR", header), *chunks, body, png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_sixteen_bit_colour_keeps_its_high_byte():
+def test_sixteen_bit_color_keeps_its_high_byte():
     row = b"\x00" + struct.pack(">6H", 0xFF12, 0x8034, 0x0056, 0, 0x01FF, 0xFFFF)
     image = load_image(io.BytesIO(png(2, 1, 16, 2, row)))
     assert np.asarray(decode(image, 3)).tolist() == [[[255, 128, 0], [0, 1, 255]]]
 
 
-def test_sixteen_bit_grey_is_white_where_it_is_transparent():
+def test_sixteen_bit_gray_is_white_where_it_is_transparent():
     """Not where the upper byte alone is that of the transparent value."""
     row = b"\x00" + struct.pack(">4H", 0x1234, 0x1235, 0xFF00, 0)
     image = load_image(io.BytesIO(png(4, 1, 16, 0, row, png_chunk(b"tRNS", b"\x12\x34"))))
@@ -117,7 +117,7 @@ def test_sixteen_bit_grey_is_white_where_it_is_transparent():
 
 
 def tiff(bits: int, white_is_zero: bool, format_: int, data: bytes, width: int) -> Image.Image:
-    """A grey TIFF of one row that PIL itself cannot write, read."""
+    """A gray TIFF of one row that PIL itself cannot write, read."""
     tags = {256: width, 257: 1, 258: bits, 259: 1, 262: 1 - white_is_zero, 273: 8 + 2 + 120 + 4}
     tags |= {277: 1, 278: 1, 279: len(data), 339: format_}
     body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -134,7 +134,7 @@ TIFFS = {  # bits, white is zero, data, width, what is seen
 
 
 @pytest.mark.parametrize("case", TIFFS)
-def test_grey_tiff_is_as_bright_as_a_person_sees_it(case):
+def test_gray_tiff_is_as_bright_as_a_person_sees_it(case):
     """PIL leaves white black, and 12 bits nearly so."""
     bits, white_is_zero, data, width, expected = TIFFS[case]
     image = tiff(bits, white_is_zero, 1, data, width)
@@ -186,7 +186,7 @@ def test_half_transparent_is_mixed_with_white():
     assert near(seen(image), [(127,) * 3] * 4, 1)
 
 
-def test_grey_image_is_grey_in_colour_and_colour_is_luma_in_grey(tmp_path):
+def test_gray_image_is_gray_in_color_and_color_is_luma_in_gray(tmp_path):
     image = reread(quadrants().convert("L"), tmp_path / "a.jpg", quality=100)
     assert near(seen(image), [(76,) * 3, (150,) * 3, (29,) * 3, (128,) * 3])
 
@@ -219,7 +219,7 @@ def test_damaged_exif_leaves_the_picture(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_animation_is_its_first_picture(tmp_path, suffix):
-    other = [Image.new("RGB", (32, 32), colour) for colour in (BLUE, GREEN)]
+    other = [Image.new("RGB", (32, 32), color) for color in (BLUE, GREEN)]
     options = {"lossless": True} if suffix == "webp" else {}
     path = tmp_path / f"a.{suffix}"
     image = reread(quadrants(), path, save_all=True, append_images=other, **options)

@@ -384,7 +384,7 @@ def test_list_in_memory_takes_a_path_and_eight_bytes_an_image(monkeypatch):
     generate(monkeypatch, 100_000)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    index = list_images("/data", labelled=True)
+    index = list_images("/data", labeled=True)
     kept = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert kept < 100_000 * (len("class0000/000000000.jpg") + 1 + 8) + 400_000
@@ -417,7 +417,7 @@ def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     assert whole.name_of(8) == f"image {root}/c/2.png"
 
 
-@pytest.mark.parametrize("data_set", ["DIGITS", "CIFAR10", "SYNTHETIC", "tests.tiny:colours"])
+@pytest.mark.parametrize("data_set", ["DIGITS", "CIFAR10", "SYNTHETIC", "tests.tiny:colors"])
 def test_flag_is_refused_where_there_are_no_folders(data_set, capsys):
     words = ["--data_set", data_set, "--data_path", "x", "--data_index", "lists"]
     for parser in (options.pretrain_parser(), options.finetune_parser()):

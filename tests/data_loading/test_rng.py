@@ -82,7 +82,7 @@ def test_noise_differs_by_seed_epoch_and_sample():
     assert len(values.unique()) == len(values) == 4 * 50 * 4
 
 
-def test_noise_is_uniform_and_neighbours_are_independent():
+def test_noise_is_uniform_and_neighbors_are_independent():
     noise = mask_noise(0, 0, torch.arange(9800), 49)
     share = noise.double() / 2**63  # -1 to 1, mean 0, std 0.577
     assert share.mean().abs() < 0.005  # five times 0.577 / sqrt(480200)

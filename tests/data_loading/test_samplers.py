@@ -94,7 +94,7 @@ def test_any_image_may_come_at_any_place(position):
     assert chi_square([*seen.values()], 26) < 4
 
 
-def test_neighbours_in_the_order_are_none_in_the_data():
+def test_neighbors_in_the_order_are_none_in_the_data():
     length = 100_000
     x = order(length, 0, 0).double() - (length - 1) / 2
     rows = math.isqrt(length - 1) + 1  # of the rectangle that the cells are permuted in

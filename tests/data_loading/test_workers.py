@@ -63,7 +63,7 @@ def names(root: Path, bad: tuple = BAD) -> list[str]:
 
 
 def augmented(root: Path, on_bad: str) -> TransformedDataset:
-    files = folders.ImageFiles(list_images(root, labelled=False))
+    files = folders.ImageFiles(list_images(root, labeled=False))
     files.samples = sorted(files.samples, key=lambda sample: Path(sample[0]).name)
     return TransformedDataset(files, to_tensor, seed=3, on_bad=on_bad)
 
@@ -130,7 +130,7 @@ def test_faulty_file_is_named_or_replaced(tmp_path, fault):
 def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
-    assert len(list_images(tmp_path / "sets", labelled=False)) == COUNT
+    assert len(list_images(tmp_path / "sets", labeled=False)) == COUNT
     spec = folders.DatasetSpec(str(tmp_path / "sets"))
     assert len(folders.image_folder(spec, train=True)) == COUNT
 
@@ -238,7 +238,7 @@ def test_too_many_bad_images_are_an_error(tmp_path):
 def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
     """They are faults of the flags: with all samples replaced they would never be seen."""
     make_photos(tmp_path, bad=())
-    files = folders.ImageFiles(list_images(tmp_path, labelled=False))
+    files = folders.ImageFiles(list_images(tmp_path, labeled=False))
     data = TransformedDataset(files, to_tensor, 0, 4, on_bad="replace")
     assert "--in_chans 4" in str(data[0, 0])
     data = TransformedDataset([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
@@ -403,7 +403,7 @@ class Mortal(folders.ImageFiles):
 
 
 def mortal(data_path: str, train: bool) -> Mortal:
-    return Mortal(list_images(data_path, labelled=False))
+    return Mortal(list_images(data_path, labeled=False))
 
 
 @pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])

@@ -197,7 +197,7 @@ def test_patch_convolution_is_conv2d_on_channels_last_maps():
 # --- heads, channels, strides ---------------------------------------------------------------
 
 
-def test_no_classes_gives_normalised_features():
+def test_no_classes_gives_normalized_features():
     model = toy(num_classes=0)
     images = doubles(2, 3, 32, 64)
     out = model(images)
@@ -242,8 +242,8 @@ def test_head_init_scale_shrinks_the_head_and_nothing_else():
         assert torch.equal(value, expected), name
 
 
-def test_weights_are_initialised_once_with_std_0_02():
-    """timm's default std of 1 in a second initialisation made official weights useless."""
+def test_weights_are_initialized_once_with_std_0_02():
+    """timm's default std of 1 in a second initialization made official weights useless."""
     torch.manual_seed(0)
     for name, parameter in create_model("convnextv2_atto").named_parameters():
         if parameter.ndim > 1 and "grn" not in name:

@@ -208,7 +208,7 @@ def test_bf16_autocast_is_close_to_float32():
 
 
 def test_initial_loss_is_about_one():
-    """Initialised twice, and with std 1, the official model starts at 2e10."""
+    """Initialized twice, and with std 1, the official model starts at 2e10."""
     torch.manual_seed(0)
     model = FCMAE(ConvNeXtV2((2, 2, 6, 2), (40, 80, 160, 320)))
     loss, _, mask = model(torch.randn(2, 3, 224, 224))

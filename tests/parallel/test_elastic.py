@@ -16,14 +16,14 @@ import torch
 
 from errors import EXIT_REQUEUE
 from tests.groups import run_script
-from tests.test_end_to_end import COLOURS, ROOT
+from tests.test_end_to_end import COLORS, ROOT
 from tests.training.test_checkpoint_manager import wait_for
 
 pytestmark = pytest.mark.slow
 
 # 26 images, 6 in an optimizer step with any number of processes.
 SMALL = [
-    *["--model", "tests.tiny:fcmae", *COLOURS, "--decoder_embed_dim", "8", "--input_size", "16"],
+    *["--model", "tests.tiny:fcmae", *COLORS, "--decoder_embed_dim", "8", "--input_size", "16"],
     *["--stem_stride", "1", "--batch_size", "3", "--lr", "0.01", "--num_workers", "0"],
     *["--device", "cpu", "--picture_freq", "0", "--log_dir", "none", "--kernels", "torch"],
 ]

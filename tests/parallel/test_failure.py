@@ -183,7 +183,7 @@ def killed(args: SimpleNamespace) -> None:
         time.sleep(0.01)
 
 
-class Stuck(tiny.Colours):
+class Stuck(tiny.Colors):
     """Loading an image but the first never ends; its process writes its number into a file."""
 
     def __init__(self, file: Path) -> None:

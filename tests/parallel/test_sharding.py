@@ -304,7 +304,7 @@ def normed() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(1024, 3))
 
 
-def ranks_normalise(rank: int, folder: Path) -> dict:
+def ranks_normalize(rank: int, folder: Path) -> dict:
     """Build groups of SyncBatchNorm; evaluate with running statistics that differ by rank."""
     model, sizes = normed(), {}
     for group in (0, 1, 2):
@@ -446,7 +446,7 @@ def ranks_save(rank: int, folder: Path) -> dict:
 
 
 JOBS = [
-    *[ranks_count, ranks_skip, ranks_average, ranks_compress, ranks_normalise, ranks_start],
+    *[ranks_count, ranks_skip, ranks_average, ranks_compress, ranks_normalize, ranks_start],
     *[ranks_optimize, ranks_save],
     *[ranks_gather] * HAS_FSDP,
 ]
@@ -532,13 +532,13 @@ def test_gradients_reduced_in_bf16_are_close_and_equal_on_all_ranks(results, mod
 
 def test_sync_bn_uses_groups_of_the_given_size(results):
     for result in results:
-        assert result["ranks_normalise"]["sizes"] == {0: 2, 1: 1, 2: 2}
+        assert result["ranks_normalize"]["sizes"] == {0: 2, 1: 1, 2: 2}
 
 
 def test_evaluation_uses_the_running_statistics_of_rank_0(results):
     for result in results:
-        assert result["ranks_normalise"]["means"] == [[0.0] * 4, [0]]
-        assert result["ranks_normalise"]["stats"] == results[0]["ranks_normalise"]["stats"]
+        assert result["ranks_normalize"]["means"] == [[0.0] * 4, [0]]
+        assert result["ranks_normalize"]["stats"] == results[0]["ranks_normalize"]["stats"]
 
 
 @NEEDS_FSDP

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from tests.test_end_to_end import COLOURS, FINETUNE, PRETRAIN, SMALL, assert_same, log, run, weights
+from tests.test_end_to_end import COLORS, FINETUNE, PRETRAIN, SMALL, assert_same, log, run, weights
 from tests.tiny import _Torn, classifier
 from tests.training.test_stepper import adamw, feed, product
 from training.anomaly import MAX_ENTRIES, AnomalyGuard, append_entries, first_not_finite
@@ -66,7 +66,7 @@ def test_image_that_is_not_finite_is_named_and_costs_its_update_alone(tmp_path, 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("on_spike", ["skip", "rollback"])
 def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
-    words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", on_spike]
+    words = [*FRAIL[script], *COLORS, *SMALL, "--batch_size", 3, "--on_spike", on_spike]
     words += ["--output_dir", tmp_path, "--kernels", "torch"]
     said = run(script, *words, ranks=2, env={"FRAIL": "gradient:2:1"}).stdout
     assert "skipped 1 steps, first at step 3: gradient is not finite" in said
@@ -85,7 +85,7 @@ def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_parameter_is_brought_back_by_a_rollback(tmp_path, script):
-    words = [*FRAIL[script], *COLOURS, *SMALL, "--on_spike", "rollback", "--print_freq", 1]
+    words = [*FRAIL[script], *COLORS, *SMALL, "--on_spike", "rollback", "--print_freq", 1]
     words += ["--snapshot_freq", 2, "--output_dir", tmp_path]
     said = run(script, *words, env={"FRAIL": "parameter:5:0"}).stdout
     (fault,) = faults(tmp_path)
@@ -100,7 +100,7 @@ def test_parameter_is_brought_back_by_a_rollback(tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_parameter_that_is_lost_stops_a_run_whose_checkpoints_stay_whole(tmp_path, script):
     """They must not give way to weights from which nobody can go on."""
-    words = [*FRAIL[script], *COLOURS, *SMALL, "--epochs", 9, "--max_bad_steps", 6]
+    words = [*FRAIL[script], *COLORS, *SMALL, "--epochs", 9, "--max_bad_steps", 6]
     words += ["--save_ckpt_every_steps", 1, "--output_dir", tmp_path]
     done = run(script, *words, env={"FRAIL": "parameter:5:0"}, expect=1)
     assert "7 bad steps in a row, the last one: loss is not finite; lower --lr" in done.stderr
@@ -113,7 +113,7 @@ def test_parameter_that_is_lost_stops_a_run_whose_checkpoints_stay_whole(tmp_pat
 
 def test_return_brings_back_weights_moments_and_average(tmp_path):
     """The run ends as if the steps since the snapshot had been skipped from the beginning."""
-    words = [*FRAIL["main_finetune.py"], *COLOURS, *SMALL, "--epochs", 7, "--spike_factor", 5]
+    words = [*FRAIL["main_finetune.py"], *COLORS, *SMALL, "--epochs", 7, "--spike_factor", 5]
     words += ["--print_freq", 3, "--model_ema", "--model_ema_decay", "0.5", "--kernels", "torch"]
     words += ["--on_spike", "rollback", "--save_ckpt_every_steps", 4, "--save_ckpt_num", 9]
     said = run("main_finetune.py", *words, "--output_dir", tmp_path, env={"FRAIL": "loss:25:0"})
@@ -136,7 +136,7 @@ def test_return_brings_back_weights_moments_and_average(tmp_path):
 
 def test_rollback_survives_a_restart(tmp_path):
     """Killed after a rollback, the run ends as one that was not, counts of rollbacks included."""
-    words = [*FRAIL["main_pretrain.py"], *COLOURS, *SMALL, "--epochs", 4, "--print_freq", 1]
+    words = [*FRAIL["main_pretrain.py"], *COLORS, *SMALL, "--epochs", 4, "--print_freq", 1]
     words += ["--on_spike", "rollback", "--save_ckpt_every_steps", 3, "--kernels", "torch"]
     env = {"FRAIL": "gradient:6:0"}
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -161,7 +161,7 @@ def test_rollback_survives_a_restart(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_parameter_of_one_rank_brings_both_back_to_the_same_snapshot(tmp_path, script):
     """Each would have kept another: they differed for good, and nobody noticed."""
-    words = [*FRAIL[script], *COLOURS, *SMALL, "--batch_size", 3, "--on_spike", "rollback"]
+    words = [*FRAIL[script], *COLORS, *SMALL, "--batch_size", 3, "--on_spike", "rollback"]
     words += ["--snapshot_freq", 2, "--print_freq", 1, "--kernels", "torch", "--epochs", 3]
     words += ["--output_dir", tmp_path]
     said = run(script, *words, ranks=2, env={"FRAIL": "parameter:5:1", "HASHES": "1"}).stdout
@@ -267,7 +267,7 @@ def test_rollbacks_are_bounded_when_checks_are_further_apart_than_snapshots():
     assert problems == [False, False, True, False]
 
 
-def test_rollback_to_before_the_first_step_leaves_no_uninitialised_momentum():
+def test_rollback_to_before_the_first_step_leaves_no_uninitialized_momentum():
     """Fused SGD that skips its first step would read a momentum buffer it never wrote."""
     model, optimizer, stepper = product(lr=1e-3, momentum=0.5, fused=True)
     guard, state = guarded(stepper, model, optimizer, snapshot_freq=9)

@@ -28,7 +28,7 @@ from parallel import process_group
 from parallel.state_dict import tensor_leaves
 from tests.groups import free_port
 from tests.test_end_to_end import FINETUNE, PRETRAIN
-from tests.tiny import Colours
+from tests.tiny import Colors
 from training import dry_run, run_lock
 from training.dry_run import PlannedRun, StepProbe, format_bytes
 from training.setup import TrainLoop
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
 
 
-class Unreadable(Colours):
+class Unreadable(Colors):
     """Images whose numbers are in `bad` cannot be read."""
 
     def __init__(self, length: int, bad: tuple) -> None:
@@ -58,7 +58,7 @@ def no_val(data_path: str, train: bool) -> Unreadable:
     return Unreadable(26, ()) if train else Unreadable(3, (0, 1, 2))
 
 
-class Broken(Colours):
+class Broken(Colors):
     """Two images raise an exception that only a user's own data set raises."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -327,7 +327,7 @@ class Small:
 
     def __init__(self, error: Exception) -> None:
         self.error, self.optimizer = error, torch.optim.SGD([torch.zeros(1)])
-        self.normalise = torch.Tensor.float
+        self.normalize = torch.Tensor.float
         self.scaler = torch.amp.GradScaler("cpu")
         self.loader = SimpleNamespace(dataset=range(100))
 

@@ -9,7 +9,7 @@ from config import parser as options
 from data_loading import builtin
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from training.pictures import GREY, ReconstructionImages, grid, reconstruct
+from training.pictures import GRAY, ReconstructionImages, grid, reconstruct
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def toy(in_chans: int = 3, norm_pix_loss: bool = True) -> FCMAE:
 @pytest.mark.parametrize(
     ("in_chans", "size"), [(3, (16, 16)), (3, (8, 24)), (1, (24, 16)), (1, (8, 16))]
 )
-def test_each_column_is_grey_where_it_shows_nothing(in_chans, size):
+def test_each_column_is_gray_where_it_shows_nothing(in_chans, size):
     model = toy(in_chans)
     mean, std = [0.4, 0.5, 0.6][:in_chans], [0.1, 0.2, 0.3][:in_chans]
     truth = torch.rand(2, in_chans, *size)
@@ -40,8 +40,8 @@ def test_each_column_is_grey_where_it_shows_nothing(in_chans, size):
     assert views.shape == (2, 4, in_chans, *size)
     whole, masked, reconstruction, pasted = views.unbind(1)
     assert torch.allclose(whole, truth, atol=1e-6)
-    assert torch.equal(masked, torch.where(hidden, GREY, whole))
-    assert (reconstruction[~hidden] == GREY).all()
+    assert torch.equal(masked, torch.where(hidden, GRAY, whole))
+    assert (reconstruction[~hidden] == GRAY).all()
     assert torch.equal(pasted, torch.where(hidden, reconstruction, whole))
     assert not torch.allclose(reconstruction[hidden], whole[hidden], atol=0.05)
     assert model.training  # as before
@@ -65,7 +65,7 @@ def test_prediction_gets_mean_and_deviation_of_its_patch_back():
         assert torch.allclose(shown[1][:, 8:], torch.tensor(0.25 + 0.5 * right))
 
 
-def test_prediction_of_plain_pixels_is_only_denormalised():
+def test_prediction_of_plain_pixels_is_only_denormalized():
     model = toy(in_chans=3, norm_pix_loss=False)
     with torch.no_grad():
         model.pred.weight.zero_()
@@ -96,7 +96,7 @@ def test_grid_has_titles_above_a_row_for_each_image(shape, expected):
     columns = titles.chunk(4, dim=1)
     dark = [(column < 0.5).nonzero()[:, 1].double() for column in columns]
     assert all(len(pixels) > 50 for pixels in dark)  # a title above each column
-    for pixels, column in zip(dark, columns, strict=True):  # centred
+    for pixels, column in zip(dark, columns, strict=True):  # centered
         middle = (pixels.min() + pixels.max()).item() / 2
         assert middle == pytest.approx(column.shape[1] / 2, abs=8)
         assert pixels.max() - pixels.min() < column.shape[1] - 10  # and narrower than it

@@ -436,7 +436,7 @@ def test_half_precision_survives_large_activations(tmp_path):
 
 
 def picture(width: int, height: int) -> Image.Image:
-    """Smooth colours with some noise, as a photograph has."""
+    """Smooth colors with some noise, as a photograph has."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -486,10 +486,10 @@ def test_folder_has_labels_and_preprocessing(files, tmp_path):
 
 
 def test_one_channel(tmp_path):
-    torch.save({"model": classifier(in_chans=1).state_dict()}, tmp_path / "grey.pth")
+    torch.save({"model": classifier(in_chans=1).state_dict()}, tmp_path / "gray.pth")
     for target in ("hf", "timm", "torchscript"):
         output = tmp_path / f"a{TARGETS[target]}"
-        main(tmp_path / "grey.pth", "--to", target, "--output", output, *SIDES)
+        main(tmp_path / "gray.pth", "--to", target, "--output", output, *SIDES)
     values = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
     assert (values["do_convert_rgb"], len(values["image_mean"])) == (False, 1)
 

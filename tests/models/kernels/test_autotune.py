@@ -357,9 +357,9 @@ def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
     assert "Traceback" not in done.stderr
 
 
-def two(data_path: str, train: bool) -> tiny.Colours:
+def two(data_path: str, train: bool) -> tiny.Colors:
     """Images for one update, since Triton's interpreter is slow."""
-    return tiny.Colours(2)
+    return tiny.Colors(2)
 
 
 def test_run_with_triton_in_the_interpreter_trains():
