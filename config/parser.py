@@ -246,7 +246,8 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
-        yield f"{got}; to keep and mask at least one, change it, --input_size or --patch_size"
+        multiple = f"a multiple of 8 * --stem_stride ({stride} now)"
+        yield f"{got}, expected both kinds; raise --input_size, or lower --patch_size, {multiple}"
     if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 

@@ -82,9 +82,6 @@ class FileIndex(Sequence):
         return FileIndex, (self.paths, self.offsets, self.metadata, self.root)
 
 
-# --- an index on disk -----------------------------------------------------------------------------
-
-
 def open_index(folder: Path, root: str | Path, crc32: int | None = None) -> FileIndex:
     """Open an index, memory-mapped; UserError if it is damaged or has another checksum."""
     try:
@@ -146,9 +143,6 @@ def _make(folder: Path, root: str, labeled: bool) -> int:
                     "enough space"
                 ) from error
     return open_index(folder, root).metadata["crc32"]
-
-
-# --- folders --------------------------------------------------------------------------------------
 
 
 def list_images(root: str | Path, labeled: bool, folder: Path | None = None) -> FileIndex:

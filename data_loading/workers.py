@@ -41,9 +41,9 @@ REMEDY = (
 class WatchedLoader:
     """A DataLoader with persistent workers that reports the sample on which one died or hung.
 
-    The sampler's keys are (epoch, index). timeout: seconds that a worker may take for one sample;
-    0: no limit. A worker that dies or exceeds the limit ends the iteration with TrainingStopped.
-    options: of DataLoader.
+    The sampler's keys are (epoch, index). timeout: seconds that a worker may take for one sample,
+    and that a batch may be missing while all workers are idle; 0: no limit. A worker that dies or
+    exceeds the limit ends the iteration with TrainingStopped. options: of DataLoader.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class WatchedLoader:
                 raise TrainingStopped(self._describe_hang(pid, index)) from error
         idle = all(index == IDLE and since < now - self.timeout for _, index, since in rows)
         if idle and 0 < self.timeout < self.waited - 5 * POLL:  # a thread of DataLoader died
-            raise TrainingStopped(f"no batch came within {self.waited:g} s: {LIMITS}") from error
+            raise TrainingStopped(f"no batch arrived within {self.waited:g} s: {LIMITS}") from error
 
     def _describe(self, process: Any) -> str:
         process.join(EXIT_S)

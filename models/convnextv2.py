@@ -37,23 +37,29 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        branch = self._checkpointed if recompute and not ops.exporting() else self._branch
+        return x + self.drop_path(branch(x, grid))
+
+    def _branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
+        x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
+        return fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
+
+    def _checkpointed(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
         weights = [*self.parameters()]
+        if any(not isinstance(weight, nn.Parameter) for weight in weights):
+            return self._branch(x, grid)  # replaced by torch.func, for this call alone
 
         def branch(x: Tensor) -> Tensor:
             if any(map(operator.is_not, self.parameters(), weights)):
-                raise RuntimeError("weights changed before backward: set_grad_checkpointing(False)")
-            x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
-            x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
-            return x
+                raise RuntimeError(
+                    "the weights were replaced between forward and backward; call "
+                    "set_grad_checkpointing(False) first"
+                )
+            return self._branch(x, grid)
 
-        lent = any(not isinstance(weight, nn.Parameter) for weight in weights)  # by torch.func
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled() and not lent
-        if recompute and not ops.exporting():
-            # The branch draws no random numbers, so no generator's state is saved.
-            y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = branch(x)
-        return x + self.drop_path(y)
+        # The branch draws no random numbers, so no generator's state is saved.
+        return checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:

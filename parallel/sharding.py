@@ -142,9 +142,6 @@ def _check_optimizer(opt: str, shard: str) -> None:
         )
 
 
-# --- the model ----------------------------------------------------------------------------------
-
-
 def units(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a network: the innermost items of its lists that have children."""
     found = []
@@ -266,9 +263,6 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
         values = tensor.contiguous()
         dist.broadcast(values, 0)
         tensor.copy_(values)
-
-
-# --- the optimizer ------------------------------------------------------------------------------
 
 
 def wrap_optimizer(

@@ -377,7 +377,7 @@ def test_workers_do_not_change_tensors():
         data, _ = datasets.build_dataset(True, args)
         batches = datasets.build_loader(data, True, args, "cpu")
         seen = []
-        for epoch in (0, 5):  # persistent workers must honour the second epoch too
+        for epoch in (0, 5):  # persistent workers must honor the second epoch too
             batches.set_epoch(epoch)
             seen += list(batches)
         epochs.append(seen)
@@ -444,8 +444,9 @@ def test_evaluation_counts_every_image_once():
 def test_eval_loader_drops_nothing_and_keeps_order():
     args = make_args(batch_size=50)
     data, _ = datasets.build_dataset(False, args)
-    ids = torch.cat([ids for _, _, ids in datasets.build_loader(data, False, args, "cpu")])
-    assert ids.tolist() == list(range(355))
+    batches = [ids for _, _, ids in datasets.build_loader(data, False, args, "cpu")]
+    assert list(map(len, batches)) == [75] * 4 + [55]  # 1.5 times as large, as official
+    assert torch.cat(batches).tolist() == list(range(355))
 
 
 def test_batch_larger_than_the_data_is_refused():

@@ -308,11 +308,18 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     build(script, "", folder, monkeypatch)
     monkeypatch.chdir(tmp_path)
     other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
-    for resume in (folder, "run"):  # however the folder is written
+    for resume in ("", folder, "run", "./run/checkpoint-1.pth"):  # however the folder is written
         for output in (folder, "run"):
-            with pytest.raises(UserError, match="in the output folder|cannot resume"):
-                build(other, f"--resume {resume} --output_dir {output}", folder, monkeypatch)
-    os.replace(folder / "checkpoint-0.pth", tmp_path / "0")  # may be a hard link of the next
+            words = f"--resume {resume}" if resume else ""
+            with pytest.raises(UserError, match="is in the output folder"):
+                build(other, f"{words} --output_dir {output}", folder, monkeypatch)
+            with pytest.raises(UserError, match="has SHA-256"):
+                build(script, f"{words or '--resume run'} --sha256 {'0' * 64}", folder, monkeypatch)
+            if script == "finetune" and resume:
+                with pytest.raises(UserError, match="is in the output folder"):
+                    build(script, f"{words} --use_ema --output_dir {output}", folder, monkeypatch)
+    # Twice, since `rename` does nothing between hard links of one file.
+    os.replace(folder / "checkpoint-0.pth", tmp_path / "0")
     os.replace(tmp_path / "0", folder / "checkpoint-best.pth")
     newest = folder / "checkpoint-1.pth"
     newest.write_bytes(b"half")
@@ -322,8 +329,24 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
         assert newest.exists()
     newest.unlink()
     for resume in (folder / "checkpoint-best.pth", "run/checkpoint-best.pth"):
-        with pytest.raises(UserError, match="in the output folder"):
+        with pytest.raises(UserError, match="is in the output folder"):
             build(other, f"--resume {resume}", folder, monkeypatch)
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_folder_of_another_run_within_the_output_folder_is_another(script, tmp_path, monkeypatch):
+    best = tmp_path / "runs" / "best"
+    build(script, "", best, monkeypatch)
+    for name in (0, 1):
+        (best / f"checkpoint-{name}.pth").replace(best / "checkpoint-best.pth")
+    other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
+    built = build(other, f"--resume {best}", tmp_path / "runs", monkeypatch)
+    assert "only its weights are loaded" in built.text
+    link = tmp_path / "linked" / "checkpoint-1.pth"
+    link.parent.mkdir()
+    link.symlink_to(best / "checkpoint-best.pth")
+    with pytest.raises(UserError, match="is in the output folder"):
+        build(other, f"--resume {link}", link.parent, monkeypatch)
 
 
 @pytest.mark.parametrize("script", MAINS)

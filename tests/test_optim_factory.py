@@ -52,7 +52,7 @@ SPARED = {
 
 
 def expected_decay(model: nn.Module) -> dict[str, bool]:
-    """Name -> decayed, block by block from the two sets above, the rest spelt out."""
+    """Name -> decayed, block by block from the two sets above, the rest spelled out."""
     rest = {
         "downsample_layers.0.0.weight": True,
         "downsample_layers.0.0.bias": False,

@@ -238,7 +238,7 @@ class StepProbe:
         self.run, self.device = run, run.loop.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
         self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
-        self.bad_steps = 0  # with NaN or Inf; fp16 has some while it searches for its scale
+        self.bad_steps = 0  # NaN, Inf or a spike; fp16 has some while it searches for its scale
         guard = AnomalyGuard(run.loop.stepper, max_bad_steps=NEVER)
         self.loop = replace(run.loop, guard=guard, checkpoints=CheckpointManager(None))
 
@@ -290,7 +290,8 @@ def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
     else:
         measure_speed(probe)
     if probe.bad_steps and run.loop.stepper.amp != "fp16":
-        problems.append(f"{probe.bad_steps} of the steps tried had NaN, Inf or a spike; lower --lr")
+        found = f"{probe.bad_steps} of the steps tried had NaN, Inf or a loss spike"
+        problems.append(f"{found}; lower --lr or --blr")
     if size and run.folder and run.args.save_ckpt:
         check_disk(problems, run)
 

@@ -27,7 +27,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: Tensor, taken: Tensor) -> None:
-        """Move towards `model` after its n-th optimizer step, unless the step was skipped.
+        """Move toward `model` after its n-th optimizer step, unless the step was skipped.
 
         steps: n; taken: false if the step was skipped. Both are tensors on the model's device,
         so that the host need not wait for it.

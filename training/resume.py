@@ -88,28 +88,35 @@ def find_resume_point(
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
     if not source:
         return ResumePoint()
-    named = source == resume  # files in the folder are checked already
-    digest = sha256 if named else ""
-    read = main_process_first(lambda: read_checkpoint(source, digest, check=named))
+    asked = bool(resume) and Path(source).resolve() == Path(resume).resolve()
+    own, digest = _is_in(source, folder), sha256 if asked else ""
+    # If it was found in the folder instead, its checksums are verified already.
+    read = main_process_first(lambda: read_checkpoint(source, digest, check=asked))
     point = ResumePoint(source, read)
-    if not named and point.problem:
-        raise UserError(point.problem)
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
-        other = args.get("use_ema") or ("mask_ratio" in saved_args) != pretraining
-        if named and other:
-            if folder and folder.resolve() in (Path(source, d).resolve() for d in (".", "..")):
-                raise UserError(
-                    f"--resume {resume} is in the output folder; drop it, or change --output_dir"
-                )
+        another_kind = ("mask_ratio" in saved_args) != pretraining
+        ema_asked = args.get("use_ema") and resume and (not own or _is_in(resume, folder))
+        if own and (another_kind or ema_asked):
+            raise UserError(
+                f"{source} is in the output folder, where a run of another kind or with --use_ema "
+                "cannot start; choose another --output_dir"
+            )
+        if another_kind or ema_asked:
             return replace(point, weights_only=True)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
             get_logger().warning("resuming %s with a changed flag: %s", source, change)
-    if rename and not named and is_main_process():
+    if rename and not asked and is_main_process():
         with contextlib.suppress(OSError):
             rotate(Path(source), sys.maxsize, resume)
     return point
+
+
+def _is_in(path: str, folder: Path | None) -> bool:
+    """Return True if a checkpoint file lies in `folder`, or is that folder."""
+    place = Path(path) if Path(path).is_dir() else Path(path).parent
+    return folder is not None and place.resolve() == folder.resolve()
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:

@@ -19,11 +19,9 @@ from torch import Tensor
 PROGRAMS = 2048  # that share a sum: enough to fill any GPU, and the same number on all
 
 
-# --- kernels of the convolution -----------------------------------------------------------------
-#
-# C channels, P x P cells in a patch (P = 0: a dense map), SIDE x SIDE taps. A strip is a column of
-# ROWS cells. A program takes STRIPS of them, numbered through the whole batch, and BLOCK channels,
-# which are adjacent in memory. Cells are counted in 32 bits, elements in 64.
+# Convolution: C channels, P x P cells in a patch (P = 0: dense), SIDE x SIDE taps. A strip is a
+# column of ROWS cells. A program takes STRIPS of them, numbered through the whole batch, and BLOCK
+# channels, which are adjacent in memory. Cells are counted in 32 bits, elements in 64.
 
 
 @triton.jit
@@ -199,8 +197,6 @@ def _gelu_kernel(
     tl.store(partial + chunk * K + channel, tl.sum(sums, axis=0), mask=channel < K)
 
 
-# --- functions ----------------------------------------------------------------------------------
-#
 # Maps, ids (N, V) int64 and slots (N, h, w) int32 are those of models/kernels/depthwise.py.
 
 

@@ -260,8 +260,16 @@ def test_choices_are_refused_with_the_list(capsys):
         ("pretrain", "--input_size 224 20", ["--input_size 20", "try 32"]),
         ("pretrain", "--input_size 8 8 8", ["--input_size", "one or two"]),
         ("pretrain", "--patch_size 20 --stem_stride 2", ["--patch_size 20", "16 or 32"]),
-        ("pretrain", "--input_size 64 --mask_ratio 0.9", ["--mask_ratio 0.9", "keeps 0 of 4"]),
-        ("pretrain", "--input_size 32", ["--mask_ratio", "keeps 0 of 1"]),
+        (
+            "pretrain",
+            "--input_size 64 --mask_ratio 0.9",
+            ["--mask_ratio 0.9", "keeps 0 of 4", "raise --input_size"],
+        ),
+        (
+            "pretrain",
+            "--input_size 32",
+            ["keeps 0 of 1", "--patch_size", "8 * --stem_stride (32 now)"],
+        ),
         ("pretrain", "--crop_pct 0.9", ["--crop_pct", "leave it out"]),
         ("pretrain", "--scale 1.0 0.2", ["--scale", "swap"]),
         ("finetune", "--mixup 0.8 --batch_size 5", ["--batch_size 5", "--mixup", "even"]),

@@ -639,17 +639,29 @@ def test_batches_that_get_lost_on_their_way_are_noticed(monkeypatch):
     batches = iter(loader)
     next(batches)
     monkeypatch.setattr(loader.loader._iterator, "_try_get_data", lambda timeout: (False, None))
-    with pytest.raises(TrainingStopped, match="no batch came .* /dev/shm"):
+    with pytest.raises(TrainingStopped, match="no batch arrived .* /dev/shm"):
         next(batches)
+
+
+def test_interrupted_epoch_leaves_no_reading_and_no_waiting_behind(monkeypatch):
+    """The next epoch would be ended for an image that a killed worker read, or a lost batch."""
+    loader = WatchedLoader([], EvalSampler(0, 0, 1), 6, num_workers=2, timeout=1.0)
+    loader.reading[1] = torch.tensor([20400, 3, 0])
+    loader.interrupted, loader.waited = True, 1000.0
+    found = []
+    monkeypatch.setattr(loader, "_start", lambda: found.append(loader.waited) or iter(()))
+    assert list(loader) == []
+    assert found == [0.0]
+    assert (loader.reading == IDLE).all()
 
 
 def test_slow_batch_is_not_called_lost():
     """A batch may take far longer than a sample, and a worker seems idle between two samples."""
     loader = WatchedLoader([], EvalSampler(0, 0, 1), 6, num_workers=2, timeout=1.0)
     loader.waited = 1000.0
-    loader.reading[:] = torch.tensor([1, IDLE, 0])  # for long
+    loader.reading[:] = torch.tensor([1, IDLE, 0])  # idle for a long time
     loader.reading[1, 2] = int(time.monotonic()) + 10  # just now
     loader._check(RuntimeError(TIMED_OUT))
     loader.reading[1, 2] = 0
-    with pytest.raises(TrainingStopped, match="no batch came within 1004 s"):
+    with pytest.raises(TrainingStopped, match="no batch arrived within 1004 s"):
         loader._check(RuntimeError(TIMED_OUT))

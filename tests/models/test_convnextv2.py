@@ -104,7 +104,7 @@ def test_every_size_can_be_had_dense_and_as_fcmae():
     ("typo", "meant"),
     [("convnextv2_tny", "'convnextv2_tiny'"), ("fcmae_convnextv2_bas", "'fcmae_convnextv2_base'")],
 )
-def test_misspelt_model_is_an_error_that_names_the_right_one(typo, meant):
+def test_misspelled_model_is_an_error_that_names_the_right_one(typo, meant):
     with pytest.raises(UserError, match=f"unknown model '{typo}'.*Did you mean .*{meant}"):
         create_model(typo)
 

@@ -278,19 +278,19 @@ def test_finetuning_ends_with_the_same_weights_and_average(tmp_path):
         assert_same(weights(flag, key), weights(plain, key))
 
 
-def test_weights_lent_by_functional_call_never_give_wrong_gradients():
+def test_weights_replaced_by_functional_call_never_give_wrong_gradients():
     """Backward would recompute with the module's own weights."""
     model, inputs = build("dense")
     twice = {name: 2 * weight.detach() for name, weight in model.named_parameters()}
     gradients = []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
-        lent = {name: weight.clone().requires_grad_() for name, weight in twice.items()}
+        replaced = {name: weight.clone().requires_grad_() for name, weight in twice.items()}
         torch.manual_seed(1)  # of drop path
-        loss_of(torch.func.functional_call(model, lent, inputs)).backward()
-        gradients.append({name: weight.grad for name, weight in lent.items()})
+        loss_of(torch.func.functional_call(model, replaced, inputs)).backward()
+        gradients.append({name: weight.grad for name, weight in replaced.items()})
     assert_same(*gradients)
-    lent = {name: nn.Parameter(weight) for name, weight in twice.items()}
-    loss = loss_of(torch.func.functional_call(model, lent, inputs))
-    with pytest.raises(RuntimeError, match="weights changed before backward"):
+    replaced = {name: nn.Parameter(weight) for name, weight in twice.items()}
+    loss = loss_of(torch.func.functional_call(model, replaced, inputs))
+    with pytest.raises(RuntimeError, match="were replaced between forward and backward"):
         loss.backward()

@@ -146,10 +146,10 @@ class Cluster:
             time.sleep(0.1)
 
     def _hurry(self) -> None:
-        """Start requeued jobs three seconds after the last process of their last start has ended.
+        """Restart requeued jobs three seconds after the last of their processes has ended.
 
-        SLURM would wait for two minutes. An srun that is still ending sends its signals, and a
-        node its last reports, by the number of the job: they would hit the job's next start.
+        SLURM would wait for two minutes. An srun that is ending still sends signals, and a node
+        still reports, by job ID: both would hit the restarted job.
         """
         quiet: dict[str, float] = {}
         while not self.over.wait(0.5):
@@ -184,7 +184,7 @@ class Cluster:
 
 
 def jobs_with_processes() -> set[str]:
-    """Return the numbers of the jobs that this machine has processes of, slurmstepd among them."""
+    """Return the IDs of jobs that still have processes on this machine, slurmstepd included."""
     found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Jobs in a real SLURM of two nodes: submitted, signalled, requeued, cancelled.  make test-slurm"""
+"""Jobs in a real SLURM of two nodes: submitted, signaled, requeued, cancelled.  make test-slurm"""
 
 import os
 import re

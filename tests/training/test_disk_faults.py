@@ -360,7 +360,7 @@ def test_stop_that_cannot_save_says_so(no_pause):
         stop(CheckpointManager(Saves(*[True] * 99), 1, max_failures=2), state)
 
 
-def test_folder_that_cannot_be_synchronised_is_no_failure(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_synchronized_is_no_failure(tmp_path, monkeypatch):
     """Some file systems over a network refuse it with EINVAL, after the file is written."""
     fsync = os.fsync
 

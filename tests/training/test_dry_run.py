@@ -296,7 +296,7 @@ def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
 def test_steps_with_nan_do_not_hide_other_problems(planted, said):
     assert dry("pretrain", "--lr", "1e30", "--output_dir", planted / "file" / "run") == 1
     text = said()
-    assert "of the steps tried had NaN, Inf or a spike; lower --lr" in text
+    assert "of the steps tried had NaN, Inf or a loss spike; lower --lr or --blr" in text
     assert f"cannot write in {planted / 'file'};" in text
 
 
@@ -519,11 +519,10 @@ class AllLeftOut:
     """Evaluation batches of images that cannot be decoded: there is a length, but no batch."""
 
     loader = SimpleNamespace(sampler=EvalSampler(4, 0, 1))
+    asked = 0
 
     def __len__(self):
         return 2
-
-    asked = 0
 
     def __iter__(self):
         self.asked += 1

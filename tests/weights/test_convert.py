@@ -19,7 +19,7 @@ DEPTHS, DIMS, CLASSES = (1, 2, 1, 1), (4, 6, 8, 10), 5
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Set random values everywhere: zeros and ones would hide swapped tensors."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -28,11 +28,11 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def ours(seed: int = 0, **kwargs) -> ConvNeXtV2:
-    return randomise(ConvNeXtV2(DEPTHS, DIMS, **{"num_classes": CLASSES, **kwargs}), seed)
+    return randomize(ConvNeXtV2(DEPTHS, DIMS, **{"num_classes": CLASSES, **kwargs}), seed)
 
 
 def autoencoder(seed: int = 0) -> FCMAE:
-    return randomise(FCMAE(ConvNeXtV2(DEPTHS, DIMS), decoder_embed_dim=12), seed)
+    return randomize(FCMAE(ConvNeXtV2(DEPTHS, DIMS), decoder_embed_dim=12), seed)
 
 
 def timm_model(**kwargs) -> torch.nn.Module:
@@ -46,7 +46,7 @@ def timm_model(**kwargs) -> torch.nn.Module:
         ls_init_value=None,
         **kwargs,
     )
-    return randomise(model, 1)
+    return randomize(model, 1)
 
 
 def hf_model(kind: str = "ConvNextV2ForImageClassification") -> torch.nn.Module:
@@ -55,7 +55,7 @@ def hf_model(kind: str = "ConvNextV2ForImageClassification") -> torch.nn.Module:
     config = transformers.ConvNextV2Config(
         depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=CLASSES, layer_norm_eps=1e-6
     )
-    return randomise(getattr(transformers, kind)(config), 1)
+    return randomize(getattr(transformers, kind)(config), 1)
 
 
 def images(size: int = 64) -> torch.Tensor:
@@ -218,7 +218,7 @@ def test_small_size_of_timm_computes_the_same():
     import timm
 
     theirs, target = (
-        randomise(timm.create_model("convnextv2_atto")),
+        randomize(timm.create_model("convnextv2_atto")),
         create_model("convnextv2_atto").double(),
     )
     load(target, theirs.state_dict())

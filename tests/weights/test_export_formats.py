@@ -34,7 +34,7 @@ SIDES = ["--input_size", "64"]
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Set random values everywhere: zeros and ones would hide swapped tensors."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -43,7 +43,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def classifier(**kwargs) -> ConvNeXtV2:
-    return randomise(ConvNeXtV2(*SIZE, **{"num_classes": 3, **kwargs}))
+    return randomize(ConvNeXtV2(*SIZE, **{"num_classes": 3, **kwargs}))
 
 
 def spec_of(model: torch.nn.Module | None = None, **kwargs) -> ExportSpec:
@@ -62,7 +62,7 @@ def files(tmp_path_factory) -> Path:
     facts = {"args": run, "classes": CLASSES, "state": {}}
     weights = {"model": model.state_dict(), "model_ema": model_ema.state_dict()}
     torch.save(weights | facts, folder / "classifier.pth")
-    autoencoder = randomise(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8))
+    autoencoder = randomize(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8))
     torch.save({"model": autoencoder.state_dict(), "args": run}, folder / "pretrained.pth")
     encoder = classifier(num_classes=0)
     torch.save({"model": encoder.state_dict()}, folder / "encoder.pth")

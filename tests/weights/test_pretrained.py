@@ -29,7 +29,7 @@ SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
@@ -37,11 +37,11 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.1) -> torch.nn
 
 
 def classifier(seed: int = 0, classes: int = 3, **kwargs) -> ConvNeXtV2:
-    return randomise(ConvNeXtV2(*SIZE, num_classes=classes), seed, **kwargs)
+    return randomize(ConvNeXtV2(*SIZE, num_classes=classes), seed, **kwargs)
 
 
 def autoencoder(seed: int = 0) -> FCMAE:
-    return randomise(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8), seed)
+    return randomize(FCMAE(ConvNeXtV2(*SIZE), decoder_embed_dim=8), seed)
 
 
 def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
