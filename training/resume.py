@@ -170,6 +170,8 @@ def _find_problem(path: Path) -> str:
             return ResumePoint(str(path), read_checkpoint(path)).problem
         except UserError as error:
             cause = error.__cause__
+            if isinstance(cause, PermissionError):
+                raise
             if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip
                 return str(error)
     raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause

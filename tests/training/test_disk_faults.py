@@ -389,6 +389,22 @@ def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
     assert choose_checkpoint(tmp_path, "", True).endswith("checkpoint-1.pth")
 
 
+def test_checkpoint_without_permission_is_named_at_once(tmp_path, monkeypatch):
+    """Trying again does not help."""
+    Run().save(tmp_path, 1)
+
+    def refused(path: Path, checksums: bool) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    waits: list[float] = []
+    monkeypatch.setattr("training.resume.time.sleep", waits.append)
+    monkeypatch.setattr("weights.files.check_archive", refused)
+    with pytest.raises(UserError, match="checkpoint-1.pth is not readable; check its permissions"):
+        choose_checkpoint(tmp_path, "", True)
+    assert sum(waits) == 0
+    assert (tmp_path / "checkpoint-1.pth").exists()
+
+
 def test_file_that_a_run_went_on_from_stays(tmp_path):
     for epoch in range(4):
         source = str(tmp_path / "checkpoint-0.pth")
