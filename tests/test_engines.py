@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from statistics import mean
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from optim_factory import Schedule
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.ema import ModelEma
 from training.hooks import LineHook
 from training.meters import Means
 from training.stepper import Stepper
@@ -228,11 +230,32 @@ def test_evaluation_shows_a_loss_that_is_not_finite():
 
     class Broken(torch.nn.Module):
         def forward(self, images):
-            return images.flatten(1)[:, :3] * float("nan")
+            return images.flatten(1)[:, :3]
 
-    batches = [(torch.ones(2, 3, 2, 2), torch.tensor([0, 1]), torch.tensor([0, 1]))]
+    labels = torch.tensor([0, 1])
+    batches = [(torch.full((2, 3, 2, 2), x), labels, labels) for x in (1.0, float("nan"))]
     stats = engine_finetune.evaluate(batches, Broken(), torch.device("cpu"), "none")
     assert stats["loss"] != stats["loss"]
+
+
+def test_rank_without_images_says_that_others_know_the_reasons():
+    class Empty(list):
+        bad: ClassVar[dict[str, str]] = {}
+
+    with pytest.raises(UserError, match=r"left out all of them \(on other ranks\)"):
+        engine_finetune.evaluate(Empty(), torch.nn.Flatten(), torch.device("cpu"), "none")
+
+
+def test_ema_is_evaluated_on_the_device_of_the_run(monkeypatch):
+    """Weights of --model_ema_force_cpu are copied there; others are used as they are."""
+    ema = ModelEma(torch.nn.Linear(2, 3), 0.9, torch.device("cpu"))
+    seen = []
+    monkeypatch.setattr(engine_finetune, "evaluate", lambda *args: seen.append(args) or {})
+    for device in (torch.device("cpu"), torch.device("meta")):
+        assert engine_finetune.evaluate_ema([], ema, device, "bf16") == {}
+    assert seen[0] == ([], ema.module, torch.device("cpu"), "bf16")
+    assert seen[1][1].weight.device.type == "meta"
+    assert ema.module.weight.device.type == "cpu"
 
 
 def test_resumed_steps_are_counted_in_the_new_batch_size(tmp_path, monkeypatch):

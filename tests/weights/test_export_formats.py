@@ -513,6 +513,25 @@ def test_flags_of_an_official_checkpoint_are_understood(tmp_path):
     assert export.build_spec(args).size == (384, 384)
 
 
+def test_crop_of_the_run_is_that_of_the_export(tmp_path):
+    content = {"model": classifier().state_dict(), "args": {"crop_pct": 0.75}}
+    torch.save(content, tmp_path / "a.pth")
+    words = [str(tmp_path / "a.pth"), "--to", "hf"]
+    for more, expected in ([], 0.75), (["--crop_pct", "0.5"], 0.5):
+        assert (
+            export.build_spec(options.export_parser().parse_args(words + more)).crop_pct == expected
+        )
+
+
+def test_ema_weights_of_a_run_are_the_best_ones(tmp_path):
+    """Not those of the epoch in which the weights without EMA were best."""
+    for name, stride in ("checkpoint-best.pth", 1), ("checkpoint-best-ema.pth", 2):
+        model_ema = classifier(stem_stride=stride).state_dict()
+        torch.save({"model": classifier().state_dict(), "model_ema": model_ema}, tmp_path / name)
+    words = [str(tmp_path), "--to", "hf", "--use_ema"]
+    assert export.build_spec(options.export_parser().parse_args(words)).shape["stem_stride"] == 2
+
+
 def test_size_of_the_run_is_that_of_the_export(files):
     words = [files / "classifier.pth", "--to", "hf"]
     build = export.build_spec
