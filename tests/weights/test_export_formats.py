@@ -540,7 +540,18 @@ def test_size_of_the_run_is_that_of_the_export(files):
     words += ["--input_size", "96"]
     assert build(parser.parse_args(list(map(str, words)))).size == (96, 96)
     words = [files / "encoder.pth", "--to", "hf"]
-    assert build(parser.parse_args(list(map(str, words)))).size == (224, 224)
+    spec = build(parser.parse_args(list(map(str, words))))
+    assert spec.size == (224, 224)
+    assert spec.mean == mean_and_std()[0]  # ImageNet's
+
+
+def test_flags_of_the_file_and_of_its_format_act(files):
+    parse = options.export_parser().parse_args
+    words = [str(files / "classifier.pth"), "--to", "onnx"]
+    assert export.build_spec(parse(words)).opset == ExportSpec.opset
+    assert export.build_spec(parse([*words, "--opset", "20"])).opset == 20
+    with pytest.raises(UserError, match="has SHA-256"):
+        export.build_spec(parse([*words, "--sha256", "0" * 64]))
 
 
 @pytest.mark.parametrize("name", ["tiny", "atto"])
