@@ -1,0 +1,213 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Every flag of export.py, visualize.py and submitit_*.py acts, as in tests/test_flags_act.py."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import export
+import visualize
+from config import flags
+from config import parser as options
+from data_loading.transforms import mean_and_std
+from errors import UserError
+from tests import tiny
+from tests.parallel.test_submit import SBATCH
+
+RUN = {
+    "mask_ratio": 0.75, "drop_path": 0.0, "in_chans": 3, "stem_stride": 1, "input_size": (32, 32),
+    "patch_size": 8, "decoder_depth": 1, "decoder_embed_dim": 8, "norm_pix_loss": True, "seed": 0,
+    "epochs": 2, "crop_pct": None, "imagenet_default_mean_and_std": False, "on_bad_image": "error",
+    "model": "tests.tiny:fcmae", "data_set": "tests.test_tool_flags_act:some", "data_path": "here",
+    "data_index": "",
+}  # fmt: skip
+COUNTS = {"here": 26, "there": 20}
+
+
+def some(data_path: str, train: bool) -> tiny.Colors:
+    """As many images as belong to the path."""
+    return tiny.Colors(COUNTS[data_path] if train else 7)
+
+
+def one(data_path: str, train: bool) -> torch.utils.data.Dataset:
+    """One black image."""
+    return torch.utils.data.TensorDataset(torch.zeros(1, 3, 32, 32), torch.zeros(1))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Checkpoints in a folder, which becomes the current one."""
+    folder = tmp_path_factory.mktemp("tools")
+    torch.manual_seed(0)
+    small, large = tiny.classifier(num_classes=3), tiny.classifier(num_classes=3, stem_stride=2)
+    wrapped = {f"net.{name}": weight for name, weight in large.state_dict().items()}
+    weights = {"model": small.state_dict(), "model_ema": large.state_dict(), "other": wrapped}
+    torch.save(weights | {"args": RUN, "classes": ["a", "b", "c"]}, folder / "classifier.pth")
+    shape = {name: RUN[name] for name in ("norm_pix_loss", "patch_size", "decoder_embed_dim")}
+    for name in ("first", "second"):
+        model = tiny.fcmae(in_chans=3, stem_stride=1, drop_path_rate=0, mask_ratio=0.75, **shape)
+        torch.save({"model": model.state_dict(), "args": RUN}, folder / f"{name}.pth")
+    (folder / "names.txt").write_text("x\ny\nz\n")
+    return folder
+
+
+# --- export.py ------------------------------------------------------------------------------------
+
+
+def spec(words: str) -> export.ExportSpec:
+    return export.build_spec(options.export_parser().parse_args(words.split()))
+
+
+def exported(words: str) -> list[str]:
+    before = set(os.listdir())
+    export.main(options.export_parser().parse_args(words.split()))
+    new = sorted(set(os.listdir()) - before)
+    for name in new:
+        os.unlink(name)
+    return new
+
+
+def replaced(words: str) -> bool:
+    old = Path("old.safetensors")
+    old.write_bytes(b"")
+    export.main(options.export_parser().parse_args([*words.split(), "--output", str(old)]))
+    return old.stat().st_size > 0
+
+
+def stride(words: str) -> int:
+    return spec(words).shape["stem_stride"]
+
+
+# flag -> (words, what to look at, its value without them, its value with them[, words for both])
+Row = tuple
+OWN = "--to safetensors"
+EXPORT: dict[str, Row] = {
+    "to": ("--to official", exported, ["convnextv2.safetensors"], ["convnextv2-official.pth"], OWN),
+    "output": ("--output a.b", exported, ["convnextv2.safetensors"], ["a.b"], OWN),
+    "overwrite": ("--overwrite", replaced, "refused", True, OWN),
+    "labels": ("--labels names.txt", lambda w: spec(w).labels, ["a", "b", "c"], ["x", "y", "z"]),
+    "half": ("--half", lambda w: spec(w).half, False, True, "--to onnx"),
+    "opset": ("--opset 20", lambda w: spec(w).opset, 17, 20, "--to onnx"),
+    "model_key": ("--model_key model_ema", stride, 4, 2),
+    "use_ema": ("--use_ema", stride, 4, 2),
+    "model_prefix": (
+        "--model_prefix net.", stride, "refused", 2, "--model_key other",
+    ),
+    "sha256": (f"--sha256 {'0' * 64}", stride, 4, "refused"),
+    "input_size": ("--input_size 64", lambda w: spec(w).size, (32, 32), (64, 64)),
+    "crop_pct": ("--crop_pct 0.5", lambda w: spec(w).crop_pct, None, 0.5),
+    "imagenet_default_mean_and_std": (
+        "--imagenet_default_mean_and_std true",
+        lambda w: (spec(w).mean, spec(w).std),
+        mean_and_std(3, False),
+        mean_and_std(3, True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", EXPORT)
+def test_flag_of_export_acts(flag, place, monkeypatch):
+    monkeypatch.chdir(place)
+    words, look, before, after, *base = EXPORT[flag]
+    base = f"classifier.pth {base[0] if base else '--to hf'}"
+    seen = []
+    for line in base, f"{base} {words}":
+        try:
+            seen.append(look(line))
+        except UserError:
+            seen.append("refused")
+    assert seen == [before, after]
+
+
+# --- visualize.py ---------------------------------------------------------------------------------
+
+
+def drawn(words: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Draw; returns what was made for it."""
+    found = SimpleNamespace()
+
+    def keep(name: str) -> None:
+        real = getattr(visualize, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            setattr(found, name, (args, real(*args, **kwargs)))
+            return getattr(found, name)[1]
+
+        monkeypatch.setattr(visualize, name, call)
+
+    with monkeypatch.context() as monkeypatch:
+        for name in ("ReconstructionImages", "DatasetSpec", "init_distributed_mode", "build_fcmae"):
+            keep(name)
+        visualize.main(options.visualize_parser().parse_args(words.split()))
+    found.drawing = found.ReconstructionImages[1]
+    return found
+
+
+def weight(found: SimpleNamespace) -> float:
+    return found.build_fcmae[1].encoder.stages[0][0].pwconv1.weight.sum().item()
+
+
+def images(found: SimpleNamespace) -> int:
+    return len(found.drawing.images)
+
+
+def data(found: SimpleNamespace) -> int:
+    return len(found.ReconstructionImages[0][1])
+
+
+NAMES = "--model tests.tiny:fcmae --data_set tests.test_tool_flags_act:some"
+VISUALIZE: dict[str, Row] = {
+    "checkpoint": ("--checkpoint second.pth", weight),
+    "num_images": ("--num_images 3", images, 8, 3),
+    "split": ("--split val", data, 26, 7),
+    "model": (
+        "--model tests.tiny:fcmae64",
+        lambda found: found.build_fcmae[1].mask_token.dtype,
+        torch.float32,
+        torch.float64,
+    ),
+    "data_set": ("--data_set tests.test_tool_flags_act:one", data, 26, 1),
+    "data_path": ("--data_path there", data, 26, 20),
+    "eval_data_path": (
+        "--eval_data_path e", lambda found: found.DatasetSpec[1].eval_data_path, None, "e",
+    ),
+    "device": ("--device auto", lambda found: found.init_distributed_mode[0], ("cpu",), ("auto",)),
+    "seed": ("--seed 1", lambda found: found.drawing.mask.tolist()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", VISUALIZE)
+def test_flag_of_visualize_acts(flag, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    words, look, *expected = VISUALIZE[flag]
+    base = f"--checkpoint first.pth --output {tmp_path}/a.png --device cpu {NAMES}"
+    seen = [look(drawn(f"{base} {more}", monkeypatch)) for more in ("", words)]
+    assert seen == expected if expected else seen[0] != seen[1]
+    assert Image.open(tmp_path / "a.png").width > 100
+
+
+# --- all ------------------------------------------------------------------------------------------
+
+# Flags that other tests show to act, with the file.
+ELSEWHERE = {
+    "tests/test_tool_flags_act.py": "output",  # of visualize.py, in each row
+    "tests/data_loading/test_folders.py": "data_index",
+    "tests/parallel/test_submit.py": "cluster job_dir follow",
+}
+
+
+def test_every_flag_has_a_row():
+    elsewhere = set(" ".join(ELSEWHERE.values()).split())
+    for parser, rows in (options.export_parser(), EXPORT), (options.visualize_parser(), VISUALIZE):
+        names = {action.dest for action in parser._actions if action.option_strings} - {"help"}
+        assert names - set(rows) - elsewhere == set()
+    names = {row[0].removeprefix("--") for row in flags.FLAGS[flags.JOB]}
+    shown = {word.removeprefix("--") for words in SBATCH for word in words.split()}
+    assert names - shown - elsewhere == set()
+    assert all((Path(__file__).parents[1] / path).exists() for path in ELSEWHERE)
