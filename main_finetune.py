@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     device, amp = setup_process(args)
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
-    run = setup_run(args, device, amp, pretraining=False)
+    run = setup_run(args, device, amp)
     log = utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     """Pre-train FCMAE."""
     # --- 1. set-up --------------------------------------------------------------------------
     device, amp = setup_process(args)
-    run = setup_run(args, device, amp, pretraining=True)
+    run = setup_run(args, device, amp)
     log = utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------

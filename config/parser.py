@@ -244,10 +244,12 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{flag} {value} is not a multiple of {name}; try {near}"
     patches = math.prod(side // patch for side in args.input_size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
-    if not 1 <= kept < patches:
+    if patches == 1:
+        got = f"--input_size {as_typed(args.input_size)} is a single patch of --patch_size {patch}"
+        yield f"{got}; raise --input_size, or lower both --stem_stride and --patch_size"
+    elif not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
-        multiple = f"a multiple of 8 * --stem_stride ({stride} now)"
-        yield f"{got}, expected both kinds; raise --input_size, or lower --patch_size, {multiple}"
+        yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"
     if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 

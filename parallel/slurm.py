@@ -103,7 +103,7 @@ def requeue(job: Any) -> int:
         time.sleep(POLL_S * (attempt > 0))  # the controller may be busy
         try:
             now = state(job.job_id)
-            if now == "RUNNING":  # and not cancelled, which sends the signal of a preemption
+            if now == "RUNNING":  # and not canceled, which sends the signal of a preemption
                 _scontrol("requeue", job.job_id)
                 print(f"requeued job {job.job_id}", flush=True)
             else:

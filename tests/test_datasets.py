@@ -312,7 +312,7 @@ def test_eval_of_small_images_of_any_size_collates():
     assert shapes == {(3, 16, 16)}
 
 
-def test_eval_centre_keeps_the_aspect_ratio():
+def test_eval_center_keeps_the_aspect_ratio():
     image = Image.new("RGB", (100, 50))  # width 100: left half black, right half white
     image.paste((255, 255, 255), (50, 0, 100, 50))
     out = create_eval_transform((64, 96), crop_pct=1.0)(image)

@@ -3,6 +3,7 @@
 """The steps of both training scripts: initial weights, wrapping, dry run, evaluation, logs."""
 
 import argparse
+import hashlib
 import json
 import os
 import zipfile
@@ -310,14 +311,12 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
     for resume in ("", folder, "run", "./run/checkpoint-1.pth"):  # however the folder is written
         for output in (folder, "run"):
-            words = f"--resume {resume}" if resume else ""
-            with pytest.raises(UserError, match="is in the output folder"):
-                build(other, f"{words} --output_dir {output}", folder, monkeypatch)
-            with pytest.raises(UserError, match="has SHA-256"):
-                build(script, f"{words or '--resume run'} --sha256 {'0' * 64}", folder, monkeypatch)
+            words = f"{f'--resume {resume} ' * bool(resume)}--output_dir {output}"
+            with pytest.raises(UserError, match="was written by .* needs another --output_dir"):
+                build(other, words, folder, monkeypatch)
             if script == "finetune" and resume:
-                with pytest.raises(UserError, match="is in the output folder"):
-                    build(script, f"{words} --use_ema --output_dir {output}", folder, monkeypatch)
+                with pytest.raises(UserError, match="--use_ema starts a new run"):
+                    build(script, f"{words} --use_ema", folder, monkeypatch)
     # Twice, since `rename` does nothing between hard links of one file.
     os.replace(folder / "checkpoint-0.pth", tmp_path / "0")
     os.replace(tmp_path / "0", folder / "checkpoint-best.pth")
@@ -328,7 +327,9 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
             build(script, f"--resume {resume}", folder, monkeypatch)
         assert newest.exists()
     newest.unlink()
-    for resume in (folder / "checkpoint-best.pth", "run/checkpoint-best.pth"):
+    link = tmp_path / "link.pth"
+    link.symlink_to(folder / "checkpoint-best.pth")
+    for resume in (folder, "run", "run/checkpoint-best.pth", link):
         with pytest.raises(UserError, match="is in the output folder"):
             build(other, f"--resume {resume}", folder, monkeypatch)
 
@@ -337,16 +338,35 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
 def test_folder_of_another_run_within_the_output_folder_is_another(script, tmp_path, monkeypatch):
     best = tmp_path / "runs" / "best"
     build(script, "", best, monkeypatch)
-    for name in (0, 1):
-        (best / f"checkpoint-{name}.pth").replace(best / "checkpoint-best.pth")
+    for name in ("checkpoint-best.pth", "checkpoint-0.pth"):
+        (best / name).unlink(missing_ok=True)
+    (best / "checkpoint-1.pth").rename(best / "checkpoint-best.pth")
     other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
     built = build(other, f"--resume {best}", tmp_path / "runs", monkeypatch)
     assert "only its weights are loaded" in built.text
     link = tmp_path / "linked" / "checkpoint-1.pth"
     link.parent.mkdir()
     link.symlink_to(best / "checkpoint-best.pth")
-    with pytest.raises(UserError, match="is in the output folder"):
+    with pytest.raises(UserError, match="was written by"):
         build(other, f"--resume {link}", link.parent, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["run", "weights", "weights in the output folder"])
+def test_requeued_job_repeats_its_start_and_continues(kind, tmp_path, monkeypatch):
+    """--use_ema and --sha256 belong to the start; they must not refuse what the job has saved."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    build("finetune", "--model_ema", old, monkeypatch)
+    source = old / "checkpoint-1.pth"
+    if kind != "run":
+        content = torch.load(source, weights_only=True)
+        source = (new if "output" in kind else old) / "first.pth"
+        new.mkdir()
+        torch.save({name: content[name] for name in ("model", "model_ema")}, source)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    words = f"--resume {source} --use_ema --sha256 {digest}"
+    assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
+    (new / "checkpoint-1.pth").unlink()
+    assert build("finetune", words, new, monkeypatch).epochs == [1]
 
 
 @pytest.mark.parametrize("script", MAINS)

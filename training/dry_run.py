@@ -93,9 +93,6 @@ def log_result(label: str, text: str) -> None:
     get_logger().info("%-12s %s", label, text)
 
 
-# --- data, plan, folder --------------------------------------------------------------------------
-
-
 class ErrorsAsSamples:
     """Wrapper of `dataset` that returns an exception as a UserError, so that reading continues."""
 
@@ -210,9 +207,6 @@ def check_folder(problems: list[str], run: PlannedRun) -> None:
 def nearest(path: Path) -> Path:
     """Return the path if it exists, otherwise the nearest parent that does."""
     return next(place for place in (path, *path.resolve().parents) if place.exists())
-
-
-# --- training steps and memory -------------------------------------------------------------------
 
 
 class FirstBatches:
@@ -343,9 +337,6 @@ def format_bytes(size: float) -> str:
     """1536 -> 1.5 KiB"""
     power = min(max(int(size), 1).bit_length() - 1, 49) // 10
     return f"{size / 1024**power:.{int(power > 0)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-# --- speed, time, disk ---------------------------------------------------------------------------
 
 
 def calls_per_second(work: Callable[[int], Any], seconds: float) -> float:

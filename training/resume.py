@@ -24,7 +24,7 @@ from parallel.process_group import (
     main_process_first,
 )
 from training.checkpoint import TrainableParts, TrainState, restore_run, rotate
-from weights.files import numbered_checkpoints, read_checkpoint
+from weights.files import numbered_checkpoints, parse_checkpoint_name, read_checkpoint
 
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
@@ -72,15 +72,13 @@ def find_resume_point(
     auto_resume: bool = True,
     sha256: str = "",
     args: Mapping[str, Any] | None = None,
-    pretraining: bool = False,
     rename: bool = True,
 ) -> ResumePoint:
     """Read the newest intact checkpoint of `folder`, or else `resume`, on every rank.
 
     `resume` is where a run starts: what it has saved itself since then takes precedence.
-    args: current flags; changes since the checkpoint are logged, or refused.
-    pretraining: True if this run pre-trains; then a fine-tuning run to `resume` is weights alone,
-        and the other way round.
+    args: current flags; changes since the checkpoint are logged, or refused. With --use_ema, or
+        if the script is another, `resume` gives weights alone.
     rename: rename damaged files, so that they are not tried again.
     """
     found = from_main_process(lambda: resume and numbered_checkpoints(Path(resume)))
@@ -88,35 +86,29 @@ def find_resume_point(
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
     if not source:
         return ResumePoint()
-    asked = bool(resume) and Path(source).resolve() == Path(resume).resolve()
-    own, digest = _is_in(source, folder), sha256 if asked else ""
-    # If it was found in the folder instead, its checksums are verified already.
-    read = main_process_first(lambda: read_checkpoint(source, digest, check=asked))
+    # What the run has saved itself: its checksums are verified already.
+    own = Path(source).parent == folder and parse_checkpoint_name(Path(source)) is not None
+    read = main_process_first(lambda: read_checkpoint(source, "" if own else sha256, not own))
     point = ResumePoint(source, read)
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
-        another_kind = ("mask_ratio" in saved_args) != pretraining
-        ema_asked = args.get("use_ema") and resume and (not own or _is_in(resume, folder))
-        if own and (another_kind or ema_asked):
-            raise UserError(
-                f"{source} is in the output folder, where a run of another kind or with --use_ema "
-                "cannot start; choose another --output_dir"
-            )
-        if another_kind or ema_asked:
-            return replace(point, weights_only=True)
-        in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
-        for change in compare_args(saved_args, args, source, in_epoch):
-            get_logger().warning("resuming %s with a changed flag: %s", source, change)
-    if rename and not asked and is_main_process():
+        if not own and (args.get("use_ema") or _kind(saved_args) != _kind(args)):
+            point = replace(point, weights_only=True)
+        else:
+            in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
+            for change in compare_args(saved_args, args, source, in_epoch):
+                get_logger().warning("resuming %s with a changed flag: %s", source, change)
+    place = Path(source).resolve()
+    place = place.parent if place.match("checkpoint-*.pth") else place
+    if point.is_weights and folder and place == folder.resolve():
+        raise UserError(
+            f"{source} is in the output folder, where a new run would replace it; choose another "
+            "--output_dir"
+        )
+    if rename and own and is_main_process():
         with contextlib.suppress(OSError):
             rotate(Path(source), sys.maxsize, resume)
     return point
-
-
-def _is_in(path: str, folder: Path | None) -> bool:
-    """Return True if a checkpoint file lies in `folder`, or is that folder."""
-    place = Path(path) if Path(path).is_dir() else Path(path).parent
-    return folder is not None and place.resolve() == folder.resolve()
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:
@@ -185,6 +177,11 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
+def _kind(args: Mapping[str, Any]) -> str:
+    """Return the kind of run that has these flags."""
+    return "pre-training" if "mask_ratio" in args else "fine-tuning"
+
+
 def compare_args(
     saved: Mapping[str, Any], now: Mapping[str, Any], source: str, in_epoch: bool = False
 ) -> list[str]:
@@ -193,12 +190,21 @@ def compare_args(
     in_epoch: an epoch was interrupted; the order of its images depends on the seed.
     """
     changes, fixed = [], FIXED + ("seed",) * in_epoch
+    if saved and _kind(saved) != _kind(now):
+        raise UserError(
+            f"{source} was written by {_kind(saved)}; {_kind(now)} needs another --output_dir"
+        )
     for name, value in now.items():
         before = saved.get(name, value)
         if name == "model":  # either name is valid
             before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
         if before == value or name in LOCAL:
             continue
+        if name == "use_ema" and value:
+            raise UserError(
+                f"--use_ema starts a new run, but {source} is in the output folder; drop --use_ema "
+                "to continue that run, or choose another --output_dir"
+            )
         if name in fixed:
             raise UserError(
                 f"{source} was trained with --{name} {before} and cannot resume with {value}: "

@@ -63,11 +63,8 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     return device, choose_amp(args.amp, args.use_amp, device)
 
 
-def setup_run(args: Any, device: torch.device, amp: str, pretraining: bool) -> RunSetup:
-    """Check the parallel mode, lock the output folder and find the checkpoint to resume from.
-
-    pretraining: the kind of this run; of a run of the other kind only the weights are loaded.
-    """
+def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
+    """Check the parallel mode, lock the output folder and find the checkpoint to resume from."""
     parallelism = sharding.build_parallelism(args, device, amp)
     output_dir = Path(args.output_dir) if args.output_dir else None
     if not args.dry_run:
@@ -78,7 +75,6 @@ def setup_run(args: Any, device: torch.device, amp: str, pretraining: bool) -> R
         args.auto_resume,
         args.sha256,
         vars(args),
-        pretraining,
         rename=not args.dry_run,
     )
     autotuner.restore(resume_point.entry("kernels", {}), device)

@@ -33,7 +33,7 @@ def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints that a run can resume from, newest first; [] unless it is a folder."""
+    """List the checkpoints that a run can resume from, newest first."""
     files = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in files if parse_checkpoint_name(path)]
     return sorted(found, key=parse_checkpoint_name, reverse=True)

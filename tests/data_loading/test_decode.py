@@ -259,7 +259,7 @@ def test_smallest_and_longest_images_pass_every_transform(tmp_path, name, size):
         assert near(image.flatten(1).T.tolist(), [(10, 200, 30)] * image[0].numel(), 1)
 
 
-def test_long_image_is_cut_before_it_is_enlarged_and_its_centre_stays():
+def test_long_image_is_cut_before_it_is_enlarged_and_its_center_stays():
     wide = np.random.default_rng(0).integers(0, 256, (4, 400, 3), dtype=np.uint8)
     wide = Image.fromarray(wide).resize((4001, 40))
     cut, *rest = (steps := create_eval_transform(224)).transforms

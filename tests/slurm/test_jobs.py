@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Jobs in a real SLURM of two nodes: submitted, signaled, requeued, cancelled.  make test-slurm"""
+"""Jobs in a real SLURM of two nodes: submitted, signaled, requeued, canceled.  make test-slurm"""
 
 import os
 import re
@@ -146,7 +146,7 @@ def test_requeued_from_outside_before_it_could_save(long, whole):
     assert job.output().count("resumed from") == 1
 
 
-def test_cancelled_job_saves_and_stays_cancelled(place):
+def test_canceled_job_saves_and_stays_canceled(place):
     """scancel sends the signal of a preemption, after which a job is requeued."""
     job = submit(place, "submitit_pretrain.py", *PRETRAIN, *SIX, *SLOW, "0.5,9,0", *NODES)[0]
     job.until(lambda: " step 2/" in job.output(), "steps")

@@ -319,8 +319,8 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path, 
 def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, pretraining, use_ema, is_run):
     """--resume of a pre-training run in fine-tuning named 151 tensors that did not fit."""
     source = str(Run(seed=3).save(tmp_path, 6))
-    args = {"lr": None, "use_ema": use_ema}
-    point = find_resume_point(None, source, args=args, pretraining=pretraining)
+    args = {"lr": None, "use_ema": use_ema} | ({"mask_ratio": 0.6} if pretraining else {})
+    point = find_resume_point(None, source, args=args)
     assert (point.is_run, point.is_weights) == (is_run, not is_run)
 
 
