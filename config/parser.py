@@ -246,7 +246,7 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if patches == 1:
         got = f"--input_size {as_typed(args.input_size)} is a single patch of --patch_size {patch}"
-        yield f"{got}; raise --input_size, or lower both --stem_stride and --patch_size"
+        yield f"{got}; raise --input_size, or lower --patch_size (a multiple of 8 * --stem_stride)"
     elif not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
         yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"

@@ -312,11 +312,8 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     for resume in ("", folder, "run", "./run/checkpoint-1.pth"):  # however the folder is written
         for output in (folder, "run"):
             words = f"{f'--resume {resume} ' * bool(resume)}--output_dir {output}"
-            with pytest.raises(UserError, match="was written by .* needs another --output_dir"):
+            with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
                 build(other, words, folder, monkeypatch)
-            if script == "finetune" and resume:
-                with pytest.raises(UserError, match="--use_ema starts a new run"):
-                    build(script, f"{words} --use_ema", folder, monkeypatch)
     # Twice, since `rename` does nothing between hard links of one file.
     os.replace(folder / "checkpoint-0.pth", tmp_path / "0")
     os.replace(tmp_path / "0", folder / "checkpoint-best.pth")
@@ -329,9 +326,11 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     newest.unlink()
     link = tmp_path / "link.pth"
     link.symlink_to(folder / "checkpoint-best.pth")
-    for resume in (folder, "run", "run/checkpoint-best.pth", link):
-        with pytest.raises(UserError, match="is in the output folder"):
-            build(other, f"--resume {resume}", folder, monkeypatch)
+    for start in (folder, "run", "run/checkpoint-best.pth", link):
+        words = [f"--resume {start}"] + [f"--finetune {start}"] * (script == "finetune")
+        for script_and_words in [(other, words[0]), *((script, more) for more in words)]:
+            with pytest.raises(UserError, match="is in the output folder"):
+                build(*script_and_words, folder, monkeypatch)
 
 
 @pytest.mark.parametrize("script", MAINS)
@@ -347,7 +346,7 @@ def test_folder_of_another_run_within_the_output_folder_is_another(script, tmp_p
     link = tmp_path / "linked" / "checkpoint-1.pth"
     link.parent.mkdir()
     link.symlink_to(best / "checkpoint-best.pth")
-    with pytest.raises(UserError, match="was written by"):
+    with pytest.raises(UserError, match="belongs to a"):
         build(other, f"--resume {link}", link.parent, monkeypatch)
 
 
@@ -367,6 +366,8 @@ def test_requeued_job_repeats_its_start_and_continues(kind, tmp_path, monkeypatc
     assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
     (new / "checkpoint-1.pth").unlink()
     assert build("finetune", words, new, monkeypatch).epochs == [1]
+    assert build("finetune", "--epochs 3", new, monkeypatch).epochs == [2]
+    assert build("finetune", f"{words} --epochs 4", new, monkeypatch).epochs == [3]
 
 
 @pytest.mark.parametrize("script", MAINS)

@@ -24,7 +24,7 @@ from parallel.process_group import (
     main_process_first,
 )
 from training.checkpoint import TrainableParts, TrainState, restore_run, rotate
-from weights.files import numbered_checkpoints, parse_checkpoint_name, read_checkpoint
+from weights import files
 
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
@@ -81,34 +81,40 @@ def find_resume_point(
         if the script is another, `resume` gives weights alone.
     rename: rename damaged files, so that they are not tried again.
     """
-    found = from_main_process(lambda: resume and numbered_checkpoints(Path(resume)))
+    found = from_main_process(lambda: resume and files.numbered_checkpoints(Path(resume)))
     resume = str(found[0]) if found else resume  # a folder stands for its newest checkpoint
     source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
+    # What the run has saved itself: its checksums are verified already.
+    own = Path(source).parent == folder and files.parse_checkpoint_name(Path(source)) is not None
+    start = source or (args or {}).get("finetune", "")
+    if folder and start and not own:
+        from_main_process(lambda: _refuse_own(start, folder))
     if not source:
         return ResumePoint()
-    # What the run has saved itself: its checksums are verified already.
-    own = Path(source).parent == folder and parse_checkpoint_name(Path(source)) is not None
-    read = main_process_first(lambda: read_checkpoint(source, "" if own else sha256, not own))
+    read = main_process_first(lambda: files.read_checkpoint(source, "" if own else sha256, not own))
     point = ResumePoint(source, read)
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
-        if not own and (args.get("use_ema") or _kind(saved_args) != _kind(args)):
-            point = replace(point, weights_only=True)
-        else:
-            in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
-            for change in compare_args(saved_args, args, source, in_epoch):
-                get_logger().warning("resuming %s with a changed flag: %s", source, change)
-    place = Path(source).resolve()
-    place = place.parent if place.match("checkpoint-*.pth") else place
-    if point.is_weights and folder and place == folder.resolve():
-        raise UserError(
-            f"{source} is in the output folder, where a new run would replace it; choose another "
-            "--output_dir"
-        )
+        if not own and (args.get("use_ema") or _kind(saved_args, args) != _kind(args)):
+            return replace(point, weights_only=True)
+        in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
+        for change in compare_args(saved_args, args, source, in_epoch):
+            get_logger().warning("resuming %s with a changed flag: %s", source, change)
     if rename and own and is_main_process():
         with contextlib.suppress(OSError):
             rotate(Path(source), sys.maxsize, resume)
     return point
+
+
+def _refuse_own(start: str, folder: Path) -> None:
+    """UserError if a new run would replace the checkpoint that it starts from."""
+    path = files.find_checkpoint(Path(start)) if Path(start).is_dir() else Path(start)
+    named = [place for place in (path, path.resolve()) if place.match("checkpoint-*.pth")]
+    if folder.resolve() in [place.parent.resolve() for place in named]:
+        raise UserError(
+            f"{path} is in the output folder, where a new run would replace it; choose another "
+            "--output_dir"
+        )
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:
@@ -130,7 +136,7 @@ def choose_checkpoint(
     folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
 ) -> str:
     """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''."""
-    paths = numbered_checkpoints(folder) if folder else []
+    paths = files.numbered_checkpoints(folder) if folder else []
     if paths and not auto_resume:
         raise UserError(
             f"--auto_resume false, but {folder} holds {paths[0].name}: the files of two runs would "
@@ -143,7 +149,7 @@ def choose_checkpoint(
             chosen = str(path)
             break
         damaged[path] = problem
-    if damaged and (not chosen or Path(chosen).resolve() in map(Path.resolve, damaged)):
+    if paths and len(damaged) == len(paths):
         raise UserError(
             f"none of the {len(paths)} checkpoints in {folder} can be used (newest: "
             f"{damaged[paths[0]]}); choose another --output_dir, or move them away to start again"
@@ -159,7 +165,7 @@ def _find_problem(path: Path) -> str:
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE * (attempt > 0))
         try:
-            return ResumePoint(str(path), read_checkpoint(path)).problem
+            return ResumePoint(str(path), files.read_checkpoint(path)).problem
         except UserError as error:
             cause = error.__cause__
             if isinstance(cause, PermissionError):
@@ -177,9 +183,9 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _kind(args: Mapping[str, Any]) -> str:
-    """Return the kind of run that has these flags."""
-    return "pre-training" if "mask_ratio" in args else "fine-tuning"
+def _kind(*flags: Mapping[str, Any]) -> str:
+    """Return the kind of run that has these flags, the first that are not empty."""
+    return "pre-training" if "mask_ratio" in next(filter(None, flags), {}) else "fine-tuning"
 
 
 def compare_args(
@@ -190,9 +196,9 @@ def compare_args(
     in_epoch: an epoch was interrupted; the order of its images depends on the seed.
     """
     changes, fixed = [], FIXED + ("seed",) * in_epoch
-    if saved and _kind(saved) != _kind(now):
+    if _kind(saved, now) != _kind(now):
         raise UserError(
-            f"{source} was written by {_kind(saved)}; {_kind(now)} needs another --output_dir"
+            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir"
         )
     for name, value in now.items():
         before = saved.get(name, value)
@@ -200,11 +206,6 @@ def compare_args(
             before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
         if before == value or name in LOCAL:
             continue
-        if name == "use_ema" and value:
-            raise UserError(
-                f"--use_ema starts a new run, but {source} is in the output folder; drop --use_ema "
-                "to continue that run, or choose another --output_dir"
-            )
         if name in fixed:
             raise UserError(
                 f"{source} was trained with --{name} {before} and cannot resume with {value}: "

@@ -372,11 +372,11 @@ def test_all_checkpoints_damaged_is_no_silent_start_from_the_beginning(tmp_path,
     """It would empty log.txt and write over what somebody could still have saved."""
     for epoch in (0, 1):
         Run().save(tmp_path, epoch).write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 2 checkpoints"):
-        Run().load(tmp_path)
-    start = Run(seed=3).save(tmp_path / ".." / tmp_path.name, 7)
-    start = start.rename(tmp_path / "start.pth")
-    assert Run().load(tmp_path, resume=str(start)).epoch == 8
+    start = tmp_path / "start.pth"
+    Run(seed=3).save(tmp_path, 7).rename(start)
+    for resume in ("", str(start), str(tmp_path)):
+        with pytest.raises(UserError, match="none of the 2 checkpoints"):
+            Run().load(tmp_path, resume=resume)
 
 
 def test_new_run_does_not_mix_with_an_old_one_of_its_folder(tmp_path):
