@@ -226,7 +226,7 @@ def build_optimizer(
     args: Any, model: nn.Module, lr: float, shard: str = "ddp"
 ) -> torch.optim.Optimizer:
     """Build the optimizer from the flags; pre-training has no layer decay."""
-    options = {"eps": args.opt_eps, "betas": args.opt_betas and tuple(args.opt_betas)}
+    options = {"eps": args.opt_eps, "betas": args.opt_betas}
     return create_optimizer(
         model,
         args.opt,

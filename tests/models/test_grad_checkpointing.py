@@ -226,13 +226,19 @@ def test_flag_turns_all_blocks_on():
     assert not any(getattr(module, "checkpointing", False) for module in plain.modules())
 
 
-def test_torch_that_saves_everything_in_compiled_blocks_is_refused():
-    args = flags("tests.tiny:classifier", compile=True)
-    if CAN_COMPILE:
-        models.build_classifier(args, 3)
-    else:
-        with pytest.raises(UserError, match="with --compile true needs torch 2.14"):
-            models.build_classifier(args, 3)
+def test_torch_that_saves_everything_in_compiled_blocks_is_refused(monkeypatch):
+    for name, build in {
+        "tests.tiny:fcmae": models.build_fcmae,
+        "tests.tiny:classifier": lambda args: models.build_classifier(args, 3),
+    }.items():
+        for version, refused in (("2.13.1", True), ("2.14.0", False)):
+            monkeypatch.setattr("torch.__version__", version)
+            build(flags(name))
+            if refused:
+                with pytest.raises(UserError, match="with --compile true needs torch 2.14"):
+                    build(flags(name, compile=True))
+            else:
+                build(flags(name, compile=True))
 
 
 class Refuses(nn.Module):
