@@ -333,6 +333,17 @@ def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint-0.pth")["classes"] == ["cat", "dog", "eel"]
 
 
+def test_rotation_spares_the_file_that_resume_names(tmp_path):
+    """A requeued job names it again."""
+    source = Run().save(tmp_path, 0)
+    words = ["--data_set", "DIGITS", "--resume", str(source), "--save_ckpt_num", "1"]
+    manager = build_checkpoint_manager(parse(finetune_parser(), words), tmp_path, Run().parts())
+    for epoch in (2, 3):
+        manager.end_epoch(TrainState(epoch=epoch), last=True)
+    names = {path.name for path in tmp_path.glob("checkpoint-?.pth")}
+    assert names == {"checkpoint-0.pth", "checkpoint-2.pth"}
+
+
 def test_hash_belongs_to_resume_and_not_to_what_the_run_saves(tmp_path):
     source = Run(seed=3).save(tmp_path, 1)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
