@@ -5,8 +5,11 @@
 import shutil
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from config import parser as options
+from errors import UserError
 from parallel import process_group
 from tests.parallel.test_failure import QUICK, Ranks, ends, pretrain, start_script
 from tests.test_end_to_end import FINETUNE, ROOT
@@ -41,6 +44,25 @@ def test_script_refuses_other_flags_before_it_does_anything(tmp_path):
     assert said.startswith("program.py: error [rank ")
     assert "]: rank 1 differs from rank 0: --lr 0.02 (rank 0: 0.01). Start all" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_process_is_set_up_as_the_flags_say(capsys, monkeypatch):
+    """A run that names a recipe says so; --deterministic acts before anything is computed."""
+    calls = []
+    monkeypatch.setattr(setup, "make_deterministic", lambda *args: calls.append(args))
+    device = torch.device("cpu")
+    for words, expected in ("", False), ("--deterministic", True):
+        line = f"--recipe digits_pretrain --device cpu {words}"
+        args = options.parse(options.pretrain_parser(), line.split())
+        assert setup.setup_process(args) == (device, "none")
+        assert calls.pop() == (expected, device)
+        assert "recipe digits_pretrain: --model" in capsys.readouterr().out
+    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--device", "cpu"])
+    setup.setup_process(args)
+    assert "recipe" not in capsys.readouterr().out
+    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--dist_on_itp"])
+    with pytest.raises(UserError, match="--dist_on_itp true: .* start with mpirun"):
+        setup.setup_process(args)
 
 
 def test_description_has_flags_versions_and_files():
