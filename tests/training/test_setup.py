@@ -14,7 +14,7 @@ from parallel import process_group
 from tests.parallel.test_failure import QUICK, Ranks, ends, pretrain, start_script
 from tests.test_end_to_end import FINETUNE, ROOT
 from tests.test_layout import product_files
-from training import setup
+from training import run_lock, setup
 
 
 def different(args: SimpleNamespace) -> None:
@@ -96,3 +96,23 @@ def test_scripts_from_different_copies_name_the_file(tmp_path):
     assert codes == [2, 2]
     assert errors[0].startswith("main_finetune.py: error [rank ")
     assert "]: rank 1 differs from rank 0: training/meters.py (SHA-256 " in errors[0]
+
+
+def test_dry_run_renames_no_damaged_checkpoint(tmp_path):
+    """It may look at the folder of a run that is writing."""
+    torch.save({"model": {}, "optimizer": {}, "state": {}}, tmp_path / "checkpoint-0.pth")
+    (tmp_path / "checkpoint-1.pth").write_bytes(b"half")
+    words = f"--data_set DIGITS --device cpu --output_dir {tmp_path}"
+    for more, kept in ("--dry_run", True), ("", False):
+        args = options.parse(options.pretrain_parser(), f"{words} {more}".split())
+        run = setup.setup_run(args, torch.device("cpu"), "none")
+        assert run.resume_point.source == str(tmp_path / "checkpoint-0.pth")
+        assert (tmp_path / "checkpoint-1.pth").exists() == kept
+    run_lock.acquire_run_lock("")
+
+
+def test_cuda_graphs_are_refused_where_they_cannot_be_recorded():
+    words = "--data_set DIGITS --device cpu --cuda_graphs"
+    args = options.parse(options.pretrain_parser(), words.split())
+    with pytest.raises(UserError, match="--cuda_graphs"):
+        setup.setup_run(args, torch.device("cpu"), "none")
