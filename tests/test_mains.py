@@ -350,6 +350,19 @@ def test_folder_of_another_run_within_the_output_folder_is_another(script, tmp_p
         build(other, f"--resume {link}", link.parent, monkeypatch)
 
 
+def test_folder_with_ema_weights_alone_starts_a_run_elsewhere(tmp_path, monkeypatch):
+    """It has no checkpoint for a start without --use_ema, and its file is not replaced."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    build("finetune", "--model_ema", old, monkeypatch)
+    (old / "checkpoint-1.pth").rename(old / "checkpoint-best-ema.pth")
+    for name in ("checkpoint-0.pth", "checkpoint-best.pth"):
+        (old / name).unlink(missing_ok=True)
+    words = f"--finetune {old} --use_ema"
+    assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
+    with pytest.raises(UserError, match="checkpoint-best-ema.pth is in the output folder"):
+        build("finetune", words, old, monkeypatch)
+
+
 @pytest.mark.parametrize("kind", ["run", "weights", "weights in the output folder"])
 def test_requeued_job_repeats_its_start_and_continues(kind, tmp_path, monkeypatch):
     """--use_ema and --sha256 belong to the start; they must not refuse what the job has saved."""

@@ -107,14 +107,15 @@ def find_resume_point(
 
 
 def _refuse_own(start: str, folder: Path) -> None:
-    """UserError if a new run would replace the checkpoint that it starts from."""
-    path = files.find_checkpoint(Path(start)) if Path(start).is_dir() else Path(start)
-    named = [place for place in (path, path.resolve()) if place.match("checkpoint-*.pth")]
-    if folder.resolve() in [place.parent.resolve() for place in named]:
-        raise UserError(
-            f"{path} is in the output folder, where a new run would replace it; choose another "
-            "--output_dir"
-        )
+    """UserError if a new run may replace the checkpoint that it starts from."""
+    path = Path(start)
+    for found in filter(Path.exists, path.glob("checkpoint-*.pth") if path.is_dir() else [path]):
+        named = [place for place in (found, found.resolve()) if place.match("checkpoint-*.pth")]
+        if folder.resolve() in [place.parent.resolve() for place in named]:
+            raise UserError(
+                f"{found} is in the output folder, where a new run may replace it; choose another "
+                "--output_dir"
+            )
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:
