@@ -179,6 +179,9 @@ def _rendezvous(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
         raise UserError(
             f"rank {rank}: rendezvous of {size} processes at {address} failed: {reason} ({error})"
         ) from error
+    except (RuntimeError, ValueError) as error:
+        given = "env://, tcp://HOST:PORT or file:///FILE"
+        raise UserError(f"--dist_url {dist_url}: {error}; give {given}") from error
     store.set_timeout(WAIT_FOR_RANKS)
     return store, rank, size
 

@@ -5,7 +5,7 @@
 import argparse
 import hashlib
 import json
-import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -314,23 +314,37 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
             words = f"{f'--resume {resume} ' * bool(resume)}--output_dir {output}"
             with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
                 build(other, words, folder, monkeypatch)
-    # Twice, since `rename` does nothing between hard links of one file.
-    os.replace(folder / "checkpoint-0.pth", tmp_path / "0")
-    os.replace(tmp_path / "0", folder / "checkpoint-best.pth")
-    newest = folder / "checkpoint-1.pth"
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_run_continues_from_its_best_where_no_numbered_checkpoint_is_intact(
+    script, tmp_path, monkeypatch
+):
+    """Killed before the first one, with --save_ckpt_freq 10, it began again at epoch 0."""
+    folder, first = tmp_path / "run", tmp_path / "first.pth"
+    best, newest = folder / "checkpoint-best.pth", folder / "checkpoint-1.pth"
+    build(script, "", folder, monkeypatch)
+    shutil.copy(folder / "checkpoint-0.pth", first)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.pth").symlink_to(best)
+    other = {"pretrain": "finetune", "finetune": "pretrain"}[script]
+    starts = ["", "--resume run", f"--resume {best}", "--resume link.pth"]
+    starts += ["--finetune run", "--finetune link.pth --use_ema"] * (script == "finetune")
+    for start in starts:  # however the folder is written
+        for path in folder.glob("checkpoint-*.pth"):
+            path.unlink()
+        shutil.copy(first, best)
+        newest.write_bytes(b"half")
+        with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
+            build(other, "", folder, monkeypatch)
+        assert build(script, start, folder, monkeypatch).epochs == [1]
+    best.write_bytes(b"half")
+    (folder / "checkpoint-0.pth").unlink(missing_ok=True)
     newest.write_bytes(b"half")
-    for resume in (folder, "run"):
-        with pytest.raises(UserError, match="none of the 1 checkpoints"):
-            build(script, f"--resume {resume}", folder, monkeypatch)
+    for start in starts:
+        with pytest.raises(UserError, match="no run can resume from a checkpoint in"):
+            build(script, start, folder, monkeypatch)
         assert newest.exists()
-    newest.unlink()
-    link = tmp_path / "link.pth"
-    link.symlink_to(folder / "checkpoint-best.pth")
-    for start in (folder, "run", "run/checkpoint-best.pth", link):
-        words = [f"--resume {start}"] + [f"--finetune {start}"] * (script == "finetune")
-        for script_and_words in [(other, words[0]), *((script, more) for more in words)]:
-            with pytest.raises(UserError, match="is in the output folder"):
-                build(*script_and_words, folder, monkeypatch)
 
 
 @pytest.mark.parametrize("script", MAINS)
@@ -351,16 +365,18 @@ def test_folder_of_another_run_within_the_output_folder_is_another(script, tmp_p
 
 
 def test_folder_with_ema_weights_alone_starts_a_run_elsewhere(tmp_path, monkeypatch):
-    """It has no checkpoint for a start without --use_ema, and its file is not replaced."""
-    old, new = tmp_path / "old", tmp_path / "new"
-    build("finetune", "--model_ema", old, monkeypatch)
-    (old / "checkpoint-1.pth").rename(old / "checkpoint-best-ema.pth")
-    for name in ("checkpoint-0.pth", "checkpoint-best.pth"):
-        (old / name).unlink(missing_ok=True)
-    words = f"--finetune {old} --use_ema"
-    assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
-    with pytest.raises(UserError, match="checkpoint-best-ema.pth is in the output folder"):
-        build("finetune", words, old, monkeypatch)
+    """A run in that folder would replace them."""
+    old = tmp_path / "old"
+    build("finetune", "--model_ema --model_ema_eval", old, monkeypatch)
+    for path in old.glob("checkpoint-*.pth"):
+        if path.name != "checkpoint-best-ema.pth":
+            path.unlink()
+    for number, flag in enumerate(("finetune", "resume")):
+        new = tmp_path / f"new{number}"
+        words = f"--{flag} {old} --use_ema"
+        assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
+        with pytest.raises(UserError, match="checkpoint-best-ema.pth holds no optimizer"):
+            build("finetune", words, old, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["run", "weights", "weights in the output folder"])

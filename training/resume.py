@@ -30,9 +30,9 @@ REQUIRED = ("model", "optimizer", "state")  # entries without which no run can r
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim")
-LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "config", "recipe")
-LOCAL += ("data_index", "local_rank", "world_size", "dist_url", "progress", "dry_run")
-LOCAL += ("shard", "grad_checkpointing")
+LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
+LOCAL += ("config", "recipe", "data_index", "local_rank", "world_size", "dist_url", "progress")
+LOCAL += ("dry_run", "shard", "grad_checkpointing")
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 
 
@@ -42,7 +42,7 @@ class ResumePoint:
 
     source: str = ""
     checkpoint: Any = None
-    weights_only: bool = False  # a run of the other kind, or with --use_ema
+    weights_only: str = ""  # why its weights alone are taken although a run could resume
 
     @property
     def is_run(self) -> bool:
@@ -74,29 +74,28 @@ def find_resume_point(
     args: Mapping[str, Any] | None = None,
     rename: bool = True,
 ) -> ResumePoint:
-    """Read the newest intact checkpoint of `folder`, or else `resume`, on every rank.
+    """Read the checkpoint that `choose_checkpoint` finds in `folder`, or else `resume`.
 
     `resume` is where a run starts: what it has saved itself since then takes precedence.
     args: current flags; changes since the checkpoint are logged, or refused. With --use_ema, or
         if the script is another, `resume` gives weights alone.
     rename: rename damaged files, so that they are not tried again.
     """
-    found = from_main_process(lambda: resume and files.numbered_checkpoints(Path(resume)))
+    own = from_main_process(lambda: choose_checkpoint(folder, auto_resume, rename))
+    found = from_main_process(lambda: resume and files.run_checkpoints(Path(resume)))
     resume = str(found[0]) if found else resume  # a folder stands for its newest checkpoint
-    source = from_main_process(lambda: choose_checkpoint(folder, resume, auto_resume, rename))
-    # What the run has saved itself: its checksums are verified already.
-    own = Path(source).parent == folder and files.parse_checkpoint_name(Path(source)) is not None
-    start = source or (args or {}).get("finetune", "")
-    if folder and start and not own:
-        from_main_process(lambda: _refuse_own(start, folder))
+    source = own or resume
     if not source:
         return ResumePoint()
+    # The checksums of `own` are verified already.
     read = main_process_first(lambda: files.read_checkpoint(source, "" if own else sha256, not own))
     point = ResumePoint(source, read)
     if args is not None and point.is_run:
         saved_args = point.entry("args", {})
-        if not own and (args.get("use_ema") or _kind(saved_args, args) != _kind(args)):
-            return replace(point, weights_only=True)
+        if not own and args.get("use_ema"):
+            return replace(point, weights_only=f"--use_ema with {source}")
+        if not own and _kind(saved_args, args) != _kind(args):
+            return replace(point, weights_only=f"{source} belongs to a {_kind(saved_args)} run")
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
             get_logger().warning("resuming %s with a changed flag: %s", source, change)
@@ -104,18 +103,6 @@ def find_resume_point(
         with contextlib.suppress(OSError):
             rotate(Path(source), sys.maxsize, resume)
     return point
-
-
-def _refuse_own(start: str, folder: Path) -> None:
-    """UserError if a new run may replace the checkpoint that it starts from."""
-    path = Path(start)
-    for found in filter(Path.exists, path.glob("checkpoint-*.pth") if path.is_dir() else [path]):
-        named = [place for place in (found, found.resolve()) if place.match("checkpoint-*.pth")]
-        if folder.resolve() in [place.parent.resolve() for place in named]:
-            raise UserError(
-                f"{found} is in the output folder, where a new run may replace it; choose another "
-                "--output_dir"
-            )
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:
@@ -127,23 +114,23 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
         log.info("resumed from %s: epoch %d, step %d", source, state.epoch, state.global_step)
         return state
     if source:
-        reason = point.problem or f"resuming {source} for another kind of run or with --use_ema"
         text = "%s: only its weights are loaded; training starts at epoch %d"
-        log.warning(text, reason, start_epoch)
+        log.warning(text, point.problem or point.weights_only, start_epoch)
     return TrainState(start_epoch)
 
 
-def choose_checkpoint(
-    folder: Path | None, resume: str, auto_resume: bool, rename: bool = True
-) -> str:
-    """Return the path of the newest intact checkpoint of `folder`, or else `resume`, or ''."""
-    paths = files.numbered_checkpoints(folder) if folder else []
+def choose_checkpoint(folder: Path | None, auto_resume: bool = True, rename: bool = True) -> str:
+    """Return the path of the newest intact checkpoint of a run's own folder, '' if it has none.
+
+    Raises UserError if it has some, but none that a run can resume from.
+    """
+    paths = files.run_checkpoints(folder) if folder else []
     if paths and not auto_resume:
         raise UserError(
             f"--auto_resume false, but {folder} holds {paths[0].name}: the files of two runs would "
             "mix; choose another --output_dir or move these files away"
         )
-    chosen, damaged = resume, {}
+    chosen, damaged = "", {}
     for path in paths:
         problem = _find_problem(path)
         if not problem:
@@ -152,8 +139,8 @@ def choose_checkpoint(
         damaged[path] = problem
     if paths and len(damaged) == len(paths):
         raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be used (newest: "
-            f"{damaged[paths[0]]}); choose another --output_dir, or move them away to start again"
+            f"no run can resume from a checkpoint in {folder} (newest: {damaged[paths[0]]}); "
+            "choose another --output_dir, or move the checkpoints away to start again"
         )
     for path, problem in damaged.items():
         renamed = f"; renamed to {_set_aside(path).name}" if rename else ""

@@ -33,10 +33,16 @@ def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints that a run can resume from, newest first."""
+    """List the numbered checkpoints in a folder, newest first."""
     files = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in files if parse_checkpoint_name(path)]
     return sorted(found, key=parse_checkpoint_name, reverse=True)
+
+
+def run_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of a run in the order in which it resumes from them."""
+    best = [folder / name for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth")]
+    return numbered_checkpoints(folder) + [path for path in best if path.exists()]
 
 
 def find_checkpoint(folder: Path, ema: bool = False) -> Path:

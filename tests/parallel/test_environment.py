@@ -145,6 +145,28 @@ def test_open_mpi_is_understood(environment, asked):
         init_distributed_mode("cpu", dist_on_itp=asked)
 
 
+def test_world_size_of_the_flag_must_be_that_of_the_launcher(environment):
+    with pytest.raises(UserError, match=r"--world_size 2, but 1 .* torchrun --nproc_per_node=2"):
+        init_distributed_mode("cpu", world_size=2)
+    environment |= {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    with pytest.raises(UserError, match=r"--world_size 2, but 3 process\(es\) were started"):
+        init_distributed_mode("cpu", world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("nosuch://x", "No rendezvous handler for nosuch://"),
+        ("host", "No rendezvous handler for ://"),
+        ("tcp://127.0.0.1", "port number missing"),
+    ],
+)
+def test_wrong_address_is_refused(environment, address, said):
+    environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    with pytest.raises(UserError, match=f"--dist_url {address}: .*{said}; give env://, tcp://HOST"):
+        init_distributed_mode("cpu", dist_url=address)
+
+
 @pytest.mark.parametrize("absent", ["RANK", "SIZE", "LOCAL_RANK"])
 def test_missing_variable_of_open_mpi_is_named(environment, absent):
     names = {"RANK", "SIZE", "LOCAL_RANK"} - {absent}

@@ -386,7 +386,7 @@ def test_all_checkpoints_damaged_is_no_silent_start_from_the_beginning(tmp_path,
     start = tmp_path / "start.pth"
     Run(seed=3).save(tmp_path, 7).rename(start)
     for resume in ("", str(start), str(tmp_path)):
-        with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        with pytest.raises(UserError, match="no run can resume from a checkpoint in"):
             Run().load(tmp_path, resume=resume)
 
 

@@ -2,14 +2,17 @@
 # Licensed under the MIT License; see LICENSE.
 """All ranks of a run must have the same flags, files and packages."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from config import parser as options
 from errors import UserError
+from models.kernels.autotune import Autotuner
 from parallel import process_group
 from tests.parallel.test_failure import QUICK, Ranks, ends, pretrain, start_script
 from tests.test_end_to_end import FINETUNE, ROOT
@@ -65,6 +68,21 @@ def test_process_is_set_up_as_the_flags_say(capsys, monkeypatch):
         setup.setup_process(args)
 
 
+def meet_in_a_file(args: SimpleNamespace) -> None:
+    os.environ["MASTER_ADDR"] = "nowhere.invalid"
+    del os.environ["LOCAL_RANK"]
+    meeting = (args.folder / "meeting").as_uri()
+    words = f"--data_set DIGITS --device cpu --world_size 2 --local_rank 3 --dist_url {meeting}"
+    setup.setup_process(options.parse(options.pretrain_parser(), words.split()))
+    assert dist.get_world_size() == 2
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
+def test_processes_meet_where_the_flags_say(tmp_path):
+    started = Ranks(meet_in_a_file, tmp_path)
+    assert started.end() == [0, 0], started.output(0)
+
+
 def test_description_has_flags_versions_and_files():
     found = setup.describe_rank(
         {"lr": 0.1, "input_size": (32, 32), "local_rank": 3, "num_workers": 2}
@@ -109,6 +127,20 @@ def test_dry_run_renames_no_damaged_checkpoint(tmp_path):
         assert run.resume_point.source == str(tmp_path / "checkpoint-0.pth")
         assert (tmp_path / "checkpoint-1.pth").exists() == kept
     run_lock.acquire_run_lock("")
+
+
+def test_checkpoint_of_the_folder_is_resumed_with_its_kernels(tmp_path, monkeypatch):
+    kernels = {"cpu of another": {"sum float32 5": "torch"}}
+    checkpoint = {"model": {}, "optimizer": {}, "state": {}, "kernels": kernels}
+    torch.save(checkpoint, tmp_path / "checkpoint-0.pth")
+    monkeypatch.setattr(setup, "autotuner", Autotuner())
+    words = f"--data_set DIGITS --device cpu --output_dir {tmp_path} --dry_run".split()
+    args = options.parse(options.pretrain_parser(), words)
+    setup.setup_run(args, torch.device("cpu"), "none")
+    assert setup.autotuner.state() == kernels
+    args = options.parse(options.pretrain_parser(), [*words, "--auto_resume", "false"])
+    with pytest.raises(UserError, match="checkpoint-0.pth"):
+        setup.setup_run(args, torch.device("cpu"), "none")
 
 
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded():
