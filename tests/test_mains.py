@@ -323,6 +323,7 @@ def test_run_continues_from_its_best_where_no_numbered_checkpoint_is_intact(
     """Killed before the first one, with --save_ckpt_freq 10, it began again at epoch 0."""
     folder, first = tmp_path / "run", tmp_path / "first.pth"
     best, newest = folder / "checkpoint-best.pth", folder / "checkpoint-1.pth"
+    ema = folder / "checkpoint-best-ema.pth"
     build(script, "", folder, monkeypatch)
     shutil.copy(folder / "checkpoint-0.pth", first)
     monkeypatch.chdir(tmp_path)
@@ -335,9 +336,11 @@ def test_run_continues_from_its_best_where_no_numbered_checkpoint_is_intact(
             path.unlink()
         shutil.copy(first, best)
         newest.write_bytes(b"half")
+        torch.save({"model": {}}, ema)
         with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
             build(other, "", folder, monkeypatch)
         assert build(script, start, folder, monkeypatch).epochs == [1]
+        assert ema.exists()
     best.write_bytes(b"half")
     (folder / "checkpoint-0.pth").unlink(missing_ok=True)
     newest.write_bytes(b"half")
@@ -395,7 +398,9 @@ def test_requeued_job_repeats_its_start_and_continues(kind, tmp_path, monkeypatc
     assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
     (new / "checkpoint-1.pth").unlink()
     assert build("finetune", words, new, monkeypatch).epochs == [1]
-    assert build("finetune", "--epochs 3", new, monkeypatch).epochs == [2]
+    continued = build("finetune", "--epochs 3", new, monkeypatch)
+    assert continued.epochs == [2]
+    assert "changed flag: --use_ema" not in continued.text
     assert build("finetune", f"{words} --epochs 4", new, monkeypatch).epochs == [3]
 
 

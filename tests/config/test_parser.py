@@ -87,6 +87,14 @@ def test_official_flag_parses(kind, pair):
     assert joined == split == expected
 
 
+def test_evaluation_may_have_the_flags_of_the_run():
+    """With --config RUN/args.yaml, which holds --finetune."""
+    words = ["--finetune", "a.pth", "--resume", "b.pth"]
+    assert parse("finetune", *words, "--eval").resume == "b.pth"
+    with pytest.raises(SystemExit):
+        parse("finetune", *words)
+
+
 def test_official_flags_parse_together():
     pairs = OFFICIAL["finetune"].replace("resume=a.pth", "").split()  # it excludes --finetune
     words = [word for pair in pairs for word in f"--{pair}".split("=")]

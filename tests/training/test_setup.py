@@ -116,16 +116,18 @@ def test_scripts_from_different_copies_name_the_file(tmp_path):
     assert "]: rank 1 differs from rank 0: training/meters.py (SHA-256 " in errors[0]
 
 
-def test_dry_run_renames_no_damaged_checkpoint(tmp_path):
+def test_dry_run_renames_and_deletes_no_checkpoint(tmp_path):
     """It may look at the folder of a run that is writing."""
     torch.save({"model": {}, "optimizer": {}, "state": {}}, tmp_path / "checkpoint-0.pth")
-    (tmp_path / "checkpoint-1.pth").write_bytes(b"half")
+    left = [tmp_path / "checkpoint-1.pth", tmp_path / "checkpoint-0-seen-8.pth"]
+    for path in left:
+        path.write_bytes(b"half")
     words = f"--data_set DIGITS --device cpu --output_dir {tmp_path}"
     for more, kept in ("--dry_run", True), ("", False):
         args = options.parse(options.pretrain_parser(), f"{words} {more}".split())
         run = setup.setup_run(args, torch.device("cpu"), "none")
         assert run.resume_point.source == str(tmp_path / "checkpoint-0.pth")
-        assert (tmp_path / "checkpoint-1.pth").exists() == kept
+        assert [path.exists() for path in left] == [kept, kept]
     run_lock.acquire_run_lock("")
 
 
