@@ -56,12 +56,7 @@ def train_one_epoch(
 
 
 def masked_loss(
-    network: nn.Module,
-    model_without_ddp: FCMAE,
-    images: Tensor,
-    ids: Tensor,
-    seed: int,
-    epoch: int,
+    network: nn.Module, model_without_ddp: FCMAE, images: Tensor, ids: Tensor, seed: int, epoch: int
 ) -> Tensor:
     """Reconstruction loss of images (N, C, H, W) under masks drawn from (seed, epoch, sample id).
 

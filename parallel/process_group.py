@@ -172,16 +172,15 @@ def _rendezvous(dist_url: str, rank: int, size: int) -> tuple[Any, int, int]:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=RENDEZVOUS_TIMEOUT))
-    except dist.DistError as error:
+    except (RuntimeError, ValueError) as error:
         reason = f"not all joined within {RENDEZVOUS_TIMEOUT}; check their output and MASTER_ADDR"
         if "EADDRINUSE" in str(error):
             reason = "the port is in use; set a free MASTER_PORT, the same for all processes"
+        elif not isinstance(error, dist.DistError):
+            reason = "give tcp://HOST:PORT or file:///FILE, or set MASTER_ADDR and MASTER_PORT"
         raise UserError(
             f"rank {rank}: rendezvous of {size} processes at {address} failed: {reason} ({error})"
         ) from error
-    except (RuntimeError, ValueError) as error:
-        given = "env://, tcp://HOST:PORT or file:///FILE"
-        raise UserError(f"--dist_url {dist_url}: {error}; give {given}") from error
     store.set_timeout(WAIT_FOR_RANKS)
     return store, rank, size
 

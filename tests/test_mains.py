@@ -339,6 +339,9 @@ def test_run_continues_from_its_best_where_no_numbered_checkpoint_is_intact(
         torch.save({"model": {}}, ema)
         with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
             build(other, "", folder, monkeypatch)
+        with pytest.raises(UserError, match="holds checkpoint-[1b].*: the files of two runs"):
+            build(script, "--auto_resume false", folder, monkeypatch)
+        assert newest.exists()
         assert build(script, start, folder, monkeypatch).epochs == [1]
         assert ema.exists()
     best.write_bytes(b"half")
@@ -367,19 +370,21 @@ def test_folder_of_another_run_within_the_output_folder_is_another(script, tmp_p
         build(other, f"--resume {link}", link.parent, monkeypatch)
 
 
-def test_folder_with_ema_weights_alone_starts_a_run_elsewhere(tmp_path, monkeypatch):
-    """A run in that folder would replace them."""
+def test_folder_with_ema_weights_alone(tmp_path, monkeypatch):
+    """A run that starts from them would replace them; one killed in its first save leaves them."""
     old = tmp_path / "old"
     build("finetune", "--model_ema --model_ema_eval", old, monkeypatch)
     for path in old.glob("checkpoint-*.pth"):
         if path.name != "checkpoint-best-ema.pth":
             path.unlink()
+    monkeypatch.chdir(tmp_path)
     for number, flag in enumerate(("finetune", "resume")):
-        new = tmp_path / f"new{number}"
         words = f"--{flag} {old} --use_ema"
-        assert build("finetune", words, new, monkeypatch).epochs == [0, 1]
-        with pytest.raises(UserError, match="checkpoint-best-ema.pth holds no optimizer"):
-            build("finetune", words, old, monkeypatch)
+        assert build("finetune", words, tmp_path / f"new{number}", monkeypatch).epochs == [0, 1]
+        for more in words, f"--{flag} old/checkpoint-best-ema.pth":
+            with pytest.raises(UserError, match="would replace .*/checkpoint-best-ema.pth, which"):
+                build("finetune", more, old, monkeypatch)
+    assert build("finetune", "", old, monkeypatch).epochs == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["run", "weights", "weights in the output folder"])
@@ -401,6 +406,7 @@ def test_requeued_job_repeats_its_start_and_continues(kind, tmp_path, monkeypatc
     continued = build("finetune", "--epochs 3", new, monkeypatch)
     assert continued.epochs == [2]
     assert "changed flag: --use_ema" not in continued.text
+    source.unlink()
     assert build("finetune", f"{words} --epochs 4", new, monkeypatch).epochs == [3]
 
 

@@ -169,11 +169,7 @@ class CheckpointManager:
             )
 
     def _save(
-        self,
-        state: TrainState,
-        is_last: bool,
-        numbered: bool = True,
-        improved: Sequence[str] = (),
+        self, state: TrainState, is_last: bool, numbered: bool = True, improved: Sequence[str] = ()
     ) -> None:
         """Save, or report the failure; raise TrainingStopped after too many failures in a row.
 

@@ -74,35 +74,51 @@ def find_resume_point(
     args: Mapping[str, Any] | None = None,
     rename: bool = True,
 ) -> ResumePoint:
-    """Read the checkpoint that `choose_checkpoint` finds in `folder`, or else `resume`.
+    """Read the checkpoint to continue from in the run's own `folder`, or else `resume`.
 
     `resume` is where a run starts: what it has saved itself since then takes precedence.
     args: current flags; changes since the checkpoint are logged, or refused. With --use_ema, or
         if the script is another, `resume` gives weights alone.
     rename: rename damaged files, so that they are not tried again.
     """
-    own = from_main_process(lambda: choose_checkpoint(folder, auto_resume, rename))
-    found = from_main_process(lambda: resume and files.run_checkpoints(Path(resume)))
-    resume = str(found[0]) if found else resume  # a folder stands for its newest checkpoint
-    source = own or resume
+    args = args or {}
+    own, damaged = from_main_process(lambda: _choose(folder, auto_resume))
+    source = own or from_main_process(lambda: _find_start(resume, folder, args))
     if not source:
         return ResumePoint()
+    ema, sha256 = bool(args.get("use_ema")), "" if own else sha256
     # The checksums of `own` are verified already.
-    read = main_process_first(lambda: files.read_checkpoint(source, "" if own else sha256, not own))
+    read = main_process_first(lambda: files.read_checkpoint(source, sha256, not own, ema))
     point = ResumePoint(source, read)
-    if args is not None and point.is_run:
+    if args and point.is_run:
         saved_args = point.entry("args", {})
-        if not own and args.get("use_ema"):
-            return replace(point, weights_only=f"--use_ema with {source}")
+        if not own and ema:
+            return replace(point, weights_only=f"--use_ema and {source}")
         if not own and _kind(saved_args, args) != _kind(args):
             return replace(point, weights_only=f"{source} belongs to a {_kind(saved_args)} run")
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
             get_logger().warning("resuming %s with a changed flag: %s", source, change)
-    if rename and own and is_main_process():
+    from_main_process(lambda: _set_aside(damaged, rename))
+    if rename and files.parse_checkpoint_name(Path(own)) and is_main_process():
         with contextlib.suppress(OSError):
-            rotate(Path(source), sys.maxsize, resume)
+            rotate(Path(own), sys.maxsize, resume)
     return point
+
+
+def _find_start(resume: str, folder: Path | None, args: Mapping[str, Any]) -> str:
+    """Return the path that --resume gives, for a folder that of its newest checkpoint.
+
+    Raises UserError if the new run would replace the EMA weights that it starts from.
+    """
+    start, ema = Path(resume or args.get("finetune", "")), Path(folder or "", files.BEST_EMA)
+    start /= ema.name * bool(args.get("use_ema") and start.is_dir())
+    if folder and start.exists() and ema.exists() and start.samefile(ema):
+        raise UserError(
+            f"the run would replace {ema}, which it starts from; choose another --output_dir"
+        )
+    found = files.run_checkpoints(Path(resume)) if resume else []
+    return str(found[0]) if found else resume
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:
@@ -119,33 +135,26 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
     return TrainState(start_epoch)
 
 
-def choose_checkpoint(folder: Path | None, auto_resume: bool = True, rename: bool = True) -> str:
-    """Return the path of the newest intact checkpoint of a run's own folder, '' if it has none.
-
-    Raises UserError if it has some, but none that a run can resume from.
-    """
+def _choose(folder: Path | None, auto_resume: bool) -> tuple[str, dict[Path, str]]:
+    """Return a run's newest intact checkpoint, '' if it has none, and problems of newer ones."""
     paths = files.run_checkpoints(folder) if folder else []
     if paths and not auto_resume:
         raise UserError(
             f"--auto_resume false, but {folder} holds {paths[0].name}: the files of two runs would "
             "mix; choose another --output_dir or move these files away"
         )
-    chosen, damaged = "", {}
+    damaged: dict[Path, str] = {}
     for path in paths:
         problem = _find_problem(path)
         if not problem:
-            chosen = str(path)
-            break
+            return str(path), damaged
         damaged[path] = problem
-    if paths and len(damaged) == len(paths):
+    if damaged:
         raise UserError(
             f"no run can resume from a checkpoint in {folder} (newest: {damaged[paths[0]]}); "
             "choose another --output_dir, or move the checkpoints away to start again"
         )
-    for path, problem in damaged.items():
-        renamed = f"; renamed to {_set_aside(path).name}" if rename else ""
-        get_logger().warning("%s%s, trying the one before", problem, renamed)
-    return chosen
+    return "", damaged
 
 
 def _find_problem(path: Path) -> str:
@@ -163,12 +172,15 @@ def _find_problem(path: Path) -> str:
     raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint."""
-    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
-    aside = next(name for name in names if not name.exists())
-    os.rename(path, aside)
-    return aside
+def _set_aside(damaged: Mapping[Path, str], rename: bool) -> None:
+    """Rename damaged checkpoints, and say why another is used."""
+    for path, problem in damaged.items():
+        if rename:
+            names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            os.rename(path, aside)
+            problem += f"; renamed to {aside.name}"
+        get_logger().warning("%s, trying the one before", problem)
 
 
 def _kind(*flags: Mapping[str, Any]) -> str:

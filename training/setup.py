@@ -70,12 +70,7 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     if not args.dry_run:
         output_dir = run_lock.acquire_run_lock(args.output_dir)
     resume_point = find_resume_point(
-        output_dir,
-        args.resume,
-        args.auto_resume,
-        args.sha256,
-        vars(args),
-        rename=not args.dry_run,
+        output_dir, args.resume, args.auto_resume, args.sha256, vars(args), rename=not args.dry_run
     )
     autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(

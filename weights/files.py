@@ -6,6 +6,7 @@ python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo
 """
 
 import argparse
+import contextlib
 import pickle
 import re
 import zipfile
@@ -22,6 +23,7 @@ from weights.download import KINDS, WEIGHTS, locate
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
+BEST, BEST_EMA = "checkpoint-best.pth", "checkpoint-best-ema.pth"
 
 
 def parse_checkpoint_name(path: Path) -> tuple[int, int] | None:
@@ -40,9 +42,14 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 
 
 def run_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a run in the order in which it resumes from them."""
-    best = [folder / name for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth")]
-    return numbered_checkpoints(folder) + [path for path in best if path.exists()]
+    """List the numbered checkpoints in a folder and the best one, newest first."""
+    ages = {path: parse_checkpoint_name(path) for path in numbered_checkpoints(folder)}
+    best = folder / BEST
+    if best.exists():
+        ages[best] = (-1, 0)  # the last, if it is damaged
+        with contextlib.suppress(UserError, LookupError, TypeError):
+            ages[best] = (read_checkpoint(best, check=False)["state"]["epoch"], 0)
+    return sorted(ages, key=ages.get, reverse=True)
 
 
 def find_checkpoint(folder: Path, ema: bool = False) -> Path:
@@ -50,7 +57,7 @@ def find_checkpoint(folder: Path, ema: bool = False) -> Path:
 
     ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
-    best = ["checkpoint-best-ema.pth"] * ema + ["checkpoint-best.pth"]
+    best = [BEST_EMA] * ema + [BEST]
     newest = numbered_checkpoints(folder)[:1]
     for name in (*best, *(path.name for path in newest), *WEIGHTS):
         if (folder / name).exists():

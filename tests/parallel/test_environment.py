@@ -159,11 +159,14 @@ def test_world_size_of_the_flag_must_be_that_of_the_launcher(environment):
         ("nosuch://x", "No rendezvous handler for nosuch://"),
         ("host", "No rendezvous handler for ://"),
         ("tcp://127.0.0.1", "port number missing"),
+        ("env://", "invalid literal for int.* 'port'"),
     ],
 )
 def test_wrong_address_is_refused(environment, address, said):
     environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    with pytest.raises(UserError, match=f"--dist_url {address}: .*{said}; give env://, tcp://HOST"):
+    environment |= {"MASTER_ADDR": "here", "MASTER_PORT": "port"}
+    place = {"env://": "here:port"}.get(address, address)
+    with pytest.raises(UserError, match=rf"{place} failed: give tcp://HOST:PORT or .* \(.*{said}"):
         init_distributed_mode("cpu", dist_url=address)
 
 

@@ -364,6 +364,20 @@ def test_newest_whole_checkpoint_wins(tmp_path):
     assert_same(run.model, Run(seed=10).model)
 
 
+@pytest.mark.parametrize("best", [7, 9, 10, 12])
+def test_best_checkpoint_wins_if_it_is_newer(tmp_path, best):
+    """After a continuation from an older one, a worse best could replace it."""
+    Run(seed=best).save(tmp_path, best).rename(tmp_path / "checkpoint-best.pth")
+    newest = Run(seed=1).save(tmp_path, 9)
+    within = newest.with_name("checkpoint-10-seen-8.pth")
+    newest.rename(within)
+    Run(seed=1).save(tmp_path, 9)
+    run = Run(seed=2)
+    source = find_resume_point(tmp_path).source
+    assert source == str(tmp_path / "checkpoint-best.pth" if best > 9 else within)
+    assert run.load(tmp_path).epoch == max(10, best + 1)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99, 0.9999])
 def test_truncated_newest_is_passed_over_with_a_warning(tmp_path, log, share):
     """The official code wrote in place and crashed on such a file at every restart."""

@@ -22,7 +22,7 @@ from tests.training.test_checkpoint_manager import Quiet, drive, wait_for
 from training.checkpoint import TrainState, write_checkpoint
 from training.checkpoint_manager import AsyncWriter, CheckpointManager
 from training.meters import Means
-from training.resume import choose_checkpoint, compare_args
+from training.resume import compare_args, find_resume_point
 from utils import save_model, write_atomically
 from weights.files import read_checkpoint
 
@@ -73,7 +73,7 @@ def test_no_corruption_crashes_or_loads_wrong_values(tmp_path, log):
     for number in range(CORRUPTIONS):
         kind, damaged = corrupt(data, draw)
         newest.write_bytes(damaged)
-        chosen = choose_checkpoint(tmp_path)
+        chosen = find_resume_point(tmp_path).source
         if chosen == str(newest):
             assert same(read_checkpoint(newest), content), (number, kind)
         else:
@@ -92,17 +92,17 @@ def test_foreign_file_in_the_place_of_the_newest_is_set_aside(tmp_path, log):
     """A whole one, of another program, once ended the run at every start."""
     Run().save(tmp_path, 3)
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "checkpoint-4.pth")
-    assert choose_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3.pth")
+    assert find_resume_point(tmp_path).source == str(tmp_path / "checkpoint-3.pth")
     assert names(tmp_path) == {"checkpoint-3.pth", "checkpoint-4.pth.damaged"}
     torch.save({}, tmp_path / "checkpoint-4.pth")
-    choose_checkpoint(tmp_path)
+    find_resume_point(tmp_path)
     assert "checkpoint-4.pth.damaged1" in names(tmp_path)
 
 
 def test_nothing_is_set_aside_where_nothing_is_left(tmp_path):
     Run().save(tmp_path, 3).write_bytes(b"PK")
     with pytest.raises(UserError, match=r"no run can resume from a checkpoint in .* \(newest: "):
-        choose_checkpoint(tmp_path)
+        find_resume_point(tmp_path)
     assert names(tmp_path) == {"checkpoint-3.pth"}
 
 
@@ -122,7 +122,7 @@ def test_each_flipped_bit_in_a_record_and_each_truncation_is_found(tmp_path, log
     variants += [data[: draw.randrange(len(data))] for _ in range(50)]
     for damaged in variants:
         newest.write_bytes(damaged)
-        assert choose_checkpoint(tmp_path) == str(before)
+        assert find_resume_point(tmp_path).source == str(before)
         (tmp_path / "checkpoint-10.pth.damaged").unlink()
 
 
@@ -155,7 +155,7 @@ def test_newest_within_an_epoch_is_what_saw_most_whatever_an_update_takes(tmp_pa
     for seen, updates in ((20, 10), (24, 6)):
         state = TrainState(epoch=1, global_step=updates, samples_in_epoch=seen)
         save_model(tmp_path, run.parts(), state, {"args": {}})
-    assert choose_checkpoint(tmp_path).endswith("checkpoint-1-seen-24.pth")
+    assert find_resume_point(tmp_path).source.endswith("checkpoint-1-seen-24.pth")
 
 
 def test_changed_flags_are_listed_and_those_of_another_run_are_refused():
@@ -206,7 +206,7 @@ def test_run_stops_after_so_many_failures_with_what_it_had(tmp_path):
     assert "3 saves in a row failed" in said
     assert "Traceback" not in said
     gone.rename(folder)
-    assert read_checkpoint(choose_checkpoint(folder))["state"]["epoch"] >= 1
+    assert read_checkpoint(find_resume_point(folder).source)["state"]["epoch"] >= 1
 
 
 def test_full_disk_leaves_the_old_checkpoints_and_no_half_ones(tmp_path):
@@ -385,8 +385,8 @@ def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
         broken.setattr("training.resume.time.sleep", waits.append)
         broken.setattr("weights.files.check_archive", stale)
         with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
-            choose_checkpoint(tmp_path)
-    assert choose_checkpoint(tmp_path).endswith("checkpoint-1.pth")
+            find_resume_point(tmp_path)
+    assert find_resume_point(tmp_path).source.endswith("checkpoint-1.pth")
 
 
 def test_checkpoint_without_permission_is_named_at_once(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_checkpoint_without_permission_is_named_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("training.resume.time.sleep", waits.append)
     monkeypatch.setattr("weights.files.check_archive", refused)
     with pytest.raises(UserError, match="checkpoint-1.pth is not readable; check its permissions"):
-        choose_checkpoint(tmp_path)
+        find_resume_point(tmp_path)
     assert sum(waits) == 0
     assert (tmp_path / "checkpoint-1.pth").exists()
 
