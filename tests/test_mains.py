@@ -384,7 +384,9 @@ def test_folder_with_ema_weights_alone(tmp_path, monkeypatch):
         for more in words, f"--{flag} old/checkpoint-best-ema.pth":
             with pytest.raises(UserError, match="would replace .*/checkpoint-best-ema.pth, which"):
                 build("finetune", more, old, monkeypatch)
-    assert build("finetune", "", old, monkeypatch).epochs == [0, 1]
+    weights = torch.load(tmp_path / "new0" / "checkpoint-1.pth", weights_only=True)["model"]
+    torch.save(weights, old / "pytorch_model.bin")
+    assert build("finetune", f"--finetune {old}", old, monkeypatch).epochs == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["run", "weights", "weights in the output folder"])

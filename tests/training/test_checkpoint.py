@@ -375,7 +375,24 @@ def test_best_checkpoint_wins_if_it_is_newer(tmp_path, best):
     run = Run(seed=2)
     source = find_resume_point(tmp_path).source
     assert source == str(tmp_path / "checkpoint-best.pth" if best > 9 else within)
+    assert find_resume_point(None, str(tmp_path)).source == source
     assert run.load(tmp_path).epoch == max(10, best + 1)
+
+
+@pytest.mark.parametrize("content", [b"half", {}, {"model": {}, "state": 3}])
+def test_best_checkpoint_that_no_run_can_resume_is_left_alone(tmp_path, content):
+    newest, best = Run().save(tmp_path, 3), tmp_path / "checkpoint-best.pth"
+    torch.save(content, best) if isinstance(content, dict) else best.write_bytes(content)
+    assert find_resume_point(tmp_path).source == str(newest)
+    assert best.exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_new_start_deletes_older_saves_of_an_epoch_but_that_of_resume(tmp_path, named):
+    Run().save(tmp_path, 1)
+    within = Run().save(tmp_path, 0).rename(tmp_path / "checkpoint-1-seen-8.pth")
+    find_resume_point(tmp_path, str(within) if named else "")
+    assert within.exists() == named
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99, 0.9999])
