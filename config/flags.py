@@ -116,7 +116,7 @@ FLAGS["start here"] = (
     ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, "", "folder for checkpoints and logs; default: write nothing"),
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),
-    ("--resume", PATH, "", "run or checkpoint to continue; --output_dir takes precedence"),
+    ("--resume", PATH, "", "run or checkpoint to continue; those in --output_dir take precedence"),
     ("--batch_size", COUNT, 64, "images per process in each forward pass"),
     ("--epochs", COUNT, 100, "passes over the training data"),
     ("--lr", AMOUNT, None, "peak learning rate; default: blr * images per optimizer step / 256"),

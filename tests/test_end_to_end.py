@@ -188,14 +188,14 @@ def test_interrupted_run_ends_like_the_one_that_was_not(script, tmp_path):
     run(script, *words)
     whole = torch.load(tmp_path / "checkpoint-3.pth", weights_only=True)
     entries = log(tmp_path)
-    for name in ("checkpoint-2.pth", "checkpoint-3.pth"):
-        (tmp_path / name).unlink()
+    for name in ("checkpoint-2.pth", "checkpoint-3.pth", "checkpoint-best.pth"):
+        (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / "checkpoint-1.pth").rename(tmp_path / "kept")
     newest = (tmp_path / "kept").read_bytes()
     (tmp_path / "checkpoint-1.pth").write_bytes(newest)
     (tmp_path / "checkpoint-2.pth").write_bytes(newest[: len(newest) // 2])  # cut off by a crash
     done = run(script, *words)
-    assert "trying the one before" in done.stdout + done.stderr
+    assert "continuing from " in done.stdout + done.stderr
     again = torch.load(tmp_path / "checkpoint-3.pth", weights_only=True)
     assert_same(again["model"], whole["model"])
     if whole["model_ema"]:
@@ -369,7 +369,7 @@ BAD = {  # name -> script, flags, what the line must name
     "text as weights": ("finetune", "--eval --resume {0}/file", "begins with b'a file'"),
     "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has SHA-256"),
     "hash of what": ("finetune", f"--sha256 {'0' * 64}", "either --resume or --finetune"),
-    "two starts": ("finetune", "--finetune {1} --resume {1}", "both name what to start from"),
+    "two starts": ("finetune", "--finetune {1} --resume {1}", "exclude each other"),
     "average of what": ("finetune", "--use_ema", "--finetune, --resume or --eval"),
     "hub": ("finetune", "--finetune hf-hub:owner/name", "local cache"),
     "output": ("pretrain", "--output_dir {0}/file", "--output_dir"),

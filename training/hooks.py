@@ -188,16 +188,12 @@ class LineHook(Hook):
 class BarHook(Hook):
     """Show one progress bar for the whole run."""
 
-    def __init__(self, epochs: int, state: TrainState, total_steps: int) -> None:
+    def __init__(self, epochs: int, state: TrainState, total: int) -> None:
         from tqdm import tqdm
 
         self.epochs = epochs
         self.bar = tqdm(
-            total=total_steps,
-            initial=state.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,
+            total=total, initial=state.global_step, unit="step", dynamic_ncols=True, leave=False
         )
 
     def on_step(self, state: TrainState) -> None:

@@ -12,18 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from parallel.process_group import (
-    from_main_process,
-    get_logger,
-    is_main_process,
-    main_process_first,
-)
-from training.checkpoint import TrainableParts, TrainState, restore_run, rotate
+from parallel.process_group import from_main_process, get_logger, main_process_first
+from training.checkpoint import TrainableParts, TrainState, checkpoint_name, restore_run, rotate
+from utils import link
 from weights import files
 
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
@@ -31,8 +27,8 @@ REQUIRED = ("model", "optimizer", "state")  # entries without which no run can r
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
-LOCAL += ("config", "recipe", "data_index", "local_rank", "world_size", "dist_url", "progress")
-LOCAL += ("dry_run", "shard", "grad_checkpointing")
+LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
+LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing")
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 
 
@@ -42,12 +38,12 @@ class ResumePoint:
 
     source: str = ""
     checkpoint: Any = None
-    weights_only: str = ""  # why its weights alone are taken although a run could resume
+    weights_only_reason: str = ""  # not to resume the run of the checkpoint
 
     @property
     def is_run(self) -> bool:
         """True if there is a run to resume."""
-        return bool(self.source) and not self.problem and not self.weights_only
+        return bool(self.source) and not self.problem and not self.weights_only_reason
 
     @property
     def is_weights(self) -> bool:
@@ -78,47 +74,65 @@ def find_resume_point(
 
     `resume` is where a run starts: what it has saved itself since then takes precedence.
     args: current flags; changes since the checkpoint are logged, or refused. With --use_ema, or
-        if the script is another, `resume` gives weights alone.
-    rename: rename damaged files, so that they are not tried again.
+        if `resume` belongs to another kind of run, only its weights are used.
+    rename: rename damaged files, so that they are not tried again, and delete old saves.
     """
     args = args or {}
+    ema, start = bool(args.get("use_ema")), resume or args.get("finetune", "")
     own, damaged = from_main_process(lambda: _choose(folder, auto_resume))
-    source = own or from_main_process(lambda: _find_start(resume, folder, args))
+    if folder and start and not own:
+        from_main_process(lambda: _refuse_own_ema(folder, Path(start), ema))
+    found = from_main_process(lambda: resume and not own and files.run_checkpoints(Path(resume)))
+    source = own or (str(found[0]) if found else resume)  # a folder stands for its newest
     if not source:
         return ResumePoint()
-    ema, sha256 = bool(args.get("use_ema")), "" if own else sha256
-    # The checksums of `own` are verified already.
+    sha256 = "" if own else sha256  # the checksums of `own` are verified already
     read = main_process_first(lambda: files.read_checkpoint(source, sha256, not own, ema))
     point = ResumePoint(source, read)
     if args and point.is_run:
-        saved_args = point.entry("args", {})
-        if not own and ema:
-            return replace(point, weights_only=f"--use_ema and {source}")
-        if not own and _kind(saved_args, args) != _kind(args):
-            return replace(point, weights_only=f"{source} belongs to a {_kind(saved_args)} run")
+        saved_args, reason = point.entry("args", {}), ""
+        if ema:
+            reason = f"--use_ema: only the EMA weights of {source} are loaded"
+        elif _kind(saved_args, args) != _kind(args):
+            reason = f"{source} belongs to a {_kind(saved_args)} run: only its weights are loaded"
+        if reason and not own:
+            return replace(point, weights_only_reason=reason)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch):
             get_logger().warning("resuming %s with a changed flag: %s", source, change)
-    from_main_process(lambda: _set_aside(damaged, rename))
-    if rename and files.parse_checkpoint_name(Path(own)) and is_main_process():
-        with contextlib.suppress(OSError):
-            rotate(Path(own), sys.maxsize, resume)
+    if own:
+        from_main_process(lambda: _tidy(point, damaged, rename, resume))
     return point
 
 
-def _find_start(resume: str, folder: Path | None, args: Mapping[str, Any]) -> str:
-    """Return the path that --resume gives, for a folder that of its newest checkpoint.
-
-    Raises UserError if the new run would replace the EMA weights that it starts from.
-    """
-    start, ema = Path(resume or args.get("finetune", "")), Path(folder or "", files.BEST_EMA)
-    start /= ema.name * bool(args.get("use_ema") and start.is_dir())
-    if folder and start.exists() and ema.exists() and start.samefile(ema):
+def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:
+    """UserError if a new run in `folder` would replace the EMA weights that it starts from."""
+    ema = folder / files.BEST_EMA
+    start = start / files.BEST_EMA if use_ema and start.is_dir() else start
+    if start.exists() and ema.exists() and start.samefile(ema):
         raise UserError(
             f"the run would replace {ema}, which it starts from; choose another --output_dir"
         )
-    found = files.run_checkpoints(Path(resume)) if resume else []
-    return str(found[0]) if found else resume
+
+
+def _tidy(point: ResumePoint, damaged: Mapping[Path, str], rename: bool, resume: str) -> None:
+    """Rename damaged checkpoints, number the one to resume, delete old saves within epochs."""
+    for path, problem in damaged.items():
+        if rename:
+            names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            os.rename(path, aside)
+            problem += f"; renamed to {aside.name}"
+        get_logger().warning("%s; continuing from %s", problem, point.source)
+    newest = source = Path(point.source)
+    if not files.parse_checkpoint_name(source):  # the best one has no number
+        state = TrainState.from_dict(point.entry("state"))
+        newest = source.with_name(checkpoint_name(asdict(state)))
+    if rename:
+        with contextlib.suppress(OSError):
+            if newest != source:
+                link(source, newest)
+            rotate(newest, sys.maxsize, resume)
 
 
 def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int = 0) -> TrainState:
@@ -130,8 +144,8 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
         log.info("resumed from %s: epoch %d, step %d", source, state.epoch, state.global_step)
         return state
     if source:
-        text = "%s: only its weights are loaded; training starts at epoch %d"
-        log.warning(text, point.problem or point.weights_only, start_epoch)
+        reason = point.weights_only_reason or f"{point.problem}: only its weights are loaded"
+        log.warning("%s; training starts at epoch %d", reason, start_epoch)
     return TrainState(start_epoch)
 
 
@@ -172,17 +186,6 @@ def _find_problem(path: Path) -> str:
     raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
 
 
-def _set_aside(damaged: Mapping[Path, str], rename: bool) -> None:
-    """Rename damaged checkpoints, and say why another is used."""
-    for path, problem in damaged.items():
-        if rename:
-            names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
-            aside = next(name for name in names if not name.exists())
-            os.rename(path, aside)
-            problem += f"; renamed to {aside.name}"
-        get_logger().warning("%s, trying the one before", problem)
-
-
 def _kind(*flags: Mapping[str, Any]) -> str:
     """Return the kind of run that has these flags, the first that are not empty."""
     return "pre-training" if "mask_ratio" in next(filter(None, flags), {}) else "fine-tuning"
@@ -196,6 +199,7 @@ def compare_args(
     in_epoch: an epoch was interrupted; the order of its images depends on the seed.
     """
     changes, fixed = [], FIXED + ("seed",) * in_epoch
+    hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):
         raise UserError(
             f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir"
@@ -209,8 +213,7 @@ def compare_args(
         if name in fixed:
             raise UserError(
                 f"{source} was trained with --{name} {before} and cannot resume with {value}: "
-                f"pass --{name} {before}, or choose another --output_dir (--finetune loads only "
-                "its weights)"
+                f"pass --{name} {before}, or choose another --output_dir{hint}"
             )
         before, value = ("not set" if v is None else v for v in (before, value))
         changes.append(f"--{name} {value} (was {before})")

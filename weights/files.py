@@ -7,6 +7,7 @@ python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo
 
 import argparse
 import contextlib
+import math
 import pickle
 import re
 import zipfile
@@ -46,9 +47,9 @@ def run_checkpoints(folder: Path) -> list[Path]:
     ages = {path: parse_checkpoint_name(path) for path in numbered_checkpoints(folder)}
     best = folder / BEST
     if best.exists():
-        ages[best] = (-1, 0)  # the last, if it is damaged
-        with contextlib.suppress(UserError, LookupError, TypeError):
-            ages[best] = (read_checkpoint(best, check=False)["state"]["epoch"], 0)
+        ages[best] = (math.inf, 0)  # if it cannot be read, the first to be reported
+        with contextlib.suppress(UserError, LookupError, TypeError, ValueError, RuntimeError):
+            ages[best] = (int(read_checkpoint(best, check=False)["state"]["epoch"]), 0)
     return sorted(ages, key=ages.get, reverse=True)
 
 
@@ -57,9 +58,8 @@ def find_checkpoint(folder: Path, ema: bool = False) -> Path:
 
     ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
-    best = [BEST_EMA] * ema + [BEST]
-    newest = numbered_checkpoints(folder)[:1]
-    for name in (*best, *(path.name for path in newest), *WEIGHTS):
+    newest = [path.name for path in numbered_checkpoints(folder)[:1]]
+    for name in (*[BEST_EMA] * ema, BEST, *newest, *WEIGHTS):
         if (folder / name).exists():
             return folder / name
     raise UserError(

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -373,18 +374,36 @@ def test_best_checkpoint_wins_if_it_is_newer(tmp_path, best):
     newest.rename(within)
     Run(seed=1).save(tmp_path, 9)
     run = Run(seed=2)
-    source = find_resume_point(tmp_path).source
+    source = find_resume_point(tmp_path, rename=False).source
     assert source == str(tmp_path / "checkpoint-best.pth" if best > 9 else within)
     assert find_resume_point(None, str(tmp_path)).source == source
     assert run.load(tmp_path).epoch == max(10, best + 1)
 
 
-@pytest.mark.parametrize("content", [b"half", {}, {"model": {}, "state": 3}])
-def test_best_checkpoint_that_no_run_can_resume_is_left_alone(tmp_path, content):
+@pytest.mark.parametrize("content", [b"half", {}, {"model": {}, "state": {"epoch": None}}])
+def test_best_checkpoint_that_cannot_be_resumed_is_set_aside(tmp_path, content, log):
+    """It may be newer than the numbered one, and the run would replace it."""
     newest, best = Run().save(tmp_path, 3), tmp_path / "checkpoint-best.pth"
     torch.save(content, best) if isinstance(content, dict) else best.write_bytes(content)
     assert find_resume_point(tmp_path).source == str(newest)
-    assert best.exists()
+    assert not best.exists()
+    assert f"checkpoint-best.pth.damaged; continuing from {newest}" in log.text
+
+
+def test_run_killed_between_its_best_and_its_numbered_checkpoint_has_both(tmp_path):
+    """At the end of the last epoch nothing would write the numbered one."""
+    Run(seed=3).save(tmp_path, 9).rename(tmp_path / "checkpoint-best.pth")
+    Run().save(tmp_path, 8)
+    within = tmp_path / "checkpoint-9-seen-8.pth"
+    shutil.copy(tmp_path / "checkpoint-8.pth", within)
+    find_resume_point(tmp_path, rename=False)
+    assert not (tmp_path / "checkpoint-9.pth").exists()
+    find_resume_point(tmp_path)
+    run = Run()
+    run.model.load_state_dict(read_checkpoint(tmp_path / "checkpoint-9.pth")["model"])
+    assert_same(run.model, Run(seed=3).model)
+    assert (tmp_path / "checkpoint-best.pth").exists()
+    assert not within.exists()
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -407,7 +426,7 @@ def test_truncated_newest_is_passed_over_with_a_warning(tmp_path, log, share):
     assert_same(run.model, Run(seed=9).model)
     warning = next(record for record in log.records if record.levelname == "WARNING")
     assert "checkpoint-10.pth" in warning.getMessage()
-    assert "trying the one before" in warning.getMessage()
+    assert "continuing from " in warning.getMessage()
 
 
 def test_all_checkpoints_damaged_is_no_silent_start_from_the_beginning(tmp_path, log):

@@ -374,8 +374,11 @@ def test_folder_that_cannot_be_synchronized_is_no_failure(tmp_path, monkeypatch)
     assert (tmp_path / "a.txt").read_text() == "text"
 
 
-def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
-    Run().save(tmp_path, 1)
+@pytest.mark.parametrize("name", ["checkpoint-1.pth", "checkpoint-best.pth"])
+def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch, name):
+    """The run neither sets the newest aside nor continues from an older one."""
+    Run().save(tmp_path, 0)
+    Run().save(tmp_path, 1).rename(tmp_path / name)
 
     def stale(path: Path, checksums: bool) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -384,9 +387,9 @@ def test_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
         waits: list[float] = []
         broken.setattr("training.resume.time.sleep", waits.append)
         broken.setattr("weights.files.check_archive", stale)
-        with pytest.raises(UserError, match="cannot be read now .*Stale.*try again"):
+        with pytest.raises(UserError, match=f"{name} cannot be read now .*Stale.*try again"):
             find_resume_point(tmp_path)
-    assert find_resume_point(tmp_path).source.endswith("checkpoint-1.pth")
+    assert find_resume_point(tmp_path).source.endswith(name)
 
 
 def test_checkpoint_without_permission_is_named_at_once(tmp_path, monkeypatch):

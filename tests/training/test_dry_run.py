@@ -188,7 +188,7 @@ def test_folder_of_a_run_is_left_as_it_is(said, monkeypatch, tmp_path):
     newest.write_bytes(newest.read_bytes()[:500])  # cut off by a crash
     before = tree(tmp_path)
     assert dry("pretrain", *words, "--epochs", 4) == 1  # this process holds the lock
-    assert "trying the one before" in said()
+    assert "continuing from " in said()
     assert "checkpoint-0.pth, epoch 1, step 4 of 16" in said()
     assert "is in use by process" in said()
     assert tree(tmp_path) == before

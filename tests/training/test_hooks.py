@@ -142,7 +142,7 @@ def test_epoch_line_shows_only_losses_and_accuracies(log):
 
 def test_progress_bar_starts_at_the_resumed_step(capsys):
     state = TrainState(epoch=1, global_step=10)
-    hook = hooks.BarHook(epochs=3, state=state, total_steps=30)
+    hook = hooks.BarHook(epochs=3, state=state, total=30)
     assert (hook.bar.initial, hook.bar.total) == (10, 30)
     state.global_step += 1
     hook.on_step(state)
