@@ -381,12 +381,18 @@ def test_folder_with_ema_weights_alone(tmp_path, monkeypatch):
     for number, flag in enumerate(("finetune", "resume")):
         words = f"--{flag} {old} --use_ema"
         assert build("finetune", words, tmp_path / f"new{number}", monkeypatch).epochs == [0, 1]
-        for more in words, f"--{flag} old/checkpoint-best-ema.pth":
+        ema = f"--{flag} old/checkpoint-best-ema.pth"
+        for more in words, ema, f"{ema} --use_ema":
             with pytest.raises(UserError, match="would replace .*/checkpoint-best-ema.pth, which"):
                 build("finetune", more, old, monkeypatch)
     weights = torch.load(tmp_path / "new0" / "checkpoint-1.pth", weights_only=True)["model"]
     torch.save(weights, old / "pytorch_model.bin")
     assert build("finetune", f"--finetune {old}", old, monkeypatch).epochs == [0, 1]
+    continued = build("finetune", f"--finetune {old} --use_ema --epochs 3", old, monkeypatch)
+    assert continued.epochs == [2]
+    continued = build("finetune", "--epochs 4", old, monkeypatch)
+    assert "changed flag: --epochs 4 (was 3)" in continued.text
+    assert "head_init_scale" not in continued.text
 
 
 @pytest.mark.parametrize("kind", ["run", "weights", "weights in the output folder"])
