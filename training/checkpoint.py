@@ -146,7 +146,7 @@ def write_checkpoints(
         and delete old ones but the `keep` newest and `source`, which the run resumed from.
     improved: `best` writes `checkpoint-best.pth`, complete as well; `best-ema` writes
         `checkpoint-best-ema.pth`, whose `model` is the EMA weights, for use and not to resume.
-    The numbered one comes last: a run killed earlier repeats the epoch and writes the others again.
+    The numbered one comes last: a run killed earlier continues from the best, or repeats the epoch.
     """
     newest = folder / checkpoint_name(content["state"])
     if "best-ema" in improved:

@@ -82,7 +82,9 @@ def find_resume_point(
     own, damaged = from_main_process(lambda: _choose(folder, auto_resume))
     if folder and start and not own:
         from_main_process(lambda: _refuse_own_ema(folder, Path(start), ema))
-    found = from_main_process(lambda: resume and not own and files.run_checkpoints(Path(resume)))
+    found = from_main_process(
+        lambda: resume and not own and files.numbered_checkpoints(Path(resume))
+    )
     source = own or (str(found[0]) if found else resume)  # a folder stands for its newest
     if not source:
         return ResumePoint()
@@ -150,39 +152,52 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
 
 
 def _choose(folder: Path | None, auto_resume: bool) -> tuple[str, dict[Path, str]]:
-    """Return a run's newest intact checkpoint, '' if it has none, and problems of newer ones."""
-    paths = files.run_checkpoints(folder) if folder else []
-    if paths and not auto_resume:
+    """Return a run's newest intact checkpoint, '' if it has none, and problems of others."""
+    if folder is None:
+        return "", {}
+    numbered, best = files.numbered_checkpoints(folder), folder / files.BEST
+    ages = {path: files.parse_checkpoint_name(path) for path in numbered}
+    if not auto_resume and (numbered or best.exists()):
         raise UserError(
-            f"--auto_resume false, but {folder} holds {paths[0].name}: the files of two runs would "
-            "mix; choose another --output_dir or move these files away"
+            f"--auto_resume false, but {folder} holds {[*numbered, best][0].name}: the files of "
+            "two runs would mix; choose another --output_dir or move these files away"
         )
     damaged: dict[Path, str] = {}
-    for path in paths:
-        problem = _find_problem(path)
+    if best.exists():
+        problem, checkpoint = _read(best, check=False)
+        if problem:
+            damaged[best] = problem
+        else:
+            ages[best] = (TrainState.from_dict(checkpoint["state"]).epoch, 0)
+    for path in sorted(ages, key=ages.get, reverse=True):
+        problem, _ = _read(path)
         if not problem:
             return str(path), damaged
         damaged[path] = problem
     if damaged:
         raise UserError(
-            f"no run can resume from a checkpoint in {folder} (newest: {damaged[paths[0]]}); "
+            f"no run can resume from a checkpoint in {folder} ({next(iter(damaged.values()))}); "
             "choose another --output_dir, or move the checkpoints away to start again"
         )
     return "", damaged
 
 
-def _find_problem(path: Path) -> str:
-    """Reason why no run can resume from a file, '' if one can; UserError if the disk fails."""
+def _read(path: Path, check: bool = True) -> tuple[str, Any]:
+    """Return why no run can resume from a file, '' if one can, and its content.
+
+    Raises UserError if the disk fails.
+    """
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE * (attempt > 0))
         try:
-            return ResumePoint(str(path), files.read_checkpoint(path)).problem
+            content = files.read_checkpoint(path, check=check)
+            return ResumePoint(str(path), content).problem, content
         except UserError as error:
             cause = error.__cause__
             if isinstance(cause, PermissionError):
                 raise
             if not isinstance(cause, OSError) or cause.errno == errno.EINVAL:  # a damaged zip
-                return str(error)
+                return str(error), None
     raise UserError(f"checkpoint {path} cannot be read now ({cause}); try again") from cause
 
 

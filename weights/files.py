@@ -6,8 +6,6 @@ python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo
 """
 
 import argparse
-import contextlib
-import math
 import pickle
 import re
 import zipfile
@@ -40,17 +38,6 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     files = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in files if parse_checkpoint_name(path)]
     return sorted(found, key=parse_checkpoint_name, reverse=True)
-
-
-def run_checkpoints(folder: Path) -> list[Path]:
-    """List the numbered checkpoints in a folder and the best one, newest first."""
-    ages = {path: parse_checkpoint_name(path) for path in numbered_checkpoints(folder)}
-    best = folder / BEST
-    if best.exists():
-        ages[best] = (math.inf, 0)  # if it cannot be read, the first to be reported
-        with contextlib.suppress(UserError, LookupError, TypeError, ValueError, RuntimeError):
-            ages[best] = (int(read_checkpoint(best, check=False)["state"]["epoch"]), 0)
-    return sorted(ages, key=ages.get, reverse=True)
 
 
 def find_checkpoint(folder: Path, ema: bool = False) -> Path:

@@ -24,7 +24,7 @@ from training.checkpoint_manager import AsyncWriter, CheckpointManager
 from training.meters import Means
 from training.resume import compare_args, find_resume_point
 from utils import save_model, write_atomically
-from weights.files import read_checkpoint
+from weights.files import check_archive, read_checkpoint
 
 CORRUPTIONS = 500
 
@@ -101,7 +101,9 @@ def test_foreign_file_in_the_place_of_the_newest_is_set_aside(tmp_path, log):
 
 def test_nothing_is_set_aside_where_nothing_is_left(tmp_path):
     Run().save(tmp_path, 3).write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"no run can resume from a checkpoint in .* \(newest: "):
+    with pytest.raises(
+        UserError, match="no run can resume from a checkpoint in .*3.pth is truncated"
+    ):
         find_resume_point(tmp_path)
     assert names(tmp_path) == {"checkpoint-3.pth"}
 
@@ -374,6 +376,23 @@ def test_folder_that_cannot_be_synchronized_is_no_failure(tmp_path, monkeypatch)
     monkeypatch.setattr("utils.os.fsync", refuse)
     write_atomically("text", tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "text"
+
+
+def test_disk_that_fails_once_does_not_make_an_old_best_the_newest(tmp_path, monkeypatch):
+    Run().save(tmp_path, 3).rename(tmp_path / "checkpoint-best.pth")
+    newest = Run().save(tmp_path, 9)
+    failures = [OSError(errno.ESTALE, "Stale file handle")]
+
+    def stale(path: Path, checksums: bool) -> None:
+        if failures and path.name == "checkpoint-best.pth":
+            raise failures.pop()
+        check_archive(path, checksums)
+
+    monkeypatch.setattr("training.resume.PAUSE", 0.0)
+    monkeypatch.setattr("weights.files.check_archive", stale)
+    assert find_resume_point(tmp_path).source == str(newest)
+    assert failures == []
+    assert names(tmp_path) == {"checkpoint-9.pth", "checkpoint-best.pth"}
 
 
 @pytest.mark.parametrize("name", ["checkpoint-1.pth", "checkpoint-best.pth"])
