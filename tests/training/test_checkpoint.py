@@ -390,6 +390,20 @@ def test_best_checkpoint_that_cannot_be_resumed_is_set_aside(tmp_path, content, 
     assert f"checkpoint-best.pth.damaged; continuing from {newest}" in log.text
 
 
+def test_old_best_checkpoint_is_not_verified(tmp_path):
+    """That would read gigabytes at every start."""
+    best = Run().save(tmp_path, 2).rename(tmp_path / "checkpoint-best.pth")
+    newest, content = Run().save(tmp_path, 3), bytearray(best.read_bytes())
+    with zipfile.ZipFile(best) as file:
+        record = next(info for info in file.infolist() if "/data/" in info.filename)
+    content[record.header_offset + 150] ^= 1
+    best.write_bytes(content)
+    with pytest.raises(UserError, match="checksum"):
+        read_checkpoint(best)
+    assert find_resume_point(tmp_path).source == str(newest)
+    assert best.exists()
+
+
 def test_run_killed_between_its_best_and_its_numbered_checkpoint_has_both(tmp_path):
     """At the end of the last epoch nothing would write the numbered one."""
     Run(seed=3).save(tmp_path, 9).rename(tmp_path / "checkpoint-best.pth")
@@ -442,8 +456,13 @@ def test_all_checkpoints_damaged_is_no_silent_start_from_the_beginning(tmp_path,
 
 def test_new_run_does_not_mix_with_an_old_one_of_its_folder(tmp_path):
     """Rotation by number deleted the new run's first files, and a requeue went on with the old."""
+    best = tmp_path / "checkpoint-best.pth"
+    Run().save(tmp_path, 99).rename(best)
+    with pytest.raises(UserError, match="holds checkpoint-best.pth"):
+        Run().load(tmp_path, auto_resume=False)
+    best.unlink()
     Run().save(tmp_path, 99)
-    with pytest.raises(UserError, match="checkpoint-99.pth"):
+    with pytest.raises(UserError, match="holds checkpoint-99.pth"):
         Run().load(tmp_path, auto_resume=False)
     newest = Run().save(tmp_path, 0, keep=1)
     assert newest.exists()

@@ -101,9 +101,7 @@ def test_foreign_file_in_the_place_of_the_newest_is_set_aside(tmp_path, log):
 
 def test_nothing_is_set_aside_where_nothing_is_left(tmp_path):
     Run().save(tmp_path, 3).write_bytes(b"PK")
-    with pytest.raises(
-        UserError, match="no run can resume from a checkpoint in .*3.pth is truncated"
-    ):
+    with pytest.raises(UserError, match="no run can resume from .*3.pth is truncated"):
         find_resume_point(tmp_path)
     assert names(tmp_path) == {"checkpoint-3.pth"}
 
