@@ -217,7 +217,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
         yield f"--use_amp {as_typed(args.use_amp)} contradicts --amp {args.amp}; give only --amp"
     if args.resume and values.get("finetune") and not values["eval"]:
-        yield "--resume and --finetune exclude each other; drop one; --finetune= clears it"
+        yield "--resume and --finetune cannot be combined; drop one (--finetune= clears it)"
     if args.sha256 and bool(args.resume) == bool(values.get("finetune")):
         yield "--sha256 is for one file; give it with either --resume or --finetune"
     opt = args.opt.lower().removeprefix("lookahead_")

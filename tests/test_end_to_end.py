@@ -369,7 +369,7 @@ BAD = {  # name -> script, flags, what the line must name
     "text as weights": ("finetune", "--eval --resume {0}/file", "begins with b'a file'"),
     "other hash": ("finetune", f"--finetune {{1}} --sha256 {'0' * 64}", "has SHA-256"),
     "hash of what": ("finetune", f"--sha256 {'0' * 64}", "either --resume or --finetune"),
-    "two starts": ("finetune", "--finetune {1} --resume {1}", "exclude each other"),
+    "two starts": ("finetune", "--finetune {1} --resume {1}", "--finetune cannot be combined"),
     "average of what": ("finetune", "--use_ema", "--finetune, --resume or --eval"),
     "hub": ("finetune", "--finetune hf-hub:owner/name", "local cache"),
     "output": ("pretrain", "--output_dir {0}/file", "--output_dir"),
