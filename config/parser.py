@@ -7,7 +7,8 @@ python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['-
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from errors import did_you_mean
 
 OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
 FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
+WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
+READ = ("data_path", "eval_data_path", "finetune", "resume")  # a path, or another source
 CONFLICTS = (  # two flags that exclude each other, and the reason
     ("deterministic", "compile", "torch.compile chooses kernels by timing"),
     ("dry_run", "eval", "a dry run checks training"),
@@ -31,10 +34,24 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
 
 
 class FrozenNamespace(argparse.Namespace):
-    """Parsed flags; a changed copy is `FrozenNamespace(**{**vars(args), "name": value})`."""
+    """Parsed flags.
 
-    def __init__(self, **values: Any) -> None:
+    given: names of those that the command line, --config or --recipe set; others have their default
+        or are taken from a checkpoint. It is no flag, so `vars(args)` does not hold it.
+    """
+
+    __slots__ = ("given",)
+
+    def __init__(self, given: Iterable[str] = (), /, **values: Any) -> None:
+        object.__setattr__(self, "given", frozenset(given))
         self.__dict__.update(values)
+
+    def __reduce__(self) -> tuple:  # submitit pickles the flags of a job
+        return partial(FrozenNamespace, self.given, **vars(self)), ()
+
+    def replace(self, **changes: Any) -> "FrozenNamespace":
+        """Return a changed copy."""
+        return FrozenNamespace(self.given, **{**vars(self), **changes})
 
     def __setattr__(self, name: str, value: Any = None) -> NoReturn:
         raise AttributeError(f"args are frozen, {name!r} cannot change: use a local or TrainState")
@@ -143,13 +160,14 @@ def export_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
     """Read the command line over `--config` over `--recipe`; finalize, check and freeze it."""
-    args = finalize(argparse.Namespace(**recipes.read_flags(parser, argv)))
+    flags, given = recipes.read_flags(parser, argv)
+    args = finalize(argparse.Namespace(**flags), given)
     for problem in _problems(args):
         parser.error(problem)
     return args
 
 
-def finalize(args: argparse.Namespace) -> FrozenNamespace:
+def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
@@ -175,17 +193,33 @@ def finalize(args: argparse.Namespace) -> FrozenNamespace:
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
-    return FrozenNamespace(**new)
+    return FrozenNamespace(given, **new)
 
 
 def dump_args(args: argparse.Namespace) -> str:
     """Write args as YAML that `--config` reads back to the same args."""
     import yaml
 
-    values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(args).items()}
+    values = absolute_paths(vars(args))
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
     values.pop("config", None)
     recipe = values.pop("recipe", None)  # its flags are among the values
     return f"# recipe {recipe}\n" * bool(recipe) + yaml.safe_dump(values, sort_keys=False)
+
+
+def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Make paths absolute, as a run stores them, so that it can be used from any folder.
+
+    Other texts, such as `timm:NAME` or what a data set of the user's own makes of --data_path, are
+    told apart by the disk: there is no such file.
+    """
+    new = dict(args)
+    for name in (*WRITTEN, *READ):
+        text = args.get(name) or ""
+        path = os.path.abspath(os.path.expanduser(text))
+        if text not in ("", "none") and (name in WRITTEN or os.path.exists(path)):
+            new[name] = path
+    return new
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
@@ -231,11 +265,26 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)
+    if not (args.resume or values.get("finetune")):  # otherwise once its flags are known
+        yield from shape_problems(args)
+    if "mask_ratio" not in values:
+        yield from _finetune_problems(args)
+    elif args.crop_pct is not None:
+        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
-def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
-    patch, stride = args.patch_size, 8 * args.stem_stride
+def shape_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each size that does not fit the network."""
+    stride = 8 * args.stem_stride
+    if "mask_ratio" in vars(args):
+        yield from _patch_problems(args, stride)
+    elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
+        got = as_typed(args.input_size)
+        yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
+
+
+def _patch_problems(args: argparse.Namespace, stride: int) -> Iterator[str]:
+    patch = args.patch_size
     for flag, value, step, name in (
         ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
         *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
@@ -252,15 +301,10 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     elif not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
         yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"
-    if args.crop_pct is not None:
-        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
 def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
-    minmax, stride = args.cutmix_minmax, 8 * args.stem_stride
-    if args.model.startswith("convnextv2") and min(args.input_size) < stride:
-        got = as_typed(args.input_size)
-        yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
+    minmax = args.cutmix_minmax
     if args.resplit:
         yield "--resplit true is not supported: there are no augmentation splits; leave it out"
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):

@@ -38,6 +38,7 @@ class TransformedDataset(Dataset):
     exception in the transform is a bug and stays an exception. on_bad, for an image that cannot be
     decoded: `error`; `replace` returns a `Replacement` that depends on (seed, epoch, index) alone
     and keeps the index, and so the mask; `leave out` returns an empty `Replacement`.
+    positions: in the head, for each label of `dataset`; classes: names in the order of the head.
     """
 
     def __init__(
@@ -48,9 +49,12 @@ class TransformedDataset(Dataset):
         in_chans: int = 3,
         nb_classes: int | None = None,
         on_bad: str = "error",
+        positions: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
+        self.positions, self.classes = positions, classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -100,10 +104,10 @@ class TransformedDataset(Dataset):
         if label is None and self.nb_classes is not None:
             raise UserError(f"{self.name_of(index)} has no label; expected (image, label)")
         label = 0 if label is None else int(label)  # pre-training does not use it
-        if self.nb_classes is not None and not 0 <= label < self.nb_classes:
-            expected = f"expected 0 to {self.nb_classes - 1}"
-            raise UserError(f"{self.name_of(index)}: label {label}; {expected}")
-        return image, label
+        count = self.nb_classes if self.positions is None else len(self.positions)
+        if count is not None and not 0 <= label < count:
+            raise UserError(f"{self.name_of(index)}: label {label}; expected 0 to {count - 1}")
+        return image, label if self.positions is None else self.positions[label]
 
     def _file(self, index: int) -> str | None:
         entries = getattr(self.dataset, "samples", None)  # torchvision's name: (path, label) pairs

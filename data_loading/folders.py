@@ -122,11 +122,11 @@ def write_json(folder: Path, root: str, classes: list[list]) -> None:
     (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
 
 
-def _make(folder: Path, root: str, labeled: bool) -> int:
+def _make(folder: Path, root: str, labeled: bool, leave_out_empty: bool) -> int:
     """Write the index unless it exists; returns its checksum."""
     if not folder.exists():
         get_logger().info("%s: listing the images of %s, once", folder, root)
-        index = _list_folder(root, labeled)
+        index = _list_folder(root, labeled, leave_out_empty)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
@@ -145,15 +145,18 @@ def _make(folder: Path, root: str, labeled: bool) -> int:
     return open_index(folder, root).metadata["crc32"]
 
 
-def list_images(root: str | Path, labeled: bool, folder: Path | None = None) -> FileIndex:
+def list_images(
+    root: str | Path, labeled: bool, folder: Path | None = None, leave_out_empty: bool = False
+) -> FileIndex:
     """List the images below `root`, links followed; labeled: one folder per class.
 
     folder: the index that all ranks map; the main process writes it unless it is there. None: each
-    process lists for itself. Every rank must call it. UserError if there are no images.
+    process lists for itself. leave_out_empty: classes without images are left out, not refused.
+    Every rank must call it. UserError if there are no images.
     """
     if folder is None:
-        return _list_folder(str(root), labeled)
-    crc32 = from_main_process(partial(_make, folder, str(root), labeled))
+        return _list_folder(str(root), labeled, leave_out_empty)
+    crc32 = from_main_process(partial(_make, folder, str(root), labeled, leave_out_empty))
     index = open_index(folder, root, crc32)
     kinds = {False: "images without labels in", True: "the class folders of"}
     got = f"{kinds[index.classes is not None]} {index.metadata['root']}"
@@ -168,7 +171,7 @@ def list_images(root: str | Path, labeled: bool, folder: Path | None = None) -> 
     return index
 
 
-def _list_folder(root: str, labeled: bool) -> FileIndex:
+def _list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> FileIndex:
     """List a folder in memory; UserError if it, or a class, is empty."""
     paths, offsets, classes = bytearray(), array("q", [0]), []
     names = sorted(_names(root)[1]) if labeled else [None]
@@ -182,7 +185,9 @@ def _list_folder(root: str, labeled: bool) -> FileIndex:
     empty = [name for name, count in classes if not count]
     if not labeled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
-    if empty or not classes:
+    if leave_out_empty and len(empty) < len(classes):
+        classes = [[name, count] for name, count in classes if count]
+    elif empty or not classes:
         found = f"no images in {len(empty)} class folders: {first_few(empty)}"
         raise UserError(
             f"{root}: {found if classes else 'no class folders'}; expected one folder of images "
@@ -276,7 +281,7 @@ class ImageFiles(Dataset):
 def _images(root: Path, labeled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
     name = "train.index" if train else "val.index"
     index = Path(spec.data_index).expanduser() / name if spec.data_index else None
-    return ImageFiles(list_images(root, labeled, index))
+    return ImageFiles(list_images(root, labeled, index, leave_out_empty=not train))
 
 
 def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:

@@ -3,6 +3,7 @@
 """Data sets, transforms, samplers and loaders."""
 
 import colorsys
+import logging
 import pickle
 import sys
 import types
@@ -19,6 +20,7 @@ import datasets
 from data_loading import builtin
 from data_loading.dataset import TransformedDataset, collate
 from data_loading.decode import decode
+from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
@@ -107,16 +109,44 @@ def test_val_builds_without_train_data_for_eval(tmp_path):
     assert nb_classes == 2
 
 
-def test_missing_val_class_cannot_shift_labels(tmp_path):
+def test_missing_val_class_cannot_shift_labels(tmp_path, caplog):
     make_folders(tmp_path / "train", ["ant", "bee", "cat"])
-    make_folders(tmp_path / "val", ["ant", "cat", "dog"])
+    make_folders(tmp_path / "val", ["ant", "cat"])
     args = make_args(data_set="IMNET", data_path=tmp_path)
-    with pytest.raises(UserError) as error:
+    with caplog.at_level(logging.INFO):
+        train, val, nb_classes = datasets.build_datasets(args)
+    assert (train.classes, val.classes, nb_classes) == (["ant", "bee", "cat"],) * 2 + (3,)
+    assert sorted({val[0, i][1] for i in range(len(val))}) == [0, 2]
+    assert "val has no images of 1 of the 3 classes: bee" in caplog.text
+    make_folders(tmp_path / "val", ["dog"])
+    with pytest.raises(UserError, match="only in val: dog; only in train: bee"):
         datasets.build_datasets(args)
-    text = str(error.value)
-    assert "only in train: bee" in text
-    assert "only in val: dog" in text
-    assert "cat (train 2, val 1)" in text
+
+
+def test_labels_are_positions_in_the_head_of_the_weights(tmp_path):
+    """With labels in the order of the folders, a renamed folder gave 0% instead of 100%."""
+    for split in ("train", "val"):
+        make_folders(tmp_path / split, ["ant", "bee", "cat"])
+    args = make_args(data_set="IMNET", data_path=tmp_path)
+    head = Head("it.pth", ["cat", "ant", "bee"], 3)
+    for resumes in (True, False):
+        train, val, _ = datasets.build_datasets(args, head, resumes)
+        assert train.classes == val.classes == head.names
+        for data in (train, val):  # two images of each class
+            assert [data[0, i][1] for i in range(6)] == [1, 1, 2, 2, 0, 0]
+    val, nb_classes = datasets.build_dataset(False, args, Head("it.pth", [*"abcd", *head.names], 7))
+    assert ([val[0, i][1] for i in (0, 2, 4)], nb_classes) == ([5, 6, 4], 7)
+
+
+def test_other_classes_need_a_new_head_and_cannot_resume(tmp_path):
+    for split in ("train", "val"):
+        make_folders(tmp_path / split, ["ant", "bee", "zebra"])
+    args = make_args(data_set="IMNET", data_path=tmp_path)
+    head = Head("it.pth", ["cat", "ant", "bee"], 3)
+    train, val, _ = datasets.build_datasets(args, head)
+    assert train.classes == val.classes == ["ant", "bee", "zebra"]
+    with pytest.raises(UserError, match="only in train: zebra; only in it.pth: cat"):
+        datasets.build_datasets(args, head, resumes=True)
 
 
 def test_synthetic_and_folder_need_no_surprise_classes(tmp_path):

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from config.flags import MODEL_KEY
+from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
@@ -33,6 +35,8 @@ from training.ema import ModelEma
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.stepper import Stepper, choose_amp
+from weights.pretrained import EMA_KEY, peek
+from weights.saved_run import SavedRun, inherit_flags, read_saved_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_FLAGS = ("local_rank", "num_workers")  # flags that may differ between ranks
@@ -43,6 +47,8 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 class RunSetup:
     """Settings of a run that are known before its data is loaded."""
 
+    args: Any  # flags, some of them taken from the checkpoint that the run starts from
+    head: Head  # of that checkpoint
     parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
     resume_point: ResumePoint
@@ -70,8 +76,16 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     if not args.dry_run:
         output_dir = run_lock.acquire_run_lock(args.output_dir)
     resume_point = find_resume_point(
-        output_dir, args.resume, args.auto_resume, args.sha256, vars(args), rename=not args.dry_run
+        output_dir,
+        args.resume,
+        args.auto_resume,
+        args.sha256,
+        vars(args),
+        rename=not args.dry_run,
+        given=args.given,
     )
+    saved = _saved_run(args, resume_point)
+    args = inherit_flags(args, saved, resume_point.is_run)
     autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
         args.update_freq,
@@ -82,7 +96,20 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()
-    return RunSetup(parallelism, output_dir, resume_point, update_freq, effective_batch)
+    return RunSetup(
+        args, saved.head, parallelism, output_dir, resume_point, update_freq, effective_batch
+    )
+
+
+def _saved_run(args: Any, point: ResumePoint) -> SavedRun:
+    """Return what the checkpoint that a run starts from tells about its own run."""
+    if point.is_run:
+        return read_saved_run(point.checkpoint, point.source, point.checkpoint["model"])
+    source, flags = point.source or vars(args).get("finetune"), vars(args)
+    if not source:
+        return SavedRun()
+    key = EMA_KEY if flags.get("use_ema") else flags.get("model_key", MODEL_KEY)
+    return peek(source, key, flags.get("model_prefix", ""), args.sha256)
 
 
 @dataclass

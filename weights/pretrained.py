@@ -5,7 +5,7 @@
 python main_finetune.py --model convnextv2_atto --data_set DIGITS --input_size 32 --finetune FILE
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from errors import UserError, first_few
 from parallel.process_group import get_logger, main_process_first
 from weights.convert import CLASSIFIER, DECODER, SIGNS, Report, to_convnextv2, unwrap
 from weights.files import find_source, load_weights, read_checkpoint
+from weights.saved_run import SavedRun, read_saved_run
 
 EMA_KEY = "model_ema|state_dict_ema"
 TOO_LARGE = (
@@ -52,6 +53,22 @@ def select_state_dict(
     return selected
 
 
+def peek(
+    source: str, model_key: str = MODEL_KEY, model_prefix: str = "", sha256: str = ""
+) -> SavedRun:
+    """Return what a checkpoint tells about its run, without verifying its checksums."""
+    path, checkpoint = _read(source, model_key, sha256, check=False)
+    weights = select_state_dict(checkpoint, path, model_key, model_prefix)
+    return read_saved_run(checkpoint, path, weights)
+
+
+def _read(source: str, model_key: str, sha256: str, check: bool = True) -> tuple[str, Any]:
+    """Return the name of a source's file for messages, and its content."""
+    file = main_process_first(lambda: find_source(source, sha256, ema=model_key == EMA_KEY))
+    path = str(file) if Path(source).is_dir() else source
+    return path, read_checkpoint(file, check=check)
+
+
 def load_pretrained(
     model: nn.Module,
     source: str,
@@ -59,17 +76,17 @@ def load_pretrained(
     model_prefix: str = "",
     sha256: str = "",
     new: Iterable[str] = CLASSIFIER + DECODER,
+    classes: Sequence[str] | None = None,
 ) -> Report:
     """Load weights of any layout into a classifier or an FCMAE, all of them or none.
 
     source, sha256: as in `weights.files.find_source`. new: prefixes of parts that may be absent
     from the checkpoint as a whole; they stay as initialized. If `head.` is one of them, a head for
-    another number of classes counts as absent. Other missing or unexpected names and other shapes
-    are an error that lists them.
+    another number of classes, or for other than `classes`, counts as absent. Other missing or
+    unexpected names and other shapes are an error that lists them.
     """
     log = get_logger()
-    file = main_process_first(lambda: find_source(source, sha256, ema=model_key == EMA_KEY))
-    path, checkpoint = str(file) if Path(source).is_dir() else source, read_checkpoint(file)
+    path, checkpoint = _read(source, model_key, sha256)
     expected = model.state_dict()
     selected = select_state_dict(checkpoint, path, model_key, model_prefix)
     try:
@@ -78,9 +95,14 @@ def load_pretrained(
         raise UserError(f"{path}: {error}") from error
     left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
     head, own_head = state.get("head.weight"), expected.get("head.weight")
-    if "head." in new and head is not None and (own_head is None or head.shape != own_head.shape):
-        log.warning("%s: its head has %d classes, so the model gets a new head", path, len(head))
-        left_out += ("head.",)
+    if "head." in new and head is not None:
+        saved = read_saved_run(checkpoint, path).head.names
+        others = None not in (saved, classes) and list(classes) != list(saved)
+        if others or own_head is None or head.shape != own_head.shape:
+            names = f" ({first_few(saved, 5)})" if saved else ""
+            text = "%s: its head has %d classes%s, so the model gets a new head"
+            log.warning(text, path, len(head), names)
+            left_out += ("head.",)
     report.dropped += [name for name in state if name.startswith(left_out)]
     state = {name: value for name, value in state.items() if not name.startswith(left_out)}
     absent = [part for part in new if not any(name.startswith(part) for name in state)]
