@@ -210,8 +210,8 @@ def dump_args(args: argparse.Namespace) -> str:
 def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
     """Make paths absolute, as a run stores them, so that it can be used from any folder.
 
-    Other texts, such as `timm:NAME` or what a data set of the user's own makes of --data_path, are
-    told apart by the disk: there is no such file.
+    A source such as `timm:NAME`, or a --data_path that is no path for a user's own data set, stays
+    as it is, since there is no such file.
     """
     new = dict(args)
     for name in (*WRITTEN, *READ):

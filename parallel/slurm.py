@@ -74,7 +74,7 @@ class Trainer:
             flags[name] = flags[name] and flags[name].replace(JOB_ID, job_id)
         restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         flags["auto_resume"] = self.args.auto_resume or restarted
-        return type(self.args)(**flags)
+        return type(self.args)(self.args.given | {"output_dir"}, **flags)
 
 
 def _requeue_at_once(job: Any, number: int) -> None:

@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a checkpoint stores about its run: flags, class names, the shape of its network.
+"""Flags, class names and network shape that a checkpoint stores, and flags that follow them.
 
-python -c "from weights import saved_run; print(saved_run.INHERITED)"
+python -c "from weights import saved_run; print(list(saved_run.INHERITED))"
 """
 
 import argparse

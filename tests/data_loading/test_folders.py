@@ -323,7 +323,7 @@ def test_two_writers_at_the_same_time_do_not_share_files(tmp_path, monkeypatch):
     def slow(path: str):
         if path.endswith("bee") and not others:
             others.append(None)
-            others.append(folders._make(folder, str(root), True))
+            others.append(folders._make(folder, str(root), True, False))
         return scan(path)
 
     monkeypatch.setattr(folders, "_scan", slow)

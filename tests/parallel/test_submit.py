@@ -208,10 +208,13 @@ def test_job_that_is_done_ignores_warnings(handlers, monkeypatch):
     monkeypatch.setattr("submitit.JobEnvironment", lambda: SlurmJob(global_rank=0, job_id="12"))
     environment = SimpleNamespace(export=lambda **options: None)
     monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: environment)
-    monkeypatch.setattr("parallel.process_group.launch", lambda main, args: None)
+    flags = []
+    monkeypatch.setattr("parallel.process_group.launch", lambda main, args: flags.append(args))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("MASTER_PORT", "1")
-    slurm.Trainer("main_pretrain", read()[0])()
+    slurm.Trainer("main_pretrain", read("--input_size", "64")[0])()
+    assert flags[0].given >= {"input_size", "output_dir"}  # a checkpoint must not replace them
+    assert "patch_size" not in flags[0].given
     assert [signal.getsignal(kind) for kind in slurm.SIGNALS] == [signal.SIG_IGN] * 3
 
 
