@@ -101,8 +101,8 @@ def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None
         return (folder or Path()) / name
     known = recipes() if folder else recipes("[!_]*")
     if name not in known:
-        hint = did_you_mean(name, known)
-        parser.error(f"unknown recipe {name!r}. {hint} (--recipe list shows all)")
+        hint = f"{did_you_mean(name, known)} --recipe list shows all".strip()
+        parser.error(f"unknown recipe {name!r}. {hint}")
     return known[name]
 
 

@@ -21,6 +21,7 @@ from errors import EXIT_REQUEUE
 from parallel.environment import port_of
 from parallel.failure import exit_now
 
+PREFIX = __name__.removesuffix("parallel.slurm")  # of the package that pip installs
 JOB_ID = "%j"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # sent before a job is killed
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
@@ -54,7 +55,7 @@ class Trainer:
         os.environ["MASTER_PORT"] = port_of(zlib.crc32(job.job_id.encode()))
         sys.argv = [f"{self.module}.py"]  # the name in error messages
 
-        main = importlib.import_module(self.module)
+        main = importlib.import_module(PREFIX + self.module)
         try:
             from parallel import process_group  # imports torch, which submitting does not need
 
