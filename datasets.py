@@ -6,6 +6,7 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from data_loading.folders import DatasetSpec, folder, image_folder, imnet
 from data_loading.labels import Head, class_names, differences, find_positions
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
+from data_loading.split import split
 from data_loading.transforms import (
     RandomErasing,
     create_eval_transform,
@@ -106,7 +108,13 @@ def build_dataset(
         args.nb_classes or (head.count if head and not is_train else None),
         args.data_index,
     )
-    data, kind = create_dataset(args.data_set, spec, is_train), "train" if is_train else "val"
+    kind = "train" if is_train else "val"
+    if args.val_split:
+        if args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
+            raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
+        data = split(create_dataset(args.data_set, spec, True), args.val_split, is_train)
+    else:
+        data = create_dataset(args.data_set, spec, is_train)
     names = class_names(data)
     if is_train and head and (names is None or set(names) != set(head.names or ())):
         head = None

@@ -27,6 +27,8 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
+    ("val_split", "eval_data_path", "both give the evaluation data"),
+    ("val_split", "disable_eval", "there would be no evaluation"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
@@ -318,6 +320,8 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
         got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
         yield f"{got}; use --data_set image_folder or drop it"
+    if args.val_split and args.data_set in flags.HAVE_EVAL_DATA and args.data_set != "IMNET":
+        yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
     yield from _two_names(args)

@@ -75,6 +75,10 @@ class FileIndex(Sequence):
         path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
+    def labels(self) -> np.ndarray:
+        """Return the label of each image."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map the files themselves."""
         if self.folder is not None:
@@ -292,7 +296,8 @@ def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
         raise UserError(
             f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
             "folder per class. If the class folders are directly in it, use --data_set "
-            "image_folder; for images without labels, --data_set folder"
+            "image_folder; for images without labels, --data_set folder; without val/, "
+            "--val_split 0.1"
         )
     return _images(split, True, spec, train)
 
