@@ -130,6 +130,26 @@ def test_ema_does_not_move_when_a_step_was_skipped(monkeypatch, print_freq):
     assert [taken for _, taken in averaged].count(False) == 2
 
 
+def normed(num_classes: int, **unused) -> torch.nn.Module:
+    """A classifier with running statistics, for --model."""
+    conv = torch.nn.Conv2d(3, 4, 3)
+    layers = [conv, torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(784, num_classes)]
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("print_freq", [1, 100])
+def test_bad_image_leaves_running_statistics_and_their_average_finite(tmp_path, print_freq):
+    """`test_loss` was NaN from the first NaN image on, in an epoch that counted as the best."""
+    words = f"--epochs 2 --model_ema --print_freq {print_freq} --output_dir {tmp_path}"
+    finetune(f"{words} --data_set tests.tiny:poisoned --model tests.test_engines:normed")
+    saved = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    assert saved["state"]["bad_steps"] == 2
+    for key in ("model", "model_ema"):
+        assert torch.isfinite(saved[key]["1.running_mean"]).all(), key
+        assert torch.isfinite(saved[key]["1.running_var"]).all(), key
+        assert saved[key]["1.num_batches_tracked"] == 6, key  # 8 steps, 2 of them skipped
+
+
 @pytest.mark.parametrize("print_freq", [1, 100])
 def test_checkpoint_counts_every_skipped_step(tmp_path, print_freq):
     words = f"--epochs 2 --print_freq {print_freq} --output_dir {tmp_path}"
