@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_loading.rng import fold_in
 from errors import UserError, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
@@ -147,22 +148,28 @@ def create_optimizer(
     """Create any of timm's optimizers by name, over `get_parameter_groups`.
 
     lr: peak of the schedule. momentum: for optimizers that have one. shard: data-parallel mode,
-    `ddp`, `zero1` or `fsdp`. options: of the optimizer itself, such as `eps` and `betas`; UserError
-    if it has none of that name.
+    `ddp`, `zero1` or `fsdp`. options: `seed` of the noise that adahessian and kron draw, 0 by
+    default; others of the optimizer itself, such as `eps` and `betas`: UserError if it has none of
+    that name.
     """
-    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+    from timm.optim import create_optimizer_v2
 
-    name = opt.lower().removeprefix("lookahead_")
-    resolve(name, dict.fromkeys(list_optimizers()), "optimizer", importable=False)
+    seed = options.pop("seed", 0)
     assigner = None
     if layer_decay < 1.0:
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
     groups = get_parameter_groups(model, weight_decay, assigner)
-    kind = get_optimizer_class(name, bind_defaults=False)
+    own = signature(_optimizer_class(opt)).parameters
+    if "betas" in own and len(options.get("betas", ())) not in (0, len(own["betas"].default or ())):
+        default = " ".join(map(str, own["betas"].default))
+        given = " ".join(map(str, options["betas"]))
+        raise UserError(f"--opt {opt} takes as many --opt_betas as {default}, got {given}")
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
-    in_one_kernel &= shard != "fsdp" or name.startswith("adam")  # the only ones on DTensors
-    fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
-    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **options, **fused)
+    # With fsdp only they work on DTensors.
+    in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
+    fixed = {"fused": in_one_kernel, "deterministic": True}  # kron's noise is then that of its rng
+    fixed = {name: value for name, value in fixed.items() if value and name in own}
+    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **options, **fixed)
     try:
         optimizer = sharding.wrap_optimizer(make, groups, lr, shard)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
@@ -170,7 +177,45 @@ def create_optimizer(
     # timm drops options that an optimizer does not have
     for key in options.keys() - sharding.local_optimizer(optimizer).defaults.keys():
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
+    _seed_noise(sharding.local_optimizer(optimizer), seed)
     return optimizer
+
+
+def _optimizer_class(opt: str) -> type:
+    """Return the class of an optimizer; UserError if it is unknown or cannot be imported."""
+    from timm.optim import get_optimizer_class, list_optimizers
+
+    name = opt.lower().removeprefix("lookahead_")
+    resolve(name, dict.fromkeys(list_optimizers()), "optimizer", importable=False)
+    try:
+        return get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        packages = {"bnb": "bitsandbytes", "fused": "NVIDIA's apex"}
+        package = next((p for start, p in packages.items() if name.startswith(start)), "")
+        needs = f"needs a CUDA GPU and {package}" if package else "cannot be imported"
+        raise UserError(f"--opt {opt} {needs} ({error}); try --opt adamw") from error
+
+
+def _seed_noise(optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Make the noise of adahessian and kron a function of (seed, step), equal on all processes.
+
+    Their generators would begin again after a resume. Processes with other noise would take other
+    steps.
+    """
+    optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of lookahead
+
+    def before_step(*_: Any) -> None:
+        states = optimizer.state.values()
+        steps = [state.get("hessian step", state.get("step", 0)) for state in states]
+        number = fold_in(seed, max(map(int, steps), default=0))
+        if hasattr(optimizer, "rng"):  # kron
+            optimizer.rng.seed(number)
+        else:  # adahessian, which creates another generator on a GPU, with this seed
+            optimizer.seed = number
+            optimizer.generator.manual_seed(number)
+
+    if hasattr(optimizer, "rng") or hasattr(optimizer, "generator"):
+        optimizer.register_step_pre_hook(before_step)
 
 
 def cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> float:
@@ -236,6 +281,7 @@ def build_optimizer(
         layer_decay_type=getattr(args, "layer_decay_type", "single"),
         momentum=args.momentum,
         shard=shard,
+        seed=getattr(args, "seed", 0),
         **{name: value for name, value in options.items() if value is not None},
     )
 

@@ -3,12 +3,15 @@
 """Parameter groups, optimizers by name, schedules."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 from torch import nn
 
+from data_loading.rng import seed_all
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
@@ -22,6 +25,15 @@ from optim_factory import (
     get_parameter_groups,
     scale_lr,
 )
+from parallel.state_dict import tensor_leaves
+from training.checkpoint import (
+    TrainableParts,
+    TrainState,
+    collect_checkpoint,
+    restore_run,
+    write_checkpoint,
+)
+from training.stepper import Stepper
 
 
 def classifier(depths=(1, 1, 2, 1)) -> ConvNeXtV2:
@@ -222,6 +234,95 @@ def test_flags_reach_the_optimizer():
     flags |= {"opt": "adamw", "opt_eps": 1e-5, "opt_betas": [0.8, 0.7]}
     for group in build_optimizer(SimpleNamespace(**flags), classifier(), 0.5).param_groups:
         assert (group["eps"], group["betas"]) == (1e-5, (0.8, 0.7))
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lion", "adopt", "lookahead_adamw"])
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.95, 0.99)])
+def test_wrong_number_of_betas_is_refused(opt, betas):
+    """It was a traceback, in some optimizers from the first step."""
+    with pytest.raises(UserError, match=f"--opt {opt} takes as many --opt_betas as 0.9 0.99+, got"):
+        create_optimizer(classifier(), opt, lr=1.0, betas=betas)
+
+
+def test_adan_takes_three_betas():
+    with pytest.raises(UserError, match="as many --opt_betas as 0.98 0.92 0.99, got 0.9 0.95"):
+        create_optimizer(classifier(), "adan", lr=1.0, betas=(0.9, 0.95))
+    optimizer = create_optimizer(classifier(), "adan", lr=1.0, betas=(0.9, 0.8, 0.7))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.8, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("opt", "package"), [("bnbadamw8bit", "bitsandbytes"), ("fusedlamb", "NVIDIA's apex")]
+)
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_optimizer_of_an_absent_package_is_an_error_that_names_it(
+    opt, package, has_gpu, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if they were not installed
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    expected = rf"--opt {opt} needs a CUDA GPU and {package} \(.*\); try --opt adamw"
+    with pytest.raises(UserError, match=expected):
+        create_optimizer(classifier(), opt, lr=1.0)
+
+
+OTHER_PACKAGES = ("bnb", "fused")
+OPTIMIZERS = [opt for opt in list_optimizers() if not opt.startswith(OTHER_PACKAGES)]
+
+
+def steps(parts: TrainableParts, numbers: range) -> None:
+    """Train one step for each number."""
+    stepper = Stepper(parts.model, parts.optimizer, torch.device("cpu"))
+    stepper.begin_epoch(len(numbers))
+    with torch.compiler.set_stance("force_eager"):  # kron would compile
+        for number in numbers:
+            seed_all(0, number, 0, 0)  # as the engines do
+            with stepper.micro_batch():
+                loss = parts.model(torch.randn(4, 3, 4, 4)).square().mean()
+            assert stepper.step(loss).taken
+
+
+def parts_of(opt: str, seed: int = 0) -> TrainableParts:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers)
+    return TrainableParts(model, create_optimizer(model, opt, lr=0.01, seed=seed))
+
+
+@pytest.mark.parametrize("opt", [*OPTIMIZERS, "lookahead_adamw", "lookahead_adahessian"])
+def test_resumed_optimizer_continues_bit_for_bit(opt, tmp_path):
+    """adahessian's noise began again at the first step."""
+    whole = parts_of(opt)
+    steps(whole, range(3))
+    write_checkpoint(collect_checkpoint(whole, TrainState(), {}), tmp_path / "a.pth")
+    steps(whole, range(3, 8))
+    resumed = parts_of(opt)
+    restore_run(torch.load(tmp_path / "a.pth", weights_only=True), "a.pth", resumed)
+    steps(resumed, range(3, 8))
+    ends = [tensor_leaves(parts.model.state_dict()) for parts in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    states = [tensor_leaves(parts.optimizer.state_dict()["state"]) for parts in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("opt", ["adahessian", "kron"])
+def test_noise_of_an_optimizer_depends_on_seed_and_step_alone(opt):
+    """With noise of their own, two processes took steps of their own."""
+
+    def run(seed: int, rank: int) -> list[torch.Tensor]:
+        parts = parts_of(opt, seed)
+        stepper = Stepper(parts.model, parts.optimizer, torch.device("cpu"))
+        stepper.begin_epoch(3)
+        images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        with torch.compiler.set_stance("force_eager"):
+            for step in range(3):
+                seed_all(seed, step, 0, rank)
+                stepper.step(parts.model(images).square().mean())
+        return list(parts.model.parameters())
+
+    first = run(0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(0, 1), strict=True))
+    assert not torch.equal(first[0], run(1, 0)[0])
 
 
 # --- schedules ------------------------------------------------------------------------------

@@ -160,6 +160,12 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
+        # adahessian; it differentiates the scaled gradients and would not unscale the result
+        self.second_order = getattr(self.local_optimizer, "is_second_order", False)
+        if self.second_order and self.amp == "fp16":
+            raise UserError(
+                "--opt adahessian does not work with --amp fp16; use --amp bf16 or none"
+            )
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
         # Not at the first step: if it were skipped, fused SGD would not initialize its momentum.
         self.skips_on_device = False
@@ -206,8 +212,7 @@ class Stepper:
         """
         self.loss += loss.detach() / self.window
         self.ids += [] if ids is None else [ids]
-        second_order = getattr(self.local_optimizer, "is_second_order", False)  # adahessian
-        self.scaler.scale(loss / self.window).backward(create_graph=second_order)
+        self.scaler.scale(loss / self.window).backward(create_graph=self.second_order)
         self.micro += 1
         self.batches_left -= 1
         if self.micro < self.window:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
+from optim_factory import create_optimizer
 from training.stepper import WARMUP_STEPS, Stepper, autocast, choose_amp
 
 CPU = torch.device("cpu")
@@ -512,6 +513,15 @@ def test_micro_batch_runs_in_the_chosen_precision_and_weights_stay_float32(amp, 
     error = x @ before.T + bias
     exact = before - 0.1 * 2 * error.T @ x / 16  # d mean(y^2) / d weight over 16 numbers
     assert torch.allclose(model.weight, exact, rtol=0, atol=1e-6 if amp == "none" else 1e-3)
+
+
+def test_scaled_gradients_have_no_second_derivatives():
+    """adahessian would divide by curvature that is 65536 times as large."""
+    model = Product()
+    optimizer = create_optimizer(model, "adahessian", lr=0.1)
+    Stepper(model, optimizer, CPU, amp="bf16")
+    with pytest.raises(UserError, match="--opt adahessian does not work with --amp fp16"):
+        Stepper(model, optimizer, CPU, amp="fp16")
 
 
 def test_evaluation_uses_the_same_autocast():
