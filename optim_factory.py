@@ -7,6 +7,7 @@ python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -119,18 +120,32 @@ def get_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by weight decay and learning-rate scale (`lr_scale`).
 
-    Biases, norms, GRN and the mask token get no weight decay.
+    Biases, norms, GRN, the mask token and what the network itself exempts get no weight decay.
     """
+    exempt = _exempt_from_decay(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and not name.endswith(NO_WEIGHT_DECAY)
+        decayed = decayed and not any(fnmatchcase(name, pattern) for pattern in exempt)
         decay = weight_decay if decayed else 0.0
         scale = assigner.get_scale(assigner.get_layer_id(name)) if assigner else 1.0
         new = {"params": [], "weight_decay": decay, "lr_scale": scale, "decayed": decayed}
         groups.setdefault((decayed, scale), new)["params"].append(parameter)
     return list(groups.values())
+
+
+def _exempt_from_decay(model: nn.Module) -> set[str]:
+    """Return name patterns of what `no_weight_decay()` of timm's networks exempts, such as tokens.
+
+    The network may be a part of another one.
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        exempt = getattr(module, "no_weight_decay", set)()
+        names |= {f"{prefix}.{name}" if prefix else name for name in exempt}
+    return names
 
 
 def create_optimizer(

@@ -7,8 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
-from timm.optim import list_optimizers
+from timm.optim import list_optimizers, param_groups_weight_decay
 from torch import nn
 
 from data_loading.rng import seed_all
@@ -105,6 +106,51 @@ def test_frozen_parameters_are_in_no_group():
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     assert set(by_name(model, get_parameter_groups(model, 0.3))) == {"head.weight", "head.bias"}
+
+
+class Wrapped(nn.Module):
+    """A network of timm as a part of one's own."""
+
+    def __init__(self, name: str, **sizes) -> None:
+        super().__init__()
+        self.body = timm.create_model(name, **sizes)
+
+
+VIT = {"img_size": 32, "embed_dim": 8, "depth": 1, "num_heads": 1}
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "exempt"),
+    [
+        ("vit_tiny_patch16_224", VIT, {"pos_embed", "cls_token"}),
+        (
+            "swin_tiny_patch4_window7_224",
+            SWIN | {"num_heads": (1, 1)},
+            {f"layers.{n}.blocks.0.attn.relative_position_bias_table" for n in (0, 1)},
+        ),
+    ],
+)
+def test_what_a_network_of_timm_exempts_is_not_decayed(name, sizes, exempt):
+    """Position embeddings and tokens have more than one dimension, so they were decayed."""
+    wrapped = Wrapped(name, num_classes=3, **sizes)
+    for model, prefix in ((wrapped, "body."), (wrapped.body, "")):
+        groups = by_name(model, get_parameter_groups(model, 0.3))
+        ours = {name for name, group in groups.items() if not group["decayed"]}
+        (undecayed, _) = param_groups_weight_decay(
+            wrapped.body, 0.3, no_weight_decay_list=wrapped.body.no_weight_decay()
+        )
+        timms = by_name(wrapped.body, [undecayed])
+        assert ours == {prefix + name for name in timms}
+        assert {prefix + name for name in exempt} <= ours
+
+
+def test_exempt_names_may_be_patterns():
+    """As in timm's own parameter groups."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.no_weight_decay = lambda: {"1.w*"}
+    groups = by_name(model, get_parameter_groups(model, 0.3))
+    assert [name for name, group in groups.items() if group["decayed"]] == ["0.weight"]
 
 
 # --- layer decay ----------------------------------------------------------------------------
