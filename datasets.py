@@ -72,10 +72,10 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
-    mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    mean, _ = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
     erasing = None
     if args.reprob > 0:
-        erasing = RandomErasing(args.reprob, args.remode, args.recount, mean, std)
+        erasing = RandomErasing(args.reprob, args.remode, args.recount)
     return create_train_transform(
         args.input_size,
         mean,

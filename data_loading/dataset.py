@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from data_loading.bad_images import retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode
 from data_loading.rng import fold_in, seed_all
+from data_loading.transforms import Erased
 from errors import UserError
 
 TRIES = 100  # other images to try in place of a bad one
@@ -121,11 +122,18 @@ class TransformedDataset(Dataset):
         return f"image {self._file(index) or f'number {index}'}"
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
-    """Stack samples to images (N, C, H, W), labels (N,), ids (N,) and a list of bad images.
+class Patches(NamedTuple):
+    """The patches of random erasing in a batch."""
 
-    Returns the first UserError among the samples instead, if there is one. The list holds (name,
-    reason). N is 0 if all images were left out.
+    places: list[tuple[int, int, int, int, int]]  # (image, top, left, height, width)
+    noise: Tensor  # (values,) float32: (C, height, width) of each place, one after the other
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | UserError:
+    """Stack samples to images (N, C, H, W), labels (N,), ids (N,), bad images and patches.
+
+    Returns the first UserError among the samples instead, if there is one. Bad images are a list of
+    (name, reason). N is 0 if all images were left out.
     """
     error = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if error is not None:
@@ -134,6 +142,16 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
     samples = [sample.sample if isinstance(sample, Replacement) else sample for sample in samples]
     samples = [sample for sample in samples if sample is not None]
     if not samples:
-        return torch.empty(0), torch.empty(0), torch.empty(0), bad
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad, Patches([], torch.empty(0))
     images, labels, ids = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad
+    patches = _join_patches(images)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad, patches
+
+
+def _join_patches(images: Sequence[Tensor]) -> Patches:
+    places, noise = [], [torch.empty(0)]
+    for number, image in enumerate(images):
+        for patch in image.patches if isinstance(image, Erased) else ():
+            places.append((number, patch.top, patch.left, *patch.noise.shape[1:]))
+            noise.append(patch.noise.flatten())
+    return Patches(places, torch.cat(noise))

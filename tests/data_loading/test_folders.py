@@ -411,8 +411,8 @@ def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     whole = TransformedDataset(data, transform, 0, nb_classes=3, on_bad="leave out")
     loader = WatchedLoader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
     batches = list(loader)
-    assert [label for _, labels, _, _ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert [name for *_, bad in batches for name, _ in bad] == [f"{root}/b/1.png"]
+    assert [label for _, labels, *_ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [name for *_, bad, _ in batches for name, _ in bad] == [f"{root}/b/1.png"]
     assert whole.name_of(8) == f"image {root}/c/2.png"
 
 
