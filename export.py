@@ -34,7 +34,7 @@ from parallel import process_group
 from weights import export_formats as formats
 from weights.convert import describe, to_convnextv2, to_official, to_timm
 from weights.export_formats import ExportSpec, Network, save
-from weights.files import read_checkpoint
+from weights.files import check_finite, read_checkpoint
 from weights.huggingface import find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
@@ -161,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
     """Write a draft next to the output, check it, and move it to its place."""
     spec = build_spec(args)
     Network(spec, args.checkpoint)  # raises UserError if the weights do not fit
+    check_finite(spec.full_state, args.checkpoint)
     output = Path(args.output or default_output(spec, args.to))
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; choose another --output, or give --overwrite true")

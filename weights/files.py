@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from errors import UserError, first_few, first_line
 from parallel import state_dict
 from weights.download import KINDS, WEIGHTS, locate
+from weights.mismatch import explain
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
@@ -133,28 +134,46 @@ def _load(path: Path) -> Any:
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], source: str, allow_missing: Iterable[str] = ()
 ) -> list[str]:
-    """Load all of `weights` or nothing, and return the missing names.
+    """Load all of `weights` or nothing, and return the missing names, as `check_weights` does."""
+    missing = check_weights(model, weights, source, allow_missing)
+    state_dict.load_weights(model, weights)
+    return missing
+
+
+def check_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, allow_missing: Iterable[str] = ()
+) -> list[str]:
+    """Raise UserError unless `weights` fit the model and are finite; returns the missing names.
 
     Missing names must start with one of `allow_missing`. Other missing names, unexpected names
-    and other shapes are an error that lists them.
+    and other shapes are an error that lists them, with the reason if it is known.
     """
     expected = model.state_dict()
     allowed = tuple(allow_missing)
     missing = [name for name in expected if name not in weights]
+    lacking = [name for name in missing if not name.startswith(allowed)]
+    reshaped = [n for n, v in weights.items() if n in expected and v.shape != expected[n].shape]
     problems = {
-        "missing": [name for name in missing if not name.startswith(allowed)],
+        "missing": lacking,
         "unexpected": [name for name in weights if name not in expected],
         "of another shape": [
-            f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-            for name, value in weights.items()
-            if name in expected and value.shape != expected[name].shape
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in reshaped
         ],
     }
     if any(problems.values()):
         found = [f"{len(x)} {kind} ({first_few(x)})" for kind, x in problems.items() if x]
-        raise UserError(
-            f"{source} does not fit {type(model).__name__}: {'; '.join(found)}; "
-            "check --model and the flags that shape it (--stem_stride, --in_chans, --decoder_*)"
-        )
-    state_dict.load_weights(model, weights)
+        reason = explain(model, weights, lacking, reshaped)
+        raise UserError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}{reason}")
+    check_finite(weights, source)
     return missing
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError with the first names if tensors hold NaN or Inf."""
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(
+            f"{source} holds NaN or Inf in {first_few(broken)}: the run that wrote it had diverged "
+            "or the file was damaged; give an earlier checkpoint"
+        )

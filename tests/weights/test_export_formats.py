@@ -336,6 +336,27 @@ def test_weights_that_fit_no_network_are_refused_without_the_library(tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "model_ema"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_that_are_not_finite_are_not_exported(files, tmp_path, name, target):
+    content = read_checkpoint(files / "classifier.pth")
+    content[name]["norm.bias"][2] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    words = ["--to", target, "--output", tmp_path / f"out{TARGETS[target]}"]
+    with pytest.raises(UserError, match=r"nan\.pth holds NaN or Inf in norm\.bias"):
+        main(tmp_path / "nan.pth", *words, "--use_ema", str(name == "model_ema").lower())
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.pth"]
+
+
+def test_decoder_that_is_not_finite_is_not_exported(files, tmp_path):
+    """Formats with the decoder write more tensors than the network has."""
+    content = read_checkpoint(files / "pretrained.pth")
+    content["model"]["pred.bias"][2] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"NaN or Inf in pred\.bias"):
+        main(tmp_path / "nan.pth", "--to", "official", "--output", tmp_path / "out.pth")
+
+
 @pytest.mark.parametrize("name", ["convnextv2_atto", "fcmae_convnextv2_atto"])
 def test_missing_block_is_no_smaller_network(name, tmp_path):
     """Atto without its last block of stage 2 used to be exported as a network of other depths."""

@@ -23,7 +23,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, has_ema, load_pretrained
+from weights.pretrained import EMA_KEY, check_pretrained, has_ema, load_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -123,7 +123,7 @@ def test_model_of_a_fork_loads_its_own_names(tmp_path, prefix):
     load_pretrained(target, str(tmp_path / "a.pth"), new=())
     assert_same(values(target), values(source))
     torch.save(classifier().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="a.pth does not fit Other: 4 missing"):
+    with pytest.raises(UserError, match="a.pth does not fit Other: 2 missing"):
         load_pretrained(target, str(tmp_path / "a.pth"))
 
 
@@ -210,6 +210,62 @@ def test_large_weights_of_the_official_initialization_give_a_warning(
     load_pretrained(classifier(), str(tmp_path / "a.pth"))
     warnings = [line for line in lines() if "weights is 0.8" in line and "--amp bf16" in line]
     assert bool(warnings) == warned
+
+
+def with_nan(state: dict, name: str, value: float = float("nan")) -> dict:
+    """The state with one value that is not finite in a tensor."""
+    broken = state[name].clone()
+    broken.view(-1)[-1] = value
+    return state | {name: broken}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["model", EMA_KEY])
+@pytest.mark.parametrize("new", [(), ("norm.", "head.")], ids=["evaluation", "fine-tuning"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, key, new):
+    """--eval of them used to report 50% of two classes, since NaN counts as class 0."""
+    good, bad = classifier().state_dict(), classifier().state_dict()
+    for name in ("stages.1.0.dwconv.bias", "head.bias"):
+        bad = with_nan(bad, name, value)
+    pair = (bad, good) if key == "model" else (good, bad)
+    torch.save(dict(zip(("model", "model_ema"), pair, strict=True)), tmp_path / "a.pth")
+    model = classifier(seed=1)
+    message = r"a\.pth holds NaN or Inf in stages\.1\.0\.dwconv\.bias, head\.bias: .*earlier"
+    with pytest.raises(UserError, match=message):
+        load_pretrained(model, str(tmp_path / "a.pth"), key, new=new)
+    assert_same(values(model), values(classifier(seed=1)))
+
+
+def test_nan_in_a_part_that_is_dropped_does_no_harm(tmp_path):
+    state = with_nan(autoencoder().state_dict(), "pred.bias")
+    torch.save(state, tmp_path / "a.pth")
+    load_pretrained(classifier(seed=1), str(tmp_path / "a.pth"))
+    with pytest.raises(UserError, match=r"NaN or Inf in pred\.bias"):
+        load_pretrained(autoencoder(seed=1), str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("uses_buffers", [False, True])
+@pytest.mark.parametrize("build", [classifier, lambda seed: randomize(tiny.Other(3), seed)])
+def test_averages_of_torch_swa_utils_load(tmp_path, uses_buffers, build):
+    """Their counter n_averaged used to be an unexpected tensor."""
+    average = torch.optim.swa_utils.AveragedModel(build(seed=2), use_buffers=uses_buffers)
+    torch.save({"model": average.state_dict()}, tmp_path / "a.pth")
+    model = build(seed=1)
+    load_pretrained(model, str(tmp_path / "a.pth"), new=())
+    assert_same(values(model), values(build(seed=2)))
+
+
+def test_check_finds_what_loading_would_find_and_changes_nothing(tmp_path, lines):
+    """A wrong --finetune used to be found after the data had been listed."""
+    torch.save(classifier(classes=5).state_dict(), tmp_path / "a.pth")
+    with torch.device("meta"):
+        model = ConvNeXtV2(*SIZE, num_classes=3)
+    check_pretrained(model, str(tmp_path / "a.pth"))
+    assert lines() == []
+    with pytest.raises(UserError, match="5 classes and this model has 3"):
+        check_pretrained(model, str(tmp_path / "a.pth"), new=())
+    with pytest.raises(UserError, match="does not exist"):
+        check_pretrained(model, str(tmp_path / "b.pth"))
 
 
 # --- downloads --------------------------------------------------------------------------
