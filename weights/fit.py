@@ -111,9 +111,9 @@ def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -
 
 
 def adapt_stem(weight: Tensor, channels: int) -> Tensor:
-    """Adapt (D, C, k, k) to other input channels as timm does: sum, or repeat and scale.
+    """Adapt (D, C, k, k) to other input channels by timm's rule: sum, or repeat and scale.
 
-    A sum is exact for gray images; repeated, the output keeps its size on channels like the old.
+    With equal channels, or repeated as a whole, the layer computes the same as before.
     """
     found, exact = weight.shape[1], weight.float()
     if channels == 1:
