@@ -302,6 +302,9 @@ def test_folder_to_resume_is_treated_as_the_file_would_be(script, tmp_path, monk
         build(script, f"--resume {old}", new / "damaged", monkeypatch)
 
 
+START = {"pretrain": "--resume", "finetune": "--finetune"}  # flags that load only weights
+
+
 @pytest.mark.parametrize("script", MAINS)
 def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkeypatch):
     """Its files would outrank the new ones, and each rerun would begin at epoch 0."""
@@ -312,7 +315,8 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     for resume in ("", folder, "run", "./run/checkpoint-1.pth"):  # however the folder is written
         for output in (folder, "run"):
             words = f"{f'--resume {resume} ' * bool(resume)}--output_dir {output}"
-            with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
+            advice = f"another --output_dir: give it, and {START[other]} .*run to start from"
+            with pytest.raises(UserError, match=f"belongs to a .* needs {advice}"):
                 build(other, words, folder, monkeypatch)
 
 

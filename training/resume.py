@@ -216,8 +216,10 @@ def compare_args(
     changes, fixed = [], FIXED + ("seed",) * in_epoch
     hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):
+        flag = "--finetune" if _kind(now) == "fine-tuning" else "--resume"
         raise UserError(
-            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir"
+            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir: "
+            f"give it, and {flag} {Path(source).parent} to start from these weights"
         )
     for name, value in now.items():
         before = saved.get(name, value)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from errors import UserError, first_few, first_line
 from parallel import state_dict
-from weights.download import KINDS, WEIGHTS, locate
+from weights.download import INDEX, KINDS, WEIGHTS, list_parts, locate
 from weights.mismatch import explain
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
@@ -68,10 +68,13 @@ def read_checkpoint(
     """Read a checkpoint's plain types and tensors to the CPU, without running code in it.
 
     source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
-    reads all of it. A `.safetensors` file is a state dict.
+    reads all of it. A `.safetensors` file is a state dict, and so are the parts that an index of
+    the hub lists.
     """
     path = find_source(source, sha256, ema)
     try:
+        if path.name.endswith(INDEX):
+            return _read_parts(path)
         with open(path, "rb") as file:
             start = file.read(9)
         if start[8:] == b"{":  # safetensors: a length in 8 bytes, then JSON
@@ -101,6 +104,16 @@ def read_checkpoint(
             ) from error
         reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    files, state = list_parts(index), {}
+    for name in sorted({*files.values()}):
+        state |= read_checkpoint(index.with_name(name))
+    if state.keys() != files.keys():
+        odd = first_few(sorted(state.keys() ^ files.keys()))
+        raise UserError(f"{index} and its files hold different tensors: {odd}; download all again")
+    return state
 
 
 def check_archive(path: Path, checksums: bool = True) -> None:

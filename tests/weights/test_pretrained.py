@@ -4,6 +4,7 @@
 
 import hashlib
 import http.server
+import json
 import logging
 import ssl
 import subprocess
@@ -87,6 +88,70 @@ def test_folder_of_a_hub_model_stands_for_its_weights(tmp_path):
     model = classifier(seed=1)
     load_pretrained(model, str(tmp_path))
     assert_same(values(model), values(classifier()))
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    """A folder in which transformers has saved a model in several files."""
+    import transformers
+
+    config = transformers.ConvNextV2Config(
+        depths=list(SIZE[0]), hidden_sizes=list(SIZE[1]), num_labels=3, layer_norm_eps=1e-6
+    )
+    model = transformers.ConvNextV2ForImageClassification(config)
+    model.load_state_dict(to_hf(classifier().state_dict()))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list((tmp_path / "sharded").glob("model-0*.safetensors"))) > 1
+    return tmp_path / "sharded"
+
+
+def test_folder_of_a_hub_model_in_parts(sharded):
+    model = classifier(seed=1)
+    load_pretrained(model, str(sharded), new=())
+    assert_same(values(model), values(classifier()))
+    again = classifier(seed=1)
+    load_pretrained(again, str(sharded / "model.safetensors.index.json"), new=())
+    assert_same(values(again), values(classifier()))
+
+
+def test_hub_model_in_parts(hub, sharded, tmp_path):
+    folder = tmp_path / "models--someone--large"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    (folder / "snapshots").mkdir()
+    sharded.rename(folder / "snapshots" / "c0ffee")
+    model = classifier(seed=1)
+    load_pretrained(model, "hf-hub:someone/large", new=())
+    assert_same(values(model), values(classifier()))
+
+
+def rewrite(index: Path, **files: str) -> None:
+    content = json.loads(index.read_text())
+    content["weight_map"] |= files
+    index.write_text(json.dumps(content))
+
+
+def test_incomplete_or_odd_parts_are_refused(sharded, tmp_path):
+    index = sharded / "model.safetensors.index.json"
+    text = index.read_text()
+    with pytest.raises(UserError, match="--sha256 needs a file"):
+        read_checkpoint(index, "0" * 64)
+    rewrite(index, more=sorted({*json.loads(text)["weight_map"].values()})[0])
+    with pytest.raises(UserError, match="hold different tensors: more; download"):
+        read_checkpoint(sharded)
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+    for name in ("../a.pth", str(tmp_path / "a.pth"), "..\\a.pth"):  # of another folder
+        rewrite(index, a=name)
+        with pytest.raises(UserError, match="names files outside of its own folder"):
+            read_checkpoint(sharded)
+    for damaged in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(damaged)
+        with pytest.raises(UserError, match=r"index\.json is damaged .*expected a JSON weight_map"):
+            read_checkpoint(sharded)
+    index.write_text(text)
+    next(sharded.glob("model-0*")).unlink()
+    with pytest.raises(UserError, match=r"model-0.*safetensors does not exist"):
+        read_checkpoint(sharded)
 
 
 def test_ema_weights_are_loaded_by_their_key(tmp_path):
