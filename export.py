@@ -35,7 +35,7 @@ from weights import export_formats as formats
 from weights.convert import describe, to_convnextv2, to_official, to_timm
 from weights.export_formats import ExportSpec, Network, save
 from weights.files import check_finite, read_checkpoint
-from weights.huggingface import find_labels, read_hf, write_hf
+from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
 OWN_LAYOUT = "ConvNeXt V2 toolkit (the official names)"
@@ -87,9 +87,13 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         print(f"{args.checkpoint}: {note}", file=sys.stderr)
     side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
+    found |= {"mean": None, "std": None}
+    if args.imagenet_default_mean_and_std is not None:  # it replaces the run's own values
+        run = {name: value for name, value in run.items() if name not in ("mean", "std")}
     for flags in (run, {name: getattr(args, name) for name in found}):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
-    mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
+    own = found["imagenet_default_mean_and_std"], found["mean"], found["std"]
+    mean, std = mean_and_std(shape["in_chans"], *own)
     return ExportSpec(
         state,
         full_state,
@@ -162,6 +166,10 @@ def main(args: argparse.Namespace) -> None:
     spec = build_spec(args)
     Network(spec, args.checkpoint)  # raises UserError if the weights do not fit
     check_finite(spec.full_state, args.checkpoint)
+    if args.to == "hf" and spec.shape["in_chans"] == 1:
+        spec = as_rgb(spec)
+        note = "its first layer becomes one for RGB images, which transformers makes of gray ones"
+        print(f"{args.checkpoint}: {note}", file=sys.stderr)
     output = Path(args.output or default_output(spec, args.to))
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; choose another --output, or give --overwrite true")

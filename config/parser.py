@@ -135,7 +135,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
-    names = "--input_size --crop_pct --imagenet_default_mean_and_std"
+    names = "--input_size --crop_pct --imagenet_default_mean_and_std --mean --std"
     add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
     return parser
@@ -206,6 +206,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     if len(args.input_size) != 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    known = not (args.resume or values.get("finetune"))  # these may have other channels
+    yield from _mean_problems(args, args.in_chans if known else None)
     if args.scale[0] > args.scale[1]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
@@ -232,6 +234,17 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)
+
+
+def _mean_problems(args: argparse.Namespace, in_chans: int | None = None) -> Iterator[str]:
+    for name, found in (("mean", args.mean), ("std", args.std)):
+        if found is not None and in_chans is not None and len(found) not in (1, in_chans):
+            got = f"--{name} {as_typed(found)} has {len(found)} values"
+            yield f"{got}, expected one, or one for each of --in_chans {in_chans}"
+    if (args.mean is None) != (args.std is None):
+        yield "--mean and --std belong together; give both or neither"
+    elif args.mean is not None and args.imagenet_default_mean_and_std is False:
+        yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
 
 
 def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -294,7 +307,7 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
-    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std"):
+    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std"):
         if getattr(args, name) is not None and args.to != "hf":
             yield f"--{name} is for --to hf only, other formats cannot store it; drop it"
     suffix = flags.TARGETS[args.to]
@@ -302,4 +315,5 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output}: expected a name that ends in {suffix}"
     if len(args.input_size or ()) > 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from _mean_problems(args)
     yield from _two_names(args)

@@ -117,6 +117,10 @@ EXPORT: dict[str, Row] = {
         mean_and_std(3, False),
         mean_and_std(3, True),
     ),
+    "mean": (
+        "--mean 0.1 0.2 0.3 --std 1", lambda w: spec(w).mean, [0.5] * 3, [0.1, 0.2, 0.3],
+    ),
+    "std": ("--mean 0.1 --std 0.3", lambda w: spec(w).std, [0.5] * 3, [0.3] * 3),
 }  # fmt: skip
 
 

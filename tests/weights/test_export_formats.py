@@ -512,7 +512,27 @@ def test_one_channel(tmp_path):
         output = tmp_path / f"a{TARGETS[target]}"
         main(tmp_path / "gray.pth", "--to", target, "--output", output, *SIDES)
     values = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
-    assert (values["do_convert_rgb"], len(values["image_mean"])) == (False, 1)
+    assert (values["do_convert_rgb"], len(values["image_mean"])) == (True, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_gray_classifier_works_in_transformers_pipeline(tmp_path, mode):
+    """Pipelines convert images to RGB: `expected 1 channels, got 3`."""
+    import transformers
+
+    model = classifier(in_chans=1)
+    content = {"model": model.state_dict(), "classes": CLASSES}
+    torch.save(content | {"args": {"mean": (0.3,), "std": (0.25,)}}, tmp_path / "gray.pth")
+    words = ["--to", "hf", "--output", tmp_path / "out", *SIDES, "--crop_pct", "1"]
+    main(tmp_path / "gray.pth", *words)
+    image = picture(64, 64).convert(mode)
+    answers = transformers.pipeline("image-classification", model=str(tmp_path / "out"))(image)
+    pixels = torch.from_numpy(np.array(image.convert("L"))) / 255  # as --in_chans 1 decodes it
+    expected = model((pixels[None, None] - 0.3) / 0.25).softmax(1)[0].tolist()
+    rounding = 1e-6 if mode == "L" else 1e-3  # of Pillow's gray values
+    for answer in answers:
+        wanted = expected[CLASSES.index(answer["label"])]
+        assert answer["score"] == pytest.approx(wanted, abs=rounding)
 
 
 # --- facts about the weights ----------------------------------------------------------------
