@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import main_finetune
+import models
 from config import parser as options
 from data_loading.bad_images import BadImages
 from data_loading.samplers import EvalSampler, TrainSampler
@@ -300,6 +301,31 @@ def test_folder_to_resume_is_treated_as_the_file_would_be(script, tmp_path, monk
     newest.write_bytes(content)
     with pytest.raises(UserError, match="checksum"):
         build(script, f"--resume {old}", new / "damaged", monkeypatch)
+
+
+@pytest.mark.parametrize("script", MAINS)
+@pytest.mark.parametrize("fault", ["model", "file", "size", "nan"])
+def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
+    script, fault, tmp_path, monkeypatch
+):
+    """Listing ImageNet takes minutes; here the data set does not exist."""
+    model, path = tiny.classifier(num_classes=3, stem_stride=1), tmp_path / "weights.pth"
+    model = models.create_model("convnextv2_atto", stem_stride=1) if fault == "nan" else model
+    with torch.no_grad():
+        model.stages[0][0].norm.bias[0] = float("nan")
+    torch.save(model.state_dict(), path)
+    words, message = {
+        "model": ("--model convnextv2_tny", "Did you mean"),
+        "file": ("--model convnextv2_atto START=nothing.pth", "nothing.pth does not exist"),
+        "size": (
+            f"--model convnextv2_atto START={path}",
+            "belong to other flags: --model of",
+        ),
+        "nan": (f"--model convnextv2_atto START={path}", "NaN or Inf in .*stages.0.0.norm.bias"),
+    }[fault]
+    words = words.replace("START", START[script])
+    with pytest.raises(UserError, match=message):
+        build(script, f"--data_set no.module:data {words}", tmp_path / "run", monkeypatch)
 
 
 START = {"pretrain": "--resume", "finetune": "--finetune"}  # flags that load only weights

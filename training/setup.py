@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import models
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
@@ -33,6 +34,7 @@ from training.ema import ModelEma
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.stepper import Stepper, choose_amp
+from weights.pretrained import EMA_KEY, check_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_FLAGS = ("local_rank", "num_workers")  # flags that may differ between ranks
@@ -58,6 +60,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     check_ranks_agree(vars(args))
     if args.recipe:
         get_logger().info("recipe %s", args.recipe)
+    models.check_model(args)  # before the data is listed
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -82,7 +85,26 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()
+    _check_weights(args, resume_point)
     return RunSetup(parallelism, output_dir, resume_point, update_freq, effective_batch)
+
+
+def _check_weights(args: Any, point: ResumePoint) -> None:
+    """Raise UserError if the weights that a new run starts from do not fit its model.
+
+    Listing the data may take minutes, so this comes before. Models of the user's own are not built
+    for it.
+    """
+    flags = vars(args)
+    source = point.source or flags.get("finetune", "")
+    if not source or point.is_run or ":" in args.model:
+        return
+    with torch.device("meta"):
+        if "mask_ratio" in flags:
+            return check_pretrained(models.build_fcmae(args), source)
+        model = models.build_classifier(args, args.nb_classes or 1000)
+    key = EMA_KEY if args.use_ema else args.model_key
+    check_pretrained(model, source, key, args.model_prefix, args.sha256)
 
 
 @dataclass
