@@ -109,6 +109,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     """Return the parser of main_pretrain.py."""
     aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
     parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
+    add_flags(parser, "choice of weights", "--model_key --model_prefix")
     parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
     return parser
 

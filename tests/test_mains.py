@@ -120,8 +120,11 @@ def test_run_of_the_other_kind_gives_its_weights_alone(script, tmp_path, monkeyp
 
 
 def test_pretraining_starts_from_the_weights_of_a_classifier(file, tmp_path, monkeypatch):
-    built = build("pretrain", f"--resume {file}", tmp_path / "run", monkeypatch)
-    assert seed_of(built.inner.encoder) == 1
+    for words, expected in {
+        "": 1, "--model_key other|model": 3, "--model_key wrapped --model_prefix net.": 4,
+    }.items():  # fmt: skip
+        words, folder = f"--resume {file} {words}", tmp_path / str(expected)
+        assert seed_of(build("pretrain", words, folder, monkeypatch).inner.encoder) == expected
 
 
 def test_layer_decay_of_random_weights_is_a_warning(file, tmp_path, monkeypatch):

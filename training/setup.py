@@ -101,7 +101,8 @@ def _check_weights(args: Any, point: ResumePoint) -> None:
         return
     with torch.device("meta"):
         if "mask_ratio" in flags:
-            return check_pretrained(models.build_fcmae(args), source)
+            model = models.build_fcmae(args)
+            return check_pretrained(model, source, args.model_key, args.model_prefix)
         model = models.build_classifier(args, args.nb_classes or 1000)
     key = EMA_KEY if args.use_ema else args.model_key
     check_pretrained(model, source, key, args.model_prefix, args.sha256)
