@@ -159,7 +159,8 @@ def check_weights(
     """Raise UserError unless `weights` fit the model and are finite; returns the missing names.
 
     Missing names must start with one of `allow_missing`. Other missing names, unexpected names
-    and other shapes are an error that lists them, with the reason if it is known.
+    and other shapes are an error that lists them, with the reason if it is known. Buffers may hold
+    Inf, as masks do.
     """
     expected = model.state_dict()
     allowed = tuple(allow_missing)
@@ -178,7 +179,8 @@ def check_weights(
         found = [f"{len(x)} {kind} ({first_few(x)})" for kind, x in problems.items() if x]
         reason = explain(model, weights, lacking, reshaped)
         raise UserError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}{reason}")
-    check_finite(weights, source)
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_finite({name: value for name, value in weights.items() if name in trained}, source)
     return missing
 
 

@@ -72,7 +72,8 @@ def fit_weights(
             if theirs is not None and (ours is None or ours.shape != theirs.shape):
                 left_out += (head,)
                 if ours is not None:
-                    note = f"its head has {len(theirs)} classes, so the model gets a new head"
+                    classes = (*theirs.shape, 0)[0]
+                    note = f"its head has {classes} classes, so the model gets a new head"
                     report.warnings.append(note)
         adapt_channels(model, state, report)
     report.dropped += [name for name in state if name.startswith(left_out)]

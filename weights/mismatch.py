@@ -61,7 +61,7 @@ def _head(model: nn.Module, found: State, missing: Sequence[str], reshaped: Sequ
         return NO_HEAD
     if missing or not reshaped:
         return ""
-    ours, theirs = (len(state[reshaped[0]]) for state in (model.state_dict(), found))
+    ours, theirs = ((*state[reshaped[0]].shape, 0)[0] for state in (model.state_dict(), found))
     return OTHER_CLASSES.format(ours=ours, theirs=theirs)
 
 

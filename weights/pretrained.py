@@ -16,7 +16,7 @@ from config.flags import MODEL_KEY
 from errors import UserError, first_few
 from parallel.process_group import get_logger, main_process_first
 from weights.convert import CLASSIFIER, DECODER, Report
-from weights.files import check_weights, find_source, load_weights, read_checkpoint
+from weights.files import check_finite, check_weights, find_source, load_weights, read_checkpoint
 from weights.fit import find_classifier, fit_weights
 
 EMA_KEY = "model_ema|state_dict_ema"
@@ -116,6 +116,8 @@ def _read_and_fit(
         state, report = fit_weights(model, selected, new)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    statistics = {n: v for n, v in state.items() if n.endswith(("running_mean", "running_var"))}
+    check_finite(statistics, path)  # of BatchNorm, with which every output would be NaN
     parts = [part for part in new if part != "head."]
     parts += find_classifier(model) or ("head.",) if "head." in new else ()
     absent = [part for part in parts if not any(name.startswith(part) for name in state)]

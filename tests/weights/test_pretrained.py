@@ -309,6 +309,25 @@ def test_nan_in_a_part_that_is_dropped_does_no_harm(tmp_path):
         load_pretrained(autoencoder(seed=1), str(tmp_path / "a.pth"))
 
 
+class Normed(torch.nn.Module):
+    """A network with BatchNorm and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.head = torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+
+def test_buffers_with_inf_load_and_ruined_statistics_do_not(tmp_path):
+    """A mask of -inf is intended; with a running mean of NaN every output is NaN."""
+    torch.save(Normed().state_dict(), tmp_path / "a.pth")
+    load_pretrained(Normed(), str(tmp_path / "a.pth"), new=())
+    ruined = Normed().state_dict() | {"bn.running_mean": torch.tensor([0.0, float("nan")])}
+    torch.save(ruined, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"NaN or Inf in bn\.running_mean: "):
+        load_pretrained(Normed(), str(tmp_path / "a.pth"), new=())
+
+
 @pytest.mark.parametrize("uses_buffers", [False, True])
 @pytest.mark.parametrize("build", [classifier, lambda seed: randomize(tiny.Other(3), seed)])
 def test_averages_of_torch_swa_utils_load(tmp_path, uses_buffers, build):
