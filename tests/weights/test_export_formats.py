@@ -193,6 +193,9 @@ BAD = {  # words after the checkpoint -> what the message must name
     "crop elsewhere": ("--to timm --crop_pct 0.9", "--crop_pct"),
     "name": ("--to onnx --output a.pth", "ends in .onnx"),
     "three sides": ("--to onnx --input_size 1 2 3", "--input_size"),
+    "size by name": ("--to onnx --model convnextv2_tiny", "found in its weights; drop it"),
+    "own network": ("--to timm --model tests.tiny:other", "use one of onnx, torchscript, pt2, s"),
+    "own half": ("--to onnx --half --model tests.tiny:other", "drop --half or --model"),
     "two choices": ("--to timm --use_ema --model_key x", "--model_key x"),
 }
 
@@ -533,6 +536,90 @@ def test_gray_classifier_works_in_transformers_pipeline(tmp_path, mode):
     for answer in answers:
         wanted = expected[CLASSES.index(answer["label"])]
         assert answer["score"] == pytest.approx(wanted, abs=rounding)
+
+
+# --- networks of the user's own -------------------------------------------------------------
+
+
+HERE = "tests.weights.test_export_formats"
+
+
+class Normed(torch.nn.Module):
+    """A network that only a method tells the last layer of, with BatchNorm."""
+
+    def __init__(self, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.bn = torch.nn.Conv2d(in_chans, 4, 8, 8), torch.nn.BatchNorm2d(4)
+        self.last = torch.nn.Linear(4, num_classes)
+
+    def get_classifier(self) -> torch.nn.Module:
+        return self.last
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.bn(self.stem(images)).relu().mean((-2, -1)))
+
+
+def normed(in_chans: int, num_classes: int, **unused: object) -> torch.nn.Module:
+    return Normed(in_chans, num_classes)
+
+
+class Hidden(Normed):
+    """The same without the method."""
+
+    get_classifier = None
+
+
+def hidden(in_chans: int, num_classes: int, **unused: object) -> torch.nn.Module:
+    return Hidden(in_chans, num_classes)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A checkpoint of a network of the user's own, as main_finetune.py writes it."""
+    path = tmp_path_factory.mktemp("own") / "own.pth"
+    model = randomize(Normed(2, 5))
+    model.bn.running_mean.fill_(0.3)
+    run = {
+        "model": f"{HERE}:normed",
+        "in_chans": 2,
+        "input_size": (16, 16),
+    }
+    torch.save({"model": model.state_dict(), "args": run, "classes": [*"abcde"]}, path)
+    return path
+
+
+LOADERS = {
+    "torchscript": torch.jit.load,
+    "pt2": lambda path: torch.export.load(path).module(),
+    "onnx": lambda path: export_formats.read_onnx(None, path),
+}
+
+
+@pytest.mark.parametrize("target", [*GRAPHS, "safetensors"])
+def test_network_of_the_users_own_is_exported(own, tmp_path, capsys, target):
+    """A last layer that is not called head used to be refused."""
+    output = tmp_path / f"out{TARGETS[target]}"
+    words = ["--to", target, "--output", output, "--model"]
+    main(own, *words, f"{HERE}:normed")
+    assert "largest difference" in capsys.readouterr().out
+    model = Normed(2, 5).eval()
+    if target == "safetensors":
+        model.load_state_dict(read_checkpoint(output))
+        return
+    model.load_state_dict(read_checkpoint(own)["model"])
+    images = torch.randn(3, 2, 16, 16)
+    torch.testing.assert_close(LOADERS[target](output)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_code_of_a_checkpoint_is_not_run_without_being_named(own, tmp_path):
+    with pytest.raises(UserError, match="trained with code, to run it give --model tests.weights"):
+        main(own, "--to", "onnx", "--output", tmp_path / "a.onnx")
+
+
+def test_classifier_that_is_not_found_is_explained(own, tmp_path):
+    words = ["--model", f"{HERE}:hidden", "--output", tmp_path / "a.onnx"]
+    with pytest.raises(UserError, match="give Hidden a method get_classifier"):
+        main(own, "--to", "onnx", *words)
 
 
 # --- facts about the weights ----------------------------------------------------------------
