@@ -157,9 +157,10 @@ def _prefix_hint(names: Iterable[str]) -> str:
     ends = (
         name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(f".{sign}")
     )
-    found = []
+    found, inside = [], [("convnextv2.", "classifier."), ("encoder.", "mask_token")]
+    inside += [("backbone.", "head.fc.")] * any(".depthwise_conv." in name for name in names)
     for prefix in dict.fromkeys(ends):
-        for inner, next_to_it in (("convnextv2.", "classifier."), ("encoder.", "mask_token")):
+        for inner, next_to_it in inside:
             outer = prefix.removesuffix(inner)
             is_whole = outer != prefix and any(n.startswith(outer + next_to_it) for n in names)
             prefix = outer if is_whole else prefix

@@ -66,14 +66,14 @@ def _head(model: nn.Module, found: State, missing: Sequence[str], reshaped: Sequ
 
 
 def _kind(expected: State, found: State) -> str:
-    """Return the reason if one is an autoencoder and the other a classifier."""
+    """Return the reason if one is an FCMAE and the other a classifier."""
     ours, theirs = (
         any(name.startswith(("encoder.", *DECODER)) for name in state)
         for state in (expected, found)
     )
-    if ours == theirs:
-        return ""
-    return CLASSIFIER_GIVEN if ours else AUTOENCODER_GIVEN
+    if "mask_token" in expected and not theirs:
+        return CLASSIFIER_GIVEN
+    return AUTOENCODER_GIVEN if "mask_token" in found and not ours else ""
 
 
 def _encoder_flags(ours: State, theirs: State) -> list[str]:

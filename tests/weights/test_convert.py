@@ -4,6 +4,7 @@
 
 import argparse
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,10 @@ def mmpretrain(state: dict) -> dict[str, torch.Tensor]:
             name = ".".join(["backbone", top, *rest])
         out[name] = value.flatten() if ".grn." in name else value
     return out
+
+
+def mmpretrain_model() -> SimpleNamespace:
+    return SimpleNamespace(state_dict=lambda: mmpretrain(ours().state_dict()))
 
 
 def load(model: torch.nn.Module, state: dict, **kwargs) -> None:
@@ -370,6 +375,7 @@ def wrapped(state: dict, prefix: str, other: str = "") -> dict[str, torch.Tensor
         (hf_model, "net.", "loss.weight", "net."),  # not net.convnextv2., which has no classifier
         (lambda: hf_model("ConvNextV2Model"), "a.net.", "", "a.net."),
         (autoencoder, "net.", "", "net."),  # not net.encoder., which has no decoder
+        (mmpretrain_model, "net.", "", "net."),  # not net.backbone., which has no head
         (ours, "seg.encoder.", "seg.decoder.weight", "seg.encoder."),  # no decoder of ours
         (ours, "module.net.", "", "module.net."),  # as it stands in the file
         (ours, "net.module.", "", "net.module."),

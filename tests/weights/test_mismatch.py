@@ -86,6 +86,14 @@ def test_weights_of_other_flags_name_the_flags(model, weights, flags):
         load_weights(model(), weights().state_dict(), "a.pth")
 
 
+def test_decoder_of_another_network_is_no_fcmae():
+    model = torch.nn.ModuleDict(
+        {"encoder": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)}
+    )
+    with pytest.raises(UserError, match=r"1 unexpected \(a\)$"):
+        load_weights(model, {"a": torch.zeros(1)}, "a.pth")
+
+
 def test_unknown_reason_gives_no_advice():
     state = {**classifier().state_dict(), "extra.weight": torch.zeros(2)}
     with pytest.raises(UserError, match=r"1 unexpected \(extra\.weight\)$"):
