@@ -6,6 +6,7 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
 from data_loading.folders import DatasetSpec, folder, image_folder, imnet
+from data_loading.labels import Head, class_names, differences, find_positions
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
+from data_loading.split import split
 from data_loading.transforms import (
     RandomErasing,
     build_mean_and_std,
@@ -25,7 +28,7 @@ from data_loading.transforms import (
     height_and_width,
 )
 from data_loading.workers import WatchedLoader
-from errors import UserError, first_few, resolve
+from errors import UserError, resolve
 from parallel.process_group import get_logger, get_rank, get_world_size
 
 SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each other
@@ -60,34 +63,6 @@ def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     return data
 
 
-def class_map(dataset: Any) -> dict[str, int] | None:
-    """Return class name -> label, if the dataset, or the one it wraps, has class names."""
-    while isinstance(dataset, TransformedDataset):
-        dataset = dataset.dataset
-    if hasattr(dataset, "class_to_idx"):
-        return dict(dataset.class_to_idx)
-    names = getattr(dataset, "classes", None)
-    return None if names is None else {name: label for label, name in enumerate(names)}
-
-
-def check_class_maps(train: Any, val: Any) -> None:
-    """Raise UserError if class names and labels of the two differ; unnamed classes pass."""
-    ours, theirs = class_map(train), class_map(val)
-    if ours is None or theirs is None or ours == theirs:
-        return
-    both = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-    differences = {
-        "only in train": [name for name in ours if name not in theirs],
-        "only in val": [name for name in theirs if name not in ours],
-        "labels differ": [f"{name} (train {ours[name]}, val {theirs[name]})" for name in both],
-    }
-    texts = [f"{kind}: {first_few(names, 5)}" for kind, names in differences.items() if names]
-    raise UserError(
-        f"train has {len(ours)} classes, val {len(theirs)}, and they differ: {'; '.join(texts)}. "
-        "Labels would not match; use the same class folders for both"
-    )
-
-
 def on_bad_image(is_train: bool, args: Any) -> str:
     """Return `on_bad` of `TransformedDataset`; evaluation must not count another image instead."""
     return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]
@@ -97,10 +72,10 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
-    mean, std = build_mean_and_std(args)
+    mean, _ = build_mean_and_std(args)
     erasing = None
     if args.reprob > 0:
-        erasing = RandomErasing(args.reprob, args.remode, args.recount, mean, std)
+        erasing = RandomErasing(args.reprob, args.remode, args.recount)
     return create_train_transform(
         args.input_size,
         mean,
@@ -113,8 +88,14 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     )
 
 
-def build_dataset(is_train: bool, args: Any) -> tuple[TransformedDataset, int]:
-    """Build the labeled dataset; returns it and its number of classes."""
+def build_dataset(
+    is_train: bool, args: Any, head: Head | None = None
+) -> tuple[TransformedDataset, int]:
+    """Build the labeled dataset; returns it and its number of classes.
+
+    head: its labels become positions in this head, found by class name. Evaluation data may lack
+    some of its classes; training data with other classes keeps its own order.
+    """
     if args.data_set == "folder":
         raise UserError(
             "--data_set folder has no labels, so main_pretrain.py alone can use it; expected class "
@@ -124,35 +105,59 @@ def build_dataset(is_train: bool, args: Any) -> tuple[TransformedDataset, int]:
         args.data_path,
         args.eval_data_path,
         height_and_width(args.input_size),
-        args.nb_classes,
+        args.nb_classes or (head.count if head and not is_train else None),
         args.data_index,
     )
-    data = create_dataset(args.data_set, spec, is_train)
-    names = class_map(data)
-    if names is None and args.nb_classes is None:
+    kind = "train" if is_train else "val"
+    if args.val_split:
+        if args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
+            raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
+        data = split(create_dataset(args.data_set, spec, True), args.val_split, is_train)
+    else:
+        data = create_dataset(args.data_set, spec, is_train)
+    names = class_names(data)
+    if is_train and head and (names is None or set(names) != set(head.names or ())):
+        head = None
+    classes, positions = names, None
+    if head and names is not None:
+        classes, positions = head.names, find_positions(names, head, kind)
+    found = head.count if head and head.count else None if names is None else len(names)
+    if found is None and args.nb_classes is None:
         raise UserError(
             f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
         )
-    if names is not None and args.nb_classes not in (None, len(names)):
+    if args.nb_classes and found not in (None, args.nb_classes):
+        owner = head.source if head else f"the {kind} data"
         raise UserError(
-            f"--nb_classes {args.nb_classes}, but the {'train' if is_train else 'val'} data has "
-            f"{len(names)} classes; drop --nb_classes or fix the data"
+            f"--nb_classes {args.nb_classes}, but {owner} has {found} classes; drop --nb_classes "
+            "or fix the data"
         )
-    nb_classes = args.nb_classes if names is None else len(names)
-    transform = build_transform(is_train, args)
-    on_bad = on_bad_image(is_train, args)
-    return TransformedDataset(
-        data, transform, args.seed, args.in_chans, nb_classes, on_bad
-    ), nb_classes
+    dataset = TransformedDataset(
+        data,
+        build_transform(is_train, args),
+        args.seed,
+        args.in_chans,
+        found or args.nb_classes,
+        on_bad_image(is_train, args),
+        positions,
+        classes,
+    )
+    return dataset, dataset.nb_classes
 
 
-def build_datasets(args: Any) -> tuple[TransformedDataset, TransformedDataset | None, int]:
-    """Build (train, val, number of classes) with equal class labels; val is None if disabled."""
-    train, nb_classes = build_dataset(True, args)
+def build_datasets(
+    args: Any, head: Head | None = None, resumes: bool = False
+) -> tuple[TransformedDataset, TransformedDataset | None, int]:
+    """Build (train, val, number of classes) with equal class labels; val is None if disabled.
+
+    head: of the weights that the run starts from. resumes: the classes must be those of `head`.
+    """
+    train, nb_classes = build_dataset(True, args, head)
+    if resumes and None not in (head.names, train.classes) and train.classes != head.names:
+        raise UserError(differences(train.classes, head, "train"))
     if args.disable_eval:
         return train, None, nb_classes
-    val, _ = build_dataset(False, args)
-    check_class_maps(train, val)
+    val, _ = build_dataset(False, args, Head("train", train.classes, nb_classes))
     return train, val, nb_classes
 
 

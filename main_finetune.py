@@ -31,10 +31,11 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
-from training.resume import auto_load_model
-from training.setup import TrainLoop, setup_process, setup_run
+from training.resume import auto_load_model, choose_evaluated
+from training.setup import TrainLoop, check_start, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import EMA_KEY, has_ema, load_pretrained
+from weights.pretrained import EMA_KEY, has_ema, load_pretrained, peek
+from weights.saved_run import inherit_flags
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,10 +45,13 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         return evaluate_checkpoint(args, device, amp)
     run = setup_run(args, device, amp)
-    log = utils.get_logger()
+    args, log = run.args, utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------
-    dataset_train, dataset_val, nb_classes = datasets.build_datasets(args)
+    dataset_train, dataset_val, nb_classes = datasets.build_datasets(
+        args, run.head, resumes=run.resume_point.is_run
+    )
+    classes = dataset_train.classes  # names in the order of the head, None if there are none
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
     data_loader_val = None
     if dataset_val is not None:
@@ -65,7 +69,9 @@ def main(args: argparse.Namespace) -> None:
     source = resume_point.source or args.finetune
     key = EMA_KEY if args.use_ema else args.model_key
     if source and not resume_point.is_run:
-        load_pretrained(model_without_ddp, source, key, args.model_prefix, args.sha256)
+        load_pretrained(
+            model_without_ddp, source, key, args.model_prefix, args.sha256, classes=classes
+        )
     elif args.layer_decay < 1 and not source:
         log.warning(
             "random weights: --layer_decay < 1 is meant for pretrained ones; use --finetune"
@@ -74,7 +80,9 @@ def main(args: argparse.Namespace) -> None:
     ema_module = model_ema.module if model_ema else None
     load_ema = ema_module and resume_point.is_weights and key != EMA_KEY
     if load_ema and has_ema(source, args.sha256):
-        load_pretrained(ema_module, source, EMA_KEY, args.model_prefix, args.sha256)
+        load_pretrained(
+            ema_module, source, EMA_KEY, args.model_prefix, args.sha256, classes=classes
+        )
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
@@ -105,7 +113,6 @@ def main(args: argparse.Namespace) -> None:
     bad_images = BadImages(
         run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
     )
-    class_map = datasets.class_map(dataset_train)
     loop = TrainLoop(
         stepper,
         lr_schedule,
@@ -113,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
         guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
         reporter=build_reporter(args, run.output_dir, device, state, steps_per_epoch),
         checkpoints=build_checkpoint_manager(
-            args, run.output_dir, parts, class_map, bad_images.write
+            args, run.output_dir, parts, classes, bad_images.write
         ),
         seed=args.seed,
         criterion=criterion,
@@ -158,18 +165,24 @@ def main(args: argparse.Namespace) -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
     """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
-    path = args.resume or args.finetune or args.output_dir
-    dataset_val, nb_classes = datasets.build_dataset(False, args)
+    key = EMA_KEY if args.use_ema else args.model_key
+    own_run = args.output_dir if args.auto_resume else ""
+    path = choose_evaluated(args.resume, own_run, args.finetune)
+    sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
+    saved = peek(path, key, args.model_prefix, sha256)
+    args = inherit_flags(args, saved)
+    check_start(args, path, key, sha256, saved.head.count, new=())
+    dataset_val, nb_classes = datasets.build_dataset(False, args, saved.head)
     data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
     bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
-    keys = [EMA_KEY if args.use_ema else args.model_key]
-    if args.model_ema and not args.use_ema and has_ema(path, args.sha256):
+    keys = [key]
+    if args.model_ema and not args.use_ema and has_ema(path, sha256):
         keys.append(EMA_KEY)
     for key in keys:
-        report = load_pretrained(model, path, key, args.model_prefix, args.sha256, new=())
+        report = load_pretrained(model, path, key, args.model_prefix, sha256, new=())
         stats = evaluate(data_loader_val, model, device, amp)
         images = len(dataset_val) - bad_images.write()
         source = report.source + " (EMA weights)" * (key == EMA_KEY)

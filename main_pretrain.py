@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 1. set-up --------------------------------------------------------------------------
     device, amp = setup_process(args)
     run = setup_run(args, device, amp)
-    log = utils.get_logger()
+    args, log = run.args, utils.get_logger()
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset_train = datasets.build_pretrain_dataset(args)

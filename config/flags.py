@@ -203,6 +203,8 @@ FLAGS["evaluation and EMA"] = (
     ("--eval", BOOL, False, "only evaluate --resume, --finetune or the best in --output_dir"),
     ("--disable_eval", BOOL, False, "train without evaluation"),
     ("--dist_eval", BOOL, True, "split the evaluation over all processes"),
+    ("--val_split", BELOW_1, 0.0,
+     "fraction of the training images to hold out for evaluation; 0: the data has its own"),
     ("--eval_data_path", PATH, None, "folder of the evaluation data; default: by --data_set"),
     ("--model_ema", BOOL, False, "keep an exponential moving average (EMA) of the weights"),
     ("--model_ema_decay", BELOW_1, 0.9999, "EMA decay per optimizer step"),

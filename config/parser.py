@@ -7,7 +7,8 @@ python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['-
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from errors import did_you_mean
 
 OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
 FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
+WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
+READ = ("data_path", "eval_data_path", "finetune", "resume")  # a path, or another source
 CONFLICTS = (  # two flags that exclude each other, and the reason
     ("deterministic", "compile", "torch.compile chooses kernels by timing"),
     ("dry_run", "eval", "a dry run checks training"),
@@ -24,6 +27,8 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
+    ("val_split", "eval_data_path", "both give the evaluation data"),
+    ("val_split", "disable_eval", "there would be no evaluation"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
@@ -31,10 +36,24 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
 
 
 class FrozenNamespace(argparse.Namespace):
-    """Parsed flags; a changed copy is `FrozenNamespace(**{**vars(args), "name": value})`."""
+    """Parsed flags.
 
-    def __init__(self, **values: Any) -> None:
+    given: names of those that the command line, --config or --recipe set; others have their default
+        or are taken from a checkpoint. It is no flag, so `vars(args)` does not hold it.
+    """
+
+    __slots__ = ("given",)
+
+    def __init__(self, given: Iterable[str] = (), /, **values: Any) -> None:
+        object.__setattr__(self, "given", frozenset(given))
         self.__dict__.update(values)
+
+    def __reduce__(self) -> tuple:  # submitit pickles the flags of a job
+        return partial(FrozenNamespace, self.given, **vars(self)), ()
+
+    def replace(self, **changes: Any) -> "FrozenNamespace":
+        """Return a changed copy."""
+        return FrozenNamespace(self.given, **{**vars(self), **changes})
 
     def __setattr__(self, name: str, value: Any = None) -> NoReturn:
         raise AttributeError(f"args are frozen, {name!r} cannot change: use a local or TrainState")
@@ -146,13 +165,14 @@ def export_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
     """Read the command line over `--config` over `--recipe`; finalize, check and freeze it."""
-    args = finalize(argparse.Namespace(**recipes.read_flags(parser, argv)))
+    flags, given = recipes.read_flags(parser, argv)
+    args = finalize(argparse.Namespace(**flags), given)
     for problem in _problems(args):
         parser.error(problem)
     return args
 
 
-def finalize(args: argparse.Namespace) -> FrozenNamespace:
+def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
@@ -178,17 +198,33 @@ def finalize(args: argparse.Namespace) -> FrozenNamespace:
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
-    return FrozenNamespace(**new)
+    return FrozenNamespace(given, **new)
 
 
 def dump_args(args: argparse.Namespace) -> str:
     """Write args as YAML that `--config` reads back to the same args."""
     import yaml
 
-    values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(args).items()}
+    values = absolute_paths(vars(args))
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
     values.pop("config", None)
     recipe = values.pop("recipe", None)  # its flags are among the values
     return f"# recipe {recipe}\n" * bool(recipe) + yaml.safe_dump(values, sort_keys=False)
+
+
+def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Make paths absolute, as a run stores them, so that it can be used from any folder.
+
+    A source such as `timm:NAME`, or a --data_path that is no path for a user's own data set, stays
+    as it is, since there is no such file.
+    """
+    new = dict(args)
+    for name in (*WRITTEN, *READ):
+        text = args.get(name) or ""
+        path = os.path.abspath(os.path.expanduser(text))
+        if text not in ("", "none") and (name in WRITTEN or os.path.exists(path)):
+            new[name] = path
+    return new
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
@@ -209,8 +245,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     if len(args.input_size) != 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
-    known = not (args.resume or values.get("finetune"))  # these may have other channels
-    yield from _mean_problems(args, args.in_chans if known else None)
+    yield from _mean_problems(args)
     if args.scale[0] > args.scale[1]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
@@ -236,22 +271,37 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    yield from _pretrain_problems(args) if "mask_ratio" in values else _finetune_problems(args)
+    if not (args.resume or values.get("finetune")):  # otherwise once its flags are known
+        yield from shape_problems(args)
+    if "mask_ratio" not in values:
+        yield from _finetune_problems(args)
+    elif args.crop_pct is not None:
+        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
-def _mean_problems(args: argparse.Namespace, in_chans: int | None = None) -> Iterator[str]:
-    for name, found in (("mean", args.mean), ("std", args.std)):
-        if found is not None and in_chans is not None and len(found) not in (1, in_chans):
-            got = f"--{name} {as_typed(found)} has {len(found)} values"
-            yield f"{got}, expected one, or one for each of --in_chans {in_chans}"
+def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
     if (args.mean is None) != (args.std is None):
         yield "--mean and --std belong together; give both or neither"
     elif args.mean is not None and args.imagenet_default_mean_and_std is False:
         yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
 
 
-def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
-    patch, stride = args.patch_size, 8 * args.stem_stride
+def shape_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each size that does not fit the network."""
+    stride = 8 * args.stem_stride
+    for name, found in (("mean", args.mean), ("std", args.std)):
+        if found is not None and len(found) not in (1, args.in_chans):
+            got = f"--{name} {as_typed(found)} has {len(found)} values"
+            yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
+    if "mask_ratio" in vars(args):
+        yield from _patch_problems(args, stride)
+    elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
+        got = as_typed(args.input_size)
+        yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
+
+
+def _patch_problems(args: argparse.Namespace, stride: int) -> Iterator[str]:
+    patch = args.patch_size
     for flag, value, step, name in (
         ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
         *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
@@ -268,15 +318,10 @@ def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     elif not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
         yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"
-    if args.crop_pct is not None:
-        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
 def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
-    minmax, stride = args.cutmix_minmax, 8 * args.stem_stride
-    if args.model.startswith("convnextv2") and min(args.input_size) < stride:
-        got = as_typed(args.input_size)
-        yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
+    minmax = args.cutmix_minmax
     if args.resplit:
         yield "--resplit true is not supported: there are no augmentation splits; leave it out"
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
@@ -290,6 +335,8 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
         got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
         yield f"{got}; use --data_set image_folder or drop it"
+    if args.val_split and args.data_set in flags.HAVE_EVAL_DATA and args.data_set != "IMNET":
+        yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
     yield from _two_names(args)

@@ -28,10 +28,13 @@ ONE_OF = (
 Flags = dict[str, Any]
 
 
-def read_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Flags:
+def read_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[Flags, set[str]]:
     """Read the command line over `--config` over `--recipe` over the defaults.
 
-    The value of `recipe` becomes a text for the log: its name and its flags.
+    Returns all flags, and the names of those that one of the three sets. The value of `recipe`
+    becomes a text for the log: its name and its flags.
     """
     typed = _flags_set_by(parser, argv)
     if typed.get("recipe") == "list":
@@ -39,10 +42,11 @@ def read_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> F
         parser.exit()
     layers = {name: _read(parser, name, typed[name]) for name in FILES if typed.get(name)}
     above = _merge(layers.get("config", {}), typed)
-    flags = vars(parser.parse_args([])) | _merge(layers.get("recipe", {}), above)
+    given = _merge(layers.get("recipe", {}), above)
+    flags = vars(parser.parse_args([])) | given
     if "recipe" in layers:
         flags["recipe"] = _describe(parser, typed["recipe"], layers["recipe"], above)
-    return flags
+    return flags, set(given)
 
 
 def recipes(pattern: str = "*") -> dict[str, Path]:
@@ -103,8 +107,8 @@ def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None
         return (folder or Path()) / name
     known = recipes() if folder else recipes("[!_]*")
     if name not in known:
-        hint = did_you_mean(name, known)
-        parser.error(f"unknown recipe {name!r}. {hint} (--recipe list shows all)")
+        hint = f"{did_you_mean(name, known)} --recipe list shows all".strip()
+        parser.error(f"unknown recipe {name!r}. {hint}")
     return known[name]
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from data_loading.bad_images import retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode
 from data_loading.rng import fold_in, seed_all
+from data_loading.transforms import Erased
 from errors import UserError
 
 TRIES = 100  # other images to try in place of a bad one
@@ -38,6 +39,7 @@ class TransformedDataset(Dataset):
     exception in the transform is a bug and stays an exception. on_bad, for an image that cannot be
     decoded: `error`; `replace` returns a `Replacement` that depends on (seed, epoch, index) alone
     and keeps the index, and so the mask; `leave out` returns an empty `Replacement`.
+    positions: in the head, for each label of `dataset`; classes: names in the order of the head.
     """
 
     def __init__(
@@ -48,9 +50,12 @@ class TransformedDataset(Dataset):
         in_chans: int = 3,
         nb_classes: int | None = None,
         on_bad: str = "error",
+        positions: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
+        self.positions, self.classes = positions, classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -100,10 +105,10 @@ class TransformedDataset(Dataset):
         if label is None and self.nb_classes is not None:
             raise UserError(f"{self.name_of(index)} has no label; expected (image, label)")
         label = 0 if label is None else int(label)  # pre-training does not use it
-        if self.nb_classes is not None and not 0 <= label < self.nb_classes:
-            expected = f"expected 0 to {self.nb_classes - 1}"
-            raise UserError(f"{self.name_of(index)}: label {label}; {expected}")
-        return image, label
+        count = self.nb_classes if self.positions is None else len(self.positions)
+        if count is not None and not 0 <= label < count:
+            raise UserError(f"{self.name_of(index)}: label {label}; expected 0 to {count - 1}")
+        return image, label if self.positions is None else self.positions[label]
 
     def _file(self, index: int) -> str | None:
         entries = getattr(self.dataset, "samples", None)  # torchvision's name: (path, label) pairs
@@ -117,11 +122,18 @@ class TransformedDataset(Dataset):
         return f"image {self._file(index) or f'number {index}'}"
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
-    """Stack samples to images (N, C, H, W), labels (N,), ids (N,) and a list of bad images.
+class Patches(NamedTuple):
+    """The patches of random erasing in a batch."""
 
-    Returns the first UserError among the samples instead, if there is one. The list holds (name,
-    reason). N is 0 if all images were left out.
+    places: list[tuple[int, int, int, int, int]]  # (image, top, left, height, width)
+    noise: Tensor  # (values,) float32: (C, height, width) of each place, one after the other
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | UserError:
+    """Stack samples to images (N, C, H, W), labels (N,), ids (N,), bad images and patches.
+
+    Returns the first UserError among the samples instead, if there is one. Bad images are a list of
+    (name, reason). N is 0 if all images were left out.
     """
     error = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if error is not None:
@@ -130,6 +142,16 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
     samples = [sample.sample if isinstance(sample, Replacement) else sample for sample in samples]
     samples = [sample for sample in samples if sample is not None]
     if not samples:
-        return torch.empty(0), torch.empty(0), torch.empty(0), bad
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad, Patches([], torch.empty(0))
     images, labels, ids = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad
+    patches = _join_patches(images)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad, patches
+
+
+def _join_patches(images: Sequence[Tensor]) -> Patches:
+    places, noise = [], [torch.empty(0)]
+    for number, image in enumerate(images):
+        for patch in image.patches if isinstance(image, Erased) else ():
+            places.append((number, patch.top, patch.left, *patch.noise.shape[1:]))
+            noise.append(patch.noise.flatten())
+    return Patches(places, torch.cat(noise))

@@ -75,6 +75,10 @@ class FileIndex(Sequence):
         path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
+    def labels(self) -> np.ndarray:
+        """Return the label of each image."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map the files themselves."""
         if self.folder is not None:
@@ -122,11 +126,11 @@ def write_json(folder: Path, root: str, classes: list[list]) -> None:
     (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
 
 
-def _make(folder: Path, root: str, labeled: bool) -> int:
+def _make(folder: Path, root: str, labeled: bool, leave_out_empty: bool) -> int:
     """Write the index unless it exists; returns its checksum."""
     if not folder.exists():
         get_logger().info("%s: listing the images of %s, once", folder, root)
-        index = _list_folder(root, labeled)
+        index = _list_folder(root, labeled, leave_out_empty)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
@@ -145,15 +149,18 @@ def _make(folder: Path, root: str, labeled: bool) -> int:
     return open_index(folder, root).metadata["crc32"]
 
 
-def list_images(root: str | Path, labeled: bool, folder: Path | None = None) -> FileIndex:
+def list_images(
+    root: str | Path, labeled: bool, folder: Path | None = None, leave_out_empty: bool = False
+) -> FileIndex:
     """List the images below `root`, links followed; labeled: one folder per class.
 
     folder: the index that all ranks map; the main process writes it unless it is there. None: each
-    process lists for itself. Every rank must call it. UserError if there are no images.
+    process lists for itself. leave_out_empty: classes without images are left out, not refused.
+    Every rank must call it. UserError if there are no images.
     """
     if folder is None:
-        return _list_folder(str(root), labeled)
-    crc32 = from_main_process(partial(_make, folder, str(root), labeled))
+        return _list_folder(str(root), labeled, leave_out_empty)
+    crc32 = from_main_process(partial(_make, folder, str(root), labeled, leave_out_empty))
     index = open_index(folder, root, crc32)
     kinds = {False: "images without labels in", True: "the class folders of"}
     got = f"{kinds[index.classes is not None]} {index.metadata['root']}"
@@ -168,7 +175,7 @@ def list_images(root: str | Path, labeled: bool, folder: Path | None = None) -> 
     return index
 
 
-def _list_folder(root: str, labeled: bool) -> FileIndex:
+def _list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> FileIndex:
     """List a folder in memory; UserError if it, or a class, is empty."""
     paths, offsets, classes = bytearray(), array("q", [0]), []
     names = sorted(_names(root)[1]) if labeled else [None]
@@ -182,7 +189,9 @@ def _list_folder(root: str, labeled: bool) -> FileIndex:
     empty = [name for name, count in classes if not count]
     if not labeled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
-    if empty or not classes:
+    if leave_out_empty and len(empty) < len(classes):
+        classes = [[name, count] for name, count in classes if count]
+    elif empty or not classes:
         found = f"no images in {len(empty)} class folders: {first_few(empty)}"
         raise UserError(
             f"{root}: {found if classes else 'no class folders'}; expected one folder of images "
@@ -276,7 +285,7 @@ class ImageFiles(Dataset):
 def _images(root: Path, labeled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
     name = "train.index" if train else "val.index"
     index = Path(spec.data_index).expanduser() / name if spec.data_index else None
-    return ImageFiles(list_images(root, labeled, index))
+    return ImageFiles(list_images(root, labeled, index, leave_out_empty=not train))
 
 
 def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
@@ -287,7 +296,8 @@ def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
         raise UserError(
             f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
             "folder per class. If the class folders are directly in it, use --data_set "
-            "image_folder; for images without labels, --data_set folder"
+            "image_folder; for images without labels, --data_set folder; without val/, "
+            "--val_split 0.1"
         )
     return _images(split, True, spec, train)
 

@@ -7,6 +7,7 @@ python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from errors import UserError
 class DeviceLoader:
     """A loader's batches on `device`: images (N, C, H, W) float, normalized, channels_last.
 
-    The loader's images are uint8 in 0..255 or float in 0..1. Raises the UserErrors that
-    `TransformedDataset` returned. `wait_seconds` sums the time spent waiting for the loader; `bad`
-    maps the images that `--on_bad_image skip` skipped to reasons. On CUDA a batch is copied on a
-    stream of its own, so that the copy overlaps with the step before it.
+    The loader's images are uint8 in 0..255 or float in 0..1. Random erasing acts on the normalized
+    ones. Raises the UserErrors that `TransformedDataset` returned. `wait_seconds` sums the time
+    spent waiting for the loader; `bad` maps the images that `--on_bad_image skip` skipped to
+    reasons. On CUDA a batch is copied on a stream of its own, so that the copy overlaps with the
+    step before it.
     """
 
     def __init__(
@@ -54,8 +56,7 @@ class DeviceLoader:
             self.wait_seconds += time.perf_counter() - start
             if isinstance(batch, UserError):
                 raise batch
-            *batch, bad = batch
-            self.bad |= dict(bad)
+            self.bad |= dict(batch[3])
             if len(batch[0]):  # an evaluation may have left out all
                 yield self._to_device(batch)
             start = time.perf_counter()
@@ -65,13 +66,23 @@ class DeviceLoader:
         batch = self.loader.collate_fn([self.loader.dataset[epoch, i] for i in ids.tolist()])
         if isinstance(batch, UserError):
             raise batch
-        return self._copy(batch[:3])
+        return self._copy(batch)
 
-    def _copy(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
-        return self.normalize(images), labels, ids
+    def _copy(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Copy a batch of `collate`; returns normalized images with their patches, labels, ids."""
+        *parts, _, patches = batch
+        images, labels, ids, noise = (
+            part.to(self.device, non_blocking=True) for part in (*parts, patches.noise)
+        )
+        images = self.normalize(images)
+        sizes = [images.shape[1] * height * width for *_, height, width in patches.places]
+        for place, values in zip(patches.places, noise.split(sizes), strict=True):
+            number, top, left, height, width = place
+            erased = images[number, :, top : top + height, left : left + width]
+            erased.copy_(values.view(erased.shape))
+        return images, labels, ids
 
-    def _to_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _to_device(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         if self.copy_stream is None:
             return self._copy(batch)
         current = torch.cuda.current_stream(self.device)

@@ -130,6 +130,11 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
 
 
 def _check_optimizer(opt: str, shard: str) -> None:
+    if get_world_size() > 1 and "hessian" in opt.lower():
+        raise UserError(
+            f"--opt {opt} works in a single process only, since its second derivatives are not "
+            "averaged over processes; use another such as adamw"
+        )
     if shard == "ddp":
         return
     works = opt.lower() in FSDP_OPTIMIZERS

@@ -53,7 +53,7 @@ def run(module: str, parser: argparse.ArgumentParser) -> None:
 def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> list[Any]:
     """Return the checked flags of each job: one, or one for each recipe of `--array`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    flags = recipes.read_flags(parser, words)
+    flags, _ = recipes.read_flags(parser, words)
     names = [name.strip() for name in flags["array"].split(",") if name.strip()]
     if not names:
         return [resolve(options.parse(parser, words), parser)]
@@ -69,21 +69,16 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     if JOB_ID in runs[0].job_dir:
         return runs
     return [
-        _replace(args, output_dir=args.output_dir or str(Path(args.job_dir, label)))
+        args.replace(output_dir=args.output_dir or str(Path(args.job_dir, label)))
         for args, label in zip(runs, labels, strict=True)
     ]
-
-
-def _replace(args: Any, **values: Any) -> Any:
-    return type(args)(**{**vars(args), **values})
 
 
 def resolve(args: Any, parser: argparse.ArgumentParser) -> Any:
     """Fill in the defaults of the cluster; a flag that cannot work ends the program."""
     nodes, gpus = (2, _gpus_of(args.gres) or 8) if args.cluster == "slurm" else (1, 1)
     ngpus = gpus if args.ngpus is None else args.ngpus
-    args = _replace(
-        args,
+    args = args.replace(
         nodes=nodes if args.nodes is None else args.nodes,
         ngpus=ngpus,
         tasks_per_node=args.tasks_per_node or max(ngpus, 1),
@@ -201,7 +196,8 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
             "job with --dry_run, or run it here with --cluster local"
         )
     make_private(args.job_dir)
-    root = str(Path(__file__).resolve().parents[1])  # the job imports this toolkit from here
+    # The job imports this toolkit, or the package that pip installs, from here.
+    root = str(Path(__file__).resolve().parents[__name__.count(".")])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONSAFEPATH"] = "1"  # and nothing from the folder in which it starts
     executor = _executor(module, args)

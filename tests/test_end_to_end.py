@@ -268,7 +268,7 @@ def test_head_that_fits_is_kept_and_another_is_new(finetuned, tmp_path):
     assert_same(weights(tmp_path / "checkpoint-1.pth"), weights(best))
     digits = ["--data_set", "DIGITS", "--batch_size", 700, "--epochs", 1]
     done = run("main_finetune.py", *words, *digits, "--aa", "none")
-    assert "its head has 3 classes, so the model gets a new head" in done.stdout
+    assert "has 3 classes (red, green, blue), so the model gets a new head" in done.stdout
 
 
 def test_evaluation_takes_the_averaged_weights_when_asked_for(finetuned):
@@ -322,6 +322,105 @@ def test_submitit_runs_the_main(cluster, ranks, tmp_path):
     assert "ngpus" not in (tmp_path / number / "args.yaml").read_text()  # --config takes it back
 
 
+# --- a checkpoint and its data ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def insects(tmp_path_factory) -> Path:
+    """Class folders: 12 images to train and 9 to evaluate, of three colors."""
+    root = tmp_path_factory.mktemp("insects")
+    for split, data in {"train": tiny.Colors(12), "val": tiny.Colors(9)}.items():
+        for index in range(len(data)):
+            image, label = data[index]
+            folder = root / split / ("ant", "bee", "cat")[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(folder / f"{index}.png")
+    ant, bee = root / "val" / "ant" / "0.png", root / "val" / "bee" / "1.png"
+    ant.rename(bee.with_name("0.png"))  # two wrong labels, so that not all answers are right
+    bee.rename(ant.with_name("1.png"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, insects) -> Path:
+    """A run on them, with a normalization and a size of its own, as a relative path."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["--model", "tests.tiny:classifier", *SMALL, "--aa", "none", "--lr", 0.03]
+    words += ["--input_size", 20, 24, "--imagenet_default_mean_and_std", "false"]
+    words += ["--data_path", insects.name, "--output_dir", folder, "--epochs", 3]
+    env = {"PYTHONPATH": str(ROOT)}
+    run("main_finetune.py", *words, cwd=insects.parent, env=env, fresh=True)
+    return folder
+
+
+MODEL = ["--model", "tests.tiny:classifier", "--num_workers", 0, "--device", "cpu"]
+
+
+def result(*words: object, **how: object) -> tuple[str, float, float, int]:
+    """Source, top-1, loss and number of images that an evaluation reports."""
+    said = run("main_finetune.py", *MODEL, "--eval", *words, **how).stdout
+    found = re.search(r"(\S+): top-1 ([\d.]+)%.* loss ([\d.]+) on (\d+) images", said)
+    return found[1], float(found[2]), float(found[3]), int(found[4])
+
+
+def test_evaluation_repeats_the_runs_own_without_its_flags(trained, insects):
+    """With another normalization 100% became 45%, and nothing was said."""
+    entries = log(trained)
+    best = max(entries, key=lambda entry: entry["test_acc1"])
+    expected = (
+        str(trained / "checkpoint-best.pth"),
+        pytest.approx(best["test_acc1"], abs=0.005),
+        pytest.approx(best["test_loss"], abs=6e-5),
+        9,
+    )
+    assert 40 < best["test_acc1"] < 100
+    assert result("--resume", trained, "--data_path", insects) == expected
+    # from another folder, though the run was given a relative path
+    assert result("--config", trained / "args.yaml") == expected
+    assert result("--output_dir", trained, "--finetune", "x", "--data_path", insects) == expected
+
+
+def test_labels_are_found_by_name(trained, insects, tmp_path):
+    """Each class alone, and under numbers: the right answers add up to those of all."""
+    _, top1, _, count = result("--resume", trained, "--data_path", insects)
+    for names in (("ant", "bee", "cat"), ("0", "1", "2")):
+        right = 0.0
+        for name, number in zip(("ant", "bee", "cat"), names, strict=True):
+            val = tmp_path / number / "val"
+            shutil.copytree(insects / "val" / name, val / number)
+            (val / ("bee" if name == "ant" else "ant")).mkdir()  # no images: as if it were absent
+            flags = ["--resume", trained, "--data_path", tmp_path / number]
+            _, alone, _, images = result(*flags)
+            assert images == 3
+            right += alone * images / 100
+            shutil.rmtree(val)
+        assert right == pytest.approx(top1 * count / 100, abs=0.01)
+
+
+def test_renamed_classes_are_refused_by_evaluation_and_resume(trained, insects, tmp_path):
+    """Labels moved by one when `ant` was called `zant`: 100% became 0%."""
+    shutil.copytree(insects, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "zant")
+    words = ["--data_path", tmp_path / "data"]
+    refused = "only in {}: zant; only in {}: ant"
+    done = run("main_finetune.py", *MODEL, "--eval", "--resume", trained, *words, expect=2)
+    assert refused.format("val", trained / "checkpoint-best.pth") in done.stderr
+    shutil.copytree(trained, tmp_path / "run")
+    words += ["--config", trained / "args.yaml", "--epochs", 4]
+    words += ["--output_dir", tmp_path / "run"]
+    done = run("main_finetune.py", *words, expect=2)
+    assert refused.format("train", tmp_path / "run" / "checkpoint-2.pth") in done.stderr
+    words[-1] = tmp_path / "new"
+    done = run("main_finetune.py", *words, "--finetune", trained)
+    assert "its head has 3 classes (ant, bee, cat), so the model gets a new head" in done.stdout
+    assert weights_of_classes(tmp_path / "new") == ["bee", "cat", "zant"]
+
+
+def weights_of_classes(folder: Path) -> list[str]:
+    return torch.load(folder / "checkpoint-3.pth", weights_only=True)["classes"]
+
+
 # --- bad input: one line, exit code 2, before any training -------------------------------
 
 
@@ -362,7 +461,7 @@ BAD = {  # name -> script, flags, what the line must name
     "optimizer": ("finetune", "--opt adamv", "adam"),
     "flag": ("finetune", "--warmup_epoch 3", "--warmup_epochs"),
     "other network": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
-    "other size": ("finetune", "--stem_stride 2 --finetune {1}", "(4, 3, 1, 1) instead of"),
+    "other size": ("finetune", "--stem_stride 2 --finetune {1}", "--stem_stride 2, but"),
     "no weights": ("finetune", "--eval", "--resume"),
     "no checkpoint": ("finetune", "--eval --resume {0}/nothing.pth", "nothing.pth"),
     "resume other": ("pretrain", "--resume {0}/resnet.pth", "conv1.weight"),

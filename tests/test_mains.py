@@ -307,6 +307,29 @@ def test_folder_to_resume_is_treated_as_the_file_would_be(script, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", MAINS)
+def test_run_for_other_channels_starts_from_the_weights_alone(script, tmp_path, monkeypatch):
+    """RGB pre-training continues on gray images; in its own folder that is refused."""
+    first = build(script, "", tmp_path / "rgb", monkeypatch).inner.state_dict()
+    words = f"--in_chans 1 --resume {tmp_path / 'rgb'}"
+    built = build(script, words, tmp_path / "gray", monkeypatch)
+    assert built.epochs == [0, 1]
+    stem = "encoder." * (script == "pretrain") + "downsample_layers.0.0.weight"
+    expected = first[stem].sum(1, keepdim=True)
+    assert torch.equal(built.inner.state_dict()[stem], expected)
+    assert "--in_chans 1: only the weights of" in built.text
+    with pytest.raises(UserError, match="was trained with --in_chans 3 and cannot resume with 1"):
+        build(script, "--in_chans 1", tmp_path / "rgb", monkeypatch)
+
+
+def test_weights_to_evaluate_are_checked_before_the_data_is_listed(tmp_path):
+    torch.save(models.create_model("fcmae_convnextv2_atto").state_dict(), tmp_path / "a.pth")
+    words = ["--eval", "--resume", str(tmp_path / "a.pth"), "--data_set", "no.module:data"]
+    args = options.parse(options.finetune_parser(), [*words, "--device", "cpu"])
+    with pytest.raises(UserError, match="these weights have no classifier"):
+        main_finetune.main(args)
+
+
+@pytest.mark.parametrize("script", MAINS)
 @pytest.mark.parametrize("fault", ["model", "file", "size", "nan"])
 def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
     script, fault, tmp_path, monkeypatch

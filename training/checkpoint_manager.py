@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config.parser import absolute_paths
 from errors import Preempted, TrainingStopped, UserError, first_line
 from parallel.process_group import broadcast, get_logger
 from parallel.state_dict import copy_to_cpu
@@ -245,14 +246,11 @@ def build_checkpoint_manager(
     args: Any,
     folder: Path | None,
     parts: TrainableParts,
-    classes: Mapping[str, int] | None = None,
+    classes: Sequence[str] | None = None,
     before_save: Callable[[], Any] | None = None,
 ) -> CheckpointManager:
-    """Build a `CheckpointManager` from the flags.
-
-    classes: label by name, stored as the names in the order of the head.
-    """
-    entries = {"args": vars(args), "classes": classes and sorted(classes, key=classes.get)}
+    """Build a `CheckpointManager` from the flags; classes: names in the order of the head."""
+    entries = {"args": absolute_paths(vars(args)), "classes": classes and list(classes)}
 
     def save(
         state: TrainState, writer: AsyncWriter, numbered: bool = True, improved: Sequence[str] = ()

@@ -11,24 +11,27 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from config.parser import absolute_paths
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
 from training.checkpoint import TrainableParts, TrainState, checkpoint_name, restore_run, rotate
 from utils import link
 from weights import files
+from weights.saved_run import INHERITED, RESUMED
 
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
-FIXED += ("decoder_depth", "decoder_embed_dim")
+FIXED += ("decoder_depth", "decoder_embed_dim", "val_split")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing")
+KEPT = INHERITED | RESUMED
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 
 
@@ -69,6 +72,7 @@ def find_resume_point(
     sha256: str = "",
     args: Mapping[str, Any] | None = None,
     rename: bool = True,
+    given: Collection[str] | None = None,
 ) -> ResumePoint:
     """Read the checkpoint to continue from in the run's own `folder`, or else `resume`.
 
@@ -76,6 +80,7 @@ def find_resume_point(
     args: current flags; changes since the checkpoint are logged, or refused. With --use_ema, or
         if `resume` belongs to another kind of run, only its weights are used.
     rename: rename damaged files, so that they are not tried again, and delete old saves.
+    given: as in `compare_args`.
     """
     args = args or {}
     ema, start = bool(args.get("use_ema")), resume or args.get("finetune", "")
@@ -97,14 +102,24 @@ def find_resume_point(
             reason = f"--use_ema: only the EMA weights of {source} are loaded"
         elif _kind(saved_args, args) != _kind(args):
             reason = f"{source} belongs to a {_kind(saved_args)} run: only its weights are loaded"
+        elif _new_channels(saved_args, args, given):
+            reason = f"--in_chans {args['in_chans']}: only the weights of {source} are loaded"
         if reason and not own:
             return replace(point, weights_only_reason=reason)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
-        for change in compare_args(saved_args, args, source, in_epoch):
+        for change in compare_args(saved_args, args, source, in_epoch, given):
             get_logger().warning("resuming %s with a changed flag: %s", source, change)
     if own:
         from_main_process(lambda: _tidy(point, damaged, rename, resume))
     return point
+
+
+def choose_evaluated(resume: str, folder: str, finetune: str) -> str:
+    """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`."""
+    own = folder and from_main_process(lambda: bool(files.list_checkpoints(Path(folder))))
+    if resume and own and Path(resume).resolve() != Path(folder).resolve():
+        get_logger().info("--resume %s is evaluated, not the run in %s", resume, folder)
+    return resume or (folder if own or not finetune else finetune)
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:
@@ -206,14 +221,28 @@ def _kind(*flags: Mapping[str, Any]) -> str:
     return "pre-training" if "mask_ratio" in next(filter(None, flags), {}) else "fine-tuning"
 
 
+def _new_channels(
+    saved: Mapping[str, Any], now: Mapping[str, Any], given: Collection[str] | None
+) -> bool:
+    """Return True if the flags ask for another number of channels than a run has."""
+    is_given = given is None or "in_chans" in given
+    return is_given and saved.get("in_chans", now.get("in_chans")) != now.get("in_chans")
+
+
 def compare_args(
-    saved: Mapping[str, Any], now: Mapping[str, Any], source: str, in_epoch: bool = False
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    source: str,
+    in_epoch: bool = False,
+    given: Collection[str] | None = None,
 ) -> list[str]:
     """`--lr 0.2 (was 0.1)` for each flag that changed; UserError if the run cannot resume with it.
 
-    in_epoch: an epoch was interrupted; the order of its images depends on the seed.
+    in_epoch: an epoch was interrupted; the order of its images depends on the seed. given: names of
+    the flags that were given; without one, the run keeps its size and preprocessing.
     """
     changes, fixed = [], FIXED + ("seed",) * in_epoch
+    saved, now = absolute_paths(saved), absolute_paths(now)
     hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):
         flag = "--finetune" if _kind(now) == "fine-tuning" else "--resume"
@@ -226,6 +255,8 @@ def compare_args(
         if name == "model":  # either name is valid
             before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
         if before == value or name in LOCAL:
+            continue
+        if given is not None and name in KEPT and name not in given:
             continue
         if name in fixed:
             raise UserError(

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import models
+from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
@@ -34,7 +35,9 @@ from training.ema import ModelEma
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.stepper import Stepper, choose_amp
-from weights.pretrained import EMA_KEY, check_pretrained
+from weights.convert import CLASSIFIER, DECODER
+from weights.pretrained import EMA_KEY, check_pretrained, peek
+from weights.saved_run import SavedRun, inherit_flags, read_saved_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_FLAGS = ("local_rank", "num_workers")  # flags that may differ between ranks
@@ -45,6 +48,8 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 class RunSetup:
     """Settings of a run that are known before its data is loaded."""
 
+    args: Any  # flags, some of them taken from the checkpoint that the run starts from
+    head: Head  # of that checkpoint
     parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
     resume_point: ResumePoint
@@ -73,8 +78,16 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     if not args.dry_run:
         output_dir = run_lock.acquire_run_lock(args.output_dir)
     resume_point = find_resume_point(
-        output_dir, args.resume, args.auto_resume, args.sha256, vars(args), rename=not args.dry_run
+        output_dir,
+        args.resume,
+        args.auto_resume,
+        args.sha256,
+        vars(args),
+        rename=not args.dry_run,
+        given=args.given,
     )
+    saved = _saved_run(args, resume_point)
+    args = inherit_flags(args, saved, resume_point.is_run)
     autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
         args.update_freq,
@@ -85,27 +98,50 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()
-    _check_weights(args, resume_point)
-    return RunSetup(parallelism, output_dir, resume_point, update_freq, effective_batch)
+    source, key = _start(args, resume_point)
+    if source and not resume_point.is_run:
+        check_start(args, source, key, args.sha256)
+    return RunSetup(
+        args, saved.head, parallelism, output_dir, resume_point, update_freq, effective_batch
+    )
 
 
-def _check_weights(args: Any, point: ResumePoint) -> None:
-    """Raise UserError if the weights that a new run starts from do not fit its model.
+def _saved_run(args: Any, point: ResumePoint) -> SavedRun:
+    """Return what the checkpoint that a run starts from tells about its own run."""
+    if point.is_run:
+        return read_saved_run(point.checkpoint, point.source, point.checkpoint["model"])
+    source, key = _start(args, point)
+    return peek(source, key, args.model_prefix, args.sha256) if source else SavedRun()
+
+
+def _start(args: Any, point: ResumePoint) -> tuple[str, str]:
+    """Return the weights that a new run starts from, '' for none, and their key."""
+    flags = vars(args)
+    key = EMA_KEY if flags.get("use_ema") else args.model_key
+    return point.source or flags.get("finetune", ""), key
+
+
+def check_start(
+    args: Any,
+    source: str,
+    key: str,
+    sha256: str = "",
+    classes: int | None = None,
+    new: Iterable[str] = CLASSIFIER + DECODER,
+) -> None:
+    """Raise UserError if weights do not fit the model of the flags, as `load_pretrained` does.
 
     Listing the data may take minutes, so this comes before. Models of the user's own are not built
     for it.
     """
-    flags = vars(args)
-    source = point.source or flags.get("finetune", "")
-    if not source or point.is_run or ":" in args.model:
+    if ":" in args.model:
         return
     with torch.device("meta"):
-        if "mask_ratio" in flags:
+        if "mask_ratio" in vars(args):
             model = models.build_fcmae(args)
-            return check_pretrained(model, source, args.model_key, args.model_prefix)
-        model = models.build_classifier(args, args.nb_classes or 1000)
-    key = EMA_KEY if args.use_ema else args.model_key
-    check_pretrained(model, source, key, args.model_prefix, args.sha256)
+        else:
+            model = models.build_classifier(args, classes or args.nb_classes or 1000)
+    check_pretrained(model, source, key, args.model_prefix, sha256, new)
 
 
 @dataclass

@@ -41,15 +41,20 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=parse_checkpoint_name, reverse=True)
 
 
+def list_checkpoints(folder: Path, ema: bool = False) -> list[Path]:
+    """List the weights in a folder in the order of `find_checkpoint`; [] if it has none."""
+    newest = [path.name for path in numbered_checkpoints(folder)[:1]]
+    names = (*[BEST_EMA] * ema, BEST, *newest, *WEIGHTS)
+    return [folder / name for name in names if (folder / name).exists()]
+
+
 def find_checkpoint(folder: Path, ema: bool = False) -> Path:
     """Choose the weights in a folder: the best, else the newest checkpoint, else a hub's file.
 
     ema: prefer the best EMA weights, `checkpoint-best-ema.pth`.
     """
-    newest = [path.name for path in numbered_checkpoints(folder)[:1]]
-    for name in (*[BEST_EMA] * ema, BEST, *newest, *WEIGHTS):
-        if (folder / name).exists():
-            return folder / name
+    if found := list_checkpoints(folder, ema):
+        return found[0]
     raise UserError(
         f"{folder} contains no checkpoint-<epoch>.pth and no {' or '.join(WEIGHTS)}; "
         "give the path of a checkpoint or of another folder"

@@ -5,11 +5,12 @@
 python -c "import timm; from weights import fit; print(fit.find_stem(timm.create_model('vgg11')))"
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from errors import first_few
 from models.fcmae import FCMAE
 from weights.convert import DECODER, SIGNS, Report, to_convnextv2, unwrap
 
@@ -52,7 +53,11 @@ def find_stem(model: nn.Module) -> tuple[str, ...]:
 
 
 def fit_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], new: Iterable[str] = ()
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    new: Iterable[str] = (),
+    saved: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], Report]:
     """Convert weights of any layout to the names and shapes of a model, and report how.
 
@@ -60,6 +65,8 @@ def fit_weights(
         the classifier whatever its name, a classifier for another number of classes is left out,
         and the first layer is adapted to the model's number of channels. Other differences remain,
         and `weights.files.load_weights` refuses them.
+    saved, classes: names in the order of the weights' and of the model's classifier; one for other
+        classes of the same number is left out too.
     """
     expected, heads = model.state_dict(), find_classifier(model)
     state, report = _rename(weights, expected)
@@ -69,12 +76,13 @@ def fit_weights(
     if "head." in new:
         for head in heads or ("head.",):
             ours, theirs = expected.get(f"{head}weight"), state.get(f"{head}weight")
-            if theirs is not None and (ours is None or ours.shape != theirs.shape):
+            others = None not in (saved, classes) and [*saved] != [*classes]
+            if theirs is not None and (others or ours is None or ours.shape != theirs.shape):
                 left_out += (head,)
+                names = f" ({first_few(saved, 5)})" if saved else ""
+                note = f"its head has {(*theirs.shape, 0)[0]} classes{names}"
                 if ours is not None:
-                    classes = (*theirs.shape, 0)[0]
-                    note = f"its head has {classes} classes, so the model gets a new head"
-                    report.warnings.append(note)
+                    report.warnings.append(f"{note}, so the model gets a new head")
         adapt_channels(model, state, report)
     report.dropped += [name for name in state if name.startswith(left_out)]
     state = {name: value for name, value in state.items() if not name.startswith(left_out)}

@@ -5,7 +5,7 @@
 python main_finetune.py --model convnextv2_atto --data_set DIGITS --input_size 32 --finetune FILE
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from parallel.process_group import get_logger, main_process_first
 from weights.convert import CLASSIFIER, DECODER, Report
 from weights.files import check_finite, check_weights, find_source, load_weights, read_checkpoint
 from weights.fit import find_classifier, fit_weights
+from weights.saved_run import SavedRun, read_saved_run
 
 EMA_KEY = "model_ema|state_dict_ema"
 TOO_LARGE = (
@@ -56,6 +57,22 @@ def select_state_dict(
     return selected
 
 
+def peek(
+    source: str, model_key: str = MODEL_KEY, model_prefix: str = "", sha256: str = ""
+) -> SavedRun:
+    """Return what a checkpoint tells about its run, without verifying its checksums."""
+    path, checkpoint = _read(source, model_key, sha256, check=False)
+    weights = select_state_dict(checkpoint, path, model_key, model_prefix)
+    return read_saved_run(checkpoint, path, weights)
+
+
+def _read(source: str, model_key: str, sha256: str, check: bool = True) -> tuple[str, Any]:
+    """Return the name of a source's file for messages, and its content."""
+    file = main_process_first(lambda: find_source(source, sha256, ema=model_key == EMA_KEY))
+    path = str(file) if Path(source).is_dir() else source
+    return path, read_checkpoint(file, check=check)
+
+
 def load_pretrained(
     model: nn.Module,
     source: str,
@@ -63,15 +80,17 @@ def load_pretrained(
     model_prefix: str = "",
     sha256: str = "",
     new: Iterable[str] = CLASSIFIER + DECODER,
+    classes: Sequence[str] | None = None,
 ) -> Report:
     """Load weights of any layout into a classifier or an FCMAE, all of them or none.
 
     source, sha256: as in `weights.files.find_source`. new: prefixes of parts that may be absent
     from the checkpoint as a whole; they stay as initialized. If `head.` is one of them, a head for
-    another number of classes counts as absent, and the first layer is adapted to the model's
-    channels. Other missing or unexpected names, other shapes, NaN and Inf are an error.
+    another number of classes, or for other than `classes`, counts as absent, and the first layer is
+    adapted to the model's channels. Other missing or unexpected names, other shapes, NaN and Inf
+    are an error.
     """
-    read = (model, source, model_key, model_prefix, sha256, new)
+    read = (model, source, model_key, model_prefix, sha256, new, classes)
     path, state, report, absent = _read_and_fit(*read)
     report.missing = load_weights(model, state, path, absent)
     report.loaded, report.source = list(state), path
@@ -107,13 +126,14 @@ def _read_and_fit(
     model_prefix: str,
     sha256: str,
     new: Iterable[str],
+    classes: Sequence[str] | None = None,
 ) -> tuple[str, dict[str, Tensor], Report, list[str]]:
     """Return the file, the weights under the model's names, a report, and what they may lack."""
-    file = main_process_first(lambda: find_source(source, sha256, ema=model_key == EMA_KEY))
-    path, checkpoint = str(file) if Path(source).is_dir() else source, read_checkpoint(file)
+    path, checkpoint = _read(source, model_key, sha256)
     selected = select_state_dict(checkpoint, path, model_key, model_prefix)
+    saved = read_saved_run(checkpoint, path).head.names
     try:
-        state, report = fit_weights(model, selected, new)
+        state, report = fit_weights(model, selected, new, saved, classes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     statistics = {n: v for n, v in state.items() if n.endswith(("running_mean", "running_var"))}

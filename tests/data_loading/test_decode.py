@@ -236,7 +236,7 @@ TRANSFORMS = {
         64,
         mean_and_std()[0],
         aa="rand-m9-mstd0.5-inc1",
-        erasing=RandomErasing(1.0, "pixel", 1, *mean_and_std()),
+        erasing=RandomErasing(1.0, "pixel", 1),
     ),
     "training, small": create_train_transform(32, mean_and_std()[0], color_jitter=0.4),
     "evaluation": create_eval_transform(64),

@@ -23,10 +23,9 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torchvision.datasets import DatasetFolder
 
-import datasets
 import visualize
 from config import parser as options
-from data_loading import folders
+from data_loading import folders, labels
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import EXTENSIONS
 from data_loading.folders import FileIndex, list_images, open_index
@@ -80,7 +79,7 @@ def test_classes_are_in_torchvisions_order(tmp_path, place):
     index = list_images(root, True, place)
     assert pairs(index) == theirs.samples
     assert list(index.classes) == theirs.classes
-    assert datasets.class_map(folders.ImageFiles(index)) == theirs.class_to_idx
+    assert labels.class_map(folders.ImageFiles(index)) == theirs.class_to_idx
 
 
 def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
@@ -91,7 +90,7 @@ def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
     index = list_images(root, False, place)
     assert pairs(index) == [(p, 0) for p in sorted(walk) if p.lower().endswith(EXTENSIONS)]
     assert index.classes is None
-    assert datasets.class_map(folders.ImageFiles(index)) is None
+    assert labels.class_map(folders.ImageFiles(index)) is None
 
 
 def test_link_to_a_folder_above_ends(tmp_path):
@@ -324,7 +323,7 @@ def test_two_writers_at_the_same_time_do_not_share_files(tmp_path, monkeypatch):
     def slow(path: str):
         if path.endswith("bee") and not others:
             others.append(None)
-            others.append(folders._make(folder, str(root), True))
+            others.append(folders._make(folder, str(root), True, False))
         return scan(path)
 
     monkeypatch.setattr(folders, "_scan", slow)
@@ -412,8 +411,8 @@ def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     whole = TransformedDataset(data, transform, 0, nb_classes=3, on_bad="leave out")
     loader = WatchedLoader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
     batches = list(loader)
-    assert [label for _, labels, _, _ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert [name for *_, bad in batches for name, _ in bad] == [f"{root}/b/1.png"]
+    assert [label for _, labels, *_ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [name for *_, bad, _ in batches for name, _ in bad] == [f"{root}/b/1.png"]
     assert whole.name_of(8) == f"image {root}/c/2.png"
 
 

@@ -565,7 +565,7 @@ def test_epoch_that_is_broken_off_does_not_disturb_the_next():
     loader = watched(0.02, 6, 1, timeout=4)
     for _ in range(2):
         assert next(iter(loader))[2].tolist() == list(range(6))
-    assert [ids.tolist() for _, _, ids, _ in loader] == [[*range(i, i + 6)] for i in (0, 6, 12, 18)]
+    assert [batch[2].tolist() for batch in loader] == [[*range(i, i + 6)] for i in (0, 6, 12, 18)]
 
 
 def test_loader_that_is_garbage_ends_its_busy_workers():

@@ -326,12 +326,10 @@ def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, pretraining, 
 
 
 def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
-    """By insertion, labels of an exported model were swapped."""
     args = parse(finetune_parser(), ["--data_set", "DIGITS"])
-    classes = {"dog": 1, "cat": 0, "eel": 2}
-    manager = build_checkpoint_manager(args, tmp_path, Run().parts(), classes)
+    manager = build_checkpoint_manager(args, tmp_path, Run().parts(), ("eel", "cat", "dog"))
     manager.end_epoch(TrainState(epoch=1), last=True)
-    assert read_checkpoint(tmp_path / "checkpoint-0.pth")["classes"] == ["cat", "dog", "eel"]
+    assert read_checkpoint(tmp_path / "checkpoint-0.pth")["classes"] == ["eel", "cat", "dog"]
 
 
 def test_rotation_spares_the_file_that_resume_names(tmp_path):

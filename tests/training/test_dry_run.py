@@ -242,7 +242,7 @@ def test_a_data_set_without_a_usable_image_is_a_problem(said):
 def planted(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
-    for split, names in {"train": "ab", "val": "a"}.items():
+    for split, names in {"train": "ab", "val": "ac"}.items():
         for name in names:
             (root / "differ" / split / name).mkdir(parents=True)
             for number in range(6):
@@ -261,7 +261,7 @@ PROBLEMS = {  # name -> script, flags, part of the message
         "--data_set tests.training.test_dry_run:broken",
         "2 of 26 train images: image number 3: ZeroDivisionError: no such thing, image number 4: ",
     ),
-    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in train: b"),
+    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in val: c"),
     "weights": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
     "nothing divides": ("pretrain", "--effective_batch 10", "not a multiple of --batch_size 6"),
     "too few images": ("pretrain", "--batch_size 27", "--batch_size 26 or less"),

@@ -29,7 +29,7 @@ from benchmarks import cifar_runs
 from benchmarks.cifar_runs import load
 from config import parser as options
 from data_loading import builtin
-from datasets import class_map
+from data_loading.labels import class_map
 from errors import UserError
 from parallel import submit
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run

@@ -1,0 +1,162 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A command uses the flags of the checkpoint that it starts from, unless others are given."""
+
+import argparse
+import logging
+import re
+
+import pytest
+import torch
+
+from config import parser as options
+from errors import UserError
+from models import create_model
+from weights.saved_run import inherit_flags, read_saved_run
+
+NARROW = {
+    "model": "fcmae_convnextv2_atto",
+    "in_chans": 1,
+    "stem_stride": 2,
+    "input_size": (48, 32),
+    "crop_pct": 0.5,
+    "imagenet_default_mean_and_std": False,
+}
+
+
+def finetune(*words: str) -> argparse.Namespace:
+    return options.parse(options.finetune_parser(), ["--data_set", "DIGITS", *words])
+
+
+def pretrain(*words: str) -> argparse.Namespace:
+    return options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", *words])
+
+
+def changed(args: argparse.Namespace, flags: dict | None, **how) -> dict:
+    """The flags that a checkpoint with `flags` changes."""
+    saved = read_saved_run({"args": flags}, "it.pth", how.pop("weights", None))
+    new = vars(inherit_flags(args, saved, **how))
+    return {name: value for name, value in new.items() if value != vars(args)[name]}
+
+
+def test_flags_come_from_the_checkpoint_unless_they_are_given(caplog):
+    """With Inception's mean evaluated by ImageNet's, 100% became 45%."""
+    own = NARROW | {"model": "convnextv2_atto"}
+    with caplog.at_level(logging.INFO):
+        assert changed(finetune("--resume", "it.pth"), NARROW | {"lr": 7.0, "seed": 3}) == own
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "taken from it.pth: --model convnextv2_atto --stem_stride 2 --in_chans 1 "
+        "--input_size 48 32 --crop_pct 0.5 --imagenet_default_mean_and_std false"
+    )
+    caplog.clear()
+    words = ("--resume", "it.pth", "--crop_pct", "1", "--input_size", "64", "--in_chans", "3")
+    with caplog.at_level(logging.INFO):
+        found = changed(finetune(*words), NARROW)
+    assert found.keys() == own.keys() - {"crop_pct", "input_size", "in_chans"}
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "--in_chans 3, but it.pth was trained with 1",
+        "--input_size 64 64, but it.pth was trained with 48 32",
+        "--crop_pct 1.0, but it.pth was trained with 0.5",
+    ]
+
+
+OWN_MEAN = {"imagenet_default_mean_and_std": True, "mean": [0.3], "std": (0.2,), "in_chans": 3}
+
+
+def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
+    """One that is typed must not be combined with others of the run."""
+    assert changed(finetune("--resume", "x"), OWN_MEAN) == {"mean": (0.3,), "std": (0.2,)}
+    caplog.clear()
+    words = ("--resume", "x", "--imagenet_default_mean_and_std", "true")
+    assert changed(finetune(*words), OWN_MEAN) == {}
+    own = "mean 0.485 0.456 0.406 and std 0.229 0.224 0.225"
+    saved = "but it.pth was trained with mean 0.3 0.3 0.3 and std 0.2 0.2 0.2"
+    assert [record.getMessage() for record in caplog.records] == [f"{own}, {saved}"]
+    caplog.clear()
+    words = ("--resume", "x", "--mean", "0.5", "--std", "0.5")
+    assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
+    assert caplog.records == []  # 0.5 are Inception's
+    assert changed(finetune(*words), {"lr": 1.0}) == {}  # a run that stores none
+
+
+def test_values_for_other_channels_are_refused_once_the_channels_are_known():
+    words = ("--resume", "x", "--mean", "0.5", "0.4", "--std", "1")
+    assert changed(finetune(*words), {"in_chans": 2}) == {"in_chans": 2}
+    with pytest.raises(UserError, match="--mean 0.5 0.4 has 2 values, expected .* --in_chans 4"):
+        changed(finetune(*words), {"in_chans": 4})
+
+
+@pytest.mark.parametrize("source", ["--config", "--recipe"])
+def test_flags_of_files_count_as_given(source, tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("input_size: 64\n")
+    words = (source, str(file), "--stem_stride", "2")
+    assert changed(finetune(*words), NARROW).keys() == {
+        *("model", "in_chans", "crop_pct", "imagenet_default_mean_and_std")
+    }
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("model", "convnextv2_nano", "--model convnextv2_nano, but it.pth was trained with "),
+        ("stem_stride", "1", "--stem_stride 1, but it.pth was trained with 2; drop --stem_stride"),
+    ],
+)
+def test_weights_that_cannot_fit_are_refused_in_words(flag, value, text):
+    with pytest.raises(UserError, match=re.escape(text)):
+        inherit_flags(finetune(f"--{flag}", value), read_saved_run({"args": NARROW}, "it.pth"))
+
+
+def test_official_checkpoints_store_a_namespace():
+    flags = argparse.Namespace(model="convnextv2_tiny", input_size=320, crop_pct=None, lr=1.0)
+    assert changed(finetune(), flags) == {"model": "convnextv2_tiny", "input_size": (320, 320)}
+
+
+@pytest.mark.parametrize("name", ["convnextv2_nano", "fcmae_convnextv2_femto"])
+def test_weights_without_flags_tell_the_shape(name):
+    with torch.device("meta"):
+        weights = create_model(name, in_chans=2, stem_stride=1).state_dict()
+    own = {"model": name.removeprefix("fcmae_"), "in_chans": 2, "stem_stride": 1}
+    assert changed(finetune("--resume", "x"), None, weights=weights) == own
+    assert changed(pretrain("--resume", "x"), None, weights=weights) == own | {"patch_size": 8}
+    assert changed(finetune(), None, weights={"conv1.weight": torch.zeros(1)}) == {}
+
+
+def test_resumed_pretraining_keeps_its_decoder_and_patches():
+    decoder = {"patch_size": 16, "norm_pix_loss": False, "decoder_depth": 2}
+    decoder |= {"decoder_embed_dim": 8}
+    saved = NARROW | decoder
+    words = ("--resume", "x", "--decoder_depth", "3")  # `compare_args` refuses this one
+    found = changed(pretrain(*words), saved, resumes=True)
+    expected = saved | {"model": "convnextv2_atto"}
+    assert found == {k: v for k, v in expected.items() if k not in ("crop_pct", "decoder_depth")}
+    new = changed(pretrain("--resume", "x"), saved)  # a new run from its weights
+    assert not new.keys() & (decoder.keys() - {"patch_size"})
+
+
+def test_sizes_are_checked_after_they_are_known():
+    """`--input_size 16` was refused before the stem stride of the checkpoint was read."""
+    saved = {"stem_stride": 1}
+    args = finetune("--resume", "x", "--input_size", "16")
+    assert changed(args, saved) == saved
+    with pytest.raises(UserError, match="--input_size: got 16 16, expected at least 32"):
+        changed(args, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"model": "shutil:rmtree"}, "trained with code of its own, --model shutil:rmtree"),
+        ({"input_size": "big"}, "it.pth stores --input_size 'big', which is no value"),
+        ({"in_chans": [3]}, r"it.pth stores --in_chans \[3\]"),
+        ({"mean": ["a"], "std": [1]}, r"it.pth stores --mean \['a'\]"),
+    ],
+)
+def test_file_cannot_choose_code_or_break_the_run(flags, text):
+    with pytest.raises(UserError, match=text):
+        changed(finetune(), flags)
+    model = ("--model", "my.nets:tiny")
+    assert changed(finetune(*model), {"model": "shutil:rmtree"}) == {}
