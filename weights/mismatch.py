@@ -57,12 +57,12 @@ def _head(model: nn.Module, found: State, missing: Sequence[str], reshaped: Sequ
     last = (*CLASSIFIER, *heads)
     if not heads or not all(name.startswith(last) for name in (*missing, *reshaped)):
         return ""
-    if not any(name.startswith(heads) for name in found):
-        return NO_HEAD
-    if missing or not reshaped:
+    if missing:
+        return "" if any(name.startswith(heads) for name in found) else NO_HEAD
+    if not reshaped:
         return ""
     ours, theirs = ((*state[reshaped[0]].shape, 0)[0] for state in (model.state_dict(), found))
-    return OTHER_CLASSES.format(ours=ours, theirs=theirs)
+    return OTHER_CLASSES.format(ours=ours, theirs=theirs) if ours != theirs else ""
 
 
 def _kind(expected: State, found: State) -> str:

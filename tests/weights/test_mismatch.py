@@ -94,6 +94,12 @@ def test_decoder_of_another_network_is_no_fcmae():
         load_weights(model, {"a": torch.zeros(1)}, "a.pth")
 
 
+def test_head_that_may_be_new_is_not_the_reason(saved):
+    state = autoencoder().encoder.state_dict() | {"extra.weight": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"1 unexpected \(extra\.weight\)$"):
+        load_pretrained(classifier(), saved(state))
+
+
 def test_unknown_reason_gives_no_advice():
     state = {**classifier().state_dict(), "extra.weight": torch.zeros(2)}
     with pytest.raises(UserError, match=r"1 unexpected \(extra\.weight\)$"):
