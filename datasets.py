@@ -21,11 +21,11 @@ from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.split import split
 from data_loading.transforms import (
     RandomErasing,
+    build_mean_and_std,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
     height_and_width,
-    mean_and_std,
 )
 from data_loading.workers import WatchedLoader
 from errors import UserError, resolve
@@ -72,7 +72,7 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
-    mean, _ = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    mean, _ = build_mean_and_std(args)
     erasing = None
     if args.reprob > 0:
         erasing = RandomErasing(args.reprob, args.remode, args.recount)
@@ -213,7 +213,13 @@ def build_loader(
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
     )
-    mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    mean, std = build_mean_and_std(args)
+    if is_train and max(map(abs, mean)) > 1:
+        get_logger().warning(
+            "--mean %g: images of 0 to 255 are scaled to 0 to 1; if yours are such, divide by 255: "
+            "--mean %.4g --std %.4g",
+            *(mean[0], mean[0] / 255, std[0] / 255),
+        )
     return DeviceLoader(loader, device, mean, std)
 
 

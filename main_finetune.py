@@ -32,7 +32,7 @@ from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
 from training.resume import auto_load_model, choose_evaluated
-from training.setup import TrainLoop, setup_process, setup_run
+from training.setup import TrainLoop, check_start, setup_process, setup_run
 from training.stepper import Stepper
 from weights.pretrained import EMA_KEY, has_ema, load_pretrained, peek
 from weights.saved_run import inherit_flags
@@ -170,6 +170,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
     saved = peek(path, key, args.model_prefix, sha256)
     args = inherit_flags(args, saved)
+    check_start(args, path, key, sha256, saved.head.count, new=())
     dataset_val, nb_classes = datasets.build_dataset(False, args, saved.head)
     data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)

@@ -57,7 +57,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     if run.resume_point.is_weights:  # a run is restored in step 7
-        load_pretrained(model_without_ddp, run.resume_point.source)
+        load_pretrained(
+            model_without_ddp, run.resume_point.source, args.model_key, args.model_prefix
+        )
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)

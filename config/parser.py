@@ -129,6 +129,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     """Return the parser of main_pretrain.py."""
     aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
     parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
+    add_flags(parser, "choice of weights", "--model_key --model_prefix")
     parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
     return parser
 
@@ -155,9 +156,11 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
-    names = "--input_size --crop_pct --imagenet_default_mean_and_std"
+    names = "--model --input_size --crop_pct --imagenet_default_mean_and_std --mean --std"
     add_flags(parser, "overrides of the run's flags", names)
-    parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
+    parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
+    action = next(action for action in parser._actions if action.dest == "model")
+    action.help = "package.module:function of a classifier of your own; default: a ConvNeXt V2"
     return parser
 
 
@@ -244,6 +247,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     if len(args.input_size) != 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from _mean_problems(args)
     if args.scale[0] > args.scale[1]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
@@ -283,9 +287,20 @@ def _has_checkpoint(folder: str) -> bool:
     return False
 
 
+def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
+    if (args.mean is None) != (args.std is None):
+        yield "--mean and --std belong together; give both or neither"
+    elif args.mean is not None and args.imagenet_default_mean_and_std is False:
+        yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
+
+
 def shape_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each size that does not fit the network."""
     stride = 8 * args.stem_stride
+    for name, found in (("mean", args.mean), ("std", args.std)):
+        if found is not None and len(found) not in (1, args.in_chans):
+            got = f"--{name} {as_typed(found)} has {len(found)} values"
+            yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     if "mask_ratio" in vars(args):
         yield from _patch_problems(args, stride)
     elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
@@ -346,11 +361,18 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of export.py that the format cannot use."""
     if args.to is None:
         return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
+    if args.model and ":" not in args.model:
+        yield f"--model {args.model}: the size of a ConvNeXt V2 is found in its weights; drop it"
+    elif args.model and args.to not in (*flags.GRAPHS, "safetensors"):
+        targets = ", ".join((*flags.GRAPHS, "safetensors"))
+        yield f"--model {args.model}: --to {args.to} is for ConvNeXt V2; use one of {targets}"
+    if args.model and args.half:
+        yield "--half true is tested with ConvNeXt V2 only; drop --half or --model"
     if args.half and args.to not in flags.GRAPHS:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
-    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std"):
+    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std"):
         if getattr(args, name) is not None and args.to != "hf":
             yield f"--{name} is for --to hf only, other formats cannot store it; drop it"
     suffix = flags.TARGETS[args.to]
@@ -358,4 +380,5 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output}: expected a name that ends in {suffix}"
     if len(args.input_size or ()) > 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from _mean_problems(args)
     yield from _two_names(args)

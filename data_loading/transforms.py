@@ -107,14 +107,36 @@ class _Canvas:
         self.patches.append(Patch(rows.start, columns.start, noise.expand(size)))
 
 
-def mean_and_std(in_chans: int = 3, imagenet_default: bool = True) -> tuple[list, list]:
-    """Return the per-channel mean and std for images in 0..1: ImageNet's, or Inception's 0.5."""
+def mean_and_std(
+    in_chans: int = 3,
+    imagenet_default: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[list, list]:
+    """Return the per-channel mean and std for images in 0..1: ImageNet's, or Inception's 0.5.
+
+    mean, std: values to return instead; one value is for all channels.
+    """
+    if mean is not None and std is not None:
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, in_chans):
+                raise UserError(
+                    f"--{name} has {len(values)} values, expected one, or one for each of "
+                    f"{in_chans} channels"
+                )
+        return tuple(list(v) if len(v) == in_chans else [*v] * in_chans for v in (mean, std))
     mean, std = (
         ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_default else ([0.5] * 3,) * 2
     )
     if in_chans == 3:
         return list(mean), list(std)
     return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
+
+
+def build_mean_and_std(args: Any) -> tuple[list, list]:
+    """Return the per-channel mean and std of the flags; those of old runs lack --mean and --std."""
+    own = vars(args).get("mean"), vars(args).get("std")
+    return mean_and_std(args.in_chans, args.imagenet_default_mean_and_std, *own)
 
 
 def create_pretrain_transform(

@@ -168,6 +168,23 @@ def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
+def check_gradients(model: nn.Module) -> None:
+    """Raise UserError if parameters got no gradient where DistributedDataParallel needs them all.
+
+    Its own error comes a step later, and with numbers instead of names.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return
+    named = model.module.named_parameters()
+    unused = [name for name, p in named if p.requires_grad and p.grad is None]
+    if unused:
+        raise UserError(
+            f"{len(unused)} parameters got no gradient: {first_few(unused)}. With several ranks "
+            "all must contribute to the loss in every step: use them in forward, freeze them with "
+            "requires_grad_(False), or remove them from the model"
+        )
+
+
 def _check_parameters(model: nn.Module, shard: str) -> None:
     """Refuse parameters on which torch fails only while training; it refuses others by itself."""
     named = dict(model.named_parameters())

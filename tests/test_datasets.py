@@ -571,6 +571,31 @@ def test_fill_colors_of_augmentation_follow_mean_and_std(imagenet, mean):
     assert fills == {tuple(round(255 * value) for value in mean)}
 
 
+def test_own_mean_and_std_reach_batches_and_augmentation():
+    args = make_args(in_chans=1, mean=(0.25,), std=(2.0,))
+    augment = next(s for s in datasets.build_transform(True, args).transforms if hasattr(s, "ops"))
+    fills = {operation.kwargs["fillcolor"] for operation in augment.ops if operation.kwargs}
+    assert fills == {(64,)}
+    data, _ = datasets.build_dataset(False, args)
+    loader = datasets.build_loader(data, False, args, "cpu")
+    assert loader.normalize(torch.tensor([[[[0, 255]]]]).byte()).tolist() == [[[[-0.125, 0.375]]]]
+
+
+def test_mean_of_8_bit_values_gets_a_warning(caplog, monkeypatch):
+    """Images of 0 to 255 are scaled to 0 to 1 first; a mean of 123 would make all of them black."""
+    monkeypatch.setattr(logging.getLogger("convnextv2"), "propagate", True)
+    for mean, warned in ((123.675, True), (0.485, False)):
+        caplog.clear()
+        args = make_args(mean=(mean,), std=(0.2,))
+        datasets.build_loader(datasets.build_dataset(True, args)[0], True, args, "cpu")
+        assert ("by 255: --mean 0.485 --std 0.000784" in caplog.text) is warned
+
+
+def test_values_for_another_number_of_channels_are_refused():
+    with pytest.raises(UserError, match="--std has 2 values, expected one, or one for each of 3"):
+        mean_and_std(3, True, (0.1,), (0.1, 0.2))
+
+
 def test_split_index_and_size_reach_the_data_set(tmp_path):
     train, other = (make_folders(tmp_path / name, "ab") for name in ("train", "other"))
     index = tmp_path / "index"

@@ -102,6 +102,8 @@ def find_resume_point(
             reason = f"--use_ema: only the EMA weights of {source} are loaded"
         elif _kind(saved_args, args) != _kind(args):
             reason = f"{source} belongs to a {_kind(saved_args)} run: only its weights are loaded"
+        elif _new_channels(saved_args, args, given):
+            reason = f"--in_chans {args['in_chans']}: only the weights of {source} are loaded"
         if reason and not own:
             return replace(point, weights_only_reason=reason)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
@@ -232,6 +234,14 @@ def _kind(*flags: Mapping[str, Any]) -> str:
     return "pre-training" if "mask_ratio" in next(filter(None, flags), {}) else "fine-tuning"
 
 
+def _new_channels(
+    saved: Mapping[str, Any], now: Mapping[str, Any], given: Collection[str] | None
+) -> bool:
+    """Return True if the flags ask for another number of channels than a run has."""
+    is_given = given is None or "in_chans" in given
+    return is_given and saved.get("in_chans", now.get("in_chans")) != now.get("in_chans")
+
+
 def compare_args(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -248,8 +258,10 @@ def compare_args(
     saved, now = absolute_paths(saved), absolute_paths(now)
     hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):
+        flag = "--finetune" if _kind(now) == "fine-tuning" else "--resume"
         raise UserError(
-            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir"
+            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir: "
+            f"give it, and {flag} {Path(source).parent} to start from these weights"
         )
     for name, value in now.items():
         before = saved.get(name, value)

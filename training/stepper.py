@@ -217,8 +217,11 @@ class Stepper:
         self.batches_left -= 1
         if self.micro < self.window:
             return None
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if len(grads) < len(self.parameters):
+            sharding.check_gradients(self.model)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm(grads)
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         norm = sharding.full_tensor(norm).detach()

@@ -13,6 +13,7 @@ from typing import Any
 from config.flags import as_typed
 from config.parser import FrozenNamespace, shape_problems
 from data_loading.labels import Head
+from data_loading.transforms import mean_and_std
 from errors import UserError
 from models import MODELS
 from models.convnextv2 import SIZES
@@ -24,7 +25,8 @@ from weights.convert import describe, to_convnextv2
 SHAPE = {"model": "a name", "stem_stride": "an integer"}
 INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integers"}
 INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
-INHERITED |= {"imagenet_default_mean_and_std": "a boolean"}
+NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean", "mean": "numbers", "std": "numbers"}
+INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer"}
@@ -82,6 +84,10 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     source, names = saved.source, INHERITED | (RESUMED if resumes else {})
     if "mask_ratio" in vars(args):  # pre-training evaluates nothing
         del names["crop_pct"]
+    if args.given & NORMALIZATION.keys():
+        names = {name: kind for name, kind in names.items() if name not in NORMALIZATION}
+        if not resumes:
+            _warn_of_other_normalization(args, saved)
     taken: dict[str, Any] = {}
     for name in [name for name in names if name in saved.flags and name in vars(args)]:
         value = _normalized(name, saved.flags[name])
@@ -121,9 +127,26 @@ def _normalized(name: str, value: Any) -> Any:
         if not all(type(side) is int and side > 0 for side in sides):
             return None
         return (*sides, *sides)[:2] if len(sides) < 3 else tuple(sides[1:])
+    if expected == "numbers":
+        valid = isinstance(value, list | tuple) and all(type(x) in (int, float) for x in value)
+        return tuple(value) if valid else None
     if type(value) not in TYPES[expected]:
         return None
     return value.removeprefix("fcmae_") if name == "model" else value
+
+
+def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None:
+    """Warn if the given mean and std differ from those that a checkpoint was trained with."""
+    if not NORMALIZATION.keys() & saved.flags.keys():  # of another toolkit
+        return
+    own, other = (
+        mean_and_std(flags.get("in_chans", 3), *(flags.get(name) for name in NORMALIZATION))
+        for flags in (vars(args), {"imagenet_default_mean_and_std": True, **saved.flags})
+    )
+    if own != other:
+        texts = [f"mean {as_typed(mean)} and std {as_typed(std)}" for mean, std in (own, other)]
+        text = "%s are used; %s was trained with %s"
+        get_logger().warning(text, texts[0], saved.source, texts[1])
 
 
 def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:

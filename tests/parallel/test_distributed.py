@@ -120,6 +120,32 @@ def ranks_skip_together(rank: int, folder: Path) -> dict:
     return result
 
 
+class HalfUsed(nn.Module):
+    """Two layers of which forward uses one, and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle, self.frozen = (nn.Linear(1, 1) for _ in range(3))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x) + self.frozen(x)
+
+
+def ranks_have_unused_parameters(rank: int, folder: Path) -> str:
+    model = Parallelism("ddp", CPU).wrap(HalfUsed())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stepper = Stepper(model, torch.optim.SGD(trained, lr=1.0), CPU)
+    stepper.begin_epoch(1)
+    with stepper.micro_batch():
+        loss = model(torch.ones(1, 1)).sum()
+    try:
+        stepper.step(loss)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
 def ranks_restore_buffers(rank: int, folder: Path) -> dict:
     """Let one rank have NaN in the first or second micro-batch; rank 0's statistics are sent."""
     result = {}
@@ -287,6 +313,7 @@ JOBS = [  # in this order
     ranks_refuse,
     ranks_lose_the_run_folder,
     ranks_cannot_write,
+    ranks_have_unused_parameters,
 ]
 
 
@@ -342,6 +369,15 @@ def test_gradients_are_averaged_only_with_the_last_micro_batch(results):
 def test_gradient_strides_match_the_buckets_of_ddp(results):
     """`Grad strides do not match bucket view strides` costs a copy of every gradient."""
     assert [result["ranks_see_no_warning"] for result in results] == [[], []]
+
+
+def test_unused_parameters_are_named(results):
+    """DDP's own error has numbers: `Parameter indices which did not receive grad: 2 3`."""
+    for result in results:
+        error = result["ranks_have_unused_parameters"]
+        assert error.startswith(
+            "2 parameters got no gradient: idle.weight, idle.bias. With several"
+        )
 
 
 def test_nan_on_one_rank_is_skipped_by_both(results):

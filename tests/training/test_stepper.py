@@ -75,6 +75,16 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
+def test_parameters_without_a_gradient_are_fine_in_a_single_process():
+    used, idle = nn.Linear(1, 1), nn.Linear(1, 1)
+    model = nn.ModuleList([used, idle])
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=1.0), torch.device("cpu"))
+    stepper.begin_epoch(1)
+    with stepper.micro_batch():
+        loss = used(torch.ones(1, 1)).sum()
+    assert stepper.step(loss).taken
+
+
 @pytest.mark.parametrize("clip_grad", [None, 0.05])
 @pytest.mark.parametrize("update_freq", [2, 3, 4])
 def test_small_batches_accumulated_are_one_large_batch(update_freq, clip_grad):
