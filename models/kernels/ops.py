@@ -100,7 +100,7 @@ class _Affine(Function):
         dx = linear(dy, weight.mT) if ctx.needs_input_grad[0] else None
         dy = dy.flatten(0, -2)
         dweight = weight_grad(dy, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return dx, dweight, dy.sum(0)
+        return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from config.flags import KERNELS
 from models.convnextv2 import Block, ConvNeXtV2
 from models.fcmae import FCMAE
-from models.kernels import autotune, ops
+from models.kernels import autotune, depthwise, ops
 from models.layers import GRN, fused_dwconv, fused_mlp
 from models.sparse import PatchGrid
 
@@ -427,3 +428,100 @@ def test_block_saves_one_tensor_of_width_4c(set_kernels, mode, half):
         block(x)
     wide = [t.dtype for t in saved if t.shape[-1] == 16 and t.numel() == 2 * 25 * 16]
     assert wide == [torch.bfloat16 if half else torch.float32]
+
+
+# --- frozen parts ----------------------------------------------------------------------------
+
+# Work of the backward pass that gives one gradient alone: matrix products of the MLP, each as
+# large as one of the forward pass, and depthwise convolutions.
+WORK = {
+    "x": (2, 1),
+    "dwconv.weight": (2, 1),
+    "dwconv.bias": (2, 0),
+    "norm.weight": (2, 0),
+    "norm.bias": (2, 0),
+    "pwconv1.weight": (2, 0),
+    "pwconv1.bias": (1, 0),
+    "grn.gamma": (1, 0),
+    "grn.beta": (0, 0),
+    "pwconv2.weight": (1, 0),
+    "pwconv2.bias": (0, 0),
+    "x, grn.gamma, pwconv2.bias": (2, 1),
+    "all": (4, 2),
+}
+
+
+def count_flops(function):
+    """FLOPs of matrix products and of torch's convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(  # more and fewer cells than channels
+    ("mode", "shape"),
+    [("auto", (1, 3, 3, 8)), ("torch", (1, 3, 3, 8)), ("torch", (1, 3, 1, 8))]
+    + [("triton", (1, 3, 1, 8))],
+)
+@pytest.mark.parametrize("wanted", WORK)
+def test_frozen_parts_cost_no_backward_work(set_kernels, monkeypatch, wanted, mode, shape):
+    """Gradients of a frozen backbone were computed and thrown away: twice the work."""
+    set_kernels(mode)
+    block = new_block(8)
+    x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
+    inputs = {"x": x, **dict(block.named_parameters())}
+    chosen = inputs if wanted == "all" else {name: inputs[name] for name in wanted.split(", ")}
+    for tensor in inputs.values():
+        tensor.requires_grad_(any(tensor is one for one in chosen.values()))
+    ours = with_gradients(lambda: block(x), chosen)
+    assert_near(ours, with_gradients(lambda: written_out(block, x), chosen), 1e-9)
+    # Under dispatch modes, such as the counter, only torch's own implementations run.
+    monkeypatch.setattr(autotune, "_get_current_dispatch_mode", lambda: None)
+    y = block(x)
+    flops = count_flops(y.sum().backward)
+    cells = shape[1] * shape[2]
+    products, convolutions = WORK[wanted]
+    counted = 0 if mode == "triton" else convolutions  # Triton's are not torch's
+    expected = products * 2 * cells * 8 * 32 + counted * 2 * cells * 8 * 49
+    vectors = 4 * 8 * 32  # of the biases' gradients, less than one product
+    assert expected <= flops <= expected + vectors
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("frozen", ["dwconv.weight", "x"])
+def test_convolution_gradients_that_nobody_asked_for_are_not_computed(
+    set_kernels, monkeypatch, frozen, packed
+):
+    """On a GPU and with Triton, each is a kernel of its own."""
+    set_kernels("triton")
+    block, grid = new_block(4), new_grid(2, 2, 3, 3) if packed else None
+    shape = (2, 3, 2, 2, 4) if packed else (2, 3, 2, 4)
+    x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
+    x.requires_grad_(frozen != "x")
+    block.dwconv.weight.requires_grad_(frozen == "x")
+    ran = []
+    for name, table in (("x", depthwise.CONVOLVE), ("dwconv.weight", depthwise.WEIGHT_GRAD)):
+        own = table["triton"]
+        monkeypatch.setitem(
+            table, "triton", lambda *args, own=own, name=name: ran.append(name) or own(*args)
+        )
+    y = block(x, grid)
+    y.sum().backward()
+    assert ran == ["x" if frozen != "x" else "dwconv.weight"]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this torch")
+@pytest.mark.parametrize(("wanted", "products"), [("x", 1), ("weight", 1), ("bias", 0)])
+def test_frozen_linear_layer_costs_no_backward_work(set_kernels, wanted, products):
+    """Downsampling and the decoder's layers, in float32 on a CPU."""
+    set_kernels("torch")
+    inputs = {"x": torch.randn(6, 8), "weight": torch.randn(16, 8), "bias": torch.randn(16)}
+    inputs[wanted].requires_grad_()
+    y = ops.affine(*inputs.values())
+    assert type(y.grad_fn).__name__ == "_AffineBackward"
+    assert count_flops(y.sum().backward) == products * 2 * 6 * 8 * 16
+    called = []
+    y = ops.affine(*inputs.values())
+    y.grad_fn.register_hook(lambda grads, _: called.extend(grads))
+    y.sum().backward()
+    assert [grad is not None for grad in called] == [name == wanted for name in inputs]
