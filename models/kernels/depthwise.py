@@ -132,7 +132,7 @@ def _gradients(
 
 def _sizes(weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
     """k, h and w, on which the speed depends too; h and w are 0 for a dense map."""
-    return weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:])
+    return weight.shape[-1], *((0, 0) if slots is None else map(autotune.round_up, slots.shape[1:]))
 
 
 def _to_dense(x: Tensor, ids: Tensor | None, slots: Tensor | None) -> Tensor:
