@@ -46,10 +46,21 @@ class DropPath(nn.Module):
         self.prob = prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0:
+        if not self.drops():
             return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.prob)
-        return x * keep / max(1 - self.prob, 1e-6)  # prob 1 keeps nothing; 0 / 0 would be NaN
+        return x * self.draw(x) * self.factor()
+
+    def drops(self) -> bool:
+        """True in training, unless the probability is 0."""
+        return self.training and self.prob > 0
+
+    def draw(self, x: Tensor) -> Tensor:
+        """1 for the images of x (N, ...) to keep and 0 for the others, (N, 1, ...)."""
+        return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.prob)
+
+    def factor(self) -> float:
+        """The factor of what is kept."""
+        return 1 / max(1 - self.prob, 1e-6)  # probability 1 keeps nothing: 0 / 0 would be NaN
 
 
 class PatchConv(nn.Conv2d):
@@ -117,6 +128,14 @@ def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
         return fc2(grn(F.gelu(fc1(x))))
     of_grn = (grn.gamma.flatten(), grn.beta.flatten(), grn.eps)
     return grn_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *of_grn)
+
+
+def fused_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
+    """`x + drop_path(branch)` in one pass."""
+    if not (_can_fuse(drop_path, DropPath) and drop_path.drops()):
+        return x + drop_path(branch)
+    with torch.autocast(x.device.type, enabled=False):  # it would copy the branch to float32 first
+        return torch.addcmul(x, branch, drop_path.draw(branch), value=drop_path.factor())
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -525,3 +525,22 @@ def test_frozen_linear_layer_costs_no_backward_work(set_kernels, wanted, product
     y.grad_fn.register_hook(lambda grads, _: called.extend(grads))
     y.sum().backward()
     assert [grad is not None for grad in called] == [name == wanted for name in inputs]
+
+
+# --- an empty batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", KERNELS)
+def test_empty_batch_passes_whatever_runs(set_kernels, mode, packed):
+    """The last rank of an evaluation may have nothing; Triton's kernels divided by zero."""
+    set_kernels(mode)
+    block = new_block(4)
+    grid = PatchGrid(torch.zeros(0, 2, 3, device=DEVICE), visible=3) if packed else None
+    shape = (0, 3, 2, 2, 4) if packed else (0, 3, 2, 4)
+    x = torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = block(x, grid)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert all((parameter.grad == 0).all() for parameter in block.parameters())
