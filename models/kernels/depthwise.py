@@ -34,14 +34,14 @@ def depthwise_norm(
 
     Removed patches count as zeros. Under autocast the norm's statistics are in float32.
     """
-    x, weight, bias = ops.in_autocast_dtype(x, weight, bias)
+    x, weight = ops.in_autocast_dtype(x, weight)  # the vectors and their gradients stay float32
     with torch.autocast(x.device.type, enabled=False):
         return _DepthwiseNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, ids, slots)[0]
 
 
 def _plain(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> Tensor:
     """The result of `_DepthwiseNorm` by torch's own differentiable operations."""
-    y = _torch_convolve(x, weight, bias, ids, slots)
+    y = _torch_convolve(x, weight, bias.to(x.dtype), ids, slots)
     return _layer_norm(y, norm_weight, norm_bias, eps)[0]
 
 
@@ -57,7 +57,7 @@ class _DepthwiseNorm(Function):
 
     @staticmethod
     def forward(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> tuple[Tensor, ...]:
-        inputs = (x, weight, bias, norm_weight, norm_bias, eps, ids, slots)
+        inputs = (x, weight, bias.to(x.dtype), norm_weight, norm_bias, eps, ids, slots)
         return autotune.dispatch("depthwise norm", CONVOLVE_NORM, _sizes(weight, slots), *inputs)
 
     @staticmethod

@@ -38,7 +38,7 @@ def grn_mlp(
     It saves x and h, one tensor of width 4C where plain autograd saves five, and never scales a
     wide tensor where the scale fits into the weights.
     """
-    y, w1, w2 = ops.in_autocast_dtype(x, w1, w2)  # the vectors stay as they are
+    y, w1, w2 = ops.in_autocast_dtype(x, w1, w2)  # the vectors and their gradients stay float32
     with torch.autocast(x.device.type, enabled=False):
         y = _MLP.apply(y.flatten(1, -2), w1, b1, w2, b2, gamma, beta, eps)[0]
     return y.unflatten(1, x.shape[1:-1])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config.flags import KERNELS
 from models.convnextv2 import Block, ConvNeXtV2
 from models.fcmae import FCMAE
-from models.kernels import autotune, depthwise, ops
+from models.kernels import autotune, depthwise, grn_mlp, ops
 from models.layers import GRN, fused_dwconv, fused_mlp
 from models.sparse import PatchGrid
 
@@ -544,3 +544,84 @@ def test_empty_batch_passes_whatever_runs(set_kernels, mode, packed):
     y.sum().backward()
     assert x.grad.shape == shape
     assert all((parameter.grad == 0).all() for parameter in block.parameters())
+
+
+# --- sums in half precision ------------------------------------------------------------------
+
+# Gradients of biases are float32 sums of half-precision terms: apart from the exact sum by less
+# than this fraction of the sum of the terms' magnitudes. A sum rounded to bf16 or fp16 is apart by
+# up to 2e-3 or 2e-4 of it, and a sum in fp16 ends at 65504.
+FLOAT32_SUM = 1e-6
+
+
+def assert_summed_in_float32(grad, terms):
+    """terms: (..., C), which are added over all but the last axis."""
+    assert grad.dtype == torch.float32
+    terms = terms.double().flatten(0, -2)
+    error = (grad.double() - terms.sum(0)).abs()
+    assert (error <= FLOAT32_SUM * terms.abs().sum(0)).all()
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("mode", KERNELS)
+@pytest.mark.parametrize("parts", [1, 3])  # that a batch is split into
+def test_bias_gradients_of_the_mlp_are_sums_in_float32(set_kernels, monkeypatch, mode, half, parts):
+    set_kernels(mode)
+    monkeypatch.setattr(ops, "images_at_once", lambda *_: 6 // parts)
+    terms = []  # what flows into the GELU
+    for name, own in grn_mlp.BACKWARD.items():
+
+        def recorded(*args, own=own):
+            found = own(*args)
+            terms.append(found[0])
+            return found
+
+        monkeypatch.setitem(grn_mlp.BACKWARD, name, recorded)
+    block = new_block(4, torch.float32)
+    x = torch.randn(6, 5, 5, 4, device=DEVICE)
+    with torch.autocast(DEVICE, half):
+        y = fused_mlp(x, block.pwconv1, block.grn, block.pwconv2)
+    assert y.dtype == half
+    dy = torch.rand(y.shape, device=DEVICE).to(half)
+    y.backward(dy)
+    dh = torch.cat(terms[-parts:])
+    assert dh.dtype == half
+    assert_summed_in_float32(block.pwconv1.bias.grad, dh.flatten(0, 1))
+    assert_summed_in_float32(block.pwconv2.bias.grad, dy)
+    weight = block.pwconv2.weight.to(half).double()
+    of_beta = (dy.double() @ weight).flatten(0, -2)  # its terms
+    assert_summed_in_float32(block.grn.beta.grad.flatten(), of_beta)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("mode", KERNELS)
+def test_bias_gradients_of_convolution_and_norm_are_sums_in_float32(set_kernels, mode, half):
+    """The convolution passes its input on, so that its gradient is the terms of the bias's."""
+    set_kernels(mode)
+    block = new_block(4, torch.float32)
+    with torch.no_grad():
+        block.dwconv.weight.zero_()
+        block.dwconv.weight[:, :, 3, 3] = 1
+    x = torch.randn(6, 2, 3, 4, device=DEVICE).to(half).requires_grad_()
+    with torch.autocast(DEVICE, half):
+        y = fused_dwconv(x, block.dwconv, block.norm)
+    dy = torch.rand(y.shape, device=DEVICE).to(half)
+    y.backward(dy)
+    assert x.grad.dtype == half
+    assert_summed_in_float32(block.dwconv.bias.grad, x.grad)
+    assert_summed_in_float32(block.norm.bias.grad, dy)
+
+
+@pytest.mark.parametrize("mode", KERNELS)
+def test_bias_gradients_in_fp16_may_exceed_its_range(set_kernels, mode):
+    """150 gradients of 1000 and more, as a loss scale makes them: fp16 ends at 65504."""
+    set_kernels(mode)
+    block = new_block(4, torch.float32)
+    x = torch.randn(6, 5, 5, 4, device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        y = fused_mlp(x, block.pwconv1, block.grn, block.pwconv2)
+    y.backward(torch.full_like(y, 1000.0))
+    assert (block.pwconv2.bias.grad == 150_000).all()
