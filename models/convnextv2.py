@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        branch = self._checkpointed if recompute and not ops.exporting() else self._branch
+        branch = self._checkpointed if recompute and not ops.plain_only(x) else self._branch
         return fused_residual(x, branch(x, grid), self.drop_path)  # x + drop_path(branch(x, grid))
 
     def _branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:

@@ -73,7 +73,7 @@ class _DepthwiseNorm(Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, weight, bias, norm_weight, norm_bias, ids, slots, y, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
+        if ops.plain_backward(grad):
             inputs = (x, weight, bias, norm_weight, norm_bias, ctx.eps, ids, slots)
             return ops.plain_gradients(_plain, inputs, grad)
         of_x, of_weight, of_bias, *of_norm = ctx.needs_input_grad[:5]
