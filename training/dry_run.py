@@ -30,6 +30,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.workers import WatchedLoader
+from datasets import describe_class_problem
 from errors import TrainingStopped, UserError, first_few, first_line
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
@@ -151,9 +152,14 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
     if skipped:
         log_result("", f"{fate}: {first_few(skipped)}")
     if bad:
-        problems.append(f"{len(bad)} of {tried} {name} images: {first_few(bad, 5)}")
+        first, *traceback = bad[0].split("\n")  # of an error in a user's dataset
+        names = [first, *(text.partition("\n")[0] for text in bad[1:])]
+        text = "\n".join([first_few(names, 5), *traceback])
+        problems.append(f"{len(bad)} of {tried} {name} images: {text}")
     elif not sum(found):
         problems.append(f"none of {tried} {name} images can be used; check the data")
+    if name == "train" and (problem := describe_class_problem(data.dataset, data.nb_classes)):
+        problems.append(f"{name}: {problem}")
     return good
 
 
