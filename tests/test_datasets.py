@@ -710,6 +710,40 @@ def test_batches_normalize_like_totensor_and_normalize():
     assert batches.wait_seconds > 0
 
 
+def ramp(low, high):
+    """Two images with values from low to high."""
+    return torch.linspace(low, high, 2 * 3 * 64).view(2, 3, 8, 8)
+
+
+RANGES = {  # a batch of float images, and the range that is told
+    "0..255": (ramp(0, 255), "0 to 255"),
+    "0..10000": (ramp(0, 10_000), "0 to 1e+04"),
+    "standardized": (ramp(-2.1, 2.6), "-2.1 to 2.6"),
+    "-1..1": (ramp(-1, 1), "-1 to 1"),
+    "dark": (torch.eye(8).expand(2, 3, 8, 8)[..., :1, :] * ramp(254, 255), "0 to 255"),
+    "0..1": (ramp(0, 1), None),
+    "overshoot": (ramp(-0.12, 1.12), None),
+    "erased": (torch.cat([ramp(0, 1)[:, :, 1:], ramp(-1, 2)[:, :, :1]], 2), None),
+    "uint8": (ramp(0, 255).to(torch.uint8), None),
+}
+
+
+@pytest.mark.parametrize(("images", "told"), RANGES.values(), ids=RANGES)
+def test_range_of_float_images_is_checked_at_the_first_batch(images, told, log):
+    """Images in 0..255 or 0..10000 trained without a word, far from the mean and std."""
+    data = TransformedDataset(Listed([(image, 0) for image in images]), keep, 0)
+    batches = DeviceLoader(WatchedLoader(data, EvalSampler(2, 0, 1), 2), "cpu", *mean_and_std())
+    for _ in range(2):
+        list(batches)
+    warnings = [text.partition(", since")[0] for text in log.messages]
+    text = f"the float images of the first batch range from {told}; expected 0 to 1"
+    assert warnings == [text] * (told is not None)
+
+
+def keep(image):
+    return image if isinstance(image, torch.Tensor) else decode_back(image)
+
+
 def decode_back(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
