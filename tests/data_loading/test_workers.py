@@ -563,6 +563,85 @@ def test_batch_that_cannot_be_sent_ends_the_run(capfd):
     assert "a loader process cannot send a batch: TypeError(" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    ],
+    ids=["of the system", "of torch"],
+)
+@pytest.mark.parametrize("place", ["start", "batch"])
+def test_too_many_open_files_are_named(error, place, monkeypatch):
+    """It was a traceback that advised to edit the program."""
+    loader = watched(0, 4, 2)
+    monkeypatch.setattr("data_loading.workers.EXIT_S", 0)
+    if place == "start":
+        monkeypatch.setattr(loader, "make", None)
+        monkeypatch.setattr(loader, "_start", lambda: next(raises(error)))
+    else:
+        monkeypatch.setattr(loader, "_start", lambda: raises("a batch", error))
+    with pytest.raises(TrainingStopped, match="too many open files .* from 2 loader .*ulimit -n"):
+        list(loader)
+
+
+LOW = """
+import resource
+from tests.data_loading.test_workers import watched
+resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
+try:
+    print(len(list(watched(0, 2, 4, timeout=60))), "batches")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [16, 24, 28, 32, 36, 40, 48])
+def test_low_limit_of_open_files_ends_the_run_at_once_or_does_not_matter(limit):
+    command = [sys.executable, "-c", LOW.format(limit=limit)]
+    done = subprocess.run(command, cwd=ROOT, check=True, timeout=50, capture_output=True, text=True)
+    said = done.stdout.splitlines()[-1]
+    assert said == "12 batches" or said.startswith("TrainingStopped"), said
+    assert said == "12 batches" or "ulimit -n" in said
+
+
+def test_wait_for_a_batch_can_be_ended(monkeypatch):
+    """A signal was ignored until a batch came."""
+    monkeypatch.setattr("data_loading.workers.POLL", 0.1)
+    loader, calls = watched(1000, 3, 1, quick=3), []
+
+    def stop(arrived: bool) -> None:
+        calls.append(arrived)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    loader.on_wait = stop
+    batches = iter(loader)
+    while loader.reading[0, 1] == IDLE:  # the first batch is there, or will be at once
+        next(batches)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert calls == [False, False]
+
+
+def test_batch_that_comes_after_a_wait_is_told(monkeypatch):
+    loader, calls = watched(0, 12, 1), []
+    loader.on_wait = calls.append
+    late = RuntimeError(f"{TIMED_OUT} after 2 seconds")
+    steps = iter([late, late, "first", "second", late, "third"])
+
+    class Batches:
+        def __next__(self) -> str:
+            step = next(steps)
+            return next(raises(step))
+
+    monkeypatch.setattr(loader, "_start", Batches)
+    assert list(loader) == ["first", "second", "third"]
+    assert calls == [False, False, True, False, True]
+
+
 def test_epoch_that_is_broken_off_does_not_disturb_the_next():
     loader = watched(0.02, 6, 1, timeout=4)
     for _ in range(2):

@@ -291,6 +291,27 @@ def test_error_of_a_data_set_is_shown_with_its_traceback_once(said):
     assert f'  File "{__file__}", line ' in said()
 
 
+def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatch):
+    """Docker's 64 MB: a loader process could not send its first batches."""
+    Usage, asked = namedtuple("Usage", "free"), []
+    usage = lambda path: asked.append(str(path)) or Usage(5 * 6 * 3 * 16 * 16 - 1)  # noqa: E731
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
+    assert dry("pretrain", "--num_workers", 2) == 1
+    assert "/dev/shm     22.5 KiB for batches of loader processes, 22.5 KiB free" in said()
+    assert "1. /dev/shm: 22.5 KiB for batches of loader processes, 22.5 KiB free; enlarge" in said()
+    assert "skipped      speed and time: batches do not fit in /dev/shm" in said()
+    assert asked[0] == "/dev/shm"
+    asked.clear()
+    assert dry("pretrain", "--num_workers", 0) == 0  # nothing is sent
+    assert "/dev/shm" not in asked
+
+
+def test_shared_memory_is_that_of_the_larger_batches_of_evaluation(said, monkeypatch):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.01)
+    assert dry("finetune", "--num_workers", 1) == 0
+    assert "/dev/shm     20.2 KiB for batches of loader" in said()  # 3 x 9 images of 768 bytes
+
+
 def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
     Usage = namedtuple("Usage", "free")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1000))
