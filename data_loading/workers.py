@@ -26,9 +26,11 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from data_loading.dataset import collate
 from errors import TrainingStopped
+from parallel.environment import WARNINGS
 
 IDLE = -1  # in place of the index of a sample
 NOT_SENT = 74  # exit code of a worker that cannot send a batch
+HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows, where the run notices a hang itself
 POLL = 2.0  # seconds between checks of the workers while the run waits for a batch
 TIMED_OUT = "DataLoader timed out"  # torch's words when no batch came for POLL seconds
 EXIT_S = 1.0  # a worker's connection may break this long before its exit code is known
@@ -135,7 +137,8 @@ class WatchedLoader:
         with suppress(ValueError):  # outside the main thread
             # torch's SIGCHLD handler can raise at any line, even in backward. While it waits for a
             # batch, DataLoader checks its workers every POLL seconds.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _check(self, error: Exception) -> None:
         """Raise TrainingStopped if a worker died or hangs; `error` unless it is a time-out."""
@@ -168,7 +171,7 @@ class WatchedLoader:
         if code == NOT_SENT:
             return f"a loader process could not send a batch, for the reason above: {LIMITS}"
         index = next((i for pid, i, _ in self.reading.tolist() if pid == process.pid), IDLE)
-        if code == -signal.SIGALRM and index != IDLE:
+        if HAS_TIMER and code == -signal.SIGALRM and index != IDLE:
             return self._describe_hang(process.pid, index)
         how = f"exited with code {code}"
         if code is not None and code < 0:
@@ -203,15 +206,17 @@ class _WatchedDataset:
     def _note(self, index: int, seconds: float) -> None:
         row = os.getpid(), index, int(time.monotonic())
         self.reading[get_worker_info().id] = torch.tensor(row)
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, even if Python code hangs in C
+        if HAS_TIMER:
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, even if Python hangs in C
 
 
 def _start_worker(worker: int) -> None:
     # A scheduler signals all processes of a job, but the run still needs batches to finish its
     # step. Workers leave with the run: torch's watchdog ends them when it is gone.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    for number in (*WARNINGS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if HAS_TIMER:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     Queue._on_queue_feeder_error = staticmethod(_exit_without_sending)
 
 

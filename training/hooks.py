@@ -147,11 +147,13 @@ class Reporter:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU if there is one, otherwise of this process."""
+    """Peak memory in MiB: of the GPU, otherwise of this process; NaN on Windows without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
