@@ -5,7 +5,7 @@
 python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
 from data_loading.folders import DatasetSpec, folder, image_folder, imnet
-from data_loading.labels import Head, class_names, differences, find_positions
+from data_loading.labels import Head, class_names, differences, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.split import split
@@ -89,13 +89,52 @@ def build_transform(is_train: bool, args: Any) -> Callable:
 
 
 def build_dataset(
-    is_train: bool, args: Any, head: Head | None = None
+    is_train: bool, args: Any, head: Head | None = None, resumes: bool = False
 ) -> tuple[TransformedDataset, int]:
     """Build the labeled dataset; returns it and its number of classes.
 
     head: its labels become positions in this head, found by class name. Evaluation data may lack
-    some of its classes; training data with other classes keeps its own order.
+    some of its classes; training data of other classes keeps its own order, or is refused if the
+    run that has this head resumes.
     """
+    data, kind = _create_labeled(is_train, args, head), "train" if is_train else "val"
+    names = classes = class_names(data)
+    if is_train and head and names is not None:
+        head = _head_to_keep(names, head, resumes)
+    elif is_train and not resumes:
+        head = None
+    positions = None
+    if head and names is not None:
+        classes, positions = head.names or names, find_positions(names, head, kind)
+    elif head and head.names is not None:
+        text = "%s has no class names, so its labels are taken for positions in %s"
+        get_logger().info(text, kind, head.source)
+    count = (head and head.count) or (None if names is None else len(names))
+    if count is None and args.nb_classes is None:
+        raise UserError(
+            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
+        )
+    if args.nb_classes and count not in (None, args.nb_classes):
+        owner = head.source if head else f"the {kind} data"
+        raise UserError(
+            f"--nb_classes {args.nb_classes}, but {owner} has {count} classes; drop --nb_classes "
+            "or fix the data"
+        )
+    dataset = TransformedDataset(
+        data,
+        build_transform(is_train, args),
+        args.seed,
+        args.in_chans,
+        count or args.nb_classes,
+        on_bad_image(is_train, args),
+        positions,
+        classes,
+    )
+    return dataset, dataset.nb_classes
+
+
+def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
+    """Create the data set that the flags name, or with --val_split a part of the training data."""
     if args.data_set == "folder":
         raise UserError(
             "--data_set folder has no labels, so main_pretrain.py alone can use it; expected class "
@@ -108,41 +147,27 @@ def build_dataset(
         args.nb_classes or (head.count if head and not is_train else None),
         args.data_index,
     )
-    kind = "train" if is_train else "val"
-    if args.val_split:
-        if args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
-            raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
-        data = split(create_dataset(args.data_set, spec, True), args.val_split, is_train)
-    else:
-        data = create_dataset(args.data_set, spec, is_train)
-    names = class_names(data)
-    if is_train and head and (names is None or set(names) != set(head.names or ())):
-        head = None
-    classes, positions = names, None
-    if head and names is not None:
-        classes, positions = head.names, find_positions(names, head, kind)
-    found = head.count if head and head.count else None if names is None else len(names)
-    if found is None and args.nb_classes is None:
-        raise UserError(
-            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
-        )
-    if args.nb_classes and found not in (None, args.nb_classes):
-        owner = head.source if head else f"the {kind} data"
-        raise UserError(
-            f"--nb_classes {args.nb_classes}, but {owner} has {found} classes; drop --nb_classes "
-            "or fix the data"
-        )
-    dataset = TransformedDataset(
-        data,
-        build_transform(is_train, args),
-        args.seed,
-        args.in_chans,
-        found or args.nb_classes,
-        on_bad_image(is_train, args),
-        positions,
-        classes,
-    )
-    return dataset, dataset.nb_classes
+    if not args.val_split:
+        return create_dataset(args.data_set, spec, is_train)
+    if args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
+        raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
+    return split(create_dataset(args.data_set, spec, True), args.val_split, is_train)
+
+
+def _head_to_keep(names: Sequence[str], head: Head, resumes: bool) -> Head | None:
+    """Return `head` if it has these classes, or None; UserError if a run must resume with it."""
+    if head.names is not None:
+        same = set(names) == set(head.names)
+        if resumes and not same:
+            raise UserError(differences(names, head, "train"))
+        return head if same else None
+    if resumes or not head.count:  # a run of an earlier version stored no names
+        return None
+    order, _ = order_of_head(names, head)
+    if order is None or set(order) != set(names):
+        return None
+    find_positions(names, head, "train")  # logs how they are matched
+    return Head(head.source, order, head.count)
 
 
 def build_datasets(
@@ -150,11 +175,9 @@ def build_datasets(
 ) -> tuple[TransformedDataset, TransformedDataset | None, int]:
     """Build (train, val, number of classes) with equal class labels; val is None if disabled.
 
-    head: of the weights that the run starts from. resumes: the classes must be those of `head`.
+    head: of the weights that the run starts from. resumes: the run itself continues.
     """
-    train, nb_classes = build_dataset(True, args, head)
-    if resumes and None not in (head.names, train.classes) and train.classes != head.names:
-        raise UserError(differences(train.classes, head, "train"))
+    train, nb_classes = build_dataset(True, args, head, resumes)
     if args.disable_eval:
         return train, None, nb_classes
     val, _ = build_dataset(False, args, Head("train", train.classes, nb_classes))

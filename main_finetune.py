@@ -166,8 +166,7 @@ def main(args: argparse.Namespace) -> None:
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
     """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
     key = EMA_KEY if args.use_ema else args.model_key
-    own_run = args.output_dir if args.auto_resume else ""
-    path = choose_evaluated(args.resume, own_run, args.finetune)
+    path = choose_evaluated(args.resume, args.output_dir, args.config, args.finetune, args.use_ema)
     sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
     saved = peek(path, key, args.model_prefix, sha256)
     args = inherit_flags(args, saved)

@@ -20,6 +20,7 @@ from errors import UserError, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
 
+INITIAL_STD = 0.02  # of the weights
 # GRN parameters and the mask token have 4 dimensions, so `ndim <= 1` would miss them.
 NO_WEIGHT_DECAY = (".bias", ".gamma", ".beta", "mask_token")
 
@@ -301,10 +302,24 @@ def build_optimizer(
     )
 
 
+def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
+    """Warn if Adam, which moves a weight by about `lr` a step at most, can hardly change them."""
+    if "adam" not in args.opt.lower() or not 0 < lr * steps < INITIAL_STD:
+        return
+    kind = "pretrain" if "mask_ratio" in vars(args) else "ft"
+    get_logger().warning(
+        "peak lr %.3g for %d steps moves a weight by %.2g at most, and initial weights have a "
+        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits batches of "
+        "16) or --epochs, or use --recipe small_data_%s",
+        lr, steps, lr * steps, INITIAL_STD, kind,
+    )  # fmt: skip
+
+
 def build_schedule(
     args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
 ) -> Schedule:
     """Build the schedule from the flags."""
+    _warn_if_too_short(args, lr, steps_per_epoch * args.epochs)
     warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
     if warmup < 0:
         warmup = round(args.warmup_epochs * steps_per_epoch)

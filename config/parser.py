@@ -6,6 +6,7 @@ python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['-
 """
 
 import argparse
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -172,9 +173,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
-def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNamespace:
+def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
+    given: as in `FrozenNamespace`; None for all flags.
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
@@ -198,7 +200,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNames
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
-    return FrozenNamespace(given, **new)
+    return FrozenNamespace(new if given is None else given, **new)
 
 
 def dump_args(args: argparse.Namespace) -> str:
@@ -271,8 +273,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    if not (args.resume or values.get("finetune")):  # otherwise once its flags are known
-        yield from shape_problems(args)
+    if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
+        yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
     if "mask_ratio" not in values:
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
@@ -284,6 +286,12 @@ def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--mean and --std belong together; give both or neither"
     elif args.mean is not None and args.imagenet_default_mean_and_std is False:
         yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
+
+
+def _has_checkpoint(folder: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(folder) and any(name.startswith("checkpoint-") for name in os.listdir(folder))
+    return False
 
 
 def shape_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -340,7 +348,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
     yield from _two_names(args)
-    if args.eval and not (args.resume or args.finetune or (args.auto_resume and args.output_dir)):
+    if args.eval and not (args.resume or args.finetune or args.output_dir):
         yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"
 
 

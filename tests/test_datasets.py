@@ -121,7 +121,7 @@ def test_missing_val_class_cannot_shift_labels(tmp_path, caplog):
     assert sorted({val[0, i][1] for i in range(len(val))}) == [0, 2]
     assert "val has no images of 1 of the 3 classes: bee" in caplog.text
     make_folders(tmp_path / "val", ["dog"])
-    with pytest.raises(UserError, match="only in val: dog; only in train: bee"):
+    with pytest.raises(UserError, match="does not know: dog; val lacks classes of train: bee"):
         datasets.build_datasets(args)
 
 
@@ -140,6 +140,32 @@ def test_labels_are_positions_in_the_head_of_the_weights(tmp_path):
     assert ([val[0, i][1] for i in (0, 2, 4)], nb_classes) == ([5, 6, 4], 7)
 
 
+def test_head_without_names_is_kept_by_number_in_training_and_evaluation(tmp_path):
+    """ImageNet's head on folders 0 to 999 was sorted as text in training only."""
+    names = [str(i) for i in range(12)]
+    for split in ("train", "val"):
+        make_folders(tmp_path / split, names)
+    args = make_args(data_set="IMNET", data_path=tmp_path)
+    train, val, _ = datasets.build_datasets(args, Head("it.pth", None, 12))
+    only_val, _ = datasets.build_dataset(False, args, Head("it.pth", None, 12))
+    assert train.classes == val.classes == names
+    for data in (train, val, only_val):
+        assert [data[0, 2 * i][1] for i in range(12)] == [0, 1, 10, 11, *range(2, 10)]
+    old, _, _ = datasets.build_datasets(args, Head("it.pth", None, 12), resumes=True)
+    assert old.classes == sorted(names)  # a run of an earlier version keeps its order
+
+
+def test_number_of_classes_without_names_is_that_of_the_run():
+    args = make_args(data_set="tests.test_datasets:unnamed")
+    head = Head("it.pth", None, 3)
+    train, _, nb_classes = datasets.build_datasets(args, head, resumes=True)
+    assert nb_classes == train.nb_classes == 3
+    args.nb_classes = 4
+    with pytest.raises(UserError, match=r"--nb_classes 4, but it.pth has 3 classes"):
+        datasets.build_datasets(args, head, resumes=True)
+    assert datasets.build_datasets(args, head)[2] == 4  # a new run needs a new head
+
+
 def test_other_classes_need_a_new_head_and_cannot_resume(tmp_path):
     for split in ("train", "val"):
         make_folders(tmp_path / split, ["ant", "bee", "zebra"])
@@ -147,7 +173,7 @@ def test_other_classes_need_a_new_head_and_cannot_resume(tmp_path):
     head = Head("it.pth", ["cat", "ant", "bee"], 3)
     train, val, _ = datasets.build_datasets(args, head)
     assert train.classes == val.classes == ["ant", "bee", "zebra"]
-    with pytest.raises(UserError, match="only in train: zebra; only in it.pth: cat"):
+    with pytest.raises(UserError, match="does not know: zebra; train lacks classes of it.pth: cat"):
         datasets.build_datasets(args, head, resumes=True)
 
 
@@ -568,6 +594,8 @@ def test_mean_of_8_bit_values_gets_a_warning(caplog, monkeypatch):
 def test_values_for_another_number_of_channels_are_refused():
     with pytest.raises(UserError, match="--std has 2 values, expected one, or one for each of 3"):
         mean_and_std(3, True, (0.1,), (0.1, 0.2))
+    with pytest.raises(UserError, match="belong together"):
+        mean_and_std(3, True, (0.1,))
 
 
 def test_split_index_and_size_reach_the_data_set(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from timm.optim import list_optimizers, param_groups_weight_decay
 from torch import nn
 
+from config import parser as options
 from data_loading.rng import seed_all
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
@@ -427,7 +428,7 @@ def test_rate_and_decay_reach_every_group_before_the_first_update():
 
 
 def schedule_flags(**changes: float) -> SimpleNamespace:
-    flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1}
+    flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1, "opt": "adamw"}
     return SimpleNamespace(**{**flags, "weight_decay": 0.04, "weight_decay_end": None, **changes})
 
 
@@ -484,3 +485,26 @@ def test_flags_reach_the_schedule():
     schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
     assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "warned"),
+    [
+        ("--batch_size 32", 18, True),  # the defaults on 100 images: the loss stayed above 0.9
+        ("--recipe small_data_pretrain", 400, False),  # 30 images
+        ("--batch_size 32 --lr 1e-3", 18, True),
+        ("--batch_size 32 --lr 1e-3", 30, False),
+        ("--lr 0", 18, False),  # deliberately
+        ("--opt sgd --lr 1e-4", 18, False),  # its steps depend on the gradients
+    ],
+)
+def test_run_that_can_hardly_learn_is_told(words, steps, warned, caplog):
+    words = ["--data_path", "x", *words.split()]
+    args = options.parse(options.pretrain_parser(), words)
+    args = args.replace(epochs=1)
+    lr = scale_lr(args.lr, args.blr, args.batch_size)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    with caplog.at_level("WARNING"):
+        build_schedule(args, optimizer, lr, steps)
+    assert ("the run will hardly learn" in caplog.text) == warned
+    assert ("--recipe small_data_pretrain" in caplog.text) == warned

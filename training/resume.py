@@ -114,12 +114,25 @@ def find_resume_point(
     return point
 
 
-def choose_evaluated(resume: str, folder: str, finetune: str) -> str:
-    """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`."""
-    own = folder and from_main_process(lambda: bool(files.list_checkpoints(Path(folder))))
-    if resume and own and Path(resume).resolve() != Path(folder).resolve():
-        get_logger().info("--resume %s is evaluated, not the run in %s", resume, folder)
-    return resume or (folder if own or not finetune else finetune)
+def choose_evaluated(
+    resume: str, folder: str, config: str | None, finetune: str, use_ema: bool = False
+) -> str:
+    """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`.
+
+    config: file of flags; the folder that holds it is the run's if the run has moved.
+    """
+    folders = [folder, *([str(Path(config).parent)] if config else [])]
+    own = from_main_process(
+        lambda: [name for name in folders if name and files.list_checkpoints(Path(name), use_ema)]
+    )
+    if not (resume or own):
+        if folder and finetune:
+            text = "%s holds no checkpoint: --finetune %s is evaluated"
+            get_logger().warning(text, folder, finetune)
+        return finetune or folder
+    if resume and own and not Path(resume).resolve().is_relative_to(Path(own[0]).resolve()):
+        get_logger().info("--resume %s is evaluated, not the run in %s", resume, own[0])
+    return resume or own[0]
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:

@@ -79,7 +79,7 @@ def test_classes_are_in_torchvisions_order(tmp_path, place):
     index = list_images(root, True, place)
     assert pairs(index) == theirs.samples
     assert list(index.classes) == theirs.classes
-    assert labels.class_map(folders.ImageFiles(index)) == theirs.class_to_idx
+    assert labels.class_names(folders.ImageFiles(index)) == theirs.classes
 
 
 def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
@@ -90,7 +90,7 @@ def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
     index = list_images(root, False, place)
     assert pairs(index) == [(p, 0) for p in sorted(walk) if p.lower().endswith(EXTENSIONS)]
     assert index.classes is None
-    assert labels.class_map(folders.ImageFiles(index)) is None
+    assert labels.class_names(folders.ImageFiles(index)) is None
 
 
 def test_link_to_a_folder_above_ends(tmp_path):

@@ -261,7 +261,7 @@ PROBLEMS = {  # name -> script, flags, part of the message
         "--data_set tests.training.test_dry_run:broken",
         "2 of 26 train images: image number 3: ZeroDivisionError: no such thing, image number 4: ",
     ),
-    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in val: c"),
+    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "does not know: c"),
     "weights": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
     "nothing divides": ("pretrain", "--effective_batch 10", "not a multiple of --batch_size 6"),
     "too few images": ("pretrain", "--batch_size 27", "--batch_size 26 or less"),
