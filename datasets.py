@@ -14,11 +14,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
-from data_loading.folders import DatasetSpec, folder, image_folder, imnet
+from data_loading.folders import DatasetSpec, ImageFiles, folder, image_folder, imnet
 from data_loading.labels import Head, class_names, differences, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.split import split
+from data_loading.split import Part, split
 from data_loading.transforms import (
     RandomErasing,
     build_mean_and_std,
@@ -28,7 +28,7 @@ from data_loading.transforms import (
     height_and_width,
 )
 from data_loading.workers import WatchedLoader
-from errors import UserError, resolve
+from errors import UserError, first_few, resolve
 from parallel.process_group import get_logger, get_rank, get_world_size
 
 SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each other
@@ -44,6 +44,7 @@ DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
 DOWNLOADED = ("CIFAR", "CIFAR10")  # if they are not in data_path
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # no names of classes
 
 
 def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
@@ -61,6 +62,36 @@ def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     if len(data) == 0:
         raise UserError(f"--data_set {data_set}: the {'train' if train else 'val'} set is empty")
     return data
+
+
+def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
+    """Describe classes that suggest a folder of another level; '' if they do not.
+
+    nb_classes: None if labels are not used.
+    """
+    names = class_names(dataset) or ()
+    fix = "give the folder that directly holds one folder of images per class"
+    if nb_classes == 1:
+        only = f", {names[0]!r}" if names else ""
+        return f"all images are of one class{only}, so there is nothing to learn; {fix}"
+    if nb_classes and names and SPLITS.issuperset(map(str.lower, names)):
+        return f"the classes are called {first_few(names)}, like parts of a data set; {fix}"
+    return ""
+
+
+def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None = None) -> None:
+    """Log images, classes and image size, and what is left out and why; warn of one class."""
+    name, classes = "train" if is_train else "val", ""
+    if nb_classes is not None:
+        names = class_names(dataset)
+        classes = f" of {nb_classes} classes" + (f" ({first_few(names)})" if names else "")
+    height, width = height_and_width(args.input_size)
+    files = dataset.dataset if isinstance(dataset, Part) else dataset
+    left_out = files.describe_left_out() if isinstance(files, ImageFiles) else ""
+    text = "%s: %d images%s, used at %d x %d pixels%s"
+    get_logger().info(text, name, len(dataset), classes, height, width, left_out)
+    if problem := describe_class_problem(dataset, nb_classes):
+        get_logger().warning("%s: %s", name, problem)
 
 
 def on_bad_image(is_train: bool, args: Any) -> str:
@@ -120,6 +151,7 @@ def build_dataset(
             f"--nb_classes {args.nb_classes}, but {owner} has {count} classes; drop --nb_classes "
             "or fix the data"
         )
+    log_dataset(data, is_train, args, count or args.nb_classes)
     dataset = TransformedDataset(
         data,
         build_transform(is_train, args),
@@ -189,6 +221,7 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     size = height_and_width(args.input_size)
     spec = DatasetSpec(args.data_path, input_size=size, data_index=args.data_index)
     data = create_dataset(args.data_set, spec, train=True)
+    log_dataset(data, True, args)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
     return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)

@@ -141,6 +141,7 @@ def main(args: argparse.Namespace) -> None:
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
+    loop.checkpoints.watch(data_loader_train, data_loader_val)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)

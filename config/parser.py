@@ -281,17 +281,17 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
+def _has_checkpoint(folder: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(folder) and any(name.startswith("checkpoint-") for name in os.listdir(folder))
+    return False
+
+
 def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
     if (args.mean is None) != (args.std is None):
         yield "--mean and --std belong together; give both or neither"
     elif args.mean is not None and args.imagenet_default_mean_and_std is False:
         yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
-
-
-def _has_checkpoint(folder: str) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(folder) and any(name.startswith("checkpoint-") for name in os.listdir(folder))
-    return False
 
 
 def shape_problems(args: argparse.Namespace) -> Iterator[str]:

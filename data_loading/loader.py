@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_loading.workers import WatchedLoader
 from errors import UserError
+from parallel.process_group import get_logger
 
 
 class DeviceLoader:
@@ -38,6 +39,7 @@ class DeviceLoader:
         self.mean, self.std = mean_std[:, None, :, None, None]  # (1, C, 1, 1) each
         self.wait_seconds = 0.0
         self.bad: dict[str, str] = {}
+        self.range_is_known = False
         self.copy_stream = None
         if self.device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(self.device)  # one: each has a memory pool
@@ -58,6 +60,7 @@ class DeviceLoader:
                 raise batch
             self.bad |= dict(batch[3])
             if len(batch[0]):  # an evaluation may have left out all
+                self._check_range(batch[0])
                 yield self._to_device(batch)
             start = time.perf_counter()
 
@@ -67,6 +70,23 @@ class DeviceLoader:
         if isinstance(batch, UserError):
             raise batch
         return self._copy(batch)
+
+    def _check_range(self, images: Tensor) -> None:
+        """Warn, at the first batch, of float images that are not in 0 to 1."""
+        if self.range_is_known or not images.is_floating_point():
+            return
+        self.range_is_known = True
+        low, high = (limit.item() for limit in images.aminmax())
+        # Resizing overshoots a little.
+        outside = ((images < -0.1) | (images > 1.1)).float().mean().item()
+        if outside > 0.1 or max(-low, high) > 10:
+            get_logger().warning(
+                "the float images of the first batch range from %.4g to %.4g; expected 0 to 1, "
+                "since mean and std for that range are applied: divide them in the data set, or "
+                "return uint8 images",
+                low,
+                high,
+            )
 
     def _copy(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Copy a batch of `collate`; returns normalized images with their patches, labels, ids."""

@@ -5,6 +5,7 @@
 import colorsys
 import logging
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 import datasets
 from data_loading import builtin
 from data_loading.dataset import TransformedDataset, collate
-from data_loading.decode import decode
+from data_loading.decode import BadImage, decode
 from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
@@ -189,7 +190,8 @@ def test_synthetic_label_survives_crops_flips_and_rotations():
     crop = create_pretrain_transform(24, scale=(0.08, 1.0))
     colors = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
     colors = torch.tensor(colors) - torch.tensor(colors).mean(1, keepdim=True)
-    val = TransformedDataset(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
+    val = builtin.Synthetic((24, 40), 10, train=False)
+    val = TransformedDataset(val, crop, seed=0, nb_classes=10)
     right = 0
     for i in range(200):
         image, label, _ = val[0, i]
@@ -283,6 +285,46 @@ def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
         text = rf"cannot read {tmp_path}/{folder} or download .*no network.*; place .* {tmp_path}"
         with pytest.raises(UserError, match=text):
             datasets.build_dataset(True, make_args(data_set=name, data_path=str(tmp_path)))
+
+
+def test_start_line_tells_images_classes_size_and_what_is_left_out(tmp_path, log):
+    """Of 100 photos of a phone and 4 others a run used 4, without a word."""
+    make_folders(tmp_path / "train", ["ant", "bee"])
+    make_folders(tmp_path / "val", ["ant", "bee"], images=1)
+    for number in range(100):
+        (tmp_path / "train" / "ant" / f"{number}.jp2").write_bytes(b"")
+    args = make_args(data_set="IMNET", data_path=tmp_path, input_size=(16, 24))
+    datasets.build_datasets(args)
+    assert log.messages == [
+        "train: 4 images of 2 classes (ant, bee), used at 16 x 24 pixels; left out 100 files: "
+        "100 .jp2",
+        "val: 2 images of 2 classes (ant, bee), used at 16 x 24 pixels",
+    ]
+    log.clear()
+    datasets.build_pretrain_dataset(args)
+    assert log.messages == ["train: 4 images, used at 16 x 24 pixels; left out 100 files: 100 .jp2"]
+    log.clear()
+    datasets.build_dataset(True, make_args(nb_classes=1, data_set="tests.test_datasets:unnamed"))
+    assert log.messages[0] == "train: 1 images of 1 classes, used at 16 x 16 pixels"
+
+
+def test_folder_of_another_level_is_a_warning(tmp_path, log):
+    """One class: loss 0 and 100% from the first epoch on."""
+    make_folders(tmp_path / "train" / "photos", "ab")
+    flags = {"data_path": tmp_path, "disable_eval": True}
+    datasets.build_datasets(make_args(data_set="IMNET", **flags))
+    (warning,) = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    assert warning == (
+        "train: all images are of one class, 'photos', so there is nothing to learn; give the "
+        "folder that directly holds one folder of images per class"
+    )
+    make_folders(tmp_path / "val" / "photos", "a")
+    log.clear()
+    datasets.build_datasets(make_args(data_set="image_folder", **flags))
+    assert "train: the classes are called train, val, like parts of a data set" in log.messages[1]
+    log.clear()
+    datasets.build_pretrain_dataset(make_args(data_set="IMNET", **flags))  # without labels
+    assert [record.levelname for record in log.records] == ["INFO"]
 
 
 # --- decoding and transforms ----------------------------------------------------------------
@@ -700,6 +742,83 @@ def test_a_bug_in_a_transform_is_not_called_an_unreadable_image():
         TransformedDataset(Listed([(picture(), 0)]), broken, 0)[0, 0]
 
 
+LABELS = {  # of the third kind of data set: what is said of the label
+    "text": ("ant", "the label str 'ant', expected an integer from 0 to 4"),
+    "float": (1.7, "the label float 1.7, expected"),
+    "whole float": (1.0, "the label float 1.0, expected"),
+    "numpy float": (np.float32(1.7), "the label float32 "),
+    "one-hot": (torch.eye(5)[1], r"the label Tensor of shape \(5,\), expected"),
+    "vector of one": (torch.tensor([3]), r"the label Tensor of shape \(1,\), expected"),
+    "array": (np.array([3]), r"the label ndarray of shape \(1,\), expected"),
+    "float tensor": (torch.tensor(1.7), r"the label Tensor tensor\(1.7"),
+    "list": ([3], r"the label list \[3\], expected"),
+    "dict": ({"label": 3}, "the label dict {'label': 3}, expected"),
+    "nothing": (None, r"it has no label; expected \(image, label\)"),
+    "too large": (5, "label 5; expected 0 to 4"),
+    "negative": (-1, "label -1; expected 0 to 4"),
+    "long text": ("x" * 10**6, "the label str 'xxx"),
+}
+
+
+@pytest.mark.parametrize(("label", "message"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
+def test_label_that_is_no_class_is_an_error(label, message, on_bad):
+    """A run trained on int(1.7), and a text was called a bad image."""
+    data = Listed([(picture(), label)])
+    data = TransformedDataset(data, create_eval_transform(8), 0, nb_classes=5, on_bad=on_bad)
+    error = data[0, 0]
+    assert isinstance(error, UserError)
+    assert not isinstance(error, BadImage)
+    assert re.match(f"image number 0: (got )?{message}", str(error))
+    assert len(str(error)) < 200
+
+
+@pytest.mark.parametrize(
+    "label", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3).byte()]
+)
+def test_label_may_be_any_kind_of_integer(label):
+    data = Listed([(picture(), label), [picture(), label]])
+    data = TransformedDataset(data, create_eval_transform(8), 0, nb_classes=5)
+    for index in range(2):
+        _, got, _ = data[0, index]
+        assert (type(got), got) == (int, 3)
+
+
+def test_tuple_of_three_is_an_error_with_its_types():
+    """It was called a bad image, and with --on_bad_image skip the run replaced all images."""
+    for item in ((picture(), 3, {"id": 1}), [picture()], ()):
+        data = TransformedDataset(
+            Listed([item]), create_eval_transform(8), 0, nb_classes=5, on_bad="replace"
+        )
+        kinds = ", ".join(type(part).__name__ for part in item)
+        text = f"image number 0: got a {type(item).__name__} of {len(item)} ({kinds}), expected (im"
+        assert str(data[0, 0]).startswith(text)
+
+
+class Broken:
+    """A label without meaning, which cannot be looked at."""
+
+    def __getattr__(self, name):
+        raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        (picture(), {"boxes": [1, 2]}), (picture(), [[1], [2]]), (picture(), "cat"),
+        (picture(), torch.eye(40)), (picture(), None), (picture(), 3, "id"), [picture()],
+        (picture(), Broken()), picture(),
+    ],
+    ids=lambda item: str(type(item)),
+)  # fmt: skip
+def test_pretraining_does_not_look_at_labels(item):
+    """Data sets like CelebA, VOC and COCO could not be used."""
+    data = TransformedDataset(Listed([item]), create_eval_transform(8), 0)
+    image, label, index = data[0, 0]
+    assert (image.shape, label, index) == ((3, 8, 8), 0, 0)
+    assert collate([data[0, 0]])[1].tolist() == [0]
+
+
 def test_color_augmentation_of_floats_is_refused():
     transform = create_train_transform(8, mean_and_std()[0], aa="rand-m9")
     result = TransformedDataset(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
@@ -709,7 +828,8 @@ def test_color_augmentation_of_floats_is_refused():
 
 def test_batches_normalize_like_totensor_and_normalize():
     images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
-    data = TransformedDataset(Listed([(image, 1) for image in images]), decode_back, 0)
+    samples = Listed([(image, 1) for image in images])
+    data = TransformedDataset(samples, decode_back, 0, nb_classes=2)
     loader = WatchedLoader(data, EvalSampler(2, 0, 1), 2)
     batches = DeviceLoader(loader, "cpu", *mean_and_std())
     ((x, labels, ids),) = list(batches)
@@ -719,6 +839,40 @@ def test_batches_normalize_like_totensor_and_normalize():
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (labels.tolist(), ids.tolist(), labels.dtype) == ([1, 1], [0, 1], torch.int64)
     assert batches.wait_seconds > 0
+
+
+def ramp(low, high):
+    """Two images with values from low to high."""
+    return torch.linspace(low, high, 2 * 3 * 64).view(2, 3, 8, 8)
+
+
+RANGES = {  # a batch of float images, and the range that is told
+    "0..255": (ramp(0, 255), "0 to 255"),
+    "0..10000": (ramp(0, 10_000), "0 to 1e+04"),
+    "standardized": (ramp(-2.1, 2.6), "-2.1 to 2.6"),
+    "-1..1": (ramp(-1, 1), "-1 to 1"),
+    "dark": (torch.eye(8).expand(2, 3, 8, 8)[..., :1, :] * ramp(254, 255), "0 to 255"),
+    "0..1": (ramp(0, 1), None),
+    "overshoot": (ramp(-0.12, 1.12), None),
+    "erased": (torch.cat([ramp(0, 1)[:, :, 1:], ramp(-1, 2)[:, :, :1]], 2), None),
+    "uint8": (ramp(0, 255).to(torch.uint8), None),
+}
+
+
+@pytest.mark.parametrize(("images", "told"), RANGES.values(), ids=RANGES)
+def test_range_of_float_images_is_checked_at_the_first_batch(images, told, log):
+    """Images in 0..255 or 0..10000 trained without a word, far from the mean and std."""
+    data = TransformedDataset(Listed([(image, 0) for image in images]), keep, 0)
+    batches = DeviceLoader(WatchedLoader(data, EvalSampler(2, 0, 1), 2), "cpu", *mean_and_std())
+    for _ in range(2):
+        list(batches)
+    warnings = [text.partition(", since")[0] for text in log.messages]
+    text = f"the float images of the first batch range from {told}; expected 0 to 1"
+    assert warnings == [text] * (told is not None)
+
+
+def keep(image):
+    return image if isinstance(image, torch.Tensor) else decode_back(image)
 
 
 def decode_back(image):

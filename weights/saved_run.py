@@ -86,7 +86,8 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
         del names["crop_pct"]
     if args.given & NORMALIZATION.keys():
         names = {name: kind for name, kind in names.items() if name not in NORMALIZATION}
-        _warn_of_other_normalization(args, saved)
+        if not resumes:
+            _warn_of_other_normalization(args, saved)
     taken: dict[str, Any] = {}
     for name in [name for name in names if name in saved.flags and name in vars(args)]:
         value = _normalized(name, saved.flags[name])
@@ -133,7 +134,9 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
     )
     if own != other:
         texts = [f"mean {as_typed(mean)} and std {as_typed(std)}" for mean, std in (own, other)]
-        get_logger().warning("%s, but %s was trained with %s", texts[0], saved.source, texts[1])
+        get_logger().warning(
+            "%s are used; %s was trained with %s", texts[0], saved.source, texts[1]
+        )
 
 
 def _normalized(name: str, value: Any) -> Any:

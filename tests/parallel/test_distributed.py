@@ -266,6 +266,7 @@ def ranks_refuse(rank: int, folder: Path) -> str:
 def ranks_lose_the_run_folder(rank: int, folder: Path) -> list[str]:
     """Let another run take over the lock, which only rank 0 holds."""
     guard = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)
+    guard.recent = torch.zeros(2, 1)  # as a meter
     run_lock.BEAT = 0.05
     acquire_run_lock(str(folder / "lost"))
     if rank == 0:

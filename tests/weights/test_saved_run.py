@@ -71,9 +71,9 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
     caplog.clear()
     words = ("--resume", "x", "--imagenet_default_mean_and_std", "true")
     assert changed(finetune(*words), OWN_MEAN) == {}
-    own = "mean 0.485 0.456 0.406 and std 0.229 0.224 0.225"
-    saved = "but it.pth was trained with mean 0.3 0.3 0.3 and std 0.2 0.2 0.2"
-    assert [record.getMessage() for record in caplog.records] == [f"{own}, {saved}"]
+    own = "mean 0.485 0.456 0.406 and std 0.229 0.224 0.225 are used"
+    saved = "it.pth was trained with mean 0.3 0.3 0.3 and std 0.2 0.2 0.2"
+    assert [record.getMessage() for record in caplog.records] == [f"{own}; {saved}"]
     caplog.clear()
     words = ("--resume", "x", "--mean", "0.5", "--std", "0.5")
     assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
@@ -158,14 +158,15 @@ def test_sizes_are_checked_after_they_are_known():
         ({"input_size": "big"}, "it.pth stores --input_size 'big', expected one or two integers"),
         ({"input_size": []}, r"stores --input_size \[\], expected one or two integers; give"),
         ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer; give --in_chans"),
+        ({"mean": ["a"], "std": [1]}, r"it.pth stores --mean \['a'\], expected numbers"),
     ],
 )
 def test_file_cannot_choose_code_or_break_the_run(flags, text):
     with pytest.raises(UserError, match=text):
         changed(finetune(), flags)
-    ((name, value),) = flags.items()
-    given = {"model": "my.nets:tiny", "input_size": "64", "in_chans": "1"}[name]
-    assert changed(finetune(f"--{name}", given), flags) == {}
+    given = {"model": "my.nets:tiny", "input_size": "64", "in_chans": "1", "mean": "0", "std": "1"}
+    words = [word for name in flags for word in (f"--{name}", given[name])]
+    assert changed(finetune(*words), flags) == {}
 
 
 @pytest.mark.parametrize(
