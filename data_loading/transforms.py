@@ -117,6 +117,8 @@ def mean_and_std(
 
     mean, std: values to return instead; one value is for all channels.
     """
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std belong together; give both or neither")
     if mean is not None and std is not None:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, in_chans):

@@ -636,6 +636,8 @@ def test_mean_of_8_bit_values_gets_a_warning(caplog, monkeypatch):
 def test_values_for_another_number_of_channels_are_refused():
     with pytest.raises(UserError, match="--std has 2 values, expected one, or one for each of 3"):
         mean_and_std(3, True, (0.1,), (0.1, 0.2))
+    with pytest.raises(UserError, match="belong together"):
+        mean_and_std(3, True, (0.1,))
 
 
 def test_split_index_and_size_reach_the_data_set(tmp_path):

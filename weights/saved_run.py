@@ -13,7 +13,6 @@ from typing import Any
 from config.flags import as_typed
 from config.parser import FrozenNamespace, shape_problems
 from data_loading.labels import Head
-from data_loading.transforms import mean_and_std
 from errors import UserError
 from models import MODELS
 from models.convnextv2 import SIZES
@@ -25,7 +24,8 @@ from weights.convert import describe, to_convnextv2
 SHAPE = {"model": "a name", "stem_stride": "an integer"}
 INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integers"}
 INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
-NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean", "mean": "numbers", "std": "numbers"}
+NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean"}
+NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
@@ -117,6 +117,28 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     return args
 
 
+def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None:
+    """Warn if the given mean and std differ from those that a checkpoint was trained with."""
+    from data_loading.transforms import mean_and_std  # torchvision, which hubconf does without
+
+    stored = {name: saved.flags[name] for name in NORMALIZATION if name in saved.flags}
+    values = {name: _normalized(name, value) for name, value in stored.items()}
+    if not stored or None in values.values():  # of another toolkit, or unreadable
+        return
+    size = max(len(values.get("mean", ())), len(values.get("std", ())))
+    values["in_chans"] = size if size > 1 else args.in_chans
+    values.setdefault("imagenet_default_mean_and_std", True)
+    own, other = (
+        mean_and_std(flags["in_chans"], *(flags.get(name) for name in NORMALIZATION))
+        for flags in (vars(args), values)
+    )
+    if own != other:
+        texts = [f"mean {as_typed(mean)} and std {as_typed(std)}" for mean, std in (own, other)]
+        get_logger().warning(
+            "%s are used; %s was trained with %s", texts[0], saved.source, texts[1]
+        )
+
+
 def _normalized(name: str, value: Any) -> Any:
     """Return a flag's value as `config.parser.finalize` writes it; None if it cannot be one."""
     expected = (INHERITED | RESUMED)[name]
@@ -128,25 +150,11 @@ def _normalized(name: str, value: Any) -> Any:
             return None
         return (*sides, *sides)[:2] if len(sides) < 3 else tuple(sides[1:])
     if expected == "numbers":
-        valid = isinstance(value, list | tuple) and all(type(x) in (int, float) for x in value)
-        return tuple(value) if valid else None
+        is_list = isinstance(value, list | tuple) and len(value) > 0
+        return tuple(value) if is_list and all(type(x) in (int, float) for x in value) else None
     if type(value) not in TYPES[expected]:
         return None
     return value.removeprefix("fcmae_") if name == "model" else value
-
-
-def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None:
-    """Warn if the given mean and std differ from those that a checkpoint was trained with."""
-    if not NORMALIZATION.keys() & saved.flags.keys():  # of another toolkit
-        return
-    own, other = (
-        mean_and_std(flags.get("in_chans", 3), *(flags.get(name) for name in NORMALIZATION))
-        for flags in (vars(args), {"imagenet_default_mean_and_std": True, **saved.flags})
-    )
-    if own != other:
-        texts = [f"mean {as_typed(mean)} and std {as_typed(std)}" for mean, std in (own, other)]
-        text = "%s are used; %s was trained with %s"
-        get_logger().warning(text, texts[0], saved.source, texts[1])
 
 
 def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:

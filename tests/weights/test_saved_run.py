@@ -79,6 +79,9 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
     assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
     assert caplog.records == []  # 0.5 are Inception's
     assert changed(finetune(*words), {"lr": 1.0}) == {}  # a run that stores none
+    rgb = {"mean": [0.1, 0.2, 0.3], "std": [1.0]}
+    changed(finetune(*words, "--in_chans", "1"), rgb)
+    assert "trained with mean 0.1 0.2 0.3 and std 1.0 1.0 1.0" in caplog.text
 
 
 def test_values_for_other_channels_are_refused_once_the_channels_are_known():
@@ -164,6 +167,19 @@ def test_file_cannot_choose_code_or_break_the_run(flags, text):
     given = {"model": "my.nets:tiny", "input_size": "64", "in_chans": "1", "mean": "0", "std": "1"}
     words = [word for name in flags for word in (f"--{name}", given[name])]
     assert changed(finetune(*words), flags) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"mean": ["a"], "std": [1]}, r"stores --mean \['a'\], expected numbers; give --mean"),
+        ({"mean": [1.0], "std": []}, r"stores --std \[\], expected numbers; give --std"),
+    ],
+)
+def test_unreadable_mean_and_std_of_a_file_do_not_break_a_run_with_its_own(flags, text):
+    with pytest.raises(UserError, match=text):
+        changed(finetune(), flags)
+    assert changed(finetune("--mean", "0", "--std", "1"), flags) == {}
 
 
 def test_names_and_sizes_of_other_libraries(tmp_path):
