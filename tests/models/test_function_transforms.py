@@ -155,6 +155,22 @@ def test_batched_gradients_of_the_backward_pass(build, dtype):
     close(ours, torch.stack(wanted))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_image_draws_its_own_dropped_paths_under_vmap(checkpointing):
+    """With gradient checkpointing, which torch.func's transforms refuse, nothing is recomputed."""
+    model = shaken(ConvNeXtV2((1, 1), (4, 6), num_classes=3, drop_path_rate=0.5), torch.float64)
+    model.train().set_grad_checkpointing(checkpointing)
+    own = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(own, image):
+        return func.functional_call(model, own, (image[None],)).square().sum()
+
+    gradients = func.vmap(func.grad(loss), in_dims=(None, 0), randomness="different")
+    last = gradients(own, images_of(torch.float64, 16, 16))["stages.1.0.pwconv2.weight"]
+    kept = (last != 0).flatten(1).any(1)
+    assert 0 < kept.sum() < 16
+
+
 # --- torch.fx ------------------------------------------------------------------------------
 
 
