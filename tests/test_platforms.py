@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HIDE = """
 import os, signal, sys
 sys.modules["resource"] = None
-for name in ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGALRM", "setitimer", "ITIMER_REAL", "SIGKILL"):
+for name in ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGALRM", "setitimer", "ITIMER_REAL"):
     delattr(signal, name)
 for name in ("sched_getaffinity", "setpriority", "O_DIRECTORY", "fork"):
     delattr(os, name)
