@@ -360,7 +360,7 @@ FINETUNE: dict[str, Row] = {
 }  # fmt: skip
 # Flags that other tests show to act, with the file.
 ELSEWHERE = {
-    "tests/data_loading/test_split.py": "--val_split",
+    "tests/data_loading/test_split.py": "val_split",
     "tests/data_loading/test_folders.py": "data_index",
     "tests/training/test_checkpoint.py": "auto_resume",
     "tests/config/test_recipes.py": "config recipe",

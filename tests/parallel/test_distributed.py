@@ -26,7 +26,7 @@ from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
 from data_loading.workers import WatchedLoader
 from engine_finetune import evaluate
-from errors import TrainingStopped, UserError
+from errors import Preempted, TrainingStopped, UserError
 from models.convnextv2 import ConvNeXtV2
 from optim_factory import create_optimizer
 from parallel import process_group
@@ -286,6 +286,36 @@ def ranks_lose_the_run_folder(rank: int, folder: Path) -> list[str]:
     return messages
 
 
+def ranks_wait_for_batches(rank: int, folder: Path) -> dict[str, list]:
+    """Ask both ranks to stop while both, or one, wait for a batch."""
+    quiet = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None)
+    found = {}
+    for step, case in enumerate(("both", "one"), 1):
+        state = TrainState(global_step=step, samples_in_epoch=step)
+        saved, means = [], Means(["loss"], CPU)
+        try:
+            with CheckpointManager(lambda state, saved=saved, **_: saved.append(state)) as keeper:
+                means.update(1, loss=torch.tensor(2.0 + rank))
+                keeper.after_step(state, means, quiet)
+                state.samples_in_epoch += 1  # an accumulation window begins
+                means.update(1, loss=torch.tensor(100.0))
+                keeper._on_wait(False)  # not asked to stop
+                keeper.signals.reason = "SIGTERM"
+                if case == "one":
+                    for arrived in (False, False, True) if rank == 0 else (True,):
+                        keeper._on_wait(arrived)
+                    state.global_step += 1
+                    keeper.after_step(state, means, quiet)
+                    keeper.after_step(state, means, quiet)  # the vote is one step late
+                while True:
+                    keeper._on_wait(False)
+                    time.sleep(0.01)
+        except Preempted as stop:
+            found[case] = [str(stop).partition(" Exit")[0]]
+            found[case] += [(s.samples_in_epoch, s.epoch_sums["means"]["recent"]) for s in saved]
+    return found
+
+
 def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
     """Make args.yaml, log.txt or TensorBoard's folder unwritable."""
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
@@ -313,6 +343,7 @@ JOBS = [  # in this order
     ranks_resume,
     ranks_refuse,
     ranks_lose_the_run_folder,
+    ranks_wait_for_batches,
     ranks_cannot_write,
     ranks_have_unused_parameters,
 ]
@@ -459,6 +490,18 @@ def test_run_folder_lost_by_rank_0_ends_all_ranks_at_the_same_step(results):
     for text, step in (result["ranks_lose_the_run_folder"] for result in results):
         assert re.fullmatch("lost was taken over by process [0-9]+ on elsewhere", text)
         assert step == "4"  # the vote is one step late
+
+
+def test_ranks_that_all_wait_for_a_batch_save_the_last_step_together(results):
+    """If one of them saved alone, it would wait for the others, and they for its gradients."""
+    sums = [[[2.0], [1.0]], [[3.0], [1.0]]]
+    for result in results:
+        stopped, saved = result["ranks_wait_for_batches"]["both"]
+        assert stopped == "stopped by SIGTERM at epoch 0, step 1; checkpoint saved."
+        assert saved == (1, sums)
+        stopped, saved = result["ranks_wait_for_batches"]["one"]
+        assert stopped == "stopped by SIGTERM at epoch 0, step 3; checkpoint saved."
+        assert saved[0] == 3
 
 
 def test_hooks_that_cannot_write_end_all_ranks(results):
