@@ -21,6 +21,7 @@ from data_loading.folders import DatasetSpec
 from errors import UserError
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
+from training.checkpoint import TrainState
 from training.pictures import TITLES, ReconstructionImages
 from weights.files import load_weights, read_checkpoint
 
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     spec = DatasetSpec(args.data_path, input_size=args.input_size, **sources)
     data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
     drawing = ReconstructionImages(args, data, model, device, count=args.num_images)
-    image = drawing.draw(model, args.epochs)
+    image = drawing.draw(model, TrainState(args.epochs))
     try:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_image(image, args.output)

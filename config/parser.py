@@ -179,6 +179,8 @@ def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNames
     new["input_size"] = size * 2 if len(size) == 1 else size
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
+    if new["output_dir"] == "none":
+        new["output_dir"] = ""
     if new.get("job_dir") == "":
         new["job_dir"] = "./runs/%j"
     if new["use_amp"] is False and new["amp"] is None:

@@ -21,6 +21,7 @@ from data_loading.workers import WatchedLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from parallel import sharding
 from parallel.process_group import is_main_process
+from training.checkpoint import TrainState
 from training.stepper import autocast
 
 GRAY = 0.5  # shown where a column has no pixels
@@ -62,12 +63,14 @@ class ReconstructionImages:
         noise = mask_noise(args.seed, 0, ids, h * w)
         self.mask = random_mask(noise, visible_patches(h * w, model.mask_ratio))  # (N, L)
 
-    def draw(self, model: FCMAE, epoch: int) -> Tensor | None:
-        """Draw (3, H, W) on rank 0 if the run shows images after `epoch` epochs; otherwise None.
+    def draw(self, model: FCMAE, state: TrainState) -> Tensor | None:
+        """Draw (3, H, W) on rank 0 if the run shows images after this epoch; otherwise None.
 
         Every rank must call it, since sharded weights are gathered.
         """
-        if not self.picture_freq or (epoch % self.picture_freq and epoch != self.epochs):
+        epoch = state.epoch  # the number of finished epochs
+        due = self.picture_freq and (epoch % self.picture_freq == 0 or epoch == self.epochs)
+        if not due or epoch == 0 or state.samples_in_epoch:
             return None
         with sharding.unsharded(model) as network, autocast(self.device, self.amp):
             if not is_main_process():

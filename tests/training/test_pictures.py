@@ -9,6 +9,7 @@ from config import parser as options
 from data_loading import builtin
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from training.checkpoint import TrainState
 from training.pictures import GRAY, ReconstructionImages, grid, reconstruct
 
 CPU = torch.device("cpu")
@@ -121,6 +122,7 @@ def test_run_draws_every_so_many_epochs_and_after_the_last(freq, drawn):
     args = options.parse(options.pretrain_parser(), words)
     model = toy()
     images = ReconstructionImages(args, builtin.Digits(train=False), model, CPU)
-    found = {epoch: images.draw(model, epoch) for epoch in range(1, 6)}
+    found = {epoch: images.draw(model, TrainState(epoch)) for epoch in range(6)}
+    assert images.draw(model, TrainState(2, samples_in_epoch=6)) is None  # resumed in an epoch
     assert [epoch for epoch, image in found.items() if image is not None] == drawn
     assert all(found[epoch].shape == found[5].shape for epoch in drawn)
