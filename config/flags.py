@@ -272,8 +272,9 @@ FLAGS[JOB] = (
     ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 on failure"),
 )
 FLAGS["drawing"] = (
-    ("--checkpoint", PATH, "", "checkpoint or output folder of main_pretrain.py"),
+    ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
     ("--output", PATH, "imagined.png", "PNG file to write"),
+    ("--images", PATH, None, "image files and folders to draw; default: the run's data", "+"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )

@@ -141,9 +141,11 @@ def visualize_parser() -> argparse.ArgumentParser:
     aim = "Draw images, their masks and their reconstructions by a pre-trained model."
     parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
     add_flags(parser, "drawing")
-    names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
+    names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
+    names += "--input_size --mask_ratio --imagenet_default_mean_and_std"
     add_flags(parser, "overrides of the run's flags", names)
-    parser.set_defaults(model=None, data_set=None, data_path=None, data_index=None, seed=None)
+    unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
+    parser.set_defaults(**dict.fromkeys(unset))
     return parser
 
 
