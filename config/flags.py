@@ -51,6 +51,13 @@ def number(kind: str) -> dict[str, Any]:
     return {"type": convert, "metavar": name.upper()}
 
 
+# Flags in --help of the training scripts and of submitit; --help all shows the others too.
+EVERYDAY = """
+model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
+config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq num_workers
+on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
+cluster nodes ngpus timeout job_dir partition array follow
+"""
 HELP = """%(aim)s
 
   python main_%(kind)s.py --recipe digits_%(kind)s --output_dir runs/digits
@@ -111,7 +118,7 @@ TARGETS |= GRAPHS
 FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
-    ("--model", NAME, "convnextv2_base", "name in models.list_models() or package.module:function"),
+    ("--model", NAME, "convnextv2_base", "name of --list_models, or package.module:function"),
     ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
     ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,

@@ -31,7 +31,7 @@ def folder_name(args: Any, model: str, now: float) -> Path:
 def create_run_folder(args: Any, model: str) -> str:
     """Create a new folder, the same for all ranks; every rank must call it.
 
-    Processes that torchrun starts again go on with the folder of those before.
+    Processes that torchrun starts again continue in the folder of those before.
     """
     return from_main_process(lambda: recall(KEY) or _create(folder_name(args, model, time.time())))
 
