@@ -5,7 +5,8 @@
 python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,21 +14,22 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
-from data_loading.folders import DatasetSpec, folder, image_folder, imnet
-from data_loading.labels import Head, class_names, differences, find_positions
+from data_loading.folders import DatasetSpec, ImageFiles, folder, image_folder, imnet
+from data_loading.labels import Head, class_names, differences, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
+from data_loading.split import Part, split
 from data_loading.transforms import (
     RandomErasing,
+    build_mean_and_std,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
     height_and_width,
-    mean_and_std,
 )
 from data_loading.workers import WatchedLoader
-from errors import UserError, resolve
-from parallel.process_group import get_rank, get_world_size
+from errors import UserError, first_few, resolve
+from parallel.process_group import get_logger, get_rank, get_world_size
 
 SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each other
 
@@ -42,6 +44,7 @@ DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
 DOWNLOADED = ("CIFAR", "CIFAR10")  # if they are not in data_path
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # no names of classes
 
 
 def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
@@ -61,6 +64,36 @@ def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     return data
 
 
+def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
+    """Describe classes that suggest a folder of another level; '' if they do not.
+
+    nb_classes: None if labels are not used.
+    """
+    names = class_names(dataset) or ()
+    fix = "give the folder that directly holds one folder of images per class"
+    if nb_classes == 1:
+        only = f", {names[0]!r}" if names else ""
+        return f"all images are of one class{only}, so there is nothing to learn; {fix}"
+    if nb_classes and names and SPLITS.issuperset(map(str.lower, names)):
+        return f"the classes are called {first_few(names)}, like parts of a data set; {fix}"
+    return ""
+
+
+def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None = None) -> None:
+    """Log images, classes and image size, and what is left out and why; warn of one class."""
+    name, classes = "train" if is_train else "val", ""
+    if nb_classes is not None:
+        names = class_names(dataset)
+        classes = f" of {nb_classes} classes" + (f" ({first_few(names)})" if names else "")
+    height, width = height_and_width(args.input_size)
+    files = dataset.dataset if isinstance(dataset, Part) else dataset
+    left_out = files.describe_left_out() if isinstance(files, ImageFiles) else ""
+    text = "%s: %d images%s, used at %d x %d pixels%s"
+    get_logger().info(text, name, len(dataset), classes, height, width, left_out)
+    if problem := describe_class_problem(dataset, nb_classes):
+        get_logger().warning("%s: %s", name, problem)
+
+
 def on_bad_image(is_train: bool, args: Any) -> str:
     """Return `on_bad` of `TransformedDataset`; evaluation must not count another image instead."""
     return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]
@@ -70,10 +103,10 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
-    mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    mean, _ = build_mean_and_std(args)
     erasing = None
     if args.reprob > 0:
-        erasing = RandomErasing(args.reprob, args.remode, args.recount, mean, std)
+        erasing = RandomErasing(args.reprob, args.remode, args.recount)
     return create_train_transform(
         args.input_size,
         mean,
@@ -87,13 +120,53 @@ def build_transform(is_train: bool, args: Any) -> Callable:
 
 
 def build_dataset(
-    is_train: bool, args: Any, head: Head | None = None
+    is_train: bool, args: Any, head: Head | None = None, resumes: bool = False
 ) -> tuple[TransformedDataset, int]:
     """Build the labeled dataset; returns it and its number of classes.
 
     head: its labels become positions in this head, found by class name. Evaluation data may lack
-    some of its classes; training data with other classes keeps its own order.
+    some of its classes; training data of other classes keeps its own order, or is refused if the
+    run that has this head resumes.
     """
+    data, kind = _create_labeled(is_train, args, head), "train" if is_train else "val"
+    names = classes = class_names(data)
+    if is_train and head and names is not None:
+        head = _head_to_keep(names, head, resumes)
+    elif is_train and not resumes:
+        head = None
+    positions = None
+    if head and names is not None:
+        classes, positions = head.names or names, find_positions(names, head, kind)
+    elif head and head.names is not None:
+        text = "%s has no class names, so its labels are taken for positions in %s"
+        get_logger().info(text, kind, head.source)
+    count = (head and head.count) or (None if names is None else len(names))
+    if count is None and args.nb_classes is None:
+        raise UserError(
+            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
+        )
+    if args.nb_classes and count not in (None, args.nb_classes):
+        owner = head.source if head else f"the {kind} data"
+        raise UserError(
+            f"--nb_classes {args.nb_classes}, but {owner} has {count} classes; drop --nb_classes "
+            "or fix the data"
+        )
+    log_dataset(data, is_train, args, count or args.nb_classes)
+    dataset = TransformedDataset(
+        data,
+        build_transform(is_train, args),
+        args.seed,
+        args.in_chans,
+        count or args.nb_classes,
+        on_bad_image(is_train, args),
+        positions,
+        classes,
+    )
+    return dataset, dataset.nb_classes
+
+
+def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
+    """Create the data set that the flags name, or with --val_split a part of the training data."""
     if args.data_set == "folder":
         raise UserError(
             "--data_set folder has no labels, so main_pretrain.py alone can use it; expected class "
@@ -106,35 +179,27 @@ def build_dataset(
         args.nb_classes or (head.count if head and not is_train else None),
         args.data_index,
     )
-    data, kind = create_dataset(args.data_set, spec, is_train), "train" if is_train else "val"
-    names = class_names(data)
-    if is_train and head and (names is None or set(names) != set(head.names or ())):
-        head = None
-    classes, positions = names, None
-    if head and names is not None:
-        classes, positions = head.names, find_positions(names, head, kind)
-    found = head.count if head and head.count else None if names is None else len(names)
-    if found is None and args.nb_classes is None:
-        raise UserError(
-            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
-        )
-    if args.nb_classes and found not in (None, args.nb_classes):
-        owner = head.source if head else f"the {kind} data"
-        raise UserError(
-            f"--nb_classes {args.nb_classes}, but {owner} has {found} classes; drop --nb_classes "
-            "or fix the data"
-        )
-    dataset = TransformedDataset(
-        data,
-        build_transform(is_train, args),
-        args.seed,
-        args.in_chans,
-        found or args.nb_classes,
-        on_bad_image(is_train, args),
-        positions,
-        classes,
-    )
-    return dataset, dataset.nb_classes
+    if not args.val_split:
+        return create_dataset(args.data_set, spec, is_train)
+    if args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
+        raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
+    return split(create_dataset(args.data_set, spec, True), args.val_split, is_train)
+
+
+def _head_to_keep(names: Sequence[str], head: Head, resumes: bool) -> Head | None:
+    """Return `head` if it has these classes, or None; UserError if a run must resume with it."""
+    if head.names is not None:
+        same = set(names) == set(head.names)
+        if resumes and not same:
+            raise UserError(differences(names, head, "train"))
+        return head if same else None
+    if resumes or not head.count:  # a run of an earlier version stored no names
+        return None
+    order, _ = order_of_head(names, head)
+    if order is None or set(order) != set(names):
+        return None
+    find_positions(names, head, "train")  # logs how they are matched
+    return Head(head.source, order, head.count)
 
 
 def build_datasets(
@@ -142,11 +207,9 @@ def build_datasets(
 ) -> tuple[TransformedDataset, TransformedDataset | None, int]:
     """Build (train, val, number of classes) with equal class labels; val is None if disabled.
 
-    head: of the weights that the run starts from. resumes: the classes must be those of `head`.
+    head: of the weights that the run starts from. resumes: the run itself continues.
     """
-    train, nb_classes = build_dataset(True, args, head)
-    if resumes and None not in (head.names, train.classes) and train.classes != head.names:
-        raise UserError(differences(train.classes, head, "train"))
+    train, nb_classes = build_dataset(True, args, head, resumes)
     if args.disable_eval:
         return train, None, nb_classes
     val, _ = build_dataset(False, args, Head("train", train.classes, nb_classes))
@@ -158,6 +221,7 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     size = height_and_width(args.input_size)
     spec = DatasetSpec(args.data_path, input_size=size, data_index=args.data_index)
     data = create_dataset(args.data_set, spec, train=True)
+    log_dataset(data, True, args)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
     return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
@@ -182,7 +246,13 @@ def build_loader(
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
     )
-    mean, std = mean_and_std(args.in_chans, args.imagenet_default_mean_and_std)
+    mean, std = build_mean_and_std(args)
+    if is_train and max(map(abs, mean)) > 1:
+        get_logger().warning(
+            "--mean %g: images of 0 to 255 are scaled to 0 to 1; if yours are such, divide by 255: "
+            "--mean %.4g --std %.4g",
+            *(mean[0], mean[0] / 255, std[0] / 255),
+        )
     return DeviceLoader(loader, device, mean, std)
 
 

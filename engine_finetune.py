@@ -16,9 +16,9 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
 from errors import UserError, first_few
 from parallel import sharding
-from parallel.process_group import get_rank, get_world_size
+from parallel.process_group import all_reduce_sum, get_logger, get_rank, get_world_size
 from training.ema import ModelEma
-from training.meters import Means, accuracy
+from training.meters import Means, accuracy, unusable
 from training.setup import TrainLoop
 from training.stepper import autocast
 
@@ -83,19 +83,26 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss and accuracies over the images of all ranks; every image counts once.
 
+    An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
     """
     model.eval()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
+    broken = torch.zeros((), dtype=torch.int64, device=device)
     sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
     with sharding.unsharded(model) as network:
         for images, labels, _ in data_loader:
             with autocast(device, amp):
                 logits = network(images)
             logits = logits.float()
+            losses = F.cross_entropy(logits, labels, reduction="none")
             acc1, acc5 = accuracy(logits, labels, (1, 5))
-            means.update(len(images), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
-    stats = means.read()
+            means.update(len(images), loss=losses, acc1=acc1, acc5=acc5)
+            broken += unusable(logits).sum()
+    stats, broken = means.read(), all_reduce_sum(broken).item()
+    if broken:
+        text = "NaN or Inf logits for %d images, which count as wrong; check weights and images"
+        get_logger().warning(text, broken)
     if math.isnan(stats["acc1"]):  # no image on any rank
         reasons = [f"{name} ({reason})" for name, reason in data_loader.bad.items()]
         raise UserError(

@@ -12,8 +12,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from config import parser as options
 from config.flags import GRAPHS, TARGETS
@@ -29,17 +31,18 @@ from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
+from models import build_classifier
 from models.convnextv2 import SIZES
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
-from weights.convert import describe, to_convnextv2, to_official, to_timm
+from weights.convert import Report, describe, to_convnextv2, to_official, to_timm
 from weights.export_formats import ExportSpec, Network, save
-from weights.files import read_checkpoint
-from weights.huggingface import find_labels, read_hf, write_hf
+from weights.files import check_finite, read_checkpoint
+from weights.fit import find_classifier, fit_weights
+from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 
-OWN_LAYOUT = "ConvNeXt V2 toolkit (the official names)"
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (lambda spec, path: save(to_timm(spec.state), path), formats.read_timm, "timm"),
     "hf": (write_hf, read_hf, "transformers"),
@@ -49,7 +52,7 @@ FORMATS = {  # target -> function that writes it, function that reads it, packag
         "timm",
     ),
     "safetensors": (
-        lambda spec, path: save(spec.full_state, path, layout=OWN_LAYOUT),
+        lambda spec, path: save(spec.full_state, path, layout=spec.layout),
         formats.read_safetensors,
         "safetensors",
     ),
@@ -66,35 +69,29 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     key = EMA_KEY if args.use_ema else args.model_key
     checkpoint = read_checkpoint(args.checkpoint, args.sha256, ema=args.use_ema)
     weights = select_state_dict(checkpoint, args.checkpoint, key, args.model_prefix)
-    try:
-        state, report = to_convnextv2(weights)
-        shape = describe(state)
-        full_state = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
-    except UserError as error:
-        raise UserError(f"{args.checkpoint}: {error}") from error
     run = checkpoint.get("args") or {}
     run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
-    found = shape["depths"], shape["dims"]
-    expected = SIZES.get(
-        str(run.get("model")).removeprefix("fcmae_").removeprefix("convnextv2_"), found
-    )
-    if found != expected:
-        raise UserError(
-            f"{args.checkpoint}: the run trained {run['model']} of depths and widths {expected}, "
-            f"but these weights have {found}; the file is incomplete or mixed, give another"
-        )
-    notes = [f"loaded {len(state)} tensors ({report})", large_weights(state)]
+    load = load_own_network if args.model else load_convnext
+    try:
+        spec, report = load(weights, run, args.model)
+    except UserError as error:
+        raise UserError(f"{args.checkpoint}: {error}") from error
+    notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
     for note in filter(None, notes):  # standard output is for the result
         print(f"{args.checkpoint}: {note}", file=sys.stderr)
-    side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
+    shape, side = spec.shape, 224
+    if not args.model:
+        side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
+    found |= {"mean": None, "std": None}
+    if args.imagenet_default_mean_and_std is not None:  # it replaces the run's own values
+        run = {name: value for name, value in run.items() if name not in ("mean", "std")}
     for flags in (run, {name: getattr(args, name) for name in found}):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
-    mean, std = mean_and_std(shape["in_chans"], found["imagenet_default_mean_and_std"])
-    return ExportSpec(
-        state,
-        full_state,
-        shape,
+    own = found["imagenet_default_mean_and_std"], found["mean"], found["std"]
+    mean, std = mean_and_std(shape["in_chans"], *own)
+    return replace(
+        spec,
         size=height_and_width(found["input_size"]),
         mean=mean,
         std=std,
@@ -105,12 +102,55 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     )
 
 
+def load_convnext(
+    weights: Mapping[str, Tensor], run: Mapping[str, Any], model: None
+) -> tuple[ExportSpec, Report]:
+    """Convert weights of a ConvNeXt V2 and find its shape in them. run: flags of the run."""
+    name = str(run.get("model"))
+    try:
+        state, report = to_convnextv2(weights)
+    except UserError as error:
+        hint = f"; they were trained with code, to run it give --model {name}" * (":" in name)
+        raise UserError(f"{error}{hint}") from error
+    shape = describe(state)
+    found = shape["depths"], shape["dims"]
+    expected = SIZES.get(name.removeprefix("fcmae_").removeprefix("convnextv2_"), found)
+    if found != expected:
+        raise UserError(
+            f"the run trained {name} of depths and widths {expected}, but these weights have "
+            f"{found}; the file is incomplete or mixed, give another"
+        )
+    full_state = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
+    return ExportSpec(state, full_state, shape), report
+
+
+def load_own_network(
+    weights: Mapping[str, Tensor], run: Mapping[str, Any], model: str
+) -> tuple[ExportSpec, Report]:
+    """Build a classifier of the user's own for as many classes as its weights have."""
+    flags = {"in_chans": run.get("in_chans", 3), "stem_stride": run.get("stem_stride", 4)}
+    fixed = {"drop_path": 0.0, "head_init_scale": 1.0, "grad_checkpointing": False}
+    args = argparse.Namespace(model=model, **flags, **fixed)
+    network = build_classifier(args, 2)
+    state, report = fit_weights(network, weights)
+    heads = [state[f"{n}weight"] for n in find_classifier(network) if f"{n}weight" in state]
+    if not heads:
+        raise UserError(
+            f"--model {model}: its classifier is not found in the weights; give "
+            f"{type(network).__name__} a method get_classifier() that returns its last layer"
+        )
+    shape = {"in_chans": args.in_chans, "num_classes": len(heads[0])}
+    network = build_classifier(args, shape["num_classes"])
+    return ExportSpec(state, state, shape, network), report
+
+
 def check(spec: ExportSpec, target: str, path: Path) -> str:
     """Load what was written with another library and compare outputs; returns the result."""
     (_, read, package), limit = FORMATS[target], HALF_LIMIT if spec.half else LIMIT
     if target not in GRAPHS:
         has_decoder = target in ("official", "safetensors")
-        formats.check_round_trip(spec.full_state if has_decoder else spec.state, path)
+        expected = spec.full_state if has_decoder else spec.state
+        formats.check_round_trip(expected, path, convert=spec.network is None)
     try:
         library = f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -134,12 +174,16 @@ def largest_difference(
 ) -> float:
     """Compare with our network in float64 on random images, relative to the largest value.
 
-    Weights are compared in float64; graphs in float32, with two sizes and batch sizes.
+    Weights are compared in float64; graphs in float32, with two sizes and batch sizes, or for a
+    network of the user's own with one size.
     """
     network, generator = Network(spec).double(), torch.Generator().manual_seed(0)
-    (height, width), stride = spec.size, network.model.total_stride
+    height, width = spec.size
     sizes = [(2, height, width)]
-    if target in GRAPHS:
+    if target in GRAPHS and spec.network is not None:
+        sizes = [(1, height, width), (3, height, width)]
+    elif target in GRAPHS:
+        stride = network.model.total_stride
         sizes = [(1, height, width), (3, height + stride, max(width - stride, 2 * stride))]
     differences = []
     for count, *size in sizes:
@@ -155,13 +199,19 @@ def largest_difference(
 def default_output(spec: ExportSpec, target: str) -> str:
     """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
-    return f"{spec.size_name or 'convnextv2'}{kind}{'-half' * spec.half}{TARGETS[target]}"
+    name = spec.size_name or ("convnextv2" if spec.network is None else "network")
+    return f"{name}{kind}{'-half' * spec.half}{TARGETS[target]}"
 
 
 def main(args: argparse.Namespace) -> None:
     """Write a draft next to the output, check it, and move it to its place."""
     spec = build_spec(args)
     Network(spec, args.checkpoint)  # raises UserError if the weights do not fit
+    check_finite(spec.full_state, args.checkpoint)
+    if args.to == "hf" and spec.shape["in_chans"] == 1:
+        spec = as_rgb(spec)
+        note = "its first layer becomes one for RGB images, which transformers makes of gray ones"
+        print(f"{args.checkpoint}: {note}", file=sys.stderr)
     output = Path(args.output or default_output(spec, args.to))
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; choose another --output, or give --overwrite true")

@@ -33,7 +33,7 @@ from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
 from training.report import last_line
 from training.resume import auto_load_model, choose_evaluated
-from training.setup import TrainLoop, log_recipe, setup_process, setup_run
+from training.setup import TrainLoop, check_start, log_recipe, setup_process, setup_run
 from training.stepper import Stepper
 from weights.pretrained import EMA_KEY, has_ema, load_pretrained, peek
 from weights.saved_run import inherit_flags
@@ -144,6 +144,7 @@ def main(args: argparse.Namespace) -> None:
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
+    loop.checkpoints.watch(data_loader_train, data_loader_val)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
@@ -169,11 +170,13 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
     log_recipe(args)
     key = EMA_KEY if args.use_ema else args.model_key
-    own_run = args.output_dir if args.auto_resume else ""
-    path = choose_evaluated(args.resume, own_run, args.finetune)
+    path = choose_evaluated(
+        args.resume, args.output_dir or "", args.config, args.finetune, args.use_ema
+    )
     sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
     saved = peek(path, key, args.model_prefix, sha256)
     args = inherit_flags(args, saved)
+    check_start(args, path, key, sha256, saved.head.count, new=())
     dataset_val, nb_classes = datasets.build_dataset(False, args, saved.head)
     data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)

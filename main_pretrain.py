@@ -59,7 +59,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     if run.resume_point.is_weights:  # a run is restored in step 7
-        load_pretrained(model_without_ddp, run.resume_point.source)
+        load_pretrained(
+            model_without_ddp, run.resume_point.source, args.model_key, args.model_prefix
+        )
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)
@@ -115,6 +117,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 8. epoch loop ----------------------------------------------------------------------
     draw = partial(reconstructions.draw, model_without_ddp, state)
+    loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         loop.reporter.image("reconstructions", draw, only_missing=True)
         while state.epoch < args.epochs:

@@ -7,6 +7,7 @@ python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_loading.rng import fold_in
 from errors import UserError, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
 
+INITIAL_STD = 0.02  # of the weights
 # GRN parameters and the mask token have 4 dimensions, so `ndim <= 1` would miss them.
 NO_WEIGHT_DECAY = (".bias", ".gamma", ".beta", "mask_token")
 
@@ -118,18 +121,32 @@ def get_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by weight decay and learning-rate scale (`lr_scale`).
 
-    Biases, norms, GRN and the mask token get no weight decay.
+    Biases, norms, GRN, the mask token and what the network itself exempts get no weight decay.
     """
+    exempt = _exempt_from_decay(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and not name.endswith(NO_WEIGHT_DECAY)
+        decayed = decayed and not any(fnmatchcase(name, pattern) for pattern in exempt)
         decay = weight_decay if decayed else 0.0
         scale = assigner.get_scale(assigner.get_layer_id(name)) if assigner else 1.0
         new = {"params": [], "weight_decay": decay, "lr_scale": scale, "decayed": decayed}
         groups.setdefault((decayed, scale), new)["params"].append(parameter)
     return list(groups.values())
+
+
+def _exempt_from_decay(model: nn.Module) -> set[str]:
+    """Return name patterns of what `no_weight_decay()` of timm's networks exempts, such as tokens.
+
+    The network may be a part of another one.
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        exempt = getattr(module, "no_weight_decay", set)()
+        names |= {f"{prefix}.{name}" if prefix else name for name in exempt}
+    return names
 
 
 def create_optimizer(
@@ -147,22 +164,28 @@ def create_optimizer(
     """Create any of timm's optimizers by name, over `get_parameter_groups`.
 
     lr: peak of the schedule. momentum: for optimizers that have one. shard: data-parallel mode,
-    `ddp`, `zero1` or `fsdp`. options: of the optimizer itself, such as `eps` and `betas`; UserError
-    if it has none of that name.
+    `ddp`, `zero1` or `fsdp`. options: `seed` of the noise that adahessian and kron draw, 0 by
+    default; others of the optimizer itself, such as `eps` and `betas`: UserError if it has none of
+    that name.
     """
-    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+    from timm.optim import create_optimizer_v2
 
-    name = opt.lower().removeprefix("lookahead_")
-    resolve(name, dict.fromkeys(list_optimizers()), "optimizer", importable=False)
+    seed = options.pop("seed", 0)
     assigner = None
     if layer_decay < 1.0:
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
     groups = get_parameter_groups(model, weight_decay, assigner)
-    kind = get_optimizer_class(name, bind_defaults=False)
+    own = signature(_optimizer_class(opt)).parameters
+    if "betas" in own and len(options.get("betas", ())) not in (0, len(own["betas"].default or ())):
+        default = " ".join(map(str, own["betas"].default))
+        given = " ".join(map(str, options["betas"]))
+        raise UserError(f"--opt {opt} takes as many --opt_betas as {default}, got {given}")
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
-    in_one_kernel &= shard != "fsdp" or name.startswith("adam")  # the only ones on DTensors
-    fused = {"fused": True} if "fused" in signature(kind).parameters and in_one_kernel else {}
-    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **options, **fused)
+    # With fsdp only they work on DTensors.
+    in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
+    fixed = {"fused": in_one_kernel, "deterministic": True}  # kron's noise is then that of its rng
+    fixed = {name: value for name, value in fixed.items() if value and name in own}
+    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **options, **fixed)
     try:
         optimizer = sharding.wrap_optimizer(make, groups, lr, shard)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
@@ -170,7 +193,45 @@ def create_optimizer(
     # timm drops options that an optimizer does not have
     for key in options.keys() - sharding.local_optimizer(optimizer).defaults.keys():
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
+    _seed_noise(sharding.local_optimizer(optimizer), seed)
     return optimizer
+
+
+def _optimizer_class(opt: str) -> type:
+    """Return the class of an optimizer; UserError if it is unknown or cannot be imported."""
+    from timm.optim import get_optimizer_class, list_optimizers
+
+    name = opt.lower().removeprefix("lookahead_")
+    resolve(name, dict.fromkeys(list_optimizers()), "optimizer", importable=False)
+    try:
+        return get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        packages = {"bnb": "bitsandbytes", "fused": "NVIDIA's apex"}
+        package = next((p for start, p in packages.items() if name.startswith(start)), "")
+        needs = f"needs a CUDA GPU and {package}" if package else "cannot be imported"
+        raise UserError(f"--opt {opt} {needs} ({error}); try --opt adamw") from error
+
+
+def _seed_noise(optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Make the noise of adahessian and kron a function of (seed, step), equal on all processes.
+
+    Their generators would begin again after a resume. Processes with other noise would take other
+    steps.
+    """
+    optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of lookahead
+
+    def before_step(*_: Any) -> None:
+        states = optimizer.state.values()
+        steps = [state.get("hessian step", state.get("step", 0)) for state in states]
+        number = fold_in(seed, max(map(int, steps), default=0))
+        if hasattr(optimizer, "rng"):  # kron
+            optimizer.rng.seed(number)
+        else:  # adahessian, which creates another generator on a GPU, with this seed
+            optimizer.seed = number
+            optimizer.generator.manual_seed(number)
+
+    if hasattr(optimizer, "rng") or hasattr(optimizer, "generator"):
+        optimizer.register_step_pre_hook(before_step)
 
 
 def cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> float:
@@ -236,14 +297,29 @@ def build_optimizer(
         layer_decay_type=getattr(args, "layer_decay_type", "single"),
         momentum=args.momentum,
         shard=shard,
+        seed=getattr(args, "seed", 0),
         **{name: value for name, value in options.items() if value is not None},
     )
+
+
+def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
+    """Warn if Adam, which moves a weight by about `lr` a step at most, can hardly change them."""
+    if "adam" not in args.opt.lower() or not 0 < lr * steps < INITIAL_STD:
+        return
+    kind = "pretrain" if "mask_ratio" in vars(args) else "ft"
+    get_logger().warning(
+        "peak lr %.3g for %d steps moves a weight by %.2g at most, and initial weights have a "
+        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits batches of "
+        "16) or --epochs, or use --recipe small_data_%s",
+        lr, steps, lr * steps, INITIAL_STD, kind,
+    )  # fmt: skip
 
 
 def build_schedule(
     args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
 ) -> Schedule:
     """Build the schedule from the flags."""
+    _warn_if_too_short(args, lr, steps_per_epoch * args.epochs)
     warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
     if warmup < 0:
         warmup = round(args.warmup_epochs * steps_per_epoch)

@@ -73,7 +73,9 @@ def write_atomically(content: str | bytes | Callable[[BinaryIO], Any], path: Pat
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        return
+    folder = os.open(path.parent, os.O_DIRECTORY)
     try:
         os.fsync(folder)  # the rename must survive a power cut
     except OSError as error:

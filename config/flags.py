@@ -47,7 +47,8 @@ def number(kind: str) -> dict[str, Any]:
         return value
 
     above = f"{'>' if span[0] == '(' else '>='}{first}"
-    convert.range = above if last == "inf" else f"in {span.replace(' ', '')}"
+    has_two_ends = last != "inf" or first == "-inf"
+    convert.range = f"in {span.replace(' ', '')}" if has_two_ends else above
     return {"type": convert, "metavar": name.upper()}
 
 
@@ -98,6 +99,7 @@ BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
+ANY = number("float (-inf, inf)")
 CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
@@ -150,6 +152,8 @@ FLAGS["masked autoencoder"] = (
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
+    ("--mean", ANY, None, "mean of images in 0 to 1, one or per channel; default: ImageNet's", "+"),
+    ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),
     ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
@@ -207,6 +211,8 @@ FLAGS["evaluation and EMA"] = (
     ("--eval", BOOL, False, "only evaluate --resume, --finetune or the best in --output_dir"),
     ("--disable_eval", BOOL, False, "train without evaluation"),
     ("--dist_eval", BOOL, True, "split the evaluation over all processes"),
+    ("--val_split", BELOW_1, 0.0,
+     "fraction of the training images to hold out for evaluation; 0: the data has its own"),
     ("--eval_data_path", PATH, None, "folder of the evaluation data; default: by --data_set"),
     ("--model_ema", BOOL, False, "keep an exponential moving average (EMA) of the weights"),
     ("--model_ema_decay", BELOW_1, 0.9999, "EMA decay per optimizer step"),

@@ -36,6 +36,8 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
+    ("val_split", "eval_data_path", "both give the evaluation data"),
+    ("val_split", "disable_eval", "there would be no evaluation"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
@@ -204,6 +206,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     """Return the parser of main_pretrain.py."""
     aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
     parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
+    add_flags(parser, "choice of weights", "--model_key --model_prefix")
     parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
     return parser
 
@@ -235,9 +238,11 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
-    names = "--input_size --crop_pct --imagenet_default_mean_and_std"
+    names = "--model --input_size --crop_pct --imagenet_default_mean_and_std --mean --std"
     add_flags(parser, "overrides of the run's flags", names)
-    parser.set_defaults(input_size=None, imagenet_default_mean_and_std=None)
+    parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
+    action = next(action for action in parser._actions if action.dest == "model")
+    action.help = "package.module:function of a classifier of your own; default: a ConvNeXt V2"
     return parser
 
 
@@ -250,9 +255,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
-def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNamespace:
+def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
+    given: as in `FrozenNamespace`; None for all flags.
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
@@ -278,7 +284,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] = ()) -> FrozenNames
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
-    return FrozenNamespace(given, **new)
+    return FrozenNamespace(new if given is None else given, **new)
 
 
 def dump_args(args: argparse.Namespace) -> str:
@@ -295,8 +301,8 @@ def dump_args(args: argparse.Namespace) -> str:
 def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
     """Make paths absolute, as a run stores them, so that it can be used from any folder.
 
-    Other texts, such as `timm:NAME` or what a data set of the user's own makes of --data_path, are
-    told apart by the disk: there is no such file.
+    A source such as `timm:NAME`, or a --data_path that is no path for a user's own data set, stays
+    as it is, since there is no such file.
     """
     new = dict(args)
     for name in (*WRITTEN, *READ):
@@ -325,6 +331,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     if len(args.input_size) != 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from _mean_problems(args)
     if args.scale[0] > args.scale[1]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
@@ -350,17 +357,34 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    if not (args.resume or values.get("finetune")):  # otherwise once its flags are known
-        yield from shape_problems(args)
+    if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
+        yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
     if "mask_ratio" not in values:
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
 
 
+def _has_checkpoint(folder: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(folder) and any(name.startswith("checkpoint-") for name in os.listdir(folder))
+    return False
+
+
+def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
+    if (args.mean is None) != (args.std is None):
+        yield "--mean and --std belong together; give both or neither"
+    elif args.mean is not None and args.imagenet_default_mean_and_std is False:
+        yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
+
+
 def shape_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each size that does not fit the network."""
     stride = 8 * args.stem_stride
+    for name, found in (("mean", args.mean), ("std", args.std)):
+        if found is not None and len(found) not in (1, args.in_chans):
+            got = f"--{name} {as_typed(found)} has {len(found)} values"
+            yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     if "mask_ratio" in vars(args):
         yield from _patch_problems(args, stride)
     elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
@@ -403,10 +427,12 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
         got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
         yield f"{got}; use --data_set image_folder or drop it"
+    if args.val_split and args.data_set in flags.HAVE_EVAL_DATA and args.data_set != "IMNET":
+        yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
     yield from _two_names(args)
-    if args.eval and not (args.resume or args.finetune or (args.auto_resume and args.output_dir)):
+    if args.eval and not (args.resume or args.finetune or args.output_dir):
         yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"
 
 
@@ -419,11 +445,18 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of export.py that the format cannot use."""
     if args.to is None:
         return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
+    if args.model and ":" not in args.model:
+        yield f"--model {args.model}: the size of a ConvNeXt V2 is found in its weights; drop it"
+    elif args.model and args.to not in (*flags.GRAPHS, "safetensors"):
+        targets = ", ".join((*flags.GRAPHS, "safetensors"))
+        yield f"--model {args.model}: --to {args.to} is for ConvNeXt V2; use one of {targets}"
+    if args.model and args.half:
+        yield "--half true is tested with ConvNeXt V2 only; drop --half or --model"
     if args.half and args.to not in flags.GRAPHS:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
-    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std"):
+    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std"):
         if getattr(args, name) is not None and args.to != "hf":
             yield f"--{name} is for --to hf only, other formats cannot store it; drop it"
     suffix = flags.TARGETS[args.to]
@@ -431,4 +464,5 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output}: expected a name that ends in {suffix}"
     if len(args.input_size or ()) > 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from _mean_problems(args)
     yield from _two_names(args)

@@ -8,7 +8,7 @@ python -c "from config import recipes; print(recipes.listing())"
 import argparse
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from errors import did_you_mean
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
-# Pairs of flags for the same thing: one on the command line overrides the other in a file.
+# Pairs of flags for the same thing: one on the command line replaces the other in a file.
 ONE_OF = (
     ("update_freq", "effective_batch"),
     ("lr", "blr"),
     ("warmup_epochs", "warmup_steps"),
     ("amp", "use_amp"),
+    ("imagenet_default_mean_and_std", "mean"),
+    ("imagenet_default_mean_and_std", "std"),
 )
-PARTNER = {name: other for pair in ONE_OF for name, other in (pair, pair[::-1])}
 Flags = dict[str, Any]
 
 
@@ -79,8 +80,13 @@ def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Flags:
     """Override `below` with `above`, and drop the partners of flags in `above` from it."""
-    replaced = {PARTNER.get(name) for name, value in above.items() if value is not None}
+    replaced = _partners(name for name, value in above.items() if value is not None)
     return {name: value for name, value in below.items() if name not in replaced} | above
+
+
+def _partners(names: Iterable[str]) -> set[str]:
+    names = {*names}
+    return {other for pair in ONE_OF for name, other in (pair, pair[::-1]) if name in names}
 
 
 def _read(parser: argparse.ArgumentParser, option: str, name: str) -> Flags:
@@ -109,8 +115,8 @@ def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None
         return (folder or Path()) / name
     known = recipes() if folder else recipes("[!_]*")
     if name not in known:
-        hint = did_you_mean(name, known)
-        parser.error(f"unknown recipe {name!r}. {hint} (--recipe list shows all)")
+        hint = f"{did_you_mean(name, known)} --recipe list shows all".strip()
+        parser.error(f"unknown recipe {name!r}. {hint}")
     return known[name]
 
 
@@ -154,7 +160,7 @@ def _describe(
     parser: argparse.ArgumentParser, name: str, recipe: Mapping[str, Any], above: Mapping[str, Any]
 ) -> str:
     """Write `NAME: flags of the recipe; changed: flags given at a higher level`."""
-    affected = recipe.keys() | {PARTNER.get(key) for key in recipe}
+    affected = recipe.keys() | _partners(recipe)
     changed = {k: v for k, v in above.items() if k in affected and recipe.get(k, recipe) != v}
     flags, changes = (_command_line(parser, values) for values in (recipe, changed))
     return f"{name}: {flags}" + f"; changed: {changes}" * bool(changes)

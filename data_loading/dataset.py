@@ -5,7 +5,10 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
+import operator
 import os
+import reprlib
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,11 +19,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_loading.bad_images import retry_io
-from data_loading.decode import UNREADABLE, BadImage, decode
+from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.rng import fold_in, seed_all
+from data_loading.transforms import Erased
 from errors import UserError
 
 TRIES = 100  # other images to try in place of a bad one
+FRAMES = 6  # of a traceback to show
 
 
 class Replacement(NamedTuple):
@@ -35,7 +40,8 @@ class TransformedDataset(Dataset):
 
     Keys are (epoch, index), samples (image (C, H, W), label, index). A sample that cannot be used
     is returned as a UserError: if a worker raised it, users would see a long traceback. An
-    exception in the transform is a bug and stays an exception. on_bad, for an image that cannot be
+    exception in the transform is a bug and stays an exception. nb_classes: labels must be integers
+    below it; None: labels are not looked at, and returned as 0. on_bad, for an image that cannot be
     decoded: `error`; `replace` returns a `Replacement` that depends on (seed, epoch, index) alone
     and keeps the index, and so the mask; `leave out` returns an empty `Replacement`.
     positions: in the head, for each label of `dataset`; classes: names in the order of the head.
@@ -84,10 +90,30 @@ class TransformedDataset(Dataset):
         )
 
     def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
+        """Return (decoded image, label); an error of the dataset's own code is a UserError."""
         seed_all(*draw)
-        item = self.dataset[index]
-        sample, label = item if isinstance(item, tuple | list) else (item, None)
+        try:
+            item = self.dataset[index]
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if is_of_decoder(error):
+                raise
+            raise UserError(describe_error(error)) from error
+        sample, label = self._unpack(item)
         return decode(sample, self.in_chans), label
+
+    def _unpack(self, item: Any) -> tuple[Any, Any]:
+        """Return (image, label or None); pre-training does not look at anything but the image."""
+        if not isinstance(item, tuple | list):
+            return item, None
+        if len(item) == 2 or (item and self.nb_classes is None):
+            return item[0], item[1] if len(item) == 2 else None
+        kinds = ", ".join(type(part).__name__ for part in item)
+        raise UserError(
+            f"got a {type(item).__name__} of {len(item)} ({kinds}), expected (image, label); "
+            "correct __getitem__ of the data set"
+        )
 
     def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
         try:
@@ -96,17 +122,19 @@ class TransformedDataset(Dataset):
             if isinstance(error, UserError) and not isinstance(error, BadImage):
                 raise UserError(f"{self.name_of(index)}: {error}") from error
             kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
+            remedy = getattr(error, "remedy", "replace or remove it")
             raise BadImage(
-                f"cannot read {self.name_of(index)} ({kind}{error}); replace or remove it, or skip "
-                "such images: --on_bad_image skip",
+                f"cannot read {self.name_of(index)} ({kind}{error}); {remedy}, or skip such "
+                "images: --on_bad_image skip",
                 f"{kind}{error}",
             ) from error
-        if label is None and self.nb_classes is not None:
-            raise UserError(f"{self.name_of(index)} has no label; expected (image, label)")
-        label = 0 if label is None else int(label)  # pre-training does not use it
+        if self.nb_classes is None:  # pre-training
+            return image, 0
         count = self.nb_classes if self.positions is None else len(self.positions)
-        if count is not None and not 0 <= label < count:
-            raise UserError(f"{self.name_of(index)}: label {label}; expected 0 to {count - 1}")
+        try:
+            label = check_label(label, count)
+        except UserError as error:
+            raise UserError(f"{self.name_of(index)}: {error}") from error
         return image, label if self.positions is None else self.positions[label]
 
     def _file(self, index: int) -> str | None:
@@ -121,11 +149,48 @@ class TransformedDataset(Dataset):
         return f"image {self._file(index) or f'number {index}'}"
 
 
-def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
-    """Stack samples to images (N, C, H, W), labels (N,), ids (N,) and a list of bad images.
+def check_label(label: Any, nb_classes: int) -> int:
+    """Return a label as an int; UserError unless it is an integer from 0 to nb_classes - 1."""
+    expected = f"expected an integer from 0 to {nb_classes - 1}"
+    if label is None:
+        raise UserError(f"it has no label; expected (image, label); label: {expected}")
+    shape = tuple(getattr(label, "shape", ()))
+    try:
+        number = operator.index(label)  # also of a tensor of one element
+    except TypeError:
+        number = None
+    if number is None or shape:
+        got = f"{type(label).__name__} {reprlib.repr(label)}"
+        if shape:
+            got = f"{type(label).__name__} of shape {shape}"
+        raise UserError(f"got the label {got}, {expected}; convert it in the data set")
+    if not 0 <= number < nb_classes:
+        raise UserError(f"label {number}; expected 0 to {nb_classes - 1}")
+    return number
 
-    Returns the first UserError among the samples instead, if there is one. The list holds (name,
-    reason). N is 0 if all images were left out.
+
+def describe_error(error: Exception) -> str:
+    """Return an error of a user's dataset with its traceback, without the frames of this file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = traceback.format_list([frame for frame in frames if frame.filename != __file__])
+    if len(lines) > FRAMES:  # the first are of the dataset itself
+        lines[FRAMES // 2 : -FRAMES // 2] = ["  ...\n"]
+    text = "".join(lines).rstrip()
+    return f"{type(error).__name__}: {error}\nThe data set raised it:\n{text}"
+
+
+class Patches(NamedTuple):
+    """The patches of random erasing in a batch."""
+
+    places: list[tuple[int, int, int, int, int]]  # (image, top, left, height, width)
+    noise: Tensor  # (values,) float32: (C, height, width) of each place, one after the other
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | UserError:
+    """Stack samples to images (N, C, H, W), labels (N,), ids (N,), bad images and patches.
+
+    Returns the first UserError among the samples instead, if there is one. Bad images are a list of
+    (name, reason). N is 0 if all images were left out.
     """
     error = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if error is not None:
@@ -134,6 +199,16 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list] | UserError:
     samples = [sample.sample if isinstance(sample, Replacement) else sample for sample in samples]
     samples = [sample for sample in samples if sample is not None]
     if not samples:
-        return torch.empty(0), torch.empty(0), torch.empty(0), bad
+        return torch.empty(0), torch.empty(0), torch.empty(0), bad, Patches([], torch.empty(0))
     images, labels, ids = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad
+    patches = _join_patches(images)
+    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad, patches
+
+
+def _join_patches(images: Sequence[Tensor]) -> Patches:
+    places, noise = [], [torch.empty(0)]
+    for number, image in enumerate(images):
+        for patch in image.patches if isinstance(image, Erased) else ():
+            places.append((number, patch.top, patch.left, *patch.noise.shape[1:]))
+            noise.append(patch.noise.flatten())
+    return Patches(places, torch.cat(noise))

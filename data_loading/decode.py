@@ -5,27 +5,24 @@
 python -c "from data_loading import decode; decode.load_image('assets/reconstructions.png').show()"
 """
 
+import re
 import struct
+import traceback
 import zlib
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from data_loading.formats import PNG, describe_file, formats, read_head, without_unused_chunks
 from errors import UserError
 
 MODES = {1: "L", 3: "RGB"}  # channels -> mode of PIL
-# PIL would open others too, and for EPS run Ghostscript, which executes the file's program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-EXTENSIONS = (  # of the files to list in folders; their content decides the format
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".tif", ".tiff",
-)  # fmt: skip
 MAX_PIXELS = 2**28  # 16,384 x 16,384 pixels, which take 1 GB as RGBA
 # Errors that PIL and its decoders raise for a damaged file.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
@@ -34,21 +31,40 @@ SIGNED = 2  # a TIFF sample format
 
 
 class BadImage(UserError):
-    """An image cannot be used, for `reason`; `--on_bad_image skip` skips it."""
+    """An image cannot be used, for `reason`; `--on_bad_image skip` skips it.
 
-    def __init__(self, message: str, reason: str = "") -> None:
+    Datasets may raise it too. remedy: for a person who does not skip it.
+    """
+
+    def __init__(self, message: str, reason: str = "", remedy: str = "") -> None:
         super().__init__(message)
-        self.reason = reason or message
+        self.reason, self.remedy = reason or message, remedy or "replace or remove it"
 
 
 def load_image(file: str | BinaryIO) -> Image.Image:
     """Decode a file in its own mode, the first frame of an animation; `decode` converts it.
 
-    MAX_PIXELS replaces PIL's limit, which PIL would also check when it crops.
+    Raises BadImage, or an OSError, for a file that cannot be read. A PNG that PIL refuses is tried
+    again without its texts and color profile: they may be larger than PIL's limits for them.
     """
     try:
+        return _load(file)
+    except UnidentifiedImageError as error:
+        description, remedy = describe_file(read_head(file))
+        raise BadImage(description, remedy=remedy) from error
+    except (MemoryError, OSError, BadImage):  # lack of memory is not the file's fault
+        raise
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
+        if isinstance(error, ValueError) and read_head(file).startswith(PNG):
+            return _load(without_unused_chunks(file))
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _load(file: str | BinaryIO) -> Image.Image:
+    """Decode a file. MAX_PIXELS replaces PIL's limit, which PIL would also check when it crops."""
+    try:
         Image.MAX_IMAGE_PIXELS = None
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats())
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage(
@@ -56,13 +72,22 @@ def load_image(file: str | BinaryIO) -> Image.Image:
                 "decompression bomb; resize it if it is genuine"
             )
         image.load()
-    except (MemoryError, BadImage, *UNREADABLE):  # lack of memory is not the file's fault
-        raise
-    except Exception as error:  # a damaged file makes PIL raise nearly anything
-        raise BadImage(f"{type(error).__name__}: {error}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     return image
+
+
+def is_of_decoder(error: Exception) -> bool:
+    """Return True if PIL raised `error` while it opened or decoded a file, for a user's dataset."""
+    if not isinstance(error, UNREADABLE):
+        return False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module == "PIL.ImageFile" or re.fullmatch(r"PIL\.\w+ImagePlugin", module):
+            return True
+        if (module, function) == ("PIL.Image", "open"):
+            return True
+    return False
 
 
 def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:

@@ -8,7 +8,8 @@ An index on disk is a folder:
 
     paths.npy    (bytes,) uint8: the paths relative to the root, each followed by a zero
     offsets.npy  (images + 1,) int64: where each path begins in paths.npy, and their end
-    index.json   root, time of listing, [class, number of images] in order of the labels, CRC-32
+    index.json   root, time of listing, [class, number of images] in order of the labels, number of
+                 files left out by reason, CRC-32
 """
 
 import bisect
@@ -20,7 +21,8 @@ import tempfile
 import time
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +32,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import retry_io
-from data_loading.decode import EXTENSIONS, load_image
+from data_loading.decode import BadImage, load_image
+from data_loading.formats import extensions
+from data_loading.listing import FolderWalk, class_folders, describe_left_out
 from errors import UserError, first_few
 from parallel.process_group import from_main_process, get_logger
 
@@ -75,6 +78,10 @@ class FileIndex(Sequence):
         path = os.path.join(self.root, os.fsdecode(path))
         return path, bisect.bisect_right(self.starts, number) - 1
 
+    def labels(self) -> np.ndarray:
+        """Return the label of each image."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map the files themselves."""
         if self.folder is not None:
@@ -115,9 +122,12 @@ def _crc32(metadata: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def write_json(folder: Path, root: str, classes: list[list]) -> None:
-    """Write index.json; its random `id` makes the checksum of each list unique."""
-    metadata = {"version": VERSION, "root": os.path.realpath(root), "classes": classes}
+def write_json(folder: Path, root: str, listed: dict[str, Any]) -> None:
+    """Write index.json; its random `id` makes the checksum of each list unique.
+
+    listed: classes, and the number of files that were left out by reason.
+    """
+    metadata = {"version": VERSION, "root": os.path.realpath(root), **listed}
     metadata |= {"made": int(time.time()), "id": secrets.token_hex(8)}
     (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
 
@@ -134,7 +144,7 @@ def _make(folder: Path, root: str, labeled: bool, leave_out_empty: bool) -> int:
                 unfinished.mkdir()
                 for file, content in zip(ARRAYS, (index.paths, index.offsets), strict=True):
                     np.save(unfinished / file, content)
-                write_json(unfinished, root, index.metadata["classes"])
+                write_json(unfinished, root, index.metadata)
                 unfinished.rename(folder)
         except OSError as error:
             if not folder.exists():  # otherwise another process was faster
@@ -174,72 +184,30 @@ def list_images(
 def _list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> FileIndex:
     """List a folder in memory; UserError if it, or a class, is empty."""
     paths, offsets, classes = bytearray(), array("q", [0]), []
-    names = sorted(_names(root)[1]) if labeled else [None]
-    for name in names:
-        files = _by_folder(root, name) if labeled else _in_order(root)
-        before = len(offsets)
-        for file in files:
+    left_out: Counter[str] = Counter()
+    for name in class_folders(root, left_out) if labeled else [None]:
+        walk, before = FolderWalk(root, name or "", left_out), len(offsets)
+        for file in walk.by_folder() if labeled else walk.in_order():
             paths += os.fsencode(file) + b"\0"
             offsets.append(len(paths))
         classes.append([name, len(offsets) - before])
-    empty = [name for name, count in classes if not count]
+    empty, rest = [name for name, count in classes if not count], describe_left_out(left_out)
     if not labeled and empty:
-        raise UserError(f"{root}: no images; expected some of {' '.join(EXTENSIONS)}")
+        raise UserError(f"{root}: no images; expected some of {' '.join(extensions())}{rest}")
     if leave_out_empty and len(empty) < len(classes):
         classes = [[name, count] for name, count in classes if count]
+        if empty:
+            text = "%s: left out %d class folders without images: %s"
+            get_logger().warning(text, root, len(empty), first_few(empty))
     elif empty or not classes:
         found = f"no images in {len(empty)} class folders: {first_few(empty)}"
         raise UserError(
             f"{root}: {found if classes else 'no class folders'}; expected one folder of images "
-            f"per class ({' '.join(EXTENSIONS)}): fill or remove empty ones; to pre-train on "
-            "images without labels use --data_set folder"
+            f"per class ({' '.join(extensions())}): fill or remove empty ones; to pre-train on "
+            f"images without labels use --data_set folder{rest}"
         )
     arrays = np.frombuffer(paths, np.uint8), np.frombuffer(offsets, np.int64)
-    return FileIndex(*arrays, {"classes": classes}, root)
-
-
-def _by_folder(root: str, top: str) -> Iterator[str]:
-    """Yield a class's images in torchvision's order: by folder path, then by file name."""
-    for folder, images in sorted(_walk(root, top)):
-        yield from (f"{folder}/{name}" for name in sorted(images))
-
-
-def _walk(root: str, folder: str) -> Iterator[tuple[str, list[str]]]:
-    images, folders = _names(os.path.join(root, folder))
-    yield folder, images
-    for name in folders:
-        yield from _walk(root, f"{folder}/{name}")
-
-
-def _in_order(root: str, below: str = "") -> Iterator[str]:
-    """Yield images in order of their paths; a folder sorts by its name and a slash."""
-    images, folders = _names(os.path.join(root, below))
-    for name in sorted(images + [f"{name}/" for name in folders]):
-        if name.endswith("/"):
-            yield from _in_order(root, below + name)
-        else:
-            yield below + name
-
-
-def _names(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of the images and of the subfolders in a folder, in any order."""
-    try:
-        return retry_io(partial(_scan, folder))
-    except OSError as error:  # removed meanwhile, or not readable for this user
-        get_logger().warning("skipped folder %s: %s", folder, error)
-        return [], []
-
-
-def _scan(folder: str) -> tuple[list[str], list[str]]:
-    images, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # For a link to itself `is_dir` raises, and `isdir` is false.
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                images.append(entry.name)
-    return images, folders
+    return FileIndex(*arrays, {"classes": classes, "left_out": dict(left_out)}, root)
 
 
 @dataclass(frozen=True)
@@ -275,7 +243,19 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return load_image(path), label
+        try:
+            return load_image(path), label
+        except FileNotFoundError as error:
+            if (folder := getattr(self.samples, "folder", None)) is None:
+                raise
+            raise BadImage(
+                f"it does not exist, but {folder} lists it",
+                remedy=f"the list is old: remove {folder}, and the next run lists the images again",
+            ) from error
+
+    def describe_left_out(self) -> str:
+        """Describe the files that the list of images leaves out, '' if there are none."""
+        return describe_left_out(self.samples.metadata.get("left_out", {}))
 
 
 def _images(root: Path, labeled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:
@@ -292,7 +272,8 @@ def imnet(spec: DatasetSpec, train: bool) -> ImageFiles:
         raise UserError(
             f"--data_set IMNET: {root} has no {split.name}/; expected train/ and val/ with one "
             "folder per class. If the class folders are directly in it, use --data_set "
-            "image_folder; for images without labels, --data_set folder"
+            "image_folder; for images without labels, --data_set folder; without val/, "
+            "--val_split 0.1"
         )
     return _images(split, True, spec, train)
 

@@ -5,6 +5,7 @@
 python -c "from data_loading.labels import Head; print(Head('weights', ('ant', 'bee'), 2))"
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,73 +28,101 @@ class Head:
     count: int | None = None
 
 
-def class_map(dataset: Any) -> dict[str, int] | None:
-    """Return class name -> label, None if a data set has no class names."""
-    if hasattr(dataset, "class_to_idx"):
-        return dict(dataset.class_to_idx)
-    names = getattr(dataset, "classes", None)
-    return None if names is None else {name: label for label, name in enumerate(names)}
-
-
 def class_names(dataset: Any) -> list[str] | None:
-    """Return the class names of a data set in the order of its labels, None if it has none."""
-    labels = class_map(dataset)
-    return None if labels is None else [str(name) for name in sorted(labels, key=labels.get)]
+    """Return the class names of a data set in the order of its labels, None if it has none.
+
+    A second class of the same name becomes `name (2)`; a class with several names has the first.
+    """
+    labels = getattr(dataset, "class_to_idx", None)
+    if labels is None:
+        names = getattr(dataset, "classes", None)
+        labels = None if names is None else dict(enumerate(names))
+    else:
+        labels = {int(label): name for name, label in reversed(labels.items())}
+    if labels is None:
+        return None
+    if sorted(labels) != [*range(len(labels))]:
+        got = first_few(sorted(labels))
+        raise UserError(f"class_to_idx has the labels {got}; expected 0 to {len(labels) - 1}")
+    seen: Counter = Counter()
+    names = []
+    for label in sorted(labels):
+        name = str(labels[label])
+        seen[name] += 1
+        names.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return names
+
+
+def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, str]:
+    """Return the classes of a head as a data set names them, and how they were matched.
+
+    (None, "") if they cannot be matched. Weights of 1000 classes without names are taken for
+    ImageNet's if the data has ImageNet's names.
+    """
+    known, count = head.names, head.count or len(names)
+    if known is not None and set(names) <= set(known):
+        return list(known), ""
+    if known is None and count == IMAGENET:
+        from timm.data import ImageNetInfo
+
+        imagenet = ImageNetInfo().label_names()
+        if set(names) <= set(imagenet):
+            return imagenet, "by ImageNet's names"
+    if _are_numbers(names) and not (known and _are_numbers(known)):
+        by_number = {int(name): name for name in names}
+        for first in (0, 1) if len(by_number) == count else (0,):
+            if len(by_number) == len(names) and first <= min(by_number) <= max(by_number) < (
+                first + count
+            ):
+                order = [by_number.get(first + place, str(place)) for place in range(count)]
+                return order, "by number" + " from 1" * first
+    if known is None and count == len(names):
+        return list(names), "by position"
+    return None, ""
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isdecimal() for name in names)
 
 
 def find_positions(names: Sequence[str], head: Head, kind: str) -> list[int]:
     """Return the position in the head for each label of a data set with these class names.
 
-    Absent classes are logged. UserError if a name is not in the head.
+    Absent classes are logged, and a match by anything but names. UserError if a class is unknown.
     """
-    order = _order_of_head(names, head)
+    order, how = order_of_head(names, head)
     if order is None:
         raise UserError(differences(names, head, kind))
-    absent = [name for name in order if name not in names]
+    places, present, log = (
+        {name: place for place, name in enumerate(order)},
+        set(names),
+        get_logger(),
+    )
+    if how:
+        pairs = first_few((f"{name} = {places[name]}" for name in names), 5)
+        text = "%s: %s stores no such class names, so labels are matched %s (%s)"
+        log.warning(text, kind, head.source, how, pairs)
+    absent = [(head.names or order)[places[name]] for name in order if name not in present]
     if absent:
         text = "%s has no images of %d of the %d classes: %s"
-        get_logger().info(text, kind, len(absent), len(order), first_few(absent, 5))
-    if head.names is not None and order != list(head.names):
-        text = "%s: the class folders are named by numbers, which are taken for labels of %s"
-        get_logger().info(text, kind, head.source)
-    return [order.index(name) for name in names]
-
-
-def _order_of_head(names: Sequence[str], head: Head) -> list[str] | None:
-    """Name the classes of the head in its order as the data names them; None if that fails.
-
-    Weights of 1000 classes without names are ImageNet's, if the data has ImageNet's names. Names
-    that are all numbers are labels, or if there is one for each class, in the order of labels.
-    """
-    if head.names is not None and set(names) <= set(head.names):
-        return list(head.names)
-    count = head.count or len(names)
-    if head.names is None and count == IMAGENET:
-        from timm.data import ImageNetInfo
-
-        imagenet = ImageNetInfo().label_names()
-        if set(names) <= set(imagenet):
-            return imagenet
-    if all(name.isdecimal() for name in names):
-        by_number = {int(name): name for name in names}
-        if len(by_number) == count:
-            return [by_number[number] for number in sorted(by_number)]
-        if len(by_number) == len(names) and max(by_number) < count:
-            return [by_number.get(number, str(number)) for number in range(count)]
-    return list(names) if head.names is None and count == len(names) else None
+        log.info(text, kind, len(absent), len(order), first_few(absent, 5))
+    return [places[name] for name in names]
 
 
 def differences(names: Sequence[str], head: Head, kind: str) -> str:
     """Return the message for class names of a data set that do not fit a head."""
-    text = f"{kind} has {len(names)} classes, {head.source} {head.count}"
     if head.names is None:
         return (
-            f"{text}, and {head.source} stores no class names by which to match them: give data "
-            f"with {head.count} class folders, or name the folders by label (0 to "
-            f"{head.count - 1})"
+            f"{kind} has {len(names)} classes, {head.source} {head.count} without names by which "
+            f"to match them; give data with {head.count} class folders, or name the folders by "
+            f"label, from 0 to {head.count - 1}"
         )
-    unknown = [name for name in names if name not in head.names]
-    absent = [name for name in head.names if name not in names]
-    only = {kind: unknown, head.source: absent}
-    texts = [f"only in {where}: {first_few(found, 5)}" for where, found in only.items() if found]
-    return f"{text}, and they differ: {'; '.join(texts)}; rename or restore these class folders"
+    known, own = set(head.names), set(names)
+    unknown = [name for name in names if name not in known]
+    absent = [name for name in head.names if name not in own]
+    texts = []
+    if unknown:
+        texts += [f"{kind} has classes that {head.source} does not know: {first_few(unknown, 5)}"]
+    if absent:
+        texts += [f"{kind} lacks classes of {head.source}: {first_few(absent, 5)}"]
+    return f"{'; '.join(texts)}. Rename, remove or restore these class folders"

@@ -7,21 +7,24 @@ python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_loading.workers import WatchedLoader
 from errors import UserError
+from parallel.process_group import get_logger
 
 
 class DeviceLoader:
     """A loader's batches on `device`: images (N, C, H, W) float, normalized, channels_last.
 
-    The loader's images are uint8 in 0..255 or float in 0..1. Raises the UserErrors that
-    `TransformedDataset` returned. `wait_seconds` sums the time spent waiting for the loader; `bad`
-    maps the images that `--on_bad_image skip` skipped to reasons. On CUDA a batch is copied on a
-    stream of its own, so that the copy overlaps with the step before it.
+    The loader's images are uint8 in 0..255 or float in 0..1. Random erasing acts on the normalized
+    ones. Raises the UserErrors that `TransformedDataset` returned. `wait_seconds` sums the time
+    spent waiting for the loader; `bad` maps the images that `--on_bad_image skip` skipped to
+    reasons. On CUDA a batch is copied on a stream of its own, so that the copy overlaps with the
+    step before it.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class DeviceLoader:
         self.mean, self.std = mean_std[:, None, :, None, None]  # (1, C, 1, 1) each
         self.wait_seconds = 0.0
         self.bad: dict[str, str] = {}
+        self.range_is_known = False
         self.copy_stream = None
         if self.device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(self.device)  # one: each has a memory pool
@@ -54,9 +58,9 @@ class DeviceLoader:
             self.wait_seconds += time.perf_counter() - start
             if isinstance(batch, UserError):
                 raise batch
-            *batch, bad = batch
-            self.bad |= dict(bad)
+            self.bad |= dict(batch[3])
             if len(batch[0]):  # an evaluation may have left out all
+                self._check_range(batch[0])
                 yield self._to_device(batch)
             start = time.perf_counter()
 
@@ -65,13 +69,40 @@ class DeviceLoader:
         batch = self.loader.collate_fn([self.loader.dataset[epoch, i] for i in ids.tolist()])
         if isinstance(batch, UserError):
             raise batch
-        return self._copy(batch[:3])
+        return self._copy(batch)
 
-    def _copy(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        images, labels, ids = (part.to(self.device, non_blocking=True) for part in batch)
-        return self.normalize(images), labels, ids
+    def _check_range(self, images: Tensor) -> None:
+        """Warn, at the first batch, of float images that are not in 0 to 1."""
+        if self.range_is_known or not images.is_floating_point():
+            return
+        self.range_is_known = True
+        low, high = (limit.item() for limit in images.aminmax())
+        # Resizing overshoots a little.
+        outside = ((images < -0.1) | (images > 1.1)).float().mean().item()
+        if outside > 0.1 or max(-low, high) > 10:
+            get_logger().warning(
+                "the float images of the first batch range from %.4g to %.4g; expected 0 to 1, "
+                "since mean and std for that range are applied: divide them in the data set, or "
+                "return uint8 images",
+                low,
+                high,
+            )
 
-    def _to_device(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _copy(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Copy a batch of `collate`; returns normalized images with their patches, labels, ids."""
+        *parts, _, patches = batch
+        images, labels, ids, noise = (
+            part.to(self.device, non_blocking=True) for part in (*parts, patches.noise)
+        )
+        images = self.normalize(images)
+        sizes = [images.shape[1] * height * width for *_, height, width in patches.places]
+        for place, values in zip(patches.places, noise.split(sizes), strict=True):
+            number, top, left, height, width = place
+            erased = images[number, :, top : top + height, left : left + width]
+            erased.copy_(values.view(erased.shape))
+        return images, labels, ids
+
+    def _to_device(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         if self.copy_stream is None:
             return self._copy(batch)
         current = torch.cuda.current_stream(self.device)

@@ -52,11 +52,15 @@ def mask_noise(seed: int, epoch: int, ids: Tensor, count: int) -> Tensor:
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw."""
+    """Seed Python, NumPy and torch (all devices) from the numbers that identify a draw.
+
+    Each gets a seed of its own: NumPy and torch use the same generator, so that a shared seed gives
+    both the same coin.
+    """
     seed = fold_in(*numbers)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
+    np.random.seed(fold_in(seed, 1) & 0xFFFFFFFF)
+    random.seed(fold_in(seed, 2))
 
 
 CUBLAS = (":4096:8", ":16:8")  # workspaces with which cuBLAS is deterministic

@@ -8,7 +8,7 @@ python -c "from data_loading import transforms; print(transforms.create_eval_tra
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -53,33 +53,90 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-class RandomErasing:
-    """timm's random erasing, for one (C, H, W) image before normalization."""
+class Patch(NamedTuple):
+    """A rectangle of noise with standard deviation 1, for a normalized image."""
 
-    def __init__(self, prob: float, mode: str, count: int, mean: Sequence[float], std: Any):
+    top: int
+    left: int
+    noise: Tensor  # (C, h, w) float32
+
+
+class Erased(Tensor):
+    """An image (C, H, W) with patches to write into it, in this order, once it is normalized.
+
+    So the noise is not clipped to 0..255, and images still travel as uint8.
+    """
+
+    patches: list[Patch]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
+
+
+class RandomErasing:
+    """timm's random erasing, for one (C, H, W) image: returns it as it is, or `Erased`."""
+
+    def __init__(self, prob: float, mode: str, count: int):
         from timm.data.random_erasing import RandomErasing as Erase
 
         self.prob = prob
         self.erase = Erase(1.0, mode=mode, max_count=count, device="cpu")
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
 
     def __call__(self, image: Tensor) -> Tensor:
         if torch.rand(()).item() >= self.prob:
             return image
-        scale = 1 if image.is_floating_point() else 255
-        erased = self.erase((image / scale - self.mean) / self.std)
-        pixels = (erased * self.std + self.mean) * scale
-        return pixels if scale == 1 else pixels.round_().clamp_(0, 255).to(torch.uint8)
+        canvas = _Canvas(image.shape)
+        self.erase(canvas)
+        erased = image.as_subclass(Erased)
+        erased.patches = canvas.patches
+        return erased
 
 
-def mean_and_std(in_chans: int = 3, imagenet_default: bool = True) -> tuple[list, list]:
-    """Return the per-channel mean and std for images in 0..1: ImageNet's, or Inception's 0.5."""
+class _Canvas:
+    """Records what timm's random erasing writes into an image, instead of writing it."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape, self.patches = shape, []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], noise: Tensor) -> None:
+        _, rows, columns = place
+        size = self.shape[0], rows.stop - rows.start, columns.stop - columns.start
+        self.patches.append(Patch(rows.start, columns.start, noise.expand(size)))
+
+
+def mean_and_std(
+    in_chans: int = 3,
+    imagenet_default: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[list, list]:
+    """Return the per-channel mean and std for images in 0..1: ImageNet's, or Inception's 0.5.
+
+    mean, std: values to return instead; one value is for all channels.
+    """
+    if mean is not None and std is not None:
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, in_chans):
+                raise UserError(
+                    f"--{name} has {len(values)} values, expected one, or one for each of "
+                    f"{in_chans} channels"
+                )
+        return tuple(list(v) if len(v) == in_chans else [*v] * in_chans for v in (mean, std))
     mean, std = (
         ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_default else ([0.5] * 3,) * 2
     )
     if in_chans == 3:
         return list(mean), list(std)
     return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
+
+
+def build_mean_and_std(args: Any) -> tuple[list, list]:
+    """Return the per-channel mean and std of the flags; those of old runs lack --mean and --std."""
+    own = vars(args).get("mean"), vars(args).get("std")
+    return mean_and_std(args.in_chans, args.imagenet_default_mean_and_std, *own)
 
 
 def create_pretrain_transform(

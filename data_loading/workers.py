@@ -6,6 +6,7 @@ python -c "from data_loading.workers import WatchedLoader; print(WatchedLoader._
 """
 
 import atexit
+import errno
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,7 @@ POLL = 2.0  # seconds between checks of the workers while the run waits for a ba
 TIMED_OUT = "DataLoader timed out"  # torch's words when no batch came for POLL seconds
 EXIT_S = 1.0  # a worker's connection may break this long before its exit code is known
 LIMITS = "/dev/shm may be full (df -h /dev/shm), or too many files open (ulimit -n)"
+TOO_MANY = os.strerror(errno.EMFILE)  # also in torch's RuntimeError, which has no number
 REMEDY = (
     "If memory ran out, lower --num_workers; after a bus error enlarge /dev/shm. Otherwise check "
     "that sample, and debug the data set with --num_workers 0"
@@ -44,6 +46,9 @@ class WatchedLoader:
     The sampler's keys are (epoch, index). timeout: seconds that a worker may take for one sample,
     and that a batch may be missing while all workers are idle; 0: no limit. A worker that dies or
     exceeds the limit ends the iteration with TrainingStopped. options: of DataLoader.
+
+    on_wait: if set, it is called with False every POLL seconds without a batch, and with True when
+    one arrives after that. It may raise.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class WatchedLoader:
         self.reading = torch.full((num_workers, 3), IDLE).share_memory_()
         self.processes: list[Any] = []
         self.waited = 0.0  # seconds since the last batch
+        self.on_wait: Callable[[bool], None] | None = None
         self.interrupted = False  # True within an epoch, and after one that was broken off
         options |= {"sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn}
         if num_workers:
@@ -94,10 +100,19 @@ class WatchedLoader:
                 break
             except Exception as error:
                 self._check(error)
+                if self.on_wait is not None:
+                    self.on_wait(False)
             else:
+                if self.waited and self.on_wait is not None:
+                    self.on_wait(True)
                 self.waited = 0.0
                 yield batch
         self.interrupted = False
+
+    def shared_memory(self, sample: Tensor) -> int:
+        """Return the bytes of /dev/shm that batches of such samples may take at the same time."""
+        batches = 2 * self.num_workers + 1  # DataLoader's prefetch_factor, and the one in use
+        return batches * self.batch_size * sample.nbytes if self.num_workers else 0
 
     def _replace_workers(self) -> None:
         _kill(self.processes)
@@ -128,6 +143,12 @@ class WatchedLoader:
         processes = {process.sentinel: process for process in self.processes}
         if exited := connection.wait(processes, 0 if still_waiting else EXIT_S):
             raise TrainingStopped(self._describe(processes[exited[0]])) from error
+        if TOO_MANY in str(error):
+            _kill(self.processes)
+            raise TrainingStopped(
+                f"too many open files to receive batches from {self.num_workers} loader processes; "
+                "raise the limit (ulimit -n 65536), or lower --num_workers"
+            ) from error
         if not still_waiting:
             raise error
         # A process that waits for a disk ignores every signal, SIGALRM too.

@@ -6,17 +6,21 @@ python -c "import models; print(models.list_models())"
 """
 
 import inspect
+import re
+import traceback
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from errors import UserError, resolve
+from errors import UserError, first_line, resolve
 from models import convnextv2
 from models.fcmae import FCMAE
 
 _PREFIX = "fcmae_"
+AUTOENCODER = "a masked autoencoder such as models.fcmae.FCMAE"
+CLASSIFIER = "a classifier, images (N, C, H, W) -> logits (N, num_classes)"
 
 
 def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
@@ -47,10 +51,46 @@ def fcmae_name(name: str) -> str:
     return name if name.startswith(_PREFIX) or ":" in name else _PREFIX + name
 
 
+def check_model(args: Any) -> None:
+    """Raise UserError if `--model` names no model and nothing that can be imported."""
+    is_pretraining, bare = "mask_ratio" in vars(args), args.model.removeprefix(_PREFIX)
+    resolve(fcmae_name(bare) if is_pretraining else bare, MODELS, kind="model")
+
+
+def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
+    """Call `create_model`; other arguments than a function has are a UserError."""
+    try:
+        model = create_model(name, **kwargs)
+    except TypeError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        unknown = re.search(r"(?:keyword argument|values for argument) '(\w+)'", str(error))
+        is_call = frames[-1].filename == __file__  # not an error within the function
+        if not (unknown and unknown[1] in kwargs or is_call):
+            raise
+        raise UserError(
+            f"--model {name} cannot be called with the flags: {first_line(error)}. Expected a "
+            f"function that takes {', '.join(kwargs)} and returns {kind}; write one that calls "
+            "yours and name it as package.module:function (docs/forking.md)"
+        ) from error
+    if isinstance(model, nn.Module) and _is_autoencoder(model) == (kind == AUTOENCODER):
+        return model
+    script = "main_finetune.py" if kind == AUTOENCODER else "main_pretrain.py"
+    other = f", or use {script}" if isinstance(model, nn.Module) else ""
+    raise UserError(
+        f"--model {name} returned {type(model).__name__}, expected {kind}; give another --model"
+        + other
+    )
+
+
+def _is_autoencoder(model: nn.Module) -> bool:
+    return all(hasattr(model, name) for name in ("grid_size", "mask_ratio"))
+
+
 def build_fcmae(args: Any) -> nn.Module:
     """The pre-training model that the flags describe."""
-    model = create_model(
+    model = _create_by_flags(
         fcmae_name(args.model),
+        AUTOENCODER,
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
         drop_path_rate=args.drop_path,
@@ -67,8 +107,9 @@ def build_fcmae(args: Any) -> nn.Module:
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
     """The classifier that the flags describe."""
-    model = create_model(
+    model = _create_by_flags(
         args.model.removeprefix(_PREFIX),
+        CLASSIFIER,
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
         drop_path_rate=args.drop_path,

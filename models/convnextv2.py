@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 from models.kernels import ops
-from models.layers import GRN, DropPath, LayerNorm, PatchConv, fused_dwconv, fused_mlp, init_weights
+from models.layers import (
+    GRN,
+    DropPath,
+    LayerNorm,
+    PatchConv,
+    fused_dwconv,
+    fused_mlp,
+    fused_residual,
+    init_weights,
+)
 from models.sparse import PatchGrid
 
 
@@ -38,8 +47,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        branch = self._checkpointed if recompute and not ops.exporting() else self._branch
-        return x + self.drop_path(branch(x, grid))
+        branch = self._checkpointed if recompute and not ops.plain_only(x) else self._branch
+        return fused_residual(x, branch(x, grid), self.drop_path)  # x + drop_path(branch(x, grid))
 
     def _branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
         x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))

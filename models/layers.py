@@ -38,6 +38,12 @@ class GRN(nn.Module):
         return ops.grn(x, self.gamma.flatten(), self.beta.flatten(), self.eps)
 
 
+@torch.fx.wrap  # a graph of torch.fx calls it: the axes of a proxy are not known
+def draw_kept(x: Tensor, prob: float) -> Tensor:
+    """1 for each image of x (N, ...) that is kept and 0 for those dropped, (N, 1, ...)."""
+    return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - prob)
+
+
 class DropPath(nn.Module):
     """Drop the residual branch of an image with probability `prob` and rescale the others."""
 
@@ -46,10 +52,17 @@ class DropPath(nn.Module):
         self.prob = prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.prob == 0:
+        if not self.drops():
             return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.prob)
-        return x * keep / max(1 - self.prob, 1e-6)  # prob 1 keeps nothing; 0 / 0 would be NaN
+        return x * draw_kept(x, self.prob) * self.factor()
+
+    def drops(self) -> bool:
+        """True in training, unless the probability is 0."""
+        return self.training and self.prob > 0
+
+    def factor(self) -> float:
+        """The factor of what is kept."""
+        return 1 / max(1 - self.prob, 1e-6)  # probability 1 keeps nothing: 0 / 0 would be NaN
 
 
 class PatchConv(nn.Conv2d):
@@ -68,7 +81,8 @@ class PatchConv(nn.Conv2d):
         k = self.kernel_size[0]
         if k == 1:
             return ops.affine(x, self.weight.flatten(1), self.bias)
-        if ops.exporting() and x.ndim == 4:  # without arithmetic on shapes in the graph
+        if ops.plain_only(x) and (not isinstance(x, Tensor) or x.ndim == 4):
+            # Without arithmetic on shapes in the graph; proxies of torch.fx are dense maps.
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         *lead, height, width, dim = x.shape
         h, w = height // k, width // k
@@ -102,7 +116,8 @@ def fused_dwconv(
 
     Removed patches count as zeros, like the padding around an image.
     """
-    if _can_fuse(conv, nn.Conv2d) and _is_depthwise(conv) and _can_fuse(norm, nn.LayerNorm):
+    fusible = _can_fuse(x, conv, nn.Conv2d) and _can_fuse(x, norm, nn.LayerNorm)
+    if fusible and _is_depthwise(conv):
         places = () if grid is None else (grid.ids, grid.slots)
         weights = (conv.weight, conv.bias, norm.weight, norm.bias)
         return depthwise_norm(x, *weights, norm.eps, *places)
@@ -113,21 +128,27 @@ def fused_dwconv(
 
 def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
     """`fc2(grn(gelu(fc1(x))))` of x (N, ..., C)."""
-    if not (_can_fuse(fc1, nn.Linear) and _can_fuse(grn, GRN) and _can_fuse(fc2, nn.Linear)):
+    kinds = ((fc1, nn.Linear), (grn, GRN), (fc2, nn.Linear))
+    if not all(_can_fuse(x, module, kind) for module, kind in kinds):
         return fc2(grn(F.gelu(fc1(x))))
     of_grn = (grn.gamma.flatten(), grn.beta.flatten(), grn.eps)
     return grn_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, *of_grn)
 
 
+def fused_residual(x: Tensor, branch: Tensor, drop_path: DropPath) -> Tensor:
+    """`x + drop_path(branch)` in one pass."""
+    if not (_can_fuse(branch, drop_path, DropPath) and drop_path.drops()):
+        return x + drop_path(branch)
+    with torch.autocast(x.device.type, enabled=False):  # it would copy the branch to float32 first
+        return torch.addcmul(x, branch, draw_kept(branch, drop_path.prob), value=drop_path.factor())
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if a fused operation may replace the module: it is unchanged and has no hooks.
-
-    Exported graphs hold the modules themselves.
-    """
-    if type(module) is not kind or getattr(module, "bias", True) is None or ops.exporting():
+def _can_fuse(x: Tensor, module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True if a fused operation may replace the module on x: it is unchanged and has no hooks."""
+    if type(module) is not kind or getattr(module, "bias", True) is None or ops.plain_only(x):
         return False
     hooked = nn.modules.module._has_any_global_hook() or any(getattr(module, n) for n in _HOOKS)
     return not hooked and "forward" not in vars(module)

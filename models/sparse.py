@@ -40,7 +40,7 @@ class PatchGrid:
         self.ids = order[:, :visible]  # (N, V)
         packed = torch.arange(visible, dtype=torch.int32, device=mask.device)
         slots = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
-        slots.scatter_(1, self.ids, packed.expand(len(mask), -1))
+        slots = slots.scatter(1, self.ids, packed.expand(len(mask), -1))  # in place, vmap fails
         self.slots = slots.view(-1, *self.size)  # (N, h, w), index among the packed, -1 = removed
 
     def pack(self, dense: Tensor) -> Tensor:

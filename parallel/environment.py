@@ -7,12 +7,15 @@ python -c "from parallel import environment; print(environment.first_host('n[08-
 
 import os
 import re
+import signal
 import zlib
 
 from errors import UserError
 
 OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # that a scheduler sends before it kills
+WARNINGS = tuple(getattr(signal, name) for name in WARNINGS if hasattr(signal, name))  # on Windows
 FIRST_PORT, PORTS = 20000, 10000  # below the ports of outgoing connections
 
 

@@ -130,6 +130,11 @@ def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
 
 
 def _check_optimizer(opt: str, shard: str) -> None:
+    if get_world_size() > 1 and "hessian" in opt.lower():
+        raise UserError(
+            f"--opt {opt} works in a single process only, since its second derivatives are not "
+            "averaged over processes; use another such as adamw"
+        )
     if shard == "ddp":
         return
     works = opt.lower() in FSDP_OPTIMIZERS
@@ -161,6 +166,23 @@ def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
     no_sync = isinstance(model, DistributedDataParallel) and not enabled
     with model.no_sync() if no_sync else contextlib.nullcontext():
         yield
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise UserError if parameters got no gradient where DistributedDataParallel needs them all.
+
+    Its own error comes a step later, and with numbers instead of names.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return
+    named = model.module.named_parameters()
+    unused = [name for name, p in named if p.requires_grad and p.grad is None]
+    if unused:
+        raise UserError(
+            f"{len(unused)} parameters got no gradient: {first_few(unused)}. With several ranks "
+            "all must contribute to the loss in every step: use them in forward, freeze them with "
+            "requires_grad_(False), or remove them from the model"
+        )
 
 
 def _check_parameters(model: nn.Module, shard: str) -> None:

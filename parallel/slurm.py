@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from errors import EXIT_REQUEUE
-from parallel.environment import port_of
+from parallel.environment import WARNINGS, port_of
 from parallel.failure import exit_now
 
+PREFIX = __name__.removesuffix("parallel.slurm")  # of the package that pip installs
 JOB_ID = "%j"
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # sent before a job is killed
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 ENDS += ("DEADLINE", "PREEMPTED", "GONE")  # GONE: SLURM no longer knows the job
 POLL_S = 5.0  # seconds between queries of SLURM
@@ -45,7 +45,7 @@ class Trainer:
         if self.umask is not None:
             os.umask(self.umask)
         job = submitit.JobEnvironment()
-        for kind in SIGNALS:  # submitit's own handlers limit the number of requeues
+        for kind in WARNINGS:  # submitit's own handlers limit the number of requeues
             signal.signal(kind, lambda number, _: _requeue_at_once(job, number))
         # The training script chooses the GPU: SLURM may number them differently.
         launcher = submitit.helpers.TorchDistributedEnvironment()
@@ -54,7 +54,7 @@ class Trainer:
         os.environ["MASTER_PORT"] = port_of(zlib.crc32(job.job_id.encode()))
         sys.argv = [f"{self.module}.py"]  # the name in error messages
 
-        main = importlib.import_module(self.module)
+        main = importlib.import_module(PREFIX + self.module)
         try:
             from parallel import process_group  # imports torch, which submitting does not need
 
@@ -75,7 +75,7 @@ class Trainer:
             flags[name] = flags[name] and flags[name].replace(JOB_ID, job_id)
         restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         flags["auto_resume"] = self.args.auto_resume or restarted
-        return type(self.args)({*self.args.given, "output_dir"}, **flags)
+        return type(self.args)(self.args.given | {"output_dir"}, **flags)
 
 
 def _requeue_at_once(job: Any, number: int) -> None:
@@ -87,7 +87,7 @@ def _requeue_at_once(job: Any, number: int) -> None:
 
 
 def _ignore_signals() -> None:
-    for kind in SIGNALS:
+    for kind in WARNINGS:
         signal.signal(kind, signal.SIG_IGN)
 
 

@@ -196,7 +196,8 @@ def submit(module: str, runs: Sequence[Any]) -> list[Any]:
             "job with --dry_run, or run it here with --cluster local"
         )
     make_private(args.job_dir)
-    root = str(Path(__file__).resolve().parents[1])  # the job imports this toolkit from here
+    # The job imports this toolkit, or the package that pip installs, from here.
+    root = str(Path(__file__).resolve().parents[__name__.count(".")])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONSAFEPATH"] = "1"  # and nothing from the folder in which it starts
     executor = _executor(module, args)

@@ -5,6 +5,7 @@
 import colorsys
 import logging
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch.utils.data import Dataset
 import datasets
 from data_loading import builtin
 from data_loading.dataset import TransformedDataset, collate
-from data_loading.decode import decode
+from data_loading.decode import BadImage, decode
 from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
+from data_loading.rng import seed_all
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
     RandomErasing,
@@ -45,6 +47,7 @@ def make_args(**changes):
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
         "on_bad_image": "error", "data_timeout": None, "data_index": "",
+        "val_split": 0.0,
     }  # fmt: skip
     return SimpleNamespace(**(flags | changes))
 
@@ -119,7 +122,7 @@ def test_missing_val_class_cannot_shift_labels(tmp_path, caplog):
     assert sorted({val[0, i][1] for i in range(len(val))}) == [0, 2]
     assert "val has no images of 1 of the 3 classes: bee" in caplog.text
     make_folders(tmp_path / "val", ["dog"])
-    with pytest.raises(UserError, match="only in val: dog; only in train: bee"):
+    with pytest.raises(UserError, match="does not know: dog; val lacks classes of train: bee"):
         datasets.build_datasets(args)
 
 
@@ -138,6 +141,32 @@ def test_labels_are_positions_in_the_head_of_the_weights(tmp_path):
     assert ([val[0, i][1] for i in (0, 2, 4)], nb_classes) == ([5, 6, 4], 7)
 
 
+def test_head_without_names_is_kept_by_number_in_training_and_evaluation(tmp_path):
+    """ImageNet's head on folders 0 to 999 was sorted as text in training only."""
+    names = [str(i) for i in range(12)]
+    for split in ("train", "val"):
+        make_folders(tmp_path / split, names)
+    args = make_args(data_set="IMNET", data_path=tmp_path)
+    train, val, _ = datasets.build_datasets(args, Head("it.pth", None, 12))
+    only_val, _ = datasets.build_dataset(False, args, Head("it.pth", None, 12))
+    assert train.classes == val.classes == names
+    for data in (train, val, only_val):
+        assert [data[0, 2 * i][1] for i in range(12)] == [0, 1, 10, 11, *range(2, 10)]
+    old, _, _ = datasets.build_datasets(args, Head("it.pth", None, 12), resumes=True)
+    assert old.classes == sorted(names)  # a run of an earlier version keeps its order
+
+
+def test_number_of_classes_without_names_is_that_of_the_run():
+    args = make_args(data_set="tests.test_datasets:unnamed")
+    head = Head("it.pth", None, 3)
+    train, _, nb_classes = datasets.build_datasets(args, head, resumes=True)
+    assert nb_classes == train.nb_classes == 3
+    args.nb_classes = 4
+    with pytest.raises(UserError, match=r"--nb_classes 4, but it.pth has 3 classes"):
+        datasets.build_datasets(args, head, resumes=True)
+    assert datasets.build_datasets(args, head)[2] == 4  # a new run needs a new head
+
+
 def test_other_classes_need_a_new_head_and_cannot_resume(tmp_path):
     for split in ("train", "val"):
         make_folders(tmp_path / split, ["ant", "bee", "zebra"])
@@ -145,7 +174,7 @@ def test_other_classes_need_a_new_head_and_cannot_resume(tmp_path):
     head = Head("it.pth", ["cat", "ant", "bee"], 3)
     train, val, _ = datasets.build_datasets(args, head)
     assert train.classes == val.classes == ["ant", "bee", "zebra"]
-    with pytest.raises(UserError, match="only in train: zebra; only in it.pth: cat"):
+    with pytest.raises(UserError, match="does not know: zebra; train lacks classes of it.pth: cat"):
         datasets.build_datasets(args, head, resumes=True)
 
 
@@ -161,7 +190,8 @@ def test_synthetic_label_survives_crops_flips_and_rotations():
     crop = create_pretrain_transform(24, scale=(0.08, 1.0))
     colors = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
     colors = torch.tensor(colors) - torch.tensor(colors).mean(1, keepdim=True)
-    val = TransformedDataset(builtin.Synthetic((24, 40), 10, train=False), crop, seed=0)
+    val = builtin.Synthetic((24, 40), 10, train=False)
+    val = TransformedDataset(val, crop, seed=0, nb_classes=10)
     right = 0
     for i in range(200):
         image, label, _ = val[0, i]
@@ -257,6 +287,46 @@ def test_failed_download_says_where_files_belong(tmp_path, monkeypatch):
             datasets.build_dataset(True, make_args(data_set=name, data_path=str(tmp_path)))
 
 
+def test_start_line_tells_images_classes_size_and_what_is_left_out(tmp_path, log):
+    """Of 100 photos of a phone and 4 others a run used 4, without a word."""
+    make_folders(tmp_path / "train", ["ant", "bee"])
+    make_folders(tmp_path / "val", ["ant", "bee"], images=1)
+    for number in range(100):
+        (tmp_path / "train" / "ant" / f"{number}.jp2").write_bytes(b"")
+    args = make_args(data_set="IMNET", data_path=tmp_path, input_size=(16, 24))
+    datasets.build_datasets(args)
+    assert log.messages == [
+        "train: 4 images of 2 classes (ant, bee), used at 16 x 24 pixels; left out 100 files: "
+        "100 .jp2",
+        "val: 2 images of 2 classes (ant, bee), used at 16 x 24 pixels",
+    ]
+    log.clear()
+    datasets.build_pretrain_dataset(args)
+    assert log.messages == ["train: 4 images, used at 16 x 24 pixels; left out 100 files: 100 .jp2"]
+    log.clear()
+    datasets.build_dataset(True, make_args(nb_classes=1, data_set="tests.test_datasets:unnamed"))
+    assert log.messages[0] == "train: 1 images of 1 classes, used at 16 x 16 pixels"
+
+
+def test_folder_of_another_level_is_a_warning(tmp_path, log):
+    """One class: loss 0 and 100% from the first epoch on."""
+    make_folders(tmp_path / "train" / "photos", "ab")
+    flags = {"data_path": tmp_path, "disable_eval": True}
+    datasets.build_datasets(make_args(data_set="IMNET", **flags))
+    (warning,) = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    assert warning == (
+        "train: all images are of one class, 'photos', so there is nothing to learn; give the "
+        "folder that directly holds one folder of images per class"
+    )
+    make_folders(tmp_path / "val" / "photos", "a")
+    log.clear()
+    datasets.build_datasets(make_args(data_set="image_folder", **flags))
+    assert "train: the classes are called train, val, like parts of a data set" in log.messages[1]
+    log.clear()
+    datasets.build_pretrain_dataset(make_args(data_set="IMNET", **flags))  # without labels
+    assert [record.levelname for record in log.records] == ["INFO"]
+
+
 # --- decoding and transforms ----------------------------------------------------------------
 
 
@@ -350,23 +420,65 @@ def test_eval_center_keeps_the_aspect_ratio():
     assert out[0, 32, 55].item() == 255
 
 
-def test_random_erasing_leaves_other_pixels_bit_exact():
-    image = torch.arange(3 * 16 * 16).reshape(3, 16, 16).remainder(256).to(torch.uint8)
-    for mode in ("const", "rand", "pixel"):
-        erase = RandomErasing(1.0, mode, 1, *mean_and_std())
-        torch.manual_seed(0)
-        out = erase(image.clone())
-        changed = (out != image).any(0)
-        rows, columns = changed.nonzero().T
-        box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-        assert out.dtype == torch.uint8
-        assert 0 < changed.sum() <= box < 0.6 * 256
-    black = RandomErasing(1.0, "const", 1, *mean_and_std())(
-        torch.zeros(3, 16, 16, dtype=torch.uint8)
+def erased_batch(images: torch.Tensor, *erasing, mean=(0.5,) * 3, std=(0.5,) * 3) -> torch.Tensor:
+    """Load (N, C, H, W) as training does; returns the normalized batch."""
+    erase = RandomErasing(*erasing)
+    data = TransformedDataset(
+        Listed([(x, 0) for x in images]),
+        lambda x: erase(x if isinstance(x, torch.Tensor) else decode_back(x)),
+        seed=0,
     )
-    assert black.flatten(1).amax(1).tolist() == [124, 116, 104]  # 0 after normalizing is the mean
-    never = RandomErasing(0.0, "pixel", 1, *mean_and_std())
-    assert torch.equal(never(image), image)
+    loader = WatchedLoader(data, EvalSampler(len(data), 0, 1), len(data))
+    ((x, _, _),) = list(DeviceLoader(loader, "cpu", mean, std))
+    return x
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_random_erasing_equals_timms_on_normalized_images(mode, kind):
+    """And leaves the other pixels bit-exact."""
+    from timm.data.random_erasing import RandomErasing as Timms
+
+    images = torch.arange(5 * 3 * 16 * 16).reshape(5, 3, 16, 16).remainder(256).to(kind)
+    images = images / 255 if kind.is_floating_point else images
+    x = erased_batch(images, 1.0, mode, 3)
+    for number, image in enumerate(images):
+        expected = (image / (1 if kind.is_floating_point else 255) - 0.5) / 0.5
+        seed_all(0, 0, number)
+        torch.rand(())  # the decision to erase
+        assert torch.equal(x[number], Timms(1.0, mode=mode, max_count=3, device="cpu")(expected))
+
+
+def test_noise_of_random_erasing_has_a_standard_deviation_of_1():
+    """In uint8 a third of the values was clipped, which left 0.72."""
+    x = erased_batch(torch.full((40, 3, 64, 64), 255, dtype=torch.uint8), 1.0, "pixel", 1)
+    noise = x[x != 1]  # white is 1 after normalizing
+    assert len(noise) > 50_000
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+
+
+def test_erased_images_travel_as_uint8():
+    """As float32 they would take four times as much shared memory."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    erased = RandomErasing(1.0, "pixel", 1)(image)
+    images, _, ids, _, patches = collate([(image, 0, 4), (erased, 0, 7)])
+    assert (images.dtype, type(images)) == (torch.uint8, torch.Tensor)
+    assert ids.tolist() == [4, 7]
+    ((number, _, _, height, width),) = patches.places
+    assert (number, len(patches.noise)) == (1, 3 * height * width)
+    assert len(patches.noise) <= 3 * 32 * 32 / 3 + 3 * 32  # at most a third of the image
+    assert RandomErasing(0.0, "pixel", 1)(image) is image
+
+
+def test_erased_image_is_the_same_in_any_batch():
+    args = make_args(reprob=0.5, batch_size=2, data_set="DIGITS", input_size=32, aa="none")
+    data, _ = datasets.build_dataset(True, args)
+    loader = datasets.build_loader(data, True, args, "cpu")
+    loader.set_epoch(3)
+    for _, (images, _, ids) in zip(range(4), loader, strict=False):
+        for image, number in zip(images, ids, strict=True):
+            assert torch.equal(loader.reload(3, number[None])[0][0], image)
 
 
 def test_flips_follow_the_flag():
@@ -391,13 +503,18 @@ def test_mean_and_std_of_gray_is_the_average():
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only():
-    data, _ = datasets.build_dataset(True, make_args(aa="augmix-m5", reprob=0.5))
-    first = data[2, 7][0]
+    data, _ = datasets.build_dataset(True, make_args(aa="augmix-m5", reprob=1.0))
+    other, _ = datasets.build_dataset(True, make_args(aa="augmix-m5", reprob=1.0, seed=1))
+
+    def parts(data, epoch):
+        (images, _, _, _, patches) = collate([data[epoch, 7]])
+        return images.tolist(), patches.places, patches.noise.tolist()
+
+    first = parts(data, 2)
     torch.rand(3), np.random.rand(3), data[0, 1]
-    assert torch.equal(first, data[2, 7][0])
-    assert not torch.equal(first, data[3, 7][0])
-    other, _ = datasets.build_dataset(True, make_args(aa="augmix-m5", reprob=0.5, seed=1))
-    assert not torch.equal(first, other[2, 7][0])
+    assert parts(data, 2) == first
+    for again in (parts(data, 3), parts(other, 2)):
+        assert all(a != b for a, b in zip(again, first, strict=True))
 
 
 def test_workers_do_not_change_tensors():
@@ -491,10 +608,34 @@ def test_batch_larger_than_the_data_is_refused():
 @pytest.mark.parametrize(("imagenet", "mean"), [(True, [0.485, 0.456, 0.406]), (False, [0.5] * 3)])
 def test_fill_colors_of_augmentation_follow_mean_and_std(imagenet, mean):
     args = make_args(imagenet_default_mean_and_std=imagenet)
-    *_, augment, _, _, erasing = datasets.build_transform(True, args).transforms
-    assert erasing.mean.flatten().tolist() == pytest.approx(mean)
+    *_, augment, _, _, _ = datasets.build_transform(True, args).transforms
     fills = {operation.kwargs["fillcolor"] for operation in augment.ops if operation.kwargs}
     assert fills == {tuple(round(255 * value) for value in mean)}
+
+
+def test_own_mean_and_std_reach_batches_and_augmentation():
+    args = make_args(in_chans=1, mean=(0.25,), std=(2.0,))
+    augment = next(s for s in datasets.build_transform(True, args).transforms if hasattr(s, "ops"))
+    fills = {operation.kwargs["fillcolor"] for operation in augment.ops if operation.kwargs}
+    assert fills == {(64,)}
+    data, _ = datasets.build_dataset(False, args)
+    loader = datasets.build_loader(data, False, args, "cpu")
+    assert loader.normalize(torch.tensor([[[[0, 255]]]]).byte()).tolist() == [[[[-0.125, 0.375]]]]
+
+
+def test_mean_of_8_bit_values_gets_a_warning(caplog, monkeypatch):
+    """Images of 0 to 255 are scaled to 0 to 1 first; a mean of 123 would make all of them black."""
+    monkeypatch.setattr(logging.getLogger("convnextv2"), "propagate", True)
+    for mean, warned in ((123.675, True), (0.485, False)):
+        caplog.clear()
+        args = make_args(mean=(mean,), std=(0.2,))
+        datasets.build_loader(datasets.build_dataset(True, args)[0], True, args, "cpu")
+        assert ("by 255: --mean 0.485 --std 0.000784" in caplog.text) is warned
+
+
+def test_values_for_another_number_of_channels_are_refused():
+    with pytest.raises(UserError, match="--std has 2 values, expected one, or one for each of 3"):
+        mean_and_std(3, True, (0.1,), (0.1, 0.2))
 
 
 def test_split_index_and_size_reach_the_data_set(tmp_path):
@@ -599,6 +740,83 @@ def test_a_bug_in_a_transform_is_not_called_an_unreadable_image():
         TransformedDataset(Listed([(picture(), 0)]), broken, 0)[0, 0]
 
 
+LABELS = {  # of the third kind of data set: what is said of the label
+    "text": ("ant", "the label str 'ant', expected an integer from 0 to 4"),
+    "float": (1.7, "the label float 1.7, expected"),
+    "whole float": (1.0, "the label float 1.0, expected"),
+    "numpy float": (np.float32(1.7), "the label float32 "),
+    "one-hot": (torch.eye(5)[1], r"the label Tensor of shape \(5,\), expected"),
+    "vector of one": (torch.tensor([3]), r"the label Tensor of shape \(1,\), expected"),
+    "array": (np.array([3]), r"the label ndarray of shape \(1,\), expected"),
+    "float tensor": (torch.tensor(1.7), r"the label Tensor tensor\(1.7"),
+    "list": ([3], r"the label list \[3\], expected"),
+    "dict": ({"label": 3}, "the label dict {'label': 3}, expected"),
+    "nothing": (None, r"it has no label; expected \(image, label\)"),
+    "too large": (5, "label 5; expected 0 to 4"),
+    "negative": (-1, "label -1; expected 0 to 4"),
+    "long text": ("x" * 10**6, "the label str 'xxx"),
+}
+
+
+@pytest.mark.parametrize(("label", "message"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
+def test_label_that_is_no_class_is_an_error(label, message, on_bad):
+    """A run trained on int(1.7), and a text was called a bad image."""
+    data = Listed([(picture(), label)])
+    data = TransformedDataset(data, create_eval_transform(8), 0, nb_classes=5, on_bad=on_bad)
+    error = data[0, 0]
+    assert isinstance(error, UserError)
+    assert not isinstance(error, BadImage)
+    assert re.match(f"image number 0: (got )?{message}", str(error))
+    assert len(str(error)) < 200
+
+
+@pytest.mark.parametrize(
+    "label", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3).byte()]
+)
+def test_label_may_be_any_kind_of_integer(label):
+    data = Listed([(picture(), label), [picture(), label]])
+    data = TransformedDataset(data, create_eval_transform(8), 0, nb_classes=5)
+    for index in range(2):
+        _, got, _ = data[0, index]
+        assert (type(got), got) == (int, 3)
+
+
+def test_tuple_of_three_is_an_error_with_its_types():
+    """It was called a bad image, and with --on_bad_image skip the run replaced all images."""
+    for item in ((picture(), 3, {"id": 1}), [picture()], ()):
+        data = TransformedDataset(
+            Listed([item]), create_eval_transform(8), 0, nb_classes=5, on_bad="replace"
+        )
+        kinds = ", ".join(type(part).__name__ for part in item)
+        text = f"image number 0: got a {type(item).__name__} of {len(item)} ({kinds}), expected (im"
+        assert str(data[0, 0]).startswith(text)
+
+
+class Broken:
+    """A label without meaning, which cannot be looked at."""
+
+    def __getattr__(self, name):
+        raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        (picture(), {"boxes": [1, 2]}), (picture(), [[1], [2]]), (picture(), "cat"),
+        (picture(), torch.eye(40)), (picture(), None), (picture(), 3, "id"), [picture()],
+        (picture(), Broken()), picture(),
+    ],
+    ids=lambda item: str(type(item)),
+)  # fmt: skip
+def test_pretraining_does_not_look_at_labels(item):
+    """Data sets like CelebA, VOC and COCO could not be used."""
+    data = TransformedDataset(Listed([item]), create_eval_transform(8), 0)
+    image, label, index = data[0, 0]
+    assert (image.shape, label, index) == ((3, 8, 8), 0, 0)
+    assert collate([data[0, 0]])[1].tolist() == [0]
+
+
 def test_color_augmentation_of_floats_is_refused():
     transform = create_train_transform(8, mean_and_std()[0], aa="rand-m9")
     result = TransformedDataset(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
@@ -608,7 +826,8 @@ def test_color_augmentation_of_floats_is_refused():
 
 def test_batches_normalize_like_totensor_and_normalize():
     images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).remainder(256).to(torch.uint8)
-    data = TransformedDataset(Listed([(image, 1) for image in images]), decode_back, 0)
+    samples = Listed([(image, 1) for image in images])
+    data = TransformedDataset(samples, decode_back, 0, nb_classes=2)
     loader = WatchedLoader(data, EvalSampler(2, 0, 1), 2)
     batches = DeviceLoader(loader, "cpu", *mean_and_std())
     ((x, labels, ids),) = list(batches)
@@ -618,6 +837,40 @@ def test_batches_normalize_like_totensor_and_normalize():
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (labels.tolist(), ids.tolist(), labels.dtype) == ([1, 1], [0, 1], torch.int64)
     assert batches.wait_seconds > 0
+
+
+def ramp(low, high):
+    """Two images with values from low to high."""
+    return torch.linspace(low, high, 2 * 3 * 64).view(2, 3, 8, 8)
+
+
+RANGES = {  # a batch of float images, and the range that is told
+    "0..255": (ramp(0, 255), "0 to 255"),
+    "0..10000": (ramp(0, 10_000), "0 to 1e+04"),
+    "standardized": (ramp(-2.1, 2.6), "-2.1 to 2.6"),
+    "-1..1": (ramp(-1, 1), "-1 to 1"),
+    "dark": (torch.eye(8).expand(2, 3, 8, 8)[..., :1, :] * ramp(254, 255), "0 to 255"),
+    "0..1": (ramp(0, 1), None),
+    "overshoot": (ramp(-0.12, 1.12), None),
+    "erased": (torch.cat([ramp(0, 1)[:, :, 1:], ramp(-1, 2)[:, :, :1]], 2), None),
+    "uint8": (ramp(0, 255).to(torch.uint8), None),
+}
+
+
+@pytest.mark.parametrize(("images", "told"), RANGES.values(), ids=RANGES)
+def test_range_of_float_images_is_checked_at_the_first_batch(images, told, log):
+    """Images in 0..255 or 0..10000 trained without a word, far from the mean and std."""
+    data = TransformedDataset(Listed([(image, 0) for image in images]), keep, 0)
+    batches = DeviceLoader(WatchedLoader(data, EvalSampler(2, 0, 1), 2), "cpu", *mean_and_std())
+    for _ in range(2):
+        list(batches)
+    warnings = [text.partition(", since")[0] for text in log.messages]
+    text = f"the float images of the first batch range from {told}; expected 0 to 1"
+    assert warnings == [text] * (told is not None)
+
+
+def keep(image):
+    return image if isinstance(image, torch.Tensor) else decode_back(image)
 
 
 def decode_back(image):

@@ -385,6 +385,23 @@ def test_evaluation_repeats_the_runs_own_without_its_flags(trained, insects):
     assert result("--output_dir", trained, "--finetune", "x", "--data_path", insects) == expected
 
 
+def test_training_command_with_eval_evaluates_what_it_trained(trained, insects, tmp_path):
+    """Not the weights that it started from, also after the run was moved to another place."""
+    words = ["--finetune", "x.pth", "--data_path", insects, "--auto_resume", "false"]
+    assert result(*words, "--output_dir", trained)[0] == str(trained / "checkpoint-best.pth")
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    text = (moved / "args.yaml").read_text()
+    text = text.replace(str(trained), "/nowhere/run").replace("finetune: ''", "finetune: x.pth")
+    assert "finetune: x.pth" in text
+    (moved / "args.yaml").write_text(text)
+    assert result("--config", moved / "args.yaml")[0] == str(moved / "checkpoint-best.pth")
+    (tmp_path / "empty").mkdir()
+    words = ["--eval", "--output_dir", tmp_path / "empty", "--finetune", trained]
+    done = run("main_finetune.py", *MODEL, *words, "--data_path", insects)
+    assert f"empty holds no checkpoint: --finetune {trained} is evaluated" in done.stdout
+
+
 def test_labels_are_found_by_name(trained, insects, tmp_path):
     """Each class alone, and under numbers: the right answers add up to those of all."""
     _, top1, _, count = result("--resume", trained, "--data_path", insects)
@@ -408,7 +425,7 @@ def test_renamed_classes_are_refused_by_evaluation_and_resume(trained, insects, 
     for split in ("train", "val"):
         (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "zant")
     words = ["--data_path", tmp_path / "data"]
-    refused = "only in {}: zant; only in {}: ant"
+    refused = "{} has classes that {} does not know: zant; "
     done = run("main_finetune.py", *MODEL, "--eval", "--resume", trained, *words, expect=2)
     assert refused.format("val", trained / "checkpoint-best.pth") in done.stderr
     shutil.copytree(trained, tmp_path / "run")
@@ -455,7 +472,7 @@ BAD = {  # name -> script, flags, what the line must name
     "no train folder": ("pretrain", "--data_set IMNET --data_path {0}/empty", "--data_set folder"),
     "empty folder": ("pretrain", "--data_set folder --data_path {0}/empty", "empty"),
     "unreadable image": ("pretrain", "--data_set folder --data_path {0}/broken", "5.png"),
-    "class maps": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in val: d"),
+    "class maps": ("finetune", "--data_set IMNET --data_path {0}/differ", "does not know: d"),
     "class count": ("finetune", "--nb_classes 7", "--nb_classes 7"),
     "patches": ("pretrain", "--input_size 20", "--input_size 20"),
     "mask ratio": ("pretrain", "--mask_ratio 0.9", "--mask_ratio 0.9"),

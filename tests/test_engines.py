@@ -130,6 +130,26 @@ def test_ema_does_not_move_when_a_step_was_skipped(monkeypatch, print_freq):
     assert [taken for _, taken in averaged].count(False) == 2
 
 
+def normed(num_classes: int, **unused) -> torch.nn.Module:
+    """A classifier with running statistics, for --model."""
+    conv = torch.nn.Conv2d(3, 4, 3)
+    layers = [conv, torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(784, num_classes)]
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("print_freq", [1, 100])
+def test_bad_image_leaves_running_statistics_and_their_average_finite(tmp_path, print_freq):
+    """`test_loss` was NaN from the first NaN image on, in an epoch that counted as the best."""
+    words = f"--epochs 2 --model_ema --print_freq {print_freq} --output_dir {tmp_path}"
+    finetune(f"{words} --data_set tests.tiny:poisoned --model tests.test_engines:normed")
+    saved = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    assert saved["state"]["bad_steps"] == 2
+    for key in ("model", "model_ema"):
+        assert torch.isfinite(saved[key]["1.running_mean"]).all(), key
+        assert torch.isfinite(saved[key]["1.running_var"]).all(), key
+        assert saved[key]["1.num_batches_tracked"] == 6, key  # 8 steps, 2 of them skipped
+
+
 @pytest.mark.parametrize("print_freq", [1, 100])
 def test_checkpoint_counts_every_skipped_step(tmp_path, print_freq):
     words = f"--epochs 2 --print_freq {print_freq} --output_dir {tmp_path}"
@@ -203,7 +223,7 @@ def test_training_accuracy_is_the_mean_over_images_or_absent(tmp_path, monkeypat
         assert entry["train_class_acc"] is None
     else:
         assert [len(values) for values in found] == [1] * 4
-        assert entry["train_class_acc"] == pytest.approx(mean(value.item() for (value,) in found))
+        assert entry["train_class_acc"] == mean(torch.cat([value for (value,) in found]).tolist())
 
 
 def test_evaluation_is_that_of_every_image_in_evaluation_mode():
@@ -236,6 +256,42 @@ def test_evaluation_shows_a_loss_that_is_not_finite():
     batches = [(torch.full((2, 3, 2, 2), x), labels, labels) for x in (1.0, float("nan"))]
     stats = engine_finetune.evaluate(batches, Broken(), torch.device("cpu"), "none")
     assert stats["loss"] != stats["loss"]
+
+
+def test_images_with_nan_logits_count_as_wrong_and_are_reported(log):
+    """NaN weights had an accuracy of 50% on two classes."""
+
+    class Some(torch.nn.Module):
+        def forward(self, images):
+            return images[:, :2, 0, 0]
+
+    images = torch.zeros(4, 3, 2, 2)
+    images[:2, 0], images[2:, 1], images[1:3] = 1, 1, float("nan")
+    labels, ids = torch.tensor([0, 0, 1, 1]), torch.arange(4)
+    batches = [(images[:2], labels[:2], ids[:2]), (images[2:], labels[2:], ids[2:])]
+    stats = engine_finetune.evaluate(batches, Some(), torch.device("cpu"), "none")
+    assert (stats["acc1"], stats["acc5"]) == (50, 50)
+    assert log.messages == [
+        "NaN or Inf logits for 2 images, which count as wrong; check weights and images"
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 5, 71])
+def test_evaluation_gives_the_same_float_for_any_batch_size(size):
+    """349 of 355 gave nine values, so that equal epochs became new best ones."""
+
+    class Known(torch.nn.Module):
+        def forward(self, images):
+            return images[:, :, 0, 0].double()
+
+    images, labels = torch.rand(355, 3, 1, 1), torch.zeros(355, dtype=torch.long)
+    images[:, 0], images[3::60, 1] = 4, 5  # 6 wrong ones
+    parts = zip(images.split(size), labels.split(size), labels.split(size), strict=True)
+    stats = engine_finetune.evaluate(list(parts), Known(), torch.device("cpu"), "none")
+    assert stats["acc1"] == 34900 / 355
+    assert stats["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(images.flatten(1).double(), labels).item(), rel=1e-7
+    )
 
 
 def test_rank_without_images_says_that_others_know_the_reasons():

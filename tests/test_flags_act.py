@@ -136,6 +136,14 @@ SHARED: dict[str, Row] = {
     "in_chans": ("--in_chans 1", lambda b: (b.inner.in_chans, len(b.sample())), (3, 3), (1, 1)),
     "drop_path": ("--drop_path 0.3", deepest_drop_path, 0.0, pytest.approx(0.3)),
     "data_path": ("--data_path there", lambda b: PATHS[0], "here", "there"),
+    "mean": (
+        "--mean 0.1 0.2 0.3 --std 0.7", lambda b: b.train.mean.flatten().tolist(),
+        pytest.approx([0.485, 0.456, 0.406]), pytest.approx([0.1, 0.2, 0.3]),
+    ),
+    "std": (
+        "--mean 0 --std 0.7", lambda b: b.train.std.flatten().tolist(),
+        pytest.approx([0.229, 0.224, 0.225]), pytest.approx([0.7] * 3),
+    ),
     "num_workers": ("--num_workers 2", lambda b: b.train.loader.num_workers, 0, 2),
     "on_bad_image": (
         "--on_bad_image skip",

@@ -149,3 +149,11 @@ def test_checkpoint_of_another_size_is_refused(tmp_path):
     path = saved(ConvNeXtV2((1, 1, 1, 1), (4, 6, 8, 10)), tmp_path)
     with pytest.raises(UserError, match="checkpoint-0.pth does not fit ConvNeXtV2.*missing"):
         load("convnextv2_atto", checkpoint=path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    source = create_model("convnextv2_atto", num_classes=7)
+    with torch.no_grad():
+        source.norm.bias[3] = float("nan")
+    with pytest.raises(UserError, match=r"NaN or Inf in norm\.bias"):
+        load("convnextv2_atto", checkpoint=saved(source, tmp_path))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import main_finetune
+import models
 from config import parser as options
 from data_loading.bad_images import BadImages
 from data_loading.samplers import EvalSampler, TrainSampler
@@ -119,8 +120,11 @@ def test_run_of_the_other_kind_gives_its_weights_alone(script, tmp_path, monkeyp
 
 
 def test_pretraining_starts_from_the_weights_of_a_classifier(file, tmp_path, monkeypatch):
-    built = build("pretrain", f"--resume {file}", tmp_path / "run", monkeypatch)
-    assert seed_of(built.inner.encoder) == 1
+    for words, expected in {
+        "": 1, "--model_key other|model": 3, "--model_key wrapped --model_prefix net.": 4,
+    }.items():  # fmt: skip
+        words, folder = f"--resume {file} {words}", tmp_path / str(expected)
+        assert seed_of(build("pretrain", words, folder, monkeypatch).inner.encoder) == expected
 
 
 def test_layer_decay_of_random_weights_is_a_warning(file, tmp_path, monkeypatch):
@@ -305,6 +309,57 @@ def test_folder_to_resume_is_treated_as_the_file_would_be(script, tmp_path, monk
 
 
 @pytest.mark.parametrize("script", MAINS)
+def test_run_for_other_channels_starts_from_the_weights_alone(script, tmp_path, monkeypatch):
+    """RGB pre-training continues on gray images; in its own folder that is refused."""
+    first = build(script, "", tmp_path / "rgb", monkeypatch).inner.state_dict()
+    words = f"--in_chans 1 --resume {tmp_path / 'rgb'}"
+    built = build(script, words, tmp_path / "gray", monkeypatch)
+    assert built.epochs == [0, 1]
+    stem = "encoder." * (script == "pretrain") + "downsample_layers.0.0.weight"
+    expected = first[stem].sum(1, keepdim=True)
+    assert torch.equal(built.inner.state_dict()[stem], expected)
+    assert "--in_chans 1: only the weights of" in built.text
+    with pytest.raises(UserError, match="was trained with --in_chans 3 and cannot resume with 1"):
+        build(script, "--in_chans 1", tmp_path / "rgb", monkeypatch)
+
+
+def test_weights_to_evaluate_are_checked_before_the_data_is_listed(tmp_path):
+    torch.save(models.create_model("fcmae_convnextv2_atto").state_dict(), tmp_path / "a.pth")
+    words = ["--eval", "--resume", str(tmp_path / "a.pth"), "--data_set", "no.module:data"]
+    args = options.parse(options.finetune_parser(), [*words, "--device", "cpu"])
+    with pytest.raises(UserError, match="these weights have no classifier"):
+        main_finetune.main(args)
+
+
+@pytest.mark.parametrize("script", MAINS)
+@pytest.mark.parametrize("fault", ["model", "file", "size", "nan"])
+def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
+    script, fault, tmp_path, monkeypatch
+):
+    """Listing ImageNet takes minutes; here the data set does not exist."""
+    model, path = tiny.classifier(num_classes=3, stem_stride=1), tmp_path / "weights.pth"
+    model = models.create_model("convnextv2_atto", stem_stride=1) if fault == "nan" else model
+    with torch.no_grad():
+        model.stages[0][0].norm.bias[0] = float("nan")
+    torch.save(model.state_dict(), path)
+    words, message = {
+        "model": ("--model convnextv2_tny", "Did you mean"),
+        "file": ("--model convnextv2_atto START=nothing.pth", "nothing.pth does not exist"),
+        "size": (
+            f"--model convnextv2_atto START={path}",
+            "belong to other flags: --model of",
+        ),
+        "nan": (f"--model convnextv2_atto START={path}", "NaN or Inf in .*stages.0.0.norm.bias"),
+    }[fault]
+    words = words.replace("START", START[script])
+    with pytest.raises(UserError, match=message):
+        build(script, f"--data_set no.module:data {words}", tmp_path / "run", monkeypatch)
+
+
+START = {"pretrain": "--resume", "finetune": "--finetune"}  # flags that load only weights
+
+
+@pytest.mark.parametrize("script", MAINS)
 def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkeypatch):
     """Its files would outrank the new ones, and each rerun would begin at epoch 0."""
     folder = tmp_path / "run"
@@ -314,7 +369,8 @@ def test_run_never_starts_over_in_the_folder_of_another(script, tmp_path, monkey
     for resume in ("", folder, "run", "./run/checkpoint-1.pth"):  # however the folder is written
         for output in (folder, "run"):
             words = f"{f'--resume {resume} ' * bool(resume)}--output_dir {output}"
-            with pytest.raises(UserError, match="belongs to a .* needs another --output_dir"):
+            advice = f"another --output_dir: give it, and {START[other]} .*run to start from"
+            with pytest.raises(UserError, match=f"belongs to a .* needs {advice}"):
                 build(other, words, folder, monkeypatch)
 
 

@@ -3,12 +3,17 @@
 """Parameter groups, optimizers by name, schedules."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from timm.optim import list_optimizers, param_groups_weight_decay
 from torch import nn
 
+from config import parser as options
+from data_loading.rng import seed_all
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
@@ -22,6 +27,15 @@ from optim_factory import (
     get_parameter_groups,
     scale_lr,
 )
+from parallel.state_dict import tensor_leaves
+from training.checkpoint import (
+    TrainableParts,
+    TrainState,
+    collect_checkpoint,
+    restore_run,
+    write_checkpoint,
+)
+from training.stepper import Stepper
 
 
 def classifier(depths=(1, 1, 2, 1)) -> ConvNeXtV2:
@@ -93,6 +107,51 @@ def test_frozen_parameters_are_in_no_group():
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     assert set(by_name(model, get_parameter_groups(model, 0.3))) == {"head.weight", "head.bias"}
+
+
+class Wrapped(nn.Module):
+    """A network of timm as a part of one's own."""
+
+    def __init__(self, name: str, **sizes) -> None:
+        super().__init__()
+        self.body = timm.create_model(name, **sizes)
+
+
+VIT = {"img_size": 32, "embed_dim": 8, "depth": 1, "num_heads": 1}
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "exempt"),
+    [
+        ("vit_tiny_patch16_224", VIT, {"pos_embed", "cls_token"}),
+        (
+            "swin_tiny_patch4_window7_224",
+            SWIN | {"num_heads": (1, 1)},
+            {f"layers.{n}.blocks.0.attn.relative_position_bias_table" for n in (0, 1)},
+        ),
+    ],
+)
+def test_what_a_network_of_timm_exempts_is_not_decayed(name, sizes, exempt):
+    """Position embeddings and tokens have more than one dimension, so they were decayed."""
+    wrapped = Wrapped(name, num_classes=3, **sizes)
+    for model, prefix in ((wrapped, "body."), (wrapped.body, "")):
+        groups = by_name(model, get_parameter_groups(model, 0.3))
+        ours = {name for name, group in groups.items() if not group["decayed"]}
+        (undecayed, _) = param_groups_weight_decay(
+            wrapped.body, 0.3, no_weight_decay_list=wrapped.body.no_weight_decay()
+        )
+        timms = by_name(wrapped.body, [undecayed])
+        assert ours == {prefix + name for name in timms}
+        assert {prefix + name for name in exempt} <= ours
+
+
+def test_exempt_names_may_be_patterns():
+    """As in timm's own parameter groups."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.no_weight_decay = lambda: {"1.w*"}
+    groups = by_name(model, get_parameter_groups(model, 0.3))
+    assert [name for name, group in groups.items() if group["decayed"]] == ["0.weight"]
 
 
 # --- layer decay ----------------------------------------------------------------------------
@@ -224,6 +283,95 @@ def test_flags_reach_the_optimizer():
         assert (group["eps"], group["betas"]) == (1e-5, (0.8, 0.7))
 
 
+@pytest.mark.parametrize("opt", ["adamw", "lion", "adopt", "lookahead_adamw"])
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.95, 0.99)])
+def test_wrong_number_of_betas_is_refused(opt, betas):
+    """It was a traceback, in some optimizers from the first step."""
+    with pytest.raises(UserError, match=f"--opt {opt} takes as many --opt_betas as 0.9 0.99+, got"):
+        create_optimizer(classifier(), opt, lr=1.0, betas=betas)
+
+
+def test_adan_takes_three_betas():
+    with pytest.raises(UserError, match="as many --opt_betas as 0.98 0.92 0.99, got 0.9 0.95"):
+        create_optimizer(classifier(), "adan", lr=1.0, betas=(0.9, 0.95))
+    optimizer = create_optimizer(classifier(), "adan", lr=1.0, betas=(0.9, 0.8, 0.7))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.8, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("opt", "package"), [("bnbadamw8bit", "bitsandbytes"), ("fusedlamb", "NVIDIA's apex")]
+)
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_optimizer_of_an_absent_package_is_an_error_that_names_it(
+    opt, package, has_gpu, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if they were not installed
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    expected = rf"--opt {opt} needs a CUDA GPU and {package} \(.*\); try --opt adamw"
+    with pytest.raises(UserError, match=expected):
+        create_optimizer(classifier(), opt, lr=1.0)
+
+
+OTHER_PACKAGES = ("bnb", "fused")
+OPTIMIZERS = [opt for opt in list_optimizers() if not opt.startswith(OTHER_PACKAGES)]
+
+
+def steps(parts: TrainableParts, numbers: range) -> None:
+    """Train one step for each number."""
+    stepper = Stepper(parts.model, parts.optimizer, torch.device("cpu"))
+    stepper.begin_epoch(len(numbers))
+    with torch.compiler.set_stance("force_eager"):  # kron would compile
+        for number in numbers:
+            seed_all(0, number, 0, 0)  # as the engines do
+            with stepper.micro_batch():
+                loss = parts.model(torch.randn(4, 3, 4, 4)).square().mean()
+            assert stepper.step(loss).taken
+
+
+def parts_of(opt: str, seed: int = 0) -> TrainableParts:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers)
+    return TrainableParts(model, create_optimizer(model, opt, lr=0.01, seed=seed))
+
+
+@pytest.mark.parametrize("opt", [*OPTIMIZERS, "lookahead_adamw", "lookahead_adahessian"])
+def test_resumed_optimizer_continues_bit_for_bit(opt, tmp_path):
+    """adahessian's noise began again at the first step."""
+    whole = parts_of(opt)
+    steps(whole, range(3))
+    write_checkpoint(collect_checkpoint(whole, TrainState(), {}), tmp_path / "a.pth")
+    steps(whole, range(3, 8))
+    resumed = parts_of(opt)
+    restore_run(torch.load(tmp_path / "a.pth", weights_only=True), "a.pth", resumed)
+    steps(resumed, range(3, 8))
+    ends = [tensor_leaves(parts.model.state_dict()) for parts in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    states = [tensor_leaves(parts.optimizer.state_dict()["state"]) for parts in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("opt", ["adahessian", "kron"])
+def test_noise_of_an_optimizer_depends_on_seed_and_step_alone(opt):
+    """With noise of their own, two processes took steps of their own."""
+
+    def run(seed: int, rank: int) -> list[torch.Tensor]:
+        parts = parts_of(opt, seed)
+        stepper = Stepper(parts.model, parts.optimizer, torch.device("cpu"))
+        stepper.begin_epoch(3)
+        images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        with torch.compiler.set_stance("force_eager"):
+            for step in range(3):
+                seed_all(seed, step, 0, rank)
+                stepper.step(parts.model(images).square().mean())
+        return list(parts.model.parameters())
+
+    first = run(0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(0, 1), strict=True))
+    assert not torch.equal(first[0], run(1, 0)[0])
+
+
 # --- schedules ------------------------------------------------------------------------------
 
 
@@ -280,7 +428,7 @@ def test_rate_and_decay_reach_every_group_before_the_first_update():
 
 
 def schedule_flags(**changes: float) -> SimpleNamespace:
-    flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1}
+    flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1, "opt": "adamw"}
     return SimpleNamespace(**{**flags, "weight_decay": 0.04, "weight_decay_end": None, **changes})
 
 
@@ -337,3 +485,26 @@ def test_flags_reach_the_schedule():
     schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
     assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "warned"),
+    [
+        ("--batch_size 32", 18, True),  # the defaults on 100 images: the loss stayed above 0.9
+        ("--recipe small_data_pretrain", 400, False),  # 30 images
+        ("--batch_size 32 --lr 1e-3", 18, True),
+        ("--batch_size 32 --lr 1e-3", 30, False),
+        ("--lr 0", 18, False),  # deliberately
+        ("--opt sgd --lr 1e-4", 18, False),  # its steps depend on the gradients
+    ],
+)
+def test_run_that_can_hardly_learn_is_told(words, steps, warned, caplog):
+    words = ["--data_path", "x", *words.split()]
+    args = options.parse(options.pretrain_parser(), words)
+    args = args.replace(epochs=1)
+    lr = scale_lr(args.lr, args.blr, args.batch_size)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    with caplog.at_level("WARNING"):
+        build_schedule(args, optimizer, lr, steps)
+    assert ("the run will hardly learn" in caplog.text) == warned
+    assert ("--recipe small_data_pretrain" in caplog.text) == warned

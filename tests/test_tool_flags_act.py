@@ -114,6 +114,13 @@ EXPORT: dict[str, Row] = {
         "--model_prefix net.", stride, "refused", 2, "--to hf --model_key other",
     ),
     "sha256": (f"--sha256 {'0' * 64}", stride, 4, "refused"),
+    "model": (
+        "--model tests.tiny:classifier",
+        lambda w: type(spec(w).network).__name__,
+        "NoneType",
+        "ConvNeXtV2",
+        "--to onnx --model_key model",
+    ),
     "input_size": ("--input_size 64", lambda w: spec(w).size, (32, 32), (64, 64)),
     "crop_pct": ("--crop_pct 0.5", lambda w: spec(w).crop_pct, None, 0.5),
     "imagenet_default_mean_and_std": (
@@ -122,6 +129,10 @@ EXPORT: dict[str, Row] = {
         mean_and_std(3, False),
         mean_and_std(3, True),
     ),
+    "mean": (
+        "--mean 0.1 0.2 0.3 --std 1", lambda w: spec(w).mean, [0.5] * 3, [0.1, 0.2, 0.3],
+    ),
+    "std": ("--mean 0.1 --std 0.3", lambda w: spec(w).std, [0.5] * 3, [0.3] * 3),
 }  # fmt: skip
 
 

@@ -139,6 +139,26 @@ def hangs(data_path: str, train: bool) -> Deadly:
     return Deadly(26 if train else 5, "hangs")
 
 
+class Stalls(Colors):
+    """Once a process has read so many images, the next never comes: STALL=train:36."""
+
+    def __init__(self, length: int, split: str) -> None:
+        super().__init__(length)
+        self.split, self.read = split, 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        split, count = os.environ.get("STALL", "none:0").split(":")
+        self.read += 1
+        if split == self.split and self.read > int(count):
+            time.sleep(1000)
+        return super().__getitem__(index)
+
+
+def stalls(data_path: str, train: bool) -> Stalls:
+    """`colors`, until the disk does not answer."""
+    return Stalls(26 if train else 7, "train" if train else "val")
+
+
 class Fails(Colors):
     """The seventh image that rank 1 asks for is an error."""
 

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from config.parser import absolute_paths
+from data_loading.loader import DeviceLoader
 from errors import Preempted, TrainingStopped, UserError, first_line
-from parallel.process_group import broadcast, get_logger
+from parallel.process_group import agree, broadcast, count_ranks, get_logger, get_world_size
 from parallel.state_dict import copy_to_cpu
 from training import run_lock
 from training.checkpoint import TrainableParts, TrainState, collect_checkpoint, write_checkpoints
@@ -97,6 +98,22 @@ class Best:
         state.best, state.best_epochs = dict(self.values), dict(self.epochs)
 
 
+class NoMoreBatches(Preempted):
+    """The run was asked to stop while all ranks wait for a batch; `CheckpointManager` saves it."""
+
+
+@dataclass
+class LastStep:
+    """The progress after the last optimizer step, from which a run can resume at any later time."""
+
+    state: TrainState  # of the run, which may be ahead of the two numbers
+    epoch: int
+    samples_in_epoch: int
+    guard: Any
+    meters: Any = None  # None: the epoch has no step yet
+    sums: Any = None  # of the meters, at this step
+
+
 @dataclass(eq=False)
 class CheckpointManager:
     """Saves a run between optimizer steps and at the end of epochs, and stops it when asked to.
@@ -115,6 +132,8 @@ class CheckpointManager:
             ...
             checkpoints.after_step(state, meters, guard)       # after every optimizer step
             checkpoints.end_epoch(state, accuracies, last)     # after the evaluation
+
+    With `watch` it saves and stops the run also if the batches of these loaders do not come.
     """
 
     save: Callable[..., None] | None
@@ -135,15 +154,68 @@ class CheckpointManager:
         self.saved_best = Best()  # accuracies that have their checkpoint
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
         self.problem = ""  # why the last save failed, '' if it did not
+        self.last: LastStep | None = None
+        self.counted = ""  # the place where this rank waits for a batch and was asked to stop
 
     def __enter__(self) -> "CheckpointManager":
         self.signals.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.signals.__exit__()
-        with contextlib.suppress(OSError):  # the error that ends the run says more
-            self.writer.wait()
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            if isinstance(error, NoMoreBatches):  # here, since an evaluation has ended by now
+                self._save_last_step()
+        finally:
+            self.signals.__exit__()
+            with contextlib.suppress(OSError):  # the error that ends the run says more
+                self.writer.wait()
+
+    def watch(self, *loaders: DeviceLoader | None) -> "CheckpointManager":
+        """Stop the run if it is asked to while it waits for batches of these loaders."""
+        for loader in filter(None, loaders):
+            loader.loader.on_wait = self._on_wait
+        return self
+
+    def _on_wait(self, arrived: bool) -> None:
+        """Raise NoMoreBatches on all ranks if all wait for a batch and were asked to stop.
+
+        The first one to find that all wait, or to get a batch after all, decides for all of them.
+        """
+        if not self.counted and (arrived or not self.signals.read()[1]):
+            return
+        state = self.last.state if self.last else TrainState()
+        place = f"epoch {state.epoch}, step {state.global_step}, image {state.samples_in_epoch}"
+        waiting = 1
+        if get_world_size() > 1:
+            waiting = count_ranks(place, int(self.counted != place))
+        self.counted = "" if arrived else place
+        if not arrived and waiting < get_world_size():
+            return
+        if agree(f"stop at {place}", "continue" if arrived else "stop") == "stop":
+            raise NoMoreBatches(f"asked to stop at {place}, where no batch comes")
+
+    def _save_last_step(self) -> None:
+        """Save the progress of the last optimizer step, and stop."""
+        last = self.last
+        if last is None:
+            raise Preempted(
+                "stopped before the first step, since no batch came; nothing to save. Exit code "
+                f"75: {self.again} to continue"
+            )
+        now = last.state
+        if last.meters is not None and now.epoch == last.epoch:
+            last.meters.recent.copy_(last.sums)  # without those of an unfinished window
+        state = replace(now, epoch=last.epoch, samples_in_epoch=last.samples_in_epoch)
+        state.epoch_sums = dict(now.epoch_sums)
+        if last.meters is not None:
+            state.epoch_sums["means"] = last.meters.state()
+        if last.guard is not None:
+            last.guard.check(state)
+        if self.before_save is not None:
+            self.before_save()
+        self._finish_write(state)
+        self._save(state, is_last=True)
+        self._stop(state)
 
     def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:
         """Save if it is time to; raise Preempted if any rank was asked to stop.
@@ -168,6 +240,8 @@ class CheckpointManager:
             raise TrainingStopped(problem)
         if stop:
             self._stop(state)
+        sums = meters.recent.clone()
+        self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard, meters, sums)
 
     def end_epoch(
         self,
@@ -187,6 +261,8 @@ class CheckpointManager:
             self._save(state, last or stop, numbered or stop, improved)
         if stop:
             self._stop(state)
+        guard = self.last.guard if self.last else None
+        self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard)
         if last and self.problem:
             raise TrainingStopped(
                 f"training is complete, but could not be saved: {self.problem}; correct "

@@ -30,6 +30,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.workers import WatchedLoader
+from datasets import describe_class_problem
 from errors import TrainingStopped, UserError, first_few, first_line
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
@@ -45,6 +46,7 @@ SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
 MARGIN = 0.95  # fraction of the free memory that an estimated batch may use
 MEMORY = Path("/proc/meminfo")  # on Linux; limits of containers and jobs are not in it
+SHARED_MEMORY = Path("/dev/shm")  # of Linux; Docker gives it 64 MB
 NEVER = 1 << 40  # steps until the next log line
 OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in plain RuntimeErrors
 
@@ -75,13 +77,15 @@ def check_run(run: PlannedRun) -> None:
     samples = check_images(problems, "train", run.data_loader_train.loader, run.args.seed)
     if run.data_loader_val is not None:
         check_images(problems, "val", run.data_loader_val.loader, run.args.seed)
-    good_data = not problems  # the same on all ranks
-    if run.draw is not None and good_data:
+    skip = "some images are bad" if problems else ""  # the same on all ranks
+    if run.draw is not None and not skip:
         check_picture(problems, run.draw)
     log_plan(run)
     check_folder(problems, run)
     if min(all_gather(len(samples))):
-        check_steps(problems, StepProbe(run, samples), good_data)
+        fits = check_shared_memory(problems, run, samples[0][0])
+        skip = skip or ("" if fits else f"batches do not fit in {SHARED_MEMORY}")
+        check_steps(problems, StepProbe(run, samples), skip)
     else:
         log_result("skipped", "memory, speed, time and disk: not enough training images")
     problems = broadcast(problems)
@@ -155,9 +159,14 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
     if skipped:
         log_result("", f"{fate}: {first_few(skipped)}")
     if bad:
-        problems.append(f"{len(bad)} of {tried} {name} images: {first_few(bad, 5)}")
+        first, *traceback = bad[0].split("\n")  # of an error in a user's dataset
+        names = [first, *(text.partition("\n")[0] for text in bad[1:])]
+        text = "\n".join([first_few(names, 5), *traceback])
+        problems.append(f"{len(bad)} of {tried} {name} images: {text}")
     elif not sum(found):
         problems.append(f"none of {tried} {name} images can be used; check the data")
+    if name == "train" and (problem := describe_class_problem(data.dataset, data.nb_classes)):
+        problems.append(f"{name}: {problem}")
     return good
 
 
@@ -216,6 +225,11 @@ def check_folder(problems: list[str], run: PlannedRun) -> None:
         )
     if logs and importlib.util.find_spec("tensorboard") is None:
         problems.append("tensorboard is not installed: pip install tensorboard, or --log_dir none")
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this machine, as torchrun says; otherwise of all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
 
 
 def nearest(path: Path) -> Path:
@@ -280,19 +294,37 @@ class StepProbe:
         """Return the bytes that this process uses and that are free for it, on its device."""
         if self.device.type == "cpu":
             kib = int(re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())[1])
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
-            return hooks.peak_memory_mb(self.device) * 2**20, kib * 1024 / processes
+            return hooks.peak_memory_mb(self.device) * 2**20, kib * 1024 / local_world_size()
         used = torch.cuda.memory_allocated(self.device)
         cached = torch.cuda.memory_reserved(self.device) - used
         return used, torch.cuda.mem_get_info(self.device)[0] + cached
 
 
-def check_steps(problems: list[str], probe: StepProbe, good_data: bool) -> None:
-    """Check memory, speed, time and disk space, as far as they can be measured."""
+def check_shared_memory(problems: list[str], run: PlannedRun, image: Tensor) -> bool:
+    """Compare the shared memory that batches need with what is free, on every machine."""
+    loaders = [run.data_loader_train.loader]
+    loaders += [run.data_loader_val.loader] if run.data_loader_val is not None else []
+    needed = max(loader.shared_memory(image) for loader in loaders) * local_world_size()
+    if not (needed and SHARED_MEMORY.is_dir()):  # other systems have another kind of it
+        return True
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    needed, free = max(all_gather((needed, free)), key=lambda pair: pair[0] - pair[1])
+    sizes = f"{format_bytes(needed)} for batches of loader processes, {format_bytes(free)} free"
+    log_result(str(SHARED_MEMORY), sizes)
+    if needed > free:
+        problems.append(
+            f"{SHARED_MEMORY}: {sizes}; enlarge it (docker run --shm-size=16g or --ipc=host), or "
+            "lower --num_workers or --batch_size"
+        )
+    return needed <= free
+
+
+def check_steps(problems: list[str], probe: StepProbe, skip: str) -> None:
+    """Check memory, speed, time and disk space; skip: reason not to measure speed and time."""
     run = probe.run
     size = check_memory(problems, probe)
-    if not good_data:
-        log_result("skipped", "speed and time: some images are bad")
+    if skip:
+        log_result("skipped", f"speed and time: {skip}")
     elif size < run.args.batch_size:
         log_result("skipped", "speed and time: the batch does not fit in memory")
     else:

@@ -37,9 +37,8 @@ class ModelEma:
         taken = taken.to(self.device)
         fraction = torch.where(taken, fraction, 0.0)
         weights = [sharding.to_local(weight).to(self.device) for weight in model.parameters()]
-        change = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(change, fraction)
-        torch._foreach_add_(averages, change)
+        fractions = [fraction.to(average.dtype) for average in averages]
+        torch._foreach_lerp_(averages, weights, fractions)  # in place, without temporary memory
         for average, new in zip(self.module.buffers(), model.buffers(), strict=True):
             new = new.to(self.device)
             if average.is_floating_point():

@@ -114,6 +114,7 @@ class Reporter:
             return False
         if not self.kernels_logged:  # by now a kernel is chosen for every operation
             get_logger().info("kernels chosen: %s", autotuner.summary())
+            autotuner.save()
             self.kernels_logged = True
         self._begin_window()
         return True

@@ -32,13 +32,16 @@ class Means:
 
     @torch.no_grad()
     def update(self, n: int = 1, **values: Tensor) -> None:
-        """Add values that are means over `n` images, without a host sync."""
+        """Add values without a host sync: means over `n` images, or one (n,) for each image.
+
+        Sums of one for each image are exact for whole numbers, however the images are split.
+        """
         for name, value in values.items():
-            i = self.names.index(name)
+            i, images = self.names.index(name), n // value.numel()  # that each value stands for
             value = value.to(self.recent.dtype)
             counts = torch.isfinite(value) | (not self.skip_nonfinite)
-            self.recent[0, i] += torch.where(counts, value, 0.0) * n
-            self.recent[1, i] += counts * n
+            self.recent[0, i] += torch.where(counts, value, 0.0).sum() * images
+            self.recent[1, i] += counts.sum() * images
 
     def state(self) -> dict[str, list]:
         """Return the sums of all ranks as plain numbers; every rank must call it."""
@@ -75,10 +78,17 @@ class Means:
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Iterable[int] = (1, 5)) -> list[Tensor]:
-    """Percentage of images whose label (N,) is among the k largest logits (N, K), for each k.
+    """Accuracy in percent of each image, (N,), for each k: 100 or 0.
 
-    With fewer than k classes it is 100.
+    100 if the label (N,) is among the k largest logits (N, K), or if there are fewer than k
+    classes; 0 if a logit is NaN or +Inf, which would otherwise count as the largest.
     """
     ks = [min(k, logits.shape[1]) for k in topk]
     hits = logits.topk(max(ks), dim=1).indices == labels[:, None]
-    return [100 * hits[:, :k].any(1).float().mean() for k in ks]
+    hits &= ~unusable(logits)[:, None]
+    return [100.0 * hits[:, :k].any(1) for k in ks]
+
+
+def unusable(logits: Tensor) -> Tensor:
+    """(N, K) logits -> (N,) bool, True if one is NaN or +Inf; -Inf may exclude a class."""
+    return ~(logits < torch.inf).all(1)

@@ -59,8 +59,7 @@ class ReconstructionImages:
         self.device, self.amp, self.name = device, amp, name
         if not self.picture_freq:
             return
-        imagenet = args.imagenet_default_mean_and_std
-        self.mean, self.std = datasets.mean_and_std(args.in_chans, imagenet)
+        self.mean, self.std = datasets.build_mean_and_std(args)
         transform = datasets.build_transform(False, args)
         on_bad = "replace" if args.on_bad_image == "skip" else "error"
         dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)

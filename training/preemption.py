@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.environment import WARNINGS
 from parallel.process_group import WAIT_FOR_RANKS, get_world_size
 from training import run_lock
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (*WARNINGS, signal.SIGINT)
 SAME_SIGNAL = 1.0  # seconds within which a launcher may forward a signal that was received already
 
 

@@ -28,7 +28,7 @@ from weights.saved_run import INHERITED, RESUMED
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
-FIXED += ("decoder_depth", "decoder_embed_dim")
+FIXED += ("decoder_depth", "decoder_embed_dim", "val_split")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing")
@@ -103,6 +103,8 @@ def find_resume_point(
             reason = f"--use_ema: only the EMA weights of {source} are loaded"
         elif _kind(saved_args, args) != _kind(args):
             reason = f"{source} belongs to a {_kind(saved_args)} run: only its weights are loaded"
+        elif _new_channels(saved_args, args, given):
+            reason = f"--in_chans {args['in_chans']}: only the weights of {source} are loaded"
         if reason and not own:
             return replace(point, weights_only_reason=reason)
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
@@ -113,12 +115,25 @@ def find_resume_point(
     return point
 
 
-def choose_evaluated(resume: str, folder: str, finetune: str) -> str:
-    """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`."""
-    own = folder and from_main_process(lambda: bool(files.list_checkpoints(Path(folder))))
-    if resume and own and Path(resume).resolve() != Path(folder).resolve():
-        get_logger().info("--resume %s is evaluated, not the run in %s", resume, folder)
-    return resume or (folder if own or not finetune else finetune)
+def choose_evaluated(
+    resume: str, folder: str, config: str | None, finetune: str, use_ema: bool = False
+) -> str:
+    """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`.
+
+    config: file of flags; the folder that holds it is the run's if the run has moved.
+    """
+    folders = [folder, *([str(Path(config).parent)] if config else [])]
+    own = from_main_process(
+        lambda: [name for name in folders if name and files.list_checkpoints(Path(name), use_ema)]
+    )
+    if not (resume or own):
+        if folder and finetune:
+            text = "%s holds no checkpoint: --finetune %s is evaluated"
+            get_logger().warning(text, folder, finetune)
+        return finetune or folder
+    if resume and own and not Path(resume).resolve().is_relative_to(Path(own[0]).resolve()):
+        get_logger().info("--resume %s is evaluated, not the run in %s", resume, own[0])
+    return resume or own[0]
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:
@@ -220,6 +235,14 @@ def _kind(*flags: Mapping[str, Any]) -> str:
     return "pre-training" if "mask_ratio" in next(filter(None, flags), {}) else "fine-tuning"
 
 
+def _new_channels(
+    saved: Mapping[str, Any], now: Mapping[str, Any], given: Collection[str] | None
+) -> bool:
+    """Return True if the flags ask for another number of channels than a run has."""
+    is_given = given is None or "in_chans" in given
+    return is_given and saved.get("in_chans", now.get("in_chans")) != now.get("in_chans")
+
+
 def compare_args(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -236,8 +259,10 @@ def compare_args(
     saved, now = absolute_paths(saved), absolute_paths(now)
     hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):
+        flag = "--finetune" if _kind(now) == "fine-tuning" else "--resume"
         raise UserError(
-            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir"
+            f"{source} belongs to a {_kind(saved)} run; {_kind(now)} needs another --output_dir: "
+            f"give it, and {flag} {Path(source).parent} to start from these weights"
         )
     for name, value in now.items():
         before = saved.get(name, value)

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from config.flags import MODEL_KEY
+import models
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
@@ -37,7 +37,8 @@ from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
 from training.stepper import Stepper, choose_amp
-from weights.pretrained import EMA_KEY, peek
+from weights.convert import CLASSIFIER, DECODER
+from weights.pretrained import EMA_KEY, check_pretrained, peek
 from weights.saved_run import SavedRun, inherit_flags, read_saved_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     check_ranks_agree(vars(args))
+    models.check_model(args)  # before the data is listed
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -99,6 +101,9 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()
+    source, key = _start(args, resume_point)
+    if source and not resume_point.is_run:
+        check_start(args, source, key, args.sha256)
     return RunSetup(
         args, saved.head, parallelism, output_dir, resume_point, update_freq, effective_batch
     )
@@ -131,11 +136,38 @@ def _saved_run(args: Any, point: ResumePoint) -> SavedRun:
     """Return what the checkpoint that a run starts from tells about its own run."""
     if point.is_run:
         return read_saved_run(point.checkpoint, point.source, point.checkpoint["model"])
-    source, flags = point.source or vars(args).get("finetune"), vars(args)
-    if not source:
-        return SavedRun()
-    key = EMA_KEY if flags.get("use_ema") else flags.get("model_key", MODEL_KEY)
-    return peek(source, key, flags.get("model_prefix", ""), args.sha256)
+    source, key = _start(args, point)
+    return peek(source, key, args.model_prefix, args.sha256) if source else SavedRun()
+
+
+def _start(args: Any, point: ResumePoint) -> tuple[str, str]:
+    """Return the weights that a new run starts from, '' for none, and their key."""
+    flags = vars(args)
+    key = EMA_KEY if flags.get("use_ema") else args.model_key
+    return point.source or flags.get("finetune", ""), key
+
+
+def check_start(
+    args: Any,
+    source: str,
+    key: str,
+    sha256: str = "",
+    classes: int | None = None,
+    new: Iterable[str] = CLASSIFIER + DECODER,
+) -> None:
+    """Raise UserError if weights do not fit the model of the flags, as `load_pretrained` does.
+
+    Listing the data may take minutes, so this comes before. Models of the user's own are not built
+    for it.
+    """
+    if ":" in args.model:
+        return
+    with torch.device("meta"):
+        if "mask_ratio" in vars(args):
+            model = models.build_fcmae(args)
+        else:
+            model = models.build_classifier(args, classes or args.nb_classes or 1000)
+    check_pretrained(model, source, key, args.model_prefix, sha256, new)
 
 
 @dataclass

@@ -22,7 +22,7 @@ In plain PyTorch, as long as every loss and gradient is finite, `Stepper` does t
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,50 @@ def autocast(device: torch.device, amp: str, cache: bool = True) -> torch.autoca
     """Autocast to the precision that `choose_amp` returned."""
     dtype, enabled = DTYPES.get(amp), amp != "none"
     return torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=cache)
+
+
+class SavedBuffers:
+    """A copy of a model's buffers, which undoes what the forward passes of a skipped step did.
+
+    Running statistics that took in a NaN would stay NaN. Nothing is read from the device. Buffers
+    that a forward pass creates or resizes are caches and stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.before = model, {}
+        named = list(_writable_buffers(model))
+        for dtype in {buffer.dtype for _, buffer in named}:
+            names, buffers = zip(*(pair for pair in named if pair[1].dtype == dtype), strict=True)
+            self.before |= zip(names, _split_like(_join(buffers), buffers), strict=True)
+
+    @torch.no_grad()
+    def restore_unless(self, taken: Tensor) -> None:
+        """Restore the buffers if `taken`, a bool tensor, is False."""
+        if not self.before:
+            return
+        pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for name, buffer in _writable_buffers(self.model):
+            before = self.before.get(name)
+            if before is not None and (before.shape, before.dtype) == (buffer.shape, buffer.dtype):
+                pairs.setdefault(buffer.dtype, []).append((buffer, before))
+        for same_dtype in pairs.values():  # joined, so that a GPU gets few kernels
+            buffers, before = zip(*same_dtype, strict=True)
+            values = torch.where(taken, _join(buffers), _join(before))
+            torch._foreach_copy_(buffers, _split_like(values, buffers))
+
+
+def _writable_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and buffers, except expanded ones, which nothing can write to."""
+    return ((name, buffer) for name, buffer in model.named_buffers() if 0 not in buffer.stride())
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def _split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +160,12 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
+        # adahessian; it differentiates the scaled gradients and would not unscale the result
+        self.second_order = getattr(self.local_optimizer, "is_second_order", False)
+        if self.second_order and self.amp == "fp16":
+            raise UserError(
+                "--opt adahessian does not work with --amp fp16; use --amp bf16 or none"
+            )
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
         # Not at the first step: if it were skipped, fused SGD would not initialize its momentum.
         self.skips_on_device = False
@@ -140,11 +190,14 @@ class Stepper:
         self.window = min(self.update_freq, self.batches_left)  # micro-batches in this step
         self.micro = 0  # index of the current micro-batch in the window
         self.loss, self.ids = torch.zeros((), device=self.device), []
+        self.saved_buffers: SavedBuffers | None = None
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Wrap forward and loss in autocast; only the last micro-batch reduces gradients."""
+        if self.micro == 0:  # not earlier: a rollback may replace the buffers between two steps
+            self.saved_buffers = SavedBuffers(self.model)
         last = self.micro + 1 == self.window
         with sharding.sync_gradients(self.model, last), autocast(self.device, self.amp):
             yield
@@ -153,19 +206,22 @@ class Stepper:
         """Run backward and, after the last micro-batch of the window, the optimizer step.
 
         The gradient is the mean over the micro-batches in the window. If a loss or gradient is not
-        finite on any rank, or the loss is a spike, every rank skips the step.
+        finite on any rank, or the loss is a spike, every rank skips the step, and the model's
+        buffers are what they were before its forward passes.
         ids: (N,) of the samples, for the report of `read`.
         """
         self.loss += loss.detach() / self.window
         self.ids += [] if ids is None else [ids]
-        second_order = getattr(self.local_optimizer, "is_second_order", False)  # adahessian
-        self.scaler.scale(loss / self.window).backward(create_graph=second_order)
+        self.scaler.scale(loss / self.window).backward(create_graph=self.second_order)
         self.micro += 1
         self.batches_left -= 1
         if self.micro < self.window:
             return None
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if len(grads) < len(self.parameters):
+            sharding.check_gradients(self.model)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm(grads)
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         norm = sharding.full_tensor(norm).detach()
@@ -182,6 +238,8 @@ class Stepper:
         spike = self._is_spike(loss)
         taken = loss_ok & (bad_norms == 0) & ~spike
         self._step_if(taken)
+        if self.saved_buffers is not None:
+            self.saved_buffers.restore_unless(taken)
         # With a finite loss, an overflow may only mean that fp16 needs a smaller loss scale.
         scale = self.scaler.scale(torch.ones((), device=self.device))
         bad = ~taken & (~loss_ok | spike | (scale <= 1))

@@ -55,11 +55,24 @@ NAMES = {
         BLOCK + "pwconv1.": BLOCK + "pwconv1.linear.",
         BLOCK + "pwconv2.": BLOCK + "pwconv2.linear.",
     },
+    "MMPretrain": {  # with `backbone.` before all but the head
+        BLOCK + "dwconv.": BLOCK + "depthwise_conv.",
+        BLOCK + "pwconv1.": BLOCK + "pointwise_conv1.",
+        BLOCK + "pwconv2.": BLOCK + "pointwise_conv2.",
+        "norm.": "norm3.",
+        "head.": "head.fc.",
+    },
     "official": {},
 }
+# Parts of MMPretrain's models that no network here has: norms of other stages, SparK's decoder.
+MM_PARTS = ("norm0.", "norm1.", "norm2.", "neck.", "mask_tokens.", "enc_dec_")
+HEADS = ("fc.", "classifier.", "head.fc.")  # of forks of the official code
+# Layer scale in the official code, timm and MMPretrain, or in Hugging Face's ConvNeXt.
+V1_SCALE = r"(^|\.)stages\.\d+\.(blocks\.)?\d+\.gamma$|\.layer_scale_parameter$"
 SIGNS = {  # a name that identifies a layout
     "embeddings.patch_embeddings.weight": "Hugging Face",
     "stem.0.weight": "timm",
+    "stem_0.weight": "timm",  # features_only=True
     "downsample_layers.0.0.weight": "official",
 }
 
@@ -73,6 +86,7 @@ class Report:
     dropped: list[str] = field(default_factory=list)  # of parts that the model does not have
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # parts of the model that stay as initialized
+    warnings: list[str] = field(default_factory=list)  # of a new head and adapted channels
 
     def __str__(self) -> str:
         """`official layout, new: head, norm; dropped: decoder`."""
@@ -91,14 +105,12 @@ def to_convnextv2(state: State, decoder: bool = False) -> tuple[dict[str, Tensor
     and `load_weights` refuses them.
     """
     names = {name: unwrap(name) for name in state}
-    report = Report(_layout(names.values()))
-    if report.layout == "Hugging Face":  # ConvNextV2Model lacks the prefix of its classifier
-        full = ("convnextv2.", "classifier.")
-        names = {n: u if u.startswith(full) else f"convnextv2.{u}" for n, u in names.items()}
+    report = Report(_layout(names))
     rules, out = _rules(report.layout, inward=True), {}
+    not_ours = (CLASSIFIER if decoder else DECODER) + MM_PARTS * (report.layout == "MMPretrain")
     for name, theirs in names.items():
-        ours = _translate(theirs.removeprefix("encoder."), rules)
-        if ours.startswith(CLASSIFIER if decoder else DECODER):
+        ours = _translate(_normalize(theirs, report.layout), rules)
+        if ours.startswith(not_ours):
             report.dropped.append(ours)
             continue
         value = _reshape(ours, theirs, state[name])
@@ -116,19 +128,57 @@ def unwrap(name: str) -> str:
     return name
 
 
-def _layout(names: Iterable[str]) -> str:
-    names = sorted(name.removeprefix("convnextv2.").removeprefix("encoder.") for name in names)
-    if any(name.endswith(".kernel") for name in names):
-        return "MinkowskiEngine"
-    found = [layout for sign, layout in SIGNS.items() if sign in names]
-    if not found:
-        ends = [name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(sign)]
-        hint = f"; try --model_prefix {ends[0]}" if ends else ""
+def _layout(names: Mapping[str, str]) -> str:
+    """Identify the layout of names; names: raw -> without WRAPPERS."""
+    known = {name.removeprefix("convnextv2.").removeprefix("encoder.") for name in names.values()}
+    if any(re.search(V1_SCALE, name) for name in known) and not any(".grn." in n for n in known):
         raise UserError(
-            f"these are not weights of a ConvNeXt V2, with names like {first_few(names) or 'none'};"
-            " expected those of the official code, timm, Hugging Face or this toolkit" + hint
+            "these are weights of ConvNeXt V1 (with layer scale, without GRN), and this network is "
+            "ConvNeXt V2; give weights of V2, or a network of your own: --model package.module:name"
+        )
+    if any(name.endswith(".kernel") for name in known):
+        return "MinkowskiEngine"
+    if any(name.endswith(".depthwise_conv.weight") for name in known):
+        known |= {name.removeprefix("backbone.") for name in known}
+        if "downsample_layers.0.0.weight" in known:
+            return "MMPretrain"
+    found = [layout for sign, layout in SIGNS.items() if sign in known]
+    if not found:
+        raise UserError(
+            "these are not weights of a ConvNeXt V2, with names like "
+            f"{first_few(sorted(known)) or 'none'}; expected those of the official code, timm, "
+            f"Hugging Face, MMPretrain or this toolkit{_prefix_hint(names)}"
         )
     return found[0]
+
+
+def _prefix_hint(names: Iterable[str]) -> str:
+    """Suggest the --model_prefix of a network that is part of another one, '' if none is found."""
+    ends = (
+        name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(f".{sign}")
+    )
+    found, inside = [], [("convnextv2.", "classifier."), ("encoder.", "mask_token")]
+    inside += [("backbone.", "head.fc.")] * any(".depthwise_conv." in name for name in names)
+    for prefix in dict.fromkeys(ends):
+        for inner, next_to_it in inside:
+            outer = prefix.removesuffix(inner)
+            is_whole = outer != prefix and any(n.startswith(outer + next_to_it) for n in names)
+            prefix = outer if is_whole else prefix
+        found.append(prefix)
+    return f"; try --model_prefix {' or '.join(found)}" if found else ""
+
+
+def _normalize(name: str, layout: str) -> str:
+    """Write a name as NAMES has it; layouts leave out a prefix, or write it otherwise."""
+    if layout == "Hugging Face":  # ConvNextV2Model lacks the prefix of its classifier
+        full = name.startswith(("convnextv2.", "classifier."))
+        return name if full else f"convnextv2.{name}"
+    if layout == "timm":  # features_only=True writes stem_0 and stages_0
+        return re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", name)
+    if layout == "MMPretrain":
+        return name.removeprefix("backbone.")
+    name = name.removeprefix("encoder.")
+    return next((f"head.{name[len(h) :]}" for h in HEADS if name.startswith(h)), name)
 
 
 def _rules(layout: str, inward: bool) -> list[tuple[re.Pattern, str]]:

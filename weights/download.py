@@ -6,6 +6,7 @@ python -c "from weights.download import locate; print(locate('timm:convnextv2_at
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from errors import UserError, first_line, resolve
 from parallel.process_group import get_logger
 
+INDEX = ".index.json"  # end of the name of a file that lists the parts of large weights
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # weight files of the Hugging Face hub
+WEIGHTS += tuple(name + INDEX for name in WEIGHTS)
 KINDS = "a file, a folder, hf-hub:owner/name, timm:model.tag or https://..."
 
 
@@ -42,8 +45,20 @@ def locate(source: str | Path, sha256: str = "") -> Path:
     return path
 
 
+def list_parts(index: Path) -> dict[str, str]:
+    """Return tensor name -> file next to the index, from the hub's index of weights in parts."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = all(Path(name).name == name and "\\" not in name for name in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); expected a JSON weight_map") from error
+    if not named:  # a file must not choose what else is read
+        raise UserError(f"{index} is refused: it names files outside of its own folder")
+    return files
+
+
 def _check_hash(path: Path, source: str, sha256: str) -> None:
-    if not path.is_file():
+    if not path.is_file() or path.name.endswith(INDEX):
         raise UserError(f"--sha256 needs a file, and {source} is not one; drop it or give a file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -58,14 +73,19 @@ def _check_hash(path: Path, source: str, sha256: str) -> None:
 
 
 def _from_hub(name: str, source: str) -> Path:
-    """Download the first of WEIGHTS that a model on the Hugging Face hub has."""
+    """Download the first of WEIGHTS that a model on the Hugging Face hub has, with its parts."""
     from huggingface_hub import errors, hf_hub_download
 
     repository, _, revision = name.partition("@")
     problem: Exception | None = None
     for file in WEIGHTS:
         try:
-            return Path(hf_hub_download(repository, file, revision=revision or None))
+            path = Path(hf_hub_download(repository, file, revision=revision or None))
+            for part in sorted({*list_parts(path).values()} if file.endswith(INDEX) else ()):
+                hf_hub_download(repository, part, revision=revision or None)
+            return path
+        except UserError:
+            raise
         except errors.EntryNotFoundError as error:  # not in the model, or offline and not cached
             problem = error
         except Exception as error:  # of any http library

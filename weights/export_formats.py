@@ -5,6 +5,7 @@
 python -c "from weights import export_formats; print(export_formats.ExportSpec.__doc__)"
 """
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,9 +27,10 @@ PROTOBUF_LIMIT = 2**31 - 2**24  # bytes: a protobuf message ends at 2 GiB, with 
 class ExportSpec:
     """Weights to export, and the facts about them that other libraries need."""
 
-    state: dict[str, Tensor]  # of `ConvNeXtV2`
+    state: dict[str, Tensor]  # of `ConvNeXtV2`, or of `network`
     full_state: dict[str, Tensor]  # of `FCMAE` if there is a decoder, otherwise the same
     shape: dict[str, Any]  # from `weights.convert.describe`
+    network: nn.Module | None = None  # a classifier of the user's own; None: a ConvNeXt V2
     size: tuple[int, int] = (224, 224)  # height and width in pixels
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
@@ -40,8 +42,15 @@ class ExportSpec:
     @property
     def size_name(self) -> str | None:
         """`convnextv2_tiny`, or None for a network of another size than the published eight."""
-        shape = self.shape["depths"], self.shape["dims"]
+        shape = self.shape.get("depths"), self.shape.get("dims")
         return next((f"convnextv2_{name}" for name, own in SIZES.items() if own == shape), None)
+
+    @property
+    def layout(self) -> str:
+        """Names of the tensors, for the metadata of a file."""
+        if self.network is not None:
+            return type(self.network).__name__
+        return "ConvNeXt V2 toolkit (the official names)"
 
     @property
     def output(self) -> str:
@@ -60,8 +69,14 @@ class Network(nn.Module):
 
     def __init__(self, spec: ExportSpec, source: str = "checkpoint", half: bool = False) -> None:
         super().__init__()
-        self.model = ConvNeXtV2(**spec.shape)
         self.output, self.is_half = spec.output, half
+        self.is_foreign = spec.network is not None
+        if self.is_foreign:
+            self.model = copy.deepcopy(spec.network)
+            load_weights(self.model, spec.state, source)
+            self.eval().requires_grad_(False)
+            return
+        self.model = ConvNeXtV2(**spec.shape)
         # Pre-trained weights have no final norm; without it, they have no head either.
         has_norm = any(name.startswith(CLASSIFIER) for name in spec.state)
         load_weights(self.model, spec.state, source, () if has_norm else ("norm.",))
@@ -70,6 +85,8 @@ class Network(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.is_foreign:
+            return self.model(images)
         x = self.model.forward_features(images.half() if self.is_half else images)
         x = x.float() if self.is_half else x
         if self.output == "map":
@@ -92,7 +109,8 @@ def read_safetensors(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]
     """Load with safetensors, into our network."""
     from safetensors.torch import load_file
 
-    state = {name.removeprefix("encoder."): value for name, value in load_file(path).items()}
+    prefix = "" if spec.network else "encoder."
+    state = {name.removeprefix(prefix): value for name, value in load_file(path).items()}
     own = {name: value for name, value in state.items() if name in spec.state}
     return Network(replace(spec, state=own)).double()
 
@@ -141,10 +159,11 @@ def timm_call(spec: ExportSpec, path: str) -> str:
     return f'model = timm.create_model({words}, checkpoint_path="{path}")'
 
 
-def check_round_trip(expected: dict[str, Tensor], path: Path) -> None:
+def check_round_trip(expected: dict[str, Tensor], path: Path, convert: bool = True) -> None:
     """Raise UserError unless the file converts back to the same weights, bit by bit."""
-    content = read_checkpoint(path)
-    again = to_convnextv2(content.get("model", content), decoder="mask_token" in expected)[0]
+    again = read_checkpoint(path)
+    if convert:
+        again = to_convnextv2(again.get("model", again), decoder="mask_token" in expected)[0]
     same = again.keys() == expected.keys()
     if not same or not all(torch.equal(again[name], v) for name, v in expected.items()):
         raise UserError(f"{path.name} does not give the same weights back; it was deleted")
@@ -164,7 +183,9 @@ def write_onnx(spec: ExportSpec, path: Path) -> None:
         )
     if importlib.util.find_spec("onnx") is None:
         raise UserError("--to onnx needs two packages: pip install onnx onnxruntime")
-    axes = {"images": {0: "batch", 2: "height", 3: "width"}, spec.output: {0: "batch"}}
+    axes = {"images": {0: "batch"}, spec.output: {0: "batch"}}
+    if spec.network is None:  # others may work with one size only
+        axes["images"] |= {2: "height", 3: "width"}
     if spec.output == "map":
         axes["map"] |= {2: "rows", 3: "columns"}
     torch.onnx.export(
@@ -196,6 +217,10 @@ def write_torchscript(spec: ExportSpec, path: Path) -> None:
 def write_pt2(spec: ExportSpec, path: Path) -> None:
     """Write an exported program, for `torch.export.load` and AOT compilers."""
     network = Network(spec, half=spec.half)
+    if spec.network is not None:
+        dynamic = ({0: torch.export.Dim("batch", min=1)},)
+        program = torch.export.export(network, (_example(spec),), dynamic_shapes=dynamic)
+        return torch.export.save(program, path)
     least = 2 * network.model.total_stride  # torch.export would specialize on a single cell
     if min(spec.size) < least:
         raise UserError(

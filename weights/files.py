@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from errors import UserError, first_few, first_line
 from parallel import state_dict
-from weights.download import KINDS, WEIGHTS, locate
+from weights.download import INDEX, KINDS, WEIGHTS, list_parts, locate
+from weights.mismatch import explain
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
@@ -72,10 +73,13 @@ def read_checkpoint(
     """Read a checkpoint's plain types and tensors to the CPU, without running code in it.
 
     source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
-    reads all of it. A `.safetensors` file is a state dict.
+    reads all of it. A `.safetensors` file is a state dict, and so are the parts that an index of
+    the hub lists.
     """
     path = find_source(source, sha256, ema)
     try:
+        if path.name.endswith(INDEX):
+            return _read_parts(path)
         with open(path, "rb") as file:
             start = file.read(9)
         if start[8:] == b"{":  # safetensors: a length in 8 bytes, then JSON
@@ -105,6 +109,16 @@ def read_checkpoint(
             ) from error
         reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    files, state = list_parts(index), {}
+    for name in sorted({*files.values()}):
+        state |= read_checkpoint(index.with_name(name))
+    if state.keys() != files.keys():
+        odd = first_few(sorted(state.keys() ^ files.keys()))
+        raise UserError(f"{index} and its files hold different tensors: {odd}; download all again")
+    return state
 
 
 def check_archive(path: Path, checksums: bool = True) -> None:
@@ -138,28 +152,48 @@ def _load(path: Path) -> Any:
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], source: str, allow_missing: Iterable[str] = ()
 ) -> list[str]:
-    """Load all of `weights` or nothing, and return the missing names.
+    """Load all of `weights` or nothing, and return the missing names, as `check_weights` does."""
+    missing = check_weights(model, weights, source, allow_missing)
+    state_dict.load_weights(model, weights)
+    return missing
+
+
+def check_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, allow_missing: Iterable[str] = ()
+) -> list[str]:
+    """Raise UserError unless `weights` fit the model and are finite; returns the missing names.
 
     Missing names must start with one of `allow_missing`. Other missing names, unexpected names
-    and other shapes are an error that lists them.
+    and other shapes are an error that lists them, with the reason if it is known. Buffers may hold
+    Inf, as masks do.
     """
     expected = model.state_dict()
     allowed = tuple(allow_missing)
     missing = [name for name in expected if name not in weights]
+    lacking = [name for name in missing if not name.startswith(allowed)]
+    reshaped = [n for n, v in weights.items() if n in expected and v.shape != expected[n].shape]
     problems = {
-        "missing": [name for name in missing if not name.startswith(allowed)],
+        "missing": lacking,
         "unexpected": [name for name in weights if name not in expected],
         "of another shape": [
-            f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-            for name, value in weights.items()
-            if name in expected and value.shape != expected[name].shape
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in reshaped
         ],
     }
     if any(problems.values()):
         found = [f"{len(x)} {kind} ({first_few(x)})" for kind, x in problems.items() if x]
-        raise UserError(
-            f"{source} does not fit {type(model).__name__}: {'; '.join(found)}; "
-            "check --model and the flags that shape it (--stem_stride, --in_chans, --decoder_*)"
-        )
-    state_dict.load_weights(model, weights)
+        reason = explain(model, weights, lacking, reshaped)
+        raise UserError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}{reason}")
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_finite({name: value for name, value in weights.items() if name in trained}, source)
     return missing
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError with the first names if tensors hold NaN or Inf."""
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(
+            f"{source} holds NaN or Inf in {first_few(broken)}: the run that wrote it had diverged "
+            "or the file was damaged; give an earlier checkpoint"
+        )

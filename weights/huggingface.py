@@ -7,9 +7,11 @@ python export.py runs/demo/finetune --to hf --output my_model
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data_loading.transforms import create_eval_transform
@@ -17,6 +19,7 @@ from errors import UserError
 from weights.convert import to_hf
 from weights.export_formats import ExportSpec, save
 
+LUMA = (0.299, 0.587, 0.114)  # red, green, blue in a gray value: ITU-R 601-2, as in Pillow
 OUTPUTS = {"logits": "logits", "features": "pooler_output", "map": "last_hidden_state"}
 
 
@@ -70,6 +73,19 @@ def hf_processor(spec: ExportSpec) -> dict[str, Any]:
         "image_mean": spec.mean,
         "image_std": spec.std,
     }
+
+
+def as_rgb(spec: ExportSpec) -> ExportSpec:
+    """Return the network for RGB images that computes what `spec` does for gray ones.
+
+    transformers' pipelines convert every image to RGB. The first layer is linear, so it takes the
+    gray value as the sum of the channels with Pillow's weights.
+    """
+    name = "downsample_layers.0.0.weight"
+    weight = spec.state[name]  # (D, 1, k, k)
+    rgb = (weight.double() * torch.tensor(LUMA).double().view(1, 3, 1, 1)).to(weight.dtype)
+    state, shape = {**spec.state, name: rgb}, {**spec.shape, "in_chans": 3}
+    return replace(spec, state=state, shape=shape, mean=spec.mean * 3, std=spec.std * 3)
 
 
 def write_hf(spec: ExportSpec, path: Path) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from config.flags import MODEL_KEY
 from errors import UserError, first_few
 from parallel.process_group import get_logger, main_process_first
-from weights.convert import CLASSIFIER, DECODER, SIGNS, Report, to_convnextv2, unwrap
-from weights.files import find_source, load_weights, read_checkpoint
+from weights.convert import CLASSIFIER, DECODER, Report
+from weights.files import check_finite, check_weights, find_source, load_weights, read_checkpoint
+from weights.fit import find_classifier, fit_weights
 from weights.saved_run import SavedRun, read_saved_run
 
 EMA_KEY = "model_ema|state_dict_ema"
@@ -43,6 +44,9 @@ def select_state_dict(
         raise UserError(
             f"{source} contains {got}; expected weights under {model_key!r}, as --model_key says"
         )
+    names = {*state} - {"n_averaged"}  # a counter of torch.optim.swa_utils.AveragedModel
+    if all(name.startswith("module.") for name in names):
+        state = {name: state[name] for name in state if name in names}
     n = len(model_prefix)
     selected = {name[n:]: value for name, value in state.items() if name.startswith(model_prefix)}
     if not selected:
@@ -82,51 +86,62 @@ def load_pretrained(
 
     source, sha256: as in `weights.files.find_source`. new: prefixes of parts that may be absent
     from the checkpoint as a whole; they stay as initialized. If `head.` is one of them, a head for
-    another number of classes, or for other than `classes`, counts as absent. Other missing or
-    unexpected names and other shapes are an error that lists them.
+    another number of classes, or for other than `classes`, counts as absent, and the first layer is
+    adapted to the model's channels. Other missing or unexpected names, other shapes, NaN and Inf
+    are an error.
     """
-    log = get_logger()
-    path, checkpoint = _read(source, model_key, sha256)
-    expected = model.state_dict()
-    selected = select_state_dict(checkpoint, path, model_key, model_prefix)
-    try:
-        state, report = _rename(selected, expected)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
-    head, own_head = state.get("head.weight"), expected.get("head.weight")
-    if "head." in new and head is not None:
-        saved = read_saved_run(checkpoint, path).head.names
-        others = None not in (saved, classes) and list(classes) != list(saved)
-        if others or own_head is None or head.shape != own_head.shape:
-            names = f" ({first_few(saved, 5)})" if saved else ""
-            text = "%s: its head has %d classes%s, so the model gets a new head"
-            log.warning(text, path, len(head), names)
-            left_out += ("head.",)
-    report.dropped += [name for name in state if name.startswith(left_out)]
-    state = {name: value for name, value in state.items() if not name.startswith(left_out)}
-    absent = [part for part in new if not any(name.startswith(part) for name in state)]
+    read = (model, source, model_key, model_prefix, sha256, new, classes)
+    path, state, report, absent = _read_and_fit(*read)
     report.missing = load_weights(model, state, path, absent)
     report.loaded, report.source = list(state), path
+    log = get_logger()
+    for warning in report.warnings:
+        log.warning("%s: %s", path, warning)
     log.info("loaded %d tensors from %s (%s)", len(state), path, report)
     if warning := large_weights(state):
         log.warning("%s: %s", path, warning)
     return report
 
 
-def _rename(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Report]:
-    """Convert any layout to a ConvNeXt V2's names; other models have only their own names."""
-    is_fcmae = any(name.startswith("encoder.") for name in expected)
-    if any(name.removeprefix("encoder.") in SIGNS for name in expected):
-        return to_convnextv2(state, decoder=is_fcmae)
-    own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
-    if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder
-        report.dropped = [name for name in own if name.startswith(DECODER)]
-        kept = [name for name in own if name not in report.dropped]
-        own = {name.removeprefix("encoder."): own[name] for name in kept}
-    return own, report
+def check_pretrained(
+    model: nn.Module,
+    source: str,
+    model_key: str = MODEL_KEY,
+    model_prefix: str = "",
+    sha256: str = "",
+    new: Iterable[str] = CLASSIFIER + DECODER,
+) -> None:
+    """Raise the UserError that `load_pretrained` would raise; the model may be on the meta device.
+
+    It takes about a second; a script calls it before it spends minutes on the data.
+    """
+    path, state, _, absent = _read_and_fit(model, source, model_key, model_prefix, sha256, new)
+    check_weights(model, state, path, absent)
+
+
+def _read_and_fit(
+    model: nn.Module,
+    source: str,
+    model_key: str,
+    model_prefix: str,
+    sha256: str,
+    new: Iterable[str],
+    classes: Sequence[str] | None = None,
+) -> tuple[str, dict[str, Tensor], Report, list[str]]:
+    """Return the file, the weights under the model's names, a report, and what they may lack."""
+    path, checkpoint = _read(source, model_key, sha256)
+    selected = select_state_dict(checkpoint, path, model_key, model_prefix)
+    saved = read_saved_run(checkpoint, path).head.names
+    try:
+        state, report = fit_weights(model, selected, new, saved, classes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    statistics = {n: v for n, v in state.items() if n.endswith(("running_mean", "running_var"))}
+    check_finite(statistics, path)  # of BatchNorm, with which every output would be NaN
+    parts = [part for part in new if part != "head."]
+    parts += find_classifier(model) or ("head.",) if "head." in new else ()
+    absent = [part for part in parts if not any(name.startswith(part) for name in state)]
+    return path, state, report, absent
 
 
 def has_ema(source: str, sha256: str = "") -> bool:

@@ -1,8 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""What a checkpoint stores about its run: flags, class names, the shape of its network.
+"""Flags, class names and network shape that a checkpoint stores, and flags that follow them.
 
-python -c "from weights import saved_run; print(saved_run.INHERITED)"
+python -c "from weights import saved_run; print(list(saved_run.INHERITED))"
 """
 
 import argparse
@@ -13,19 +13,24 @@ from typing import Any
 from config.flags import as_typed
 from config.parser import FrozenNamespace, shape_problems
 from data_loading.labels import Head
+from data_loading.transforms import mean_and_std
 from errors import UserError
+from models import MODELS
 from models.convnextv2 import SIZES
 from parallel.process_group import get_logger
 from weights.convert import describe, to_convnextv2
 
-# Flags that a command takes from the checkpoint that it starts from, unless they are typed, and
-# the types of their values. Weights of one shape fit no other, so those in SHAPE cannot differ.
-SHAPE = {"model": str, "stem_stride": int}
-INHERITED = SHAPE | {"in_chans": int, "input_size": (int, list, tuple), "crop_pct": (float, int)}
-INHERITED |= {"imagenet_default_mean_and_std": bool}
+# Flags that a command takes from the checkpoint that it starts from, unless they are given, and
+# what their values must be. Weights of one shape fit no other, so those in SHAPE cannot differ.
+SHAPE = {"model": "a name", "stem_stride": "an integer"}
+INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integers"}
+INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
+NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean", "mean": "numbers", "std": "numbers"}
+INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 # More of them where the run itself resumes.
-RESUMED = {"patch_size": int, "norm_pix_loss": bool, "decoder_depth": int}
-RESUMED |= {"decoder_embed_dim": int}
+RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
+RESUMED |= {"decoder_embed_dim": "an integer"}
+TYPES = {"a name": (str,), "a boolean": (bool,), "an integer": (int,), "a number": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,12 @@ def read_saved_run(
     held = checkpoint if isinstance(checkpoint, dict) else {}
     args, classes = held.get("args"), held.get("classes")
     args = vars(args) if isinstance(args, argparse.Namespace) else args  # of the official code
-    flags, count = _flags_of_shape(weights or {})
-    flags |= {k: v for k, v in (args if isinstance(args, dict) else {}).items() if v is not None}
+    shape, count = _flags_of_shape(weights or {})
+    flags = {k: v for k, v in (args if isinstance(args, dict) else {}).items() if v is not None}
+    if ":" not in str(flags.get("model")):  # names differ between libraries, shapes do not
+        flags |= shape
+        if str(flags.get("model")).removeprefix("fcmae_") not in MODELS:
+            flags.pop("model", None)
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
     return SavedRun(source, flags, Head(source, names, len(names) if names else count))
 
@@ -75,48 +84,76 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     source, names = saved.source, INHERITED | (RESUMED if resumes else {})
     if "mask_ratio" in vars(args):  # pre-training evaluates nothing
         del names["crop_pct"]
+    if args.given & NORMALIZATION.keys():
+        names = {name: kind for name, kind in names.items() if name not in NORMALIZATION}
+        if not resumes:
+            _warn_of_other_normalization(args, saved)
     taken: dict[str, Any] = {}
-    for name in [name for name in names if name in saved.flags]:
-        value = saved.flags[name]
-        if not isinstance(value, names[name]):
-            raise UserError(f"{source} stores --{name} {value!r}, which is no value of that flag")
-        value = _same_form(name, value)
-        if name not in vars(args) or _same_form(name, getattr(args, name)) == value:
-            continue
-        if name not in args.given:
+    for name in [name for name in names if name in saved.flags and name in vars(args)]:
+        value = _normalized(name, saved.flags[name])
+        if name in args.given:
+            if value is not None and not resumes and value != _normalized(name, vars(args)[name]):
+                _contradict(name, vars(args)[name], value, source)
+        elif value is None:
+            raise UserError(
+                f"{source} stores --{name} {saved.flags[name]!r}, expected {names[name]}; give "
+                f"--{name}"
+            )
+        elif value != _normalized(name, vars(args)[name]):
             taken[name] = value
-        elif not resumes:
-            _contradict(name, getattr(args, name), value, source)
     if ":" in taken.get("model", ""):  # a file must not choose which code is imported
         raise UserError(
-            f"{source} was trained with code of its own, --model {taken['model']}; type --model "
-            "to choose which code to run"
+            f"{source} was trained with --model {taken['model']}, which is code and not a name; "
+            "give --model to choose the code to run"
         )
-    if "patch_size" in vars(args) and "patch_size" not in args.given and "stem_stride" in taken:
-        taken.setdefault("patch_size", 8 * taken["stem_stride"])
     if taken:
         typed = " ".join(f"--{name} {as_typed(value)}" for name, value in taken.items())
         get_logger().info("taken from %s: %s", source, typed)
+    if "stem_stride" in taken and "patch_size" in vars(args) and "patch_size" not in args.given:
+        taken.setdefault("patch_size", 8 * taken["stem_stride"])
     args = args.replace(**taken)
     for problem in shape_problems(args):
         raise UserError(problem)
     return args
 
 
-def _same_form(name: str, value: Any) -> Any:
-    """Write a value as `config.parser.finalize` does."""
-    if name == "model":
-        return value.removeprefix("fcmae_")
-    if name == "input_size":
-        return (value, value) if isinstance(value, int) else tuple([*value, *value][:2])
-    return value
+def _normalized(name: str, value: Any) -> Any:
+    """Return a flag's value as `config.parser.finalize` writes it; None if it cannot be one."""
+    expected = (INHERITED | RESUMED)[name]
+    if name == "input_size":  # timm stores channels, height and width
+        sides = [value] if isinstance(value, int) else value
+        if not isinstance(sides, list | tuple) or not 1 <= len(sides) <= 3:
+            return None
+        if not all(type(side) is int and side > 0 for side in sides):
+            return None
+        return (*sides, *sides)[:2] if len(sides) < 3 else tuple(sides[1:])
+    if expected == "numbers":
+        valid = isinstance(value, list | tuple) and all(type(x) in (int, float) for x in value)
+        return tuple(value) if valid else None
+    if type(value) not in TYPES[expected]:
+        return None
+    return value.removeprefix("fcmae_") if name == "model" else value
+
+
+def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None:
+    """Warn if the given mean and std differ from those that a checkpoint was trained with."""
+    if not NORMALIZATION.keys() & saved.flags.keys():  # of another toolkit
+        return
+    own, other = (
+        mean_and_std(flags.get("in_chans", 3), *(flags.get(name) for name in NORMALIZATION))
+        for flags in (vars(args), {"imagenet_default_mean_and_std": True, **saved.flags})
+    )
+    if own != other:
+        texts = [f"mean {as_typed(mean)} and std {as_typed(std)}" for mean, std in (own, other)]
+        text = "%s are used; %s was trained with %s"
+        get_logger().warning(text, texts[0], saved.source, texts[1])
 
 
 def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:
-    """Raise UserError if the weights cannot fit the typed flag, warn otherwise."""
-    text = f"--{name} {as_typed(typed)}, but {source} was trained with {as_typed(saved)}"
-    code = name == "model" and (":" in typed or ":" in saved)
-    if name in SHAPE and not code:
-        raise UserError(f"{text}; drop --{name}, or give another checkpoint")
-    if not code:
-        get_logger().warning("%s", text)
+    """Raise UserError if the weights cannot fit the given flag, warn otherwise."""
+    if name == "model" and (":" in typed or ":" in saved):
+        return
+    flag, trained = f"--{name} {as_typed(typed)}", f"{source} was trained with {as_typed(saved)}"
+    if name in SHAPE:
+        raise UserError(f"{flag}, but {trained}; drop --{name}, or give another checkpoint")
+    get_logger().warning("%s is used; %s", flag, trained)

@@ -5,13 +5,14 @@
 python -c "from models.kernels import autotune; print(autotune.cache_file('cpu'))"
 """
 
+import atexit
 import importlib.util
 import json
 import math
 import os
 import platform
 import re
-import timeit
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,11 @@ from errors import UserError
 from parallel.process_group import agree, get_logger
 from utils import write_atomically
 
-VERSION = 1  # raise it with every change of an implementation: timings before it are ignored
+VERSION = 2  # raise it with every change of an implementation: timings before it are ignored
 GAIN = 0.9  # take another implementation only below this fraction of the first one's time
-ROUNDS = 5  # of timing; the shortest counts
+STABLE = 5  # rounds of timing without news, after which the answer is final
+ROUNDS = 50  # at most
+NEWS = 0.95  # a time below this fraction of the shortest one before is news
 PATIENCE = 2.0  # seconds to wait for the lock of the cache file
 
 
@@ -42,6 +45,7 @@ class Autotuner:
         self.chosen: dict[tuple, str] = {}
         self.timed: dict[str, dict[str, str]] = {}  # choices of mode auto: see `state`
         self.seconds: dict[str, dict[str, float]] = {}  # entry -> times measured here
+        self.unsaved: dict[str, dict[str, str]] = {}  # type of device -> entries for its file
 
     def choose(
         self, op: str, implementations: dict, key: tuple, like: Tensor, sample: Callable[[], tuple]
@@ -72,12 +76,13 @@ class Autotuner:
         if own.get(entry) not in names:
             name = _read(device.type).get(entry)
             if name not in names:
-                times = {n: measure(implementations[n], sample(), device) for n in names}
+                args = sample()
+                times, stable = measure({n: implementations[n] for n in names}, args, device)
                 self.seconds[entry] = times
-                best = min(names, key=times.get)
-                name = best if times[best] < GAIN * times[names[0]] else names[0]
-                if max(times.values()) < math.inf:  # a failure may be one of this run alone
-                    name = _store(device.type, entry, name, names)
+                name = fastest(times)
+                if stable:
+                    atexit.register(self.save)
+                    self.unsaved.setdefault(device.type, {})[entry] = name
             own = self.timed.setdefault(machine, {})
             own[entry] = agree(f"{machine} {entry}", name)
         return own[entry]
@@ -93,6 +98,13 @@ class Autotuner:
         if self.mode == "auto" and state and here not in state:
             text = "kernels: choosing again, since the run was on %s and this is %s"
             get_logger().warning(text, " and ".join(state), here)
+
+    def save(self) -> None:
+        """Add the choices that were measured since the last call to their cache file."""
+        atexit.unregister(self.save)
+        unsaved, self.unsaved = self.unsaved, {}
+        for kind, entries in unsaved.items():
+            _store(kind, entries)
 
     def summary(self) -> str:
         """Implementations in use: `gelu by torch, linear by onednn (--kernels auto: ...)`.
@@ -111,14 +123,20 @@ def dispatch(op: str, implementations: dict[str, Callable], more: tuple, *args: 
     """Run the fastest implementation of an operation on `args`, a tensor (N, ...) first.
 
     more: integers that the speed depends on, apart from the device, dtype and shape of that tensor.
-    Under torch.compile the first implementation runs, which the compiler optimizes.
+    One choice serves all sizes up to the same power of two, channels excepted: images, heights and
+    widths may differ at every call. Under torch.compile the first implementation runs, which the
+    compiler optimizes.
     """
     if len(implementations) == 1 or torch.compiler.is_compiling():
         return next(iter(implementations.values()))(*args)
     x = args[0]
-    images = 1 << (x.shape[0] - 1).bit_length()  # rounded up: the last batch may be smaller
-    key = (images, *x.shape[1:], *more)
+    key = (*map(round_up, x.shape[:-1]), x.shape[-1], *more)
     return implementations[autotuner.choose(op, implementations, key, x, lambda: args)](*args)
+
+
+def round_up(size: int) -> int:
+    """The smallest power of two that is not below `size`; 0 stays 0."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def set_kernels(mode: str, device: torch.device) -> None:
@@ -129,6 +147,7 @@ def set_kernels(mode: str, device: torch.device) -> None:
             f"--kernels triton: Triton does not run on this {device.type} device; use --kernels "
             "auto, or set TRITON_INTERPRET=1 to run the kernels slowly without a GPU"
         )
+    autotuner.save()
     autotuner.mode = mode
     autotuner.chosen.clear()
     autotuner.timed.clear()
@@ -138,20 +157,43 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def fastest(seconds: dict[str, float]) -> str:
+    """Name of the shortest time; the first one unless another is clearly shorter."""
+    first, best = next(iter(seconds)), min(seconds, key=seconds.get)
+    return best if seconds[best] < GAIN * seconds[first] else first
+
+
 @torch.no_grad()
-def measure(function: Callable, args: tuple, device: torch.device) -> float:
-    """Shortest of ROUNDS calls in seconds, after one that compiles; infinity if it fails."""
+def measure(
+    implementations: dict[str, Callable], args: tuple, device: torch.device
+) -> tuple[dict[str, float], bool]:
+    """Shortest call of each in seconds, infinity if it fails; and True if the answer is stable.
 
-    def call() -> None:
-        function(*args)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    try:
-        return min(timeit.repeat(call, number=1, repeat=1 + ROUNDS)[1:])
-    except Exception as error:  # it may not fit this device, shape or memory
-        get_logger().debug("kernel left out: %s: %s", type(error).__name__, error)
-        return math.inf
+    A round calls each once, so that another program slows down all of them. The first round, which
+    compiles, is not counted. The answer is stable after STABLE rounds that do not change it and in
+    which no time becomes clearly shorter. If one fails, it may do so in this run alone.
+    """
+    seconds = dict.fromkeys(implementations, math.inf)
+    failed, unchanged = set(), 0
+    for number in range(1 + ROUNDS):
+        before = dict(seconds)
+        for name in [name for name in implementations if name not in failed]:
+            try:
+                start = time.perf_counter()
+                implementations[name](*args)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+            except Exception as error:  # it may not fit this device, shape or memory
+                get_logger().debug("kernel left out: %s: %s", type(error).__name__, error)
+                failed.add(name)
+                seconds[name] = math.inf
+        news = any(seconds[name] < NEWS * before[name] for name in seconds)
+        unchanged = 0 if news or fastest(seconds) != fastest(before) else unchanged + 1
+        if unchanged == STABLE:
+            break
+    return seconds, unchanged == STABLE and not failed
 
 
 def cache_file(kind: str) -> Path:
@@ -167,8 +209,8 @@ def _read(kind: str) -> dict[str, str]:
         return {}
 
 
-def _store(kind: str, entry: str, name: str, names: list[str]) -> str:
-    """Add a choice to the cache file; returns it, or one that another process added meanwhile."""
+def _store(kind: str, entries: dict[str, str]) -> None:
+    """Add choices to the cache file, unless another process has done so."""
     from filelock import FileLock  # takes long to import
 
     try:
@@ -176,13 +218,10 @@ def _store(kind: str, entry: str, name: str, names: list[str]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(".lock"), timeout=PATIENCE, poll_interval=0.01):
             found = _read(kind)
-            if found.get(entry) not in names:
-                found[entry] = name
-                write_atomically(json.dumps(found, indent=1, sort_keys=True), path)
-            return found[entry]
+            if not entries.items() <= found.items():
+                write_atomically(json.dumps(found | entries, indent=1, sort_keys=True), path)
     except (OSError, RuntimeError) as error:  # no home directory, not writable, or no locks there
         get_logger().debug("kernels are timed in every run: %s", error)
-        return name
 
 
 def _machine(kind: str) -> str:

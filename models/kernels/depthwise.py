@@ -34,14 +34,14 @@ def depthwise_norm(
 
     Removed patches count as zeros. Under autocast the norm's statistics are in float32.
     """
-    x, weight, bias = ops.in_autocast_dtype(x, weight, bias)
+    x, weight = ops.in_autocast_dtype(x, weight)  # the vectors and their gradients stay float32
     with torch.autocast(x.device.type, enabled=False):
         return _DepthwiseNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, ids, slots)[0]
 
 
 def _plain(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> Tensor:
     """The result of `_DepthwiseNorm` by torch's own differentiable operations."""
-    y = _torch_convolve(x, weight, bias, ids, slots)
+    y = _torch_convolve(x, weight, bias.to(x.dtype), ids, slots)
     return _layer_norm(y, norm_weight, norm_bias, eps)[0]
 
 
@@ -57,7 +57,7 @@ class _DepthwiseNorm(Function):
 
     @staticmethod
     def forward(x, weight, bias, norm_weight, norm_bias, eps, ids, slots) -> tuple[Tensor, ...]:
-        inputs = (x, weight, bias, norm_weight, norm_bias, eps, ids, slots)
+        inputs = (x, weight, bias.to(x.dtype), norm_weight, norm_bias, eps, ids, slots)
         return autotune.dispatch("depthwise norm", CONVOLVE_NORM, _sizes(weight, slots), *inputs)
 
     @staticmethod
@@ -73,15 +73,22 @@ class _DepthwiseNorm(Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, weight, bias, norm_weight, norm_bias, ids, slots, y, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
+        if ops.plain_backward(grad):
             inputs = (x, weight, bias, norm_weight, norm_bias, ctx.eps, ids, slots)
             return ops.plain_gradients(_plain, inputs, grad)
+        of_x, of_weight, of_bias, *of_norm = ctx.needs_input_grad[:5]
+        of_y = of_x or of_weight or of_bias
         wide = (t.to(norm_weight.dtype) for t in (grad, y))
-        rest = (norm_weight.shape, mean, rstd, norm_weight, norm_bias, [True, True, True])
+        rest = (norm_weight.shape, mean, rstd, norm_weight, norm_bias, [of_y, *of_norm])
         grad, *norm_grads = torch.ops.aten.native_layer_norm_backward(*wide, *rest)
-        grad = grad.to(y.dtype)
-        dbias = grad.flatten(0, -2).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        dx, dweight = _gradients(grad, x, weight, ids, slots)
+        dx = dweight = dbias = None
+        if of_y:
+            grad = grad.to(y.dtype)
+        if of_bias:
+            dbias = grad.flatten(0, -2).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        if of_x or of_weight:
+            dx, dweight = _gradients(grad, x, weight, ids, slots, of_x, of_weight)
+        dx, dweight = dx if of_x else None, dweight if of_weight else None
         return dx, dweight, dbias, *norm_grads, None, None, None
 
 
@@ -97,25 +104,35 @@ def _convolve(
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor | None, slots: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    slots: Tensor | None,
+    of_x: bool,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the convolution for x and weight.
+    """Gradients of the convolution for x and weight, empty where not wanted.
 
     The weight's is contiguous like DDP's gradient buckets, which would copy any other.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.convnextv2.depthwise_gradients(dy, x, weight, ids, slots)
+        return torch.ops.convnextv2.depthwise_gradients(dy, x, weight, ids, slots, of_x, of_weight)
     if x.device.type == "cpu" and autotune.autotuner.mode != "triton":
-        return _cpu_gradients(dy, x, weight, ids, slots)
-    dx = _convolve(dy, weight.flip(2, 3), None, ids, slots)
-    inputs = (dy, x, weight.shape[-1], ids, slots)
-    dweight = autotune.dispatch("depthwise weight", WEIGHT_GRAD, _sizes(weight, slots), *inputs)
-    return dx, dweight.to(weight.dtype).contiguous()
+        return _cpu_gradients(dy, x, weight, ids, slots, of_x, of_weight)
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if of_x:
+        dx = _convolve(dy, weight.flip(2, 3), None, ids, slots)
+    if of_weight:
+        inputs = (dy, x, weight.shape[-1], ids, slots)
+        dweight = autotune.dispatch("depthwise weight", WEIGHT_GRAD, _sizes(weight, slots), *inputs)
+        dweight = dweight.to(weight.dtype).contiguous()
+    return dx, dweight
 
 
 def _sizes(weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
     """k, h and w, on which the speed depends too; h and w are 0 for a dense map."""
-    return weight.shape[-1], *((0, 0) if slots is None else slots.shape[1:])
+    return weight.shape[-1], *((0, 0) if slots is None else map(autotune.round_up, slots.shape[1:]))
 
 
 def _to_dense(x: Tensor, ids: Tensor | None, slots: Tensor | None) -> Tensor:
@@ -151,7 +168,13 @@ def _torch_convolve(
 
 
 def _cpu_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, ids: Tensor | None, slots: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    slots: Tensor | None,
+    of_x: bool,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """`_gradients` on a CPU, where torch's own weight gradient is slow.
 
@@ -164,13 +187,16 @@ def _cpu_gradients(
     if x.numel() == 0:  # a convolution of no groups is refused
         return torch.zeros_like(x), dweight.to(weight.dtype)
     for planes, grad, own in _split(ids, slots, x, dy):
-        dx = F.conv2d(grad, flipped, padding=pad, groups=len(weight))
-        dxs.append(_from_dense(dx, own, slots))
-        planes = planes.reshape(1, -1, *planes.shape[2:])
-        kernels = grad.reshape(-1, 1, *grad.shape[2:])
-        each = F.conv2d(planes, kernels, padding=pad, groups=len(kernels))
-        dweight += each.reshape(-1, *weight.shape).sum(0, dtype=wide)
-    return ops.join(dxs).contiguous(), dweight.to(weight.dtype)
+        if of_x:
+            dx = F.conv2d(grad, flipped, padding=pad, groups=len(weight))
+            dxs.append(_from_dense(dx, own, slots))
+        if of_weight:
+            planes = planes.reshape(1, -1, *planes.shape[2:])
+            kernels = grad.reshape(-1, 1, *grad.shape[2:])
+            each = F.conv2d(planes, kernels, padding=pad, groups=len(kernels))
+            dweight += each.reshape(-1, *weight.shape).sum(0, dtype=wide)
+    dx = ops.join(dxs).contiguous() if of_x else x.new_empty(0)
+    return dx, dweight.to(weight.dtype) if of_weight else weight.new_empty(0)
 
 
 def _torch_weight_grad(
@@ -216,5 +242,11 @@ torch.library.custom_op(
     "convnextv2::depthwise_gradients",
     _gradients,
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? ids, Tensor? slots) -> (Tensor, Tensor)",
-).register_fake(lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? ids, Tensor? slots, bool of_x, "
+    "bool of_weight) -> (Tensor, Tensor)",
+).register_fake(
+    lambda dy, x, weight, ids, slots, of_x, of_weight: (
+        x.new_empty(x.shape if of_x else 0),
+        weight.new_empty(weight.shape if of_weight else 0),
+    )
+)

@@ -38,7 +38,7 @@ def grn_mlp(
     It saves x and h, one tensor of width 4C where plain autograd saves five, and never scales a
     wide tensor where the scale fits into the weights.
     """
-    y, w1, w2 = ops.in_autocast_dtype(x, w1, w2)  # the vectors stay as they are
+    y, w1, w2 = ops.in_autocast_dtype(x, w1, w2)  # the vectors and their gradients stay float32
     with torch.autocast(x.device.type, enabled=False):
         y = _MLP.apply(y.flatten(1, -2), w1, b1, w2, b2, gamma, beta, eps)[0]
     return y.unflatten(1, x.shape[1:-1])
@@ -81,24 +81,37 @@ class _MLP(Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         *inputs, h, norm = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
+        if ops.plain_backward(dy):
             return ops.plain_gradients(_plain, (*inputs, ctx.eps), dy)
         x, w1, _, w2, _, gamma, beta = inputs
+        of_x, of_w1, of_b1, of_w2, of_b2, of_gamma, of_beta, _ = ctx.needs_input_grad
+        wanted = (of_x or of_w1 or of_b1, of_b1, of_w2, of_gamma)
+        sizes = tuple(map(int, wanted))  # on which the speed depends too
         images = ops.images_at_once(h, 2 * h.shape[1] * h.shape[2])
         parts, dxs = [], []
         for dy_, x_, h_, norm_ in zip(*(t.split(images) for t in (dy, x, h, norm)), strict=True):
-            arguments = (h_, dy_, w2, gamma, beta, norm_, ctx.eps)
-            dh, *grads = autotune.dispatch("mlp gradients", BACKWARD, (), *arguments)
-            dxs.append(linear(dh, w1.mT))
-            parts.append((weight_grad(dh.flatten(0, 1), x_.flatten(0, 1)), *grads))
-        dw1, db1, dw2, dgamma, dbeta = (_total(own, norm.dtype) for own in zip(*parts, strict=True))
-        db2 = dy.sum((0, 1), dtype=norm.dtype)
-        return ops.join(dxs), dw1, db1, dw2, db2, dgamma, dbeta, None
+            arguments = (h_, dy_, w2, gamma, norm_, ctx.eps, wanted)
+            dh, *grads = autotune.dispatch("mlp gradients", BACKWARD, sizes, *arguments)
+            if of_x:
+                dxs.append(linear(dh, w1.mT))
+            dw1 = weight_grad(dh.flatten(0, 1), x_.flatten(0, 1)) if of_w1 else None
+            parts.append((dw1, *grads))
+        dw1, db1, dw2, dgamma = (_total(own, norm.dtype) for own in zip(*parts, strict=True))
+        db2 = dbeta = None
+        if of_b2 or of_w2 or of_beta:
+            db2 = dy.sum((0, 1), dtype=norm.dtype)
+        if of_w2:  # beta's contribution
+            dw2.addr_(db2.to(dw2.dtype), beta.to(dw2.dtype))
+        if of_beta:
+            dbeta = db2 @ w2.to(db2.dtype)
+        return ops.join(dxs) if of_x else None, dw1, db1, dw2, db2, dgamma, dbeta, None
 
 
-def _total(parts: tuple[Tensor, ...], wide: torch.dtype) -> Tensor:
-    """Sum of the parts' gradients; in bf16 a sum over many would stagnate."""
-    return parts[0] if len(parts) == 1 else reduce(torch.add, (t.to(wide) for t in parts))
+def _total(parts: tuple[Tensor | None, ...], wide: torch.dtype) -> Tensor | None:
+    """Sum of the parts' gradients, if wanted; in bf16 a sum over many would stagnate."""
+    if parts[0] is None or len(parts) == 1:
+        return parts[0]
+    return reduce(torch.add, (t.to(wide) for t in parts))
 
 
 def _scales_weights(h: Tensor, w2: Tensor) -> bool:
@@ -107,50 +120,72 @@ def _scales_weights(h: Tensor, w2: Tensor) -> bool:
 
 
 def _torch_backward(
-    h: Tensor, dy: Tensor, w2: Tensor, gamma: Tensor, beta: Tensor, norm: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    """From dy back to h: dh (N, L, K), db1 (K), dw2 (C, K), dgamma (K), dbeta (K)."""
-    a = F.gelu(h)
+    h: Tensor,
+    dy: Tensor,
+    w2: Tensor,
+    gamma: Tensor,
+    norm: Tensor,
+    eps: float,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """From dy back to h: dh (N, L, K), db1 (K), dw2 (C, K) but for beta's part, and dgamma (K).
+
+    wanted: which of them; the others are None.
+    """
+    of_h, of_b1, of_w2, of_gamma = wanted
     wide = norm.dtype  # of sums
-    scale = (1 + gamma * over_mean(norm, eps)[0]).to(a.dtype)[:, None]
-    da = linear(dy, w2.mT)  # gradient of the input of pwconv2, not yet scaled
-    if _scales_weights(h, w2):
+    a, scale = F.gelu(h), (1 + gamma * over_mean(norm, eps)[0]).to(h.dtype)[:, None]
+    scales_weights = of_w2 and _scales_weights(h, w2)
+    dh = db1 = dw2 = dgamma = da = dscale = None
+    if of_h or (of_gamma and not scales_weights):
+        da = linear(dy, w2.mT)  # gradient of the input of pwconv2, not yet scaled
+    if scales_weights:
         each = weight_grad(dy, a)  # (N, C, K)
-        dw2, dbeta = _beta_in_bias((each * scale).sum(0), dy, w2, beta)
+        dw2 = (each * scale).sum(0)
         dscale = (each * w2).sum(1, dtype=wide)
     else:
-        dbeta = da.sum((0, 1), dtype=wide)
-        buffer = da * a  # its memory is used twice: fresh memory is slow
-        dscale = buffer.sum(1, dtype=wide)
-        scaled = torch.addcmul(beta.to(a.dtype), a, scale, out=buffer)
-        dw2 = weight_grad(dy.flatten(0, 1), scaled.flatten(0, 1))
-    slope, dgamma = _through_norm(dscale, gamma, norm, eps)
-    if a.dtype == torch.float16:  # the slope of an almost dead channel exceeds 65504
-        unit = torch.where(norm > 0, norm, 1.0)
-        a, slope = (a / unit[:, None]).to(a.dtype), slope * unit
-    da.mul_(scale).addcmul_(a, slope.to(a.dtype)[:, None])
-    dh = torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
-    return dh, dh.sum((0, 1), dtype=wide), dw2, dgamma, dbeta
+        buffer = a.new_empty(a.shape)  # used twice: fresh memory is slow
+        if da is not None:
+            dscale = torch.mul(da, a, out=buffer).sum(1, dtype=wide)
+        if of_w2:
+            scaled = torch.mul(a, scale, out=buffer)
+            dw2 = weight_grad(dy.flatten(0, 1), scaled.flatten(0, 1))
+    if dscale is not None:
+        slope, dgamma = _through_norm(dscale, gamma, norm, eps)
+    if of_h:
+        if a.dtype == torch.float16:  # the slope of an almost dead channel exceeds 65504
+            unit = torch.where(norm > 0, norm, 1.0)
+            a, slope = (a / unit[:, None]).to(a.dtype), slope * unit
+        da.mul_(scale).addcmul_(a, slope.to(a.dtype)[:, None])
+        dh = torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
+        db1 = dh.sum((0, 1), dtype=wide) if of_b1 else None
+    return dh, db1, dw2, dgamma if of_gamma else None
 
 
 def _triton_backward(
-    h: Tensor, dy: Tensor, w2: Tensor, gamma: Tensor, beta: Tensor, norm: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    """`_torch_backward` in two passes over h that recompute a."""
+    h: Tensor,
+    dy: Tensor,
+    w2: Tensor,
+    gamma: Tensor,
+    norm: Tensor,
+    eps: float,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """`_torch_backward` in at most two passes over h that recompute a."""
+    of_h, of_b1, of_w2, of_gamma = wanted
     scale = 1 + gamma * over_mean(norm, eps)[0]
-    da = linear(dy, w2.mT)
-    dscale, scaled = ops.triton_kernels().scale_grad(da, h, scale)
-    dw2 = weight_grad(dy.flatten(0, 1), scaled.flatten(0, 1))
-    dw2, dbeta = _beta_in_bias(dw2, dy, w2, beta)
-    slope, dgamma = _through_norm(dscale, gamma, norm, eps)
-    dh, db1 = ops.triton_kernels().gelu_grad(da, h, scale, slope)
-    return dh, db1, dw2, dgamma, dbeta
-
-
-def _beta_in_bias(dw2: Tensor, dy: Tensor, w2: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """dw2 with the contribution of `w2 beta` added, and dbeta."""
-    total = dy.sum((0, 1), dtype=beta.dtype)
-    return dw2.addr_(total.to(dw2.dtype), beta.to(dw2.dtype)), total @ w2.to(beta.dtype)
+    dh = db1 = dw2 = dgamma = None
+    if of_h or of_gamma:
+        da = linear(dy, w2.mT)
+        dscale, scaled = ops.triton_kernels().scale_grad(da, h, scale)
+        slope, dgamma = _through_norm(dscale, gamma, norm, eps)
+    elif of_w2:
+        scaled = ops.triton_kernels().gelu_sum_of_squares(h)[0].mul_(scale.to(h.dtype)[:, None])
+    if of_w2:
+        dw2 = weight_grad(dy.flatten(0, 1), scaled.flatten(0, 1))
+    if of_h:
+        dh, db1 = ops.triton_kernels().gelu_grad(da, h, scale, slope)
+    return dh, db1 if of_b1 else None, dw2, dgamma if of_gamma else None
 
 
 def _through_norm(dscale: Tensor, gamma: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:

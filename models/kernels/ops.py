@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch.autograd import Function, forward_ad
 
 from models.kernels import autotune
 
@@ -42,6 +43,30 @@ def exporting() -> bool:
     return torch.jit.is_tracing() or _is_exporting()
 
 
+def plain_only(x: Any) -> bool:
+    """True where only torch's own operations work: exported graphs and transforms of functions.
+
+    torch.fx passes proxies instead of tensors; torch.func's transforms (vmap, grad, jvp ...) and
+    forward-mode AD need rules that our autograd functions lack. No work but four look-ups.
+    """
+    if exporting():
+        return True
+    if torch.compiler.is_compiling():  # it has rules for them
+        return False
+    in_func = peek_interpreter_stack() is not None
+    return in_func or not isinstance(x, Tensor) or forward_ad._current_level >= 0
+
+
+def plain_backward(grad: Tensor) -> bool:
+    """True if a backward pass must be made of torch's own operations.
+
+    It is for a second derivative, or for many gradients at once: `is_grads_batched=True`.
+    """
+    if torch.is_grad_enabled() or plain_only(grad):
+        return True
+    return not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad)
+
+
 def triton_kernels() -> ModuleType:
     """The module of our Triton kernels, imported at the first use: Triton is optional and slow."""
     from models.kernels import triton_kernels
@@ -61,13 +86,16 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
 def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a function of torch's own operations, None for inputs that need none.
 
-    Unlike those of our backward passes they can be differentiated again.
+    Unlike those of our backward passes they can be differentiated again and transformed.
     """
+    again = torch.is_grad_enabled()
     wanted = [torch.is_tensor(x) and x.requires_grad for x in inputs]
-    # Views: autograd would also follow x itself back to the layers that made it.
-    leaves = [x.view_as(x) if yes else x for x, yes in zip(inputs, wanted, strict=True)]
+    with torch.enable_grad():
+        # Views: autograd would also follow x itself back to the layers that made it.
+        leaves = [x.view_as(x) if yes else x for x, yes in zip(inputs, wanted, strict=True)]
+        y = function(*leaves)
     asked = [x for x, yes in zip(leaves, wanted, strict=True) if yes]
-    found = iter(torch.autograd.grad(function(*leaves), asked, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, asked, grad, create_graph=again))
     return tuple(next(found) if yes else None for yes in wanted)
 
 
@@ -76,8 +104,9 @@ def plain_gradients(function: Callable, inputs: tuple, grad: Tensor) -> tuple[Te
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in the fastest implementation, forward and backward."""
-    half = torch.is_autocast_enabled(x.device.type)
-    if half or bias is None or exporting() or not has_onednn(x):
+    if plain_only(x) or bias is None or not has_onednn(x):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return _Affine.apply(x, weight, bias)
 
@@ -95,12 +124,12 @@ class _Affine(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
+        if plain_backward(dy):
             return plain_gradients(F.linear, (x, weight, bias), dy)
         dx = linear(dy, weight.mT) if ctx.needs_input_grad[0] else None
         dy = dy.flatten(0, -2)
         dweight = weight_grad(dy, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return dx, dweight, dy.sum(0)
+        return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -163,6 +192,7 @@ torch.library.custom_op(
 # --- global response normalization ---------------------------------------------------------
 
 
+@torch.fx.wrap  # a graph of torch.fx calls it: the axes of a proxy are not known
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """GRN over each image's own positions: x (N, ..., C), gamma and beta (C).
 
@@ -206,30 +236,40 @@ def over_mean(norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def pack(dense: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
     """Gather the visible patches: (N, h*p, w*p, C), ids (N, V) -> (N, V, p, p, C)."""
-    return _Move.apply(dense, ids, h, w, True)
+    move = _move if plain_only(dense) else _Move.apply
+    return move(dense, ids, h, w, True)
 
 
 def unpack(packed: Tensor, ids: Tensor, h: int, w: int) -> Tensor:
     """Scatter packed patches into zeros: (N, V, p, p, C), ids (N, V) -> (N, h*p, w*p, C)."""
-    return _Move.apply(packed, ids, h, w, False)
+    move = _move if plain_only(packed) else _Move.apply
+    return move(packed, ids, h, w, False)
+
+
+def _move(x: Tensor, ids: Tensor, h: int, w: int, packing: bool) -> Tensor:
+    """`pack` or `unpack` by torch's own operations."""
+    image = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    places = image, torch.div(ids, w, rounding_mode="floor"), ids % w
+    if packing:
+        return _cells(x.contiguous(), h, w)[places]
+    n, _, p, _, dim = x.shape
+    if plain_only(x):  # vmap cannot write batched patches into a map that is not
+        cells = x.new_zeros(n, h, w, p, p, dim).index_put(places, x)
+        return cells.transpose(2, 3).reshape(n, h * p, w * p, dim)
+    dense = x.new_zeros(n, h * p, w * p, dim)
+    _cells(dense, h, w)[places] = x
+    return dense
 
 
 class _Move(Function):
-    """`pack` or `unpack`: each is the gradient of the other.
+    """`_move` whose gradient is the opposite move.
 
     Autograd's own gradient would add up where no two patches overlap.
     """
 
     @staticmethod
     def forward(x: Tensor, ids: Tensor, h: int, w: int, packing: bool) -> Tensor:
-        image = torch.arange(ids.shape[0], device=ids.device)[:, None]
-        places = image, torch.div(ids, w, rounding_mode="floor"), ids % w
-        if packing:
-            return _cells(x.contiguous(), h, w)[places]
-        n, _, p, _, dim = x.shape
-        dense = x.new_zeros(n, h * p, w * p, dim)
-        _cells(dense, h, w)[places] = x
-        return dense
+        return _move(x, ids, h, w, packing)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -238,8 +278,8 @@ class _Move(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _Move.apply(grad, *ctx.saved_tensors, *ctx.size, not ctx.packing)
-        return grad, None, None, None, None
+        opposite = unpack if ctx.packing else pack
+        return opposite(grad, *ctx.saved_tensors, *ctx.size), None, None, None, None
 
 
 def _cells(dense: Tensor, h: int, w: int) -> Tensor:

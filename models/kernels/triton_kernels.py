@@ -245,7 +245,7 @@ def depthwise_weight_grad(
     channels, taps = x.shape[-1], triton.next_power_of_2(k)
     options, tiles = _options(x, ids, slots, _block(channels, 64), elements=128)
     blocks = triton.cdiv(channels, options["BLOCK"])
-    each = triton.cdiv(tiles, max(1, PROGRAMS // blocks))
+    each = max(1, triton.cdiv(tiles, max(1, PROGRAMS // blocks)))  # 0 tiles in an empty batch
     chunks = triton.cdiv(tiles, each)
     partial = x.new_empty(chunks, k * k, channels, dtype=_sum_dtype(x))
     options |= {"SIDE": k, "TAPS": taps, "num_warps": max(1, taps // 2)}
@@ -273,6 +273,8 @@ def gelu_grad(da: Tensor, h: Tensor, scale: Tensor, slopes: Tensor) -> tuple[Ten
 
 def _run(kernel: triton.JITFunction, programs: int, *args: object, **options: object) -> None:
     """Launch on the tensors' device, which need not be the current one."""
+    if programs == 0:  # an empty batch
+        return
     args = [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
     with torch.cuda.device_of(args[0]):
         kernel[(programs,)](*args, **options)
@@ -317,7 +319,7 @@ def _gelu_pass(h: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     n, length, channels = h.shape
     block = _block(channels, 128)
     lines, blocks = 2048 // block, triton.cdiv(channels, block)
-    chunks = min(max(1, PROGRAMS // (n * blocks)), triton.cdiv(length, lines))
+    chunks = min(max(1, PROGRAMS // max(1, n * blocks)), triton.cdiv(length, lines))
     span = triton.cdiv(triton.cdiv(length, chunks), lines) * lines
     chunks = triton.cdiv(length, span)
     out, partial = h.new_empty(h.shape), h.new_empty(n, chunks, channels, dtype=_sum_dtype(h))

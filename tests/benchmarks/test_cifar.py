@@ -121,7 +121,7 @@ def test_damaged_image_and_missing_file_are_refused(tmp_path):
         load(path, {"train": 1})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("train/bird/0.jpg", b"no picture")
-    with pytest.raises(UserError, match="cannot identify image file"):
+    with pytest.raises(UserError, match="the file is text, not an image"):
         load(path, {"train": 1})
 
 

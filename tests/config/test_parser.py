@@ -249,6 +249,10 @@ def test_input_size_becomes_height_and_width():
         ("finetune", "--crop_pct 2"),
         ("finetune", "--warmup_steps -2"),
         ("finetune", "--print_freq 0"),
+        ("finetune", "--std 0"),
+        ("finetune", "--std -1"),
+        ("pretrain", "--mean nan"),
+        ("pretrain", "--mean inf"),
     ],
 )
 def test_number_outside_its_range_is_refused(capsys, kind, words):
@@ -288,6 +292,15 @@ def test_choices_are_refused_with_the_list(capsys):
         ("finetune", "--model_ema_force_cpu true", ["--model_ema_force_cpu", "--model_ema true"]),
         ("finetune", "--use_amp true --amp none", ["--use_amp", "--amp none"]),
         ("finetune", "--use_amp false --amp bf16", ["--use_amp", "--amp bf16"]),
+        ("finetune", "--mean 0.5", ["--mean and --std belong together"]),
+        ("pretrain", "--std 0.5", ["--mean and --std belong together"]),
+        ("pretrain", "--mean 0 1 --std 1", ["--mean 0.0 1.0 has 2 values", "--in_chans 3"]),
+        (
+            "finetune",
+            "--mean 0 --std 1 1 1 --in_chans 1",
+            ["--std 1.0 1.0 1.0 has 3", "--in_chans 1"],
+        ),
+        ("finetune", "--mean 0 --std 1 --imagenet_default_mean_and_std false", ["drop one"]),
         ("finetune", "--eval --disable_eval --resume x", ["--eval", "--disable_eval"]),
         ("finetune", "--disable_eval --model_ema --model_ema_eval", ["--model_ema_eval"]),
         ("finetune", "--eval_data_path somewhere", ["--eval_data_path", "image_folder"]),
@@ -407,6 +420,18 @@ def test_config_sets_defaults_and_the_command_line_wins(write):
         args = parse("pretrain", *words, "--input_size", "96", "64", "--pin_mem")
         assert (args.epochs, args.blr, args.pin_mem) == (9, 1e-3, True)
         assert args.input_size == (96, 64)
+
+
+def test_mean_and_the_choice_of_a_default_replace_each_other(write):
+    own = ["--mean", "-0.5", "--std", "2"]
+    path = write("imagenet_default_mean_and_std: false")
+    args = parse("finetune", "--config", path, *own)
+    assert (args.mean, args.std, args.imagenet_default_mean_and_std) == ((-0.5,), (2.0,), True)
+    path = write(options.dump_args(args))
+    again = parse("finetune", "--config", path)
+    assert (again.mean, again.std) == ((-0.5,), (2.0,))
+    other = parse("finetune", "--config", path, "--imagenet_default_mean_and_std", "false")
+    assert (other.mean, other.std, other.imagenet_default_mean_and_std) == (None, None, False)
 
 
 def test_null_in_a_config_resets_to_none(write):

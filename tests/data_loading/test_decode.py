@@ -6,6 +6,7 @@ import io
 import os
 import random
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_loading import formats as formats_module
 from data_loading.dataset import TransformedDataset
-from data_loading.decode import EXTENSIONS, FORMATS, BadImage, decode, load_image
+from data_loading.decode import BadImage, decode, load_image
 from data_loading.folders import DatasetSpec
+from data_loading.formats import describe_file, extensions, formats, how_to_read
 from data_loading.transforms import (
     RandomErasing,
     create_eval_transform,
@@ -236,7 +239,7 @@ TRANSFORMS = {
         64,
         mean_and_std()[0],
         aa="rand-m9-mstd0.5-inc1",
-        erasing=RandomErasing(1.0, "pixel", 1, *mean_and_std()),
+        erasing=RandomErasing(1.0, "pixel", 1),
     ),
     "training, small": create_train_transform(32, mean_and_std()[0], color_jitter=0.4),
     "evaluation": create_eval_transform(64),
@@ -302,9 +305,9 @@ def test_crop_of_a_panorama_is_no_bomb_either(tmp_path):
 def test_every_extension_of_the_formats_is_looked_for(tmp_path):
     """Those of torchvision are fewer, and a folder of GIF files was an empty one."""
     Image.init()
-    known = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
-    assert set(EXTENSIONS) == known - {".pfm"}  # floats
-    for number, end in enumerate(EXTENSIONS):
+    known = {end for end, kind in Image.registered_extensions().items() if kind in formats()}
+    assert set(extensions()) == known - {".pfm"}  # floats
+    for number, end in enumerate(extensions()):
         name = f"{number:02d}{end.upper() if number % 2 else end}"
         (tmp_path / "a").mkdir(exist_ok=True)
         quadrants().save(tmp_path / "a" / name, Image.registered_extensions()[end])
@@ -312,7 +315,7 @@ def test_every_extension_of_the_formats_is_looked_for(tmp_path):
     spec = DatasetSpec(str(tmp_path), nb_classes=1)
     for kind in ("folder", "image_folder"):
         data = create_dataset(kind, spec, train=True)
-        assert len(data) == len(EXTENSIONS)
+        assert len(data) == len(extensions())
         assert all(near(seen(image), CORNERS, 40) for image, _ in data)
 
 
@@ -329,10 +332,104 @@ class Lazy:
         return load_image(io.BytesIO(self.data)), 0
 
 
-def test_bomb_of_text_in_a_png_is_refused():
-    text = png_chunk(b"zTXt", b"comment\x00\x00" + zlib.compress(bytes(2**27)))
-    with pytest.raises(ValueError, match="too large"):
-        load_image(io.BytesIO(png(1, 1, 8, 0, b"\x00\x00", text)))
+LONG = 2**21  # bytes: twice PIL's limit for one chunk
+CHUNKS = {
+    "compressed text": [png_chunk(b"zTXt", b"comment\x00\x00" + zlib.compress(bytes(LONG)))],
+    "text of the world": [
+        png_chunk(b"iTXt", b"comment\x00\x01\x00\x00\x00" + zlib.compress(bytes(LONG)))
+    ],
+    "many texts": [png_chunk(b"tEXt", b"a\x00" + bytes(2**20 - 2))] * 65,
+    "color profile": [png_chunk(b"iCCP", b"profile\x00\x00" + zlib.compress(bytes(LONG)))],
+    "bomb": [png_chunk(b"zTXt", b"comment\x00\x00" + zlib.compress(bytes(2**27)))],
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("after", [False, True])
+def test_long_texts_and_profiles_of_a_png_are_ignored(tmp_path, chunks, after):
+    """Such images were refused; what the chunks hold is never unpacked."""
+    row, orientation = b"\x00" + bytes([10, 20]), png_chunk(b"eXIf", upside_down())
+    whole = png(2, 1, 8, 0, row, orientation, *([] if after else chunks))
+    if after:  # the pixels
+        whole = whole[:-12] + b"".join(chunks) + whole[-12:]
+    path = tmp_path / "a.png"
+    path.write_bytes(whole)
+    tracemalloc.start()
+    for file in (str(path), io.BytesIO(whole)):
+        assert np.asarray(decode(load_image(file), 1)).tolist() == [[20, 10]]  # still turned
+    assert tracemalloc.get_traced_memory()[1] < 4 * len(whole) + 2**23
+    tracemalloc.stop()
+
+
+def upside_down() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif.tobytes().removeprefix(b"Exif\x00\x00")
+
+
+def test_damaged_png_with_a_long_text_is_a_bad_image():
+    text = CHUNKS["compressed text"][0]
+    whole = png(2, 1, 8, 0, b"\x00\x01\x02", text)
+    for length in range(8, len(whole) - 30, 7):  # within the text
+        result = TransformedDataset(Lazy(whole[:length]), create_eval_transform(32), 0)[0, 0]
+        assert isinstance(result, BadImage), length
+
+
+KINDS = {
+    "empty": (b"", "the file is empty", "replace or remove it"),
+    "Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer",
+        "git lfs pull gets it",
+    ),
+    "git-annex": (b"/annex/objects/SHA256E-s9--ab.jpg\n", "a git-annex pointer", "git annex get"),
+    "HTML": (b"\n<!DOCTYPE html><html>404</html>", "an HTML page, not an image", "download it"),
+    "text": (b'{"error": 404, "message": "no"}', "text, not an image", "replace"),
+    "zeros": (bytes(9999), "begins with zeros, as after an interrupted copy", "replace"),
+    "other": (b"PK\x03\x04\xff\xff", r"expected JPEG, PNG, .*; the file begins with b'PK", ""),
+    "damaged AVIF": (b"\x00\x00\x00\x20ftypavif" + bytes(99), "AVIF image", ""),
+}
+
+
+@pytest.mark.parametrize(("content", "kind", "remedy"), KINDS.values(), ids=KINDS)
+def test_file_that_is_no_image_is_named_for_what_it_is(tmp_path, content, kind, remedy):
+    """All of them were "cannot identify image file"."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    for file in (str(path), io.BytesIO(content)):
+        with pytest.raises(BadImage, match=kind):
+            load_image(file)
+    error = str(TransformedDataset(Lazy(content), create_eval_transform(32), 0)[0, 0])
+    assert remedy in error
+    assert "or skip such images: --on_bad_image skip" in error
+
+
+# The first bytes of a photo of a phone.
+HEIC = b"\x00\x00\x00\x24ftypheic\x00\x00\x00\x00mif1heic" + bytes(99)
+
+
+def test_heic_and_avif_are_read_where_pillow_can_and_named_where_not(monkeypatch):
+    monkeypatch.setattr(formats_module, "optional_formats", lambda: {"AVIF": False, "HEIF": False})
+    description, remedy = describe_file(HEIC)
+    assert description == "the file is a HEIF image, which cannot be read here"
+    assert remedy == "pip install pillow-heif"
+    assert how_to_read(".heic") == " (not readable here: pip install pillow-heif)"
+    assert how_to_read(".avif") == " (not readable here: pip install 'pillow>=11.3')"
+    monkeypatch.setattr(formats_module, "optional_formats", lambda: {"AVIF": True, "HEIF": True})
+    assert describe_file(HEIC) == ("the file is a damaged HEIF image", "")
+    assert {".avif", ".heic"} <= set(extensions.__wrapped__())
+    assert {"AVIF", "HEIF"} <= set(formats.__wrapped__())
+
+
+@pytest.mark.parametrize("name", ["AVIF", "HEIF"])
+def test_optional_format_is_read_upright(tmp_path, name):
+    if name not in formats():
+        pytest.skip(f"{name} cannot be read here")
+    image, exif = quadrants().rotate(-90, expand=True), Image.Exif()
+    exif[0x0112] = 8
+    path = tmp_path / "a.jpg"  # the content decides
+    image.save(path, name, quality=100, exif=exif.tobytes())
+    assert near(seen(load_image(str(path))), CORNERS, 30)
 
 
 def test_program_posing_as_an_image_is_not_run(tmp_path, monkeypatch):
@@ -344,10 +441,10 @@ def test_program_posing_as_an_image_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "photo.jpg"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     assert Image.open(path).format == "EPS"  # the danger is real
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(BadImage, match="the file is text, not an image: it begins with '%!PS"):
         load_image(str(path))
     assert ran == []
-    assert "EPS" not in FORMATS
+    assert "EPS" not in formats()
 
 
 def damage(data: bytes, draw: random.Random) -> bytes:
@@ -366,7 +463,7 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("format_", formats())
 def test_damaged_file_is_an_image_or_a_bad_image_and_never_a_traceback(format_):
     image = Image.effect_noise((40, 30), 80).convert("RGB")
     file, exif = io.BytesIO(), Image.Exif()

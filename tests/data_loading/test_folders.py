@@ -25,10 +25,10 @@ from torchvision.datasets import DatasetFolder
 
 import visualize
 from config import parser as options
-from data_loading import folders, labels
+from data_loading import folders, formats, labels, listing
 from data_loading.dataset import TransformedDataset
-from data_loading.decode import EXTENSIONS
 from data_loading.folders import FileIndex, list_images, open_index
+from data_loading.formats import extensions
 from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
 from data_loading.workers import WatchedLoader
@@ -39,7 +39,7 @@ from tests.groups import run_script
 # Folders and names that sort differently as paths, as parts, as bytes, and as str.
 TREE = [
     *("ant/b.png", "ant/a.png", "ant/a.d/x.png", "ant/a/y.png", "ant/a/b/z.png", "ant/a-b/1.png"),
-    *("ant/a.png.d/q.png", "ant/Z.PNG", "ant/a b\n.png", "ant/\tc.jpeg", "ant/é.png", "ant/.jpg"),
+    *("ant/a.png.d/q.png", "ant/Z.PNG", "ant/a b\n.png", "ant/\tc.jpeg", "ant/é.png", "ant/a.JPG"),
     *("ant bee/1.jpg", "ant.bee/1.jpg", "bee/2/3/4/5.tif", "bee/2.tif", "bee/10.tif"),
     *("\udcff\udc80/\udce9.png", "\ue000/\U0001f600.png", "\U0001f600/\ue000.png"),
     "Ünï/\udcff.gif",
@@ -75,11 +75,11 @@ def test_classes_are_in_torchvisions_order(tmp_path, place):
     (root / "cat").symlink_to(other / "linked", target_is_directory=True)
     (root / "bee" / "file.png").symlink_to(other / "nowhere.png")
     (root / "ant" / "folder.png").mkdir()
-    theirs = DatasetFolder(str(root), str, EXTENSIONS)
+    theirs = DatasetFolder(str(root), str, extensions())
     index = list_images(root, True, place)
     assert pairs(index) == theirs.samples
     assert list(index.classes) == theirs.classes
-    assert labels.class_map(folders.ImageFiles(index)) == theirs.class_to_idx
+    assert labels.class_names(folders.ImageFiles(index)) == theirs.classes
 
 
 def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
@@ -88,18 +88,132 @@ def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
     (root / "bee" / "away").symlink_to(other, target_is_directory=True)
     walk = (os.path.join(top, n) for top, _, ns in os.walk(root, followlinks=True) for n in ns)
     index = list_images(root, False, place)
-    assert pairs(index) == [(p, 0) for p in sorted(walk) if p.lower().endswith(EXTENSIONS)]
+    assert pairs(index) == [(p, 0) for p in sorted(walk) if p.lower().endswith(extensions())]
     assert index.classes is None
-    assert labels.class_map(folders.ImageFiles(index)) is None
+    assert labels.class_names(folders.ImageFiles(index)) is None
 
 
-def test_link_to_a_folder_above_ends(tmp_path):
-    root = plant(tmp_path, ["a/1.png"])
-    (root / "a" / "again").symlink_to(root, target_is_directory=True)
-    (root / "a" / "self").symlink_to(root / "a" / "self")
-    theirs = DatasetFolder(str(root), str, EXTENSIONS)
-    assert pairs(list_images(root, True)) == theirs.samples
-    assert len({path for path, _ in list_images(root, False)}) == len(theirs)
+def relative(index: FileIndex, root: Path) -> list[str]:
+    return [path.removeprefix(f"{root}/") for path, _ in pairs(index)]
+
+
+def link(place: Path, target: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target, target_is_directory=True)
+
+
+def test_link_that_leads_upward_counts_no_image_twice(tmp_path, place):
+    """An image was listed 41 times, and with two links the list had no end."""
+    root = plant(tmp_path / "data", ["a/1.png", "a/deep/2.png", "b/3.png"])
+    outside = plant(tmp_path / "outside", ["x/4.png", "x/y/5.png"])
+    link(root / "a" / "again", root)
+    link(root / "a" / "deep" / "class", root / "a")
+    link(root / "a" / "self", root / "a" / "self")
+    link(root / "b" / "away", outside / "x")
+    link(outside / "x" / "y" / "up", outside)
+    link(outside / "x" / "y" / "home", root)
+    link(root / "b" / "root of all", Path("/"))
+    index = list_images(root, True, place)
+    expected = ["a/1.png", "a/deep/2.png", "b/3.png", "b/away/4.png", "b/away/y/5.png"]
+    assert relative(index, root) == expected
+    assert relative(list_images(root, False), root) == expected
+    assert index.metadata["left_out"] == {listing.LISTED: 5, listing.NOWHERE: 1}
+
+
+def test_folder_with_many_names_is_listed_once_a_class(tmp_path):
+    """Two classes may share a folder; within a class each real folder counts once."""
+    root = plant(tmp_path / "data", ["a/1.png", "a/deep/2.png", "b/3.png"])
+    other = plant(tmp_path / "other", ["x/4.png", "x/y/5.png"])
+    for name in ("a/b1", "a/b2", "c"):
+        link(root / name, other / "x")
+    link(root / "a" / "b0", other / "x" / "y")
+    link(root / "a" / "again", root / "a" / "deep")
+    link(root / "d", root / "b")
+    listed = relative(list_images(root, True), root)
+    a = ["a/1.png", "a/b0/5.png", "a/b1/4.png", "a/deep/2.png"]
+    assert listed == [*a, "b/3.png", "c/4.png", "c/y/5.png", "d/3.png"]
+    listed = relative(list_images(root, False), root)
+    assert listed == ["a/1.png", "a/b0/5.png", "a/deep/2.png", "b/3.png", "c/4.png"]
+
+
+def test_link_into_a_hidden_folder_is_followed(tmp_path):
+    """The walk does not visit it by its own path, as in a store of deduplicated folders."""
+    root = plant(tmp_path / "data", ["a/1.png", ".store/x/2.png", ".store/x/y/3.png"])
+    link(root / "a" / "x", root / ".store" / "x")
+    link(root / "a" / "z", root / ".store" / "x" / "y")
+    assert relative(list_images(root, True), root) == ["a/1.png", "a/x/2.png", "a/z/3.png"]
+    assert relative(list_images(root, False), root) == ["a/1.png", "a/x/2.png", "a/z/3.png"]
+
+
+@pytest.mark.parametrize("target", ["gone", "loop", ".", ".."])
+def test_class_that_links_to_nowhere_or_upward_is_an_error(tmp_path, target, place):
+    """A class was missing without a word."""
+    root = plant(tmp_path / "data", ["a/1.png", "b/2.png"])
+    (root / "loop").symlink_to(target)
+    where = "nowhere" if target in ("gone", "loop") else "a folder above"
+    text = f"data: links to {where} instead of class folders: loop; correct or remove them"
+    with pytest.raises(UserError, match=text):
+        list_images(root, True, place)
+    assert len(list_images(root, False)) == 2
+
+
+HIDDEN = [".ipynb_checkpoints/1.png", ".Trash-1000/files/2.png", "@eaDir/3.png", "__MACOSX/4.png"]
+HIDDEN += ["$RECYCLE.BIN/5.png", "System Volume Information/6.png", "lost+found/7.png"]
+HIDDEN += ["#recycle/8.png", "._1.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg"]
+
+
+def test_hidden_and_system_folders_are_no_data(tmp_path, place):
+    """`.ipynb_checkpoints` was a class, and a thumbnail of a NAS an image."""
+    nested = [f"a/{name}" for name in HIDDEN] + [f"b/deep/{name}" for name in HIDDEN]
+    root = plant(tmp_path / "data", ["a/1.png", "b/deep/2.png", *HIDDEN, *nested])
+    link(root / ".cache", tmp_path / "nowhere")
+    index = list_images(root, True, place)
+    assert relative(index, root) == ["a/1.png", "b/deep/2.png"]
+    assert index.classes == ("a", "b")
+    assert relative(list_images(root, False), root) == ["a/1.png", "b/deep/2.png"]
+    assert index.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 1}
+    again = list_images(root, True, place)
+    text = "; left out 40 files and folders: 40 hidden or system"
+    assert folders.ImageFiles(again).describe_left_out() == text
+
+
+def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
+    """Of 100 photos of a phone and 4 others a run used 4, without a word."""
+    files = [f"a/{n}.HEIC" for n in range(100)] + ["a/1.jpg", "b/2.jpg", "0.jpg", "list.txt"]
+    files += [f"a/{n}.xml" for n in range(3)] + ["a/README", "b/x.tar.gz", "b/v.a-long-name-of-it"]
+    root = plant(tmp_path / "data", files)
+    link(root / "b" / "gone", tmp_path / "nowhere")
+    with pytest.MonkeyPatch.context() as patch:  # whatever is installed here
+        patch.setattr(listing, "extensions", lambda: formats.EXTENSIONS)
+        data = folders.ImageFiles(list_images(root, True, place))
+    assert data.describe_left_out() == (
+        "; left out 109 files and folders: 100 .heic (not readable here: pip install pillow-heif), "
+        "3 .xml, 2 without extension, 1 .gz, 1 .txt and 2 more"
+    )
+    left_out = data.samples.metadata["left_out"]
+    assert (left_out[listing.OUTSIDE], left_out[listing.NOWHERE]) == (1, 1)
+
+
+def test_only_some_extensions_are_counted_one_by_one(tmp_path):
+    root = plant(tmp_path, ["a/1.png", *(f"a/scan.{n:04d}" for n in range(300))])
+    left_out = list_images(root, False).metadata["left_out"]
+    assert len(left_out) == listing.MAX_KINDS + 1
+    assert left_out[listing.OTHERS] == 300 - listing.MAX_KINDS
+
+
+def test_list_without_images_says_what_was_found(tmp_path):
+    root = plant(tmp_path, ["a/1.cr2", "a/2.cr2"])
+    for labeled in (True, False):
+        with pytest.raises(UserError, match="no images.*; left out 2 files: 2 .cr2"):
+            list_images(root, labeled)
+
+
+def test_index_of_an_earlier_version_says_nothing_of_what_it_left_out(tmp_path):
+    root, folder = plant(tmp_path / "data", ["a/1.png", "a/2.txt"]), tmp_path / "train.index"
+    metadata = list_images(root, True, folder).metadata
+    old = {key: metadata[key] for key in metadata if key not in ("left_out", "crc32")}
+    (folder / "index.json").write_text(json.dumps(old | {"crc32": folders._crc32(old)}))
+    assert folders.ImageFiles(list_images(root, True, folder)).describe_left_out() == ""
 
 
 def test_is_a_sequence_of_path_and_label(tmp_path):
@@ -115,20 +229,20 @@ def test_is_a_sequence_of_path_and_label(tmp_path):
 
 
 def test_unreadable_folder_is_skipped_and_logged(tmp_path, monkeypatch, log):
-    root, scan = plant(tmp_path, ["a/1.png", "a/secret/2.png", "b/3.png"]), folders._scan
+    root, scan = plant(tmp_path, ["a/1.png", "a/secret/2.png", "b/3.png"]), listing.scan
 
     def guarded(folder: str):
         if folder.endswith("secret"):
             raise PermissionError(errno.EACCES, "Permission denied", folder)
         return scan(folder)
 
-    monkeypatch.setattr(folders, "_scan", guarded)
+    monkeypatch.setattr(listing, "scan", guarded)
     assert len(list_images(root, True)) == 2
     assert f"skipped folder {root}/a/secret: [Errno 13] Permission denied" in log.text
 
 
 def test_disk_that_does_not_answer_empties_no_list(tmp_path, monkeypatch):
-    root, scan, tried = plant(tmp_path / "data", ["a/1.png", "b/3.png"]), folders._scan, []
+    root, scan, tried = plant(tmp_path / "data", ["a/1.png", "b/3.png"]), listing.scan, []
 
     def failing(folder: str):
         if folder.endswith("b"):
@@ -136,7 +250,7 @@ def test_disk_that_does_not_answer_empties_no_list(tmp_path, monkeypatch):
             raise OSError(errno.ESTALE, "Stale file handle", folder)
         return scan(folder)
 
-    monkeypatch.setattr(folders, "_scan", failing)
+    monkeypatch.setattr(listing, "scan", failing)
     monkeypatch.setattr("data_loading.bad_images.WAITS", (0.0, 0.0))
     with pytest.raises(UserError, match="Stale file handle.*tried"):
         list_images(root, True, tmp_path / "lists" / "train.index")
@@ -168,7 +282,7 @@ def test_list_is_written_once_and_logged(tmp_path, monkeypatch, log):
     assert f"{file}: listing the images of {root}, once" in log.text
     plant(root, ["ant/new.png"])
     with monkeypatch.context() as gone:
-        gone.setattr(folders, "_scan", None)
+        gone.setattr(listing, "scan", None)
         again = list_images(root, True, file)
     assert pairs(again) == pairs(first)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(first.metadata["made"]))
@@ -271,15 +385,15 @@ def test_index_of_an_earlier_version_is_refused(tmp_path):
 
 
 def test_break_while_listing_leaves_nothing(tmp_path, monkeypatch):
-    root, scan = plant(tmp_path / "data"), folders._scan
+    root, scan = plant(tmp_path / "data"), listing.scan
 
     def broken(folder: str):
         return scan(folder) if "bee" not in folder else 1 / 0
 
-    monkeypatch.setattr(folders, "_scan", broken)
+    monkeypatch.setattr(listing, "scan", broken)
     with pytest.raises(ZeroDivisionError):
         list_images(root, True, tmp_path / "train.index")
-    monkeypatch.setattr(folders, "_scan", scan)
+    monkeypatch.setattr(listing, "scan", scan)
     monkeypatch.setattr(folders, "write_json", lambda *content: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list_images(root, True, tmp_path / "train.index")
@@ -317,16 +431,16 @@ def test_incomplete_copy_gives_no_wrong_path(tmp_path, name):
 
 def test_two_writers_at_the_same_time_do_not_share_files(tmp_path, monkeypatch):
     """Two machines may list at the same time; the first index that is complete stays."""
-    root, folder, scan = plant(tmp_path / "data"), tmp_path / "train.index", folders._scan
+    root, folder, scan = plant(tmp_path / "data"), tmp_path / "train.index", listing.scan
     others = []
 
     def slow(path: str):
         if path.endswith("bee") and not others:
             others.append(None)
-            others.append(folders._make(folder, str(root), True))
+            others.append(folders._make(folder, str(root), True, False))
         return scan(path)
 
-    monkeypatch.setattr(folders, "_scan", slow)
+    monkeypatch.setattr(listing, "scan", slow)
     expected = pairs(list_images(root, True))
     shutil.rmtree(folder)
     others.clear()
@@ -357,11 +471,11 @@ def generate(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Replace the disk by 1000 classes, whose paths are not kept."""
     names = [f"class{label:04d}" for label in range(1000)]
 
-    def paths(root: str, name: str) -> Iterator[str]:
-        yield from (f"{name}/{n:09d}.jpg" for n in range(count // 1000))
+    def paths(walk: listing.FolderWalk) -> Iterator[str]:
+        yield from (f"{walk.top}/{n:09d}.jpg" for n in range(count // 1000))
 
-    monkeypatch.setattr(folders, "_names", lambda folder: ([], names))
-    monkeypatch.setattr(folders, "_by_folder", paths)
+    monkeypatch.setattr(folders, "class_folders", lambda *words: names)
+    monkeypatch.setattr(listing.FolderWalk, "by_folder", paths)
 
 
 def test_memory_to_open_an_index_does_not_grow_with_the_images(tmp_path, monkeypatch):
@@ -411,8 +525,8 @@ def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     whole = TransformedDataset(data, transform, 0, nb_classes=3, on_bad="leave out")
     loader = WatchedLoader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
     batches = list(loader)
-    assert [label for _, labels, _, _ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert [name for *_, bad in batches for name, _ in bad] == [f"{root}/b/1.png"]
+    assert [label for _, labels, *_ in batches for label in labels] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [name for *_, bad, _ in batches for name, _ in bad] == [f"{root}/b/1.png"]
     assert whole.name_of(8) == f"image {root}/c/2.png"
 
 

@@ -26,6 +26,15 @@ def test_class_names_are_in_the_order_of_labels():
     assert class_names(Named()) is None
 
 
+def test_names_that_are_not_one_to_one_with_labels():
+    """ImageNet's synonyms gave a head with too many classes, its two cranes one with too few."""
+    synonyms = {"tench": 0, "Tinca": 0, "shark": 1}
+    assert class_names(Named(class_to_idx=synonyms)) == ["tench", "shark"]
+    assert class_names(Named(classes=("crane", "owl", "crane"))) == ["crane", "owl", "crane (2)"]
+    with pytest.raises(UserError, match="class_to_idx has the labels 1, 2; expected 0 to 1"):
+        class_names(Named(class_to_idx={"cat": 1, "dog": 2}))
+
+
 @pytest.mark.parametrize(
     ("names", "head", "positions"),
     [
@@ -35,8 +44,8 @@ def test_class_names_are_in_the_order_of_labels():
         (["10", "2", "9"], Head("it.pth", ["10", "2", "9"], 3), [0, 1, 2]),  # by name
         (["10", "2", "9"], Head("it.pth", ["2", "9", "10"], 3), [2, 0, 1]),
         (["0", "2"], ABC, [0, 2]),  # numbers are labels
-        (["1", "2", "3"], ABC, [0, 1, 2]),  # one for each class: in their order, from 0 or 1
-        (["10", "2", "9"], ABC, [2, 0, 1]),
+        (["1", "2", "3"], ABC, [0, 1, 2]),  # from 1, if all are there
+        (["10", "2", "9"], Head("it.pth", None, 3), [0, 1, 2]),  # no labels: in order
         (["ant", "bee", "cat"], Head("it.pth", None, 3), [0, 1, 2]),  # without names in order
         (["0", "1", "10", "11", "2"], Head("it.pth", None, 12), [0, 1, 10, 11, 2]),
         (["n01440764", "n15075141"], Head("it.pth", None, 1000), [0, 999]),  # ImageNet's ends
@@ -53,15 +62,19 @@ def test_position_of_each_label_in_the_head(names, head, positions):
         (
             ["bee", "cat", "zant"],
             ABC,
-            "val has 3 classes, it.pth 3, and they differ: only in val: zant; only in it.pth: ant; "
-            "rename or restore these class folders",
+            "val has classes that it.pth does not know: zant; val lacks classes of it.pth: ant. "
+            "Rename, remove or restore these class folders",
         ),
-        (["3", "4"], ABC, "only in val: 3, 4; only in it.pth: ant, bee, cat"),
-        (["0", "00"], ABC, "only in val: 0, 00"),  # the same number twice
+        (["3", "4"], ABC, "does not know: 3, 4; val lacks classes of it.pth: ant, bee, cat"),
+        (["0", "00"], ABC, "does not know: 0, 00"),  # the same number twice
+        # Names that are numbers are names: 0 is not the first, and 1 is no label.
+        (["0", "1"], Head("it.pth", ["1", "2", "3"], 3), "does not know: 0; val lacks"),
+        (["10", "20", "40"], Head("it.pth", ["10", "20", "30"], 3), "does not know: 40; val"),
         (
             ["ant", "bee"],
             Head("it.pth", None, 3),
-            "val has 2 classes, it.pth 3, and it.pth stores no class names by which to match them",
+            "val has 2 classes, it.pth 3 without names by which to match them; give data with 3 "
+            "class folders, or name the folders by label, from 0 to 2",
         ),
     ],
 )
@@ -70,12 +83,26 @@ def test_unknown_classes_are_refused_by_name(names, head, message):
         find_positions(names, head, "val")
 
 
-def test_absent_classes_and_numbers_are_logged(caplog):
+def test_absent_classes_and_other_matches_are_logged(caplog):
+    """Without class names labels may be wrong, and nothing was said."""
     with caplog.at_level(logging.INFO):
         find_positions(["cat"], ABC, "val")
         find_positions(["1"], ABC, "val")
+        find_positions(["a", "b"], Head("it.pth", None, 2), "val")
+        find_positions([f"c{i}" for i in range(9)], Head("it.pth", None, 9), "val")
+    text = "val: it.pth stores no such class names, so labels are matched by"
     assert [record.getMessage() for record in caplog.records] == [
         "val has no images of 2 of the 3 classes: ant, bee",
-        "val has no images of 2 of the 3 classes: 0, 2",
-        "val: the class folders are named by numbers, which are taken for labels of it.pth",
+        f"{text} number (1 = 1)",
+        "val has no images of 2 of the 3 classes: ant, cat",
+        f"{text} position (a = 0, b = 1)",
+        f"{text} position (c0 = 0, c1 = 1, c2 = 2, c3 = 3, c4 = 4 and 4 more)",
+    ]
+
+
+def test_tens_of_thousands_of_classes_take_no_time():
+    """A list was searched for each name: 10 s for 21,841 of them."""
+    names = [f"class {i}" for i in range(200_000)]
+    assert find_positions(names[::-1], Head("it.pth", names, len(names)), "val")[:2] == [
+        *(199_999, 199_998)
     ]

@@ -107,3 +107,35 @@ def test_seed_all_sets_every_generator():
     assert draws() == first
     seed_all(1, 3)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+COINS = {
+    "random": lambda count: [random.getrandbits(1) for _ in range(count)],
+    "numpy": lambda count: np.random.randint(0, 2, count).tolist(),
+    "torch": lambda count: torch.randint(0, 2, (count,)).tolist(),
+}
+
+
+@pytest.mark.parametrize("pair", [("random", "numpy"), ("numpy", "torch"), ("random", "torch")])
+def test_libraries_throw_independent_coins(pair):
+    """NumPy and torch are both Mersenne Twisters: a shared seed gave `randint` the same bits."""
+    table = np.zeros((2, 2))
+    for sample in range(500):
+        seed_all(0, 1, sample)
+        for a, b in zip(*(COINS[name](8) for name in pair), strict=True):
+            table[a, b] += 1
+    expected = table.sum(0) * table.sum(1)[:, None] / table.sum()
+    chi_square = ((table - expected) ** 2 / expected).sum()  # of one degree of freedom
+    assert chi_square < 10.8  # p = 0.001
+
+
+def test_uniform_draws_of_the_libraries_are_uncorrelated():
+    """Of the same sample, and of neighbors."""
+    values = []
+    for sample in range(4000):
+        seed_all(7, 0, sample)
+        values.append(draws())
+    table = torch.tensor(values, dtype=torch.float64)
+    table = torch.cat([table[1:], table[:-1]], 1)  # (3999, 6): also the sample before
+    correlation = torch.corrcoef(table.T) - torch.eye(6)
+    assert correlation.abs().max() < 0.064  # four times 1 / sqrt(3999)

@@ -232,7 +232,7 @@ def test_loader_and_dry_run_make_no_list_of_all(workers):
     with Memory() as memory:
         loader = WatchedLoader(data, TrainSampler(HUGE, 0, 5, 8), 4, workers, drop_last=True)
         assert len(loader) == HUGE // 8 // 4
-        images, labels, ids, bad = next(iter(loader))
+        images, labels, ids, bad, _ = next(iter(loader))
         tried = len(list(decode_some(loader, seed=0, seconds=0.2)))
         loader = WatchedLoader(data, EvalSampler(HUGE, 5, 8), 4, workers)
         assert next(iter(loader))[2].tolist() == [5, 13, 21, 29]

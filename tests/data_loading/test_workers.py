@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 
 import datasets
 from benchmarks import chaos
 from data_loading import folders
 from data_loading.bad_images import BadImages
-from data_loading.dataset import TRIES, TransformedDataset, collate
+from data_loading.dataset import FRAMES, TRIES, TransformedDataset, collate
 from data_loading.decode import BadImage
 from data_loading.folders import list_images
 from data_loading.loader import DeviceLoader
@@ -561,11 +563,90 @@ def test_batch_that_cannot_be_sent_ends_the_run(capfd):
     assert "a loader process cannot send a batch: TypeError(" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    ],
+    ids=["of the system", "of torch"],
+)
+@pytest.mark.parametrize("place", ["start", "batch"])
+def test_too_many_open_files_are_named(error, place, monkeypatch):
+    """It was a traceback that advised to edit the program."""
+    loader = watched(0, 4, 2)
+    monkeypatch.setattr("data_loading.workers.EXIT_S", 0)
+    if place == "start":
+        monkeypatch.setattr(loader, "make", None)
+        monkeypatch.setattr(loader, "_start", lambda: next(raises(error)))
+    else:
+        monkeypatch.setattr(loader, "_start", lambda: raises("a batch", error))
+    with pytest.raises(TrainingStopped, match="too many open files .* from 2 loader .*ulimit -n"):
+        list(loader)
+
+
+LOW = """
+import resource
+from tests.data_loading.test_workers import watched
+resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
+try:
+    print(len(list(watched(0, 2, 4, timeout=60))), "batches")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [16, 24, 28, 32, 36, 40, 48])
+def test_low_limit_of_open_files_ends_the_run_at_once_or_does_not_matter(limit):
+    command = [sys.executable, "-c", LOW.format(limit=limit)]
+    done = subprocess.run(command, cwd=ROOT, check=True, timeout=50, capture_output=True, text=True)
+    said = done.stdout.splitlines()[-1]
+    assert said == "12 batches" or said.startswith("TrainingStopped"), said
+    assert said == "12 batches" or "ulimit -n" in said
+
+
+def test_wait_for_a_batch_can_be_ended(monkeypatch):
+    """A signal was ignored until a batch came."""
+    monkeypatch.setattr("data_loading.workers.POLL", 0.1)
+    loader, calls = watched(1000, 3, 1, quick=3), []
+
+    def stop(arrived: bool) -> None:
+        calls.append(arrived)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    loader.on_wait = stop
+    batches = iter(loader)
+    while loader.reading[0, 1] == IDLE:  # the first batch is there, or will be at once
+        next(batches)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert calls == [False, False]
+
+
+def test_batch_that_comes_after_a_wait_is_told(monkeypatch):
+    loader, calls = watched(0, 12, 1), []
+    loader.on_wait = calls.append
+    late = RuntimeError(f"{TIMED_OUT} after 2 seconds")
+    steps = iter([late, late, "first", "second", late, "third"])
+
+    class Batches:
+        def __next__(self) -> str:
+            step = next(steps)
+            return next(raises(step))
+
+    monkeypatch.setattr(loader, "_start", Batches)
+    assert list(loader) == ["first", "second", "third"]
+    assert calls == [False, False, True, False, True]
+
+
 def test_epoch_that_is_broken_off_does_not_disturb_the_next():
     loader = watched(0.02, 6, 1, timeout=4)
     for _ in range(2):
         assert next(iter(loader))[2].tolist() == list(range(6))
-    assert [ids.tolist() for _, _, ids, _ in loader] == [[*range(i, i + 6)] for i in (0, 6, 12, 18)]
+    assert [batch[2].tolist() for batch in loader] == [[*range(i, i + 6)] for i in (0, 6, 12, 18)]
 
 
 def test_loader_that_is_garbage_ends_its_busy_workers():
@@ -604,14 +685,103 @@ def test_program_ends_although_loaders_are_in_use():
     assert done.stderr == b""
 
 
-def test_error_in_a_dataset_stays_itself():
-    class Broken(Slow):
-        def __getitem__(self, index: int) -> Image.Image:
-            raise RuntimeError("a bug")
+def make_error(kind: type[Exception]) -> None:
+    raise kind("a bug")
 
-    with pytest.raises(RuntimeError, match="a bug") as error:
-        list(batches_of(TransformedDataset(Broken(0), to_tensor, 0), 1))
-    assert not isinstance(error.value, TrainingStopped)
+
+class Buggy(Slow):
+    """A data set whose own code fails."""
+
+    def __init__(self, kind: type[Exception]) -> None:
+        super().__init__(0)
+        self.kind = kind
+
+    def __getitem__(self, index: int) -> Image.Image:
+        make_error(self.kind)
+
+
+BUGS = [ValueError, RuntimeError, KeyError, IndexError, SyntaxError, EOFError, zlib.error]
+
+
+@pytest.mark.parametrize("kind", BUGS)
+@pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
+def test_error_of_a_data_set_is_no_bad_image(kind, on_bad):
+    """A run went on with other images in the place of all that a bug had spoiled."""
+    error = TransformedDataset(Buggy(kind), to_tensor, 0, on_bad=on_bad)[0, 4]
+    assert isinstance(error, UserError)
+    assert not isinstance(error, BadImage)
+    first, second, *lines = str(error).splitlines()
+    assert first.startswith(f"image 4.png: {kind.__name__}: ")
+    assert second == "The data set raised it:"
+    assert lines[0].startswith(f'  File "{__file__}", line ')
+    assert lines[0].endswith(", in __getitem__")
+    assert [line.strip() for line in lines if "File" not in line and "^" not in line] == [
+        "make_error(self.kind)",
+        'raise kind("a bug")',
+    ]
+
+
+def test_error_of_a_data_set_is_short_in_a_worker_too():
+    with pytest.raises(UserError, match="RuntimeError: a bug") as error:
+        list(batches_of(TransformedDataset(Buggy(RuntimeError), to_tensor, 0), 1))
+    assert len(str(error.value).splitlines()) < 9
+
+
+def test_deep_traceback_of_a_data_set_is_cut_in_its_middle():
+    class Deep(Slow):
+        def __getitem__(self, index: int) -> Image.Image:
+            return self.deeper(index)
+
+        def deeper(self, index: int) -> Image.Image:
+            return self[index + 1] if index < 50 else 1 // 0
+
+    text = str(TransformedDataset(Deep(0), to_tensor, 0)[0, 4])
+    assert text.count(", in ") == FRAMES
+    assert text.count("\n  ...\n") == 1
+    assert "1 // 0" in text.splitlines()[-2]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "of zero bytes", "text", "long texts"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_file_that_a_data_set_cannot_decode_itself_is_a_bad_image(tmp_path, fault, lazy):
+    """It opens the files with PIL, which raises ValueError and others too."""
+    make_photos(tmp_path, bad=())
+    path = tmp_path / "b" / "04.png"
+    if fault == "long texts":
+        info = PngInfo()
+        info.add_text("comment", "x" * 2**21, zip=True)
+        Image.new("RGB", (4, 4)).save(path, pnginfo=info)
+    else:
+        spoil(path, fault)
+
+    class Own(Slow):
+        def __getitem__(self, index: int) -> Image.Image:
+            image = Image.open(path)
+            return image if lazy else image.convert("RGB")
+
+    assert isinstance(TransformedDataset(Own(0), to_tensor, 0)[0, 4], BadImage)
+
+
+def test_wrong_use_of_pil_is_an_error_of_the_data_set():
+    class Own(Slow):
+        def __getitem__(self, index: int) -> Image.Image:
+            return Image.new("RGB", (4, 4)).crop((3, 0, 1, 4))
+
+    error = TransformedDataset(Own(0), to_tensor, 0, on_bad="replace")[0, 4]
+    assert not isinstance(error, BadImage)
+    assert "in crop" in str(error)
+
+
+def test_image_that_an_old_index_lists_is_not_blamed(tmp_path):
+    """It said to replace an image that had been removed on purpose."""
+    root, index = make_photos(tmp_path / "data", bad=()), tmp_path / "lists" / "train.index"
+    files = folders.ImageFiles(list_images(root, False, index))
+    Path(files.samples[4][0]).unlink()
+    text = str(TransformedDataset(files, to_tensor, 0)[0, 4])
+    assert f"(it does not exist, but {index} lists it); the list is old: remove {index}, " in text
+    assert "replace" not in text
+    skipped = TransformedDataset(files, to_tensor, 0, on_bad="leave out")[0, 4]
+    assert skipped.bad == [(files.samples[4][0], f"it does not exist, but {index} lists it")]
 
 
 def test_flags_reach_the_loader(tmp_path):

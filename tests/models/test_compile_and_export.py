@@ -83,6 +83,23 @@ def test_compiled_gradients_are_the_eager_ones(build, dtype):
     assert_near(with_gradients(lambda _: loss(compiled), model), wanted, tolerance)
 
 
+@pytest.mark.parametrize("trained", [".dwconv.", ".pwconv2.bias"])
+def test_compiled_gradients_are_the_eager_ones_where_the_rest_is_frozen(trained):
+    """Gradients that are not wanted are left out of the compiled backward pass too."""
+    model, loss = fcmae()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+
+    def gradients(called):
+        model.zero_grad()
+        loss(called).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_near(gradients(compiled), wanted)
+
+
 def test_compiled_under_autocast_is_the_eager_one():
     model, loss = fcmae(torch.float32)
 
@@ -179,8 +196,9 @@ def test_compiler_is_told_the_truth_about_shapes_and_strides(layout, dtype):
     checks = ("test_schema", "test_faketensor")
     calls = torch.ops.convnextv2
     torch.library.opcheck(calls.depthwise.default, (x, weight, bias, *place), test_utils=checks)
-    arguments = (x, x, weight, *place)
-    torch.library.opcheck(calls.depthwise_gradients.default, arguments, test_utils=checks)
+    for wanted in ((True, True), (True, False), (False, True)):
+        arguments = (x, x, weight, *place, *wanted)
+        torch.library.opcheck(calls.depthwise_gradients.default, arguments, test_utils=checks)
     if dtype == torch.float32:
         factors = torch.randn(6, shape[-1]), torch.randn(6)
         torch.library.opcheck(calls.linear.default, (x, *factors), test_utils=checks)

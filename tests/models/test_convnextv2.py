@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
 from models import create_model, list_models
 from models.convnextv2 import SIZES, Block, ConvNeXtV2
-from models.layers import GRN, DropPath, PatchConv
+from models.layers import GRN, DropPath, PatchConv, fused_residual
 
 TOY = ((1, 1, 2, 1), (4, 6, 8, 10))  # depths, dims
 BASE = SIZES["base"][0]  # 3, 3, 27, 3
@@ -279,6 +280,57 @@ def test_drop_path_leaves_the_residual_stream_alone():
     x = torch.randn(2, 5, 5, 4)
     assert torch.equal(block(x), x)
     assert not torch.equal(block.eval()(x), x)
+
+
+class Results(TorchDispatchMode):
+    """Lists the operations whose result has the shape of x."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.shape, self.found = x.shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.shape == self.shape:
+            self.found.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_drop_path_and_residual_are_one_pass(half):
+    """They were three, a product, a quotient and a sum, each over the whole map."""
+    x = torch.randn(64, 2, 2, 3)
+    branch = torch.ones(x.shape, dtype=torch.bfloat16 if half else torch.float32)
+    torch.manual_seed(0)
+    with Results(x) as results, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        y = fused_residual(x, branch, DropPath(0.3).train())
+    assert results.found == ["addcmul"]
+    assert y.dtype == torch.float32
+    kept = (y != x).flatten(1).all(1)
+    assert 0 < kept.sum() < 64
+    # Rounded to bf16, 1 / 0.7 would be 0.03% too large in every block.
+    torch.testing.assert_close(y[kept], x[kept] + 1 / 0.7, rtol=1e-6, atol=1e-6)
+    assert torch.equal(y[~kept], x[~kept])
+
+
+def test_residual_saves_no_tensor_of_the_branch():
+    """The backward pass needs only which images were kept."""
+    x, branch = (torch.randn(8, 2, 2, 3, requires_grad=True) for _ in range(2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fused_residual(x, branch, DropPath(0.5).train()).sum().backward()
+    assert [tuple(tensor.shape) for tensor in saved] == [(8, 1, 1, 1)]
+    assert torch.equal(branch.grad, (2 * saved[0]).expand(branch.shape))
+    assert (x.grad == 1).all()
+
+
+def test_changed_drop_path_is_called():
+    block = Block(4, drop_path=0.5).train()
+    block.drop_path.register_forward_hook(lambda module, args, out: 0 * out)
+    x = torch.randn(2, 5, 5, 4)
+    assert torch.equal(block(x), x)
+    block.drop_path = torch.nn.Identity()
+    assert torch.equal(block(x), block.eval()(x))
 
 
 def test_drop_path_rises_linearly_from_0_to_the_last_block():

@@ -610,6 +610,15 @@ def test_flags_that_do_not_work_together_are_refused(values, amp, message):
         build_parallelism(flags(**values), CPU, amp)
 
 
+def test_second_derivatives_of_several_processes_are_refused(monkeypatch):
+    """DistributedDataParallel does not average them; it ended with a traceback."""
+    build_parallelism(flags(shard="ddp", opt="adahessian"), CPU, "none")
+    monkeypatch.setattr("parallel.sharding.get_world_size", lambda: 2)
+    for opt in ("adahessian", "lookahead_adahessian"):
+        with pytest.raises(UserError, match=f"--opt {opt} works in a single process only"):
+            build_parallelism(flags(shard="ddp", opt=opt), CPU, "none")
+
+
 def test_single_process_ignores_the_flags_and_logs_it(caplog):
     values = flags(shard="zero1", grad_compression="bf16", sync_bn=True)
     with caplog.at_level(logging.INFO, "convnextv2"):

@@ -186,7 +186,7 @@ class SlurmJob(SimpleNamespace):
 
 @pytest.fixture
 def handlers():
-    before = {kind: signal.getsignal(kind) for kind in slurm.SIGNALS}
+    before = {kind: signal.getsignal(kind) for kind in slurm.WARNINGS}
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)
@@ -220,11 +220,14 @@ def test_job_that_is_done_ignores_warnings(handlers, monkeypatch):
     monkeypatch.setattr("submitit.JobEnvironment", lambda: SlurmJob(global_rank=0, job_id="12"))
     environment = SimpleNamespace(export=lambda **options: None)
     monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: environment)
-    monkeypatch.setattr("parallel.process_group.launch", lambda main, args: None)
+    flags = []
+    monkeypatch.setattr("parallel.process_group.launch", lambda main, args: flags.append(args))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("MASTER_PORT", "1")
-    slurm.Trainer("main_pretrain", read()[0])()
-    assert [signal.getsignal(kind) for kind in slurm.SIGNALS] == [signal.SIG_IGN] * 3
+    slurm.Trainer("main_pretrain", read("--input_size", "64")[0])()
+    assert flags[0].given >= {"input_size", "output_dir"}  # a checkpoint must not replace them
+    assert "patch_size" not in flags[0].given
+    assert [signal.getsignal(kind) for kind in slurm.WARNINGS] == [signal.SIG_IGN] * 3
 
 
 def test_requeue_is_tried_again_when_scontrol_fails(

@@ -179,6 +179,42 @@ def test_handlers_are_those_of_before_afterwards():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+STALL = ("--data_set", "tests.tiny:stalls", "--num_workers", "1", "--print_freq", "1")
+STALL += ("--save_ckpt_every_steps", "100", "--epochs", "2")
+SECOND = "epoch 2/2  step 1/3"
+PLACES = {  # script, images read before it stalls, the last line until then, what is saved
+    "first batch": ("main_pretrain", "train:0", "peak lr", ""),
+    "within a step": ("main_pretrain", "train:36", SECOND, "checkpoint-1-seen-8.pth"),
+    "new epoch": ("main_finetune", "train:24", "epoch 1/2 done", "checkpoint-0.pth"),
+    "evaluation": ("main_finetune", "val:7", "epoch 1/2  step 3/3", "checkpoint-0-seen-24.pth"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_first_signal_saves_though_no_batch_comes(tmp_path, monkeypatch, place):
+    """It was ignored until a batch came, and the run was killed without a save."""
+    monkeypatch.setattr("data_loading.workers.POLL", 0.2)
+    script, stall, line, saved = PLACES[place]
+    run = tmp_path / "run"
+    monkeypatch.setenv("STALL", stall)
+    words = STALL + ("--picture_freq", "0") * (script == "main_pretrain")
+    child = chaos.start(script, run, *words)
+    try:
+        wait_for(line, run)
+        time.sleep(0.5)  # usually the run waits for the batch by now; if not, it saves all the same
+    finally:
+        os.kill(child, signal.SIGTERM)
+    assert chaos.finish(child) == EXIT_REQUEUE, run.with_suffix(".txt").read_text()
+    said = run.with_suffix(".txt").read_text()
+    assert ("checkpoint saved" if saved else "before the first step") in said
+    assert (not saved) or (run / saved).exists()
+    monkeypatch.delenv("STALL")
+    chaos.complete(script, run, *words)
+    chaos.complete(script, tmp_path / "whole", *words)
+    assert not chaos.differences(chaos.digest(run), chaos.digest(tmp_path / "whole"))
+
+
 # --- when to save ---------------------------------------------------------------------------
 
 

@@ -254,12 +254,13 @@ def test_a_data_set_without_a_usable_image_is_a_problem(said):
 def planted(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
-    for split, names in {"train": "ab", "val": "a"}.items():
+    for split, names in {"train": "ab", "val": "ac"}.items():
         for name in names:
             (root / "differ" / split / name).mkdir(parents=True)
             for number in range(6):
                 picture.save(root / "differ" / split / name / f"{number}.png")
     shutil.copytree(root / "differ" / "train", root / "broken" / "a")
+    shutil.copytree(root / "differ" / "train", root / "one" / "train" / "photos")
     (root / "broken" / "a" / "b" / "4.png").write_bytes(b"no picture")
     torch.save({"model": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, root / "resnet.pth")
     (root / "file").write_text("a file")
@@ -273,7 +274,12 @@ PROBLEMS = {  # name -> script, flags, part of the message
         "--data_set tests.training.test_dry_run:broken",
         "2 of 26 train images: image number 3: ZeroDivisionError: no such thing, image number 4: ",
     ),
-    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "only in train: b"),
+    "one class": (
+        "finetune",
+        "--data_set IMNET --data_path {0}/one --disable_eval",
+        "1. train: all images are of one class, 'photos'",
+    ),
+    "missing class": ("finetune", "--data_set IMNET --data_path {0}/differ", "does not know: c"),
     "weights": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
     "nothing divides": ("pretrain", "--effective_batch 10", "not a multiple of --batch_size 6"),
     "too few images": ("pretrain", "--batch_size 27", "--batch_size 26 or less"),
@@ -289,6 +295,33 @@ def test_a_problem_is_named_and_the_exit_code_is_1(case, planted, said):
     assert "error: " in said()
     assert named.format(planted) in said()
     assert "no problems found" not in said()
+
+
+def test_error_of_a_data_set_is_shown_with_its_traceback_once(said):
+    assert dry("pretrain", *PROBLEMS["own data set"][1].split()) == 1
+    assert said().count("The data set raised it:\n") == 1
+    assert f'  File "{__file__}", line ' in said()
+
+
+def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatch):
+    """Docker's 64 MB: a loader process could not send its first batches."""
+    Usage, asked = namedtuple("Usage", "free"), []
+    usage = lambda path: asked.append(str(path)) or Usage(5 * 6 * 3 * 16 * 16 - 1)  # noqa: E731
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
+    assert dry("pretrain", "--num_workers", 2) == 1
+    assert "/dev/shm     22.5 KiB for batches of loader processes, 22.5 KiB free" in said()
+    assert "1. /dev/shm: 22.5 KiB for batches of loader processes, 22.5 KiB free; enlarge" in said()
+    assert "skipped      speed and time: batches do not fit in /dev/shm" in said()
+    assert asked[0] == "/dev/shm"
+    asked.clear()
+    assert dry("pretrain", "--num_workers", 0) == 0  # nothing is sent
+    assert "/dev/shm" not in asked
+
+
+def test_shared_memory_is_that_of_the_larger_batches_of_evaluation(said, monkeypatch):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.01)
+    assert dry("finetune", "--num_workers", 1) == 0
+    assert "/dev/shm     20.2 KiB for batches of loader" in said()  # 3 x 9 images of 768 bytes
 
 
 def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.convnextv2 import ConvNeXtV2
 from training.ema import build_ema
@@ -72,6 +73,41 @@ def test_float_buffers_are_averaged_and_others_copied():
     ema.update(model, torch.tensor(100), torch.tensor(True))  # past the warm-up: the decay is 0.5
     assert ema.module.running_mean.item() == 2.0
     assert ema.module.num_batches_tracked.item() == 7
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the largest result that is no view of an argument."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = torch.utils._pytree.tree_leaves
+        old = {t.untyped_storage().data_ptr() for t in leaves((args, kwargs)) if torch.is_tensor(t)}
+        out = func(*args, **(kwargs or {}))
+        new = [t.untyped_storage() for t in leaves(out) if torch.is_tensor(t)]
+        sizes = [storage.nbytes() for storage in new if storage.data_ptr() not in old]
+        self.largest = max([self.largest, *sizes])
+        return out
+
+
+def test_ema_step_takes_no_memory_of_the_weights_size():
+    """It made a copy of all weights at every step, and passed three times over it."""
+    model = nn.Linear(300, 300)
+    ema = build_ema(ema_args(), model)
+    with Allocated() as allocated:
+        ema.update(model, torch.tensor(2), torch.tensor(True))
+    assert allocated.largest <= 8  # scalars
+
+
+def test_ema_of_weights_of_several_dtypes():
+    """The fraction is a tensor, which lerp takes only in the dtype of the weights."""
+    model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1).double(), nn.Linear(1, 1).bfloat16()])
+    ema = build_ema(ema_args(), model)
+    for layer, average in zip(model, ema.module, strict=True):
+        layer.weight.data.fill_(4.0)
+        average.weight.fill_(2.0)
+    ema.update(model, torch.tensor(100), torch.tensor(True))  # past the warm-up: the decay is 0.5
+    assert [average.weight.item() for average in ema.module] == [3.0, 3.0, 3.0]
 
 
 def test_ema_equals_timms():

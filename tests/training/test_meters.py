@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.meters import Means, accuracy
+from training.meters import Means, accuracy, unusable
 
 
 def value(x: float) -> torch.Tensor:
@@ -83,17 +83,49 @@ LOGITS = torch.tensor(
 
 def test_accuracy_by_hand():
     labels = torch.tensor([1, 3, 1, 3])  # the label has rank 1, 2, 3, 4
-    got = [a.item() for a in accuracy(LOGITS, labels, (1, 2, 3, 4))]
+    got = [a.mean().item() for a in accuracy(LOGITS, labels, (1, 2, 3, 4))]
     assert got == [25, 50, 75, 100]
 
 
 def test_top_5_of_fewer_classes_is_100_percent():
     """timm 0.3.2 raises an error here."""
-    assert [a.item() for a in accuracy(LOGITS, torch.tensor([3, 3, 3, 3]))] == [25, 100]
+    assert [a.mean().item() for a in accuracy(LOGITS, torch.tensor([3, 3, 3, 3]))] == [25, 100]
     one = accuracy(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
-    assert [a.item() for a in one] == [100, 100]
+    assert [a.mean().item() for a in one] == [100, 100]
 
 
 def test_accuracies_have_the_order_of_topk():
     labels = torch.tensor([1, 3, 1, 3])
-    assert [a.item() for a in accuracy(LOGITS, labels, (3, 1))] == [75, 25]
+    assert [a.mean().item() for a in accuracy(LOGITS, labels, (3, 1))] == [75, 25]
+
+
+def test_class_of_a_nan_logit_is_no_answer():
+    """NaN is the largest value to `topk`, so that a broken network was right on one class."""
+    logits = torch.eye(4)
+    logits[1, 0] = logits[2, 2] = math.nan
+    logits[3, 0] = -math.inf  # excludes a class
+    assert [a.tolist() for a in accuracy(logits, torch.arange(4), (1, 4))] == [[100, 0, 0, 100]] * 2
+    logits[3, 3] = math.inf  # after an overflow there may be several
+    assert unusable(logits).tolist() == [False, True, True, True]
+    half = torch.full((2, 3), math.nan, dtype=torch.float16)
+    assert accuracy(half, torch.tensor([0, 1]))[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("sizes", [[355], [71] * 5, [1] * 355, [200, 155], [48] * 7 + [19]])
+def test_accuracy_does_not_depend_on_the_split_into_batches(sizes):
+    """Means of float32 percentages differed in the sixth digit, and became a new best epoch."""
+    labels = torch.zeros(355, dtype=torch.long)
+    logits = torch.zeros(355, 3)
+    logits[:, 0], logits[3::60, 1] = 1, 2  # 6 wrong ones
+    means = Means(["acc1"], "cpu")
+    for part, own in zip(logits.split(sizes), labels.split(sizes), strict=True):
+        means.update(len(own), acc1=accuracy(part, own)[0])
+    assert means.read() == {"acc1": 34900 / 355}
+
+
+def test_one_value_for_each_image_is_a_mean_over_them():
+    means = Means(["loss"], "cpu")
+    means.update(3, loss=torch.tensor([1.0, math.nan, 2.0]))
+    means.update(2, loss=value(6.0))
+    assert means.read() == {"loss": pytest.approx(15 / 4)}
+    assert math.isnan(Means(["loss"], "cpu", skip_nonfinite=False).read()["loss"])

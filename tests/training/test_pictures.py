@@ -164,6 +164,13 @@ def test_images_and_masks_do_not_depend_on_how_many_are_drawn():
     assert torch.equal(four.mask[[0, 2]], two.mask)
 
 
+def test_images_are_normalized_by_the_mean_and_std_of_the_run():
+    args = options.parse(options.pretrain_parser(), [*WORDS, "--mean", "0.25", "--std", "0.5"])
+    drawing = ReconstructionImages(args, builtin.Digits(train=False), toy(), CPU, count=1)
+    assert (drawing.mean, drawing.std) == ([0.25] * 3, [0.5] * 3)
+    assert drawing.images.min() == -0.5  # black
+
+
 @pytest.mark.parametrize(("freq", "drawn"), [(2, [2, 4, 5]), (10, [5]), (0, [])])
 def test_run_draws_every_so_many_epochs_and_after_the_last(freq, drawn):
     words = [*WORDS, "--picture_freq", str(freq), "--epochs", "5"]

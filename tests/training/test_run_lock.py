@@ -28,6 +28,7 @@ from training.hooks import JsonHook, Reporter
 from training.run_lock import acquire_run_lock, describe_holder
 
 WATCHED = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)
+WATCHED.recent = torch.zeros(2, 1)  # as a meter
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
+from optim_factory import create_optimizer
 from training.stepper import WARMUP_STEPS, Stepper, autocast, choose_amp
 
 CPU = torch.device("cpu")
@@ -72,6 +73,16 @@ def train(batch: int, update_freq: int, images: torch.Tensor, epochs: int, **opt
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_parameters_without_a_gradient_are_fine_in_a_single_process():
+    used, idle = nn.Linear(1, 1), nn.Linear(1, 1)
+    model = nn.ModuleList([used, idle])
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=1.0), torch.device("cpu"))
+    stepper.begin_epoch(1)
+    with stepper.micro_batch():
+        loss = used(torch.ones(1, 1)).sum()
+    assert stepper.step(loss).taken
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.05])
@@ -256,6 +267,66 @@ def test_bad_loss_of_a_good_gradient_is_skipped_too():
     assert model.weight.item() == 1
 
 
+class Normed(nn.Module):
+    """BatchNorm, a counter that is replaced, a constant, and a cache that the forward creates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("constant", torch.ones(1).expand(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        self.register_buffer("cache", torch.zeros(2))
+        return self.norm(x).square().sum() + x.sum()
+
+
+def normed(**options) -> tuple[Normed, Stepper]:
+    model = Normed()
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1), CPU, **options)
+    stepper.begin_epoch(100)
+    return model, stepper
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("update_freq", [1, 2])
+def test_buffers_go_back_with_a_skipped_step(amp, update_freq):
+    """Running statistics that took in a bad image were NaN for the rest of the run."""
+    good = torch.randn(8, 4, 2, generator=torch.Generator().manual_seed(0))
+    bad = torch.full((4, 2), NAN)
+    model, stepper = normed(amp=amp, update_freq=update_freq)
+    same, by_hand = normed(amp=amp, update_freq=update_freq)
+    feed(model, stepper, *good[:4], *[good[7], bad][-update_freq:], *good[4:])
+    feed(same, by_hand, *good)
+    for (name, value), expected in zip(model.named_buffers(), same.buffers(), strict=True):
+        assert torch.equal(value, expected), name
+    assert model.calls == 8
+    assert torch.equal(model.norm.weight, same.norm.weight)
+
+
+def test_buffers_go_back_with_a_loss_spike():
+    model, stepper = normed(spike_factor=3.0)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    feed(model, stepper, *[x] * WARMUP_STEPS)
+    before = copy.deepcopy(model.state_dict())
+    assert not feed(model, stepper, 100 * x).taken
+    assert model.norm.num_batches_tracked == WARMUP_STEPS
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_buffers_that_a_rollback_loaded_are_the_ones_that_come_back():
+    """A copy made when the last step ended would bring back statistics from before it."""
+    model, stepper = normed()
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    start = copy.deepcopy(model.state_dict())
+    feed(model, stepper, x)
+    model.load_state_dict(start, strict=False)
+    feed(model, stepper, x * NAN)
+    assert torch.equal(model.norm.running_mean, torch.zeros(2))
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_one_bad_micro_batch_skips_its_group_and_no_other(place):
     model, _, stepper = product(update_freq=3)
@@ -371,6 +442,7 @@ class NoScalar(TorchDispatchMode):
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_host_reads_nothing_between_two_looks(amp):
     model, _, stepper = adamw(amp=amp, update_freq=2, clip_grad=1.0)
+    model.register_buffer("statistic", torch.zeros(3))
     feed(model, stepper, 1, 2)  # the very first step may
     with NoReading(), NoScalar():
         updates = [feed(model, stepper, 1, x) for x in (2, NAN, 3)]
@@ -451,6 +523,15 @@ def test_micro_batch_runs_in_the_chosen_precision_and_weights_stay_float32(amp, 
     error = x @ before.T + bias
     exact = before - 0.1 * 2 * error.T @ x / 16  # d mean(y^2) / d weight over 16 numbers
     assert torch.allclose(model.weight, exact, rtol=0, atol=1e-6 if amp == "none" else 1e-3)
+
+
+def test_scaled_gradients_have_no_second_derivatives():
+    """adahessian would divide by curvature that is 65536 times as large."""
+    model = Product()
+    optimizer = create_optimizer(model, "adahessian", lr=0.1)
+    Stepper(model, optimizer, CPU, amp="bf16")
+    with pytest.raises(UserError, match="--opt adahessian does not work with --amp fp16"):
+        Stepper(model, optimizer, CPU, amp="fp16")
 
 
 def test_evaluation_uses_the_same_autocast():

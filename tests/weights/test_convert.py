@@ -4,6 +4,7 @@
 
 import argparse
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ def minkowski(model: FCMAE) -> dict[str, torch.Tensor]:
         else:  # biases of sparse convolutions
             out[name] = value[None]
     return out
+
+
+def mmpretrain(state: dict) -> dict[str, torch.Tensor]:
+    """Return the names of mmpretrain's ConvNeXt of these weights, with GRN's vectors."""
+    out = {}
+    for name, value in state.items():
+        top, *rest = name.split(".")
+        if top == "head":
+            name = f"head.fc.{rest[0]}"
+        elif top == "norm":
+            name = f"backbone.norm3.{rest[0]}"
+        else:
+            rest = [r.replace("dwconv", "depthwise_conv") for r in rest]
+            rest = [r.replace("pwconv", "pointwise_conv") for r in rest]
+            name = ".".join(["backbone", top, *rest])
+        out[name] = value.flatten() if ".grn." in name else value
+    return out
+
+
+def mmpretrain_model() -> SimpleNamespace:
+    return SimpleNamespace(state_dict=lambda: mmpretrain(ours().state_dict()))
 
 
 def load(model: torch.nn.Module, state: dict, **kwargs) -> None:
@@ -201,6 +223,70 @@ def test_timm_model(size):
     torch.testing.assert_close(target(images(size)), source(images(size)), rtol=1e-6, atol=1e-6)
 
 
+MMPRETRAIN = {  # of open-mmlab/mmpretrain, models/backbones/convnext.py and utils/norm.py
+    "backbone.downsample_layers.0.0.weight": (4, 3, 4, 4),
+    "backbone.downsample_layers.0.1.bias": (4,),
+    "backbone.downsample_layers.1.1.weight": (6, 4, 2, 2),
+    "backbone.stages.0.0.depthwise_conv.weight": (4, 1, 7, 7),
+    "backbone.stages.0.0.norm.weight": (4,),
+    "backbone.stages.0.0.pointwise_conv1.weight": (16, 4),
+    "backbone.stages.0.0.grn.gamma": (16,),
+    "backbone.stages.0.0.pointwise_conv2.bias": (4,),
+    "backbone.norm3.weight": (10,),
+    "head.fc.weight": (5, 10),
+}
+
+
+def test_mmpretrain_classifier():
+    """Its published files were made from the official ones."""
+    source, target = ours(), ours(seed=5)
+    state = mmpretrain(source.state_dict())
+    assert {name: tuple(state[name].shape) for name in MMPRETRAIN} == MMPRETRAIN
+    load(target, state)
+    assert to_convnextv2(state)[1].layout == "MMPretrain"
+    assert torch.equal(target(images()), source(images()))
+
+
+def test_mmpretrain_linear_layers_may_be_1x1_convolutions():
+    source, target = ours(), ours(seed=5)
+    state = mmpretrain(source.state_dict())
+    load(target, {n: v[..., None, None] if "wise_conv" in n and v.ndim == 2 else v
+                  for n, v in state.items()})  # fmt: skip
+    assert torch.equal(target(images()), source(images()))
+
+
+def test_mmpretrain_selfsupervised_weights_are_an_encoder():
+    """SparK's decoder and mask tokens, and norms of other stages, have no place here."""
+    source, target = ours(num_classes=0), ours(seed=5, num_classes=0)
+    state = mmpretrain(source.state_dict())
+    others = ("backbone.norm1.weight", "neck.a.weight", "mask_tokens.0", "enc_dec_norms.0.bias")
+    state |= {name: torch.zeros(3) for name in others}
+    load(target, state)
+    assert torch.equal(target(images()), source(images()))
+    assert to_convnextv2(state)[1].dropped == [n.removeprefix("backbone.") for n in others]
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (0, 1)])
+def test_timm_features_only(indices):
+    """Names like stem_0 and stages_0 used to be unknown."""
+    import timm
+
+    theirs = timm.create_model("convnextv2_atto", features_only=True, out_indices=indices)
+    target = create_model("convnextv2_atto", features_only=True, out_indices=indices)
+    randomize(theirs), load(target.double(), theirs.state_dict())
+    for got, expected in zip(target(images()), theirs(images()), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fc", "classifier", "head.fc"])
+def test_head_of_a_fork_by_another_name(name):
+    source, target = ours(), ours(seed=5)
+    state = source.state_dict()
+    head = {f"{name}.{part}": state.pop(f"head.{part}") for part in ("weight", "bias")}
+    load(target, state | head)
+    assert torch.equal(target(images()), source(images()))
+
+
 @pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"])
 def test_every_size_is_timms_in_both_directions(size):
     """The four small ones have 1x1 convolutions in their MLPs there."""
@@ -274,9 +360,66 @@ def test_other_networks_are_refused_by_name(state, message):
         to_convnextv2(state)
 
 
-def test_names_with_a_prefix_get_a_hint_to_the_flag_that_strips_it():
-    state = {f"backbone.{name}": value for name, value in ours().state_dict().items()}
-    with pytest.raises(UserError, match=r"try --model_prefix backbone\.$"):
+def wrapped(state: dict, prefix: str, other: str = "") -> dict[str, torch.Tensor]:
+    """Names of a network that is a part of another one, with another part next to it."""
+    named = {prefix + name: value for name, value in state.items()}
+    return named | ({other: torch.zeros(2)} if other else {})
+
+
+@pytest.mark.parametrize(
+    ("build", "prefix", "other", "hint"),
+    [
+        (ours, "net.", "", "net."),
+        (ours, "net.", "net2.weight", "net."),
+        (timm_model, "student.", "teacher.weight", "student."),
+        (hf_model, "net.", "loss.weight", "net."),  # not net.convnextv2., which has no classifier
+        (lambda: hf_model("ConvNextV2Model"), "a.net.", "", "a.net."),
+        (autoencoder, "net.", "", "net."),  # not net.encoder., which has no decoder
+        (mmpretrain_model, "net.", "", "net."),  # not net.backbone., which has no head
+        (ours, "seg.encoder.", "seg.decoder.weight", "seg.encoder."),  # no decoder of ours
+        (ours, "module.net.", "", "module.net."),  # as it stands in the file
+        (ours, "net.module.", "", "net.module."),
+    ],
+)
+def test_hint_names_the_prefix_with_which_the_weights_load(build, prefix, other, hint):
+    """It used to be too long by a level where head or decoder stand next to the encoder."""
+    from weights.pretrained import select_state_dict
+
+    state = wrapped(build().state_dict(), prefix, other)
+    with pytest.raises(UserError) as caught:
+        to_convnextv2(state)
+    assert str(caught.value).endswith(f"; try --model_prefix {hint}")
+    decoder = build is autoencoder
+    selected = select_state_dict(state, "a.pth", model_prefix=hint)
+    got, expected = (to_convnextv2(s, decoder)[0] for s in (selected, build().state_dict()))
+    assert got.keys() == expected.keys()
+
+
+def test_hint_names_both_of_two_networks():
+    state = wrapped(ours().state_dict(), "student.") | wrapped(ours().state_dict(), "teacher.")
+    with pytest.raises(UserError, match=r"try --model_prefix student\. or teacher\.$"):
+        to_convnextv2(state)
+
+
+def v1(layout: str) -> dict[str, torch.Tensor]:
+    """Weights of ConvNeXt V1, with the names of a layout."""
+    import transformers
+    from timm.models.convnext import ConvNeXt
+
+    if layout == "Hugging Face":
+        config = transformers.ConvNextConfig(depths=list(DEPTHS), hidden_sizes=list(DIMS))
+        return transformers.ConvNextForImageClassification(config).state_dict()
+    if layout == "timm":
+        return ConvNeXt(depths=DEPTHS, dims=DIMS).state_dict()
+    state = {name: value for name, value in ours().state_dict().items() if ".grn." not in name}
+    return state | {f"stages.{i}.0.gamma": torch.ones(dim) for i, dim in enumerate(DIMS)}
+
+
+@pytest.mark.parametrize("layout", ["official", "timm", "Hugging Face", "MMPretrain"])
+def test_weights_of_convnext_v1_are_called_by_their_name(layout):
+    """They used to be advised to check --model, or to try --model_prefix."""
+    state = mmpretrain(v1("official")) if layout == "MMPretrain" else v1(layout)
+    with pytest.raises(UserError, match=r"^these are weights of ConvNeXt V1 .*V2; give weights of"):
         to_convnextv2(state)
 
 

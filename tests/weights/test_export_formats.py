@@ -193,6 +193,9 @@ BAD = {  # words after the checkpoint -> what the message must name
     "crop elsewhere": ("--to timm --crop_pct 0.9", "--crop_pct"),
     "name": ("--to onnx --output a.pth", "ends in .onnx"),
     "three sides": ("--to onnx --input_size 1 2 3", "--input_size"),
+    "size by name": ("--to onnx --model convnextv2_tiny", "found in its weights; drop it"),
+    "own network": ("--to timm --model tests.tiny:other", "use one of onnx, torchscript, pt2, s"),
+    "own half": ("--to onnx --half --model tests.tiny:other", "drop --half or --model"),
     "two choices": ("--to timm --use_ema --model_key x", "--model_key x"),
 }
 
@@ -334,6 +337,27 @@ def test_weights_that_fit_no_network_are_refused_without_the_library(tmp_path, m
     with pytest.raises(UserError, match=r"odd\.pth does not fit ConvNeXtV2: .*pwconv1\.weight"):
         main(tmp_path / "odd.pth", "--to", "hf", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "model_ema"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_that_are_not_finite_are_not_exported(files, tmp_path, name, target):
+    content = read_checkpoint(files / "classifier.pth")
+    content[name]["norm.bias"][2] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    words = ["--to", target, "--output", tmp_path / f"out{TARGETS[target]}"]
+    with pytest.raises(UserError, match=r"nan\.pth holds NaN or Inf in norm\.bias"):
+        main(tmp_path / "nan.pth", *words, "--use_ema", str(name == "model_ema").lower())
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.pth"]
+
+
+def test_decoder_that_is_not_finite_is_not_exported(files, tmp_path):
+    """Formats with the decoder write more tensors than the network has."""
+    content = read_checkpoint(files / "pretrained.pth")
+    content["model"]["pred.bias"][2] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"NaN or Inf in pred\.bias"):
+        main(tmp_path / "nan.pth", "--to", "official", "--output", tmp_path / "out.pth")
 
 
 @pytest.mark.parametrize("name", ["convnextv2_atto", "fcmae_convnextv2_atto"])
@@ -491,7 +515,111 @@ def test_one_channel(tmp_path):
         output = tmp_path / f"a{TARGETS[target]}"
         main(tmp_path / "gray.pth", "--to", target, "--output", output, *SIDES)
     values = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
-    assert (values["do_convert_rgb"], len(values["image_mean"])) == (False, 1)
+    assert (values["do_convert_rgb"], len(values["image_mean"])) == (True, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_gray_classifier_works_in_transformers_pipeline(tmp_path, mode):
+    """Pipelines convert images to RGB: `expected 1 channels, got 3`."""
+    import transformers
+
+    model = classifier(in_chans=1)
+    content = {"model": model.state_dict(), "classes": CLASSES}
+    torch.save(content | {"args": {"mean": (0.3,), "std": (0.25,)}}, tmp_path / "gray.pth")
+    words = ["--to", "hf", "--output", tmp_path / "out", *SIDES, "--crop_pct", "1"]
+    main(tmp_path / "gray.pth", *words)
+    image = picture(64, 64).convert(mode)
+    answers = transformers.pipeline("image-classification", model=str(tmp_path / "out"))(image)
+    pixels = torch.from_numpy(np.array(image.convert("L"))) / 255  # as --in_chans 1 decodes it
+    expected = model((pixels[None, None] - 0.3) / 0.25).softmax(1)[0].tolist()
+    rounding = 1e-6 if mode == "L" else 1e-3  # of Pillow's gray values
+    for answer in answers:
+        wanted = expected[CLASSES.index(answer["label"])]
+        assert answer["score"] == pytest.approx(wanted, abs=rounding)
+
+
+# --- networks of the user's own -------------------------------------------------------------
+
+
+HERE = "tests.weights.test_export_formats"
+
+
+class Normed(torch.nn.Module):
+    """A network that only a method tells the last layer of, with BatchNorm."""
+
+    def __init__(self, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.bn = torch.nn.Conv2d(in_chans, 4, 8, 8), torch.nn.BatchNorm2d(4)
+        self.last = torch.nn.Linear(4, num_classes)
+
+    def get_classifier(self) -> torch.nn.Module:
+        return self.last
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.bn(self.stem(images)).relu().mean((-2, -1)))
+
+
+def normed(in_chans: int, num_classes: int, **unused: object) -> torch.nn.Module:
+    return Normed(in_chans, num_classes)
+
+
+class Hidden(Normed):
+    """The same without the method."""
+
+    get_classifier = None
+
+
+def hidden(in_chans: int, num_classes: int, **unused: object) -> torch.nn.Module:
+    return Hidden(in_chans, num_classes)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A checkpoint of a network of the user's own, as main_finetune.py writes it."""
+    path = tmp_path_factory.mktemp("own") / "own.pth"
+    model = randomize(Normed(2, 5))
+    model.bn.running_mean.fill_(0.3)
+    run = {
+        "model": f"{HERE}:normed",
+        "in_chans": 2,
+        "input_size": (16, 16),
+    }
+    torch.save({"model": model.state_dict(), "args": run, "classes": [*"abcde"]}, path)
+    return path
+
+
+LOADERS = {
+    "torchscript": torch.jit.load,
+    "pt2": lambda path: torch.export.load(path).module(),
+    "onnx": lambda path: export_formats.read_onnx(None, path),
+}
+
+
+@pytest.mark.parametrize("target", [*GRAPHS, "safetensors"])
+def test_network_of_the_users_own_is_exported(own, tmp_path, capsys, target):
+    """A last layer that is not called head used to be refused."""
+    output = tmp_path / f"out{TARGETS[target]}"
+    words = ["--to", target, "--output", output, "--model"]
+    main(own, *words, f"{HERE}:normed")
+    assert "largest difference" in capsys.readouterr().out
+    model = Normed(2, 5).eval()
+    if target == "safetensors":
+        model.load_state_dict(read_checkpoint(output))
+        return
+    model.load_state_dict(read_checkpoint(own)["model"])
+    images = torch.randn(3, 2, 16, 16)
+    torch.testing.assert_close(LOADERS[target](output)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_code_of_a_checkpoint_is_not_run_without_being_named(own, tmp_path):
+    with pytest.raises(UserError, match="trained with code, to run it give --model tests.weights"):
+        main(own, "--to", "onnx", "--output", tmp_path / "a.onnx")
+
+
+def test_classifier_that_is_not_found_is_explained(own, tmp_path):
+    words = ["--model", f"{HERE}:hidden", "--output", tmp_path / "a.onnx"]
+    with pytest.raises(UserError, match="give Hidden a method get_classifier"):
+        main(own, "--to", "onnx", *words)
 
 
 # --- facts about the weights ----------------------------------------------------------------

@@ -4,6 +4,7 @@
 
 import hashlib
 import http.server
+import json
 import logging
 import ssl
 import subprocess
@@ -23,7 +24,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, has_ema, load_pretrained
+from weights.pretrained import EMA_KEY, check_pretrained, has_ema, load_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -89,6 +90,70 @@ def test_folder_of_a_hub_model_stands_for_its_weights(tmp_path):
     assert_same(values(model), values(classifier()))
 
 
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    """A folder in which transformers has saved a model in several files."""
+    import transformers
+
+    config = transformers.ConvNextV2Config(
+        depths=list(SIZE[0]), hidden_sizes=list(SIZE[1]), num_labels=3, layer_norm_eps=1e-6
+    )
+    model = transformers.ConvNextV2ForImageClassification(config)
+    model.load_state_dict(to_hf(classifier().state_dict()))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list((tmp_path / "sharded").glob("model-0*.safetensors"))) > 1
+    return tmp_path / "sharded"
+
+
+def test_folder_of_a_hub_model_in_parts(sharded):
+    model = classifier(seed=1)
+    load_pretrained(model, str(sharded), new=())
+    assert_same(values(model), values(classifier()))
+    again = classifier(seed=1)
+    load_pretrained(again, str(sharded / "model.safetensors.index.json"), new=())
+    assert_same(values(again), values(classifier()))
+
+
+def test_hub_model_in_parts(hub, sharded, tmp_path):
+    folder = tmp_path / "models--someone--large"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    (folder / "snapshots").mkdir()
+    sharded.rename(folder / "snapshots" / "c0ffee")
+    model = classifier(seed=1)
+    load_pretrained(model, "hf-hub:someone/large", new=())
+    assert_same(values(model), values(classifier()))
+
+
+def rewrite(index: Path, **files: str) -> None:
+    content = json.loads(index.read_text())
+    content["weight_map"] |= files
+    index.write_text(json.dumps(content))
+
+
+def test_incomplete_or_odd_parts_are_refused(sharded, tmp_path):
+    index = sharded / "model.safetensors.index.json"
+    text = index.read_text()
+    with pytest.raises(UserError, match="--sha256 needs a file"):
+        read_checkpoint(index, "0" * 64)
+    rewrite(index, more=sorted({*json.loads(text)["weight_map"].values()})[0])
+    with pytest.raises(UserError, match="hold different tensors: more; download"):
+        read_checkpoint(sharded)
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+    for name in ("../a.pth", str(tmp_path / "a.pth"), "..\\a.pth"):  # of another folder
+        rewrite(index, a=name)
+        with pytest.raises(UserError, match="names files outside of its own folder"):
+            read_checkpoint(sharded)
+    for damaged in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(damaged)
+        with pytest.raises(UserError, match=r"index\.json is damaged .*expected a JSON weight_map"):
+            read_checkpoint(sharded)
+    index.write_text(text)
+    next(sharded.glob("model-0*")).unlink()
+    with pytest.raises(UserError, match=r"model-0.*safetensors does not exist"):
+        read_checkpoint(sharded)
+
+
 def test_ema_weights_are_loaded_by_their_key(tmp_path):
     state, ema = classifier().state_dict(), classifier(seed=2).state_dict()
     torch.save({"model": state, "model_ema": ema}, tmp_path / "a.pth")
@@ -123,7 +188,7 @@ def test_model_of_a_fork_loads_its_own_names(tmp_path, prefix):
     load_pretrained(target, str(tmp_path / "a.pth"), new=())
     assert_same(values(target), values(source))
     torch.save(classifier().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="a.pth does not fit Other: 4 missing"):
+    with pytest.raises(UserError, match="a.pth does not fit Other: 2 missing"):
         load_pretrained(target, str(tmp_path / "a.pth"))
 
 
@@ -210,6 +275,81 @@ def test_large_weights_of_the_official_initialization_give_a_warning(
     load_pretrained(classifier(), str(tmp_path / "a.pth"))
     warnings = [line for line in lines() if "weights is 0.8" in line and "--amp bf16" in line]
     assert bool(warnings) == warned
+
+
+def with_nan(state: dict, name: str, value: float = float("nan")) -> dict:
+    """The state with one value that is not finite in a tensor."""
+    broken = state[name].clone()
+    broken.view(-1)[-1] = value
+    return state | {name: broken}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["model", EMA_KEY])
+@pytest.mark.parametrize("new", [(), ("norm.", "head.")], ids=["evaluation", "fine-tuning"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, key, new):
+    """--eval of them used to report 50% of two classes, since NaN counts as class 0."""
+    good, bad = classifier().state_dict(), classifier().state_dict()
+    for name in ("stages.1.0.dwconv.bias", "head.bias"):
+        bad = with_nan(bad, name, value)
+    pair = (bad, good) if key == "model" else (good, bad)
+    torch.save(dict(zip(("model", "model_ema"), pair, strict=True)), tmp_path / "a.pth")
+    model = classifier(seed=1)
+    message = r"a\.pth holds NaN or Inf in stages\.1\.0\.dwconv\.bias, head\.bias: .*earlier"
+    with pytest.raises(UserError, match=message):
+        load_pretrained(model, str(tmp_path / "a.pth"), key, new=new)
+    assert_same(values(model), values(classifier(seed=1)))
+
+
+def test_nan_in_a_part_that_is_dropped_does_no_harm(tmp_path):
+    state = with_nan(autoencoder().state_dict(), "pred.bias")
+    torch.save(state, tmp_path / "a.pth")
+    load_pretrained(classifier(seed=1), str(tmp_path / "a.pth"))
+    with pytest.raises(UserError, match=r"NaN or Inf in pred\.bias"):
+        load_pretrained(autoencoder(seed=1), str(tmp_path / "a.pth"))
+
+
+class Normed(torch.nn.Module):
+    """A network with BatchNorm and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.head = torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+
+def test_buffers_with_inf_load_and_ruined_statistics_do_not(tmp_path):
+    """A mask of -inf is intended; with a running mean of NaN every output is NaN."""
+    torch.save(Normed().state_dict(), tmp_path / "a.pth")
+    load_pretrained(Normed(), str(tmp_path / "a.pth"), new=())
+    ruined = Normed().state_dict() | {"bn.running_mean": torch.tensor([0.0, float("nan")])}
+    torch.save(ruined, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"NaN or Inf in bn\.running_mean: "):
+        load_pretrained(Normed(), str(tmp_path / "a.pth"), new=())
+
+
+@pytest.mark.parametrize("uses_buffers", [False, True])
+@pytest.mark.parametrize("build", [classifier, lambda seed: randomize(tiny.Other(3), seed)])
+def test_averages_of_torch_swa_utils_load(tmp_path, uses_buffers, build):
+    """Their counter n_averaged used to be an unexpected tensor."""
+    average = torch.optim.swa_utils.AveragedModel(build(seed=2), use_buffers=uses_buffers)
+    torch.save({"model": average.state_dict()}, tmp_path / "a.pth")
+    model = build(seed=1)
+    load_pretrained(model, str(tmp_path / "a.pth"), new=())
+    assert_same(values(model), values(build(seed=2)))
+
+
+def test_check_finds_what_loading_would_find_and_changes_nothing(tmp_path, lines):
+    """A wrong --finetune used to be found after the data had been listed."""
+    torch.save(classifier(classes=5).state_dict(), tmp_path / "a.pth")
+    with torch.device("meta"):
+        model = ConvNeXtV2(*SIZE, num_classes=3)
+    check_pretrained(model, str(tmp_path / "a.pth"))
+    assert lines() == []
+    with pytest.raises(UserError, match="5 classes and this model has 3"):
+        check_pretrained(model, str(tmp_path / "a.pth"), new=())
+    with pytest.raises(UserError, match="does not exist"):
+        check_pretrained(model, str(tmp_path / "b.pth"))
 
 
 # --- downloads --------------------------------------------------------------------------

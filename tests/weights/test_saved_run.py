@@ -56,10 +56,36 @@ def test_flags_come_from_the_checkpoint_unless_they_are_given(caplog):
     assert found.keys() == own.keys() - {"crop_pct", "input_size", "in_chans"}
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == [
-        "--in_chans 3, but it.pth was trained with 1",
-        "--input_size 64 64, but it.pth was trained with 48 32",
-        "--crop_pct 1.0, but it.pth was trained with 0.5",
+        "--in_chans 3 is used; it.pth was trained with 1",
+        "--input_size 64 64 is used; it.pth was trained with 48 32",
+        "--crop_pct 1.0 is used; it.pth was trained with 0.5",
     ]
+
+
+OWN_MEAN = {"imagenet_default_mean_and_std": True, "mean": [0.3], "std": (0.2,), "in_chans": 3}
+
+
+def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
+    """One that is typed must not be combined with others of the run."""
+    assert changed(finetune("--resume", "x"), OWN_MEAN) == {"mean": (0.3,), "std": (0.2,)}
+    caplog.clear()
+    words = ("--resume", "x", "--imagenet_default_mean_and_std", "true")
+    assert changed(finetune(*words), OWN_MEAN) == {}
+    own = "mean 0.485 0.456 0.406 and std 0.229 0.224 0.225 are used"
+    saved = "it.pth was trained with mean 0.3 0.3 0.3 and std 0.2 0.2 0.2"
+    assert [record.getMessage() for record in caplog.records] == [f"{own}; {saved}"]
+    caplog.clear()
+    words = ("--resume", "x", "--mean", "0.5", "--std", "0.5")
+    assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
+    assert caplog.records == []  # 0.5 are Inception's
+    assert changed(finetune(*words), {"lr": 1.0}) == {}  # a run that stores none
+
+
+def test_values_for_other_channels_are_refused_once_the_channels_are_known():
+    words = ("--resume", "x", "--mean", "0.5", "0.4", "--std", "1")
+    assert changed(finetune(*words), {"in_chans": 2}) == {"in_chans": 2}
+    with pytest.raises(UserError, match="--mean 0.5 0.4 has 2 values, expected .* --in_chans 4"):
+        changed(finetune(*words), {"in_chans": 4})
 
 
 @pytest.mark.parametrize("source", ["--config", "--recipe"])
@@ -108,7 +134,9 @@ def test_resumed_pretraining_keeps_its_decoder_and_patches():
     expected = saved | {"model": "convnextv2_atto"}
     assert found == {k: v for k, v in expected.items() if k not in ("crop_pct", "decoder_depth")}
     new = changed(pretrain("--resume", "x"), saved)  # a new run from its weights
-    assert not new.keys() & (decoder.keys() - {"patch_size"})
+    kept = NARROW.keys() - {"crop_pct"}
+    assert new == {name: expected[name] for name in (*kept, "patch_size")}
+    assert changed(pretrain("--resume", "x"), {"stem_stride": 2})["patch_size"] == 16
 
 
 def test_sizes_are_checked_after_they_are_known():
@@ -123,13 +151,28 @@ def test_sizes_are_checked_after_they_are_known():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ({"model": "shutil:rmtree"}, "trained with code of its own, --model shutil:rmtree"),
-        ({"input_size": "big"}, "it.pth stores --input_size 'big', which is no value"),
-        ({"in_chans": [3]}, r"it.pth stores --in_chans \[3\]"),
+        ({"model": "shutil:rmtree"}, "trained with --model shutil:rmtree, which is code"),
+        ({"input_size": "big"}, "it.pth stores --input_size 'big', expected one or two integers"),
+        ({"input_size": []}, r"stores --input_size \[\], expected one or two integers; give"),
+        ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer; give --in_chans"),
+        ({"mean": ["a"], "std": [1]}, r"it.pth stores --mean \['a'\], expected numbers"),
     ],
 )
 def test_file_cannot_choose_code_or_break_the_run(flags, text):
     with pytest.raises(UserError, match=text):
         changed(finetune(), flags)
-    model = ("--model", "my.nets:tiny")
-    assert changed(finetune(*model), {"model": "shutil:rmtree"}) == {}
+    given = {"model": "my.nets:tiny", "input_size": "64", "in_chans": "1", "mean": "0", "std": "1"}
+    words = [word for name in flags for word in (f"--{name}", given[name])]
+    assert changed(finetune(*words), flags) == {}
+
+
+def test_names_and_sizes_of_other_libraries(tmp_path):
+    """A file of timm's train.py could not be loaded, whatever --model said."""
+    with torch.device("meta"):
+        weights = create_model("convnextv2_atto").state_dict()
+    flags = {"model": "convnextv2_atto.fcmae_ft_in1k", "input_size": [3, 96, 64]}
+    own = {"model": "convnextv2_atto", "input_size": (96, 64)}
+    assert changed(finetune(), flags, weights=weights) == own
+    words = ("--model", "convnextv2_atto", "--input_size", "64")
+    assert changed(finetune(*words), flags, weights=weights) == {}
+    assert changed(finetune(), {"model": "resnet50"}) == {}

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from config.flags import KERNELS
 from models.convnextv2 import Block, ConvNeXtV2
 from models.fcmae import FCMAE
-from models.kernels import autotune, ops
+from models.kernels import autotune, depthwise, grn_mlp, ops
 from models.layers import GRN, fused_dwconv, fused_mlp
 from models.sparse import PatchGrid
 
@@ -294,8 +295,8 @@ def test_fcmae_in_float32_is_right_in_both_linear_layers(set_kernels, monkeypatc
         calls.append(args[1].ndim)
         return onednn(*args)
 
-    def measure(function, *_):
-        return 1.0 if function is ops.LINEAR[faster] else 2.0
+    def measure(implementations, *_):
+        return {name: 1.0 if name == faster else 2.0 for name in implementations}, True
 
     monkeypatch.setitem(ops.LINEAR, "onednn", counted)
     monkeypatch.setattr(autotune, "measure", measure)
@@ -427,3 +428,200 @@ def test_block_saves_one_tensor_of_width_4c(set_kernels, mode, half):
         block(x)
     wide = [t.dtype for t in saved if t.shape[-1] == 16 and t.numel() == 2 * 25 * 16]
     assert wide == [torch.bfloat16 if half else torch.float32]
+
+
+# --- frozen parts ----------------------------------------------------------------------------
+
+# Work of the backward pass that gives one gradient alone: matrix products of the MLP, each as
+# large as one of the forward pass, and depthwise convolutions.
+WORK = {
+    "x": (2, 1),
+    "dwconv.weight": (2, 1),
+    "dwconv.bias": (2, 0),
+    "norm.weight": (2, 0),
+    "norm.bias": (2, 0),
+    "pwconv1.weight": (2, 0),
+    "pwconv1.bias": (1, 0),
+    "grn.gamma": (1, 0),
+    "grn.beta": (0, 0),
+    "pwconv2.weight": (1, 0),
+    "pwconv2.bias": (0, 0),
+    "x, grn.gamma, pwconv2.bias": (2, 1),
+    "all": (4, 2),
+}
+
+
+def count_flops(function):
+    """FLOPs of matrix products and of torch's convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(  # more and fewer cells than channels
+    ("mode", "shape"),
+    [("auto", (1, 3, 3, 8)), ("torch", (1, 3, 3, 8)), ("torch", (1, 3, 1, 8))]
+    + [("triton", (1, 3, 1, 8))],
+)
+@pytest.mark.parametrize("wanted", WORK)
+def test_frozen_parts_cost_no_backward_work(set_kernels, monkeypatch, wanted, mode, shape):
+    """Gradients of a frozen backbone were computed and thrown away: twice the work."""
+    set_kernels(mode)
+    block = new_block(8)
+    x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
+    inputs = {"x": x, **dict(block.named_parameters())}
+    chosen = inputs if wanted == "all" else {name: inputs[name] for name in wanted.split(", ")}
+    for tensor in inputs.values():
+        tensor.requires_grad_(any(tensor is one for one in chosen.values()))
+    ours = with_gradients(lambda: block(x), chosen)
+    assert_near(ours, with_gradients(lambda: written_out(block, x), chosen), 1e-9)
+    # Under dispatch modes, such as the counter, only torch's own implementations run.
+    monkeypatch.setattr(autotune, "_get_current_dispatch_mode", lambda: None)
+    y = block(x)
+    flops = count_flops(y.sum().backward)
+    cells = shape[1] * shape[2]
+    products, convolutions = WORK[wanted]
+    counted = 0 if mode == "triton" else convolutions  # Triton's are not torch's
+    expected = products * 2 * cells * 8 * 32 + counted * 2 * cells * 8 * 49
+    vectors = 4 * 8 * 32  # of the biases' gradients, less than one product
+    assert expected <= flops <= expected + vectors
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("frozen", ["dwconv.weight", "x"])
+def test_convolution_gradients_that_nobody_asked_for_are_not_computed(
+    set_kernels, monkeypatch, frozen, packed
+):
+    """On a GPU and with Triton, each is a kernel of its own."""
+    set_kernels("triton")
+    block, grid = new_block(4), new_grid(2, 2, 3, 3) if packed else None
+    shape = (2, 3, 2, 2, 4) if packed else (2, 3, 2, 4)
+    x = torch.randn(shape, dtype=torch.float64, device=DEVICE)
+    x.requires_grad_(frozen != "x")
+    block.dwconv.weight.requires_grad_(frozen == "x")
+    ran = []
+    for name, table in (("x", depthwise.CONVOLVE), ("dwconv.weight", depthwise.WEIGHT_GRAD)):
+        own = table["triton"]
+        monkeypatch.setitem(
+            table, "triton", lambda *args, own=own, name=name: ran.append(name) or own(*args)
+        )
+    y = block(x, grid)
+    y.sum().backward()
+    assert ran == ["x" if frozen != "x" else "dwconv.weight"]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this torch")
+@pytest.mark.parametrize(("wanted", "products"), [("x", 1), ("weight", 1), ("bias", 0)])
+def test_frozen_linear_layer_costs_no_backward_work(set_kernels, wanted, products):
+    """Downsampling and the decoder's layers, in float32 on a CPU."""
+    set_kernels("torch")
+    inputs = {"x": torch.randn(6, 8), "weight": torch.randn(16, 8), "bias": torch.randn(16)}
+    inputs[wanted].requires_grad_()
+    y = ops.affine(*inputs.values())
+    assert type(y.grad_fn).__name__ == "_AffineBackward"
+    assert count_flops(y.sum().backward) == products * 2 * 6 * 8 * 16
+    called = []
+    y = ops.affine(*inputs.values())
+    y.grad_fn.register_hook(lambda grads, _: called.extend(grads))
+    y.sum().backward()
+    assert [grad is not None for grad in called] == [name == wanted for name in inputs]
+
+
+# --- an empty batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mode", KERNELS)
+def test_empty_batch_passes_whatever_runs(set_kernels, mode, packed):
+    """The last rank of an evaluation may have nothing; Triton's kernels divided by zero."""
+    set_kernels(mode)
+    block = new_block(4)
+    grid = PatchGrid(torch.zeros(0, 2, 3, device=DEVICE), visible=3) if packed else None
+    shape = (0, 3, 2, 2, 4) if packed else (0, 3, 2, 4)
+    x = torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = block(x, grid)
+    assert y.shape == shape
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert all((parameter.grad == 0).all() for parameter in block.parameters())
+
+
+# --- sums in half precision ------------------------------------------------------------------
+
+# Gradients of biases are float32 sums of half-precision terms: apart from the exact sum by less
+# than this fraction of the sum of the terms' magnitudes. A sum rounded to bf16 or fp16 is apart by
+# up to 2e-3 or 2e-4 of it, and a sum in fp16 ends at 65504.
+FLOAT32_SUM = 1e-6
+
+
+def assert_summed_in_float32(grad, terms):
+    """terms: (..., C), which are added over all but the last axis."""
+    assert grad.dtype == torch.float32
+    terms = terms.double().flatten(0, -2)
+    error = (grad.double() - terms.sum(0)).abs()
+    assert (error <= FLOAT32_SUM * terms.abs().sum(0)).all()
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("mode", KERNELS)
+@pytest.mark.parametrize("parts", [1, 3])  # that a batch is split into
+def test_bias_gradients_of_the_mlp_are_sums_in_float32(set_kernels, monkeypatch, mode, half, parts):
+    set_kernels(mode)
+    monkeypatch.setattr(ops, "images_at_once", lambda *_: 6 // parts)
+    terms = []  # what flows into the GELU
+    for name, own in grn_mlp.BACKWARD.items():
+
+        def recorded(*args, own=own):
+            found = own(*args)
+            terms.append(found[0])
+            return found
+
+        monkeypatch.setitem(grn_mlp.BACKWARD, name, recorded)
+    block = new_block(4, torch.float32)
+    x = torch.randn(6, 5, 5, 4, device=DEVICE)
+    with torch.autocast(DEVICE, half):
+        y = fused_mlp(x, block.pwconv1, block.grn, block.pwconv2)
+    assert y.dtype == half
+    dy = torch.rand(y.shape, device=DEVICE).to(half)
+    y.backward(dy)
+    dh = torch.cat(terms[-parts:])
+    assert dh.dtype == half
+    assert_summed_in_float32(block.pwconv1.bias.grad, dh.flatten(0, 1))
+    assert_summed_in_float32(block.pwconv2.bias.grad, dy)
+    weight = block.pwconv2.weight.to(half).double()
+    of_beta = (dy.double() @ weight).flatten(0, -2)  # its terms
+    assert_summed_in_float32(block.grn.beta.grad.flatten(), of_beta)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("mode", KERNELS)
+def test_bias_gradients_of_convolution_and_norm_are_sums_in_float32(set_kernels, mode, half):
+    """The convolution passes its input on, so that its gradient is the terms of the bias's."""
+    set_kernels(mode)
+    block = new_block(4, torch.float32)
+    with torch.no_grad():
+        block.dwconv.weight.zero_()
+        block.dwconv.weight[:, :, 3, 3] = 1
+    x = torch.randn(6, 2, 3, 4, device=DEVICE).to(half).requires_grad_()
+    with torch.autocast(DEVICE, half):
+        y = fused_dwconv(x, block.dwconv, block.norm)
+    dy = torch.rand(y.shape, device=DEVICE).to(half)
+    y.backward(dy)
+    assert x.grad.dtype == half
+    assert_summed_in_float32(block.dwconv.bias.grad, x.grad)
+    assert_summed_in_float32(block.norm.bias.grad, dy)
+
+
+@pytest.mark.parametrize("mode", KERNELS)
+def test_bias_gradients_in_fp16_may_exceed_its_range(set_kernels, mode):
+    """150 gradients of 1000 and more, as a loss scale makes them: fp16 ends at 65504."""
+    set_kernels(mode)
+    block = new_block(4, torch.float32)
+    x = torch.randn(6, 5, 5, 4, device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        y = fused_mlp(x, block.pwconv1, block.grn, block.pwconv2)
+    y.backward(torch.full_like(y, 1000.0))
+    assert (block.pwconv2.bias.grad == 150_000).all()

@@ -1,0 +1,197 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Find the image files below a folder, and count what is left out.
+
+python -c "from data_loading.listing import FolderWalk; print(*FolderWalk('assets').in_order())"
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from data_loading.bad_images import retry_io
+from data_loading.formats import extensions, how_to_read
+from errors import UserError, first_few
+from parallel.process_group import get_logger
+
+# Files and folders of systems and NAS devices, besides those whose names begin with a dot.
+SYSTEM_NAMES = frozenset({
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "__macosx",
+    "$recycle.bin", "recycler", "system volume information", "lost+found",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+})  # fmt: skip
+MAX_KINDS = 100  # extensions that are counted one by one: `scan.0001`, `scan.0002` ... are endless
+MAX_EXTENSION = 12  # characters; what is longer is part of a name
+# Reasons to leave something out. All others are extensions.
+SYSTEM, NOWHERE, UNREADABLE = "hidden or system", "linking to nowhere", "unreadable"
+LISTED = "linking to a folder above, or to one that is listed anyway"
+OUTSIDE = "outside the class folders"
+NO_EXTENSION, OTHERS = "without extension", "with other extensions"
+
+
+class Names(NamedTuple):
+    """Names in one folder, in any order; `folders` are real, `links` lead to folders."""
+
+    images: list[str]
+    folders: list[str]
+    links: list[str]
+    broken: list[str]  # links to nowhere, except those named like images
+    others: list[str]
+
+
+def is_system(name: str) -> bool:
+    """Return True for hidden files and folders, and for what operating systems leave."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def scan(folder: str) -> Names:
+    """Read one folder."""
+    found, ends = Names([], [], [], [], []), extensions()
+    images, folders, links, broken, others = found
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name, is_link = entry.name, entry.is_symlink()
+            if is_link and os.path.isdir(entry.path):  # False for a link to itself
+                links.append(name)
+            elif not is_link and entry.is_dir():
+                folders.append(name)
+            elif name.lower().endswith(ends) and name[0] != ".":
+                images.append(name)
+            elif is_link and not os.path.exists(entry.path):
+                broken.append(name)
+            else:
+                others.append(name)
+    return found
+
+
+def read_folder(folder: str, left_out: Counter[str]) -> Names:
+    """Read one folder, without what belongs to the system; count what is no image."""
+    try:
+        names = retry_io(partial(scan, folder))
+    except OSError as error:  # removed meanwhile, or not readable for this user
+        get_logger().warning("skipped folder %s: %s", folder, error)
+        left_out[UNREADABLE] += 1
+        return Names([], [], [], [], [])
+    if any(names[1:]):
+        _count_others(names, left_out)
+    return names
+
+
+def _count_others(names: Names, left_out: Counter[str]) -> None:
+    """Count what is no image, and remove the folders of the system from `names`."""
+    for kind in (names.folders, names.links, names.broken):
+        kept = [name for name in kind if not is_system(name)]
+        if len(kept) < len(kind):
+            left_out[SYSTEM] += len(kind) - len(kept)
+            kind[:] = kept
+    if names.broken:
+        left_out[NOWHERE] += len(names.broken)
+    for name in names.others:
+        reason = reason_of(name)
+        if reason not in left_out and len(left_out) >= MAX_KINDS:
+            reason = OTHERS
+        left_out[reason] += 1
+
+
+def reason_of(name: str) -> str:
+    """Return the reason to leave out a file that is no image: its extension, or its kind."""
+    if is_system(name):
+        return SYSTEM
+    extension = os.path.splitext(name)[1].lower()
+    return extension if 1 < len(extension) <= MAX_EXTENSION else NO_EXTENSION
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Describe counts by reason: `; left out 103 files: 100 .heic (not readable here), 3 .txt`."""
+    if not left_out:
+        return ""
+    kind = "files" if all(reason.startswith(".") for reason in left_out) else "files and folders"
+    counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    texts = [f"{count} {reason}{how_to_read(reason)}" for reason, count in counts]
+    return f"; left out {sum(left_out.values())} {kind}: {first_few(texts, 5)}"
+
+
+class FolderWalk:
+    """A walk through the images below `root/top`; links are followed, folders visited once.
+
+    A link is left out if it leads to a folder above, to one that the walk visits by its own path,
+    or to one that an earlier link led to. `left_out` counts what is no image, by reason.
+    """
+
+    def __init__(self, root: str, top: str = "", left_out: Counter | None = None) -> None:
+        self.root, self.top = root, top
+        self.real_top = os.path.realpath(os.path.join(root, top))
+        self.linked: set[str] = set()  # real paths of the folders that links led to
+        self.left_out: Counter[str] = Counter() if left_out is None else left_out
+
+    def by_folder(self) -> Iterator[str]:
+        """Yield images in torchvision's order: by folder path, then by file name."""
+        for folder, images in sorted(self._walk(self.top, self.real_top)):
+            yield from (f"{folder}/{name}" for name in sorted(images))
+
+    def in_order(self, below: str = "", real: str | None = None) -> Iterator[str]:
+        """Yield images in order of their paths; a folder sorts by its name and a slash."""
+        images, folders = self._list(below, real or self.real_top)
+        for name in sorted([*images, *(f"{name}/" for name in folders)]):
+            if name.endswith("/"):
+                yield from self.in_order(below + name, folders[name[:-1]])
+            else:
+                yield below + name
+
+    def _walk(self, folder: str, real: str) -> Iterator[tuple[str, list[str]]]:
+        images, folders = self._list(folder, real)
+        yield folder, images
+        for name, target in folders.items():
+            yield from self._walk(f"{folder}/{name}", target)
+
+    def _list(self, folder: str, real: str) -> tuple[list[str], dict[str, str]]:
+        """Return a folder's images, and the real paths of the subfolders to visit by name."""
+        path = os.path.join(self.root, folder)
+        names = read_folder(path, self.left_out)
+        if not (names.folders or names.links):
+            return names.images, {}
+        real = real.rstrip("/")  # of the root of all folders
+        folders = {name: f"{real}/{name}" for name in names.folders}
+        if self.linked and not self._is_visited_anyway(real):  # another link may lead here too
+            folders = {name: target for name, target in folders.items() if self._enter(target)}
+        for name in sorted(names.links):
+            target = os.path.realpath(os.path.join(path, name))
+            if not is_above(target, real) and self._enter(target):
+                folders[name] = target
+            else:
+                self.left_out[LISTED] += 1
+        return names.images, folders
+
+    def _enter(self, real: str) -> bool:
+        """Return True, once, for a folder that the walk does not visit by its own path."""
+        if real in self.linked or is_above(real, self.real_top) or self._is_visited_anyway(real):
+            return False
+        self.linked.add(real)
+        return True
+
+    def _is_visited_anyway(self, real: str) -> bool:
+        if not is_above(self.real_top, real):
+            return False
+        return not any(map(is_system, real.removeprefix(self.real_top).split("/")))
+
+
+def is_above(folder: str, other: str) -> bool:
+    """Return True if the real path `folder` is `other`, or holds it."""
+    return f"{other}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def class_folders(root: str, left_out: Counter[str]) -> list[str]:
+    """Return the sorted names of the class folders in `root`, of which some may be links."""
+    names, real_root = read_folder(root, left_out), os.path.realpath(root)
+    if names.images:
+        left_out[OUTSIDE] += len(names.images)
+    above = [n for n in names.links if is_above(os.path.realpath(f"{root}/{n}"), real_root)]
+    for kind, found in (("nowhere", names.broken), ("a folder above", above)):
+        if found:
+            raise UserError(
+                f"{root}: links to {kind} instead of class folders: {first_few(sorted(found))}; "
+                "correct or remove them"
+            )
+    return sorted([*names.folders, *names.links])

@@ -1,0 +1,155 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Fit weights of any layout to a model: names, classifier and input channels.
+
+python -c "import timm; from weights import fit; print(fit.find_stem(timm.create_model('vgg11')))"
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from errors import first_few
+from models.fcmae import FCMAE
+from weights.convert import DECODER, SIGNS, Report, to_convnextv2, unwrap
+
+HEAD_NAMES = ("head", "fc", "classifier", "heads")  # of networks without timm's get_classifier
+
+
+def find_classifier(model: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of a model's last layer, such as `head.fc.`; several for two heads.
+
+    By timm's convention: the modules of `get_classifier()`, or the names in
+    `default_cfg["classifier"]`. Other networks: the last layer with a matrix in HEAD_NAMES.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    if callable(getattr(model, "get_classifier", None)):
+        found = model.get_classifier()
+        found = found if isinstance(found, tuple | list) else [found]
+        known = tuple(f"{names[module]}." for module in found if module in names)
+        if known:
+            return known
+    config = getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and config.get("classifier"):
+        value = config["classifier"]
+        return tuple(f"{name}." for name in ((value,) if isinstance(value, str) else value))
+    for top in HEAD_NAMES:
+        inside = [n for m, n in names.items() if n == top or n.startswith(f"{top}.")]
+        layers = [n for n in inside if getattr(model.get_submodule(n), "weight", None) is not None]
+        layers = [n for n in layers if model.get_submodule(n).weight.ndim > 1]
+        if layers:
+            return (f"{layers[-1]}.",)
+    return ()
+
+
+def find_stem(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layers that see the image: of timm's `default_cfg`, or the first."""
+    config = getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and config.get("first_conv"):
+        value = config["first_conv"]
+        return (value,) if isinstance(value, str) else tuple(value)
+    return tuple(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))[:1]
+
+
+def fit_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    new: Iterable[str] = (),
+    saved: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[dict[str, Tensor], Report]:
+    """Convert weights of any layout to the names and shapes of a model, and report how.
+
+    new: prefixes of parts that may stay as initialized. If `head.` is one of them, which stands for
+        the classifier whatever its name, a classifier for another number of classes is left out,
+        and the first layer is adapted to the model's number of channels. Other differences remain,
+        and `weights.files.load_weights` refuses them.
+    saved, classes: names in the order of the weights' and of the model's classifier; one for other
+        classes of the same number is left out too.
+    """
+    expected, heads = model.state_dict(), find_classifier(model)
+    state, report = _rename(weights, expected)
+    if heads and "head." not in heads and not any(name.startswith(heads) for name in state):
+        state = {replace_prefix(name, "head.", heads[0]): v for name, v in state.items()}
+    left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
+    if "head." in new:
+        for head in heads or ("head.",):
+            ours, theirs = expected.get(f"{head}weight"), state.get(f"{head}weight")
+            others = None not in (saved, classes) and [*saved] != [*classes]
+            if theirs is not None and (others or ours is None or ours.shape != theirs.shape):
+                left_out += (head,)
+                names = f" ({first_few(saved, 5)})" if saved else ""
+                note = f"its head has {(*theirs.shape, 0)[0]} classes{names}"
+                if ours is not None:
+                    report.warnings.append(f"{note}, so the model gets a new head")
+        adapt_channels(model, state, report)
+    report.dropped += [name for name in state if name.startswith(left_out)]
+    state = {name: value for name, value in state.items() if not name.startswith(left_out)}
+    return state, report
+
+
+def replace_prefix(name: str, old: str, new: str) -> str:
+    """Return the name with another prefix, if it has the old one."""
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -> None:
+    """Adapt weights for 1 or 3 channels in place: the first layer, and the last of an FCMAE."""
+    expected = model.state_dict()
+    for name in [f"{stem}.weight" for stem in find_stem(model)]:
+        ours, theirs = expected.get(name), state.get(name)
+        if ours is None or theirs is None or ours.ndim != 4 or theirs.ndim != 4:
+            continue
+        wanted, found = ours.shape[1], theirs.shape[1]
+        if wanted == found or found not in (1, 3) or ours[:, :1].shape != theirs[:, :1].shape:
+            continue
+        state[name] = adapt_stem(theirs, wanted)
+        how = "summed" if wanted == 1 else f"repeated and multiplied by {found}/{wanted}"
+        report.warnings.append(
+            f"it was trained on {found} channels and the model has {wanted}: the weights of the "
+            f"first layer are {how}"
+        )
+    if not isinstance(model, FCMAE):
+        return
+    for name in ("pred.weight", "pred.bias"):
+        ours, theirs = expected[name], state.get(name)
+        pixels = len(ours) // model.in_chans  # that a position of the decoder predicts
+        if theirs is not None and len(theirs) != len(ours) and len(theirs) in (pixels, 3 * pixels):
+            state[name] = adapt_prediction(theirs, pixels, model.in_chans)
+
+
+def adapt_stem(weight: Tensor, channels: int) -> Tensor:
+    """Adapt (D, C, k, k) to other input channels by timm's rule: sum, or repeat and scale.
+
+    With equal channels, or repeated as a whole, the layer computes the same as before.
+    """
+    found, exact = weight.shape[1], weight.float()
+    if channels == 1:
+        return exact.sum(1, keepdim=True).to(weight.dtype)
+    order = torch.arange(channels) % found
+    return (exact[:, order] * (found / channels)).to(weight.dtype)
+
+
+def adapt_prediction(value: Tensor, pixels: int, channels: int) -> Tensor:
+    """Adapt rows (pixels * C, ...) of a prediction to other channels: mean, or repeat."""
+    rows = value.unflatten(0, (pixels, -1))  # (pixels, C, ...)
+    if channels == 1:
+        return rows.float().mean(1).to(value.dtype)
+    order = torch.arange(channels) % rows.shape[1]
+    return rows[:, order].flatten(0, 1)
+
+
+def _rename(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Report]:
+    """Convert any layout to a ConvNeXt V2's names; other models have only their own names."""
+    is_fcmae = any(name.startswith("encoder.") for name in expected)
+    if any(name.removeprefix("encoder.") in SIGNS for name in expected):
+        return to_convnextv2(state, decoder=is_fcmae)
+    own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
+    if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder
+        report.dropped = [name for name in own if name.startswith(DECODER)]
+        kept = [name for name in own if name not in report.dropped]
+        own = {name.removeprefix("encoder."): own[name] for name in kept}
+    return own, report
