@@ -574,7 +574,9 @@ def test_scripts_stop_listening_to_signals_and_close_their_files(tmp_path, monke
         monkeypatch.setattr(
             kind,
             "__exit__",
-            lambda self, *error, real=real: closed.append(type(self).__name__) or real(self),
+            lambda self, *error, real=real: (
+                closed.append(type(self).__name__) or real(self, *error)
+            ),
         )
     for script in MAINS:
         build(script, "", tmp_path / script, monkeypatch)

@@ -60,6 +60,7 @@ def remove_if_unused(folder: Path) -> None:
         if {path.name for path in folder.iterdir()} <= {console.NAME}:
             (folder / console.NAME).unlink(missing_ok=True)
             folder.rmdir()
+            folder.parent.rmdir()  # if it is empty too
 
 
 def how_to_continue(args: Any) -> str:

@@ -147,7 +147,7 @@ def test_checkpoint_of_the_folder_is_resumed_with_its_kernels(tmp_path, monkeypa
 
 
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded():
-    words = "--data_set DIGITS --device cpu --cuda_graphs"
+    words = "--data_set DIGITS --device cpu --cuda_graphs --output_dir none"
     args = options.parse(options.pretrain_parser(), words.split())
     with pytest.raises(UserError, match="--cuda_graphs"):
         setup.setup_run(args, torch.device("cpu"), "none")
