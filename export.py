@@ -34,6 +34,7 @@ from errors import UserError, first_line
 from models import build_classifier
 from models.convnextv2 import SIZES
 from parallel import process_group
+from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
 from weights.convert import Report, describe, to_convnextv2, to_official, to_timm
 from weights.export_formats import ExportSpec, Network, save
@@ -46,7 +47,7 @@ FORMATS = {  # target -> function that writes it, function that reads it, packag
     "timm": (lambda spec, path: save(to_timm(spec.state), path), formats.read_timm, "timm"),
     "hf": (write_hf, read_hf, "transformers"),
     "official": (
-        lambda spec, path: torch.save({"model": to_official(spec.full_state)}, path),
+        lambda spec, path: write_checkpoint({"model": to_official(spec.full_state)}, path),
         formats.read_official,
         "timm",
     ),

@@ -31,8 +31,9 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
+from training.report import last_line
 from training.resume import auto_load_model, choose_evaluated
-from training.setup import TrainLoop, check_start, setup_process, setup_run
+from training.setup import TrainLoop, check_start, log_recipe, setup_process, setup_run
 from training.stepper import Stepper
 from weights.pretrained import EMA_KEY, has_ema, load_pretrained, peek
 from weights.saved_run import inherit_flags
@@ -118,7 +119,9 @@ def main(args: argparse.Namespace) -> None:
         lr_schedule,
         state,
         guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
-        reporter=build_reporter(args, run.output_dir, device, state, steps_per_epoch),
+        reporter=build_reporter(
+            args, run.output_dir, device, state, steps_per_epoch, top5=nb_classes > 5
+        ),
         checkpoints=build_checkpoint_manager(
             args, run.output_dir, parts, classes, bad_images.write
         ),
@@ -160,14 +163,16 @@ def main(args: argparse.Namespace) -> None:
             loop.reporter.end_epoch(log_stats)
             best = {"best": log_stats.get("test_acc1"), "best-ema": log_stats.get("test_acc1_ema")}
             loop.checkpoints.end_epoch(state, best, last=state.epoch == args.epochs)
-    best = ", ".join(f"{name} top-1 {value:.2f}%" for name, value in state.best.items())
-    log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, best or "not evaluated")
+    log.info("%s", last_line(args, run.output_dir, state, loop.reporter.stats))
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
     """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
+    log_recipe(args)
     key = EMA_KEY if args.use_ema else args.model_key
-    path = choose_evaluated(args.resume, args.output_dir, args.config, args.finetune, args.use_ema)
+    path = choose_evaluated(
+        args.resume, args.output_dir or "", args.config, args.finetune, args.use_ema
+    )
     sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
     saved = peek(path, key, args.model_prefix, sha256)
     args = inherit_flags(args, saved)
@@ -186,7 +191,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         stats = evaluate(data_loader_val, model, device, amp)
         images = len(dataset_val) - bad_images.write()
         source = report.source + " (EMA weights)" * (key == EMA_KEY)
-        text = "top-1 {acc1:.2f}%, top-5 {acc5:.2f}%, loss {loss:.4f}".format(**stats)
+        top5 = f"top-5 {stats['acc5']:.2f}%, " if nb_classes > 5 else ""
+        text = f"top-1 {stats['acc1']:.2f}%, {top5}loss {stats['loss']:.4f}"
         utils.get_logger().info("%s: %s on %d images", source, text, images)
     utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 

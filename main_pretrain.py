@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 main_pretrain.py --model convnextv2_tiny --data_path
 """
 
 import argparse
+from functools import partial
 
 from config.parser import parse
 from config.parser import pretrain_parser as get_args_parser
@@ -23,12 +24,13 @@ from models.fcmae import visible_patches
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
-from training.checkpoint import TrainableParts
+from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.hooks import build_reporter, log_cost
 from training.pictures import ReconstructionImages
+from training.report import last_line
 from training.resume import auto_load_model
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -97,6 +99,9 @@ def main(args: argparse.Namespace) -> None:
         ),
         seed=args.seed,
     )
+    build_images = partial(
+        ReconstructionImages, args, dataset_train.dataset, model_without_ddp, device, amp
+    )
     if args.dry_run:
         plan = PlannedRun(
             args,
@@ -105,15 +110,16 @@ def main(args: argparse.Namespace) -> None:
             loop,
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
+            draw=lambda: build_images().draw(model_without_ddp, TrainState(args.epochs)),
         )
         return check_run(plan)
-    reconstructions = ReconstructionImages(
-        args, dataset_train.dataset, model_without_ddp, device, amp
-    )
+    reconstructions = build_images()
 
     # --- 8. epoch loop ----------------------------------------------------------------------
+    draw = partial(reconstructions.draw, model_without_ddp, state)
     loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
+        loop.reporter.image("reconstructions", draw, only_missing=True)
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
@@ -123,11 +129,9 @@ def main(args: argparse.Namespace) -> None:
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
             bad_images.write()
             loop.reporter.end_epoch(log_stats)
-            image = reconstructions.draw(model_without_ddp, state.epoch)
-            loop.reporter.image("reconstructions", image)
             loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)
-    saved = run.output_dir if run.output_dir and args.save_ckpt else "nothing saved"
-    log.info("%d of %d epochs are done; %s", state.epoch, args.epochs, saved)
+            loop.reporter.image("reconstructions", draw)
+    log.info("%s", last_line(args, run.output_dir, state, loop.reporter.stats))
 
 
 if __name__ == "__main__":

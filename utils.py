@@ -5,6 +5,7 @@
 python -c "import utils; print(utils.get_rank())"
 """
 
+import contextlib
 import errno
 import os
 import secrets
@@ -21,6 +22,15 @@ from parallel.process_group import (  # noqa: F401  names that forks of the offi
     is_main_process,
     launch,
 )
+
+REMEDIES = {  # of what a disk refuses
+    errno.ENOSPC: "delete files on that disk that nobody needs, or lower --save_ckpt_num",
+    errno.EDQUOT: "delete files of yours that nobody needs, or lower --save_ckpt_num",
+    errno.EFBIG: "raise the largest size of a file (ulimit -f)",
+    errno.EROFS: "the disk is read-only: have it mounted for writing",
+    errno.ENOENT: "its folder is gone: put it back",
+    errno.EACCES: "make its folder writable for you",
+}
 
 
 def save_model(folder: Path, parts: Any, state: Any, entries: Any, **options: Any) -> None:
@@ -42,20 +52,27 @@ def auto_load_model(*args: Any, **kwargs: Any) -> Any:
 def write_atomically(content: str | bytes | Callable[[BinaryIO], Any], path: Path) -> None:
     """Write text or bytes, or call a function with the open file; never leaves half a file.
 
-    `path` then holds either the old content or all of the new. OSError if the disk fails.
+    `path` then holds either the old content or all of the new. If the disk fails, an OSError with
+    its own text and `path`.
     """
-    temporary = _temporary(path)
+    temporary, failures = _temporary(path), []
     try:
         with open(temporary, "w+b") as file:
             if callable(content):
-                content(file)
+                content(_Watched(file, failures))
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        cause = next((each for each in (*failures, error) if isinstance(each, OSError)), None)
+        if cause is None or cause.errno is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
         return
     folder = os.open(path.parent, os.O_DIRECTORY)
@@ -66,6 +83,36 @@ def write_atomically(content: str | bytes | Callable[[BinaryIO], Any], path: Pat
             raise
     finally:
         os.close(folder)
+
+
+class _Watched:
+    """An open file that notes the errors of its writes: torch.save raises another one instead."""
+
+    def __init__(self, file: BinaryIO, failures: list[OSError]) -> None:
+        self.file, self.failures = file, failures
+
+    def write(self, data: Any) -> int:
+        """Write, and note an error."""
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failures.append(error)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def explain(error: OSError) -> str:
+    """Return an error of the disk with the file that was being written, and a remedy."""
+    if error.errno is None or error.filename is None:
+        return str(error)
+    text, path = f"{error.strerror} while writing {error.filename}", Path(error.filename)
+    remedy = REMEDIES.get(error.errno, "")
+    if error.errno == errno.ENOSPC:
+        with contextlib.suppress(OSError):
+            text += f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free"
+    return f"{text}; {remedy}" if remedy else text
 
 
 def _temporary(path: Path) -> Path:

@@ -6,9 +6,13 @@ python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output re
 """
 
 import argparse
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from config.parser import visualize_parser
+from config.parser import finalize, pretrain_parser, shape_problems, visualize_parser
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
     args = visualize_parser().parse_args()
@@ -16,44 +20,36 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import FOLDERS
-from data_loading.folders import DatasetSpec
+from config.flags import FOLDERS, NEED_PATH
+from data_loading.folders import DatasetSpec, ImageFiles, list_images
+from data_loading.transforms import height_and_width
 from errors import UserError
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
+from training.checkpoint import TrainState
 from training.pictures import TITLES, ReconstructionImages
-from weights.files import load_weights, read_checkpoint
+from weights.convert import DECODER, unwrap
+from weights.files import find_source, read_checkpoint
+from weights.pretrained import load_pretrained, select_state_dict
+from weights.saved_run import read_saved_run
 
 
 def main(args: argparse.Namespace) -> None:
     """Draw with the model and the data of the run that wrote the checkpoint."""
     if not args.checkpoint:
-        raise UserError("--checkpoint is missing; give a checkpoint or folder of main_pretrain.py")
+        raise UserError(
+            "--checkpoint is missing; give a run of main_pretrain.py, or weights with a decoder"
+        )
     device = init_distributed_mode(args.device)
-    checkpoint = read_checkpoint(args.checkpoint)
-    run = checkpoint.get("args") if isinstance(checkpoint, dict) else None
-    if not isinstance(run, dict) or "mask_ratio" not in run:
-        raise UserError(f"{args.checkpoint}: expected a checkpoint that main_pretrain.py wrote")
+    source = str(find_source(args.checkpoint))
     given = {key: value for key, value in vars(args).items() if value is not None}
-    for key in ("model", "data_set"):  # a file must not choose which code is imported
-        name = run.get(key, "")
-        if ":" in name and key not in given:
-            raise UserError(f"{args.checkpoint} names code, {name}; to run it give --{key} {name}")
-    data_set = given.get("data_set", run.get("data_set"))
-    if data_set in datasets.DOWNLOADED and "data_path" not in given:  # nor where files are written
-        raise UserError(f"{args.checkpoint} downloads {data_set}; give the folder with --data_path")
-    if args.data_index and data_set not in FOLDERS:
-        raise UserError(f"--data_index needs image folders, not --data_set {data_set}; drop it")
-    new = {"eval_data_path": None, "on_bad_image": "error"}  # flags that old checkpoints lack
-    fixed = {"grad_checkpointing": False, "picture_freq": 1}
-    args = argparse.Namespace(**{**new, **run, **given, **fixed})
+    args = argparse.Namespace(**find_flags(read_checkpoint(source), source, given))
+    data = find_data(args, given)
     model = build_fcmae(args).to(device)
-    load_weights(model, checkpoint["model"], args.checkpoint)
-    sources = {"eval_data_path": args.eval_data_path, "data_index": args.data_index}
-    spec = DatasetSpec(args.data_path, input_size=args.input_size, **sources)
-    data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
-    drawing = ReconstructionImages(args, data, model, device, count=args.num_images)
-    image = drawing.draw(model, args.epochs)
+    load_pretrained(model, source, new=())
+    name = "/".join(Path(source).parts[-2:])
+    drawing = ReconstructionImages(args, data, model, device, count=args.num_images, name=name)
+    image = drawing.draw(model, TrainState(args.epochs))
     try:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_image(image, args.output)
@@ -61,6 +57,71 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
     columns = ", ".join(title.replace("\n", " ") for title in TITLES)
     print(f"{args.output}: {len(drawing.images)} rows of {columns}")
+
+
+def find_flags(checkpoint: Any, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all flags: the given ones over those of the run over those that the weights imply."""
+    weights = {unwrap(name): x for name, x in select_state_dict(checkpoint, source).items()}
+    saved = dict(read_saved_run(checkpoint, source, weights).flags)
+    implied = vars(finalize(pretrain_parser().parse_args([]))) | {"eval_data_path": None}
+    if "mask_ratio" not in saved:
+        parts = [
+            part.strip(".") for part in DECODER if not any(n.startswith(part) for n in weights)
+        ]
+        if parts:
+            raise UserError(
+                f"{source} has no {', '.join(parts)}: without a decoder it reconstructs nothing. "
+                "Give a run of main_pretrain.py, or pre-trained weights with their decoder"
+            )
+        implied["decoder_embed_dim"] = len(weights["proj.weight"])
+        blocks = [name for name in weights if re.fullmatch(r"decoder\.\d+\.dwconv\.bias", name)]
+        implied["decoder_depth"] = len(blocks)
+        implied["patch_size"] = 8 * saved.get("stem_stride", 4)
+    fixed = {"grad_checkpointing": False, "picture_freq": 1}
+    flags = {**implied, **saved, **given, **fixed}
+    flags["input_size"] = height_and_width(flags["input_size"])
+    for problem in shape_problems(argparse.Namespace(**flags)):
+        raise UserError(problem)
+    used = ("model",) if "images" in given else ("model", "data_set")
+    for key in used:  # a file must not choose which code is imported
+        if ":" in flags[key] and key not in given:
+            raise UserError(
+                f"{source} names code, {flags[key]}; to run it give --{key} {flags[key]}"
+            )
+    return flags
+
+
+def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
+    """Return the images of --images, or of the run's data set; typed: names of typed flags."""
+    if "images" in typed:
+        return Files(args.images)
+    if args.data_set in datasets.DOWNLOADED and "data_path" not in typed:
+        raise UserError(  # a file must not choose where others are written
+            f"{args.checkpoint} downloads {args.data_set}; give the folder with --data_path"
+        )
+    if args.data_index and args.data_set not in FOLDERS:
+        raise UserError(
+            f"--data_index needs image folders, not --data_set {args.data_set}; drop it"
+        )
+    if args.data_set in NEED_PATH and not args.data_path:
+        raise UserError(f"{args.checkpoint} names no images; give --images with files or folders")
+    sources = {"eval_data_path": args.eval_data_path, "data_index": args.data_index}
+    spec = DatasetSpec(args.data_path, input_size=args.input_size, **sources)
+    return datasets.create_dataset(args.data_set, spec, train=args.split == "train")
+
+
+class Files(ImageFiles):
+    """Image files, and all images below folders."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.samples, self.classes = [], None
+        for path in map(os.path.expanduser, paths):
+            if os.path.isdir(path):
+                self.samples += list_images(path, labeled=False)
+            elif os.path.exists(path):
+                self.samples.append((path, 0))
+            else:
+                raise UserError(f"--images {path}: no such file or folder")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ def number(kind: str) -> dict[str, Any]:
     return {"type": convert, "metavar": name.upper()}
 
 
+# Flags in --help of the training scripts and of submitit; --help all shows the others too.
+EVERYDAY = """
+model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
+config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq num_workers
+on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
+cluster nodes ngpus timeout job_dir partition array follow
+"""
 HELP = """%(aim)s
 
   python main_%(kind)s.py --recipe digits_%(kind)s --output_dir runs/digits
@@ -113,10 +120,11 @@ TARGETS |= GRAPHS
 FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
-    ("--model", NAME, "convnextv2_base", "name in models.list_models() or package.module:function"),
+    ("--model", NAME, "convnextv2_base", "name of --list_models, or package.module:function"),
     ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
     ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
-    ("--output_dir", PATH, "", "folder for checkpoints and logs; default: write nothing"),
+    ("--output_dir", PATH, None,
+     "folder for checkpoints and logs, or none; default: runs/SCRIPT-MODEL-TIME"),
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),
     ("--resume", PATH, "", "run or checkpoint to continue; those in --output_dir take precedence"),
     ("--batch_size", COUNT, 64, "images per process in each forward pass"),
@@ -177,7 +185,7 @@ FLAGS["optimizer and schedule"] = (
     ("--warmup_epochs", AMOUNT, None,
      "epochs of linear warm-up; default: epochs / 5, at most 40 (pre-training) or 20"),
     ("--warmup_steps", FROM_MINUS_1, -1, "warm-up in optimizer steps; -1: --warmup_epochs"),
-    ("--start_epoch", FROM_0, 0, "first epoch; a resumed checkpoint has its own"),
+    ("--start_epoch", FROM_0, 0, "epochs that count as done; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
     ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
     ("--opt", NAME, "adamw", "optimizer name in timm"),
@@ -277,8 +285,9 @@ FLAGS[JOB] = (
     ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 on failure"),
 )
 FLAGS["drawing"] = (
-    ("--checkpoint", PATH, "", "checkpoint or output folder of main_pretrain.py"),
+    ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
     ("--output", PATH, "imagined.png", "PNG file to write"),
+    ("--images", PATH, None, "image files and folders to draw; default: the run's data", "+"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )

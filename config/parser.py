@@ -9,14 +9,22 @@ import argparse
 import contextlib
 import math
 import os
+import platform
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from config import flags, recipes
 from config.flags import as_typed
-from errors import did_you_mean
+from errors import did_you_mean, resolve
 
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "convnextv2-toolkit"  # name of the distribution
+LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
 FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
@@ -73,13 +81,60 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} ({'; '.join(filter(None, notes))})" if any(notes) else text
 
 
+class _Answer(argparse.Action):
+    """A flag that prints a text and ends the script; it sets nothing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, answer: Any, **options: Any):
+        super().__init__(option_strings, "help", default=argparse.SUPPRESS, **options)
+        self.answer = answer  # (parser, value) -> text
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        parser._print_message(f"{self.answer(parser, values).rstrip()}\n", sys.stdout)
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     script = ""  # the main script that these flags are for
     source = ""  # names the config file while its values are parsed
 
     def __init__(self, usage: str, description: str) -> None:
-        super().__init__(usage=usage, description=description, allow_abbrev=False)
+        super().__init__(usage=usage, description=description, allow_abbrev=False, add_help=False)
         self.formatter_class = partial(_Help, max_help_position=30)
+        self.add_argument(
+            *("-h", "--help"),
+            action=_Answer,
+            answer=lambda parser, value: parser.format_help() if value else parser.short_help(),
+            nargs="?",
+            choices=("all",),
+            metavar="all",
+            help="show everyday flags, or all of them",
+        )
+        self.add_argument(
+            "--version",
+            action=_Answer,
+            answer=lambda *_: describe_versions(),
+            nargs=0,
+            help="show versions of the toolkit and its libraries",
+        )
+
+    def short_help(self) -> str:
+        """Return the help of everyday flags; of all where there are few."""
+        if not self.script:
+            return self.format_help()
+        formatter, hidden = self._get_formatter(), 0
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            actions = group._group_actions
+            shown = [
+                action for action in actions if action.dest in ("help", *flags.EVERYDAY.split())
+            ]
+            hidden += len(actions) - len(shown)
+            formatter.start_section(group.title)
+            formatter.add_arguments(shown)
+            formatter.end_section()
+        formatter.add_text(f"--help all shows {hidden} more flags.")
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:  # argparse's usage would hide the message
         self.exit(2, f"{self.prog}: error: {self.source}{message}\n(see {self.prog} --help)\n")
@@ -91,6 +146,25 @@ class _Parser(argparse.ArgumentParser):
             hint = did_you_mean(word.partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized argument {word!r}. {hint}")
         return parsed
+
+
+def describe_versions() -> str:
+    """Return the versions of the toolkit, Python and the main libraries, without loading them."""
+    own = ROOT / "pyproject.toml"
+    text = own.read_text(encoding="utf-8") if own.exists() else ""
+    found = re.search(r'^version = "(.+)"', text, re.MULTILINE)
+    versions = {PACKAGE: found[1] if found else "unreleased", "Python": platform.python_version()}
+    for name in (PACKAGE,) * (found is None) + LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _list_models(parser: Any, value: Any) -> str:
+    names = resolve("models:list_models", {}, "function")()  # imports torch, for this flag alone
+    pretrained = parser.script == "main_pretrain"
+    shown = [name for name in names if name.startswith("fcmae_") is pretrained]
+    return "\n".join(name.removeprefix("fcmae_") for name in shown)
 
 
 def add_flags(
@@ -119,6 +193,9 @@ def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
     """Return the parser of main_KIND.py without some groups or flags."""
     parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
     parser.script = f"main_{kind}"
+    parser.add_argument(
+        "--list_models", action=_Answer, answer=_list_models, nargs=0, help="show names for --model"
+    )
     for title in flags.FLAGS:
         if title not in (*left_out, *OTHER_SCRIPTS):
             add_flags(parser, title, left_out=left_out)
@@ -137,7 +214,10 @@ def pretrain_parser() -> argparse.ArgumentParser:
 def finetune_parser() -> argparse.ArgumentParser:
     """Return the parser of main_finetune.py."""
     aim = "Fine-tune a classifier, train it from scratch, or evaluate it (--eval)."
-    return _main_parser("finetune", aim, "masked autoencoder")
+    parser = _main_parser("finetune", aim, "masked autoencoder")
+    data_set = next(action for action in parser._actions if action.dest == "data_set")
+    data_set.help = data_set.help.replace(" folder,", "")  # it has no labels
+    return parser
 
 
 def visualize_parser() -> argparse.ArgumentParser:
@@ -145,9 +225,11 @@ def visualize_parser() -> argparse.ArgumentParser:
     aim = "Draw images, their masks and their reconstructions by a pre-trained model."
     parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
     add_flags(parser, "drawing")
-    names = "--model --data_set --data_path --eval_data_path --data_index --device --seed"
+    names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
+    names += "--input_size --mask_ratio --imagenet_default_mean_and_std"
     add_flags(parser, "overrides of the run's flags", names)
-    parser.set_defaults(model=None, data_set=None, data_path=None, data_index=None, seed=None)
+    unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
+    parser.set_defaults(**dict.fromkeys(unset))
     return parser
 
 
@@ -186,6 +268,8 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     new["input_size"] = size * 2 if len(size) == 1 else size
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
+    if new["output_dir"] == "none":
+        new["output_dir"] = ""
     if new.get("job_dir") == "":
         new["job_dir"] = "./runs/%j"
     if new["use_amp"] is False and new["amp"] is None:

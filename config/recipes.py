@@ -6,6 +6,7 @@ python -c "from config import recipes; print(recipes.listing())"
 """
 
 import argparse
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,11 +56,18 @@ def recipes(pattern: str = "*") -> dict[str, Path]:
 
 
 def listing() -> str:
-    """List every recipe with the first line of its file."""
+    """List every recipe with its script and the first line of its file."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in recipes("[!_]*").items()}
     width = max(map(len, texts))
     first = {name: text.partition("\n")[0].lstrip("# ") for name, text in texts.items()}
-    return "\n".join(f"{name:{width}}  {line}" for name, line in first.items())
+    return "\n".join(f"{name:{width}}  {script_of(name)}.py  {first[name]}" for name in texts)
+
+
+def script_of(name: str) -> str:
+    """Return the script that a recipe is for, which may stand in the recipe that it builds on."""
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^(script|base): (\w+)$", text, re.MULTILINE))
+    return found["script"] if "script" in found else script_of(found["base"])
 
 
 def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Flags:

@@ -16,6 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from parallel.console import note
+
 # Keys in the store: the first error as "<exit code> rank <number> has failed: <reason>", the number
 # of ranks that have printed it or are done, and the number of ranks that no longer use the store.
 FAILED, PRINTED, DONE = "failed", "printed", "done"
@@ -56,6 +58,7 @@ class Watch:
         if first == own or (message and (self.rank == 0 or not same)):
             lines = "".join(traceback.format_exception(error)).rstrip()
             text = message or textwrap.indent(lines, f"[rank {self.rank}] ")
+            note(text)
             print(text, file=sys.stderr, flush=True)
         self._end(code if message else first_code)
 
@@ -103,6 +106,7 @@ class Watch:
         """Print the error of another rank; returns its exit code."""
         code, _, reason = first.partition(" ")
         line = f"{Path(sys.argv[0]).name}: error [rank {self.rank}]: {reason}"
+        note(line)
         with contextlib.suppress(OSError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
         return int(code)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
 from parallel import failure
+from parallel.console import ConsoleLog, TerminalHandler, get_logger, note
 from parallel.environment import read_launcher
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # for all processes to start
@@ -31,11 +33,6 @@ STOPPED = "stopped"  # key in the launcher's store, which torchrun keeps when it
 
 _stores: list[dist.Store] = []  # the launcher's, if there is one
 _watches: list[failure.Watch] = []  # of this process, if there are other ranks
-
-
-def get_logger() -> logging.Logger:
-    """Return the toolkit's logger; after `init_distributed_mode` only rank 0 logs below ERROR."""
-    return logging.getLogger("convnextv2")
 
 
 def launch(main: Callable[[Any], Any], args: Any) -> None:
@@ -53,11 +50,14 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
                     store.set(STOPPED, str(stop))
         if is_main_process():
             print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
+            note(str(stop))
         code = EXIT_REQUEUE
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         code, message = _explain(error, args)
         for watch in _watches if code else ():
             watch.fail(code, message, error)  # does not return
+        if code:
+            note(message or traceback.format_exc().rstrip())
         if not message:
             raise
         print(message, file=sys.stderr)
@@ -190,9 +190,25 @@ def _set_up_logging() -> None:
     if not logger.handlers:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.addHandler(TerminalHandler(sys.stdout))
         logger.propagate = False
+    if is_main_process() and not any(isinstance(x, ConsoleLog) for x in logger.handlers):
+        logger.addHandler(ConsoleLog())
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+
+
+def remember(key: str, value: str) -> None:
+    """Keep a text in the launcher's store, for the processes that torchrun may start again."""
+    for store in _stores:
+        store.set(key, value)
+
+
+def recall(key: str) -> str:
+    """Return the text that processes before a restart by torchrun remembered, or ''."""
+    for store in _stores:
+        if store.check([key]):
+            return store.get(key).decode()
+    return ""
 
 
 def get_rank() -> int:

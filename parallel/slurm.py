@@ -69,7 +69,8 @@ class Trainer:
         """Return the training script's own flags, for this job."""
         names = {action.dest for action in main.get_args_parser()._actions}
         flags = {name: value for name, value in vars(self.args).items() if name in names}
-        flags["output_dir"] = self.args.output_dir or self.args.job_dir
+        if self.args.output_dir is None:
+            flags["output_dir"] = self.args.job_dir
         for name in ("output_dir", "log_dir"):
             flags[name] = flags[name] and flags[name].replace(JOB_ID, job_id)
         restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"

@@ -69,7 +69,7 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     if JOB_ID in runs[0].job_dir:
         return runs
     return [
-        args.replace(output_dir=args.output_dir or str(Path(args.job_dir, label)))
+        args if args.output_dir else args.replace(output_dir=str(Path(args.job_dir, label)))
         for args, label in zip(runs, labels, strict=True)
     ]
 

@@ -28,7 +28,7 @@ from training.stepper import Stepper
 
 COMMON = (
     "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "
-    "--warmup_epochs 0"
+    "--warmup_epochs 0 --output_dir none"
 )
 PRETRAIN = f"--model tests.tiny:fcmae --data_set tests.tiny:colors {COMMON}"
 FINETUNE = f"--model tests.tiny:classifier --data_set tests.tiny:colors {COMMON} --aa none"

@@ -18,8 +18,10 @@ from config import flags
 from config import parser as options
 from data_loading.transforms import mean_and_std
 from errors import UserError
+from models import create_model
 from tests import tiny
 from tests.parallel.test_submit import SBATCH
+from weights.convert import to_official, to_timm
 
 RUN = {
     "mask_ratio": 0.75, "drop_path": 0.0, "in_chans": 3, "stem_stride": 1, "input_size": (32, 32),
@@ -55,6 +57,9 @@ def place(tmp_path_factory) -> Path:
         model = tiny.fcmae(in_chans=3, stem_stride=1, drop_path_rate=0, mask_ratio=0.75, **shape)
         torch.save({"model": model.state_dict(), "args": RUN}, folder / f"{name}.pth")
     (folder / "names.txt").write_text("x\ny\nz\n")
+    (folder / "photos").mkdir()
+    for name in ("one.png", "photos/two.png"):
+        Image.new("RGB", (40, 30), "red").save(folder / name)
     return folder
 
 
@@ -184,6 +189,19 @@ def data(found: SimpleNamespace) -> int:
 NAMES = "--model tests.tiny:fcmae --data_set tests.test_tool_flags_act:some"
 VISUALIZE: dict[str, Row] = {
     "checkpoint": ("--checkpoint second.pth", weight),
+    "images": (
+        "--images one.png photos one.png",
+        lambda found: getattr(found.ReconstructionImages[0][1], "samples", None),
+        None, [("one.png", 0), ("photos/two.png", 0), ("one.png", 0)],
+    ),
+    "input_size": (
+        "--input_size 16 24",
+        lambda found: tuple(found.drawing.images.shape[2:]), (32, 32), (16, 24),
+    ),
+    "mask_ratio": ("--mask_ratio 0.3", lambda found: int(found.drawing.mask[0].sum()), 12, 5),
+    "imagenet_default_mean_and_std": (
+        "--imagenet_default_mean_and_std true", lambda found: found.drawing.mean[0], 0.5, 0.485,
+    ),
     "num_images": ("--num_images 3", images, 8, 3),
     "split": ("--split val", data, 26, 7),
     "model": (
@@ -210,6 +228,33 @@ def test_flag_of_visualize_acts(flag, place, tmp_path, monkeypatch):
     seen = [look(drawn(f"{base} {more}", monkeypatch)) for more in ("", words)]
     assert seen == expected if expected else seen[0] != seen[1]
     assert Image.open(tmp_path / "a.png").width > 100
+
+
+def test_weights_of_others_with_a_decoder_are_drawn(tmp_path, monkeypatch, capsys):
+    """Only runs of this toolkit were accepted; the sizes are those of the weights."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("one.png")
+    sizes = {"stem_stride": 1, "decoder_depth": 2, "decoder_embed_dim": 16}
+    state = create_model("fcmae_convnextv2_atto", patch_size=8, **sizes).state_dict()
+    official = argparse.Namespace(model="convnextv2_atto", input_size=16, norm_pix_loss=True)
+    torch.save({"model": to_official(state), "args": official}, "official.pth")
+    encoder = {n.removeprefix("encoder."): x for n, x in state.items() if n.startswith("encoder.")}
+    decoder = {name: x for name, x in state.items() if not name.startswith("encoder.")}
+    torch.save(to_timm(encoder) | decoder, "timm.pth")
+    base = "--images one.png --input_size 16 --device cpu --num_images 1 --output a.png"
+    pictures = []
+    for name in ("official", "timm"):
+        found = drawn(f"--checkpoint {name}.pth {base}", monkeypatch)
+        assert (len(found.build_fcmae[1].decoder), found.build_fcmae[1].patch_size) == (2, 8)
+        pictures.append(found.drawing)
+        assert "a.png: 1 rows of input, seen by the network, baseline" in capsys.readouterr().out
+    torch.save(to_timm(encoder), "encoder.pth")
+    with pytest.raises(UserError, match="encoder.pth has no proj, mask_token, decoder, pred: wit"):
+        drawn(f"--checkpoint encoder.pth {base}", monkeypatch)
+    with pytest.raises(UserError, match="official.pth names no images; give --images"):
+        drawn("--checkpoint official.pth --device cpu", monkeypatch)
+    with pytest.raises(UserError, match="--images two.png: no such file or folder"):
+        drawn("--checkpoint official.pth --device cpu --images two.png", monkeypatch)
 
 
 # --- all ------------------------------------------------------------------------------------------

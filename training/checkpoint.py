@@ -37,6 +37,7 @@ class TrainState:
     effective_batch: int = 0  # images in an optimizer step, over all ranks
     epoch_sums: dict[str, Any] = field(default_factory=dict)  # of the meters and the anomaly guard
     images: int = 0  # in the data set
+    best_epochs: dict[str, int] = field(default_factory=dict)  # of `best`, counted from 1
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
@@ -50,7 +51,7 @@ class TrainState:
         """
         if self.samples_in_epoch and self.images not in (0, images):
             raise UserError(
-                f"epoch {self.epoch} began with {self.images} images and cannot resume with "
+                f"epoch {self.epoch + 1} began with {self.images} images and cannot resume with "
                 f"{images}; restore the data, or pass a checkpoint from the end of an epoch to "
                 "--resume, with another --output_dir"
             )
@@ -70,6 +71,7 @@ class TrainState:
         known = {name: value for name, value in accuracies.items() if value is not None}
         improved = [name for name, value in known.items() if value > self.best.get(name, -1.0)]
         self.best |= {name: known[name] for name in improved}
+        self.best_epochs |= dict.fromkeys(improved, self.epoch)
         return improved
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from parallel.state_dict import copy_to_cpu
 from training import run_lock
 from training.checkpoint import TrainableParts, TrainState, collect_checkpoint, write_checkpoints
 from training.preemption import RankVote, StopSignals
+from training.report import describe_progress
+from training.run_folder import how_to_continue
+from utils import explain
+from weights.files import numbered_checkpoints
 
 RETRY = 60.0  # seconds after which a failed save is repeated while training continues
 PAUSE = 5.0  # seconds between attempts where the run ends with its save
@@ -77,6 +81,23 @@ def _lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best accuracies of a run and their epochs, as they were at some time."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    epochs: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: TrainState) -> "Best":
+        """Copy them from a state."""
+        return cls(dict(state.best), dict(state.best_epochs))
+
+    def restore(self, state: TrainState) -> None:
+        """Copy them into a state."""
+        state.best, state.best_epochs = dict(self.values), dict(self.epochs)
+
+
 class NoMoreBatches(Preempted):
     """The run was asked to stop while all ranks wait for a batch; `CheckpointManager` saves it."""
 
@@ -105,6 +126,7 @@ class CheckpointManager:
     max_failures: saves in a row that may fail; a failed one is repeated a minute later.
     in_background: write in a thread.
     before_save: called on all ranks before a save within an epoch.
+    again: words that tell how to continue an interrupted run. folder: of the checkpoints.
 
         with CheckpointManager(...) as checkpoints:
             ...
@@ -122,12 +144,14 @@ class CheckpointManager:
     max_failures: int = 5
     in_background: bool = False
     before_save: Callable[[], Any] | None = None
+    again: str = "rerun the same command"
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.signals = StopSignals(self.every_minutes, self.max_minutes)
         self.vote, self.writer = RankVote(), AsyncWriter(self.in_background)
         self.saved_at = 0  # step of the last save within an epoch
-        self.saved_best: dict[str, float] = {}  # best accuracies that have their checkpoint
+        self.saved_best = Best()  # accuracies that have their checkpoint
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
         self.problem = ""  # why the last save failed, '' if it did not
         self.last: LastStep | None = None
@@ -176,7 +200,7 @@ class CheckpointManager:
         if last is None:
             raise Preempted(
                 "stopped before the first step, since no batch came; nothing to save. Exit code "
-                "75: rerun the same command to continue"
+                f"75: {self.again} to continue"
             )
         now = last.state
         if last.meters is not None and now.epoch == last.epoch:
@@ -241,8 +265,8 @@ class CheckpointManager:
         self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard)
         if last and self.problem:
             raise TrainingStopped(
-                f"training is complete, but could not be saved: {self.problem}; fix "
-                "this, then rerun the same command to continue from the last checkpoint"
+                f"training is complete, but could not be saved: {self.problem}; correct "
+                f"this, then {self.again} to continue from the last checkpoint"
             )
 
     def _save(
@@ -255,7 +279,7 @@ class CheckpointManager:
         run_lock.check()
         if self.save is None:
             return
-        best, wait = dict(state.best), is_last or self.writer.pool is None
+        best, wait = Best.of(state), is_last or self.writer.pool is None
 
         def save() -> bool:
             self.save(state=state, writer=self.writer, numbered=numbered, improved=improved)
@@ -266,22 +290,21 @@ class CheckpointManager:
         for attempt in range(1 + self.max_failures if is_last else 1):
             if attempt:
                 time.sleep(PAUSE)
-            state.best = dict(best)
+            best.restore(state)
             if self._attempt(state, save):
                 break
         if not self.problem and numbered:
             self.signals.last_save = time.monotonic()
         if self.failures > self.max_failures and not is_last:
             raise TrainingStopped(
-                f"{self.failures} saves in a row failed, the last with: {self.problem}; free disk "
-                "space, choose another --output_dir or fix the error, then rerun the same command: "
-                "earlier checkpoints are intact"
+                f"{self.failures} saves in a row failed, the last with: {self.problem}; correct "
+                f"this, then {self.again} to continue"
             )
 
     def _finish_write(self, state: TrainState) -> None:
         """Wait for the write in the background; from here on `state.best` is on the disk."""
         self._attempt(state, self.writer.wait)
-        self.saved_best = dict(state.best)
+        self.saved_best = Best.of(state)
 
     def _attempt(self, state: TrainState, work: Callable[[], bool]) -> bool:
         """Save or wait on all ranks and record the result; False if a retry makes sense.
@@ -293,29 +316,36 @@ class CheckpointManager:
         try:
             done = work()
         except (OSError, UserError) as error:
-            problem, retry = str(error), isinstance(error, OSError)
+            retry = isinstance(error, OSError)
+            problem = f"{explain(error) if retry else error}; {self._intact()}"
         done, problem, retry = broadcast((done, problem, retry))
         self.signals.retry_at = time.monotonic() + RETRY if retry else math.inf
         if problem:
-            self.problem, state.best = problem, dict(self.saved_best)
+            self.problem = problem
+            self.saved_best.restore(state)
             self.failures += retry
             times = f", {self.failures} times in a row" if retry else ""
-            text = "could not save%s (%s); earlier checkpoints are intact"
-            get_logger().warning(text, times, problem)
+            get_logger().warning("could not save%s (%s)", times, problem)
         elif done:
             self.problem, self.failures, self.successes = "", 0, self.successes + 1
         return not retry
 
+    def _intact(self) -> str:
+        """Return the words for what a failed save has not touched."""
+        found = numbered_checkpoints(self.folder) if self.folder else []
+        newest = f"{found[0].name} and " if found else ""
+        return f"{newest}earlier checkpoints are intact"
+
     def _stop(self, state: TrainState) -> None:
         reason = self.signals.reason or "another process"
-        where = f"stopped by {reason} at epoch {state.epoch}, step {state.global_step}"
+        where = f"stopped by {reason} {describe_progress(state)}"
         get_logger().info("asked to stop (%s) at step %d", reason, state.global_step)
         if self.problem and not self.successes:  # a requeued run would start from the same point
             raise TrainingStopped(f"{where}; nothing of this run could be saved: {self.problem}")
         if self.save is None:
             raise Preempted(f"{where}; nothing saved: the same command starts from the beginning")
         saved = f"the last save failed: {self.problem}" if self.problem else "checkpoint saved"
-        raise Preempted(f"{where}; {saved}. Exit code 75: rerun the same command to continue")
+        raise Preempted(f"{where}; {saved}. Exit code 75: {self.again} to continue")
 
 
 def build_checkpoint_manager(
@@ -347,4 +377,6 @@ def build_checkpoint_manager(
         args.max_save_failures,
         args.async_save,
         before_save,
+        how_to_continue(args),
+        folder,
     )

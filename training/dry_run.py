@@ -39,6 +39,7 @@ from training import hooks, run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.report import describe_progress
 from training.setup import TrainLoop
 
 SECONDS = 4.0  # for each measurement of speed
@@ -62,6 +63,7 @@ class PlannedRun:
     data_loader_train: DeviceLoader
     data_loader_val: DeviceLoader | None = None
     evaluate: Callable[[Any], dict] | None = None
+    draw: Callable[[], Tensor | None] | None = None  # an image as the run writes it, on rank 0
 
 
 def check_run(run: PlannedRun) -> None:
@@ -76,6 +78,8 @@ def check_run(run: PlannedRun) -> None:
     if run.data_loader_val is not None:
         check_images(problems, "val", run.data_loader_val.loader, run.args.seed)
     skip = "some images are bad" if problems else ""  # the same on all ranks
+    if run.draw is not None and not skip:
+        check_picture(problems, run.draw)
     log_plan(run)
     check_folder(problems, run)
     if min(all_gather(len(samples))):
@@ -166,11 +170,21 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
     return good
 
 
+def check_picture(problems: list[str], draw: Callable[[], Tensor | None]) -> None:
+    """Draw once; a run would report a failure and continue without pictures."""
+    try:
+        if (image := draw()) is not None:
+            log_result("picture", "{2} x {1} pixels".format(*image.shape))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        problems.append(f"no picture can be drawn ({reason}); --picture_freq 0 trains without")
+
+
 def log_plan(run: PlannedRun) -> None:
     """Log where the run starts, its steps, parameters and learning rates."""
     state, total = run.loop.state, run.loop.schedule.total
-    start = f"epoch {state.epoch}, step {state.global_step} of {total}"
-    log_result("start", f"{run.source or 'random weights'}, {start}")
+    start = f"{run.source or 'random weights'}, {describe_progress(state)} of {total}"
+    log_result("start", start)
     accumulation = f"{run.loop.stepper.update_freq} accumulation steps"
     factors = f"{run.args.batch_size} x {accumulation} x {get_world_size()} processes"
     log_result("step", f"{state.effective_batch} images = {factors}; {total} steps in the run")

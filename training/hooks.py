@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Hooks that report a run: log lines or a progress bar, log.txt, TensorBoard, images.
+"""Hooks that report a run: log lines, a progress bar, log.txt, TensorBoard, images.
 
 python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir runs/look
 """
@@ -9,9 +9,9 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from torchvision.utils import save_image
 
 from config.parser import dump_args
 from datasets import DeviceLoader
-from errors import UserError
+from errors import UserError, first_line
 from models.kernels.autotune import autotuner
+from parallel.console import note
 from parallel.process_group import from_main_process, get_logger, get_world_size
 from training import run_lock
 from training.checkpoint import TrainState
 from training.meters import Means
+from training.report import Record, count_epochs, format_record, format_short, format_stats
 from utils import write_atomically
-
-Record = dict[str, float]
 
 
 class Hook:
@@ -38,6 +38,9 @@ class Hook:
 
     def on_step(self, state: TrainState) -> None:
         """Called after every optimizer step. It gets no values, so nothing synchronizes."""
+
+    def on_first_step(self, record: Record, state: TrainState) -> None:
+        """Called after the first step of a process, so that nobody waits for `print_freq` steps."""
 
     def on_log(self, record: Record, state: TrainState) -> None:
         """Called every `print_freq` steps with means since the last call, speed and time left."""
@@ -47,6 +50,10 @@ class Hook:
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         """Called with an image to show, (3, H, W) in 0 to 1."""
+
+    def has_image(self, name: str, state: TrainState) -> bool:
+        """Return True if the image of the last finished epoch is written already."""
+        return False
 
     def on_end(self) -> None:
         """Called once when the run ends or fails."""
@@ -71,7 +78,8 @@ class Reporter:
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
-        self.kernels_logged = False
+        self.kernels_logged, self.failed = False, set()  # hooks whose failure is reported
+        self.stats: Record = {}  # of the last epoch
 
     def begin_epoch(self, names: Sequence[str], batches: DeviceLoader) -> Means:
         """Return the meters of an epoch, which continue those of an interrupted one."""
@@ -95,14 +103,28 @@ class Reporter:
         Every rank must call it.
         """
         self._notify("on_step", self.state)
+        steps_done = self.state.global_step - self.first_step
         step = (self.state.global_step - 1) % self.steps_per_epoch + 1
-        if step % self.print_freq and step != self.steps_per_epoch:
+        regular = step % self.print_freq == 0 or step == self.steps_per_epoch
+        if not regular and steps_done > 1:
             return False
-        record = self.means.read()
+        record = self._record(self.means.read() if regular else self.means.peek(), lr, step)
+        self._notify("on_log" if regular else "on_first_step", record, self.state)
+        if not regular:
+            return False
+        if not self.kernels_logged:  # by now a kernel is chosen for every operation
+            get_logger().info("kernels chosen: %s", autotuner.summary())
+            autotuner.save()
+            self.kernels_logged = True
+        self._begin_window()
+        return True
+
+    def _record(self, means: Record, lr: float, step: int) -> Record:
+        """Return the values of a log line of this step."""
         now = time.perf_counter()
         window = max(now - self.window_start, 1e-9)
         seconds_per_step = (now - self.run_start) / (self.state.global_step - self.first_step)
-        record |= {
+        return means | {
             "lr": lr,
             "images_per_s": self.images / window,
             "data_wait": (self.batches.wait_seconds - self.waited_before) / window,
@@ -111,21 +133,29 @@ class Reporter:
             "step": step,
             "steps": self.steps_per_epoch,
         }
-        self._notify("on_log", record, self.state)
-        if not self.kernels_logged:  # by now a kernel is chosen for every operation
-            get_logger().info("kernels chosen: %s", autotuner.summary())
-            autotuner.save()
-            self.kernels_logged = True
-        self._begin_window()
-        return True
 
     def end_epoch(self, stats: Record) -> None:
         """Notify the hooks of an epoch's values; raises if this run lost its output folder."""
         run_lock.check()
+        self.stats = stats
         self._notify("on_epoch", stats, self.state)
 
-    def image(self, name: str, image: Tensor | None) -> None:
-        """Notify the hooks of an image, if there is one."""
+    def image(
+        self, name: str, draw: Callable[[], Tensor | None], only_missing: bool = False
+    ) -> None:
+        """Draw an image and notify the hooks of it, if there is one; every rank must call it.
+
+        only_missing: only if the hooks have not written it, as in a run that was killed before.
+        """
+        if only_missing and from_main_process(
+            lambda: any(hook.has_image(name, self.state) for hook in self.hooks)
+        ):
+            return
+        try:
+            image = draw()
+        except Exception as error:
+            self._report_failure(f"the image {name}", error)
+            return
         if image is not None:
             self._notify("on_image", name, image, self.state)
 
@@ -138,12 +168,23 @@ class Reporter:
         self._notify("on_end")
 
     def _notify(self, method: str, *args: object) -> None:
-        """Call a method of each hook; a hook that cannot write does not end the run."""
+        """Call a method of each hook; a hook that fails does not end the run."""
         for hook in self.hooks:
             try:
                 getattr(hook, method)(*args)
-            except OSError as error:
-                get_logger().warning("%s cannot write: %s", type(hook).__name__, error)
+            except Exception as error:
+                self._report_failure(type(hook).__name__, error)
+
+    def _report_failure(self, name: str, error: Exception) -> None:
+        """Warn of the first failure of a hook or an image."""
+        if name in self.failed:
+            return
+        self.failed.add(name)
+        *_, last = traceback.extract_tb(error.__traceback__)
+        place = "" if isinstance(error, OSError) else f" at {last.filename}:{last.lineno}"
+        reason = f"{type(error).__name__}: {first_line(error)}{place}"
+        text = "%s failed (%s); the run continues without it, and tries again (reported once)"
+        get_logger().warning(text, name, reason)
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -158,56 +199,61 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def format_record(record: Record) -> str:
-    """Format the values of a log line, each after its name."""
-    time_left = timedelta(seconds=round(record["eta_s"]))
-    return (
-        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad_norm {record['grad_norm']:.2f}  "
-        f"images/s {record['images_per_s']:.0f}  data_wait {100 * record['data_wait']:.0f}%  "
-        f"memory {record['memory_mb']:.0f} MB  eta {time_left}"
-    )
-
-
-def format_stats(stats: Record) -> str:
-    """Format the losses and accuracies of an epoch, each after its name in log.txt."""
-    shown = [key for key in stats if key.endswith("loss") or "acc" in key]
-    return "  ".join(f"{key} {stats[key]:.4g}" for key in shown)
-
-
 class LineHook(Hook):
-    """Log a line every `print_freq` steps and every epoch."""
+    """Log a line after the first step, every `print_freq` steps and every epoch.
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    top5: show top-5 accuracies. shown: False if a progress bar is on the terminal, so that the
+    lines of steps go to console.log alone.
+    """
+
+    def __init__(self, epochs: int, top5: bool = True, shown: bool = True) -> None:
+        self.epochs, self.top5, self.shown = epochs, top5, shown
+
+    def on_first_step(self, record: Record, state: TrainState) -> None:
+        self.on_log(record, state)
 
     def on_log(self, record: Record, state: TrainState) -> None:
-        epoch, step = f"{state.epoch + 1}/{self.epochs}", f"{record['step']}/{record['steps']}"
-        get_logger().info("epoch %s  step %s  %s", epoch, step, format_record(record))
+        epoch, step = count_epochs(state.epoch, self.epochs), f"{record['step']}/{record['steps']}"
+        line = f"epoch {epoch}  step {step}  {format_record(record)}"
+        if self.shown:
+            get_logger().info("%s", line)
+        else:
+            note(line)
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        get_logger().info("epoch %d/%d done  %s", state.epoch, self.epochs, format_stats(stats))
+        line = format_stats(stats, self.top5)
+        get_logger().info("epoch %d/%d done  %s", state.epoch, self.epochs, line)
 
 
 class BarHook(Hook):
-    """Show one progress bar for the whole run."""
+    """Show one progress bar for the whole run, the values first: they stay when it is narrow."""
 
     def __init__(self, epochs: int, state: TrainState, total: int) -> None:
         from tqdm import tqdm
 
-        self.epochs = epochs
+        self.epochs, self.values = epochs, ""
         self.bar = tqdm(
-            total=total, initial=state.global_step, unit="step", dynamic_ncols=True, leave=False
+            desc=self._text(state),
+            total=total,
+            initial=state.global_step,
+            bar_format="{desc}  {percentage:3.0f}% |{bar}|",
+            dynamic_ncols=True,
+            leave=False,
         )
 
+    def _text(self, state: TrainState) -> str:
+        return f"epoch {count_epochs(state.epoch, self.epochs)}{self.values}"
+
     def on_step(self, state: TrainState) -> None:
+        self.bar.set_description_str(self._text(state), refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, record: Record, state: TrainState) -> None:
-        self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
-        self.bar.set_postfix_str(format_record(record).split("  eta")[0])
+    def on_first_step(self, record: Record, state: TrainState) -> None:
+        self.on_log(record, state)
 
-    def on_epoch(self, stats: Record, state: TrainState) -> None:
-        self.bar.write(f"epoch {state.epoch}/{self.epochs} done  {format_stats(stats)}")
+    def on_log(self, record: Record, state: TrainState) -> None:
+        self.values = f"  {format_short(record)}"
+        self.bar.set_description_str(self._text(state))
 
     def on_end(self) -> None:
         self.bar.close()
@@ -318,24 +364,39 @@ class ImageHook(Hook):
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)  # fails if the run's own folder is missing
-        path = folder / f"epoch-{state.epoch - 1}.png"
+        path = self._path(name, state)
         write_atomically(partial(save_image, image, format="png"), path)
+
+    def has_image(self, name: str, state: TrainState) -> bool:
+        return self._path(name, state).exists()
+
+    def _path(self, name: str, state: TrainState) -> Path:
+        return self.folder / name / f"epoch-{state.epoch - 1}.png"
 
 
 def build_reporter(
-    args: Any, folder: Path | None, device: torch.device, state: TrainState, steps_per_epoch: int
+    args: Any,
+    folder: Path | None,
+    device: torch.device,
+    state: TrainState,
+    steps_per_epoch: int,
+    top5: bool = True,
 ) -> Reporter:
-    """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose."""
+    """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
+
+    top5: show top-5 accuracies, which say nothing with five classes or fewer.
+    """
     total_steps = steps_per_epoch * args.epochs
-    open_hooks = partial(_build_hooks, args, folder)
+    open_hooks = partial(_build_hooks, args, folder, top5)
     return Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq, open_hooks)
 
 
-def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hook]:
-    hooks: list[Hook] = [LineHook(args.epochs)]
+def _build_hooks(args: Any, folder: Path | None, top5: bool, reporter: Reporter) -> list[Hook]:
     state, total_steps = reporter.state, reporter.total_steps
-    if args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty()):
-        hooks = [BarHook(args.epochs, state, total_steps)]
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else `> train.log` needs the lines
+    bar = args.progress == "bar" or (args.progress == "auto" and on_terminal)
+    hooks: list[Hook] = [LineHook(args.epochs, top5, shown=not (bar and on_terminal))]
+    get_logger().info("epochs count from 1 in these lines, from 0 in log.txt and in file names")
     at_epoch_end = state.global_step % reporter.steps_per_epoch == 0 and state.samples_in_epoch > 0
     logs = log_folder(args.log_dir, folder)
     try:
@@ -349,7 +410,7 @@ def _build_hooks(args: Any, folder: Path | None, reporter: Reporter) -> list[Hoo
             f"the run cannot write its logs ({error}); choose another --output_dir or --log_dir, "
             "or free some space"
         ) from error
-    return hooks
+    return [BarHook(args.epochs, state, total_steps), *hooks] if bar else hooks
 
 
 def log_folder(log_dir: str | None, output_dir: Path | None) -> Path | None:

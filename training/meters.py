@@ -56,6 +56,10 @@ class Means:
         self.recent.copy_(own)
         self.before.copy_(torch.tensor(state["before"], dtype=torch.float64))
 
+    def peek(self) -> dict[str, float]:
+        """`read`, which then returns the same values again; every rank must call it."""
+        return self._divide(all_reduce_sum(self.recent.clone()).cpu().double())
+
     def read(self) -> dict[str, float]:
         """Return the means since the last `read`; every rank must call it."""
         sums = all_reduce_sum(self.recent.clone()).cpu().double()

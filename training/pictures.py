@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Reconstruction images: input, masked input and prediction, a row per input.
+"""Reconstruction images: input, masked input, baseline and prediction, a row per input.
 
 python visualize.py --checkpoint runs/demo/pretrain --output reconstructions.png
 """
@@ -21,10 +21,18 @@ from data_loading.workers import WatchedLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from parallel import sharding
 from parallel.process_group import is_main_process
+from training.checkpoint import TrainState
 from training.stepper import autocast
 
 GRAY = 0.5  # shown where a column has no pixels
-TITLES = ("input", "masked", "reconstruction", "reconstruction\n+ visible")
+TITLES = (
+    "input",
+    "seen by\nthe network",
+    "baseline:\npatch means",
+    "reconstruction",
+    "reconstruction\n+ visible",
+)
+CAPTION = "{}\nmasked loss {:.4f}; of the baseline, each hidden patch's own mean: {:.4f}"
 MIN_WIDTH = 128  # pixels of a column, so that its title fits; smaller images are enlarged
 INK = "#303030"  # color of the titles
 
@@ -44,9 +52,11 @@ class ReconstructionImages:
         device: torch.device,
         amp: str = "none",
         count: int = 8,
+        name: str = "",
     ) -> None:
+        """name: of what is drawn, for the caption; default: the epoch."""
         self.picture_freq, self.epochs = args.picture_freq, args.epochs
-        self.device, self.amp = device, amp
+        self.device, self.amp, self.name = device, amp, name
         if not self.picture_freq:
             return
         self.mean, self.std = datasets.build_mean_and_std(args)
@@ -61,50 +71,61 @@ class ReconstructionImages:
         noise = mask_noise(args.seed, 0, ids, h * w)
         self.mask = random_mask(noise, visible_patches(h * w, model.mask_ratio))  # (N, L)
 
-    def draw(self, model: FCMAE, epoch: int) -> Tensor | None:
-        """Draw (3, H, W) on rank 0 if the run shows images after `epoch` epochs; otherwise None.
+    def draw(self, model: FCMAE, state: TrainState) -> Tensor | None:
+        """Draw (3, H, W) on rank 0 if the run shows images after this epoch; otherwise None.
 
         Every rank must call it, since sharded weights are gathered.
         """
-        if not self.picture_freq or (epoch % self.picture_freq and epoch != self.epochs):
+        epoch = state.epoch  # the number of finished epochs
+        due = self.picture_freq and (epoch % self.picture_freq == 0 or epoch == self.epochs)
+        if not due or epoch == 0 or state.samples_in_epoch:
             return None
         with sharding.unsharded(model) as network, autocast(self.device, self.amp):
             if not is_main_process():
                 return None
-            return grid(reconstruct(network, self.images, self.mask, self.mean, self.std))
+            mean, std = self.mean, self.std
+            views, *losses = reconstruct(network, self.images, self.mask, mean, std)
+            return grid(views, CAPTION.format(self.name or f"epoch {epoch}", *losses))
 
 
 @torch.no_grad()
 def reconstruct(
     model: FCMAE, images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """Normalized (N, C, H, W) and mask (N, L), 1 = removed -> (N, 4, C, H, W) in 0 to 1.
+) -> tuple[Tensor, float, float]:
+    """Normalized (N, C, H, W) and mask (N, L), 1 = removed -> (N, 5, C, H, W) in 0 to 1, losses.
 
-    The four are those of TITLES. The loss ignores visible patches, so their prediction has no
+    The five are those of TITLES. The loss ignores visible patches, so their prediction has no
     meaning and is not shown. With `norm_pix_loss` the model predicts patches without their mean
-    and variance, which are taken from the input.
+    and variance, which are taken from the input: even an untrained network shows rough shapes.
+    The baseline shows how much that is: the mean of each hidden patch over pixels and channels.
+    The losses are those of the model and of the baseline.
     """
     was_training = model.training
     model.eval()
-    pred = model(images, mask, int((mask[0] == 0).sum()))[1]  # (N, p*p*C, h, w)
+    loss, pred, _ = model(images, mask, int((mask[0] == 0).sum()))  # pred (N, p*p*C, h, w)
     model.train(was_training)
-    patches = model.patchify(images)  # (N, L, p*p*C)
+    patches, (h, w) = model.patchify(images), model.grid_size(*images.shape[-2:])  # (N, L, p*p*C)
     pred = pred.flatten(2).transpose(1, 2).to(patches.dtype)
+    means = patches.mean(-1, keepdim=True).expand_as(patches)
+    guess = torch.zeros_like(patches) if model.norm_pix_loss else means  # as a prediction
+    guess = guess.transpose(1, 2).unflatten(2, (h, w))
     if model.norm_pix_loss:
-        deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-        pred = pred * deviation + patches.mean(-1, keepdim=True)
-    size = model.grid_size(*images.shape[-2:])
-    pred = model.unpatchify(pred, size)  # (N, C, H, W)
-    removed = model.unpatchify(mask[..., None].expand_as(patches), size) > 0
+        pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + means
+    removed = model.unpatchify(mask[..., None].expand_as(patches), (h, w)) > 0
+    baseline_loss = model.forward_loss(images, guess, mask)
     mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    images, pred = images * std + mean, pred * std + mean
-    masked, alone = torch.where(removed, GRAY, images), torch.where(removed, pred, GRAY)
-    pasted = torch.where(removed, pred, images)
-    return torch.stack([images, masked, alone, pasted], dim=1).clamp(0, 1)
+    pred, means, images = (
+        part * std + mean
+        for part in (model.unpatchify(pred, (h, w)), model.unpatchify(means, (h, w)), images)
+    )
+    columns = [images, torch.where(removed, GRAY, images)]
+    columns += [torch.where(removed, part, GRAY) for part in (means, pred)]
+    columns += [torch.where(removed, pred, images)]
+    return torch.stack(columns, dim=1).clamp(0, 1), loss.item(), baseline_loss.item()
 
 
-def grid(views: Tensor) -> Tensor:
-    """Lay out (N, 4, C, H, W) in 0 to 1 as one RGB image (3, H, W): titles above N rows."""
+def grid(views: Tensor, caption: str = "") -> Tensor:
+    """Lay out (N, 5, C, H, W) in 0 to 1 as one RGB image (3, H, W): titles, N rows, a caption."""
     n, columns, chans, height, width = views.shape
     rgb = views if chans == 3 else views.mean(2, keepdim=True).expand(-1, -1, 3, -1, -1)
     scale = -(-MIN_WIDTH // width)
@@ -119,4 +140,7 @@ def grid(views: Tensor) -> Tensor:
         middle = gap + column * (width + gap) + width // 2
         style = {"font": font, "anchor": "md", "align": "center", "fill": INK}
         draw.multiline_text((middle, 3 * size - gap // 2), title, **style)
-    return torch.cat([to_tensor(titles), rows], dim=1)
+    below = Image.new("RGB", (rows.shape[2], 3 * size), "white")
+    ImageDraw.Draw(below).multiline_text((gap, gap // 2), caption, font=font, fill=INK)
+    parts = [to_tensor(titles), rows] + [to_tensor(below)] * bool(caption)
+    return torch.cat(parts, dim=1)

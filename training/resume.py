@@ -20,6 +20,7 @@ from config.parser import absolute_paths
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
 from training.checkpoint import TrainableParts, TrainState, checkpoint_name, restore_run, rotate
+from training.report import describe_progress
 from utils import link
 from weights import files
 from weights.saved_run import INHERITED, RESUMED
@@ -171,11 +172,11 @@ def auto_load_model(point: ResumePoint, parts: TrainableParts, start_epoch: int 
     if point.is_run:
         restore_run(point.checkpoint, source, parts)
         state = TrainState.from_dict(point.checkpoint["state"])
-        log.info("resumed from %s: epoch %d, step %d", source, state.epoch, state.global_step)
+        log.info("resumed from %s, %s", source, describe_progress(state))
         return state
     if source:
         reason = point.weights_only_reason or f"{point.problem}: only its weights are loaded"
-        log.warning("%s; training starts at epoch %d", reason, start_epoch)
+        log.warning("%s; training starts at epoch %d", reason, start_epoch + 1)
     return TrainState(start_epoch)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,7 +25,7 @@ from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import Schedule, choose_update_freq
-from parallel import process_group, sharding
+from parallel import console, process_group, sharding
 from parallel.process_group import all_gather, broadcast, get_logger, get_world_size
 from training import run_lock
 from training.anomaly import AnomalyGuard
@@ -34,6 +35,7 @@ from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
+from training.run_folder import create_run_folder, folder_name
 from training.stepper import Stepper, choose_amp
 from weights.convert import CLASSIFIER, DECODER
 from weights.pretrained import EMA_KEY, check_pretrained, peek
@@ -63,8 +65,6 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     check_ranks_agree(vars(args))
-    if args.recipe:
-        get_logger().info("recipe %s", args.recipe)
     models.check_model(args)  # before the data is listed
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
@@ -74,9 +74,12 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
 def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     """Check the parallel mode, lock the output folder and find the checkpoint to resume from."""
     parallelism = sharding.build_parallelism(args, device, amp)
+    args = _choose_folder(args)
     output_dir = Path(args.output_dir) if args.output_dir else None
     if not args.dry_run:
-        output_dir = run_lock.acquire_run_lock(args.output_dir)
+        run_lock.acquire_run_lock(args.output_dir)
+    console.open_console_log(None if args.dry_run else output_dir)
+    log_recipe(args)
     resume_point = find_resume_point(
         output_dir,
         args.resume,
@@ -104,6 +107,29 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     return RunSetup(
         args, saved.head, parallelism, output_dir, resume_point, update_freq, effective_batch
     )
+
+
+def _choose_folder(args: Any) -> Any:
+    """Return `args` with a folder of the run, a new one if none is given, and log it."""
+    folder, log = args.output_dir, get_logger()
+    if folder is None:
+        model = args.model
+        if "model" not in args.given and not args.sha256:  # that of the weights to start from
+            model = _saved_run(args, ResumePoint(args.resume)).flags.get("model", model)
+        if args.dry_run:
+            folder = str(folder_name(args, model, time.time()))
+        else:
+            folder = create_run_folder(args, model)
+            log.info("%s: a new run; to continue it, add --output_dir %s", folder, folder)
+    elif not args.dry_run:
+        log.info("%s", f"output folder {folder}" if folder else "--output_dir none: nothing saved")
+    return args.replace(output_dir=folder)
+
+
+def log_recipe(args: Any) -> None:
+    """Log the flags of --recipe."""
+    if args.recipe:
+        get_logger().info("recipe %s", args.recipe)
 
 
 def _saved_run(args: Any, point: ResumePoint) -> SavedRun:

@@ -27,7 +27,7 @@ RELEASED = {
         recipe:1035 device:60dd seed:f37e amp:cb80 use_amp:70f4 on_spike:9a30 spike_factor:04ef
         snapshot_freq:b2de max_bad_steps:268b kernels:c1a8 compile:3728 cuda_graphs:7dee
         grad_checkpointing:c2ad deterministic:b48d dry_run:3921 print_freq:12b2 progress:94a6
-        output_dir:6f53 log_dir:c28b resume:7f30 sha256:e7ae auto_resume:905d save_ckpt:2d85
+        output_dir:0800 log_dir:c28b resume:7f30 sha256:e7ae auto_resume:905d save_ckpt:2d85
         save_ckpt_freq:bbe6 save_ckpt_every_steps:d43d save_ckpt_every_minutes:b7a3
         max_minutes:11fc async_save:dafa max_save_failures:2ded save_ckpt_num:106a shard:ea69
         grad_compression:cc0c sync_bn:26cc sync_bn_group:ade5 world_size:219c local_rank:ee02
@@ -49,7 +49,7 @@ RELEASED = {
         config:fb19 recipe:1035 device:60dd seed:f37e amp:cb80 use_amp:70f4 on_spike:9a30
         spike_factor:02fb snapshot_freq:b2de max_bad_steps:268b kernels:c1a8 compile:3728
         cuda_graphs:7dee grad_checkpointing:c2ad deterministic:b48d dry_run:3921 print_freq:12b2
-        progress:94a6 output_dir:6f53 log_dir:c28b resume:7f30 sha256:e7ae auto_resume:905d
+        progress:94a6 output_dir:0800 log_dir:c28b resume:7f30 sha256:e7ae auto_resume:905d
         save_ckpt:2d85 save_ckpt_freq:bbe6 save_ckpt_every_steps:d43d
         save_ckpt_every_minutes:b7a3 max_minutes:11fc async_save:dafa max_save_failures:2ded
         save_ckpt_num:106a shard:ea69 grad_compression:cc0c sync_bn:26cc sync_bn_group:ade5

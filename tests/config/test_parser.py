@@ -4,6 +4,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -518,6 +519,69 @@ def test_help_names_every_flag_and_group(kind):
         assert action.help
         for option in action.option_strings:
             assert option in text
+
+
+def answer(capsys, parser, *words: str) -> str:
+    """What a flag prints that ends the script."""
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(words)
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+def options_in(text: str) -> list[str]:
+    return re.findall(r"^  (?:-h.*)?--(\w+)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_shows_25_everyday_flags_and_help_all_the_others(kind, columns, capsys, monkeypatch):
+    """It was 250 lines long."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    short = answer(capsys, PARSERS[kind](), "--help")
+    assert answer(capsys, PARSERS[kind](), "-h") == short
+    shown = set(options_in(short)) - {"help", "version", "list_models"}
+    assert len(shown) == 25
+    assert {"model", "data_path", "output_dir", "epochs", "lr"} <= shown
+    assert ("mask_ratio" in shown, "finetune" in shown) == (kind == "pretrain", kind != "pretrain")
+    assert max(map(len, short.splitlines())) <= columns
+    every = answer(capsys, PARSERS[kind](), "--help", "all")
+    hidden = len(set(options_in(every)) - set(options_in(short)))
+    assert short.endswith(f"--help all shows {hidden} more flags.\n")
+    assert hidden > 40
+
+
+def test_everyday_flags_exist():
+    known = {action.dest for parser in PARSERS.values() for action in parser()._actions}
+    known |= {row[0].removeprefix("--") for row in options.flags.FLAGS[options.flags.JOB]}
+    assert set(options.flags.EVERYDAY.split()) <= known
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_help_of_a_job_shows_its_commands_and_flags(kind, capsys):
+    parser = PARSERS[kind]()
+    options.add_submitit_args(parser)
+    text = answer(capsys, parser, "--help")
+    assert f"  python submitit_{kind}.py --nodes 8" in text
+    assert "python main_" not in text
+    assert {"nodes", "ngpus", "job_dir", "partition"} <= set(options_in(text))
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_models_and_versions_are_listed(kind, capsys):
+    """By names that --model takes."""
+    names = answer(capsys, PARSERS[kind](), "--list_models").split()
+    assert names[0] == "convnextv2_atto"
+    assert len(set(names)) == len(names) >= 8
+    text = answer(capsys, PARSERS[kind](), "--version")
+    assert re.match(r"convnextv2-toolkit \S+, Python 3\.\d+\.\d+, torch \d+\.", text)
+
+
+def test_fine_tuning_does_not_offer_images_without_labels():
+    for kind, offered in ("pretrain", True), ("finetune", False):
+        text = " ".join(PARSERS[kind]().format_help().split())
+        assert ("image_folder, folder, CIFAR10" in text) is offered
+        assert ("image_folder, CIFAR10" in text) is not offered
 
 
 def test_parser_imports_nothing_heavy():

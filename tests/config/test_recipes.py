@@ -374,6 +374,10 @@ def test_list_shows_every_recipe(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == NAMES
     assert all(len(line.split()) > 3 for line in lines)
+    for name in NAMES:
+        wanted = "main_pretrain.py" if name.endswith("pretrain") else "main_finetune.py"
+        (line,) = (line for line in lines if line.split()[0] == name)
+        assert line.split()[1] == wanted
 
 
 def test_wrong_recipes_are_usage_errors(capsys, tmp_path):

@@ -439,7 +439,7 @@ def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
 
 def test_sample_that_holds_a_worker_is_named(tmp_path):
     words = [*COMMANDS["main_finetune.py"], *SMALL, "--data_set", "tests.tiny:hangs"]
-    words += ["--num_workers", 2, "--data_timeout", 2]
+    words += ["--num_workers", 2, "--data_timeout", 2, "--output_dir", "none"]
     printed = run_script("main_finetune.py", *words, ranks=1, folder=tmp_path, expect=1)
     (line,) = [line for line in printed.splitlines() if "error:" in line]
     assert "Traceback" not in printed

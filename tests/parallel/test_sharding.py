@@ -129,7 +129,7 @@ def test_shard_and_number_of_processes_change_nothing(
         folder.mkdir()
         shutil.copy(tmp_path / "checkpoint-1.pth", folder)
         output = train(script, folder, others, 16 // others, 1, "--shard", how)
-        assert f"resumed from {folder / 'checkpoint-1.pth'}: epoch 2" in output
+        assert f"resumed from {folder / 'checkpoint-1.pth'}, after epoch 2" in output
         assert "--shard" not in output  # among the flags that differ from the first run's
         assert_same_run(folder, alone(script))
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import main_pretrain
 from config import parser as options
 from errors import EXIT_REQUEUE
 from parallel import slurm, submit
@@ -131,9 +132,20 @@ def test_flags_without_effect_are_refused(words, capsys):
     assert len(error.splitlines()) == 2  # with a hint to --help
 
 
+def test_job_knows_which_flags_were_given_and_has_its_folder():
+    """Flags that nobody gave are taken from a checkpoint; none writes nothing."""
+    words = ["--data_set", "DIGITS", "--lr", "0.1", "--job_dir", "jobs/%j"]
+    for given, folder in ((), "jobs/12"), (("none",), ""), (("o",), "o"):
+        (args,) = read(*words, *(f"--output_dir={name}" for name in given))
+        flags = slurm.Trainer("main_pretrain", args)._flags(main_pretrain, "12")
+        assert flags.output_dir == folder
+        assert {"data_set", "lr", "output_dir"} <= flags.given
+        assert "model" not in flags.given
+
+
 def test_array_without_job_number_has_a_folder_for_each_recipe():
     words = ["--array", "tiny_pretrain,base_pretrain", "--data_path", "D"]
-    assert [args.output_dir for args in read(*words)] == ["", ""]  # each job uses its number
+    assert [args.output_dir for args in read(*words)] == [None] * 2  # each job uses its number
     fixed = read(*words, "--job_dir", "sweep")
     assert [args.output_dir for args in fixed] == ["sweep/tiny_pretrain", "sweep/base_pretrain"]
     assert [args.model for args in fixed] == ["convnextv2_tiny", "convnextv2_base"]

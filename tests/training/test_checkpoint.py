@@ -87,7 +87,13 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
     assert set(content) == keys
     assert content["state"] == {
         **{"epoch": 7, "samples_in_epoch": 0, "global_step": 70, "effective_batch": 0},
-        **{"bad_steps": 0, "best": {"best": 12.5}, "epoch_sums": {}, "images": 0},
+        **{
+            "bad_steps": 0,
+            "best": {"best": 12.5},
+            "best_epochs": {},
+            "epoch_sums": {},
+            "images": 0,
+        },
     }
     assert content["args"]["input_size"] == (32, 32)
     assert content["args"]["lr"] is None
@@ -305,7 +311,7 @@ def test_weights_without_a_run_start_one_and_what_it_saves_wins_later(tmp_path, 
     assert (point.is_weights, point.is_run, point.source) == (True, False, str(source))
     run = Run(seed=1)
     assert run.load(folder, resume=str(source), start_epoch=2) == TrainState(epoch=2)
-    text = "only its weights are loaded; training starts at epoch 2"
+    text = "only its weights are loaded; training starts at epoch 3"
     assert f"cannot resume: {source} holds no optimizer and no state: {text}" in log.text
     run.save(folder, 6)
     again = Run(seed=4)

@@ -112,7 +112,8 @@ def test_signal_saves_at_the_next_update_and_asks_to_be_requeued(whole, tmp_path
     os.kill(child, getattr(signal, kind))
     assert chaos.finish(child) == EXIT_REQUEUE == 75
     said = (tmp_path / "run.txt").read_text()
-    stopped = f"stopped by {kind} at epoch [0-9]+, step ([0-9]+); checkpoint saved. Exit code 75: "
+    stopped = f"stopped by {kind} (?:in|after) epoch [0-9]+, step ([0-9]+); checkpoint saved. "
+    stopped += "Exit code 75: "
     steps = int(re.search(f"{stopped}rerun the same command to continue", said)[1])
     chaos.complete(script, tmp_path / "run", "--epochs", str(steps // 3 + 2))
     assert f", step {steps}\n" in (tmp_path / "run.txt").read_text()  # resumed from there

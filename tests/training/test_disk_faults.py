@@ -2,28 +2,38 @@
 # Licensed under the MIT License; see LICENSE.
 """Checkpoint files that are damaged, and disks that fail."""
 
+import argparse
+import contextlib
 import copy
 import errno
 import os
 import random
+import re
+import resource
 import signal
 import stat
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import chaos
+from config import parser as options
 from errors import Preempted, TrainingStopped, UserError
 from tests.training.test_checkpoint import Run, names
 from tests.training.test_checkpoint_manager import Quiet, drive, wait_for
 from training.checkpoint import TrainState, write_checkpoint
-from training.checkpoint_manager import AsyncWriter, CheckpointManager
+from training.checkpoint_manager import (
+    AsyncWriter,
+    CheckpointManager,
+    build_checkpoint_manager,
+)
 from training.meters import Means
 from training.resume import compare_args, find_resume_point
-from utils import save_model, write_atomically
+from utils import explain, save_model, write_atomically
 from weights.files import check_archive, read_checkpoint
 
 CORRUPTIONS = 500
@@ -147,7 +157,7 @@ def test_seed_may_change_between_epochs_and_not_within_one():
 
 def test_data_may_grow_between_epochs_and_not_within_one():
     TrainState(epoch=3, images=26).recount_steps(4, 6, 27)
-    with pytest.raises(UserError, match="epoch 3 began with 26 images and cannot resume with 27"):
+    with pytest.raises(UserError, match="epoch 4 began with 26 images and cannot resume with 27"):
         TrainState(epoch=3, samples_in_epoch=12, images=26).recount_steps(4, 6, 27)
 
 
@@ -252,6 +262,67 @@ def test_disk_that_fills_within_a_tensor_does_not_end_the_run(tmp_path, share):
     assert names(tmp_path) == {"whole.pth"}
 
 
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_error_of_the_disk_is_shown_and_not_that_of_torch(tmp_path, share, in_background):
+    """A full disk read `RuntimeError: unexpected pos 3029504 vs 3029392`."""
+    weights, path = {"a": torch.zeros(300_000), "b": torch.zeros(300_000)}, tmp_path / "a.pth"
+    writer = AsyncWriter(in_background)
+
+    def write() -> None:
+        writer(weights, lambda content: write_checkpoint(content, path))
+        writer.wait()
+
+    with largest_file(int(share * 2_400_000)), pytest.raises(OSError, match="large") as found:
+        write()
+    assert (found.value.errno, found.value.strerror) == (errno.EFBIG, "File too large")
+    assert found.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_save_says_what_was_written_what_to_do_and_what_is_intact(tmp_path, log):
+    run, args = Run(), parse_args(tmp_path)
+    manager = build_checkpoint_manager(args, tmp_path, run.parts())
+    manager.end_epoch(TrainState(epoch=1))
+    with largest_file(2000):
+        manager.end_epoch(TrainState(epoch=2))
+    assert log.messages == [
+        f"could not save, 1 times in a row (File too large while writing {tmp_path}/checkpoint-1"
+        ".pth; raise the largest size of a file (ulimit -f); checkpoint-0.pth and earlier "
+        "checkpoints are intact)"
+    ]
+
+
+def parse_args(folder: Path) -> argparse.Namespace:
+    words = ["--data_set", "DIGITS", "--output_dir", str(folder)]
+    return options.parse(options.pretrain_parser(), words)
+
+
+def test_full_disk_is_explained_with_the_space_that_is_free(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a.pth"))
+    assert re.fullmatch(
+        rf"No space left on device while writing {tmp_path}/a.pth, \d+ MiB are free; delete files "
+        "on that disk that nobody needs, or lower --save_ckpt_num",
+        explain(full),
+    )
+    assert explain(OSError("TypeError: of a value")) == "TypeError: of a value"
+    gone = OSError(errno.ENOENT, "No such file or directory", "gone/b.pth")
+    assert explain(gone).endswith("while writing gone/b.pth; its folder is gone: put it back")
+
+
 class Saves:
     """Save function for `CheckpointManager`: fails as asked, then records its content."""
 
@@ -302,7 +373,7 @@ def test_any_error_of_a_write_is_a_failed_save(in_background, log):
     saves = Saves(True, error=TypeError("cannot pickle 'generator' object\nmore"))
     epochs(CheckpointManager(saves, in_background=in_background), 2)
     assert len(saves.found) == 1
-    text = "could not save, 1 times in a row (TypeError: cannot pickle 'generator' object); earlier"
+    text = "could not save, 1 times in a row (TypeError: cannot pickle 'generator' object; earlier"
     assert text in log.text
 
 

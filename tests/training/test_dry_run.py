@@ -34,7 +34,11 @@ from training.dry_run import PlannedRun, StepProbe, format_bytes
 from training.setup import TrainLoop
 
 CPU = torch.device("cpu")
-MAINS = {"pretrain": (main_pretrain, PRETRAIN), "finetune": (main_finetune, FINETUNE)}
+NO_FOLDER = ["--output_dir", "none"]  # else the disk of a new one is checked too
+MAINS = {
+    "pretrain": (main_pretrain, [*PRETRAIN, *NO_FOLDER]),
+    "finetune": (main_finetune, [*FINETUNE, *NO_FOLDER]),
+}
 
 
 class Unreadable(Colors):
@@ -173,9 +177,21 @@ def test_pretraining_is_tried_and_leaves_no_trace(said, tmp_path):
     flags = ["--num_workers", 1, "--output_dir", tmp_path / "runs" / "new", "--amp", "fp16"]
     assert dry("pretrain", *flags) == 0
     found = re.findall(r"^([a-z]+) +\S", said().partition("to --output_dir\n")[2], re.MULTILINE)
-    assert found == [*LABELS, "dry"]
+    assert found == ["train", "picture", *LABELS[1:], "dry"]
     assert "step 1/" not in said()
     assert not (tmp_path / "runs").exists()
+
+
+def test_picture_that_cannot_be_drawn_is_found(said, monkeypatch):
+    """It would have failed after the first ten epochs."""
+
+    def fail(*inputs: object) -> None:
+        raise ZeroDivisionError("no font")
+
+    monkeypatch.setattr("training.pictures.grid", fail)
+    assert dry("pretrain") == 1
+    assert "no picture can be drawn (ZeroDivisionError: no font); --picture_freq 0" in said()
+    assert dry("pretrain", "--picture_freq", 0) == 0
 
 
 def test_folder_of_a_run_is_left_as_it_is(said, monkeypatch, tmp_path):
@@ -189,7 +205,7 @@ def test_folder_of_a_run_is_left_as_it_is(said, monkeypatch, tmp_path):
     before = tree(tmp_path)
     assert dry("pretrain", *words, "--epochs", 4) == 1  # this process holds the lock
     assert "continuing from " in said()
-    assert "checkpoint-0.pth, epoch 1, step 4 of 16" in said()
+    assert "checkpoint-0.pth, after epoch 1, step 4 of 16" in said()
     assert "is in use by process" in said()
     assert tree(tmp_path) == before
     run_lock.acquire_run_lock("")  # the run is over
@@ -212,7 +228,7 @@ def test_report_says_what_the_run_will_do(said):
     assert dry("finetune", *words) == 0
     assert "26 images of 3 classes; decoded 26: 0 bad, 0 replaced" in said()
     assert "7 images of 3 classes; decoded 7: 0 bad, 0 replaced" in said()
-    assert "random weights, epoch 0, step 0 of 20" in said()
+    assert "random weights, in epoch 1, step 0 of 20" in said()
     assert "12 images = 6 x 2 accumulation steps x 1 processes; 20 steps in the run" in said()
     assert "learning rate x 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
     assert "step  3  1.00e-02  ######################################## peak" in said()

@@ -2,9 +2,11 @@
 # Licensed under the MIT License; see LICENSE.
 """Reports of a run: log lines, log.txt, TensorBoard, reconstruction images."""
 
+import io
 import json
 import math
 import resource
+import sys
 import time
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from torchvision.io import read_image
 
 from data_loading.loader import DeviceLoader
 from models import create_model
+from parallel import console
 from training import hooks
 from training.checkpoint import TrainState
 
@@ -134,23 +137,110 @@ def test_log_line_shows_small_learning_rates_and_time_left(log):
     ]
 
 
-def test_epoch_line_shows_only_losses_and_accuracies(log):
-    stats = {"train_loss": 0.5, "train_lr": 0.1, "test_acc1": 81.25, "epoch": 2}
-    hooks.LineHook(epochs=5).on_epoch(stats, TrainState(epoch=3))
-    assert log.messages == ["epoch 3/5 done  train_loss 0.5  test_acc1 81.25"]
+def test_epoch_line_shows_metrics_and_not_what_is_undefined(log):
+    """Mixup has no training accuracy, five classes have no top-5; a user's metric is shown."""
+    stats = {"train_loss": 0.5, "train_class_acc": math.nan, "train_lr": 0.1, "test_acc1": 81.25}
+    stats |= {"test_acc5": 100.0, "test_acc5_ema": 100.0, "test_kappa": 0.75, "epoch": 2}
+    hooks.LineHook(epochs=5, top5=False).on_epoch(stats, TrainState(epoch=3))
+    hooks.LineHook(epochs=5).on_epoch({"train_loss": math.nan, "test_acc5": 9.0}, TrainState(3))
+    assert log.messages == [
+        "epoch 3/5 done  train_loss 0.5  test_acc1 81.25  test_kappa 0.75",
+        "epoch 3/5 done  train_loss nan  test_acc5 9",
+    ]
 
 
-def test_progress_bar_starts_at_the_resumed_step(capsys):
+def test_metric_of_a_user_is_in_the_lines_of_steps(log):
+    record = RECORD | {"psnr": 31.5, "class_acc": math.nan}
+    hooks.LineHook(epochs=5).on_log(record, TrainState())
+    assert "  loss 0.7500  psnr 31.5  lr 5.00e-08  " in log.messages[0]
+    assert "class_acc" not in log.messages[0]
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns, which keeps what was written."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What it shows: a carriage return goes back to the start of the line."""
+        shown = []
+        for line in self.getvalue().split("\n"):
+            cells = ""
+            for part in line.split("\r"):
+                cells = part + cells[len(part) :]
+            shown.append(cells.rstrip())
+        return shown
+
+
+def show(monkeypatch) -> Screen:
+    """Write to a screen; in a fixture pytest would undo it before the test."""
+    screen = Screen()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    handler = console.TerminalHandler(screen)
+    monkeypatch.setattr(console.get_logger(), "handlers", [handler])
+    monkeypatch.setattr(console.get_logger(), "propagate", False)
+    console.get_logger().setLevel("INFO")
+    return screen
+
+
+def test_bar_shows_epoch_and_loss_and_log_lines_do_not_break_it(monkeypatch):
+    """The epoch was that of the last log line, and other lines were appended to the bar."""
+    screen = show(monkeypatch)
     state = TrainState(epoch=1, global_step=10)
     hook = hooks.BarHook(epochs=3, state=state, total=30)
     assert (hook.bar.initial, hook.bar.total) == (10, 30)
+    assert screen.lines()[-1].startswith("epoch 2/3   33% |")
     state.global_step += 1
     hook.on_step(state)
-    assert hook.bar.n == 11
-    hook.on_log(RECORD, state)
-    hook.on_epoch({"train_loss": 0.5}, state)
+    hook.on_first_step(RECORD, state)
+    console.get_logger().warning("a warning")
+    values = "epoch 2/3  loss 0.7500  lr 5.0e-08  1234 img/s  1:02:03 left   37% |"
+    *above, bar = screen.lines()
+    assert [line for line in above if line] == ["a warning"]
+    assert bar.startswith(values)
+    assert len(bar) <= 80
+    assert bar.endswith("|")
+    assert len(bar) - len(values) >= 10  # the bar itself
+    state.epoch, state.global_step = 2, 21
+    hook.bar.mininterval = 0
+    hook.on_step(state)
+    assert screen.lines()[-1].startswith("epoch 3/3  loss 0.7500")
     hook.on_end()
-    assert "train_loss 0.5" in "".join(capsys.readouterr())
+    assert screen.lines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("progress", "terminals", "bar", "lines"),
+    [
+        ("auto", ("stdout", "stderr"), True, False),
+        ("auto", ("stderr",), False, True),  # > train.log
+        ("auto", ("stdout",), False, True),  # 2> errors
+        ("auto", (), False, True),
+        ("lines", ("stdout", "stderr"), False, True),
+        ("bar", ("stderr",), True, True),
+        ("bar", ("stdout", "stderr"), True, False),
+    ],
+)
+def test_bar_needs_two_terminals_and_a_file_gets_the_lines(
+    progress, terminals, bar, lines, monkeypatch, tmp_path
+):
+    """`> train.log` in a terminal had a bar, and no line of a step."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Screen() if name in terminals else io.StringIO())
+    args = SimpleNamespace(epochs=1, progress=progress, log_dir="none", print_freq=1)
+    console_log = console.ConsoleLog()
+    console_log.open(tmp_path)
+    handlers = [console.TerminalHandler(sys.stdout), console_log]
+    monkeypatch.setattr(console.get_logger(), "handlers", handlers)
+    console.get_logger().setLevel("INFO")
+    with hooks.build_reporter(args, None, CPU, TrainState(), 10) as reporter:
+        assert any(isinstance(hook, hooks.BarHook) for hook in reporter.hooks) is bar
+        reporter._notify("on_log", RECORD, TrainState())
+        assert ("step 20/100" in sys.stdout.getvalue()) is lines
+    assert "step 20/100" in (tmp_path / "console.log").read_text()
 
 
 # --- reporter -------------------------------------------------------------------------------
@@ -158,10 +248,13 @@ def test_progress_bar_starts_at_the_resumed_step(capsys):
 
 class Recorder(hooks.Hook):
     def __init__(self):
-        self.steps, self.records, self.ends = 0, [], 0
+        self.steps, self.records, self.first, self.ends = 0, [], [], 0
 
     def on_step(self, state):
         self.steps += 1
+
+    def on_first_step(self, record, state):
+        self.first.append(dict(record))
 
     def on_log(self, record, state):
         self.records.append(dict(record))
@@ -200,6 +293,8 @@ def test_log_record_by_hand(clock):
         state.global_step += 1
         reporter.after_step(lr=0.1 * (step + 1))
     assert recorder.steps == 4
+    (early,) = recorder.first  # the loss is known at once, and counts in the next line too
+    assert (early["loss"], early["step"]) == (1.0, 1)
     first, last = recorder.records  # after step 3 and at the end of the epoch
     assert first["loss"] == 3.0
     assert first["lr"] == pytest.approx(0.3)
@@ -225,12 +320,44 @@ def test_hooks_are_notified_when_a_run_fails():
     assert recorder.ends == 1
 
 
+class Broken(hooks.Hook):
+    def on_step(self, state):
+        raise ZeroDivisionError("of a hook")
+
+    def on_image(self, name, image, state):
+        raise KeyError("of an image")
+
+
+def test_hook_and_picture_that_fail_are_reported_once_and_end_no_run(log):
+    """They ended the run before its epoch was saved."""
+    recorder = Recorder()
+    reporter = hooks.Reporter([Broken(), recorder], CPU, TrainState(), 9, 9, print_freq=1)
+    for _ in range(3):
+        reporter._notify("on_step", reporter.state)
+        reporter.image("dreams", lambda: torch.zeros(1, 2).squeeze(0)[5])
+    assert recorder.steps == 3
+    first, second = log.messages
+    assert first.startswith("Broken failed (ZeroDivisionError: of a hook at ")
+    assert "test_hooks.py:" in first
+    assert second.startswith("the image dreams failed (IndexError: ")
+
+
+def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_path):
+    """The checkpoint is written first."""
+    reporter = hooks.Reporter([hooks.ImageHook(tmp_path)], CPU, TrainState(epoch=3), 9, 3, 1)
+    for value in (0.0, 1.0):
+        reporter.image("dreams", lambda: torch.full((3, 2, 2), value), only_missing=True)  # noqa: B023
+    assert read_image(str(tmp_path / "dreams" / "epoch-2.png")).max() == 0
+    reporter.image("dreams", lambda: torch.ones(3, 2, 2))
+    assert read_image(str(tmp_path / "dreams" / "epoch-2.png")).max() == 255
+
+
 @pytest.mark.parametrize(
     ("folder", "flags", "expected"),
     [
         (False, {}, ["LineHook"]),
         (False, {"log_dir": "tb"}, ["LineHook", "TensorboardHook"]),
-        (False, {"progress": "bar"}, ["BarHook"]),
+        (False, {"progress": "bar"}, ["BarHook", "LineHook"]),
         (True, {"log_dir": "none"}, ["LineHook", "JsonHook", "ImageHook"]),
         (True, {}, ["LineHook", "JsonHook", "ImageHook", "TensorboardHook"]),
     ],
@@ -336,8 +463,8 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
             reporter._notify("on_log", RECORD, state)
         reporter.end_epoch({"test_acc1": 50.0})
     reporter._notify("on_end")
-    assert {text.split(":")[0] for text in log.messages} == {"TensorboardHook cannot write"}
-    assert 2 <= len(log.messages) <= 3  # at the first failure and at the end of each epoch
+    (text,) = log.messages  # once
+    assert text.startswith("TensorboardHook failed (FileNotFoundError: ")
     assert [step for step, _ in scalars(folder / "tensorboard", "test/acc1")] == [10, 40, 50, 60]
     steps = [step for step, _ in scalars(folder / "tensorboard", "train/loss")]
     assert steps == [*range(1, 11), *range(41, 61)]

@@ -59,9 +59,10 @@ def test_process_is_set_up_as_the_flags_say(capsys, monkeypatch):
         args = options.parse(options.pretrain_parser(), line.split())
         assert setup.setup_process(args) == (device, "none")
         assert calls.pop() == (expected, device)
+        setup.log_recipe(args)
         assert "recipe digits_pretrain: --model" in capsys.readouterr().out
     args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--device", "cpu"])
-    setup.setup_process(args)
+    setup.log_recipe(args)
     assert "recipe" not in capsys.readouterr().out
     args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--dist_on_itp"])
     with pytest.raises(UserError, match="--dist_on_itp true: .* start with mpirun"):
@@ -146,7 +147,7 @@ def test_checkpoint_of_the_folder_is_resumed_with_its_kernels(tmp_path, monkeypa
 
 
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded():
-    words = "--data_set DIGITS --device cpu --cuda_graphs"
+    words = "--data_set DIGITS --device cpu --cuda_graphs --output_dir none"
     args = options.parse(options.pretrain_parser(), words.split())
     with pytest.raises(UserError, match="--cuda_graphs"):
         setup.setup_run(args, torch.device("cpu"), "none")

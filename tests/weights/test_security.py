@@ -172,7 +172,7 @@ def test_damaged_cifar_archive_is_refused(tmp_path, monkeypatch):
 def test_checkpoint_does_not_choose_where_data_is_downloaded(tmp_path, monkeypatch):
     run_args = {"mask_ratio": 0.6, "model": "convnextv2_atto", "data_set": "CIFAR10"}
     run_args["data_path"] = str(tmp_path / "chosen")
-    torch.save({"model": {}, "args": run_args}, tmp_path / "a.pth")
+    torch.save({"model": {"a": torch.ones(1)}, "args": run_args}, tmp_path / "a.pth")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *words: 1 / 0)
     parser = options.visualize_parser()
     args = parser.parse_args(["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu"])

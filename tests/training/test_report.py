@@ -1,0 +1,64 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Lines about a run: epochs from 1, the last line with result and next command."""
+
+from pathlib import Path
+
+import pytest
+
+from config import parser as options
+from training.checkpoint import TrainState
+from training.report import count_epochs, describe_progress, last_line
+
+PRETRAIN = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
+FINETUNE = options.parse(options.finetune_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
+RUN = Path("runs/x")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (TrainState(), "in epoch 1, step 0"),
+        (TrainState(0, 3, samples_in_epoch=6), "in epoch 1, step 3"),
+        (TrainState(1, 4), "after epoch 1, step 4"),
+        (TrainState(1, 5, samples_in_epoch=2), "in epoch 2, step 5"),
+    ],
+)
+def test_epochs_count_from_1(state, expected):
+    """A resumed run called the epoch 0 that its progress line called 1."""
+    assert describe_progress(state) == expected
+
+
+def test_no_epoch_is_above_the_last():
+    assert [count_epochs(finished, 2) for finished in range(3)] == ["1/2", "2/2", "2/2"]
+
+
+def test_last_line_names_folder_best_epoch_and_next_command():
+    state = TrainState(5)
+    assert state.update_best({"best": 50.0}) == ["best"]
+    state.epoch = 4
+    state.update_best({"best": 81.25, "best-ema": 70.0})
+    state.epoch = 5
+    state.update_best({"best": 60.0})
+    best = "best top-1 81.25% in epoch 4, best-ema top-1 70.00% in epoch 4"
+    assert last_line(FINETUNE, RUN, state, {}) == (
+        f"runs/x: 5 of 5 epochs are done; {best}; next: "
+        "python main_finetune.py --config runs/x/args.yaml --eval"
+    )
+    state.best_epochs = {}  # of a run of an earlier version
+    assert "; best top-1 81.25%, best-ema top-1 70.00%; nothing saved" in last_line(
+        FINETUNE, None, state, {}
+    )
+
+
+def test_last_line_of_pretraining_has_its_loss_and_names_what_uses_the_weights():
+    stats = {"train_loss": 0.51234}
+    assert last_line(PRETRAIN, RUN, TrainState(5), stats) == (
+        "runs/x: 5 of 5 epochs are done; train_loss 0.5123 in epoch 5; next: "
+        "python visualize.py --checkpoint runs/x, or "
+        "python main_finetune.py --finetune runs/x --data_path FOLDER_OF_CLASSES"
+    )
+    unsaved = PRETRAIN.replace(save_ckpt=False)
+    assert last_line(unsaved, RUN, TrainState(5), stats).endswith("nothing saved")
+    code = last_line(PRETRAIN.replace(model="a.b:c"), RUN, TrainState(5), stats)
+    assert "--checkpoint runs/x --model a.b:c, or" in code

@@ -1,0 +1,113 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Lines about a run that a person reads: of steps, of epochs and at its end.
+
+python -c "from training.report import count_epochs; print(count_epochs(2, 5))"
+
+Epochs count from 1 here, and from 0 in file names and log.txt, as in the official code.
+"""
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from training.checkpoint import TrainState
+
+Record = dict[str, float]
+# What a step's line shows in a place of its own; values with other names follow the loss.
+PLACED = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "eta_s")
+PLACED += ("step", "steps")
+NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "n_parameters")  # in an epoch's line
+
+
+def describe_progress(state: TrainState) -> str:
+    """Return `in epoch 3, step 25`, or `after epoch 3, step 30` at the end of an epoch."""
+    if state.samples_in_epoch or not state.epoch:
+        return f"in epoch {state.epoch + 1}, step {state.global_step}"
+    return f"after epoch {state.epoch}, step {state.global_step}"
+
+
+def count_epochs(finished: int, epochs: int) -> str:
+    """Return `3/5` for the epoch that follows 2 finished ones; `5/5` when all are."""
+    return f"{min(finished + 1, epochs)}/{epochs}"
+
+
+def format_record(record: Record) -> str:
+    """Format the values of a log line, each after its name."""
+    more = "".join(
+        f"{name} {value:.4g}  "
+        for name, value in record.items()
+        if name not in PLACED and not undefined(name, value)
+    )
+    return (
+        f"loss {record['loss']:.4f}  {more}lr {record['lr']:.2e}  "
+        f"grad_norm {record['grad_norm']:.2f}  images/s {record['images_per_s']:.0f}  "
+        f"data_wait {100 * record['data_wait']:.0f}%  memory {record['memory_mb']:.0f} MB  "
+        f"eta {timedelta(seconds=round(record['eta_s']))}"
+    )
+
+
+def format_short(record: Record) -> str:
+    """Format the values that fit into a progress bar."""
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.1e}  "
+        f"{record['images_per_s']:.0f} img/s  {timedelta(seconds=round(record['eta_s']))} left"
+    )
+
+
+def format_stats(stats: Record, top5: bool = True) -> str:
+    """Format the values of an epoch, each after its name in log.txt; top5: also those of top-5."""
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}"
+        for key, value in stats.items()
+        if key not in NOT_SHOWN
+        and not undefined(key, value)
+        and (top5 or not key.startswith("test_acc5"))
+    )
+
+
+def undefined(name: str, value: Any) -> bool:
+    """Return True for the training accuracy of mixed images, which have no single right class."""
+    return name.endswith("class_acc") and math.isnan(value)
+
+
+def describe_result(state: TrainState, stats: Mapping[str, float]) -> str:
+    """Return the best accuracies with their epochs, or else the last training loss.
+
+    stats: the values of the last epoch; {} if none was trained.
+    """
+    found = []
+    for name, value in state.best.items():
+        epoch = state.best_epochs.get(name)  # not stored by earlier versions
+        found.append(f"{name} top-1 {value:.2f}%" + f" in epoch {epoch}" * (epoch is not None))
+    if not found and "train_loss" in stats:
+        found = [f"train_loss {stats['train_loss']:.4f} in epoch {state.epoch}"]
+    return ", ".join(found)
+
+
+def next_command(args: Any, folder: Path) -> str:
+    """Return the command that a finished run in `folder` makes possible."""
+    if "mask_ratio" not in vars(args):
+        resumed = f" --resume {folder}" * bool(args.resume)  # else that one would be evaluated
+        return f"python main_finetune.py --config {folder}/args.yaml --eval{resumed}"
+    code = "".join(
+        f" --{name} {vars(args)[name]}" for name in ("model", "data_set") if ":" in vars(args)[name]
+    )  # which no checkpoint may choose
+    return (
+        f"python visualize.py --checkpoint {folder}{code}, or "
+        f"python main_finetune.py --finetune {folder} --data_path FOLDER_OF_CLASSES"
+    )
+
+
+def last_line(args: Any, folder: Path | None, state: TrainState, stats: Record) -> str:
+    """Return the last line of a run: its folder, its result, and the next command to type."""
+    done = f"{state.epoch} of {args.epochs} epochs are done"
+    result = describe_result(state, stats)
+    if not state.best and "mask_ratio" not in vars(args):
+        result += f"{', ' * bool(result)}not evaluated"
+    if folder is None or not args.save_ckpt:
+        return "; ".join(filter(None, (done, result, "nothing saved")))
+    words = (f"{folder}: {done}", result, f"next: {next_command(args, folder)}")
+    return "; ".join(filter(None, words))
