@@ -42,17 +42,20 @@ from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
+from weights.saved_run import read_saved_run
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
-    "timm": (lambda spec, path: save(to_timm(spec.state), path), formats.read_timm, "timm"),
+    "timm": (lambda spec, path: save(to_timm(spec.state), path, spec), formats.read_timm, "timm"),
     "hf": (write_hf, read_hf, "transformers"),
     "official": (
-        lambda spec, path: write_checkpoint({"model": to_official(spec.full_state)}, path),
+        lambda spec, path: write_checkpoint(
+            {"model": to_official(spec.full_state), **spec.run}, path
+        ),
         formats.read_official,
         "timm",
     ),
     "safetensors": (
-        lambda spec, path: save(spec.full_state, path, layout=spec.layout),
+        lambda spec, path: save(spec.full_state, path, spec, layout=spec.layout),
         formats.read_safetensors,
         "safetensors",
     ),
@@ -97,6 +100,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         std=std,
         crop_pct=found["crop_pct"],
         labels=find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"]),
+        classes=read_saved_run(checkpoint, args.checkpoint).head.names,
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 from data_loading.transforms import create_eval_transform, mean_and_std
 from tests import tiny
 from tests.groups import exit_codes, start_script
+from weights.files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # A run of seconds: 26 images of 16 x 16 pixels, 4 patches, 2 epochs of 4 or 3 updates.
@@ -400,6 +401,22 @@ def test_training_command_with_eval_evaluates_what_it_trained(trained, insects, 
     words = ["--eval", "--output_dir", tmp_path / "empty", "--finetune", trained]
     done = run("main_finetune.py", *MODEL, *words, "--data_path", insects)
     assert f"empty holds no checkpoint: --finetune {trained} is evaluated" in done.stdout
+
+
+def test_exported_files_keep_class_names_and_normalization(insects, tmp_path):
+    """Without them the labels of another folder, and another mean, were used silently."""
+    words = ["--model", "convnextv2_atto", *SMALL, "--aa", "none", "--epochs", 1]
+    words += ["--mean", 0.3, "--std", 0.2, "--data_path", insects, "--output_dir", tmp_path / "run"]
+    run("main_finetune.py", *words)
+    flags = ["--eval", "--num_workers", 0, "--device", "cpu", "--data_path", insects]
+    said = re.compile(r"top-1 .* images")
+    (expected,) = said.findall(run("main_finetune.py", *flags, "--resume", tmp_path / "run").stdout)
+    for target, name in {"hf": "hf", "timm": "a.safetensors", "official": "a.pth"}.items():
+        run("export.py", tmp_path / "run", "--to", target, "--output", tmp_path / name)
+        found = run("main_finetune.py", *flags, "--resume", tmp_path / name).stdout
+        assert said.findall(found) == [expected], target
+        content = read_checkpoint(tmp_path / name)
+        assert content["classes"] == ["ant", "bee", "cat"]
 
 
 def test_labels_are_found_by_name(trained, insects, tmp_path):

@@ -7,6 +7,7 @@ python -c "from weights import export_formats; print(export_formats.ExportSpec._
 
 import copy
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from errors import UserError
 from models.convnextv2 import SIZES, ConvNeXtV2
 from weights.convert import CLASSIFIER, CONV_MLP, to_convnextv2
-from weights.files import load_weights, read_checkpoint
+from weights.files import TOOLKIT, load_weights, read_checkpoint
 
 PROTOBUF_LIMIT = 2**31 - 2**24  # bytes: a protobuf message ends at 2 GiB, with the graph in it
 
@@ -36,6 +37,7 @@ class ExportSpec:
     std: list[float] = field(default_factory=list)
     crop_pct: float | None = None
     labels: list[str] = field(default_factory=list)
+    classes: list[str] | None = None  # names that the checkpoint stores, in the order of the head
     half: bool = False
     opset: int = 17
 
@@ -44,6 +46,13 @@ class ExportSpec:
         """`convnextv2_tiny`, or None for a network of another size than the published eight."""
         shape = self.shape.get("depths"), self.shape.get("dims")
         return next((f"convnextv2_{name}" for name, own in SIZES.items() if own == shape), None)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Preprocessing and class names, as a checkpoint of this toolkit stores them."""
+        args = {"input_size": list(self.size), "mean": list(self.mean), "std": list(self.std)}
+        args |= {"crop_pct": self.crop_pct} if self.crop_pct is not None else {}
+        return {"args": args, "classes": self.classes}
 
     @property
     def layout(self) -> str:
@@ -97,12 +106,13 @@ class Network(nn.Module):
         return self.model.head(x.half()).float() if self.is_half else self.model.head(x)
 
 
-def save(state: dict[str, Tensor], path: Path, **metadata: str) -> None:
+def save(state: dict[str, Tensor], path: Path, spec: ExportSpec, **metadata: str) -> None:
     """Write a .safetensors file; safetensors' `save_file` makes it readable by its owner only."""
     from safetensors import torch as safetensors
 
     contiguous = {name: value.contiguous() for name, value in state.items()}
-    path.write_bytes(safetensors.save(contiguous, {"format": "pt", **metadata}))
+    metadata |= {"format": "pt", TOOLKIT: json.dumps(spec.run)}
+    path.write_bytes(safetensors.save(contiguous, metadata))
 
 
 def read_safetensors(spec: ExportSpec, path: Path) -> Callable[[Tensor], Tensor]:
@@ -161,9 +171,9 @@ def timm_call(spec: ExportSpec, path: str) -> str:
 
 def check_round_trip(expected: dict[str, Tensor], path: Path, convert: bool = True) -> None:
     """Raise UserError unless the file converts back to the same weights, bit by bit."""
-    again = read_checkpoint(path)
+    again = read_checkpoint(path)["model"]
     if convert:
-        again = to_convnextv2(again.get("model", again), decoder="mask_token" in expected)[0]
+        again = to_convnextv2(again, decoder="mask_token" in expected)[0]
     same = again.keys() == expected.keys()
     if not same or not all(torch.equal(again[name], v) for name, v in expected.items()):
         raise UserError(f"{path.name} does not give the same weights back; it was deleted")

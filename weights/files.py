@@ -6,6 +6,7 @@ python -c "from weights.files import read_checkpoint; read_checkpoint('runs/demo
 """
 
 import argparse
+import json
 import pickle
 import re
 import zipfile
@@ -23,6 +24,7 @@ from weights.mismatch import explain
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
 HARMLESS = [argparse.Namespace, PosixPath, (PosixPath, "pathlib.PosixPath")]
+TOOLKIT = "convnextv2_toolkit"  # key in the metadata of .safetensors files
 BEST, BEST_EMA = "checkpoint-best.pth", "checkpoint-best-ema.pth"
 
 
@@ -74,7 +76,7 @@ def read_checkpoint(
 
     source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
     reads all of it. A `.safetensors` file is a state dict, and so are the parts that an index of
-    the hub lists.
+    the hub lists; one that export.py wrote also has the `args` and `classes` of its run.
     """
     path = find_source(source, sha256, ema)
     try:
@@ -83,9 +85,7 @@ def read_checkpoint(
         with open(path, "rb") as file:
             start = file.read(9)
         if start[8:] == b"{":  # safetensors: a length in 8 bytes, then JSON
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _read_safetensors(path)
         if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle before torch 1.6
             raise UserError(
                 f"{path} is not a checkpoint: it begins with {start!r}; expected a .pth, .pt, "
@@ -109,6 +109,15 @@ def read_checkpoint(
             ) from error
         reason = first_line(error).split(". ")[0]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint ({reason})") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, "pt") as file:
+        run = json.loads((file.metadata() or {}).get(TOOLKIT, "{}"))
+    return {**run, "model": load_file(path)} if run else load_file(path)
 
 
 def _read_parts(index: Path) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def as_rgb(spec: ExportSpec) -> ExportSpec:
 def write_hf(spec: ExportSpec, path: Path) -> None:
     """Write a folder for `from_pretrained`."""
     path.mkdir()
-    save(to_hf(spec.state), path / "model.safetensors")
+    save(to_hf(spec.state), path / "model.safetensors", spec)
     configs = {"config.json": hf_config(spec), "preprocessor_config.json": hf_processor(spec)}
     for name, values in configs.items():
         text = json.dumps(values, indent=2, ensure_ascii=False)

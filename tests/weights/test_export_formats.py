@@ -303,7 +303,7 @@ def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch)
 def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeypatch):
     def write(subject: ExportSpec, path: Path) -> None:
         changed = {name: value + 1e-7 for name, value in subject.state.items()}
-        export_formats.save(changed, path)
+        export_formats.save(changed, path, subject)
 
     _, *rest = export.FORMATS["safetensors"]
     monkeypatch.setitem(export.FORMATS, "safetensors", (write, *rest))
@@ -604,7 +604,7 @@ def test_network_of_the_users_own_is_exported(own, tmp_path, capsys, target):
     assert "largest difference" in capsys.readouterr().out
     model = Normed(2, 5).eval()
     if target == "safetensors":
-        model.load_state_dict(read_checkpoint(output))
+        model.load_state_dict(read_checkpoint(output)["model"])
         return
     model.load_state_dict(read_checkpoint(own)["model"])
     images = torch.randn(3, 2, 16, 16)
