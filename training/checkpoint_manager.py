@@ -210,6 +210,7 @@ class CheckpointManager:
         if last.meters is not None:
             state.epoch_sums["means"] = last.meters.state()
         if last.guard is not None:
+            last.guard.stepper.drop_window()
             last.guard.check(state)
         if self.before_save is not None:
             self.before_save()

@@ -186,6 +186,12 @@ class Stepper:
         self.batches_left = num_batches
         self._open_window()
 
+    def drop_window(self) -> None:
+        """Drop the micro-batches of an open window, from the model's buffers too."""
+        if self.micro and self.saved_buffers is not None:
+            self.saved_buffers.restore_unless(torch.tensor(False, device=self.device))
+        self._open_window()
+
     def _open_window(self) -> None:
         self.window = min(self.update_freq, self.batches_left)  # micro-batches in this step
         self.micro = 0  # index of the current micro-batch in the window
