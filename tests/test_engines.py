@@ -190,6 +190,7 @@ def test_log_holds_the_means_of_the_steps(tmp_path, monkeypatch, run, engine):
 
     monkeypatch.setattr(Stepper, "step", noting)
     monkeypatch.setattr(LineHook, "on_log", lambda self, record, state: records.append(record))
+    monkeypatch.setattr(LineHook, "on_first_step", lambda *_: None)
     seeds = Watched(monkeypatch, engine, "seed_all")
     checks = Watched(monkeypatch, AnomalyGuard, "check")
     run(f"--epochs 2 --print_freq 3 --save_ckpt false --log_dir none --output_dir {tmp_path}")
@@ -374,7 +375,7 @@ def test_effective_batch_is_settled_before_any_work(run, tmp_path):
         run(f"{words} 10")
     with pytest.raises(UserError, match="--cuda_graphs does not work with 2 gradient accumulation"):
         run(f"{words} 12 --cuda_graphs")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock", "console.log"}
     run(f"{words} 12")
     state = torch.load(tmp_path / "new" / "checkpoint-0.pth", weights_only=True)["state"]
     assert state["global_step"] == 2

@@ -388,6 +388,8 @@ def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
     assert "Traceback" not in started.output(0)
     assert "step 1/" in started.output(0)
     assert not (tmp_path / "run" / ".lock").exists()
+    kept = (tmp_path / "run" / "console.log").read_text()
+    assert kept.endswith(started.output(0))  # with the error of the other rank
 
 
 def test_missing_ranks_are_a_user_error(tmp_path):
