@@ -34,6 +34,7 @@ from data_loading.transforms import create_eval_transform
 from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel import process_group
+from tests import tiny
 from tests.groups import run_script
 
 # Folders and names that sort differently as paths, as parts, as bytes, and as str.
@@ -541,8 +542,10 @@ def test_flag_is_refused_where_there_are_no_folders(data_set, capsys):
 
 
 def test_visualize_refuses_data_index_without_folders(tmp_path):
-    torch.save({"args": {"mask_ratio": 0.6, "data_set": "DIGITS"}}, tmp_path / "a.pth")
-    words = ["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu", "--data_index", "lists"]
+    model = {"model": tiny.fcmae(3, 1, 0.0).state_dict()}
+    torch.save(model | {"args": {"mask_ratio": 0.6, "data_set": "DIGITS"}}, tmp_path / "a.pth")
+    words = ["--model", "tests.tiny:fcmae"]
+    words += ["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu", "--data_index", "lists"]
     with pytest.raises(UserError, match="--data_index needs image folders, not --data_set DIGITS"):
         visualize.main(options.visualize_parser().parse_args(words))
 

@@ -288,7 +288,8 @@ def ranks_lose_the_run_folder(rank: int, folder: Path) -> list[str]:
 
 def ranks_wait_for_batches(rank: int, folder: Path) -> dict[str, list]:
     """Ask both ranks to stop while both, or one, wait for a batch."""
-    quiet = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None)
+    stepper = SimpleNamespace(drop_window=lambda: None)
+    quiet = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, stepper=stepper)
     found = {}
     for step, case in enumerate(("both", "one"), 1):
         state = TrainState(global_step=step, samples_in_epoch=step)
@@ -497,7 +498,7 @@ def test_ranks_that_all_wait_for_a_batch_save_the_last_step_together(results):
     sums = [[[2.0], [1.0]], [[3.0], [1.0]]]
     for result in results:
         stopped, saved = result["ranks_wait_for_batches"]["both"]
-        assert stopped == "stopped by SIGTERM at epoch 0, step 1; checkpoint saved."
+        assert stopped == "stopped by SIGTERM in epoch 1, step 1; checkpoint saved."
         assert saved == (1, sums)
         stopped, saved = result["ranks_wait_for_batches"]["one"]
         assert stopped == "stopped by SIGTERM at epoch 0, step 3; checkpoint saved."

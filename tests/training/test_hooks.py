@@ -416,6 +416,7 @@ def write_steps(folder, start: int, stop: int, loss: float) -> None:
 def test_resumed_run_replaces_only_the_points_it_repeats(tmp_path):
     """A checkpoint after step 20 repeats only later points."""
     write_steps(tmp_path, 0, 40, loss=1.0)
+    time.sleep(1.1)  # event files are sorted by second, then by name, and .10 is before .9
     write_steps(tmp_path, 20, 50, loss=2.0)
     assert scalars(tmp_path, "train/loss") == [(10, 1), (20, 1), (30, 2), (40, 2), (50, 2)]
 
