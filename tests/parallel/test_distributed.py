@@ -501,7 +501,7 @@ def test_ranks_that_all_wait_for_a_batch_save_the_last_step_together(results):
         assert stopped == "stopped by SIGTERM in epoch 1, step 1; checkpoint saved."
         assert saved == (1, sums)
         stopped, saved = result["ranks_wait_for_batches"]["one"]
-        assert stopped == "stopped by SIGTERM at epoch 0, step 3; checkpoint saved."
+        assert stopped == "stopped by SIGTERM in epoch 1, step 3; checkpoint saved."
         assert saved[0] == 3
 
 
