@@ -83,8 +83,9 @@ def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None 
     """Log images, classes and image size, and what is left out and why; warn of one class."""
     name, classes = "train" if is_train else "val", ""
     if nb_classes is not None:
-        names = class_names(dataset)
-        classes = f" of {nb_classes} classes" + (f" ({first_few(names)})" if names else "")
+        names = class_names(dataset) or ()
+        some = f"{len(names)} of " * (0 < len(names) < nb_classes)
+        classes = f" of {some}{nb_classes} classes" + f" ({first_few(names)})" * bool(names)
     height, width = height_and_width(args.input_size)
     files = dataset.dataset if isinstance(dataset, Part) else dataset
     left_out = files.describe_left_out() if isinstance(files, ImageFiles) else ""

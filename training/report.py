@@ -41,11 +41,13 @@ def format_record(record: Record) -> str:
         for name, value in record.items()
         if name not in PLACED and not undefined(name, value)
     )
+    memory = record["memory_mb"]  # NaN where it is not known
     return (
         f"loss {record['loss']:.4f}  {more}lr {record['lr']:.2e}  "
         f"grad_norm {record['grad_norm']:.2f}  images/s {record['images_per_s']:.0f}  "
-        f"data_wait {100 * record['data_wait']:.0f}%  memory {record['memory_mb']:.0f} MB  "
-        f"eta {timedelta(seconds=round(record['eta_s']))}"
+        f"data_wait {100 * record['data_wait']:.0f}%  "
+        + f"memory {memory:.0f} MB  " * math.isfinite(memory)
+        + f"eta {timedelta(seconds=round(record['eta_s']))}"
     )
 
 
