@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from config import parser as options
-from config.flags import GRAPHS, TARGETS
+from config.flags import GRAPHS, TARGETS, as_typed
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()
@@ -42,7 +42,7 @@ from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
-from weights.saved_run import read_saved_run
+from weights.saved_run import normalized, read_saved_run
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (lambda spec, path: save(to_timm(spec.state), path, spec), formats.read_timm, "timm"),
@@ -80,6 +80,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
+    notes += contradictions(vars(args), run)
     for note in filter(None, notes):  # standard output is for the result
         print(f"{args.checkpoint}: {note}", file=sys.stderr)
     shape, side = spec.shape, 224
@@ -104,6 +105,19 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )
+
+
+def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """Return a note for each preprocessing flag that replaces another value of the run."""
+    names = ("input_size", "crop_pct", "imagenet_default_mean_and_std", "mean", "std")
+    both = {
+        name: (normalized(name, given[name]), normalized(name, run.get(name))) for name in names
+    }
+    return [
+        f"--{name} {as_typed(typed)} is used; the run was trained with {as_typed(saved)}"
+        for name, (typed, saved) in both.items()
+        if None not in (typed, saved) and typed != saved
+    ]
 
 
 def load_convnext(

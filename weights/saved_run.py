@@ -90,16 +90,16 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
             _warn_of_other_normalization(args, saved)
     taken: dict[str, Any] = {}
     for name in [name for name in names if name in saved.flags and name in vars(args)]:
-        value = _normalized(name, saved.flags[name])
+        value = normalized(name, saved.flags[name])
         if name in args.given:
-            if value is not None and not resumes and value != _normalized(name, vars(args)[name]):
+            if value is not None and not resumes and value != normalized(name, vars(args)[name]):
                 _contradict(name, vars(args)[name], value, source)
         elif value is None:
             raise UserError(
                 f"{source} stores --{name} {saved.flags[name]!r}, expected {names[name]}; give "
                 f"--{name}"
             )
-        elif value != _normalized(name, vars(args)[name]):
+        elif value != normalized(name, vars(args)[name]):
             taken[name] = value
     if ":" in taken.get("model", ""):  # a file must not choose which code is imported
         raise UserError(
@@ -122,7 +122,7 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
     from data_loading.transforms import mean_and_std  # torchvision, which hubconf does without
 
     stored = {name: saved.flags[name] for name in NORMALIZATION if name in saved.flags}
-    values = {name: _normalized(name, value) for name, value in stored.items()}
+    values = {name: normalized(name, value) for name, value in stored.items()}
     if not stored or None in values.values():  # of another toolkit, or unreadable
         return
     size = max(len(values.get("mean", ())), len(values.get("std", ())))
@@ -139,7 +139,7 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
         )
 
 
-def _normalized(name: str, value: Any) -> Any:
+def normalized(name: str, value: Any) -> Any:
     """Return a flag's value as `config.parser.finalize` writes it; None if it cannot be one."""
     expected = (INHERITED | RESUMED)[name]
     if name == "input_size":  # timm stores channels, height and width

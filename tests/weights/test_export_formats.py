@@ -300,6 +300,21 @@ def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_preprocessing_than_the_runs_is_said(files, tmp_path, capsys):
+    content = torch.load(files / "classifier.pth", weights_only=True)
+    content["args"] = content.get("args", {}) | {
+        "input_size": [48, 48],
+        "mean": [0.3],
+        "std": [0.2],
+    }
+    torch.save(content, tmp_path / "a.pth")
+    words = [tmp_path / "a.pth", "--to", "safetensors", "--output", tmp_path / "a.safetensors"]
+    main(*words, "--input_size", 64)
+    said = capsys.readouterr().err
+    assert "--input_size 64 64 is used; the run was trained with 48 48" in said
+    assert said.count("is used") == 1
+
+
 def test_weights_that_come_back_different_leave_nothing(files, tmp_path, monkeypatch):
     def write(subject: ExportSpec, path: Path) -> None:
         changed = {name: value + 1e-7 for name, value in subject.state.items()}
