@@ -28,7 +28,7 @@ from training.preemption import RankVote, StopSignals
 from training.report import describe_progress
 from training.run_folder import how_to_continue
 from utils import explain
-from weights.files import numbered_checkpoints
+from weights.files import BEST, numbered_checkpoints
 
 RETRY = 60.0  # seconds after which a failed save is repeated while training continues
 PAUSE = 5.0  # seconds between attempts where the run ends with its save
@@ -333,9 +333,13 @@ class CheckpointManager:
 
     def _intact(self) -> str:
         """Return the words for what a failed save has not touched."""
-        found = numbered_checkpoints(self.folder) if self.folder else []
-        newest = f"{found[0].name} and " if found else ""
-        return f"{newest}earlier checkpoints are intact"
+        if self.folder is None or not self.folder.is_dir():
+            return "earlier checkpoints are intact"
+        numbered = numbered_checkpoints(self.folder)
+        newest = numbered[0].name if numbered else BEST
+        if not (self.folder / newest).exists():
+            return "this run has no checkpoint yet"
+        return f"{newest} and earlier checkpoints are intact"
 
     def _stop(self, state: TrainState) -> None:
         reason = self.signals.reason or "another process"

@@ -296,6 +296,10 @@ def test_error_of_the_disk_is_shown_and_not_that_of_torch(tmp_path, share, in_ba
 def test_failed_save_says_what_was_written_what_to_do_and_what_is_intact(tmp_path, log):
     run, args = Run(), parse_args(tmp_path)
     manager = build_checkpoint_manager(args, tmp_path, run.parts())
+    with largest_file(2000):
+        manager.end_epoch(TrainState(epoch=1))
+    assert log.messages.pop().endswith("; this run has no checkpoint yet)")
+    log.clear()
     manager.end_epoch(TrainState(epoch=1))
     with largest_file(2000):
         manager.end_epoch(TrainState(epoch=2))
