@@ -177,7 +177,7 @@ def sparse_index(folder: Path, length: int, known: range) -> None:
         first, after = WIDTH * number, WIDTH * (number + 1)
         paths[first:after] = list(path_of(number).encode() + b"\0")
         offsets[number : number + 2] = first, after
-    write_json(folder, "/data", [[None, length]])
+    write_json(folder, "/data", {"classes": [[None, length]]})
 
 
 def path_of(number: int) -> str:
