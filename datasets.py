@@ -248,12 +248,6 @@ def build_loader(
         drop_last=is_train,
     )
     mean, std = build_mean_and_std(args)
-    if is_train and max(map(abs, mean)) > 1:
-        get_logger().warning(
-            "--mean %g: images of 0 to 255 are scaled to 0 to 1; if yours are such, divide by 255: "
-            "--mean %.4g --std %.4g",
-            *(mean[0], mean[0] / 255, std[0] / 255),
-        )
     return DeviceLoader(loader, device, mean, std)
 
 

@@ -94,14 +94,15 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
     own = found["imagenet_default_mean_and_std"], found["mean"], found["std"]
     mean, std = mean_and_std(shape["in_chans"], *own)
+    labels = find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"])
     return replace(
         spec,
         size=height_and_width(found["input_size"]),
         mean=mean,
         std=std,
         crop_pct=found["crop_pct"],
-        labels=find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"]),
-        classes=read_saved_run(checkpoint, args.checkpoint).head.names,
+        labels=labels,
+        classes=labels if args.labels else read_saved_run(checkpoint, args.checkpoint).head.names,
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )

@@ -307,11 +307,12 @@ def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
     if "adam" not in args.opt.lower() or not 0 < lr * steps < INITIAL_STD:
         return
     kind = "pretrain" if "mask_ratio" in vars(args) else "ft"
+    recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
     get_logger().warning(
         "peak lr %.3g for %d steps moves a weight by %.2g at most, and initial weights have a "
         "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits batches of "
-        "16) or --epochs, or use --recipe small_data_%s",
-        lr, steps, lr * steps, INITIAL_STD, kind,
+        "16) or --epochs%s",
+        lr, steps, lr * steps, INITIAL_STD, recipe,
     )  # fmt: skip
 
 

@@ -120,7 +120,9 @@ TARGETS |= GRAPHS
 FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
-    ("--model", NAME, "convnextv2_base", "name of --list_models, or package.module:function"),
+    ("--model", NAME, "convnextv2_base",
+     "name of --list_models, or package.module:function; default: the checkpoint's, or "
+     "convnextv2_base"),
     ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
     ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,
@@ -136,9 +138,11 @@ FLAGS["start here"] = (
     ("--config", PATH, None, "YAML file of flags, such as the args.yaml of another run"),
 )
 FLAGS["model"] = (
-    ("--input_size", COUNT, 224, "image side in pixels, or height and width", "+"),
-    ("--in_chans", COUNT, 3, "image channels"),
-    ("--stem_stride", (1, 2, 4), 4, "stride of the stem; the network's is 8 times as large"),
+    ("--input_size", COUNT, 224,
+     "image side in pixels, or height and width; default: the checkpoint's, or 224", "+"),
+    ("--in_chans", COUNT, 3, "image channels; default: the checkpoint's, or 3"),
+    ("--stem_stride", (1, 2, 4), 4,
+     "stride of the stem; the network's is 8 times as large; default: the checkpoint's, or 4"),
     ("--drop_path", BELOW_1, 0.0, "stochastic depth rate of the last block"),
 )
 FLAGS["masked autoencoder"] = (
@@ -286,7 +290,7 @@ FLAGS[JOB] = (
 )
 FLAGS["drawing"] = (
     ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
-    ("--output", PATH, "imagined.png", "PNG file to write"),
+    ("--output", PATH, "reconstructions.png", "PNG file to write"),
     ("--images", PATH, None, "image files and folders to draw; default: the run's data", "+"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),

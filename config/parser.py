@@ -161,7 +161,8 @@ def describe_versions() -> str:
 
 
 def _list_models(parser: Any, value: Any) -> str:
-    names = resolve("models:list_models", {}, "function")()  # imports torch, for this flag alone
+    package = __name__.removesuffix("config.parser")  # where pip has installed the toolkit
+    names = resolve(f"{package}models:list_models", {}, "function")()  # imports torch
     pretrained = parser.script == "main_pretrain"
     shown = [name for name in names if name.startswith("fcmae_") is pretrained]
     return "\n".join(name.removeprefix("fcmae_") for name in shown)
@@ -457,8 +458,8 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
     for name in ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std"):
-        if getattr(args, name) is not None and args.to != "hf":
-            yield f"--{name} is for --to hf only, other formats cannot store it; drop it"
+        if getattr(args, name) is not None and args.to in flags.GRAPHS:
+            yield f"--{name}: --to {args.to} cannot store it, as files of weights can; drop it"
     suffix = flags.TARGETS[args.to]
     if args.output and not args.output.endswith(suffix):
         yield f"--output {args.output}: expected a name that ends in {suffix}"

@@ -38,7 +38,7 @@ from data_loading.listing import FolderWalk, class_folders, describe_left_out
 from errors import UserError, first_few
 from parallel.process_group import from_main_process, get_logger
 
-VERSION = 1
+VERSION = 2  # 1 lists hidden and system files too
 ARRAYS = ("paths.npy", "offsets.npy")
 REMEDY = "remove it, and the next run lists the images again"
 
@@ -225,7 +225,8 @@ def _root_folder(spec: DatasetSpec, train: bool, holds: str) -> Path:
     flag = "data_path" if train else "eval_data_path"
     path = getattr(spec, flag)
     if not path:
-        raise UserError(f"--{flag} is not given; expected a folder with {holds}")
+        hint = "" if train else ", or --val_split 0.1"
+        raise UserError(f"--{flag} is not given; expected a folder with {holds}{hint}")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"--{flag} {path}: no such folder; expected {holds} there")

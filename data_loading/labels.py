@@ -70,12 +70,9 @@ def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, s
             return imagenet, "by ImageNet's names"
     if _are_numbers(names) and not (known and _are_numbers(known)):
         by_number = {int(name): name for name in names}
-        for first in (0, 1) if len(by_number) == count else (0,):
-            if len(by_number) == len(names) and first <= min(by_number) <= max(by_number) < (
-                first + count
-            ):
-                order = [by_number.get(first + place, str(place)) for place in range(count)]
-                return order, "by number" + " from 1" * first
+        if len(by_number) == len(names) and max(by_number) < count:
+            return [by_number.get(place, str(place)) for place in range(count)], "by number"
+        return None, ""
     if known is None and count == len(names):
         return list(names), "by position"
     return None, ""

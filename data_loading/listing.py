@@ -19,7 +19,8 @@ from parallel.process_group import get_logger
 # Files and folders of systems and NAS devices, besides those whose names begin with a dot.
 SYSTEM_NAMES = frozenset({
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "__macosx",
-    "$recycle.bin", "recycler", "system volume information", "lost+found",
+    "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000", "@tmp",
+    "network trash folder", "temporary items", "__pycache__",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 })  # fmt: skip
 MAX_KINDS = 100  # extensions that are counted one by one: `scan.0001`, `scan.0002` ... are endless

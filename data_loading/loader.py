@@ -16,6 +16,8 @@ from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel.process_group import get_logger
 
+FAR = 5.0  # standard deviations
+
 
 class DeviceLoader:
     """A loader's batches on `device`: images (N, C, H, W) float, normalized, channels_last.
@@ -72,20 +74,19 @@ class DeviceLoader:
         return self._copy(batch)
 
     def _check_range(self, images: Tensor) -> None:
-        """Warn, at the first batch, of float images that are not in 0 to 1."""
-        if self.range_is_known or not images.is_floating_point():
+        """Warn, at the first batch, if mean and std are not those of the images."""
+        if self.range_is_known:
             return
         self.range_is_known = True
-        low, high = (limit.item() for limit in images.aminmax())
-        # Resizing overshoots a little.
-        outside = ((images < -0.1) | (images > 1.1)).float().mean().item()
-        if outside > 0.1 or max(-low, high) > 10:
+        far = (self.normalize(images.to(self.device)).abs() > FAR).float().mean().item()
+        if far > 0.1:
+            low, high = (limit.item() for limit in images.aminmax())
+            kind = "float images" if images.is_floating_point() else "images of 0 to 255"
             get_logger().warning(
-                "the float images of the first batch range from %.4g to %.4g; expected 0 to 1, "
-                "since mean and std for that range are applied: divide them in the data set, or "
-                "return uint8 images",
-                low,
-                high,
+                "mean and std do not fit the %s of the first batch, from %.4g to %.4g: %.0f%% of "
+                "the values are over %g standard deviations away. Expected floats in 0 to 1, or "
+                "uint8, which is scaled to 0 to 1; or give --mean and --std that fit",
+                *(kind, low, high, 100 * far, FAR),
             )
 
     def _copy(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -1,10 +1,12 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Hold out a part of the training images for evaluation, the same fraction of each class.
+"""Hold out a part of the training images for evaluation, about the same fraction of each class.
 
 python main_finetune.py --data_set image_folder --data_path photos --val_split 0.1
 """
 
+import os
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,8 @@ class Part(Dataset):
         self.dataset, self.indices = dataset, indices
         if (names := class_names(dataset)) is not None:
             self.classes = names
+        if isinstance(entries := getattr(dataset, "samples", None), Sequence):
+            self.samples = _Entries(entries, indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -33,25 +37,38 @@ class Part(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[int(self.indices[index])]
 
-    @property
-    def samples(self) -> Sequence | None:
-        """(path, label) of each sample, if the data set lists them."""
-        entries = getattr(self.dataset, "samples", None)
-        return None if entries is None else [entries[int(i)] for i in self.indices]
+
+class _Entries(Sequence):
+    """The entries at `indices`, (path, label) of each sample; nothing is copied."""
+
+    def __init__(self, entries: Sequence, indices: np.ndarray) -> None:
+        self.entries, self.indices = entries, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.entries[int(self.indices[index])]
 
 
 def split(dataset: Any, fraction: float, train: bool) -> Part:
-    """Return the samples to train on, or those held out: `fraction` of each class, at least one.
+    """Return the samples to train on, or those held out: about `fraction` of each class.
 
-    Data sets that do not list their labels are split as a whole. UserError if nothing is left.
+    The name of a file alone decides, or the number of a sample without a file, so the samples stay
+    in their part when others are added. Each class with two samples gives at least one to both
+    parts. Data sets that do not list their labels are split as a whole. UserError if no sample can
+    be held out.
     """
-    labels = _labels_of(dataset)
-    held = np.zeros(len(dataset), dtype=bool)
+    labels, draws = _labels_of(dataset), _draws(dataset)
+    held = draws < fraction
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(places))), len(places) - 1)
-        order = np.random.default_rng(fold_in(STREAM, int(label))).permutation(len(places))
-        held[places[order[:count]]] = True
+        if len(places) == 1:
+            held[places] = False
+        elif held[places].all() or not held[places].any():
+            lowest = places[draws[places].argmin()]
+            held[places] = False
+            held[lowest] = True
     if not held.any():
         raise UserError(
             f"--val_split {fraction:g}: no class has two images, so none can be held out; add "
@@ -60,10 +77,25 @@ def split(dataset: Any, fraction: float, train: bool) -> Part:
     return Part(dataset, np.flatnonzero(~held if train else held))
 
 
+def _draws(dataset: Any) -> np.ndarray:
+    """Return a number from 0 to 1 for each sample, which depends on the name of its file alone."""
+    samples = getattr(dataset, "samples", None)
+    if isinstance(samples, FileIndex):
+        names = (os.fsencode(os.path.basename(path)) for path, _ in samples)
+        words = [zlib.crc32(name) for name in names]
+    else:
+        words = range(len(dataset))
+    return np.array([fold_in(STREAM, word) for word in words]) / 2**63
+
+
 def _labels_of(dataset: Any) -> np.ndarray:
-    """Return the label of each sample, zeros if the data set does not list them."""
+    """Return the label of each sample, zeros if the data set does not list them as integers."""
     samples = getattr(dataset, "samples", None)
     if isinstance(samples, FileIndex):
         return samples.labels()
-    targets = getattr(dataset, "targets", None)  # torchvision's name
-    return np.zeros(len(dataset), int) if targets is None else np.asarray(targets)
+    try:
+        targets = np.asarray(getattr(dataset, "targets", None))  # torchvision's name
+    except ValueError:  # of different lengths
+        targets = np.array(None)
+    usable = targets.shape == (len(dataset),) and targets.dtype.kind in "iu"
+    return targets if usable else np.zeros(len(dataset), int)

@@ -282,6 +282,8 @@ def agree(question: str, answer: str) -> str:
 
 def count_ranks(place: str, number: int) -> int:
     """Add `number` to the count of ranks at a place, and return it; no rank waits."""
+    if get_world_size() == 1:
+        return 1
     store = dist.PrefixStore("counted", dist.distributed_c10d._get_default_store())
     with contextlib.suppress(RuntimeError):  # rank 0 and its store are gone
         return store.add(place, number)

@@ -629,8 +629,10 @@ def test_mean_of_8_bit_values_gets_a_warning(caplog, monkeypatch):
     for mean, warned in ((123.675, True), (0.485, False)):
         caplog.clear()
         args = make_args(mean=(mean,), std=(0.2,))
-        datasets.build_loader(datasets.build_dataset(True, args)[0], True, args, "cpu")
-        assert ("by 255: --mean 0.485 --std 0.000784" in caplog.text) is warned
+        loader = datasets.build_loader(datasets.build_dataset(True, args)[0], True, args, "cpu")
+        loader.set_epoch(0)
+        next(iter(loader))
+        assert ("do not fit the images of 0 to 255 of the first batch" in caplog.text) is warned
 
 
 def test_values_for_another_number_of_channels_are_refused():
@@ -866,9 +868,19 @@ def test_range_of_float_images_is_checked_at_the_first_batch(images, told, log):
     batches = DeviceLoader(WatchedLoader(data, EvalSampler(2, 0, 1), 2), "cpu", *mean_and_std())
     for _ in range(2):
         list(batches)
-    warnings = [text.partition(", since")[0] for text in log.messages]
-    text = f"the float images of the first batch range from {told}; expected 0 to 1"
+    warnings = [text.partition(":")[0] for text in log.messages]
+    low, _, high = (told or "").partition(" to ")
+    text = f"mean and std do not fit the float images of the first batch, from {low} to {high}"
     assert warnings == [text] * (told is not None)
+
+
+def test_own_mean_and_std_of_float_images_are_no_mistake(log):
+    """Images in 0..10000 with their own mean and std were called wrong."""
+    for mean, std, wrong in (([5000.0] * 3, [2900.0] * 3, False), ([0.5] * 3, [0.2] * 3, True)):
+        log.messages.clear()
+        data = TransformedDataset(Listed([(image, 0) for image in ramp(0, 10_000)]), keep, 0)
+        list(DeviceLoader(WatchedLoader(data, EvalSampler(2, 0, 1), 2), "cpu", mean, std))
+        assert bool(log.messages) == wrong
 
 
 def keep(image):

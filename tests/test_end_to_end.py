@@ -397,6 +397,12 @@ def test_training_command_with_eval_evaluates_what_it_trained(trained, insects, 
     assert "finetune: x.pth" in text
     (moved / "args.yaml").write_text(text)
     assert result("--config", moved / "args.yaml")[0] == str(moved / "checkpoint-best.pth")
+    shutil.copytree(trained, tmp_path / "first")  # and where another run has its old place
+    text = text.replace("/nowhere/run", str(tmp_path / "first"))
+    (moved / "args.yaml").write_text(text)
+    assert result("--config", moved / "args.yaml")[0] == str(moved / "checkpoint-best.pth")
+    flags = ["--config", moved / "args.yaml", "--output_dir", trained]
+    assert result(*flags)[0] == str(trained / "checkpoint-best.pth")
     (tmp_path / "empty").mkdir()
     words = ["--eval", "--output_dir", tmp_path / "empty", "--finetune", trained]
     done = run("main_finetune.py", *MODEL, *words, "--data_path", insects)

@@ -429,6 +429,7 @@ def test_rate_and_decay_reach_every_group_before_the_first_update():
 
 def schedule_flags(**changes: float) -> SimpleNamespace:
     flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1, "opt": "adamw"}
+    flags["recipe"] = None
     return SimpleNamespace(**{**flags, "weight_decay": 0.04, "weight_decay_end": None, **changes})
 
 

@@ -59,6 +59,9 @@ def test_commands_run_the_scripts(folder):
     assert len(names) == 6
     for name in names:
         assert "usage:" in run(folder, folder / "site" / "bin" / name, "--help")
+    assert "convnextv2_atto" in run(
+        folder, folder / "site" / "bin" / "convnextv2-finetune", "--list_models"
+    )
     words = ["--recipe", "digits_pretrain", "--epochs", 1, "--warmup_epochs", 0]
     words += ["--batch_size", 700, "--input_size", 16, "--num_workers", 0, "--picture_freq", 0]
     words += ["--device", "cpu", "--output_dir", "run"]

@@ -155,7 +155,9 @@ class CheckpointManager:
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
         self.problem = ""  # why the last save failed, '' if it did not
         self.last: LastStep | None = None
-        self.counted = ""  # the place where this rank waits for a batch and was asked to stop
+        # Ranks that wait for a batch and were asked to stop are counted, in another round after one
+        # of them got its batch. All ranks are in the same phase: they meet between two of them.
+        self.phase, self.round, self.counted = 0, 0, False
 
     def __enter__(self) -> "CheckpointManager":
         self.signals.__enter__()
@@ -179,20 +181,24 @@ class CheckpointManager:
     def _on_wait(self, arrived: bool) -> None:
         """Raise NoMoreBatches on all ranks if all wait for a batch and were asked to stop.
 
-        The first one to find that all wait, or to get a batch after all, decides for all of them.
+        The first one to find that all wait, or to get a batch after all, decides the round for all.
         """
         if not self.counted and (arrived or not self.signals.read()[1]):
             return
-        state = self.last.state if self.last else TrainState()
-        place = f"epoch {state.epoch}, step {state.global_step}, image {state.samples_in_epoch}"
-        waiting = 1
-        if get_world_size() > 1:
-            waiting = count_ranks(place, int(self.counted != place))
-        self.counted = "" if arrived else place
-        if not arrived and waiting < get_world_size():
-            return
-        if agree(f"stop at {place}", "continue" if arrived else "stop") == "stop":
-            raise NoMoreBatches(f"asked to stop at {place}, where no batch comes")
+        step = self.last.state.global_step if self.last else 0
+        phase = f"stop at step {step}, phase {self.phase}"
+        while agree(place := f"{phase}, round {self.round}", "") == "continue":
+            self.round, self.counted = self.round + 1, False  # another rank got a batch
+        if arrived:
+            self.counted = False
+            if agree(place, "continue") == "continue":
+                return
+        else:
+            waiting = count_ranks(place, int(not self.counted))
+            self.counted = True
+            if waiting < get_world_size() or agree(place, "stop") == "continue":
+                return
+        raise NoMoreBatches("asked to stop, and no batch comes")
 
     def _save_last_step(self) -> None:
         """Save the progress of the last optimizer step, and stop."""
@@ -243,6 +249,7 @@ class CheckpointManager:
             self._stop(state)
         sums = meters.recent.clone()
         self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard, meters, sums)
+        self.phase, self.round, self.counted = self.phase + 1, 0, False
 
     def end_epoch(
         self,
@@ -264,6 +271,7 @@ class CheckpointManager:
             self._stop(state)
         guard = self.last.guard if self.last else None
         self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard)
+        self.phase, self.round, self.counted = self.phase + 1, 0, False
         if last and self.problem:
             raise TrainingStopped(
                 f"training is complete, but could not be saved: {self.problem}; correct "

@@ -307,9 +307,11 @@ def check_shared_memory(problems: list[str], run: PlannedRun, image: Tensor) -> 
     needed = max(loader.shared_memory(image) for loader in loaders) * local_world_size()
     if not (needed and SHARED_MEMORY.is_dir()):  # other systems have another kind of it
         return True
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    needed, free = max(all_gather((needed, free)), key=lambda pair: pair[0] - pair[1])
-    sizes = f"{format_bytes(needed)} for batches of loader processes, {format_bytes(free)} free"
+    total, _, free = shutil.disk_usage(SHARED_MEMORY)
+    ranks = all_gather((needed, free, total))
+    needed, free, total = max(ranks, key=lambda sizes: sizes[0] - sizes[1])
+    has = f"{format_bytes(free)} of {format_bytes(total)} free"
+    sizes = f"{format_bytes(needed)} for batches of loader processes, {has}"
     log_result(str(SHARED_MEMORY), sizes)
     if needed > free:
         problems.append(

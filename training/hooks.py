@@ -147,9 +147,7 @@ class Reporter:
 
         only_missing: only if the hooks have not written it, as in a run that was killed before.
         """
-        if only_missing and from_main_process(
-            lambda: any(hook.has_image(name, self.state) for hook in self.hooks)
-        ):
+        if only_missing and from_main_process(lambda: self._has_image(name)):
             return
         try:
             image = draw()
@@ -158,6 +156,15 @@ class Reporter:
             return
         if image is not None:
             self._notify("on_image", name, image, self.state)
+
+    def _has_image(self, name: str) -> bool:
+        for hook in self.hooks:
+            try:
+                if hook.has_image(name, self.state):
+                    return True
+            except Exception as error:
+                self._report_failure(type(hook).__name__, error)
+        return False
 
     def __enter__(self) -> "Reporter":
         if self.open_hooks is not None:  # errors of rank 0 reach all ranks

@@ -8,6 +8,7 @@ Epochs count from 1 here, and from 0 in file names and log.txt, as in the offici
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -89,8 +90,9 @@ def describe_result(state: TrainState, stats: Mapping[str, float]) -> str:
     return ", ".join(found)
 
 
-def next_command(args: Any, folder: Path) -> str:
-    """Return the command that a finished run in `folder` makes possible."""
+def next_command(args: Any, path: Path) -> str:
+    """Return the command that a finished run in the folder `path` makes possible."""
+    folder = shlex.quote(str(path))
     if "mask_ratio" not in vars(args):
         resumed = f" --resume {folder}" * bool(args.resume)  # else that one would be evaluated
         return f"python main_finetune.py --config {folder}/args.yaml --eval{resumed}"

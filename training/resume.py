@@ -120,20 +120,31 @@ def choose_evaluated(
 ) -> str:
     """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`.
 
-    config: file of flags; the folder that holds it is the run's if the run has moved.
+    config: the args.yaml of a run; if `folder` comes from it, its own folder takes precedence,
+        since the run may have moved.
     """
-    folders = [folder, *([str(Path(config).parent)] if config else [])]
+    folders = [folder]
+    if folder and config and _output_dir_of(config) == folder:
+        folders = [str(Path(config).parent), folder]
     own = from_main_process(
         lambda: [name for name in folders if name and files.list_checkpoints(Path(name), use_ema)]
     )
     if not (resume or own):
-        if folder and finetune:
-            text = "%s holds no checkpoint: --finetune %s is evaluated"
-            get_logger().warning(text, folder, finetune)
+        if finetune:
+            reason = f"{folder} holds no checkpoint" if folder else "no --output_dir names a run"
+            get_logger().warning("%s: --finetune %s is evaluated", reason, finetune)
         return finetune or folder
     if resume and own and not Path(resume).resolve().is_relative_to(Path(own[0]).resolve()):
         get_logger().info("--resume %s is evaluated, not the run in %s", resume, own[0])
     return resume or own[0]
+
+
+def _output_dir_of(config: str) -> str | None:
+    """Return the folder that an args.yaml names, None if it names none."""
+    import yaml
+
+    flags = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    return flags.get("output_dir") if isinstance(flags, dict) else None
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import first_few
 from models.fcmae import FCMAE
-from weights.convert import DECODER, SIGNS, Report, to_convnextv2, unwrap
+from weights.convert import DECODER, Report, to_convnextv2, unwrap
 
 HEAD_NAMES = ("head", "fc", "classifier", "heads")  # of networks without timm's get_classifier
 
@@ -145,7 +145,8 @@ def _rename(
 ) -> tuple[dict[str, Tensor], Report]:
     """Convert any layout to a ConvNeXt V2's names; other models have only their own names."""
     is_fcmae = any(name.startswith("encoder.") for name in expected)
-    if any(name.removeprefix("encoder.") in SIGNS for name in expected):
+    ours = {name.removeprefix("encoder.") for name in expected}
+    if {"downsample_layers.0.0.weight", "stages.0.0.grn.gamma"} <= ours:
         return to_convnextv2(state, decoder=is_fcmae)
     own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
     if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config.flags import as_typed
-from config.parser import FrozenNamespace, shape_problems
+from config.parser import FrozenNamespace, absolute_paths, shape_problems
 from data_loading.labels import Head
 from errors import UserError
 from models import MODELS
@@ -26,6 +26,7 @@ INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integer
 INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
 NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean"}
 NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
+INHERITED |= {"val_split": "a number"}  # to evaluate the same data
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
@@ -84,6 +85,8 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     source, names = saved.source, INHERITED | (RESUMED if resumes else {})
     if "mask_ratio" in vars(args):  # pre-training evaluates nothing
         del names["crop_pct"]
+    if not (resumes or _evaluates_its_data(args, saved)):
+        del names["val_split"]
     if args.given & NORMALIZATION.keys():
         names = {name: kind for name, kind in names.items() if name not in NORMALIZATION}
         if not resumes:
@@ -106,6 +109,10 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
             f"{source} was trained with --model {taken['model']}, which is code and not a name; "
             "give --model to choose the code to run"
         )
+    for name in ("mean", "std"):  # of other channels than the given ones
+        values = taken.get(name, ())
+        if len(values) not in (0, 1, taken.get("in_chans", args.in_chans)):
+            taken[name] = (sum(values) / len(values),)
     if taken:
         typed = " ".join(f"--{name} {as_typed(value)}" for name, value in taken.items())
         get_logger().info("taken from %s: %s", source, typed)
@@ -115,6 +122,13 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     for problem in shape_problems(args):
         raise UserError(problem)
     return args
+
+
+def _evaluates_its_data(args: FrozenNamespace, saved: SavedRun) -> bool:
+    """Return True if the data of the run is evaluated."""
+    if not vars(args).get("eval") or args.eval_data_path:
+        return False
+    return absolute_paths(vars(args))["data_path"] == saved.flags.get("data_path")
 
 
 def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None:
@@ -163,5 +177,8 @@ def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:
         return
     flag, trained = f"--{name} {as_typed(typed)}", f"{source} was trained with {as_typed(saved)}"
     if name in SHAPE:
-        raise UserError(f"{flag}, but {trained}; drop --{name}, or give another checkpoint")
+        raise UserError(
+            f"{flag} is given (on the command line, by --config or --recipe), but {trained}; give "
+            f"--{name} {as_typed(saved)}, or another checkpoint"
+        )
     get_logger().warning("%s is used; %s", flag, trained)

@@ -210,7 +210,7 @@ def _read(kind: str) -> dict[str, str]:
 
 
 def _store(kind: str, entries: dict[str, str]) -> None:
-    """Add choices to the cache file, unless another process has done so."""
+    """Add choices to the cache file, which other processes may have changed meanwhile."""
     from filelock import FileLock  # takes long to import
 
     try:

@@ -62,7 +62,7 @@ RELEASED = {
         array:59dc follow:048f
     """,
     "visualize": """
-        checkpoint:c14e output:8c32 num_images:e7f2 split:bcba model:cd28 data_path:acf3
+        checkpoint:c14e output:3991 num_images:e7f2 split:bcba model:cd28 data_path:acf3
         data_set:d412 data_index:5ec7 eval_data_path:8f1c device:60dd seed:c9e3
     """,
     "export": """

@@ -368,8 +368,8 @@ def test_wrong_files_are_named(tmp_path):
                 open_index(folder, root)
         np.save(folder / name, array)
     open_index(folder, root)
-    (folder / "index.json").write_text(json.dumps(metadata | {"version": 2}))
-    with pytest.raises(UserError, match="cannot be used: index.json has version 2, expected 1"):
+    (folder / "index.json").write_text(json.dumps(metadata | {"version": 1}))
+    with pytest.raises(UserError, match="cannot be used: index.json has version 1, expected 2"):
         open_index(folder, root)
     with pytest.raises(UserError, match="no such file on this machine; .* that all machines share"):
         open_index(tmp_path / "absent.index", root)

@@ -44,8 +44,6 @@ def test_names_that_are_not_one_to_one_with_labels():
         (["10", "2", "9"], Head("it.pth", ["10", "2", "9"], 3), [0, 1, 2]),  # by name
         (["10", "2", "9"], Head("it.pth", ["2", "9", "10"], 3), [2, 0, 1]),
         (["0", "2"], ABC, [0, 2]),  # numbers are labels
-        (["1", "2", "3"], ABC, [0, 1, 2]),  # from 1, if all are there
-        (["10", "2", "9"], Head("it.pth", None, 3), [0, 1, 2]),  # no labels: in order
         (["ant", "bee", "cat"], Head("it.pth", None, 3), [0, 1, 2]),  # without names in order
         (["0", "1", "10", "11", "2"], Head("it.pth", None, 12), [0, 1, 10, 11, 2]),
         (["n01440764", "n15075141"], Head("it.pth", None, 1000), [0, 999]),  # ImageNet's ends
@@ -65,6 +63,8 @@ def test_position_of_each_label_in_the_head(names, head, positions):
             "val has classes that it.pth does not know: zant; val lacks classes of it.pth: ant. "
             "Rename, remove or restore these class folders",
         ),
+        (["1", "2", "3"], ABC, "does not know: 1, 2, 3"),  # labels count from 0
+        (["1", "2", "3"], Head("it.pth", None, 3), "name the folders by label, from 0 to 2"),
         (["3", "4"], ABC, "does not know: 3, 4; val lacks classes of it.pth: ant, bee, cat"),
         (["0", "00"], ABC, "does not know: 0, 00"),  # the same number twice
         # Names that are numbers are names: 0 is not the first, and 1 is no label.

@@ -36,13 +36,18 @@ def parts(data, fraction: float) -> list[list[tuple[int, int]]]:
 
 
 def test_each_image_is_trained_on_or_held_out_and_each_class_loses_its_fraction():
-    train, val = parts(Listed(30, 10, 2), 0.2)
-    assert sorted(train + val) == [(i, label) for i, label in enumerate(Listed(30, 10, 2).targets)]
-    assert [sum(label == k for _, label in val) for k in range(3)] == [6, 2, 1]
-    assert [sum(label == k for _, label in train) for k in range(3)] == [24, 8, 1]
+    data = Listed(3000, 1000, 2)
+    train, val = parts(data, 0.2)
+    assert sorted(train + val) == list(enumerate(data.targets))
+    counts = [sum(label == k for _, label in val) for k in range(3)]
+    assert counts == [pytest.approx(600, abs=80), pytest.approx(200, abs=45), 1]
     assert train == sorted(train)
-    places = [i for i, label in val if label == 0]
-    assert places not in ([*range(6)], [*range(24, 30)])  # at random
+
+
+def test_samples_stay_in_their_part_when_others_are_added():
+    """A run that was resumed after that would be evaluated on images that it was trained on."""
+    before, after = ({i for i, _ in parts(Listed(n), 0.2)[1]} for n in (1000, 1300))
+    assert before == {i for i in after if i < 1000}
 
 
 def test_split_is_always_the_same_and_has_class_names():
@@ -59,9 +64,16 @@ def test_class_of_one_image_is_trained_on():
 
 
 def test_data_set_without_listed_labels_is_split_as_a_whole():
-    train, val = parts(range(10), 0.3)
-    assert len(val) == 3
-    assert sorted(train + val) == [*range(10)]
+    train, val = parts(range(100), 0.3)
+    assert 20 < len(val) < 40
+    assert sorted(train + val) == [*range(100)]
+
+
+@pytest.mark.parametrize("targets", [["a", "b"] * 5, [{"box": 1}] * 10, [[1], [1, 2]] * 5])
+def test_labels_of_other_kinds_do_not_matter(targets):
+    data = Listed(10)
+    data.targets = targets
+    assert len(split(data, 0.3, True)) + len(split(data, 0.3, False)) == 10
 
 
 @pytest.fixture
@@ -88,12 +100,14 @@ def test_folders_without_evaluation_data(data_set, folder, photos):
     words = ("--data_set", data_set, "--data_path", photos / folder)
     args = parse(*words, "--val_split", 0.2)
     train, val, nb_classes = datasets.build_datasets(args)
-    assert (len(train), len(val), nb_classes) == (16, 4, 2)
-    held = {train.name_of(i) for i in range(16)} & {val.name_of(i) for i in range(4)}
-    assert held == set()
-    assert str(photos) in val.name_of(0)
-    assert [val[0, i][1] for i in range(4)] == [0, 0, 1, 1]
-    assert len({val[0, i][0].float().mean().item() for i in range(4)}) == 4
+    assert (len(train) + len(val), nb_classes) == (20, 2)
+    names = [{part.name_of(i) for i in range(len(part))} for part in (train, val)]
+    assert not names[0] & names[1]
+    assert all(str(photos) in name for name in names[1])
+    labels = {path.split("/")[-2]: label for path, label in val.dataset.samples}
+    assert labels == {"ant": 0, "bee": 1}
+    values = [val[0, i][0].float().mean().item() for i in range(len(val))]
+    assert len(set(values)) == len(val)  # other images, and not all the same one
     (photos / "val" / "ant").mkdir(parents=True)
     if data_set == "IMNET":
         with pytest.raises(UserError, match="has a folder val/; drop --val_split"):

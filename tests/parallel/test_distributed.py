@@ -287,18 +287,18 @@ def ranks_lose_the_run_folder(rank: int, folder: Path) -> list[str]:
 
 
 def ranks_wait_for_batches(rank: int, folder: Path) -> dict[str, list]:
-    """Ask both ranks to stop while both, or one, wait for a batch."""
+    """Ask both ranks to stop while both, or one, wait for a batch, or one for its second."""
     stepper = SimpleNamespace(drop_window=lambda: None)
     quiet = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, stepper=stepper)
     found = {}
-    for step, case in enumerate(("both", "one"), 1):
+    for step, case in enumerate(("both", "one", "late"), 1):
         state = TrainState(global_step=step, samples_in_epoch=step)
         saved, means = [], Means(["loss"], CPU)
         try:
             with CheckpointManager(lambda state, saved=saved, **_: saved.append(state)) as keeper:
                 means.update(1, loss=torch.tensor(2.0 + rank))
                 keeper.after_step(state, means, quiet)
-                state.samples_in_epoch += 1  # an accumulation window begins
+                state.samples_in_epoch += 1 + rank  # an accumulation window begins
                 means.update(1, loss=torch.tensor(100.0))
                 keeper._on_wait(False)  # not asked to stop
                 keeper.signals.reason = "SIGTERM"
@@ -308,6 +308,10 @@ def ranks_wait_for_batches(rank: int, folder: Path) -> dict[str, list]:
                     state.global_step += 1
                     keeper.after_step(state, means, quiet)
                     keeper.after_step(state, means, quiet)  # the vote is one step late
+                if case == "late":
+                    for arrived in (False, True) if rank == 0 else ():
+                        keeper._on_wait(arrived)
+                    dist.barrier()
                 while True:
                     keeper._on_wait(False)
                     time.sleep(0.01)
@@ -496,13 +500,16 @@ def test_run_folder_lost_by_rank_0_ends_all_ranks_at_the_same_step(results):
 def test_ranks_that_all_wait_for_a_batch_save_the_last_step_together(results):
     """If one of them saved alone, it would wait for the others, and they for its gradients."""
     sums = [[[2.0], [1.0]], [[3.0], [1.0]]]
-    for result in results:
+    for rank, result in enumerate(results):
         stopped, saved = result["ranks_wait_for_batches"]["both"]
         assert stopped == "stopped by SIGTERM in epoch 1, step 1; checkpoint saved."
         assert saved == (1, sums)
+        stopped, saved = result["ranks_wait_for_batches"]["late"]
+        assert stopped == "stopped by SIGTERM in epoch 1, step 3; checkpoint saved."
+        assert saved == (3, sums)
         stopped, saved = result["ranks_wait_for_batches"]["one"]
         assert stopped == "stopped by SIGTERM in epoch 1, step 3; checkpoint saved."
-        assert saved[0] == 3
+        assert saved[0] == 3 + rank
 
 
 def test_hooks_that_cannot_write_end_all_ranks(results):

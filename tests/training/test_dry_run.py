@@ -309,12 +309,18 @@ def test_error_of_a_data_set_is_shown_with_its_traceback_once(said):
 
 def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatch):
     """Docker's 64 MB: a loader process could not send its first batches."""
-    Usage, asked = namedtuple("Usage", "free"), []
-    usage = lambda path: asked.append(str(path)) or Usage(5 * 6 * 3 * 16 * 16 - 1)  # noqa: E731
+    Usage, asked = namedtuple("Usage", "total used free"), []
+    free = 5 * 6 * 3 * 16 * 16 - 1
+    usage = lambda path: asked.append(str(path)) or Usage(2 * free, free, free)  # noqa: E731
     monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
     assert dry("pretrain", "--num_workers", 2) == 1
-    assert "/dev/shm     22.5 KiB for batches of loader processes, 22.5 KiB free" in said()
-    assert "1. /dev/shm: 22.5 KiB for batches of loader processes, 22.5 KiB free; enlarge" in said()
+    assert (
+        "/dev/shm     22.5 KiB for batches of loader processes, 22.5 KiB of 45.0 KiB free" in said()
+    )
+    assert (
+        "1. /dev/shm: 22.5 KiB for batches of loader processes, 22.5 KiB of 45.0 KiB free; enlarge"
+        in said()
+    )
     assert "skipped      speed and time: batches do not fit in /dev/shm" in said()
     assert asked[0] == "/dev/shm"
     asked.clear()

@@ -170,7 +170,7 @@ def test_line_printed_for_timm_loads_the_file(files, tmp_path):
 def test_use_ema_exports_the_ema_weights(files, tmp_path):
     words = ["--to", "safetensors", "--output", tmp_path / "a.safetensors", "--use_ema"]
     main(files / "classifier.pth", *words)
-    assert describe(read_checkpoint(tmp_path / "a.safetensors"))["stem_stride"] == 2
+    assert describe(read_checkpoint(tmp_path / "a.safetensors")["model"])["stem_stride"] == 2
 
 
 def test_script_reads_its_own_output(files, tmp_path):
@@ -178,7 +178,7 @@ def test_script_reads_its_own_output(files, tmp_path):
     main(files / "classifier.pth", "--to", "hf", "--output", tmp_path / "hf")
     main(tmp_path / "hf", "--to", "safetensors", "--output", tmp_path / "a.safetensors", *SIDES)
     ours = read_checkpoint(files / "classifier.pth")["model"]
-    again = read_checkpoint(tmp_path / "a.safetensors")
+    again = read_checkpoint(tmp_path / "a.safetensors")["model"]
     assert all(torch.equal(again[name], value) for name, value in ours.items())
 
 
@@ -190,7 +190,7 @@ BAD = {  # words after the checkpoint -> what the message must name
     "opset elsewhere": ("--to pt2 --opset 18", "--opset 18"),
     "old opset": ("--to onnx --opset 16", "expected an integer in [17,20]"),
     "labels elsewhere": ("--to onnx --labels names.txt", "--labels"),
-    "crop elsewhere": ("--to timm --crop_pct 0.9", "--crop_pct"),
+    "crop elsewhere": ("--to onnx --crop_pct 0.9", "--crop_pct"),
     "name": ("--to onnx --output a.pth", "ends in .onnx"),
     "three sides": ("--to onnx --input_size 1 2 3", "--input_size"),
     "size by name": ("--to onnx --model convnextv2_tiny", "found in its weights; drop it"),

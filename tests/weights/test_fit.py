@@ -11,7 +11,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from tests import tiny
 from tests.weights.test_pretrained import assert_same, lines, randomize, values  # noqa: F401
-from weights.fit import adapt_prediction, adapt_stem, find_classifier, find_stem
+from weights.fit import adapt_prediction, adapt_stem, find_classifier, find_stem, fit_weights
 from weights.pretrained import load_pretrained
 
 
@@ -224,3 +224,13 @@ def test_predictions_are_repeated_channel_by_channel():
     assert adapt_prediction(rows, 2, 4).tolist() == [1, 2, 3, 1, 10, 20, 30, 10]
     assert adapt_prediction(rows, 2, 1).tolist() == [2, 20]
     assert adapt_prediction(rows[:, None], 2, 1).tolist() == [[2], [20]]
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto", "edgenext_xx_small"])
+def test_network_of_timm_loads_its_own_weights(name):
+    """Since it has a layer `stem.0`, its weights were converted to our names, and refused."""
+    import timm
+
+    model = timm.create_model(name, num_classes=3)
+    state, _ = fit_weights(model, timm.create_model(name, num_classes=3).state_dict())
+    assert state.keys() == model.state_dict().keys()

@@ -79,6 +79,9 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
     assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
     assert caplog.records == []  # 0.5 are Inception's
     assert changed(finetune(*words), {"lr": 1.0}) == {}  # a run that stores none
+    rgb = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.2, 0.5], "in_chans": 3}
+    gray = changed(finetune("--resume", "x", "--in_chans", "1"), rgb)
+    assert gray == {"mean": (pytest.approx(0.2),), "std": (pytest.approx(0.3),)}
     rgb = {"mean": [0.1, 0.2, 0.3], "std": [1.0]}
     changed(finetune(*words, "--in_chans", "1"), rgb)
     assert "trained with mean 0.1 0.2 0.3 and std 1.0 1.0 1.0" in caplog.text
@@ -89,6 +92,19 @@ def test_values_for_other_channels_are_refused_once_the_channels_are_known():
     assert changed(finetune(*words), {"in_chans": 2}) == {"in_chans": 2}
     with pytest.raises(UserError, match="--mean 0.5 0.4 has 2 values, expected .* --in_chans 4"):
         changed(finetune(*words), {"in_chans": 4})
+
+
+def test_held_out_images_are_those_of_the_run(tmp_path, caplog):
+    """Evaluated with another split, a run saw images that it was trained on."""
+    flags = {"val_split": 0.2, "data_path": str(tmp_path)}
+    data = ("--data_set", "IMNET", "--data_path", str(tmp_path))
+    assert changed(finetune("--resume", "x"), flags, resumes=True) == {"val_split": 0.2}
+    assert changed(finetune("--eval", "--resume", "x", *data), flags) == {"val_split": 0.2}
+    assert changed(finetune("--eval", "--resume", "x", *data[:3], "/other"), flags) == {}
+    assert changed(finetune("--finetune", "x", *data), flags) == {}
+    caplog.clear()
+    assert changed(finetune("--eval", "--resume", "x", *data, "--val_split", "0.5"), flags) == {}
+    assert "--val_split 0.5 is used; it.pth was trained with 0.2" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["--config", "--recipe"])
@@ -104,8 +120,16 @@ def test_flags_of_files_count_as_given(source, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value", "text"),
     [
-        ("model", "convnextv2_nano", "--model convnextv2_nano, but it.pth was trained with "),
-        ("stem_stride", "1", "--stem_stride 1, but it.pth was trained with 2; drop --stem_stride"),
+        (
+            "model",
+            "convnextv2_nano",
+            "is given (on the command line, by --config or --recipe), but it.pth was",
+        ),
+        (
+            "stem_stride",
+            "1",
+            "but it.pth was trained with 2; give --stem_stride 2, or another checkpoint",
+        ),
     ],
 )
 def test_weights_that_cannot_fit_are_refused_in_words(flag, value, text):
