@@ -35,7 +35,7 @@ demo: install
 		--split val --output $(DEMO)/reconstructions.png
 	@echo
 	@echo "accuracy          the line above with top-1, top-5 and loss"
-	@echo "reconstructions   $(DEMO)/reconstructions.png (input, masked input, reconstruction)"
+	@echo "reconstructions   $(DEMO)/reconstructions.png (input, visible patches, reconstruction)"
 	@echo "an epoch a line   $(DEMO)/pretrain/log.txt and $(DEMO)/finetune/log.txt"
 	@echo "curves            $(BIN)/tensorboard --logdir $(DEMO)"
 
