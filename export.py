@@ -72,8 +72,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     key = EMA_KEY if args.use_ema else args.model_key
     checkpoint = read_checkpoint(args.checkpoint, args.sha256, ema=args.use_ema)
     weights = select_state_dict(checkpoint, args.checkpoint, key, args.model_prefix)
-    run = checkpoint.get("args") or {}
-    run = vars(run) if isinstance(run, argparse.Namespace) else run  # the official code's flags
+    saved = read_saved_run(checkpoint, args.checkpoint)
+    run = dict(saved.flags)
     load = load_own_network if args.model else load_convnext
     try:
         spec, report = load(weights, run, args.model)
@@ -88,9 +88,10 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
     found |= {"mean": None, "std": None}
+    stored = {name: normalized(name, run.get(name)) for name in found}
     if args.imagenet_default_mean_and_std is not None:  # it replaces the run's own values
-        run = {name: value for name, value in run.items() if name not in ("mean", "std")}
-    for flags in (run, {name: getattr(args, name) for name in found}):
+        stored |= {"mean": None, "std": None}
+    for flags in (stored, {name: getattr(args, name) for name in found}):
         found |= {name: flags[name] for name in found if flags.get(name) is not None}
     own = found["imagenet_default_mean_and_std"], found["mean"], found["std"]
     mean, std = mean_and_std(shape["in_chans"], *own)
@@ -102,7 +103,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         std=std,
         crop_pct=found["crop_pct"],
         labels=labels,
-        classes=labels if args.labels else read_saved_run(checkpoint, args.checkpoint).head.names,
+        classes=labels if args.labels else saved.head.names,
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )

@@ -506,7 +506,7 @@ BAD = {  # name -> script, flags, what the line must name
     "optimizer": ("finetune", "--opt adamv", "adam"),
     "flag": ("finetune", "--warmup_epoch 3", "--warmup_epochs"),
     "other network": ("finetune", "--finetune {0}/resnet.pth", "conv1.weight"),
-    "other size": ("finetune", "--stem_stride 2 --finetune {1}", "--stem_stride 2, but"),
+    "other size": ("finetune", "--stem_stride 2 --finetune {1}", "--stem_stride 2 is given ("),
     "no weights": ("finetune", "--eval", "--resume"),
     "no checkpoint": ("finetune", "--eval --resume {0}/nothing.pth", "nothing.pth"),
     "resume other": ("pretrain", "--resume {0}/resnet.pth", "conv1.weight"),

@@ -300,6 +300,18 @@ def test_output_that_differs_leaves_nothing(wrong, files, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "args", [[], {"input_size": [3, 64, 64], "crop_pct": "a", "mean": "abc"}, {"input_size": "x"}]
+)
+def test_flags_of_other_libraries_are_no_obstacle(args, files, tmp_path):
+    """Tracebacks, and the first two of timm's (channels, height, width) were taken for a size."""
+    content = torch.load(files / "classifier.pth", weights_only=True)
+    torch.save(content | {"args": args}, tmp_path / "a.pth")
+    main(tmp_path / "a.pth", "--to", "safetensors", "--output", tmp_path / "a.safetensors")
+    size = read_checkpoint(tmp_path / "a.safetensors")["args"]["input_size"]
+    assert size == ([64, 64] if "mean" in args else size[:1] * 2)
+
+
 def test_other_preprocessing_than_the_runs_is_said(files, tmp_path, capsys):
     content = torch.load(files / "classifier.pth", weights_only=True)
     content["args"] = content.get("args", {}) | {
