@@ -23,6 +23,7 @@ NAME = r"runs/(pretrain|finetune)-[\w.-]+-\d{8}-\d{4}(-\d+)?"
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process_group, "_stores", [])  # other tests of this process leave theirs
 
 
 def parse(kind: str, *words: str):
