@@ -212,7 +212,9 @@ def test_error_of_another_rank_is_followed_too(place):
     done = run("submitit_pretrain.py", *words, expect=1)
     error = "image number [0-9]+: ZeroDivisionError: of rank 1"
     assert re.search(rf"error \[rank 0\]: rank 1 has failed: {error} The data set", done.stdout)
-    assert re.search(rf"error \[rank 1\]: {error}\nThe data set raised it:\n", done.stdout)
+    number = re.search(r"^job (\d+);", done.stdout)[1]
+    own = (place / number / f"{number}_1_log.err").read_text()
+    assert re.search(rf"error \[rank 1\]: {error}\nThe data set raised it:\n", own)
 
 
 def test_script_of_a_dry_run_is_one_that_sbatch_takes(cluster, tmp_path):
