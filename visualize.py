@@ -29,9 +29,7 @@ from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
 from training.pictures import TITLES, ReconstructionImages
 from weights.convert import DECODER, unwrap
-from weights.files import find_source, read_checkpoint
-from weights.pretrained import load_pretrained, select_state_dict
-from weights.saved_run import read_saved_run
+from weights.pretrained import Pretrained, read_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,13 +39,13 @@ def main(args: argparse.Namespace) -> None:
             "--checkpoint is missing; give a run of main_pretrain.py, or weights with a decoder"
         )
     device = init_distributed_mode(args.device)
-    source = str(find_source(args.checkpoint))
+    weights = read_pretrained(args.checkpoint)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    args = argparse.Namespace(**find_flags(read_checkpoint(source), source, given))
+    args = argparse.Namespace(**find_flags(weights, given))
     data = find_data(args, given)
     model = build_fcmae(args).to(device)
-    load_pretrained(model, source, new=())
-    name = "/".join(Path(source).parts[-2:])
+    weights.load(model, new=())
+    name = "/".join(Path(weights.path).parts[-2:])
     drawing = ReconstructionImages(args, data, model, device, count=args.num_images, name=name)
     image = drawing.draw(model, TrainState(args.epochs))
     try:
@@ -59,10 +57,10 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(drawing.images)} rows of {columns}")
 
 
-def find_flags(checkpoint: Any, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all flags: the given ones over those of the run over those that the weights imply."""
-    weights = {unwrap(name): x for name, x in select_state_dict(checkpoint, source).items()}
-    saved = dict(read_saved_run(checkpoint, source, weights).flags)
+    weights = {unwrap(name): value for name, value in pretrained.state.items()}
+    source, saved = pretrained.path, dict(pretrained.saved.flags)
     implied = vars(finalize(pretrain_parser().parse_args([]))) | {"eval_data_path": None}
     if "mask_ratio" not in saved:
         parts = [

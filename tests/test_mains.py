@@ -332,11 +332,14 @@ def test_weights_to_evaluate_are_checked_before_the_data_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize("script", MAINS)
-@pytest.mark.parametrize("fault", ["model", "file", "size", "nan"])
+@pytest.mark.parametrize("fault", ["model", "file", "size", "nan", "nan of own", "key of own"])
 def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
     script, fault, tmp_path, monkeypatch
 ):
-    """Listing ImageNet takes minutes; here the data set does not exist."""
+    """Listing ImageNet takes minutes; here the data set does not exist.
+
+    A network of the user's own is not built for it: its weights are read and must be finite.
+    """
     model, path = tiny.classifier(num_classes=3, stem_stride=1), tmp_path / "weights.pth"
     model = models.create_model("convnextv2_atto", stem_stride=1) if fault == "nan" else model
     with torch.no_grad():
@@ -350,6 +353,8 @@ def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
             "belong to other flags: --model of",
         ),
         "nan": (f"--model convnextv2_atto START={path}", "NaN or Inf in .*stages.0.0.norm.bias"),
+        "nan of own": (f"START={path}", "weights.pth holds NaN or Inf in .*stages.0.0.norm.bias"),
+        "key of own": (f"START={path} --model_key other", "expected weights under 'other'"),
     }[fault]
     words = words.replace("START", START[script])
     with pytest.raises(UserError, match=message):

@@ -24,7 +24,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, check_pretrained, has_ema, load_pretrained
+from weights.pretrained import EMA_KEY, load_pretrained, read_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -176,7 +176,8 @@ def test_has_ema(tmp_path):
         "bare": classifier().state_dict(),
     }.items():
         torch.save(content, tmp_path / name)
-        assert has_ema(str(tmp_path / name)) == (name == "both")
+        ema = read_pretrained(str(tmp_path / name)).ema
+        assert (ema is not None) == (name == "both")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
@@ -344,12 +345,13 @@ def test_check_finds_what_loading_would_find_and_changes_nothing(tmp_path, lines
     torch.save(classifier(classes=5).state_dict(), tmp_path / "a.pth")
     with torch.device("meta"):
         model = ConvNeXtV2(*SIZE, num_classes=3)
-    check_pretrained(model, str(tmp_path / "a.pth"))
+    weights = read_pretrained(str(tmp_path / "a.pth"))
+    weights.check(model)
     assert lines() == []
     with pytest.raises(UserError, match="5 classes and this model has 3"):
-        check_pretrained(model, str(tmp_path / "a.pth"), new=())
+        weights.check(model, new=())
     with pytest.raises(UserError, match="does not exist"):
-        check_pretrained(model, str(tmp_path / "b.pth"))
+        read_pretrained(str(tmp_path / "b.pth"))
 
 
 # --- downloads --------------------------------------------------------------------------
