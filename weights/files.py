@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from errors import UserError, first_few, first_line
 from parallel import state_dict
 from weights.download import INDEX, KINDS, WEIGHTS, list_parts, locate
+from weights.hub_config import read_hub_run
 from weights.mismatch import explain
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
@@ -76,9 +77,19 @@ def read_checkpoint(
 
     source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
     reads all of it. A `.safetensors` file is a state dict, and so are the parts that an index of
-    the hub lists; one that export.py wrote also has the `args` and `classes` of its run.
+    the hub lists; one that export.py wrote, or that has the JSON files of transformers beside it,
+    also has `args` and `classes`.
     """
     path = find_source(source, sha256, ema)
+    content = _read_file(path, check)
+    is_hub_file = path.name in WEIGHTS and isinstance(content, dict)
+    if not (is_hub_file and all(isinstance(value, Tensor) for value in content.values())):
+        return content
+    return {**read_hub_run(path.parent, content), "model": content}
+
+
+def _read_file(path: Path, check: bool) -> Any:
+    """Read one file, or the parts that an index lists."""
     try:
         if path.name.endswith(INDEX):
             return _read_parts(path)

@@ -388,6 +388,23 @@ def test_cached_hub_models_load_offline(hub, source):
     assert_same(values(model), values(classifier()))
 
 
+def test_json_files_of_a_hub_model_are_downloaded_too_if_it_has_them(tmp_path, monkeypatch):
+    """Without them its class names would be unknown."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def download_file(repository: str, file: str, revision: str | None) -> str:
+        asked.append(file)
+        if file == "config.json":
+            raise EntryNotFoundError("none")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download_file)
+    assert download.locate("hf-hub:someone/model") == tmp_path / "model.safetensors"
+    assert asked == ["model.safetensors", "config.json", "preprocessor_config.json"]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
