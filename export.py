@@ -36,7 +36,7 @@ from models.convnextv2 import SIZES
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
-from weights.convert import Report, describe, to_convnextv2, to_official, to_timm
+from weights.convert import Report, describe, size_name, to_convnextv2, to_official, to_timm
 from weights.export_formats import ExportSpec, Network, save
 from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights
@@ -219,7 +219,7 @@ def largest_difference(
 def default_output(spec: ExportSpec, target: str) -> str:
     """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
-    name = spec.size_name or ("convnextv2" if spec.network is None else "network")
+    name = size_name(spec.shape) or ("convnextv2" if spec.network is None else "network")
     return f"{name}{kind}{'-half' * spec.half}{TARGETS[target]}"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.flags import is_pretraining
 from data_loading.rng import fold_in
 from errors import UserError, resolve
 from parallel import sharding
@@ -306,7 +307,7 @@ def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
     """Warn if Adam, which moves a weight by about `lr` a step at most, can hardly change them."""
     if "adam" not in args.opt.lower() or not 0 < lr * steps < INITIAL_STD:
         return
-    kind = "pretrain" if "mask_ratio" in vars(args) else "ft"
+    kind = "pretrain" if is_pretraining(vars(args)) else "ft"
     recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
     get_logger().warning(
         "peak lr %.3g for %d steps moves a weight by %.2g at most, and initial weights have a "

@@ -7,7 +7,6 @@ python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output re
 
 import argparse
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import FOLDERS, NEED_PATH
+from config.flags import FOLDERS, NEED_PATH, is_pretraining
 from data_loading.folders import DatasetSpec, ImageFiles, list_images
 from data_loading.transforms import height_and_width
 from errors import UserError
@@ -28,7 +27,7 @@ from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
 from training.pictures import TITLES, ReconstructionImages
-from weights.convert import DECODER, unwrap
+from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 
 
@@ -62,7 +61,7 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
     weights = {unwrap(name): value for name, value in pretrained.state.items()}
     source, saved = pretrained.path, dict(pretrained.saved.flags)
     implied = vars(finalize(pretrain_parser().parse_args([]))) | {"eval_data_path": None}
-    if "mask_ratio" not in saved:
+    if not is_pretraining(saved):
         parts = [
             part.strip(".") for part in DECODER if not any(n.startswith(part) for n in weights)
         ]
@@ -71,9 +70,7 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
                 f"{source} has no {', '.join(parts)}: without a decoder it reconstructs nothing. "
                 "Give a run of main_pretrain.py, or pre-trained weights with their decoder"
             )
-        implied["decoder_embed_dim"] = len(weights["proj.weight"])
-        blocks = [name for name in weights if re.fullmatch(r"decoder\.\d+\.dwconv\.bias", name)]
-        implied["decoder_depth"] = len(blocks)
+        implied |= describe_decoder(weights)
         implied["patch_size"] = 8 * saved.get("stem_stride", 4)
     fixed = {"grad_checkpointing": False, "picture_freq": 1}
     flags = {**implied, **saved, **given, **fixed}

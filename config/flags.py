@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -24,6 +25,11 @@ def as_typed(value: Any) -> str:
     """Write a value as on the command line: `true`, `0.08 1.0`."""
     values = value if isinstance(value, list | tuple) else [value]
     return " ".join(shlex.quote(str(x).lower() if isinstance(x, bool) else str(x)) for x in values)
+
+
+def is_pretraining(values: Mapping[str, Any]) -> bool:
+    """Return True for flags of main_pretrain.py, False for those of main_finetune.py."""
+    return "mask_ratio" in values
 
 
 def number(kind: str) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
     new = {key: tuple(x) if isinstance(x, list) else x for key, x in vars(args).items()}
-    pretrain = "mask_ratio" in new
+    pretrain = flags.is_pretraining(new)
     size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
     new["input_size"] = size * 2 if len(size) == 1 else size
     if new["warmup_epochs"] is None:
@@ -360,7 +360,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
-    if "mask_ratio" not in values:
+    if not flags.is_pretraining(values):
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
@@ -386,7 +386,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
         if found is not None and len(found) not in (1, args.in_chans):
             got = f"--{name} {as_typed(found)} has {len(found)} values"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
-    if "mask_ratio" in vars(args):
+    if flags.is_pretraining(vars(args)):
         yield from _patch_problems(args, stride)
     elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
         got = as_typed(args.input_size)

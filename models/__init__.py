@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.flags import is_pretraining
 from errors import UserError, first_line, resolve
 from models import convnextv2
 from models.fcmae import FCMAE
@@ -53,8 +54,8 @@ def fcmae_name(name: str) -> str:
 
 def check_model(args: Any) -> None:
     """Raise UserError if `--model` names no model and nothing that can be imported."""
-    is_pretraining, bare = "mask_ratio" in vars(args), args.model.removeprefix(_PREFIX)
-    resolve(fcmae_name(bare) if is_pretraining else bare, MODELS, kind="model")
+    bare = args.model.removeprefix(_PREFIX)
+    resolve(fcmae_name(bare) if is_pretraining(vars(args)) else bare, MODELS, kind="model")
 
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:

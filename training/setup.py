@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import models
+from config.flags import is_pretraining
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
@@ -176,7 +177,7 @@ def check_start(
     if ":" in args.model:
         return weights.check_values()
     with torch.device("meta"):
-        if "mask_ratio" in vars(args):
+        if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
         else:
             model = models.build_classifier(args, classes or args.nb_classes or 1000)

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.flags import as_typed
+from config.flags import as_typed, is_pretraining
 from config.parser import FrozenNamespace, absolute_paths, shape_problems
 from data_loading.labels import Head
 from errors import UserError
 from models import MODELS
-from models.convnextv2 import SIZES
 from parallel.process_group import get_logger
-from weights.convert import describe, to_convnextv2
+from weights.convert import describe, size_name, to_convnextv2
 
 # Flags that a command takes from the checkpoint that it starts from, unless they are given, and
 # what their values must be. Weights of one shape fit no other, so those in SHAPE cannot differ.
@@ -69,8 +68,7 @@ def _flags_of_shape(weights: Mapping[str, Any]) -> tuple[dict[str, Any], int | N
         shape = describe(to_convnextv2(weights)[0])
     except UserError:  # another network
         return {}, None
-    names = {sizes: f"convnextv2_{name}" for name, sizes in SIZES.items()}
-    name = names.get((shape["depths"], shape["dims"]))
+    name = size_name(shape)
     flags = {"model": name} if name else {}
     flags |= {key: shape[key] for key in ("in_chans", "stem_stride")}
     return flags, shape["num_classes"] or None
@@ -83,7 +81,7 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     resumes: the run itself continues, and `compare_args` has judged the given flags.
     """
     source, names = saved.source, INHERITED | (RESUMED if resumes else {})
-    if "mask_ratio" in vars(args):  # pre-training evaluates nothing
+    if is_pretraining(vars(args)):  # pre-training evaluates nothing
         del names["crop_pct"]
     if not (resumes or _evaluates_its_data(args, saved)):
         del names["val_split"]
@@ -116,7 +114,7 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     if taken:
         typed = " ".join(f"--{name} {as_typed(value)}" for name, value in taken.items())
         get_logger().info("taken from %s: %s", source, typed)
-    if "stem_stride" in taken and "patch_size" in vars(args) and "patch_size" not in args.given:
+    if is_pretraining(vars(args)) and "stem_stride" in taken and "patch_size" not in args.given:
         taken.setdefault("patch_size", 8 * taken["stem_stride"])
     args = args.replace(**taken)
     for problem in shape_problems(args):
