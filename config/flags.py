@@ -32,6 +32,13 @@ def is_pretraining(values: Mapping[str, Any]) -> bool:
     return "mask_ratio" in values
 
 
+def command(script: str) -> str:
+    """Return `python export.py`, or the console command if pip has installed the toolkit."""
+    if __name__ == "config.flags":
+        return f"python {script}.py"
+    return f"convnextv2-{script.removeprefix('main_')}"
+
+
 def number(kind: str) -> dict[str, Any]:
     """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
 

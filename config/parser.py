@@ -94,20 +94,22 @@ class _Answer(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    script = ""  # the main script that these flags are for
     source = ""  # names the config file while its values are parsed
 
-    def __init__(self, usage: str, description: str) -> None:
+    def __init__(self, usage: str, description: str, script: str = "") -> None:
+        """script: the main script that these flags are for; '' for others, which have few."""
         super().__init__(usage=usage, description=description, allow_abbrev=False, add_help=False)
+        self.script = script
         self.formatter_class = partial(_Help, max_help_position=30)
+        options = {"nargs": 0, "help": "show all flags"}
+        if script:
+            options = {"nargs": "?", "choices": ("all",), "metavar": "all"}
+            options["help"] = "show everyday flags, or all of them"
         self.add_argument(
             *("-h", "--help"),
             action=_Answer,
             answer=lambda parser, value: parser.format_help() if value else parser.short_help(),
-            nargs="?",
-            choices=("all",),
-            metavar="all",
-            help="show everyday flags, or all of them",
+            **options,
         )
         self.add_argument(
             "--version",
@@ -192,8 +194,8 @@ def add_submitit_args(parser: argparse.ArgumentParser) -> None:
 
 def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
     """Return the parser of main_KIND.py without some groups or flags."""
-    parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
-    parser.script = f"main_{kind}"
+    text = flags.HELP % {"aim": aim, "kind": kind}
+    parser = _Parser("%(prog)s [FLAGS]", text, f"main_{kind}")
     parser.add_argument(
         "--list_models", action=_Answer, answer=_list_models, nargs=0, help="show names for --model"
     )
@@ -218,6 +220,8 @@ def finetune_parser() -> argparse.ArgumentParser:
     parser = _main_parser("finetune", aim, "masked autoencoder")
     data_set = next(action for action in parser._actions if action.dest == "data_set")
     data_set.help = data_set.help.replace(" folder,", "")  # it has no labels
+    resume = next(action for action in parser._actions if action.dest == "resume")
+    resume.help += ", but not with --eval"
     return parser
 
 

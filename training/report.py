@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from config.flags import is_pretraining
+from config.flags import command, is_pretraining
 from training.checkpoint import TrainState
 
 Record = dict[str, float]
@@ -96,13 +96,13 @@ def next_command(args: Any, path: Path) -> str:
     folder = shlex.quote(str(path))
     if not is_pretraining(vars(args)):
         resumed = f" --resume {folder}" * bool(args.resume)  # else that one would be evaluated
-        return f"python main_finetune.py --config {folder}/args.yaml --eval{resumed}"
+        return f"{command('main_finetune')} --config {folder}/args.yaml --eval{resumed}"
     code = "".join(
         f" --{name} {vars(args)[name]}" for name in ("model", "data_set") if ":" in vars(args)[name]
     )  # which no checkpoint may choose
     return (
-        f"python visualize.py --checkpoint {folder}{code}, or "
-        f"python main_finetune.py --finetune {folder} --data_path FOLDER_OF_CLASSES"
+        f"{command('visualize')} --checkpoint {folder}{code}, or "
+        f"{command('main_finetune')} --finetune {folder} --data_path FOLDER_OF_CLASSES"
     )
 
 
