@@ -42,7 +42,7 @@ from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
-from weights.saved_run import normalized, read_saved_run
+from weights.saved_run import NORMALIZATION, normalized, read_saved_run, stored_flag
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (lambda spec, path: save(to_timm(spec.state), path, spec), formats.read_timm, "timm"),
@@ -88,11 +88,11 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
     found |= {"mean": None, "std": None}
-    stored = {name: normalized(name, run.get(name)) for name in found}
-    if args.imagenet_default_mean_and_std is not None:  # it replaces the run's own values
-        stored |= {"mean": None, "std": None}
-    for flags in (stored, {name: getattr(args, name) for name in found}):
-        found |= {name: flags[name] for name in found if flags.get(name) is not None}
+    given = {name: getattr(args, name) for name in found if getattr(args, name) is not None}
+    names = {"input_size"} if args.to in GRAPHS else found.keys()  # that the format can store
+    names = names - NORMALIZATION.keys() if given.keys() & NORMALIZATION.keys() else names
+    stored = {name: stored_flag(saved, name) for name in names - given.keys() if name in run}
+    found |= stored | given
     own = found["imagenet_default_mean_and_std"], found["mean"], found["std"]
     mean, std = mean_and_std(shape["in_chans"], *own)
     labels = find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"])

@@ -81,6 +81,11 @@ def read_checkpoint(
     also has `args` and `classes`.
     """
     path = find_source(source, sha256, ema)
+    if part := re.search(r"-\d{5}-of-(\d{5})\.(safetensors|bin)$", path.name):
+        raise UserError(
+            f"{path} is one of {int(part[1])} parts of the weights; give their folder, with the "
+            f"file that ends in {INDEX}"
+        )
     content = _read_file(path, check)
     is_hub_file = path.name in WEIGHTS and isinstance(content, dict)
     if not (is_hub_file and all(isinstance(value, Tensor) for value in content.values())):
@@ -88,7 +93,7 @@ def read_checkpoint(
     return {**read_hub_run(path.parent, content), "model": content}
 
 
-def _read_file(path: Path, check: bool) -> Any:
+def _read_file(path: Path, check: bool = True) -> Any:
     """Read one file, or the parts that an index lists."""
     try:
         if path.name.endswith(INDEX):
@@ -134,7 +139,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_parts(index: Path) -> dict[str, Tensor]:
     files, state = list_parts(index), {}
     for name in sorted({*files.values()}):
-        state |= read_checkpoint(index.with_name(name))
+        if not index.with_name(name).exists():
+            raise UserError(f"{index.with_name(name)} is missing; {index.name} lists it")
+        state |= _read_file(index.with_name(name))
     if state.keys() != files.keys():
         odd = first_few(sorted(state.keys() ^ files.keys()))
         raise UserError(f"{index} and its files hold different tensors: {odd}; download all again")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.flags import as_typed, is_pretraining
+from config.flags import allowed, as_typed, is_pretraining
 from config.parser import FrozenNamespace, absolute_paths, shape_problems
 from data_loading.labels import Head
 from errors import UserError
@@ -91,16 +91,11 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
             _warn_of_other_normalization(args, saved)
     taken: dict[str, Any] = {}
     for name in [name for name in names if name in saved.flags and name in vars(args)]:
-        value = normalized(name, saved.flags[name])
         if name in args.given:
+            value = normalized(name, saved.flags[name])
             if value is not None and not resumes and value != normalized(name, vars(args)[name]):
                 _contradict(name, vars(args)[name], value, source)
-        elif value is None:
-            raise UserError(
-                f"{source} stores --{name} {saved.flags[name]!r}, expected {names[name]}; give "
-                f"--{name}"
-            )
-        elif value != normalized(name, vars(args)[name]):
+        elif (value := stored_flag(saved, name)) != normalized(name, vars(args)[name]):
             taken[name] = value
     if ":" in taken.get("model", ""):  # a file must not choose which code is imported
         raise UserError(
@@ -151,14 +146,30 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
         )
 
 
+def stored_flag(saved: SavedRun, name: str) -> Any:
+    """Return a flag that a checkpoint stores, None if it does not; UserError if it is unusable."""
+    value = normalized(name, saved.flags.get(name))
+    if value is None and name in saved.flags:
+        expected = f"{(INHERITED | RESUMED)[name]} {allowed(name)[1]}".strip()
+        got = f"{saved.source} stores --{name} {saved.flags[name]!r}"
+        raise UserError(f"{got}, expected {expected}; give --{name}")
+    return value
+
+
 def normalized(name: str, value: Any) -> Any:
     """Return a flag's value as `config.parser.finalize` writes it; None if it cannot be one."""
+    value, (holds, _) = _of_its_type(name, value), allowed(name)
+    numbers = value if isinstance(value, tuple) else (value,)
+    return value if value is not None and all(map(holds, numbers)) else None
+
+
+def _of_its_type(name: str, value: Any) -> Any:
     expected = (INHERITED | RESUMED)[name]
     if name == "input_size":  # timm stores channels, height and width
         sides = [value] if isinstance(value, int) else value
         if not isinstance(sides, list | tuple) or not 1 <= len(sides) <= 3:
             return None
-        if not all(type(side) is int and side > 0 for side in sides):
+        if not all(type(side) is int for side in sides):
             return None
         return (*sides, *sides)[:2] if len(sides) < 3 else tuple(sides[1:])
     if expected == "numbers":

@@ -149,8 +149,12 @@ def test_incomplete_or_odd_parts_are_refused(sharded, tmp_path):
         with pytest.raises(UserError, match=r"index\.json is damaged .*expected a JSON weight_map"):
             read_checkpoint(sharded)
     index.write_text(text)
-    next(sharded.glob("model-0*")).unlink()
-    with pytest.raises(UserError, match=r"model-0.*safetensors does not exist"):
+    part, *_ = sharded.glob("model-0*")
+    with pytest.raises(UserError, match=r"model-0\d+-of-0\d+.safetensors is one of \d parts"):
+        read_checkpoint(part)  # which was called weights of other flags
+    part.unlink()
+    name = r"model-0\S+\.safetensors is missing; model.safetensors.index.json lists it"
+    with pytest.raises(UserError, match=name):
         read_checkpoint(sharded)
 
 

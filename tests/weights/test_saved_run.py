@@ -180,8 +180,11 @@ def test_sizes_are_checked_after_they_are_known():
     [
         ({"model": "shutil:rmtree"}, "trained with --model shutil:rmtree, which is code"),
         ({"input_size": "big"}, "it.pth stores --input_size 'big', expected one or two integers"),
-        ({"input_size": []}, r"stores --input_size \[\], expected one or two integers; give"),
-        ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer; give --in_chans"),
+        ({"input_size": []}, r"stores --input_size \[\], expected one or two integers >=1; give"),
+        ({"input_size": 0}, r"stores --input_size 0, expected one or two integers >=1; give"),
+        ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer >=1; give --in_chans"),
+        ({"crop_pct": 0}, r"stores --crop_pct 0, expected a number in \(0,1\]; give --crop_pct"),
+        ({"stem_stride": 3}, "stores --stem_stride 3, expected an integer of 1, 2, 4; give"),
         ({"mean": ["a"], "std": [1]}, r"it.pth stores --mean \['a'\], expected numbers"),
     ],
 )
@@ -189,6 +192,7 @@ def test_file_cannot_choose_code_or_break_the_run(flags, text):
     with pytest.raises(UserError, match=text):
         changed(finetune(), flags)
     given = {"model": "my.nets:tiny", "input_size": "64", "in_chans": "1", "mean": "0", "std": "1"}
+    given |= {"crop_pct": "1", "stem_stride": "2"}
     words = [word for name in flags for word in (f"--{name}", given[name])]
     assert changed(finetune(*words), flags) == {}
 
@@ -196,8 +200,13 @@ def test_file_cannot_choose_code_or_break_the_run(flags, text):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ({"mean": ["a"], "std": [1]}, r"stores --mean \['a'\], expected numbers; give --mean"),
-        ({"mean": [1.0], "std": []}, r"stores --std \[\], expected numbers; give --std"),
+        (
+            {"mean": ["a"], "std": [1]},
+            r"stores --mean \['a'\], expected numbers in .*; give --mean",
+        ),
+        ({"mean": [1.0], "std": []}, r"stores --std \[\], expected numbers >0; give --std"),
+        ({"mean": [0.5], "std": [1, 0.0]}, r"stores --std \[1, 0.0\], expected numbers >0; give"),
+        ({"mean": [float("nan")], "std": [1.0]}, r"stores --mean \[nan\], expected numbers in"),
     ],
 )
 def test_unreadable_mean_and_std_of_a_file_do_not_break_a_run_with_its_own(flags, text):
