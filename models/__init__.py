@@ -6,7 +6,6 @@ python -c "import models; print(models.list_models())"
 """
 
 import inspect
-import re
 import traceback
 from functools import partial
 from typing import Any
@@ -63,11 +62,9 @@ def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
     try:
         model = create_model(name, **kwargs)
     except TypeError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        unknown = re.search(r"(?:keyword argument|values for argument) '(\w+)'", str(error))
-        is_call = frames[-1].filename == __file__  # not an error within the function
-        if not (unknown and unknown[1] in kwargs or is_call):
-            raise
+        is_call = traceback.extract_tb(error.__traceback__)[-1].filename == __file__
+        if not (is_call or any(f"'{key}'" in str(error) for key in kwargs)):
+            raise  # of the function's own code
         raise UserError(
             f"--model {name} cannot be called with the flags: {first_line(error)}. Expected a "
             f"function that takes {', '.join(kwargs)} and returns {kind}; write one that calls "

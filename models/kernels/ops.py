@@ -34,8 +34,8 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-# Private names of torch 2.6 to 2.15, for which there are no public ones. Without them training works
-# as before, and only transforms of functions and many gradients at once raise torch's own errors.
+# Private names of torch 2.6 to 2.14, for which there are no public ones. Without them training
+# works as before; only transforms of functions and many gradients at once raise torch's errors.
 _functorch = getattr(torch._C, "_functorch", None)
 _innermost_transform = getattr(_functorch, "peek_interpreter_stack", lambda: None)
 _is_batched = getattr(_functorch, "is_legacy_batchedtensor", lambda grad: False)

@@ -5,7 +5,6 @@
 import hashlib
 import http.server
 import json
-import logging
 import ssl
 import subprocess
 import threading
@@ -53,18 +52,6 @@ def assert_same(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-
-
-@pytest.fixture
-def lines(caplog):
-    """Messages of the toolkit's logger."""
-    logger = logging.getLogger("convnextv2")
-    before = logger.propagate, logger.level
-    logger.propagate = True
-    caplog.set_level(logging.INFO, logger="convnextv2")
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.propagate = before[0]
-    logger.setLevel(before[1])
 
 
 # --- files ------------------------------------------------------------------------------
