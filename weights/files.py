@@ -77,7 +77,7 @@ def read_checkpoint(
 
     source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
     reads all of it. A `.safetensors` file is a state dict, and so are the parts that an index of
-    the hub lists; one that export.py wrote, or that has the JSON files of transformers beside it,
+    the hub lists; one that export.py wrote, or that has the JSON files of transformers next to it,
     also has `args` and `classes`.
     """
     path = find_source(source, sha256, ema)

@@ -81,7 +81,7 @@ class Pretrained:
 
     @cached_property
     def saved(self) -> SavedRun:
-        """What the checkpoint tells about its run."""
+        """The flags and the head of the run that wrote the checkpoint."""
         return read_saved_run(self.checkpoint, self.path, self.state)
 
     @property
