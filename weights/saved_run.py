@@ -134,7 +134,6 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
         return
     size = max(len(values.get("mean", ())), len(values.get("std", ())))
     values["in_chans"] = size if size > 1 else args.in_chans
-    values.setdefault("imagenet_default_mean_and_std", True)
     own, other = (
         mean_and_std(flags["in_chans"], *(flags.get(name) for name in NORMALIZATION))
         for flags in (vars(args), values)
@@ -147,9 +146,9 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
 
 
 def stored_flag(saved: SavedRun, name: str) -> Any:
-    """Return a flag that a checkpoint stores, None if it does not; UserError if it is unusable."""
-    value = normalized(name, saved.flags.get(name))
-    if value is None and name in saved.flags:
+    """Return a flag that a checkpoint stores; UserError if it is unusable."""
+    value = normalized(name, saved.flags[name])
+    if value is None:
         expected = f"{(INHERITED | RESUMED)[name]} {allowed(name)[1]}".strip()
         got = f"{saved.source} stores --{name} {saved.flags[name]!r}"
         raise UserError(f"{got}, expected {expected}; give --{name}")

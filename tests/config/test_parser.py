@@ -540,6 +540,7 @@ def test_help_shows_25_everyday_flags_and_help_all_the_others(kind, columns, cap
     monkeypatch.setenv("COLUMNS", str(columns))
     short = answer(capsys, PARSERS[kind](), "--help")
     assert answer(capsys, PARSERS[kind](), "-h") == short
+    assert short.startswith("usage: ")
     shown = set(options_in(short)) - {"help", "version", "list_models"}
     assert len(shown) == 25
     assert {"model", "data_path", "output_dir", "epochs", "lr"} <= shown

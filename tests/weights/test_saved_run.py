@@ -79,6 +79,9 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
     assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
     assert caplog.records == []  # 0.5 are Inception's
     assert changed(finetune(*words), {"lr": 1.0}) == {}  # a run that stores none
+    same = {"mean": [0.5], "std": [0.5], "in_chans": 1}
+    changed(finetune(*words, "--in_chans", "1"), same)
+    assert caplog.records == []
     rgb = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.2, 0.5], "in_chans": 3}
     gray = changed(finetune("--resume", "x", "--in_chans", "1"), rgb)
     assert gray == {"mean": (pytest.approx(0.2),), "std": (pytest.approx(0.3),)}
@@ -102,6 +105,8 @@ def test_held_out_images_are_those_of_the_run(tmp_path, caplog):
     assert changed(finetune("--eval", "--resume", "x", *data), flags) == {"val_split": 0.2}
     assert changed(finetune("--eval", "--resume", "x", *data[:3], "/other"), flags) == {}
     assert changed(finetune("--finetune", "x", *data), flags) == {}
+    other = ("--data_set", "image_folder", *data[2:], "--eval_data_path", "/other")
+    assert changed(finetune("--eval", "--resume", "x", *other), flags) == {}
     caplog.clear()
     assert changed(finetune("--eval", "--resume", "x", *data, "--val_split", "0.5"), flags) == {}
     assert "--val_split 0.5 is used; it.pth was trained with 0.2" in caplog.text
@@ -135,6 +140,14 @@ def test_flags_of_files_count_as_given(source, tmp_path):
 def test_weights_that_cannot_fit_are_refused_in_words(flag, value, text):
     with pytest.raises(UserError, match=re.escape(text)):
         inherit_flags(finetune(f"--{flag}", value), read_saved_run({"args": NARROW}, "it.pth"))
+
+
+@pytest.mark.parametrize(
+    ("given", "saved"), [("my.nets:tiny", "convnextv2_atto"), ("convnextv2_atto", "my.nets:tiny")]
+)
+def test_name_and_code_may_be_of_one_network(given, saved, caplog):
+    assert changed(finetune("--model", given), {"model": saved}) == {}
+    assert caplog.records == []
 
 
 def test_official_checkpoints_store_a_namespace():
@@ -181,6 +194,7 @@ def test_sizes_are_checked_after_they_are_known():
         ({"model": "shutil:rmtree"}, "trained with --model shutil:rmtree, which is code"),
         ({"input_size": "big"}, "it.pth stores --input_size 'big', expected one or two integers"),
         ({"input_size": []}, r"stores --input_size \[\], expected one or two integers >=1; give"),
+        ({"input_size": [1, 3, 64, 64]}, r"stores --input_size \[1, 3, 64, 64\], expected one or"),
         ({"input_size": 0}, r"stores --input_size 0, expected one or two integers >=1; give"),
         ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer >=1; give --in_chans"),
         ({"crop_pct": 0}, r"stores --crop_pct 0, expected a number in \(0,1\]; give --crop_pct"),
