@@ -36,13 +36,13 @@ from models.convnextv2 import SIZES
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
-from weights.convert import Report, describe, to_convnextv2, to_official, to_timm
+from weights.convert import Report, describe, size_name, to_convnextv2, to_official, to_timm
 from weights.export_formats import ExportSpec, Network, save
 from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
-from weights.saved_run import normalized, read_saved_run
+from weights.saved_run import NORMALIZATION, normalized, read_saved_run, stored_flag
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (lambda spec, path: save(to_timm(spec.state), path, spec), formats.read_timm, "timm"),
@@ -88,11 +88,11 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
     found |= {"mean": None, "std": None}
-    stored = {name: normalized(name, run.get(name)) for name in found}
-    if args.imagenet_default_mean_and_std is not None:  # it replaces the run's own values
-        stored |= {"mean": None, "std": None}
-    for flags in (stored, {name: getattr(args, name) for name in found}):
-        found |= {name: flags[name] for name in found if flags.get(name) is not None}
+    given = {name: getattr(args, name) for name in found if getattr(args, name) is not None}
+    names = {"input_size"} if args.to in GRAPHS else found.keys()  # that the format can store
+    names = names - NORMALIZATION.keys() if given.keys() & NORMALIZATION.keys() else names
+    stored = {name: stored_flag(saved, name) for name in names - given.keys() if name in run}
+    found |= stored | given
     own = found["imagenet_default_mean_and_std"], found["mean"], found["std"]
     mean, std = mean_and_std(shape["in_chans"], *own)
     labels = find_labels(args.labels, checkpoint.get("classes"), shape["num_classes"])
@@ -219,7 +219,7 @@ def largest_difference(
 def default_output(spec: ExportSpec, target: str) -> str:
     """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
-    name = spec.size_name or ("convnextv2" if spec.network is None else "network")
+    name = size_name(spec.shape) or ("convnextv2" if spec.network is None else "network")
     return f"{name}{kind}{'-half' * spec.half}{TARGETS[target]}"
 
 

@@ -12,7 +12,6 @@ name needs to load the model in a process of its own.
 import models as _models
 from config.flags import MODEL_KEY as _MODEL_KEY
 from weights import convert as _convert
-from weights import files as _files
 from weights import pretrained as _pretrained
 
 dependencies = ["torch"]
@@ -41,12 +40,11 @@ def _entry(size, count):
     def build(checkpoint=None, model_key=_MODEL_KEY, model_prefix="", sha256="", **kwargs):
         if checkpoint is None:
             return _models.create_model(name, **kwargs)
-        content = _files.read_checkpoint(checkpoint, sha256)
-        weights = _pretrained.select_state_dict(content, checkpoint, model_key, model_prefix)
-        found = _convert.describe(_convert.to_convnextv2(weights)[0])
+        weights = _pretrained.read_pretrained(checkpoint, model_key, model_prefix, sha256)
+        found = _convert.describe(_convert.to_convnextv2(weights.state)[0])
         shape = {key: found[key] for key in ("num_classes", "in_chans", "stem_stride")}
         model = _models.create_model(name, **{**shape, **kwargs})
-        _pretrained.load_pretrained(model, checkpoint, model_key, model_prefix, sha256)
+        weights.load(model)
         return model
 
     build.__name__ = build.__qualname__ = name

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 main_finetune.py --model convnextv2_tiny --data_path
 """
 
 import argparse
+from dataclasses import replace
 
 from config.parser import finetune_parser as get_args_parser
 from config.parser import parse
@@ -33,9 +34,16 @@ from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
 from training.report import last_line
 from training.resume import auto_load_model, choose_evaluated
-from training.setup import TrainLoop, check_start, log_recipe, setup_process, setup_run
+from training.setup import (
+    TrainLoop,
+    check_start,
+    log_recipe,
+    read_weights,
+    setup_process,
+    setup_run,
+)
 from training.stepper import Stepper
-from weights.pretrained import EMA_KEY, has_ema, load_pretrained, peek
+from weights.pretrained import EMA_KEY, read_pretrained
 from weights.saved_run import inherit_flags
 
 
@@ -66,24 +74,18 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
-    resume_point = run.resume_point  # if it is a run, step 7 restores it
-    source = resume_point.source or args.finetune
-    key = EMA_KEY if args.use_ema else args.model_key
-    if source and not resume_point.is_run:
-        load_pretrained(
-            model_without_ddp, source, key, args.model_prefix, args.sha256, classes=classes
-        )
+    source = run.resume_point.source or args.finetune
+    if run.weights:  # a run is restored in step 7
+        run.weights.load(model_without_ddp, classes=classes)
     elif args.layer_decay < 1 and not source:
         log.warning(
             "random weights: --layer_decay < 1 is meant for pretrained ones; use --finetune"
         )
     model_ema = build_ema(args, model_without_ddp)
     ema_module = model_ema.module if model_ema else None
-    load_ema = ema_module and resume_point.is_weights and key != EMA_KEY
-    if load_ema and has_ema(source, args.sha256):
-        load_pretrained(
-            ema_module, source, EMA_KEY, args.model_prefix, args.sha256, classes=classes
-        )
+    if ema_module and run.resume_point.is_weights and not args.use_ema and run.weights.ema:
+        run.weights.ema.load(ema_module, classes=classes)
+    run = replace(run, weights=None)  # frees their memory
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module)
-    state = auto_load_model(resume_point, parts, args.start_epoch)
+    state = auto_load_model(run.resume_point, parts, args.start_epoch)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     bad_images = BadImages(
         run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
@@ -169,28 +171,27 @@ def main(args: argparse.Namespace) -> None:
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
     """Evaluate the weights of a checkpoint, and with --model_ema its EMA weights too."""
     log_recipe(args)
-    key = EMA_KEY if args.use_ema else args.model_key
     path = choose_evaluated(
         args.resume, args.output_dir or "", args.config, args.finetune, args.use_ema
     )
     sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
-    saved = peek(path, key, args.model_prefix, sha256)
-    args = inherit_flags(args, saved)
-    check_start(args, path, key, sha256, saved.head.count, new=())
-    dataset_val, nb_classes = datasets.build_dataset(False, args, saved.head)
+    weights = read_weights(args, path, sha256)
+    args = inherit_flags(args, weights.saved)
+    check_start(args, weights, weights.saved.head.count, new=())
+    dataset_val, nb_classes = datasets.build_dataset(False, args, weights.saved.head)
     data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
     bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
-    keys = [key]
-    if args.model_ema and not args.use_ema and has_ema(path, sha256):
-        keys.append(EMA_KEY)
-    for key in keys:
-        report = load_pretrained(model, path, key, args.model_prefix, sha256, new=())
+    found = [weights]
+    if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
+        found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
+    for weights in found:
+        weights.load(model, new=())
         stats = evaluate(data_loader_val, model, device, amp)
         images = len(dataset_val) - bad_images.write()
-        source = report.source + " (EMA weights)" * (key == EMA_KEY)
+        source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
         top5 = f"top-5 {stats['acc5']:.2f}%, " if nb_classes > 5 else ""
         text = f"top-1 {stats['acc1']:.2f}%, {top5}loss {stats['loss']:.4f}"
         utils.get_logger().info("%s: %s on %d images", source, text, images)

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 main_pretrain.py --model convnextv2_tiny --data_path
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 from config.parser import parse
@@ -34,7 +35,6 @@ from training.report import last_line
 from training.resume import auto_load_model
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
-from weights.pretrained import load_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -58,10 +58,9 @@ def main(args: argparse.Namespace) -> None:
     log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
 
     # --- 4. weights -------------------------------------------------------------------------
-    if run.resume_point.is_weights:  # a run is restored in step 7
-        load_pretrained(
-            model_without_ddp, run.resume_point.source, args.model_key, args.model_prefix
-        )
+    if run.weights:  # a run is restored in step 7
+        run.weights.load(model_without_ddp)
+        run = replace(run, weights=None)  # frees their memory
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
     model_without_ddp = sync_batch_norm(model_without_ddp, args)

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.flags import is_pretraining
 from data_loading.rng import fold_in
 from errors import UserError, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
 
 INITIAL_STD = 0.02  # of the weights
+# Parts of the names of optimizers whose steps do not grow with the gradients.
+BOUNDED = ("adam", "adan", "lamb", "lion")
 # GRN parameters and the mask token have 4 dimensions, so `ndim <= 1` would miss them.
 NO_WEIGHT_DECAY = (".bias", ".gamma", ".beta", "mask_token")
 
@@ -176,10 +179,11 @@ def create_optimizer(
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
     groups = get_parameter_groups(model, weight_decay, assigner)
     own = signature(_optimizer_class(opt)).parameters
-    if "betas" in own and len(options.get("betas", ())) not in (0, len(own["betas"].default or ())):
-        default = " ".join(map(str, own["betas"].default))
-        given = " ".join(map(str, options["betas"]))
-        raise UserError(f"--opt {opt} takes as many --opt_betas as {default}, got {given}")
+    betas = own["betas"].default if "betas" in own else None  # None of adafactor
+    if betas and len(options.get("betas", betas)) != len(betas):
+        default, got = " ".join(map(str, betas)), len(options["betas"])
+        text = f"takes {len(betas)} --opt_betas (default {default}), got {got}"
+        raise UserError(f"--opt {opt} {text}")
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
     # With fsdp only they work on DTensors.
     in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
@@ -303,15 +307,19 @@ def build_optimizer(
 
 
 def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
-    """Warn if Adam, which moves a weight by about `lr` a step at most, can hardly change them."""
-    if "adam" not in args.opt.lower() or not 0 < lr * steps < INITIAL_STD:
+    """Warn if an optimizer that moves a weight by about `lr` a step at most hardly changes them.
+
+    Others have no such bound: with SGD, digits reached 65% in 88 steps of 0.0002.
+    """
+    bounded = any(name in args.opt.lower() for name in BOUNDED)
+    if not bounded or not 0 < lr * steps < INITIAL_STD:
         return
-    kind = "pretrain" if "mask_ratio" in vars(args) else "ft"
+    kind = "pretrain" if is_pretraining(vars(args)) else "ft"
     recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
     get_logger().warning(
         "peak lr %.3g for %d steps moves a weight by %.2g at most, and initial weights have a "
-        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits batches of "
-        "16) or --epochs%s",
+        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits adamw "
+        "and batches of 16) or --epochs%s",
         lr, steps, lr * steps, INITIAL_STD, recipe,
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output re
 
 import argparse
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import FOLDERS, NEED_PATH
+from config.flags import FOLDERS, NEED_PATH, is_pretraining
 from data_loading.folders import DatasetSpec, ImageFiles, list_images
 from data_loading.transforms import height_and_width
 from errors import UserError
@@ -28,10 +27,8 @@ from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
 from training.pictures import TITLES, ReconstructionImages
-from weights.convert import DECODER, unwrap
-from weights.files import find_source, read_checkpoint
-from weights.pretrained import load_pretrained, select_state_dict
-from weights.saved_run import read_saved_run
+from weights.convert import DECODER, describe_decoder, unwrap
+from weights.pretrained import Pretrained, read_pretrained
 
 
 def main(args: argparse.Namespace) -> None:
@@ -41,13 +38,13 @@ def main(args: argparse.Namespace) -> None:
             "--checkpoint is missing; give a run of main_pretrain.py, or weights with a decoder"
         )
     device = init_distributed_mode(args.device)
-    source = str(find_source(args.checkpoint))
+    weights = read_pretrained(args.checkpoint)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    args = argparse.Namespace(**find_flags(read_checkpoint(source), source, given))
+    args = argparse.Namespace(**find_flags(weights, given))
     data = find_data(args, given)
     model = build_fcmae(args).to(device)
-    load_pretrained(model, source, new=())
-    name = "/".join(Path(source).parts[-2:])
+    weights.load(model, new=())
+    name = "/".join(Path(weights.path).parts[-2:])
     drawing = ReconstructionImages(args, data, model, device, count=args.num_images, name=name)
     image = drawing.draw(model, TrainState(args.epochs))
     try:
@@ -59,12 +56,12 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(drawing.images)} rows of {columns}")
 
 
-def find_flags(checkpoint: Any, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all flags: the given ones over those of the run over those that the weights imply."""
-    weights = {unwrap(name): x for name, x in select_state_dict(checkpoint, source).items()}
-    saved = dict(read_saved_run(checkpoint, source, weights).flags)
+    weights = {unwrap(name): value for name, value in pretrained.state.items()}
+    source, saved = pretrained.path, dict(pretrained.saved.flags)
     implied = vars(finalize(pretrain_parser().parse_args([]))) | {"eval_data_path": None}
-    if "mask_ratio" not in saved:
+    if not is_pretraining(saved):
         parts = [
             part.strip(".") for part in DECODER if not any(n.startswith(part) for n in weights)
         ]
@@ -73,9 +70,7 @@ def find_flags(checkpoint: Any, source: str, given: Mapping[str, Any]) -> dict[s
                 f"{source} has no {', '.join(parts)}: without a decoder it reconstructs nothing. "
                 "Give a run of main_pretrain.py, or pre-trained weights with their decoder"
             )
-        implied["decoder_embed_dim"] = len(weights["proj.weight"])
-        blocks = [name for name in weights if re.fullmatch(r"decoder\.\d+\.dwconv\.bias", name)]
-        implied["decoder_depth"] = len(blocks)
+        implied |= describe_decoder(weights)
         implied["patch_size"] = 8 * saved.get("stem_stride", 4)
     fixed = {"grad_checkpointing": False, "picture_freq": 1}
     flags = {**implied, **saved, **given, **fixed}

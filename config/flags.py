@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import shlex
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -26,10 +27,23 @@ def as_typed(value: Any) -> str:
     return " ".join(shlex.quote(str(x).lower() if isinstance(x, bool) else str(x)) for x in values)
 
 
+def is_pretraining(values: Mapping[str, Any]) -> bool:
+    """Return True for flags of main_pretrain.py, False for those of main_finetune.py."""
+    return "mask_ratio" in values
+
+
+def command(script: str) -> str:
+    """Return `python export.py`, or the console command if pip has installed the toolkit."""
+    if __name__ == "config.flags":
+        return f"python {script}.py"
+    return f"convnextv2-{script.removeprefix('main_')}"
+
+
 def number(kind: str) -> dict[str, Any]:
     """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
 
-    NaN is refused. The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`.
+    NaN is refused. The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`; its
+    `holds(value)` tests a number.
     """
     name, _, span = kind.partition(" ")
     first, last = span[1:-1].split(", ")
@@ -41,13 +55,14 @@ def number(kind: str) -> dict[str, Any]:
             value = int(text) if name == "int" else float(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not convert.holds(value):
             expected = f"{'an integer' if name == 'int' else 'a number'} {convert.range}"
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
         return value
 
     above = f"{'>' if span[0] == '(' else '>='}{first}"
     has_two_ends = last != "inf" or first == "-inf"
+    convert.holds = lambda value: low <= value <= high
     convert.range = f"in {span.replace(' ', '')}" if has_two_ends else above
     return {"type": convert, "metavar": name.upper()}
 
@@ -305,3 +320,12 @@ FLAGS["export"] = (
     ("--opset", number("int [17, 20]"), None, "onnx: opset; default: 17, the most portable"),
 )
 # fmt: on
+
+
+def allowed(name: str) -> tuple[Callable[[Any], bool], str]:
+    """Return a test for the numbers that a flag takes, and their range in words, '' for any."""
+    kind = next(row[1] for rows in FLAGS.values() for row in rows if row[0] == f"--{name}")
+    if isinstance(kind, tuple):
+        return kind.__contains__, f"of {', '.join(map(str, kind))}"
+    convert = kind.get("type")
+    return getattr(convert, "holds", lambda value: True), getattr(convert, "range", "")

@@ -94,20 +94,22 @@ class _Answer(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    script = ""  # the main script that these flags are for
     source = ""  # names the config file while its values are parsed
 
-    def __init__(self, usage: str, description: str) -> None:
+    def __init__(self, usage: str, description: str, script: str = "") -> None:
+        """script: the main script that these flags are for; '' for others, which have few."""
         super().__init__(usage=usage, description=description, allow_abbrev=False, add_help=False)
+        self.script = script
         self.formatter_class = partial(_Help, max_help_position=30)
+        options = {"nargs": 0, "help": "show all flags"}
+        if script:
+            options = {"nargs": "?", "choices": ("all",), "metavar": "all"}
+            options["help"] = "show everyday flags, or all of them"
         self.add_argument(
             *("-h", "--help"),
             action=_Answer,
             answer=lambda parser, value: parser.format_help() if value else parser.short_help(),
-            nargs="?",
-            choices=("all",),
-            metavar="all",
-            help="show everyday flags, or all of them",
+            **options,
         )
         self.add_argument(
             "--version",
@@ -192,8 +194,8 @@ def add_submitit_args(parser: argparse.ArgumentParser) -> None:
 
 def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
     """Return the parser of main_KIND.py without some groups or flags."""
-    parser = _Parser("%(prog)s [FLAGS]", flags.HELP % {"aim": aim, "kind": kind})
-    parser.script = f"main_{kind}"
+    text = flags.HELP % {"aim": aim, "kind": kind}
+    parser = _Parser("%(prog)s [FLAGS]", text, f"main_{kind}")
     parser.add_argument(
         "--list_models", action=_Answer, answer=_list_models, nargs=0, help="show names for --model"
     )
@@ -218,6 +220,8 @@ def finetune_parser() -> argparse.ArgumentParser:
     parser = _main_parser("finetune", aim, "masked autoencoder")
     data_set = next(action for action in parser._actions if action.dest == "data_set")
     data_set.help = data_set.help.replace(" folder,", "")  # it has no labels
+    resume = next(action for action in parser._actions if action.dest == "resume")
+    resume.help += ", but not with --eval"
     return parser
 
 
@@ -264,7 +268,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
     new = {key: tuple(x) if isinstance(x, list) else x for key, x in vars(args).items()}
-    pretrain = "mask_ratio" in new
+    pretrain = flags.is_pretraining(new)
     size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
     new["input_size"] = size * 2 if len(size) == 1 else size
     if new["warmup_epochs"] is None:
@@ -360,7 +364,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
-    if "mask_ratio" not in values:
+    if not flags.is_pretraining(values):
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
@@ -386,7 +390,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
         if found is not None and len(found) not in (1, args.in_chans):
             got = f"--{name} {as_typed(found)} has {len(found)} values"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
-    if "mask_ratio" in vars(args):
+    if flags.is_pretraining(vars(args)):
         yield from _patch_problems(args, stride)
     elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
         got = as_typed(args.input_size)

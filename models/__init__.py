@@ -6,7 +6,6 @@ python -c "import models; print(models.list_models())"
 """
 
 import inspect
-import re
 import traceback
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.flags import is_pretraining
 from errors import UserError, first_line, resolve
 from models import convnextv2
 from models.fcmae import FCMAE
@@ -53,8 +53,8 @@ def fcmae_name(name: str) -> str:
 
 def check_model(args: Any) -> None:
     """Raise UserError if `--model` names no model and nothing that can be imported."""
-    is_pretraining, bare = "mask_ratio" in vars(args), args.model.removeprefix(_PREFIX)
-    resolve(fcmae_name(bare) if is_pretraining else bare, MODELS, kind="model")
+    bare = args.model.removeprefix(_PREFIX)
+    resolve(fcmae_name(bare) if is_pretraining(vars(args)) else bare, MODELS, kind="model")
 
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
@@ -62,11 +62,9 @@ def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
     try:
         model = create_model(name, **kwargs)
     except TypeError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        unknown = re.search(r"(?:keyword argument|values for argument) '(\w+)'", str(error))
-        is_call = frames[-1].filename == __file__  # not an error within the function
-        if not (unknown and unknown[1] in kwargs or is_call):
-            raise
+        is_call = traceback.extract_tb(error.__traceback__)[-1].filename == __file__
+        if not (is_call or any(f"'{key}'" in str(error) for key in kwargs)):
+            raise  # of the function's own code
         raise UserError(
             f"--model {name} cannot be called with the flags: {first_line(error)}. Expected a "
             f"function that takes {', '.join(kwargs)} and returns {kind}; write one that calls "

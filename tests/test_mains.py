@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from config import parser as options
 from data_loading.bad_images import BadImages
 from data_loading.samplers import EvalSampler, TrainSampler
 from errors import UserError
+from optim_factory import build_optimizer
 from parallel.sharding import Parallelism
 from tests import tiny
 from tests.test_flags_act import BASE, MAINS, Built, build
@@ -332,11 +334,14 @@ def test_weights_to_evaluate_are_checked_before_the_data_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize("script", MAINS)
-@pytest.mark.parametrize("fault", ["model", "file", "size", "nan"])
+@pytest.mark.parametrize("fault", ["model", "file", "size", "nan", "nan of own", "key of own"])
 def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
     script, fault, tmp_path, monkeypatch
 ):
-    """Listing ImageNet takes minutes; here the data set does not exist."""
+    """Listing ImageNet takes minutes; here the data set does not exist.
+
+    A network of the user's own is not built for it: its weights are read and must be finite.
+    """
     model, path = tiny.classifier(num_classes=3, stem_stride=1), tmp_path / "weights.pth"
     model = models.create_model("convnextv2_atto", stem_stride=1) if fault == "nan" else model
     with torch.no_grad():
@@ -350,10 +355,36 @@ def test_wrong_model_or_weights_are_found_before_the_data_is_listed(
             "belong to other flags: --model of",
         ),
         "nan": (f"--model convnextv2_atto START={path}", "NaN or Inf in .*stages.0.0.norm.bias"),
+        "nan of own": (f"START={path}", "weights.pth holds NaN or Inf in .*stages.0.0.norm.bias"),
+        "key of own": (f"START={path} --model_key other", "expected weights under 'other'"),
     }[fault]
     words = words.replace("START", START[script])
     with pytest.raises(UserError, match=message):
         build(script, f"--data_set no.module:data {words}", tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_weights_are_read_once_and_freed_before_training(script, tmp_path, monkeypatch):
+    """They were read and verified four times, which took seconds for 350 MB."""
+    model = getattr(tiny, "fcmae" if script == "pretrain" else "classifier")
+    sizes = {"in_chans": 3, "stem_stride": 1, "drop_path_rate": 0.0}
+    sizes |= {"decoder_embed_dim": 8, "patch_size": 8} if script == "pretrain" else {}
+    torch.save({"model": model(**sizes).state_dict()}, tmp_path / "weights.pth")
+    found, main, read, held = [], MAINS[script], setup.read_pretrained, []
+
+    def reader(*args):
+        weights = read(*args)
+        found.append(weakref.ref(weights))
+        return weights
+
+    def optimizer(*args):
+        held.extend(weights() for weights in found)
+        return build_optimizer(*args)
+
+    monkeypatch.setattr(setup, "read_pretrained", reader)
+    monkeypatch.setattr(main, "build_optimizer", optimizer)
+    build(script, f"{START[script]} {tmp_path / 'weights.pth'}", tmp_path / "run", monkeypatch)
+    assert held == [None]
 
 
 START = {"pretrain": "--resume", "finetune": "--finetune"}  # flags that load only weights

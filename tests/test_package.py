@@ -65,7 +65,9 @@ def test_commands_run_the_scripts(folder):
     words = ["--recipe", "digits_pretrain", "--epochs", 1, "--warmup_epochs", 0]
     words += ["--batch_size", 700, "--input_size", 16, "--num_workers", 0, "--picture_freq", 0]
     words += ["--device", "cpu", "--output_dir", "run"]
-    run(folder, folder / "site" / "bin" / "convnextv2-pretrain", *words)
+    said = run(folder, folder / "site" / "bin" / "convnextv2-pretrain", *words)
+    finetune = "convnextv2-finetune --finetune run --data_path FOLDER_OF_CLASSES"
+    assert f"next: convnextv2-visualize --checkpoint run, or {finetune}\n" in said
     assert (folder / "run" / "checkpoint-0.pth").exists()
 
 

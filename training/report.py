@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from config.flags import command, is_pretraining
 from training.checkpoint import TrainState
 
 Record = dict[str, float]
@@ -93,15 +94,15 @@ def describe_result(state: TrainState, stats: Mapping[str, float]) -> str:
 def next_command(args: Any, path: Path) -> str:
     """Return the command that a finished run in the folder `path` makes possible."""
     folder = shlex.quote(str(path))
-    if "mask_ratio" not in vars(args):
+    if not is_pretraining(vars(args)):
         resumed = f" --resume {folder}" * bool(args.resume)  # else that one would be evaluated
-        return f"python main_finetune.py --config {folder}/args.yaml --eval{resumed}"
+        return f"{command('main_finetune')} --config {folder}/args.yaml --eval{resumed}"
     code = "".join(
         f" --{name} {vars(args)[name]}" for name in ("model", "data_set") if ":" in vars(args)[name]
     )  # which no checkpoint may choose
     return (
-        f"python visualize.py --checkpoint {folder}{code}, or "
-        f"python main_finetune.py --finetune {folder} --data_path FOLDER_OF_CLASSES"
+        f"{command('visualize')} --checkpoint {folder}{code}, or "
+        f"{command('main_finetune')} --finetune {folder} --data_path FOLDER_OF_CLASSES"
     )
 
 
@@ -109,7 +110,7 @@ def last_line(args: Any, folder: Path | None, state: TrainState, stats: Record) 
     """Return the last line of a run: its folder, its result, and the next command to type."""
     done = f"{state.epoch} of {args.epochs} epochs are done"
     result = describe_result(state, stats)
-    if not state.best and "mask_ratio" not in vars(args):
+    if not (state.best or is_pretraining(vars(args))):
         result += f"{', ' * bool(result)}not evaluated"
     if folder is None or not args.save_ckpt:
         return "; ".join(filter(None, (done, result, "nothing saved")))

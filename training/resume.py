@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from config.flags import is_pretraining
 from config.parser import absolute_paths
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
@@ -243,7 +244,8 @@ def _read(path: Path, check: bool = True) -> tuple[str, Any]:
 
 def _kind(*flags: Mapping[str, Any]) -> str:
     """Return the kind of run that has these flags, the first that are not empty."""
-    return "pre-training" if "mask_ratio" in next(filter(None, flags), {}) else "fine-tuning"
+    first = next(filter(None, flags), {})
+    return "pre-training" if is_pretraining(first) else "fine-tuning"
 
 
 def _new_channels(

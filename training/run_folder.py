@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from config.flags import is_pretraining
 from errors import UserError
 from parallel import console
 from parallel.process_group import from_main_process, recall, remember
@@ -23,7 +24,7 @@ KEY = "output_dir"  # in the launcher's store
 
 def folder_name(args: Any, model: str, now: float) -> Path:
     """Return `runs/pretrain-convnextv2_atto-20261129-1530` for a run that starts now."""
-    script = "pretrain" if "mask_ratio" in vars(args) else "finetune"
+    script = "pretrain" if is_pretraining(vars(args)) else "finetune"
     model = re.sub(r"[^\w.-]+", "-", model).strip(".-")  # package.module:function
     return PARENT / f"{script}-{model}-{time.strftime('%Y%m%d-%H%M', time.localtime(now))}"
 

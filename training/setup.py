@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import models
+from config.flags import is_pretraining
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
@@ -38,7 +39,7 @@ from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
 from training.stepper import Stepper, choose_amp
 from weights.convert import CLASSIFIER, DECODER
-from weights.pretrained import EMA_KEY, check_pretrained, peek
+from weights.pretrained import EMA_KEY, Pretrained, read_pretrained
 from weights.saved_run import SavedRun, inherit_flags, read_saved_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ class RunSetup:
     parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
     resume_point: ResumePoint
+    weights: Pretrained | None  # to start from; None for random ones, or if a run resumes
     update_freq: int  # micro-batches in an optimizer step
     effective_batch: int  # images in an optimizer step, over all ranks
 
@@ -89,7 +91,8 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
         rename=not args.dry_run,
         given=args.given,
     )
-    saved = _saved_run(args, resume_point)
+    weights = _read_start(args, resume_point)
+    saved = weights.saved if weights else _saved_run(resume_point)
     args = inherit_flags(args, saved, resume_point.is_run)
     autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
@@ -101,11 +104,17 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()
-    source, key = _start(args, resume_point)
-    if source and not resume_point.is_run:
-        check_start(args, source, key, args.sha256)
+    if weights:
+        check_start(args, weights)
     return RunSetup(
-        args, saved.head, parallelism, output_dir, resume_point, update_freq, effective_batch
+        args,
+        saved.head,
+        parallelism,
+        output_dir,
+        resume_point,
+        weights,
+        update_freq,
+        effective_batch,
     )
 
 
@@ -115,7 +124,8 @@ def _choose_folder(args: Any) -> Any:
     if folder is None:
         model = args.model
         if "model" not in args.given and not args.sha256:  # that of the weights to start from
-            model = _saved_run(args, ResumePoint(args.resume)).flags.get("model", model)
+            weights = _read_start(args, ResumePoint(args.resume), check=False)
+            model = weights.saved.flags.get("model", model) if weights else model
         if args.dry_run:
             folder = str(folder_name(args, model, time.time()))
         else:
@@ -132,42 +142,46 @@ def log_recipe(args: Any) -> None:
         get_logger().info("recipe %s", args.recipe)
 
 
-def _saved_run(args: Any, point: ResumePoint) -> SavedRun:
-    """Return what the checkpoint that a run starts from tells about its own run."""
-    if point.is_run:
-        return read_saved_run(point.checkpoint, point.source, point.checkpoint["model"])
-    source, key = _start(args, point)
-    return peek(source, key, args.model_prefix, args.sha256) if source else SavedRun()
+def _saved_run(point: ResumePoint) -> SavedRun:
+    """Return what the checkpoint of a run that resumes tells about it; nothing without one."""
+    if not point.is_run:
+        return SavedRun()
+    return read_saved_run(point.checkpoint, point.source, point.checkpoint["model"])
 
 
-def _start(args: Any, point: ResumePoint) -> tuple[str, str]:
-    """Return the weights that a new run starts from, '' for none, and their key."""
-    flags = vars(args)
-    key = EMA_KEY if flags.get("use_ema") else args.model_key
-    return point.source or flags.get("finetune", ""), key
+def _read_start(args: Any, point: ResumePoint, check: bool = True) -> Pretrained | None:
+    """Read the weights that a new run starts from; None for random ones, or if a run resumes."""
+    source = point.source or vars(args).get("finetune", "")
+    if point.is_run or not source:
+        return None
+    return read_weights(args, source, args.sha256, check)
+
+
+def read_weights(args: Any, source: str, sha256: str = "", check: bool = True) -> Pretrained:
+    """Read the weights that the flags select; other arguments: as in `read_checkpoint`."""
+    key = EMA_KEY if vars(args).get("use_ema") else args.model_key
+    return read_pretrained(source, key, args.model_prefix, sha256, check)
 
 
 def check_start(
     args: Any,
-    source: str,
-    key: str,
-    sha256: str = "",
+    weights: Pretrained,
     classes: int | None = None,
     new: Iterable[str] = CLASSIFIER + DECODER,
 ) -> None:
-    """Raise UserError if weights do not fit the model of the flags, as `load_pretrained` does.
+    """Raise UserError if weights do not fit the model of the flags, as `Pretrained.load` does.
 
-    Listing the data may take minutes, so this comes before. Models of the user's own are not built
-    for it.
+    Listing the data may take minutes, so this comes before. Code of the user's own is not run for
+    it, since it may need real tensors or do other things too: only the values are checked.
     """
     if ":" in args.model:
-        return
+        return weights.check_values()
     with torch.device("meta"):
-        if "mask_ratio" in vars(args):
+        if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
         else:
             model = models.build_classifier(args, classes or args.nb_classes or 1000)
-    check_pretrained(model, source, key, args.model_prefix, sha256, new)
+    weights.check(model, new)
 
 
 @dataclass

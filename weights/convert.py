@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from errors import UserError, first_few
+from models.convnextv2 import SIZES
 
 State = Mapping[str, Tensor]
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
@@ -245,6 +246,18 @@ def _outward(state: State, layout: str, grn: Callable) -> dict[str, Tensor]:
     rules = _rules(layout, inward=False)
     shaped = {name: grn(v) if ".grn." in name else v for name, v in state.items()}
     return {_translate(name, rules): value.contiguous() for name, value in shaped.items()}
+
+
+def size_name(shape: Mapping[str, Any]) -> str | None:
+    """Return `convnextv2_tiny` for a shape of `describe`, None if it is none of the eight sizes."""
+    found = shape.get("depths"), shape.get("dims")
+    return next((f"convnextv2_{name}" for name, size in SIZES.items() if size == found), None)
+
+
+def describe_decoder(state: State) -> dict[str, int]:
+    """Return the flags of the decoder that a state dict of `FCMAE` holds."""
+    blocks = [name for name in state if re.fullmatch(r"decoder\.\d+\.dwconv\.bias", name)]
+    return {"decoder_embed_dim": state["mask_token"].shape[1], "decoder_depth": len(blocks)}
 
 
 def describe(state: State) -> dict[str, Any]:

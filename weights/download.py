@@ -5,6 +5,7 @@
 python -c "from weights.download import locate; print(locate('timm:convnextv2_atto.fcmae'))"
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 
 from errors import UserError, first_line, resolve
 from parallel.process_group import get_logger
+from weights.hub_config import FILES
 
 INDEX = ".index.json"  # end of the name of a file that lists the parts of large weights
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # weight files of the Hugging Face hub
@@ -83,6 +85,9 @@ def _from_hub(name: str, source: str) -> Path:
             path = Path(hf_hub_download(repository, file, revision=revision or None))
             for part in sorted({*list_parts(path).values()} if file.endswith(INDEX) else ()):
                 hf_hub_download(repository, part, revision=revision or None)
+            for extra in FILES:  # class names and preprocessing, if the model has them
+                with contextlib.suppress(errors.EntryNotFoundError):
+                    hf_hub_download(repository, extra, revision=revision or None)
             return path
         except UserError:
             raise

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.convnextv2 import SIZES, ConvNeXtV2
-from weights.convert import CLASSIFIER, CONV_MLP, to_convnextv2
+from models.convnextv2 import ConvNeXtV2
+from weights.convert import CLASSIFIER, CONV_MLP, size_name, to_convnextv2
 from weights.files import TOOLKIT, load_weights, read_checkpoint
 
 PROTOBUF_LIMIT = 2**31 - 2**24  # bytes: a protobuf message ends at 2 GiB, with the graph in it
@@ -40,12 +40,6 @@ class ExportSpec:
     classes: list[str] | None = None  # names that the checkpoint stores, in the order of the head
     half: bool = False
     opset: int = 17
-
-    @property
-    def size_name(self) -> str | None:
-        """`convnextv2_tiny`, or None for a network of another size than the published eight."""
-        shape = self.shape.get("depths"), self.shape.get("dims")
-        return next((f"convnextv2_{name}" for name, own in SIZES.items() if own == shape), None)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -152,8 +146,9 @@ def read_timm(
 def timm_arguments(spec: ExportSpec) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of the same network in timm."""
     shape, dims = spec.shape, spec.shape["dims"]
-    name = spec.size_name or f"convnextv2_{'atto' if dims[0] in CONV_MLP else 'tiny'}"
-    other = {} if spec.size_name else {"depths": shape["depths"], "dims": dims}
+    published = size_name(shape)
+    name = published or f"convnextv2_{'atto' if dims[0] in CONV_MLP else 'tiny'}"
+    other = {} if published else {"depths": shape["depths"], "dims": dims}
     other |= {"in_chans": shape["in_chans"]} if shape["in_chans"] != 3 else {}
     other |= {"patch_size": shape["stem_stride"]} if shape["stem_stride"] != 4 else {}
     return name, {"num_classes": shape["num_classes"], **other}

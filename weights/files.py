@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from errors import UserError, first_few, first_line
 from parallel import state_dict
 from weights.download import INDEX, KINDS, WEIGHTS, list_parts, locate
+from weights.hub_config import read_hub_run
 from weights.mismatch import explain
 
 # Harmless classes in checkpoints of the official code and of submitit, which store their flags.
@@ -76,9 +77,24 @@ def read_checkpoint(
 
     source, sha256, ema: as in `find_source`. check: verify the checksums of a .pth file, which
     reads all of it. A `.safetensors` file is a state dict, and so are the parts that an index of
-    the hub lists; one that export.py wrote also has the `args` and `classes` of its run.
+    the hub lists; one that export.py wrote, or that has the JSON files of transformers next to it,
+    also has `args` and `classes`.
     """
     path = find_source(source, sha256, ema)
+    if part := re.search(r"-\d{5}-of-(\d{5})\.(safetensors|bin)$", path.name):
+        raise UserError(
+            f"{path} is one of {int(part[1])} parts of the weights; give their folder, with the "
+            f"file that ends in {INDEX}"
+        )
+    content = _read_file(path, check)
+    is_hub_file = path.name in WEIGHTS and isinstance(content, dict)
+    if not (is_hub_file and all(isinstance(value, Tensor) for value in content.values())):
+        return content
+    return {**read_hub_run(path.parent, content), "model": content}
+
+
+def _read_file(path: Path, check: bool = True) -> Any:
+    """Read one file, or the parts that an index lists."""
     try:
         if path.name.endswith(INDEX):
             return _read_parts(path)
@@ -123,7 +139,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_parts(index: Path) -> dict[str, Tensor]:
     files, state = list_parts(index), {}
     for name in sorted({*files.values()}):
-        state |= read_checkpoint(index.with_name(name))
+        if not index.with_name(name).exists():
+            raise UserError(f"{index.with_name(name)} is missing; {index.name} lists it")
+        state |= _read_file(index.with_name(name))
     if state.keys() != files.keys():
         odd = first_few(sorted(state.keys() ^ files.keys()))
         raise UserError(f"{index} and its files hold different tensors: {odd}; download all again")
@@ -200,7 +218,8 @@ def check_weights(
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError with the first names if tensors hold NaN or Inf."""
-    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    odd = [name for name, value in weights.items() if not torch.isfinite(value.sum())]
+    broken = [name for name in odd if not torch.isfinite(weights[name]).all()]  # slow, but exact
     if broken:
         raise UserError(
             f"{source} holds NaN or Inf in {first_few(broken)}: the run that wrote it had diverged "

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from errors import UserError
-from models.convnextv2 import SIZES
-from weights.convert import CLASSIFIER, DECODER, describe
+from weights.convert import CLASSIFIER, DECODER, describe, describe_decoder, size_name
 from weights.fit import find_classifier
 
 State = Mapping[str, Tensor]
@@ -82,10 +81,10 @@ def _encoder_flags(ours: State, theirs: State) -> list[str]:
         own, other = describe(ours), describe(theirs)
     except UserError:  # of other networks
         return []
-    flags, shape = [], (other["depths"], other["dims"])
-    if shape != (own["depths"], own["dims"]):
-        names = [f"--model convnextv2_{name}" for name, size in SIZES.items() if size == shape]
-        flags = names or ["--model of depths {} and widths {}".format(*shape)]
+    flags = []
+    if any(own[name] != other[name] for name in ("depths", "dims")):
+        sizes = "of depths {depths} and widths {dims}".format(**other)
+        flags = [f"--model {size_name(other) or sizes}"]
     names = [name for name in ("stem_stride", "in_chans") if own[name] != other[name]]
     return flags + [f"--{name} {other[name]}" for name in names]
 
@@ -94,13 +93,5 @@ def _decoder_flags(ours: State, theirs: State) -> list[str]:
     """Return the flags of the decoder in `theirs`, where they differ from ours."""
     if "mask_token" not in ours or "mask_token" not in theirs:
         return []
-    own, other = (
-        {
-            "decoder_embed_dim": state["mask_token"].shape[1],
-            "decoder_depth": sum(
-                name.endswith(".dwconv.bias") for name in state if "decoder." in name
-            ),
-        }
-        for state in (ours, theirs)
-    )
+    own, other = describe_decoder(ours), describe_decoder(theirs)
     return [f"--{name} {other[name]}" for name in own if own[name] != other[name]]

@@ -6,6 +6,8 @@ python main_finetune.py --model convnextv2_atto --data_set DIGITS --input_size 3
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from weights.fit import find_classifier, fit_weights
 from weights.saved_run import SavedRun, read_saved_run
 
 EMA_KEY = "model_ema|state_dict_ema"
+PARAMETERS = ("weight", "bias")  # ends of their names; other tensors may hold Inf, as masks do
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm; with NaN every output would be NaN
 TOO_LARGE = (
     "the rms of its pointwise weights is %.2f, where 0.02 to 0.1 is usual; the official code's "
     "initialization with std 1 causes this. In fp16 activations can exceed 65504 and the loss "
@@ -57,20 +61,97 @@ def select_state_dict(
     return selected
 
 
-def peek(
-    source: str, model_key: str = MODEL_KEY, model_prefix: str = "", sha256: str = ""
-) -> SavedRun:
-    """Return what a checkpoint tells about its run, without verifying its checksums."""
-    path, checkpoint = _read(source, model_key, sha256, check=False)
-    weights = select_state_dict(checkpoint, path, model_key, model_prefix)
-    return read_saved_run(checkpoint, path, weights)
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights of a checkpoint that is read once, to check and to load them.
+
+    path: of the file, for messages. key: keys of the weights, tried in order. prefix: to strip
+    from their names. The tensors are mapped from the file, and their memory is free when this is.
+    """
+
+    path: str
+    checkpoint: Any
+    key: str = MODEL_KEY
+    prefix: str = ""
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The weights under the file's names, without the prefix."""
+        return select_state_dict(self.checkpoint, self.path, self.key, self.prefix)
+
+    @cached_property
+    def saved(self) -> SavedRun:
+        """The flags and the head of the run that wrote the checkpoint."""
+        return read_saved_run(self.checkpoint, self.path, self.state)
+
+    @property
+    def ema(self) -> "Pretrained | None":
+        """The EMA weights of the same file, None if it has none."""
+        content = self.checkpoint if isinstance(self.checkpoint, dict) else {}
+        found = any(content.get(key) is not None for key in EMA_KEY.split("|"))
+        return replace(self, key=EMA_KEY) if found else None
+
+    def load(
+        self,
+        model: nn.Module,
+        new: Iterable[str] = CLASSIFIER + DECODER,
+        classes: Sequence[str] | None = None,
+    ) -> Report:
+        """Load into a classifier or an FCMAE, all weights or none.
+
+        new: prefixes of parts that may be absent from the checkpoint as a whole; they stay as
+        initialized. If `head.` is one of them, a head for another number of classes, or for other
+        than `classes`, counts as absent, and the first layer is adapted to the model's channels.
+        Other missing or unexpected names, other shapes, NaN and Inf are an error.
+        """
+        state, report, absent = self._fit(model, new, classes)
+        report.missing = load_weights(model, state, self.path, absent)
+        report.loaded, report.source = list(state), self.path
+        log = get_logger()
+        for warning in report.warnings:
+            log.warning("%s: %s", self.path, warning)
+        log.info("loaded %d tensors from %s (%s)", len(state), self.path, report)
+        if warning := large_weights(state):
+            log.warning("%s: %s", self.path, warning)
+        return report
+
+    def check(self, model: nn.Module, new: Iterable[str] = CLASSIFIER + DECODER) -> None:
+        """Raise the UserError that `load` would raise; the model may be on the meta device."""
+        state, _, absent = self._fit(model, new)
+        check_weights(model, state, self.path, absent)
+
+    def check_values(self) -> None:
+        """Raise UserError if weights are not finite, as `load` does; it needs no model."""
+        names = [name for name in self.state if name.endswith(PARAMETERS + STATISTICS)]
+        check_finite({name: self.state[name] for name in names}, self.path)
+
+    def _fit(
+        self, model: nn.Module, new: Iterable[str], classes: Sequence[str] | None = None
+    ) -> tuple[dict[str, Tensor], Report, list[str]]:
+        """Return the weights under the model's names, a report, and what they may lack."""
+        weights, saved = self.state, self.saved.head.names
+        try:
+            state, report = fit_weights(model, weights, new, saved, classes)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        check_finite({n: v for n, v in state.items() if n.endswith(STATISTICS)}, self.path)
+        parts = [part for part in new if part != "head."]
+        parts += find_classifier(model) or ("head.",) if "head." in new else ()
+        absent = [part for part in parts if not any(name.startswith(part) for name in state)]
+        return state, report, absent
 
 
-def _read(source: str, model_key: str, sha256: str, check: bool = True) -> tuple[str, Any]:
-    """Return the name of a source's file for messages, and its content."""
+def read_pretrained(
+    source: str,
+    model_key: str = MODEL_KEY,
+    model_prefix: str = "",
+    sha256: str = "",
+    check: bool = True,
+) -> Pretrained:
+    """Read weights; source, sha256, check: as in `weights.files.read_checkpoint`."""
     file = main_process_first(lambda: find_source(source, sha256, ema=model_key == EMA_KEY))
     path = str(file) if Path(source).is_dir() else source
-    return path, read_checkpoint(file, check=check)
+    return Pretrained(path, read_checkpoint(file, check=check), model_key, model_prefix)
 
 
 def load_pretrained(
@@ -82,73 +163,8 @@ def load_pretrained(
     new: Iterable[str] = CLASSIFIER + DECODER,
     classes: Sequence[str] | None = None,
 ) -> Report:
-    """Load weights of any layout into a classifier or an FCMAE, all of them or none.
-
-    source, sha256: as in `weights.files.find_source`. new: prefixes of parts that may be absent
-    from the checkpoint as a whole; they stay as initialized. If `head.` is one of them, a head for
-    another number of classes, or for other than `classes`, counts as absent, and the first layer is
-    adapted to the model's channels. Other missing or unexpected names, other shapes, NaN and Inf
-    are an error.
-    """
-    read = (model, source, model_key, model_prefix, sha256, new, classes)
-    path, state, report, absent = _read_and_fit(*read)
-    report.missing = load_weights(model, state, path, absent)
-    report.loaded, report.source = list(state), path
-    log = get_logger()
-    for warning in report.warnings:
-        log.warning("%s: %s", path, warning)
-    log.info("loaded %d tensors from %s (%s)", len(state), path, report)
-    if warning := large_weights(state):
-        log.warning("%s: %s", path, warning)
-    return report
-
-
-def check_pretrained(
-    model: nn.Module,
-    source: str,
-    model_key: str = MODEL_KEY,
-    model_prefix: str = "",
-    sha256: str = "",
-    new: Iterable[str] = CLASSIFIER + DECODER,
-) -> None:
-    """Raise the UserError that `load_pretrained` would raise; the model may be on the meta device.
-
-    It takes about a second; a script calls it before it spends minutes on the data.
-    """
-    path, state, _, absent = _read_and_fit(model, source, model_key, model_prefix, sha256, new)
-    check_weights(model, state, path, absent)
-
-
-def _read_and_fit(
-    model: nn.Module,
-    source: str,
-    model_key: str,
-    model_prefix: str,
-    sha256: str,
-    new: Iterable[str],
-    classes: Sequence[str] | None = None,
-) -> tuple[str, dict[str, Tensor], Report, list[str]]:
-    """Return the file, the weights under the model's names, a report, and what they may lack."""
-    path, checkpoint = _read(source, model_key, sha256)
-    selected = select_state_dict(checkpoint, path, model_key, model_prefix)
-    saved = read_saved_run(checkpoint, path).head.names
-    try:
-        state, report = fit_weights(model, selected, new, saved, classes)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    statistics = {n: v for n, v in state.items() if n.endswith(("running_mean", "running_var"))}
-    check_finite(statistics, path)  # of BatchNorm, with which every output would be NaN
-    parts = [part for part in new if part != "head."]
-    parts += find_classifier(model) or ("head.",) if "head." in new else ()
-    absent = [part for part in parts if not any(name.startswith(part) for name in state)]
-    return path, state, report, absent
-
-
-def has_ema(source: str, sha256: str = "") -> bool:
-    """Return True if a checkpoint contains EMA weights."""
-    checkpoint = read_checkpoint(main_process_first(lambda: find_source(source, sha256)))
-    content = checkpoint if isinstance(checkpoint, dict) else {}
-    return any(content.get(key) is not None for key in EMA_KEY.split("|"))
+    """Read weights of any layout and load them; new, classes: as in `Pretrained.load`."""
+    return read_pretrained(source, model_key, model_prefix, sha256).load(model, new, classes)
 
 
 def large_weights(state: Mapping[str, Tensor]) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.flags import as_typed
+from config.flags import allowed, as_typed, is_pretraining
 from config.parser import FrozenNamespace, absolute_paths, shape_problems
 from data_loading.labels import Head
 from errors import UserError
 from models import MODELS
-from models.convnextv2 import SIZES
 from parallel.process_group import get_logger
-from weights.convert import describe, to_convnextv2
+from weights.convert import describe, size_name, to_convnextv2
 
 # Flags that a command takes from the checkpoint that it starts from, unless they are given, and
 # what their values must be. Weights of one shape fit no other, so those in SHAPE cannot differ.
@@ -69,8 +68,7 @@ def _flags_of_shape(weights: Mapping[str, Any]) -> tuple[dict[str, Any], int | N
         shape = describe(to_convnextv2(weights)[0])
     except UserError:  # another network
         return {}, None
-    names = {sizes: f"convnextv2_{name}" for name, sizes in SIZES.items()}
-    name = names.get((shape["depths"], shape["dims"]))
+    name = size_name(shape)
     flags = {"model": name} if name else {}
     flags |= {key: shape[key] for key in ("in_chans", "stem_stride")}
     return flags, shape["num_classes"] or None
@@ -83,7 +81,7 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     resumes: the run itself continues, and `compare_args` has judged the given flags.
     """
     source, names = saved.source, INHERITED | (RESUMED if resumes else {})
-    if "mask_ratio" in vars(args):  # pre-training evaluates nothing
+    if is_pretraining(vars(args)):  # pre-training evaluates nothing
         del names["crop_pct"]
     if not (resumes or _evaluates_its_data(args, saved)):
         del names["val_split"]
@@ -93,16 +91,11 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
             _warn_of_other_normalization(args, saved)
     taken: dict[str, Any] = {}
     for name in [name for name in names if name in saved.flags and name in vars(args)]:
-        value = normalized(name, saved.flags[name])
         if name in args.given:
+            value = normalized(name, saved.flags[name])
             if value is not None and not resumes and value != normalized(name, vars(args)[name]):
                 _contradict(name, vars(args)[name], value, source)
-        elif value is None:
-            raise UserError(
-                f"{source} stores --{name} {saved.flags[name]!r}, expected {names[name]}; give "
-                f"--{name}"
-            )
-        elif value != normalized(name, vars(args)[name]):
+        elif (value := stored_flag(saved, name)) != normalized(name, vars(args)[name]):
             taken[name] = value
     if ":" in taken.get("model", ""):  # a file must not choose which code is imported
         raise UserError(
@@ -116,7 +109,7 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     if taken:
         typed = " ".join(f"--{name} {as_typed(value)}" for name, value in taken.items())
         get_logger().info("taken from %s: %s", source, typed)
-    if "stem_stride" in taken and "patch_size" in vars(args) and "patch_size" not in args.given:
+    if is_pretraining(vars(args)) and "stem_stride" in taken and "patch_size" not in args.given:
         taken.setdefault("patch_size", 8 * taken["stem_stride"])
     args = args.replace(**taken)
     for problem in shape_problems(args):
@@ -141,7 +134,6 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
         return
     size = max(len(values.get("mean", ())), len(values.get("std", ())))
     values["in_chans"] = size if size > 1 else args.in_chans
-    values.setdefault("imagenet_default_mean_and_std", True)
     own, other = (
         mean_and_std(flags["in_chans"], *(flags.get(name) for name in NORMALIZATION))
         for flags in (vars(args), values)
@@ -153,14 +145,30 @@ def _warn_of_other_normalization(args: FrozenNamespace, saved: SavedRun) -> None
         )
 
 
+def stored_flag(saved: SavedRun, name: str) -> Any:
+    """Return a flag that a checkpoint stores; UserError if it is unusable."""
+    value = normalized(name, saved.flags[name])
+    if value is None:
+        expected = f"{(INHERITED | RESUMED)[name]} {allowed(name)[1]}".strip()
+        got = f"{saved.source} stores --{name} {saved.flags[name]!r}"
+        raise UserError(f"{got}, expected {expected}; give --{name}")
+    return value
+
+
 def normalized(name: str, value: Any) -> Any:
     """Return a flag's value as `config.parser.finalize` writes it; None if it cannot be one."""
+    value, (holds, _) = _of_its_type(name, value), allowed(name)
+    numbers = value if isinstance(value, tuple) else (value,)
+    return value if value is not None and all(map(holds, numbers)) else None
+
+
+def _of_its_type(name: str, value: Any) -> Any:
     expected = (INHERITED | RESUMED)[name]
     if name == "input_size":  # timm stores channels, height and width
         sides = [value] if isinstance(value, int) else value
         if not isinstance(sides, list | tuple) or not 1 <= len(sides) <= 3:
             return None
-        if not all(type(side) is int and side > 0 for side in sides):
+        if not all(type(side) is int for side in sides):
             return None
         return (*sides, *sides)[:2] if len(sides) < 3 else tuple(sides[1:])
     if expected == "numbers":

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import Function, forward_ad
 
 from models.kernels import autotune
@@ -35,6 +34,11 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+# Private names of torch 2.6 to 2.14, for which there are no public ones. Without them training
+# works as before; only transforms of functions and many gradients at once raise torch's errors.
+_functorch = getattr(torch._C, "_functorch", None)
+_innermost_transform = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+_is_batched = getattr(_functorch, "is_legacy_batchedtensor", lambda grad: False)
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6
 
 
@@ -53,8 +57,8 @@ def plain_only(x: Any) -> bool:
         return True
     if torch.compiler.is_compiling():  # it has rules for them
         return False
-    in_func = peek_interpreter_stack() is not None
-    return in_func or not isinstance(x, Tensor) or forward_ad._current_level >= 0
+    in_forward_ad = getattr(forward_ad, "_current_level", -1) >= 0
+    return _innermost_transform() is not None or not isinstance(x, Tensor) or in_forward_ad
 
 
 def plain_backward(grad: Tensor) -> bool:
@@ -64,7 +68,7 @@ def plain_backward(grad: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or plain_only(grad):
         return True
-    return not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad)
+    return not torch.compiler.is_compiling() and _is_batched(grad)
 
 
 def triton_kernels() -> ModuleType:

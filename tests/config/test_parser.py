@@ -540,6 +540,7 @@ def test_help_shows_25_everyday_flags_and_help_all_the_others(kind, columns, cap
     monkeypatch.setenv("COLUMNS", str(columns))
     short = answer(capsys, PARSERS[kind](), "--help")
     assert answer(capsys, PARSERS[kind](), "-h") == short
+    assert short.startswith("usage: ")
     shown = set(options_in(short)) - {"help", "version", "list_models"}
     assert len(shown) == 25
     assert {"model", "data_path", "output_dir", "epochs", "lr"} <= shown
@@ -575,6 +576,23 @@ def test_models_and_versions_are_listed(kind, capsys):
     assert len(set(names)) == len(names) >= 8
     text = answer(capsys, PARSERS[kind](), "--version")
     assert re.match(r"convnextv2-toolkit \S+, Python 3\.\d+\.\d+, torch \d+\.", text)
+
+
+def test_help_tells_which_checkpoint_is_evaluated():
+    """--resume said the opposite of what --eval does."""
+    said = {kind: " ".join(PARSERS[kind]().format_help().split()) for kind in PARSERS}
+    text = "those in --output_dir take precedence"
+    assert f"{text}, but not with --eval" in said["finetune"]
+    assert text in said["pretrain"]
+    assert "--eval" not in said["pretrain"].replace("--eval_data_path", "")
+
+
+@pytest.mark.parametrize("build", [options.export_parser, options.visualize_parser])
+def test_help_of_other_scripts_shows_all_their_flags(build, capsys):
+    text = answer(capsys, build(), "--help")
+    flags = [action.option_strings[0] for action in build()._actions if action.option_strings]
+    assert all(flag in text for flag in flags)
+    assert "-h, --help                  show all flags" in text
 
 
 def test_fine_tuning_does_not_offer_images_without_labels():

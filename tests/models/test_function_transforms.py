@@ -3,6 +3,7 @@
 """torch.func's transforms, forward-mode AD and torch.fx give what they give for plain networks."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from models.kernels import ops
 from weights.convert import to_timm
 
 DEPTHS, DIMS = (1, 1, 2, 1), (4, 6, 8, 10)
@@ -224,3 +226,18 @@ def test_transforms_leave_the_fast_path_to_other_calls():
     expected = {"_MLPBackward", "_DepthwiseNormBackward"}
     expected |= {"_AffineBackward"} if torch.backends.mkldnn.is_available() else set()
     assert expected <= found
+
+
+def test_network_trains_with_a_torch_that_lacks_the_private_names(monkeypatch):
+    """They told whether a transform is active; `import models` failed without them."""
+    for name in ("peek_interpreter_stack", "is_legacy_batchedtensor"):
+        monkeypatch.delattr(torch._C._functorch, name)
+    monkeypatch.delattr(forward_ad, "_current_level")
+    spec = importlib.util.spec_from_file_location("ops_of_another_torch", ops.__file__)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    with torch.no_grad():
+        assert not other.plain_only(torch.ones(1))
+        assert not other.plain_backward(torch.ones(1))
+    assert other.plain_only("a proxy of torch.fx")
+    assert other.plain_backward(torch.ones(1))  # of a second derivative

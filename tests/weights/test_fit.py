@@ -10,7 +10,7 @@ from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from tests import tiny
-from tests.weights.test_pretrained import assert_same, lines, randomize, values  # noqa: F401
+from tests.weights.test_pretrained import assert_same, randomize, values
 from weights.fit import adapt_prediction, adapt_stem, find_classifier, find_stem, fit_weights
 from weights.pretrained import load_pretrained
 
@@ -98,7 +98,7 @@ def resnet(source: str, classes: int, seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("source", ["timm", "torchvision"])
-def test_head_for_other_classes_is_new_whatever_its_name(tmp_path, lines, source):  # noqa: F811
+def test_head_for_other_classes_is_new_whatever_its_name(tmp_path, lines, source):
     """A head called fc used to be `of another shape`, and refused by --finetune."""
     torch.save(resnet(source, 7, 0).state_dict(), tmp_path / "a.pth")
     model, before = resnet(source, 3, 1), resnet(source, 3, 1)
@@ -151,7 +151,7 @@ def test_first_layer_is_adapted_by_timms_rule(channels, dtype):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 12])
-def test_rgb_weights_load_for_other_channels_and_it_is_reported(tmp_path, lines, channels):  # noqa: F811
+def test_rgb_weights_load_for_other_channels_and_it_is_reported(tmp_path, lines, channels):
     """They used to be refused: (4, 3, 4, 4) instead of (4, 1, 4, 4); check --model."""
     torch.save(classifier().state_dict(), tmp_path / "a.pth")
     model = classifier(in_chans=channels)

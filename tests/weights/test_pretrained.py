@@ -5,7 +5,6 @@
 import hashlib
 import http.server
 import json
-import logging
 import ssl
 import subprocess
 import threading
@@ -24,7 +23,7 @@ from tests import tiny
 from weights import download
 from weights.convert import to_hf, to_official, to_timm
 from weights.files import read_checkpoint
-from weights.pretrained import EMA_KEY, check_pretrained, has_ema, load_pretrained
+from weights.pretrained import EMA_KEY, load_pretrained, read_pretrained
 
 SIZE = ((1, 1, 1, 1), (4, 6, 8, 10))
 
@@ -53,18 +52,6 @@ def assert_same(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-
-
-@pytest.fixture
-def lines(caplog):
-    """Messages of the toolkit's logger."""
-    logger = logging.getLogger("convnextv2")
-    before = logger.propagate, logger.level
-    logger.propagate = True
-    caplog.set_level(logging.INFO, logger="convnextv2")
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.propagate = before[0]
-    logger.setLevel(before[1])
 
 
 # --- files ------------------------------------------------------------------------------
@@ -149,8 +136,12 @@ def test_incomplete_or_odd_parts_are_refused(sharded, tmp_path):
         with pytest.raises(UserError, match=r"index\.json is damaged .*expected a JSON weight_map"):
             read_checkpoint(sharded)
     index.write_text(text)
-    next(sharded.glob("model-0*")).unlink()
-    with pytest.raises(UserError, match=r"model-0.*safetensors does not exist"):
+    part, *_ = sharded.glob("model-0*")
+    with pytest.raises(UserError, match=r"model-0\d+-of-0\d+.safetensors is one of \d parts"):
+        read_checkpoint(part)  # which was called weights of other flags
+    part.unlink()
+    name = r"model-0\S+\.safetensors is missing; model.safetensors.index.json lists it"
+    with pytest.raises(UserError, match=name):
         read_checkpoint(sharded)
 
 
@@ -176,7 +167,8 @@ def test_has_ema(tmp_path):
         "bare": classifier().state_dict(),
     }.items():
         torch.save(content, tmp_path / name)
-        assert has_ema(str(tmp_path / name)) == (name == "both")
+        ema = read_pretrained(str(tmp_path / name)).ema
+        assert (ema is not None) == (name == "both")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
@@ -320,7 +312,8 @@ class Normed(torch.nn.Module):
 
 def test_buffers_with_inf_load_and_ruined_statistics_do_not(tmp_path):
     """A mask of -inf is intended; with a running mean of NaN every output is NaN."""
-    torch.save(Normed().state_dict(), tmp_path / "a.pth")
+    huge = {"head.weight": torch.full((3, 2), 3e38)}  # finite, though their sum is not
+    torch.save(Normed().state_dict() | huge, tmp_path / "a.pth")
     load_pretrained(Normed(), str(tmp_path / "a.pth"), new=())
     ruined = Normed().state_dict() | {"bn.running_mean": torch.tensor([0.0, float("nan")])}
     torch.save(ruined, tmp_path / "a.pth")
@@ -344,12 +337,13 @@ def test_check_finds_what_loading_would_find_and_changes_nothing(tmp_path, lines
     torch.save(classifier(classes=5).state_dict(), tmp_path / "a.pth")
     with torch.device("meta"):
         model = ConvNeXtV2(*SIZE, num_classes=3)
-    check_pretrained(model, str(tmp_path / "a.pth"))
+    weights = read_pretrained(str(tmp_path / "a.pth"))
+    weights.check(model)
     assert lines() == []
     with pytest.raises(UserError, match="5 classes and this model has 3"):
-        check_pretrained(model, str(tmp_path / "a.pth"), new=())
+        weights.check(model, new=())
     with pytest.raises(UserError, match="does not exist"):
-        check_pretrained(model, str(tmp_path / "b.pth"))
+        read_pretrained(str(tmp_path / "b.pth"))
 
 
 # --- downloads --------------------------------------------------------------------------
@@ -383,6 +377,23 @@ def test_cached_hub_models_load_offline(hub, source):
     model = classifier(seed=1)
     load_pretrained(model, source)
     assert_same(values(model), values(classifier()))
+
+
+def test_json_files_of_a_hub_model_are_downloaded_too_if_it_has_them(tmp_path, monkeypatch):
+    """Without them its class names would be unknown."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = []
+
+    def download_file(repository: str, file: str, revision: str | None) -> str:
+        asked.append(file)
+        if file == "config.json":
+            raise EntryNotFoundError("none")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download_file)
+    assert download.locate("hf-hub:someone/model") == tmp_path / "model.safetensors"
+    assert asked == ["model.safetensors", "config.json", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize(

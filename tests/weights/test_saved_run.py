@@ -79,6 +79,9 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
     assert changed(finetune(*words), {"imagenet_default_mean_and_std": False}) == {}
     assert caplog.records == []  # 0.5 are Inception's
     assert changed(finetune(*words), {"lr": 1.0}) == {}  # a run that stores none
+    same = {"mean": [0.5], "std": [0.5], "in_chans": 1}
+    changed(finetune(*words, "--in_chans", "1"), same)
+    assert caplog.records == []
     rgb = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.2, 0.5], "in_chans": 3}
     gray = changed(finetune("--resume", "x", "--in_chans", "1"), rgb)
     assert gray == {"mean": (pytest.approx(0.2),), "std": (pytest.approx(0.3),)}
@@ -102,6 +105,8 @@ def test_held_out_images_are_those_of_the_run(tmp_path, caplog):
     assert changed(finetune("--eval", "--resume", "x", *data), flags) == {"val_split": 0.2}
     assert changed(finetune("--eval", "--resume", "x", *data[:3], "/other"), flags) == {}
     assert changed(finetune("--finetune", "x", *data), flags) == {}
+    other = ("--data_set", "image_folder", *data[2:], "--eval_data_path", "/other")
+    assert changed(finetune("--eval", "--resume", "x", *other), flags) == {}
     caplog.clear()
     assert changed(finetune("--eval", "--resume", "x", *data, "--val_split", "0.5"), flags) == {}
     assert "--val_split 0.5 is used; it.pth was trained with 0.2" in caplog.text
@@ -135,6 +140,14 @@ def test_flags_of_files_count_as_given(source, tmp_path):
 def test_weights_that_cannot_fit_are_refused_in_words(flag, value, text):
     with pytest.raises(UserError, match=re.escape(text)):
         inherit_flags(finetune(f"--{flag}", value), read_saved_run({"args": NARROW}, "it.pth"))
+
+
+@pytest.mark.parametrize(
+    ("given", "saved"), [("my.nets:tiny", "convnextv2_atto"), ("convnextv2_atto", "my.nets:tiny")]
+)
+def test_name_and_code_may_be_of_one_network(given, saved, caplog):
+    assert changed(finetune("--model", given), {"model": saved}) == {}
+    assert caplog.records == []
 
 
 def test_official_checkpoints_store_a_namespace():
@@ -180,8 +193,12 @@ def test_sizes_are_checked_after_they_are_known():
     [
         ({"model": "shutil:rmtree"}, "trained with --model shutil:rmtree, which is code"),
         ({"input_size": "big"}, "it.pth stores --input_size 'big', expected one or two integers"),
-        ({"input_size": []}, r"stores --input_size \[\], expected one or two integers; give"),
-        ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer; give --in_chans"),
+        ({"input_size": []}, r"stores --input_size \[\], expected one or two integers >=1; give"),
+        ({"input_size": [1, 3, 64, 64]}, r"stores --input_size \[1, 3, 64, 64\], expected one or"),
+        ({"input_size": 0}, r"stores --input_size 0, expected one or two integers >=1; give"),
+        ({"in_chans": "3"}, r"stores --in_chans '3', expected an integer >=1; give --in_chans"),
+        ({"crop_pct": 0}, r"stores --crop_pct 0, expected a number in \(0,1\]; give --crop_pct"),
+        ({"stem_stride": 3}, "stores --stem_stride 3, expected an integer of 1, 2, 4; give"),
         ({"mean": ["a"], "std": [1]}, r"it.pth stores --mean \['a'\], expected numbers"),
     ],
 )
@@ -189,6 +206,7 @@ def test_file_cannot_choose_code_or_break_the_run(flags, text):
     with pytest.raises(UserError, match=text):
         changed(finetune(), flags)
     given = {"model": "my.nets:tiny", "input_size": "64", "in_chans": "1", "mean": "0", "std": "1"}
+    given |= {"crop_pct": "1", "stem_stride": "2"}
     words = [word for name in flags for word in (f"--{name}", given[name])]
     assert changed(finetune(*words), flags) == {}
 
@@ -196,8 +214,13 @@ def test_file_cannot_choose_code_or_break_the_run(flags, text):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ({"mean": ["a"], "std": [1]}, r"stores --mean \['a'\], expected numbers; give --mean"),
-        ({"mean": [1.0], "std": []}, r"stores --std \[\], expected numbers; give --std"),
+        (
+            {"mean": ["a"], "std": [1]},
+            r"stores --mean \['a'\], expected numbers in .*; give --mean",
+        ),
+        ({"mean": [1.0], "std": []}, r"stores --std \[\], expected numbers >0; give --std"),
+        ({"mean": [0.5], "std": [1, 0.0]}, r"stores --std \[1, 0.0\], expected numbers >0; give"),
+        ({"mean": [float("nan")], "std": [1.0]}, r"stores --mean \[nan\], expected numbers in"),
     ],
 )
 def test_unreadable_mean_and_std_of_a_file_do_not_break_a_run_with_its_own(flags, text):
