@@ -31,7 +31,7 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
-from training.report import last_line
+from training.report import last_line, plain
 from training.resume import auto_load_model, choose_evaluated
 from training.setup import TrainLoop, check_start, log_recipe, setup_process, setup_run
 from training.stepper import Stepper
@@ -159,11 +159,11 @@ def main(args: argparse.Namespace) -> None:
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            bad_images.write()
-            loop.reporter.end_epoch(log_stats)
+            state.stats = plain(log_stats)
             best = {"best": log_stats.get("test_acc1"), "best-ema": log_stats.get("test_acc1_ema")}
-            loop.checkpoints.end_epoch(state, best, last=state.epoch == args.epochs)
-    log.info("%s", last_line(args, run.output_dir, state, loop.reporter.stats))
+            last, report = state.epoch == args.epochs, loop.reporter.end_epoch
+            loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
+    log.info("%s", last_line(args, run.output_dir, state))
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:

@@ -30,7 +30,7 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.hooks import build_reporter, log_cost
 from training.pictures import ReconstructionImages
-from training.report import last_line
+from training.report import last_line, plain
 from training.resume import auto_load_model
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -127,11 +127,11 @@ def main(args: argparse.Namespace) -> None:
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            bad_images.write()
-            loop.reporter.end_epoch(log_stats)
-            loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)
+            state.stats = plain(log_stats)
+            last, report = state.epoch == args.epochs, loop.reporter.end_epoch
+            loop.checkpoints.end_epoch(state, last=last, report=report)  # save, then report
             loop.reporter.image("reconstructions", draw)
-    log.info("%s", last_line(args, run.output_dir, state, loop.reporter.stats))
+    log.info("%s", last_line(args, run.output_dir, state))
 
 
 if __name__ == "__main__":

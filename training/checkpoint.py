@@ -38,6 +38,7 @@ class TrainState:
     epoch_sums: dict[str, Any] = field(default_factory=dict)  # of the meters and the anomaly guard
     images: int = 0  # in the data set
     best_epochs: dict[str, int] = field(default_factory=dict)  # of `best`, counted from 1
+    stats: dict[str, Any] = field(default_factory=dict)  # of the last finished epoch, for log.txt
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":

@@ -125,13 +125,13 @@ class CheckpointManager:
     max_minutes: the run stops after this time as if by a signal.
     max_failures: saves in a row that may fail; a failed one is repeated a minute later.
     in_background: write in a thread.
-    before_save: called on all ranks before a save within an epoch.
+    before_save: called on all ranks before a save, and at the end of every epoch.
     again: words that tell how to continue an interrupted run. folder: of the checkpoints.
 
         with CheckpointManager(...) as checkpoints:
             ...
             checkpoints.after_step(state, meters, guard)       # after every optimizer step
-            checkpoints.end_epoch(state, accuracies, last)     # after the evaluation
+            checkpoints.end_epoch(state, accuracies, last, report)  # after the evaluation
 
     With `watch` it saves and stops the run also if the batches of these loaders do not come.
     """
@@ -218,9 +218,7 @@ class CheckpointManager:
         if last.guard is not None:
             last.guard.stepper.drop_window()
             last.guard.check(state)
-        if self.before_save is not None:
-            self.before_save()
-        self._finish_write(state)
+        self._prepare(state)
         self._save(state, is_last=True)
         self._stop(state)
 
@@ -237,11 +235,9 @@ class CheckpointManager:
         problem = guard.check(state) if check or save or stop or due else ""
         if save or stop or due or problem:
             self.saved_at = state.global_step
-            if self.before_save is not None:
-                self.before_save()
             guard.snapshot(state)
             state.epoch_sums["means"] = meters.state()
-            self._finish_write(state)
+            self._prepare(state)
             self._save(state, is_last=stop or bool(problem))
         if problem:
             raise TrainingStopped(problem)
@@ -256,17 +252,21 @@ class CheckpointManager:
         state: TrainState,
         accuracies: Mapping[str, float | None] | None = None,
         last: bool = False,
+        report: Callable[[], None] | None = None,
     ) -> None:
-        """Save if this epoch is to be saved, or if the last save failed.
+        """Save if this epoch is to be saved, or if the last save failed; then report the epoch.
 
-        accuracies: checkpoint name -> value; a new best is written under its name.
+        accuracies: checkpoint name -> value; a new best is written under its name. report: called
+        on all ranks after the save, since hooks may fail or hang, and before the run stops.
         """
-        self._finish_write(state)
+        self._prepare(state)
         improved = state.update_best(accuracies or {})
         numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
         stop = not last and self.vote.exchange_now(*self.signals.read())[1]
         if numbered or stop or improved:
             self._save(state, last or stop, numbered or stop, improved)
+        if report is not None:
+            report()
         if stop:
             self._stop(state)
         guard = self.last.guard if self.last else None
@@ -285,7 +285,6 @@ class CheckpointManager:
 
         is_last: the run ends after this save, so wait for it, and repeat it at once if it fails.
         """
-        run_lock.check()
         if self.save is None:
             return
         best, wait = Best.of(state), is_last or self.writer.pool is None
@@ -310,10 +309,13 @@ class CheckpointManager:
                 f"this, then {self.again} to continue"
             )
 
-    def _finish_write(self, state: TrainState) -> None:
-        """Wait for the write in the background; from here on `state.best` is on the disk."""
+    def _prepare(self, state: TrainState) -> None:
+        """Finish the last save before the next one; from here on `state.best` is on the disk."""
         self._attempt(state, self.writer.wait)
         self.saved_best = Best.of(state)
+        run_lock.check()
+        if self.before_save is not None:
+            self.before_save()
 
     def _attempt(self, state: TrainState, work: Callable[[], bool]) -> bool:
         """Save or wait on all ranks and record the result; False if a retry makes sense.
