@@ -99,9 +99,8 @@ def main(args: argparse.Namespace) -> None:
         ),
         seed=args.seed,
     )
-    build_images = partial(
-        ReconstructionImages, args, dataset_train.dataset, model_without_ddp, device, amp
-    )
+    reconstructions = ReconstructionImages(args, dataset_train.dataset, device, amp)
+    draw = partial(reconstructions.draw, model_without_ddp)
     if args.dry_run:
         plan = PlannedRun(
             args,
@@ -110,16 +109,14 @@ def main(args: argparse.Namespace) -> None:
             loop,
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
-            draw=lambda: build_images().draw(model_without_ddp, TrainState(args.epochs)),
+            draw=partial(draw, TrainState(args.epochs)),
         )
         return check_run(plan)
-    reconstructions = build_images()
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    draw = partial(reconstructions.draw, model_without_ddp, state)
     loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
-        loop.reporter.image("reconstructions", draw, only_missing=True)
+        loop.reporter.image("reconstructions", partial(draw, state), only_missing=True)
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
@@ -130,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
             state.stats = plain(log_stats)
             last, report = state.epoch == args.epochs, loop.reporter.end_epoch
             loop.checkpoints.end_epoch(state, last=last, report=report)  # save, then report
-            loop.reporter.image("reconstructions", draw)
+            loop.reporter.image("reconstructions", partial(draw, state))
     log.info("%s", last_line(args, run.output_dir, state))
 
 
