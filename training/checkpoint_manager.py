@@ -215,11 +215,15 @@ class CheckpointManager:
         state.epoch_sums = dict(now.epoch_sums)
         if last.meters is not None:
             state.epoch_sums["means"] = last.meters.state()
+        problem = ""
         if last.guard is not None:
             last.guard.stepper.drop_window()
-            last.guard.check(state)
+            last.guard.data_loader = None  # bad steps are not rerun: the data does not come
+            problem = last.guard.check(state)
         self._prepare(state)
         self._save(state, is_last=True)
+        if problem:
+            raise TrainingStopped(problem)
         self._stop(state)
 
     def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:

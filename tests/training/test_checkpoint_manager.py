@@ -12,13 +12,14 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import chaos
-from errors import EXIT_REQUEUE, Preempted
+from errors import EXIT_REQUEUE, Preempted, TrainingStopped
 from training.checkpoint import TrainState
-from training.checkpoint_manager import CheckpointManager
+from training.checkpoint_manager import CheckpointManager, NoMoreBatches
 from training.meters import Means
 from training.preemption import StopSignals
 
@@ -243,6 +244,23 @@ def steps_saved(steps: int, **options: float) -> list[int]:
     manager = CheckpointManager(lambda state, **_: saved.append(state.global_step), **options)
     drive(manager, steps)
     return saved
+
+
+def test_stop_while_no_batch_comes_counts_bad_steps_and_reads_nothing():
+    """It reran them with images from the disk that hangs, and forgot that the run must end."""
+    guard, saved = SimpleNamespace(data_loader="hangs"), []
+    guard.stepper = SimpleNamespace(drop_window=lambda: None)
+    guard.check = lambda state: "" if guard.data_loader else "11 bad steps in a row"
+    checkpoints, state = CheckpointManager(lambda state, **_: saved.append(state)), TrainState(0, 1)
+
+    def run() -> None:
+        with checkpoints:
+            checkpoints.after_step(state, Means(["loss"], "cpu"), guard)
+            raise NoMoreBatches
+
+    with pytest.raises(TrainingStopped, match="11 bad steps in a row"):
+        run()
+    assert [each.global_step for each in saved] == [1]
 
 
 def test_saves_every_so_many_steps():
