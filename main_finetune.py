@@ -194,7 +194,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         top5 = f"top-5 {stats['acc5']:.2f}%, " if nb_classes > 5 else ""
         text = f"top-1 {stats['acc1']:.2f}%, {top5}loss {stats['loss']:.4f}"
         utils.get_logger().info("%s: %s on %d images", source, text, images)
-    utils.get_logger().info("kernels chosen: %s", autotuner.summary())
+    if autotuner.chosen:  # not by networks of other libraries
+        utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 
 
 if __name__ == "__main__":

@@ -512,10 +512,11 @@ def evaluate(words: str, capsys: pytest.CaptureFixture) -> str:
 
 
 def test_evaluation_reports_each_kind_of_weights(file, tmp_path, capsys, monkeypatch):
-    samplers = []
+    samplers, kernels = [], {}
 
     def evaluation(loader, model, *_):
         samplers.append(type(loader.loader.sampler))
+        main_finetune.autotuner.chosen |= kernels
         return {"acc1": 10.0 * seed_of(model), "acc5": 99.0, "loss": 0.5}
 
     monkeypatch.setattr(main_finetune, "evaluate", evaluation)
@@ -534,9 +535,11 @@ def test_evaluation_reports_each_kind_of_weights(file, tmp_path, capsys, monkeyp
     assert plain in said
     assert ema in said
     assert line.format(file, 30) in evaluate(f"--resume {file} --model_key other", capsys)
+    assert "kernels chosen" not in said  # a network of another library has none
+    kernels["gelu",] = "torch"
     said = evaluate(f"--resume {file} --model_key wrapped --model_prefix net.", capsys)
     assert line.format(file, 40) in said
-    assert "kernels chosen: " in said
+    assert "kernels chosen: gelu by torch (" in said
     assert compiled == []
     (tmp_path / "run").mkdir()
     file.rename(tmp_path / "run" / "checkpoint-best.pth")

@@ -116,7 +116,8 @@ class Reporter:
         if not regular:
             return False
         if not self.kernels_logged:  # by now a kernel is chosen for every operation
-            get_logger().info("kernels chosen: %s", autotuner.summary())
+            if autotuner.chosen:  # not by networks of other libraries
+                get_logger().info("kernels chosen: %s", autotuner.summary())
             autotuner.save()
             self.kernels_logged = True
         self._begin_window()

@@ -115,6 +115,8 @@ def next_command(args: Any, path: Path) -> str:
 def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
     done = f"{state.epoch} of {args.epochs} epochs are done"
+    if state.epoch > args.epochs:  # resumed with fewer
+        done = f"{state.epoch} epochs are done, more than --epochs {args.epochs}"
     result = describe_result(state)
     if not state.best and "mask_ratio" not in vars(args):
         result += f"{', ' * bool(result)}not evaluated"

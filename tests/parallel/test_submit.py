@@ -149,6 +149,9 @@ def test_array_without_job_number_has_a_folder_for_each_recipe():
     fixed = read(*words, "--job_dir", "sweep")
     assert [args.output_dir for args in fixed] == ["sweep/tiny_pretrain", "sweep/base_pretrain"]
     assert [args.model for args in fixed] == ["convnextv2_tiny", "convnextv2_base"]
+    for none in ("none", ""):  # they write nothing
+        unsaved = read(*words, "--job_dir", "sweep", f"--output_dir={none}")
+        assert [args.output_dir for args in unsaved] == [""] * 2
 
 
 def test_without_sbatch_only_a_dry_run_works(tmp_path):

@@ -59,6 +59,8 @@ def test_last_line_names_folder_best_epoch_and_next_command():
         f"runs/x: 5 of 5 epochs are done; {best}; next: "
         "python main_finetune.py --config runs/x/args.yaml --eval"
     )
+    fewer = last_line(FINETUNE.replace(epochs=2), RUN, state)
+    assert fewer.startswith("runs/x: 5 epochs are done, more than --epochs 2; best top-1 81.25% in")
     state.best_epochs = {}  # of a run of an earlier version
     assert "; best top-1 81.25%, best-ema top-1 70.00%; nothing saved" in last_line(
         FINETUNE, None, state
