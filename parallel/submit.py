@@ -17,13 +17,14 @@ from typing import Any
 
 from config import parser as options
 from config import recipes
-from errors import UserError
+from errors import UserError, pipe_may_close
 from parallel.slurm import JOB_ID, Trainer, follow
 
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "gres", "dependency")
 SLURM_ONLY += ("comment", "use_volta32", "cpus_per_task", "mem_gb", "dry_run")
 
 
+@pipe_may_close()
 def run(module: str, parser: argparse.ArgumentParser) -> None:
     """Run submitit_*.py: read the flags, submit `module`, print the job's number and logs."""
     options.add_submitit_args(parser)
