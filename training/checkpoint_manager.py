@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +81,6 @@ def _lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-@dataclass(frozen=True)
-class Best:
-    """The best accuracies of a run and their epochs, as they were at some time."""
-
-    values: Mapping[str, float] = field(default_factory=dict)
-    epochs: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, state: TrainState) -> "Best":
-        """Copy them from a state."""
-        return cls(dict(state.best), dict(state.best_epochs))
-
-    def restore(self, state: TrainState) -> None:
-        """Copy them into a state."""
-        state.best, state.best_epochs = dict(self.values), dict(self.epochs)
-
-
 class NoMoreBatches(Preempted):
     """The run was asked to stop while all ranks wait for a batch; `CheckpointManager` saves it."""
 
@@ -151,7 +134,8 @@ class CheckpointManager:
         self.signals = StopSignals(self.every_minutes, self.max_minutes)
         self.vote, self.writer = RankVote(), AsyncWriter(self.in_background)
         self.saved_at = 0  # step of the last save within an epoch
-        self.saved_best = Best()  # accuracies that have their checkpoint
+        # Best accuracies that have their checkpoint, and their epochs.
+        self.saved_best: tuple[dict[str, float], dict[str, int]] = {}, {}
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
         self.problem = ""  # why the last save failed, '' if it did not
         self.last: LastStep | None = None
@@ -291,7 +275,7 @@ class CheckpointManager:
         """
         if self.save is None:
             return
-        best, wait = Best.of(state), is_last or self.writer.pool is None
+        best, wait = (state.best, state.best_epochs), is_last or self.writer.pool is None
 
         def save() -> bool:
             self.save(state=state, writer=self.writer, numbered=numbered, improved=improved)
@@ -302,7 +286,7 @@ class CheckpointManager:
         for attempt in range(1 + self.max_failures if is_last else 1):
             if attempt:
                 time.sleep(PAUSE)
-            best.restore(state)
+            state.best, state.best_epochs = best
             if self._attempt(state, save):
                 break
         if not self.problem and numbered:
@@ -316,7 +300,7 @@ class CheckpointManager:
     def _prepare(self, state: TrainState) -> None:
         """Finish the last save before the next one; from here on `state.best` is on the disk."""
         self._attempt(state, self.writer.wait)
-        self.saved_best = Best.of(state)
+        self.saved_best = state.best, state.best_epochs
         run_lock.check()
         if self.before_save is not None:
             self.before_save()
@@ -337,7 +321,7 @@ class CheckpointManager:
         self.signals.retry_at = time.monotonic() + RETRY if retry else math.inf
         if problem:
             self.problem = problem
-            self.saved_best.restore(state)
+            state.best, state.best_epochs = self.saved_best
             self.failures += retry
             times = f", {self.failures} times in a row" if retry else ""
             get_logger().warning("could not save%s (%s)", times, problem)
