@@ -70,7 +70,7 @@ def format_short(record: Record) -> str:
     )
 
 
-def format_stats(stats: Record, top5: bool = True) -> str:
+def format_stats(stats: Record, top5: bool) -> str:
     """Format the values of an epoch, each after its name in log.txt; top5: also those of top-5."""
     return "  ".join(
         f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}"

@@ -116,7 +116,7 @@ def find_resume_point(
 
 
 def choose_evaluated(
-    resume: str, folder: str, config: str | None, finetune: str, use_ema: bool = False
+    resume: str, folder: str, config: str | None, finetune: str, use_ema: bool
 ) -> str:
     """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`.
 

@@ -74,6 +74,9 @@ def test_last_line_of_pretraining_has_its_loss_and_names_what_uses_the_weights()
         "python visualize.py --checkpoint runs/x, or "
         "python main_finetune.py --finetune runs/x --data_path FOLDER_OF_CLASSES"
     )
+    older = TrainState(5)  # a run of an earlier version, which stored no values
+    assert last_line(PRETRAIN, RUN, older).startswith("runs/x: 5 of 5 epochs are done; next: ")
+    assert "are done; not evaluated; next: " in last_line(FINETUNE, RUN, older)
     unsaved = PRETRAIN.replace(save_ckpt=False)
     assert last_line(unsaved, RUN, state).endswith("nothing saved")
     code = last_line(PRETRAIN.replace(model="a.b:c"), RUN, state)
