@@ -143,8 +143,7 @@ def _output_dir_of(config: str) -> str | None:
     """Return the folder that an args.yaml names, None if it names none."""
     import yaml
 
-    flags = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    return flags.get("output_dir") if isinstance(flags, dict) else None
+    return (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("output_dir")
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:
