@@ -5,11 +5,12 @@
 python -c "from errors import resolve; print(resolve('math:sqrt', {}, 'function'))"
 """
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to continue
@@ -44,6 +45,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     lowered = {key.lower(): key for key in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(repr(lowered[key]) for key in close)}?" if close else ""
+
+
+@contextlib.contextmanager
+def pipe_may_close() -> Iterator[None]:
+    """End the program quietly if what reads its output ends first, as in `... | head -1`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit()
 
 
 def see_working_folder() -> None:

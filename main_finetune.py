@@ -32,7 +32,7 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.hooks import build_reporter, log_cost
-from training.report import last_line
+from training.report import last_line, plain
 from training.resume import auto_load_model, choose_evaluated
 from training.setup import (
     TrainLoop,
@@ -161,11 +161,11 @@ def main(args: argparse.Namespace) -> None:
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            bad_images.write()
-            loop.reporter.end_epoch(log_stats)
+            state.stats = plain(log_stats)
             best = {"best": log_stats.get("test_acc1"), "best-ema": log_stats.get("test_acc1_ema")}
-            loop.checkpoints.end_epoch(state, best, last=state.epoch == args.epochs)
-    log.info("%s", last_line(args, run.output_dir, state, loop.reporter.stats))
+            last, report = state.epoch == args.epochs, loop.reporter.end_epoch
+            loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
+    log.info("%s", last_line(args, run.output_dir, state))
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str) -> None:
@@ -195,7 +195,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         top5 = f"top-5 {stats['acc5']:.2f}%, " if nb_classes > 5 else ""
         text = f"top-1 {stats['acc1']:.2f}%, {top5}loss {stats['loss']:.4f}"
         utils.get_logger().info("%s: %s on %d images", source, text, images)
-    utils.get_logger().info("kernels chosen: %s", autotuner.summary())
+    if autotuner.chosen:  # not by networks of other libraries
+        utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 
 
 if __name__ == "__main__":

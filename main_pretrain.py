@@ -31,7 +31,7 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.hooks import build_reporter, log_cost
 from training.pictures import ReconstructionImages
-from training.report import last_line
+from training.report import last_line, plain
 from training.resume import auto_load_model
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -98,9 +98,8 @@ def main(args: argparse.Namespace) -> None:
         ),
         seed=args.seed,
     )
-    build_images = partial(
-        ReconstructionImages, args, dataset_train.dataset, model_without_ddp, device, amp
-    )
+    reconstructions = ReconstructionImages(args, dataset_train.dataset, device, amp)
+    draw = partial(reconstructions.draw, model_without_ddp)
     if args.dry_run:
         plan = PlannedRun(
             args,
@@ -109,16 +108,14 @@ def main(args: argparse.Namespace) -> None:
             loop,
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
-            draw=lambda: build_images().draw(model_without_ddp, TrainState(args.epochs)),
+            draw=partial(draw, TrainState(args.epochs)),
         )
         return check_run(plan)
-    reconstructions = build_images()
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    draw = partial(reconstructions.draw, model_without_ddp, state)
     loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
-        loop.reporter.image("reconstructions", draw, only_missing=True)
+        loop.reporter.image("reconstructions", partial(draw, state), only_missing=True)
         while state.epoch < args.epochs:
             data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
@@ -126,11 +123,11 @@ def main(args: argparse.Namespace) -> None:
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            bad_images.write()
-            loop.reporter.end_epoch(log_stats)
-            loop.checkpoints.end_epoch(state, last=state.epoch == args.epochs)
-            loop.reporter.image("reconstructions", draw)
-    log.info("%s", last_line(args, run.output_dir, state, loop.reporter.stats))
+            state.stats = plain(log_stats)
+            last, report = state.epoch == args.epochs, loop.reporter.end_epoch
+            loop.checkpoints.end_epoch(state, last=last, report=report)  # save, then report
+            loop.reporter.image("reconstructions", partial(draw, state))
+    log.info("%s", last_line(args, run.output_dir, state))
 
 
 if __name__ == "__main__":

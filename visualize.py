@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_fcmae(args).to(device)
     weights.load(model, new=())
     name = "/".join(Path(weights.path).parts[-2:])
-    drawing = ReconstructionImages(args, data, model, device, count=args.num_images, name=name)
+    drawing = ReconstructionImages(args, data, device, count=args.num_images, name=name)
     image = drawing.draw(model, TrainState(args.epochs))
     try:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 from config import flags, recipes
 from config.flags import as_typed
-from errors import did_you_mean, resolve
+from errors import did_you_mean, pipe_may_close, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
@@ -89,7 +88,8 @@ class _Answer(argparse.Action):
         self.answer = answer  # (parser, value) -> text
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        parser._print_message(f"{self.answer(parser, values).rstrip()}\n", sys.stdout)
+        with pipe_may_close():
+            print(self.answer(parser, values).rstrip())
         parser.exit()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import as_typed, str2bool
-from errors import did_you_mean
+from errors import did_you_mean, pipe_may_close
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
@@ -39,7 +39,8 @@ def read_flags(
     """
     typed = _flags_set_by(parser, argv)
     if typed.get("recipe") == "list":
-        print(listing())
+        with pipe_may_close():
+            print(listing())
         parser.exit()
     layers = {name: _read(parser, name, typed[name]) for name in FILES if typed.get(name)}
     above = _merge(layers.get("config", {}), typed)

@@ -39,14 +39,11 @@ class ConsoleLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.path: Path | None = None
-        self.waiting, self.wanted, self.reported = b"", True, False
+        self.waiting, self.reported = b"", False
 
-    def open(self, folder: Path | None) -> None:
-        """Write to `folder` from now on, after a line with the time and the command.
-
-        Without a folder lines are forgotten.
-        """
-        self.path, self.wanted = folder and folder / NAME, folder is not None
+    def open(self, folder: Path) -> None:
+        """Write to `folder` from now on, after a line with the time and the command."""
+        self.path = folder / NAME
         began = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n"
         self.waiting, before = began.encode("utf-8", "backslashreplace"), self.waiting
         self._append(before)
@@ -60,7 +57,7 @@ class ConsoleLog(logging.Handler):
             self._append(f"{text}\n".encode("utf-8", "backslashreplace"))
 
     def _append(self, lines: bytes) -> None:
-        self.waiting = (self.waiting + lines)[-KEPT:] if self.wanted else b""
+        self.waiting = (self.waiting + lines)[-KEPT:]
         if self.path is None:
             return
         try:
@@ -78,13 +75,18 @@ class ConsoleLog(logging.Handler):
 
 def open_console_log(folder: Path | None) -> None:
     """Start console.log in a run's folder, on the main process; None: there is no folder."""
-    for handler in get_logger().handlers:
-        if isinstance(handler, ConsoleLog):
+    for handler in _console_logs():
+        if folder is None:
+            get_logger().removeHandler(handler)
+        else:
             handler.open(folder)
 
 
 def note(text: str) -> None:
     """Write to console.log alone, since the terminal shows it in another way."""
-    for handler in get_logger().handlers:
-        if isinstance(handler, ConsoleLog):
-            handler.write(text)
+    for handler in _console_logs():
+        handler.write(text)
+
+
+def _console_logs() -> list[ConsoleLog]:
+    return [each for each in get_logger().handlers if isinstance(each, ConsoleLog)]

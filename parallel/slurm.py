@@ -27,6 +27,7 @@ ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 ENDS += ("DEADLINE", "PREEMPTED", "GONE")  # GONE: SLURM no longer knows the job
 POLL_S = 5.0  # seconds between queries of SLURM
 ATTEMPTS = 3  # to requeue a job
+STARTS = 10  # of a job that has saved nothing yet
 
 
 class Trainer:
@@ -45,8 +46,9 @@ class Trainer:
         if self.umask is not None:
             os.umask(self.umask)
         job = submitit.JobEnvironment()
+        folder = self._output_dir(job.job_id)
         for kind in WARNINGS:  # submitit's own handlers limit the number of requeues
-            signal.signal(kind, lambda number, _: _requeue_at_once(job, number))
+            signal.signal(kind, lambda number, _: _requeue_at_once(job, number, folder))
         # The training script chooses the GPU: SLURM may number them differently.
         launcher = submitit.helpers.TorchDistributedEnvironment()
         launcher.export(set_cuda_visible_devices=False, overwrite=True)
@@ -63,27 +65,29 @@ class Trainer:
         except SystemExit as end:
             if end.code != EXIT_REQUEUE:
                 raise
-            exit_now(requeue(job))
+            exit_now(requeue(job, folder))
 
     def _flags(self, main: Any, job_id: str) -> Any:
         """Return the training script's own flags, for this job."""
         names = {action.dest for action in main.get_args_parser()._actions}
         flags = {name: value for name, value in vars(self.args).items() if name in names}
-        if self.args.output_dir is None:
-            flags["output_dir"] = self.args.job_dir
-        for name in ("output_dir", "log_dir"):
-            flags[name] = flags[name] and flags[name].replace(JOB_ID, job_id)
+        flags["output_dir"] = self._output_dir(job_id)
+        flags["log_dir"] = flags["log_dir"] and flags["log_dir"].replace(JOB_ID, job_id)
         restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         flags["auto_resume"] = self.args.auto_resume or restarted
         return type(self.args)(self.args.given | {"output_dir"}, **flags)
 
+    def _output_dir(self, job_id: str) -> str:
+        folder = self.args.job_dir if self.args.output_dir is None else self.args.output_dir
+        return folder.replace(JOB_ID, job_id)
 
-def _requeue_at_once(job: Any, number: int) -> None:
+
+def _requeue_at_once(job: Any, number: int, folder: str) -> None:
     """Handle a signal before the first or after the last epoch, when there is nothing to save."""
     if job.global_rank == 0:  # the other ranks end when rank 0 does
         name = signal.Signals(number).name
         print(f"received {name} outside the training loop, requeuing the job", flush=True)
-        exit_now(requeue(job))
+        exit_now(requeue(job, folder))
 
 
 def _ignore_signals() -> None:
@@ -91,8 +95,11 @@ def _ignore_signals() -> None:
         signal.signal(kind, signal.SIG_IGN)
 
 
-def requeue(job: Any) -> int:
-    """Requeue this job if this is rank 0; returns the exit code for this process."""
+def requeue(job: Any, folder: str) -> int:
+    """Requeue this job if this is rank 0; returns the exit code for this process.
+
+    folder: of its checkpoints, '' for none.
+    """
     _ignore_signals()
     if job.global_rank != 0:
         return 0  # with another code srun would kill rank 0 before it has requeued the job
@@ -100,6 +107,14 @@ def requeue(job: Any) -> int:
         from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE as code
 
         return code if job.name() == "local" else EXIT_REQUEUE
+    starts = 1 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if starts >= STARTS and not (folder and any(Path(folder).glob("checkpoint-*.pth"))):
+        print(
+            f"did not requeue job {job.job_id}, since it has saved nothing in {starts} starts; "
+            "raise --timeout, or save within epochs: --save_ckpt_every_minutes 10",
+            file=sys.stderr,
+        )
+        return EXIT_REQUEUE
     for attempt in range(ATTEMPTS):
         time.sleep(POLL_S * (attempt > 0))  # the controller may be busy
         try:
@@ -113,7 +128,7 @@ def requeue(job: Any) -> int:
         except (OSError, subprocess.SubprocessError, RuntimeError) as error:
             problem = error
     print(
-        f"job {job.job_id} could not be requeued: {problem}; its checkpoints are complete: submit "
+        f"job {job.job_id} could not be requeued: {problem}; what it has saved is complete: submit "
         "it again with the same output folder",
         file=sys.stderr,
     )

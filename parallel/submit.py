@@ -17,13 +17,14 @@ from typing import Any
 
 from config import parser as options
 from config import recipes
-from errors import UserError
+from errors import UserError, pipe_may_close
 from parallel.slurm import JOB_ID, Trainer, follow
 
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "gres", "dependency")
 SLURM_ONLY += ("comment", "use_volta32", "cpus_per_task", "mem_gb", "dry_run")
 
 
+@pipe_may_close()
 def run(module: str, parser: argparse.ArgumentParser) -> None:
     """Run submitit_*.py: read the flags, submit `module`, print the job's number and logs."""
     options.add_submitit_args(parser)
@@ -62,14 +63,14 @@ def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         parser.error("--array and --recipe both name recipes; put all of them in --array")
     if len(set(labels)) < len(labels):
         parser.error(f"--array {flags['array']} names a recipe twice; name each once")
-    if flags["output_dir"] and JOB_ID not in flags["output_dir"]:
+    if flags["output_dir"] not in (None, "", "none") and JOB_ID not in flags["output_dir"]:
         problem = f"--output_dir {flags['output_dir']} is one folder for {len(names)} jobs"
         parser.error(f"{problem}; put %j in it, or drop it")
     runs = [resolve(options.parse(parser, [*words, f"--recipe={name}"]), parser) for name in names]
     if JOB_ID in runs[0].job_dir:
         return runs
     return [
-        args if args.output_dir else args.replace(output_dir=str(Path(args.job_dir, label)))
+        args.replace(output_dir=str(Path(args.job_dir, label))) if args.output_dir is None else args
         for args, label in zip(runs, labels, strict=True)
     ]
 

@@ -23,9 +23,9 @@ from optim_factory import build_optimizer
 from parallel.sharding import Parallelism
 from tests import tiny
 from tests.test_flags_act import BASE, MAINS, Built, build
-from training import setup
+from training import hooks, setup
 from training.checkpoint_manager import CheckpointManager
-from training.hooks import Reporter
+from training.hooks import Hook, Reporter
 
 SEED_OF = {"model": 1, "model_ema": 2, "other": 3}  # entry of the checkpoint -> its weights
 
@@ -543,10 +543,11 @@ def evaluate(words: str, capsys: pytest.CaptureFixture) -> str:
 
 
 def test_evaluation_reports_each_kind_of_weights(file, tmp_path, capsys, monkeypatch):
-    samplers = []
+    samplers, kernels = [], {}
 
     def evaluation(loader, model, *_):
         samplers.append(type(loader.loader.sampler))
+        main_finetune.autotuner.chosen |= kernels
         return {"acc1": 10.0 * seed_of(model), "acc5": 99.0, "loss": 0.5}
 
     monkeypatch.setattr(main_finetune, "evaluate", evaluation)
@@ -565,9 +566,11 @@ def test_evaluation_reports_each_kind_of_weights(file, tmp_path, capsys, monkeyp
     assert plain in said
     assert ema in said
     assert line.format(file, 30) in evaluate(f"--resume {file} --model_key other", capsys)
+    assert "kernels chosen" not in said  # a network of another library has none
+    kernels["gelu",] = "torch"
     said = evaluate(f"--resume {file} --model_key wrapped --model_prefix net.", capsys)
     assert line.format(file, 40) in said
-    assert "kernels chosen: " in said
+    assert "kernels chosen: gelu by torch (" in said
     assert compiled == []
     (tmp_path / "run").mkdir()
     file.rename(tmp_path / "run" / "checkpoint-best.pth")
@@ -596,6 +599,38 @@ def test_evaluation_counts_the_images_that_it_used(file, monkeypatch, capsys):
 
     monkeypatch.setattr(main_finetune, "BadImages", Bad)
     assert "on 5 images" in evaluate(f"--resume {file} --on_bad_image skip", capsys)
+
+
+class Killed(BaseException):
+    """Ends a run as no error does."""
+
+
+class Fatal(Hook):
+    """Ends the run when an epoch is over, before any other hook is told."""
+
+    def on_epoch(self, stats, state):
+        raise Killed
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_epoch_is_saved_before_its_hooks_and_logged_if_one_ends_the_run(
+    script, tmp_path, monkeypatch
+):
+    """The epoch was lost, and each restart ended in the same way."""
+    whole = build(script, "", tmp_path / "whole", monkeypatch)
+    build_hooks = hooks._build_hooks
+    for epoch in range(2):
+        with monkeypatch.context() as fatal:
+            fatal.setattr(hooks, "_build_hooks", lambda *a: [Fatal(), *build_hooks(*a)])
+            with pytest.raises(Killed):
+                build(script, "--epochs 3", tmp_path / "run", fatal)
+        assert (tmp_path / "run" / f"checkpoint-{epoch}.pth").exists()
+        run = build(script, f"--epochs {epoch + 1}", tmp_path / "run", monkeypatch)
+        assert run.epochs == []
+        assert log(run) == log(whole)[: epoch + 1]
+        assert f"epoch {epoch + 1}/{epoch + 1} done  train_loss 1" in run.text
+    other = build(script, f"--resume {tmp_path / 'run'}", tmp_path / "other", monkeypatch)
+    assert not (other.folder / "log.txt").exists()  # those epochs are in the log of that run
 
 
 def test_scripts_stop_listening_to_signals_and_close_their_files(tmp_path, monkeypatch):

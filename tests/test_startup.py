@@ -2,6 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Scripts answer --help and wrong flags before they import torch; `-X importtime` shows imports."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,23 @@ def test_first_round_does_not_count(monkeypatch):
     monkeypatch.setattr(startup, "seconds_to", lambda words, text: next(taken))
     seconds = startup.measure({"row": ([], "")}, rounds=3)
     assert startup.table(seconds).endswith("| row | **2.00** | 1.00 | 3.00 |")
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("main_pretrain.py", "--recipe list"),
+        ("main_finetune.py", "--help all"),
+        ("submitit_pretrain.py", "--data_set DIGITS --dry_run"),
+    ],
+)
+@pytest.mark.parametrize("buffered", [False, True])
+def test_list_that_nobody_reads_to_its_end_is_no_error(script, words, buffered):
+    """`| head -1` printed a traceback of BrokenPipeError."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, *["-u"] * (not buffered), script, *words.split()]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=-1, env=env, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -38,6 +38,7 @@ class TrainState:
     epoch_sums: dict[str, Any] = field(default_factory=dict)  # of the meters and the anomaly guard
     images: int = 0  # in the data set
     best_epochs: dict[str, int] = field(default_factory=dict)  # of `best`, counted from 1
+    stats: dict[str, Any] = field(default_factory=dict)  # of the last finished epoch, for log.txt
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
@@ -70,8 +71,9 @@ class TrainState:
         """Store the highest accuracy of each name; returns the names that have a new one."""
         known = {name: value for name, value in accuracies.items() if value is not None}
         improved = [name for name, value in known.items() if value > self.best.get(name, -1.0)]
-        self.best |= {name: known[name] for name in improved}
-        self.best_epochs |= dict.fromkeys(improved, self.epoch)
+        # New ones, since a save that fails puts the old ones back.
+        self.best = self.best | {name: known[name] for name in improved}
+        self.best_epochs = self.best_epochs | dict.fromkeys(improved, self.epoch)
         return improved
 
 

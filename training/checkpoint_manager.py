@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +81,6 @@ def _lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-@dataclass(frozen=True)
-class Best:
-    """The best accuracies of a run and their epochs, as they were at some time."""
-
-    values: Mapping[str, float] = field(default_factory=dict)
-    epochs: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, state: TrainState) -> "Best":
-        """Copy them from a state."""
-        return cls(dict(state.best), dict(state.best_epochs))
-
-    def restore(self, state: TrainState) -> None:
-        """Copy them into a state."""
-        state.best, state.best_epochs = dict(self.values), dict(self.epochs)
-
-
 class NoMoreBatches(Preempted):
     """The run was asked to stop while all ranks wait for a batch; `CheckpointManager` saves it."""
 
@@ -125,13 +108,13 @@ class CheckpointManager:
     max_minutes: the run stops after this time as if by a signal.
     max_failures: saves in a row that may fail; a failed one is repeated a minute later.
     in_background: write in a thread.
-    before_save: called on all ranks before a save within an epoch.
+    before_save: called on all ranks before a save, and at the end of every epoch.
     again: words that tell how to continue an interrupted run. folder: of the checkpoints.
 
         with CheckpointManager(...) as checkpoints:
             ...
             checkpoints.after_step(state, meters, guard)       # after every optimizer step
-            checkpoints.end_epoch(state, accuracies, last)     # after the evaluation
+            checkpoints.end_epoch(state, accuracies, last, report)  # after the evaluation
 
     With `watch` it saves and stops the run also if the batches of these loaders do not come.
     """
@@ -151,7 +134,8 @@ class CheckpointManager:
         self.signals = StopSignals(self.every_minutes, self.max_minutes)
         self.vote, self.writer = RankVote(), AsyncWriter(self.in_background)
         self.saved_at = 0  # step of the last save within an epoch
-        self.saved_best = Best()  # accuracies that have their checkpoint
+        # Best accuracies that have their checkpoint, and their epochs.
+        self.saved_best: tuple[dict[str, float], dict[str, int]] = {}, {}
         self.successes, self.failures = 0, 0  # saves in all; failed saves in a row
         self.problem = ""  # why the last save failed, '' if it did not
         self.last: LastStep | None = None
@@ -215,13 +199,15 @@ class CheckpointManager:
         state.epoch_sums = dict(now.epoch_sums)
         if last.meters is not None:
             state.epoch_sums["means"] = last.meters.state()
+        problem = ""
         if last.guard is not None:
             last.guard.stepper.drop_window()
-            last.guard.check(state)
-        if self.before_save is not None:
-            self.before_save()
-        self._finish_write(state)
+            last.guard.data_loader = None  # bad steps are not rerun: the data does not come
+            problem = last.guard.check(state)
+        self._prepare(state)
         self._save(state, is_last=True)
+        if problem:
+            raise TrainingStopped(problem)
         self._stop(state)
 
     def after_step(self, state: TrainState, meters: Any, guard: Any, check: bool = False) -> None:
@@ -237,11 +223,9 @@ class CheckpointManager:
         problem = guard.check(state) if check or save or stop or due else ""
         if save or stop or due or problem:
             self.saved_at = state.global_step
-            if self.before_save is not None:
-                self.before_save()
             guard.snapshot(state)
             state.epoch_sums["means"] = meters.state()
-            self._finish_write(state)
+            self._prepare(state)
             self._save(state, is_last=stop or bool(problem))
         if problem:
             raise TrainingStopped(problem)
@@ -256,17 +240,21 @@ class CheckpointManager:
         state: TrainState,
         accuracies: Mapping[str, float | None] | None = None,
         last: bool = False,
+        report: Callable[[], None] | None = None,
     ) -> None:
-        """Save if this epoch is to be saved, or if the last save failed.
+        """Save if this epoch is to be saved, or if the last save failed; then report the epoch.
 
-        accuracies: checkpoint name -> value; a new best is written under its name.
+        accuracies: checkpoint name -> value; a new best is written under its name. report: called
+        on all ranks after the save, since hooks may fail or hang, and before the run stops.
         """
-        self._finish_write(state)
+        self._prepare(state)
         improved = state.update_best(accuracies or {})
         numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
         stop = not last and self.vote.exchange_now(*self.signals.read())[1]
         if numbered or stop or improved:
             self._save(state, last or stop, numbered or stop, improved)
+        if report is not None:
+            report()
         if stop:
             self._stop(state)
         guard = self.last.guard if self.last else None
@@ -285,10 +273,9 @@ class CheckpointManager:
 
         is_last: the run ends after this save, so wait for it, and repeat it at once if it fails.
         """
-        run_lock.check()
         if self.save is None:
             return
-        best, wait = Best.of(state), is_last or self.writer.pool is None
+        best, wait = (state.best, state.best_epochs), is_last or self.writer.pool is None
 
         def save() -> bool:
             self.save(state=state, writer=self.writer, numbered=numbered, improved=improved)
@@ -299,7 +286,7 @@ class CheckpointManager:
         for attempt in range(1 + self.max_failures if is_last else 1):
             if attempt:
                 time.sleep(PAUSE)
-            best.restore(state)
+            state.best, state.best_epochs = best
             if self._attempt(state, save):
                 break
         if not self.problem and numbered:
@@ -310,10 +297,13 @@ class CheckpointManager:
                 f"this, then {self.again} to continue"
             )
 
-    def _finish_write(self, state: TrainState) -> None:
-        """Wait for the write in the background; from here on `state.best` is on the disk."""
+    def _prepare(self, state: TrainState) -> None:
+        """Finish the last save before the next one; from here on `state.best` is on the disk."""
         self._attempt(state, self.writer.wait)
-        self.saved_best = Best.of(state)
+        self.saved_best = state.best, state.best_epochs
+        run_lock.check()
+        if self.before_save is not None:
+            self.before_save()
 
     def _attempt(self, state: TrainState, work: Callable[[], bool]) -> bool:
         """Save or wait on all ranks and record the result; False if a retry makes sense.
@@ -331,7 +321,7 @@ class CheckpointManager:
         self.signals.retry_at = time.monotonic() + RETRY if retry else math.inf
         if problem:
             self.problem = problem
-            self.saved_best.restore(state)
+            state.best, state.best_epochs = self.saved_best
             self.failures += retry
             times = f", {self.failures} times in a row" if retry else ""
             get_logger().warning("could not save%s (%s)", times, problem)

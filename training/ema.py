@@ -38,7 +38,9 @@ class ModelEma:
         fraction = torch.where(taken, fraction, 0.0)
         weights = [sharding.to_local(weight).to(self.device) for weight in model.parameters()]
         fractions = [fraction.to(average.dtype) for average in averages]
-        torch._foreach_lerp_(averages, weights, fractions)  # in place, without temporary memory
+        # In place, without temporary memory. With a number instead of `fractions` CUDA would need
+        # fewer kernels, but only the device knows if the step was taken.
+        torch._foreach_lerp_(averages, weights, fractions)
         for average, new in zip(self.module.buffers(), model.buffers(), strict=True):
             new = new.to(self.device)
             if average.is_floating_point():

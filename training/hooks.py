@@ -27,7 +27,7 @@ from models.kernels.autotune import autotuner
 from parallel.console import note
 from parallel.process_group import from_main_process, get_logger, get_world_size
 from training import run_lock
-from training.checkpoint import TrainState
+from training.checkpoint import TrainState, checkpoint_name
 from training.meters import Means
 from training.report import Record, count_epochs, format_record, format_short, format_stats
 from utils import write_atomically
@@ -46,13 +46,17 @@ class Hook:
         """Called every `print_freq` steps with means since the last call, speed and time left."""
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        """Called after training and evaluation of an epoch with the values for log.txt."""
+        """Called after the save of an epoch with the values for log.txt."""
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         """Called with an image to show, (3, H, W) in 0 to 1."""
 
     def has_image(self, name: str, state: TrainState) -> bool:
         """Return True if the image of the last finished epoch is written already."""
+        return False
+
+    def misses_epoch(self, state: TrainState) -> bool:
+        """Return True if a killed run has saved its last epoch, and not written its values."""
         return False
 
     def on_end(self) -> None:
@@ -79,7 +83,6 @@ class Reporter:
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
         self.kernels_logged, self.failed = False, set()  # hooks whose failure is reported
-        self.stats: Record = {}  # of the last epoch
 
     def begin_epoch(self, names: Sequence[str], batches: DeviceLoader) -> Means:
         """Return the meters of an epoch, which continue those of an interrupted one."""
@@ -113,7 +116,8 @@ class Reporter:
         if not regular:
             return False
         if not self.kernels_logged:  # by now a kernel is chosen for every operation
-            get_logger().info("kernels chosen: %s", autotuner.summary())
+            if autotuner.chosen:  # not by networks of other libraries
+                get_logger().info("kernels chosen: %s", autotuner.summary())
             autotuner.save()
             self.kernels_logged = True
         self._begin_window()
@@ -134,11 +138,10 @@ class Reporter:
             "steps": self.steps_per_epoch,
         }
 
-    def end_epoch(self, stats: Record) -> None:
+    def end_epoch(self) -> None:
         """Notify the hooks of an epoch's values; raises if this run lost its output folder."""
         run_lock.check()
-        self.stats = stats
-        self._notify("on_epoch", stats, self.state)
+        self._notify("on_epoch", dict(self.state.stats), self.state)
 
     def image(
         self, name: str, draw: Callable[[], Tensor | None], only_missing: bool = False
@@ -147,7 +150,7 @@ class Reporter:
 
         only_missing: only if the hooks have not written it, as in a run that was killed before.
         """
-        if only_missing and from_main_process(lambda: self._has_image(name)):
+        if only_missing and from_main_process(lambda: self._any("has_image", name, self.state)):
             return
         try:
             image = draw()
@@ -157,10 +160,11 @@ class Reporter:
         if image is not None:
             self._notify("on_image", name, image, self.state)
 
-    def _has_image(self, name: str) -> bool:
+    def _any(self, question: str, *args: object) -> bool:
+        """Return True if a hook answers with True."""
         for hook in self.hooks:
             try:
-                if hook.has_image(name, self.state):
+                if getattr(hook, question)(*args):
                     return True
             except Exception as error:
                 self._report_failure(type(hook).__name__, error)
@@ -169,6 +173,8 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         if self.open_hooks is not None:  # errors of rank 0 reach all ranks
             from_main_process(lambda: self.hooks.extend(self.open_hooks(self)))
+        if self._any("misses_epoch", self.state):
+            self._notify("on_epoch", dict(self.state.stats), self.state)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -267,14 +273,21 @@ class BarHook(Hook):
 
 
 class JsonHook(Hook):
-    """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats."""
+    """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats.
+
+    It comes after the other hooks that write files: if the last epoch is not in log.txt, a killed
+    run has perhaps not told them of it.
+    """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
         self.path = folder / "log.txt"
         self.written = self.path.read_bytes() if self.path.exists() else b""
-        lines = [line + b"\n" for line in self.written.splitlines()]
-        self.content = b"".join(line for line in lines if self._epoch(line) < state.epoch)
+        lines = {line + b"\n": self._epoch(line) for line in self.written.splitlines()}
+        self.content = b"".join(line for line, epoch in lines.items() if epoch < state.epoch)
         self.on_end()
+        # A run that continues another one in a folder of its own does not have its checkpoint.
+        saved = bool(state.stats) and (folder / checkpoint_name(vars(state))).exists()
+        self.misses = saved and not state.samples_in_epoch and state.epoch - 1 not in lines.values()
 
     @staticmethod
     def _epoch(line: bytes) -> float:
@@ -282,6 +295,9 @@ class JsonHook(Hook):
             return json.loads(line)["epoch"]
         except (ValueError, KeyError, TypeError):  # half a line or garbage after a power cut
             return math.inf
+
+    def misses_epoch(self, state: TrainState) -> bool:
+        return self.misses
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         finite = {
@@ -304,8 +320,8 @@ class TensorboardHook(Hook):
     def __init__(self, folder: Path, state: TrainState, repeats_epoch_end: bool = False) -> None:
         """Hide the points after `state` that an interrupted run has written.
 
-        repeats_epoch_end: the run evaluates again at the step of `state`, of which therefore only
-            the training scalars are kept.
+        repeats_epoch_end: the values of an epoch are written again at the step of `state`, of which
+            therefore only the training scalars are kept.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -405,11 +421,12 @@ def _build_hooks(args: Any, folder: Path | None, top5: bool, reporter: Reporter)
     hooks: list[Hook] = [LineHook(args.epochs, top5, shown=not (bar and on_terminal))]
     get_logger().info("epochs count from 1 in these lines, from 0 in log.txt and in file names")
     at_epoch_end = state.global_step % reporter.steps_per_epoch == 0 and state.samples_in_epoch > 0
-    logs = log_folder(args.log_dir, folder)
+    logs, files = log_folder(args.log_dir, folder), []
     try:
         if folder:
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
-            hooks += [JsonHook(folder, state), ImageHook(folder)]
+            files = [JsonHook(folder, state), ImageHook(folder)]
+            at_epoch_end |= files[0].misses
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:
@@ -417,7 +434,8 @@ def _build_hooks(args: Any, folder: Path | None, top5: bool, reporter: Reporter)
             f"the run cannot write its logs ({error}); choose another --output_dir or --log_dir, "
             "or free some space"
         ) from error
-    return [BarHook(args.epochs, state, total_steps), *hooks] if bar else hooks
+    bars = [BarHook(args.epochs, state, total_steps)] if bar else []
+    return [*bars, *hooks, *files]
 
 
 def log_folder(log_dir: str | None, output_dir: Path | None) -> Path | None:

@@ -48,28 +48,32 @@ class ReconstructionImages:
         self,
         args: Any,
         data: Any,
-        model: FCMAE,
         device: torch.device,
         amp: str = "none",
         count: int = 8,
         name: str = "",
     ) -> None:
         """name: of what is drawn, for the caption; default: the epoch."""
-        self.picture_freq, self.epochs = args.picture_freq, args.epochs
+        self.picture_freq, self.epochs, self.seed = args.picture_freq, args.epochs, args.seed
         self.device, self.amp, self.name = device, amp, name
-        if not self.picture_freq:
-            return
         self.mean, self.std = datasets.build_mean_and_std(args)
         transform = datasets.build_transform(False, args)
         on_bad = "replace" if args.on_bad_image == "skip" else "error"
         dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
         count = min(count, len(data))
-        ids = torch.arange(count) * len(data) // count
-        loader = datasets.DeviceLoader(WatchedLoader(dataset, [], 1), device, self.mean, self.std)
-        self.images, _, ids = loader.reload(0, ids)  # (N, C, H, W), normalized
-        h, w = model.grid_size(*self.images.shape[-2:])
-        noise = mask_noise(args.seed, 0, ids, h * w)
+        self.ids = torch.arange(count) * len(data) // count
+        self.loader = datasets.DeviceLoader(
+            WatchedLoader(dataset, [], 1), device, self.mean, self.std
+        )
+        self.images: Tensor | None = None  # (N, C, H, W), normalized
+
+    def read(self, model: FCMAE) -> None:
+        """Read the images, for the first drawing: a run can be stopped by then."""
+        images, _, ids = self.loader.reload(0, self.ids)
+        h, w = model.grid_size(*images.shape[-2:])
+        noise = mask_noise(self.seed, 0, ids, h * w)
         self.mask = random_mask(noise, visible_patches(h * w, model.mask_ratio))  # (N, L)
+        self.images = images
 
     def draw(self, model: FCMAE, state: TrainState) -> Tensor | None:
         """Draw (3, H, W) on rank 0 if the run shows images after this epoch; otherwise None.
@@ -83,6 +87,8 @@ class ReconstructionImages:
         with sharding.unsharded(model) as network, autocast(self.device, self.amp):
             if not is_main_process():
                 return None
+            if self.images is None:
+                self.read(network)
             mean, std = self.mean, self.std
             views, *losses = reconstruct(network, self.images, self.mask, mean, std)
             return grid(views, CAPTION.format(self.name or f"epoch {epoch}", *losses))

@@ -7,6 +7,7 @@ python -c "from training.report import count_epochs; print(count_epochs(2, 5))"
 Epochs count from 1 here, and from 0 in file names and log.txt, as in the official code.
 """
 
+import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -22,6 +23,15 @@ Record = dict[str, float]
 PLACED = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "eta_s")
 PLACED += ("step", "steps")
 NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "n_parameters")  # in an epoch's line
+
+
+def plain(stats: Mapping[str, Any]) -> Record:
+    """Return the values of an epoch as plain types: a user's metrics may be NumPy's, or tensors."""
+
+    def convert(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return json.loads(json.dumps(stats, default=convert))
 
 
 def describe_progress(state: TrainState) -> str:
@@ -61,7 +71,7 @@ def format_short(record: Record) -> str:
     )
 
 
-def format_stats(stats: Record, top5: bool = True) -> str:
+def format_stats(stats: Record, top5: bool) -> str:
     """Format the values of an epoch, each after its name in log.txt; top5: also those of top-5."""
     return "  ".join(
         f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}"
@@ -77,17 +87,14 @@ def undefined(name: str, value: Any) -> bool:
     return name.endswith("class_acc") and math.isnan(value)
 
 
-def describe_result(state: TrainState, stats: Mapping[str, float]) -> str:
-    """Return the best accuracies with their epochs, or else the last training loss.
-
-    stats: the values of the last epoch; {} if none was trained.
-    """
+def describe_result(state: TrainState) -> str:
+    """Return the best accuracies with their epochs, or else the last training loss."""
     found = []
     for name, value in state.best.items():
         epoch = state.best_epochs.get(name)  # not stored by earlier versions
         found.append(f"{name} top-1 {value:.2f}%" + f" in epoch {epoch}" * (epoch is not None))
-    if not found and "train_loss" in stats:
-        found = [f"train_loss {stats['train_loss']:.4f} in epoch {state.epoch}"]
+    if not found and "train_loss" in state.stats:
+        found = [f"train_loss {state.stats['train_loss']:.4f} in epoch {state.epoch}"]
     return ", ".join(found)
 
 
@@ -106,10 +113,12 @@ def next_command(args: Any, path: Path) -> str:
     )
 
 
-def last_line(args: Any, folder: Path | None, state: TrainState, stats: Record) -> str:
+def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
     done = f"{state.epoch} of {args.epochs} epochs are done"
-    result = describe_result(state, stats)
+    if state.epoch > args.epochs:  # resumed with fewer
+        done = f"{state.epoch} epochs are done, more than --epochs {args.epochs}"
+    result = describe_result(state)
     if not (state.best or is_pretraining(vars(args))):
         result += f"{', ' * bool(result)}not evaluated"
     if folder is None or not args.save_ckpt:

@@ -117,7 +117,7 @@ def find_resume_point(
 
 
 def choose_evaluated(
-    resume: str, folder: str, config: str | None, finetune: str, use_ema: bool = False
+    resume: str, folder: str, config: str | None, finetune: str, use_ema: bool
 ) -> str:
     """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`.
 
@@ -144,8 +144,7 @@ def _output_dir_of(config: str) -> str | None:
     """Return the folder that an args.yaml names, None if it names none."""
     import yaml
 
-    flags = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    return flags.get("output_dir") if isinstance(flags, dict) else None
+    return (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("output_dir")
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:

@@ -66,6 +66,6 @@ def remove_if_unused(folder: Path) -> None:
 
 def how_to_continue(args: Any) -> str:
     """Return the words `rerun the same command`, with the folder if the command did not name it."""
-    if "output_dir" in args.given or not args.output_dir:
+    if "output_dir" in args.given:
         return "rerun the same command"
     return f"rerun the command with --output_dir {args.output_dir}"

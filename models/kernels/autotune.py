@@ -113,7 +113,7 @@ class Autotuner:
         """
         texts = sorted({f"{op} by {name}" for (op, *_), name in self.chosen.items()})
         reason = ": the fastest on this device" if self.mode == "auto" else ""
-        return f"{', '.join(texts) or 'none yet'} (--kernels {self.mode}{reason})"
+        return f"{', '.join(texts)} (--kernels {self.mode}{reason})"
 
 
 autotuner = Autotuner()

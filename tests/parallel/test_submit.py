@@ -149,6 +149,9 @@ def test_array_without_job_number_has_a_folder_for_each_recipe():
     fixed = read(*words, "--job_dir", "sweep")
     assert [args.output_dir for args in fixed] == ["sweep/tiny_pretrain", "sweep/base_pretrain"]
     assert [args.model for args in fixed] == ["convnextv2_tiny", "convnextv2_base"]
+    for none in ("none", ""):  # they write nothing
+        unsaved = read(*words, "--job_dir", "sweep", f"--output_dir={none}")
+        assert [args.output_dir for args in unsaved] == [""] * 2
 
 
 def test_without_sbatch_only_a_dry_run_works(tmp_path):
@@ -192,8 +195,8 @@ def handlers():
         signal.signal(kind, handler)
 
 
-def requeue(rank: int = 0) -> int:
-    return slurm.requeue(SlurmJob(global_rank=rank, job_id="12"))
+def requeue(rank: int = 0, folder: Path | str = "") -> int:
+    return slurm.requeue(SlurmJob(global_rank=rank, job_id="12"), str(folder))
 
 
 SHOW = 'if [ "$1" = show ]; then echo "JobId=12 JobState=%s Reason=None"; exit; fi; '
@@ -213,6 +216,24 @@ def test_only_rank_0_requeues_and_the_others_do_not_end_it_first(program, handle
     assert not (tmp_path / "requeued").exists()
     assert requeue() == EXIT_REQUEUE
     assert (tmp_path / "requeued").read_text() == "requeue 12\n"
+
+
+def test_job_that_never_saves_is_not_requeued_for_ever(
+    program, handlers, tmp_path, capsys, monkeypatch
+):
+    """If the start takes longer than --timeout, the next one does so too."""
+    program("scontrol", SHOW % "RUNNING")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint-0.pth").touch()  # of another run
+    for restarts, folder, expected in (
+        ("8", "run", "requeued job 12"),
+        ("9", "run", "did not requeue job 12, since it has saved nothing in 10 starts; raise"),
+        ("9", "", "did not requeue job 12"),
+        ("99", tmp_path, "requeued job 12"),
+    ):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        assert requeue(folder=folder) == EXIT_REQUEUE
+        assert "".join(capsys.readouterr()).startswith(expected)
 
 
 def test_job_that_is_done_ignores_warnings(handlers, monkeypatch):
@@ -245,7 +266,7 @@ def test_job_that_cannot_be_requeued_says_how_to_continue(program, handlers, cap
     monkeypatch.setattr(slurm, "POLL_S", 0)
     program("scontrol", SHOW % "RUNNING" + "echo Access denied >&2; exit 1")
     assert requeue() == EXIT_REQUEUE
-    assert "job 12 could not be requeued: Access denied; its" in capsys.readouterr().err
+    assert "job 12 could not be requeued: Access denied; what it" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     assert requeue() == EXIT_REQUEUE
     assert "No such file or directory: 'scontrol'" in capsys.readouterr().err

@@ -91,6 +91,7 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
             "bad_steps": 0,
             "best": {"best": 12.5},
             "best_epochs": {},
+            "stats": {},
             "epoch_sums": {},
             "images": 0,
         },

@@ -12,13 +12,15 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import chaos
-from errors import EXIT_REQUEUE, Preempted
+from errors import EXIT_REQUEUE, Preempted, TrainingStopped
+from training import checkpoint_manager
 from training.checkpoint import TrainState
-from training.checkpoint_manager import CheckpointManager
+from training.checkpoint_manager import CheckpointManager, NoMoreBatches
 from training.meters import Means
 from training.preemption import StopSignals
 
@@ -174,9 +176,62 @@ def test_warning_of_a_scheduler_does_not_end_the_save_that_its_other_signal_bega
 
 def test_handlers_are_those_of_before_afterwards():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals(None, None):
+    with CheckpointManager(None):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Ranks:
+    """Two managers in one process that share a store, as two ranks do."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.store, self.counts = {}, {}
+        monkeypatch.setattr(checkpoint_manager, "agree", self.agree)
+        monkeypatch.setattr(checkpoint_manager, "count_ranks", self.count)
+        self.managers = [CheckpointManager(None) for _ in range(2)]
+        self.loaders = [SimpleNamespace(loader=SimpleNamespace()) for _ in range(2)]
+        for manager, loader in zip(self.managers, self.loaders, strict=True):
+            manager.watch(None, loader)
+        monkeypatch.setattr(checkpoint_manager, "get_world_size", lambda: 2)
+
+    def agree(self, question: str, answer: str) -> str:
+        self.store[question] = self.store.get(question) or answer
+        return self.store[question]
+
+    def count(self, place: str, number: int) -> int:
+        self.counts[place] = self.counts.get(place, 0) + number
+        return self.counts[place]
+
+    def stops(self, rank: int, arrived: bool) -> bool:
+        """True if the rank stops while it waits for a batch, or when one arrives after all."""
+        try:
+            self.loaders[rank].loader.on_wait(arrived)
+        except NoMoreBatches:
+            return True
+        return False
+
+
+WAIT, GET = False, True
+
+
+@pytest.mark.parametrize(
+    ("events", "stopped"),
+    [
+        ([(0, WAIT), (0, WAIT), (0, WAIT)], []),  # the other one still trains
+        ([(0, WAIT), (1, WAIT), (0, WAIT)], [1, 2]),  # all wait
+        ([(0, WAIT), (1, WAIT), (0, GET)], [1, 2]),  # too late
+        ([(0, WAIT), (1, GET), (0, WAIT), (1, WAIT), (0, WAIT)], [3, 4]),
+        ([(0, WAIT), (0, GET), (1, WAIT), (1, WAIT), (0, WAIT), (1, WAIT)], [4, 5]),
+        ([(0, WAIT), (0, GET), (0, WAIT), (1, WAIT), (0, WAIT)], [3, 4]),
+    ],
+)
+def test_ranks_that_wait_for_a_batch_stop_together(events, stopped, monkeypatch):
+    """One that stopped alone would leave the others waiting in a collective."""
+    ranks = Ranks(monkeypatch)
+    assert not any(ranks.stops(*event) for event in events)  # nobody asked them to
+    for manager in ranks.managers:
+        manager.signals.reason = "SIGTERM"
+    assert [n for n, event in enumerate(events) if ranks.stops(*event)] == stopped
 
 
 STALL = ("--data_set", "tests.tiny:stalls", "--num_workers", "1", "--print_freq", "1")
@@ -243,6 +298,23 @@ def steps_saved(steps: int, **options: float) -> list[int]:
     manager = CheckpointManager(lambda state, **_: saved.append(state.global_step), **options)
     drive(manager, steps)
     return saved
+
+
+def test_stop_while_no_batch_comes_counts_bad_steps_and_reads_nothing():
+    """It reran them with images from the disk that hangs, and forgot that the run must end."""
+    guard, saved = SimpleNamespace(data_loader="hangs"), []
+    guard.stepper = SimpleNamespace(drop_window=lambda: None)
+    guard.check = lambda state: "" if guard.data_loader else "11 bad steps in a row"
+    checkpoints, state = CheckpointManager(lambda state, **_: saved.append(state)), TrainState(0, 1)
+
+    def run() -> None:
+        with checkpoints:
+            checkpoints.after_step(state, Means(["loss"], "cpu"), guard)
+            raise NoMoreBatches
+
+    with pytest.raises(TrainingStopped, match="11 bad steps in a row"):
+        run()
+    assert [each.global_step for each in saved] == [1]
 
 
 def test_saves_every_so_many_steps():

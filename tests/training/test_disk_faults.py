@@ -69,7 +69,7 @@ def same(ours: object, theirs: object) -> bool:
         return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in theirs)
     if isinstance(theirs, list | tuple):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
+    return repr(ours) == repr(theirs)  # NaN is not equal to itself
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torchvision.io import read_image
 
+from config import parser as options
 from data_loading.loader import DeviceLoader
 from models import create_model
 from parallel import console
@@ -142,18 +143,20 @@ def test_epoch_line_shows_metrics_and_not_what_is_undefined(log):
     stats = {"train_loss": 0.5, "train_class_acc": math.nan, "train_lr": 0.1, "test_acc1": 81.25}
     stats |= {"test_acc5": 100.0, "test_acc5_ema": 100.0, "test_kappa": 0.75, "epoch": 2}
     hooks.LineHook(epochs=5, top5=False).on_epoch(stats, TrainState(epoch=3))
-    hooks.LineHook(epochs=5).on_epoch({"train_loss": math.nan, "test_acc5": 9.0}, TrainState(3))
+    plain = {"train_loss": math.nan, "train_class_acc": 75.0, "test_acc5": 9.0}
+    hooks.LineHook(epochs=5).on_epoch(plain, TrainState(3))
     assert log.messages == [
         "epoch 3/5 done  train_loss 0.5  test_acc1 81.25  test_kappa 0.75",
-        "epoch 3/5 done  train_loss nan  test_acc5 9",
+        "epoch 3/5 done  train_loss nan  train_class_acc 75  test_acc5 9",
     ]
 
 
 def test_metric_of_a_user_is_in_the_lines_of_steps(log):
-    record = RECORD | {"psnr": 31.5, "class_acc": math.nan}
+    record = RECORD | {"psnr": 31.5, "class_acc": math.nan, "memory_mb": math.nan}
     hooks.LineHook(epochs=5).on_log(record, TrainState())
     assert "  loss 0.7500  psnr 31.5  lr 5.00e-08  " in log.messages[0]
     assert "class_acc" not in log.messages[0]
+    assert "memory" not in log.messages[0]  # not known on Windows without a GPU
 
 
 class Screen(io.StringIO):
@@ -359,7 +362,7 @@ def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_pat
         (False, {"log_dir": "tb"}, ["LineHook", "TensorboardHook"]),
         (False, {"progress": "bar"}, ["BarHook", "LineHook"]),
         (True, {"log_dir": "none"}, ["LineHook", "JsonHook", "ImageHook"]),
-        (True, {}, ["LineHook", "JsonHook", "ImageHook", "TensorboardHook"]),
+        (True, {}, ["LineHook", "TensorboardHook", "JsonHook", "ImageHook"]),
     ],
 )
 def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
@@ -426,23 +429,34 @@ def image_steps(folder) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def test_repeated_end_of_an_epoch_is_in_tensorboard_once(tmp_path):
-    """Killed between an epoch's values and its checkpoint, after a save at its last step.
+@pytest.mark.parametrize("saved", [False, True])
+def test_repeated_end_of_an_epoch_is_in_tensorboard_once(tmp_path, saved):
+    """Killed after an epoch's values, and before its checkpoint or before its line in log.txt.
 
     The run resumes at that step, and test/* and the image are written at the same step again.
     """
-    args = SimpleNamespace(epochs=3, progress="lines", log_dir=str(tmp_path), print_freq=1)
+    flags = {"epochs": 3, "progress": "lines", "log_dir": str(tmp_path), "print_freq": 1}
+    folder, stats = tmp_path / "run", {"test_acc1": 50.0, "epoch": 0}
+    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS"]).replace(**flags)
+    folder.mkdir()
     for resumed in (False, True):
         state = TrainState(global_step=10 * resumed, samples_in_epoch=40 * resumed)
-        with hooks.build_reporter(args, None, CPU, state, 10) as reporter:
-            board = reporter.hooks[-1]
+        if resumed and saved:
+            state = TrainState(1, 10, stats=stats)
+            (folder / "checkpoint-0.pth").touch()
+        with hooks.build_reporter(args, folder, CPU, state, 10) as reporter:
+            board = reporter.hooks[1]
             if not resumed:
                 board.on_log(RECORD, TrainState(global_step=10))
-            board.on_epoch({"test_acc1": 50.0}, TrainState(1, 10))
+            if not (resumed and saved):
+                board.on_epoch(stats, TrainState(1, 10))
             board.on_image("reconstructions", torch.zeros(3, 8, 6), TrainState(1, 10))
     assert scalars(tmp_path, "train/loss") == [(10, 0.75)]
     assert scalars(tmp_path, "test/acc1") == [(10, 50.0)]
     assert image_steps(tmp_path) == {"reconstructions": [10]}
+    assert (folder / "log.txt").exists() is saved
+    if saved:
+        assert epochs(folder) == [0]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -450,6 +464,7 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
     """The writer's thread is dead then, and every later log line would fail."""
     folder, gone, state = tmp_path / "run", tmp_path / "gone", TrainState()
     folder.mkdir()
+    state.stats = {"test_acc1": 50.0}
     reporter = hooks.Reporter([], CPU, state, 100, 10, print_freq=1)
     reporter.hooks = [hooks.TensorboardHook(folder / "tensorboard", state)]
     for epoch in range(6):
@@ -462,7 +477,7 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
         for _ in range(10):
             state.global_step += 1
             reporter._notify("on_log", RECORD, state)
-        reporter.end_epoch({"test_acc1": 50.0})
+        reporter.end_epoch()
     reporter._notify("on_end")
     (text,) = log.messages  # once
     assert text.startswith("TensorboardHook failed (FileNotFoundError: ")

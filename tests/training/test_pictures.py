@@ -106,7 +106,7 @@ def test_caption_has_the_epoch_and_both_losses(monkeypatch):
     args = options.parse(options.pretrain_parser(), [*WORDS, "--picture_freq", "1"])
     model, data = toy(), builtin.Digits(train=False)
     for name in ("", "photos/checkpoint-1.pth"):
-        ReconstructionImages(args, data, model, CPU, name=name).draw(model, TrainState(2))
+        ReconstructionImages(args, data, CPU, name=name).draw(model, TrainState(2))
     for caption, name in zip(captions, ("epoch 2", "photos/checkpoint-1.pth"), strict=True):
         losses = re.fullmatch(
             rf"{name}\nmasked loss ([\d.]+); of the baseline, each hidden patch's own mean: "
@@ -157,7 +157,10 @@ WORDS = ["--data_set", "DIGITS", "--input_size", "16", "--stem_stride", "1", "--
 def test_images_and_masks_do_not_depend_on_how_many_are_drawn():
     args = options.parse(options.pretrain_parser(), WORDS)
     data, model = builtin.Digits(train=False), toy()
-    four, two = (ReconstructionImages(args, data, model, CPU, count=count) for count in (4, 2))
+    four, two = (ReconstructionImages(args, data, CPU, count=count) for count in (4, 2))
+    assert four.images is None  # read within the training loop, where signals are handled
+    four.read(model)
+    two.read(model)
     assert four.images.shape == (4, 3, 16, 16)
     assert four.mask.sum(1).tolist() == [3] * 4  # floor(4 * 0.4) = 1 of 4 stays visible
     assert torch.equal(four.images[[0, 2]], two.images)  # sample 0 and the one in the middle
@@ -166,7 +169,8 @@ def test_images_and_masks_do_not_depend_on_how_many_are_drawn():
 
 def test_images_are_normalized_by_the_mean_and_std_of_the_run():
     args = options.parse(options.pretrain_parser(), [*WORDS, "--mean", "0.25", "--std", "0.5"])
-    drawing = ReconstructionImages(args, builtin.Digits(train=False), toy(), CPU, count=1)
+    drawing = ReconstructionImages(args, builtin.Digits(train=False), CPU, count=1)
+    drawing.read(toy())
     assert (drawing.mean, drawing.std) == ([0.25] * 3, [0.5] * 3)
     assert drawing.images.min() == -0.5  # black
 
@@ -176,7 +180,7 @@ def test_run_draws_every_so_many_epochs_and_after_the_last(freq, drawn):
     words = [*WORDS, "--picture_freq", str(freq), "--epochs", "5"]
     args = options.parse(options.pretrain_parser(), words)
     model = toy()
-    images = ReconstructionImages(args, builtin.Digits(train=False), model, CPU)
+    images = ReconstructionImages(args, builtin.Digits(train=False), CPU)
     found = {epoch: images.draw(model, TrainState(epoch)) for epoch in range(6)}
     assert images.draw(model, TrainState(2, samples_in_epoch=6)) is None  # resumed in an epoch
     assert [epoch for epoch, image in found.items() if image is not None] == drawn

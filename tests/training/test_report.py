@@ -2,13 +2,16 @@
 # Licensed under the MIT License; see LICENSE.
 """Lines about a run: epochs from 1, the last line with result and next command."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from config import parser as options
 from training.checkpoint import TrainState
-from training.report import count_epochs, describe_progress, last_line
+from training.report import count_epochs, describe_progress, last_line, plain
 
 PRETRAIN = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
 FINETUNE = options.parse(options.finetune_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
@@ -29,6 +32,17 @@ def test_epochs_count_from_1(state, expected):
     assert describe_progress(state) == expected
 
 
+def test_metrics_of_a_user_become_plain_numbers(tmp_path):
+    """A checkpoint that holds NumPy's cannot be read, and log.txt took no float32."""
+    stats = {"loss": 1 / 3, "nan": math.nan, "f1": np.float64(0.25), "kappa": np.float32(0.5)}
+    stats |= {"auc": torch.tensor(0.75), "counts": np.arange(2), "where": Path("a")}
+    torch.save(plain(stats), tmp_path / "a.pth")
+    found = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert math.isnan(found.pop("nan"))
+    expected = {"loss": 1 / 3, "f1": 0.25, "kappa": 0.5, "auc": 0.75, "counts": [0, 1]}
+    assert found == expected | {"where": "a"}
+
+
 def test_no_epoch_is_above_the_last():
     assert [count_epochs(finished, 2) for finished in range(3)] == ["1/2", "2/2", "2/2"]
 
@@ -41,24 +55,29 @@ def test_last_line_names_folder_best_epoch_and_next_command():
     state.epoch = 5
     state.update_best({"best": 60.0})
     best = "best top-1 81.25% in epoch 4, best-ema top-1 70.00% in epoch 4"
-    assert last_line(FINETUNE, RUN, state, {}) == (
+    assert last_line(FINETUNE, RUN, state) == (
         f"runs/x: 5 of 5 epochs are done; {best}; next: "
         "python main_finetune.py --config runs/x/args.yaml --eval"
     )
+    fewer = last_line(FINETUNE.replace(epochs=2), RUN, state)
+    assert fewer.startswith("runs/x: 5 epochs are done, more than --epochs 2; best top-1 81.25% in")
     state.best_epochs = {}  # of a run of an earlier version
     assert "; best top-1 81.25%, best-ema top-1 70.00%; nothing saved" in last_line(
-        FINETUNE, None, state, {}
+        FINETUNE, None, state
     )
 
 
 def test_last_line_of_pretraining_has_its_loss_and_names_what_uses_the_weights():
-    stats = {"train_loss": 0.51234}
-    assert last_line(PRETRAIN, RUN, TrainState(5), stats) == (
+    state = TrainState(5, stats={"train_loss": 0.51234})
+    assert last_line(PRETRAIN, RUN, state) == (
         "runs/x: 5 of 5 epochs are done; train_loss 0.5123 in epoch 5; next: "
         "python visualize.py --checkpoint runs/x, or "
         "python main_finetune.py --finetune runs/x --data_path FOLDER_OF_CLASSES"
     )
+    older = TrainState(5)  # a run of an earlier version, which stored no values
+    assert last_line(PRETRAIN, RUN, older).startswith("runs/x: 5 of 5 epochs are done; next: ")
+    assert "are done; not evaluated; next: " in last_line(FINETUNE, RUN, older)
     unsaved = PRETRAIN.replace(save_ckpt=False)
-    assert last_line(unsaved, RUN, TrainState(5), stats).endswith("nothing saved")
-    code = last_line(PRETRAIN.replace(model="a.b:c"), RUN, TrainState(5), stats)
+    assert last_line(unsaved, RUN, state).endswith("nothing saved")
+    code = last_line(PRETRAIN.replace(model="a.b:c"), RUN, state)
     assert "--checkpoint runs/x --model a.b:c, or" in code

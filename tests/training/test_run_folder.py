@@ -72,7 +72,8 @@ def test_unused_folder_is_removed_and_a_used_one_stays(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "console.log").write_text("error")
     (tmp_path / "used" / "args.yaml").write_text("")
-    for name in ("unused", "used", "missing"):
+    (tmp_path / "empty").mkdir()
+    for name in ("unused", "used", "empty", "missing"):
         run_folder.remove_if_unused(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
 

@@ -347,10 +347,10 @@ def test_run_that_lost_its_lock_does_not_train_until_its_next_save(taken):
 
 
 def test_suspended_run_writes_nothing_into_the_log_of_another(taken):
-    state = TrainState(epoch=1, global_step=3)
+    state = TrainState(epoch=1, global_step=3, stats={"epoch": 0})
     reporter = Reporter([JsonHook(taken, state)], torch.device("cpu"), state, 9, 3, 1)
     with pytest.raises(TrainingStopped, match="taken over"):
-        reporter.end_epoch({"epoch": 0})
+        reporter.end_epoch()
     assert not (taken / "log.txt").exists()
 
 

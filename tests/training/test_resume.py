@@ -1,0 +1,48 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The weights that an evaluation takes. How runs resume: test_checkpoint.py, test_mains.py."""
+
+import pytest
+
+from training.resume import choose_evaluated
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """`run`, and `moved` and `lost`, whose args.yaml names it; `ema` and `empty`; the start."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "other", "moved", "lost", "ema", "empty"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.yaml").write_text("output_dir: run\n")
+    for path in ("run/checkpoint-0", "other/checkpoint-0", "moved/checkpoint-0", "checkpoint-0"):
+        (tmp_path / f"{path}.pth").touch()
+    (tmp_path / "ema" / "checkpoint-best-ema.pth").touch()
+    (tmp_path / "nothing.yaml").touch()
+
+
+@pytest.mark.parametrize(
+    ("resume", "folder", "config", "finetune", "expected", "message"),
+    [
+        ("", "run", None, "start", "run", ""),
+        ("", "empty", None, "start", "start", "empty holds no checkpoint: --finetune start is"),
+        ("", "", None, "start", "start", "no --output_dir names a run: --finetune start is"),
+        ("", "empty", None, "", "empty", ""),  # which is reported later
+        ("", "run", "moved/args.yaml", "start", "moved", ""),
+        ("", "run", "lost/args.yaml", "start", "run", ""),
+        ("", "run", "nothing.yaml", "start", "run", ""),
+        ("", "other", "moved/args.yaml", "start", "other", ""),  # --output_dir was given too
+        ("run/checkpoint-0.pth", "run", None, "", "run/checkpoint-0.pth", ""),
+        ("other", "run", None, "", "other", "--resume other is evaluated, not the run in run"),
+        ("other", "empty", None, "", "other", ""),
+    ],
+)
+def test_evaluation_takes_what_is_resumed_else_the_run_else_its_start(
+    resume, folder, config, finetune, expected, message, runs, log
+):
+    assert choose_evaluated(resume, folder, config, finetune, False) == expected
+    assert [text.startswith(message) for text in log.messages] == [True] * bool(message)
+
+
+def test_folder_of_ema_weights_is_a_run_if_they_are_asked_for(runs):
+    found = [choose_evaluated("", "ema", None, "start", use_ema) for use_ema in (True, False)]
+    assert found == ["ema", "start"]
