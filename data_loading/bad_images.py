@@ -24,6 +24,11 @@ PERMANENT |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW, er
 WAITS = (0.1, 0.4, 1.5)  # seconds before each retry
 
 
+def is_transient(error: BaseException) -> bool:
+    """Return True for an OSError of the machine or its file system, not of one file."""
+    return isinstance(error, OSError) and error.errno not in PERMANENT
+
+
 def retry_io(read: Callable[[], Any]) -> Any:
     """Return `read()`, retried if the machine failed and not the file; UserError if all tries fail.
 
@@ -33,7 +38,7 @@ def retry_io(read: Callable[[], Any]) -> Any:
         try:
             return read()
         except OSError as error:
-            if error.errno in PERMANENT:
+            if not is_transient(error):
                 raise
             if wait is None:
                 raise UserError(

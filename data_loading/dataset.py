@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import retry_io
+from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.rng import fold_in, seed_all
 from data_loading.transforms import Erased
@@ -94,10 +94,10 @@ class TransformedDataset(Dataset):
         seed_all(*draw)
         try:
             item = self.dataset[index]
-        except (UserError, OSError, MemoryError):
+        except (UserError, MemoryError):
             raise
         except Exception as error:
-            if is_of_decoder(error):
+            if is_of_decoder(error) or is_transient(error) or self._is_of_file(error, index):
                 raise
             raise UserError(describe_error(error)) from error
         sample, label = self._unpack(item)
@@ -136,6 +136,11 @@ class TransformedDataset(Dataset):
         except UserError as error:
             raise UserError(f"{self.name_of(index)}: {error}") from error
         return image, label if self.positions is None else self.positions[label]
+
+    def _is_of_file(self, error: Exception, index: int) -> bool:
+        """Return True for an OSError of the file that `samples` lists, such as a deleted one."""
+        path = error.filename if isinstance(error, OSError) else None
+        return path is not None and str(path) == self._file(index)
 
     def _file(self, index: int) -> str | None:
         entries = getattr(self.dataset, "samples", None)  # torchvision's name: (path, label) pairs

@@ -78,12 +78,12 @@ def _load(file: str | BinaryIO) -> Image.Image:
 
 
 def is_of_decoder(error: Exception) -> bool:
-    """Return True if PIL raised `error` while it opened or decoded a file, for a user's dataset."""
+    """Return True if `error` was raised while PIL, or this module, opened or decoded a file."""
     if not isinstance(error, UNREADABLE):
         return False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module == "PIL.ImageFile" or re.fullmatch(r"PIL\.\w+ImagePlugin", module):
+        if module in (__name__, "PIL.ImageFile") or re.fullmatch(r"PIL\.\w+ImagePlugin", module):
             return True
         if (module, function) == ("PIL.Image", "open"):
             return True

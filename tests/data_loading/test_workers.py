@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 
@@ -197,9 +197,15 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
-def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number, listed):
+    """It is a bad image if the data set lists the file, or an error of the data set's own code."""
     monkeypatch.setattr("data_loading.bad_images.time.sleep", lambda seconds: 1 / 0)
-    assert isinstance(TransformedDataset(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
+    files = Stalling(number, 1)
+    files.samples = [(Path("a.png" if listed else "b.png"), 0)] * 9
+    error = TransformedDataset(files, to_tensor, 0)[0, 4]
+    assert isinstance(error, BadImage) == listed
+    assert ("The data set raised it:" in str(error)) != listed
 
 
 FORMS = {  # an entry of `samples`, and what the image is called
@@ -219,7 +225,7 @@ def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad)
         samples = [entry] * 9
 
         def __getitem__(self, index: int) -> None:
-            raise OSError("bad")
+            raise BadImage("bad")
 
     data = TransformedDataset(Files(), to_tensor, 0, on_bad=on_bad)
     if on_bad == "error":
@@ -701,6 +707,7 @@ class Buggy(Slow):
 
 
 BUGS = [ValueError, RuntimeError, KeyError, IndexError, SyntaxError, EOFError, zlib.error]
+BUGS += [OSError, UnidentifiedImageError]  # such as of a file of labels, or of the network
 
 
 @pytest.mark.parametrize("kind", BUGS)
@@ -741,7 +748,7 @@ def test_deep_traceback_of_a_data_set_is_cut_in_its_middle():
     assert "1 // 0" in text.splitlines()[-2]
 
 
-@pytest.mark.parametrize("fault", ["truncated", "of zero bytes", "text", "long texts"])
+@pytest.mark.parametrize("fault", ["truncated", "of zero bytes", "text", "long texts", "vanished"])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_file_that_a_data_set_cannot_decode_itself_is_a_bad_image(tmp_path, fault, lazy):
     """It opens the files with PIL, which raises ValueError and others too."""

@@ -20,6 +20,7 @@ from PIL import Image
 import main_finetune
 import main_pretrain
 from config import parser as options
+from data_loading.decode import BadImage
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
 from data_loading.workers import WatchedLoader
@@ -50,7 +51,7 @@ class Unreadable(Colors):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index in self.bad:
-            raise OSError("cannot identify it")
+            raise BadImage("cannot identify it")
         return super().__getitem__(index)
 
 
@@ -240,7 +241,7 @@ def test_skipped_images_are_reported_and_no_problem(workers, said):
     words = ["--data_set", "tests.training.test_dry_run:unreadable", "--on_bad_image", "skip"]
     assert dry("finetune", *words, "--num_workers", workers) == 0
     assert "decoded 26: 0 bad, 2 replaced" in said()
-    assert "replaced: image number 3 (OSError: cannot identify it), image number 4 (" in said()
+    assert "replaced: image number 3 (cannot identify it), image number 4 (" in said()
     assert "decoded 7: 0 bad, 1 left out" in said()
     assert "no problems found" in said()
 
