@@ -88,9 +88,9 @@ def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None 
         classes = f" of {some}{nb_classes} classes" + f" ({first_few(names)})" * bool(names)
     height, width = height_and_width(args.input_size)
     files = dataset.dataset if isinstance(dataset, Part) else dataset
-    left_out = files.describe_left_out() if isinstance(files, ImageFiles) else ""
+    remarks = files.describe_list() if isinstance(files, ImageFiles) else ""
     text = "%s: %d images%s, used at %d x %d pixels%s"
-    get_logger().info(text, name, len(dataset), classes, height, width, left_out)
+    get_logger().info(text, name, len(dataset), classes, height, width, remarks)
     if problem := describe_class_problem(dataset, nb_classes):
         get_logger().warning("%s: %s", name, problem)
 
