@@ -111,10 +111,10 @@ class WatchedLoader:
                 yield batch
         self.interrupted = False
 
-    def shared_memory(self, sample: Tensor) -> int:
-        """Return the bytes of /dev/shm that batches of such samples may take at the same time."""
+    def shared_memory(self, size: int) -> int:
+        """Return the bytes of /dev/shm that batches of samples of `size` bytes take at most."""
         batches = 2 * self.num_workers + 1  # DataLoader's prefetch_factor, and the one in use
-        return batches * self.batch_size * sample.nbytes if self.num_workers else 0
+        return batches * self.batch_size * size if self.num_workers else 0
 
     def _replace_workers(self) -> None:
         _kill(self.processes)
