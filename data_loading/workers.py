@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -212,12 +213,20 @@ class _WatchedDataset:
 
 def _start_worker(worker: int) -> None:
     # A scheduler signals all processes of a job, but the run still needs batches to finish its
-    # step. Workers leave with the run: torch's watchdog ends them when it is gone.
+    # step. Workers leave with the run.
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     for number in (*WARNINGS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if HAS_TIMER:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     Queue._on_queue_feeder_error = staticmethod(_exit_without_sending)
+
+
+def _end_with(run: int) -> None:
+    """End this worker soon after the run; torch checks that only between two batches."""
+    while os.getppid() == run:
+        time.sleep(POLL)
+    os._exit(0)
 
 
 def _exit_without_sending(error: Exception, batch: Any) -> None:

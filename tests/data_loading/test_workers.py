@@ -5,6 +5,7 @@
 import errno
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.workers import IDLE, TIMED_OUT, WatchedLoader
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
+from tests import tiny
 from tests.groups import run_script
 from tests.test_end_to_end import ROOT, SMALL, log, weights
 
@@ -689,6 +691,50 @@ def test_program_ends_although_loaders_are_in_use():
     command = [sys.executable, "-c", IN_USE]
     done = subprocess.run(command, cwd=ROOT, check=True, timeout=100, capture_output=True)
     assert done.stderr == b""
+
+
+def test_worker_that_hangs_is_gone_after_a_run_that_was_killed(monkeypatch):
+    """Evaluation was ended by SIGTERM, but a worker slept on in its sample."""
+    monkeypatch.setattr("data_loading.workers.POLL", 0.1)
+    loader, (reader, writer) = watched(1000, 1, 2), os.pipe()
+    if (run := os.fork()) == 0:
+        try:
+            next(iter(loader))
+        finally:
+            os._exit(1)
+    os.close(writer)  # what is left are those of the run and its workers
+    deadline = time.monotonic() + 60
+    while (loader.reading[:, 1] == IDLE).any() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    gone, _, _ = select.select([reader], [], [], 60)
+    if not gone:
+        for pid in loader.reading[:, 0].tolist():
+            os.kill(pid, signal.SIGKILL)
+    assert gone
+    os.close(reader)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "words"), [("val", ["--eval"]), ("val", []), ("train", [])])
+def test_script_and_its_hanging_workers_end_with_the_first_signal(tmp_path, split, words):
+    model = {"model": tiny.classifier(num_classes=3, stem_stride=1).state_dict()}
+    torch.save(model, tmp_path / "a.pth")
+    words = [*COMMANDS["main_finetune.py"], *SMALL, *words, "--output_dir", "none"]
+    words += ["--data_set", "tests.tiny:stalls", "--finetune", tmp_path / "a.pth"]
+    words += ["--num_workers", "2"]
+    run = subprocess.Popen(
+        [sys.executable, "main_finetune.py", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"STALL": f"{split}:1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any("asleep" in line for line in run.stdout)
+    run.terminate()
+    run.communicate(timeout=100)  # until none of them has its output open
+    assert run.returncode in (-signal.SIGTERM, 75)
 
 
 def make_error(kind: type[Exception]) -> None:
