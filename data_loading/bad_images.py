@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import all_gather, get_logger, is_main_process
 from utils import write_atomically
 
@@ -92,8 +92,8 @@ class BadImages:
             return get_logger().warning("cannot write %s: %s", self.path, error)
         self.text, self.listed = text, self.listed | new.keys()
         get_logger().warning(
-            "%d images cannot be used: %s. Training replaces them, evaluation leaves them out; %s",
-            len(new),
+            "%s cannot be used: %s. Training replaces them, evaluation leaves them out; %s",
+            plural(len(new), "image"),
             first_few(f"{name} ({why})" for name, why in new.items()),
             f"see {self.path}" if self.path else "they are not listed in a file",
         )

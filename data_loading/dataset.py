@@ -9,7 +9,7 @@ import operator
 import os
 import reprlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.rng import fold_in, seed_all
 from data_loading.transforms import Erased
-from errors import UserError
+from errors import UserError, first_few
 
 TRIES = 100  # other images to try in place of a bad one
 FRAMES = 6  # of a traceback to show
@@ -105,14 +105,17 @@ class TransformedDataset(Dataset):
 
     def _unpack(self, item: Any) -> tuple[Any, Any]:
         """Return (image, label or None); pre-training does not look at anything but the image."""
-        if not isinstance(item, tuple | list):
+        if not isinstance(item, tuple | list | Mapping):
             return item, None
-        if len(item) == 2 or (item and self.nb_classes is None):
+        if isinstance(item, Mapping):
+            got = f"with the keys {first_few(item, 5)}"
+        elif len(item) == 2 or (item and self.nb_classes is None):
             return item[0], item[1] if len(item) == 2 else None
-        kinds = ", ".join(type(part).__name__ for part in item)
+        else:
+            got = f"of {len(item)} ({', '.join(type(part).__name__ for part in item)})"
         raise UserError(
-            f"got a {type(item).__name__} of {len(item)} ({kinds}), expected (image, label); "
-            "correct __getitem__ of the data set"
+            f"got a {type(item).__name__} {got}, expected (image, label); correct __getitem__ of "
+            "the data set"
         )
 
     def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:

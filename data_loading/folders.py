@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from data_loading.decode import BadImage, load_image
 from data_loading.formats import extensions
 from data_loading.listing import FolderWalk, SharedImages, class_folders, describe_left_out
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import from_main_process, get_logger
 
 VERSION = 2  # 1 lists hidden and system files too
@@ -176,8 +176,8 @@ def list_images(
             f"{folder} lists {got}, not {expected}; give another --data_index, or delete {folder}"
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.metadata["made"]))
-    text = "%s: %d images of %s as of %s; remove that folder to list newer files too"
-    get_logger().info(text, folder, len(index), root, when)
+    text = "%s: %s of %s as of %s; remove that folder to list newer files too"
+    get_logger().info(text, folder, plural(len(index), "image"), root, when)
     return index
 
 
@@ -200,10 +200,10 @@ def _list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> Fil
     if leave_out_empty and len(empty) < len(classes):
         classes = [[name, count] for name, count in classes if count]
         if empty:
-            text = "%s: left out %d class folders without images: %s"
-            get_logger().warning(text, root, len(empty), first_few(empty))
+            text, found = "%s: left out %s without images: %s", plural(len(empty), "class folder")
+            get_logger().warning(text, root, found, first_few(empty))
     elif empty or not classes:
-        found = f"no images in {len(empty)} class folders: {first_few(empty)}"
+        found = f"no images in {plural(len(empty), 'class folder')}: {first_few(empty)}"
         raise UserError(
             f"{root}: {found if classes else 'no class folders'}; expected one folder of images "
             f"per class ({' '.join(extensions())}): fill or remove empty ones; to pre-train on "
@@ -261,7 +261,7 @@ class ImageFiles(Dataset):
     def describe_list(self) -> str:
         """Describe the files that are left out, and those listed twice; '' if there are none."""
         shared = self.samples.metadata.get("shared")
-        text = f"; in two classes, by links: {shared} images" if shared else ""
+        text = f"; in two classes, by links: {plural(shared, 'image')}" if shared else ""
         return describe_left_out(self.samples.metadata.get("left_out", {})) + text
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from data_loading.bad_images import retry_io
 from data_loading.formats import extensions, how_to_read
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
 # Files and folders of systems and NAS devices, besides those whose names begin with a dot.
@@ -24,6 +24,7 @@ SYSTEM_NAMES = frozenset({
     "network trash folder", "temporary items", "__pycache__",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 })  # fmt: skip
+SYSTEM_STARTS = (".", "recup_dir.")  # the latter: PhotoRec's recovery folders, with a number
 MAX_KINDS = 100  # extensions that are counted one by one: `scan.0001`, `scan.0002` ... are endless
 MAX_EXTENSION = 12  # characters; what is longer is part of a name
 # Reasons to leave something out. All others are extensions.
@@ -46,7 +47,8 @@ class Names(NamedTuple):
 
 def is_system(name: str) -> bool:
     """Return True for hidden files and folders, and for what operating systems leave."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    lower = name.lower()
+    return lower.startswith(SYSTEM_STARTS) or lower in SYSTEM_NAMES
 
 
 def scan(folder: str) -> Names:
@@ -112,10 +114,13 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
     """Describe counts by reason: `; left out 103 files: 100 .heic (not readable here), 3 .txt`."""
     if not left_out:
         return ""
-    kind = "files" if all(reason.startswith(".") for reason in left_out) else "files and folders"
+    total, are_files = sum(left_out.values()), all(reason[0] == "." for reason in left_out)
+    found = plural(total, "file")
+    if not are_files:
+        found = f"{total} files and folders" if total > 1 else "1 file or folder"
     counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     texts = [f"{count} {reason}{how_to_read(reason)}" for reason, count in counts]
-    return f"; left out {sum(left_out.values())} {kind}: {first_few(texts, 5)}"
+    return f"; left out {found}: {first_few(texts, 5)}"
 
 
 class FolderWalk:

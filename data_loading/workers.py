@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data_loading.dataset import collate
-from errors import TrainingStopped
+from errors import TrainingStopped, plural
 from parallel.environment import WARNINGS
 
 IDLE = -1  # in place of the index of a sample
@@ -150,8 +150,9 @@ class WatchedLoader:
         if TOO_MANY in str(error):
             _kill(self.processes)
             raise TrainingStopped(
-                f"too many open files to receive batches from {self.num_workers} loader processes; "
-                "raise the limit (ulimit -n 65536), or lower --num_workers"
+                "too many open files to receive batches from "
+                f"{plural(self.num_workers, 'loader process')}; raise the limit (ulimit -n 65536), "
+                "or lower --num_workers"
             ) from error
         if not still_waiting:
             raise error

@@ -32,7 +32,7 @@ from data_loading.samplers import keys_at
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
 from datasets import describe_class_problem
-from errors import TrainingStopped, UserError, first_few, first_line
+from errors import TrainingStopped, UserError, first_few, first_line, plural
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from parallel.state_dict import tensor_leaves
@@ -97,8 +97,7 @@ def check_run(run: PlannedRun) -> None:
     problems = broadcast(problems)
     if problems:
         listed = "".join(f"\n  {number}. {text}" for number, text in enumerate(problems, 1))
-        plural = "s" * (len(problems) > 1)
-        raise TrainingStopped(f"dry run: {len(problems)} problem{plural} found:{listed}")
+        raise TrainingStopped(f"dry run: {plural(len(problems), 'problem')} found:{listed}")
     get_logger().info("dry run: no problems found")
 
 
@@ -160,19 +159,19 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
     tried, found, *texts = zip(*all_gather((tried, len(good), bad, skipped, stopped)), strict=True)
     tried, (bad, skipped, stopped) = sum(tried), (sorted(set().union(*each)) for each in texts)
     problems += stopped
-    classes = f"of {data.nb_classes} classes" if data.nb_classes else "without labels"
+    classes = f"of {plural(data.nb_classes, 'class')}" if data.nb_classes else "without labels"
     fate = "left out" if data.on_bad == "leave out" else "replaced"
     counts = f"{len(bad)} bad, {len(skipped)} {fate}"
-    log_result(name, f"{len(data)} images {classes}; decoded {tried}: {counts}")
+    log_result(name, f"{plural(len(data), 'image')} {classes}; decoded {tried}: {counts}")
     if skipped:
         log_result("", f"{fate}: {first_few(skipped)}")
     if bad:
         first, *traceback = bad[0].split("\n")  # of an error in a user's dataset
         names = [first, *(text.partition("\n")[0] for text in bad[1:])]
         text = "\n".join([first_few(names, 5), *traceback])
-        problems.append(f"{len(bad)} of {tried} {name} images: {text}")
+        problems.append(f"{len(bad)} of {plural(tried, f'{name} image')}: {text}")
     elif not (sum(found) or stopped):
-        problems.append(f"none of {tried} {name} images can be used; check the data")
+        problems.append(f"none of {plural(tried, f'{name} image')} can be used; check the data")
     if name == "train" and (problem := describe_class_problem(data.dataset, data.nb_classes)):
         problems.append(f"{name}: {problem}")
     return good
@@ -193,16 +192,17 @@ def log_plan(run: PlannedRun) -> None:
     state, total = run.loop.state, run.loop.schedule.total
     start = f"{run.source or 'random weights'}, {describe_progress(state)} of {total}"
     log_result("start", start)
-    accumulation = f"{run.loop.stepper.update_freq} accumulation steps"
-    factors = f"{run.args.batch_size} x {accumulation} x {get_world_size()} processes"
-    log_result("step", f"{state.effective_batch} images = {factors}; {total} steps in the run")
+    accumulation = plural(run.loop.stepper.update_freq, "accumulation step")
+    factors = f"{run.args.batch_size} x {accumulation} x {plural(get_world_size(), 'process')}"
+    steps = plural(total, "step")
+    log_result("step", f"{plural(state.effective_batch, 'image')} = {factors}; {steps} in the run")
     groups = run.loop.stepper.optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
     lowest = min(group["lr_scale"] for group in groups)
     layers = f", learning rate x {lowest:.3g} to 1 by layer" * (lowest < 1)
-    log_result("parameters", f"{text}, in {len(groups)} groups{layers}")
+    log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
     for number, row in enumerate(lr_rows(run.loop.schedule, state.global_step)):
         log_result("" if number else "lr", row)
 
@@ -438,7 +438,7 @@ def measure_speed(probe: StepProbe) -> None:
     log_result("model", f"{model:.1f} images/s")
     batches, workers = endless(run.data_loader_train), run.data_loader_train.loader.num_workers
     loader = sum(all_gather(loader_rate(batches, SECONDS)))
-    log_result("loader", f"{loader:.1f} images/s with {workers} workers per process")
+    log_result("loader", f"{loader:.1f} images/s with {plural(workers, 'worker')} per process")
     times = max(1, min(all_gather(int(SECONDS * min(model, loader) / images))))
     start = time.perf_counter()
     probe.train(FirstBatches(batches, times))  # at once: the workers hold nothing ready
@@ -468,8 +468,9 @@ def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
     loader, state = run.data_loader_train, run.loop.state
     epochs = run.args.epochs - state.epoch - state.samples_in_epoch / len(loader.loader.dataset)
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
+    left = plural(f"{epochs:.4g}", "epoch")
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))
-    log_result("time", f"{each} per epoch, {rest} for the {epochs:.4g} epochs left, without saves")
+    log_result("time", f"{each} per epoch, {rest} for the {left} left, without saves")
 
 
 def check_disk(problems: list[str], run: PlannedRun) -> None:

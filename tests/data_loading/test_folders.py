@@ -154,7 +154,7 @@ def test_images_with_two_labels_by_links_are_counted(tmp_path, place):
     data = folders.ImageFiles(list_images(root, True, place))
     assert len(data) == 6 + 4 + 2 + 3
     assert data.describe_list() == (
-        "; left out 1 files and folders: 1 hidden or system; in two classes, by links: 3 images"
+        "; left out 1 file or folder: 1 hidden or system; in two classes, by links: 3 images"
     )
     assert list_images(root, False).metadata["shared"] == 0
 
@@ -183,6 +183,7 @@ def test_class_that_links_to_nowhere_or_upward_is_an_error(tmp_path, target, pla
 HIDDEN = [".ipynb_checkpoints/1.png", ".Trash-1000/files/2.png", "@eaDir/3.png", "__MACOSX/4.png"]
 HIDDEN += ["$RECYCLE.BIN/5.png", "System Volume Information/6.png", "lost+found/7.png"]
 HIDDEN += ["#recycle/8.png", "._1.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg"]
+HIDDEN += ["recup_dir.1/f123.png", "Recup_dir.27/f4.png"]
 
 
 def test_hidden_and_system_folders_are_no_data(tmp_path, place):
@@ -196,7 +197,7 @@ def test_hidden_and_system_folders_are_no_data(tmp_path, place):
     assert relative(list_images(root, False), root) == ["a/1.png", "b/deep/2.png"]
     assert index.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 1}
     again = list_images(root, True, place)
-    text = "; left out 40 files and folders: 40 hidden or system"
+    text = "; left out 46 files and folders: 46 hidden or system"
     assert folders.ImageFiles(again).describe_list() == text
 
 
@@ -602,7 +603,7 @@ def test_main_process_lists_for_all(tmp_path):
     for rank in range(2):
         *lists, error = json.loads((tmp_path / f"{rank}.json").read_text())
         assert lists == [expected, expected]
-        assert "no images in 1 class folders: hollow" in error
+        assert "no images in 1 class folder: hollow" in error
 
 
 def test_run_writes_and_uses_an_index_of_each_split(tmp_path):

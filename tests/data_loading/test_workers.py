@@ -300,7 +300,7 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     BadImages(tmp_path, again).write()
     assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
     logged = [record.getMessage() for record in log.records]
-    assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 images", "1 images"]
+    assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 image", "1 image"]
     assert "b (why), v (cut). Training replaces them" in logged[0]
 
 

@@ -160,7 +160,7 @@ def test_two_processes_agree_and_only_rank_0_reports(fault, tmp_path):
     out, other = ((tmp_path / f"stdout-{rank}").read_text() for rank in (0, 1))
     assert codes == [int(fault)] * 2, (tmp_path / "stderr-0").read_text()
     assert other == ""
-    assert "6 images = 3 x 1 accumulation steps x 2 processes" in out
+    assert "6 images = 3 x 1 accumulation step x 2 processes" in out
     labels = set(re.findall(r"^([a-z]+)  +\S", out, re.MULTILINE))
     measured = {"model", "loader", "together", "evaluation", "time"}
     assert labels == {*LABELS, "val", "evaluation"} ^ (measured | {"skipped"} if fault else set())
@@ -242,7 +242,7 @@ def test_report_says_what_the_run_will_do(said):
     assert "26 images of 3 classes; decoded 26: 0 bad, 0 replaced" in said()
     assert "7 images of 3 classes; decoded 7: 0 bad, 0 replaced" in said()
     assert "random weights, in epoch 1, step 0 of 20" in said()
-    assert "12 images = 6 x 2 accumulation steps x 1 processes; 20 steps in the run" in said()
+    assert "12 images = 6 x 2 accumulation steps x 1 process; 20 steps in the run" in said()
     assert "learning rate x 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
     assert "step  3  1.00e-02  ######################################## peak" in said()
     assert "step 19  1.00e-03  ####" in said()
