@@ -28,7 +28,7 @@ from data_loading.transforms import (
     height_and_width,
 )
 from data_loading.workers import WatchedLoader
-from errors import UserError, first_few, resolve
+from errors import UserError, first_few, plural, resolve
 from parallel.process_group import get_logger, get_rank, get_world_size
 
 SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each other
@@ -85,12 +85,14 @@ def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None 
     if nb_classes is not None:
         names = class_names(dataset) or ()
         some = f"{len(names)} of " * (0 < len(names) < nb_classes)
-        classes = f" of {some}{nb_classes} classes" + f" ({first_few(names)})" * bool(names)
+        classes = f" of {some}{plural(nb_classes, 'class')}" + f" ({first_few(names)})" * bool(
+            names
+        )
     height, width = height_and_width(args.input_size)
     files = dataset.dataset if isinstance(dataset, Part) else dataset
-    left_out = files.describe_left_out() if isinstance(files, ImageFiles) else ""
-    text = "%s: %d images%s, used at %d x %d pixels%s"
-    get_logger().info(text, name, len(dataset), classes, height, width, left_out)
+    remarks = files.describe_list() if isinstance(files, ImageFiles) else ""
+    text = "%s: %s%s, used at %d x %d pixels%s"
+    get_logger().info(text, name, plural(len(dataset), "image"), classes, height, width, remarks)
     if problem := describe_class_problem(dataset, nb_classes):
         get_logger().warning("%s: %s", name, problem)
 
@@ -149,8 +151,8 @@ def build_dataset(
     if args.nb_classes and count not in (None, args.nb_classes):
         owner = head.source if head else f"the {kind} data"
         raise UserError(
-            f"--nb_classes {args.nb_classes}, but {owner} has {count} classes; drop --nb_classes "
-            "or fix the data"
+            f"--nb_classes {args.nb_classes}, but {owner} has {plural(count, 'class')}; drop "
+            "--nb_classes or fix the data"
         )
     log_dataset(data, is_train, args, count or args.nb_classes)
     dataset = TransformedDataset(
@@ -255,10 +257,10 @@ def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
     if images >= batch_size * world_size:
         return
     fits = images // world_size
-    fix = f"use --batch_size {fits} or less" if fits else f"use at most {images} processes"
+    fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
     raise UserError(
-        f"{images} training images, but one global batch takes {batch_size * world_size} "
-        f"({batch_size} x {world_size} processes); {fix}"
+        f"{plural(images, 'training image')}, but one global batch takes {batch_size * world_size} "
+        f"({batch_size} x {plural(world_size, 'process')}); {fix}"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel import sharding
 from parallel.process_group import all_reduce_sum, get_logger, get_rank, get_world_size
 from training.ema import ModelEma
@@ -101,8 +101,8 @@ def evaluate(
             broken += unusable(logits).sum()
     stats, broken = means.read(), all_reduce_sum(broken).item()
     if broken:
-        text = "NaN or Inf logits for %d images, which count as wrong; check weights and images"
-        get_logger().warning(text, broken)
+        text = "NaN or Inf logits for %s, counted as wrong; check weights and images"
+        get_logger().warning(text, plural(broken, "image"))
     if math.isnan(stats["acc1"]):  # no image on any rank
         reasons = [f"{name} ({reason})" for name, reason in data_loader.bad.items()]
         raise UserError(

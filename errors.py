@@ -35,6 +35,12 @@ def first_few(names: Iterable[Any], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def plural(number: Any, noun: str) -> str:
+    """Return a number and its noun, given in the singular: `1 image`, `2 classes`."""
+    ending = "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{number} {noun}{ending * (str(number) != '1')}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -22,6 +22,7 @@ import utils
 from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
+from errors import plural
 from models.kernels.autotune import autotuner
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
@@ -194,7 +195,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
         top5 = f"top-5 {stats['acc5']:.2f}%, " if nb_classes > 5 else ""
         text = f"top-1 {stats['acc1']:.2f}%, {top5}loss {stats['loss']:.4f}"
-        utils.get_logger().info("%s: %s on %d images", source, text, images)
+        utils.get_logger().info("%s: %s on %s", source, text, plural(images, "image"))
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from config.flags import is_pretraining
 from data_loading.rng import fold_in
-from errors import UserError, resolve
+from errors import UserError, plural, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
 
@@ -56,16 +56,17 @@ def choose_update_freq(
         if not effective_batch:
             name = f"the effective batch {wanted} of the resumed run"
         raise UserError(
-            f"{name} is not a multiple of --batch_size {batch_size} x {world_size} processes "
-            f"= {global_batch}; try {_fitting(wanted, batch_size, world_size)}"
+            f"{name} is not a multiple of --batch_size {batch_size} x "
+            f"{plural(world_size, 'process')} = {global_batch}; "
+            f"try {_fitting(wanted, batch_size, world_size)}"
         )
     update_freq = wanted // global_batch or update_freq or 1
     log.info(
-        "effective batch %d = %d images x %d micro-batches x %d processes",
+        "effective batch %d = %s x %s x %s",
         global_batch * update_freq,
-        batch_size,
-        update_freq,
-        world_size,
+        plural(batch_size, "image"),
+        plural(update_freq, "micro-batch"),
+        plural(world_size, "process"),
     )
     return update_freq
 
@@ -268,8 +269,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.warmup >= self.total:
-            text = "warm-up of %d steps, but the run has %d: the learning rate never decays"
-            get_logger().warning(text, self.warmup, self.total)
+            text = "warm-up of %s, but the run has %d: the learning rate never decays"
+            get_logger().warning(text, plural(self.warmup, "step"), self.total)
 
     def rate(self, step: int) -> float:
         """Base learning rate of a global step, counted from 0."""
@@ -317,10 +318,10 @@ def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
     kind = "pretrain" if is_pretraining(vars(args)) else "ft"
     recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
     get_logger().warning(
-        "peak lr %.3g for %d steps moves a weight by %.2g at most, and initial weights have a "
+        "peak lr %.3g for %s moves a weight by %.2g at most, and initial weights have a "
         "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits adamw "
         "and batches of 16) or --epochs%s",
-        lr, steps, lr * steps, INITIAL_STD, recipe,
+        lr, plural(steps, "step"), lr * steps, INITIAL_STD, recipe,
     )  # fmt: skip
 
 

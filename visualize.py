@@ -22,7 +22,7 @@ import datasets
 from config.flags import FOLDERS, NEED_PATH, is_pretraining
 from data_loading.folders import DatasetSpec, ImageFiles, list_images
 from data_loading.transforms import height_and_width
-from errors import UserError
+from errors import UserError, plural
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
     columns = ", ".join(title.replace("\n", " ") for title in TITLES)
-    print(f"{args.output}: {len(drawing.images)} rows of {columns}")
+    print(f"{args.output}: {plural(len(drawing.images), 'row')} of {columns}")
 
 
 def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from config import flags, recipes
 from config.flags import as_typed
-from errors import did_you_mean, pipe_may_close, resolve
+from errors import did_you_mean, pipe_may_close, plural, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
@@ -388,7 +388,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
     stride = 8 * args.stem_stride
     for name, found in (("mean", args.mean), ("std", args.std)):
         if found is not None and len(found) not in (1, args.in_chans):
-            got = f"--{name} {as_typed(found)} has {len(found)} values"
+            got = f"--{name} {as_typed(found)} has {plural(len(found), 'value')}"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     if flags.is_pretraining(vars(args)):
         yield from _patch_problems(args, stride)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import all_gather, get_logger, is_main_process
 from utils import write_atomically
 
@@ -24,6 +24,11 @@ PERMANENT |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW, er
 WAITS = (0.1, 0.4, 1.5)  # seconds before each retry
 
 
+def is_transient(error: BaseException) -> bool:
+    """Return True for an OSError of the machine or its file system, not of one file."""
+    return isinstance(error, OSError) and error.errno not in PERMANENT
+
+
 def retry_io(read: Callable[[], Any]) -> Any:
     """Return `read()`, retried if the machine failed and not the file; UserError if all tries fail.
 
@@ -33,7 +38,7 @@ def retry_io(read: Callable[[], Any]) -> Any:
         try:
             return read()
         except OSError as error:
-            if error.errno in PERMANENT:
+            if not is_transient(error):
                 raise
             if wait is None:
                 raise UserError(
@@ -87,8 +92,8 @@ class BadImages:
             return get_logger().warning("cannot write %s: %s", self.path, error)
         self.text, self.listed = text, self.listed | new.keys()
         get_logger().warning(
-            "%d images cannot be used: %s. Training replaces them, evaluation leaves them out; %s",
-            len(new),
+            "%s cannot be used: %s. Training replaces them, evaluation leaves them out; %s",
+            plural(len(new), "image"),
             first_few(f"{name} ({why})" for name, why in new.items()),
             f"see {self.path}" if self.path else "they are not listed in a file",
         )

@@ -9,7 +9,7 @@ import operator
 import os
 import reprlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_loading.bad_images import retry_io
+from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.rng import fold_in, seed_all
 from data_loading.transforms import Erased
-from errors import UserError
+from errors import UserError, first_few
 
 TRIES = 100  # other images to try in place of a bad one
 FRAMES = 6  # of a traceback to show
@@ -94,10 +94,10 @@ class TransformedDataset(Dataset):
         seed_all(*draw)
         try:
             item = self.dataset[index]
-        except (UserError, OSError, MemoryError):
+        except (UserError, MemoryError):
             raise
         except Exception as error:
-            if is_of_decoder(error):
+            if is_of_decoder(error) or is_transient(error) or self._is_of_file(error, index):
                 raise
             raise UserError(describe_error(error)) from error
         sample, label = self._unpack(item)
@@ -105,14 +105,17 @@ class TransformedDataset(Dataset):
 
     def _unpack(self, item: Any) -> tuple[Any, Any]:
         """Return (image, label or None); pre-training does not look at anything but the image."""
-        if not isinstance(item, tuple | list):
+        if not isinstance(item, tuple | list | Mapping):
             return item, None
-        if len(item) == 2 or (item and self.nb_classes is None):
+        if isinstance(item, Mapping):
+            got = f"with the keys {first_few(item, 5)}"
+        elif len(item) == 2 or (item and self.nb_classes is None):
             return item[0], item[1] if len(item) == 2 else None
-        kinds = ", ".join(type(part).__name__ for part in item)
+        else:
+            got = f"of {len(item)} ({', '.join(type(part).__name__ for part in item)})"
         raise UserError(
-            f"got a {type(item).__name__} of {len(item)} ({kinds}), expected (image, label); "
-            "correct __getitem__ of the data set"
+            f"got a {type(item).__name__} {got}, expected (image, label); correct __getitem__ of "
+            "the data set"
         )
 
     def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
@@ -136,6 +139,11 @@ class TransformedDataset(Dataset):
         except UserError as error:
             raise UserError(f"{self.name_of(index)}: {error}") from error
         return image, label if self.positions is None else self.positions[label]
+
+    def _is_of_file(self, error: Exception, index: int) -> bool:
+        """Return True for an OSError of the file that `samples` lists, such as a deleted one."""
+        path = error.filename if isinstance(error, OSError) else None
+        return path is not None and str(path) == self._file(index)
 
     def _file(self, index: int) -> str | None:
         entries = getattr(self.dataset, "samples", None)  # torchvision's name: (path, label) pairs

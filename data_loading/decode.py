@@ -44,20 +44,30 @@ class BadImage(UserError):
 def load_image(file: str | BinaryIO) -> Image.Image:
     """Decode a file in its own mode, the first frame of an animation; `decode` converts it.
 
-    Raises BadImage, or an OSError, for a file that cannot be read. A PNG that PIL refuses is tried
-    again without its texts and color profile: they may be larger than PIL's limits for them.
+    Raises BadImage, or an OSError, for a file that cannot be read.
     """
     try:
-        return _load(file)
+        return _load_png_again(file)
     except UnidentifiedImageError as error:
         description, remedy = describe_file(read_head(file))
         raise BadImage(description, remedy=remedy) from error
     except (MemoryError, OSError, BadImage):  # lack of memory is not the file's fault
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything
-        if isinstance(error, ValueError) and read_head(file).startswith(PNG):
-            return _load(without_unused_chunks(file))
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _load_png_again(file: str | BinaryIO) -> Image.Image:
+    """Decode a file; a PNG that PIL refuses is tried again without optional chunks.
+
+    Their checksum may be wrong, or texts and a color profile larger than PIL's limits for them.
+    """
+    try:
+        return _load(file)
+    except (ValueError, UnidentifiedImageError) as error:
+        if isinstance(error, BadImage) or not read_head(file).startswith(PNG):
+            raise
+        return _load(without_unused_chunks(file))
 
 
 def _load(file: str | BinaryIO) -> Image.Image:
@@ -78,12 +88,12 @@ def _load(file: str | BinaryIO) -> Image.Image:
 
 
 def is_of_decoder(error: Exception) -> bool:
-    """Return True if PIL raised `error` while it opened or decoded a file, for a user's dataset."""
+    """Return True if `error` was raised while PIL, or this module, opened or decoded a file."""
     if not isinstance(error, UNREADABLE):
         return False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module == "PIL.ImageFile" or re.fullmatch(r"PIL\.\w+ImagePlugin", module):
+        if module in (__name__, "PIL.ImageFile") or re.fullmatch(r"PIL\.\w+ImagePlugin", module):
             return True
         if (module, function) == ("PIL.Image", "open"):
             return True

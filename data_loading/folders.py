@@ -9,7 +9,7 @@ An index on disk is a folder:
     paths.npy    (bytes,) uint8: the paths relative to the root, each followed by a zero
     offsets.npy  (images + 1,) int64: where each path begins in paths.npy, and their end
     index.json   root, time of listing, [class, number of images] in order of the labels, number of
-                 files left out by reason, CRC-32
+                 files left out by reason, and of images shared by two classes, CRC-32
 """
 
 import bisect
@@ -34,8 +34,8 @@ from torch.utils.data import Dataset
 
 from data_loading.decode import BadImage, load_image
 from data_loading.formats import extensions
-from data_loading.listing import FolderWalk, class_folders, describe_left_out
-from errors import UserError, first_few
+from data_loading.listing import FolderWalk, SharedImages, class_folders, describe_left_out
+from errors import UserError, first_few, plural
 from parallel.process_group import from_main_process, get_logger
 
 VERSION = 2  # 1 lists hidden and system files too
@@ -125,7 +125,7 @@ def _crc32(metadata: dict[str, Any]) -> int:
 def write_json(folder: Path, root: str, listed: dict[str, Any]) -> None:
     """Write index.json; its random `id` makes the checksum of each list unique.
 
-    listed: classes, and the number of files that were left out by reason.
+    listed: classes, and the numbers of files left out and of images shared by two classes.
     """
     metadata = {"version": VERSION, "root": os.path.realpath(root), **listed}
     metadata |= {"made": int(time.time()), "id": secrets.token_hex(8)}
@@ -176,8 +176,8 @@ def list_images(
             f"{folder} lists {got}, not {expected}; give another --data_index, or delete {folder}"
         )
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(index.metadata["made"]))
-    text = "%s: %d images of %s as of %s; remove that folder to list newer files too"
-    get_logger().info(text, folder, len(index), root, when)
+    text = "%s: %s of %s as of %s; remove that folder to list newer files too"
+    get_logger().info(text, folder, plural(len(index), "image"), root, when)
     return index
 
 
@@ -185,29 +185,33 @@ def _list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> Fil
     """List a folder in memory; UserError if it, or a class, is empty."""
     paths, offsets, classes = bytearray(), array("q", [0]), []
     left_out: Counter[str] = Counter()
-    for name in class_folders(root, left_out) if labeled else [None]:
+    names = class_folders(root, left_out) if labeled else [None]
+    shared = SharedImages(root, names)
+    for label, name in enumerate(names):
         walk, before = FolderWalk(root, name or "", left_out), len(offsets)
         for file in walk.by_folder() if labeled else walk.in_order():
             paths += os.fsencode(file) + b"\0"
             offsets.append(len(paths))
         classes.append([name, len(offsets) - before])
+        shared.add(walk.by_links, label)
     empty, rest = [name for name, count in classes if not count], describe_left_out(left_out)
     if not labeled and empty:
         raise UserError(f"{root}: no images; expected some of {' '.join(extensions())}{rest}")
     if leave_out_empty and len(empty) < len(classes):
         classes = [[name, count] for name, count in classes if count]
         if empty:
-            text = "%s: left out %d class folders without images: %s"
-            get_logger().warning(text, root, len(empty), first_few(empty))
+            text, found = "%s: left out %s without images: %s", plural(len(empty), "class folder")
+            get_logger().warning(text, root, found, first_few(empty))
     elif empty or not classes:
-        found = f"no images in {len(empty)} class folders: {first_few(empty)}"
+        found = f"no images in {plural(len(empty), 'class folder')}: {first_few(empty)}"
         raise UserError(
             f"{root}: {found if classes else 'no class folders'}; expected one folder of images "
             f"per class ({' '.join(extensions())}): fill or remove empty ones; to pre-train on "
             f"images without labels use --data_set folder{rest}"
         )
     arrays = np.frombuffer(paths, np.uint8), np.frombuffer(offsets, np.int64)
-    return FileIndex(*arrays, {"classes": classes, "left_out": dict(left_out)}, root)
+    counts = {"left_out": dict(left_out), "shared": len(shared.shared)}
+    return FileIndex(*arrays, {"classes": classes, **counts}, root)
 
 
 @dataclass(frozen=True)
@@ -254,9 +258,11 @@ class ImageFiles(Dataset):
                 remedy=f"the list is old: remove {folder}, and the next run lists the images again",
             ) from error
 
-    def describe_left_out(self) -> str:
-        """Describe the files that the list of images leaves out, '' if there are none."""
-        return describe_left_out(self.samples.metadata.get("left_out", {}))
+    def describe_list(self) -> str:
+        """Describe the files that are left out, and those listed twice; '' if there are none."""
+        shared = self.samples.metadata.get("shared")
+        text = f"; in two classes, by links: {plural(shared, 'image')}" if shared else ""
+        return describe_left_out(self.samples.metadata.get("left_out", {})) + text
 
 
 def _images(root: Path, labeled: bool, spec: DatasetSpec, train: bool) -> ImageFiles:

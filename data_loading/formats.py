@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import cache
 from typing import BinaryIO
 
+from PIL import Image
+
 # PIL would open others too, and for EPS run Ghostscript, which executes the file's program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 EXTENSIONS = (  # of the files to list in folders; their content decides the format
@@ -25,8 +27,7 @@ OPTIONAL = {
 AVIF_BRANDS, HEIF_BRANDS = (b"avif", b"avis"), (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 HEAD = 512  # bytes that are enough to tell what a file is
 PNG = b"\x89PNG\r\n\x1a\n"
-# PNG chunks of texts and color profiles, which decoding does not use.
-UNUSED_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+USED_CHUNKS = (b"tRNS", b"eXIf")  # optional PNG chunks that decoding uses: transparency, EXIF
 
 
 @cache
@@ -84,6 +85,10 @@ def describe_file(head: bytes) -> tuple[str, str]:
     start = head[:24]
     if start.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start):
         return f"the file is text, not an image: it begins with {start.decode()!r}", ""
+    Image.init()
+    accepts = {name: Image.OPEN[name][1] for name in formats()}
+    if name := next((name for name, accept in accepts.items() if accept(head) is True), None):
+        return f"the file begins as a {name} image, but it is damaged or incomplete", ""
     return f"expected {', '.join(formats())}; the file begins with {head[:12]!r}", ""
 
 
@@ -97,18 +102,19 @@ def read_head(file: str | BinaryIO) -> bytes:
 
 
 def without_unused_chunks(file: str | BinaryIO) -> BinaryIO:
-    """Copy a PNG file without its texts and color profile; nothing is decompressed."""
+    """Copy a PNG file without the optional chunks that are not used; nothing is decompressed."""
     if not hasattr(file, "read"):
         with open(file, "rb") as opened:
             return without_unused_chunks(opened)
+    size = file.seek(0, 2)
     file.seek(len(PNG))
     copy = io.BytesIO(PNG)
     copy.seek(len(PNG))
     while len(header := file.read(8)) == 8:  # length and kind
         length = int.from_bytes(header[:4], "big") + 4  # with its checksum
-        if header[4:] in UNUSED_CHUNKS:
+        if header[4:5].islower() and header[4:] not in USED_CHUNKS:  # lowercase: optional
             file.seek(length, 1)
-        else:
-            copy.write(header + file.read(length))
+        else:  # a damaged length may be 4 GiB
+            copy.write(header + file.read(min(length, size)))
     copy.seek(0)
     return copy

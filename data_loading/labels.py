@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
 IMAGENET = 1000  # classes
@@ -110,9 +110,9 @@ def differences(names: Sequence[str], head: Head, kind: str) -> str:
     """Return the message for class names of a data set that do not fit a head."""
     if head.names is None:
         return (
-            f"{kind} has {len(names)} classes, {head.source} {head.count} without names by which "
-            f"to match them; give data with {head.count} class folders, or name the folders by "
-            f"label, from 0 to {head.count - 1}"
+            f"{kind} has {plural(len(names), 'class')}, {head.source} {head.count} without names "
+            f"by which to match them; give data with {plural(head.count, 'class folder')}, or name "
+            f"the folders by label, from 0 to {head.count - 1}"
         )
     known, own = set(head.names), set(names)
     unknown = [name for name in names if name not in known]

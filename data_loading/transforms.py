@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
 
-from errors import UserError
+from errors import UserError, plural
 
 # Transforms map a PIL image or (C, H, W) tensor to a (C, H, W) tensor: uint8, or float for float.
 
@@ -123,8 +123,8 @@ def mean_and_std(
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, in_chans):
                 raise UserError(
-                    f"--{name} has {len(values)} values, expected one, or one for each of "
-                    f"{in_chans} channels"
+                    f"--{name} has {plural(len(values), 'value')}, expected one, or one for each "
+                    f"of {plural(in_chans, 'channel')}"
                 )
         return tuple(list(v) if len(v) == in_chans else [*v] * in_chans for v in (mean, std))
     mean, std = (

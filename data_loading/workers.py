@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data_loading.dataset import collate
-from errors import TrainingStopped
+from errors import TrainingStopped, plural
 from parallel.environment import WARNINGS
 
 IDLE = -1  # in place of the index of a sample
@@ -111,10 +112,10 @@ class WatchedLoader:
                 yield batch
         self.interrupted = False
 
-    def shared_memory(self, sample: Tensor) -> int:
-        """Return the bytes of /dev/shm that batches of such samples may take at the same time."""
+    def shared_memory(self, size: int) -> int:
+        """Return the bytes of /dev/shm that batches of samples of `size` bytes take at most."""
         batches = 2 * self.num_workers + 1  # DataLoader's prefetch_factor, and the one in use
-        return batches * self.batch_size * sample.nbytes if self.num_workers else 0
+        return batches * self.batch_size * size if self.num_workers else 0
 
     def _replace_workers(self) -> None:
         _kill(self.processes)
@@ -149,8 +150,9 @@ class WatchedLoader:
         if TOO_MANY in str(error):
             _kill(self.processes)
             raise TrainingStopped(
-                f"too many open files to receive batches from {self.num_workers} loader processes; "
-                "raise the limit (ulimit -n 65536), or lower --num_workers"
+                "too many open files to receive batches from "
+                f"{plural(self.num_workers, 'loader process')}; raise the limit (ulimit -n 65536), "
+                "or lower --num_workers"
             ) from error
         if not still_waiting:
             raise error
@@ -212,12 +214,20 @@ class _WatchedDataset:
 
 def _start_worker(worker: int) -> None:
     # A scheduler signals all processes of a job, but the run still needs batches to finish its
-    # step. Workers leave with the run: torch's watchdog ends them when it is gone.
+    # step. Workers leave with the run.
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     for number in (*WARNINGS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if HAS_TIMER:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     Queue._on_queue_feeder_error = staticmethod(_exit_without_sending)
+
+
+def _end_with(run: int) -> None:
+    """End this worker soon after the run; torch checks that only between two batches."""
+    while os.getppid() == run:
+        time.sleep(POLL)
+    os._exit(0)
 
 
 def _exit_without_sending(error: Exception, batch: Any) -> None:

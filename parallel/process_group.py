@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError
+from errors import EXIT_REQUEUE, Preempted, TrainingStopped, UserError, plural
 from parallel import failure
 from parallel.console import ConsoleLog, TerminalHandler, get_logger, note
 from parallel.environment import read_launcher
@@ -114,7 +114,7 @@ def init_distributed_mode(
     started = found[1] if found else 1
     if world_size not in (1, started):
         raise UserError(
-            f"--world_size {world_size}, but {started} process(es) were started; start them with "
+            f"--world_size {world_size}, but {plural(started, 'process')} started; start them with "
             f"torchrun --nproc_per_node={world_size} and drop --world_size"
         )
     own_device = find_device(device) if found is None else _join(device, dist_url, *found)

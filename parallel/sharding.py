@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import WAIT_FOR_RANKS, all_gather, get_logger, get_world_size
 
 # Parts of names of optimizers that look at all parameters together, or that are untested with
@@ -179,9 +179,9 @@ def check_gradients(model: nn.Module) -> None:
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
     if unused:
         raise UserError(
-            f"{len(unused)} parameters got no gradient: {first_few(unused)}. With several ranks "
-            "all must contribute to the loss in every step: use them in forward, freeze them with "
-            "requires_grad_(False), or remove them from the model"
+            f"{plural(len(unused), 'parameter')} got no gradient: {first_few(unused)}. With "
+            "several ranks all must contribute to the loss in every step: use them in forward, "
+            "freeze them with requires_grad_(False), or remove them from the model"
         )
 
 

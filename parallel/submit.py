@@ -17,7 +17,7 @@ from typing import Any
 
 from config import parser as options
 from config import recipes
-from errors import UserError, pipe_may_close
+from errors import UserError, pipe_may_close, plural
 from parallel.slurm import JOB_ID, Trainer, follow
 
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "exclude", "gres", "dependency")
@@ -108,7 +108,8 @@ def _problems(args: Any, parser: argparse.ArgumentParser) -> Iterator[str]:
         yield f"--job_dir {args.job_dir}: % is only allowed in %j, the job's number"
     gpus = _gpus_of(args.gres)
     if gpus is not None and gpus != args.ngpus:
-        yield f"--gres {args.gres} has {gpus} GPUs and --ngpus {args.ngpus}; make them equal"
+        found = plural(gpus, "GPU")
+        yield f"--gres {args.gres} has {found} and --ngpus {args.ngpus}; make them equal"
     if args.cluster == "slurm":
         return
     unused = (*SLURM_ONLY, *(("timeout", "signal_delay") if args.cluster == "debug" else ()))

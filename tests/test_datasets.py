@@ -305,7 +305,7 @@ def test_start_line_tells_images_classes_size_and_what_is_left_out(tmp_path, log
     assert log.messages == ["train: 4 images, used at 16 x 24 pixels; left out 100 files: 100 .jp2"]
     log.clear()
     datasets.build_dataset(True, make_args(nb_classes=1, data_set="tests.test_datasets:unnamed"))
-    assert log.messages[0] == "train: 1 images of 1 classes, used at 16 x 16 pixels"
+    assert log.messages[0] == "train: 1 image of 1 class, used at 16 x 16 pixels"
 
 
 def test_folder_of_another_level_is_a_warning(tmp_path, log):
@@ -788,6 +788,13 @@ def test_label_may_be_any_kind_of_integer(label):
 
 def test_tuple_of_three_is_an_error_with_its_types():
     """It was called a bad image, and with --on_bad_image skip the run replaced all images."""
+    for nb_classes in (5, None):
+        item = {"image": picture(), "label": 3}
+        data = TransformedDataset(
+            Listed([item]), create_eval_transform(8), 0, nb_classes=nb_classes
+        )
+        text = "got a dict with the keys image, label, expected (image, label); correct __getitem__"
+        assert text in str(data[0, 0])
     for item in ((picture(), 3, {"id": 1}), [picture()], ()):
         data = TransformedDataset(
             Listed([item]), create_eval_transform(8), 0, nb_classes=5, on_bad="replace"

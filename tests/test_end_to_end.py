@@ -245,7 +245,7 @@ def test_precisions_optimizers_and_compile_train(words, pretrained, tmp_path):
 def test_a_poisoned_image_costs_its_update_and_not_the_run(tmp_path):
     words = [*FINETUNE, "--data_set", "tests.tiny:poisoned", "--output_dir", tmp_path]
     done = run("main_finetune.py", *words)
-    assert "skipped 1 steps" in done.stdout + done.stderr
+    assert "skipped 1 step" in done.stdout + done.stderr
     state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
     assert state["bad_steps"] == 2  # once an epoch
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "checkpoint-1.pth").values())

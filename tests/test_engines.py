@@ -273,7 +273,7 @@ def test_images_with_nan_logits_count_as_wrong_and_are_reported(log):
     stats = engine_finetune.evaluate(batches, Some(), torch.device("cpu"), "none")
     assert (stats["acc1"], stats["acc5"]) == (50, 50)
     assert log.messages == [
-        "NaN or Inf logits for 2 images, which count as wrong; check weights and images"
+        "NaN or Inf logits for 2 images, counted as wrong; check weights and images"
     ]
 
 
@@ -371,7 +371,7 @@ def test_graphs_without_a_gpu_are_refused(run):
 @pytest.mark.parametrize("run", [pretrain, finetune])
 def test_effective_batch_is_settled_before_any_work(run, tmp_path):
     words = f"--epochs 1 --log_dir none --output_dir {tmp_path / 'new'} --effective_batch"
-    with pytest.raises(UserError, match="10 is not a multiple of --batch_size 6 x 1 processes = 6"):
+    with pytest.raises(UserError, match="10 is not a multiple of --batch_size 6 x 1 process = 6"):
         run(f"{words} 10")
     with pytest.raises(UserError, match="--cuda_graphs does not work with 2 gradient accumulation"):
         run(f"{words} 12 --cuda_graphs")

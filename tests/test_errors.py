@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from errors import TrainingStopped, UserError, did_you_mean, first_few, resolve
+from errors import TrainingStopped, UserError, did_you_mean, first_few, plural, resolve
 
 TABLE = {"sgd": 1, "adamw": 2, "IMNET": 3}
 
@@ -74,6 +74,17 @@ def test_first_few():
     assert first_few({"a": 1, "b": 2, "c": 3, "d": 4}) == "a, b, c and 1 more"
     assert first_few(range(9), limit=2) == "0, 1 and 7 more"
     assert first_few([]) == ""
+
+
+def test_number_and_noun_agree():
+    """Logs said `29 images of 1 classes`."""
+    numbers = (0, 1, 2, "1", "1.5")
+    assert [plural(number, "image") for number in numbers] == [
+        "0 images", "1 image", "2 images", "1 image", "1.5 images",
+    ]  # fmt: skip
+    assert [plural(2, noun) for noun in ("class", "micro-batch", "epoch", "bad step")] == [
+        "2 classes", "2 micro-batches", "2 epochs", "2 bad steps",
+    ]  # fmt: skip
 
 
 def test_did_you_mean_is_empty_without_a_close_match():

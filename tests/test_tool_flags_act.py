@@ -247,7 +247,7 @@ def test_weights_of_others_with_a_decoder_are_drawn(tmp_path, monkeypatch, capsy
         found = drawn(f"--checkpoint {name}.pth {base}", monkeypatch)
         assert (len(found.build_fcmae[1].decoder), found.build_fcmae[1].patch_size) == (2, 8)
         pictures.append(found.drawing)
-        assert "a.png: 1 rows of input, seen by the network, baseline" in capsys.readouterr().out
+        assert "a.png: 1 row of input, seen by the network, baseline" in capsys.readouterr().out
     torch.save(to_timm(encoder), "encoder.pth")
     with pytest.raises(UserError, match="encoder.pth has no proj, mask_token, decoder, pred: wit"):
         drawn(f"--checkpoint encoder.pth {base}", monkeypatch)

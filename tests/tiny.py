@@ -150,6 +150,7 @@ class Stalls(Colors):
         split, count = os.environ.get("STALL", "none:0").split(":")
         self.read += 1
         if split == self.split and self.read > int(count):
+            print("asleep", flush=True)
             time.sleep(1000)
         return super().__getitem__(index)
 

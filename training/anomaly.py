@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import plural
 from parallel import sharding
 from parallel.process_group import all_gather, get_logger, get_rank, is_main_process
 from parallel.state_dict import copy_to_cpu, tensor_leaves
@@ -104,16 +105,17 @@ class AnomalyGuard:
     def _check(self, state: TrainState) -> str:
         skipped, bad = self.stepper.read()
         state.bad_steps += skipped
+        steps = plural(skipped, "step")
         if not bad:
             if skipped:
-                get_logger().info("skipped %d steps: fp16 reduced its loss scale", skipped)
+                get_logger().info("skipped %s: fp16 reduced its loss scale", steps)
             freq = self.snapshot_freq
             if freq is not None and state.global_step >= self.snapshot_step + freq:
                 self.snapshot(state)
             return ""
         first = state.global_step + 1 - bad[0].steps_ago
-        get_logger().warning("skipped %d steps, first at step %d: %s", skipped, first, bad[0])
-        sources = self._report(state, bad)
+        get_logger().warning("skipped %s, first at step %d: %s", steps, first, bad[0])
+        sources = dict.fromkeys(self._report(state, bad))  # in their order
         if self.data_loader is not None:
             get_logger().warning("first non-finite value in a rerun: %s", "; ".join(sources))
         if self.snapshot_freq is not None and set(sources) != {"images"}:
@@ -122,7 +124,7 @@ class AnomalyGuard:
         if longest <= self.max_bad_steps:
             return ""
         self.stepper.bad_in_a_row = 0  # a resumed run, perhaps with other flags, starts from zero
-        return f"{longest} bad steps in a row, the last one: {bad[-1]}; {REMEDY}"
+        return f"{plural(longest, 'bad step')} in a row, the last one: {bad[-1]}; {REMEDY}"
 
     def _roll_back(self, state: TrainState) -> str:
         for part, content in zip(self.parts, self.snapshots, strict=True):
@@ -136,15 +138,15 @@ class AnomalyGuard:
         self.snapshot_bad_steps += dropped
         state.bad_steps = self.snapshot_bad_steps  # global_step - bad_steps: steps in the weights
         get_logger().warning(
-            "rolled back to the last snapshot: %d steps dropped; rollback %d of at most %d",
-            dropped,
+            "rolled back to the last snapshot: %s dropped; rollback %d of at most %d",
+            plural(dropped, "step"),
             self.rollbacks,
             self.max_bad_steps,
         )
         if self.rollbacks <= self.max_bad_steps:
             return ""
         self.rollbacks = 0  # a resumed run, perhaps with other flags, starts from zero
-        return f"rolled back {self.max_bad_steps + 1} times without success; {REMEDY}"
+        return f"rolled back {plural(self.max_bad_steps + 1, 'time')} without success; {REMEDY}"
 
     # --- bad_batch.json ---------------------------------------------------------------------
 

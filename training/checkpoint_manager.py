@@ -19,7 +19,7 @@ from typing import Any
 
 from config.parser import absolute_paths
 from data_loading.loader import DeviceLoader
-from errors import Preempted, TrainingStopped, UserError, first_line
+from errors import Preempted, TrainingStopped, UserError, first_line, plural
 from parallel.process_group import agree, broadcast, count_ranks, get_logger, get_world_size
 from parallel.state_dict import copy_to_cpu
 from training import run_lock
@@ -293,8 +293,8 @@ class CheckpointManager:
             self.signals.last_save = time.monotonic()
         if self.failures > self.max_failures and not is_last:
             raise TrainingStopped(
-                f"{self.failures} saves in a row failed, the last with: {self.problem}; correct "
-                f"this, then {self.again} to continue"
+                f"{plural(self.failures, 'save')} in a row failed, the last with: {self.problem}; "
+                f"correct this, then {self.again} to continue"
             )
 
     def _prepare(self, state: TrainState) -> None:
@@ -323,7 +323,7 @@ class CheckpointManager:
             self.problem = problem
             state.best, state.best_epochs = self.saved_best
             self.failures += retry
-            times = f", {self.failures} times in a row" if retry else ""
+            times = f", {plural(self.failures, 'time')} in a row" if retry else ""
             get_logger().warning("could not save%s (%s)", times, problem)
         elif done:
             self.problem, self.failures, self.successes = "", 0, self.successes + 1

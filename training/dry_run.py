@@ -29,9 +29,10 @@ from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
+from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
 from datasets import describe_class_problem
-from errors import TrainingStopped, UserError, first_few, first_line
+from errors import TrainingStopped, UserError, first_few, first_line, plural
 from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from parallel.state_dict import tensor_leaves
@@ -73,17 +74,22 @@ def check_run(run: PlannedRun) -> None:
     weights and the optimizer state are useless afterwards.
     """
     get_logger().info("dry run: this takes about a minute and writes nothing to --output_dir")
-    problems: list[str] = []
+    problems: list[str] = []  # of data and shared memory the same on all ranks
+    size = run.args.in_chans * math.prod(height_and_width(run.args.input_size))  # as uint8
+    fits = check_shared_memory(problems, run, size)  # first: loaders fail if it is full
+    unfit = len(problems)
     samples = check_images(problems, "train", run.data_loader_train.loader, run.args.seed)
     if run.data_loader_val is not None:
         check_images(problems, "val", run.data_loader_val.loader, run.args.seed)
-    skip = "some images are bad" if problems else ""  # the same on all ranks
+    skip = "the data has problems" if len(problems) > unfit else ""
     if run.draw is not None and not skip:
         check_picture(problems, run.draw)
     log_plan(run)
     check_folder(problems, run)
-    if min(all_gather(len(samples))):
-        fits = check_shared_memory(problems, run, samples[0][0])
+    sizes = all_gather(samples[0][0].nbytes if samples else 0)
+    if min(sizes):
+        if fits and max(sizes) > size:  # floats
+            fits = check_shared_memory(problems, run, max(sizes))
         skip = skip or ("" if fits else f"batches do not fit in {SHARED_MEMORY}")
         check_steps(problems, StepProbe(run, samples), skip)
     else:
@@ -91,8 +97,7 @@ def check_run(run: PlannedRun) -> None:
     problems = broadcast(problems)
     if problems:
         listed = "".join(f"\n  {number}. {text}" for number, text in enumerate(problems, 1))
-        plural = "s" * (len(problems) > 1)
-        raise TrainingStopped(f"dry run: {len(problems)} problem{plural} found:{listed}")
+        raise TrainingStopped(f"dry run: {plural(len(problems), 'problem')} found:{listed}")
     get_logger().info("dry run: no problems found")
 
 
@@ -118,53 +123,55 @@ class ErrorsAsSamples:
 def decode_some(loader: WatchedLoader, seed: int, seconds: float) -> Iterator[tuple[str, Any]]:
     """Yield names and samples of this rank's part of a loader's images, in random order.
 
-    It ends when the time is up, or after an image that kills or blocks its reader: that one is
-    named by a UserError, since the images are read with the run's own workers and time limit.
+    It ends when the time is up. The images are read with the run's own workers and time limit:
+    TrainingStopped names one that kills or blocks its reader.
     """
     data, start = loader.dataset, time.perf_counter()
     mine = range(get_rank(), len(data), get_world_size())[:100_000]  # more than there is time for
     keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
     workers, safe = min(loader.num_workers, len(keys)), ErrorsAsSamples(data)
     one_by_one = WatchedLoader(safe, keys, 1, workers, loader.timeout, itemgetter(0))
-    try:
-        for (_, index), sample in zip(keys, one_by_one, strict=True):
-            yield data.name_of(index), sample
-            if time.perf_counter() - start > seconds:
-                return
-    except TrainingStopped as error:
-        yield "", UserError(error)
+    for (_, index), sample in zip(keys, one_by_one, strict=True):
+        yield data.name_of(index), sample
+        if time.perf_counter() - start > seconds:
+            return
 
 
 def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: int) -> list[tuple]:
     """Decode images of a data set on all ranks; returns the first good samples of this rank."""
-    data, tried, good, bad, skipped = loader.dataset, 0, [], set(), set()
-    for image, sample in decode_some(loader, seed, DECODE_SECONDS):
-        tried += 1
-        if isinstance(sample, Replacement):
-            skipped |= {f"{file} ({reason})" for file, reason in sample.bad}
-            sample = sample.sample
-        if isinstance(sample, UserError):
-            bad.add(str(sample))
-        elif sample and sample[0].is_floating_point() and not sample[0].isfinite().all():
-            bad.add(f"{image} holds values that are not finite")
-        elif sample and len(good) < 64:
-            good.append(sample)
+    data, tried, good = loader.dataset, 0, []
+    bad, skipped, stopped = set(), set(), set()
+    try:
+        for image, sample in decode_some(loader, seed, DECODE_SECONDS):
+            tried += 1
+            if isinstance(sample, Replacement):
+                skipped |= {f"{file} ({reason})" for file, reason in sample.bad}
+                sample = sample.sample
+            if isinstance(sample, UserError):
+                bad.add(str(sample))
+            elif sample and sample[0].is_floating_point() and not sample[0].isfinite().all():
+                bad.add(f"{image} holds values that are not finite")
+            elif sample and len(good) < 64:
+                good.append(sample)
+    except TrainingStopped as error:
+        stopped.add(f"{name} images: {error}")
     gc.collect()  # an error refers to its loader, whose workers would outlive this check
-    tried, found, bad, skipped = zip(*all_gather((tried, len(good), bad, skipped)), strict=True)
-    tried, bad, skipped = sum(tried), sorted(set().union(*bad)), sorted(set().union(*skipped))
-    classes = f"of {data.nb_classes} classes" if data.nb_classes else "without labels"
+    tried, found, *texts = zip(*all_gather((tried, len(good), bad, skipped, stopped)), strict=True)
+    tried, (bad, skipped, stopped) = sum(tried), (sorted(set().union(*each)) for each in texts)
+    problems += stopped
+    classes = f"of {plural(data.nb_classes, 'class')}" if data.nb_classes else "without labels"
     fate = "left out" if data.on_bad == "leave out" else "replaced"
     counts = f"{len(bad)} bad, {len(skipped)} {fate}"
-    log_result(name, f"{len(data)} images {classes}; decoded {tried}: {counts}")
+    log_result(name, f"{plural(len(data), 'image')} {classes}; decoded {tried}: {counts}")
     if skipped:
         log_result("", f"{fate}: {first_few(skipped)}")
     if bad:
         first, *traceback = bad[0].split("\n")  # of an error in a user's dataset
         names = [first, *(text.partition("\n")[0] for text in bad[1:])]
         text = "\n".join([first_few(names, 5), *traceback])
-        problems.append(f"{len(bad)} of {tried} {name} images: {text}")
-    elif not sum(found):
-        problems.append(f"none of {tried} {name} images can be used; check the data")
+        problems.append(f"{len(bad)} of {plural(tried, f'{name} image')}: {text}")
+    elif not (sum(found) or stopped):
+        problems.append(f"none of {plural(tried, f'{name} image')} can be used; check the data")
     if name == "train" and (problem := describe_class_problem(data.dataset, data.nb_classes)):
         problems.append(f"{name}: {problem}")
     return good
@@ -185,16 +192,17 @@ def log_plan(run: PlannedRun) -> None:
     state, total = run.loop.state, run.loop.schedule.total
     start = f"{run.source or 'random weights'}, {describe_progress(state)} of {total}"
     log_result("start", start)
-    accumulation = f"{run.loop.stepper.update_freq} accumulation steps"
-    factors = f"{run.args.batch_size} x {accumulation} x {get_world_size()} processes"
-    log_result("step", f"{state.effective_batch} images = {factors}; {total} steps in the run")
+    accumulation = plural(run.loop.stepper.update_freq, "accumulation step")
+    factors = f"{run.args.batch_size} x {accumulation} x {plural(get_world_size(), 'process')}"
+    steps = plural(total, "step")
+    log_result("step", f"{plural(state.effective_batch, 'image')} = {factors}; {steps} in the run")
     groups = run.loop.stepper.optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
     lowest = min(group["lr_scale"] for group in groups)
     layers = f", learning rate x {lowest:.3g} to 1 by layer" * (lowest < 1)
-    log_result("parameters", f"{text}, in {len(groups)} groups{layers}")
+    log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
     for number, row in enumerate(lr_rows(run.loop.schedule, state.global_step)):
         log_result("" if number else "lr", row)
 
@@ -300,15 +308,15 @@ class StepProbe:
         return used, torch.cuda.mem_get_info(self.device)[0] + cached
 
 
-def check_shared_memory(problems: list[str], run: PlannedRun, image: Tensor) -> bool:
-    """Compare the shared memory that batches need with what is free, on every machine."""
+def check_shared_memory(problems: list[str], run: PlannedRun, size: int) -> bool:
+    """Compare the shared memory for batches of images of `size` bytes with what is free."""
     loaders = [run.data_loader_train.loader]
     loaders += [run.data_loader_val.loader] if run.data_loader_val is not None else []
-    needed = max(loader.shared_memory(image) for loader in loaders) * local_world_size()
+    needed = max(loader.shared_memory(size) for loader in loaders) * local_world_size()
     if not (needed and SHARED_MEMORY.is_dir()):  # other systems have another kind of it
         return True
     total, _, free = shutil.disk_usage(SHARED_MEMORY)
-    ranks = all_gather((needed, free, total))
+    ranks = all_gather((needed, free, total))  # perhaps of several machines
     needed, free, total = max(ranks, key=lambda sizes: sizes[0] - sizes[1])
     has = f"{format_bytes(free)} of {format_bytes(total)} free"
     sizes = f"{format_bytes(needed)} for batches of loader processes, {has}"
@@ -430,7 +438,7 @@ def measure_speed(probe: StepProbe) -> None:
     log_result("model", f"{model:.1f} images/s")
     batches, workers = endless(run.data_loader_train), run.data_loader_train.loader.num_workers
     loader = sum(all_gather(loader_rate(batches, SECONDS)))
-    log_result("loader", f"{loader:.1f} images/s with {workers} workers per process")
+    log_result("loader", f"{loader:.1f} images/s with {plural(workers, 'worker')} per process")
     times = max(1, min(all_gather(int(SECONDS * min(model, loader) / images))))
     start = time.perf_counter()
     probe.train(FirstBatches(batches, times))  # at once: the workers hold nothing ready
@@ -460,8 +468,9 @@ def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
     loader, state = run.data_loader_train, run.loop.state
     epochs = run.args.epochs - state.epoch - state.samples_in_epoch / len(loader.loader.dataset)
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
+    left = plural(f"{epochs:.4g}", "epoch")
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))
-    log_result("time", f"{each} per epoch, {rest} for the {epochs:.4g} epochs left, without saves")
+    log_result("time", f"{each} per epoch, {rest} for the {left} left, without saves")
 
 
 def check_disk(problems: list[str], run: PlannedRun) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from errors import first_few
+from errors import first_few, plural
 from models.fcmae import FCMAE
 from weights.convert import DECODER, Report, to_convnextv2, unwrap
 
@@ -80,7 +80,7 @@ def fit_weights(
             if theirs is not None and (others or ours is None or ours.shape != theirs.shape):
                 left_out += (head,)
                 names = f" ({first_few(saved, 5)})" if saved else ""
-                note = f"its head has {(*theirs.shape, 0)[0]} classes{names}"
+                note = f"its head has {plural((*theirs.shape, 0)[0], 'class')}{names}"
                 if ours is not None:
                     report.warnings.append(f"{note}, so the model gets a new head")
         adapt_channels(model, state, report)
@@ -107,8 +107,8 @@ def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -
         state[name] = adapt_stem(theirs, wanted)
         how = "summed" if wanted == 1 else f"repeated and multiplied by {found}/{wanted}"
         report.warnings.append(
-            f"it was trained on {found} channels and the model has {wanted}: the weights of the "
-            f"first layer are {how}"
+            f"it was trained on {plural(found, 'channel')} and the model has {wanted}: the weights "
+            f"of the first layer are {how}"
         )
     if not isinstance(model, FCMAE):
         return

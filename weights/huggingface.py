@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_loading.transforms import create_eval_transform
-from errors import UserError
+from errors import UserError, plural
 from weights.convert import to_hf
 from weights.export_formats import ExportSpec, save
 
@@ -123,8 +123,8 @@ def find_labels(path: str | None, classes: list[str] | None, count: int) -> list
         names = [line.strip() for line in lines if line.strip()]
         if len(names) != count:
             raise UserError(
-                f"--labels {path} has {len(names)} names and the weights have {count} classes; "
-                "expected one name per line, in the order of the head"
+                f"--labels {path} has {plural(len(names), 'name')} and the weights have "
+                f"{plural(count, 'class')}; expected one name per line, in the order of the head"
             )
         return names
     if classes is not None and len(classes) == count:

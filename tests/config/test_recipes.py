@@ -17,7 +17,7 @@ import yaml
 from config import parser as options
 from config import recipes
 from data_loading.samplers import TrainSampler
-from errors import UserError
+from errors import UserError, plural
 from models import create_model
 from optim_factory import (
     build_optimizer,
@@ -440,7 +440,8 @@ def test_update_freq_follows_from_the_processes(log, asked, expected):
     batch, processes = asked[2:]
     images = {1: 256, 4: 1024, 32: 1024 if batch == 32 else 4096}[expected]
     images = 1024 if processes == 32 else images
-    sizes = f"{batch} images x {expected} micro-batches x {processes} processes"
+    sizes = [(batch, "image"), (expected, "micro-batch"), (processes, "process")]
+    sizes = " x ".join(plural(*size) for size in sizes)
     assert f"effective batch {images} = {sizes}" in log.text
 
 

@@ -367,6 +367,20 @@ def upside_down() -> bytes:
     return exif.tobytes().removeprefix(b"Exif\x00\x00")
 
 
+def test_wrong_checksum_counts_only_where_the_chunk_is_used():
+    """One wrong bit in a gamma that nobody reads made an image unreadable."""
+
+    def spoiled(kind: bytes, data: bytes) -> bytes:
+        chunk = png_chunk(kind, data)[:-1] + b"?"
+        return png(2, 1, 8, 0, b"\x00" + bytes([10, 20]), chunk)
+
+    for kind in (b"gAMA", b"pHYs", b"tEXt", b"iCCP", b"prVt"):
+        assert np.asarray(load_image(io.BytesIO(spoiled(kind, bytes(9))))).tolist() == [[10, 20]]
+    for kind, data in ((b"tRNS", bytes(2)), (b"eXIf", upside_down()), (b"PLTE", bytes(3))):
+        with pytest.raises(BadImage, match="begins as a PNG image, but it is damaged"):
+            load_image(io.BytesIO(spoiled(kind, data)))
+
+
 def test_damaged_png_with_a_long_text_is_a_bad_image():
     text = CHUNKS["compressed text"][0]
     whole = png(2, 1, 8, 0, b"\x00\x01\x02", text)
@@ -387,6 +401,10 @@ KINDS = {
     "text": (b'{"error": 404, "message": "no"}', "text, not an image", "replace"),
     "zeros": (bytes(9999), "begins with zeros, as after an interrupted copy", "replace"),
     "other": (b"PK\x03\x04\xff\xff", r"expected JPEG, PNG, .*; the file begins with b'PK", ""),
+    "damaged PNG": (b"\x89PNG\r\n\x1a\n" + bytes(99), "begins as a PNG image, but", "replace"),
+    "damaged JPEG": (b"\xff\xd8\xff\xe0" + bytes(99), "begins as a JPEG image, but", "replace"),
+    "damaged GIF": (b"GIF89a\xff", "begins as a GIF image, but it is damaged", "replace"),
+    "damaged TIFF": (b"II*\0\x08\0\0\0\xff\xff", "begins as a TIFF image, but", "replace"),
     "damaged AVIF": (b"\x00\x00\x00\x20ftypavif" + bytes(99), "AVIF image", ""),
 }
 

@@ -130,11 +130,33 @@ def test_folder_with_many_names_is_listed_once_a_class(tmp_path):
     link(root / "a" / "b0", other / "x" / "y")
     link(root / "a" / "again", root / "a" / "deep")
     link(root / "d", root / "b")
-    listed = relative(list_images(root, True), root)
+    index = list_images(root, True)
     a = ["a/1.png", "a/b0/5.png", "a/b1/4.png", "a/deep/2.png"]
-    assert listed == [*a, "b/3.png", "c/4.png", "c/y/5.png", "d/3.png"]
+    assert relative(index, root) == [*a, "b/3.png", "c/4.png", "c/y/5.png", "d/3.png"]
+    assert index.metadata["shared"] == 3
     listed = relative(list_images(root, False), root)
     assert listed == ["a/1.png", "a/b0/5.png", "a/deep/2.png", "b/3.png", "c/4.png"]
+
+
+def test_images_with_two_labels_by_links_are_counted(tmp_path, place):
+    """The same pixels had two labels, without a word."""
+    root = plant(tmp_path / "data", ["a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/.old/5.png"])
+    other = plant(tmp_path / "other", ["6.png", "7.png", "8.png"])
+    link(root / "a" / "own.png", root / "a" / "1.png")  # with one label
+    link(root / "a" / "old.png", root / "b" / ".old" / "5.png")  # which b does not list
+    link(root / "a" / "gone.png", other / "gone.png")
+    link(root / "a" / "three.png", Path("../b/3.png"))
+    link(root / "b" / "six.png", other / "6.png")
+    link(root / "b" / "seven.png", other / "7.png")
+    link(root / "c" / "3.png", root / "b" / "3.png")  # counted already
+    link(root / "c" / "6.png", other / "6.png")
+    link(root / "d", other)  # shares 6.png and 7.png
+    data = folders.ImageFiles(list_images(root, True, place))
+    assert len(data) == 6 + 4 + 2 + 3
+    assert data.describe_list() == (
+        "; left out 1 file or folder: 1 hidden or system; in two classes, by links: 3 images"
+    )
+    assert list_images(root, False).metadata["shared"] == 0
 
 
 def test_link_into_a_hidden_folder_is_followed(tmp_path):
@@ -161,6 +183,7 @@ def test_class_that_links_to_nowhere_or_upward_is_an_error(tmp_path, target, pla
 HIDDEN = [".ipynb_checkpoints/1.png", ".Trash-1000/files/2.png", "@eaDir/3.png", "__MACOSX/4.png"]
 HIDDEN += ["$RECYCLE.BIN/5.png", "System Volume Information/6.png", "lost+found/7.png"]
 HIDDEN += ["#recycle/8.png", "._1.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg"]
+HIDDEN += ["recup_dir.1/f123.png", "Recup_dir.27/f4.png"]
 
 
 def test_hidden_and_system_folders_are_no_data(tmp_path, place):
@@ -174,8 +197,8 @@ def test_hidden_and_system_folders_are_no_data(tmp_path, place):
     assert relative(list_images(root, False), root) == ["a/1.png", "b/deep/2.png"]
     assert index.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 1}
     again = list_images(root, True, place)
-    text = "; left out 40 files and folders: 40 hidden or system"
-    assert folders.ImageFiles(again).describe_left_out() == text
+    text = "; left out 46 files and folders: 46 hidden or system"
+    assert folders.ImageFiles(again).describe_list() == text
 
 
 def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
@@ -187,7 +210,7 @@ def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
     with pytest.MonkeyPatch.context() as patch:  # whatever is installed here
         patch.setattr(listing, "extensions", lambda: formats.EXTENSIONS)
         data = folders.ImageFiles(list_images(root, True, place))
-    assert data.describe_left_out() == (
+    assert data.describe_list() == (
         "; left out 109 files and folders: 100 .heic (not readable here: pip install pillow-heif), "
         "3 .xml, 2 without extension, 1 .gz, 1 .txt and 2 more"
     )
@@ -214,7 +237,7 @@ def test_index_of_an_earlier_version_says_nothing_of_what_it_left_out(tmp_path):
     metadata = list_images(root, True, folder).metadata
     old = {key: metadata[key] for key in metadata if key not in ("left_out", "crc32")}
     (folder / "index.json").write_text(json.dumps(old | {"crc32": folders._crc32(old)}))
-    assert folders.ImageFiles(list_images(root, True, folder)).describe_left_out() == ""
+    assert folders.ImageFiles(list_images(root, True, folder)).describe_list() == ""
 
 
 def test_is_a_sequence_of_path_and_label(tmp_path):
@@ -580,7 +603,7 @@ def test_main_process_lists_for_all(tmp_path):
     for rank in range(2):
         *lists, error = json.loads((tmp_path / f"{rank}.json").read_text())
         assert lists == [expected, expected]
-        assert "no images in 1 class folders: hollow" in error
+        assert "no images in 1 class folder: hollow" in error
 
 
 def test_run_writes_and_uses_an_index_of_each_split(tmp_path):

@@ -5,6 +5,7 @@
 import errno
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 
@@ -33,6 +34,7 @@ from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.workers import IDLE, TIMED_OUT, WatchedLoader
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
+from tests import tiny
 from tests.groups import run_script
 from tests.test_end_to_end import ROOT, SMALL, log, weights
 
@@ -197,9 +199,15 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
-def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number):
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number, listed):
+    """It is a bad image if the data set lists the file, or an error of the data set's own code."""
     monkeypatch.setattr("data_loading.bad_images.time.sleep", lambda seconds: 1 / 0)
-    assert isinstance(TransformedDataset(Stalling(number, 1), to_tensor, 0)[0, 4], BadImage)
+    files = Stalling(number, 1)
+    files.samples = [(Path("a.png" if listed else "b.png"), 0)] * 9
+    error = TransformedDataset(files, to_tensor, 0)[0, 4]
+    assert isinstance(error, BadImage) == listed
+    assert ("The data set raised it:" in str(error)) != listed
 
 
 FORMS = {  # an entry of `samples`, and what the image is called
@@ -219,7 +227,7 @@ def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad)
         samples = [entry] * 9
 
         def __getitem__(self, index: int) -> None:
-            raise OSError("bad")
+            raise BadImage("bad")
 
     data = TransformedDataset(Files(), to_tensor, 0, on_bad=on_bad)
     if on_bad == "error":
@@ -292,7 +300,7 @@ def test_each_image_is_listed_once_over_epochs_and_restarts(tmp_path, log):
     BadImages(tmp_path, again).write()
     assert path.read_text().splitlines()[2:] == ["a\tgone", "c\tnew"]
     logged = [record.getMessage() for record in log.records]
-    assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 images", "1 images"]
+    assert [text.split(" cannot")[0] for text in logged] == ["2 images", "1 image", "1 image"]
     assert "b (why), v (cut). Training replaces them" in logged[0]
 
 
@@ -685,6 +693,50 @@ def test_program_ends_although_loaders_are_in_use():
     assert done.stderr == b""
 
 
+def test_worker_that_hangs_is_gone_after_a_run_that_was_killed(monkeypatch):
+    """Evaluation was ended by SIGTERM, but a worker slept on in its sample."""
+    monkeypatch.setattr("data_loading.workers.POLL", 0.1)
+    loader, (reader, writer) = watched(1000, 1, 2), os.pipe()
+    if (run := os.fork()) == 0:
+        try:
+            next(iter(loader))
+        finally:
+            os._exit(1)
+    os.close(writer)  # what is left are those of the run and its workers
+    deadline = time.monotonic() + 60
+    while (loader.reading[:, 1] == IDLE).any() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    gone, _, _ = select.select([reader], [], [], 60)
+    if not gone:
+        for pid in loader.reading[:, 0].tolist():
+            os.kill(pid, signal.SIGKILL)
+    assert gone
+    os.close(reader)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "words"), [("val", ["--eval"]), ("val", []), ("train", [])])
+def test_script_and_its_hanging_workers_end_with_the_first_signal(tmp_path, split, words):
+    model = {"model": tiny.classifier(num_classes=3, stem_stride=1).state_dict()}
+    torch.save(model, tmp_path / "a.pth")
+    words = [*COMMANDS["main_finetune.py"], *SMALL, *words, "--output_dir", "none"]
+    words += ["--data_set", "tests.tiny:stalls", "--finetune", tmp_path / "a.pth"]
+    words += ["--num_workers", "2"]
+    run = subprocess.Popen(
+        [sys.executable, "main_finetune.py", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"STALL": f"{split}:1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any("asleep" in line for line in run.stdout)
+    run.terminate()
+    run.communicate(timeout=100)  # until none of them has its output open
+    assert run.returncode in (-signal.SIGTERM, 75)
+
+
 def make_error(kind: type[Exception]) -> None:
     raise kind("a bug")
 
@@ -701,6 +753,7 @@ class Buggy(Slow):
 
 
 BUGS = [ValueError, RuntimeError, KeyError, IndexError, SyntaxError, EOFError, zlib.error]
+BUGS += [OSError, UnidentifiedImageError]  # such as of a file of labels, or of the network
 
 
 @pytest.mark.parametrize("kind", BUGS)
@@ -741,7 +794,7 @@ def test_deep_traceback_of_a_data_set_is_cut_in_its_middle():
     assert "1 // 0" in text.splitlines()[-2]
 
 
-@pytest.mark.parametrize("fault", ["truncated", "of zero bytes", "text", "long texts"])
+@pytest.mark.parametrize("fault", ["truncated", "of zero bytes", "text", "long texts", "vanished"])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_file_that_a_data_set_cannot_decode_itself_is_a_bad_image(tmp_path, fault, lazy):
     """It opens the files with PIL, which raises ValueError and others too."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import EXIT_REQUEUE
+from errors import EXIT_REQUEUE, plural
 from tests.groups import run_script
 from tests.test_end_to_end import COLORS, ROOT
 from tests.training.test_checkpoint_manager import wait_for
@@ -49,7 +49,8 @@ def test_run_resumes_with_another_number_of_processes_with_the_same_result(tmp_p
     assert state["samples_in_epoch"] % 6 == 0
     output = train("run", after)
     freq = 2 // after
-    assert f"effective batch 6 = 3 images x {freq} micro-batches x {after} processes" in output
+    sizes = f"3 images x {plural(freq, 'micro-batch')} x {plural(after, 'process')}"
+    assert f"effective batch 6 = {sizes}" in output
     assert "effective batch stays 6, as in the run that is resumed" in output
     ours, theirs = (weights(tmp_path / name / "checkpoint-1.pth") for name in ("run", "whole"))
     for name, value in theirs.items():

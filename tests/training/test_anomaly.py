@@ -48,7 +48,7 @@ def test_image_that_is_not_finite_is_named_and_costs_its_update_alone(tmp_path, 
     words = [*SCRIPTS[script], "--data_set", "tests.tiny:poisoned", "--on_spike", on_spike]
     words += ["--num_workers", 2, "--print_freq", 3, "--output_dir", tmp_path]
     said = run(script, *words).stdout
-    assert said.count("skipped 1 steps, first at step") == 2
+    assert said.count("skipped 1 step, first at step") == 2
     assert "rolled back" not in said
     state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["state"]
     assert state["bad_steps"] == 2  # once an epoch
@@ -69,7 +69,7 @@ def test_gradient_of_one_rank_is_skipped_by_both(tmp_path, script, on_spike):
     words = [*FRAIL[script], *COLORS, *SMALL, "--batch_size", 3, "--on_spike", on_spike]
     words += ["--output_dir", tmp_path, "--kernels", "torch"]
     said = run(script, *words, ranks=2, env={"FRAIL": "gradient:2:1"}).stdout
-    assert "skipped 1 steps, first at step 3: gradient is not finite" in said
+    assert "skipped 1 step, first at step 3: gradient is not finite" in said
     (fault,) = faults(tmp_path)
     assert (fault["epoch"], fault["update"], fault["grad_norm"]) == (0, 3, None)
     well, ill = fault["ranks"]
@@ -189,16 +189,18 @@ def test_run_stops_after_bad_steps_in_a_row(log):
     assert state.bad_steps == 4
     feed(model, stepper, NAN)
     assert "3 bad steps in a row" in guard.check(state)
-    assert log.text.count("skipped 1 steps") == 5
+    assert log.text.count("skipped 1 step,") == 5
     feed(model, stepper, NAN)
+    guard.data_loader, guard._report = [], lambda *_: ["images", "images", "loss"]
     assert guard.check(state) == ""  # after a resume the count starts from zero
+    assert log.messages[-1] == "first non-finite value in a rerun: images; loss"
 
 
 def test_single_bad_step_stops_a_run_that_allows_none():
     model, optimizer, stepper = product()
     guard, state = guarded(stepper, model, optimizer, max_bad_steps=0)
     feed(model, stepper, NAN)
-    assert guard.check(state).startswith("1 bad steps in a row")
+    assert guard.check(state).startswith("1 bad step in a row")
 
 
 def test_search_of_fp16_for_its_scale_is_not_a_bad_step(tmp_path, log):

@@ -304,7 +304,7 @@ def test_failed_save_says_what_was_written_what_to_do_and_what_is_intact(tmp_pat
     with largest_file(2000):
         manager.end_epoch(TrainState(epoch=2))
     assert log.messages == [
-        f"could not save, 1 times in a row (File too large while writing {tmp_path}/checkpoint-1"
+        f"could not save, 1 time in a row (File too large while writing {tmp_path}/checkpoint-1"
         ".pth; raise the largest size of a file (ulimit -f); checkpoint-0.pth and earlier "
         "checkpoints are intact)"
     ]
@@ -377,7 +377,7 @@ def test_any_error_of_a_write_is_a_failed_save(in_background, log):
     saves = Saves(True, error=TypeError("cannot pickle 'generator' object\nmore"))
     epochs(CheckpointManager(saves, in_background=in_background), 2)
     assert len(saves.found) == 1
-    text = "could not save, 1 times in a row (TypeError: cannot pickle 'generator' object; earlier"
+    text = "could not save, 1 time in a row (TypeError: cannot pickle 'generator' object; earlier"
     assert text in log.text
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 import main_finetune
 import main_pretrain
 from config import parser as options
+from data_loading.decode import BadImage
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
 from data_loading.workers import WatchedLoader
@@ -50,7 +51,7 @@ class Unreadable(Colors):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index in self.bad:
-            raise OSError("cannot identify it")
+            raise BadImage("cannot identify it")
         return super().__getitem__(index)
 
 
@@ -73,6 +74,18 @@ class Broken(Colors):
 
 def broken(data_path: str, train: bool) -> Broken:
     return Broken(26 if train else 3)
+
+
+class Floats(Colors):
+    """Images four times as large."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = super().__getitem__(index)
+        return image / 255, label
+
+
+def floats(data_path: str, train: bool) -> Floats:
+    return Floats(26)
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +160,12 @@ def test_two_processes_agree_and_only_rank_0_reports(fault, tmp_path):
     out, other = ((tmp_path / f"stdout-{rank}").read_text() for rank in (0, 1))
     assert codes == [int(fault)] * 2, (tmp_path / "stderr-0").read_text()
     assert other == ""
-    assert "6 images = 3 x 1 accumulation steps x 2 processes" in out
+    assert "6 images = 3 x 1 accumulation step x 2 processes" in out
     labels = set(re.findall(r"^([a-z]+)  +\S", out, re.MULTILINE))
     measured = {"model", "loader", "together", "evaluation", "time"}
     assert labels == {*LABELS, "val", "evaluation"} ^ (measured | {"skipped"} if fault else set())
     if fault:
-        assert "skipped      speed and time: some images are bad" in out
+        assert "skipped      speed and time: the data has problems" in out
         assert "ZeroDivisionError: no such thing" in out + (tmp_path / "stderr-0").read_text()
     assert ("no problems found" in out) != fault
     assert not (tmp_path / "runs").exists()
@@ -229,7 +242,7 @@ def test_report_says_what_the_run_will_do(said):
     assert "26 images of 3 classes; decoded 26: 0 bad, 0 replaced" in said()
     assert "7 images of 3 classes; decoded 7: 0 bad, 0 replaced" in said()
     assert "random weights, in epoch 1, step 0 of 20" in said()
-    assert "12 images = 6 x 2 accumulation steps x 1 processes; 20 steps in the run" in said()
+    assert "12 images = 6 x 2 accumulation steps x 1 process; 20 steps in the run" in said()
     assert "learning rate x 0.0312 to 1 by layer" in said()  # stem, 4 blocks, head: 0.5 ** 5
     assert "step  3  1.00e-02  ######################################## peak" in said()
     assert "step 19  1.00e-03  ####" in said()
@@ -240,7 +253,7 @@ def test_skipped_images_are_reported_and_no_problem(workers, said):
     words = ["--data_set", "tests.training.test_dry_run:unreadable", "--on_bad_image", "skip"]
     assert dry("finetune", *words, "--num_workers", workers) == 0
     assert "decoded 26: 0 bad, 2 replaced" in said()
-    assert "replaced: image number 3 (OSError: cannot identify it), image number 4 (" in said()
+    assert "replaced: image number 3 (cannot identify it), image number 4 (" in said()
     assert "decoded 7: 0 bad, 1 left out" in said()
     assert "no problems found" in said()
 
@@ -323,9 +336,26 @@ def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatc
     )
     assert "skipped      speed and time: batches do not fit in /dev/shm" in said()
     assert asked[0] == "/dev/shm"
+    usage = lambda path: asked.append(str(path)) or Usage(0, 0, 3 * free)  # noqa: E731
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
+    words = ["--data_set", "tests.training.test_dry_run:floats", "--num_workers", 2]
+    assert dry("pretrain", *words) == 1
+    assert "1. /dev/shm: 90.0 KiB for batches of loader processes, 67.5 KiB of" in said()
     asked.clear()
     assert dry("pretrain", "--num_workers", 0) == 0  # nothing is sent
     assert "/dev/shm" not in asked
+
+
+def test_full_shared_memory_is_named_first_and_makes_no_bad_image(said, monkeypatch):
+    """`1 of 1 train images` was a loader process that could not send it."""
+    usage = namedtuple("Usage", "total used free")(2**26, 2**26, 0)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(dry_run, "itemgetter", lambda _: lambda samples: lambda: samples)
+    assert dry("pretrain", "--num_workers", 1) == 1
+    assert "decoded 0: 0 bad" in said()
+    first, second = said().partition("error: dry run: 2 problems found:\n")[2].splitlines()[:2]
+    assert first.startswith("  1. /dev/shm: 13.5 KiB for batches of loader processes, 0 B of 64.0")
+    assert second.startswith("  2. train images: a loader process could not send a batch")
 
 
 def test_shared_memory_is_that_of_the_larger_batches_of_evaluation(said, monkeypatch):
@@ -362,8 +392,9 @@ def test_an_image_that_kills_or_blocks_its_reader_is_named(fault, said):
     words += ["--data_timeout", 2] if fault == "hangs" else []
     assert dry("finetune", *words) == 1
     assert "Traceback" not in said()
-    assert re.search(r"dry run: \d problems? found:\n  1. 1 of ", said())
+    assert re.search(r"dry run: \d problems? found:\n  1. \w+ images: a loader process", said())
     assert "image photos/5.jpg" in said()
+    assert not re.search("[1-9] bad", said())
 
 
 def test_a_dry_run_of_an_evaluation_is_refused(capsys):
