@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -35,7 +36,8 @@ def is_pretraining(values: Mapping[str, Any]) -> bool:
 def command(script: str) -> str:
     """Return `python export.py`, or the console command if pip has installed the toolkit."""
     if __name__ == "config.flags":
-        return f"python {script}.py"
+        root, name = Path(__file__).resolve().parents[1], f"{script}.py"
+        return f"python {name if root == Path.cwd() else shlex.quote(str(root / name))}"
     return f"convnextv2-{script.removeprefix('main_')}"
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
+from data_loading.formats import extensions
 from data_loading.rng import fold_in, seed_all
 from data_loading.transforms import Erased
 from errors import UserError, first_few
@@ -141,9 +142,9 @@ class TransformedDataset(Dataset):
         return image, label if self.positions is None else self.positions[label]
 
     def _is_of_file(self, error: Exception, index: int) -> bool:
-        """Return True for an OSError of the file that `samples` lists, such as a deleted one."""
-        path = error.filename if isinstance(error, OSError) else None
-        return path is not None and str(path) == self._file(index)
+        """Return True for an OSError of an image file, such as a deleted one."""
+        path = str(error.filename) if isinstance(error, OSError) else ""
+        return path == self._file(index) or path.lower().endswith(tuple(extensions()))
 
     def _file(self, index: int) -> str | None:
         entries = getattr(self.dataset, "samples", None)  # torchvision's name: (path, label) pairs

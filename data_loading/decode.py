@@ -47,7 +47,7 @@ def load_image(file: str | BinaryIO) -> Image.Image:
     Raises BadImage, or an OSError, for a file that cannot be read.
     """
     try:
-        return _load_png_again(file)
+        return _load_or_retry_png(file)
     except UnidentifiedImageError as error:
         description, remedy = describe_file(read_head(file))
         raise BadImage(description, remedy=remedy) from error
@@ -57,7 +57,7 @@ def load_image(file: str | BinaryIO) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def _load_png_again(file: str | BinaryIO) -> Image.Image:
+def _load_or_retry_png(file: str | BinaryIO) -> Image.Image:
     """Decode a file; a PNG that PIL refuses is tried again without optional chunks.
 
     Their checksum may be wrong, or texts and a color profile larger than PIL's limits for them.

@@ -169,6 +169,7 @@ class FolderWalk:
                 with suppress(OSError):  # removed meanwhile
                     above, base = os.path.split(os.path.join(real, os.readlink(path)))
                     path = f"{self.real_path(above)}/{base}"
+                    path = os.path.realpath(path) if os.path.islink(path) else path
             self.by_links.append(path)
 
     def _list(self, folder: str, real: str) -> tuple[Names, dict[str, str]]:

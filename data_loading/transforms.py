@@ -203,19 +203,25 @@ def _crop_ends(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tenso
     return crop(image, top, left, height - 2 * top, width - 2 * left)
 
 
+def default_crop_pct(input_size: int | Sequence[int]) -> float | None:
+    """Return 224/256 for 33 to 383 pixels; None for others, to which the whole image is resized."""
+    size = height_and_width(input_size)
+    return None if max(size) <= 32 or min(size) >= 384 else 224 / 256
+
+
 def create_eval_transform(
     input_size: int | Sequence[int], crop_pct: float | None = None
 ) -> T.Compose:
     """Create a bicubic resize of the shorter side to size / crop_pct and a center crop.
 
-    Default crop_pct: 224/256 for 33 to 383 pixels; other sizes resize the whole image to the size.
+    Default crop_pct: `default_crop_pct`; None resizes the whole image to the size.
     """
     from timm.data import create_transform
 
     size = height_and_width(input_size)
-    if crop_pct is None and (max(size) <= 32 or min(size) >= 384):
+    pct = crop_pct or default_crop_pct(size)
+    if pct is None:
         return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), _to_tensor])
-    pct = crop_pct or 224 / 256
     steps = create_transform(size, interpolation="bicubic", crop_pct=pct, use_prefetcher=True)
     ratio = 16 * max(size) / min(size)  # far more than the center crop keeps
     return T.Compose([partial(_crop_ends, ratio=ratio / pct), *steps.transforms, _to_tensor])

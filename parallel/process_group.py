@@ -78,7 +78,7 @@ def _explain(error: BaseException, args: Any) -> tuple[int, str]:
     if isinstance(error, SystemExit):  # from a user's code
         return error.code if isinstance(error.code, int) else int(error.code is not None), ""
     if isinstance(error, KeyboardInterrupt):  # in the epoch loop it is a request to save and stop
-        return 130, "interrupted before anything was saved; earlier checkpoints are intact"
+        return 130, "interrupted; checkpoints are intact"
     if not isinstance(error, UserError | TrainingStopped):
         return 1, ""
     # An error that a dry run finds is its result and not wrong usage.

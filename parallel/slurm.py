@@ -86,7 +86,7 @@ def _requeue_at_once(job: Any, number: int, folder: str) -> None:
     """Handle a signal before the first or after the last epoch, when there is nothing to save."""
     if job.global_rank == 0:  # the other ranks end when rank 0 does
         name = signal.Signals(number).name
-        print(f"received {name} outside the training loop, requeuing the job", flush=True)
+        print(f"received {name} outside the training loop", flush=True)
         exit_now(requeue(job, folder))
 
 
@@ -111,7 +111,7 @@ def requeue(job: Any, folder: str) -> int:
     if starts >= STARTS and not (folder and any(Path(folder).glob("checkpoint-*.pth"))):
         print(
             f"did not requeue job {job.job_id}, since it has saved nothing in {starts} starts; "
-            "raise --timeout, or save within epochs: --save_ckpt_every_minutes 10",
+            f"raise --timeout{', or add --save_ckpt_every_minutes 10' if folder else ''}",
             file=sys.stderr,
         )
         return EXIT_REQUEUE

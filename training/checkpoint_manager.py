@@ -251,10 +251,14 @@ class CheckpointManager:
         improved = state.update_best(accuracies or {})
         numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
         stop = not last and self.vote.exchange_now(*self.signals.read())[1]
+        report = report or (lambda: None)
         if numbered or stop or improved:
-            self._save(state, last or stop, numbered or stop, improved)
-        if report is not None:
-            report()
+            try:
+                self._save(state, last or stop, numbered or stop, improved)
+            except TrainingStopped:  # after too many failures
+                report()
+                raise
+        report()
         if stop:
             self._stop(state)
         guard = self.last.guard if self.last else None
@@ -298,7 +302,11 @@ class CheckpointManager:
             )
 
     def _prepare(self, state: TrainState) -> None:
-        """Finish the last save before the next one; from here on `state.best` is on the disk."""
+        """Do what precedes a save, and at the end of an epoch is also done without one.
+
+        It waits for the last save, after which `state.best` is on the disk, checks that the folder
+        is still this run's, and writes the list of bad images.
+        """
         self._attempt(state, self.writer.wait)
         self.saved_best = state.best, state.best_epochs
         run_lock.check()

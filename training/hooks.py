@@ -46,7 +46,10 @@ class Hook:
         """Called every `print_freq` steps with means since the last call, speed and time left."""
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        """Called after the save of an epoch with the values for log.txt."""
+        """Called at the end of an epoch, after its save, with the values for log.txt.
+
+        A resumed run calls it again if the process ended before all hooks were told.
+        """
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         """Called with an image to show, (3, H, W) in 0 to 1."""
@@ -275,8 +278,8 @@ class BarHook(Hook):
 class JsonHook(Hook):
     """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats.
 
-    It comes after the other hooks that write files: if the last epoch is not in log.txt, a killed
-    run has perhaps not told them of it.
+    It comes after the other hooks that write values of epochs: if the last epoch is not in log.txt,
+    a killed run has perhaps not told them of it.
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:

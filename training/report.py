@@ -7,7 +7,7 @@ python -c "from training.report import count_epochs; print(count_epochs(2, 5))"
 Epochs count from 1 here, and from 0 in file names and log.txt, as in the official code.
 """
 
-import json
+import contextlib
 import math
 import shlex
 from collections.abc import Mapping
@@ -26,12 +26,20 @@ NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "n_parameters")  # in an ep
 
 
 def plain(stats: Mapping[str, Any]) -> Record:
-    """Return the values of an epoch as plain types: a user's metrics may be NumPy's, or tensors."""
+    """Return the values of an epoch as JSON's types; a user's may be arrays, tensors or others."""
+    return {str(name): _plain(value) for name, value in stats.items()}
 
-    def convert(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else str(value)
 
-    return json.loads(json.dumps(stats, default=convert))
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return plain(value)
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    with contextlib.suppress(Exception):  # a sparse tensor has none
+        return _plain(value.tolist())
+    return str(value)
 
 
 def describe_progress(state: TrainState) -> str:

@@ -81,7 +81,8 @@ def read_checkpoint(
     also has `args` and `classes`.
     """
     path = find_source(source, sha256, ema)
-    if part := re.search(r"-\d{5}-of-(\d{5})\.(safetensors|bin)$", path.name):
+    part = re.search(r"-\d{5}-of-(\d{5})\.(safetensors|bin)$", path.name)
+    if part and int(part[1]) > 1:
         raise UserError(
             f"{path} is one of {int(part[1])} parts of the weights; give their folder, with the "
             f"file that ends in {INDEX}"

@@ -16,9 +16,9 @@ from torch import Tensor
 from errors import UserError
 
 FILES = CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-PLACEHOLDER = r"LABEL_\d+"  # of transformers, for a class without a name
-NO_CROP = 384  # from this size on, transformers and our evaluation resize the whole image
-CROP_PCT = 224 / 256  # of smaller images: the default of both
+PLACEHOLDER = r"(LABEL|class)_\d+"  # of transformers and of export.py, for classes without names
+NO_CROP = 384  # from this size on, transformers' processor of ConvNeXt resizes the whole image
+CROP_PCT = 224 / 256  # its default for smaller images
 
 
 def read_hub_run(folder: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -44,34 +44,43 @@ def _read(path: Path, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
 
 
 def _class_names(config: Mapping[str, Any]) -> list[str] | None:
-    """Return the names in the order of the head, None if there are none to find classes by."""
+    """Return the names in the order of the head, None if they are incomplete or placeholders."""
     labels = config.get("id2label") or {v: k for k, v in (config.get("label2id") or {}).items()}
     labels = {int(label): str(name) for label, name in labels.items()}
-    names = [labels[label] for label in range(len(labels))]
-    if len({*names}) < len(names) or all(re.fullmatch(PLACEHOLDER, name) for name in names):
+    names = [labels[label] for label in sorted(labels)]
+    if sorted(labels) != [*range(len(names))] or len({*names}) < len(names):
+        return None
+    if all(re.fullmatch(PLACEHOLDER, name) for name in names):
         return None
     # ImageNet in words, while its folders are called n01440764: found by ImageNet's own names.
     return None if len(names) == 1000 and names[0].startswith("tench") else names
 
 
 def _size(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `input_size`, and `crop_pct` where it is not the default of that size."""
+    """Return `input_size`, and `crop_pct` where it is not the default of our evaluation."""
+    from data_loading.transforms import default_crop_pct  # torchvision, which hubconf does without
+
     resized, cropped = (_sides(processor.get(name)) for name in ("size", "crop_size"))
     cropped = cropped if processor.get("do_center_crop", False) else []
-    if not (resized or cropped):
+    if not resized:
         return {}
-    size, crop_pct = cropped or resized, processor.get("crop_pct")
-    if cropped and resized:
+    size = cropped or resized
+    if cropped:
         crop_pct = min(1.0, min(cropped) / min(resized))
-    elif min(size) >= NO_CROP:
-        crop_pct = None
-    elif len(size) == 2:  # resized as a whole
-        crop_pct = 1.0
-    return {"input_size": size} | ({} if crop_pct in (None, CROP_PCT) else {"crop_pct": crop_pct})
+    elif len(size) == 2 or min(size) >= NO_CROP:
+        crop_pct = None  # the whole image is resized
+    else:
+        crop_pct = processor.get("crop_pct") or CROP_PCT
+    if crop_pct == default_crop_pct(size):
+        return {"input_size": size}
+    # Evaluation resizes the whole image at some sizes only; at others 1.0 is nearest to it.
+    return {"input_size": size, "crop_pct": crop_pct or 1.0}
 
 
 def _sides(size: Any) -> list[int]:
     """Return one or two sides in pixels; [] if the size is of another kind."""
+    if isinstance(size, list):
+        return [int(side) for side in size]
     if not isinstance(size, dict):
         return [] if size is None else [int(size)]
     if "shortest_edge" in size:
@@ -80,11 +89,12 @@ def _sides(size: Any) -> list[int]:
 
 
 def _mean_and_std(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `mean` and `std` of images in 0 to 1; {} if the file does not tell them."""
+    """Return `mean` and `std` of images in 0 to 1; {} if the file lacks them."""
     found = [processor.get(name) for name in ("image_mean", "image_std")]
     found = found if processor.get("do_normalize", True) else [0.0, 1.0]
     if None in found:
         return {}
-    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    factor = processor.get("rescale_factor") if processor.get("do_rescale", True) else 1
+    factor = 1 / 255 if factor is None else factor
     mean, std = (value if isinstance(value, list) else [value] for value in found)
     return {"mean": [x / (255 * factor) for x in mean], "std": [x / (255 * factor) for x in std]}

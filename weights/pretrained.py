@@ -23,7 +23,7 @@ from weights.fit import find_classifier, fit_weights
 from weights.saved_run import SavedRun, read_saved_run
 
 EMA_KEY = "model_ema|state_dict_ema"
-PARAMETERS = ("weight", "bias")  # ends of their names; other tensors may hold Inf, as masks do
+PARAMETERS = ("weight", "bias")  # last parts of names; other tensors may hold Inf, as masks do
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm; with NaN every output would be NaN
 TOO_LARGE = (
     "the rms of its pointwise weights is %.2f, where 0.02 to 0.1 is usual; the official code's "
@@ -121,8 +121,8 @@ class Pretrained:
         check_weights(model, state, self.path, absent)
 
     def check_values(self) -> None:
-        """Raise UserError if weights are not finite, as `load` does; it needs no model."""
-        names = [name for name in self.state if name.endswith(PARAMETERS + STATISTICS)]
+        """Raise UserError if weights or statistics are not finite; it needs no model."""
+        names = [name for name in self.state if name.split(".")[-1] in PARAMETERS + STATISTICS]
         check_finite({name: self.state[name] for name in names}, self.path)
 
     def _fit(

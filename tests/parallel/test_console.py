@@ -93,5 +93,5 @@ def test_errors_that_end_a_run_are_in_it(log, tmp_path, capsys):
     text = (tmp_path / "console.log").read_text()
     assert "Traceback" in text
     assert "ZeroDivisionError: a bug" in text
-    assert "interrupted before anything was saved" in text
+    assert "interrupted; checkpoints are intact" in text
     assert os.linesep.join(lines(tmp_path)[-1:]) in capsys.readouterr().err

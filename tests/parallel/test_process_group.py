@@ -114,7 +114,7 @@ def fail(error: BaseException):
     [
         (UserError("got 3, expected 4"), 2, "error: got 3, expected 4\n"),
         (TrainingStopped("10 updates in a row"), 1, "error: 10 updates in a row\n"),
-        (KeyboardInterrupt(), 130, "interrupted before anything was saved"),
+        (KeyboardInterrupt(), 130, "interrupted; checkpoints are intact"),
     ],
 )
 def test_user_errors_are_one_line_and_an_exit_code(capsys, error, code, message):
