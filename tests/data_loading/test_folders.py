@@ -183,7 +183,10 @@ def test_class_that_links_to_nowhere_or_upward_is_an_error(tmp_path, target, pla
 HIDDEN = [".ipynb_checkpoints/1.png", ".Trash-1000/files/2.png", "@eaDir/3.png", "__MACOSX/4.png"]
 HIDDEN += ["$RECYCLE.BIN/5.png", "System Volume Information/6.png", "lost+found/7.png"]
 HIDDEN += ["#recycle/8.png", "._1.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg"]
-HIDDEN += ["recup_dir.1/f123.png", "Recup_dir.27/f4.png"]
+HIDDEN += ["recup_dir.1/f123.png", "Recup_dir.27/f4.png", "#snapshot/1.png", "@Recycle/2.png"]
+HIDDEN += ["@Recently-Snapshot/3.png", "RECYCLER/4.png", "found.000/5.png", "@tmp/6.png"]
+HIDDEN += ["Network Trash Folder/7.png", "Temporary Items/8.png", "__pycache__/a.pyc", "Icon\r"]
+HIDDEN += ["ehthumbs.db"]
 
 
 def test_hidden_and_system_folders_are_no_data(tmp_path, place):
@@ -191,13 +194,14 @@ def test_hidden_and_system_folders_are_no_data(tmp_path, place):
     nested = [f"a/{name}" for name in HIDDEN] + [f"b/deep/{name}" for name in HIDDEN]
     root = plant(tmp_path / "data", ["a/1.png", "b/deep/2.png", *HIDDEN, *nested])
     link(root / ".cache", tmp_path / "nowhere")
+    link(root / ".store", tmp_path)
     index = list_images(root, True, place)
     assert relative(index, root) == ["a/1.png", "b/deep/2.png"]
     assert index.classes == ("a", "b")
     assert relative(list_images(root, False), root) == ["a/1.png", "b/deep/2.png"]
-    assert index.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 1}
+    assert index.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 2}
     again = list_images(root, True, place)
-    text = "; left out 46 files and folders: 46 hidden or system"
+    text = "; left out 80 files and folders: 80 hidden or system"
     assert folders.ImageFiles(again).describe_list() == text
 
 
@@ -207,12 +211,13 @@ def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
     files += [f"a/{n}.xml" for n in range(3)] + ["a/README", "b/x.tar.gz", "b/v.a-long-name-of-it"]
     root = plant(tmp_path / "data", files)
     link(root / "b" / "gone", tmp_path / "nowhere")
+    link(root / "b" / "more.txt", root / "list.txt")
     with pytest.MonkeyPatch.context() as patch:  # whatever is installed here
         patch.setattr(listing, "extensions", lambda: formats.EXTENSIONS)
         data = folders.ImageFiles(list_images(root, True, place))
     assert data.describe_list() == (
-        "; left out 109 files and folders: 100 .heic (not readable here: pip install pillow-heif), "
-        "3 .xml, 2 without extension, 1 .gz, 1 .txt and 2 more"
+        "; left out 110 files and folders: 100 .heic (not readable here: pip install pillow-heif), "
+        "3 .xml, 2 .txt, 2 without extension, 1 .gz and 2 more"
     )
     left_out = data.samples.metadata["left_out"]
     assert (left_out[listing.OUTSIDE], left_out[listing.NOWHERE]) == (1, 1)
@@ -220,9 +225,25 @@ def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
 
 def test_only_some_extensions_are_counted_one_by_one(tmp_path):
     root = plant(tmp_path, ["a/1.png", *(f"a/scan.{n:04d}" for n in range(300))])
+    plant(root, [f"b/scan.{n:04d}" for n in range(300)])
     left_out = list_images(root, False).metadata["left_out"]
     assert len(left_out) == listing.MAX_KINDS + 1
-    assert left_out[listing.OTHERS] == 300 - listing.MAX_KINDS
+    assert left_out[listing.OTHERS] == 2 * (300 - listing.MAX_KINDS)
+    names = ("a.h", "a.", "a." + "b" * 11, "a." + "b" * 12)
+    unnamed = listing.NO_EXTENSION
+    assert [*map(listing.reason_of, names)] == [".h", unnamed, "." + "b" * 11, unnamed]
+
+
+def test_one_thing_that_is_left_out_is_told_in_the_singular():
+    described = [
+        listing.describe_left_out({kind: n}) for kind in (".txt", "hidden") for n in (1, 2)
+    ]
+    assert described == [
+        "; left out 1 file: 1 .txt",
+        "; left out 2 files: 2 .txt",
+        "; left out 1 file or folder: 1 hidden",
+        "; left out 2 files and folders: 2 hidden",
+    ]
 
 
 def test_list_without_images_says_what_was_found(tmp_path):
@@ -261,7 +282,9 @@ def test_unreadable_folder_is_skipped_and_logged(tmp_path, monkeypatch, log):
         return scan(folder)
 
     monkeypatch.setattr(listing, "scan", guarded)
-    assert len(list_images(root, True)) == 2
+    index = list_images(root, True)
+    assert len(index) == 2
+    assert index.metadata["left_out"] == {listing.UNREADABLE: 1}
     assert f"skipped folder {root}/a/secret: [Errno 13] Permission denied" in log.text
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 
 import pytest
+from timm.data import ImageNetInfo
 
 from data_loading.labels import Head, class_names, find_positions
 from errors import UserError
@@ -48,10 +49,20 @@ def test_names_that_are_not_one_to_one_with_labels():
         (["0", "1", "10", "11", "2"], Head("it.pth", None, 12), [0, 1, 10, 11, 2]),
         (["n01440764", "n15075141"], Head("it.pth", None, 1000), [0, 999]),  # ImageNet's ends
         (["n01443537"], Head("it.pth", None, 1000), [1]),
+        (["n01440764", "n15075141"], Head("it.pth", None, 2), [0, 1]),  # not of all of ImageNet
+        (["ant", "bee"], Head("it.pth"), [0, 1]),
     ],
 )
 def test_position_of_each_label_in_the_head(names, head, positions):
     assert find_positions(names, head, "val") == positions
+
+
+def test_all_of_imagenet_is_matched_by_name_and_only_with_weights_that_may_be_its():
+    names = ImageNetInfo().label_names()
+    assert find_positions(names[::-1], Head("it.pth", None, 1000), "val") == [*range(1000)][::-1]
+    others = [f"class {number}" for number in range(1000)]
+    with pytest.raises(UserError, match="does not know: n01440764"):
+        find_positions(names[:1], Head("it.pth", others, 1000), "val")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gc
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -233,7 +234,8 @@ def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad)
     if on_bad == "error":
         assert str(data[0, 4]).startswith(f"cannot read image {name} (")
     else:
-        assert data[0, 4].bad[0][0].removeprefix("image ") == name
+        ((found, reason),) = data[0, 4].bad
+        assert (found.removeprefix("image "), reason) == (name, "bad")
     Files.samples = Files.samples[:2]  # something else then
     assert data.name_of(4) == "image number 4"
 
@@ -813,6 +815,22 @@ def test_file_that_a_data_set_cannot_decode_itself_is_a_bad_image(tmp_path, faul
             return image if lazy else image.convert("RGB")
 
     assert isinstance(TransformedDataset(Own(0), to_tensor, 0)[0, 4], BadImage)
+
+
+DECODERS = {"PIL.ImageFile": "load", "PIL.XyzImagePlugin": "read", "PIL.Image": "open"}
+DAMAGES = [OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error]
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, Image.DecompressionBombError])
+def test_error_of_a_decoder_is_a_bad_image_whatever_its_kind(kind):
+    """PIL raises them for files that a data set of one's own opens."""
+    for module, function in {**DECODERS, "PIL.Image2": "open"}.items():
+        inside = {"__name__": module, "kind": kind}
+        exec(f"def {function}(index):\n    raise kind('damaged')", inside)
+        data = type("Own", (Slow,), {"__getitem__": lambda self, i, f=inside[function]: f(i)})(0)
+        error = TransformedDataset(data, to_tensor, 0)[0, 4]
+        assert isinstance(error, BadImage) == (module in DECODERS)
+        assert "damaged" in str(error)
 
 
 def test_wrong_use_of_pil_is_an_error_of_the_data_set():
