@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import chaos
 from errors import EXIT_REQUEUE, Preempted, TrainingStopped
@@ -315,6 +316,52 @@ def test_stop_while_no_batch_comes_counts_bad_steps_and_reads_nothing():
     with pytest.raises(TrainingStopped, match="11 bad steps in a row"):
         run()
     assert [each.global_step for each in saved] == [1]
+
+
+@pytest.mark.parametrize("place", ["start", "within a step", "evaluation", "new epoch"])
+def test_stop_while_no_batch_comes_saves_the_last_step(place):
+    """Not the images of an unfinished step, nor an epoch that is not evaluated."""
+    guard = SimpleNamespace(stepper=SimpleNamespace(drop_window=lambda: None))
+    guard.check, saved, listed = lambda state: "", [], []
+    checkpoints = CheckpointManager(
+        lambda state, **_: saved.append(state), before_save=lambda: listed.append(1)
+    )
+    state, meters = TrainState(2, 6, epoch_sums={"guard": 7}), Means(["loss"], "cpu")
+    sums = {}
+
+    def run() -> None:
+        with checkpoints:
+            if place == "start":
+                raise NoMoreBatches
+            meters.update(4, loss=torch.tensor(2.0))
+            state.global_step, state.samples_in_epoch = 7, 4
+            checkpoints.after_step(state, meters, guard)
+            sums.update(meters.state())
+            if place == "within a step":
+                meters.update(2, loss=torch.tensor(9.0))
+                state.samples_in_epoch += 2
+            else:
+                meters.total()  # which moves the sums
+                sums.update(meters.state())
+                state.end_epoch()
+            if place == "new epoch":
+                checkpoints.end_epoch(state)
+            raise NoMoreBatches
+
+    with pytest.raises(Preempted) as stop:
+        run()
+    if place == "start":
+        assert "stopped before the first step, since no batch came; nothing to save" in str(stop)
+        assert saved == []
+        return
+    assert "checkpoint saved. Exit code 75: rerun the same command" in str(stop)
+    found, expected = saved[-1], (3, 7, 0) if place == "new epoch" else (2, 7, 4)
+    assert (found.epoch, found.global_step, found.samples_in_epoch) == expected
+    assert len(listed) == len(saved) == 1 + (place == "new epoch")
+    means = {} if place == "new epoch" else {"means": sums}
+    assert found.epoch_sums == {"guard": 7} | means
+    if place == "evaluation":
+        assert state.epoch_sums == {"guard": 7}
 
 
 def test_saves_every_so_many_steps():
