@@ -580,6 +580,18 @@ def test_models_and_versions_are_listed(kind, capsys):
     assert re.match(r"convnextv2-toolkit \S+, Python 3\.\d+\.\d+, torch \d+\.", text)
 
 
+def test_sizes_wait_for_the_checkpoint_of_the_folder(tmp_path, capsys):
+    """The stem stride of a run is known once its checkpoint is read."""
+    words = ["--data_set", "DIGITS", "--input_size", "16", "--output_dir"]
+    for folder in (tmp_path, tmp_path / "new", "none"):
+        with pytest.raises(SystemExit):
+            options.parse(options.finetune_parser(), [*words, str(folder)])
+        assert "--input_size: got 16 16, expected at least 32" in capsys.readouterr().err
+    (tmp_path / "checkpoint-0.pth").touch()
+    options.parse(options.finetune_parser(), [*words, str(tmp_path)])
+    options.parse(options.finetune_parser(), [*words, "none", "--model", "my.nets:tiny"])
+
+
 def test_help_tells_which_checkpoint_is_evaluated():
     """--resume said the opposite of what --eval does."""
     said = {kind: " ".join(PARSERS[kind]().format_help().split()) for kind in PARSERS}
