@@ -58,10 +58,10 @@ def _size(processor: Mapping[str, Any]) -> dict[str, Any]:
     """Return `input_size`, and `crop_pct` where it is not the default of that size."""
     resized, cropped = (_sides(processor.get(name)) for name in ("size", "crop_size"))
     cropped = cropped if processor.get("do_center_crop", False) else []
-    if not (resized or cropped):
+    if not resized:
         return {}
     size, crop_pct = cropped or resized, processor.get("crop_pct")
-    if cropped and resized:
+    if cropped:
         crop_pct = min(1.0, min(cropped) / min(resized))
     elif min(size) >= NO_CROP:
         crop_pct = None
