@@ -2,6 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Official flags parse; wrong flags are refused with an error that says how to fix them."""
 
+import argparse
 import copy
 import pickle
 import re
@@ -540,7 +541,9 @@ def test_help_shows_25_everyday_flags_and_help_all_the_others(kind, columns, cap
     monkeypatch.setenv("COLUMNS", str(columns))
     short = answer(capsys, PARSERS[kind](), "--help")
     assert answer(capsys, PARSERS[kind](), "-h") == short
-    assert short.startswith("usage: ")
+    usage, *text = short.splitlines()
+    assert re.fullmatch(r"usage: \S+ \[FLAGS\]", usage)
+    assert f"  python main_{kind}.py --recipe digits_{kind} --output_dir runs/digits" in text
     shown = set(options_in(short)) - {"help", "version", "list_models"}
     assert len(shown) == 25
     assert {"model", "data_path", "output_dir", "epochs", "lr"} <= shown
@@ -576,6 +579,36 @@ def test_models_and_versions_are_listed(kind, capsys):
     assert len(set(names)) == len(names) >= 8
     text = answer(capsys, PARSERS[kind](), "--version")
     assert re.match(r"convnextv2-toolkit \S+, Python 3\.\d+\.\d+, torch \d+\.", text)
+
+
+def test_sizes_wait_for_the_checkpoint_of_the_folder(tmp_path, capsys):
+    """The stem stride of a run is known once its checkpoint is read."""
+    words = ["--data_set", "DIGITS", "--input_size", "16", "--output_dir"]
+    for folder in (tmp_path, tmp_path / "new", "none"):
+        with pytest.raises(SystemExit):
+            options.parse(options.finetune_parser(), [*words, str(folder)])
+        assert "--input_size: got 16 16, expected at least 32" in capsys.readouterr().err
+    (tmp_path / "checkpoint-0.pth").touch()
+    options.parse(options.finetune_parser(), [*words, str(tmp_path)])
+    for more in ("--model=my.nets:tiny", "--resume=a.pth", "--finetune=a.pth"):
+        options.parse(options.finetune_parser(), [*words, "none", more])
+
+
+def test_paths_that_a_run_stores_are_absolute(tmp_path, monkeypatch):
+    """Files to read only where they exist: others may name a hub's model, or a user's own data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    args = {"output_dir": "run", "log_dir": "none", "data_path": "data", "resume": "timm:name"}
+    args |= {"finetune": "", "data_index": None, "eval_data_path": None, "seed": 3}
+    own = {"output_dir": str(tmp_path / "run"), "data_path": str(tmp_path / "data")}
+    assert options.absolute_paths(args) == args | own
+
+
+def test_given_flags_are_those_of_the_command_line():
+    args = options.parse(options.finetune_parser(), ["--data_set", "DIGITS", "--lr", "1"])
+    assert args.given == args.replace(lr=2.0).given == {"data_set", "lr"}
+    plain = argparse.Namespace(**vars(args))
+    assert options.finalize(plain).given == vars(args).keys()
 
 
 def test_help_tells_which_checkpoint_is_evaluated():

@@ -234,3 +234,11 @@ def test_network_of_timm_loads_its_own_weights(name):
     model = timm.create_model(name, num_classes=3)
     state, _ = fit_weights(model, timm.create_model(name, num_classes=3).state_dict())
     assert state.keys() == model.state_dict().keys()
+
+
+def test_autoencoder_of_ones_own_keeps_its_decoder():
+    """Names of its encoder do not make it a classifier that needs the encoder alone."""
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
+    state, report = fit_weights(model, model.state_dict())
+    assert state.keys() == model.state_dict().keys()
+    assert report.dropped == []

@@ -106,6 +106,7 @@ def test_evaluation_matches_classes_by_the_names_of_the_folder(tmp_path, capsys)
     [
         (labels(["LABEL_0", "LABEL_1", "LABEL_2"]), None),
         (labels(["LABEL_0", "ant", "bee"]), ["LABEL_0", "ant", "bee"]),
+        (labels(["tench", "ant", "bee"]), ["tench", "ant", "bee"]),  # ImageNet has 1000
         ({"label2id": {"ant": 2, "bee": 0, "cat": 1}}, ["bee", "cat", "ant"]),
         (labels(["crane", "crane", "ant"]), None),  # one could not be found by name
         (labels(["ant", "bee"]), None),  # of another head

@@ -90,8 +90,21 @@ def test_decoder_of_another_network_is_no_fcmae():
     model = torch.nn.ModuleDict(
         {"encoder": torch.nn.Linear(2, 2), "decoder": torch.nn.Linear(2, 2)}
     )
-    with pytest.raises(UserError, match=r"1 unexpected \(a\)$"):
-        load_weights(model, {"a": torch.zeros(1)}, "a.pth")
+    for name in ("a", "mask_token"):
+        with pytest.raises(UserError, match=rf"1 unexpected \({name}\)$"):
+            load_weights(model, {name: torch.zeros(1)}, "a.pth")
+
+
+def test_incomplete_decoder_is_no_reason():
+    state = autoencoder().state_dict()
+    del state["mask_token"]
+    with pytest.raises(UserError, match=r"1 missing \(mask_token\)$"):
+        load_weights(autoencoder(), state, "a.pth")
+
+
+def test_network_without_a_classifier_misses_none():
+    with pytest.raises(UserError, match=r"2 missing \(norm.weight, norm.bias\)$"):
+        load_weights(classifier(num_classes=0), autoencoder().encoder.state_dict(), "a.pth")
 
 
 def test_head_that_may_be_new_is_not_the_reason(saved):

@@ -42,8 +42,9 @@ def changed(args: argparse.Namespace, flags: dict | None, **how) -> dict:
 def test_flags_come_from_the_checkpoint_unless_they_are_given(caplog):
     """With Inception's mean evaluated by ImageNet's, 100% became 45%."""
     own = NARROW | {"model": "convnextv2_atto"}
+    more = {"lr": 7.0, "seed": 3, "patch_size": 16}
     with caplog.at_level(logging.INFO):
-        assert changed(finetune("--resume", "it.pth"), NARROW | {"lr": 7.0, "seed": 3}) == own
+        assert changed(finetune("--resume", "it.pth"), NARROW | more) == own
     (record,) = caplog.records
     assert record.getMessage() == (
         "taken from it.pth: --model convnextv2_atto --stem_stride 2 --in_chans 1 "
@@ -160,6 +161,8 @@ def test_weights_without_flags_tell_the_shape(name):
     with torch.device("meta"):
         weights = create_model(name, in_chans=2, stem_stride=1).state_dict()
     own = {"model": name.removeprefix("fcmae_"), "in_chans": 2, "stem_stride": 1}
+    count = None if name.startswith("fcmae_") else 1000  # of create_model
+    assert read_saved_run({}, "it.pth", weights).head.count == count
     assert changed(finetune("--resume", "x"), None, weights=weights) == own
     assert changed(pretrain("--resume", "x"), None, weights=weights) == own | {"patch_size": 8}
     assert changed(finetune(), None, weights={"conv1.weight": torch.zeros(1)}) == {}
@@ -177,6 +180,8 @@ def test_resumed_pretraining_keeps_its_decoder_and_patches():
     kept = NARROW.keys() - {"crop_pct"}
     assert new == {name: expected[name] for name in (*kept, "patch_size")}
     assert changed(pretrain("--resume", "x"), {"stem_stride": 2})["patch_size"] == 16
+    assert "patch_size" not in changed(pretrain("--patch_size", "32"), {"stem_stride": 2})
+    assert changed(pretrain("--resume", "x"), {"in_chans": 1}) == {"in_chans": 1}
 
 
 def test_sizes_are_checked_after_they_are_known():
