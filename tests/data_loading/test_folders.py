@@ -151,10 +151,14 @@ def test_images_with_two_labels_by_links_are_counted(tmp_path, place):
     link(root / "c" / "3.png", root / "b" / "3.png")  # counted already
     link(root / "c" / "6.png", other / "6.png")
     link(root / "d", other)  # shares 6.png and 7.png
+    link(tmp_path / "alias.png", other / "7.png")
+    link(root / "e" / "chain.png", tmp_path / "alias.png")  # counted already
+    link(root / "e" / "four.png", tmp_path / "four.png")
+    link(tmp_path / "four.png", root / "b" / "4.png")
     data = folders.ImageFiles(list_images(root, True, place))
-    assert len(data) == 6 + 4 + 2 + 3
+    assert len(data) == 6 + 4 + 2 + 3 + 2
     assert data.describe_list() == (
-        "; left out 1 file or folder: 1 hidden or system; in two classes, by links: 3 images"
+        "; left out 1 file or folder: 1 hidden or system; in two classes, by links: 4 images"
     )
     assert list_images(root, False).metadata["shared"] == 0
 

@@ -371,6 +371,14 @@ def test_failures_are_counted_whatever_the_epochs_between(in_background):
         epochs(manager, 40)
 
 
+def test_epoch_whose_save_ends_the_run_is_reported():
+    """Its accuracy, perhaps of hours, was shown nowhere."""
+    reports, manager = [], CheckpointManager(Saves(True), max_failures=0)
+    with pytest.raises(TrainingStopped, match="1 save in a row failed"):
+        manager.end_epoch(TrainState(epoch=1), report=lambda: reports.append("shown"))
+    assert reports == ["shown"]
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 def test_any_error_of_a_write_is_a_failed_save(in_background, log):
     """A lack of memory, or a value that torch.save does not know, must not end the run."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from config import parser as options
+from config.parser import ROOT
 from training.checkpoint import TrainState
 from training.report import count_epochs, describe_progress, last_line, plain
 
@@ -36,18 +37,22 @@ def test_metrics_of_a_user_become_plain_numbers(tmp_path):
     """A checkpoint that holds NumPy's cannot be read, and log.txt took no float32."""
     stats = {"loss": 1 / 3, "nan": math.nan, "f1": np.float64(0.25), "kappa": np.float32(0.5)}
     stats |= {"auc": torch.tensor(0.75), "counts": np.arange(2), "where": Path("a")}
+    stats |= {"classes": {np.int64(3): np.float32(0.5)}, 5: (1, torch.ones(1).to_sparse())}
     torch.save(plain(stats), tmp_path / "a.pth")
     found = torch.load(tmp_path / "a.pth", weights_only=True)
     assert math.isnan(found.pop("nan"))
     expected = {"loss": 1 / 3, "f1": 0.25, "kappa": 0.5, "auc": 0.75, "counts": [0, 1]}
-    assert found == expected | {"where": "a"}
+    sparse = found.pop("5")
+    assert sparse[0] == 1
+    assert "layout=torch.sparse_coo" in sparse[1]  # as text
+    assert found == expected | {"where": "a", "classes": {"3": 0.5}}
 
 
 def test_no_epoch_is_above_the_last():
     assert [count_epochs(finished, 2) for finished in range(3)] == ["1/2", "2/2", "2/2"]
 
 
-def test_last_line_names_folder_best_epoch_and_next_command():
+def test_last_line_names_folder_best_epoch_and_next_command(monkeypatch):
     state = TrainState(5)
     assert state.update_best({"best": 50.0}) == ["best"]
     state.epoch = 4
@@ -59,6 +64,8 @@ def test_last_line_names_folder_best_epoch_and_next_command():
         f"runs/x: 5 of 5 epochs are done; {best}; next: "
         "python main_finetune.py --config runs/x/args.yaml --eval"
     )
+    monkeypatch.chdir("docs")  # the scripts are not in the current folder
+    assert f"next: python {ROOT / 'main_finetune.py'} --config" in last_line(FINETUNE, RUN, state)
     fewer = last_line(FINETUNE.replace(epochs=2), RUN, state)
     assert fewer.startswith("runs/x: 5 epochs are done, more than --epochs 2; best top-1 81.25% in")
     state.best_epochs = {}  # of a run of an earlier version

@@ -110,6 +110,8 @@ def test_evaluation_matches_classes_by_the_names_of_the_folder(tmp_path, capsys)
         ({"label2id": {"ant": 2, "bee": 0, "cat": 1}}, ["bee", "cat", "ant"]),
         (labels(["crane", "crane", "ant"]), None),  # one could not be found by name
         (labels(["ant", "bee"]), None),  # of another head
+        (labels(["class_0", "class_1", "class_2"]), None),  # of export.py, without names
+        ({"id2label": {"1": "ant", "2": "bee", "3": "cat"}}, None),
         ({"id2label": {}}, None),
         ([], None),
         (None, None),
@@ -140,6 +142,18 @@ def test_names_of_an_encoder_or_of_imagenet_in_words_do_not_count(tmp_path):
             {"input_size": [64, 64], "crop_pct": 0.8},
         ),
         ({"crop_size": {"height": 32, "width": 32}}, {"input_size": [64], "crop_pct": 0.5}),
+        (
+            {"size": {"shortest_edge": 512}, "crop_size": {"height": 448, "width": 448}}
+            | {"do_center_crop": True},
+            {"input_size": [448, 448], "crop_pct": 0.875},  # where no crop is the default
+        ),
+        ({"size": {"shortest_edge": 32}}, {"input_size": [32], "crop_pct": 0.5}),
+        (
+            {"size": {"shortest_edge": 32}, "crop_pct": None},
+            {"input_size": [32], "crop_pct": 0.875},
+        ),
+        ({"size": {"height": 32, "width": 32}}, {"input_size": [32, 32]}),
+        ({"size": [64, 48]}, {"input_size": [64, 48], "crop_pct": 1.0}),
         ({"size": {"longest_edge": 64}}, {}),
     ],
 )
@@ -153,6 +167,7 @@ def test_size_and_crop(tmp_path, changes, flags):
     [
         ({"do_normalize": False}, [0], [1]),
         ({"image_mean": 0.5, "image_std": 0.25}, [0.5], [0.25]),
+        ({"rescale_factor": None, "image_mean": 0.5, "image_std": 0.25}, [0.5], [0.25]),
         ({"do_rescale": False, "image_mean": [51.0], "image_std": [51.0]}, [0.2], [0.2]),
         ({"rescale_factor": 2 / 255, "image_mean": [1.0], "image_std": [1.0]}, [0.5], [0.5]),
     ],
@@ -167,7 +182,6 @@ def test_mean_and_std_are_those_of_images_in_0_to_1(tmp_path, changes, mean, std
     [
         ("config.json", "{"),
         ("config.json", '{"id2label": {"a": "b"}}'),
-        ("config.json", '{"id2label": {"1": "b"}}'),
         ("preprocessor_config.json", '{"size": "big"}'),
         ("preprocessor_config.json", '{"image_mean": ["x"], "image_std": [1]}'),
         ("preprocessor_config.json", '{"image_mean": 1, "image_std": 1, "rescale_factor": 0}'),
@@ -192,10 +206,13 @@ def test_other_files_beside_json_files_are_read_as_they_are(tmp_path):
     assert read_checkpoint(folder / "pytorch_model.bin")["classes"] == NAMES
 
 
-@pytest.mark.parametrize("more", [["--crop_pct", "0.7"], []])
-def test_exported_folder_tells_the_same_by_its_json_files(tmp_path, more):
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(96, ["--crop_pct", "0.7"]), (96, []), (32, []), (32, ["--crop_pct", "0.875"])],
+)
+def test_exported_folder_tells_the_same_by_its_json_files(tmp_path, size, more):
     """transformers' save_pretrained drops the metadata in which export.py stores the run."""
-    args = {"input_size": [96, 96], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    args = {"input_size": [size, size], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     weights = ConvNeXtV2(*SIZE, num_classes=3).state_dict()
     torch.save({"model": weights, "args": args, "classes": NAMES}, tmp_path / "a.pth")
     words = [str(tmp_path / "a.pth"), "--to", "hf", "--output", str(tmp_path / "hf"), *more]

@@ -121,6 +121,9 @@ def rewrite(index: Path, **files: str) -> None:
 def test_incomplete_or_odd_parts_are_refused(sharded, tmp_path):
     index = sharded / "model.safetensors.index.json"
     text = index.read_text()
+    whole = tmp_path / "model-00001-of-00001.safetensors"  # as whole as any other
+    save_file({"a": torch.ones(1)}, whole)
+    assert read_checkpoint(whole).keys() == {"a"}
     with pytest.raises(UserError, match="--sha256 needs a file"):
         read_checkpoint(index, "0" * 64)
     rewrite(index, more=sorted({*json.loads(text)["weight_map"].values()})[0])
@@ -307,7 +310,7 @@ class Normed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bn, self.head = torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3)
-        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+        self.register_buffer("mask_bias", torch.tensor([0.0, float("-inf")]))
 
 
 def test_buffers_with_inf_load_and_ruined_statistics_do_not(tmp_path):
@@ -315,6 +318,7 @@ def test_buffers_with_inf_load_and_ruined_statistics_do_not(tmp_path):
     huge = {"head.weight": torch.full((3, 2), 3e38)}  # finite, though their sum is not
     torch.save(Normed().state_dict() | huge, tmp_path / "a.pth")
     load_pretrained(Normed(), str(tmp_path / "a.pth"), new=())
+    read_pretrained(str(tmp_path / "a.pth")).check_values()
     ruined = Normed().state_dict() | {"bn.running_mean": torch.tensor([0.0, float("nan")])}
     torch.save(ruined, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"NaN or Inf in bn\.running_mean: "):
