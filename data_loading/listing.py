@@ -180,7 +180,7 @@ class FolderWalk:
             return names, {}
         real = real.rstrip("/")  # of the root of all folders
         folders = {name: f"{real}/{name}" for name in names.folders}
-        if self.linked and not self._is_visited_anyway(real):  # another link may lead here too
+        if not self._is_visited_anyway(real):  # another link may lead here too
             folders = {name: target for name, target in folders.items() if self._enter(target)}
         for name in sorted(names.links):
             target = os.path.realpath(os.path.join(path, name))

@@ -55,6 +55,18 @@ def test_split_is_always_the_same_and_has_class_names():
     assert split(Listed(9, 9), 0.3, True).classes == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_each_class_of_two_or_more_images_gives_to_both_parts(fraction):
+    train, val = parts(Listed(*[2, 5] * 20), fraction)
+    assert [label for _, label in val] == [*range(40)]
+    assert len(train) == 20 * (1 + 4)
+
+
+def test_split_of_a_version_is_that_of_later_ones():
+    """A resumed run would be evaluated on images that it was trained on."""
+    assert [i for i, _ in parts(Listed(20), 0.3)[1]] == [0, 2, 9, 16]
+
+
 def test_class_of_one_image_is_trained_on():
     train, val = parts(Listed(1, 4), 0.5)
     assert (0, 0) in train
@@ -69,7 +81,9 @@ def test_data_set_without_listed_labels_is_split_as_a_whole():
     assert sorted(train + val) == [*range(100)]
 
 
-@pytest.mark.parametrize("targets", [["a", "b"] * 5, [{"box": 1}] * 10, [[1], [1, 2]] * 5])
+@pytest.mark.parametrize(
+    "targets", [["a", "b"] * 5, [{"box": 1}] * 10, [[1], [1, 2]] * 5, [[1, 2]] * 10]
+)
 def test_labels_of_other_kinds_do_not_matter(targets):
     data = Listed(10)
     data.targets = targets
@@ -108,6 +122,10 @@ def test_folders_without_evaluation_data(data_set, folder, photos):
     assert labels == {"ant": 0, "bee": 1}
     values = [val[0, i][0].float().mean().item() for i in range(len(val))]
     assert len(set(values)) == len(val)  # other images, and not all the same one
+    held = sorted({name.split("/")[-1] for name in names[1]})
+    assert held == ["4.png", "6.png"]  # in later versions too
+    _, few, _ = datasets.build_datasets(parse(*words, "--val_split", 0.001))
+    assert [label for _, label in few.dataset.samples] == [0, 1]
     (photos / "val" / "ant").mkdir(parents=True)
     if data_set == "IMNET":
         with pytest.raises(UserError, match="has a folder val/; drop --val_split"):
