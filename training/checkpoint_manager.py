@@ -140,8 +140,8 @@ class CheckpointManager:
         self.problem = ""  # why the last save failed, '' if it did not
         self.last: LastStep | None = None
         # Ranks that wait for a batch and were asked to stop are counted, in another round after one
-        # of them got its batch. All ranks are in the same phase: they meet between two of them.
-        self.phase, self.round, self.counted = 0, 0, False
+        # of them got its batch.
+        self.round, self.counted = 0, False
 
     def __enter__(self) -> "CheckpointManager":
         self.signals.__enter__()
@@ -167,22 +167,17 @@ class CheckpointManager:
 
         The first one to find that all wait, or to get a batch after all, decides the round for all.
         """
-        if not self.counted and (arrived or not self.signals.read()[1]):
+        if not self.signals.read()[1]:
             return
-        step = self.last.state.global_step if self.last else 0
-        phase = f"stop at step {step}, phase {self.phase}"
-        while agree(place := f"{phase}, round {self.round}", "") == "continue":
-            self.round, self.counted = self.round + 1, False  # another rank got a batch
-        if arrived:
-            self.counted = False
-            if agree(place, "continue") == "continue":
-                return
-        else:
+        while agree(place := f"stop without a batch, round {self.round}", "") == "continue":
+            self.round, self.counted = self.round + 1, False
+        if not arrived:
             waiting = count_ranks(place, int(not self.counted))
             self.counted = True
-            if waiting < get_world_size() or agree(place, "stop") == "continue":
+            if waiting < get_world_size():
                 return
-        raise NoMoreBatches("asked to stop, and no batch comes")
+        if agree(place, "continue" if arrived else "stop") == "stop":
+            raise NoMoreBatches("asked to stop, and no batch comes")
 
     def _save_last_step(self) -> None:
         """Save the progress of the last optimizer step, and stop."""
@@ -233,7 +228,6 @@ class CheckpointManager:
             self._stop(state)
         sums = meters.recent.clone()
         self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard, meters, sums)
-        self.phase, self.round, self.counted = self.phase + 1, 0, False
 
     def end_epoch(
         self,
@@ -263,7 +257,6 @@ class CheckpointManager:
             self._stop(state)
         guard = self.last.guard if self.last else None
         self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard)
-        self.phase, self.round, self.counted = self.phase + 1, 0, False
         if last and self.problem:
             raise TrainingStopped(
                 f"training is complete, but could not be saved: {self.problem}; correct "

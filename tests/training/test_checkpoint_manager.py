@@ -319,13 +319,19 @@ def test_stop_while_no_batch_comes_counts_bad_steps_and_reads_nothing():
 
 
 @pytest.mark.parametrize("place", ["start", "within a step", "evaluation", "new epoch"])
-def test_stop_while_no_batch_comes_saves_the_last_step(place):
+def test_stop_while_no_batch_comes_saves_the_last_step(place, monkeypatch):
     """Not the images of an unfinished step, nor an epoch that is not evaluated."""
-    guard = SimpleNamespace(stepper=SimpleNamespace(drop_window=lambda: None))
-    guard.check, saved, listed = lambda state: "", [], []
-    checkpoints = CheckpointManager(
-        lambda state, **_: saved.append(state), before_save=lambda: listed.append(1)
-    )
+    saved, listed, dropped, failures = [], [], [], []
+
+    def save(state: TrainState, **_: object) -> None:
+        if failures:
+            raise failures.pop()
+        saved.append(state)
+
+    guard = SimpleNamespace(stepper=SimpleNamespace(drop_window=lambda: dropped.append(1)))
+    guard.check = lambda state: ""
+    checkpoints = CheckpointManager(save, before_save=lambda: listed.append(1))
+    monkeypatch.setattr(checkpoint_manager, "PAUSE", 0.0)
     state, meters = TrainState(2, 6, epoch_sums={"guard": 7}), Means(["loss"], "cpu")
     sums = {}
 
@@ -346,6 +352,7 @@ def test_stop_while_no_batch_comes_saves_the_last_step(place):
                 state.end_epoch()
             if place == "new epoch":
                 checkpoints.end_epoch(state)
+            failures.append(OSError("full"))  # once: the last save is repeated
             raise NoMoreBatches
 
     with pytest.raises(Preempted) as stop:
@@ -358,6 +365,7 @@ def test_stop_while_no_batch_comes_saves_the_last_step(place):
     found, expected = saved[-1], (3, 7, 0) if place == "new epoch" else (2, 7, 4)
     assert (found.epoch, found.global_step, found.samples_in_epoch) == expected
     assert len(listed) == len(saved) == 1 + (place == "new epoch")
+    assert dropped == [1]
     means = {} if place == "new epoch" else {"means": sums}
     assert found.epoch_sums == {"guard": 7} | means
     if place == "evaluation":

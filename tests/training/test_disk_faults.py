@@ -308,6 +308,8 @@ def test_failed_save_says_what_was_written_what_to_do_and_what_is_intact(tmp_pat
         ".pth; raise the largest size of a file (ulimit -f); checkpoint-0.pth and earlier "
         "checkpoints are intact)"
     ]
+    build_checkpoint_manager(args, tmp_path / "gone", run.parts()).end_epoch(TrainState(epoch=3))
+    assert log.messages[-1].endswith("put it back; earlier checkpoints are intact)")
 
 
 def parse_args(folder: Path) -> argparse.Namespace:
