@@ -581,7 +581,7 @@ def test_models_and_versions_are_listed(kind, capsys):
     assert re.match(r"convnextv2-toolkit \S+, Python 3\.\d+\.\d+, torch \d+\.", text)
 
 
-def test_sizes_wait_for_the_checkpoint_of_the_folder(tmp_path, capsys):
+def test_sizes_wait_for_the_checkpoint_of_the_folder(tmp_path, capsys, monkeypatch):
     """The stem stride of a run is known once its checkpoint is read."""
     words = ["--data_set", "DIGITS", "--input_size", "16", "--output_dir"]
     for folder in (tmp_path, tmp_path / "new", "none"):
@@ -589,6 +589,9 @@ def test_sizes_wait_for_the_checkpoint_of_the_folder(tmp_path, capsys):
             options.parse(options.finetune_parser(), [*words, str(folder)])
         assert "--input_size: got 16 16, expected at least 32" in capsys.readouterr().err
     (tmp_path / "checkpoint-0.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):  # a new folder, not this one
+        options.parse(options.finetune_parser(), words[:-1])
     options.parse(options.finetune_parser(), [*words, str(tmp_path)])
     for more in ("--model=my.nets:tiny", "--resume=a.pth", "--finetune=a.pth"):
         options.parse(options.finetune_parser(), [*words, "none", more])

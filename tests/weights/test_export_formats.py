@@ -193,8 +193,8 @@ BAD = {  # words after the checkpoint -> what the message must name
     "crop elsewhere": ("--to onnx --crop_pct 0.9", "--crop_pct"),
     "name": ("--to onnx --output a.pth", "ends in .onnx"),
     "three sides": ("--to onnx --input_size 1 2 3", "--input_size"),
-    "size by name": ("--to onnx --model convnextv2_tiny", "found in its weights; drop it"),
-    "own network": ("--to timm --model tests.tiny:other", "use one of onnx, torchscript, pt2, s"),
+    "size by name": ("--to onnx --model convnextv2_tiny", "--model convnextv2_tiny: the size"),
+    "own network": ("--to timm --model tests.tiny:other", ":other: --to timm is for Conv"),
     "own half": ("--to onnx --half --model tests.tiny:other", "drop --half or --model"),
     "two choices": ("--to timm --use_ema --model_key x", "--model_key x"),
 }
