@@ -236,7 +236,7 @@ def test_log_of_finetuning(tmp_path, monkeypatch):
     assert "tests.tiny:classifier: 0.00M parameters" in built.text
     assert "peak lr 0.01, precision none" in built.text
     assert (
-        f"{tmp_path / 'run'}: 2 of 2 epochs are done; best top-1 50.00% in epoch 1, " in built.text
+        f"{tmp_path / 'run'}: 2 of 2 epochs done; best top-1 50.00% in epoch 1, " in built.text
     )
     assert (tmp_path / "run" / "checkpoint-1.pth").exists()
 
@@ -249,7 +249,7 @@ def test_log_of_pretraining(tmp_path, monkeypatch):
     assert "tests.tiny:fcmae: 0.01M parameters" in built.text
     assert "2 of 4 patches visible: mask ratio 0.500" in built.text
     assert "peak lr 0.01, precision none" in built.text
-    assert f"{tmp_path / 'run'}: 2 of 2 epochs are done; train_loss 1.0000 in" in built.text
+    assert f"{tmp_path / 'run'}: 2 of 2 epochs done; train_loss 1.0000 in" in built.text
     assert [path.name for path in (tmp_path / "run" / "reconstructions").iterdir()] == [
         "epoch-1.png"
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import command, is_pretraining
+from errors import plural
 from training.checkpoint import TrainState
 
 Record = dict[str, float]
@@ -123,9 +124,9 @@ def next_command(args: Any, path: Path) -> str:
 
 def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
-    done = f"{state.epoch} of {args.epochs} epochs are done"
+    done = f"{state.epoch} of {plural(args.epochs, 'epoch')} done"
     if state.epoch > args.epochs:  # resumed with fewer
-        done = f"{state.epoch} epochs are done, more than --epochs {args.epochs}"
+        done = f"{plural(state.epoch, 'epoch')} done, more than --epochs {args.epochs}"
     result = describe_result(state)
     if not (state.best or is_pretraining(vars(args))):
         result += f"{', ' * bool(result)}not evaluated"

@@ -435,6 +435,6 @@ def test_script_without_error_prints_nothing_to_stderr(tmp_path):
     words = [*PRETRAIN, *QUICK, "--output_dir", tmp_path / "run"]
     codes, out, errors = ends(start_script([ROOT] * 2, "main_pretrain.py", *words))
     assert codes == [0, 0]
-    assert "1 of 1 epochs are done" in out[0]
+    assert "1 of 1 epoch done" in out[0]
     assert out[1] == ""
     assert errors == ["", ""]

@@ -316,7 +316,7 @@ def test_preempted_local_job_is_requeued_and_ends_with_the_same_weights(tmp_path
     log = tmp_path / number / f"{number}_0_log.out"
     wait(lambda: log.exists() and " step 2/" in log.read_text())
     os.kill(int(number), signal.SIGTERM)
-    wait(lambda: "2 of 2 epochs are done" in log.read_text())
+    wait(lambda: "2 of 2 epochs done" in log.read_text())
     assert "asked to stop (SIGTERM)" in log.read_text()
     assert "resumed from" in log.read_text()
     words = [*PRETRAIN, "--batch_size", 3, "--kernels", "torch", "--output_dir", tmp_path / "whole"]

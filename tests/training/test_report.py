@@ -61,13 +61,13 @@ def test_last_line_names_folder_best_epoch_and_next_command(monkeypatch):
     state.update_best({"best": 60.0})
     best = "best top-1 81.25% in epoch 4, best-ema top-1 70.00% in epoch 4"
     assert last_line(FINETUNE, RUN, state) == (
-        f"runs/x: 5 of 5 epochs are done; {best}; next: "
+        f"runs/x: 5 of 5 epochs done; {best}; next: "
         "python main_finetune.py --config runs/x/args.yaml --eval"
     )
     monkeypatch.chdir("docs")  # the scripts are not in the current folder
     assert f"next: python {ROOT / 'main_finetune.py'} --config" in last_line(FINETUNE, RUN, state)
     fewer = last_line(FINETUNE.replace(epochs=2), RUN, state)
-    assert fewer.startswith("runs/x: 5 epochs are done, more than --epochs 2; best top-1 81.25% in")
+    assert fewer.startswith("runs/x: 5 epochs done, more than --epochs 2; best top-1 81.25% in")
     state.best_epochs = {}  # of a run of an earlier version
     assert "; best top-1 81.25%, best-ema top-1 70.00%; nothing saved" in last_line(
         FINETUNE, None, state
@@ -77,12 +77,12 @@ def test_last_line_names_folder_best_epoch_and_next_command(monkeypatch):
 def test_last_line_of_pretraining_has_its_loss_and_names_what_uses_the_weights():
     state = TrainState(5, stats={"train_loss": 0.51234})
     assert last_line(PRETRAIN, RUN, state) == (
-        "runs/x: 5 of 5 epochs are done; train_loss 0.5123 in epoch 5; next: "
+        "runs/x: 5 of 5 epochs done; train_loss 0.5123 in epoch 5; next: "
         "python visualize.py --checkpoint runs/x, or "
         "python main_finetune.py --finetune runs/x --data_path FOLDER_OF_CLASSES"
     )
     older = TrainState(5)  # a run of an earlier version, which stored no values
-    assert last_line(PRETRAIN, RUN, older).startswith("runs/x: 5 of 5 epochs are done; next: ")
+    assert last_line(PRETRAIN, RUN, older).startswith("runs/x: 5 of 5 epochs done; next: ")
     assert "are done; not evaluated; next: " in last_line(FINETUNE, RUN, older)
     unsaved = PRETRAIN.replace(save_ckpt=False)
     assert last_line(unsaved, RUN, state).endswith("nothing saved")

@@ -104,7 +104,7 @@ def test_interrupted_run_continues_with_the_folder_it_named(tmp_path):
     log = (tmp_path / folder / "console.log").read_text()
     assert log.endswith(done.stdout)
     assert log.count("--- ") == 2
-    assert done.stdout.splitlines()[-1].startswith(f"{folder}: 2 of 2 epochs are done; train_loss")
+    assert done.stdout.splitlines()[-1].startswith(f"{folder}: 2 of 2 epochs done; train_loss")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [Path(folder).name]
 
 
