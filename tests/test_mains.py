@@ -235,9 +235,7 @@ def test_log_of_finetuning(tmp_path, monkeypatch):
     assert log(built) == [stats | {"epoch": epoch} for epoch in range(2)]
     assert "tests.tiny:classifier: 0.00M parameters" in built.text
     assert "peak lr 0.01, precision none" in built.text
-    assert (
-        f"{tmp_path / 'run'}: 2 of 2 epochs done; best top-1 50.00% in epoch 1, " in built.text
-    )
+    assert f"{tmp_path / 'run'}: 2 of 2 epochs done; best top-1 50.00% in epoch 1, " in built.text
     assert (tmp_path / "run" / "checkpoint-1.pth").exists()
 
 

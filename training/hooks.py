@@ -48,7 +48,7 @@ class Hook:
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         """Called at the end of an epoch, after its save, with the values for log.txt.
 
-        A resumed run calls it again if the process ended before all hooks were told.
+        A resumed run calls it again if the process ended before all hooks were called.
         """
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:

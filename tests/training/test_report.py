@@ -83,7 +83,7 @@ def test_last_line_of_pretraining_has_its_loss_and_names_what_uses_the_weights()
     )
     older = TrainState(5)  # a run of an earlier version, which stored no values
     assert last_line(PRETRAIN, RUN, older).startswith("runs/x: 5 of 5 epochs done; next: ")
-    assert "are done; not evaluated; next: " in last_line(FINETUNE, RUN, older)
+    assert "done; not evaluated; next: " in last_line(FINETUNE, RUN, older)
     unsaved = PRETRAIN.replace(save_ckpt=False)
     assert last_line(unsaved, RUN, state).endswith("nothing saved")
     code = last_line(PRETRAIN.replace(model="a.b:c"), RUN, state)
