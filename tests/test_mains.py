@@ -319,6 +319,9 @@ def test_run_for_other_channels_starts_from_the_weights_alone(script, tmp_path, 
     expected = first[stem].sum(1, keepdim=True)
     assert torch.equal(built.inner.state_dict()[stem], expected)
     assert "--in_chans 1: only the weights of" in built.text
+    assert "are loaded; training starts at epoch 1\n" in built.text
+    words = f"--epochs 3 --resume {tmp_path / 'gray'}"  # its channels need not be given
+    assert build(script, words, tmp_path / "more", monkeypatch).epochs == [2]
     with pytest.raises(UserError, match="was trained with --in_chans 3 and cannot resume with 1"):
         build(script, "--in_chans 1", tmp_path / "rgb", monkeypatch)
 
