@@ -170,16 +170,16 @@ TRANSIENT += [errno.EAGAIN, errno.ETIMEDOUT]
 
 
 class Stalling(Dataset):
-    """Reading fails so many times with this error."""
+    """Reading a file fails so many times with this error."""
 
-    def __init__(self, number: int, times: int) -> None:
-        self.number, self.times = number, times
+    def __init__(self, number: int, times: int, file: str = "a.png") -> None:
+        self.number, self.times, self.file = number, times, file
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         noise = torch.randint(0, 200, (1,)).item()
         if self.times > 0:
             self.times -= 1
-            raise OSError(self.number, os.strerror(self.number), "a.png")
+            raise OSError(self.number, os.strerror(self.number), self.file)
         return Image.new("RGB", (4, 4), (noise, 0, 0)), 0
 
 
@@ -201,15 +201,17 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EINVAL])
-@pytest.mark.parametrize("listed", [True, False])
-def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number, listed):
-    """It is a bad image if the data set lists the file, or an error of the data set's own code."""
+@pytest.mark.parametrize(
+    ("file", "bad"), [("listed.raw", True), ("other.PNG", True), ("labels.csv", False)]
+)
+def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number, file, bad):
+    """It is a bad image if the file is one, else an error of the data set's own code."""
     monkeypatch.setattr("data_loading.bad_images.time.sleep", lambda seconds: 1 / 0)
-    files = Stalling(number, 1)
-    files.samples = [(Path("a.png" if listed else "b.png"), 0)] * 9
+    files = Stalling(number, 1, file)
+    files.samples = [(Path("listed.raw"), 0)] * 9
     error = TransformedDataset(files, to_tensor, 0)[0, 4]
-    assert isinstance(error, BadImage) == listed
-    assert ("The data set raised it:" in str(error)) != listed
+    assert isinstance(error, BadImage) == bad
+    assert ("The data set raised it:" in str(error)) != bad
 
 
 FORMS = {  # an entry of `samples`, and what the image is called
