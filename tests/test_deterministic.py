@@ -36,7 +36,7 @@ def differing(ours: Any, theirs: Any, name: str = "") -> list[str]:
     if isinstance(ours, list | tuple):
         pairs = zip(ours, theirs, strict=True)
         return [d for i, (a, b) in enumerate(pairs) for d in differing(a, b, f"{name}.{i}")]
-    return [] if ours == theirs else [name]
+    return [] if repr(ours) == repr(theirs) else [name]  # NaN is not equal to itself
 
 
 def final(folder: Path) -> dict:

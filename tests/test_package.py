@@ -53,6 +53,7 @@ print(len(names), sorted(own & set(sys.modules)))
     assert int(count) > 60
 
 
+@pytest.mark.slow
 def test_commands_run_the_scripts(folder):
     (package,) = importlib.metadata.distributions(path=[str(folder / "site")])
     names = [entry.name for entry in package.entry_points]

@@ -488,6 +488,7 @@ def test_docs_state_the_result_that_the_recipe_states(name):
     assert cell == (found[1] if found else "—")
 
 
+@pytest.mark.slow
 def test_run_logs_its_recipe_and_effective_batch(tmp_path):
     words = "--recipe atto_ft --model tests.tiny:classifier --data_set tests.tiny:colors --aa none"
     words += " --input_size 16 --stem_stride 1 --epochs 1 --batch_size 4 --effective_batch 16"

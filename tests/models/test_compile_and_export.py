@@ -143,6 +143,7 @@ def test_whole_training_step_compiles_without_a_graph_break(traced_backward, bui
     assert losses[1] == pytest.approx(losses[0], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_compiled_step_with_fused_adamw_breaks_nowhere_but_in_torchs_optimizer(traced_backward):
     """`Optimizer.step` breaks the graph itself; the model is one graph with eager's numbers."""
     runs = []
@@ -388,6 +389,7 @@ def test_compiled_inference_is_one_graph(build, without):
         assert torch.allclose(loss(compiled), wanted)
 
 
+@pytest.mark.slow
 def test_new_batch_size_makes_one_graph_for_all():
     """An autotuner key made from the batch size would compile again for each."""
     model, _ = classifier()

@@ -140,6 +140,7 @@ def test_each_block_is_computed_twice_and_only_in_training(case, branches):
     assert len(branches) == 2 * blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dense", "packed"])
 def test_compiled_network_is_one_graph_and_the_same(case):
     model, inputs = build(case, sizes=SHALLOW)

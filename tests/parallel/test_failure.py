@@ -309,6 +309,7 @@ def test_rank_that_exits_by_itself_ends_the_others(tmp_path, code):
     assert started.output(0) == (f"program.py: error [rank 0]: {why}\n" if code else "")
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_machines_ends_on_both(tmp_path):
     """torchrun itself ends only the processes of the machine of the failed rank."""
     program = tmp_path / "program.py"

@@ -364,6 +364,7 @@ def test_local_array_runs_every_recipe(tmp_path):
         assert f"seed: {seed}\n" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="python has no -P yet")
 def test_job_does_not_import_from_the_current_folder(tmp_path):
     for name in ("utils", "parallel", "config"):

@@ -122,6 +122,7 @@ def test_signal_saves_at_the_next_update_and_asks_to_be_requeued(whole, tmp_path
     assert f", step {steps}\n" in (tmp_path / "run.txt").read_text()  # resumed from there
 
 
+@pytest.mark.slow
 def test_time_that_is_up_stops_as_a_signal_does_and_the_rest_is_the_same(whole, tmp_path):
     script, folder, seconds = whole
     minutes = str(seconds / 60 / 20)

@@ -185,6 +185,7 @@ def test_changed_flags_are_listed_and_those_of_another_run_are_refused():
 # --- disks ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", list(chaos.RUNS))
 def test_run_goes_on_while_its_folder_is_gone_and_saves_when_it_is_back(tmp_path, script):
     folder, gone = tmp_path / "run", tmp_path / "gone"
