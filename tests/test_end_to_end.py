@@ -230,7 +230,7 @@ def test_number_of_workers_changes_nothing(script, tmp_path):
         "--amp bf16",
         "--amp fp16 --clip_grad 1",
         "--opt lamb --use_amp true",
-        "--compile true --disable_eval true --epochs 1",
+        pytest.param("--compile true --disable_eval true --epochs 1", marks=pytest.mark.slow),
     ],
 )
 def test_precisions_optimizers_and_compile_train(words, pretrained, tmp_path):

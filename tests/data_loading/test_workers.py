@@ -371,6 +371,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", COMMANDS)
 def test_run_continues_without_bad_images_and_lists_them(tmp_path, script):
     """The same weights and the same list for any number of workers and processes."""

@@ -337,6 +337,7 @@ def test_torchrun_on_two_machines_ends_on_both(tmp_path):
     assert "error [rank 1]: rank 2 has failed: ZeroDivisionError: for a reason" in errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "meets"), [(0, False), (0, True), (1, True)])
 def test_rank_that_is_killed_ends_the_others(tmp_path, number, meets):
     if meets:

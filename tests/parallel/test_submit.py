@@ -332,6 +332,7 @@ def wait(ready, seconds: float = 100) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_local_job_is_followed_to_its_end(tmp_path):
     words = [*PRETRAIN, *LOCAL, "--epochs", 1, "--job_dir", tmp_path / "job"]
     done = run("submitit_pretrain.py", *words)

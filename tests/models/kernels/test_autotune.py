@@ -431,6 +431,7 @@ def two(data_path: str, train: bool) -> tiny.Colors:
     return tiny.Colors(2)
 
 
+@pytest.mark.slow
 def test_run_with_triton_in_the_interpreter_trains():
     pytest.importorskip("triton")
     words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton", "--batch_size", 2]
