@@ -237,9 +237,7 @@ def train(
         if state.epoch == epochs or state.epoch % args.eval_every == 0:
             tested = test()
             stats |= {f"val_{key}": value for key, value in tested.items()}
-        stats = format_stats(
-            {k: v for k, v in stats.items() if not math.isnan(v)}
-        )  # mixed: no class_acc
+        stats = format_stats(stats, top5=True)
         rate = updates * batches.batch_size / seconds[-1]
         line = f"{title} {state.epoch}/{epochs}  {stats}  {rate:.0f} img/s"
         print(line, file=sys.stderr, flush=True)
