@@ -85,9 +85,8 @@ def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None 
     if nb_classes is not None:
         names = class_names(dataset) or ()
         some = f"{len(names)} of " * (0 < len(names) < nb_classes)
-        classes = f" of {some}{plural(nb_classes, 'class')}" + f" ({first_few(names)})" * bool(
-            names
-        )
+        classes = f" of {some}{plural(nb_classes, 'class')}"
+        classes += f" ({first_few(names)})" if names else ""
     height, width = height_and_width(args.input_size)
     files = dataset.dataset if isinstance(dataset, Part) else dataset
     remarks = files.describe_list() if isinstance(files, ImageFiles) else ""

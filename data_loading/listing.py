@@ -162,6 +162,7 @@ class FolderWalk:
             yield from self._walk(f"{folder}/{name}", target)
 
     def _note_links(self, names: Names, folder: str, real: str) -> None:
+        """Note real paths: of links in a folder of the class, of all images in a linked folder."""
         is_own, linked = real == f"{self.real_root}/{folder}", set(names.linked)
         for name in names.linked if is_own else names.images:
             path = f"{real}/{name}"

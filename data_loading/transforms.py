@@ -214,7 +214,8 @@ def create_eval_transform(
 ) -> T.Compose:
     """Create a bicubic resize of the shorter side to size / crop_pct and a center crop.
 
-    Default crop_pct: `default_crop_pct`; None resizes the whole image to the size.
+    Without crop_pct it is `default_crop_pct` of the size; if that is None too, the whole image is
+    resized to the size.
     """
     from timm.data import create_transform
 

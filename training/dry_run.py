@@ -74,7 +74,7 @@ def check_run(run: PlannedRun) -> None:
     weights and the optimizer state are useless afterwards.
     """
     get_logger().info("dry run: this takes about a minute and writes nothing to --output_dir")
-    problems: list[str] = []  # of data and shared memory the same on all ranks
+    problems: list[str] = []  # those of data and of shared memory are the same on all ranks
     size = run.args.in_chans * math.prod(height_and_width(run.args.input_size))  # as uint8
     fits = check_shared_memory(problems, run, size)  # first: loaders fail if it is full
     unfit = len(problems)

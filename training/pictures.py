@@ -68,7 +68,7 @@ class ReconstructionImages:
         self.images: Tensor | None = None  # (N, C, H, W), normalized
 
     def read(self, model: FCMAE) -> None:
-        """Read the images, for the first drawing: a run can be stopped by then."""
+        """Read the images. The first drawing does it, since signals are handled by then."""
         images, _, ids = self.loader.reload(0, self.ids)
         h, w = model.grid_size(*images.shape[-2:])
         noise = mask_noise(self.seed, 0, ids, h * w)

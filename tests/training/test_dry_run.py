@@ -324,8 +324,15 @@ def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatc
     """Docker's 64 MB: a loader process could not send its first batches."""
     Usage, asked = namedtuple("Usage", "total used free"), []
     free = 5 * 6 * 3 * 16 * 16 - 1
-    usage = lambda path: asked.append(str(path)) or Usage(2 * free, free, free)  # noqa: E731
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
+
+    def set_usage(*sizes: int) -> None:
+        def usage(path: Path) -> Usage:
+            asked.append(str(path))
+            return Usage(*sizes)
+
+        monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
+
+    set_usage(2 * free, free, free)
     assert dry("pretrain", "--num_workers", 2) == 1
     assert (
         "/dev/shm     22.5 KiB for batches of loader processes, 22.5 KiB of 45.0 KiB free" in said()
@@ -336,8 +343,7 @@ def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatc
     )
     assert "skipped      speed and time: batches do not fit in /dev/shm" in said()
     assert asked[0] == "/dev/shm"
-    usage = lambda path: asked.append(str(path)) or Usage(0, 0, 3 * free)  # noqa: E731
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", usage)
+    set_usage(0, 0, 3 * free)
     words = ["--data_set", "tests.training.test_dry_run:floats", "--num_workers", 2]
     assert dry("pretrain", *words) == 1
     assert "1. /dev/shm: 90.0 KiB for batches of loader processes, 67.5 KiB of" in said()

@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -349,7 +350,8 @@ def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_pat
     """The checkpoint is written first."""
     reporter = hooks.Reporter([hooks.ImageHook(tmp_path)], CPU, TrainState(epoch=3), 9, 3, 1)
     for value in (0.0, 1.0):
-        reporter.image("dreams", lambda: torch.full((3, 2, 2), value), only_missing=True)  # noqa: B023
+        draw = partial(torch.full, (3, 2, 2), value)
+        reporter.image("dreams", draw, only_missing=True)
     assert read_image(str(tmp_path / "dreams" / "epoch-2.png")).max() == 0
     reporter.image("dreams", lambda: torch.ones(3, 2, 2))
     assert read_image(str(tmp_path / "dreams" / "epoch-2.png")).max() == 255
