@@ -1,0 +1,142 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Flags that name a function with its arguments, such as `focal(gamma=2)`, and sums of them.
+
+python -c "from config.calls import parse_sum; print(parse_sum('0.5 * focal(gamma=2) + bce'))"
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from errors import UserError
+
+_FACTOR = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*")
+_NAME = re.compile(r"[A-Za-z_][\w.:/-]*")
+_CLOSING = {"(": ")", "[": "]"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name and its arguments: `factor * name(args, key=value)[options]`."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    factor: float = 1.0
+    options: tuple[Any, ...] = ()  # in square brackets
+
+    def __str__(self) -> str:
+        words = [*map(repr, self.args), *(f"{name}={x!r}" for name, x in self.kwargs.items())]
+        return f"{self.name}({', '.join(words)})" if words else self.name
+
+
+def parse_call(text: str, flag: str) -> Call:
+    """Read `name` or `name(1, key=value)`; values are Python literals, or words without quotes.
+
+    A UserError names the flag and points at the character.
+    """
+    calls = parse_sum(text, flag)
+    if len(calls) > 1 or calls[0].factor != 1 or calls[0].options:
+        raise UserError(f"{flag}: got {text!r}, expected one name, perhaps with (arguments)")
+    return calls[0]
+
+
+def parse_sum(text: str, flag: str) -> list[Call]:
+    """Read terms joined by `+`, each a call with an optional factor before and options after it.
+
+    `0.5 * focal(gamma=2) + bce`, `linear(0, 1)[0.1] + cosine(1, 0)[0.9, fixed]`; errors: as in
+    `parse_call`.
+    """
+    return list(_Reader(text, flag).terms())
+
+
+class _Reader:
+    """Reads a text from left to right; `place` is the next character."""
+
+    def __init__(self, text: str, flag: str) -> None:
+        self.text, self.flag, self.place = text, flag, 0
+
+    def terms(self) -> Iterator[Call]:
+        while True:
+            self.skip_spaces()
+            factor = self.take(_FACTOR)
+            name = self.take(_NAME) or self.fail("expected a name")
+            args, kwargs = self.brackets("(")
+            options, named = self.brackets("[")
+            if named:
+                self.fail("expected values without names in [ ]", self.place - 1)
+            yield Call(name[0], args, kwargs, float(factor[1]) if factor else 1.0, options)
+            if self.place == len(self.text):
+                return
+            if self.text[self.place] != "+":
+                self.fail("expected '+' or the end")
+            self.place += 1
+
+    def skip_spaces(self) -> None:
+        while self.text[self.place : self.place + 1].isspace():
+            self.place += 1
+
+    def take(self, pattern: re.Pattern) -> re.Match | None:
+        found = pattern.match(self.text, self.place)
+        self.place = found.end() if found else self.place
+        return found
+
+    def brackets(self, opening: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read the values in brackets, if they open here, and the spaces after them."""
+        self.skip_spaces()
+        start, args, kwargs = self.place, (), {}
+        if self.text[start : start + 1] == opening:
+            self.place = self.end_of_brackets() + 1
+            args, kwargs = self.values(start)
+        self.skip_spaces()
+        return args, kwargs
+
+    def end_of_brackets(self) -> int:
+        """Return the place where the bracket that opens here is closed; quotes are passed over."""
+        start, depth, quote = self.place, 0, ""
+        for place in range(start, len(self.text)):
+            letter = self.text[place]
+            if quote:
+                quote = quote if letter != quote else ""
+            elif letter in "'\"":
+                quote = letter
+            elif letter in "([{":
+                depth += 1
+            elif letter in ")]}":
+                depth -= 1
+                if depth == 0 and letter != _CLOSING[self.text[start]]:
+                    self.fail(f"expected {_CLOSING[self.text[start]]!r}", place)
+                if depth == 0:
+                    return place
+        self.fail(f"{self.text[start]!r} is not closed", start)
+
+    def values(self, start: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the values between the brackets that open at `start`."""
+        try:
+            call = ast.parse(f"f({self.text[start + 1 : self.place - 1]})", mode="eval").body
+        except (SyntaxError, ValueError) as error:  # its columns count from 1, and from `f(`
+            place = start + (getattr(error, "offset", None) or 2) - 2
+            self.fail("expected values separated by commas", max(start, place))
+        if any(word.arg is None for word in call.keywords):
+            self.fail("expected values separated by commas", start)
+        args = tuple(self.value(node, start) for node in call.args)
+        return args, {word.arg: self.value(word.value, start) for word in call.keywords}
+
+    def value(self, node: ast.expr, start: int) -> Any:
+        """Return a literal, or the word of a name, at any depth of lists and tuples."""
+        if isinstance(node, ast.Name):
+            return node.id
+        if isinstance(node, ast.List | ast.Tuple):
+            parts = [self.value(part, start) for part in node.elts]
+            return parts if isinstance(node, ast.List) else tuple(parts)
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            self.fail("expected a number, a word or a list", start - 1 + node.col_offset)
+
+    def fail(self, problem: str, place: int | None = None) -> NoReturn:
+        place = self.place if place is None else place
+        raise UserError(f"{self.flag}: {problem}\n  {self.text}\n  {' ' * place}^")

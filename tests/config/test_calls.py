@@ -1,0 +1,69 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Names with arguments on the command line: what is read, and where an error points."""
+
+import pytest
+
+from config.calls import Call, parse_call, parse_sum
+from errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("focal", Call("focal")),
+        ("focal()", Call("focal")),
+        (" focal( gamma = 2 ) ", Call("focal", kwargs={"gamma": 2})),
+        ("step(0.1, [1, 2e-3])", Call("step", (0.1, [1, 0.002]))),
+        ("timm:resnet50.a1_in1k(k=1)", Call("timm:resnet50.a1_in1k", (), {"k": 1})),
+        ("own.code:f(None, b=True, c=-1)", Call("own.code:f", (None,), {"b": True, "c": -1})),
+        ("f(word, (x, [y]), 'a)b', {'k': 1})", Call("f", ("word", ("x", ["y"]), "a)b", {"k": 1}))),
+    ],
+)  # fmt: skip
+def test_a_call_is_read(text, expected):
+    assert parse_call(text, "--loss") == expected
+
+
+def test_a_sum_has_factors_and_options():
+    assert parse_sum("0.5*focal(gamma=2) + -1e-1 * bce", "--loss") == [
+        Call("focal", kwargs={"gamma": 2}, factor=0.5),
+        Call("bce", factor=-0.1),
+    ]
+    assert parse_sum("linear(0,1)[0.1]+cosine(1, 0) [0.9, fixed]", "--sched") == [
+        Call("linear", (0, 1), options=(0.1,)),
+        Call("cosine", (1, 0), options=(0.9, "fixed")),
+    ]
+
+
+def test_a_call_is_written_as_it_is_read():
+    text = "own.code:f(1, 'word', key=[0.5])"
+    assert parse_call(str(parse_call(text, "--loss")), "--loss") == parse_call(text, "--loss")
+    assert str(Call("focal")) == "focal"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "place"),
+    [
+        ("", "expected a name", 0),
+        ("2", "expected a name", 0),
+        ("focal(gamma=2", "'(' is not closed", 5),
+        ("focal(gamma=2]", "expected ')'", 13),
+        ("focal(gamma=2) bce", "expected '+' or the end", 15),
+        ("focal +", "expected a name", 7),
+        ("focal(gamma=1 2)", "expected values separated by commas", 12),
+        ("focal(gamma=2*x)", "expected a number, a word or a list", 12),
+        ("a(1) + b(1, f(2))", "expected a number, a word or a list", 12),
+        ("focal(**{1: 2})", "expected values separated by commas", 5),
+        ("linear(0,1)[x=2]", "expected values without names in [ ]", 15),
+    ],
+)
+def test_an_error_points_at_the_character(text, problem, place):
+    with pytest.raises(UserError) as error:
+        parse_sum(text, "--sched")
+    assert str(error.value) == f"--sched: {problem}\n  {text}\n  {' ' * place}^"
+
+
+def test_one_call_is_not_a_sum():
+    for text in ("a + b", "2 * a", "a[1]"):
+        with pytest.raises(UserError, match="expected one name"):
+            parse_call(text, "--model")
