@@ -6,7 +6,7 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --stem_stride 
 """
 
 import copy
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
 from errors import UserError, first_few, plural
 from parallel import sharding
-from parallel.process_group import all_reduce_sum, get_logger, get_rank, get_world_size
+from parallel.process_group import get_logger, get_rank, get_world_size
 from training.ema import ModelEma
-from training.meters import Means, accuracy, unusable
+from training.evaluation import Metrics
+from training.meters import accuracy
 from training.setup import TrainLoop
 from training.stepper import autocast
 
@@ -79,16 +80,21 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    data_loader: DeviceLoader, model: nn.Module, device: torch.device, amp: str
-) -> dict[str, float]:
-    """Mean loss and accuracies over the images of all ranks; every image counts once.
+    data_loader: DeviceLoader,
+    model: nn.Module,
+    device: torch.device,
+    amp: str,
+    metrics: Metrics | None = None,
+) -> dict[str, Any]:
+    """Mean loss and metrics over the images of all ranks; every image counts once.
 
     An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
+    metrics: default: top-1 and top-5 accuracy.
     """
     model.eval()
-    means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
-    broken = torch.zeros((), dtype=torch.int64, device=device)
+    metrics = metrics or Metrics()
+    metrics.reset(device)
     sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
     with sharding.unsharded(model) as network:
         for images, labels, _ in data_loader:
@@ -96,28 +102,30 @@ def evaluate(
                 logits = network(images)
             logits = logits.float()
             losses = F.cross_entropy(logits, labels, reduction="none")
-            acc1, acc5 = accuracy(logits, labels, (1, 5))
-            means.update(len(images), loss=losses, acc1=acc1, acc5=acc5)
-            broken += unusable(logits).sum()
-    stats, broken = means.read(), all_reduce_sum(broken).item()
+            metrics.update(logits, labels, losses)
+    count, broken = metrics.reduce()
     if broken:
         text = "NaN or Inf logits for %s, counted as wrong; check weights and images"
         get_logger().warning(text, plural(broken, "image"))
-    if math.isnan(stats["acc1"]):  # no image on any rank
+    if not count:  # on any rank
         reasons = [f"{name} ({reason})" for name, reason in data_loader.bad.items()]
         raise UserError(
             "no image to evaluate on: --on_bad_image skip left out all of them "
             f"({first_few(reasons) or 'on other ranks'}); correct --eval_data_path or "
             "--data_path, or pass --disable_eval"
         )
-    return stats
+    return metrics.values()
 
 
 def evaluate_ema(
-    data_loader: DeviceLoader, model_ema: ModelEma, device: torch.device, amp: str
-) -> dict[str, float]:
+    data_loader: DeviceLoader,
+    model_ema: ModelEma,
+    device: torch.device,
+    amp: str,
+    metrics: Metrics | None = None,
+) -> dict[str, Any]:
     """`evaluate` the EMA weights, on a copy if --model_ema_force_cpu keeps them elsewhere."""
     model = model_ema.module
     if next(model.parameters()).device.type != device.type:
         model = copy.deepcopy(model).to(device)
-    return evaluate(data_loader, model, device, amp)
+    return evaluate(data_loader, model, device, amp, metrics)

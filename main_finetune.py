@@ -29,11 +29,13 @@ from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts
 from training.checkpoint_manager import build_checkpoint_manager
+from training.confusion import report_classes
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
+from training.evaluation import build_metrics
 from training.hooks import build_reporter, log_cost
-from training.report import last_line, plain
+from training.report import describe_evaluation, last_line, plain
 from training.resume import auto_load_model, choose_evaluated
 from training.setup import (
     TrainLoop,
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
         data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
+    metrics = build_metrics(args, nb_classes)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
@@ -113,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
+    state.choose_best(metrics.best, metrics.lower_is_better)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     bad_images = BadImages(
         run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
@@ -123,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
         state,
         guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
         reporter=build_reporter(
-            args, run.output_dir, device, state, steps_per_epoch, top5=nb_classes > 5
+            args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
         ),
         checkpoints=build_checkpoint_manager(
             args, run.output_dir, parts, classes, bad_images.write
@@ -142,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             data_loader_val,
-            lambda batches: evaluate(batches, model_without_ddp, device, amp),
+            lambda batches: evaluate(batches, model_without_ddp, device, amp, metrics),
         )
         return check_run(plan)
 
@@ -155,15 +159,16 @@ def main(args: argparse.Namespace) -> None:
             state.end_epoch()
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             if data_loader_val is not None:
-                test_stats = evaluate(data_loader_val, model_without_ddp, device, amp)
+                test_stats = evaluate(data_loader_val, model_without_ddp, device, amp, metrics)
                 log_stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if args.model_ema_eval:
-                test_stats = evaluate_ema(data_loader_val, model_ema, device, amp)
+                test_stats = evaluate_ema(data_loader_val, model_ema, device, amp, metrics)
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
             state.stats = plain(log_stats)
-            best = {"best": log_stats.get("test_acc1"), "best-ema": log_stats.get("test_acc1_ema")}
+            key = f"test_{metrics.best}"
+            best = {"best": log_stats.get(key), "best-ema": log_stats.get(f"{key}_ema")}
             last, report = state.epoch == args.epochs, loop.reporter.end_epoch
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
     log.info("%s", last_line(args, run.output_dir, state))
@@ -184,18 +189,19 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     model = models.build_classifier(args, nb_classes).to(device)
     if args.compile:
         model.compile()
+    metrics = build_metrics(args, nb_classes)
     bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
     for weights in found:
         weights.load(model, new=())
-        stats = evaluate(data_loader_val, model, device, amp)
+        stats = evaluate(data_loader_val, model, device, amp, metrics)
         images = len(dataset_val) - bad_images.write()
         source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
-        top5 = f"top-5 {stats['acc5']:.2f}%, " if nb_classes > 5 else ""
-        text = f"top-1 {stats['acc1']:.2f}%, {top5}loss {stats['loss']:.4f}"
+        text = describe_evaluation(stats, top5=nb_classes > 5)
         utils.get_logger().info("%s: %s on %s", source, text, plural(images, "image"))
+        report_classes(stats, dataset_val.classes, args.output_dir, weights.key == EMA_KEY)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 

@@ -235,6 +235,11 @@ FLAGS["evaluation and EMA"] = (
     ("--val_split", BELOW_1, 0.0,
      "fraction of the training images to hold out for evaluation; 0: the data has its own"),
     ("--eval_data_path", PATH, None, "folder of the evaluation data; default: by --data_set"),
+    ("--metrics", NAME, None,
+     "metrics such as acc1, f1, \"precision(k=5)\", or package.module:function; default: acc1 "
+     "acc5", "+"),
+    ("--best_metric", NAME, None,
+     "metric of checkpoint-best.pth, or loss for the lowest; default: acc1"),
     ("--model_ema", BOOL, False, "keep an exponential moving average (EMA) of the weights"),
     ("--model_ema_decay", BELOW_1, 0.9999, "EMA decay per optimizer step"),
     ("--model_ema_force_cpu", BOOL, False, "keep the EMA weights in CPU memory"),

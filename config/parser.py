@@ -38,6 +38,8 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("val_split", "eval_data_path", "both give the evaluation data"),
     ("val_split", "disable_eval", "there would be no evaluation"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
+    ("disable_eval", "metrics", "there would be no evaluation"),
+    ("disable_eval", "best_metric", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
 )

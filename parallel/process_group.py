@@ -241,6 +241,23 @@ def all_gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_rows(rows: Tensor) -> Tensor | None:
+    """Concatenate the rows (N, D) of all ranks on rank 0, None on others; all must call it.
+
+    N may differ, and be 0; rank 0 holds all rows twice for a moment, and others only their own.
+    """
+    if get_world_size() == 1:
+        return rows
+    lengths = all_gather(len(rows))
+    padded = rows.new_zeros(max(lengths), rows.shape[1])  # gather needs equal sizes
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in lengths] if is_main_process() else None
+    dist.gather(padded, parts)
+    if parts is None:
+        return None
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
 def broadcast(value: Any) -> Any:
     """Return rank 0's picklable value on every rank; every rank must call it."""
     values = [value]

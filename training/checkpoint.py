@@ -19,6 +19,7 @@ from errors import UserError
 from models.kernels.autotune import autotuner
 from parallel.process_group import get_logger, is_main_process
 from parallel.state_dict import full_state_dict, load_optimizer, optimizer_name
+from training.meters import is_better
 from utils import link, write_atomically
 from weights.files import load_weights, numbered_checkpoints, parse_checkpoint_name
 
@@ -32,13 +33,15 @@ class TrainState:
     epoch: int = 0  # the current epoch, or the next one to run
     global_step: int = 0  # optimizer steps, skipped ones included
     bad_steps: int = 0  # steps that were skipped or rolled back
-    best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> highest accuracy
+    best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> best metric
     samples_in_epoch: int = 0  # images trained on in this epoch, over all ranks
     effective_batch: int = 0  # images in an optimizer step, over all ranks
     epoch_sums: dict[str, Any] = field(default_factory=dict)  # of the meters and the anomaly guard
     images: int = 0  # in the data set
     best_epochs: dict[str, int] = field(default_factory=dict)  # of `best`, counted from 1
     stats: dict[str, Any] = field(default_factory=dict)  # of the last finished epoch, for log.txt
+    best_metric: str = "acc1"  # that `best` holds
+    lower_is_better: bool = False  # of this metric
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
@@ -67,12 +70,23 @@ class TrainState:
         self.epoch, self.samples_in_epoch = self.epoch + 1, 0
         self.epoch_sums.pop("means", None)
 
-    def update_best(self, accuracies: Mapping[str, float | None]) -> list[str]:
-        """Store the highest accuracy of each name; returns the names that have a new one."""
-        known = {name: value for name, value in accuracies.items() if value is not None}
-        improved = [name for name, value in known.items() if value > self.best.get(name, -1.0)]
+    def choose_best(self, metric: str, lower_is_better: bool) -> None:
+        """Set the metric that chooses the best epoch; another one than before starts again."""
+        if metric != self.best_metric and self.best:
+            text = "--best_metric %s (was %s): the next evaluated epoch becomes the best"
+            get_logger().warning(text, metric, self.best_metric)
+            self.best, self.best_epochs = {}, {}
+        self.best_metric, self.lower_is_better = metric, lower_is_better
+
+    def update_best(self, values: Mapping[str, float | None]) -> list[str]:
+        """Store the best value of each name; returns the names that have a new one."""
+        improved = [
+            name
+            for name, value in values.items()
+            if is_better(value, self.best.get(name), self.lower_is_better)
+        ]
         # New ones, since a save that fails puts the old ones back.
-        self.best = self.best | {name: known[name] for name in improved}
+        self.best = self.best | {name: values[name] for name in improved}
         self.best_epochs = self.best_epochs | dict.fromkeys(improved, self.epoch)
         return improved
 

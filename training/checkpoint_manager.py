@@ -232,17 +232,17 @@ class CheckpointManager:
     def end_epoch(
         self,
         state: TrainState,
-        accuracies: Mapping[str, float | None] | None = None,
+        best: Mapping[str, float | None] | None = None,
         last: bool = False,
         report: Callable[[], None] | None = None,
     ) -> None:
         """Save if this epoch is to be saved, or if the last save failed; then report the epoch.
 
-        accuracies: checkpoint name -> value; a new best is written under its name. report: called
+        best: checkpoint name -> value; a new best is written under its name. report: called
         on all ranks after the save, since hooks may fail or hang, and before the run stops.
         """
         self._prepare(state)
-        improved = state.update_best(accuracies or {})
+        improved = state.update_best(best or {})
         numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
         stop = not last and self.vote.exchange_now(*self.signals.read())[1]
         report = report or (lambda: None)

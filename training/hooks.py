@@ -28,8 +28,16 @@ from parallel.console import note
 from parallel.process_group import from_main_process, get_logger, get_world_size
 from training import run_lock
 from training.checkpoint import TrainState, checkpoint_name
+from training.confusion import write_confusion
 from training.meters import Means
-from training.report import Record, count_epochs, format_record, format_short, format_stats
+from training.report import (
+    Record,
+    count_epochs,
+    format_record,
+    format_short,
+    format_stats,
+    log_entry,
+)
 from utils import write_atomically
 
 
@@ -303,11 +311,7 @@ class JsonHook(Hook):
         return self.misses
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in stats.items()
-        }  # NaN is not valid JSON
-        self.content += json.dumps(finite).encode() + b"\n"
+        self.content += json.dumps(log_entry(stats)).encode() + b"\n"
         self.on_end()
 
     def on_end(self) -> None:
@@ -349,7 +353,7 @@ class TensorboardHook(Hook):
             self.folder.mkdir(exist_ok=True)  # fails while the run's own folder is missing
             self.writer = self.open()
         for key, value in stats.items():
-            if key.startswith("test_"):
+            if key.startswith("test_") and isinstance(value, int | float):
                 self._write("add_scalar", f"test/{key[5:]}", value, state.global_step)
         self._write("flush")
 
@@ -400,6 +404,22 @@ class ImageHook(Hook):
         return self.folder / name / f"epoch-{state.epoch - 1}.png"
 
 
+class ConfusionHook(Hook):
+    """Write the confusion matrix of the last evaluation into confusion.csv, if there is one.
+
+    classes: names in the order of the head. That of the EMA weights is confusion-ema.csv.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str] | None) -> None:
+        self.folder, self.classes = folder, classes
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        for ending in ("", "_ema"):
+            if matrix := stats.get(f"test_confusion{ending}"):
+                path = self.folder / f"confusion{ending.replace('_', '-')}.csv"
+                write_confusion(matrix, self.classes, path)
+
+
 def build_reporter(
     args: Any,
     folder: Path | None,
@@ -407,17 +427,24 @@ def build_reporter(
     state: TrainState,
     steps_per_epoch: int,
     top5: bool = True,
+    classes: Sequence[str] | None = None,
 ) -> Reporter:
     """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
 
-    top5: show top-5 accuracies, which say nothing with five classes or fewer.
+    top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
     """
     total_steps = steps_per_epoch * args.epochs
-    open_hooks = partial(_build_hooks, args, folder, top5)
+    open_hooks = partial(_build_hooks, args, folder, top5, classes)
     return Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq, open_hooks)
 
 
-def _build_hooks(args: Any, folder: Path | None, top5: bool, reporter: Reporter) -> list[Hook]:
+def _build_hooks(
+    args: Any,
+    folder: Path | None,
+    top5: bool,
+    classes: Sequence[str] | None,
+    reporter: Reporter,
+) -> list[Hook]:
     state, total_steps = reporter.state, reporter.total_steps
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else `> train.log` needs the lines
     bar = args.progress == "bar" or (args.progress == "auto" and on_terminal)
@@ -428,8 +455,8 @@ def _build_hooks(args: Any, folder: Path | None, top5: bool, reporter: Reporter)
     try:
         if folder:
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
-            files = [JsonHook(folder, state), ImageHook(folder)]
-            at_epoch_end |= files[0].misses
+            files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
+            at_epoch_end |= files[1].misses
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:

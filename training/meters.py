@@ -5,6 +5,7 @@
 python -c "from training import meters; print(meters.Means(['loss'], 'cpu').read())"
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -87,6 +88,13 @@ def accuracy(logits: Tensor, labels: Tensor, topk: Iterable[int] = (1, 5)) -> li
     hits = logits.topk(max(ks), dim=1).indices == labels[:, None]
     hits &= ~unusable(logits)[:, None]
     return [100.0 * hits[:, :k].any(1) for k in ks]
+
+
+def is_better(value: float | None, best: float | None, lower_is_better: bool = False) -> bool:
+    """Compare a metric with its best value so far, None at first; NaN and Inf are never better."""
+    if value is None or not math.isfinite(value):
+        return False
+    return best is None or (value < best if lower_is_better else value > best)
 
 
 def unusable(logits: Tensor) -> Tensor:

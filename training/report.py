@@ -23,6 +23,7 @@ Record = dict[str, float]
 # What a step's line shows in a place of its own; values with other names follow the loss.
 PLACED = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "eta_s")
 PLACED += ("step", "steps")
+MOST_LOGGED = 100  # classes of a confusion matrix in log.txt
 NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "n_parameters")  # in an epoch's line
 
 
@@ -41,6 +42,25 @@ def _plain(value: Any) -> Any:
     with contextlib.suppress(Exception):  # a sparse tensor has none
         return _plain(value.tolist())
     return str(value)
+
+
+def log_entry(stats: Record) -> Record:
+    """Return the values of an epoch for log.txt: None for NaN and Inf, which are not valid JSON.
+
+    Large confusion matrices are left out, since the whole file is written again every epoch.
+    """
+    large = {
+        key
+        for key, value in stats.items()
+        if key.startswith("test_confusion") and len(value) > MOST_LOGGED
+    }
+    return {key: _finite(value) for key, value in stats.items() if key not in large}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [_finite(part) for part in value] if isinstance(value, list) else value
 
 
 def describe_progress(state: TrainState) -> str:
@@ -86,6 +106,7 @@ def format_stats(stats: Record, top5: bool) -> str:
         f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}"
         for key, value in stats.items()
         if key not in NOT_SHOWN
+        and not isinstance(value, list)
         and not undefined(key, value)
         and (top5 or not key.startswith("test_acc5"))
     )
@@ -96,12 +117,28 @@ def undefined(name: str, value: Any) -> bool:
     return name.endswith("class_acc") and math.isnan(value)
 
 
+def describe_metric(name: str, value: float) -> str:
+    """Return a metric with its value: `top-1 81.41%`, `loss 0.8373`, `f1 80.25`."""
+    if name in ("acc1", "acc5"):
+        return f"top-{name[3:]} {value:.2f}%"
+    return f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.4g}"
+
+
+def describe_evaluation(stats: Record, top5: bool) -> str:
+    """Return the metrics of an evaluation that are numbers, the loss last; top5: also top-5."""
+    order = [name for name in stats if name != "loss" and (top5 or name != "acc5")] + ["loss"]
+    return ", ".join(
+        describe_metric(name, stats[name]) for name in order if isinstance(stats[name], int | float)
+    )
+
+
 def describe_result(state: TrainState) -> str:
-    """Return the best accuracies with their epochs, or else the last training loss."""
+    """Return the best metrics with their epochs, or else the last training loss."""
     found = []
     for name, value in state.best.items():
         epoch = state.best_epochs.get(name)  # not stored by earlier versions
-        found.append(f"{name} top-1 {value:.2f}%" + f" in epoch {epoch}" * (epoch is not None))
+        text = f"{name} {describe_metric(state.best_metric, value)}"
+        found.append(text + f" in epoch {epoch}" * (epoch is not None))
     if not found and "train_loss" in state.stats:
         found = [f"train_loss {state.stats['train_loss']:.4f} in epoch {state.epoch}"]
     return ", ".join(found)

@@ -32,7 +32,7 @@ FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "n
 FIXED += ("decoder_depth", "decoder_embed_dim", "val_split")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
-LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing")
+LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
 KEPT = INHERITED | RESUMED
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 

@@ -34,6 +34,7 @@ from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
+from training.evaluation import build_metrics
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
@@ -68,6 +69,8 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
+    if not is_pretraining(vars(args)):
+        build_metrics(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -242,8 +245,9 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     """Return the files of the modules that flags name as `package.module:function`."""
     see_working_folder()
     found = {}
-    for value in map(str, args.values()):
-        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*", value)
+    words = [x for value in args.values() for x in (value if isinstance(value, tuple) else [value])]
+    for word in map(str, words):
+        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*(\(.*\))?", word)
         with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
             spec = importlib.util.find_spec(module[1]) if module else None
             if spec and spec.origin and Path(spec.origin).is_file():

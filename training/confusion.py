@@ -1,0 +1,92 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Results of each class: confusion.csv, a table of the worst classes, the most confused pairs.
+
+python -c "from training import confusion as c; print(c.describe({'confusion': [[3, 1], [0, 4]]}))"
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, plural
+from parallel.process_group import get_logger, is_main_process
+from utils import write_atomically
+
+ROWS, PAIRS = 20, 5  # of a table, and pairs, at most
+NO_ANSWER = "no answer"  # column of images with NaN or Inf outputs
+
+
+def name_classes(count: int, classes: Sequence[str] | None) -> list[str]:
+    """Return the names of classes, or else their numbers."""
+    return list(classes or map(str, range(count)))
+
+
+def write_confusion(
+    matrix: Sequence[Sequence[int]], classes: Sequence[str] | None, path: Path
+) -> None:
+    """Write numbers of images as CSV: a row for each true class, a column for each answer."""
+    names, text = name_classes(len(matrix), classes), io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["true class", *[*names, NO_ANSWER][: len(matrix[0])]])
+    table.writerows([name, *row] for name, row in zip(names, matrix, strict=True))
+    write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
+
+
+def describe(stats: Mapping[str, Any], classes: Sequence[str] | None = None) -> list[str]:
+    """Return the lines of a table of the worst classes, and of the most confused pairs.
+
+    stats: values of an evaluation; no lines without `confusion` or `class_accuracy`.
+    """
+    matrix, counted = stats.get("confusion"), "confusion" in stats
+    rates = [*map(rate, matrix, range(len(matrix)))] if counted else stats.get("class_accuracy")
+    if rates is None:
+        return []
+    names = name_classes(len(rates), classes)
+    tested = [i for i in range(len(rates)) if rates[i] is not None]
+    worst = sorted(tested, key=rates.__getitem__)[:ROWS]
+    width = max(map(len, ["class", *(names[i] for i in worst)]))
+    left_out = f", the worst {ROWS} of {plural(len(tested), 'class')}" * (len(tested) > ROWS)
+    lines = [f"{'class':{width}}{'  images' * counted}  accuracy{left_out}"]
+    for i in worst:
+        images = f"{sum(matrix[i]):8d}" if counted else ""
+        lines.append(f"{names[i]:{width}}{images}  {rates[i]:7.2f}%")
+    return lines + (confused_pairs(matrix, names) if counted else [])
+
+
+def rate(row: Sequence[int], true: int) -> float | None:
+    """Return the accuracy of a class from its row of the matrix; None without images."""
+    return 100 * row[true] / sum(row) if any(row) else None
+
+
+def report_classes(
+    stats: Mapping[str, Any], classes: Sequence[str] | None, folder: str, of_ema: bool
+) -> None:
+    """Log the table of an evaluation, and write its confusion matrix into `folder` if named."""
+    for line in describe(stats, classes):
+        get_logger().info("%s", line)
+    if folder and "confusion" in stats and is_main_process():
+        path = Path(folder, "confusion-ema.csv" if of_ema else "confusion.csv")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_confusion(stats["confusion"], classes, path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path} ({error}); choose another --output_dir"
+            ) from error
+        get_logger().info("%s: images of each true class by answer", path)
+
+
+def confused_pairs(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> list[str]:
+    """Return a line of the most frequent wrong answers."""
+    wrong = [
+        (count, f"{names[true]} as {[*names, NO_ANSWER][answer]}")
+        for true, row in enumerate(matrix)
+        for answer, count in enumerate(row)
+        if count and answer != true
+    ]
+    wrong.sort(key=lambda pair: -pair[0])
+    most = ", ".join(f"{pair} ({count})" for count, pair in wrong[:PAIRS])
+    return [f"most confused: {most}"] if wrong else []

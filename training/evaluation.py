@@ -1,0 +1,269 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The metrics that --metrics names: summed on the device, and reduced once over all ranks.
+
+python -c "from training.evaluation import Metrics; print(Metrics(['f1', 'ece(bins=10)']).names)"
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config.calls import Call, parse_call
+from errors import UserError, first_few, plural, resolve
+from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
+from training.metrics import KINDS, METRICS, Batch, Metric, default_metrics
+from training.report import plain
+
+SPACES = re.compile(r"\s+(?![^(]*\))")  # that are not in brackets
+SHARED = 3  # sums besides those of metrics: loss, images, images without usable outputs
+
+
+class Metrics:
+    """Metrics of an evaluation: exact for any split of its images into batches and ranks.
+
+    words: as for --metrics, such as `f1` or `precision(k=5)`. best: the metric that chooses the
+    best checkpoint, computed too. Without them: `default_metrics(kind)`. outputs: of the model, if
+    known. kind: of the targets, of KINDS. All sums are one tensor, in float64 where the device has
+    it. Metrics of the order of scores, and functions of the user's, need all outputs: rank 0 then
+    gathers (images, outputs + targets) in float32.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str] | None = None,
+        best: str | None = None,
+        outputs: int = 0,
+        kind: str = "classes",
+    ) -> None:
+        self.kind, self.outputs = kind, outputs
+        self.metrics: dict[str, Metric] = {}
+        self.texts: dict[str, str] = {}  # name in log.txt -> as typed
+        for text in words or default_metrics(kind):
+            for word in SPACES.split(text.strip()):
+                self._add(word, "--metrics")
+        self.best = self._choose_best(best or default_metrics(kind)[0])
+        self.lower_is_better = self.best == "loss" or any(
+            metric.best == "lowest"
+            for name, metric in self.metrics.items()
+            if self.best == name or (":" in self.texts[name] and self.best.startswith(f"{name}_"))
+        )
+        self.rows_needed = any(metric.whole for metric in self.metrics.values())
+        self.ranks = max([5, *(metric.ranks for metric in self.metrics.values())])
+
+    @property
+    def names(self) -> list[str]:
+        """Names in log.txt, without `test_`."""
+        return ["loss", *self.metrics]
+
+    def _add(self, text: str, flag: str) -> str:
+        """Add a metric, unless it is there; returns its name in log.txt."""
+        call = parse_call(text, flag)
+        name = log_name(call)
+        if text == "loss" or self.texts.get(name) == str(call):
+            return name
+        if name in self.names:
+            other = self.texts.get(name, name)
+            raise UserError(f"{flag}: {text} and {other} are both logged as {name}; rename one")
+        metric = create_metric(call, flag)
+        if self.kind not in metric.kinds:
+            takes = " or ".join(KINDS[kind] for kind in metric.kinds)
+            fits = [key for key, make in METRICS.items() if self.kind in make_kinds(make)]
+            raise UserError(
+                f"{flag}: {text} is for {takes}, and the targets are {KINDS[self.kind]}; use one "
+                f"of {', '.join(fits)}"
+            )
+        if 0 < self.outputs < metric.fewest:
+            got = f"the model has {plural(self.outputs, 'output')}"
+            raise UserError(f"{flag}: {text} needs at least {metric.fewest}, and {got}; lower k")
+        try:
+            metric.size(self.outputs)
+        except ValueError as error:
+            raise UserError(f"{flag}: {text}: {error}") from error
+        self.metrics[name], self.texts[name] = metric, str(call)
+        return name
+
+    def _choose_best(self, text: str) -> str:
+        """Return the name of the metric that --best_metric names, and add it if it is absent."""
+        flag = "--best_metric"
+        own = [log_name(parse_call(word, flag)) for word in self.texts.values() if ":" in word]
+        if text in self.names or any(text.startswith(f"{name}_") for name in own):
+            return text  # perhaps one of several values of a user's function
+        call = parse_call(text, flag)
+        if ":" not in call.name:
+            known = dict.fromkeys([*self.names, *METRICS])
+            _resolve(call.name, known, flag)
+        name = self._add(text, flag)
+        if not self.metrics[name].best:
+            raise UserError(
+                f"{flag}: {text} has several values, expected one; use one of "
+                f"{', '.join(['loss', *(n for n, m in self.metrics.items() if m.best)])}"
+            )
+        return name
+
+    def reset(self, device: torch.device | str) -> None:
+        """Forget all images."""
+        no_float64 = torch.device(device).type == "mps"
+        self.dtype = torch.float32 if no_float64 else torch.float64
+        sizes = [metric.size(self.outputs) if metric.add else 0 for metric in self.metrics.values()]
+        self.sizes = [SHARED, *sizes]
+        self.sums = torch.zeros(sum(self.sizes), dtype=self.dtype, device=device)
+        self.rows: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+        """Add a batch without a host sync: (N, K) float outputs, targets, (N,) losses."""
+        targets = self._checked(logits, targets)
+        batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
+        images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
+        broken = batch.broken.sum(dtype=self.dtype)
+        parts = [torch.stack([losses.to(self.dtype).sum(), images, broken])]
+        parts += [metric.add(batch) for metric in self.metrics.values() if metric.add]
+        self.sums += torch.cat(parts)
+        if self.rows_needed:
+            columns = [part.view(len(logits), -1) for part in (logits, targets)]
+            self.rows.append(torch.cat([part.to(self._row_dtype()) for part in columns], 1))
+
+    def _row_dtype(self) -> torch.dtype:
+        return self.dtype if self.kind == "numbers" else torch.float32  # exact for class labels
+
+    def _checked(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return targets of the right shape; UserError if outputs or targets have another."""
+        if self.outputs and logits.shape[1] != self.outputs:
+            got = plural(logits.shape[1], "output")
+            raise UserError(f"the model has {got}, expected {self.outputs}; correct its head")
+        if self.kind == "numbers" and targets.ndim == 1 and logits.shape[1] == 1:
+            targets = targets[:, None]
+        expected = logits.shape[:1] if self.kind == "classes" else logits.shape
+        if targets.shape != expected or (self.kind == "classes" and targets.is_floating_point()):
+            got = f"{targets.dtype} of shape {tuple(targets.shape)}".removeprefix("torch.")
+            wanted = "integers of shape" if self.kind == "classes" else "shape"
+            raise UserError(
+                f"metrics of {KINDS[self.kind]}: got targets {got}, expected {wanted} "
+                f"{tuple(expected)}, for outputs of shape {tuple(logits.shape)}; correct the data"
+            )
+        return targets
+
+    def reduce(self) -> tuple[int, int]:
+        """Sum over all ranks; every rank must call it.
+
+        Returns the number of images, and of those without usable outputs.
+        """
+        self.total = all_reduce_sum(self.sums.clone()).cpu().double()
+        self.images = int(self.total[1])
+        return self.images, int(self.total[2])
+
+    def values(self) -> dict[str, Any]:
+        """Return loss and metrics after `reduce`; every rank must call it.
+
+        Numbers, or lists of metrics with several values.
+        """
+        shared, *sums = self.total.split(self.sizes)
+        found = {"loss": (shared[0] / self.images).item()}
+        whole: dict[str, dict[str, Any]] = {}
+        if self.rows_needed:
+            rows = self._gather()
+            whole = from_main_process(lambda: self._whole_values(rows))
+        for (name, metric), own in zip(self.metrics.items(), sums, strict=True):
+            found |= {name: metric.value(own, self.images)} if metric.add else whole[name]
+        best = found.get(self.best)
+        if not isinstance(best, int | float):
+            names = first_few((key for key, x in found.items() if isinstance(x, int | float)), 20)
+            raise UserError(f"--best_metric {self.best}: got {best!r}, expected one of {names}")
+        if not math.isfinite(best):
+            text = "%s is %s, so this cannot become the best checkpoint"
+            get_logger().warning(text, self.best, best)
+        return found
+
+    def _gather(self) -> Tensor | None:
+        """Return the rows of all ranks on rank 0, on the device if it has float64."""
+        width = self.outputs + (1 if self.kind == "classes" else self.outputs)
+        empty = torch.empty(0, width, dtype=self._row_dtype(), device=self.sums.device)
+        rows = gather_rows(torch.cat([empty, *self.rows]))
+        self.rows = []
+        return rows.cpu() if rows is not None and rows.device.type == "mps" else rows
+
+    def _whole_values(self, rows: Tensor) -> dict[str, dict[str, Any]]:
+        """Return the values of each metric that needs all outputs, by name."""
+        outputs, targets = rows[:, : self.outputs], rows[:, self.outputs :]
+        if self.kind == "classes":
+            targets = targets[:, 0].long()
+        found = {}
+        for name, metric in self.metrics.items():
+            if metric.whole:
+                value = metric.whole(outputs, targets, self.kind)
+                several = value if isinstance(value, Mapping) else {}
+                found[name] = {f"{name}_{key}": x for key, x in several.items()} or {name: value}
+        return found
+
+
+def build_metrics(args: Any, outputs: int = 0, kind: str = "classes") -> Metrics:
+    """Build the metrics that the flags name; outputs: of the model, 0 if not known yet."""
+    return Metrics(args.metrics, args.best_metric, outputs, kind)
+
+
+def log_name(call: Call) -> str:
+    """Return the name in log.txt: `f1_micro` of `f1(average=micro)`, `auc` of `my.module:auc`."""
+    parts = [call.name.rpartition(":")[2], *call.args, *call.kwargs.values()]
+    return re.sub(r"[^\w.-]+", "_", "_".join(map(str, parts)))
+
+
+def make_kinds(make: Callable[..., Metric]) -> Sequence[str]:
+    """Return the kinds of targets of a row of METRICS."""
+    return make().kinds
+
+
+def create_metric(call: Call, flag: str) -> Metric:
+    """Create a metric from a row of METRICS or from `package.module:function`."""
+    make = _resolve(call.name, METRICS, flag)
+    if call.name not in METRICS:
+        return user_metric(make, call, flag)
+    try:
+        inspect.signature(make).bind(*call.args, **call.kwargs)
+        return make(*call.args, **call.kwargs)
+    except (TypeError, ValueError) as error:
+        accepted = str(inspect.signature(make, eval_str=False)).partition(" ->")[0]
+        accepted = re.sub(r": [^=,)]+", "", accepted)
+        raise UserError(f"{flag}: {call}: {error}; accepted: {call.name}{accepted}") from error
+
+
+def _resolve(name: str, table: Mapping[str, Any], flag: str) -> Any:
+    try:
+        return resolve(name, table, "metric")
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+def user_metric(function: Any, call: Call, flag: str) -> Metric:
+    """Return the metric of a function (scores (N, K), targets, ...) -> number, or dict of numbers.
+
+    It gets the outputs and targets of all images on the CPU, on rank 0. Its attribute
+    `lower_is_better`, if true, makes the lowest value the best.
+    """
+    if not callable(function):
+        got = type(function).__name__
+        raise UserError(f"{flag}: {call.name} is a {got}, expected a function (scores, targets)")
+    try:
+        inspect.signature(function).bind(None, None, *call.args, **call.kwargs)
+    except TypeError as error:
+        expected = f"{call.name}(scores, targets, ...){' with these arguments' * bool(call.kwargs)}"
+        raise UserError(f"{flag}: {call}: {error}; expected a function {expected}") from error
+    except ValueError:  # written in C, without a signature
+        pass
+
+    def whole(outputs: Tensor, targets: Tensor, kind: str) -> Any:
+        result = function(outputs.cpu(), targets.cpu(), *call.args, **call.kwargs)
+        found = plain({"value": result})["value"]
+        values = found.values() if isinstance(found, dict) else [found]
+        if not all(isinstance(value, int | float) for value in values):
+            got = f"{type(result).__name__} {str(result)[:60]}"
+            raise UserError(f"{flag}: {call.name} returned {got}, expected a number, or a dict")
+        return found
+
+    lowest = bool(getattr(function, "lower_is_better", False))
+    return Metric(tuple(KINDS), whole=whole, best="lowest" if lowest else "highest")
