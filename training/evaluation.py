@@ -75,8 +75,8 @@ class Metrics:
             takes = " or ".join(KINDS[kind] for kind in metric.kinds)
             fits = [key for key, make in METRICS.items() if self.kind in make_kinds(make)]
             raise UserError(
-                f"{flag}: {text} is for {takes}, and the targets are {KINDS[self.kind]}; use one "
-                f"of {', '.join(fits)}"
+                f"{flag}: {text} is for {takes}, and this run's targets are {KINDS[self.kind]}; "
+                f"use one of {', '.join(fits)}"
             )
         if 0 < self.outputs < metric.fewest:
             got = f"the model has {plural(self.outputs, 'output')}"
@@ -227,9 +227,9 @@ def create_metric(call: Call, flag: str) -> Metric:
         inspect.signature(make).bind(*call.args, **call.kwargs)
         return make(*call.args, **call.kwargs)
     except (TypeError, ValueError) as error:
-        accepted = str(inspect.signature(make, eval_str=False)).partition(" ->")[0]
-        accepted = re.sub(r": [^=,)]+", "", accepted)
-        raise UserError(f"{flag}: {call}: {error}; accepted: {call.name}{accepted}") from error
+        options = inspect.signature(make).parameters.values()
+        accepted = ", ".join(f"{option.name}={option.default}" for option in options)
+        raise UserError(f"{flag}: {call}: {error}; accepted: {call.name}({accepted})") from error
 
 
 def _resolve(name: str, table: Mapping[str, Any], flag: str) -> Any:

@@ -192,9 +192,9 @@ def by_class(
     """A function of (right answers, answers, targets), averaged over classes.
 
     macro: mean over the classes that are a target or an answer; micro: of the sums over classes;
-    class: a list with a value for each class, None if it is neither.
+    per_class: a list with a value for each class, None if it is neither.
     """
-    one_of("average", average, ("macro", "micro", "class"))
+    one_of("average", average, ("macro", "micro", "per_class"))
     checked_threshold(threshold)
 
     def value(sums: Tensor, images: int) -> Any:
@@ -202,14 +202,14 @@ def by_class(
         if average == "micro":
             return of_class(*counts.sum(1).tolist())
         values = [of_class(*one) if any(one) else None for one in counts.T.tolist()]
-        return values if average == "class" else mean(values)
+        return values if average == "per_class" else mean(values)
 
     return Metric(
         LABELED if threshold is None else ("multilabel",),
         lambda batch: batch.class_counts(threshold).flatten(),
         value,
         size=lambda outputs: 3 * outputs,
-        best="" if average == "class" else "highest",
+        best="" if average == "per_class" else "highest",
     )
 
 
@@ -382,14 +382,14 @@ def average_precision(scores: Tensor, positive: Tensor) -> float | None:
 
 def one_versus_rest(score: Callable[[Tensor, Tensor], float | None], average: str) -> Metric:
     """Mean of `score` over the classes for which it is defined, or a list of all of them."""
-    one_of("average", average, ("macro", "class"))
+    one_of("average", average, ("macro", "per_class"))
 
     def whole(outputs: Tensor, targets: Tensor, kind: str) -> Any:
         scores, positive = scores_and_positives(outputs, targets, kind)
         values = [score(*columns) for columns in zip(scores.T, positive.T, strict=True)]
-        return values if average == "class" else mean(values)
+        return values if average == "per_class" else mean(values)
 
-    return Metric(LABELED, whole=whole, best="" if average == "class" else "highest")
+    return Metric(LABELED, whole=whole, best="" if average == "per_class" else "highest")
 
 
 def auroc(average: str = "macro") -> Metric:
