@@ -53,6 +53,7 @@ class Built:
     inner: Any = None  # without DistributedDataParallel
     train: Any = None  # data loaders
     val: Any = None
+    metrics: Any = None
     loop: Any = None
     text: str = ""
     epochs: list[int] = field(default_factory=list)
@@ -92,8 +93,8 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
             loop.state.global_step += 1
         return {"loss": 1.0, "lr": 0.0}
 
-    def evaluate(data_loader, model, device, amp):
-        built.val = data_loader
+    def evaluate(data_loader, model, device, amp, metrics):
+        built.val, built.metrics = data_loader, metrics
         return {"acc1": 50.0, "loss": 1.0}
 
     messages: list[str] = []
@@ -350,6 +351,18 @@ FINETUNE: dict[str, Row] = {
         False,
         True,
         "--model_ema",
+    ),
+    "metrics": (
+        "--metrics f1 ece(bins=4)",
+        lambda b: b.metrics.names,
+        ["loss", "acc1", "acc5"],
+        ["loss", "f1", "ece_4", "acc1"],
+    ),
+    "best_metric": (
+        "--best_metric loss",
+        lambda b: (b.loop.state.best, b.loop.state.best_metric, b.loop.state.lower_is_better),
+        ({"best": 50.0}, "acc1", False),
+        ({"best": 1.0}, "loss", True),
     ),
     "disable_eval": (
         "--disable_eval",

@@ -18,13 +18,11 @@ class Means:
     """Means of named values over all ranks, weighted by the number of images.
 
     names: given at the start, so that a rank without images still takes part in a reduction.
-    skip_nonfinite: leave out values that are not finite, which belong to skipped steps.
+    Values that are not finite belong to skipped steps, and are left out.
     """
 
-    def __init__(
-        self, names: Iterable[str], device: torch.device | str, skip_nonfinite: bool = True
-    ) -> None:
-        self.names, self.skip_nonfinite = list(names), skip_nonfinite
+    def __init__(self, names: Iterable[str], device: torch.device | str) -> None:
+        self.names = list(names)
         no_float64 = torch.device(device).type == "mps"
         dtype = torch.float32 if no_float64 else torch.float64
         # Row 0 holds sums of values, row 1 numbers of images.
@@ -40,7 +38,7 @@ class Means:
         for name, value in values.items():
             i, images = self.names.index(name), n // value.numel()  # that each value stands for
             value = value.to(self.recent.dtype)
-            counts = torch.isfinite(value) | (not self.skip_nonfinite)
+            counts = torch.isfinite(value)
             self.recent[0, i] += torch.where(counts, value, 0.0).sum() * images
             self.recent[1, i] += counts.sum() * images
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,28 @@ def test_accuracies_of_model_and_average_are_kept_apart():
     assert state.update_best({"best": 55.0, "best-ema": 55.0}) == ["best"]
     assert state.best == {"best": 55.0, "best-ema": 60.0}
     assert state.update_best({"best": None, "best-ema": None}) == []
+
+
+def test_lowest_loss_is_the_best_if_it_is_the_metric():
+    state = TrainState()
+    state.choose_best("loss", True)
+    assert [state.update_best({"best": loss}) for loss in (2.0, 1.5, 1.75)] == [["best"]] * 2 + [[]]
+    assert state.best == {"best": 1.5}
+
+
+def test_another_metric_starts_again_and_says_so(log):
+    """A loss of 0.5 would never be above an accuracy of 80."""
+    state = TrainState.from_dict({"best": {"best": 80.0}, "best_epochs": {"best": 3}})  # earlier
+    state.choose_best("acc1", False)
+    assert (state.best, log.messages) == ({"best": 80.0}, [])
+    state.choose_best("f1", False)
+    text = "--best_metric f1 (was acc1): the next evaluated epoch becomes the best"
+    assert log.messages == [text]
+    assert (state.best, state.best_epochs) == ({}, {})
+    assert state.update_best({"best": 40.0}) == ["best"]
+    resumed = TrainState.from_dict(asdict(state))
+    resumed.choose_best("f1", False)
+    assert resumed.best == {"best": 40.0}
 
 
 def test_states_share_no_best():

@@ -242,7 +242,9 @@ def test_function_of_the_user_gets_all_outputs():
 def test_result_that_is_no_number_is_refused():
     with pytest.raises(UserError, match=r":f1 returned str high, expected a number, or a dict"):
         measure(f"{ME}:f1")
-    with pytest.raises(UserError, match="--best_metric error_rates: got None, expected one of loss"):
+    with pytest.raises(
+        UserError, match="--best_metric error_rates: got None, expected one of loss"
+    ):
         measure(f"{ME}:error_rates", f"{ME}:error_rates")
 
 

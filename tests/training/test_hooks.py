@@ -363,8 +363,8 @@ def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_pat
         (False, {}, ["LineHook"]),
         (False, {"log_dir": "tb"}, ["LineHook", "TensorboardHook"]),
         (False, {"progress": "bar"}, ["BarHook", "LineHook"]),
-        (True, {"log_dir": "none"}, ["LineHook", "JsonHook", "ImageHook"]),
-        (True, {}, ["LineHook", "TensorboardHook", "JsonHook", "ImageHook"]),
+        (True, {"log_dir": "none"}, ["LineHook", "ConfusionHook", "JsonHook", "ImageHook"]),
+        (True, {}, ["LineHook", "TensorboardHook", "ConfusionHook", "JsonHook", "ImageHook"]),
     ],
 )
 def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
@@ -378,6 +378,17 @@ def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
     expected_files = {place} if "TensorboardHook" in expected else set()
     expected_files |= {"args.yaml"} if folder else set()
     assert {path.name for path in tmp_path.iterdir()} == expected_files
+
+
+def test_confusion_of_the_last_epoch_is_a_file(tmp_path):
+    hook = hooks.ConfusionHook(tmp_path, ["a", "b"])
+    hook.on_epoch({"test_acc1": 50.0}, TrainState())
+    assert not list(tmp_path.iterdir())
+    for right in (1, 2):
+        stats = {"test_confusion": [[right, 0], [0, 1]], "test_confusion_ema": [[0, 1], [0, 1]]}
+        hook.on_epoch(stats, TrainState())
+    assert (tmp_path / "confusion.csv").read_text() == "true class,a,b\na,2,0\nb,0,1\n"
+    assert (tmp_path / "confusion-ema.csv").read_text() == "true class,a,b\na,0,1\nb,0,1\n"
 
 
 # --- TensorBoard ----------------------------------------------------------------------------
@@ -397,7 +408,8 @@ def test_tensorboard_gets_scalars_by_step_and_images(tmp_path):
     hook = hooks.TensorboardHook(tmp_path, TrainState())
     hook.on_log(RECORD, TrainState(global_step=20))
     hook.on_log(RECORD | {"loss": 0.5}, TrainState(global_step=40))
-    hook.on_epoch({"train_loss": 0.6, "test_acc1": 50.0, "epoch": 0}, TrainState(1, 40))
+    lists = {"test_confusion": [[1]], "test_f1_per_class": [1.0, None]}  # have no curve
+    hook.on_epoch({"train_loss": 0.6, "test_acc1": 50.0, "epoch": 0} | lists, TrainState(1, 40))
     hook.on_image("reconstructions", torch.full((3, 8, 6), 0.5), TrainState(1, 40))
     hook.on_end()
     assert scalars(tmp_path, "train/loss") == [(20, 0.75), (40, 0.5)]

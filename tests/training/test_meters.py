@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.meters import Means, accuracy, unusable
+from training.meters import Means, accuracy, is_better, unusable
 
 
 def value(x: float) -> torch.Tensor:
@@ -128,4 +128,25 @@ def test_one_value_for_each_image_is_a_mean_over_them():
     means.update(3, loss=torch.tensor([1.0, math.nan, 2.0]))
     means.update(2, loss=value(6.0))
     assert means.read() == {"loss": pytest.approx(15 / 4)}
-    assert math.isnan(Means(["loss"], "cpu", skip_nonfinite=False).read()["loss"])
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "lower", "expected"),
+    [
+        (0.0, None, False, True),
+        (-3.0, None, False, True),  # R2 of a first epoch
+        (2.0, 1.0, False, True),
+        (1.0, 1.0, False, False),
+        (2.0, 1.0, True, False),
+        (0.5, 1.0, True, True),
+        (1.0, 1.0, True, False),
+        (None, None, False, False),
+        (math.nan, None, True, False),
+        (math.nan, 1.0, False, False),
+        (math.inf, 1.0, False, False),
+        (-math.inf, 1.0, True, False),
+    ],
+)
+def test_better_depends_on_the_direction(value, best, lower, expected):
+    """A NaN or Inf would stay the best for ever."""
+    assert is_better(value, best, lower) is expected

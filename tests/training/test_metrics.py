@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from config.parser import ROOT
 from training.evaluation import Metrics
 from training.metrics import METRICS, area_under_roc, average_precision
 
@@ -314,5 +315,5 @@ def test_order_metrics_are_those_of_all_pairs():
 
 
 def test_every_metric_is_in_the_docs():
-    text = open("docs/finetuning.md", encoding="utf-8").read()
+    text = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
     assert [name for name in METRICS if f"`{name}" not in text] == []

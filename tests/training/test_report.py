@@ -12,7 +12,15 @@ import torch
 from config import parser as options
 from config.parser import ROOT
 from training.checkpoint import TrainState
-from training.report import count_epochs, describe_progress, last_line, plain
+from training.report import (
+    count_epochs,
+    describe_evaluation,
+    describe_progress,
+    format_stats,
+    last_line,
+    log_entry,
+    plain,
+)
 
 PRETRAIN = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
 FINETUNE = options.parse(options.finetune_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
@@ -72,6 +80,41 @@ def test_last_line_names_folder_best_epoch_and_next_command(monkeypatch):
     assert "; best top-1 81.25%, best-ema top-1 70.00%; nothing saved" in last_line(
         FINETUNE, None, state
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "expected"),
+    [
+        ("acc5", 90.0, "best top-5 90.00% in epoch 2"),
+        ("loss", 0.51234, "best loss 0.5123 in epoch 2"),
+        ("f1_micro", 71.236, "best f1_micro 71.24 in epoch 2"),
+        ("r2", -0.01234567, "best r2 -0.01235 in epoch 2"),
+    ],
+)
+def test_last_line_names_the_metric(metric, value, expected):
+    state = TrainState(2, best_metric=metric)
+    state.update_best({"best": value})
+    assert f"done; {expected}; next" in last_line(FINETUNE, RUN, state)
+
+
+def test_evaluation_shows_numbers_only_and_the_loss_last():
+    stats = {"loss": 0.5, "acc1": 80.0, "acc5": 99.0, "f1": 75.5, "confusion": [[1]], "ece": 1.25}
+    assert describe_evaluation(stats, True) == (
+        "top-1 80.00%, top-5 99.00%, f1 75.5, ece 1.25, loss 0.5000"
+    )
+    stats = {"loss": 0.5, "acc1": 80.0, "acc5": 99.0}
+    assert describe_evaluation(stats, False) == "top-1 80.00%, loss 0.5000"
+
+
+def test_log_has_lists_without_nan_and_no_large_matrix():
+    stats = {"a": math.nan, "b": [1.0, [math.inf]], "test_confusion": [[1]], "name": "x"}
+    expected = {"a": None, "b": [1.0, [None]], "test_confusion": [[1]], "name": "x"}
+    assert log_entry(stats) == expected
+    assert log_entry({"test_confusion_ema": [[0] * 101] * 101, "a": 1}) == {"a": 1}
+
+
+def test_line_of_an_epoch_has_no_lists():
+    assert format_stats({"test_f1": 5.0, "test_class_accuracy": [1.0, None]}, True) == "test_f1 5"
 
 
 def test_last_line_of_pretraining_has_its_loss_and_names_what_uses_the_weights():

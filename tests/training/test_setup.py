@@ -101,6 +101,8 @@ def test_user_modules_that_flags_name_are_compared_too():
     )
     assert found["tests.tiny"].startswith("(SHA-256 ")
     assert "a" not in found
+    found = setup.describe_rank({"metrics": ("acc1", "tests.tiny:classifier(k=1)")})
+    assert found["tests.tiny"].startswith("(SHA-256 ")
 
 
 def test_scripts_from_different_copies_name_the_file(tmp_path):
