@@ -95,6 +95,8 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
             "stats": {},
             "epoch_sums": {},
             "images": 0,
+            "best_metric": "acc1",
+            "lower_is_better": False,
         },
     }
     assert content["args"]["input_size"] == (32, 32)
