@@ -38,22 +38,35 @@ def write_confusion(
 def describe(stats: Mapping[str, Any], classes: Sequence[str] | None = None) -> list[str]:
     """Return the lines of a table of the worst classes, and of the most confused pairs.
 
-    stats: values of an evaluation; no lines without `confusion` or `class_accuracy`.
+    stats: values of an evaluation; no lines without a metric of each class.
     """
-    matrix, counted = stats.get("confusion"), "confusion" in stats
-    rates = [*map(rate, matrix, range(len(matrix)))] if counted else stats.get("class_accuracy")
-    if rates is None:
+    columns = {name: value for name, value in stats.items() if isinstance(value, list)}
+    matrix = columns.pop("confusion", None)
+    if rates := columns.pop("class_accuracy", None):
+        columns = {"accuracy": rates} | columns
+    if matrix:
+        rates = [*map(rate, matrix, range(len(matrix)))]
+        columns = {"accuracy": rates} | columns | {"images": [*map(sum, matrix)]}
+    if not columns:
         return []
-    names = name_classes(len(rates), classes)
-    tested = [i for i in range(len(rates)) if rates[i] is not None]
-    worst = sorted(tested, key=rates.__getitem__)[:ROWS]
-    width = max(map(len, ["class", *(names[i] for i in worst)]))
-    left_out = f", the worst {ROWS} of {plural(len(tested), 'class')}" * (len(tested) > ROWS)
-    lines = [f"{'class':{width}}{'  images' * counted}  accuracy{left_out}"]
-    for i in worst:
-        images = f"{sum(matrix[i]):8d}" if counted else ""
-        lines.append(f"{names[i]:{width}}{images}  {rates[i]:7.2f}%")
-    return lines + (confused_pairs(matrix, names) if counted else [])
+    first = next(iter(columns.values()))  # the worst of it come first
+    names = name_classes(len(first), classes)
+    tested = [i for i in range(len(first)) if first[i] is not None]
+    worst = sorted(tested, key=first.__getitem__)[:ROWS]
+    rows = [["class", *columns]]
+    rows += [[names[i], *(cell(column[i]) for column in columns.values())] for i in worst]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    if len(tested) > ROWS:
+        lines[0] += f"  (the worst {ROWS} of {plural(len(tested), 'class')})"
+    return lines + (confused_pairs(matrix, names) if matrix else [])
+
+
+def cell(value: float | None) -> str:
+    """Return a value of the table: a number of images, a rate, or a dash for an undefined one."""
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def rate(row: Sequence[int], true: int) -> float | None:

@@ -15,25 +15,34 @@ NAMES = ["ant", "bee", "water, still"]
 
 def test_table_has_the_worst_classes_first_and_leaves_out_those_without_images():
     assert describe({"confusion": MATRIX}, NAMES) == [
-        "class         images  accuracy",
-        "water, still       8    50.00%",
-        "ant               10    80.00%",
+        "class         accuracy  images",
+        "water, still     50.00       8",
+        "ant              80.00      10",
         "most confused: water, still as bee (3), ant as bee (2), water, still as ant (1)",
     ]
     assert describe({"class_accuracy": [80.0, None, 50.0]}) == [
         "class  accuracy",
-        "2        50.00%",
-        "0        80.00%",
+        "2         50.00",
+        "0         80.00",
     ]
     assert describe({"acc1": 5.0}) == []
-    assert describe({"confusion": [[1, 0], [0, 0]]})[-1] == "0           1   100.00%"
+    assert describe({"confusion": [[1, 0], [0, 0]]})[-1] == "0        100.00       1"
+
+
+def test_table_has_a_column_for_each_metric_of_classes():
+    stats = {"f1": 5.0, "f1_per_class": [70.0, 12.5], "class_accuracy": [60.0, 80.0]}
+    assert describe(stats | {"auroc_per_class": [None, 9.0]}, NAMES[:2]) == [
+        "class  accuracy  f1_per_class  auroc_per_class",
+        "ant       60.00         70.00                -",
+        "bee       80.00         12.50             9.00",
+    ]
 
 
 def test_table_of_many_classes_is_short():
     matrix = [[int(i != j or i > 25) for j in range(30)] for i in range(30)]
     lines = describe({"confusion": matrix})
     assert len(lines) == 22
-    assert lines[0] == "class  images  accuracy, the worst 20 of 30 classes"
+    assert lines[0] == "class  accuracy  images  (the worst 20 of 30 classes)"
     assert lines[-1].count("(1)") == 5
 
 
