@@ -9,7 +9,6 @@ import copy
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_loading.loader import DeviceLoader
@@ -17,6 +16,7 @@ from data_loading.rng import seed_all
 from errors import UserError, first_few, plural
 from parallel import sharding
 from parallel.process_group import all_reduce_sum, get_logger, get_rank, get_world_size
+from training.criterion import Criterion
 from training.ema import ModelEma
 from training.meters import Means, accuracy, unusable
 from training.setup import TrainLoop
@@ -79,14 +79,20 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    data_loader: DeviceLoader, model: nn.Module, device: torch.device, amp: str
+    data_loader: DeviceLoader,
+    model: nn.Module,
+    device: torch.device,
+    amp: str,
+    criterion: Criterion | None = None,
 ) -> dict[str, float]:
     """Mean loss and accuracies over the images of all ranks; every image counts once.
 
     An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
+    criterion: the loss; None: cross-entropy.
     """
     model.eval()
+    criterion = criterion or Criterion()
     means = Means(["loss", "acc1", "acc5"], device, skip_nonfinite=False)
     broken = torch.zeros((), dtype=torch.int64, device=device)
     sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
@@ -95,7 +101,7 @@ def evaluate(
             with autocast(device, amp):
                 logits = network(images)
             logits = logits.float()
-            losses = F.cross_entropy(logits, labels, reduction="none")
+            losses = criterion.per_image(logits, labels)
             acc1, acc5 = accuracy(logits, labels, (1, 5))
             means.update(len(images), loss=losses, acc1=acc1, acc5=acc5)
             broken += unusable(logits).sum()
@@ -114,10 +120,14 @@ def evaluate(
 
 
 def evaluate_ema(
-    data_loader: DeviceLoader, model_ema: ModelEma, device: torch.device, amp: str
+    data_loader: DeviceLoader,
+    model_ema: ModelEma,
+    device: torch.device,
+    amp: str,
+    criterion: Criterion | None = None,
 ) -> dict[str, float]:
     """`evaluate` the EMA weights, on a copy if --model_ema_force_cpu keeps them elsewhere."""
     model = model_ema.module
     if next(model.parameters()).device.type != device.type:
         model = copy.deepcopy(model).to(device)
-    return evaluate(data_loader, model, device, amp)
+    return evaluate(data_loader, model, device, amp, criterion)

@@ -32,6 +32,7 @@ from training import run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.criterion import check_loss
 from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.hooks import Reporter
@@ -68,6 +69,8 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
+    if not is_pretraining(vars(args)):
+        check_loss(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -243,9 +246,9 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     see_working_folder()
     found = {}
     for value in map(str, args.values()):
-        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*", value)
-        with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
-            spec = importlib.util.find_spec(module[1]) if module else None
-            if spec and spec.origin and Path(spec.origin).is_file():
-                found[module[1]] = Path(spec.origin)
+        for module in re.findall(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*", value):
+            with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
+                spec = importlib.util.find_spec(module)
+                if spec and spec.origin and Path(spec.origin).is_file():
+                    found[module] = Path(spec.origin)
     return found
