@@ -11,7 +11,7 @@ import functools
 import inspect
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -389,9 +389,8 @@ def build_criterion(
         counts = functools.partial(count_labels, dataset_train, num_classes)
         weights = create_class_weights(args.class_weights, counts, num_classes)
         names = dataset_train.classes or range(num_classes)
-        texts = [
-            f"{weight:.3g} {name}" for weight, name in zip(weights.tolist(), names, strict=True)
-        ]
+        pairs = zip(names, weights.tolist(), strict=True)
+        texts = [f"{name} = {weight:.3g}" for name, weight in pairs]
         get_logger().info("class weights %s: %s", args.class_weights, first_few(texts, 10))
     criterion = _create_criterion(args, weights)
     try_out(criterion, num_classes)

@@ -12,8 +12,8 @@ A loss is a function (outputs, targets) -> (N,), a value for each image. outputs
     multi   (N, K) of zeros and ones, any number of ones in a row
     number  (N,) or (N, D)
 
-`ce`, `poly`, `asymmetric`, `zlpr` and others are in timm too. Here they give a value for each image,
-keep float64, and have gradients also where a probability rounds to 0 or 1.
+Some are in timm too. Here they give a value for each image, keep float64, and have finite gradients
+where a probability rounds to 0 or 1.
 """
 
 import math
@@ -113,7 +113,7 @@ def asymmetric_single(
 
 
 def jsd(outputs: Tensor, targets: Tensor, weight: float = 0.5) -> Tensor:
-    """Jensen-Shannon divergence of target and prediction (arXiv 2105.04522), robust to wrong labels.
+    """Jensen-Shannon divergence of target and prediction (arXiv 2105.04522), for noisy labels.
 
     weight: of the target, between 0 and 1: near 0 like cross-entropy, near 1 like mean absolute
     error. It is divided by -(1 - weight) * log(1 - weight), as in the paper.
@@ -245,7 +245,7 @@ def barron(outputs: Tensor, targets: Tensor, alpha: float = 1.0, c: float = 1.0)
 
 
 class Row(NamedTuple):
-    """A loss, the kinds of targets that it takes, and arguments that replace those in evaluation."""
+    """A loss, the kinds of targets that it takes, and other arguments for evaluation."""
 
     function: Callable[..., Any]
     takes: str
@@ -282,7 +282,7 @@ def _signs(targets: Tensor, outputs: Tensor) -> Tensor:
     return 2 * one_hot(targets, outputs) - 1
 
 
-# Classes of torch.nn: the kinds of targets that they take, and these in the form that torch expects.
+# Classes of torch.nn: the kinds of targets that they take, and these in the form of torch.
 TORCH_LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor] | None]] = {
     "CrossEntropyLoss": ("class soft", None),
     "MultiMarginLoss": ("class", None),

@@ -159,8 +159,9 @@ class Stepper:
     criterion: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        self.modules = nn.ModuleList(filter(None, (self.model, self.criterion)))
-        self.loss_parameters = list(self.criterion.parameters()) if self.criterion else []
+        own = [] if self.criterion is None else [self.criterion]
+        self.modules = nn.ModuleList([self.model, *own])
+        self.loss_parameters = [p for loss in own for p in loss.parameters()]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
