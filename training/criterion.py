@@ -98,14 +98,19 @@ class Criterion(nn.Module):
             weights = weights[targets] if targets.ndim == 1 else targets.to(weights) @ weights
         if self.smoothing:
             targets = self._smooth(targets, outputs)
-        if weights is None and hasattr(term.loss, "mean"):
+        if weights is None and isinstance(term.loss, TorchLoss):
             return term.loss.mean(outputs, targets)
         values = term.loss(outputs, targets)
         if isinstance(values, tuple):  # values, and 1 for images that count
             values, counts = values
             weights = counts if weights is None else weights * counts
+        if values.shape not in ((), (len(outputs),)):
+            raise UserError(
+                f"it gives a tensor of shape {tuple(values.shape)} for {len(outputs)} images; "
+                f"expected ({len(outputs)},), or the mean as a scalar"
+            )
         if weights is None:
-            return values.mean() if values.ndim else values
+            return values.mean()
         if values.ndim == 0:
             raise UserError(
                 "it returns the mean over the batch, and --class_weights needs a value for each "

@@ -274,7 +274,7 @@ LOSSES: dict[str, Row] = {
 def _positive_indices(targets: Tensor, outputs: Tensor) -> Tensor:
     """(N, K) of zeros and ones -> (N, K), the classes of a row, then -1."""
     targets = one_hot(targets, outputs)
-    order = targets.argsort(1, descending=True, stable=True)
+    order = targets.argsort(dim=1, descending=True, stable=True)
     return torch.where(targets.gather(1, order) > 0, order, -1)
 
 
