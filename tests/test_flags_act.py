@@ -119,6 +119,11 @@ def deepest_drop_path(built: Built) -> float:
     return max(module.prob for module in built.inner.modules() if isinstance(module, DropPath))
 
 
+def loss_of(built: Built) -> tuple[list[str], float]:
+    criterion = built.loop.criterion
+    return [f"{term.factor} {term.text}" for term in criterion.terms], criterion.smoothing
+
+
 def transform(built: Built, loader: str = "train") -> str:
     return repr(getattr(built, loader).loader.dataset.transform)
 
@@ -310,9 +315,9 @@ FINETUNE: dict[str, Row] = {
     ),
     "loss": (
         "--loss 0.5*focal+bce",
-        lambda b: ([(t.factor, t.name) for t in (c := b.loop.criterion).terms], c.smoothing),
-        ([(1.0, "ce")], 0.1),
-        ([(0.5, "focal"), (1.0, "bce")], 0.0),
+        loss_of,
+        (["1.0 ce"], 0.1),
+        (["0.5 focal", "1.0 bce"], 0.0),
     ),
     "class_weights": (
         "--class_weights [1,2,3]",
