@@ -134,7 +134,7 @@ def jsd(outputs: Tensor, targets: Tensor, weight: float = 0.5) -> Tensor:
 def bce(
     outputs: Tensor, targets: Tensor, threshold: float | None = None, sum_classes: bool = False
 ) -> Tensor:
-    """Binary cross-entropy of each class, as timm's --bce-loss: mean over classes, or their sum.
+    """Binary cross-entropy (timm's BinaryCrossEntropy), the mean over classes or their sum.
 
     threshold: targets above it are 1, others 0.
     """

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, random_mask, visible_patches
+from tests import tiny
 
 SIZES = {
     "square": {"size": (64, 64)},
@@ -295,3 +296,21 @@ def test_gpu_computes_what_the_cpu_does():
     with torch.autocast("cuda", torch.bfloat16):
         half, _, _ = model(images, mask, 1)
     assert half.item() == pytest.approx(expected.item(), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("l2", (9 + 0.25) / 2), ("l1", (3 + 0.5) / 2), ("smooth_l1", (2.5 + 0.125) / 2)],
+)
+def test_reconstruction_losses_by_hand(name, expected):
+    """Errors of 3 and 1/2 in two removed patches; the visible ones do not count."""
+    model = tiny.fcmae(3, 1, 0.0, norm_pix_loss=False, recon_loss=name)
+    errors = torch.tensor([3.0, 100.0, -0.5, 100.0]).reshape(1, 1, 2, 2)
+    pred = errors.expand(1, 8 * 8 * 3, 2, 2)
+    mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    assert model.forward_loss(torch.zeros(1, 3, 16, 16), pred, mask).item() == expected
+
+
+def test_unknown_reconstruction_loss_is_refused():
+    with pytest.raises(ValueError, match="unknown reconstruction loss 'l3'. Did you mean"):
+        tiny.fcmae(3, 1, 0.0, recon_loss="l3")
