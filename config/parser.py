@@ -286,7 +286,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
             new["opt_betas"] = (0.9, 0.95)
         new["patch_size"] = new["patch_size"] or 8 * new["stem_stride"]
     else:
-        if new["loss"] != "ce" and given is not None and "smoothing" not in given:
+        if new.get("loss", "ce") != "ce" and given is not None and "smoothing" not in given:
             new["smoothing"] = 0.0  # other losses may not take smoothed labels
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:

@@ -101,6 +101,9 @@ def build_fcmae(args: Any) -> nn.Module:
         norm_pix_loss=args.norm_pix_loss,
         **own,
     )
+    if own and getattr(type(model), "forward_loss", None) is not FCMAE.forward_loss:
+        got = f"--recon_loss {recon_loss}: {type(model).__name__} has a forward_loss of its own"
+        raise UserError(f"{got}, which does not use it; drop --recon_loss")
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.compile)
     return model

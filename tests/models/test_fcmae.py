@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from config.parser import parse, pretrain_parser
+from models import build_fcmae
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, random_mask, visible_patches
 from tests import tiny
@@ -314,3 +316,23 @@ def test_reconstruction_losses_by_hand(name, expected):
 def test_unknown_reconstruction_loss_is_refused():
     with pytest.raises(ValueError, match="unknown reconstruction loss 'l3'. Did you mean"):
         tiny.fcmae(3, 1, 0.0, recon_loss="l3")
+
+
+class OwnLoss(FCMAE):
+    def forward_loss(self, images, pred, mask):
+        return pred.square().mean()
+
+
+def own_loss(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
+    network = tiny.classifier(in_chans=in_chans, stem_stride=stem_stride)
+    return OwnLoss(network, **kwargs)
+
+
+def test_reconstruction_loss_of_a_model_with_its_own_is_refused():
+    """It would be ignored."""
+    words = "--model tests.models.test_fcmae:own_loss --data_set DIGITS --input_size 16"
+    words += " --stem_stride 1"
+    args = parse(pretrain_parser(), words.split())
+    assert isinstance(build_fcmae(args), OwnLoss)
+    with pytest.raises(ValueError, match="OwnLoss has a forward_loss of its own"):
+        build_fcmae(args.replace(recon_loss="l1"))

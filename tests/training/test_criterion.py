@@ -17,6 +17,7 @@ from data_loading.split import Part
 from errors import UserError
 from optim_factory import create_optimizer
 from tests import tiny
+from training.anomaly import first_not_finite
 from training.criterion import Criterion, build_criterion, check_loss, create_class_weights, try_out
 from training.stepper import Stepper
 
@@ -291,6 +292,14 @@ def test_a_skipped_step_does_not_change_buffers_of_the_loss():
     mean = criterion.terms[0].loss.mean
     assert mean > 0
     assert mean.isfinite()
+
+
+def test_rerun_of_a_bad_step_does_not_change_buffers_of_the_loss():
+    model, criterion = nn.Linear(2, 2), Criterion("tests.training.test_criterion:Counting")
+    images = torch.full((2, 2), float("nan"))
+    found = first_not_finite(model, lambda: criterion(model(images), LABELS), criterion)
+    assert found == "output of Linear"
+    assert criterion.terms[0].loss.mean == 0
 
 
 # --- refusals -------------------------------------------------------------------------------
