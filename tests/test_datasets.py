@@ -90,7 +90,7 @@ def test_digits_split_leaks_no_image_and_no_class():
     assert train.images.max() == 255
     first_val = np.load(ROOT / "assets" / "digits.npz", allow_pickle=False)
     fifth_zero = first_val["images"][first_val["labels"] == 0][4]
-    assert (val.images[val.labels.index(0)] == fifth_zero.astype(int) * 255 // 16).all()
+    assert (val.images[val.targets.index(0)] == fifth_zero.astype(int) * 255 // 16).all()
 
 
 def test_imnet_counts_classes_on_disk_not_1000(tmp_path):

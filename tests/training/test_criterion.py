@@ -195,6 +195,9 @@ def test_class_weights_weigh_the_images_of_other_losses():
     expected = (1.5 * rows[0] + 0.5 * rows[1]) / 2
     assert criterion(LOGITS, LABELS).item() == pytest.approx(expected)
     assert criterion.per_image(LOGITS, LABELS).tolist() == pytest.approx(rows)  # not in evaluation
+    # In a batch of one class its weight makes no difference: the sum of weights is 3, not 2.
+    ones = torch.tensor([1, 1])
+    assert criterion(LOGITS, ones).item() == pytest.approx(sum(rows) / 2)
     # Mixed labels have the mixture of both weights: 1 and 1.
     mixed = Criterion("focal(gamma=0)", "soft", class_weights=weights)
     both = torch.full((2, 2), 0.5)
