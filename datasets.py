@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from data_loading.builtin import Digits, Synthetic, cifar
@@ -18,7 +20,7 @@ from data_loading.folders import DatasetSpec, ImageFiles, folder, image_folder, 
 from data_loading.labels import Head, class_names, differences, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.split import Part, split
+from data_loading.split import Part, list_labels, split
 from data_loading.transforms import (
     RandomErasing,
     build_mean_and_std,
@@ -216,6 +218,25 @@ def build_datasets(
         return train, None, nb_classes
     val, _ = build_dataset(False, args, Head("train", train.classes, nb_classes))
     return train, val, nb_classes
+
+
+def count_labels(dataset: TransformedDataset, nb_classes: int) -> Tensor:
+    """(K,) float64, the number of images of each class, in the order of the head.
+
+    UserError if the data set does not list its labels, since reading all images may take hours.
+    """
+    labels = list_labels(dataset.dataset)
+    if labels is None:
+        raise UserError(
+            "--class_weights: the data set does not list its labels; give it a list `targets` with "
+            "the label of each image, or pass weights such as --class_weights [1,2.5]"
+        )
+    if dataset.positions is not None:
+        labels = np.asarray(dataset.positions)[labels]
+    if labels.min() < 0 or labels.max() >= nb_classes:
+        got = f"labels from {labels.min()} to {labels.max()}"
+        raise UserError(f"`targets` of the data set has {got}; expected 0 to {nb_classes - 1}")
+    return torch.from_numpy(np.bincount(labels, minlength=nb_classes)).double()
 
 
 def build_pretrain_dataset(args: Any) -> TransformedDataset:

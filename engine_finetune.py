@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_loading.loader import DeviceLoader
@@ -17,6 +16,7 @@ from data_loading.rng import seed_all
 from errors import UserError, first_few, plural
 from parallel import sharding
 from parallel.process_group import get_logger, get_rank, get_world_size
+from training.criterion import Criterion
 from training.ema import ModelEma
 from training.evaluation import Metrics
 from training.meters import accuracy
@@ -84,16 +84,17 @@ def evaluate(
     model: nn.Module,
     device: torch.device,
     amp: str,
+    criterion: Criterion | None = None,
     metrics: Metrics | None = None,
 ) -> dict[str, Any]:
     """Mean loss and metrics over the images of all ranks; every image counts once.
 
     An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
-    metrics: default: top-1 and top-5 accuracy.
+    criterion: the loss; default: cross-entropy. metrics: default: top-1 and top-5 accuracy.
     """
     model.eval()
-    metrics = metrics or Metrics()
+    criterion, metrics = criterion or Criterion(), metrics or Metrics()
     metrics.reset(device)
     sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
     with sharding.unsharded(model) as network:
@@ -101,8 +102,7 @@ def evaluate(
             with autocast(device, amp):
                 logits = network(images)
             logits = logits.float()
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            metrics.update(logits, labels, losses)
+            metrics.update(logits, labels, criterion.per_image(logits, labels))
     count, broken = metrics.reduce()
     if broken:
         text = "NaN or Inf logits for %s, counted as wrong; check weights and images"
@@ -122,10 +122,11 @@ def evaluate_ema(
     model_ema: ModelEma,
     device: torch.device,
     amp: str,
+    criterion: Criterion | None = None,
     metrics: Metrics | None = None,
 ) -> dict[str, Any]:
     """`evaluate` the EMA weights, on a copy if --model_ema_force_cpu keeps them elsewhere."""
     model = model_ema.module
     if next(model.parameters()).device.type != device.type:
         model = copy.deepcopy(model).to(device)
-    return evaluate(data_loader, model, device, amp, metrics)
+    return evaluate(data_loader, model, device, amp, criterion, metrics)

@@ -27,9 +27,10 @@ from models.kernels.autotune import autotuner
 from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
-from training.checkpoint import TrainableParts
+from training.checkpoint import TrainableParts, restore_loss
 from training.checkpoint_manager import build_checkpoint_manager
 from training.confusion import report_classes
+from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
@@ -95,10 +96,10 @@ def main(args: argparse.Namespace) -> None:
     model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
     run.parallelism.shard(model_without_ddp, ema_module)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
-    optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode)
+    criterion = build_criterion(args, nb_classes, device, dataset_train)
+    evaluation = device, amp, criterion, metrics
+    optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
     lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
-    # Mixed labels are smoothed by mixup itself.
-    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
@@ -109,12 +110,11 @@ def main(args: argparse.Namespace) -> None:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         model = Graphed(model_without_ddp, device, amp, [shape])
     model = run.parallelism.wrap(model)
-    stepper = Stepper(
-        model, optimizer, device, amp, run.update_freq, args.clip_grad, args.spike_factor
-    )
+    limits = args.clip_grad, args.spike_factor
+    stepper = Stepper(model, optimizer, device, amp, run.update_freq, *limits, criterion)
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module)
+    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module, criterion)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
     state.choose_best(metrics.best, metrics.lower_is_better)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
@@ -146,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             data_loader_val,
-            lambda batches: evaluate(batches, model_without_ddp, device, amp, metrics),
+            lambda batches: evaluate(batches, model_without_ddp, *evaluation),
         )
         return check_run(plan)
 
@@ -159,10 +159,10 @@ def main(args: argparse.Namespace) -> None:
             state.end_epoch()
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             if data_loader_val is not None:
-                test_stats = evaluate(data_loader_val, model_without_ddp, device, amp, metrics)
+                test_stats = evaluate(data_loader_val, model_without_ddp, *evaluation)
                 log_stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if args.model_ema_eval:
-                test_stats = evaluate_ema(data_loader_val, model_ema, device, amp, metrics)
+                test_stats = evaluate_ema(data_loader_val, model_ema, *evaluation)
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
@@ -187,6 +187,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     dataset_val, nb_classes = datasets.build_dataset(False, args, weights.saved.head)
     data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     model = models.build_classifier(args, nb_classes).to(device)
+    criterion = build_criterion(args, nb_classes, device)
+    if criterion.state_dict():  # parameters of its own
+        restore_loss(weights.checkpoint, weights.path, criterion)
     if args.compile:
         model.compile()
     metrics = build_metrics(args, nb_classes)
@@ -196,7 +199,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
     for weights in found:
         weights.load(model, new=())
-        stats = evaluate(data_loader_val, model, device, amp, metrics)
+        stats = evaluate(data_loader_val, model, device, amp, criterion, metrics)
         images = len(dataset_val) - bad_images.write()
         source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
         text = describe_evaluation(stats, top5=nb_classes > 5)

@@ -141,6 +141,13 @@ def get_parameter_groups(
     return list(groups.values())
 
 
+def _groups_of_loss(loss: nn.Module | None) -> list[dict[str, Any]]:
+    """Return a group without weight decay for the parameters of a loss, if it has any."""
+    own = [p for p in loss.parameters() if p.requires_grad] if loss is not None else []
+    group = {"params": own, "weight_decay": 0.0, "lr_scale": 1.0, "decayed": False}
+    return [group] if own else []
+
+
 def _exempt_from_decay(model: nn.Module) -> set[str]:
     """Return name patterns of what `no_weight_decay()` of timm's networks exempts, such as tokens.
 
@@ -169,8 +176,8 @@ def create_optimizer(
 
     lr: peak of the schedule. momentum: for optimizers that have one. shard: data-parallel mode,
     `ddp`, `zero1` or `fsdp`. options: `seed` of the noise that adahessian and kron draw, 0 by
-    default; others of the optimizer itself, such as `eps` and `betas`: UserError if it has none of
-    that name.
+    default; `loss`, a module whose parameters are trained too, without weight decay; others of the
+    optimizer itself, such as `eps` and `betas`: UserError if it has none of that name.
     """
     from timm.optim import create_optimizer_v2
 
@@ -179,6 +186,7 @@ def create_optimizer(
     if layer_decay < 1.0:
         assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
     groups = get_parameter_groups(model, weight_decay, assigner)
+    groups += _groups_of_loss(options.pop("loss", None))
     own = signature(_optimizer_class(opt)).parameters
     betas = own["betas"].default if "betas" in own else None  # None of adafactor
     if betas and len(options.get("betas", betas)) != len(betas):
@@ -289,9 +297,12 @@ class Schedule:
 
 
 def build_optimizer(
-    args: Any, model: nn.Module, lr: float, shard: str = "ddp"
+    args: Any, model: nn.Module, lr: float, shard: str = "ddp", loss: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer from the flags; pre-training has no layer decay."""
+    """Build the optimizer from the flags; pre-training has no layer decay.
+
+    loss: a module whose parameters, if it has any, are trained with those of the model.
+    """
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
     return create_optimizer(
         model,
@@ -303,6 +314,7 @@ def build_optimizer(
         momentum=args.momentum,
         shard=shard,
         seed=getattr(args, "seed", 0),
+        loss=loss,
         **{name: value for name, value in options.items() if value is not None},
     )
 

@@ -166,6 +166,7 @@ FLAGS["masked autoencoder"] = (
     ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: 8 * stem_stride"),
     ("--mask_ratio", number("float (0, 1)"), 0.6, "fraction of patches to mask"),
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
+    ("--recon_loss", ("l2", "l1", "smooth_l1"), "l2", "loss of the removed pixels"),
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
     ("--picture_freq", FROM_0, 10, "epochs between reconstruction images; 0: none"),
@@ -191,7 +192,8 @@ FLAGS["augmentation"] = (
     ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
     ("--recount", COUNT, 1, "largest number of erased rectangles per image"),
     ("--resplit", BOOL, False, "flag of the official code; true is not supported"),
-    ("--smoothing", BELOW_1, 0.1, "label smoothing; 0: none"),
+    ("--smoothing", BELOW_1, 0.1,
+     "label smoothing; 0: none; default: 0.1, or 0 if --loss is not ce"),
     ("--mixup", AMOUNT, 0.0, "mixup alpha; 0: off"),
     ("--cutmix", AMOUNT, 0.0, "cutmix alpha; 0: off"),
     ("--cutmix_minmax", CHANCE, None,
@@ -199,6 +201,13 @@ FLAGS["augmentation"] = (
     ("--mixup_prob", CHANCE, 1.0, "probability of mixing a batch"),
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
     ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
+)
+FLAGS["loss"] = (
+    ("--loss", TEXT, "ce",
+     "ce, focal(gamma=2), 0.5*bce + zlpr ...: names of docs/finetuning.md, torch.nn's, or "
+     "package.module:name"),
+    ("--class_weights", TEXT, "none",
+     "none, inverse, effective(beta=0.9999) or [w1,w2,...]: weights of the classes in the loss"),
 )
 FLAGS["optimizer and schedule"] = (
     ("--blr", AMOUNT, 5e-4, "peak learning rate per 256 images of an optimizer step"),

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
-FINETUNE_ONLY = ("augmentation", "pretrained weights and head", "evaluation and EMA")
+FINETUNE_ONLY = ("augmentation", "loss", "pretrained weights and head", "evaluation and EMA")
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
 READ = ("data_path", "eval_data_path", "finetune", "resume")  # a path, or another source
 CONFLICTS = (  # two flags that exclude each other, and the reason
@@ -288,6 +288,8 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
             new["opt_betas"] = (0.9, 0.95)
         new["patch_size"] = new["patch_size"] or 8 * new["stem_stride"]
     else:
+        if new.get("loss", "ce") != "ce" and given is not None and "smoothing" not in given:
+            new["smoothing"] = 0.0  # other losses may not take smoothed labels
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] else 1.0

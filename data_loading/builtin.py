@@ -52,13 +52,13 @@ class Digits(Dataset):
         nth = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
         chosen = (nth % 5 != 4) if train else (nth % 5 == 4)
         self.images = (images[chosen].astype(np.uint16) * 255 // 16).astype(np.uint8)  # was 0..16
-        self.labels = labels[chosen].tolist()
+        self.targets = labels[chosen].tolist()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
+        return Image.fromarray(self.images[index]), self.targets[index]
 
 
 class Synthetic(Dataset):
@@ -67,12 +67,13 @@ class Synthetic(Dataset):
     def __init__(self, size: tuple[int, int], nb_classes: int, train: bool):
         self.size, self.train = size, train
         self.classes = tuple(f"hue{k}" for k in range(nb_classes))
+        self.targets = [index % nb_classes for index in range(len(self))]
 
     def __len__(self) -> int:
         return 1024 if self.train else 256
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        (height, width), label = self.size, index % len(self.classes)
+        (height, width), label = self.size, self.targets[index]
         random = np.random.default_rng(fold_in(int(self.train), index))
         color = 255 * np.array(colorsys.hsv_to_rgb(label / len(self.classes), 1, 1))
         radius = random.uniform(0.25, 0.45) * min(height, width)

@@ -59,7 +59,8 @@ def split(dataset: Any, fraction: float, train: bool) -> Part:
     parts. Data sets that do not list their labels are split as a whole. UserError if no sample can
     be held out.
     """
-    labels, draws = _labels_of(dataset), _draws(dataset)
+    labels, draws = list_labels(dataset), _draws(dataset)
+    labels = np.zeros(len(dataset), int) if labels is None else labels
     held = draws < fraction
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
@@ -88,14 +89,17 @@ def _draws(dataset: Any) -> np.ndarray:
     return np.array([fold_in(STREAM, word) for word in words]) / 2**63
 
 
-def _labels_of(dataset: Any) -> np.ndarray:
-    """Return the label of each sample, zeros if the data set does not list them as integers."""
+def list_labels(dataset: Any) -> np.ndarray | None:
+    """Return the label of each sample, None if the data set does not list them as integers."""
+    if isinstance(dataset, Part):
+        labels = list_labels(dataset.dataset)
+        return None if labels is None else labels[dataset.indices]
     samples = getattr(dataset, "samples", None)
     if isinstance(samples, FileIndex):
         return samples.labels()
     try:
         targets = np.asarray(getattr(dataset, "targets", None))  # torchvision's name
     except ValueError:  # of different lengths
-        targets = np.array(None)
+        return None
     usable = targets.shape == (len(dataset),) and targets.dtype.kind in "iu"
-    return targets if usable else np.zeros(len(dataset), int)
+    return targets if usable else None

@@ -86,6 +86,8 @@ def _is_autoencoder(model: nn.Module) -> bool:
 
 def build_fcmae(args: Any) -> nn.Module:
     """The pre-training model that the flags describe."""
+    recon_loss = vars(args).get("recon_loss", "l2")  # of an earlier version: none
+    own = {"recon_loss": recon_loss} if recon_loss != "l2" else {}  # a user's may lack it
     model = _create_by_flags(
         fcmae_name(args.model),
         AUTOENCODER,
@@ -97,7 +99,11 @@ def build_fcmae(args: Any) -> nn.Module:
         decoder_depth=args.decoder_depth,
         decoder_embed_dim=args.decoder_embed_dim,
         norm_pix_loss=args.norm_pix_loss,
+        **own,
     )
+    if own and getattr(type(model), "forward_loss", None) is not FCMAE.forward_loss:
+        got = f"--recon_loss {recon_loss}: {type(model).__name__} has a forward_loss of its own"
+        raise UserError(f"{got}, which does not use it; drop --recon_loss")
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.compile)
     return model

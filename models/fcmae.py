@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, resolve
 from models.convnextv2 import Block, ConvNeXtV2, set_grad_checkpointing
 from models.layers import PatchConv
 from models.sparse import PatchGrid
+
+# Functions of the difference between prediction and target.
+RECON_LOSSES = {"l2": torch.square, "l1": torch.abs}
+RECON_LOSSES["smooth_l1"] = lambda x: F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none")
 
 
 def visible_patches(num_patches: int, mask_ratio: float) -> int:
@@ -40,6 +44,7 @@ class FCMAE(nn.Module):
         the default. mask_ratio: fraction of patches removed.
     decoder_depth, decoder_embed_dim: blocks of the decoder and their width.
     norm_pix_loss: normalize the target, each patch by its own mean and variance.
+    recon_loss: a name of RECON_LOSSES.
     Source: arXiv 2301.00808, section 3. Parameter names are the official ones.
     """
 
@@ -53,6 +58,7 @@ class FCMAE(nn.Module):
         decoder_depth: int = 1,
         decoder_embed_dim: int = 512,
         norm_pix_loss: bool = True,
+        recon_loss: str = "l2",
     ) -> None:
         super().__init__()
         stride = encoder.total_stride
@@ -62,6 +68,8 @@ class FCMAE(nn.Module):
         self.in_chans = encoder.in_chans
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
+        resolve(recon_loss, RECON_LOSSES, "reconstruction loss", importable=False)
+        self.recon_loss = recon_loss
 
         encoder.norm = nn.Identity()
         encoder.reset_classifier(0)
@@ -124,7 +132,7 @@ class FCMAE(nn.Module):
         return x.reshape(n, -1, h, w)  # (N, [cell row, row, cell column, column, channel], h, w)
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error on the removed patches, a scalar in float32 or better."""
+        """Mean loss of the pixels of removed patches, a scalar in float32 or better."""
         target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
         if self.norm_pix_loss:
             # (x - mean) / sqrt(var + 1e-6) in one pass. The official variance is the unbiased one,
@@ -133,7 +141,7 @@ class FCMAE(nn.Module):
             ratio = (n - 1) / n
             target = F.layer_norm(target, (n,), eps=1e-6 * ratio) * ratio**0.5
         pred = pred.flatten(2).transpose(1, 2)  # (N, L, p*p*C)
-        error = (pred.to(target.dtype) - target).square().mean(-1)  # (N, L)
+        error = RECON_LOSSES[self.recon_loss](pred.to(target.dtype) - target).mean(-1)  # (N, L)
         return (error * mask).sum() / mask.sum()
 
     def forward(

@@ -168,6 +168,16 @@ def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over all processes: of parameters outside DistributedDataParallel."""
+    for parameter in parameters if get_world_size() > 1 else ():
+        if parameter.grad is None:  # other processes may have one
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= get_world_size()
+
+
 def check_gradients(model: nn.Module) -> None:
     """Raise UserError if parameters got no gradient where DistributedDataParallel needs them all.
 

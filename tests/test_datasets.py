@@ -86,11 +86,11 @@ class Listed(Dataset):
 def test_digits_split_leaks_no_image_and_no_class():
     train, val = builtin.Digits(True), builtin.Digits(False)
     assert (len(train), len(val)) == (1442, 355)
-    assert np.bincount(val.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
+    assert np.bincount(val.targets).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
     assert train.images.max() == 255
     first_val = np.load(ROOT / "assets" / "digits.npz", allow_pickle=False)
     fifth_zero = first_val["images"][first_val["labels"] == 0][4]
-    assert (val.images[val.labels.index(0)] == fifth_zero.astype(int) * 255 // 16).all()
+    assert (val.images[val.targets.index(0)] == fifth_zero.astype(int) * 255 // 16).all()
 
 
 def test_imnet_counts_classes_on_disk_not_1000(tmp_path):

@@ -302,18 +302,22 @@ def train(main: Any, words: str) -> None:
 def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     objective = importlib.import_module("my_fork.objective")
     csv_hook = importlib.import_module("my_fork.csv_hook")
-    focal = importlib.import_module("my_fork.focal")
     build_hooks = hooks._build_hooks
     monkeypatch.setattr(
         hooks, "_build_hooks", lambda *args: [*build_hooks(*args), csv_hook.CsvHook(args[1])]
     )
     monkeypatch.setattr(engine_pretrain, "masked_loss", objective.masked_loss)
-    train(main_pretrain, "--model my_fork.losses:smooth_l1 --norm_pix_loss false --output_dir pre")
+    train(
+        main_pretrain, "--model my_fork.losses:charbonnier --norm_pix_loss false --output_dir pre"
+    )
     lines = (fork / "pre/losses.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["1", "2", "3"]
 
-    monkeypatch.setattr(torch.nn, "CrossEntropyLoss", lambda **options: focal.criterion)
-    train(main_finetune, "--model my_fork.nets:small --finetune pre --output_dir fine")
+    learned = "my_fork.losses:Temperature(start=2)+0.1*bce"
+    train(
+        main_finetune,
+        f"--model my_fork.nets:small --finetune pre --output_dir fine --loss {learned}",
+    )
     assert "new: norm, head; dropped" in capsys.readouterr().out
     assert (fork / "fine/checkpoint-best.pth").exists()
     saved = torch.load(fork / "fine/checkpoint-0.pth", weights_only=True)
@@ -323,16 +327,20 @@ def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     saved = torch.load(fork / "plain/checkpoint-best.pth", weights_only=True)["state"]
     assert (saved["best_metric"], saved["lower_is_better"]) == ("cost_5", True)
     assert saved["best"]["best"] == saved["stats"]["test_cost_5"]
+    assert saved["loss"]["terms.0.loss.log_scale"] != np.log(2)
+    train(main_finetune, "--model my_fork.nets:plain --output_dir plain")
+    assert (fork / "plain/checkpoint-0.pth").exists()
 
 
 def test_losses_of_the_forking_guide(fork):
     losses = importlib.import_module("my_fork.losses")
     logits, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([1])
-    assert losses.FocalLoss()(logits, labels).item() == pytest.approx(0.25 * np.log(2))
-    model = losses.smooth_l1(3, 1, 0.0, mask_ratio=0.5)
+    assert losses.focal(logits, labels).item() == pytest.approx(0.25 * np.log(2))
+    model = losses.charbonnier(3, 1, 0.0, mask_ratio=0.5)
     loss, pred, mask = model(torch.zeros(2, 3, 16, 16))
     removed = pred.flatten(2).mT[mask > 0]
-    assert loss.item() == pytest.approx(removed.square().mean().item() / 2, rel=1e-4)
+    expected = (removed.square() + 1e-6).sqrt().mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_library_example_runs(fork, capsys):

@@ -95,6 +95,8 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 
     def evaluate(data_loader, model, device, amp, metrics):
         built.val, built.metrics = data_loader, metrics
+    def evaluate(data_loader, model, device, amp, criterion=None):
+        built.val = data_loader
         return {"acc1": 50.0, "loss": 1.0}
 
     messages: list[str] = []
@@ -118,6 +120,11 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def deepest_drop_path(built: Built) -> float:
     return max(module.prob for module in built.inner.modules() if isinstance(module, DropPath))
+
+
+def loss_of(built: Built) -> tuple[list[str], float]:
+    criterion = built.loop.criterion
+    return [f"{term.factor} {term.text}" for term in criterion.terms], criterion.smoothing
 
 
 def transform(built: Built, loader: str = "train") -> str:
@@ -240,6 +247,7 @@ PRETRAIN: dict[str, Row] = {
     "patch_size": ("--patch_size 16", lambda b: b.inner.patch_size, 8, 16, "--input_size 32"),
     "mask_ratio": ("--mask_ratio 0.3", lambda b: b.inner.mask_ratio, 0.6, 0.3),
     "norm_pix_loss": ("--norm_pix_loss false", lambda b: b.inner.norm_pix_loss, True, False),
+    "recon_loss": ("--recon_loss l1", lambda b: b.inner.recon_loss, "l2", "l1"),
     "decoder_depth": ("--decoder_depth 2", lambda b: len(b.inner.decoder), 1, 2),
     "decoder_embed_dim": ("--decoder_embed_dim 12", lambda b: b.inner.mask_token.shape[1], 8, 12),
     "picture_freq": (
@@ -306,7 +314,19 @@ FINETUNE: dict[str, Row] = {
         3,
     ),
     "smoothing": (
-        "--smoothing 0.3", lambda b: b.loop.criterion.label_smoothing, 0.1, 0.3,
+        "--smoothing 0.3", lambda b: b.loop.criterion.smoothing, 0.1, 0.3,
+    ),
+    "loss": (
+        "--loss 0.5*focal+bce",
+        loss_of,
+        (["1.0 ce"], 0.1),
+        (["0.5 focal", "1.0 bce"], 0.0),
+    ),
+    "class_weights": (
+        "--class_weights [1,2,3]",
+        lambda b: b.loop.criterion.class_weights,
+        None,
+        pytest.approx(torch.tensor([0.5, 1.0, 1.5])),
     ),
     "mixup": ("--mixup 0.8", lambda b: b.loop.mixup and b.loop.mixup.mixup_alpha, None, 0.8),
     "cutmix": ("--cutmix 0.7", lambda b: b.loop.mixup and b.loop.mixup.cutmix_alpha, None, 0.7),

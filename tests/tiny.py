@@ -113,6 +113,26 @@ def other(num_classes: int, **kwargs) -> Other:
     return Other(num_classes)
 
 
+class Temperature(torch.nn.Module):
+    """Cross-entropy of logits over a temperature, which is trained, as a fork may bring."""
+
+    takes = ("class", "soft")
+
+    def __init__(self, start: float = 1.0) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(float(start)))
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = torch.nn.functional.cross_entropy(logits / self.scale, labels, reduction="none")
+        return losses + 0.1 * self.scale.square()
+
+
+def brier(logits: torch.Tensor, labels: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """Mean Brier score of a batch, a loss that is a function and gives no value for each image."""
+    errors = logits.softmax(1) - torch.nn.functional.one_hot(labels, logits.shape[1])
+    return factor * errors.square().sum(1).mean()
+
+
 class Deadly(Colors):
     """One sample of it ends the process that reads it, or never comes."""
 

@@ -194,7 +194,7 @@ class AnomalyGuard:
                     return {"first_not_finite": "images", "of_samples": batch[2][bad].tolist()}
                 number = state.global_step - step.steps_ago
                 compute = partial(self._compute, network, batch, number, micro)
-                if found := first_not_finite(network, compute):
+                if found := first_not_finite(network, compute, self.stepper.criterion):
                     return {"first_not_finite": found}
         except Exception as error:  # such as out of memory: a diagnosis must not end the run
             note = f"cannot be rerun: {type(error).__name__}: {error}"
@@ -224,12 +224,14 @@ def append_entries(path: Path, entries: list[dict[str, Any]]) -> None:
     write_atomically("[\n" + ",\n".join(lines) + "\n]\n", path)
 
 
-def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
+def first_not_finite(
+    network: nn.Module, compute: Callable[[], Tensor], criterion: nn.Module | None = None
+) -> str:
     """Name the first non-finite value of a forward and backward pass; '' if there is none.
 
     compute: calls `network` and returns the loss. Order: parameters, outputs of modules, the loss,
     then gradients of outputs and parameters. Leaves gradients, buffers and hooks of the network as
-    they were.
+    they were, and buffers of the criterion.
     """
     found: list[str] = []
 
@@ -253,7 +255,8 @@ def first_not_finite(network: nn.Module, compute: Callable[[], Tensor]) -> str:
     for name, module in network.named_modules():
         name = name or type(module).__name__
         hooks.append(module.register_forward_hook(partial(after, name)))
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    modules = nn.ModuleList([network] if criterion is None else [network, criterion])
+    buffers = [(buffer, buffer.clone()) for buffer in modules.buffers()]
     try:
         with torch.compiler.set_stance("force_eager"):
             loss = compute()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from errors import UserError
+from errors import UserError, first_few
 from models.kernels.autotune import autotuner
 from parallel.process_group import get_logger, is_main_process
 from parallel.state_dict import full_state_dict, load_optimizer, optimizer_name
@@ -99,10 +99,14 @@ class TrainableParts:
     optimizer: Optimizer
     scaler: Any = None
     model_ema: nn.Module | None = None
+    loss: nn.Module | None = None  # None if it has no parameters or buffers of its own
+
+    def __post_init__(self) -> None:
+        self.loss = self.loss if self.loss is not None and self.loss.state_dict() else None
 
     def present(self) -> list[Any]:
         """Return the parts that exist, the model first."""
-        parts = (self.model, self.optimizer, self.scaler, self.model_ema)
+        parts = (self.model, self.optimizer, self.scaler, self.model_ema, self.loss)
         return [part for part in parts if part is not None]
 
 
@@ -121,6 +125,7 @@ def collect_checkpoint(
     """
     weights, optimizer = full_state_dict(parts.model), full_state_dict(parts.optimizer)
     ema = full_state_dict(parts.model_ema) if parts.model_ema is not None else None
+    loss = {"loss": full_state_dict(parts.loss)} if parts.loss is not None else {}
     if not is_main_process():
         return None
     if not all_finite(weights[name] for name, _ in parts.model.named_parameters()):
@@ -132,6 +137,7 @@ def collect_checkpoint(
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else None,
         "state": asdict(state),
         "kernels": autotuner.state(),
+        **loss,
         **entries,
     }
 
@@ -202,6 +208,7 @@ def rotate(newest: Path, keep: int, source: str = "") -> None:
 def restore_run(checkpoint: Mapping[str, Any], source: str, parts: TrainableParts) -> None:
     """Load a checkpoint of `write_checkpoints` into the parts of a run."""
     load_weights(parts.model, checkpoint["model"], source)
+    restore_loss(checkpoint, source, parts.loss)
     load_optimizer(parts.optimizer, checkpoint["optimizer"], source)
     if parts.scaler is not None and checkpoint.get("scaler"):
         parts.scaler.load_state_dict(checkpoint["scaler"])
@@ -210,3 +217,20 @@ def restore_run(checkpoint: Mapping[str, Any], source: str, parts: TrainablePart
         if ema is None:
             get_logger().warning("%s has no EMA weights: the EMA starts from its weights", source)
         load_weights(parts.model_ema, ema or checkpoint["model"], source)
+
+
+def restore_loss(checkpoint: Mapping[str, Any], source: str, loss: nn.Module | None) -> None:
+    """Load the parameters of a loss; UserError if the checkpoint has others, or only one has any.
+
+    loss: None if it has none.
+    """
+    saved = (checkpoint.get("loss") if isinstance(checkpoint, Mapping) else None) or {}
+    expected = loss.state_dict() if loss is not None else {}
+    if saved.keys() != expected.keys():
+        names = [first_few(held) or "none" for held in (saved, expected)]
+        raise UserError(
+            f"{source} has these parameters of a loss: {names[0]}; this --loss: {names[1]}. Give "
+            "the --loss of that run"
+        )
+    if loss is not None:
+        load_weights(loss, saved, source)

@@ -32,6 +32,7 @@ from training import run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.criterion import check_loss
 from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.evaluation import build_metrics
@@ -71,6 +72,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     models.check_model(args)  # before the data is listed
     if not is_pretraining(vars(args)):
         build_metrics(args)
+        check_loss(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -247,9 +249,9 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     found = {}
     words = [x for value in args.values() for x in (value if isinstance(value, tuple) else [value])]
     for word in map(str, words):
-        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*(\(.*\))?", word)
-        with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
-            spec = importlib.util.find_spec(module[1]) if module else None
-            if spec and spec.origin and Path(spec.origin).is_file():
-                found[module[1]] = Path(spec.origin)
+        for module in re.findall(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*", word):
+            with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
+                spec = importlib.util.find_spec(module)
+                if spec and spec.origin and Path(spec.origin).is_file():
+                    found[module] = Path(spec.origin)
     return found

@@ -137,6 +137,7 @@ class Stepper:
     update_freq: micro-batches per optimizer step; the last step of an epoch may have fewer.
     clip_grad: largest gradient norm; None for no limit.
     spike_factor: a loss above this many times its running mean is a spike; 0 for no limit.
+    criterion: the loss, which may have parameters and buffers of its own; None: it has none.
 
         stepper.begin_epoch(len(data_loader))
         with stepper.micro_batch():
@@ -155,8 +156,12 @@ class Stepper:
     update_freq: int = 1
     clip_grad: float | None = None
     spike_factor: float = 0.0
+    criterion: nn.Module | None = None
 
     def __post_init__(self) -> None:
+        own = [] if self.criterion is None else [self.criterion]
+        self.modules = nn.ModuleList([self.model, *own])
+        self.loss_parameters = [p for loss in own for p in loss.parameters()]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
@@ -203,7 +208,7 @@ class Stepper:
     def micro_batch(self) -> Iterator[None]:
         """Wrap forward and loss in autocast; only the last micro-batch reduces gradients."""
         if self.micro == 0:  # not earlier: a rollback may replace the buffers between two steps
-            self.saved_buffers = SavedBuffers(self.model)
+            self.saved_buffers = SavedBuffers(self.modules)
         last = self.micro + 1 == self.window
         with sharding.sync_gradients(self.model, last), autocast(self.device, self.amp):
             yield
@@ -223,6 +228,7 @@ class Stepper:
         self.batches_left -= 1
         if self.micro < self.window:
             return None
+        sharding.average_gradients(self.loss_parameters)  # those of the model are, in backward
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if len(grads) < len(self.parameters):
             sharding.check_gradients(self.model)

@@ -29,7 +29,7 @@ INHERITED |= {"val_split": "a number"}  # to evaluate the same data
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
-RESUMED |= {"decoder_embed_dim": "an integer"}
+RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
 TYPES = {"a name": (str,), "a boolean": (bool,), "an integer": (int,), "a number": (int, float)}
 
 

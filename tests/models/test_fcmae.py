@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from config.parser import parse, pretrain_parser
+from models import build_fcmae
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, random_mask, visible_patches
+from tests import tiny
 
 SIZES = {
     "square": {"size": (64, 64)},
@@ -295,3 +298,41 @@ def test_gpu_computes_what_the_cpu_does():
     with torch.autocast("cuda", torch.bfloat16):
         half, _, _ = model(images, mask, 1)
     assert half.item() == pytest.approx(expected.item(), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("l2", (9 + 0.25) / 2), ("l1", (3 + 0.5) / 2), ("smooth_l1", (2.5 + 0.125) / 2)],
+)
+def test_reconstruction_losses_by_hand(name, expected):
+    """Errors of 3 and 1/2 in two removed patches; the visible ones do not count."""
+    model = tiny.fcmae(3, 1, 0.0, norm_pix_loss=False, recon_loss=name)
+    errors = torch.tensor([3.0, 100.0, -0.5, 100.0]).reshape(1, 1, 2, 2)
+    pred = errors.expand(1, 8 * 8 * 3, 2, 2)
+    mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    assert model.forward_loss(torch.zeros(1, 3, 16, 16), pred, mask).item() == expected
+
+
+def test_unknown_reconstruction_loss_is_refused():
+    with pytest.raises(ValueError, match="unknown reconstruction loss 'l3'. Did you mean"):
+        tiny.fcmae(3, 1, 0.0, recon_loss="l3")
+
+
+class OwnLoss(FCMAE):
+    def forward_loss(self, images, pred, mask):
+        return pred.square().mean()
+
+
+def own_loss(in_chans: int, stem_stride: int, drop_path_rate: float, **kwargs) -> FCMAE:
+    network = tiny.classifier(in_chans=in_chans, stem_stride=stem_stride)
+    return OwnLoss(network, **kwargs)
+
+
+def test_reconstruction_loss_of_a_model_with_its_own_is_refused():
+    """It would be ignored."""
+    words = "--model tests.models.test_fcmae:own_loss --data_set DIGITS --input_size 16"
+    words += " --stem_stride 1"
+    args = parse(pretrain_parser(), words.split())
+    assert isinstance(build_fcmae(args), OwnLoss)
+    with pytest.raises(ValueError, match="OwnLoss has a forward_loss of its own"):
+        build_fcmae(args.replace(recon_loss="l1"))

@@ -36,12 +36,14 @@ from tests.training.test_run_lock import lock_from_elsewhere
 from training import hooks, resume, run_lock
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.criterion import Criterion
 from training.meters import Means
 from training.run_lock import acquire_run_lock
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
 RANKS = 2
+LEARNED = "tests.tiny:Temperature(start=2)"
 
 
 def toy(seed: int = 0) -> ConvNeXtV2:
@@ -57,14 +59,15 @@ def toy(seed: int = 0) -> ConvNeXtV2:
 # --- jobs of the ranks ----------------------------------------------------------------------
 
 
-def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
+def train(model: nn.Module, batch: int, loss: str = "ce", **options) -> dict[str, torch.Tensor]:
     """Train 3 epochs on 20 images: 5 micro-batches, 2 in each optimizer step, 1 in the last."""
+    criterion = Criterion(loss).double()
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     images = images.to(model.head.weight.dtype)
     labels = torch.arange(20) % 3
-    optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9)
+    optimizer = create_optimizer(model, lr=0.01, layer_decay=0.9, loss=criterion)
     wrapped = Parallelism("ddp", CPU).wrap(model)
-    stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, **options)
+    stepper = Stepper(wrapped, optimizer, CPU, update_freq=2, criterion=criterion, **options)
     own = slice(process_group.get_rank() * batch, (process_group.get_rank() + 1) * batch)
     local = None
     for _ in range(3):
@@ -72,11 +75,11 @@ def train(model: nn.Module, batch: int, **options) -> dict[str, torch.Tensor]:
         for block in torch.arange(20).split(4):
             with stepper.micro_batch():
                 logits = wrapped(images[block[own]])
-                loss = nn.functional.cross_entropy(logits, labels[block[own]])
+                loss = criterion(logits, labels[block[own]])
             stepper.step(loss)
             if local is None:
                 local = model.head.weight.grad.clone()
-    return {**model.state_dict(), "first gradient": local}
+    return {**model.state_dict(), **criterion.state_dict(), "first gradient": local}
 
 
 def ranks_see_no_warning(rank: int, folder: Path) -> list[str]:
@@ -93,6 +96,11 @@ def ranks_train(rank: int, folder: Path) -> dict[str, torch.Tensor]:
 
 def ranks_train_clipped(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     return train(toy(), batch=2, clip_grad=0.05)
+
+
+def ranks_train_with_the_loss(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Train parameters of the loss too, which are outside DistributedDataParallel."""
+    return train(toy(), batch=2, loss=LEARNED, clip_grad=0.05)
 
 
 def ranks_skip_together(rank: int, folder: Path) -> dict:
@@ -341,6 +349,7 @@ JOBS = [  # in this order
     ranks_see_no_warning,
     ranks_train,
     ranks_train_clipped,
+    ranks_train_with_the_loss,
     ranks_skip_together,
     ranks_average,
     ranks_restore_buffers,
@@ -387,12 +396,17 @@ def assert_equal(got: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "options"), [("train", {}), ("train_clipped", {"clip_grad": 0.05})]
+    ("job", "options"),
+    [
+        ("train", {}),
+        ("train_clipped", {"clip_grad": 0.05}),
+        ("train_with_the_loss", {"clip_grad": 0.05, "loss": LEARNED}),
+    ],
 )
 def test_two_ranks_train_as_one_with_twice_the_batch(results, job, options):
     expected = train(toy(), batch=4, **options)
-    before = toy().state_dict()
-    assert all(not torch.allclose(expected[name], before[name]) for name in before)
+    before = toy().state_dict() | {name: torch.tensor(2.0) for name in expected if "scale" in name}
+    assert all(not torch.allclose(expected[n], before[n].to(expected[n])) for n in before)
     for result in results:
         assert_equal(result[f"ranks_{job}"], expected)
 

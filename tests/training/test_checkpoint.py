@@ -19,6 +19,7 @@ from torch import nn
 import utils
 from config.parser import finetune_parser, parse
 from errors import UserError
+from optim_factory import create_optimizer
 from training.checkpoint import (
     TrainableParts,
     TrainState,
@@ -26,6 +27,7 @@ from training.checkpoint import (
     write_checkpoint,
 )
 from training.checkpoint_manager import build_checkpoint_manager
+from training.criterion import Criterion
 from training.resume import auto_load_model, find_resume_point
 from utils import link, save_model, write_atomically
 from weights.files import find_checkpoint, load_weights, numbered_checkpoints, read_checkpoint
@@ -771,3 +773,39 @@ def test_second_name_given_twice_leaves_nothing(tmp_path):
         utils.link(source, target)
     assert target.read_text() == "content"
     assert sorted(tmp_path.iterdir()) == [source, target]
+
+
+# --- parameters of a loss -------------------------------------------------------------------
+
+
+def with_loss(start: float | None) -> TrainableParts:
+    """A model and a loss with a parameter, one step taken; None: a loss without parameters."""
+    torch.manual_seed(0)
+    text = "ce" if start is None else f"tests.tiny:Temperature({start})"
+    model, criterion = nn.Linear(3, 2), Criterion(text)
+    parts = TrainableParts(model, create_optimizer(model, lr=0.1, loss=criterion), loss=criterion)
+    criterion(model(torch.ones(2, 3)), torch.tensor([0, 1])).backward()
+    parts.optimizer.step()
+    return parts
+
+
+def test_parameters_of_a_loss_resume_with_their_optimizer_state(tmp_path):
+    saved, other = with_loss(2.0), with_loss(5.0)
+    save_model(tmp_path, saved, TrainState(1), {"args": {}})
+    path = tmp_path / "checkpoint-0.pth"
+    assert torch.load(path, weights_only=True)["loss"].keys() == {"terms.0.loss.scale"}
+    auto_load_model(find_resume_point(tmp_path), other)
+    assert_same(saved.loss, other.loss)
+    ours, theirs = (parts.optimizer.state_dict()["state"] for parts in (saved, other))
+    last = max(ours)
+    assert torch.equal(ours[last]["exp_avg"], theirs[last]["exp_avg"])
+    assert other.present()[-1] is other.loss  # also in the snapshots of a rollback
+
+
+@pytest.mark.parametrize(("before", "now"), [(2.0, None), (None, 2.0)])
+def test_other_parameters_of_the_loss_are_refused(tmp_path, before, now):
+    save_model(tmp_path, with_loss(before), TrainState(1), {"args": {}})
+    names = ["terms.0.loss.scale" if start else "none" for start in (before, now)]
+    said = f"these parameters of a loss: {names[0]}; this --loss: {names[1]}. Give the --loss"
+    with pytest.raises(UserError, match=said):
+        auto_load_model(find_resume_point(tmp_path), with_loss(now))

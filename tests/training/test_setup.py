@@ -103,6 +103,8 @@ def test_user_modules_that_flags_name_are_compared_too():
     assert "a" not in found
     found = setup.describe_rank({"metrics": ("acc1", "tests.tiny:classifier(k=1)")})
     assert found["tests.tiny"].startswith("(SHA-256 ")
+    found = setup.user_modules({"loss": "0.5*ce + tests.tiny:Temperature(start=2)"})
+    assert found.keys() == {"tests.tiny"}
 
 
 def test_scripts_from_different_copies_name_the_file(tmp_path):

@@ -1,0 +1,403 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The loss that the flags describe: a weighted sum of losses, with smoothing and class weights.
+
+python main_finetune.py --data_set DIGITS --loss "focal(gamma=2) + 0.1*ce" --class_weights inverse
+"""
+
+import ast
+import copy
+import functools
+import inspect
+import operator
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config.calls import Call, parse_call, parse_sum
+from datasets import count_labels
+from errors import UserError, first_few, first_line, resolve
+from parallel import sharding
+from parallel.process_group import get_logger, get_world_size
+from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, Row
+
+KINDS = {
+    "class": "one class per image",
+    "soft": "mixed labels (of --mixup or --cutmix)",
+    "multi": "several classes per image",
+    "number": "numbers",
+}
+REDUCTIONS = ("reduction", "reduce", "size_average")  # arguments of torch's losses
+
+
+class Criterion(nn.Module):
+    """Weighted sum of losses: (outputs, targets) -> its mean over the batch, a scalar.
+
+    text: such as `0.5*focal(gamma=2) + ce`. kind: of the targets, one of KINDS. smoothing: of class
+    labels, in training only. class_weights: (K,), in training only.
+    `per_image(outputs, targets)` is the loss of evaluation, (N,), without smoothing and weights.
+    Both compute in float32 or better. Parameters of losses are trained with those of the model.
+    """
+
+    def __init__(
+        self,
+        text: str = "ce",
+        kind: str = "class",
+        smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.smoothing = kind, smoothing
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.terms = nn.ModuleList(Term(call) for call in parse_sum(text, "--loss"))
+        for term in self.terms:
+            self._check(term)
+
+    def _check(self, term: "Term") -> None:
+        """Refuse a loss that cannot take the targets, their smoothing or class weights."""
+        if term.takes and self.kind not in term.takes:
+            fit = ", ".join(name for name, row in LOSSES.items() if self.kind in row.takes.split())
+            accepted = " or ".join(KINDS[kind] for kind in term.takes if kind != "soft")
+            raise UserError(
+                f"--loss {term.text} takes {accepted}, and the labels are {KINDS[self.kind]}; use "
+                f"one of {fit}" + ", or drop --mixup and --cutmix" * (self.kind == "soft")
+            )
+        if self.smoothing and term.takes and self.kind == "class" and "soft" not in term.takes:
+            raise UserError(
+                f"--smoothing {self.smoothing:g}: --loss {term.text} takes no smoothed labels; "
+                "pass --smoothing 0"
+            )
+        if self.smoothing and self.kind == "number":
+            raise UserError(f"--smoothing {self.smoothing:g} is for classes; pass --smoothing 0")
+        if self.class_weights is not None and self.kind not in ("class", "soft"):
+            fix = "; use --loss BCEWithLogitsLoss(pos_weight=[...])" * (self.kind == "multi")
+            raise UserError(f"--class_weights: the labels are {KINDS[self.kind]}; drop it{fix}")
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(outputs.device.type, enabled=False):
+            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            means = [term.times_factor(self.mean(term, outputs, targets)) for term in self.terms]
+            return functools.reduce(operator.add, means)
+
+    def mean(self, term: "Term", outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the batch of one loss, weighted by the classes of the images.
+
+        The sum of weighted values is divided by the sum of the weights. `ce` is torch's own loss:
+        it divides by the number of images if targets are mixed, and weighs smoothed labels too.
+        """
+        weights = self.class_weights
+        weights = None if weights is None else weights.to(outputs.dtype)
+        if term.name == "ce":
+            return F.cross_entropy(outputs, targets, weights, label_smoothing=self.smoothing)
+        if weights is not None:
+            weights = weights[targets] if targets.ndim == 1 else targets.to(weights) @ weights
+        if self.smoothing:
+            targets = self._smooth(targets, outputs)
+        if weights is None and isinstance(term.loss, TorchLoss):
+            return term.loss.mean(outputs, targets)
+        values = term.loss(outputs, targets)
+        if isinstance(values, tuple):  # values, and 1 for images that count
+            values, counts = values
+            weights = counts if weights is None else weights * counts
+        if values.shape not in ((), (len(outputs),)):
+            raise UserError(
+                f"it gives a tensor of shape {tuple(values.shape)} for {len(outputs)} images; "
+                f"expected ({len(outputs)},), or the mean as a scalar"
+            )
+        if weights is None:
+            return values.mean()
+        if values.ndim == 0:
+            raise UserError(
+                "it returns the mean over the batch, and --class_weights needs a value for each "
+                "image, (N,); return these, or drop --class_weights"
+            )
+        return (values * weights).sum() / weights.sum().clamp(min=TINY)
+
+    def _smooth(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        """Labels (N,) -> (N, K) moved to 1/K; several classes per image -> moved to 1/2."""
+        classes = outputs.shape[1]
+        if self.kind == "class":
+            targets = F.one_hot(targets, classes)
+        middle = 0.5 if self.kind == "multi" else 1 / classes
+        return targets.to(outputs.dtype) * (1 - self.smoothing) + self.smoothing * middle
+
+    def per_image(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(N,): the loss of each image, without smoothing and class weights.
+
+        A loss that gives only the mean over a batch counts as if each image had that value.
+        """
+        with torch.autocast(outputs.device.type, enabled=False):
+            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            found = []
+            for term in self.terms:
+                values = (term.evaluated or term.loss)(outputs, targets)
+                values = values[0] if isinstance(values, tuple) else values
+                found.append(term.times_factor(values.expand(len(outputs))))
+            return functools.reduce(operator.add, found)
+
+
+class Term(nn.Module):
+    """One loss of a sum.
+
+    takes: kinds of targets; () if unknown, as of a user's loss without an attribute `takes`.
+    loss: the function or module. evaluated: another one for evaluation, or None.
+    """
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.name, self.text, self.factor = call.name, str(call), call.factor
+        if call.options:
+            raise UserError(f"--loss {call}: got values in [ ], which no loss takes; drop them")
+        found, self.evaluated = _find(call.name), None
+        if isinstance(found, Row):
+            self.takes = tuple(found.takes.split())
+            values = _bind(found.function, call, inputs=2)
+            self.loss = functools.partial(found.function, **values)
+            if found.evaluation:
+                values |= found.evaluation
+                self.evaluated = functools.partial(found.function, **values)
+        elif call.name in TORCH_LOSSES:
+            self.takes, self.loss = tuple(TORCH_LOSSES[call.name][0].split()), TorchLoss(call)
+            if "label_smoothing" in call.kwargs:
+                plain = Call(call.name, call.args, call.kwargs | {"label_smoothing": 0.0})
+                self.evaluated = TorchLoss(plain)
+        else:
+            self.takes = tuple(getattr(found, "takes", ()))
+            self.loss = _users_loss(found, call)
+
+    def times_factor(self, value: Tensor) -> Tensor:
+        return value if self.factor == 1 else self.factor * value
+
+
+class TorchLoss(nn.Module):
+    """A loss of torch.nn: `forward` gives a value for each image, `mean` is torch's own mean."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        make, self.prepare = getattr(nn, call.name), TORCH_LOSSES[call.name][1]
+        if call.kwargs.keys() & set(REDUCTIONS):
+            raise UserError(f"--loss {call}: the mean over the batch is taken anyway; drop that")
+        _bind(make, call)
+        self.average, self.each = _create(make, call), _create(make, call, reduction="none")
+        for part in (self.each, self.average):
+            for name, value in list(part.named_buffers()):  # weights, which the flag gives again
+                part.register_buffer(name, value, persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        values = self.each(outputs, self._prepared(targets, outputs))
+        return values.reshape(len(outputs), -1).mean(1)
+
+    def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the batch; CrossEntropyLoss with weights divides by the sum of the weights."""
+        return self.average(outputs, self._prepared(targets, outputs))
+
+    def _prepared(self, targets: Tensor, outputs: Tensor) -> Tensor:
+        return self.prepare(targets, outputs) if self.prepare else targets
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.tensor(value, dtype=torch.float32) if isinstance(value, list | tuple) else value
+
+
+def _find(name: str) -> Any:
+    """Return the row of a loss, a class of torch.nn, or what `package.module:name` names."""
+    if name in NOT_LOGITS:
+        fix = f"takes probabilities, and networks give logits; use {NOT_LOGITS[name]}"
+        raise UserError(f"--loss {name} {fix}")
+    if name.endswith("Loss") and hasattr(nn, name) and name not in TORCH_LOSSES:
+        fix = f"use one of {', '.join(TORCH_LOSSES)}"
+        raise UserError(f"--loss {name} needs other inputs than (outputs, targets); {fix}")
+    return resolve(name, LOSSES | dict.fromkeys(TORCH_LOSSES), "loss")
+
+
+def _users_loss(found: Any, call: Call) -> Callable[..., Tensor]:
+    """Create a user's class with the arguments, or pass them to a function at each call."""
+    if isinstance(found, type):
+        _bind(found, call)
+        return _create(found, call)
+    _bind(found, call, inputs=2)
+    return lambda outputs, targets: found(outputs, targets, *call.args, **call.kwargs)
+
+
+def _create(make: Callable, call: Call, **more: Any) -> Any:
+    values = {name: _as_tensor(value) for name, value in call.kwargs.items()}
+    try:
+        return make(*map(_as_tensor, call.args), **values, **more)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--loss {call}: {first_line(error)}{_accepted(make)}") from error
+
+
+def _bind(function: Callable, call: Call, inputs: int = 0) -> dict[str, Any]:
+    """Return the arguments of a call by name; UserError if the function does not take them.
+
+    inputs: number of arguments before them, such as outputs and targets.
+    """
+    signature = inspect.signature(function)
+    names = list(signature.parameters)[:inputs]
+    try:
+        bound = signature.bind(*names, *call.args, **call.kwargs).arguments
+    except TypeError as error:
+        raise UserError(f"--loss {call}: {error}{_accepted(function, inputs)}") from error
+    return {name: value for name, value in bound.items() if name not in names}
+
+
+def _accepted(function: Callable, inputs: int = 0) -> str:
+    """Return the arguments that a loss takes, for a message."""
+    known = list(inspect.signature(function).parameters.values())[inputs:]
+    words = [parameter for parameter in known if parameter.name not in REDUCTIONS]
+    words = [str(parameter).replace("torch.Tensor", "list") for parameter in words]
+    return f"; it takes {', '.join(words) or 'no arguments'}"
+
+
+def try_out(criterion: Criterion, num_classes: int) -> None:
+    """Compute loss and gradients of two rows on a copy; UserError if that fails or is not finite.
+
+    Wrong types of arguments, wrong shapes and errors in a user's loss show here, before training.
+    """
+    trial = copy.deepcopy(criterion).cpu()
+    rows = {
+        "class": torch.tensor([0, num_classes - 1]),
+        "soft": torch.full((2, num_classes), 1 / num_classes),
+        "multi": torch.ones(2, num_classes).triu(),
+        "number": torch.zeros(2, num_classes),
+    }
+    for term in trial.terms:
+        outputs = torch.linspace(-1, 1, 2 * num_classes).reshape(2, -1).requires_grad_()
+        try:
+            loss = trial.mean(term, outputs, rows[trial.kind])
+            loss.backward()
+        except Exception as error:
+            raise UserError(f"--loss {term.text}: {_describe(error)}{_taken(term)}") from error
+        unused = [name for name, p in term.named_parameters() if p.requires_grad and p.grad is None]
+        problem = f"its parameters {first_few(unused)} have no effect" if unused else ""
+        if outputs.grad is None:
+            problem = "it does not depend on the outputs of the network"
+        elif not all(x.isfinite().all() for x in (loss, outputs.grad)):
+            problem = "it or its gradient is not finite for logits between -1 and 1"
+        if problem:
+            raise UserError(f"--loss {term.text}: {problem}{_taken(term)}")
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"{type(error).__name__} in {place}: {first_line(error)}"
+
+
+def _taken(term: Term) -> str:
+    row = LOSSES.get(term.name)
+    return _accepted(row.function, 2) if row else ""
+
+
+# --- class weights --------------------------------------------------------------------------
+
+
+def inverse(counts: Tensor) -> Tensor:
+    """1 / images of the class."""
+    return _weights_of_timm(counts, "inv_freq")
+
+
+def effective(counts: Tensor, beta: float = 0.9999) -> Tensor:
+    """(1 - beta) / (1 - beta^images), the inverse effective number (arXiv 1901.05555)."""
+    return _weights_of_timm(counts, "effective_num", beta=beta)
+
+
+def _weights_of_timm(counts: Tensor, method: str, **options: float) -> Tensor:
+    from timm.loss import compute_class_weights
+
+    return compute_class_weights(counts, int(counts.sum()), method, **options)[1]
+
+
+CLASS_WEIGHTS = {"inverse": inverse, "effective": effective}  # counts (K,) -> weights (K,)
+
+
+def create_class_weights(text: str, counts: Callable[[], Tensor], num_classes: int) -> Tensor:
+    """(K,) weights with mean 1, by a name or from a list such as `[1, 2.5, 1]`.
+
+    counts: returns the number of training images of each class. A class without any has weight 0,
+    and does not count in the mean.
+    """
+    flag = "--class_weights"
+    if text.startswith("["):
+        return _given_weights(text, num_classes)
+    call = parse_call(text, flag)
+    known = dict.fromkeys(("none", *CLASS_WEIGHTS)) | CLASS_WEIGHTS
+    function = resolve(call.name, known, "class weights")
+    if function is None:
+        raise UserError(f"{flag} {text}: none takes no arguments; pass {flag} none")
+    numbers = counts()
+    try:
+        found = function(numbers[numbers > 0], *call.args, **call.kwargs)
+    except (TypeError, ValueError) as error:
+        fix = _accepted(function, 1)
+        raise UserError(f"{flag} {text}: {first_line(error)}{fix}") from error
+    weights = torch.zeros(len(numbers), dtype=torch.float64)
+    weights[numbers > 0] = torch.as_tensor(found, dtype=torch.float64)
+    return (weights / weights[numbers > 0].mean()).float()
+
+
+def _given_weights(text: str, num_classes: int) -> Tensor:
+    try:
+        values = torch.tensor(ast.literal_eval(text), dtype=torch.float64)
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise UserError(f"--class_weights {text}: expected numbers, as in [1, 2.5, 1]") from error
+    if values.shape != (num_classes,) or not (values > 0).all() or not values.isfinite().all():
+        expected = f"expected {num_classes} numbers above 0, one for each class"
+        raise UserError(f"--class_weights {text}: {expected} in the order of their names")
+    return (values / values.mean()).float()
+
+
+# --- from the flags -------------------------------------------------------------------------
+
+
+def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion:
+    mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax) and not args.eval
+    smoothing = 0.0 if mixed or args.eval else args.smoothing  # mixup smooths labels itself
+    return Criterion(args.loss, "soft" if mixed else "class", smoothing, weights)
+
+
+def _lengths(criterion: Criterion) -> Iterator[int]:
+    return (len(weights) for weights in criterion.buffers() if weights.ndim == 1)
+
+
+def check_loss(args: Any) -> None:
+    """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
+    criterion = _create_criterion(args)
+    classes = args.nb_classes or max(_lengths(criterion), default=3)
+    try_out(criterion, classes)
+    if args.class_weights != "none":
+        given = args.class_weights.startswith("[")
+        expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
+        equal = torch.full((expected,), 2.0, dtype=torch.float64)
+        weights = create_class_weights(args.class_weights, lambda: equal, expected)
+        try_out(_create_criterion(args, weights), expected)
+    if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
+        raise UserError(
+            f"--loss {args.loss} has parameters of its own, which --shard {args.shard} does not "
+            "average over processes; use --shard ddp"
+        )
+
+
+def build_criterion(
+    args: Any, num_classes: int, device: torch.device, dataset_train: Any = None
+) -> Criterion:
+    """Build the loss of the flags; class weights, for training, are those of `dataset_train`."""
+    weights = None
+    if dataset_train is not None and args.class_weights != "none":
+        counts = functools.partial(count_labels, dataset_train, num_classes)
+        weights = create_class_weights(args.class_weights, counts, num_classes)
+        names = dataset_train.classes or range(num_classes)
+        pairs = zip(names, weights.tolist(), strict=True)
+        texts = [f"{name} = {weight:.3g}" for name, weight in pairs]
+        get_logger().info("class weights %s: %s", args.class_weights, first_few(texts, 10))
+    criterion = _create_criterion(args, weights)
+    try_out(criterion, num_classes)
+    sharding.broadcast_tensors([*criterion.to(device).parameters(), *criterion.buffers()])
+    return criterion
