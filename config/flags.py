@@ -214,7 +214,8 @@ FLAGS["optimizer and schedule"] = (
     ("--opt_betas", BELOW_1, None,
      "optimizer betas; default: the optimizer's own; 0.9 0.95 for adamw in pre-training", "+"),
     ("--momentum", BELOW_1, 0.9, "momentum of optimizers such as sgd"),
-    ("--weight_decay", AMOUNT, 0.05, "weight decay of matrices; biases, norms and GRN have none"),
+    ("--weight_decay", AMOUNT, 0.05,
+     "weight decay of matrices; biases, norms, GRN and layer scale have none"),
     ("--weight_decay_end", AMOUNT, None, "final weight decay, by cosine; default: constant"),
     ("--clip_grad", POSITIVE, None, "largest gradient norm; default: no clipping"),
 )

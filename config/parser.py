@@ -392,7 +392,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     if flags.is_pretraining(vars(args)):
         yield from _patch_problems(args, stride)
-    elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
+    elif args.model.startswith("convnext") and min(args.input_size) < stride:
         got = as_typed(args.input_size)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
 

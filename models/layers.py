@@ -126,8 +126,12 @@ def fused_dwconv(
     return norm(y if grid is None else grid.pack(y))
 
 
-def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
-    """`fc2(grn(gelu(fc1(x))))` of x (N, ..., C)."""
+def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN | None, fc2: nn.Linear) -> Tensor:
+    """`fc2(grn(gelu(fc1(x))))` of x (N, ..., C); grn: None in ConvNeXt V1."""
+    if grn is None:
+        if not (_can_fuse(x, fc1, nn.Linear) and _can_fuse(x, fc2, nn.Linear)):
+            return fc2(F.gelu(fc1(x)))
+        return ops.affine(F.gelu(ops.affine(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
     kinds = ((fc1, nn.Linear), (grn, GRN), (fc2, nn.Linear))
     if not all(_can_fuse(x, module, kind) for module, kind in kinds):
         return fc2(grn(F.gelu(fc1(x))))

@@ -413,7 +413,7 @@ def test_missing_block_is_no_smaller_network(name, tmp_path):
         state = create_model("convnextv2_atto").state_dict()
     state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
     torch.save({"model": state, "args": {"model": name}}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"convnextv2_atto of depths and widths .*\(2, 2, 5, 2\)"):
+    with pytest.raises(UserError, match=r"convnextv2_atto, but .* of depths \(2, 2, 5, 2\)"):
         main(tmp_path / "a.pth", "--to", "safetensors")
 
 
