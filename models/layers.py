@@ -15,6 +15,7 @@ from errors import UserError
 from models.kernels import ops
 from models.kernels.depthwise import depthwise_norm
 from models.kernels.grn_mlp import grn_mlp
+from models.kernels.mlp import mlp
 from models.sparse import PatchGrid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # statistics in float32 under autocast, unlike (x-u)^2
@@ -131,7 +132,7 @@ def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN | None, fc2: nn.Linear) -> Ten
     if grn is None:
         if not (_can_fuse(x, fc1, nn.Linear) and _can_fuse(x, fc2, nn.Linear)):
             return fc2(F.gelu(fc1(x)))
-        return ops.affine(F.gelu(ops.affine(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
+        return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     kinds = ((fc1, nn.Linear), (grn, GRN), (fc2, nn.Linear))
     if not all(_can_fuse(x, module, kind) for module, kind in kinds):
         return fc2(grn(F.gelu(fc1(x))))
