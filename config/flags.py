@@ -100,7 +100,7 @@ EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result 
 formats for --to:
   timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
   hf           folder for transformers' from_pretrained, with preprocessing
-  official     .pth for the official ConvNeXt V2 scripts, with the decoder
+  official     .pth for the official ConvNeXt scripts, with the decoder
   safetensors  this toolkit's own names, with the decoder
   onnx         graph for onnxruntime, TensorRT and others
   torchscript  graph for torch.jit.load and LibTorch

@@ -43,6 +43,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         is_v1 = layer_scale_init_value is not None
+        if is_v1 and not layer_scale_init_value > 0:
+            raise UserError(
+                f"layer_scale_init_value {layer_scale_init_value}: expected a positive number, or "
+                "None for ConvNeXt V2"
+            )
         self.dwconv = init_weights(nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim))
         self.norm = LayerNorm(dim)
         self.pwconv1 = init_weights(nn.Linear(dim, 4 * dim))
@@ -121,11 +126,6 @@ class ConvNeXtV2(nn.Module):
             raise UserError(f"stem_stride {stem_stride}: expected 1, 2 or 4")
         if out_indices is not None and not features_only:
             raise UserError(f"out_indices {out_indices}: needs features_only=True")
-        if layer_scale_init_value is not None and not layer_scale_init_value > 0:
-            raise UserError(
-                f"layer_scale_init_value {layer_scale_init_value}: expected a positive number, or "
-                "None for ConvNeXt V2"
-            )
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.out_indices = take_stages(out_indices, len(dims))
         if features_only:
