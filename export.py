@@ -31,12 +31,19 @@ from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
-from models import build_classifier
-from models.convnextv2 import SIZES
+from models import MODELS, build_classifier
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
-from weights.convert import Report, describe, size_name, to_convnextv2, to_official, to_timm
+from weights.convert import (
+    Report,
+    describe,
+    family,
+    size_name,
+    to_convnextv2,
+    to_official,
+    to_timm,
+)
 from weights.export_formats import ExportSpec, Network, save
 from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights
@@ -125,7 +132,7 @@ def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
 def load_convnext(
     weights: Mapping[str, Tensor], run: Mapping[str, Any], model: None
 ) -> tuple[ExportSpec, Report]:
-    """Convert weights of a ConvNeXt V2 and find its shape in them. run: flags of the run."""
+    """Convert weights of a ConvNeXt and find its shape in them. run: flags of the run."""
     name = str(run.get("model"))
     try:
         state, report = to_convnextv2(weights)
@@ -133,12 +140,12 @@ def load_convnext(
         hint = f"; they were trained with code, to run it give --model {name}" * (":" in name)
         raise UserError(f"{error}{hint}") from error
     shape = describe(state)
-    found = shape["depths"], shape["dims"]
-    expected = SIZES.get(name.removeprefix("fcmae_").removeprefix("convnextv2_"), found)
-    if found != expected:
+    bare, found = name.removeprefix("fcmae_"), size_name(shape)
+    if bare in MODELS and bare != found:
+        found = found or f"depths {shape['depths']} and widths {shape['dims']}"
         raise UserError(
-            f"the run trained {name} of depths and widths {expected}, but these weights have "
-            f"{found}; the file is incomplete or mixed, give another"
+            f"the run trained {name}, but these weights are of {found}; the file is incomplete or "
+            "mixed, give another"
         )
     full_state = to_convnextv2(weights, decoder=True)[0] if report.dropped else state
     return ExportSpec(state, full_state, shape), report
@@ -219,7 +226,7 @@ def largest_difference(
 def default_output(spec: ExportSpec, target: str) -> str:
     """Name the output in the current folder, such as convnextv2_tiny-timm.safetensors."""
     kind = "" if target in ("safetensors", *GRAPHS) else f"-{target}"
-    name = size_name(spec.shape) or ("convnextv2" if spec.network is None else "network")
+    name = size_name(spec.shape) or (family(spec.shape) if spec.network is None else "network")
     return f"{name}{kind}{'-half' * spec.half}{TARGETS[target]}"
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The eight ConvNeXt V2 sizes for `torch.hub.load`, from a local folder or a repository.
+"""ConvNeXt V2 and V1 in all sizes for `torch.hub.load`, from a local folder or a repository.
 
 python -c "import torch; torch.hub.load('.', 'convnextv2_atto', source='local')"
 
@@ -16,7 +16,7 @@ from weights import pretrained as _pretrained
 
 dependencies = ["torch"]
 
-_DOC = """ConvNeXt V2 {size}, {count} parameters: images (N, 3, H, W) -> logits (N, num_classes).
+_DOC = """{network}, {count} parameters: images (N, 3, H, W) -> logits (N, num_classes).
 
 torch.hub.load(folder, "{name}", source="local", checkpoint="checkpoint-best.pth").eval()
 
@@ -34,8 +34,9 @@ differs from .eval() only with drop_path_rate, and expects images normalized as 
 """
 
 
-def _entry(size, count):
-    name = f"convnextv2_{size}"
+def _entry(name, count):
+    family, size = name.split("_")
+    network = f"ConvNeXt {'V2' if family == 'convnextv2' else 'V1'} {size.capitalize()}"
 
     def build(checkpoint=None, model_key=_MODEL_KEY, model_prefix="", sha256="", **kwargs):
         if checkpoint is None:
@@ -48,15 +49,24 @@ def _entry(size, count):
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = _DOC.format(name=name, size=size.capitalize(), count=count)
+    build.__doc__ = _DOC.format(name=name, network=network, count=count)
     return build
 
 
-convnextv2_atto = _entry("atto", "3.7M")
-convnextv2_femto = _entry("femto", "5.2M")
-convnextv2_pico = _entry("pico", "9.1M")
-convnextv2_nano = _entry("nano", "15.6M")
-convnextv2_tiny = _entry("tiny", "28.6M")
-convnextv2_base = _entry("base", "89M")
-convnextv2_large = _entry("large", "198M")
-convnextv2_huge = _entry("huge", "660M")
+convnextv2_atto = _entry("convnextv2_atto", "3.7M")
+convnextv2_femto = _entry("convnextv2_femto", "5.2M")
+convnextv2_pico = _entry("convnextv2_pico", "9.1M")
+convnextv2_nano = _entry("convnextv2_nano", "15.6M")
+convnextv2_tiny = _entry("convnextv2_tiny", "28.6M")
+convnextv2_base = _entry("convnextv2_base", "89M")
+convnextv2_large = _entry("convnextv2_large", "198M")
+convnextv2_huge = _entry("convnextv2_huge", "660M")
+convnext_atto = _entry("convnext_atto", "3.7M")
+convnext_femto = _entry("convnext_femto", "5.2M")
+convnext_pico = _entry("convnext_pico", "9.0M")
+convnext_nano = _entry("convnext_nano", "15.6M")
+convnext_tiny = _entry("convnext_tiny", "28.6M")
+convnext_small = _entry("convnext_small", "50.2M")
+convnext_base = _entry("convnext_base", "88.6M")
+convnext_large = _entry("convnext_large", "198M")
+convnext_xlarge = _entry("convnext_xlarge", "350M")

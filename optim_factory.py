@@ -24,7 +24,8 @@ from parallel.process_group import get_logger
 INITIAL_STD = 0.02  # of the weights
 # Parts of the names of optimizers whose steps do not grow with the gradients.
 BOUNDED = ("adam", "adan", "lamb", "lion")
-# GRN parameters and the mask token have 4 dimensions, so `ndim <= 1` would miss them.
+# GRN parameters and the mask token have 4 dimensions, so `ndim <= 1` would miss them. `.gamma` is
+# also layer scale in ConvNeXt V1.
 NO_WEIGHT_DECAY = (".bias", ".gamma", ".beta", "mask_token")
 
 
@@ -125,7 +126,8 @@ def get_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by weight decay and learning-rate scale (`lr_scale`).
 
-    Biases, norms, GRN, the mask token and what the network itself exempts get no weight decay.
+    Biases, norms, GRN, layer scale, the mask token and what the network itself exempts get no
+    weight decay.
     """
     exempt = _exempt_from_decay(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}

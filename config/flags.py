@@ -100,7 +100,7 @@ EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result 
 formats for --to:
   timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
   hf           folder for transformers' from_pretrained, with preprocessing
-  official     .pth for the official ConvNeXt V2 scripts, with the decoder
+  official     .pth for the official ConvNeXt scripts, with the decoder
   safetensors  this toolkit's own names, with the decoder
   onnx         graph for onnxruntime, TensorRT and others
   torchscript  graph for torch.jit.load and LibTorch
@@ -223,7 +223,8 @@ FLAGS["optimizer and schedule"] = (
     ("--opt_betas", BELOW_1, None,
      "optimizer betas; default: the optimizer's own; 0.9 0.95 for adamw in pre-training", "+"),
     ("--momentum", BELOW_1, 0.9, "momentum of optimizers such as sgd"),
-    ("--weight_decay", AMOUNT, 0.05, "weight decay of matrices; biases, norms and GRN have none"),
+    ("--weight_decay", AMOUNT, 0.05,
+     "weight decay of matrices; biases, norms, GRN and layer scale have none"),
     ("--weight_decay_end", AMOUNT, None, "final weight decay, by cosine; default: constant"),
     ("--clip_grad", POSITIVE, None, "largest gradient norm; default: no clipping"),
 )

@@ -249,7 +249,7 @@ def export_parser() -> argparse.ArgumentParser:
     add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
     action = next(action for action in parser._actions if action.dest == "model")
-    action.help = "package.module:function of a classifier of your own; default: a ConvNeXt V2"
+    action.help = "package.module:function of a classifier of your own; default: a ConvNeXt"
     return parser
 
 
@@ -396,7 +396,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     if flags.is_pretraining(vars(args)):
         yield from _patch_problems(args, stride)
-    elif args.model.startswith("convnextv2") and min(args.input_size) < stride:
+    elif args.model.startswith("convnext") and min(args.input_size) < stride:
         got = as_typed(args.input_size)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
 
@@ -455,12 +455,12 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.to is None:
         return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
     if args.model and ":" not in args.model:
-        yield f"--model {args.model}: the size of a ConvNeXt V2 is found in its weights; drop it"
+        yield f"--model {args.model}: the size of a ConvNeXt is found in its weights; drop it"
     elif args.model and args.to not in (*flags.GRAPHS, "safetensors"):
         targets = ", ".join((*flags.GRAPHS, "safetensors"))
-        yield f"--model {args.model}: --to {args.to} is for ConvNeXt V2; use one of {targets}"
+        yield f"--model {args.model}: --to {args.to} is for ConvNeXt; use one of {targets}"
     if args.model and args.half:
-        yield "--half true is tested with ConvNeXt V2 only; drop --half or --model"
+        yield "--half true is tested with ConvNeXt only; drop --half or --model"
     if args.half and args.to not in flags.GRAPHS:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":

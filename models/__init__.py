@@ -32,7 +32,9 @@ def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
     return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **own)
 
 
-MODELS = {f"convnextv2_{s}": getattr(convnextv2, f"convnextv2_{s}") for s in convnextv2.SIZES}
+_NAMES = [f"convnextv2_{size}" for size in convnextv2.SIZES]
+_NAMES += [f"convnext_{size}" for size in convnextv2.V1_SIZES]
+MODELS = {name: getattr(convnextv2, name) for name in _NAMES}
 MODELS |= {_PREFIX + name: partial(_fcmae, name) for name in MODELS}
 
 

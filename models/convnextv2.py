@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""ConvNeXt V2 in its eight sizes, for whole images and for visible patches alone.
+"""ConvNeXt V2 and V1 in their sizes, for whole images and for visible patches alone.
 
 python -c "from models import create_model; print(create_model('convnextv2_atto'))"
 """
@@ -32,17 +32,29 @@ class Block(nn.Module):
     """ConvNeXt V2 block, dwconv -> norm -> pwconv1 -> GELU -> GRN -> pwconv2, with a residual.
 
     x: dense (N, H, W, C), or packed (N, V, p, p, C) together with its grid.
+    layer_scale_init_value: makes it a block of V1, which has no GRN and multiplies the output of
+        pwconv2 by a learned `gamma` (C), which starts with this value.
     """
 
     checkpointing = False  # in training, save x alone and compute the rest again in backward
 
-    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float | None = None
+    ) -> None:
         super().__init__()
+        is_v1 = layer_scale_init_value is not None
+        if is_v1 and not layer_scale_init_value > 0:
+            raise UserError(
+                f"layer_scale_init_value {layer_scale_init_value}: expected a positive number, or "
+                "None for ConvNeXt V2"
+            )
         self.dwconv = init_weights(nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim))
         self.norm = LayerNorm(dim)
         self.pwconv1 = init_weights(nn.Linear(dim, 4 * dim))
-        self.grn = GRN(4 * dim)
+        self.grn = None if is_v1 else GRN(4 * dim)
         self.pwconv2 = init_weights(nn.Linear(4 * dim, dim))
+        scale = torch.full((dim,), float(layer_scale_init_value)) if is_v1 else None
+        self.gamma = None if scale is None else nn.Parameter(scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: PatchGrid | None = None) -> Tensor:
@@ -52,7 +64,8 @@ class Block(nn.Module):
 
     def _branch(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
         x = fused_dwconv(x, self.dwconv, self.norm, grid)  # norm(dwconv(x))
-        return fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
+        x = fused_mlp(x, self.pwconv1, self.grn, self.pwconv2)  # pwconv2(grn(gelu(pwconv1(x))))
+        return x if self.gamma is None else x * self.gamma  # in float32: in fp16 1e-6 * x is 0
 
     def _checkpointed(self, x: Tensor, grid: PatchGrid | None) -> Tensor:
         weights = [*self.parameters()]
@@ -79,7 +92,7 @@ def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
 
 
 class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2, `images (N, in_chans, H, W) -> logits (N, num_classes)`.
+    """ConvNeXt V2 or V1, `images (N, in_chans, H, W) -> logits (N, num_classes)`.
 
     depths, dims: blocks and channels of the stages.
     num_classes: 0 gives the normalized features (N, num_features) instead of logits.
@@ -88,7 +101,9 @@ class ConvNeXtV2(nn.Module):
     stem_stride: 4, or 1 or 2 for small images; also the stem's kernel.
     features_only: a backbone, images -> [maps of the stages `out_indices`], without norm, head and
         deeper stages; see `forward_intermediates`, and `feature_info.channels()`, `.reduction()`.
-    Parameter names and shapes are the official ones. Source: arXiv 2301.00808, appendix A.
+    layer_scale_init_value: makes it a ConvNeXt V1, with layer scale instead of GRN; 1e-6 there.
+    Parameter names and shapes are the official ones. Source: arXiv 2301.00808, appendix A, and
+    2201.03545 for V1.
     """
 
     set_grad_checkpointing = set_grad_checkpointing
@@ -104,6 +119,7 @@ class ConvNeXtV2(nn.Module):
         stem_stride: int = 4,
         features_only: bool = False,
         out_indices: int | Sequence[int] | None = None,
+        layer_scale_init_value: float | None = None,
     ) -> None:
         super().__init__()
         if stem_stride not in (1, 2, 4):
@@ -136,7 +152,7 @@ class ConvNeXtV2(nn.Module):
             self.downsample_layers.append(layer)
 
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(dim, rates.pop(0)) for _ in range(depth)])
+            nn.Sequential(*[Block(dim, rates.pop(0), layer_scale_init_value) for _ in range(depth)])
             for dim, depth in zip(dims, depths, strict=True)
         )
         self.norm = nn.Identity() if features_only else LayerNorm(dims[-1])
@@ -241,6 +257,12 @@ SIZES = {  # depths, dims; arXiv 2301.00808, appendix A
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
+V1_SIZES = {size: SIZES[size] for size in ("atto", "femto", "pico", "nano", "tiny")} | {
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),  # tiny to xlarge: arXiv 2201.03545, section 3
+    "base": SIZES["base"],
+    "large": SIZES["large"],
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
 
 convnextv2_atto = partial(ConvNeXtV2, *SIZES["atto"])
 convnextv2_femto = partial(ConvNeXtV2, *SIZES["femto"])
@@ -250,3 +272,14 @@ convnextv2_tiny = partial(ConvNeXtV2, *SIZES["tiny"])
 convnextv2_base = partial(ConvNeXtV2, *SIZES["base"])
 convnextv2_large = partial(ConvNeXtV2, *SIZES["large"])
 convnextv2_huge = partial(ConvNeXtV2, *SIZES["huge"])
+
+_ConvNeXt = partial(ConvNeXtV2, layer_scale_init_value=1e-6)
+convnext_atto = partial(_ConvNeXt, *V1_SIZES["atto"])
+convnext_femto = partial(_ConvNeXt, *V1_SIZES["femto"])
+convnext_pico = partial(_ConvNeXt, *V1_SIZES["pico"])
+convnext_nano = partial(_ConvNeXt, *V1_SIZES["nano"])
+convnext_tiny = partial(_ConvNeXt, *V1_SIZES["tiny"])
+convnext_small = partial(_ConvNeXt, *V1_SIZES["small"])
+convnext_base = partial(_ConvNeXt, *V1_SIZES["base"])
+convnext_large = partial(_ConvNeXt, *V1_SIZES["large"])
+convnext_xlarge = partial(_ConvNeXt, *V1_SIZES["xlarge"])

@@ -15,6 +15,7 @@ from errors import UserError
 from models.kernels import ops
 from models.kernels.depthwise import depthwise_norm
 from models.kernels.grn_mlp import grn_mlp
+from models.kernels.mlp import mlp
 from models.sparse import PatchGrid
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # statistics in float32 under autocast, unlike (x-u)^2
@@ -126,8 +127,12 @@ def fused_dwconv(
     return norm(y if grid is None else grid.pack(y))
 
 
-def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> Tensor:
-    """`fc2(grn(gelu(fc1(x))))` of x (N, ..., C)."""
+def fused_mlp(x: Tensor, fc1: nn.Linear, grn: GRN | None, fc2: nn.Linear) -> Tensor:
+    """`fc2(grn(gelu(fc1(x))))` of x (N, ..., C); grn: None in ConvNeXt V1."""
+    if grn is None:
+        if not (_can_fuse(x, fc1, nn.Linear) and _can_fuse(x, fc2, nn.Linear)):
+            return fc2(F.gelu(fc1(x)))
+        return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     kinds = ((fc1, nn.Linear), (grn, GRN), (fc2, nn.Linear))
     if not all(_can_fuse(x, module, kind) for module, kind in kinds):
         return fc2(grn(F.gelu(fc1(x))))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from errors import UserError, first_few
-from models.convnextv2 import SIZES
+from models.convnextv2 import SIZES, V1_SIZES
 
 State = Mapping[str, Tensor]
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
@@ -33,16 +33,18 @@ NAMES = {
         BLOCK + "grn.gamma": "stages.{i}.blocks.{j}.mlp.grn.weight",
         BLOCK + "grn.beta": "stages.{i}.blocks.{j}.mlp.grn.bias",
         BLOCK + "pwconv2.": "stages.{i}.blocks.{j}.mlp.fc2.",
+        BLOCK + "gamma": "stages.{i}.blocks.{j}.gamma",
         "norm.": "head.norm.",
         "head.": "head.fc.",
     },
-    "Hugging Face": {
+    "Hugging Face": {  # with `convnext.` for V1
         "downsample_layers.0.0.": "convnextv2.embeddings.patch_embeddings.",
         "downsample_layers.0.1.": "convnextv2.embeddings.layernorm.",
         "downsample_layers.{i}.{j}.": "convnextv2.encoder.stages.{i}.downsampling_layer.{j}.",
         BLOCK + "norm.": "convnextv2.encoder.stages.{i}.layers.{j}.layernorm.",
         BLOCK + "grn.gamma": "convnextv2.encoder.stages.{i}.layers.{j}.grn.weight",
         BLOCK + "grn.beta": "convnextv2.encoder.stages.{i}.layers.{j}.grn.bias",
+        BLOCK + "gamma": "convnextv2.encoder.stages.{i}.layers.{j}.layer_scale_parameter",
         BLOCK: "convnextv2.encoder.stages.{i}.layers.{j}.",
         "norm.": "convnextv2.layernorm.",
         "head.": "classifier.",
@@ -68,8 +70,6 @@ NAMES = {
 # Parts of MMPretrain's models that no network here has: norms of other stages, SparK's decoder.
 MM_PARTS = ("norm0.", "norm1.", "norm2.", "neck.", "mask_tokens.", "enc_dec_")
 HEADS = ("fc.", "classifier.", "head.fc.")  # of forks of the official code
-# Layer scale in the official code, timm and MMPretrain, or in Hugging Face's ConvNeXt.
-V1_SCALE = r"(^|\.)stages\.\d+\.(blocks\.)?\d+\.gamma$|\.layer_scale_parameter$"
 SIGNS = {  # a name that identifies a layout
     "embeddings.patch_embeddings.weight": "Hugging Face",
     "stem.0.weight": "timm",
@@ -131,12 +131,8 @@ def unwrap(name: str) -> str:
 
 def _layout(names: Mapping[str, str]) -> str:
     """Identify the layout of names; names: raw -> without WRAPPERS."""
-    known = {name.removeprefix("convnextv2.").removeprefix("encoder.") for name in names.values()}
-    if any(re.search(V1_SCALE, name) for name in known) and not any(".grn." in n for n in known):
-        raise UserError(
-            "these are weights of ConvNeXt V1 (with layer scale, without GRN), and this network is "
-            "ConvNeXt V2; give weights of V2, or a network of your own: --model package.module:name"
-        )
+    known = {re.sub(r"^convnext(v2)?\.(?=embeddings\.)", "", name) for name in names.values()}
+    known = {name.removeprefix("encoder.") for name in known}
     if any(name.endswith(".kernel") for name in known):
         return "MinkowskiEngine"
     if any(name.endswith(".depthwise_conv.weight") for name in known):
@@ -146,7 +142,7 @@ def _layout(names: Mapping[str, str]) -> str:
     found = [layout for sign, layout in SIGNS.items() if sign in known]
     if not found:
         raise UserError(
-            "these are not weights of a ConvNeXt V2, with names like "
+            "these are not weights of a ConvNeXt V2 or V1, with names like "
             f"{first_few(sorted(known)) or 'none'}; expected those of the official code, timm, "
             f"Hugging Face, MMPretrain or this toolkit{_prefix_hint(names)}"
         )
@@ -158,7 +154,8 @@ def _prefix_hint(names: Iterable[str]) -> str:
     ends = (
         name.removesuffix(sign) for name in names for sign in SIGNS if name.endswith(f".{sign}")
     )
-    found, inside = [], [("convnextv2.", "classifier."), ("encoder.", "mask_token")]
+    found, inside = [], [("convnextv2.", "classifier."), ("convnext.", "classifier.")]
+    inside += [("encoder.", "mask_token")]
     inside += [("backbone.", "head.fc.")] * any(".depthwise_conv." in name for name in names)
     for prefix in dict.fromkeys(ends):
         for inner, next_to_it in inside:
@@ -172,6 +169,7 @@ def _prefix_hint(names: Iterable[str]) -> str:
 def _normalize(name: str, layout: str) -> str:
     """Write a name as NAMES has it; layouts leave out a prefix, or write it otherwise."""
     if layout == "Hugging Face":  # ConvNextV2Model lacks the prefix of its classifier
+        name = replace_prefix(name, "convnext.", "convnextv2.")
         full = name.startswith(("convnextv2.", "classifier."))
         return name if full else f"convnextv2.{name}"
     if layout == "timm":  # features_only=True writes stem_0 and stages_0
@@ -216,7 +214,7 @@ def _reshape(ours: str, theirs: str, value: Tensor) -> Tensor:
 
 
 def to_timm(state: State) -> dict[str, Tensor]:
-    """Convert a state dict of `ConvNeXtV2` to timm's `convnextv2_*`.
+    """Convert a state dict of `ConvNeXtV2` to timm's `convnextv2_*` or `convnext_*`.
 
     timm's GRN has vectors, and its four small sizes have 1x1 convolutions instead of linear layers.
     """
@@ -227,8 +225,10 @@ def to_timm(state: State) -> dict[str, Tensor]:
 
 
 def to_hf(state: State) -> dict[str, Tensor]:
-    """Convert a state dict of `ConvNeXtV2` to `ConvNextV2ForImageClassification`."""
-    return _outward(state, "Hugging Face", lambda grn: grn)
+    """Convert a state dict of `ConvNeXtV2` to `ConvNext(V2)ForImageClassification`."""
+    out = _outward(state, "Hugging Face", lambda grn: grn)
+    prefix = f"{family(describe(state))}."
+    return {replace_prefix(name, "convnextv2.", prefix): value for name, value in out.items()}
 
 
 def to_official(state: State) -> dict[str, Tensor]:
@@ -248,10 +248,21 @@ def _outward(state: State, layout: str, grn: Callable) -> dict[str, Tensor]:
     return {_translate(name, rules): value.contiguous() for name, value in shaped.items()}
 
 
+def replace_prefix(name: str, old: str, new: str) -> str:
+    """Return the name with another prefix, if it has the old one."""
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def family(shape: Mapping[str, Any]) -> str:
+    """Return `convnext` for a shape of `describe` with layer scale (V1), else `convnextv2`."""
+    return "convnextv2" if shape.get("layer_scale_init_value") is None else "convnext"
+
+
 def size_name(shape: Mapping[str, Any]) -> str | None:
-    """Return `convnextv2_tiny` for a shape of `describe`, None if it is none of the eight sizes."""
-    found = shape.get("depths"), shape.get("dims")
-    return next((f"convnextv2_{name}" for name, size in SIZES.items() if size == found), None)
+    """Return `convnextv2_tiny` for a shape of `describe`, None if it is no size of V2 or V1."""
+    kind, found = family(shape), (shape.get("depths"), shape.get("dims"))
+    sizes = SIZES if kind == "convnextv2" else V1_SIZES
+    return next((f"{kind}_{name}" for name, size in sizes.items() if size == found), None)
 
 
 def describe_decoder(state: State) -> dict[str, int]:
@@ -270,11 +281,12 @@ def describe(state: State) -> dict[str, Any]:
     stem = state.get("downsample_layers.0.0.weight")
     if not dims or stem is None or stem.ndim != 4:
         names = first_few(state) or "none"
-        raise UserError(f"these are not weights of a ConvNeXt V2, with names like {names}")
+        raise UserError(f"these are not weights of a ConvNeXt V2 or V1, with names like {names}")
     return {
         "depths": tuple(depths),
         "dims": tuple(dims),
         "in_chans": stem.shape[1],
         "stem_stride": stem.shape[2],
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "layer_scale_init_value": 1e-6 if "stages.0.0.gamma" in state else None,
     }

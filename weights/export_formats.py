@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
-from weights.convert import CLASSIFIER, CONV_MLP, size_name, to_convnextv2
+from weights.convert import CLASSIFIER, CONV_MLP, family, size_name, to_convnextv2
 from weights.files import TOOLKIT, load_weights, read_checkpoint
 
 PROTOBUF_LIMIT = 2**31 - 2**24  # bytes: a protobuf message ends at 2 GiB, with the graph in it
@@ -31,7 +31,7 @@ class ExportSpec:
     state: dict[str, Tensor]  # of `ConvNeXtV2`, or of `network`
     full_state: dict[str, Tensor]  # of `FCMAE` if there is a decoder, otherwise the same
     shape: dict[str, Any]  # from `weights.convert.describe`
-    network: nn.Module | None = None  # a classifier of the user's own; None: a ConvNeXt V2
+    network: nn.Module | None = None  # a classifier of the user's own; None: a ConvNeXtV2
     size: tuple[int, int] = (224, 224)  # height and width in pixels
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
@@ -147,7 +147,7 @@ def timm_arguments(spec: ExportSpec) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of the same network in timm."""
     shape, dims = spec.shape, spec.shape["dims"]
     published = size_name(shape)
-    name = published or f"convnextv2_{'atto' if dims[0] in CONV_MLP else 'tiny'}"
+    name = published or f"{family(shape)}_{'atto' if dims[0] in CONV_MLP else 'tiny'}"
     other = {} if published else {"depths": shape["depths"], "dims": dims}
     other |= {"in_chans": shape["in_chans"]} if shape["in_chans"] != 3 else {}
     other |= {"patch_size": shape["stem_stride"]} if shape["stem_stride"] != 4 else {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import first_few, plural
 from models.fcmae import FCMAE
-from weights.convert import DECODER, Report, to_convnextv2, unwrap
+from weights.convert import DECODER, Report, replace_prefix, to_convnextv2, unwrap
 
 HEAD_NAMES = ("head", "fc", "classifier", "heads")  # of networks without timm's get_classifier
 
@@ -89,11 +89,6 @@ def fit_weights(
     return state, report
 
 
-def replace_prefix(name: str, old: str, new: str) -> str:
-    """Return the name with another prefix, if it has the old one."""
-    return new + name.removeprefix(old) if name.startswith(old) else name
-
-
 def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -> None:
     """Adapt weights for 1 or 3 channels in place: the first layer, and the last of an FCMAE."""
     expected = model.state_dict()
@@ -143,10 +138,11 @@ def adapt_prediction(value: Tensor, pixels: int, channels: int) -> Tensor:
 def _rename(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Report]:
-    """Convert any layout to a ConvNeXt V2's names; other models have only their own names."""
+    """Convert any layout to a ConvNeXt V2's or V1's names; other models have only their own."""
     is_fcmae = any(name.startswith("encoder.") for name in expected)
     ours = {name.removeprefix("encoder.") for name in expected}
-    if {"downsample_layers.0.0.weight", "stages.0.0.grn.gamma"} <= ours:
+    blocks = {"stages.0.0.grn.gamma", "stages.0.0.gamma"}  # of V2, of V1
+    if "downsample_layers.0.0.weight" in ours and ours & blocks:
         return to_convnextv2(state, decoder=is_fcmae)
     own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
     if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_loading.transforms import create_eval_transform
 from errors import UserError, plural
-from weights.convert import to_hf
+from weights.convert import family, to_hf
 from weights.export_formats import ExportSpec, save
 
 LUMA = (0.299, 0.587, 0.114)  # red, green, blue in a gray value: ITU-R 601-2, as in Pillow
@@ -26,11 +26,13 @@ OUTPUTS = {"logits": "logits", "features": "pooler_output", "map": "last_hidden_
 def hf_config(spec: ExportSpec) -> dict[str, Any]:
     """Return the content of config.json."""
     shape, (height, width) = spec.shape, spec.size
+    model_type = family(shape)
+    network = "ConvNextV2" if model_type == "convnextv2" else "ConvNext"
     kind = "ForImageClassification" if spec.output == "logits" else "Model"
     dtype = str(spec.state["downsample_layers.0.0.weight"].dtype).removeprefix("torch.")
     config = {
-        "architectures": [f"ConvNextV2{kind}"],
-        "model_type": "convnextv2",
+        "architectures": [f"{network}{kind}"],
+        "model_type": model_type,
         "num_channels": shape["in_chans"],
         "patch_size": shape["stem_stride"],
         "num_stages": len(shape["dims"]),

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from errors import UserError
-from weights.convert import CLASSIFIER, DECODER, describe, describe_decoder, size_name
+from weights.convert import (
+    CLASSIFIER,
+    DECODER,
+    describe,
+    describe_decoder,
+    family,
+    size_name,
+)
 from weights.fit import find_classifier
 
 State = Mapping[str, Tensor]
@@ -76,14 +83,15 @@ def _kind(expected: State, found: State) -> str:
 
 
 def _encoder_flags(ours: State, theirs: State) -> list[str]:
-    """Return the flags of the ConvNeXt V2 that `theirs` belongs to, where they differ from ours."""
+    """Return the flags of the ConvNeXt that `theirs` belongs to, where they differ from ours."""
     try:
         own, other = describe(ours), describe(theirs)
     except UserError:  # of other networks
         return []
     flags = []
-    if any(own[name] != other[name] for name in ("depths", "dims")):
-        sizes = "of depths {depths} and widths {dims}".format(**other)
+    if any(own[name] != other[name] for name in ("depths", "dims", "layer_scale_init_value")):
+        version = "" if family(own) == family(other) else f"{family(other)} "
+        sizes = "of {version}depths {depths} and widths {dims}".format(version=version, **other)
         flags = [f"--model {size_name(other) or sizes}"]
     names = [name for name in ("stem_stride", "in_chans") if own[name] != other[name]]
     return flags + [f"--{name} {other[name]}" for name in names]

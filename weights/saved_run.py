@@ -47,7 +47,7 @@ def read_saved_run(
 ) -> SavedRun:
     """Return what a checkpoint says about its run, and what its weights imply.
 
-    weights: the state dict in it. Those of a ConvNeXt V2 tell its size, channels and classes.
+    weights: the state dict in it. Those of a ConvNeXt tell its size, channels and classes.
     """
     held = checkpoint if isinstance(checkpoint, dict) else {}
     args, classes = held.get("args"), held.get("classes")
@@ -63,7 +63,7 @@ def read_saved_run(
 
 
 def _flags_of_shape(weights: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """Return the flags and the number of classes that a ConvNeXt V2's weights imply."""
+    """Return the flags and the number of classes that a ConvNeXt's weights imply."""
     try:
         shape = describe(to_convnextv2(weights)[0])
     except UserError:  # another network

@@ -11,7 +11,6 @@ layer has channels, s scales the weights of each image and beta goes into the bi
 scales a.
 """
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ class _MLP(Function):
                 dxs.append(linear(dh, w1.mT))
             dw1 = weight_grad(dh.flatten(0, 1), x_.flatten(0, 1)) if of_w1 else None
             parts.append((dw1, *grads))
-        dw1, db1, dw2, dgamma = (_total(own, norm.dtype) for own in zip(*parts, strict=True))
+        dw1, db1, dw2, dgamma = (ops.total(own, norm.dtype) for own in zip(*parts, strict=True))
         db2 = dbeta = None
         if of_b2 or of_w2 or of_beta:
             db2 = dy.sum((0, 1), dtype=norm.dtype)
@@ -105,13 +104,6 @@ class _MLP(Function):
         if of_beta:
             dbeta = db2 @ w2.to(db2.dtype)
         return ops.join(dxs) if of_x else None, dw1, db1, dw2, db2, dgamma, dbeta, None
-
-
-def _total(parts: tuple[Tensor | None, ...], wide: torch.dtype) -> Tensor | None:
-    """Sum of the parts' gradients, if wanted; in bf16 a sum over many would stagnate."""
-    if parts[0] is None or len(parts) == 1:
-        return parts[0]
-    return reduce(torch.add, (t.to(wide) for t in parts))
 
 
 def _scales_weights(h: Tensor, w2: Tensor) -> bool:

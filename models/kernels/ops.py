@@ -6,6 +6,7 @@ python -c "from models.kernels import ops; help(ops.linear)"
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,13 @@ def images_at_once(x: Tensor, elements: int) -> int:
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate the parts of a batch."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def total(parts: Sequence[Tensor | None], wide: torch.dtype) -> Tensor | None:
+    """Sum of the parts' gradients, if wanted; in bf16 a sum over many would stagnate."""
+    if parts[0] is None or len(parts) == 1:
+        return parts[0]
+    return reduce(torch.add, (t.to(wide) for t in parts))
 
 
 # Private names of torch 2.6 to 2.14, for which there are no public ones. Without them training

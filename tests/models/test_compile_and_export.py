@@ -47,6 +47,14 @@ def classifier(dtype=torch.float64, device="cpu"):
     return scramble(model, dtype, device), lambda model: model(images).square().sum()
 
 
+def v1(dtype=torch.float64, device="cpu"):
+    """An FCMAE around a ConvNeXt V1, whose decoder is of V2."""
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
+    mask = MASK.to(device)
+    model = FCMAE(ConvNeXtV2(*TOY, layer_scale_init_value=1e-6), decoder_embed_dim=8)
+    return scramble(model, dtype, device), lambda model: model(images, mask, 1)[0]
+
+
 def fcmae(dtype=torch.float64, device="cpu"):
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64).to(device, dtype)
     mask = MASK.to(device)
@@ -72,7 +80,7 @@ def assert_near(ours, theirs, tolerance=1e-10):
 # --- compiled ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("build", [classifier, fcmae, v1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_compiled_gradients_are_the_eager_ones(build, dtype):
     """One graph forward and one backward; the custom operations have a gradient there too."""
@@ -121,7 +129,7 @@ def traced_backward():
         yield
 
 
-@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("build", [classifier, fcmae, v1])
 def test_whole_training_step_compiles_without_a_graph_break(traced_backward, build):
     """Forward, gradients and the update of all parameters, as one graph, thrice."""
     losses = []
@@ -284,9 +292,10 @@ def operations(program):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_exported_classifier_is_of_torchs_operations_alone(strict, dtype):
+@pytest.mark.parametrize("is_v1", [False, True])
+def test_exported_classifier_is_of_torchs_operations_alone(strict, dtype, is_v1):
     """Other programs have no convnextv2::depthwise, and maybe no oneDNN."""
-    model = classifier(dtype)[0].eval()
+    model = (v1(dtype)[0].encoder if is_v1 else classifier(dtype)[0]).eval()
     images = torch.randn(2, 3, 16, 16, dtype=dtype)
     program = torch.export.export(model, (images,), strict=strict)
     assert not any("convnextv2" in name or "mkldnn" in name for name in operations(program))

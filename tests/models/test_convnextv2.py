@@ -96,8 +96,9 @@ def test_published_checkpoint_loads_name_by_name_and_shape_by_shape():
 
 
 def test_every_size_can_be_had_dense_and_as_fcmae():
-    sizes = ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"]
-    dense = [f"convnextv2_{size}" for size in sizes]
+    small = ["atto", "femto", "pico", "nano", "tiny"]
+    dense = [f"convnextv2_{size}" for size in (*small, "base", "large", "huge")]
+    dense += [f"convnext_{size}" for size in (*small, "small", "base", "large", "xlarge")]
     assert list_models() == dense + [f"fcmae_{name}" for name in dense]
 
 

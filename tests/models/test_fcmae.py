@@ -23,6 +23,8 @@ SIZES = {
     "large patch": {"size": (64, 96), "stem_stride": 2, "patch_size": 32},
     "large odd patch": {"size": (72, 48), "stem_stride": 1, "patch_size": 24},
     "one channel": {"size": (64, 64), "in_chans": 1},
+    "V1": {"size": (64, 96), "layer_scale_init_value": 1e-6},
+    "V1, stem 1": {"size": (24, 40), "stem_stride": 1, "layer_scale_init_value": 1e-6},
 }
 
 
@@ -32,11 +34,13 @@ def build(
     patch_size: int | None = None,
     size: tuple[int, int] = (64, 64),
     seed: int = 0,
+    layer_scale_init_value: float | None = None,
     **kwargs,
 ) -> tuple[FCMAE, torch.Tensor, torch.Tensor]:
     """A toy FCMAE in float64 with every parameter away from its start, images and a mask."""
     torch.manual_seed(seed)
-    encoder = ConvNeXtV2((1, 1, 2, 1), (4, 6, 8, 10), in_chans, stem_stride=stem_stride)
+    scale = {"layer_scale_init_value": layer_scale_init_value}
+    encoder = ConvNeXtV2((1, 1, 2, 1), (4, 6, 8, 10), in_chans, stem_stride=stem_stride, **scale)
     model = FCMAE(encoder, patch_size, decoder_embed_dim=12, **kwargs).double()
     with torch.no_grad():
         for parameter in model.parameters():  # GRN starts as identity and would hide its faults
@@ -63,13 +67,15 @@ def block(x, p, name, visible):
     wide = p[name + ".pwconv1.weight"]
     y = F.conv2d(y, wide[:, :, None, None], p[name + ".pwconv1.bias"])
     y = y * 0.5 * (1 + torch.erf(y / 2**0.5)) * visible
+    fc2 = p[name + ".pwconv2.weight"][:, :, None, None], p[name + ".pwconv2.bias"]
+    if name + ".gamma" in p:  # V1
+        return (x + F.conv2d(y, *fc2) * p[name + ".gamma"][:, None, None]) * visible
     squares = (y**2).sum((2, 3), keepdim=True)
     length = torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
     relative = length / (length.mean(1, keepdim=True) + 1e-6)
     gamma, beta = (p[f"{name}.grn.{k}"].reshape(1, -1, 1, 1) for k in ("gamma", "beta"))
     y = (gamma * (y * relative) + beta + y) * visible
-    y = F.conv2d(y, p[name + ".pwconv2.weight"][:, :, None, None], p[name + ".pwconv2.bias"])
-    return (x + y) * visible
+    return (x + F.conv2d(y, *fc2)) * visible
 
 
 def upsample(mask, size):

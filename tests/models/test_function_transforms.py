@@ -92,13 +92,18 @@ def fcmae(dtype):
     return model, lambda own, x, mask: func.functional_call(model, own, (x, mask, 1))[0]
 
 
+def v1(dtype):
+    model = shaken(ConvNeXtV2((1, 1), (4, 6), num_classes=3, layer_scale_init_value=1e-6), dtype)
+    return model, lambda own, x, mask: func.functional_call(model, own, (x,)).square().sum()
+
+
 def classifier(dtype):
     model = shaken(ConvNeXtV2((1, 1), (4, 6), num_classes=3), dtype)
     return model, lambda own, x, mask: func.functional_call(model, own, (x,)).square().sum()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("build", [classifier, fcmae, v1])
 def test_gradients_of_each_image_are_those_of_batches_of_one(build, dtype):
     """For differential privacy and influence functions."""
     model, loss = build(dtype)
@@ -116,7 +121,7 @@ def test_gradients_of_each_image_are_those_of_batches_of_one(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("build", [classifier, fcmae, v1])
 def test_models_of_an_ensemble_run_as_one(build, dtype):
     first, loss = build(dtype)
     second = copy.deepcopy(first)
@@ -131,7 +136,7 @@ def test_models_of_an_ensemble_run_as_one(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("build", [classifier, fcmae, v1])
 def test_derivative_along_a_direction_of_the_weights_is_the_gradients(build, dtype):
     """Forward mode against our own backward pass."""
     model, loss = build(dtype)
@@ -144,7 +149,7 @@ def test_derivative_along_a_direction_of_the_weights_is_the_gradients(build, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("build", [classifier, fcmae])
+@pytest.mark.parametrize("build", [classifier, fcmae, v1])
 def test_batched_gradients_of_the_backward_pass(build, dtype):
     """Our backward passes write in place, into tensors that vmap has not batched."""
     model, loss = build(dtype)
@@ -178,9 +183,11 @@ def test_each_image_draws_its_own_dropped_paths_under_vmap(checkpointing):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
-def test_symbolic_trace_is_the_network(dtype, drop_path_rate):
+@pytest.mark.parametrize("scale", [None, 1e-6])
+def test_symbolic_trace_is_the_network(dtype, drop_path_rate, scale):
     """In training too; the graph takes other batches and image sizes than any it has seen."""
-    model = shaken(ConvNeXtV2(DEPTHS, DIMS, num_classes=3, drop_path_rate=drop_path_rate), dtype)
+    options = {"drop_path_rate": drop_path_rate, "layer_scale_init_value": scale}
+    model = shaken(ConvNeXtV2(DEPTHS, DIMS, num_classes=3, **options), dtype)
     for training in (False, True):
         traced = torch.fx.symbolic_trace(model.train(training))
         for n, size in ((2, 32), (5, 64)):

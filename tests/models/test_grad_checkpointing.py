@@ -31,11 +31,16 @@ DEEP, SHALLOW = ((2, 1, 4, 1), (4, 6, 8, 10)), ((2, 2), (4, 6))  # depths, dims
 
 
 def build(
-    case: str, dtype: torch.dtype = torch.float64, drop_path: float = 0.5, sizes: tuple = DEEP
+    case: str,
+    dtype: torch.dtype = torch.float64,
+    drop_path: float = 0.5,
+    sizes: tuple = DEEP,
+    scale: float | None = None,  # 1e-6: a ConvNeXt V1
 ):
     """A toy in training mode, and its inputs."""
     torch.manual_seed(0)
     stem = {"stem_stride": 1 if sizes == DEEP else 4}
+    stem |= {"layer_scale_init_value": scale}
     model = ConvNeXtV2(*sizes, num_classes=3, drop_path_rate=drop_path, **stem)
     if case in MASKS:
         model = FCMAE(model, decoder_depth=2, decoder_embed_dim=8)
@@ -85,8 +90,9 @@ def branches(monkeypatch):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_gradients_and_random_draws_are_the_same(case, half):
-    model, inputs = build(case, torch.float32 if half else torch.float64)
+@pytest.mark.parametrize("scale", [None, 1e-6])
+def test_loss_gradients_and_random_draws_are_the_same(case, half, scale):
+    model, inputs = build(case, torch.float32 if half else torch.float64, scale=scale)
     plain = step(model, inputs, half=half)
     model.set_grad_checkpointing()
     assert_same(step(model, inputs, half=half), plain)
@@ -102,10 +108,11 @@ def test_drop_path_drops_here():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_block_saves_its_input_and_nothing_wider(packed):
+@pytest.mark.parametrize("scale", [None, 1e-6])
+def test_block_saves_its_input_and_nothing_wider(packed, scale):
     """The tensors of own autograd functions too: of width 4C for plain, of width C here."""
     torch.manual_seed(0)
-    block = Block(8, drop_path=0.5)
+    block = Block(8, 0.5, scale)
     grid = PatchGrid(MASKS["packed"], (2, 2)) if packed else None
     shape = (3, 2, 4, 4, 8) if packed else (3, 8, 8, 8)
     x = torch.randn(shape, requires_grad=True)

@@ -11,9 +11,9 @@ import torch
 
 from errors import UserError
 from models import create_model
-from models.convnextv2 import ConvNeXtV2
+from models.convnextv2 import V1_SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
-from weights.convert import NAMES, describe, to_convnextv2, to_hf, to_official, to_timm
+from weights.convert import NAMES, describe, size_name, to_convnextv2, to_hf, to_official, to_timm
 from weights.files import load_weights
 
 DEPTHS, DIMS, CLASSES = (1, 2, 1, 1), (4, 6, 8, 10), 5
@@ -36,24 +36,19 @@ def autoencoder(seed: int = 0) -> FCMAE:
     return randomize(FCMAE(ConvNeXtV2(DEPTHS, DIMS), decoder_embed_dim=12), seed)
 
 
-def timm_model(**kwargs) -> torch.nn.Module:
+def timm_model(is_v1: bool = False) -> torch.nn.Module:
     from timm.models.convnext import ConvNeXt
 
-    model = ConvNeXt(
-        depths=DEPTHS,
-        dims=DIMS,
-        num_classes=CLASSES,
-        use_grn=True,
-        ls_init_value=None,
-        **kwargs,
-    )
+    version = {"use_grn": not is_v1, "ls_init_value": 1e-6 if is_v1 else None}
+    model = ConvNeXt(depths=DEPTHS, dims=DIMS, num_classes=CLASSES, **version)
     return randomize(model, 1)
 
 
 def hf_model(kind: str = "ConvNextV2ForImageClassification") -> torch.nn.Module:
     import transformers
 
-    config = transformers.ConvNextV2Config(
+    make = transformers.ConvNextV2Config if "V2" in kind else transformers.ConvNextConfig
+    config = make(
         depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=CLASSES, layer_norm_eps=1e-6
     )
     return randomize(getattr(transformers, kind)(config), 1)
@@ -401,26 +396,75 @@ def test_hint_names_both_of_two_networks():
         to_convnextv2(state)
 
 
-def v1(layout: str) -> dict[str, torch.Tensor]:
-    """Weights of ConvNeXt V1, with the names of a layout."""
-    import transformers
-    from timm.models.convnext import ConvNeXt
-
-    if layout == "Hugging Face":
-        config = transformers.ConvNextConfig(depths=list(DEPTHS), hidden_sizes=list(DIMS))
-        return transformers.ConvNextForImageClassification(config).state_dict()
-    if layout == "timm":
-        return ConvNeXt(depths=DEPTHS, dims=DIMS).state_dict()
-    state = {name: value for name, value in ours().state_dict().items() if ".grn." not in name}
-    return state | {f"stages.{i}.0.gamma": torch.ones(dim) for i, dim in enumerate(DIMS)}
+V1 = {"layer_scale_init_value": 1e-6}
 
 
-@pytest.mark.parametrize("layout", ["official", "timm", "Hugging Face", "MMPretrain"])
-def test_weights_of_convnext_v1_are_called_by_their_name(layout):
-    """They used to be advised to check --model, or to try --model_prefix."""
-    state = mmpretrain(v1("official")) if layout == "MMPretrain" else v1(layout)
-    with pytest.raises(UserError, match=r"^these are weights of ConvNeXt V1 .*V2; give weights of"):
-        to_convnextv2(state)
+@pytest.mark.parametrize("size", [64, 96])
+def test_v1_of_timm(size):
+    source, target = timm_model(is_v1=True), ours(seed=5, **V1)
+    load(target, source.state_dict())
+    torch.testing.assert_close(target(images(size)), source(images(size)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", V1_SIZES)
+def test_every_size_of_v1_is_timms_in_both_directions(size):
+    import timm
+
+    name = f"convnext_{size}"
+    with torch.device("meta"):
+        theirs, model = timm.create_model(name, num_classes=7), create_model(name, num_classes=7)
+    state = {n: v.contiguous() for n, v in theirs.state_dict().items()}
+    theirs.load_state_dict(to_timm(model.state_dict()), assign=True)
+    model.load_state_dict(to_convnextv2(state)[0], assign=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_v1_of_the_official_code_equals_timm(prefix):
+    from timm.models.convnext import checkpoint_filter_fn
+
+    source, target, oracle = ours(**V1), ours(seed=5, **V1), timm_model(is_v1=True)
+    state = source.state_dict()
+    assert {"stages.1.1.gamma", "stages.1.1.pwconv1.weight", "head.bias"} <= state.keys()
+    oracle.load_state_dict(checkpoint_filter_fn(dict(state), oracle), strict=True)
+    load(target, {prefix + name: value for name, value in state.items()})
+    assert torch.equal(target(images()), source(images()))
+    torch.testing.assert_close(target(images()), oracle(images()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prefix", ["convnext.", ""])
+def test_v1_of_hugging_face(prefix):
+    """ConvNextModel lacks the prefix of its classifier."""
+    kind = "ConvNextForImageClassification" if prefix else "ConvNextModel"
+    source, target = hf_model(kind), ours(seed=5, num_classes=CLASSES * bool(prefix), **V1)
+    state = source.state_dict()
+    assert f"{prefix}encoder.stages.1.layers.1.layer_scale_parameter" in state
+    load(target, state)
+    out = source(images())
+    expected = out.logits if prefix else out.pooler_output
+    torch.testing.assert_close(target(images()), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_v1_of_mmpretrain():
+    source, target = ours(**V1), ours(seed=5, **V1)
+    state = mmpretrain(source.state_dict())
+    assert {"backbone.stages.1.1.gamma", "backbone.norm3.bias"} <= state.keys()
+    load(target, state)
+    assert torch.equal(target(images()), source(images()))
+
+
+def test_to_timm_and_to_hugging_face_of_v1_are_what_they_load():
+    source, timms = ours(**V1), timm_model(is_v1=True)
+    theirs = hf_model("ConvNextForImageClassification")
+    timms.load_state_dict(to_timm(source.state_dict()), strict=True)
+    theirs.load_state_dict(to_hf(source.state_dict()), strict=True)
+    for got in (timms(images()), theirs(images()).logits):
+        torch.testing.assert_close(got, source(images()), rtol=1e-9, atol=1e-9)
+
+
+def test_network_called_convnext_in_another_one_is_found():
+    """Its prefix is not that of Hugging Face."""
+    with pytest.raises(UserError, match=r"try --model_prefix convnext\.$"):
+        to_convnextv2(wrapped(ours(**V1).state_dict(), "convnext."))
 
 
 def test_two_tensors_for_one_name_are_refused():
@@ -484,8 +528,9 @@ def test_to_official_is_what_the_official_finetuning_loads():
 
 @pytest.mark.parametrize("convert", [to_timm, to_hf, to_official])
 @pytest.mark.parametrize("classes", [CLASSES, 0])
-def test_round_trip_is_bit_equal(convert, classes):
-    state = ours(num_classes=classes).state_dict()
+@pytest.mark.parametrize("version", [{}, V1])
+def test_round_trip_is_bit_equal(convert, classes, version):
+    state = ours(num_classes=classes, **version).state_dict()
     again = to_convnextv2(convert(state))[0]
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], value) for name, value in state.items())
@@ -500,7 +545,7 @@ def test_round_trip_of_an_autoencoder_keeps_its_decoder():
 
 def test_every_layout_has_a_row_for_every_name_that_differs():
     """A row that never matches is a typo."""
-    names = list(ours().state_dict())
+    names = [*ours().state_dict(), *ours(**V1).state_dict()]
     for layout, rows in NAMES.items():
         from weights.convert import _rules
 
@@ -508,12 +553,13 @@ def test_every_layout_has_a_row_for_every_name_that_differs():
             assert any(rule[0].match(name) for name in names), row
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_base"])
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_base", "convnext_xlarge"])
 def test_describe_finds_the_shape_of_a_size(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=7)
     found = describe(model.state_dict())
     assert (found["depths"], found["num_classes"], found["in_chans"]) == (model.depths, 7, 3)
+    assert size_name(found) == name
     with torch.device("meta"):
         assert ConvNeXtV2(**found).state_dict().keys() == model.state_dict().keys()
 
@@ -521,7 +567,8 @@ def test_describe_finds_the_shape_of_a_size(name):
 def test_describe_small_stem_and_no_head():
     model = ours(num_classes=0, stem_stride=2, in_chans=1)
     expected = {"in_chans": 1, "stem_stride": 2, "num_classes": 0, "depths": DEPTHS, "dims": DIMS}
-    assert describe(model.state_dict()) == expected
+    assert describe(model.state_dict()) == expected | {"layer_scale_init_value": None}
+    assert size_name(expected) is None
 
 
 def test_checkpoints_with_a_namespace_and_paths_load(tmp_path):

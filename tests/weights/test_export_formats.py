@@ -156,6 +156,47 @@ def test_weights_without_a_head_are_exported_as_features(kind, target, files, tm
         assert all(torch.equal(again[name], value) for name, value in ours.items())
 
 
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory) -> Path:
+    """Checkpoints of ConvNeXt V1: a classifier, and a pre-training whose decoder is of V2."""
+    folder = tmp_path_factory.mktemp("v1")
+    model = classifier(layer_scale_init_value=1e-6)
+    autoencoder = FCMAE(ConvNeXtV2(*SIZE, layer_scale_init_value=1e-6), decoder_embed_dim=8)
+    for name, network in {"classifier": model, "pretrained": randomize(autoencoder)}.items():
+        torch.save({"model": network.state_dict(), "classes": CLASSES}, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("classifier", target) for target in TARGETS if target != "pt2"]
+    + [pytest.param("classifier", "pt2", marks=pytest.mark.slow)]
+    + [("pretrained", target) for target in TARGETS if target not in GRAPHS],
+)
+def test_v1_is_exported_to_every_format(kind, target, v1, tmp_path, capsys):
+    output = tmp_path / f"out{TARGETS[target]}"
+    main(v1 / f"{kind}.pth", "--to", target, "--output", output, *SIDES)
+    assert "checked with" in capsys.readouterr().out
+    if target == "hf":
+        config = json.loads((output / "config.json").read_text())
+        kinds = {"classifier": "ForImageClassification", "pretrained": "Model"}
+        assert config["architectures"] == [f"ConvNext{kinds[kind]}"]
+    if target not in GRAPHS:
+        source, held = (read_checkpoint(path) for path in (v1 / f"{kind}.pth", output))
+        decoder = kind == "pretrained" and target in ("official", "safetensors")
+        ours = to_convnextv2(source["model"], decoder)[0]
+        again = to_convnextv2(held.get("model", held), decoder)[0]
+        assert again.keys() == ours.keys()
+        assert all(torch.equal(again[name], value) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("target", ["onnx", "torchscript"])
+def test_v1_is_exported_in_half_precision(target, v1, tmp_path, capsys):
+    output = tmp_path / f"out{TARGETS[target]}"
+    main(v1 / "classifier.pth", "--to", target, "--half", "--output", output, *SIDES)
+    assert "checked with" in capsys.readouterr().out
+
+
 def test_line_printed_for_timm_loads_the_file(files, tmp_path):
     import timm
 
@@ -413,7 +454,7 @@ def test_missing_block_is_no_smaller_network(name, tmp_path):
         state = create_model("convnextv2_atto").state_dict()
     state = {n: torch.zeros(v.shape) for n, v in state.items() if not n.startswith("stages.2.5.")}
     torch.save({"model": state, "args": {"model": name}}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"convnextv2_atto of depths and widths .*\(2, 2, 5, 2\)"):
+    with pytest.raises(UserError, match=r"convnextv2_atto, but .* of depths \(2, 2, 5, 2\)"):
         main(tmp_path / "a.pth", "--to", "safetensors")
 
 
@@ -728,10 +769,9 @@ def test_flags_of_the_file_and_of_its_format_act(files):
         export.build_spec(parse([*words, "--sha256", "0" * 64]))
 
 
-@pytest.mark.parametrize("name", ["tiny", "atto"])
+@pytest.mark.parametrize("name", ["convnextv2_tiny", "convnextv2_atto", "convnext_xlarge"])
 def test_published_size_is_called_by_its_name(name):
-
     with torch.device("meta"):
-        given = spec_of(create_model(f"convnextv2_{name}", num_classes=7))
-    assert export.default_output(given, "timm") == f"convnextv2_{name}-timm.safetensors"
-    assert export_formats.timm_arguments(given) == (f"convnextv2_{name}", {"num_classes": 7})
+        given = spec_of(create_model(name, num_classes=7))
+    assert export.default_output(given, "timm") == f"{name}-timm.safetensors"
+    assert export_formats.timm_arguments(given) == (name, {"num_classes": 7})

@@ -31,6 +31,10 @@ def atto(**kwargs) -> ConvNeXtV2:
         return create_model("convnextv2_atto", num_classes=3, **kwargs)
 
 
+def atto_v1() -> ConvNeXtV2:
+    return atto(layer_scale_init_value=1e-6)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Save a model's state dict; returns the path."""
@@ -77,6 +81,13 @@ def test_autoencoder_where_a_classifier_is_expected():
         (classifier, atto, "--model convnextv2_atto"),
         (classifier, lambda: atto(stem_stride=1), "--model convnextv2_atto --stem_stride 1"),
         (atto, classifier, r"--model of depths \(1, 1, 1, 1\) and widths \(4, 6, 8, 10\)"),
+        (atto, lambda: atto_v1(), "--model convnext_atto"),
+        (lambda: atto_v1(), atto, "--model convnextv2_atto"),
+        (
+            classifier,
+            lambda: classifier(layer_scale_init_value=1e-6),
+            r"--model of convnext depths \(1, 1, 1, 1\) and widths \(4, 6, 8, 10\)",
+        ),
         (autoencoder, lambda: autoencoder(decoder_embed_dim=16), "--decoder_embed_dim 16"),
         (autoencoder, lambda: autoencoder(decoder_depth=2), "--decoder_depth 2"),
     ],

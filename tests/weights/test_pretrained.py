@@ -524,7 +524,7 @@ BAD = {
     "a list": (lambda path: torch.save([1, 2], path), "contains list; expected weights"),
     "resnet": (
         lambda path: torch.save({"model": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, path),
-        "not weights of a ConvNeXt V2, with names like conv1.weight",
+        "not weights of a ConvNeXt V2 or V1, with names like conv1.weight",
     ),
     "transposed": (transposed, r"pwconv1\.weight \(8, 32\) instead of \(32, 8\)"),
     "absent": (lambda path: None, "does not exist"),
