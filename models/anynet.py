@@ -253,7 +253,7 @@ def zero_residuals(model: nn.Module) -> None:
             module.zero_init_last()
 
 
-COMPUTED = ("depths", "widths", "group_widths", "bottleneck_multipliers", "strides")
+COMPUTED = ("depths", "widths", "group_widths", "bottleneck_multipliers")  # by the formula
 
 
 def regnet(
@@ -270,8 +270,15 @@ def regnet(
     Widths are rounded to multiples of 8 and then of the group width, as in ClassyVision and pycls
     (torchvision rounds otherwise). options: those of AnyNet that the formula leaves open.
     """
-    numbers = {"depth": depth, "w_0": w_0, "group_width": group_width}
-    for key, value in numbers.items():
+    shape = regnet_shape(depth, w_0, w_a, w_m, group_width, bottleneck_multiplier)
+    return AnyNet(**dict(zip(COMPUTED, shape, strict=True)), **options)
+
+
+def regnet_shape(
+    depth: int, w_0: int, w_a: float, w_m: float, group_width: int, bottleneck_multiplier: float
+) -> tuple[list[Any], ...]:
+    """Depths, widths, group widths and bottleneck multipliers of the stages of a RegNet."""
+    for key, value in {"depth": depth, "w_0": w_0, "group_width": group_width}.items():
         check_positive(key, value)
     check_positive("bottleneck_multiplier", bottleneck_multiplier, float)
     if w_0 % 8 or w_a < 0 or w_m <= 1:
@@ -280,16 +287,20 @@ def regnet(
             "above 1"
         )
     blocks, stages, groups = generate_regnet(w_a, w_0, w_m, depth, group_width)
-    depths = [blocks.count(width) for width in sorted(set(blocks))]
-    ratios = [bottleneck_multiplier] * stages
-    widths, groups = adjust_widths_groups_comp(sorted(set(blocks)), ratios, groups)
-    return AnyNet(depths, widths, groups, ratios, **options)
+    sizes, ratios = sorted(set(blocks)), [bottleneck_multiplier] * stages
+    return (
+        [blocks.count(x) for x in sizes],
+        *adjust_widths_groups_comp(sizes, ratios, groups),
+        ratios,
+    )
 
 
 def _signature() -> Signature:
     """The signature of `regnet` with AnyNet's options by name, for `call_network` and help()."""
     own = [*signature(regnet).parameters.values()][:-1]
-    others = [x for x in signature(AnyNet).parameters.values() if x.name not in COMPUTED]
+    others = [
+        x for x in signature(AnyNet).parameters.values() if x.name not in (*COMPUTED, "strides")
+    ]
     return Signature([*own, *(x.replace(kind=Parameter.KEYWORD_ONLY) for x in others)])
 
 

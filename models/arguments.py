@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from errors import UserError, did_you_mean
+from errors import UserError, did_you_mean, plural
 
 FLAGS = ("in_chans", "input_size", "num_classes", "head_init_scale", "drop_path_rate")
 IDLE = {"drop_path_rate": 0.0, "stem_stride": 4}  # values with which these flags do nothing
@@ -80,8 +80,8 @@ def per_stage(key: str, value: Any, stages: int, kind: type = int) -> tuple[Any,
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * stages
     if len(values) != stages:
         raise UserError(
-            f"{key} has {len(values)} values {list(values)}, expected {stages}: one for each stage "
-            "of depths"
+            f"{key} {list(values)} has {plural(len(values), 'value')}, expected {stages}: one for "
+            "each stage of depths"
         )
     return values
 

@@ -78,6 +78,7 @@ class ResNet(Contract, timm_resnet.ResNet):
             raise UserError(f"base_width_and_cardinality is {pair!r}, expected two numbers")
         if basic_layer and tuple(pair) != (64, 1):
             raise UserError("basic_layer has no base_width_and_cardinality: drop one")
+
         def attention(channels: int, **unused: Any) -> SEModule:
             return squeeze_excite(channels, se_reduction_ratio)
 

@@ -98,7 +98,8 @@ def test_published_checkpoint_loads_name_by_name_and_shape_by_shape():
 def test_every_size_can_be_had_dense_and_as_fcmae():
     sizes = ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"]
     dense = [f"convnextv2_{size}" for size in sizes]
-    assert list_models() == dense + [f"fcmae_{name}" for name in dense]
+    names = [name for name in list_models() if "convnextv2" in name]
+    assert names == dense + [f"fcmae_{name}" for name in dense]
 
 
 @pytest.mark.parametrize(
