@@ -450,7 +450,7 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of export.py that the format cannot use."""
     if args.to is None:
         return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
-    if args.model.removeprefix("fcmae_").startswith("convnextv2"):
+    if (args.model or "").removeprefix("fcmae_").startswith("convnextv2"):
         yield f"--model {args.model}: the size of a ConvNeXt V2 is found in its weights; drop it"
     elif args.model and args.to not in (*flags.GRAPHS, "safetensors"):
         targets = ", ".join((*flags.GRAPHS, "safetensors"))

@@ -98,11 +98,27 @@ class Contract:
                 head.weight.mul_(scale)
 
 
-def init_convolutions(model: nn.Module) -> None:
-    """He initialization by fan-out, as in ClassyVision: groups do not change it."""
+def init_weights(model: nn.Module, zero_init_last: bool = False) -> None:
+    """He initialization of convolutions by fan-out, as in ClassyVision: groups do not change it.
+
+    zero_init_last: the last norm of residual branches is zero, but not in blocks without a
+        shortcut, which would be silent.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        is_residual = isinstance(module, BasicBlock | Bottleneck) and module.downsample is not None
+        if zero_init_last and is_residual:
+            module.zero_init_last()
+
+
+def norm_and_activation(epsilon: float, momentum: float, activation: str) -> dict[str, Any]:
+    """Arguments of timm's layers."""
+    check_positive("bn_epsilon", epsilon, float)
+    if not 0 <= momentum <= 1:
+        raise UserError(f"bn_momentum is {momentum}, expected 0 to 1")
+    norm = partial(nn.BatchNorm2d, eps=epsilon, momentum=momentum)
+    return {"act_layer": look_up("activation", activation, ACTIVATIONS), "norm_layer": norm}
 
 
 class AnyNet(Contract, nn.Module):
@@ -156,8 +172,7 @@ class AnyNet(Contract, nn.Module):
             block_type, inputs, group_widths, bottleneck_multipliers, use_se, se_ratio
         )
         kernel, stride, pools = look_up("stem_type", stem_type, STEMS)
-        norm = partial(nn.BatchNorm2d, eps=bn_epsilon, momentum=bn_momentum)
-        layers = {"act_layer": look_up("activation", activation, ACTIVATIONS), "norm_layer": norm}
+        layers = norm_and_activation(bn_epsilon, bn_momentum, activation)
 
         self.stem = ConvNormAct(in_chans, stem_width, kernel, stride=stride, **layers)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pools else nn.Identity()
@@ -168,9 +183,7 @@ class AnyNet(Contract, nn.Module):
         self.stage_names = [f"s{i + 1}" for i in range(stages)]
         self.num_features = widths[-1]
         self.head = ClassifierHead(self.num_features, num_classes)
-        init_convolutions(self)
-        if zero_init_last:
-            zero_residuals(self)
+        init_weights(self, zero_init_last)
         self.scale_head(head_init_scale)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -244,13 +257,6 @@ def bottleneck_options(
             )
     rows = zip(groups, ratios, strict=True)
     return [{"group_size": g, "bottle_ratio": r, "se_ratio": ratio} for g, r in rows]
-
-
-def zero_residuals(model: nn.Module) -> None:
-    """Set the last norm of residual branches to zero; blocks without a shortcut would be silent."""
-    for module in model.modules():
-        if isinstance(module, BasicBlock | Bottleneck) and module.downsample is not None:
-            module.zero_init_last()
 
 
 COMPUTED = ("depths", "widths", "group_widths", "bottleneck_multipliers")  # by the formula

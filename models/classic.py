@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d, SEModule
 from torch import Tensor, nn
 
 from errors import UserError
-from models.anynet import AnyNet, Contract, init_convolutions, regnet, regnet_y_256gf
+from models.anynet import AnyNet, Contract, init_weights, regnet, regnet_y_256gf
 from models.arguments import call_network, check_positive
 
 
@@ -98,7 +98,7 @@ class ResNet(Contract, timm_resnet.ResNet):
             setattr(last, name, nn.Identity())
         if small_input:
             self.conv1, self.maxpool = small_stem(in_chans, 64), nn.Identity()
-            init_convolutions(self.conv1)
+            init_weights(self.conv1)
             self.feature_info[0]["reduction"] = 1
             for info in self.feature_info[1:]:
                 info["reduction"] //= 4
@@ -161,7 +161,7 @@ class DenseNet(Contract, timm_densenet.DenseNet):
         self._mark(stride)
         self.head_drop = nn.Identity()
         self.reset_classifier(num_classes, "avg")
-        init_convolutions(self)
+        init_weights(self)
         self.scale_head(head_init_scale)
 
     def _add_stem(self, small_input: bool) -> None:

@@ -14,6 +14,8 @@ from errors import UserError
 from models import create_model
 from models.classic import NETWORKS, DenseLayer, DenseNet, ResNet
 from tests.models.test_anynet import assert_same, count, shapes
+from training.run_folder import folder_name
+from weights.saved_run import inherit_flags, read_saved_run
 
 SMALL = "num_blocks=[1, 1, 1, 1]"
 
@@ -267,3 +269,23 @@ def test_call_replaces_flags_and_unknown_calls_get_a_hint():
     assert model.stages[-1][-1].drop_path.prob == 0.5
     with pytest.raises(UserError, match="unknown model 'densnet'. Did you mean 'densenet'"):
         create_model("densnet(growth_rate=8)")
+
+
+# --- checkpoints ------------------------------------------------------------------------
+
+
+def test_checkpoint_brings_its_network_with_arguments():
+    """Without --model, its arguments too; with one, other options are not a contradiction."""
+    saved = read_saved_run({"args": {"model": "densenet(growth_rate=12)"}}, "run")
+    words = ["--data_set", "DIGITS"]
+    args = options.parse(options.finetune_parser(), words)
+    assert inherit_flags(args, saved).model == "densenet(growth_rate=12)"
+    other = "densenet(growth_rate=12, final_bn_relu=false)"
+    args = options.parse(options.finetune_parser(), [*words, "--model", other])
+    assert inherit_flags(args, saved).model == other
+
+
+def test_run_folder_is_named_after_the_network_alone():
+    args = options.parse(options.finetune_parser(), ["--data_set", "DIGITS"])
+    folder = folder_name(args, "anynet(depths=[1], widths=[8])", 0.0)
+    assert folder.name.startswith("finetune-anynet-1970")
