@@ -156,6 +156,7 @@ def load_own_network(
 ) -> tuple[ExportSpec, Report]:
     """Build a classifier of the user's own for as many classes as its weights have."""
     flags = {"in_chans": run.get("in_chans", 3), "stem_stride": run.get("stem_stride", 4)}
+    flags["input_size"] = run.get("input_size", (224, 224))
     fixed = {"drop_path": 0.0, "head_init_scale": 1.0, "grad_checkpointing": False}
     args = argparse.Namespace(model=model, **flags, **fixed)
     network = build_classifier(args, 2)

@@ -138,8 +138,8 @@ FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
     ("--model", NAME, "convnextv2_base",
-     "name of --list_models, or package.module:function; default: the checkpoint's, or "
-     "convnextv2_base"),
+     "name of --list_models, perhaps with arguments as in densenet(growth_rate=12), or "
+     "package.module:function; default: the checkpoint's, or convnextv2_base"),
     ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
     ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,

@@ -454,7 +454,7 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of export.py that the format cannot use."""
     if args.to is None:
         return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
-    if args.model and ":" not in args.model:
+    if (args.model or "").removeprefix("fcmae_").startswith("convnext"):
         yield f"--model {args.model}: the size of a ConvNeXt is found in its weights; drop it"
     elif args.model and args.to not in (*flags.GRAPHS, "safetensors"):
         targets = ", ".join((*flags.GRAPHS, "safetensors"))

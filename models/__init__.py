@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from config.calls import parse_call
 from config.flags import is_pretraining
 from errors import UserError, first_line, resolve
 from models import convnextv2
@@ -38,14 +39,31 @@ MODELS = {name: getattr(convnextv2, name) for name in _NAMES}
 MODELS |= {_PREFIX + name: partial(_fcmae, name) for name in MODELS}
 
 
+def _classic(name: str, **kwargs: Any) -> nn.Module:
+    """A network of models/classic.py, whose timm imports slowly."""
+    from models.classic import build_network
+
+    return build_network(name, **kwargs)
+
+
+CLASSIC = ("anynet", "regnet", "regnet_y_256gf", "resnet", "resnext152_32x4d", "densenet", "mlp")
+MODELS |= {name: partial(_classic, name) for name in CLASSIC}
+
+
 def list_models() -> list[str]:
     """Names that `create_model` knows."""
     return list(MODELS)
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or call the `package.module:function` of that name."""
-    return resolve(name, MODELS, kind="model")(**kwargs)
+    """Build the model called `name`, or call the `package.module:function` of that name.
+
+    `name(key=value)` adds arguments, which replace those in kwargs.
+    """
+    call = parse_call(name, "--model")
+    if call.args:
+        raise UserError(f"--model {name}: give arguments by name, as in densenet(growth_rate=12)")
+    return resolve(call.name, MODELS, kind="model")(**{**kwargs, **call.kwargs})
 
 
 def fcmae_name(name: str) -> str:
@@ -55,8 +73,15 @@ def fcmae_name(name: str) -> str:
 
 def check_model(args: Any) -> None:
     """Raise UserError if `--model` names no model and nothing that can be imported."""
-    bare = args.model.removeprefix(_PREFIX)
-    resolve(fcmae_name(bare) if is_pretraining(vars(args)) else bare, MODELS, kind="model")
+    name = parse_call(args.model, "--model").name.removeprefix(_PREFIX)
+    if is_pretraining(vars(args)):
+        if name in CLASSIC:
+            raise UserError(f"--model {name} has no masked autoencoder; use main_finetune.py")
+        name = fcmae_name(name)
+    resolve(name, MODELS, kind="model")
+    if name in CLASSIC:
+        with torch.device("meta"):  # checks its arguments
+            build_classifier(args, 2)
 
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
@@ -113,9 +138,12 @@ def build_fcmae(args: Any) -> nn.Module:
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
     """The classifier that the flags describe."""
+    name = args.model.removeprefix(_PREFIX)
+    size = {"input_size": args.input_size} if parse_call(name, "--model").name == "mlp" else {}
     model = _create_by_flags(
-        args.model.removeprefix(_PREFIX),
+        name,
         CLASSIFIER,
+        **size,
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
         drop_path_rate=args.drop_path,

@@ -32,8 +32,8 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/RESULTS.m
 PAGES += [ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORKING = ROOT / "docs/forking.md"
 EXPECTED_PAGES = (
-    "data pretraining finetuning checkpoints distributed slurm weights performance configuration "
-    "forking troubleshooting from-official"
+    "data pretraining finetuning models checkpoints distributed slurm weights performance "
+    "configuration forking troubleshooting from-official"
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

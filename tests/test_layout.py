@@ -33,8 +33,8 @@ LAYERS = (
 # The same within models: kernels know nothing of the networks.
 MODEL_LAYERS = (
     "models.kernels",
-    "models.layers models.sparse",
-    "models.convnextv2 models.backbones models.heads models.anynet models.resnext3d",
+    "models.layers models.sparse models.arguments",
+    "models.convnextv2 models.backbones models.heads models.anynet models.classic models.resnext3d",
     "models.masked models.fcmae",
     "models",
 )
@@ -43,7 +43,8 @@ LATE = {("utils", "training.checkpoint"), ("utils", "training.resume")}  # names
 LONG = {"main_pretrain.main", "main_finetune.main"}  # and the engines
 ENGINES = {"engine_pretrain", "engine_finetune"}
 # May have more parameters: public models, and Triton kernels, which take sizes and strides.
-EXEMPT = {"ConvNeXtV2.__init__", "FCMAE.__init__"}
+PUBLIC = ("ConvNeXtV2", "FCMAE", "AnyNet", "ResNet", "DenseNet", "MLP")
+EXEMPT = {f"{name}.__init__" for name in PUBLIC}
 
 
 def product_files() -> list[Path]:

@@ -25,6 +25,7 @@ KEY = "output_dir"  # in the launcher's store
 def folder_name(args: Any, model: str, now: float) -> Path:
     """Return `runs/pretrain-convnextv2_atto-20261129-1530` for a run that starts now."""
     script = "pretrain" if is_pretraining(vars(args)) else "finetune"
+    model = model.partition("(")[0]  # of name(arguments)
     model = re.sub(r"[^\w.-]+", "-", model).strip(".-")  # package.module:function
     return PARENT / f"{script}-{model}-{time.strftime('%Y%m%d-%H%M', time.localtime(now))}"
 

@@ -56,7 +56,7 @@ def read_saved_run(
     flags = {k: v for k, v in (args if isinstance(args, dict) else {}).items() if v is not None}
     if ":" not in str(flags.get("model")):  # names differ between libraries, shapes do not
         flags |= shape
-        if str(flags.get("model")).removeprefix("fcmae_") not in MODELS:
+        if str(flags.get("model")).partition("(")[0].removeprefix("fcmae_") not in MODELS:
             flags.pop("model", None)
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
     return SavedRun(source, flags, Head(source, names, len(names) if names else count))
@@ -181,8 +181,8 @@ def _of_its_type(name: str, value: Any) -> Any:
 
 def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:
     """Raise UserError if the weights cannot fit the given flag, warn otherwise."""
-    if name == "model" and (":" in typed or ":" in saved):
-        return
+    if name == "model" and any(mark in typed + saved for mark in ":("):
+        return  # code of a user's own, or arguments: whether the weights fit is checked later
     flag, trained = f"--{name} {as_typed(typed)}", f"{source} was trained with {as_typed(saved)}"
     if name in SHAPE:
         raise UserError(

@@ -99,7 +99,8 @@ def test_every_size_can_be_had_dense_and_as_fcmae():
     small = ["atto", "femto", "pico", "nano", "tiny"]
     dense = [f"convnextv2_{size}" for size in (*small, "base", "large", "huge")]
     dense += [f"convnext_{size}" for size in (*small, "small", "base", "large", "xlarge")]
-    assert list_models() == dense + [f"fcmae_{name}" for name in dense]
+    names = [name for name in list_models() if "convnext" in name]
+    assert names == dense + [f"fcmae_{name}" for name in dense]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_misspelled_model_is_an_error_that_names_the_right_one(typo, meant):
 def test_module_attribute_is_no_model_name():
     """The official code looked names up in a module: `--model Block` was one."""
     for name in ("Block", "ConvNeXtV2", "torch", ""):
-        with pytest.raises(UserError, match="unknown model"):
+        with pytest.raises(UserError, match="unknown model|expected a name"):
             create_model(name)
 
 
