@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.flags import is_pretraining
+from config.calls import parse_call
+from config.flags import is_code, is_pretraining, library_of
 from errors import UserError, first_line, resolve
-from models import convnextv2
+from models import backbones, convnextv2
 from models.fcmae import FCMAE
+from models.parts import freeze_backbone, keep_statistics
 
 _PREFIX = "fcmae_"
 AUTOENCODER = "a masked autoencoder such as models.fcmae.FCMAE"
@@ -42,19 +44,45 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or call the `package.module:function` of that name."""
-    return resolve(name, MODELS, kind="model")(**kwargs)
+    """Build the model called `name`: of this toolkit, `timm:NAME` or `torchvision:NAME`.
+
+    Or call the `package.module:function` of that name. A name may have arguments, `NAME(key=1)`.
+    """
+    if library_of(name):
+        return backbones.create(name, **kwargs)
+    call = parse_call(name, "--model")
+    return resolve(call.name, MODELS, kind="model")(*call.args, **call.kwargs, **kwargs)
+
+
+def is_known(name: str) -> bool:
+    """Return True for a name that a checkpoint may choose, since it is not a user's own code."""
+    return bool(library_of(name)) or name.partition("(")[0].strip() in MODELS
+
+
+def same_network(one: str, other: str) -> bool:
+    """Return True if two names of a library's networks differ in the tag of the weights alone."""
+    parts = [backbones.parse_name(name) for name in (one, other) if library_of(name)]
+    return len(parts) == 2 and len({(*map(str, (a, b, d)),) for a, b, _, d in parts}) == 1
 
 
 def fcmae_name(name: str) -> str:
     """Name of the FCMAE around a model: `convnextv2_tiny` -> `fcmae_convnextv2_tiny`."""
-    return name if name.startswith(_PREFIX) or ":" in name else _PREFIX + name
+    return name if name.startswith(_PREFIX) or is_code(name) else _PREFIX + name
 
 
 def check_model(args: Any) -> None:
     """Raise UserError if `--model` names no model and nothing that can be imported."""
     bare = args.model.removeprefix(_PREFIX)
-    resolve(fcmae_name(bare) if is_pretraining(vars(args)) else bare, MODELS, kind="model")
+    if not library_of(bare):
+        name = fcmae_name(bare) if is_pretraining(vars(args)) else bare
+        resolve(parse_call(name, "--model").name, MODELS, kind="model")
+    elif is_pretraining(vars(args)):
+        raise UserError(
+            f"--model {bare}: a network of {library_of(bare)} cannot be pre-trained as a masked "
+            "autoencoder; use main_finetune.py, or a ConvNeXt V2 (--list_models)"
+        )
+    else:
+        backbones.parse_name(bare)
 
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
@@ -105,6 +133,7 @@ def build_fcmae(args: Any) -> nn.Module:
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
     """The classifier that the flags describe."""
+    needed = {"input_size": args.input_size} if library_of(args.model) else {}
     model = _create_by_flags(
         args.model.removeprefix(_PREFIX),
         CLASSIFIER,
@@ -113,9 +142,12 @@ def build_classifier(args: Any, num_classes: int) -> nn.Module:
         drop_path_rate=args.drop_path,
         num_classes=num_classes,
         head_init_scale=args.head_init_scale,
+        **needed,
     )
     if args.grad_checkpointing and not args.eval:
         enable_grad_checkpointing(model, args.compile)
+    if args.freeze_backbone and not args.eval:
+        freeze_backbone(model)
     return model
 
 
@@ -132,3 +164,8 @@ def enable_grad_checkpointing(model: nn.Module, compiled: bool) -> None:
         raise UserError(
             f"--grad_checkpointing: {type(model).__name__} does not support it ({error}); drop it"
         ) from error
+    if keep_statistics(model) and compiled:
+        raise UserError(
+            "--grad_checkpointing true with --compile true: the BatchNorm of "
+            f"{type(model).__name__} would count every batch twice; drop one"
+        )
