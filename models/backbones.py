@@ -204,7 +204,7 @@ def _build_torchvision(
     model = call_library(name, models.get_model_builder(network), options, **fixed)
     if in_chans != 3:
         if getattr(model, "transform_input", False):
-            raise UserError(f"--in_chans {in_chans}: {name}(transform_input=true) takes 3 channels")
+            raise UserError(f"--in_chans {in_chans}: {name}(transform_input=True) takes 3 channels")
         (path,) = find_stem(model)
         replace_conv(model, path, in_channels=in_chans)
     _set_drop_path(model, drop_path_rate, name)
@@ -239,9 +239,10 @@ def layer_of(self: nn.Module, name: str, kind: str = "single") -> int:
     when it was built are parts of a new head.
     """
     if kind not in self.layer_maps:
-        self.layer_maps[kind] = _map_timm(self, kind) or _map_blocks(self, kind)
-    layers = self.layer_maps[kind]
-    return layers.get(name, max(layers.values()))
+        layers = _map_timm(self, kind) or _map_blocks(self, kind)
+        self.layer_maps[kind] = layers, max(layers.values())
+    layers, top = self.layer_maps[kind]
+    return layers.get(name, top)
 
 
 def _map_timm(model: nn.Module, kind: str) -> dict[str, int]:
@@ -255,7 +256,8 @@ def _map_timm(model: nn.Module, kind: str) -> dict[str, int]:
         layers = group_parameters(model, matcher, reverse=True)
     except (AttributeError, AssertionError, NotImplementedError, TypeError) as error:
         raise _no_map(model) from error
-    heads = [v for name, v in layers.items() if name.startswith(find_classifier(model))]
+    classifier = find_classifier(model)
+    heads = [layer for name, layer in layers.items() if name.startswith(classifier)]
     top = max(layers.values(), default=0)
     if top < 2 or any(value != top for value in heads):
         raise _no_map(model)

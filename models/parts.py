@@ -19,7 +19,7 @@ HEAD_NAMES = ("head", "fc", "classifier", "heads")  # of networks without timm's
 OWN_STEM = 4  # --stem_stride of the library's own stem, whatever its stride
 # Class -> first convolution, of stride 2, and the pooling after it, of stride 2 if there is one.
 STEMS = {
-    "ResNet": (("conv1",), "maxpool"),
+    "ResNet": (("conv1", "conv1.0"), "maxpool"),  # the second with three convolutions in the stem
     "DenseNet": (("features.conv0",), "features.pool0"),
     "EfficientNet": (("conv_stem", "features.0.0"), ""),
     "RegNet": (("stem.conv", "stem.0"), ""),
@@ -92,12 +92,12 @@ def set_stem_stride(model: nn.Module, stride: int) -> None:
     fits = conv and layers[conv].stride == (2, 2)
     if not fits or (pool and not isinstance(layers.get(pool), nn.MaxPool2d)):
         raise UserError(
-            f"--stem_stride {stride}: the stem of {name} as it is here cannot be changed; leave it "
-            f"out, or choose one of {', '.join(STEMS)}"
+            f"--stem_stride {stride}: this {name} has a stem that cannot be changed; leave it out, "
+            f"or choose a plain {', '.join(STEMS)}"
         )
     if pool:
         replace_module(model, pool, nn.Identity())
-    if stride == 1 and pool:
+    if stride == 1 and layers[conv].kernel_size == (7, 7):
         replace_conv(model, conv, kernel_size=3, stride=1, padding=1)
     elif stride == 1:
         layers[conv].stride = (1, 1)
@@ -174,9 +174,13 @@ def keep_statistics(model: nn.Module) -> bool:
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
+        norm.own_momentum = norm.momentum
         norm.register_forward_pre_hook(_pause_statistics)
     return bool(norms)
 
 
 def _pause_statistics(module: nn.Module, inputs: Any) -> None:
-    module.track_running_stats = torch._C._current_graph_task_id() == -1  # not within backward
+    in_backward = torch._C._current_graph_task_id() != -1
+    module.momentum = 0.0 if in_backward else module.own_momentum
+    if in_backward and module.training:
+        module.num_batches_tracked.sub_(1)  # the module itself adds 1
