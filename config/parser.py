@@ -251,7 +251,8 @@ def export_parser() -> argparse.ArgumentParser:
     add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
     action = next(action for action in parser._actions if action.dest == "model")
-    action.help = "package.module:function of a classifier of your own; default: a ConvNeXt V2"
+    text = "timm:NAME, torchvision:NAME or package.module:function of another network"
+    action.help = f"{text}; default: the checkpoint's"
     return parser
 
 

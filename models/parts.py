@@ -174,13 +174,12 @@ def keep_statistics(model: nn.Module) -> bool:
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
-        norm.own_momentum = norm.momentum
-        norm.register_forward_pre_hook(_pause_statistics)
+        norm.register_forward_pre_hook(partial(_pause_statistics, norm.momentum))
     return bool(norms)
 
 
-def _pause_statistics(module: nn.Module, inputs: Any) -> None:
+def _pause_statistics(momentum: float | None, module: nn.Module, inputs: Any) -> None:
     in_backward = torch._C._current_graph_task_id() != -1
-    module.momentum = 0.0 if in_backward else module.own_momentum
+    module.momentum = 0.0 if in_backward else momentum
     if in_backward and module.training:
         module.num_batches_tracked.sub_(1)  # the module itself adds 1
