@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
 from errors import UserError, first_few, plural
+from models.parts import training_mode
 from parallel import sharding
 from parallel.process_group import get_logger, get_rank, get_world_size
 from training.criterion import Criterion
@@ -33,6 +34,7 @@ def train_one_epoch(
     `model_without_ddp` after every optimizer step that was taken.
     """
     model.train()
+    training_mode(model_without_ddp)  # a frozen backbone stays in evaluation mode
     stepper, state = loop.stepper, loop.state
 
     def compute_loss(

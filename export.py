@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from config import parser as options
-from config.flags import GRAPHS, TARGETS, as_typed
+from config.flags import GRAPHS, TARGETS, as_typed, is_code, library_of
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()
@@ -81,17 +81,22 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     weights = select_state_dict(checkpoint, args.checkpoint, key, args.model_prefix)
     saved = read_saved_run(checkpoint, args.checkpoint)
     run = dict(saved.flags)
-    load = load_own_network if args.model else load_convnext
+    model = args.model or str(run.get("model")) * bool(library_of(str(run.get("model"))))
+    for problem in options.other_network_problems(args, model) if model else ():
+        raise UserError(problem)
+    if args.input_size:  # some networks are built for one size
+        run["input_size"] = args.input_size
+    load = load_own_network if model else load_convnext
     try:
-        spec, report = load(weights, run, args.model)
+        spec, report = load(weights, run, model)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
-    notes += contradictions(vars(args), run)
+    notes += contradictions(vars(args), saved.flags)
     for note in filter(None, notes):  # standard output is for the result
         print(f"{args.checkpoint}: {note}", file=sys.stderr)
     shape, side = spec.shape, 224
-    if not args.model:
+    if not model:
         side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
     found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
     found |= {"mean": None, "std": None}
@@ -137,7 +142,7 @@ def load_convnext(
     try:
         state, report = to_convnextv2(weights)
     except UserError as error:
-        hint = f"; they were trained with code, to run it give --model {name}" * (":" in name)
+        hint = f"; they were trained with code, to run it give --model {name}" * is_code(name)
         raise UserError(f"{error}{hint}") from error
     shape = describe(state)
     bare, found = name.removeprefix("fcmae_"), size_name(shape)
@@ -154,11 +159,11 @@ def load_convnext(
 def load_own_network(
     weights: Mapping[str, Tensor], run: Mapping[str, Any], model: str
 ) -> tuple[ExportSpec, Report]:
-    """Build a classifier of the user's own for as many classes as its weights have."""
+    """Build another classifier than a ConvNeXt V2, for as many classes as its weights have."""
     flags = {"in_chans": run.get("in_chans", 3), "stem_stride": run.get("stem_stride", 4)}
-    flags["input_size"] = run.get("input_size", (224, 224))
+    flags["input_size"] = height_and_width(run.get("input_size", 224))
     fixed = {"drop_path": 0.0, "head_init_scale": 1.0, "grad_checkpointing": False}
-    args = argparse.Namespace(model=model, **flags, **fixed)
+    args = argparse.Namespace(model=model, **flags, **fixed, freeze_backbone=False)
     network = build_classifier(args, 2)
     state, report = fit_weights(network, weights)
     heads = [state[f"{n}weight"] for n in find_classifier(network) if f"{n}weight" in state]

@@ -79,13 +79,15 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
 
     # --- 4. weights -------------------------------------------------------------------------
-    source = run.resume_point.source or args.finetune
+    source = run.resume_point.source or args.finetune or args.model * args.pretrained
     if run.weights:  # a run is restored in step 7
         run.weights.load(model_without_ddp, classes=classes)
     elif args.layer_decay < 1 and not source:
         log.warning(
             "random weights: --layer_decay < 1 is meant for pretrained ones; use --finetune"
         )
+    elif args.freeze_backbone and not source:
+        log.warning("random weights stay random with --freeze_backbone true; use --finetune")
     model_ema = build_ema(args, model_without_ddp)
     ema_module = model_ema.module if model_ema else None
     if ema_module and run.resume_point.is_weights and not args.use_ema and run.weights.ema:

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import FOLDERS, NEED_PATH, is_pretraining
+from config.flags import FOLDERS, NEED_PATH, is_code, is_pretraining
 from data_loading.folders import DatasetSpec, ImageFiles, list_images
 from data_loading.transforms import height_and_width
 from errors import UserError, plural
@@ -79,7 +79,7 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
         raise UserError(problem)
     used = ("model",) if "images" in given else ("model", "data_set")
     for key in used:  # a file must not choose which code is imported
-        if ":" in flags[key] and key not in given:
+        if is_code(flags[key]) and key not in given:
             raise UserError(
                 f"{source} names code, {flags[key]}; to run it give --{key} {flags[key]}"
             )

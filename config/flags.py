@@ -28,6 +28,17 @@ def as_typed(value: Any) -> str:
     return " ".join(shlex.quote(str(x).lower() if isinstance(x, bool) else str(x)) for x in values)
 
 
+def library_of(name: str) -> str:
+    """Return `timm` or `torchvision` for a network of theirs, such as `timm:resnet18`, else ''."""
+    library = name.removeprefix("fcmae_").partition(":")[0]
+    return library if ":" in name and library in LIBRARIES else ""
+
+
+def is_code(name: str) -> bool:
+    """Return True for `package.module:function`, code that no checkpoint may choose."""
+    return ":" in name and not library_of(name)
+
+
 def is_pretraining(values: Mapping[str, Any]) -> bool:
     """Return True for flags of main_pretrain.py, False for those of main_finetune.py."""
     return "mask_ratio" in values
@@ -124,6 +135,7 @@ FOLDERS = ("IMNET", "image_folder", "folder")
 NEED_PATH = (*FOLDERS, "CIFAR10", "CIFAR")
 HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
 DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
+LIBRARIES = ("timm", "torchvision")
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
 # Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
@@ -138,8 +150,8 @@ FLAGS: dict[str, tuple] = {}
 # fmt: off
 FLAGS["start here"] = (
     ("--model", NAME, "convnextv2_base",
-     "name of --list_models, perhaps with arguments as in densenet(growth_rate=12), or "
-     "package.module:function; default: the checkpoint's, or convnextv2_base"),
+     "name of --list_models, timm:NAME, torchvision:NAME or package.module:function, perhaps with "
+     "(key=value, ...); default: the checkpoint's, or convnextv2_base"),
     ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
     ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,
@@ -159,7 +171,8 @@ FLAGS["model"] = (
      "image side in pixels, or height and width; default: the checkpoint's, or 224", "+"),
     ("--in_chans", COUNT, 3, "image channels; default: the checkpoint's, or 3"),
     ("--stem_stride", (1, 2, 4), 4,
-     "stride of the stem; the network's is 8 times as large; default: the checkpoint's, or 4"),
+     "stride of the stem; the network's is 8 times as large; of timm and torchvision 4 is the "
+     "network's own; default: the checkpoint's, or 4"),
     ("--drop_path", BELOW_1, 0.0, "stochastic depth rate of the last block"),
 )
 FLAGS["masked autoencoder"] = (
@@ -229,11 +242,13 @@ FLAGS["optimizer and schedule"] = (
     ("--clip_grad", POSITIVE, None, "largest gradient norm; default: no clipping"),
 )
 FLAGS["pretrained weights and head"] = (
+    ("--pretrained", BOOL, False, "weights that timm or torchvision publishes for its --model"),
+    ("--freeze_backbone", BOOL, False, "train the classifier only, the rest in evaluation mode"),
     ("--model_key", NAME, MODEL_KEY, "keys of the weights in the checkpoint, tried in order"),
     ("--use_ema", BOOL, False, "use the checkpoint's EMA weights"),
     ("--model_prefix", TEXT, "", "prefix to strip from names of weights; others are ignored"),
     ("--head_init_scale", AMOUNT, None,
-     "scale of a new head's weights; default: 0.001 with --finetune, otherwise 1"),
+     "scale of a new head's weights; default: 0.001 with --finetune or --pretrained, otherwise 1"),
     ("--nb_classes", COUNT, None, "number of classes; default: as many as the data has"),
     ("--layer_decay", FRACTION, 1.0, "learning rate of a layer over that of the next; 1: equal"),
     ("--layer_decay_type", ("single", "group"), "single", "a layer: one block, or a group of 3"),

@@ -42,6 +42,10 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("disable_eval", "best_metric", "there would be no evaluation"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
+    ("pretrained", "finetune", "both give the weights"),
+    ("freeze_backbone", "grad_checkpointing", "a frozen backbone keeps nothing for backward"),
+    ("freeze_backbone", "cuda_graphs", "graphs are for networks that train as a whole"),
+    ("freeze_backbone", "sync_bn", "the BatchNorm of a frozen backbone uses what it has learned"),
 )
 
 
@@ -249,7 +253,8 @@ def export_parser() -> argparse.ArgumentParser:
     add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
     action = next(action for action in parser._actions if action.dest == "model")
-    action.help = "package.module:function of a classifier of your own; default: a ConvNeXt"
+    text = "timm:NAME, torchvision:NAME or package.module:function of another network"
+    action.help = f"{text}; default: the checkpoint's"
     return parser
 
 
@@ -292,7 +297,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
             new["smoothing"] = 0.0  # other losses may not take smoothed labels
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
-            new["head_init_scale"] = 0.001 if new["finetune"] else 1.0
+            new["head_init_scale"] = 0.001 if new["finetune"] or new["pretrained"] else 1.0
     return FrozenNamespace(new if given is None else given, **new)
 
 
@@ -441,13 +446,37 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
     yield from _two_names(args)
+    yield from _backbone_problems(args)
     if args.eval and not (args.resume or args.finetune or args.output_dir):
         yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"
+
+
+def _backbone_problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.pretrained and not flags.library_of(args.model):
+        got = f"--pretrained true: --model {args.model} is not of timm or torchvision"
+        yield f"{got}; give its weights by --finetune, such as timm:convnextv2_tiny.fcmae"
+    if args.pretrained and args.resume and not args.eval:
+        yield "--pretrained and --resume cannot be combined: both give the weights; drop one"
+    if args.freeze_backbone and args.layer_decay < 1:
+        got = f"--layer_decay {args.layer_decay:g}"
+        yield f"{got} and --freeze_backbone true: the head is the only layer that trains; drop one"
+    if args.freeze_backbone and args.drop_path:
+        got = f"--drop_path {args.drop_path:g}"
+        yield f"{got} and --freeze_backbone true: a frozen backbone drops nothing; drop one"
 
 
 def _two_names(args: argparse.Namespace) -> Iterator[str]:
     if args.use_ema and args.model_key != flags.MODEL_KEY:
         yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
+
+
+def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str]:
+    """Yield a message for each flag of export.py that is for a ConvNeXt alone."""
+    if args.to not in (*flags.GRAPHS, "safetensors"):
+        targets = ", ".join((*flags.GRAPHS, "safetensors"))
+        yield f"--model {model}: --to {args.to} is for ConvNeXt; use one of {targets}"
+    if args.half:
+        yield f"--half true is tested with ConvNeXt only, not with --model {model}; drop --half"
 
 
 def export_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -456,11 +485,8 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
     if (args.model or "").removeprefix("fcmae_").startswith("convnext"):
         yield f"--model {args.model}: the size of a ConvNeXt is found in its weights; drop it"
-    elif args.model and args.to not in (*flags.GRAPHS, "safetensors"):
-        targets = ", ".join((*flags.GRAPHS, "safetensors"))
-        yield f"--model {args.model}: --to {args.to} is for ConvNeXt; use one of {targets}"
-    if args.model and args.half:
-        yield "--half true is tested with ConvNeXt only; drop --half or --model"
+    elif args.model:
+        yield from other_network_problems(args, args.model)
     if args.half and args.to not in flags.GRAPHS:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from config.calls import parse_call
-from config.flags import is_pretraining
+from config.flags import is_code, is_pretraining, library_of
 from errors import UserError, first_line, resolve
-from models import convnextv2
+from models import backbones, convnextv2
+from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
+from models.masked import MaskedFCMAE
+from models.parts import freeze_backbone, keep_statistics
 
 _PREFIX = "fcmae_"
 AUTOENCODER = "a masked autoencoder such as models.fcmae.FCMAE"
@@ -30,7 +33,9 @@ def _fcmae(encoder: str, **kwargs: Any) -> FCMAE:
         raise UserError(f"features_only is for {encoder}, not for the FCMAE around it")
     names = inspect.signature(FCMAE).parameters.keys() & kwargs.keys()
     own = {name: kwargs.pop(name) for name in names}
-    return FCMAE(MODELS[encoder](num_classes=0, **kwargs), **own)
+    kwargs |= {} if library_of(encoder) else {"num_classes": 0}
+    network = create_model(encoder, **kwargs)
+    return (FCMAE if isinstance(network, ConvNeXtV2) else MaskedFCMAE)(network, **own)
 
 
 _NAMES = [f"convnextv2_{size}" for size in convnextv2.SIZES]
@@ -48,6 +53,7 @@ def _classic(name: str, **kwargs: Any) -> nn.Module:
 
 CLASSIC = ("anynet", "regnet", "regnet_y_256gf", "resnet", "resnext152_32x4d", "densenet", "mlp")
 MODELS |= {name: partial(_classic, name) for name in CLASSIC}
+MODELS |= {_PREFIX + name: partial(_fcmae, name) for name in CLASSIC if name != "mlp"}
 
 
 def list_models() -> list[str]:
@@ -56,32 +62,47 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build the model called `name`, or call the `package.module:function` of that name.
+    """Build the model called `name`: of this toolkit, `timm:NAME` or `torchvision:NAME`.
 
-    `name(key=value)` adds arguments, which replace those in kwargs.
+    Or call the `package.module:function` of that name. `NAME(key=1)` adds arguments, which replace
+    those in kwargs. A prefix `fcmae_` makes a masked autoencoder of a network.
     """
+    bare = name.removeprefix(_PREFIX)
+    if library_of(bare):
+        return _fcmae(bare, **kwargs) if bare != name else backbones.create(name, **kwargs)
     call = parse_call(name, "--model")
     if call.args:
         raise UserError(f"--model {name}: give arguments by name, as in densenet(growth_rate=12)")
     return resolve(call.name, MODELS, kind="model")(**{**kwargs, **call.kwargs})
 
 
+def is_known(name: str) -> bool:
+    """Return True for a name that a checkpoint may choose, since it is not a user's own code."""
+    return bool(library_of(name)) or name.partition("(")[0].strip() in MODELS
+
+
+def same_network(one: str, other: str) -> bool:
+    """Return True if two names of a library's networks differ in the tag of the weights alone."""
+    parts = [backbones.parse_name(name) for name in (one, other) if library_of(name)]
+    return len(parts) == 2 and len({(*map(str, (a, b, d)),) for a, b, _, d in parts}) == 1
+
+
 def fcmae_name(name: str) -> str:
     """Name of the FCMAE around a model: `convnextv2_tiny` -> `fcmae_convnextv2_tiny`."""
-    return name if name.startswith(_PREFIX) or ":" in name else _PREFIX + name
+    return name if name.startswith(_PREFIX) or is_code(name) else _PREFIX + name
 
 
 def check_model(args: Any) -> None:
     """Raise UserError if `--model` names no model and nothing that can be imported."""
-    name = parse_call(args.model, "--model").name.removeprefix(_PREFIX)
-    if is_pretraining(vars(args)):
-        if name in CLASSIC:
-            raise UserError(f"--model {name} has no masked autoencoder; use main_finetune.py")
-        name = fcmae_name(name)
-    resolve(name, MODELS, kind="model")
+    bare = args.model.removeprefix(_PREFIX)
+    if library_of(bare):
+        backbones.parse_name(bare)
+        return
+    name = parse_call(bare, "--model").name
+    resolve(fcmae_name(name) if is_pretraining(vars(args)) else name, MODELS, kind="model")
     if name in CLASSIC:
         with torch.device("meta"):  # checks its arguments
-            build_classifier(args, 2)
+            build_fcmae(args) if is_pretraining(vars(args)) else build_classifier(args, 2)
 
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
@@ -139,19 +160,22 @@ def build_fcmae(args: Any) -> nn.Module:
 def build_classifier(args: Any, num_classes: int) -> nn.Module:
     """The classifier that the flags describe."""
     name = args.model.removeprefix(_PREFIX)
-    size = {"input_size": args.input_size} if parse_call(name, "--model").name == "mlp" else {}
+    sized = library_of(name) or parse_call(name, "--model").name == "mlp"
+    size = {"input_size": args.input_size} if sized else {}
     model = _create_by_flags(
         name,
         CLASSIFIER,
-        **size,
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
         drop_path_rate=args.drop_path,
         num_classes=num_classes,
         head_init_scale=args.head_init_scale,
+        **size,
     )
     if args.grad_checkpointing and not args.eval:
         enable_grad_checkpointing(model, args.compile)
+    if args.freeze_backbone and not args.eval:
+        freeze_backbone(model)
     return model
 
 
@@ -168,3 +192,8 @@ def enable_grad_checkpointing(model: nn.Module, compiled: bool) -> None:
         raise UserError(
             f"--grad_checkpointing: {type(model).__name__} does not support it ({error}); drop it"
         ) from error
+    if keep_statistics(model) and compiled:
+        raise UserError(
+            "--grad_checkpointing true with --compile true: the BatchNorm of "
+            f"{type(model).__name__} would count every batch twice; drop one"
+        )

@@ -285,7 +285,11 @@ def convert_batch_norm(model: nn.Module, group: int) -> nn.Module:
     if size == 1:
         return model
     mine, _ = dist.new_subgroups(group, timeout=WAIT_FOR_RANKS)
-    return convert_sync_batchnorm(model, mine)
+    hooks = {name: module._forward_pre_hooks for name, module in model.named_modules()}
+    model = convert_sync_batchnorm(model, mine)
+    for name, module in model.named_modules():  # of gradient checkpointing; new modules have none
+        module._forward_pre_hooks.update(hooks.get(name, {}))
+    return model
 
 
 @torch.no_grad()

@@ -348,6 +348,12 @@ FINETUNE: dict[str, Row] = {
         0.02,
         0.01,
     ),
+    "freeze_backbone": (
+        "--freeze_backbone",
+        lambda b: sum(len(group["params"]) for group in b.stepper.optimizer.param_groups),
+        58,
+        2,
+    ),
     "layer_decay": ("--layer_decay 0.5", lambda b: min_scale(b), 1.0, 0.5**5),
     "layer_decay_type": (
         "--layer_decay_type group", lambda b: min_scale(b), 0.5**5, 0.5**5, "--layer_decay 0.5",
@@ -402,6 +408,7 @@ ELSEWHERE = {
     "compile cuda_graphs",
     "tests/test_engines.py": "device",  # cuda on a GPU
     "tests/test_datasets.py": "pin_mem eval_data_path dist_eval",
+    "tests/weights/test_library.py": "pretrained",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused
 }
 

@@ -33,7 +33,7 @@ LAYERS = (
 # The same within models: kernels know nothing of the networks.
 MODEL_LAYERS = (
     "models.kernels",
-    "models.layers models.sparse models.arguments",
+    "models.layers models.sparse models.arguments models.parts",
     "models.convnextv2 models.backbones models.heads models.anynet models.classic models.resnext3d",
     "models.masked models.fcmae",
     "models",

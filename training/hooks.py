@@ -486,6 +486,8 @@ def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, 
     with torch.no_grad(), counter:
         model(torch.zeros(1, in_chans, *size, device=device))
     macs = counter.get_total_flops() / 2
-    text = "%s: %.2fM parameters, %.3f GMACs per %dx%d image"
-    get_logger().info(text, name, parameters / 1e6, macs / 1e9, *size)
+    frozen = sum(p.numel() for p in model.parameters()) - parameters
+    count = f"{(parameters + frozen) / 1e6:.2f}M parameters"
+    count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""
+    get_logger().info("%s: %s, %.3f GMACs per %dx%d image", name, count, macs / 1e9, *size)
     return parameters

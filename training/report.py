@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from config.flags import command, is_pretraining
+from config.flags import as_typed, command, is_code, is_pretraining
 from errors import plural
 from training.checkpoint import TrainState
 
@@ -151,7 +151,9 @@ def next_command(args: Any, path: Path) -> str:
         resumed = f" --resume {folder}" * bool(args.resume)  # else that one would be evaluated
         return f"{command('main_finetune')} --config {folder}/args.yaml --eval{resumed}"
     code = "".join(
-        f" --{name} {vars(args)[name]}" for name in ("model", "data_set") if ":" in vars(args)[name]
+        f" --{name} {as_typed(vars(args)[name])}"
+        for name in ("model", "data_set")
+        if is_code(vars(args)[name])
     )  # which no checkpoint may choose
     return (
         f"{command('visualize')} --checkpoint {folder}{code}, or "

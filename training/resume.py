@@ -29,10 +29,11 @@ from weights.saved_run import INHERITED, RESUMED
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
-FIXED += ("decoder_depth", "decoder_embed_dim", "recon_loss", "val_split")
+FIXED += ("decoder_depth", "decoder_embed_dim", "recon_loss", "val_split", "freeze_backbone")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
+LOCAL += ("pretrained",)
 KEPT = INHERITED | RESUMED
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 

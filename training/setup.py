@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import models
-from config.flags import is_pretraining
+from config.flags import is_code, is_pretraining, library_of
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
@@ -41,6 +41,7 @@ from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
 from training.stepper import Stepper, choose_amp
 from weights.convert import CLASSIFIER, DECODER
+from weights.library import read_library_weights
 from weights.pretrained import EMA_KEY, Pretrained, read_pretrained
 from weights.saved_run import SavedRun, inherit_flags, read_saved_run
 
@@ -109,8 +110,7 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     )
     check_graphs(args.cuda_graphs, device, update_freq)
     effective_batch = args.batch_size * update_freq * get_world_size()
-    if weights:
-        check_start(args, weights)
+    check_start(args, weights)
     return RunSetup(
         args,
         saved.head,
@@ -157,9 +157,12 @@ def _saved_run(point: ResumePoint) -> SavedRun:
 def _read_start(args: Any, point: ResumePoint, check: bool = True) -> Pretrained | None:
     """Read the weights that a new run starts from; None for random ones, or if a run resumes."""
     source = point.source or vars(args).get("finetune", "")
-    if point.is_run or not source:
+    if point.is_run:
         return None
-    return read_weights(args, source, args.sha256, check)
+    if not source and vars(args).get("pretrained"):
+        size = args.input_size if "input_size" in args.given else None
+        return read_library_weights(args.model, size)
+    return read_weights(args, source, args.sha256, check) if source else None
 
 
 def read_weights(args: Any, source: str, sha256: str = "", check: bool = True) -> Pretrained:
@@ -170,23 +173,29 @@ def read_weights(args: Any, source: str, sha256: str = "", check: bool = True) -
 
 def check_start(
     args: Any,
-    weights: Pretrained,
+    weights: Pretrained | None,
     classes: int | None = None,
     new: Iterable[str] = CLASSIFIER + DECODER,
 ) -> None:
     """Raise UserError if weights do not fit the model of the flags, as `Pretrained.load` does.
 
+    So it does if a network of a library lacks what a flag asks for; weights: None for random ones.
     Listing the data may take minutes, so this comes before. Code of the user's own is not run for
     it, since it may need real tensors or do other things too: only the values are checked.
     """
-    if ":" in args.model:
-        return weights.check_values()
+    if is_code(args.model):
+        return weights.check_values() if weights else None
+    if not (weights or library_of(args.model)):
+        return None
     with torch.device("meta"):
         if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
         else:
             model = models.build_classifier(args, classes or args.nb_classes or 1000)
-    weights.check(model, new)
+    if library_of(args.model) and args.layer_decay < 1 and not args.eval:
+        model.layer_of("", args.layer_decay_type)
+    if weights:
+        weights.check(model, new)
 
 
 @dataclass
@@ -248,7 +257,7 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     see_working_folder()
     found = {}
     words = [x for value in args.values() for x in (value if isinstance(value, tuple) else [value])]
-    for word in map(str, words):
+    for word in filter(lambda word: not library_of(word), map(str, words)):
         for module in re.findall(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*", word):
             with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
                 spec = importlib.util.find_spec(module)

@@ -36,7 +36,7 @@ def locate(source: str | Path, sha256: str = "") -> Path:
     elif kind == "timm":
         from timm import list_pretrained
 
-        known = dict.fromkeys(list_pretrained("convnextv2_*"), "timm/" + name)
+        known = dict.fromkeys(list_pretrained(), "timm/" + name)
         path = _from_hub(resolve(name, known, "weights of timm", importable=False), text)
     elif kind == "https":
         path = _from_address(text, sha256)

@@ -12,44 +12,8 @@ from torch import Tensor, nn
 
 from errors import first_few, plural
 from models.fcmae import FCMAE
+from models.parts import adapt_stem, find_classifier, find_stem
 from weights.convert import DECODER, Report, replace_prefix, to_convnextv2, unwrap
-
-HEAD_NAMES = ("head", "fc", "classifier", "heads")  # of networks without timm's get_classifier
-
-
-def find_classifier(model: nn.Module) -> tuple[str, ...]:
-    """Return the prefixes of a model's last layer, such as `head.fc.`; several for two heads.
-
-    By timm's convention: the modules of `get_classifier()`, or the names in
-    `default_cfg["classifier"]`. Other networks: the last layer with a matrix in HEAD_NAMES.
-    """
-    names = {module: name for name, module in model.named_modules() if name}
-    if callable(getattr(model, "get_classifier", None)):
-        found = model.get_classifier()
-        found = found if isinstance(found, tuple | list) else [found]
-        known = tuple(f"{names[module]}." for module in found if module in names)
-        if known:
-            return known
-    config = getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and config.get("classifier"):
-        value = config["classifier"]
-        return tuple(f"{name}." for name in ((value,) if isinstance(value, str) else value))
-    for top in HEAD_NAMES:
-        inside = [n for m, n in names.items() if n == top or n.startswith(f"{top}.")]
-        layers = [n for n in inside if getattr(model.get_submodule(n), "weight", None) is not None]
-        layers = [n for n in layers if model.get_submodule(n).weight.ndim > 1]
-        if layers:
-            return (f"{layers[-1]}.",)
-    return ()
-
-
-def find_stem(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the layers that see the image: of timm's `default_cfg`, or the first."""
-    config = getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and config.get("first_conv"):
-        value = config["first_conv"]
-        return (value,) if isinstance(value, str) else tuple(value)
-    return tuple(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))[:1]
 
 
 def fit_weights(
@@ -112,18 +76,6 @@ def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -
         pixels = len(ours) // model.in_chans  # that a position of the decoder predicts
         if theirs is not None and len(theirs) != len(ours) and len(theirs) in (pixels, 3 * pixels):
             state[name] = adapt_prediction(theirs, pixels, model.in_chans)
-
-
-def adapt_stem(weight: Tensor, channels: int) -> Tensor:
-    """Adapt (D, C, k, k) to other input channels by timm's rule: sum, or repeat and scale.
-
-    With equal channels, or repeated as a whole, the layer computes the same as before.
-    """
-    found, exact = weight.shape[1], weight.float()
-    if channels == 1:
-        return exact.sum(1, keepdim=True).to(weight.dtype)
-    order = torch.arange(channels) % found
-    return (exact[:, order] * (found / channels)).to(weight.dtype)
 
 
 def adapt_prediction(value: Tensor, pixels: int, channels: int) -> Tensor:

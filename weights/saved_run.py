@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.flags import allowed, as_typed, is_pretraining
+from config.flags import allowed, as_typed, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths, shape_problems
 from data_loading.labels import Head
 from errors import UserError
-from models import MODELS
+from models import is_known, same_network
 from parallel.process_group import get_logger
 from weights.convert import describe, size_name, to_convnextv2
 
@@ -54,9 +54,10 @@ def read_saved_run(
     args = vars(args) if isinstance(args, argparse.Namespace) else args  # of the official code
     shape, count = _flags_of_shape(weights or {})
     flags = {k: v for k, v in (args if isinstance(args, dict) else {}).items() if v is not None}
-    if ":" not in str(flags.get("model")):  # names differ between libraries, shapes do not
+    model = str(flags.get("model"))
+    if not (is_code(model) or library_of(model)):  # names differ between libraries, shapes do not
         flags |= shape
-        if str(flags.get("model")).partition("(")[0].removeprefix("fcmae_") not in MODELS:
+        if not is_known(str(flags.get("model")).removeprefix("fcmae_")):
             flags.pop("model", None)
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
     return SavedRun(source, flags, Head(source, names, len(names) if names else count))
@@ -97,7 +98,7 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
                 _contradict(name, vars(args)[name], value, source)
         elif (value := stored_flag(saved, name)) != normalized(name, vars(args)[name]):
             taken[name] = value
-    if ":" in taken.get("model", ""):  # a file must not choose which code is imported
+    if is_code(taken.get("model", "")):  # a file must not choose which code is imported
         raise UserError(
             f"{source} was trained with --model {taken['model']}, which is code and not a name; "
             "give --model to choose the code to run"
@@ -181,8 +182,10 @@ def _of_its_type(name: str, value: Any) -> Any:
 
 def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:
     """Raise UserError if the weights cannot fit the given flag, warn otherwise."""
-    if name == "model" and any(mark in typed + saved for mark in ":("):
-        return  # code of a user's own, or arguments: whether the weights fit is checked later
+    if name == "model" and (
+        is_code(typed) or is_code(saved) or "(" in typed + saved or same_network(typed, saved)
+    ):
+        return  # whether the weights fit is checked later
     flag, trained = f"--{name} {as_typed(typed)}", f"{source} was trained with {as_typed(saved)}"
     if name in SHAPE:
         raise UserError(
