@@ -61,24 +61,29 @@ class FCMAE(nn.Module):
         recon_loss: str = "l2",
     ) -> None:
         super().__init__()
-        stride = encoder.total_stride
+        self.in_chans, dim, stride = self.remove_head(encoder)
+        self.stride = stride  # of the encoder's last feature map
         self.patch_size = patch_size or stride
         if self.patch_size % stride:
             raise UserError(f"patch_size {patch_size}: expected a multiple of {stride}")
-        self.in_chans = encoder.in_chans
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         resolve(recon_loss, RECON_LOSSES, "reconstruction loss", importable=False)
         self.recon_loss = recon_loss
 
-        encoder.norm = nn.Identity()
-        encoder.reset_classifier(0)
         self.encoder = encoder
-        self.proj = PatchConv(encoder.num_features, decoder_embed_dim, 1)
+        self.proj = PatchConv(dim, decoder_embed_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
         nn.init.normal_(self.mask_token, std=0.02)
         self.decoder = nn.Sequential(*[Block(decoder_embed_dim) for _ in range(decoder_depth)])
         self.pred = PatchConv(decoder_embed_dim, stride**2 * self.in_chans, 1)
+
+    @staticmethod
+    def remove_head(encoder: ConvNeXtV2) -> tuple[int, int, int]:
+        """Remove the final norm and the head; returns input channels, features and stride."""
+        encoder.norm = nn.Identity()
+        encoder.reset_classifier(0)
+        return encoder.in_chans, encoder.num_features, encoder.total_stride
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w), the patches of an image of H x W pixels."""
@@ -120,14 +125,14 @@ class FCMAE(nn.Module):
         """Features (N, D, H/stride, W/stride) and mask (N, L) -> prediction (N, p*p*C, h, w)."""
         x = self.proj(features.permute(0, 2, 3, 1))  # (N, H/stride, W/stride, decoder dim)
         n, height, width, dim = x.shape
-        cells = self.patch_size // self.encoder.total_stride  # feature cells along a patch
+        cells = self.patch_size // self.stride  # feature cells along a patch
         h, w = height // cells, width // cells
         removed = mask.reshape(n, h, 1, w, 1, 1).expand(-1, -1, cells, -1, cells, -1)
         token = self.mask_token.to(x.dtype).reshape(1, 1, 1, dim)
         x = torch.where(removed.reshape(n, height, width, 1) > 0, token, x)
         x = self.pred(self.decoder(x))  # (N, H/stride, W/stride, s*s*C), s = stride
         # If a patch has several cells, order their pixels as `patchify` does.
-        s, c = self.encoder.total_stride, self.in_chans
+        s, c = self.stride, self.in_chans
         x = x.reshape(n, h, cells, w, cells, s, s, c).permute(0, 2, 5, 4, 6, 7, 1, 3)
         return x.reshape(n, -1, h, w)  # (N, [cell row, row, cell column, column, channel], h, w)
 

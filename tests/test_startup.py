@@ -23,6 +23,7 @@ SCRIPTS = [
     "benchmarks/curves.py",
     "benchmarks/gpu.py",
     "benchmarks/gpu_parts.py",
+    "benchmarks/masked.py",
     "benchmarks/saving.py",
     "benchmarks/startup.py",
     "benchmarks/step.py",
