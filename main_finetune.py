@@ -24,7 +24,7 @@ from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
 from models.kernels.autotune import autotuner
-from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
+from optim_factory import build_optimizer, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts
@@ -32,9 +32,11 @@ from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
+from training.freeze import build_freezer
 from training.hooks import build_reporter, log_cost
 from training.report import last_line, plain
 from training.resume import auto_load_model, choose_evaluated
+from training.schedules import build_schedule
 from training.setup import (
     TrainLoop,
     check_start,
@@ -107,7 +109,14 @@ def main(args: argparse.Namespace) -> None:
         model = Graphed(model_without_ddp, device, amp, [shape])
     model = run.parallelism.wrap(model)
     stepper = Stepper(
-        model, optimizer, device, amp, run.update_freq, args.clip_grad, args.spike_factor
+        model,
+        optimizer,
+        device,
+        amp,
+        run.update_freq,
+        args.clip_grad,
+        args.spike_factor,
+        args.clip_mode,
     )
 
     # --- 7. resume --------------------------------------------------------------------------
@@ -129,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
             args, run.output_dir, parts, classes, bad_images.write
         ),
         seed=args.seed,
+        freezer=build_freezer(args, model_without_ddp, stepper),
         criterion=criterion,
         mixup=mixup,
         model_ema=model_ema,

@@ -17,13 +17,13 @@ import main_finetune
 import main_pretrain
 from config import parser as options
 from errors import UserError
-from optim_factory import Schedule
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.ema import ModelEma
 from training.hooks import LineHook
 from training.meters import Means
+from training.schedules import Schedule
 from training.stepper import Stepper
 
 COMMON = (

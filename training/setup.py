@@ -25,7 +25,7 @@ from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
-from optim_factory import Schedule, choose_update_freq
+from optim_factory import build_optimizer_call, build_rules, choose_update_freq
 from parallel import console, process_group, sharding
 from parallel.process_group import all_gather, broadcast, get_logger, get_world_size
 from training import run_lock
@@ -34,9 +34,11 @@ from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
+from training.freeze import Freezer
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
+from training.schedules import Schedule, build_curves
 from training.stepper import Stepper, choose_amp
 from weights.convert import CLASSIFIER, DECODER
 from weights.pretrained import EMA_KEY, Pretrained, read_pretrained
@@ -68,6 +70,8 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
+    for check in (build_optimizer_call, build_rules, build_curves):  # they raise UserError
+        check(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -195,6 +199,7 @@ class TrainLoop:
     reporter: Reporter
     checkpoints: CheckpointManager
     seed: int
+    freezer: Freezer | None = None
     # Fine-tuning only:
     criterion: Callable[..., torch.Tensor] | None = None  # (logits, labels) -> loss
     mixup: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -243,9 +248,9 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     see_working_folder()
     found = {}
     for value in map(str, args.values()):
-        module = re.fullmatch(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*", value)
-        with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
-            spec = importlib.util.find_spec(module[1]) if module else None
-            if spec and spec.origin and Path(spec.origin).is_file():
-                found[module[1]] = Path(spec.origin)
+        for module in re.findall(r"(?<![\w.:])([A-Za-z_][\w.]*):[A-Za-z_]\w*", value):
+            with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
+                spec = importlib.util.find_spec(module)
+                if spec and spec.origin and Path(spec.origin).is_file():
+                    found[module] = Path(spec.origin)
     return found
