@@ -303,7 +303,7 @@ def create_optimizer(
     for key in {"eps", "betas"} & options.keys() - defaults.keys():
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
     muon = {"use_fallback": False} if "fallback_lr_scale" in defaults else {}
-    for pattern, values in rules.options:
+    for pattern, values in rules.options:  # some arguments of an optimizer are no options of groups
         _check_options(f"--param_group {pattern}", values, defaults | muon)
     _seed_noise(sharding.local_optimizer(optimizer), seed)
     return optimizer
@@ -384,6 +384,15 @@ def _seed_noise(optimizer: torch.optim.Optimizer, seed: int) -> None:
 def build_rules(args: Any) -> GroupRules:
     """Read --param_group, --no_weight_decay and --freeze."""
     options = [parse_options(text, "--param_group") for text in args.param_group or ()]
+    parameters = signature(_optimizer_class(build_optimizer_call(args).name)).parameters
+    known = {name: p.default for name, p in parameters.items() if name != "params"}
+    known |= {"lr": 1.0, "weight_decay": 0.0, "use_fallback": False}  # the last one is Muon's
+    for pattern, values in options:
+        _check_options(f"--param_group {pattern}", values, known)
+        for name in ("lr", "weight_decay"):
+            if not 0 <= values.get(name, 0) < math.inf:
+                text = f"{name} is {values[name]}, expected a number of at least 0"
+                raise UserError(f"--param_group {pattern}: {text}")
     words = tuple(args.no_weight_decay) if args.no_weight_decay else None
     if words and "none" in words and len(words) > 1:
         raise UserError(f"--no_weight_decay {' '.join(words)}: none stands alone; drop it")

@@ -62,9 +62,9 @@ class Freezer:
                 module.eval()
         named = self.model.named_parameters()
         if self.stepper.freeze([parameter for name, parameter in named if name in frozen]):
-            what = first_few(patterns) or "nothing"
-            text = "epoch %d: %s frozen (%s)"
-            get_logger().info(text, epoch + 1, plural(len(frozen), "parameter"), what)
+            count = plural(len(frozen), "parameter")
+            what = f"{count} frozen ({first_few(patterns)})" if frozen else "nothing is frozen"
+            get_logger().info("epoch %d: %s", epoch + 1, what)
 
 
 def build_freezer(args: Any, model: nn.Module, stepper: Stepper) -> Freezer | None:

@@ -110,6 +110,28 @@ def _last_layer(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name.startswith(last)]
 
 
+@torch.no_grad()
+def clip_adaptively(parameters: Sequence[nn.Parameter], factor: float, eps: float = 1e-3) -> None:
+    """Clip each unit's gradient to `factor` times the norm of its weights, which counts as `eps`.
+
+    Adaptive gradient clipping of NFNets, as `timm.utils.agc`, whose function has no DTensors. A
+    unit is a row of a matrix or kernel, or a whole bias.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            largest = _unit_norms(parameter).clamp(min=eps) * factor
+            norms = _unit_norms(parameter.grad)
+            scale = torch.where(norms < largest, 1.0, largest / norms.clamp(min=1e-6))
+            sharding.to_local(parameter.grad).mul_(scale)
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Norms of the rows that this process has, (C, 1, ...), or of a whole vector, ()."""
+    if tensor.ndim <= 1:
+        return sharding.full_tensor(tensor.norm())
+    return sharding.to_local(tensor).norm(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Result of one optimizer step, on the device; reading it synchronizes."""
@@ -273,9 +295,7 @@ class Stepper:
             for grad in map(sharding.to_local, grads):
                 grad.clamp_(-self.clip_grad, self.clip_grad)
         else:
-            from timm.utils.agc import adaptive_clip_grad
-
-            adaptive_clip_grad(self.adaptive, self.clip_grad)
+            clip_adaptively(self.adaptive, self.clip_grad)
 
     def _finish_step(self, norm: Tensor) -> Tensor:
         """Take or skip the step and record its values; returns a bool tensor, True if taken."""
