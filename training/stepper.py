@@ -129,7 +129,8 @@ def _unit_norms(tensor: Tensor) -> Tensor:
     """Norms of the rows that this process has, (C, 1, ...), or of a whole vector, ()."""
     if tensor.ndim <= 1:
         return sharding.full_tensor(tensor.norm())
-    return sharding.to_local(tensor).norm(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    rows = sharding.to_local(tensor)
+    return torch.linalg.vector_norm(rows, dim=tuple(range(1, tensor.ndim)), keepdim=True)
 
 
 @dataclass(frozen=True)
