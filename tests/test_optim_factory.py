@@ -20,6 +20,7 @@ from optim_factory import (
     build_optimizer,
     create_optimizer,
     get_parameter_groups,
+    matches,
     scale_lr,
 )
 from parallel.state_dict import tensor_leaves
@@ -30,6 +31,7 @@ from training.checkpoint import (
     restore_run,
     write_checkpoint,
 )
+from training.schedules import Schedule
 from training.stepper import Stepper
 
 
@@ -385,3 +387,197 @@ def test_lr_follows_the_linear_rule_unless_it_is_given():
     assert scale_lr(None, 5e-4, 128) == pytest.approx(2.5e-4)
     assert scale_lr(0.1, 5e-4, 4096) == 0.1
     assert scale_lr(0.0, 5e-4, 4096) == 0.0
+
+
+# --- rules of the user -------------------------------------------------------------------------
+
+
+def flags(**changes) -> SimpleNamespace:
+    """Flags of build_optimizer."""
+    values = {"opt": "adamw", "weight_decay": 0.3, "opt_eps": None, "opt_betas": None}
+    values |= dict.fromkeys(("param_group", "no_weight_decay", "freeze"))
+    return SimpleNamespace(**values | {"momentum": 0.9} | changes)
+
+
+def built(model: nn.Module, **changes) -> dict[str, dict]:
+    """Parameter name -> its group in the optimizer of the flags."""
+    return by_name(model, build_optimizer(flags(**changes), model, 0.5).param_groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "fits"),
+    [
+        ("head.weight", "head", True),
+        ("head.weight", "head.*", True),
+        ("head2.weight", "head", False),
+        ("stages.1.0.norm.bias", "stages.*.norm", True),
+        ("stages.1.0.norm.bias", "*.bias", True),
+        ("stages.10.0.norm.bias", "stages.1", False),
+        ("stages.1.0.norm.bias", "norm", False),
+    ],
+)
+def test_pattern_is_the_name_of_a_parameter_or_of_a_module_above(name, pattern, fits):
+    assert matches(name, pattern) == fits
+
+
+def test_rule_sets_options_of_its_parameters_and_a_later_rule_wins():
+    model = classifier()
+    rules = ["stages:lr=0.5,betas=(0.8, 0.7)", "stages.0.0:lr=2", "head:lr=10,weight_decay=0.1"]
+    groups = built(model, param_group=rules, layer_decay=0.5)
+    block, head, other = (groups[f"{x}.bias"] for x in ("stages.0.0.norm", "head", "norm"))
+    assert (block["lr_scale"], block["betas"]) == (2 * 0.5**5, (0.8, 0.7))  # layer decay, times 2
+    assert groups["stages.3.0.norm.bias"]["lr_scale"] == 0.5 * 0.5
+    assert (head["lr_scale"], head["weight_decay"]) == (10, 0.1)  # biases too, if one says so
+    assert (other["lr_scale"], other["weight_decay"], other["betas"]) == (0.5, 0, (0.9, 0.999))
+    assert sorted(head["own_options"]) == ["weight_decay"]
+    assert "own_options" not in other
+
+
+def test_rules_change_the_step():
+    """SGD without momentum: 1 x 0.5 of the gradient, for the head 10 times as much."""
+    model = nn.Sequential()
+    for name in ("body", "head"):
+        model.add_module(name, nn.Linear(1, 1, bias=False))
+    args = flags(opt="momentum", momentum=0.0, weight_decay=0.0, param_group=["head:lr=10"])
+    optimizer = build_optimizer(args, model, 0.5)
+    for step_of, parameter in ((1, model.body.weight), (10, model.head.weight)):
+        before, parameter.grad = parameter.item(), torch.ones(1, 1)
+        Schedule(optimizer, total=1, lr=0.5, weight_decay=0.0).apply(0)
+        optimizer.step()
+        parameter.grad = None
+        assert before - parameter.item() == pytest.approx(0.5 * step_of)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("hed:lr=3", "--param_group 'hed' matches no parameter that is trained. Did you .*'head"),
+        ("xyzzy:lr=3", "Known: downsample_layers, stages, norm, head."),
+        ("head:lrr=3", "--param_group head: unknown option 'lrr'. Did you mean 'lr'"),
+        ("head:lr=x", "--param_group head: lr is 'x', expected a number"),
+        ("head:lr=-1", "lr is -1, expected a number of at least 0"),
+        ("head:betas=(0.9,)", "betas is .*, expected 2 values"),
+        ("head:amsgrad=1", "amsgrad is 1, expected True or False"),
+        ("head:use_fallback=True", "unknown option 'use_fallback'"),  # of muon
+        ("head", r"expected PATTERN:name=value,name=value\n  head\n      \^"),
+    ],
+)
+def test_wrong_rule_is_an_error_that_names_it(rule, message):
+    with pytest.raises(UserError, match=message):
+        built(classifier(), param_group=[rule])
+
+
+def with_batch_norm() -> nn.Module:
+    model = nn.Sequential()
+    layers = {"conv": nn.Conv2d(1, 2, 1), "bn": nn.BatchNorm2d(2), "ln": nn.LayerNorm(2)}
+    for name, layer in (layers | {"head": nn.Linear(2, 2)}).items():
+        model.add_module(name, layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("words", "spared"),
+    [
+        (None, {"conv.bias", "bn", "ln", "head.bias"}),
+        (["none"], set()),  # ClassyVision's bn_weight_decay=True
+        (["batchnorm"], {"bn"}),  # its default: biases and LayerNorm are decayed
+        (["norm", "bias"], {"conv.bias", "bn", "ln", "head.bias"}),
+        (["bias"], {"conv.bias", "bn.bias", "ln.bias", "head.bias"}),
+        (["head", "l?.weight"], {"head", "ln.weight"}),
+    ],
+)
+def test_choice_of_parameters_without_weight_decay(words, spared):
+    model = with_batch_norm()
+    found = {n for n, group in built(model, no_weight_decay=words).items() if not group["decayed"]}
+    names = dict(model.named_parameters())
+    assert found == {name for name in names if spared & {name, name.partition(".")[0]}}
+
+
+def test_norm_means_grn_and_timms_norms_too():
+    groups = built(classifier(), no_weight_decay=["norm"])
+    decayed = {name for name, group in groups.items() if group["decayed"]}
+    assert not any("grn" in name or "norm" in name for name in decayed)
+    assert {"stages.0.0.dwconv.bias", "head.bias"} <= decayed
+    model = timm.create_model("efficientnet_b0", num_classes=2)
+    groups = built(model, no_weight_decay=["batchnorm"])
+    assert not groups["bn1.weight"]["decayed"]
+    assert groups["classifier.bias"]["decayed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["batchnorm"], "--no_weight_decay batchnorm: ConvNeXtV2 has none; drop it"),
+        (["none", "bias"], "none stands alone"),
+        (["hed"], "--no_weight_decay 'hed' matches no parameter"),
+    ],
+)
+def test_wrong_choice_of_weight_decay_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        built(classifier(), no_weight_decay=words)
+
+
+# --- arguments of an optimizer -----------------------------------------------------------------
+
+
+def test_arguments_reach_the_optimizer():
+    (group, *_) = build_optimizer(
+        flags(opt="rmsproptf(alpha=0.99, lr_in_momentum=False)"), classifier(), 0.5
+    ).param_groups
+    assert (group["alpha"], group["lr_in_momentum"]) == (0.99, False)
+    (group, *_) = build_optimizer(
+        flags(opt="AdamW(betas=(0.8, 0.7))"), classifier(), 0.5
+    ).param_groups
+    assert group["betas"] == (0.8, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("opt", "message"),
+    [
+        ("rmsproptf(alpa=0.9)", "unknown option 'alpa'. Did you mean 'alpha'.* Known: alpha, eps"),
+        ("rmsproptf(alpha=x)", "alpha is 'x', expected a number"),
+        ("rmsproptf(0.9)", "expected arguments as name=value"),
+        ("adamw(lr=1)", "lr has a flag of its own; use --lr"),
+        ("adamw(betas=(0.9,))", "betas is .*expected 2 values"),
+        ("adamw(eps=1e-3", r"'\(' is not closed"),
+        ("adamww(eps=1e-3)", "unknown optimizer 'adamww'"),
+        ("adamw(eps=1e-3)", None),
+    ],
+)
+def test_wrong_argument_of_an_optimizer_is_refused(opt, message):
+    if message is None:
+        opt, message = flags(opt=opt, opt_eps=1e-3), "both set eps; drop one"
+    else:
+        opt = flags(opt=opt)
+    with pytest.raises(UserError, match=message):
+        build_optimizer(opt, classifier(), 0.5)
+
+
+def test_larc_steps_by_hand():
+    """ClassyVision's LARC: a norm of 5 and a gradient of norm 1 give a rate of 0.02 x 5 / 1.
+
+    Below lr it acts on biases too; with a smaller lr (0.01) lr itself is the rate.
+    """
+    for lr, rate in ((0.5, 0.1), (0.01, 0.01)):
+        layer = nn.Linear(2, 1, bias=False).double()
+        layer.weight.data[:] = torch.tensor([3.0, 4.0])
+        args = flags(opt="larc(trust_coeff=0.02, always_adapt=True)", weight_decay=0.0)
+        optimizer = build_optimizer(args, layer, lr)
+        layer.weight.grad = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+        optimizer.step()
+        expected = [3 - rate * 0.6, 4 - rate * 0.8]
+        assert layer.weight.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_muon_takes_matrices_and_adamw_the_rest():
+    model = ConvNeXtV2((1, 1, 1, 1), (8, 8, 8, 8), num_classes=8)
+    args = flags(opt="muon", param_group=["head:use_fallback=True"])
+    optimizer = build_optimizer(args, model, 0.01)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = {names[id(p)] for p, held in optimizer.state.items() if "momentum_buffer" in held}
+    matrices = {f"stages.{n}.0.pwconv{k}.weight" for n in range(4) for k in (1, 2)}
+    downsampling = {f"downsample_layers.{n}.1.weight" for n in (1, 2, 3)}
+    assert muon == matrices | downsampling | {"downsample_layers.0.0.weight"}
+    assert len(optimizer.state) == len(names)
