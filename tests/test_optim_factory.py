@@ -525,10 +525,8 @@ def test_arguments_reach_the_optimizer():
         flags(opt="rmsproptf(alpha=0.99, lr_in_momentum=False)"), classifier(), 0.5
     ).param_groups
     assert (group["alpha"], group["lr_in_momentum"]) == (0.99, False)
-    (group, *_) = build_optimizer(
-        flags(opt="AdamW(betas=(0.8, 0.7))"), classifier(), 0.5
-    ).param_groups
-    assert group["betas"] == (0.8, 0.7)
+    args = flags(opt="AdamW(betas=(0.8, 0.7))")
+    assert build_optimizer(args, classifier(), 0.5).param_groups[0]["betas"] == (0.8, 0.7)
 
 
 @pytest.mark.parametrize(
