@@ -201,8 +201,9 @@ def log_plan(run: PlannedRun) -> None:
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
-    lowest = min(group["lr_scale"] for group in groups)
-    layers = f", learning rate x {lowest:.3g} to 1 by layer" * (lowest < 1)
+    scales = [group["lr_scale"] for group in groups]
+    span = f", learning rate x {min(scales):.3g} to {max(scales):.3g} by layer"
+    layers = span * (min(scales) < max(scales))
     log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
     schedule = run.loop.schedule
     for number, row in enumerate(lr_rows(schedule, state.global_step)):
