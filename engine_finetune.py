@@ -36,6 +36,8 @@ def train_one_epoch(
     model.train()
     training_mode(model_without_ddp)  # a frozen backbone stays in evaluation mode
     stepper, state = loop.stepper, loop.state
+    if loop.freezer is not None:
+        loop.freezer.begin_epoch(state.epoch)  # BatchNorm of frozen parts is in eval mode
 
     def compute_loss(
         network: nn.Module, batch: tuple, step: int, micro: int

@@ -24,7 +24,7 @@ from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
 from models.kernels.autotune import autotuner
-from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
+from optim_factory import build_optimizer, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, restore_loss
@@ -35,9 +35,11 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.evaluation import build_metrics
+from training.freeze import build_freezer
 from training.hooks import build_reporter, log_cost
 from training.report import describe_evaluation, last_line, plain
 from training.resume import auto_load_model, choose_evaluated
+from training.schedules import build_schedule
 from training.setup import (
     TrainLoop,
     check_start,
@@ -112,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         model = Graphed(model_without_ddp, device, amp, [shape])
     model = run.parallelism.wrap(model)
-    limits = args.clip_grad, args.spike_factor
+    limits = args.clip_grad, args.spike_factor, args.clip_mode
     stepper = Stepper(model, optimizer, device, amp, run.update_freq, *limits, criterion)
 
     # --- 7. resume --------------------------------------------------------------------------
@@ -135,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
             args, run.output_dir, parts, classes, bad_images.write
         ),
         seed=args.seed,
+        freezer=build_freezer(args, model_without_ddp, stepper),
         criterion=criterion,
         mixup=mixup,
         model_ema=model_ema,

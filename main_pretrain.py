@@ -22,17 +22,19 @@ from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_pretrain import train_one_epoch
 from models.fcmae import visible_patches
-from optim_factory import build_optimizer, build_schedule, count_steps, scale_lr
+from optim_factory import build_optimizer, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
+from training.freeze import build_freezer
 from training.hooks import build_reporter, log_cost
 from training.pictures import ReconstructionImages
 from training.report import last_line, plain
 from training.resume import auto_load_model
+from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
 
@@ -79,7 +81,14 @@ def main(args: argparse.Namespace) -> None:
         model = Graphed(model_without_ddp, device, amp, shapes, visible)
     model = run.parallelism.wrap(model)
     stepper = Stepper(
-        model, optimizer, device, amp, run.update_freq, args.clip_grad, args.spike_factor
+        model,
+        optimizer,
+        device,
+        amp,
+        run.update_freq,
+        args.clip_grad,
+        args.spike_factor,
+        args.clip_mode,
     )
 
     # --- 7. resume --------------------------------------------------------------------------
@@ -97,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
             args, run.output_dir, parts, before_save=bad_images.write
         ),
         seed=args.seed,
+        freezer=build_freezer(args, model_without_ddp, stepper),
     )
     reconstructions = ReconstructionImages(args, dataset_train.dataset, device, amp)
     draw = partial(reconstructions.draw, model_without_ddp)

@@ -1,11 +1,13 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Parameter groups with layer decay, optimizers by name, learning-rate schedule.
+"""Parameter groups with layer decay and rules of the user, optimizers by name.
 
-python -c "import optim_factory; print(optim_factory.cosine(0, 1.0, 0.0, warmup=10, total=100))"
+python -c "import optim_factory; print(optim_factory.scale_lr(None, 5e-4, 1024))"
 """
 
 import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -14,16 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from config.flags import is_pretraining
+from config.calls import Call, parse_call, parse_options
 from data_loading.rng import fold_in
-from errors import UserError, plural, resolve
+from errors import UserError, did_you_mean, first_few, plural, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
 
 INITIAL_STD = 0.02  # of the weights
 # Parts of the names of optimizers whose steps do not grow with the gradients.
 BOUNDED = ("adam", "adan", "lamb", "lion")
+OWN_FLAGS = {"lr", "weight_decay", "momentum", "seed"}  # options with flags of their own
 # GRN parameters and the mask token have 4 dimensions, so `ndim <= 1` would miss them. `.gamma` is
 # also layer scale in ConvNeXt V1.
 NO_WEIGHT_DECAY = (".bias", ".gamma", ".beta", "mask_token")
@@ -121,25 +125,87 @@ class LayerDecayValueAssigner:
         return self.decay ** (self.get_layer_id("head.weight") - layer)
 
 
+def matches(name: str, pattern: str) -> bool:
+    """True if a pattern such as `head` or `stages.*.norm.bias` fits a name or a module above it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def check_pattern(flag: str, pattern: str, names: Iterable[str]) -> None:
+    """Raise UserError if a pattern matches none of the names of parameters."""
+    names = list(names)
+    if any(matches(name, pattern) for name in names):
+        return
+    known = {".".join(name.split(".")[:end]) for name in names for end in range(1, 9)}
+    hint = did_you_mean(pattern, known)
+    top = first_few(dict.fromkeys(name.partition(".")[0] for name in names), 10)
+    raise UserError(
+        f"{flag} {pattern!r} matches no parameter that is trained. {hint or f'Known: {top}.'} "
+        "Names are those of parameters and modules; * stands for any text"
+    )
+
+
+@dataclass(frozen=True)
+class GroupRules:
+    """Rules of the user for parameter groups, by patterns of names (see `matches`).
+
+    options: (pattern, options of the optimizer); of several that match, a later one wins. `lr` is
+        a factor.
+    no_weight_decay: patterns or words of `--no_weight_decay`; None for the default.
+    apart: patterns whose parameters get groups of their own, to be frozen later.
+    """
+
+    options: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    no_weight_decay: tuple[str, ...] | None = None
+    apart: tuple[str, ...] = ()
+
+    def check(self, names: list[str]) -> None:
+        """Raise UserError if a pattern matches no parameter."""
+        for pattern, _ in self.options:
+            check_pattern("--param_group", pattern, names)
+        for pattern in self.apart:
+            check_pattern("--freeze", pattern, names)
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """Return the options of a parameter."""
+        found: dict[str, Any] = {}
+        for pattern, options in self.options:
+            found |= options if matches(name, pattern) else {}
+        return found
+
+    def apart_of(self, name: str) -> tuple[bool, ...]:
+        """Return which patterns of `apart` match a parameter."""
+        return tuple(matches(name, pattern) for pattern in self.apart)
+
+
 def get_parameter_groups(
-    model: nn.Module, weight_decay: float, assigner: LayerDecayValueAssigner | None = None
+    model: nn.Module,
+    weight_decay: float,
+    assigner: LayerDecayValueAssigner | None = None,
+    rules: GroupRules | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by weight decay and learning-rate scale (`lr_scale`).
 
     Biases, norms, GRN, layer scale, the mask token and what the network itself exempts get no
     weight decay.
     """
-    exempt = _exempt_from_decay(model)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decayed = parameter.ndim > 1 and not name.endswith(NO_WEIGHT_DECAY)
-        decayed = decayed and not any(fnmatchcase(name, pattern) for pattern in exempt)
-        decay = weight_decay if decayed else 0.0
+    rules = rules or GroupRules()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rules.check(list(trained))
+    exempt = _exempt_from_decay(model, rules.no_weight_decay)
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        options = rules.options_of(name)
         scale = assigner.get_scale(assigner.get_layer_id(name)) if assigner else 1.0
+        scale *= options.pop("lr", 1.0)
+        decayed = not exempt(name, parameter)
+        decay = options.get("weight_decay", weight_decay if decayed else 0.0)
+        decayed = decay > 0 if "weight_decay" in options else decayed
         new = {"params": [], "weight_decay": decay, "lr_scale": scale, "decayed": decayed}
-        groups.setdefault((decayed, scale), new)["params"].append(parameter)
+        if options:
+            new |= options | {"own_options": list(options)}  # schedules leave these alone
+        key = decayed, scale, repr(sorted(options.items())), rules.apart_of(name)
+        groups.setdefault(key, new)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -150,7 +216,45 @@ def _groups_of_loss(loss: nn.Module | None) -> list[dict[str, Any]]:
     return [group] if own else []
 
 
-def _exempt_from_decay(model: nn.Module) -> set[str]:
+def _exempt_from_decay(
+    model: nn.Module, wanted: tuple[str, ...] | None
+) -> Callable[[str, nn.Parameter], bool]:
+    """Return a test (name, parameter) for parameters without weight decay.
+
+    wanted: as in `GroupRules`; None for biases, norms and what the network itself exempts.
+    """
+    if wanted is None:
+        patterns = _exempt_by_network(model)
+        return lambda name, parameter: (
+            parameter.ndim <= 1
+            or name.endswith(NO_WEIGHT_DECAY)
+            or any(fnmatchcase(name, pattern) for pattern in patterns)
+        )
+    names, exempt = [name for name, _ in model.named_parameters()], set()
+    for word in wanted:
+        kinds = {"norm": _is_norm, "batchnorm": lambda module: isinstance(module, _BatchNorm)}
+        if word in kinds:
+            modules = [name for name, module in model.named_modules() if kinds[word](module)]
+            found = {n for n in names if any(n.rpartition(".")[0] == module for module in modules)}
+        elif word == "bias":
+            found = {name for name in names if name.rpartition(".")[2] == "bias"}
+        elif word == "none":
+            found = set()
+        else:
+            check_pattern("--no_weight_decay", word, names)
+            found = {name for name in names if matches(name, word)}
+        if not found and word != "none":
+            raise UserError(f"--no_weight_decay {word}: {type(model).__name__} has none; drop it")
+        exempt |= found
+    return lambda name, _: name in exempt
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """True for normalization layers of any library, and GRN."""
+    return "Norm" in type(module).__name__ or type(module).__name__ == "GRN"
+
+
+def _exempt_by_network(model: nn.Module) -> set[str]:
     """Return name patterns of what `no_weight_decay()` of timm's networks exempts, such as tokens.
 
     The network may be a part of another one.
@@ -178,16 +282,16 @@ def create_optimizer(
 
     lr: peak of the schedule. momentum: for optimizers that have one. shard: data-parallel mode,
     `ddp`, `zero1` or `fsdp`. options: `seed` of the noise that adahessian and kron draw, 0 by
-    default; `loss`, a module whose parameters are trained too, without weight decay; others of the
-    optimizer itself, such as `eps` and `betas`: UserError if it has none of that name.
+    default; `rules` (GroupRules) for parameter groups; `loss`, a module whose parameters are
+    trained too, without weight decay; others of the optimizer itself, such as `eps` and `betas`:
+    UserError if it has none of that name.
     """
     from timm.optim import create_optimizer_v2
 
-    seed = options.pop("seed", 0)
-    assigner = None
-    if layer_decay < 1.0:
-        assigner = LayerDecayValueAssigner(model, layer_decay, layer_decay_type)
-    groups = get_parameter_groups(model, weight_decay, assigner)
+    seed, rules = options.pop("seed", 0), options.pop("rules", None) or GroupRules()
+    layers = model, layer_decay, layer_decay_type
+    assigner = LayerDecayValueAssigner(*layers) if layer_decay < 1.0 else None
+    groups = get_parameter_groups(model, weight_decay, assigner, rules)
     groups += _groups_of_loss(options.pop("loss", None))
     own = signature(_optimizer_class(opt)).parameters
     betas = own["betas"].default if "betas" in own else None  # None of adafactor
@@ -200,16 +304,55 @@ def create_optimizer(
     in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
     fixed = {"fused": in_one_kernel, "deterministic": True}  # kron's noise is then that of its rng
     fixed = {name: value for name, value in fixed.items() if value and name in own}
-    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **options, **fixed)
+    make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **fixed | options)
     try:
         optimizer = sharding.wrap_optimizer(make, groups, lr, shard)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {options}: {error}; try --opt adamw") from error
-    # timm drops options that an optimizer does not have
-    for key in options.keys() - sharding.local_optimizer(optimizer).defaults.keys():
+    defaults = sharding.local_optimizer(optimizer).defaults
+    # timm drops these if an optimizer does not have them
+    for key in {"eps", "betas"} & options.keys() - defaults.keys():
         raise UserError(f"--opt {opt} has no {key}; drop --opt_{key}")
+    muon = {"use_fallback": False} if "fallback_lr_scale" in defaults else {}
+    for pattern, values in rules.options:  # some arguments of an optimizer are no options of groups
+        _check_options(f"--param_group {pattern}", values, defaults | muon)
     _seed_noise(sharding.local_optimizer(optimizer), seed)
     return optimizer
+
+
+def _check_options(flag: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise UserError if an option is not among those known, or is of another kind than there."""
+
+    def kind(value: Any) -> str:
+        if isinstance(value, bool | str):
+            return "a word" if isinstance(value, str) else "True or False"
+        if isinstance(value, list | tuple):
+            return plural(len(value), "value") + " in ( )"
+        return "a number"
+
+    for name, value in options.items():
+        if name not in known:
+            names = ", ".join(known)
+            hint = did_you_mean(name, known)
+            raise UserError(f"{flag}: unknown option {name!r}. {hint} Known: {names}")
+        if known[name] is not None and kind(value) != kind(known[name]):
+            raise UserError(f"{flag}: {name} is {value!r}, expected {kind(known[name])}")
+
+
+def build_optimizer_call(args: Any) -> Call:
+    """Read --opt, such as `adamw` or `rmsproptf(alpha=0.99)`."""
+    call = parse_call(args.opt, "--opt")
+    if call.args:
+        raise UserError(f"--opt {args.opt}: expected arguments as name=value")
+    for name in call.kwargs.keys() & OWN_FLAGS:
+        raise UserError(f"--opt {args.opt}: {name} has a flag of its own; use --{name}")
+    parameters = signature(_optimizer_class(call.name)).parameters.values()
+    known = {p.name: p.default for p in parameters if p.name not in {"params", *OWN_FLAGS}}
+    _check_options(f"--opt {call.name}", call.kwargs, known)
+    for name in call.kwargs.keys() & {"eps", "betas"}:
+        if getattr(args, f"opt_{name}") is not None:
+            raise UserError(f"--opt {args.opt} and --opt_{name} both set {name}; drop one")
+    return call
 
 
 def _optimizer_class(opt: str) -> type:
@@ -249,53 +392,45 @@ def _seed_noise(optimizer: torch.optim.Optimizer, seed: int) -> None:
         optimizer.register_step_pre_hook(before_step)
 
 
-def cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> float:
-    """Linear warm-up from start/warmup to `start` in `warmup` steps, then half a cosine to `end`.
+def build_rules(args: Any) -> GroupRules:
+    """Read --param_group, --no_weight_decay and --freeze."""
+    options = [parse_options(text, "--param_group") for text in args.param_group or ()]
+    parameters = signature(_optimizer_class(build_optimizer_call(args).name)).parameters
+    known = {name: p.default for name, p in parameters.items() if name != "params"}
+    known |= {"lr": 1.0, "weight_decay": 0.0, "use_fallback": False}  # the last one is Muon's
+    for pattern, values in options:
+        _check_options(f"--param_group {pattern}", values, known)
+        for name in ("lr", "weight_decay"):
+            if not 0 <= values.get(name, 0) < math.inf:
+                text = f"{name} is {values[name]}, expected a number of at least 0"
+                raise UserError(f"--param_group {pattern}: {text}")
+    words = tuple(args.no_weight_decay) if args.no_weight_decay else None
+    if words and "none" in words and len(words) > 1:
+        raise UserError(f"--no_weight_decay {' '.join(words)}: none stands alone; drop it")
+    apart = tuple(span.pattern for span in parse_freeze(args.freeze or ()))
+    return GroupRules(tuple(options), words, apart)
 
-    The first step has a rate above 0, and the last one has exactly `end`.
-    """
-    if step < warmup:
-        return start * (step + 1) / warmup
-    steps = total - 1 - warmup  # from the peak to the end
-    position = (step - warmup) / steps if steps > 0 else float(warmup > 0)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(position, 1.0)))
+
+@dataclass(frozen=True)
+class FrozenSpan:
+    """Epochs in which some parameters are frozen: from `first` finished ones to `last`."""
+
+    pattern: str
+    first: int = 0
+    last: float = math.inf
 
 
-@dataclass(eq=False)
-class Schedule:
-    """Learning rate and weight decay of every parameter group as functions of the global step.
-
-    total: optimizer steps of the whole run; the first `warmup` raise the learning rate to `lr`.
-    weight_decay_end: None keeps the weight decay constant.
-    """
-
-    optimizer: torch.optim.Optimizer
-    total: int
-    lr: float
-    min_lr: float = 0.0
-    warmup: int = 0
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.warmup >= self.total:
-            text = "warm-up of %s, but the run has %d: the learning rate never decays"
-            get_logger().warning(text, plural(self.warmup, "step"), self.total)
-
-    def rate(self, step: int) -> float:
-        """Base learning rate of a global step, counted from 0."""
-        return cosine(step, self.lr, self.min_lr, warmup=self.warmup, total=self.total)
-
-    def apply(self, step: int) -> float:
-        """Set lr and weight decay of all groups for a global step; returns the base rate."""
-        lr = self.rate(step)
-        decay, end = self.weight_decay, self.weight_decay_end
-        if end is not None:
-            decay = cosine(step, decay, end, warmup=0, total=self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = decay if group["decayed"] else 0.0
-        return lr
+def parse_freeze(texts: Iterable[str]) -> list[FrozenSpan]:
+    """Read `PATTERN:FIRST-LAST` (in finished epochs), `PATTERN:FIRST-` or `PATTERN`."""
+    spans = []
+    for text in texts:
+        found = re.fullmatch(r"([^:]+)(?::(\d+)-(\d*))?", text.strip())
+        first, last = (found[2] or 0, found[3] or math.inf) if found else (1, 0)
+        if int(first) >= float(last):
+            expected = "PATTERN:FIRST-LAST with FIRST < LAST: 'stages.0:0-5' for the first 5 epochs"
+            raise UserError(f"--freeze: got {text!r}, expected {expected}")
+        spans.append(FrozenSpan(found[1], int(first), float(last)))
+    return spans
 
 
 def build_optimizer(
@@ -305,10 +440,12 @@ def build_optimizer(
 
     loss: a module whose parameters, if it has any, are trained with those of the model.
     """
+    call = build_optimizer_call(args)
     options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    options = {name: value for name, value in options.items() if value is not None}
     return create_optimizer(
         model,
-        args.opt,
+        call.name,
         lr=lr,
         weight_decay=args.weight_decay,
         layer_decay=getattr(args, "layer_decay", 1.0),
@@ -317,42 +454,7 @@ def build_optimizer(
         shard=shard,
         seed=getattr(args, "seed", 0),
         loss=loss,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-
-
-def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
-    """Warn if an optimizer that moves a weight by about `lr` a step at most hardly changes them.
-
-    Others have no such bound: with SGD, digits reached 65% in 88 steps of 0.0002.
-    """
-    bounded = any(name in args.opt.lower() for name in BOUNDED)
-    if not bounded or not 0 < lr * steps < INITIAL_STD:
-        return
-    kind = "pretrain" if is_pretraining(vars(args)) else "ft"
-    recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
-    get_logger().warning(
-        "peak lr %.3g for %s moves a weight by %.2g at most, and initial weights have a "
-        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits adamw "
-        "and batches of 16) or --epochs%s",
-        lr, plural(steps, "step"), lr * steps, INITIAL_STD, recipe,
-    )  # fmt: skip
-
-
-def build_schedule(
-    args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
-) -> Schedule:
-    """Build the schedule from the flags."""
-    _warn_if_too_short(args, lr, steps_per_epoch * args.epochs)
-    warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
-    if warmup < 0:
-        warmup = round(args.warmup_epochs * steps_per_epoch)
-    return Schedule(
-        optimizer,
-        steps_per_epoch * args.epochs,
-        lr,
-        min_lr=args.min_lr,
-        warmup=warmup,
-        weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay_end,
+        rules=build_rules(args),
+        **options,
+        **call.kwargs,
     )

@@ -31,11 +31,12 @@ from errors import UserError
 from models import create_model
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, visible_patches
-from optim_factory import Schedule, create_optimizer
+from optim_factory import create_optimizer
 from training import checkpoint
 from training.anomaly import AnomalyGuard
 from training.checkpoint_manager import CheckpointManager
 from training.hooks import Reporter, format_stats
+from training.schedules import Schedule
 from training.setup import TrainLoop
 from training.stepper import Stepper
 from weights.convert import to_convnextv2

@@ -53,6 +53,20 @@ def parse_sum(text: str, flag: str) -> list[Call]:
     return list(_Reader(text, flag).terms())
 
 
+def parse_options(text: str, flag: str) -> tuple[str, dict[str, Any]]:
+    """Read `pattern: key=value, key=value` into the pattern and its values.
+
+    Values and errors: as in `parse_call`.
+    """
+    pattern, colon, _ = text.partition(":")
+    reader = _Reader(text, flag)
+    reader.place = len(text) + 1  # as if a bracket were open from the colon to the end
+    args, kwargs = reader.values(len(pattern)) if colon else ((), {})
+    if args or not kwargs or not pattern.strip():
+        reader.fail("expected PATTERN:name=value,name=value", len(pattern))
+    return pattern.strip(), kwargs
+
+
 class _Reader:
     """Reads a text from left to right; `place` is the next character."""
 

@@ -231,7 +231,12 @@ FLAGS["optimizer and schedule"] = (
     ("--start_epoch", FROM_0, 0, "epochs that count as done; a resumed checkpoint has its own"),
     ("--update_freq", COUNT, None, "gradient accumulation steps; default: by --effective_batch"),
     ("--effective_batch", COUNT, None, "images per optimizer step; default: by --update_freq"),
-    ("--opt", NAME, "adamw", "optimizer name in timm"),
+    ("--sched", TEXT, None,
+     "learning rate as a factor of its peak, such as 'linear(0,1)[0.1] + cosine(1,0)[0.9]'; "
+     "default: warm-up, then cosine to --min_lr"),
+    ("--sched_options", TEXT, None,
+     "schedules of other options of the optimizer, such as 'weight_decay=cosine(0.05,0.5)'", "+"),
+    ("--opt", NAME, "adamw", "optimizer in timm, perhaps with arguments: 'rmsprop(alpha=0.99)'"),
     ("--opt_eps", POSITIVE, None, "optimizer epsilon; default: the optimizer's own"),
     ("--opt_betas", BELOW_1, None,
      "optimizer betas; default: the optimizer's own; 0.9 0.95 for adamw in pre-training", "+"),
@@ -239,7 +244,16 @@ FLAGS["optimizer and schedule"] = (
     ("--weight_decay", AMOUNT, 0.05,
      "weight decay of matrices; biases, norms, GRN and layer scale have none"),
     ("--weight_decay_end", AMOUNT, None, "final weight decay, by cosine; default: constant"),
-    ("--clip_grad", POSITIVE, None, "largest gradient norm; default: no clipping"),
+    ("--no_weight_decay", TEXT, None,
+     "parameters without weight decay: bias, norm, batchnorm, none, or patterns of names; "
+     "default: biases, norms, GRN and tokens", "+"),
+    ("--param_group", TEXT, None,
+     "options of some parameters, such as 'head:lr=10,weight_decay=0'; lr is a factor", "+"),
+    ("--freeze", TEXT, None,
+     "parameters to freeze by epoch: 'stages.0:0-5' in the first 5, 'stages.0:5-' afterwards", "+"),
+    ("--clip_grad", POSITIVE, None, "largest gradient norm, or see --clip_mode; default: none"),
+    ("--clip_mode", ("norm", "value", "agc"), "norm",
+     "what --clip_grad limits: the norm, each value, or by unit the norm over the weights'"),
 )
 FLAGS["pretrained weights and head"] = (
     ("--pretrained", BOOL, False, "weights that timm or torchvision publishes for its --model"),

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from config import flags, recipes
 from config.flags import as_typed
+from config.schedules import clear_scheduled, schedule_problems
 from errors import did_you_mean, pipe_may_close, plural, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("cuda_graphs", "compile", "both capture the training step"),
     ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
+    ("cuda_graphs", "freeze", "graphs keep BatchNorm in one mode"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
     ("val_split", "eval_data_path", "both give the evaluation data"),
     ("val_split", "disable_eval", "there would be no evaluation"),
@@ -278,6 +280,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     pretrain = flags.is_pretraining(new)
     size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
     new["input_size"] = size * 2 if len(size) == 1 else size
+    clear_scheduled(new, new if given is None else given)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
     if new["output_dir"] == "none":
@@ -289,7 +292,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     if new["deterministic"] and new["kernels"] == "auto":
         new["kernels"] = "torch"  # two runs may measure different kernels as the fastest
     if pretrain:
-        if new["opt_betas"] is None and new["opt"].lower() == "adamw":
+        if new["opt_betas"] is None and re.match(r"adamw\b(?!.*\bbetas\b)", new["opt"].lower()):
             new["opt_betas"] = (0.9, 0.95)
         new["patch_size"] = new["patch_size"] or 8 * new["stem_stride"]
     else:
@@ -350,10 +353,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
         yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
-    if args.warmup_epochs > args.epochs:
-        yield f"--warmup_epochs {args.warmup_epochs:g} is above --epochs {args.epochs}; lower it"
-    if args.lr is not None and args.min_lr > args.lr:
-        yield f"--min_lr {args.min_lr} is above --lr {args.lr}; lower --min_lr"
+    yield from schedule_problems(args)
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
         yield f"--use_amp {as_typed(args.use_amp)} contradicts --amp {args.amp}; give only --amp"
     if args.resume and values.get("finetune") and not values["eval"]:

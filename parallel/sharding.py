@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from config.calls import parse_call
 from errors import UserError, first_few, plural
 from parallel.process_group import WAIT_FOR_RANKS, all_gather, get_logger, get_world_size
 
@@ -114,7 +115,7 @@ class Parallelism:
 
 def build_parallelism(args: Any, device: torch.device, amp: str) -> Parallelism:
     """Return the `Parallelism` of the flags; refuse flags that do not work together."""
-    _check_optimizer(args.opt, args.shard)
+    _check_optimizer(parse_call(args.opt, "--opt").name, args.shard)
     flags = {"amp fp16": amp == "fp16", **vars(args)}
     if args.shard == "fsdp":
         for flag in filter(flags.get, NOT_FSDP):

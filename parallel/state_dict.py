@@ -116,7 +116,8 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], source: str) -> 
     if ours != theirs:
         raise UserError(
             f"{source}: its optimizer has parameter groups of {theirs} tensors, this run has "
-            f"{ours}; resume with the same --layer_decay, --layer_decay_type and --weight_decay"
+            f"{ours}; resume with the same --layer_decay, --layer_decay_type, --weight_decay, "
+            "--no_weight_decay, --param_group and --freeze"
         )
     local = local_optimizer(optimizer)
     numbers = dict(zip(_parameters(own_groups), _parameters(saved_groups), strict=True))

@@ -26,6 +26,7 @@ from data_loading.rng import fold_in
 from parallel import submit
 from tests.test_layout import product_files
 from training import hooks
+from training.schedules import Curve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/RESULTS.md"]
@@ -341,6 +342,11 @@ def test_losses_of_the_forking_guide(fork):
     removed = pred.flatten(2).mT[mask > 0]
     expected = (removed.square() + 1e-6).sqrt().mean().item()
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_schedule_of_the_forking_guide(fork):
+    curve = Curve("my_fork.schedules:triangles(2)", "--sched", 10)
+    assert [curve(w) for w in (0, 0.125, 0.25, 0.5)] == pytest.approx([0.1, 0.55, 1, 0.1])
 
 
 def test_library_example_runs(fork, capsys):

@@ -17,13 +17,13 @@ import main_finetune
 import main_pretrain
 from config import parser as options
 from errors import UserError
-from optim_factory import Schedule
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.ema import ModelEma
 from training.hooks import LineHook
 from training.meters import Means
+from training.schedules import Schedule
 from training.stepper import Stepper
 
 COMMON = (
@@ -426,3 +426,34 @@ def test_graphs_change_no_number(tmp_path, run, drop_path):
         weights.append(torch.load(folder / "checkpoint-2.pth", weights_only=True)["model"])
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+ALL_RULES = (
+    "--epochs 2 --sched linear(1,0.5)[0.5]+cosine(0.5,0)[0.5] --clip_grad 0.01 --clip_mode agc "
+    "--sched_options weight_decay=linear(0,0.5) momentum=constant(0.8) "
+    "--param_group *.norm:lr=2,weight_decay=0.1 --no_weight_decay none --freeze *stages.0:0-1"
+)
+
+
+@pytest.mark.parametrize("run", [pretrain, finetune])
+def test_frozen_part_moves_in_neither_engine_and_a_resumed_run_ends_with_the_same_bits(
+    tmp_path, run
+):
+    """Schedules and freezing are functions of the step, so a checkpoint holds no state of them."""
+    run(f"{ALL_RULES} --output_dir {tmp_path / 'whole'}")
+    ends = [tmp_path / "whole" / f"checkpoint-{epoch}.pth" for epoch in (0, 1)]
+    run(f"{ALL_RULES} --output_dir {tmp_path / 'resumed'} --resume {ends[0]}")
+    ends.append(tmp_path / "resumed" / "checkpoint-1.pth")
+    first, whole, resumed = (torch.load(end, weights_only=True) for end in ends)
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    name = next(name for name in whole["model"] if "stages.0.0.dwconv.weight" in name)
+    later = name.replace("stages.0", "stages.1")
+    state = first["optimizer"]["state"]
+    frozen = [g for g in first["optimizer"]["param_groups"] if g["params"][0] not in state]
+    assert frozen
+    assert not torch.equal(first["model"][name], whole["model"][name])
+    assert not torch.equal(first["model"][later], whole["model"][later])
+    options_of = [(g["weight_decay"], g["betas"][0]) for g in whole["optimizer"]["param_groups"]]
+    decay = 0.5 * 7 / 8  # of the last of 8 steps
+    assert sorted(set(options_of)) == [(0.1, 0.8), (pytest.approx(decay), 0.8)]

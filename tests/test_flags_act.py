@@ -175,6 +175,31 @@ SHARED: dict[str, Row] = {
     "weight_decay_end": (
         "--weight_decay_end 0.2", lambda b: b.group["weight_decay"], 0.05, pytest.approx(0.2),
     ),
+    "sched": (
+        "--sched linear(1,0)",
+        lambda b: [b.loop.schedule.rate(step) for step in (0, 1)],
+        pytest.approx([0.005, 0.01]),
+        pytest.approx([0.01, 0.00875]),
+    ),
+    "sched_options": (
+        "--sched_options eps=linear(1e-8,1e-4)", lambda b: b.group["eps"], 1e-8,
+        pytest.approx(1e-4 * 7 / 8, rel=1e-3),
+    ),
+    "no_weight_decay": (
+        "--no_weight_decay none",
+        lambda b: {group["weight_decay"] for group in b.stepper.optimizer.param_groups},
+        {0.0, 0.05},
+        {0.05},
+    ),
+    "param_group": (
+        "--param_group *.dwconv:lr=0.5,eps=1e-3",
+        lambda b: {group["eps"] for group in b.stepper.optimizer.param_groups},
+        {1e-8},
+        {1e-8, 1e-3},
+    ),
+    "freeze": ("--freeze *.dwconv:0-1", lambda b: b.loop.freezer is None, True, False),
+    "clip_mode": ("--clip_mode value", lambda b: b.stepper.clip_mode, "norm", "value",
+                  "--clip_grad 1"),
     "clip_grad": ("--clip_grad 3", lambda b: b.stepper.clip_grad, None, 3.0),
     "lr": ("--lr 0.02", lambda b: b.loop.schedule.lr, 0.01, 0.02),
     "min_lr": ("--min_lr 0.001", lambda b: b.loop.schedule.min_lr == 0.001, False, True),

@@ -1,8 +1,7 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Parameter groups, optimizers by name, schedules."""
+"""Parameter groups, optimizers by name."""
 
-import math
 import sys
 from types import SimpleNamespace
 
@@ -12,19 +11,16 @@ import torch
 from timm.optim import list_optimizers, param_groups_weight_decay
 from torch import nn
 
-from config import parser as options
 from data_loading.rng import seed_all
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim_factory import (
     LayerDecayValueAssigner,
-    Schedule,
     build_optimizer,
-    build_schedule,
-    cosine,
     create_optimizer,
     get_parameter_groups,
+    matches,
     scale_lr,
 )
 from parallel.state_dict import tensor_leaves
@@ -35,6 +31,7 @@ from training.checkpoint import (
     restore_run,
     write_checkpoint,
 )
+from training.schedules import Schedule
 from training.stepper import Stepper
 
 
@@ -273,6 +270,7 @@ def test_given_eps_and_betas_reach_the_optimizer():
 def test_flags_reach_the_optimizer():
     flags = {"opt": "sgd", "weight_decay": 0.3, "opt_eps": None, "opt_betas": None}
     flags |= {"layer_decay": 0.1, "layer_decay_type": "group", "momentum": 0.6}
+    flags |= dict.fromkeys(("param_group", "no_weight_decay", "freeze"))
     optimizer = build_optimizer(SimpleNamespace(**flags), classifier(), 0.5)
     scales = {round(group["lr_scale"], 9) for group in optimizer.param_groups}
     assert scales == {round(0.1**k, 9) for k in range(6)}  # stem, 1, 2, one third, 4, head
@@ -381,7 +379,7 @@ def test_noise_of_an_optimizer_depends_on_seed_and_step_alone(opt):
     assert not torch.equal(first[0], run(1, 0)[0])
 
 
-# --- schedules ------------------------------------------------------------------------------
+# --- learning rate ----------------------------------------------------------------------------
 
 
 def test_lr_follows_the_linear_rule_unless_it_is_given():
@@ -391,132 +389,193 @@ def test_lr_follows_the_linear_rule_unless_it_is_given():
     assert scale_lr(0.0, 5e-4, 4096) == 0.0
 
 
-def test_lr_at_every_update_by_hand():
-    """4 updates up to 8, then half a cosine down to 2 over the 4 steps between 5 updates."""
-    half = math.sqrt(0.5)  # cos(pi / 4)
-    expected = [2, 4, 6, 8, 8, 5 + 3 * half, 5, 5 - 3 * half, 2]
-    got = [cosine(update, 8.0, 2.0, warmup=4, total=9) for update in range(9)]
-    assert got == pytest.approx(expected, rel=1e-12)
-    assert got[-1] == 2.0  # exactly
+# --- rules of the user -------------------------------------------------------------------------
 
 
-def test_no_warm_up_starts_at_the_peak_and_ends_at_the_minimum():
-    values = [cosine(update, 1.0, 0.0, warmup=0, total=3) for update in range(3)]
-    assert values == [1.0, pytest.approx(0.5), 0.0]
+def flags(**changes) -> SimpleNamespace:
+    """Flags of build_optimizer."""
+    values = {"opt": "adamw", "weight_decay": 0.3, "opt_eps": None, "opt_betas": None}
+    values |= dict.fromkeys(("param_group", "no_weight_decay", "freeze"))
+    return SimpleNamespace(**values | {"momentum": 0.9} | changes)
 
 
-def test_update_past_the_end_stays_at_the_minimum():
-    assert cosine(50, 1.0, 0.25, warmup=2, total=10) == 0.25
-
-
-def optimizer_of_two() -> torch.optim.Optimizer:
-    """A decayed group at half the rate, and one without decay."""
-    groups = [
-        {"params": [nn.Parameter(torch.ones(1))], "lr_scale": 0.5, "decayed": True},
-        {"params": [nn.Parameter(torch.ones(1))], "lr_scale": 1.0, "decayed": False},
-    ]
-    return torch.optim.AdamW(groups, lr=123.0, weight_decay=0.9)
-
-
-def test_rate_and_decay_reach_every_group_before_the_first_update():
-    optimizer = optimizer_of_two()
-    schedule = Schedule(
-        optimizer,
-        total=10,
-        lr=0.8,
-        min_lr=0.1,
-        warmup=2,
-        weight_decay=0.2,
-    )
-    assert schedule.apply(0) == pytest.approx(0.4)  # the official first update had a rate of 0
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.4])
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
-    assert schedule.apply(1) == 0.8
-    assert schedule.apply(9) == 0.1
-    assert optimizer.param_groups[0]["lr"] == 0.05
-
-
-def schedule_flags(**changes: float) -> SimpleNamespace:
-    flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1, "opt": "adamw"}
-    flags["recipe"] = None
-    return SimpleNamespace(**{**flags, "weight_decay": 0.04, "weight_decay_end": None, **changes})
-
-
-@pytest.mark.parametrize(("steps", "warmup"), [(-1, 10), (0, 0), (3, 3)])
-def test_warmup_steps_win_over_epochs(steps, warmup):
-    """A dead flag in the official code."""
-    args = schedule_flags(warmup_steps=steps)
-    schedule = build_schedule(args, optimizer_of_two(), 1.0, steps_per_epoch=5)
-    assert schedule.apply(0) == (1 / warmup if warmup else 1.0)
-    assert schedule.apply(max(warmup - 1, 0)) == 1.0
-    assert schedule.apply(warmup + 1) < 1.0
-
-
-def test_weight_decay_moves_to_its_end_and_spares_what_is_not_decayed():
-    """Another dead flag in the official code."""
-    optimizer = optimizer_of_two()
-    schedule = Schedule(
-        optimizer,
-        total=3,
-        lr=1.0,
-        warmup=2,  # of the learning rate alone
-        weight_decay=0.04,
-        weight_decay_end=0.4,
-    )
-    seen = []
-    for update in range(3):
-        schedule.apply(update)
-        seen.append([group["weight_decay"] for group in optimizer.param_groups])
-    assert [decayed for decayed, _ in seen] == pytest.approx([0.04, 0.22, 0.4])
-    assert [spared for _, spared in seen] == [0.0, 0.0, 0.0]
-    assert seen[-1][0] == 0.4  # exactly
-
-
-def test_weight_decay_stays_where_it_is_without_an_end():
-    optimizer = optimizer_of_two()
-    schedule = Schedule(optimizer, total=6, lr=1.0, weight_decay=0.04)
-    for update in range(6):
-        schedule.apply(update)
-        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.04)
-
-
-def test_warm_up_over_the_whole_run_is_said(log):
-    Schedule(optimizer_of_two(), total=10, lr=1.0, warmup=10)
-    assert "warm-up of 10 steps, but the run has 10" in log.text
-
-
-def test_last_update_has_the_minimum_after_almost_a_whole_run_of_warm_up():
-    assert cosine(9, 1.0, 0.25, warmup=9, total=10) == 0.25
-
-
-def test_flags_reach_the_schedule():
-    args = schedule_flags(epochs=3, min_lr=0.1, warmup_epochs=1, weight_decay_end=0.4)
-    optimizer = optimizer_of_two()
-    schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
-    assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
-    assert optimizer.param_groups[0]["weight_decay"] == 0.4
+def built(model: nn.Module, **changes) -> dict[str, dict]:
+    """Parameter name -> its group in the optimizer of the flags."""
+    return by_name(model, build_optimizer(flags(**changes), model, 0.5).param_groups)
 
 
 @pytest.mark.parametrize(
-    ("words", "steps", "warned"),
+    ("name", "pattern", "fits"),
     [
-        ("--batch_size 32", 18, True),  # the defaults on 100 images: the loss stayed above 0.9
-        ("--recipe small_data_pretrain", 400, False),  # 30 images
-        ("--batch_size 32 --lr 1e-3", 18, True),
-        ("--batch_size 32 --lr 1e-3", 30, False),
-        ("--lr 0", 18, False),  # deliberately
-        ("--opt lion --lr 1e-3", 18, True),
-        ("--opt lambw --lr 1e-3", 18, True),
-        ("--opt sgd --lr 1e-4", 18, False),  # its steps depend on the gradients
+        ("head.weight", "head", True),
+        ("head.weight", "head.*", True),
+        ("head2.weight", "head", False),
+        ("stages.1.0.norm.bias", "stages.*.norm", True),
+        ("stages.1.0.norm.bias", "*.bias", True),
+        ("stages.10.0.norm.bias", "stages.1", False),
+        ("stages.1.0.norm.bias", "norm", False),
     ],
 )
-def test_run_that_can_hardly_learn_is_told(words, steps, warned, caplog):
-    words = ["--data_path", "x", *words.split()]
-    args = options.parse(options.pretrain_parser(), words)
-    args = args.replace(epochs=1)
-    lr = scale_lr(args.lr, args.blr, args.batch_size)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
-    with caplog.at_level("WARNING"):
-        build_schedule(args, optimizer, lr, steps)
-    assert ("the run will hardly learn" in caplog.text) == warned
-    assert ("--recipe small_data_pretrain" in caplog.text) == warned
+def test_pattern_is_the_name_of_a_parameter_or_of_a_module_above(name, pattern, fits):
+    assert matches(name, pattern) == fits
+
+
+def test_rule_sets_options_of_its_parameters_and_a_later_rule_wins():
+    model = classifier()
+    rules = ["stages:lr=0.5,betas=(0.8, 0.7)", "stages.0.0:lr=2", "head:lr=10,weight_decay=0.1"]
+    groups = built(model, param_group=rules, layer_decay=0.5)
+    block, head, other = (groups[f"{x}.bias"] for x in ("stages.0.0.norm", "head", "norm"))
+    assert (block["lr_scale"], block["betas"]) == (2 * 0.5**5, (0.8, 0.7))  # layer decay, times 2
+    assert groups["stages.3.0.norm.bias"]["lr_scale"] == 0.5 * 0.5
+    assert (head["lr_scale"], head["weight_decay"]) == (10, 0.1)  # biases too, if one says so
+    assert (other["lr_scale"], other["weight_decay"], other["betas"]) == (0.5, 0, (0.9, 0.999))
+    assert sorted(head["own_options"]) == ["weight_decay"]
+    assert "own_options" not in other
+
+
+def test_rules_change_the_step():
+    """SGD without momentum: 1 x 0.5 of the gradient, for the head 10 times as much."""
+    model = nn.Sequential()
+    for name in ("body", "head"):
+        model.add_module(name, nn.Linear(1, 1, bias=False))
+    args = flags(opt="momentum", momentum=0.0, weight_decay=0.0, param_group=["head:lr=10"])
+    optimizer = build_optimizer(args, model, 0.5)
+    for step_of, parameter in ((1, model.body.weight), (10, model.head.weight)):
+        before, parameter.grad = parameter.item(), torch.ones(1, 1)
+        Schedule(optimizer, total=1, lr=0.5, weight_decay=0.0).apply(0)
+        optimizer.step()
+        parameter.grad = None
+        assert before - parameter.item() == pytest.approx(0.5 * step_of)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("hed:lr=3", "--param_group 'hed' matches no parameter that is trained. Did you .*'head"),
+        ("xyzzy:lr=3", "Known: downsample_layers, stages, norm, head."),
+        ("head:lrr=3", "--param_group head: unknown option 'lrr'. Did you mean 'lr'"),
+        ("head:lr=x", "--param_group head: lr is 'x', expected a number"),
+        ("head:lr=-1", "lr is -1, expected a number of at least 0"),
+        ("head:betas=(0.9,)", "betas is .*, expected 2 values"),
+        ("head:amsgrad=1", "amsgrad is 1, expected True or False"),
+        ("head:use_fallback=True", "unknown option 'use_fallback'"),  # of muon
+        ("head", r"expected PATTERN:name=value,name=value\n  head\n      \^"),
+    ],
+)
+def test_wrong_rule_is_an_error_that_names_it(rule, message):
+    with pytest.raises(UserError, match=message):
+        built(classifier(), param_group=[rule])
+
+
+def with_batch_norm() -> nn.Module:
+    model = nn.Sequential()
+    layers = {"conv": nn.Conv2d(1, 2, 1), "bn": nn.BatchNorm2d(2), "ln": nn.LayerNorm(2)}
+    for name, layer in (layers | {"head": nn.Linear(2, 2)}).items():
+        model.add_module(name, layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("words", "spared"),
+    [
+        (None, {"conv.bias", "bn", "ln", "head.bias"}),
+        (["none"], set()),  # ClassyVision's bn_weight_decay=True
+        (["batchnorm"], {"bn"}),  # its default: biases and LayerNorm are decayed
+        (["norm", "bias"], {"conv.bias", "bn", "ln", "head.bias"}),
+        (["bias"], {"conv.bias", "bn.bias", "ln.bias", "head.bias"}),
+        (["head", "l?.weight"], {"head", "ln.weight"}),
+    ],
+)
+def test_choice_of_parameters_without_weight_decay(words, spared):
+    model = with_batch_norm()
+    found = {n for n, group in built(model, no_weight_decay=words).items() if not group["decayed"]}
+    names = dict(model.named_parameters())
+    assert found == {name for name in names if spared & {name, name.partition(".")[0]}}
+
+
+def test_norm_means_grn_and_timms_norms_too():
+    groups = built(classifier(), no_weight_decay=["norm"])
+    decayed = {name for name, group in groups.items() if group["decayed"]}
+    assert not any("grn" in name or "norm" in name for name in decayed)
+    assert {"stages.0.0.dwconv.bias", "head.bias"} <= decayed
+    model = timm.create_model("efficientnet_b0", num_classes=2)
+    groups = built(model, no_weight_decay=["batchnorm"])
+    assert not groups["bn1.weight"]["decayed"]
+    assert groups["classifier.bias"]["decayed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["batchnorm"], "--no_weight_decay batchnorm: ConvNeXtV2 has none; drop it"),
+        (["none", "bias"], "none stands alone"),
+        (["hed"], "--no_weight_decay 'hed' matches no parameter"),
+    ],
+)
+def test_wrong_choice_of_weight_decay_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        built(classifier(), no_weight_decay=words)
+
+
+# --- arguments of an optimizer -----------------------------------------------------------------
+
+
+def test_arguments_reach_the_optimizer():
+    (group, *_) = build_optimizer(
+        flags(opt="rmsproptf(alpha=0.99, lr_in_momentum=False)"), classifier(), 0.5
+    ).param_groups
+    assert (group["alpha"], group["lr_in_momentum"]) == (0.99, False)
+    args = flags(opt="AdamW(betas=(0.8, 0.7))")
+    assert build_optimizer(args, classifier(), 0.5).param_groups[0]["betas"] == (0.8, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("opt", "message"),
+    [
+        ("rmsproptf(alpa=0.9)", "unknown option 'alpa'. Did you mean 'alpha'.* Known: alpha, eps"),
+        ("rmsproptf(alpha=x)", "alpha is 'x', expected a number"),
+        ("rmsproptf(0.9)", "expected arguments as name=value"),
+        ("adamw(lr=1)", "lr has a flag of its own; use --lr"),
+        ("adamw(betas=(0.9,))", "betas is .*expected 2 values"),
+        ("adamw(eps=1e-3", r"'\(' is not closed"),
+        ("adamww(eps=1e-3)", "unknown optimizer 'adamww'"),
+        ("adamw(eps=1e-3)", None),
+    ],
+)
+def test_wrong_argument_of_an_optimizer_is_refused(opt, message):
+    if message is None:
+        opt, message = flags(opt=opt, opt_eps=1e-3), "both set eps; drop one"
+    else:
+        opt = flags(opt=opt)
+    with pytest.raises(UserError, match=message):
+        build_optimizer(opt, classifier(), 0.5)
+
+
+def test_larc_steps_by_hand():
+    """ClassyVision's LARC: a norm of 5 and a gradient of norm 1 give a rate of 0.02 x 5 / 1.
+
+    Below lr it acts on biases too; with a smaller lr (0.01) lr itself is the rate.
+    """
+    for lr, rate in ((0.5, 0.1), (0.01, 0.01)):
+        layer = nn.Linear(2, 1, bias=False).double()
+        layer.weight.data[:] = torch.tensor([3.0, 4.0])
+        args = flags(opt="larc(trust_coeff=0.02, always_adapt=True)", weight_decay=0.0)
+        optimizer = build_optimizer(args, layer, lr)
+        layer.weight.grad = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+        optimizer.step()
+        expected = [3 - rate * 0.6, 4 - rate * 0.8]
+        assert layer.weight.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_muon_takes_matrices_and_adamw_the_rest():
+    model = ConvNeXtV2((1, 1, 1, 1), (8, 8, 8, 8), num_classes=8)
+    args = flags(opt="muon", param_group=["head:use_fallback=True"])
+    optimizer = build_optimizer(args, model, 0.01)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = {names[id(p)] for p, held in optimizer.state.items() if "momentum_buffer" in held}
+    matrices = {f"stages.{n}.0.pwconv{k}.weight" for n in range(4) for k in (1, 2)}
+    downsampling = {f"downsample_layers.{n}.1.weight" for n in (1, 2, 3)}
+    assert muon == matrices | downsampling | {"downsample_layers.0.0.weight"}
+    assert len(optimizer.state) == len(names)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import count, islice, repeat
 from operator import itemgetter
 from pathlib import Path
@@ -33,7 +34,6 @@ from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
 from datasets import describe_class_problem
 from errors import TrainingStopped, UserError, first_few, first_line, plural
-from optim_factory import Schedule
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from parallel.state_dict import tensor_leaves
 from training import hooks, run_lock
@@ -41,6 +41,7 @@ from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.report import describe_progress
+from training.schedules import curve_rows, lr_rows
 from training.setup import TrainLoop
 
 SECONDS = 4.0  # for each measurement of speed
@@ -200,23 +201,16 @@ def log_plan(run: PlannedRun) -> None:
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
-    lowest = min(group["lr_scale"] for group in groups)
-    layers = f", learning rate x {lowest:.3g} to 1 by layer" * (lowest < 1)
+    scales = [group["lr_scale"] for group in groups]
+    span = f", learning rate x {min(scales):.3g} to {max(scales):.3g} by layer"
+    layers = span * (min(scales) < max(scales))
     log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
-    for number, row in enumerate(lr_rows(run.loop.schedule, state.global_step)):
+    schedule = run.loop.schedule
+    for number, row in enumerate(lr_rows(schedule, state.global_step)):
         log_result("" if number else "lr", row)
-
-
-def lr_rows(schedule: Schedule, now: int) -> Iterator[str]:
-    """Yield the learning rate, with a bar, at the first and last step, the peak and each tenth."""
-    last = schedule.total - 1
-    peak = min(max(schedule.warmup - 1, 0), last)
-    tenths = (schedule.total * tenth // 10 for tenth in range(10))
-    for step in sorted({0, peak, last, min(now, last), *tenths}):
-        lr = schedule.rate(step)
-        bar = "#" * round(40 * lr / schedule.lr) if schedule.lr > 0 else ""
-        mark = " peak" * (step == peak) + " here" * (step == now > 0)
-        yield f"step {step:{len(str(last))}d}  {lr:.2e}  {bar}{mark}".rstrip()
+    for name, curve in schedule.options.items():
+        for number, row in enumerate(curve_rows(partial(curve.at, total=total), total, {})):
+            log_result("" if number else name, row)
 
 
 def check_folder(problems: list[str], run: PlannedRun) -> None:

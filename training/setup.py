@@ -25,7 +25,7 @@ from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.kernels.autotune import autotuner, set_kernels
-from optim_factory import Schedule, choose_update_freq
+from optim_factory import build_optimizer_call, build_rules, choose_update_freq
 from parallel import console, process_group, sharding
 from parallel.process_group import all_gather, broadcast, get_logger, get_world_size
 from training import run_lock
@@ -36,9 +36,11 @@ from training.criterion import check_loss
 from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.evaluation import build_metrics
+from training.freeze import Freezer
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
+from training.schedules import Schedule, build_curves
 from training.stepper import Stepper, choose_amp
 from weights.convert import CLASSIFIER, DECODER
 from weights.library import read_library_weights
@@ -71,9 +73,9 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
-    if not is_pretraining(vars(args)):
-        build_metrics(args)
-        check_loss(args)
+    checks = [build_optimizer_call, build_rules, build_curves]  # they raise UserError
+    for check in checks if is_pretraining(vars(args)) else [*checks, build_metrics, check_loss]:
+        check(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -209,6 +211,7 @@ class TrainLoop:
     reporter: Reporter
     checkpoints: CheckpointManager
     seed: int
+    freezer: Freezer | None = None
     # Fine-tuning only:
     criterion: Callable[..., torch.Tensor] | None = None  # (logits, labels) -> loss
     mixup: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None

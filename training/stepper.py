@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from errors import UserError
 from parallel import sharding
 from parallel.process_group import all_reduce_sum, get_logger, get_world_size
+from weights.fit import find_classifier
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_STEPS = 20  # steps before a loss can count as a spike
@@ -103,6 +104,35 @@ def _split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def _last_layer(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the classifier, or of FCMAE's prediction."""
+    last = find_classifier(model) or ("pred.",)
+    return [p for name, p in model.named_parameters() if name.startswith(last)]
+
+
+@torch.no_grad()
+def clip_adaptively(parameters: Sequence[nn.Parameter], factor: float, eps: float = 1e-3) -> None:
+    """Clip each unit's gradient to `factor` times the norm of its weights, which counts as `eps`.
+
+    Adaptive gradient clipping of NFNets, as `timm.utils.agc`, whose function has no DTensors. A
+    unit is a row of a matrix or kernel, or a whole bias.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            largest = _unit_norms(parameter).clamp(min=eps) * factor
+            norms = _unit_norms(parameter.grad)
+            scale = torch.where(norms < largest, 1.0, largest / norms.clamp(min=1e-6))
+            sharding.to_local(parameter.grad).mul_(scale)
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Norms of the rows that this process has, (C, 1, ...), or of a whole vector, ()."""
+    if tensor.ndim <= 1:
+        return sharding.full_tensor(tensor.norm())
+    rows = sharding.to_local(tensor)
+    return torch.linalg.vector_norm(rows, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Result of one optimizer step, on the device; reading it synchronizes."""
@@ -135,7 +165,10 @@ class Stepper:
     """Turn micro-batches into optimizer steps.
 
     update_freq: micro-batches per optimizer step; the last step of an epoch may have fewer.
-    clip_grad: largest gradient norm; None for no limit.
+    clip_grad: limit of the gradients; None for no limit.
+    clip_mode: `norm` limits the norm of all gradients; `value` limits each number in them; `agc`
+        limits the norm of each unit, a row of a matrix, to this fraction of its weights' norm,
+        except in the last layer, as in timm.
     spike_factor: a loss above this many times its running mean is a spike; 0 for no limit.
     criterion: the loss, which may have parameters and buffers of its own; None: it has none.
 
@@ -156,6 +189,7 @@ class Stepper:
     update_freq: int = 1
     clip_grad: float | None = None
     spike_factor: float = 0.0
+    clip_mode: str = "norm"
     criterion: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -164,6 +198,11 @@ class Stepper:
         self.loss_parameters = [p for loss in own for p in loss.parameters()]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.frozen: list[nn.Parameter] = []
+        self.adaptive: list[nn.Parameter] = []  # parameters that --clip_mode agc clips
+        if self.clip_mode == "agc":
+            last = set(map(id, _last_layer(getattr(self.model, "module", self.model))))
+            self.adaptive = [p for p in self.parameters if id(p) not in last]
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
         # adahessian; it differentiates the scaled gradients and would not unscale the result
         self.second_order = getattr(self.local_optimizer, "is_second_order", False)
@@ -190,6 +229,18 @@ class Stepper:
         """Start an epoch with `num_batches` micro-batches left; drop open accumulation windows."""
         self.batches_left = num_batches
         self._open_window()
+
+    def freeze(self, parameters: list[nn.Parameter]) -> bool:
+        """Leave out these parameters in the coming steps; returns True if they are other ones.
+
+        The optimizer skips them, since they have no gradient. A parameter group must be frozen as a
+        whole: fused SGD creates the momentum of a group at once.
+        """
+        changed = [*map(id, parameters)] != [*map(id, self.frozen)]
+        self.frozen = parameters
+        if changed:
+            self.skips_on_device = False  # a group may take its first step
+        return changed
 
     def drop_window(self) -> None:
         """Drop the micro-batches of an open window, from the model's buffers too."""
@@ -229,17 +280,29 @@ class Stepper:
         if self.micro < self.window:
             return None
         sharding.average_gradients(self.loss_parameters)  # those of the model are, in backward
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if len(grads) < len(self.parameters):
+        if any(parameter.grad is None for parameter in self.parameters):
             sharding.check_gradients(self.model)
+        for parameter in self.frozen:
+            parameter.grad = None
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(grads)
         if self.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+            self._clip(grads, norm)
         norm = sharding.full_tensor(norm).detach()
         taken = self._finish_step(norm)
         self._open_window()
         return StepResult(taken, norm)
+
+    def _clip(self, grads: list[Tensor], norm: Tensor) -> None:
+        """Clip the gradients in place; `norm` is theirs."""
+        if self.clip_mode == "norm":
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        elif self.clip_mode == "value":
+            for grad in map(sharding.to_local, grads):
+                grad.clamp_(-self.clip_grad, self.clip_grad)
+        else:
+            clip_adaptively(self.adaptive, self.clip_grad)
 
     def _finish_step(self, norm: Tensor) -> Tensor:
         """Take or skip the step and record its values; returns a bool tensor, True if taken."""

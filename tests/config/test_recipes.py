@@ -21,11 +21,11 @@ from errors import UserError, plural
 from models import create_model
 from optim_factory import (
     build_optimizer,
-    build_schedule,
     choose_update_freq,
     count_steps,
     scale_lr,
 )
+from training.schedules import build_schedule
 
 ROOT = Path(options.__file__).resolve().parents[1]
 PARSERS = {"main_pretrain": options.pretrain_parser, "main_finetune": options.finetune_parser}

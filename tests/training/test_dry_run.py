@@ -24,7 +24,6 @@ from data_loading.decode import BadImage
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
 from data_loading.workers import WatchedLoader
-from optim_factory import Schedule
 from parallel import process_group
 from parallel.state_dict import tensor_leaves
 from tests.groups import free_port
@@ -32,6 +31,7 @@ from tests.test_end_to_end import FINETUNE, PRETRAIN
 from tests.tiny import Colors
 from training import dry_run, run_lock
 from training.dry_run import PlannedRun, StepProbe, format_bytes
+from training.schedules import Schedule
 from training.setup import TrainLoop
 
 CPU = torch.device("cpu")

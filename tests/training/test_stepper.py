@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from errors import UserError
 from optim_factory import create_optimizer
-from training.stepper import WARMUP_STEPS, Stepper, autocast, choose_amp
+from training.stepper import WARMUP_STEPS, Stepper, autocast, choose_amp, clip_adaptively
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -553,3 +553,67 @@ def test_evaluation_uses_the_same_autocast():
         assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
     with autocast(CPU, "none"):
         assert layer(torch.ones(1, 2)).dtype == torch.float32
+
+
+# --- other ways to clip ------------------------------------------------------------------------
+
+
+def test_clip_by_value_limits_each_number_and_reports_the_norm_before():
+    layer = nn.Linear(3, 1, bias=False).double()
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    stepper = Stepper(layer, optimizer, CPU, clip_grad=0.5, clip_mode="value")
+    stepper.begin_epoch(1)
+    with stepper.micro_batch():
+        loss = layer(torch.tensor([[3.0, -4.0, 0.25]], dtype=torch.float64)).sum()
+    assert stepper.step(loss).grad_norm.item() == pytest.approx(math.sqrt(25.0625))
+    moved = (before - layer.weight).flatten().tolist()
+    assert moved == pytest.approx([0.5, -0.5, 0.25])
+
+
+def test_adaptive_clipping_by_hand():
+    """Rows of norm 5 and 0, a bias of norm 2; gradients may have 1/10 of it, at least 1e-4."""
+    weight = nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    bias = nn.Parameter(torch.tensor([2.0, 0.0]))
+    weight.grad, bias.grad = torch.tensor([[0.0, 2.0], [3.0, 0.0]]), torch.tensor([0.06, 0.08])
+    clip_adaptively([weight, bias, nn.Parameter(torch.ones(1))], 0.1)
+    assert weight.grad.flatten().tolist() == pytest.approx([0, 0.5, 1e-4, 0])
+    assert bias.grad.tolist() == pytest.approx([0.06, 0.08])  # of norm 0.1, below 0.2
+
+
+def test_adaptive_clipping_is_timms():
+    from timm.utils.agc import adaptive_clip_grad
+
+    torch.manual_seed(0)
+    shapes = (7,), (4, 5), (4, 3, 3, 3), (1, 1, 1, 6)
+    ours = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    for one, other in zip(ours, theirs, strict=True):
+        one.grad = torch.randn_like(one) * 0.05
+        other.grad = one.grad.clone()
+    clip_adaptively(ours, 0.02)
+    adaptive_clip_grad(theirs, 0.02)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-12, atol=0)
+
+
+def test_adaptive_clipping_leaves_out_the_classifier():
+    """As timm does: a new classifier has small weights, so its steps would be tiny."""
+
+    def moved(limit: float | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential()
+        model.add_module("body", nn.Linear(3, 4))
+        model.add_module("head", nn.Linear(4, 2))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        stepper = Stepper(model, optimizer, CPU, clip_grad=limit, clip_mode="agc")
+        stepper.begin_epoch(1)
+        with stepper.micro_batch():
+            loss = model(torch.ones(2, 3)).sum()
+        stepper.step(loss)
+        return {name: p - before[name] for name, p in model.named_parameters()}
+
+    free, clipped = moved(None), moved(0.01)
+    same = {name: torch.equal(free[name], clipped[name]) for name in free}
+    assert same == {name: name.startswith("head") for name in free}

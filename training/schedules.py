@@ -1,0 +1,397 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Learning rate, weight decay and other options of the optimizer as functions of progress.
+
+python -c "from training.schedules import Curve; print(Curve('cosine(1,0)', '--sched', 10)(0.5))"
+"""
+
+import bisect
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from config.calls import Call, parse_sum
+from config.flags import is_pretraining
+from errors import UserError, plural, resolve
+from optim_factory import BOUNDED, INITIAL_STD
+from parallel import sharding
+from parallel.process_group import get_logger
+
+EPSILON = 1e-6  # added to the progress, so that rounding does not miss a border
+WORDS = ("rescaled", "fixed", "step", "epoch")  # in square brackets, after the length
+BETAS = ("beta1", "beta2", "beta3")
+RANGES = {"lr": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, 1)}
+RANGES |= dict.fromkeys(BETAS, (0, 1))
+CHECKED_AT = [step / 1000 for step in range(1000)]  # progress at which values are checked
+
+
+# --- schedules by name: functions of the progress w, in [0, 1), and of their arguments -----------
+
+
+def constant(w: float, value: float) -> float:
+    """The same value in all steps."""
+    return value
+
+
+def linear(w: float, start: float, end: float) -> float:
+    """A straight line from `start` to `end`."""
+    return end * w + start * (1 - w)
+
+
+def cosine(w: float, start: float, end: float) -> float:
+    """Half a cosine from `start` to `end`, also upwards."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * w))
+
+
+def polynomial(w: float, base: float, power: float) -> float:
+    """From `base` to 0, as (1 - w)^power."""
+    return base * (1 - w) ** power
+
+
+def exponential(w: float, start: float, decay: float) -> float:
+    """From `start` to `start * decay`, by the same factor in every step."""
+    return start * decay**w
+
+
+def step(w: float, *values: float) -> float:
+    """Each value for an equal part of the run."""
+    return values[min(math.floor((w + EPSILON) * len(values)), len(values) - 1)]
+
+
+def multistep(w: float, *values: float, milestones: Any = None, epochs: float) -> float:
+    """The next value from each milestone on, an epoch; by default in parts of equal length."""
+    if milestones is None:
+        width = math.ceil(epochs / len(values))
+        milestones = [width * number for number in range(1, len(values))]
+    if len(milestones) != len(values) - 1 or sorted(milestones) != list(milestones):
+        expected = plural(len(values) - 1, "milestone")
+        raise ValueError(f"{plural(len(values), 'value')} need {expected} in ascending order")
+    return values[bisect.bisect_right(milestones, math.floor((w + EPSILON) * epochs))]
+
+
+def step_with_fixed_gamma(w: float, base: float, gamma: float, num_decays: int) -> float:
+    """`base`, multiplied by `gamma` `num_decays` times, at equal distances."""
+    return base * gamma ** min(math.floor((w + EPSILON) * (num_decays + 1)), num_decays)
+
+
+def wsd(
+    w: float, warmup: float, decay: float, start: float = 0.0, peak: float = 1.0, end: float = 0.0
+) -> float:
+    """Linear warm-up, a stable part, linear decay; `warmup` and `decay` are parts of the run."""
+    if min(warmup, decay) < 0 or warmup + decay > 1:
+        raise ValueError("warmup and decay are fractions of the run, with a sum of at most 1")
+    if w < warmup:
+        return linear(w / warmup, start, peak)
+    return peak if w <= 1 - decay else linear((w - (1 - decay)) / decay, peak, end)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "polynomial": polynomial,
+    "exponential": exponential,
+    "step": step,
+    "multistep": multistep,
+    "step_with_fixed_gamma": step_with_fixed_gamma,
+    "wsd": wsd,
+}
+BY_EPOCH = ("constant", "step", "multistep")  # change at the end of an epoch unless `[step]` asks
+
+
+# --- schedules as text -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a schedule: a function of the progress, for a fraction `length` of the run."""
+
+    function: Callable[[float], float]
+    length: float
+    words: frozenset[str]  # of WORDS
+
+
+class Curve:
+    """A schedule written as text, such as `linear(0,1)[0.1] + cosine(1,0)[0.9]`.
+
+    It is called with the progress w: 0 at the first optimizer step, (N - 1) / N at the last of N.
+    flag: names the text in errors. epochs: of the run, for `multistep` and schedules by epoch.
+    limits: smallest and largest value.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        flag: str,
+        epochs: float,
+        limits: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
+        self.text, self.flag, self.epochs = text, flag, epochs
+        calls = parse_sum(text, flag)
+        self.segments = [self._segment(call, single=len(calls) == 1) for call in calls]
+        total = sum(segment.length for segment in self.segments)
+        if abs(total - 1) > 1e-3:
+            self._fail(f"the lengths in [ ] sum to {total:.6g}, expected 1")
+        by_epoch = {"epoch" in segment.words for segment in self.segments}
+        if len(by_epoch) > 1:
+            self._fail("some parts have [epoch]; write it in all of them or in none")
+        self.by_epoch = by_epoch.pop()
+        for w in CHECKED_AT:
+            value = self(w)
+            if not limits[0] <= value <= limits[1]:
+                low, high = limits
+                self._fail(f"{value:.4g} at {w:.1%} of the run, expected {low} to {high}")
+
+    def __call__(self, w: float) -> float:
+        """Value at progress `w`. A part sees its own progress, or with `fixed` that of the run."""
+        end = 0.0
+        for segment in self.segments:
+            end += segment.length
+            if w + EPSILON <= end:
+                break
+        if "fixed" not in segment.words:
+            w = (w - (end - segment.length)) / segment.length
+        return segment.function(w)
+
+    def at(self, step: int, total: int) -> float:
+        """Value at an optimizer step of `total`; by epoch that of the epoch's first step."""
+        step = min(max(step, 0), total - 1)
+        if self.by_epoch:
+            return self(math.floor(step * self.epochs / total) / self.epochs)
+        return self(step / total)
+
+    def _segment(self, call: Call, single: bool) -> Segment:
+        numbers = [x for x in call.options if not isinstance(x, str)]
+        words = [resolve_for(self.flag, x, WORDS, "word") for x in call.options if x not in numbers]
+        if not words or not {"step", "epoch"} & {*words}:
+            words.append("epoch" if single and call.name in BY_EPOCH else "step")
+        known = all(type(x) in (int, float) and 0 < x <= 1 for x in numbers)
+        if len(numbers) != (0 if single and not numbers else 1) or not known:
+            got = f"{call}{list(call.options)}"
+            self._fail(f"got {got}, expected the part of the run in [ ], such as {call}[0.1]")
+        if {"step", "epoch"} <= {*words} or {"fixed", "rescaled"} <= {*words}:
+            self._fail(f"{' and '.join(words)} contradict each other; drop one")
+        length = numbers[0] if numbers else 1.0
+        return Segment(self._function(call), length, frozenset(words))
+
+    def _function(self, call: Call) -> Callable[[float], float]:
+        """Return the function of w that a call names; its arguments are checked."""
+        function = resolve_for(self.flag, call.name, SCHEDULES, "schedule", importable=True)
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError) as error:  # not a function, or one without a signature
+            raise UserError(f"{self.flag}: {call.name} cannot be used: {error}") from error
+        kwargs = dict(call.kwargs)
+        if "epochs" in parameters:
+            kwargs.setdefault("epochs", self.epochs)
+
+        def value(w: float) -> float:
+            try:
+                found = call.factor * function(w, *call.args, **kwargs)
+                if isinstance(found, complex) or not math.isfinite(found):
+                    raise ValueError(f"{found} at w = {w:g} is no finite number")
+            except (TypeError, ValueError, ArithmeticError, IndexError) as error:
+                words = [*map(str, parameters.values())][1:]
+                usage = f"{call.name}({', '.join(word.partition(':')[0] for word in words)})"
+                raise UserError(f"{self.flag}: {call}: {error}; expected {usage}") from error
+            return float(found)
+
+        return value
+
+    def _fail(self, problem: str) -> None:
+        raise UserError(f"{self.flag} {self.text!r}: {problem}")
+
+
+def resolve_for(flag: str, name: str, table: Any, kind: str, importable: bool = False) -> Any:
+    """`errors.resolve` with the flag's name in the error; a table may be a list of words."""
+    table = table if isinstance(table, Mapping) else {word: word for word in table}
+    try:
+        return resolve(name, table, kind, importable)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+# --- the schedule of a run -------------------------------------------------------------------
+
+
+def warmup_cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> float:
+    """Linear warm-up from start/warmup to `start` in `warmup` steps, then half a cosine to `end`.
+
+    The first step has a rate above 0, and the last one has exactly `end`.
+    """
+    if step < warmup:
+        return start * (step + 1) / warmup
+    steps = total - 1 - warmup  # from the peak to the end
+    position = (step - warmup) / steps if steps > 0 else float(warmup > 0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(position, 1.0)))
+
+
+@dataclass(eq=False)
+class Schedule:
+    """Options of every parameter group as functions of the global step.
+
+    total: optimizer steps of the whole run; the first `warmup` raise the learning rate to `lr`.
+    weight_decay_end: None keeps the weight decay constant.
+    curve: factor of `lr`, in place of the warm-up and the cosine to `min_lr`.
+    options: values of other options of the optimizer, by name.
+    """
+
+    optimizer: torch.optim.Optimizer
+    total: int
+    lr: float
+    min_lr: float = 0.0
+    warmup: int = 0
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    curve: Curve | None = None
+    options: Mapping[str, Curve] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = schedulable(self.optimizer) if self.options else {}
+        for name in self.options:
+            resolve_for("--sched_options", name, known, "option")
+        if self.warmup >= self.total and self.curve is None:
+            text = "warm-up of %s, but the run has %d: the learning rate never decays"
+            get_logger().warning(text, plural(self.warmup, "step"), self.total)
+
+    def rate(self, step: int) -> float:
+        """Base learning rate of a global step, counted from 0."""
+        if self.curve is not None:
+            return self.lr * self.curve.at(step, self.total)
+        return warmup_cosine(step, self.lr, self.min_lr, warmup=self.warmup, total=self.total)
+
+    def decay(self, step: int) -> float:
+        """Weight decay of a global step."""
+        if "weight_decay" in self.options:
+            return self.options["weight_decay"].at(step, self.total)
+        if self.weight_decay_end is None:
+            return self.weight_decay
+        return warmup_cosine(
+            step, self.weight_decay, self.weight_decay_end, warmup=0, total=self.total
+        )
+
+    def apply(self, step: int) -> float:
+        """Set lr, weight decay and `options` of all groups; returns the base rate.
+
+        Options that a group has of its own (--param_group) stay, except lr, which is a factor.
+        """
+        lr, decay = self.rate(step), self.decay(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            own = group.get("own_options", ())
+            if "weight_decay" not in own:
+                group["weight_decay"] = decay if group["decayed"] else 0.0
+            for name, curve in self.options.items():
+                if name != "weight_decay":
+                    _set_option(group, name, curve.at(step, self.total), own)
+        return lr
+
+
+def schedulable(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """Map names for --sched_options to the options of the optimizer that they change."""
+    defaults = sharding.local_optimizer(optimizer).defaults
+    names = [n for n, value in defaults.items() if type(value) is float or n == "dampening"]
+    known = {name: name for name in names if name != "lr"} | {"weight_decay": "weight_decay"}
+    betas = defaults.get("betas") or ()
+    known |= {name: "betas" for name, _ in zip(BETAS, betas, strict=False)}
+    return known | ({"momentum": "betas"} if betas and "momentum" not in known else {})
+
+
+def _set_option(group: dict[str, Any], name: str, value: float, own: Any) -> None:
+    """Set an option unless it is among the group's own; `momentum` may mean beta1."""
+    if name in group:
+        if name not in own:
+            group[name] = value
+    elif "betas" not in own:
+        place = BETAS.index("beta1" if name == "momentum" else name)
+        betas = group["betas"]
+        group["betas"] = (*betas[:place], value, *betas[place + 1 :])
+
+
+def build_curves(args: Any) -> tuple[Curve | None, dict[str, Curve]]:
+    """Read --sched and --sched_options."""
+    curve = Curve(args.sched, "--sched", args.epochs, RANGES["lr"]) if args.sched else None
+    options: dict[str, Curve] = {}
+    for word in args.sched_options or ():
+        name, sign, text = word.partition("=")
+        name, flag = name.strip(), f"--sched_options {name.strip()}"
+        if name == "lr":
+            raise UserError(f"{flag}: the learning rate has a flag of its own, --sched; use it")
+        if not sign or name in options:
+            expected = "NAME=SCHEDULE, such as weight_decay=cosine(0.05,0.5), once for each name"
+            raise UserError(f"--sched_options: got {word!r}, expected {expected}")
+        options[name] = Curve(text, flag, args.epochs, RANGES.get(name, (-math.inf, math.inf)))
+    return curve, options
+
+
+def build_schedule(
+    args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
+) -> Schedule:
+    """Build the schedule from the flags."""
+    _warn_if_too_short(args, lr, steps_per_epoch * args.epochs)
+    warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
+    if warmup < 0:
+        warmup = round(args.warmup_epochs * steps_per_epoch)
+    curve, options = build_curves(args)
+    return Schedule(
+        optimizer,
+        steps_per_epoch * args.epochs,
+        lr,
+        min_lr=args.min_lr,
+        warmup=warmup,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+        curve=curve,
+        options=options,
+    )
+
+
+def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
+    """Warn if an optimizer that moves a weight by about `lr` a step at most hardly changes them.
+
+    Others have no such bound: with SGD, digits reached 65% in 88 steps of 0.0002.
+    """
+    bounded = any(name in args.opt.partition("(")[0].lower() for name in BOUNDED)
+    if not bounded or not 0 < lr * steps < INITIAL_STD:
+        return
+    kind = "pretrain" if is_pretraining(vars(args)) else "ft"
+    recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
+    get_logger().warning(
+        "peak lr %.3g for %s moves a weight by %.2g at most, and initial weights have a "
+        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits adamw "
+        "and batches of 16) or --epochs%s",
+        lr, plural(steps, "step"), lr * steps, INITIAL_STD, recipe,
+    )  # fmt: skip
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def lr_rows(schedule: Schedule, now: int) -> Iterator[str]:
+    """Yield the learning rate, with a bar, at the first and last step, the peak and each tenth."""
+    last = schedule.total - 1
+    peak = min(max(schedule.warmup - 1, 0), last)
+    if schedule.curve is not None:
+        steps = sorted({0, last, *(last * part // 1000 for part in range(1000))})
+        peak = max(steps, key=schedule.rate)
+    here = min(now, last)
+    marks = {here: " here"} if now > 0 else {}
+    marks[peak] = " peak" + marks.get(peak, "")
+    return curve_rows(schedule.rate, schedule.total, marks)
+
+
+def curve_rows(
+    value: Callable[[int], float], total: int, marks: Mapping[int, str]
+) -> Iterator[str]:
+    """Yield a value, with a bar, at the first and last step, each tenth and the marked steps."""
+    last = total - 1
+    steps = sorted({0, last, *marks, *(total * tenth // 10 for tenth in range(10))})
+    highest = max(map(abs, map(value, steps)))
+    for step in steps:
+        bar = "#" * round(40 * abs(value(step)) / highest) if highest > 0 else ""
+        text = f"step {step:{len(str(last))}d}  {value(step):.2e}  {bar}{marks.get(step, '')}"
+        yield text.rstrip()
