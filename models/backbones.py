@@ -394,6 +394,8 @@ def _checkpointed(self: nn.Module, *inputs: Any) -> Any:
     forward = partial(type(self).forward, self)
     if not (self.training and torch.is_grad_enabled()):
         return forward(*inputs)
+    # The list that DenseNet passes to its layers grows before they are recomputed.
+    inputs = tuple(list(x) if isinstance(x, list) else x for x in inputs)
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 

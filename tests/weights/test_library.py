@@ -12,6 +12,7 @@ import main_finetune
 from config import parser as options
 from errors import UserError
 from models import create_model
+from tests.test_end_to_end import FINETUNE, assert_same, run, weights
 from tests.test_flags_act import build
 from training.setup import check_start, user_modules
 from weights.library import read_library_weights
@@ -168,3 +169,20 @@ def test_library_run_is_exported_as_a_graph(name, target, tmp_path, capsys):
     words = [path, "--to", target, "--output", output]
     export.main(options.export_parser().parse_args(words))
     assert "largest difference" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_frozen_run_on_two_processes_resumes_exactly(tmp_path):
+    """Under DistributedDataParallel, with EMA; BatchNorm statistics must not move."""
+    words = [*FINETUNE, "--model", "timm:test_resnet", "--stem_stride", 1, "--freeze_backbone"]
+    words += ["--model_ema", "--epochs", 2, "--save_ckpt_num", 9, "--output_dir"]
+    run("main_finetune.py", *words, tmp_path / "whole", ranks=2)
+    first, last = (weights(tmp_path / f"whole/checkpoint-{i}.pth") for i in (0, 1))
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole/checkpoint-0.pth").rename(tmp_path / "again/checkpoint-0.pth")
+    run("main_finetune.py", *words, tmp_path / "again", ranks=2)
+    for key in ("model", "model_ema"):
+        names = [tmp_path / name / "checkpoint-1.pth" for name in ("again", "whole")]
+        assert_same(*(weights(name, key) for name in names))
