@@ -100,9 +100,6 @@ def check_model(args: Any) -> None:
         return
     name = parse_call(bare, "--model").name
     resolve(fcmae_name(name) if is_pretraining(vars(args)) else name, MODELS, kind="model")
-    if name in CLASSIC:
-        with torch.device("meta"):  # checks its arguments
-            build_fcmae(args) if is_pretraining(vars(args)) else build_classifier(args, 2)
 
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
@@ -152,6 +149,12 @@ def build_fcmae(args: Any) -> nn.Module:
     if own and getattr(type(model), "forward_loss", None) is not FCMAE.forward_loss:
         got = f"--recon_loss {recon_loss}: {type(model).__name__} has a forward_loss of its own"
         raise UserError(f"{got}, which does not use it; drop --recon_loss")
+    for flag in ("compile", "cuda_graphs", "sync_bn"):
+        if getattr(args, flag) and isinstance(model, MaskedFCMAE):
+            raise UserError(
+                f"--{flag} true does not work with the masked operations of --model {args.model}; "
+                f"drop --{flag}"
+            )
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.compile)
     return model

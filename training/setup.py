@@ -187,14 +187,12 @@ def check_start(
     """
     if is_code(args.model):
         return weights.check_values() if weights else None
-    if not (weights or library_of(args.model)):
-        return None
     with torch.device("meta"):
         if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
         else:
             model = models.build_classifier(args, classes or args.nb_classes or 1000)
-    if library_of(args.model) and args.layer_decay < 1 and not args.eval:
+    if vars(args).get("layer_decay", 1) < 1 and not args.eval:
         model.layer_of("", args.layer_decay_type)
     if weights:
         weights.check(model, new)
