@@ -472,7 +472,8 @@ def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str
         targets = ", ".join((*flags.GRAPHS, "safetensors"))
         yield f"--model {model}: --to {args.to} is for ConvNeXt V2; use one of {targets}"
     if args.half:
-        yield f"--half true is tested with ConvNeXt V2 only, not with --model {model}; drop --half"
+        other = " or --model" * bool(args.model)
+        yield f"--half true is tested with ConvNeXt V2 only, not with {model}; drop --half{other}"
 
 
 def export_problems(args: argparse.Namespace) -> Iterator[str]:
