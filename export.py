@@ -17,13 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from config import checks
 from config import parser as options
 from config.flags import GRAPHS, TARGETS, as_typed, is_code, library_of
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()
     args = parser.parse_args()
-    for problem in options.export_problems(args):
+    for problem in checks.export_problems(args):
         parser.error(problem)
 
 import torch
@@ -82,7 +83,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     saved = read_saved_run(checkpoint, args.checkpoint)
     run = dict(saved.flags)
     model = args.model or str(run.get("model")) * bool(library_of(str(run.get("model"))))
-    for problem in options.other_network_problems(args, model) if model else ():
+    for problem in checks.other_network_problems(args, model) if model else ():
         raise UserError(problem)
     if args.input_size:  # some networks are built for one size
         run["input_size"] = args.input_size

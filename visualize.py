@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from config.parser import finalize, pretrain_parser, shape_problems, visualize_parser
+from config.checks import shape_problems
+from config.parser import finalize, pretrain_parser, visualize_parser
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
     args = visualize_parser().parse_args()

@@ -1,26 +1,25 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Command-line parsers of all scripts, checks across flags, and frozen arguments.
+"""Command-line parsers of all scripts, and frozen arguments.
 
 python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['--help'])"
 """
 
 import argparse
 import contextlib
-import math
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import flags, recipes
+from config import checks, flags, recipes
 from config.flags import as_typed
-from config.schedules import clear_scheduled, schedule_problems
-from errors import did_you_mean, pipe_may_close, plural, resolve
+from config.schedules import clear_scheduled
+from errors import did_you_mean, pipe_may_close, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
@@ -29,26 +28,6 @@ OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
 FINETUNE_ONLY = ("augmentation", "loss", "pretrained weights and head", "evaluation and EMA")
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
 READ = ("data_path", "eval_data_path", "finetune", "resume")  # a path, or another source
-CONFLICTS = (  # two flags that exclude each other, and the reason
-    ("deterministic", "compile", "torch.compile chooses kernels by timing"),
-    ("dry_run", "eval", "a dry run checks training"),
-    ("cuda_graphs", "compile", "both capture the training step"),
-    ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
-    ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
-    ("cuda_graphs", "freeze", "graphs keep BatchNorm in one mode"),
-    ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
-    ("val_split", "eval_data_path", "both give the evaluation data"),
-    ("val_split", "disable_eval", "there would be no evaluation"),
-    ("disable_eval", "model_ema_eval", "there would be no evaluation"),
-    ("disable_eval", "metrics", "there would be no evaluation"),
-    ("disable_eval", "best_metric", "there would be no evaluation"),
-    ("eval", "cuda_graphs", "graphs are for training"),
-    ("eval", "disable_eval", "there would be nothing to do"),
-    ("pretrained", "finetune", "both give the weights"),
-    ("freeze_backbone", "grad_checkpointing", "a frozen backbone keeps nothing for backward"),
-    ("freeze_backbone", "cuda_graphs", "graphs are for networks that train as a whole"),
-    ("freeze_backbone", "sync_bn", "the BatchNorm of a frozen backbone uses what it has learned"),
-)
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -264,7 +243,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     """Read the command line over `--config` over `--recipe`; finalize, check and freeze it."""
     flags, given = recipes.read_flags(parser, argv)
     args = finalize(argparse.Namespace(**flags), given)
-    for problem in _problems(args):
+    for problem in checks.problems(args):
         parser.error(problem)
     return args
 
@@ -328,176 +307,3 @@ def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
         if text not in ("", "none") and (name in WRITTEN or os.path.exists(path)):
             new[name] = path
     return new
-
-
-def _problems(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each combination of flags that cannot work."""
-    values = vars(args)
-    for one, other, reason in CONFLICTS:
-        if values.get(one) and values.get(other):
-            both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"
-            yield f"{both} cannot be combined: {reason}; drop one"
-    evaluates_elsewhere = values.get("eval") and args.eval_data_path
-    if args.data_set in flags.NEED_PATH and not (args.data_path or evaluates_elsewhere):
-        yield f"--data_set {args.data_set} needs --data_path; give the folder of the data"
-    if args.data_index and args.data_set not in flags.FOLDERS:
-        yield f"--data_index is for folders of images, not for --data_set {args.data_set}; drop it"
-    if args.cuda_graphs and (args.update_freq or 1) > 1:
-        yield f"--cuda_graphs does not work with --update_freq {args.update_freq}; drop one"
-    if args.sync_bn_group and not args.sync_bn:
-        yield "--sync_bn_group needs --sync_bn true; give both or neither"
-    if len(args.input_size) != 2:
-        yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
-    yield from _mean_problems(args)
-    if args.scale[0] > args.scale[1]:
-        yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
-    if args.start_epoch >= args.epochs:
-        yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
-    yield from schedule_problems(args)
-    if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
-        yield f"--use_amp {as_typed(args.use_amp)} contradicts --amp {args.amp}; give only --amp"
-    if args.resume and values.get("finetune") and not values["eval"]:
-        yield "--resume and --finetune cannot be combined; drop one (--finetune= clears it)"
-    if args.sha256 and bool(args.resume) == bool(values.get("finetune")):
-        yield "--sha256 is for one file; give it with either --resume or --finetune"
-    opt = args.opt.lower().removeprefix("lookahead_")
-    if args.deterministic and opt.startswith(("bnb", "fused")):  # kernels of other packages
-        yield f"--deterministic true is not possible with --opt {args.opt}; drop one"
-    if args.snapshot_freq and args.on_spike != "rollback":
-        yield f"--snapshot_freq {args.snapshot_freq} needs --on_spike rollback; add it or drop both"
-    if 0 < args.spike_factor <= 1:
-        yield f"--spike_factor {args.spike_factor:g}: expected 3 or more, or 0 for no spike check"
-    if args.data_timeout and not args.num_workers:
-        yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
-    if args.cuda_graphs and "adahessian" in args.opt.lower():
-        yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
-        yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
-    if not flags.is_pretraining(values):
-        yield from _finetune_problems(args)
-    elif args.crop_pct is not None:
-        yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
-
-
-def _has_checkpoint(folder: str) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(folder) and any(name.startswith("checkpoint-") for name in os.listdir(folder))
-    return False
-
-
-def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
-    if (args.mean is None) != (args.std is None):
-        yield "--mean and --std belong together; give both or neither"
-    elif args.mean is not None and args.imagenet_default_mean_and_std is False:
-        yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
-
-
-def shape_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each size that does not fit the network."""
-    stride = 8 * args.stem_stride
-    for name, found in (("mean", args.mean), ("std", args.std)):
-        if found is not None and len(found) not in (1, args.in_chans):
-            got = f"--{name} {as_typed(found)} has {plural(len(found), 'value')}"
-            yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
-    if flags.is_pretraining(vars(args)):
-        yield from _patch_problems(args, stride)
-    elif args.model.startswith("convnext") and min(args.input_size) < stride:
-        got = as_typed(args.input_size)
-        yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
-
-
-def _patch_problems(args: argparse.Namespace, stride: int) -> Iterator[str]:
-    patch = args.patch_size
-    for flag, value, step, name in (
-        ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
-        *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
-    ):
-        if value % step:
-            low = value // step * step
-            near = f"{low} or {low + step}" if low else step
-            yield f"--{flag} {value} is not a multiple of {name}; try {near}"
-    patches = math.prod(side // patch for side in args.input_size)
-    kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
-    if patches == 1:
-        got = f"--input_size {as_typed(args.input_size)} is a single patch of --patch_size {patch}"
-        yield f"{got}; raise --input_size, or lower --patch_size (a multiple of 8 * --stem_stride)"
-    elif not 1 <= kept < patches:
-        got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
-        yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"
-
-
-def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
-    minmax = args.cutmix_minmax
-    if args.resplit:
-        yield "--resplit true is not supported: there are no augmentation splits; leave it out"
-    if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
-        yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
-    mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval
-    if mixing and args.batch_size % 2:
-        yield f"--batch_size {args.batch_size}: --mixup and --cutmix need pairs; make it even"
-    for name in ("model_ema_eval", "model_ema_force_cpu"):
-        if getattr(args, name) and not args.model_ema:
-            yield f"--{name} true needs --model_ema true; give both or neither"
-    if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
-        got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
-        yield f"{got}; use --data_set image_folder or drop it"
-    if args.val_split and args.data_set in flags.HAVE_EVAL_DATA and args.data_set != "IMNET":
-        yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
-    if args.use_ema and not (args.finetune or args.resume or args.eval):
-        yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
-    yield from _two_names(args)
-    yield from _backbone_problems(args)
-    if args.eval and not (args.resume or args.finetune or args.output_dir):
-        yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"
-
-
-def _backbone_problems(args: argparse.Namespace) -> Iterator[str]:
-    if args.pretrained and not flags.library_of(args.model):
-        got = f"--pretrained true: --model {args.model} is not of timm or torchvision"
-        yield f"{got}; give its weights by --finetune, such as timm:convnextv2_tiny.fcmae"
-    if args.pretrained and args.resume and not args.eval:
-        yield "--pretrained and --resume cannot be combined: both give the weights; drop one"
-    if args.freeze_backbone and args.layer_decay < 1:
-        got = f"--layer_decay {args.layer_decay:g}"
-        yield f"{got} and --freeze_backbone true: the head is the only layer that trains; drop one"
-    if args.freeze_backbone and args.drop_path:
-        got = f"--drop_path {args.drop_path:g}"
-        yield f"{got} and --freeze_backbone true: a frozen backbone drops nothing; drop one"
-
-
-def _two_names(args: argparse.Namespace) -> Iterator[str]:
-    if args.use_ema and args.model_key != flags.MODEL_KEY:
-        yield f"--use_ema true and --model_key {args.model_key} both name the weights; drop one"
-
-
-def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str]:
-    """Yield a message for each flag of export.py that is for a ConvNeXt alone."""
-    if args.to not in (*flags.GRAPHS, "safetensors"):
-        targets = ", ".join((*flags.GRAPHS, "safetensors"))
-        yield f"--model {model}: --to {args.to} is for ConvNeXt; use one of {targets}"
-    if args.half:
-        yield f"--half true is tested with ConvNeXt only, not with --model {model}; drop --half"
-
-
-def export_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each flag of export.py that the format cannot use."""
-    if args.to is None:
-        return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
-    if (args.model or "").removeprefix("fcmae_").startswith("convnext"):
-        yield f"--model {args.model}: the size of a ConvNeXt is found in its weights; drop it"
-    elif args.model:
-        yield from other_network_problems(args, args.model)
-    if args.half and args.to not in flags.GRAPHS:
-        yield f"--half true: weights for {args.to} keep their precision; drop it"
-    if args.opset and args.to != "onnx":
-        yield f"--opset {args.opset} is for --to onnx only; drop it"
-    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std"):
-        if getattr(args, name) is not None and args.to in flags.GRAPHS:
-            yield f"--{name}: --to {args.to} cannot store it, as files of weights can; drop it"
-    suffix = flags.TARGETS[args.to]
-    if args.output and not args.output.endswith(suffix):
-        yield f"--output {args.output}: expected a name that ends in {suffix}"
-    if len(args.input_size or ()) > 2:
-        yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
-    yield from _mean_problems(args)
-    yield from _two_names(args)

@@ -130,7 +130,8 @@ def call_library(name: str, function: Callable[..., nn.Module], options: dict, *
         hint = ""
         if isinstance(error, TypeError) and unknown:
             known = _arguments_of(function)
-            hint = f" {did_you_mean(unknown[0], known)} Expected one of {', '.join(known)}"
+            words = did_you_mean(unknown[0], known), f"Expected one of {', '.join(known)}"
+            hint = " " + " ".join(filter(None, words))
         raise UserError(f"--model {name}: {first_line(error)}.{hint}") from error
 
 
@@ -141,7 +142,8 @@ def _arguments_of(function: Callable[..., nn.Module]) -> list[str]:
             names = inspect.signature(type(function())).parameters
         except Exception:  # RegNet again, or a network that needs its size
             return []
-    return [name for name in names if name not in (*BY_FLAG, *REFUSED, "args", "kwargs")]
+    optional = [name for name, word in names.items() if word.default is not word.empty]
+    return [name for name in optional if name not in (*BY_FLAG, *REFUSED)]
 
 
 def _build_timm(

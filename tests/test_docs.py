@@ -21,6 +21,7 @@ from PIL import Image
 import engine_pretrain
 import main_finetune
 import main_pretrain
+from config import checks
 from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
@@ -114,7 +115,7 @@ def parse_job(kind: str) -> Callable[[list[str]], Any]:
 
 def parse_export(words: list[str]) -> None:
     args = options.export_parser().parse_args(words)
-    assert list(options.export_problems(args)) == []
+    assert list(checks.export_problems(args)) == []
 
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {

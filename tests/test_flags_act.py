@@ -376,7 +376,7 @@ FINETUNE: dict[str, Row] = {
     "freeze_backbone": (
         "--freeze_backbone",
         lambda b: sum(len(group["params"]) for group in b.stepper.optimizer.param_groups),
-        58,
+        60,
         2,
     ),
     "layer_decay": ("--layer_decay 0.5", lambda b: min_scale(b), 1.0, 0.5**5),

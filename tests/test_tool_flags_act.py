@@ -14,7 +14,7 @@ from PIL import Image
 
 import export
 import visualize
-from config import flags
+from config import checks, flags
 from config import parser as options
 from data_loading.transforms import mean_and_std
 from errors import UserError
@@ -68,7 +68,7 @@ def place(tmp_path_factory) -> Path:
 
 def parse(words: str) -> argparse.Namespace:
     args = options.export_parser().parse_args(words.split())
-    assert not list(options.export_problems(args))
+    assert not list(checks.export_problems(args))
     return args
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from config.checks import shape_problems
 from config.flags import allowed, as_typed, is_code, is_pretraining, library_of
-from config.parser import FrozenNamespace, absolute_paths, shape_problems
+from config.parser import FrozenNamespace, absolute_paths
 from data_loading.labels import Head
 from errors import UserError
 from models import is_known, same_network

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import export
+from config import checks
 from config import parser as options
 from config.flags import GRAPHS, TARGETS
 from data_loading.transforms import create_eval_transform, mean_and_std
@@ -86,7 +87,7 @@ def main(*words: object) -> None:
     """The script in this process: what parsing refuses is a SystemExit."""
     parser = options.export_parser()
     args = parser.parse_args([str(word) for word in words])
-    for problem in options.export_problems(args):
+    for problem in checks.export_problems(args):
         parser.error(problem)
     export.main(args)
 
