@@ -294,11 +294,7 @@ def create_optimizer(
     groups = get_parameter_groups(model, weight_decay, assigner, rules)
     groups += _groups_of_loss(options.pop("loss", None))
     own = signature(_optimizer_class(opt)).parameters
-    betas = own["betas"].default if "betas" in own else None  # None of adafactor
-    if betas and len(options.get("betas", betas)) != len(betas):
-        default, got = " ".join(map(str, betas)), len(options["betas"])
-        text = f"takes {len(betas)} --opt_betas (default {default}), got {got}"
-        raise UserError(f"--opt {opt} {text}")
+    _check_betas(opt, own, options)
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
     # With fsdp only they work on DTensors.
     in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
@@ -318,6 +314,15 @@ def create_optimizer(
         _check_options(f"--param_group {pattern}", values, defaults | muon)
     _seed_noise(sharding.local_optimizer(optimizer), seed)
     return optimizer
+
+
+def _check_betas(opt: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise UserError unless there are as many betas as the optimizer has."""
+    betas = own["betas"].default if "betas" in own else None  # None of adafactor
+    if betas and len(options.get("betas", betas)) != len(betas):
+        default, got = " ".join(map(str, betas)), len(options["betas"])
+        text = f"takes {len(betas)} --opt_betas (default {default}), got {got}"
+        raise UserError(f"--opt {opt} {text}")
 
 
 def _check_options(flag: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:

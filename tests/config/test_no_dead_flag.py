@@ -12,7 +12,7 @@ from config import parser as options
 from config import recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
-# Flags that config/parser.py only refuses. recipes.FILES are read by config/recipes.py.
+# Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
@@ -84,7 +84,9 @@ def reads(path: Path) -> set[str]:
 
 
 def unread(script: str, flags: set[str]) -> set[str]:
-    files = reachable(ROOT / f"{script}.py") - {ROOT / "config/parser.py"}
+    files = reachable(ROOT / f"{script}.py") - {
+        ROOT / f"config/{name}.py" for name in ("parser", "checks", "schedules")
+    }
     return flags - set().union(*(reads(file) for file in files))
 
 
@@ -101,9 +103,9 @@ def test_every_submitit_flag_is_read(script):
 
 
 @pytest.mark.parametrize("script", PARSERS)
-def test_resolved_flags_exist_and_are_read_in_options(script):
+def test_refused_flags_exist_and_are_checked(script):
     assert RESOLVED[script] <= destinations(PARSERS[script]())
-    assert RESOLVED[script] <= reads(ROOT / "config/parser.py")
+    assert RESOLVED[script] <= reads(ROOT / "config/checks.py")
 
 
 def test_reads_are_found_through_imports(tmp_path, monkeypatch):
