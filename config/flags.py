@@ -217,7 +217,7 @@ FLAGS["augmentation"] = (
 )
 FLAGS["loss"] = (
     ("--loss", TEXT, "ce",
-     "ce, focal(gamma=2), 0.5*bce + zlpr ...: names of docs/finetuning.md, torch.nn's, or "
+     "ce, focal(gamma=2), 0.5*bce + zlpr ...: names of docs/losses-and-metrics.md, torch.nn's, or "
      "package.module:name"),
     ("--class_weights", TEXT, "none",
      "none, inverse, effective(beta=0.9999) or [w1,w2,...]: weights of the classes in the loss"),
