@@ -168,6 +168,11 @@ def load_own_network(
     network = build_classifier(args, 2)
     state, report = fit_weights(network, weights)
     heads = [state[f"{n}weight"] for n in find_classifier(network) if f"{n}weight" in state]
+    if not heads and any(name.startswith("encoder.") for name in weights):
+        raise UserError(
+            f"pre-trained weights of {model} have no classifier, and only a ConvNeXt is exported "
+            "without one; fine-tune them first (main_finetune.py --finetune)"
+        )
     if not heads:
         raise UserError(
             f"--model {model}: its classifier is not found in the weights; give "
