@@ -239,12 +239,6 @@ def parsed(*words: str):
     return options.parse(options.finetune_parser(), ["--data_set", "DIGITS", *words])
 
 
-def test_pretraining_a_network_of_a_library_is_refused():
-    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--model", "timm:x"])
-    with pytest.raises(UserError, match="cannot be pre-trained"):
-        models.check_model(args)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

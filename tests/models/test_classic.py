@@ -15,6 +15,7 @@ from models import create_model
 from models.classic import NETWORKS, DenseLayer, DenseNet, ResNet
 from tests.models.test_anynet import assert_same, count, shapes
 from training.run_folder import folder_name
+from training.setup import check_start
 from weights.saved_run import inherit_flags, read_saved_run
 
 SMALL = "num_blocks=[1, 1, 1, 1]"
@@ -255,12 +256,12 @@ def test_flags_are_checked_before_the_data_is_listed(words, message):
         options.finetune_parser(), ["--data_set", "DIGITS", "--model", *words.split()]
     )
     with pytest.raises(UserError, match=message):
-        models.check_model(args)
+        check_start(args, None)
 
 
-def test_pretraining_is_refused():
-    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--model", "densenet"])
-    with pytest.raises(UserError, match=r"densenet has no masked autoencoder; use main_finetune"):
+def test_mlp_is_not_pretrained():
+    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--model", "mlp"])
+    with pytest.raises(UserError, match="unknown model 'fcmae_mlp'"):
         models.check_model(args)
 
 

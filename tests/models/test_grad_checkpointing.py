@@ -221,7 +221,7 @@ def flags(model: str, **more) -> SimpleNamespace:
     args = {"in_chans": 3, "stem_stride": 1, "drop_path": 0.0, "head_init_scale": 1.0}
     args |= {"patch_size": 8, "mask_ratio": 0.5, "decoder_depth": 1, "decoder_embed_dim": 8}
     args |= {"norm_pix_loss": True, "grad_checkpointing": True, "compile": False, "eval": False}
-    args |= {"freeze_backbone": False}
+    args |= {"freeze_backbone": False, "cuda_graphs": False, "sync_bn": False, "shard": "ddp"}
     return SimpleNamespace(model=model, **(args | more))
 
 

@@ -315,5 +315,5 @@ def test_order_metrics_are_those_of_all_pairs():
 
 
 def test_every_metric_is_in_the_docs():
-    text = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/losses-and-metrics.md").read_text(encoding="utf-8")
     assert [name for name in METRICS if f"`{name}" not in text] == []
