@@ -298,12 +298,13 @@ def create_optimizer(
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
     # With fsdp only they work on DTensors.
     in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
+    in_one_kernel &= not options.keys() & {"foreach", "differentiable", "capturable"}
     fixed = {"fused": in_one_kernel, "deterministic": True}  # kron's noise is then that of its rng
     fixed = {name: value for name, value in fixed.items() if value and name in own}
     make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **fixed | options)
     try:
         optimizer = sharding.wrap_optimizer(make, groups, lr, shard)
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {options}: {error}; try --opt adamw") from error
     defaults = sharding.local_optimizer(optimizer).defaults
     # timm drops these if an optimizer does not have them

@@ -232,6 +232,15 @@ def test_any_optimizer_of_timm_steps_by_its_name(opt):
     assert all(moved)
 
 
+@pytest.mark.parametrize("name", ["foreach", "differentiable", "capturable", "fused"])
+def test_a_choice_of_kernels_is_the_users(name):
+    options = {name: name != "capturable"}  # it needs a GPU
+    optimizer = create_optimizer(nn.Linear(2, 2), lr=0.1, **options)
+    assert optimizer.defaults[name] == options[name]
+    with pytest.raises(UserError, match="cannot be"):
+        create_optimizer(nn.Linear(2, 2), lr=0.1, fused=True, foreach=True)
+
+
 def test_sgd_steps_by_hand():
     """Momentum 0.5 with Nesterov: the step is g + 0.5 g; decay 0.2 of the weight joins g."""
     layer = nn.Linear(1, 1).double()

@@ -11,7 +11,7 @@ import functools
 import inspect
 import operator
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -363,21 +363,19 @@ def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion:
     return Criterion(args.loss, "soft" if mixed else "class", smoothing, weights)
 
 
-def _lengths(criterion: Criterion) -> Iterator[int]:
-    return (len(weights) for weights in criterion.buffers() if weights.ndim == 1)
-
-
 def check_loss(args: Any) -> None:
     """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
     criterion = _create_criterion(args)
-    classes = args.nb_classes or max(_lengths(criterion), default=3)
-    try_out(criterion, classes)
+    if args.nb_classes:  # else build_criterion tries it, with the classes of the data
+        try_out(criterion, args.nb_classes)
     if args.class_weights != "none":
         given = args.class_weights.startswith("[")
         expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
         equal = torch.full((expected,), 2.0, dtype=torch.float64)
         weights = create_class_weights(args.class_weights, lambda: equal, expected)
-        try_out(_create_criterion(args, weights), expected)
+        criterion = _create_criterion(args, weights)
+        if args.nb_classes:
+            try_out(criterion, args.nb_classes)
     if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
         raise UserError(
             f"--loss {args.loss} has parameters of its own, which --shard {args.shard} does not "

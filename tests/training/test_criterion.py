@@ -36,7 +36,7 @@ def flags(**given) -> SimpleNamespace:
 def refused(**given) -> str:
     """The message of `check_loss`, which comes before the data is listed."""
     with pytest.raises(UserError) as caught:
-        check_loss(flags(**given))
+        check_loss(flags(**{"nb_classes": 3} | given))
     return str(caught.value)
 
 
@@ -346,7 +346,7 @@ def test_rerun_of_a_bad_step_does_not_change_buffers_of_the_loss():
         ({"class_weights": "invers"}, "unknown class weights 'invers'. Did you mean 'inverse'?"),
         ({"class_weights": "effective(beta=2)"}, "beta must be in (0, 1)"),
         ({"class_weights": "effective(bet=2)"}, "'bet'; it takes beta: float = 0.9999"),
-        ({"class_weights": "[1, -2]"}, "expected 2 numbers above 0"),
+        ({"class_weights": "[1, -2]", "nb_classes": None}, "expected 2 numbers above 0"),
         ({"class_weights": "[1, 2]", "nb_classes": 3}, "expected 3 numbers above 0"),
         ({"class_weights": "[1, x]"}, "expected numbers, as in [1, 2.5, 1]"),
     ],
@@ -392,6 +392,26 @@ def test_numbers_of_classes_are_checked_with_those_of_the_data():
     check_loss(args)  # without --nb_classes it is not known
     with pytest.raises(UserError, match="weight"):
         build_criterion(args, 3, CPU)
+
+
+class Centers(nn.Module):
+    """A loss that knows the number of classes: a parameter (K,) and a buffer (K, K)."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(classes))
+        self.register_buffer("costs", torch.ones(classes, classes))
+
+    def forward(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        costs = self.costs[labels]
+        return F.cross_entropy(outputs + self.bias, labels) + (costs * outputs.softmax(1)).mean()
+
+
+def test_a_loss_may_know_the_number_of_classes():
+    args = flags(loss="tests.training.test_criterion:Centers")
+    check_loss(args)  # before the data is listed
+    build_criterion(args, 5, CPU)
+    assert "size of tensor" in refused(loss=args.loss, nb_classes=3)
 
 
 def test_trial_leaves_the_loss_as_it_was():
