@@ -10,9 +10,7 @@ import copy
 import functools
 import inspect
 import operator
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +19,13 @@ from torch import Tensor, nn
 
 from config.calls import Call, parse_call, parse_sum
 from datasets import count_labels
-from errors import UserError, first_few, first_line, resolve
+from errors import UserError, describe_error, first_few, first_line, resolve
 from parallel import sharding
 from parallel.process_group import get_logger, get_world_size
 from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, Row
+from training.targets import KINDS
 
-KINDS = {
-    "class": "one class per image",
-    "soft": "mixed labels (of --mixup or --cutmix)",
-    "multi": "several classes per image",
-    "number": "numbers",
-}
+ONLY_IN_TRAINING = ("label_smoothing", "weight", "pos_weight")  # so are these
 REDUCTIONS = ("reduction", "reduce", "size_average")  # arguments of torch's losses
 
 
@@ -40,7 +34,7 @@ class Criterion(nn.Module):
 
     text: such as `0.5*focal(gamma=2) + ce`. kind: of the targets, one of KINDS. smoothing: of class
     labels, in training only. class_weights: (K,), in training only.
-    `per_image(outputs, targets)` is the loss of evaluation, (N,), without smoothing and weights.
+    `per_image(outputs, targets)` is the loss of evaluation, without smoothing and weights.
     Both compute in float32 or better. Parameters of losses are trained with those of the model.
     """
 
@@ -126,19 +120,24 @@ class Criterion(nn.Module):
         middle = 0.5 if self.kind == "multi" else 1 / classes
         return targets.to(outputs.dtype) * (1 - self.smoothing) + self.smoothing * middle
 
-    def per_image(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(N,): the loss of each image, without smoothing and class weights.
+    def per_image(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T) losses of each image and term, without smoothing and class weights; (N, T) counts.
 
+        A count is 0, as is the loss, for an image whose targets are all ignored, otherwise 1.
         A loss that gives only the mean over a batch counts as if each image had that value.
         """
         with torch.autocast(outputs.device.type, enabled=False):
             outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-            found = []
+            losses, counts = [], []
             for term in self.terms:
                 values = (term.evaluated or term.loss)(outputs, targets)
-                values = values[0] if isinstance(values, tuple) else values
-                found.append(term.times_factor(values.expand(len(outputs))))
-            return functools.reduce(operator.add, found)
+                counted = outputs.new_ones(len(outputs))
+                if isinstance(values, tuple):
+                    values, counted = values
+                values = torch.where(counted > 0, values, 0.0).expand(len(outputs))
+                losses.append(term.times_factor(values))
+                counts.append(counted)
+            return torch.stack(losses, 1), torch.stack(counts, 1)
 
 
 class Term(nn.Module):
@@ -163,9 +162,10 @@ class Term(nn.Module):
                 self.evaluated = functools.partial(found.function, **values)
         elif call.name in TORCH_LOSSES:
             self.takes, self.loss = tuple(TORCH_LOSSES[call.name][0].split()), TorchLoss(call)
-            if "label_smoothing" in call.kwargs:
-                plain = Call(call.name, call.args, call.kwargs | {"label_smoothing": 0.0})
-                self.evaluated = TorchLoss(plain)
+            given = _bind(getattr(nn, call.name), call)
+            if given.keys() & set(ONLY_IN_TRAINING):
+                plain = {k: v for k, v in given.items() if k not in ONLY_IN_TRAINING + REDUCTIONS}
+                self.evaluated = TorchLoss(Call(call.name, kwargs=plain))
         else:
             self.takes = tuple(getattr(found, "takes", ()))
             self.loss = _users_loss(found, call)
@@ -175,7 +175,10 @@ class Term(nn.Module):
 
 
 class TorchLoss(nn.Module):
-    """A loss of torch.nn: `forward` gives a value for each image, `mean` is torch's own mean."""
+    """A loss of torch.nn: `forward` gives a value for each image, `mean` is torch's own mean.
+
+    With `ignore_index`, `forward` also returns (N,) 1 for images that count, or 0.
+    """
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -188,9 +191,12 @@ class TorchLoss(nn.Module):
             for name, value in list(part.named_buffers()):  # weights, which the flag gives again
                 part.register_buffer(name, value, persistent=False)
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor) -> Any:
         values = self.each(outputs, self._prepared(targets, outputs))
-        return values.reshape(len(outputs), -1).mean(1)
+        values = values.reshape(len(outputs), -1).mean(1)
+        if targets.ndim == 1 and hasattr(self.each, "ignore_index"):
+            return values, (targets != self.each.ignore_index).to(values.dtype)
+        return values
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch; CrossEntropyLoss with weights divides by the sum of the weights."""
@@ -272,7 +278,7 @@ def try_out(criterion: Criterion, num_classes: int) -> None:
             loss = trial.mean(term, outputs, rows[trial.kind])
             loss.backward()
         except Exception as error:
-            raise UserError(f"--loss {term.text}: {_describe(error)}{_taken(term)}") from error
+            raise UserError(f"--loss {term.text}: {describe_error(error)}{_taken(term)}") from error
         unused = [name for name, p in term.named_parameters() if p.requires_grad and p.grad is None]
         problem = f"its parameters {first_few(unused)} have no effect" if unused else ""
         if outputs.grad is None:
@@ -281,14 +287,6 @@ def try_out(criterion: Criterion, num_classes: int) -> None:
             problem = "it or its gradient is not finite for logits between -1 and 1"
         if problem:
             raise UserError(f"--loss {term.text}: {problem}{_taken(term)}")
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return f"{type(error).__name__} in {place}: {first_line(error)}"
 
 
 def _taken(term: Term) -> str:

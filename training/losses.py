@@ -40,9 +40,13 @@ def one_hot(targets: Tensor, outputs: Tensor) -> Tensor:
 # --- one class per image --------------------------------------------------------------------
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """-log p of the class; of probabilities their mean of it."""
-    return F.cross_entropy(outputs, targets, reduction="none")
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Any:
+    """-log p of the class, and (N,) 0 for targets of -100, otherwise 1; of probabilities the mean.
+
+    As torch does, `Criterion` leaves out images that do not count.
+    """
+    values = F.cross_entropy(outputs, targets, reduction="none")
+    return values if targets.ndim > 1 else (values, (targets != -100).to(values.dtype))
 
 
 def _soft_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,11 +77,14 @@ def soft_target_ce(
 
 def classy_smoothing(
     outputs: Tensor, targets: Tensor, smoothing: float = 0.1, ignore_index: int = -100
-) -> Tensor:
+) -> Any:
     """ClassyVision's label_smoothing_cross_entropy: targets (t + s/K) / (1 + s).
 
-    Torch's label_smoothing = s / (1 + s) is the same: 0.0909 for s = 0.1.
+    Torch's label_smoothing = s / (1 + s) is the same: 0.0909 for s = 0.1. Images with ignored
+    targets alone count in the mean, as in ClassyVision, except without smoothing, as in evaluation.
     """
+    if smoothing == 0:
+        return soft_target_ce(outputs, targets, ignore_index=ignore_index)
     floats, _ = _valid_targets(outputs, targets, ignore_index, normalize=True)
     floats = floats + smoothing / outputs.shape[1]
     return _soft_cross_entropy(outputs, floats / (EPS + floats.sum(1, keepdim=True)))

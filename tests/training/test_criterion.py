@@ -19,6 +19,7 @@ from optim_factory import create_optimizer
 from tests import tiny
 from training.anomaly import first_not_finite
 from training.criterion import Criterion, build_criterion, check_loss, create_class_weights, try_out
+from training.evaluation import Metrics
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
@@ -45,6 +46,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return 3 * torch.randn(7, 4, generator=generator), torch.arange(7) % 4
 
 
+def per_image(criterion: Criterion, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return criterion.per_image(outputs, targets)[0].sum(1)
+
+
 # --- values ---------------------------------------------------------------------------------
 
 
@@ -58,7 +63,7 @@ def test_default_is_torchs_cross_entropy_bit_for_bit():
         )
         assert torch.equal(ours(outputs, labels), theirs(outputs, labels))
         plain = F.cross_entropy(outputs, labels, reduction="none")
-        assert torch.equal(ours.per_image(outputs, labels), plain)  # without smoothing
+        assert torch.equal(per_image(ours, outputs, labels), plain)  # without smoothing
     assert torch.equal(Criterion(kind="soft")(outputs, soft), nn.CrossEntropyLoss()(outputs, soft))
 
 
@@ -66,7 +71,7 @@ def test_sum_by_hand():
     criterion = Criterion("0.5*focal(gamma=1) + ce")
     # focal: 1/4 log 4/3 and 1/2 log 2; ce: log 4/3 and log 2
     rows = [0.5 / 4 * log(4 / 3) + log(4 / 3), 0.5 / 2 * log(2) + log(2)]
-    assert criterion.per_image(LOGITS, LABELS).tolist() == pytest.approx(rows)
+    assert per_image(criterion, LOGITS, LABELS).tolist() == pytest.approx(rows)
     assert criterion(LOGITS, LABELS).item() == pytest.approx(sum(rows) / 2)
 
 
@@ -81,7 +86,7 @@ def test_smoothing_acts_on_other_losses_in_training_only(text, smoothing):
     expected = Criterion(text, kind="soft")(outputs, smoothed)
     torch.testing.assert_close(criterion(outputs, labels), expected)
     assert torch.equal(
-        criterion.per_image(outputs, labels), Criterion(text).per_image(outputs, labels)
+        per_image(criterion, outputs, labels), per_image(Criterion(text), outputs, labels)
     )
 
 
@@ -97,10 +102,10 @@ def test_losses_own_smoothing_is_off_in_evaluation():
     outputs, labels = batch()
     plain = F.cross_entropy(outputs, labels, reduction="none")
     for text in ("classy_smoothing(0.3)", "CrossEntropyLoss(label_smoothing=0.3)"):
-        torch.testing.assert_close(Criterion(text).per_image(outputs, labels), plain)
+        torch.testing.assert_close(per_image(Criterion(text), outputs, labels), plain)
         assert Criterion(text)(outputs, labels) > plain.mean() + 0.01
-    one = Criterion("asymmetric_single(gamma_neg=2)").per_image(outputs, labels)
-    assert torch.equal(one, Criterion("asymmetric_single(1, 2, eps=0)").per_image(outputs, labels))
+    one = per_image(Criterion("asymmetric_single(gamma_neg=2)"), outputs, labels)
+    assert torch.equal(one, per_image(Criterion("asymmetric_single(1, 2, eps=0)"), outputs, labels))
 
 
 def test_rows_without_a_target_do_not_count_in_the_mean():
@@ -131,19 +136,19 @@ def test_losses_of_torch_are_torchs(text, kind):
     expected = getattr(nn, name)(**options)(outputs, targets[kind])
     criterion = Criterion(text, kind)
     assert torch.equal(criterion(outputs, targets[kind]), expected)
-    values = criterion.per_image(outputs, targets[kind])
+    values = per_image(criterion, outputs, targets[kind])
     assert values.shape == (7,)
-    if "weight=[1" not in text or kind == "multi":  # a sum of weights is not a number of images
+    if "weight=[1" not in text:  # which evaluation leaves out
         torch.testing.assert_close(values.mean(), expected)
     assert criterion.state_dict() == {}  # a resumed run has the weights of its own flag
 
 
 def test_losses_of_torch_with_other_forms_of_targets_by_hand():
     targets = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    margin = Criterion("MultiLabelMarginLoss", "multi").per_image(LOGITS, targets)
+    margin = per_image(Criterion("MultiLabelMarginLoss", "multi"), LOGITS, targets)
     # max(0, 1 - (x[positive] - x[negative])) / 2
     assert margin.tolist() == pytest.approx([max(0, 1 - log(3)) / 2, 0.5])
-    soft = Criterion("SoftMarginLoss", "multi").per_image(LOGITS, targets)
+    soft = per_image(Criterion("SoftMarginLoss", "multi"), LOGITS, targets)
     # log(1 + exp(-y x)): log 2 for logits of 0, log(1 + 1/3) for log 3
     assert soft.tolist() == pytest.approx([(log(2) + log(4 / 3)) / 2, log(2)])
 
@@ -194,7 +199,7 @@ def test_class_weights_weigh_the_images_of_other_losses():
     rows = [1 / 4 * log(4 / 3), 1 / 2 * log(2)]  # of classes 1 and 0
     expected = (1.5 * rows[0] + 0.5 * rows[1]) / 2
     assert criterion(LOGITS, LABELS).item() == pytest.approx(expected)
-    assert criterion.per_image(LOGITS, LABELS).tolist() == pytest.approx(rows)  # not in evaluation
+    assert per_image(criterion, LOGITS, LABELS).tolist() == pytest.approx(rows)  # not in evaluation
     # In a batch of one class its weight makes no difference: the sum of weights is 3, not 2.
     ones = torch.tensor([1, 1])
     assert criterion(LOGITS, ones).item() == pytest.approx(sum(rows) / 2)
@@ -203,6 +208,47 @@ def test_class_weights_weigh_the_images_of_other_losses():
     both = torch.full((2, 2), 0.5)
     plain = Criterion("focal(gamma=0)", "soft")(LOGITS, both)
     assert mixed(LOGITS, both).item() == pytest.approx(plain.item())
+
+
+@pytest.mark.parametrize(
+    ("weighted", "plain"),
+    [
+        ("CrossEntropyLoss(weight=[1, 9])", "ce"),
+        ("CrossEntropyLoss([1, 9], label_smoothing=0.1)", "ce"),
+        ("MultiMarginLoss(weight=[1, 9], margin=2)", "MultiMarginLoss(margin=2)"),
+        ("BCEWithLogitsLoss(pos_weight=[1, 9])", "bce"),
+    ],
+)
+def test_weights_of_torchs_losses_are_not_in_evaluation(weighted, plain):
+    assert Criterion(weighted)(LOGITS, LABELS) != Criterion(plain)(LOGITS, LABELS)
+    found = per_image(Criterion(weighted), LOGITS, LABELS)
+    torch.testing.assert_close(found, per_image(Criterion(plain), LOGITS, LABELS))
+
+
+@pytest.mark.parametrize(
+    "loss", ["ce", "CrossEntropyLoss", "soft_target_ce", "classy_smoothing", "bce + ce"]
+)
+def test_images_with_ignored_targets_alone_do_not_count_in_evaluation(loss):
+    labels = torch.tensor([1, -100]) if "bce" not in loss else LABELS
+    losses, counts = Criterion(loss).per_image(LOGITS, labels)
+    if "bce" in loss:
+        assert counts.tolist() == [[1, 1], [1, 1]]
+        return
+    assert (counts.tolist(), losses[1].tolist()) == ([[1], [0]], [0])
+    metrics = Metrics(["acc1"], outputs=2)
+    metrics.reset("cpu", 1)
+    metrics.update(LOGITS, LABELS, losses, counts)
+    metrics.reduce()
+    assert metrics.values()["loss"] == pytest.approx(log(4 / 3))  # of the first image, p = 3/4
+
+
+def test_loss_of_evaluation_is_the_sum_of_the_means_of_its_terms():
+    metrics = Metrics(["acc1"], outputs=2)
+    metrics.reset("cpu", 2)
+    losses, counts = torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    metrics.update(LOGITS, LABELS, losses, counts)
+    metrics.reduce()
+    assert metrics.values()["loss"] == 2 + 4
 
 
 class Listed(tiny.Colors):
