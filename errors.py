@@ -95,3 +95,12 @@ def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = T
     hint = did_you_mean(name, table) or f"Known: {', '.join(table)}."
     other = " Or pass 'package.module:function'." if importable else ""
     raise UserError(f"unknown {kind} {name!r}. {hint}{other}")
+
+
+def resolve_for(flag: str, name: str, table: Any, kind: str, importable: bool = False) -> Any:
+    """`resolve` with the flag's name in the error; a table may be a list of words."""
+    table = table if isinstance(table, Mapping) else {word: word for word in table}
+    try:
+        return resolve(name, table, kind, importable)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error

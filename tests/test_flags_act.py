@@ -197,7 +197,7 @@ SHARED: dict[str, Row] = {
         {1e-8},
         {1e-8, 1e-3},
     ),
-    "freeze": ("--freeze *.dwconv:0-1", lambda b: b.loop.freezer is None, True, False),
+    "freeze": ("--freeze *.dwconv:0-1", lambda b: frozen(b), 0, 12),
     "clip_mode": ("--clip_mode value", lambda b: b.stepper.clip_mode, "norm", "value",
                   "--clip_grad 1"),
     "clip_grad": ("--clip_grad 3", lambda b: b.stepper.clip_grad, None, 3.0),

@@ -9,8 +9,9 @@ import ast
 import copy
 import functools
 import inspect
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from config.calls import Call, parse_call, parse_sum
 from datasets import count_labels
-from errors import UserError, describe_error, first_few, first_line, resolve
+from errors import UserError, describe_error, first_few, first_line, resolve_for
 from parallel import sharding
 from parallel.process_group import get_logger, get_world_size
-from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, Row
+from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, TORCH_RANGES, Range, Row
 from training.targets import KINDS
 
 ONLY_IN_TRAINING = ("label_smoothing", "weight", "pos_weight")  # so are these
@@ -152,10 +153,13 @@ class Term(nn.Module):
         self.name, self.text, self.factor = call.name, str(call), call.factor
         if call.options:
             raise UserError(f"--loss {call}: got values in [ ], which no loss takes; drop them")
+        if not 0 < call.factor < math.inf:
+            raise UserError(f"--loss: the factor of {call} is {call.factor:g}, expected above 0")
         found, self.evaluated = _find(call.name), None
         if isinstance(found, Row):
             self.takes = tuple(found.takes.split())
             values = _bind(found.function, call, inputs=2)
+            _check_ranges(call, values, found.ranges)
             self.loss = functools.partial(found.function, **values)
             if found.evaluation:
                 values |= found.evaluation
@@ -163,6 +167,7 @@ class Term(nn.Module):
         elif call.name in TORCH_LOSSES:
             self.takes, self.loss = tuple(TORCH_LOSSES[call.name][0].split()), TorchLoss(call)
             given = _bind(getattr(nn, call.name), call)
+            _check_ranges(call, given, TORCH_RANGES)
             if given.keys() & set(ONLY_IN_TRAINING):
                 plain = {k: v for k, v in given.items() if k not in ONLY_IN_TRAINING + REDUCTIONS}
                 self.evaluated = TorchLoss(Call(call.name, kwargs=plain))
@@ -218,7 +223,9 @@ def _find(name: str) -> Any:
     if name.endswith("Loss") and hasattr(nn, name) and name not in TORCH_LOSSES:
         fix = f"use one of {', '.join(TORCH_LOSSES)}"
         raise UserError(f"--loss {name} needs other inputs than (outputs, targets); {fix}")
-    return resolve(name, LOSSES | dict.fromkeys(TORCH_LOSSES), "loss")
+    return resolve_for(
+        "--loss", name, LOSSES | dict.fromkeys(TORCH_LOSSES), "loss", importable=True
+    )
 
 
 def _users_loss(found: Any, call: Call) -> Callable[..., Tensor]:
@@ -250,6 +257,14 @@ def _bind(function: Callable, call: Call, inputs: int = 0) -> dict[str, Any]:
     except TypeError as error:
         raise UserError(f"--loss {call}: {error}{_accepted(function, inputs)}") from error
     return {name: value for name, value in bound.items() if name not in names}
+
+
+def _check_ranges(call: Call, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    for name in values.keys() & ranges.keys():
+        value, (expected, holds) = values[name], ranges[name]
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(type(x) in (int, float) and holds(x) for x in numbers):
+            raise UserError(f"--loss {call}: {name} is {value!r}, expected {expected}")
 
 
 def _accepted(function: Callable, inputs: int = 0) -> str:
@@ -319,26 +334,54 @@ CLASS_WEIGHTS = {"inverse": inverse, "effective": effective}  # counts (K,) -> w
 def create_class_weights(text: str, counts: Callable[[], Tensor], num_classes: int) -> Tensor:
     """(K,) weights with mean 1, by a name or from a list such as `[1, 2.5, 1]`.
 
-    counts: returns the number of training images of each class. A class without any has weight 0,
-    and does not count in the mean.
+    counts: returns the number of training images of each class. A class without any does not count
+    in the mean, and has weight 0 unless a user's function gives another.
     """
     flag = "--class_weights"
     if text.startswith("["):
         return _given_weights(text, num_classes)
     call = parse_call(text, flag)
-    known = dict.fromkeys(("none", *CLASS_WEIGHTS)) | CLASS_WEIGHTS
-    function = resolve(call.name, known, "class weights")
-    if function is None:
-        raise UserError(f"{flag} {text}: none takes no arguments; pass {flag} none")
+    function = _find_class_weights(call)
     numbers = counts()
-    try:
-        found = function(numbers[numbers > 0], *call.args, **call.kwargs)
-    except (TypeError, ValueError) as error:
-        fix = _accepted(function, 1)
-        raise UserError(f"{flag} {text}: {first_line(error)}{fix}") from error
-    weights = torch.zeros(len(numbers), dtype=torch.float64)
-    weights[numbers > 0] = torch.as_tensor(found, dtype=torch.float64)
+    if call.name not in CLASS_WEIGHTS:
+        weights = _users_weights(function, call, numbers)
+    else:
+        try:
+            found = function(numbers[numbers > 0], *call.args, **call.kwargs)
+        except (TypeError, ValueError) as error:
+            fix = _accepted(function, 1)
+            raise UserError(f"{flag} {text}: {first_line(error)}{fix}") from error
+        weights = torch.zeros(len(numbers), dtype=torch.float64)
+        weights[numbers > 0] = torch.as_tensor(found, dtype=torch.float64)
     return (weights / weights[numbers > 0].mean()).float()
+
+
+def _find_class_weights(call: Call) -> Callable[..., Any]:
+    flag = "--class_weights"
+    known = dict.fromkeys(("none", *CLASS_WEIGHTS)) | CLASS_WEIGHTS
+    function = resolve_for(flag, call.name, known, "class weights", importable=True)
+    if function is None:
+        raise UserError(f"{flag} {call}: none takes no arguments; pass {flag} none")
+    return function
+
+
+def _users_weights(function: Callable[..., Any], call: Call, counts: Tensor) -> Tensor:
+    """(K,) counts -> (K,) float64 weights of a user's function; UserError if they cannot work."""
+    try:
+        found = function(counts.clone(), *call.args, **call.kwargs)
+        weights = torch.as_tensor(found, dtype=torch.float64)
+    except Exception as error:
+        raise UserError(f"--class_weights {call}: {describe_error(error)}") from error
+    problem = ""
+    if weights.shape != counts.shape:
+        problem = f"it gives shape {tuple(weights.shape)}, expected {tuple(counts.shape)}"
+    elif not weights.isfinite().all() or (weights < 0).any():
+        problem = f"it gives {first_few(weights.tolist(), 5)}, expected numbers of at least 0"
+    elif not weights[counts > 0].any():
+        problem = "the weights of all classes with images are 0"
+    if problem:
+        raise UserError(f"--class_weights {call}: {problem}; correct the function")
+    return weights
 
 
 def _given_weights(text: str, num_classes: int) -> Tensor:
@@ -366,19 +409,22 @@ def check_loss(args: Any) -> None:
     criterion = _create_criterion(args)
     if args.nb_classes:  # else build_criterion tries it, with the classes of the data
         try_out(criterion, args.nb_classes)
+    if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
+        raise UserError(
+            f"--loss {args.loss} has parameters of its own, which --shard {args.shard} does not "
+            "average over processes; use --shard ddp"
+        )
     if args.class_weights != "none":
-        given = args.class_weights.startswith("[")
+        given, users = args.class_weights.startswith("["), ":" in args.class_weights
+        if users and not args.nb_classes:  # it may know the number of classes
+            _find_class_weights(parse_call(args.class_weights, "--class_weights"))
+            return
         expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
         equal = torch.full((expected,), 2.0, dtype=torch.float64)
         weights = create_class_weights(args.class_weights, lambda: equal, expected)
         criterion = _create_criterion(args, weights)
         if args.nb_classes:
             try_out(criterion, args.nb_classes)
-    if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
-        raise UserError(
-            f"--loss {args.loss} has parameters of its own, which --shard {args.shard} does not "
-            "average over processes; use --shard ddp"
-        )
 
 
 def build_criterion(

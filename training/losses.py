@@ -125,8 +125,6 @@ def jsd(outputs: Tensor, targets: Tensor, weight: float = 0.5) -> Tensor:
     weight: of the target, between 0 and 1: near 0 like cross-entropy, near 1 like mean absolute
     error. It is divided by -(1 - weight) * log(1 - weight), as in the paper.
     """
-    if not 0 < weight < 1:
-        raise UserError(f"--loss jsd: weight {weight}, expected a number between 0 and 1")
     log_p, targets = outputs.log_softmax(1), one_hot(targets, outputs)
     log_mean = torch.logaddexp(targets.log() + math.log(weight), log_p + math.log1p(-weight))
     to_target = (torch.xlogy(targets, targets) - targets * log_mean).sum(1)
@@ -251,30 +249,52 @@ def barron(outputs: Tensor, targets: Tensor, alpha: float = 1.0, c: float = 1.0)
 # --- tables ---------------------------------------------------------------------------------
 
 
+class Range(NamedTuple):
+    """Values that an argument may have; None is always allowed, as a default."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+NOT_NEGATIVE = Range("a number of at least 0", lambda x: 0 <= x < math.inf)
+POSITIVE = Range("a number above 0", lambda x: 0 < x < math.inf)
+FRACTION = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
+BELOW_1 = Range("a number of at least 0 and below 1", lambda x: 0 <= x < 1)
+FINITE = Range("a number", lambda x: -math.inf < x < math.inf)
+ANY = Range("a number, inf or -inf", lambda x: x == x)
+INSIDE = Range("a number between 0 and 1", lambda x: 0 < x < 1)
+
+
 class Row(NamedTuple):
-    """A loss, the kinds of targets that it takes, and other arguments for evaluation."""
+    """A loss, the kinds of targets that it takes, ranges of its arguments, others in evaluation."""
 
     function: Callable[..., Any]
     takes: str
     evaluation: dict[str, Any] = {}
+    ranges: dict[str, Range] = {}
 
 
+GAMMAS = dict.fromkeys(("gamma_pos", "gamma_neg"), NOT_NEGATIVE)
 LOSSES: dict[str, Row] = {
     "ce": Row(cross_entropy, "class soft"),
     "soft_target_ce": Row(soft_target_ce, "class soft multi"),
-    "classy_smoothing": Row(classy_smoothing, "class soft multi", {"smoothing": 0.0}),
-    "focal": Row(focal, "class soft"),
-    "poly": Row(poly, "class soft"),
-    "asymmetric_single": Row(asymmetric_single, "class", {"eps": 0.0}),
-    "jsd": Row(jsd, "class soft"),
-    "bce": Row(bce, "class soft multi"),
-    "binary_focal": Row(binary_focal, "class soft multi"),
-    "asymmetric": Row(asymmetric, "class soft multi"),
+    "classy_smoothing": Row(
+        classy_smoothing, "class soft multi", {"smoothing": 0.0}, {"smoothing": BELOW_1}
+    ),
+    "focal": Row(focal, "class soft", ranges={"gamma": NOT_NEGATIVE}),
+    "poly": Row(poly, "class soft", ranges={"epsilon": FINITE}),
+    "asymmetric_single": Row(asymmetric_single, "class", {"eps": 0.0}, GAMMAS | {"eps": BELOW_1}),
+    "jsd": Row(jsd, "class soft", ranges={"weight": INSIDE}),
+    "bce": Row(bce, "class soft multi", ranges={"threshold": FRACTION}),
+    "binary_focal": Row(
+        binary_focal, "class soft multi", ranges={"gamma": NOT_NEGATIVE, "alpha": FRACTION}
+    ),
+    "asymmetric": Row(asymmetric, "class soft multi", ranges=GAMMAS | {"clip": FRACTION}),
     "zlpr": Row(zlpr, "class soft multi"),
     "l1": Row(l1, "number"),
     "l2": Row(l2, "number"),
-    "smooth_l1": Row(smooth_l1, "number"),
-    "barron": Row(barron, "number"),
+    "smooth_l1": Row(smooth_l1, "number", ranges={"beta": NOT_NEGATIVE}),
+    "barron": Row(barron, "number", ranges={"alpha": ANY, "c": POSITIVE}),
 }
 
 
@@ -300,6 +320,8 @@ TORCH_LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor] | None]] =
     **dict.fromkeys(("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss"), ("number", _numbers)),
     "PoissonNLLLoss": ("number", _numbers),
 }
+# Arguments of these classes; a list has a value for each class.
+TORCH_RANGES = {"weight": NOT_NEGATIVE, "pos_weight": NOT_NEGATIVE, "label_smoothing": BELOW_1}
 NOT_LOGITS = {  # classes of torch.nn that take probabilities, where networks give logits
     "NLLLoss": "ce",
     "BCELoss": "bce",

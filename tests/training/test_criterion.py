@@ -23,6 +23,7 @@ from training.evaluation import Metrics
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
+ME = "tests.training.test_criterion"
 # Softmax of these rows: (1/4, 3/4) and (1/2, 1/2).
 LOGITS = torch.tensor([[0.0, log(3)], [0.0, 0.0]])
 LABELS = torch.tensor([1, 0])
@@ -180,6 +181,27 @@ def test_class_weights_by_hand():
     assert create_class_weights("inverse", lambda: absent, 3).tolist() == pytest.approx(
         [1.6, 0.0, 0.4]
     )
+
+
+def short(counts: torch.Tensor) -> list:
+    return [1, 2]
+
+
+def negative(counts: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(counts)) - 1
+
+
+def scaled(counts: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    return factor * counts
+
+
+def test_class_weights_of_the_user_get_the_counts_of_all_classes():
+    counts = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
+    found = create_class_weights(f"{ME}:scaled(5)", lambda: counts, 3)
+    assert found.tolist() == [0.5, 0, 1.5]
+    check_loss(flags(class_weights=f"{ME}:short"))  # it may know that there are two classes
+    known = create_class_weights(f"{ME}:short", lambda: counts[[0, 2]], 2)
+    assert known.tolist() == pytest.approx([2 / 3, 4 / 3])
 
 
 def test_class_weights_act_as_torchs_do():
@@ -357,15 +379,26 @@ def test_rerun_of_a_bad_step_does_not_change_buffers_of_the_loss():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"loss": "focl"}, "unknown loss 'focl'. Did you mean 'focal' or"),
+        ({"loss": "focl"}, "--loss: unknown loss 'focl'. Did you mean 'focal' or"),
         ({"loss": "focal(gama=2)"}, "unexpected keyword argument 'gama'; it takes gamma: float"),
-        ({"loss": "focal(gamma=high)"}, "--loss focal(gamma='high'): TypeError"),
+        ({"loss": "focal(gamma=high)"}, "gamma is 'high', expected a number of at least 0"),
         ({"loss": "zlpr(1)"}, "too many positional arguments; it takes no arguments"),
         ({"loss": "ce + "}, "expected a name"),
         ({"loss": ""}, "expected a name"),
         ({"loss": "ce[1]"}, "got values in [ ], which no loss takes"),
         ({"loss": "jsd(weight=1)"}, "expected a number between 0 and 1"),
-        ({"loss": "focal(gamma=-900)"}, "not finite"),
+        ({"loss": "focal(gamma=-0.5)"}, "gamma is -0.5, expected a number of at least 0"),
+        ({"loss": "binary_focal(alpha=2)"}, "alpha is 2, expected a number from 0 to 1"),
+        ({"loss": "asymmetric(clip=-1)"}, "clip is -1, expected a number from 0 to 1"),
+        ({"loss": "asymmetric(gamma_neg=-1)"}, "gamma_neg is -1, expected a number of at least 0"),
+        ({"loss": "classy_smoothing(1)"}, "smoothing is 1, expected a number of at least 0 and be"),
+        ({"loss": "asymmetric_single(eps=1)"}, "eps is 1, expected a number of at least 0 and bel"),
+        ({"loss": "bce(threshold=1.5)"}, "threshold is 1.5, expected a number from 0 to 1"),
+        ({"loss": "CrossEntropyLoss(weight=[1, -1, 1])"}, "weight is [1, -1, 1], expected a num"),
+        ({"loss": "smooth_l1(beta=-1)"}, "beta is -1, expected a number of at least 0"),
+        ({"loss": "barron(c=0)"}, "c is 0, expected a number above 0"),
+        ({"loss": "-1*ce"}, "the factor of ce is -1, expected above 0"),
+        ({"loss": "ce + 0*bce"}, "the factor of bce is 0, expected above 0"),
         ({"loss": "NLLLoss"}, "takes probabilities, and networks give logits; use ce"),
         ({"loss": "TripletMarginLoss"}, "needs other inputs than (outputs, targets)"),
         ({"loss": "MultiMarginLoss(p=3)"}, "only p == 1 and p == 2 supported"),
@@ -389,11 +422,19 @@ def test_rerun_of_a_bad_step_does_not_change_buffers_of_the_loss():
         ({"loss": "tests.training.test_criterion:constant"}, "does not depend on the outputs"),
         ({"loss": "tests.training.test_criterion:Unused"}, "parameters loss.scale have no effect"),
         ({"loss": "tests.tiny:brier", "class_weights": "inverse"}, "needs a value for each image"),
-        ({"class_weights": "invers"}, "unknown class weights 'invers'. Did you mean 'inverse'?"),
+        (
+            {"class_weights": "invers"},
+            "--class_weights: unknown class weights 'invers'. Did you mean 'inverse'?",
+        ),
         ({"class_weights": "effective(beta=2)"}, "beta must be in (0, 1)"),
         ({"class_weights": "effective(bet=2)"}, "'bet'; it takes beta: float = 0.9999"),
         ({"class_weights": "[1, -2]", "nb_classes": None}, "expected 2 numbers above 0"),
         ({"class_weights": "[1, 2]", "nb_classes": 3}, "expected 3 numbers above 0"),
+        ({"class_weights": f"{ME}:short"}, "it gives shape (2,), expected (3,); correct the"),
+        ({"class_weights": f"{ME}:negative"}, "it gives -1.0, 0.0, 1.0, expected numbers of at le"),
+        ({"class_weights": f"{ME}:short(0)"}, "short(0): TypeError in "),
+        ({"class_weights": f"{ME}:scaled(0)"}, "the weights of all classes with images are 0"),
+        ({"class_weights": f"{ME}:lost", "nb_classes": None}, "cannot import class weights"),
         ({"class_weights": "[1, x]"}, "expected numbers, as in [1, 2.5, 1]"),
     ],
 )

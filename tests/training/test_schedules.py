@@ -244,6 +244,11 @@ def test_function_of_ones_own_is_a_schedule():
     ("text", "message"),
     [
         ("cosin(1,0)", "--sched: unknown schedule 'cosin'. Did you mean 'cosine'"),
+        ("step(1)[0.5] + stp(1)[0.5]", r"\n  step.*\n {17}\^$"),
+        ("step()", r"step: got no value; expected step\(\*values\)"),
+        ("multistep()", "multistep: got no value"),
+        ("multistep(1, 0.1, milestones=3)", "milestones is 3, expected a list such as"),
+        ("step_with_fixed_gamma(1, 0.1, 2.5)", "num_decays is 2.5, expected an integer of at"),
         ("cosine(1)", r"cosine\(1\): .*'end'; expected cosine\(start, end\)"),
         ("cosine(1, 0, ende=3)", r"'ende'; expected cosine\(start, end\)"),
         ("cosine('a', 0)", r"expected cosine\(start, end\)"),
