@@ -466,6 +466,8 @@ def test_rules_change_the_step():
         ("head:lr=x", "--param_group head: lr is 'x', expected a number"),
         ("head:lr=-1", "lr is -1, expected a number of at least 0"),
         ("head:betas=(0.9,)", "betas is .*, expected 2 values"),
+        ("head:betas=(2.0, 3.0)", "--param_group head: Invalid beta parameter at index 0: 2.0"),
+        ("head:eps=-1", "--param_group head: Invalid epsilon value: -1"),
         ("head:amsgrad=1", "amsgrad is 1, expected True or False"),
         ("head:use_fallback=True", "unknown option 'use_fallback'"),  # of muon
         ("head", r"expected PATTERN:name=value,name=value\n  head\n      \^"),

@@ -303,7 +303,7 @@ def exact_match(threshold: float = 0.5) -> Metric:
 
 
 def hamming(threshold: float = 0.5) -> Metric:
-    """Labels that are right / all labels of all images."""
+    """Labels that are right / all labels of all images: 1 - Hamming loss."""
     checked_threshold(threshold)
 
     def add(batch: Batch) -> Tensor:
