@@ -222,7 +222,9 @@ def _find(name: str) -> Any:
         raise UserError(f"--loss {name} {fix}")
     if name.endswith("Loss") and hasattr(nn, name) and name not in TORCH_LOSSES:
         fix = f"use one of {', '.join(TORCH_LOSSES)}"
-        raise UserError(f"--loss {name} needs other inputs than (outputs, targets); {fix}")
+        raise UserError(
+            f"--loss {name} is not supported here, since it needs other inputs or targets; {fix}"
+        )
     return resolve_for(
         "--loss", name, LOSSES | dict.fromkeys(TORCH_LOSSES), "loss", importable=True
     )

@@ -235,7 +235,7 @@ def barron(outputs: Tensor, targets: Tensor, alpha: float = 1.0, c: float = 1.0)
     """Barron's general robust loss (arXiv 1701.03077), as in ClassyVision.
 
     With x = (error / c)^2 and z = max(1, 2 - alpha): log(x / 2 + 1) for alpha 0, 1 - exp(-x / 2)
-    for alpha inf, otherwise z / alpha * ((x / z + 1)^(alpha / 2) - 1).
+    for alpha -inf and inf, otherwise z / alpha * ((x / z + 1)^(alpha / 2) - 1).
     """
     alpha, x = float(alpha), (_error(outputs, targets) / c).square()
     if alpha == 0:
