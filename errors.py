@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,6 +45,16 @@ def plural(number: Any, noun: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type, place and first line of an error in a user's code; a UserError as it is."""
+    if isinstance(error, UserError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    place = f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}"
+    return f"{type(error).__name__} in {place}: {first_line(error)}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -84,3 +95,12 @@ def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = T
     hint = did_you_mean(name, table) or f"Known: {', '.join(table)}."
     other = " Or pass 'package.module:function'." if importable else ""
     raise UserError(f"unknown {kind} {name!r}. {hint}{other}")
+
+
+def resolve_for(flag: str, name: str, table: Any, kind: str, importable: bool = False) -> Any:
+    """`resolve` with the flag's name in the error; a table may be a list of words."""
+    table = table if isinstance(table, Mapping) else {word: word for word in table}
+    try:
+        return resolve(name, table, kind, importable)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 main_finetune.py --model convnextv2_tiny --data_path
 
 import argparse
 from dataclasses import replace
+from functools import partial
 
 from config.parser import finetune_parser as get_args_parser
 from config.parser import parse
@@ -37,7 +38,7 @@ from training.ema import build_ema
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
 from training.hooks import build_reporter, log_cost
-from training.report import describe_evaluation, last_line, plain
+from training.report import describe_evaluation, last_line, plain, small_stats
 from training.resume import auto_load_model, choose_evaluated
 from training.schedules import build_schedule
 from training.setup import (
@@ -171,10 +172,12 @@ def main(args: argparse.Namespace) -> None:
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            state.stats = plain(log_stats)
+            log_stats = plain(log_stats)
+            state.stats = small_stats(log_stats)
             key = f"test_{metrics.best}"
             best = {"best": log_stats.get(key), "best-ema": log_stats.get(f"{key}_ema")}
-            last, report = state.epoch == args.epochs, loop.reporter.end_epoch
+            last = state.epoch == args.epochs
+            report = partial(loop.reporter.end_epoch, log_stats)
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
     log.info("%s", last_line(args, run.output_dir, state))
 

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from config.calls import Call, parse_call, parse_options
 from data_loading.rng import fold_in
-from errors import UserError, did_you_mean, first_few, plural, resolve
+from errors import UserError, did_you_mean, first_few, first_line, plural, resolve
 from parallel import sharding
 from parallel.process_group import get_logger
 
@@ -298,12 +298,13 @@ def create_optimizer(
     in_one_kernel = next(model.parameters()).device.type in ("cpu", "cuda")
     # With fsdp only they work on DTensors.
     in_one_kernel &= shard != "fsdp" or opt.lower().startswith("adam")
+    in_one_kernel &= not options.keys() & {"foreach", "differentiable", "capturable"}
     fixed = {"fused": in_one_kernel, "deterministic": True}  # kron's noise is then that of its rng
     fixed = {name: value for name, value in fixed.items() if value and name in own}
     make = partial(create_optimizer_v2, opt=opt, lr=lr, momentum=momentum, **fixed | options)
     try:
         optimizer = sharding.wrap_optimizer(make, groups, lr, shard)
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--opt {opt} with {options}: {error}; try --opt adamw") from error
     defaults = sharding.local_optimizer(optimizer).defaults
     # timm drops these if an optimizer does not have them
@@ -342,6 +343,23 @@ def _check_options(flag: str, options: Mapping[str, Any], known: Mapping[str, An
             raise UserError(f"{flag}: unknown option {name!r}. {hint} Known: {names}")
         if known[name] is not None and kind(value) != kind(known[name]):
             raise UserError(f"{flag}: {name} is {value!r}, expected {kind(known[name])}")
+
+
+def check_values(flag: str, args: Any, values: Mapping[str, Any]) -> None:
+    """Raise UserError if the optimizer of --opt refuses the values, such as betas above 1."""
+    make = _optimizer_class(build_optimizer_call(args).name)
+    own = signature(make).parameters
+    usual = {name: x for name, x in {"lr": 1e-3, "momentum": args.momentum}.items() if name in own}
+    values = {name: x for name, x in values.items() if name in own and name != "lr"}
+    weights = [nn.Parameter(torch.zeros(2, 2))]
+    try:
+        make(weights, **usual)
+    except Exception:  # it needs other weights
+        return
+    try:
+        make(weights, **usual | values)
+    except Exception as error:
+        raise UserError(f"{flag}: {first_line(error)}") from error
 
 
 def build_optimizer_call(args: Any) -> Call:
@@ -409,6 +427,7 @@ def build_rules(args: Any) -> GroupRules:
             if not 0 <= values.get(name, 0) < math.inf:
                 text = f"{name} is {values[name]}, expected a number of at least 0"
                 raise UserError(f"--param_group {pattern}: {text}")
+        check_values(f"--param_group {pattern}", args, values)
     words = tuple(args.no_weight_decay) if args.no_weight_decay else None
     if words and "none" in words and len(words) > 1:
         raise UserError(f"--no_weight_decay {' '.join(words)}: none stands alone; drop it")

@@ -6,6 +6,7 @@ python -c "from config.calls import parse_sum; print(parse_sum('0.5 * focal(gamm
 """
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     factor: float = 1.0
     options: tuple[Any, ...] = ()  # in square brackets
+    place: int = field(default=0, compare=False)  # of its name in the text
 
     def __str__(self) -> str:
         words = [*map(repr, self.args), *(f"{name}={x!r}" for name, x in self.kwargs.items())]
@@ -82,7 +84,8 @@ class _Reader:
             options, named = self.brackets("[")
             if named:
                 self.fail("expected values without names in [ ]", self.place - 1)
-            yield Call(name[0], args, kwargs, float(factor[1]) if factor else 1.0, options)
+            number = float(factor[1]) if factor else 1.0
+            yield Call(name[0], args, kwargs, number, options, name.start())
             if self.place == len(self.text):
                 return
             if self.text[self.place] != "+":
@@ -134,21 +137,29 @@ class _Reader:
         except (SyntaxError, ValueError) as error:  # its columns count from 1, and from `f(`
             place = start + (getattr(error, "offset", None) or 2) - 2
             self.fail("expected values separated by commas", max(start, place))
-        if any(word.arg is None for word in call.keywords):
-            self.fail("expected values separated by commas", start)
+        seen: set[str] = set()
+        for word in call.keywords:
+            if word.arg is None:
+                self.fail("expected values separated by commas", start)
+            if word.arg in seen:
+                self.fail(f"{word.arg} is given twice", start - 1 + word.col_offset)
+            seen.add(word.arg)
         args = tuple(self.value(node, start) for node in call.args)
         return args, {word.arg: self.value(word.value, start) for word in call.keywords}
 
     def value(self, node: ast.expr, start: int) -> Any:
-        """Return a literal, or the word of a name, at any depth of lists and tuples."""
+        """Return a literal, inf, or the word of a name, at any depth of lists and tuples."""
         if isinstance(node, ast.Name):
-            return node.id
+            return math.inf if node.id == "inf" else node.id
+        signed = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd)
+        if signed and getattr(node.operand, "id", "") == "inf":
+            return -math.inf if isinstance(node.op, ast.USub) else math.inf
         if isinstance(node, ast.List | ast.Tuple):
             parts = [self.value(part, start) for part in node.elts]
             return parts if isinstance(node, ast.List) else tuple(parts)
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):  # TypeError: a list as a key
             self.fail("expected a number, a word or a list", start - 1 + node.col_offset)
 
     def fail(self, problem: str, place: int | None = None) -> NoReturn:

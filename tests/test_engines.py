@@ -20,6 +20,7 @@ from errors import UserError
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.criterion import Criterion
 from training.ema import ModelEma
 from training.hooks import LineHook
 from training.meters import Means
@@ -60,6 +61,32 @@ class Watched:
             return real(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, noting)
+
+
+class Running(torch.nn.Module):
+    """A loss with a running mean, which changes in training mode alone, like BatchNorm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+        if self.training:
+            self.mean.lerp_(losses.detach().mean(), 0.1)
+        return losses / self.mean
+
+
+def test_evaluation_does_not_change_buffers_of_the_loss():
+    criterion = Criterion("tests.test_engines:Running")
+    batches = [(torch.eye(3), torch.tensor([0, 1, 1]), None)]
+    model = torch.nn.Flatten()
+    engine_finetune.evaluate(batches, model, torch.device("cpu"), "none", criterion)
+    assert criterion.terms[0].loss.mean == 1
+    assert criterion.training
+    assert criterion.terms[0].training
+    criterion(torch.eye(3), torch.tensor([0, 1, 1]))
+    assert criterion.terms[0].loss.mean != 1
 
 
 def test_images_come_in_another_order_every_epoch_of_a_single_process(monkeypatch):

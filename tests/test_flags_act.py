@@ -197,7 +197,7 @@ SHARED: dict[str, Row] = {
         {1e-8},
         {1e-8, 1e-3},
     ),
-    "freeze": ("--freeze *.dwconv:0-1", lambda b: b.loop.freezer is None, True, False),
+    "freeze": ("--freeze *.dwconv:0-1", lambda b: frozen(b), set(), {"dwconv"}),
     "clip_mode": ("--clip_mode value", lambda b: b.stepper.clip_mode, "norm", "value",
                   "--clip_grad 1"),
     "clip_grad": ("--clip_grad 3", lambda b: b.stepper.clip_grad, None, 3.0),
@@ -436,6 +436,15 @@ ELSEWHERE = {
     "tests/weights/test_library.py": "pretrained",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused
 }
+
+
+def frozen(built: Built) -> set[str]:
+    """Names of the layers that are frozen in the first epoch."""
+    if built.loop.freezer is not None:
+        built.loop.freezer.begin_epoch(0)
+    found = {id(parameter) for parameter in built.stepper.frozen}
+    named = built.stepper.model.named_parameters()
+    return {name.split(".")[-2] for name, parameter in named if id(parameter) in found}
 
 
 def min_scale(built: Built) -> float:

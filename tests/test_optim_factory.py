@@ -232,6 +232,15 @@ def test_any_optimizer_of_timm_steps_by_its_name(opt):
     assert all(moved)
 
 
+@pytest.mark.parametrize("name", ["foreach", "differentiable", "capturable", "fused"])
+def test_a_choice_of_kernels_is_the_users(name):
+    options = {name: name != "capturable"}  # it needs a GPU
+    optimizer = create_optimizer(nn.Linear(2, 2), lr=0.1, **options)
+    assert optimizer.defaults[name] == options[name]
+    with pytest.raises(UserError, match="cannot be"):
+        create_optimizer(nn.Linear(2, 2), lr=0.1, fused=True, foreach=True)
+
+
 def test_sgd_steps_by_hand():
     """Momentum 0.5 with Nesterov: the step is g + 0.5 g; decay 0.2 of the weight joins g."""
     layer = nn.Linear(1, 1).double()
@@ -457,6 +466,8 @@ def test_rules_change_the_step():
         ("head:lr=x", "--param_group head: lr is 'x', expected a number"),
         ("head:lr=-1", "lr is -1, expected a number of at least 0"),
         ("head:betas=(0.9,)", "betas is .*, expected 2 values"),
+        ("head:betas=(2.0, 3.0)", "--param_group head: Invalid beta parameter at index 0: 2.0"),
+        ("head:eps=-1", "--param_group head: Invalid epsilon value: -1"),
         ("head:amsgrad=1", "amsgrad is 1, expected True or False"),
         ("head:use_fallback=True", "unknown option 'use_fallback'"),  # of muon
         ("head", r"expected PATTERN:name=value,name=value\n  head\n      \^"),

@@ -9,10 +9,9 @@ import ast
 import copy
 import functools
 import inspect
+import math
 import operator
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,17 +20,13 @@ from torch import Tensor, nn
 
 from config.calls import Call, parse_call, parse_sum
 from datasets import count_labels
-from errors import UserError, first_few, first_line, resolve
+from errors import UserError, describe_error, first_few, first_line, resolve_for
 from parallel import sharding
 from parallel.process_group import get_logger, get_world_size
-from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, Row
+from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, TORCH_RANGES, Range, Row
+from training.targets import KINDS
 
-KINDS = {
-    "class": "one class per image",
-    "soft": "mixed labels (of --mixup or --cutmix)",
-    "multi": "several classes per image",
-    "number": "numbers",
-}
+ONLY_IN_TRAINING = ("label_smoothing", "weight", "pos_weight")  # so are these
 REDUCTIONS = ("reduction", "reduce", "size_average")  # arguments of torch's losses
 
 
@@ -40,7 +35,7 @@ class Criterion(nn.Module):
 
     text: such as `0.5*focal(gamma=2) + ce`. kind: of the targets, one of KINDS. smoothing: of class
     labels, in training only. class_weights: (K,), in training only.
-    `per_image(outputs, targets)` is the loss of evaluation, (N,), without smoothing and weights.
+    `per_image(outputs, targets)` is the loss of evaluation, without smoothing and weights.
     Both compute in float32 or better. Parameters of losses are trained with those of the model.
     """
 
@@ -126,19 +121,24 @@ class Criterion(nn.Module):
         middle = 0.5 if self.kind == "multi" else 1 / classes
         return targets.to(outputs.dtype) * (1 - self.smoothing) + self.smoothing * middle
 
-    def per_image(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(N,): the loss of each image, without smoothing and class weights.
+    def per_image(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T) losses of each image and term, without smoothing and class weights; (N, T) counts.
 
+        A count is 0, as is the loss, for an image whose targets are all ignored, otherwise 1.
         A loss that gives only the mean over a batch counts as if each image had that value.
         """
         with torch.autocast(outputs.device.type, enabled=False):
             outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-            found = []
+            losses, counts = [], []
             for term in self.terms:
                 values = (term.evaluated or term.loss)(outputs, targets)
-                values = values[0] if isinstance(values, tuple) else values
-                found.append(term.times_factor(values.expand(len(outputs))))
-            return functools.reduce(operator.add, found)
+                counted = outputs.new_ones(len(outputs))
+                if isinstance(values, tuple):
+                    values, counted = values
+                values = torch.where(counted > 0, values, 0.0).expand(len(outputs))
+                losses.append(term.times_factor(values))
+                counts.append(counted)
+            return torch.stack(losses, 1), torch.stack(counts, 1)
 
 
 class Term(nn.Module):
@@ -153,19 +153,24 @@ class Term(nn.Module):
         self.name, self.text, self.factor = call.name, str(call), call.factor
         if call.options:
             raise UserError(f"--loss {call}: got values in [ ], which no loss takes; drop them")
+        if not 0 < call.factor < math.inf:
+            raise UserError(f"--loss: the factor of {call} is {call.factor:g}, expected above 0")
         found, self.evaluated = _find(call.name), None
         if isinstance(found, Row):
             self.takes = tuple(found.takes.split())
             values = _bind(found.function, call, inputs=2)
+            _check_ranges(call, values, found.ranges)
             self.loss = functools.partial(found.function, **values)
             if found.evaluation:
                 values |= found.evaluation
                 self.evaluated = functools.partial(found.function, **values)
         elif call.name in TORCH_LOSSES:
             self.takes, self.loss = tuple(TORCH_LOSSES[call.name][0].split()), TorchLoss(call)
-            if "label_smoothing" in call.kwargs:
-                plain = Call(call.name, call.args, call.kwargs | {"label_smoothing": 0.0})
-                self.evaluated = TorchLoss(plain)
+            given = _bind(getattr(nn, call.name), call)
+            _check_ranges(call, given, TORCH_RANGES)
+            if given.keys() & set(ONLY_IN_TRAINING):
+                plain = {k: v for k, v in given.items() if k not in ONLY_IN_TRAINING + REDUCTIONS}
+                self.evaluated = TorchLoss(Call(call.name, kwargs=plain))
         else:
             self.takes = tuple(getattr(found, "takes", ()))
             self.loss = _users_loss(found, call)
@@ -175,7 +180,10 @@ class Term(nn.Module):
 
 
 class TorchLoss(nn.Module):
-    """A loss of torch.nn: `forward` gives a value for each image, `mean` is torch's own mean."""
+    """A loss of torch.nn: `forward` gives a value for each image, `mean` is torch's own mean.
+
+    With `ignore_index`, `forward` also returns (N,) 1 for images that count, or 0.
+    """
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -188,9 +196,12 @@ class TorchLoss(nn.Module):
             for name, value in list(part.named_buffers()):  # weights, which the flag gives again
                 part.register_buffer(name, value, persistent=False)
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, outputs: Tensor, targets: Tensor) -> Any:
         values = self.each(outputs, self._prepared(targets, outputs))
-        return values.reshape(len(outputs), -1).mean(1)
+        values = values.reshape(len(outputs), -1).mean(1)
+        if targets.ndim == 1 and hasattr(self.each, "ignore_index"):
+            return values, (targets != self.each.ignore_index).to(values.dtype)
+        return values
 
     def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch; CrossEntropyLoss with weights divides by the sum of the weights."""
@@ -211,8 +222,12 @@ def _find(name: str) -> Any:
         raise UserError(f"--loss {name} {fix}")
     if name.endswith("Loss") and hasattr(nn, name) and name not in TORCH_LOSSES:
         fix = f"use one of {', '.join(TORCH_LOSSES)}"
-        raise UserError(f"--loss {name} needs other inputs than (outputs, targets); {fix}")
-    return resolve(name, LOSSES | dict.fromkeys(TORCH_LOSSES), "loss")
+        raise UserError(
+            f"--loss {name} is not supported here, since it needs other inputs or targets; {fix}"
+        )
+    return resolve_for(
+        "--loss", name, LOSSES | dict.fromkeys(TORCH_LOSSES), "loss", importable=True
+    )
 
 
 def _users_loss(found: Any, call: Call) -> Callable[..., Tensor]:
@@ -246,6 +261,14 @@ def _bind(function: Callable, call: Call, inputs: int = 0) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if name not in names}
 
 
+def _check_ranges(call: Call, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    for name in values.keys() & ranges.keys():
+        value, (expected, holds) = values[name], ranges[name]
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(type(x) in (int, float) and holds(x) for x in numbers):
+            raise UserError(f"--loss {call}: {name} is {value!r}, expected {expected}")
+
+
 def _accepted(function: Callable, inputs: int = 0) -> str:
     """Return the arguments that a loss takes, for a message."""
     known = list(inspect.signature(function).parameters.values())[inputs:]
@@ -272,7 +295,7 @@ def try_out(criterion: Criterion, num_classes: int) -> None:
             loss = trial.mean(term, outputs, rows[trial.kind])
             loss.backward()
         except Exception as error:
-            raise UserError(f"--loss {term.text}: {_describe(error)}{_taken(term)}") from error
+            raise UserError(f"--loss {term.text}: {describe_error(error)}{_taken(term)}") from error
         unused = [name for name, p in term.named_parameters() if p.requires_grad and p.grad is None]
         problem = f"its parameters {first_few(unused)} have no effect" if unused else ""
         if outputs.grad is None:
@@ -281,14 +304,6 @@ def try_out(criterion: Criterion, num_classes: int) -> None:
             problem = "it or its gradient is not finite for logits between -1 and 1"
         if problem:
             raise UserError(f"--loss {term.text}: {problem}{_taken(term)}")
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return f"{type(error).__name__} in {place}: {first_line(error)}"
 
 
 def _taken(term: Term) -> str:
@@ -321,26 +336,54 @@ CLASS_WEIGHTS = {"inverse": inverse, "effective": effective}  # counts (K,) -> w
 def create_class_weights(text: str, counts: Callable[[], Tensor], num_classes: int) -> Tensor:
     """(K,) weights with mean 1, by a name or from a list such as `[1, 2.5, 1]`.
 
-    counts: returns the number of training images of each class. A class without any has weight 0,
-    and does not count in the mean.
+    counts: returns the number of training images of each class. A class without any does not count
+    in the mean, and has weight 0 unless a user's function gives another.
     """
     flag = "--class_weights"
     if text.startswith("["):
         return _given_weights(text, num_classes)
     call = parse_call(text, flag)
-    known = dict.fromkeys(("none", *CLASS_WEIGHTS)) | CLASS_WEIGHTS
-    function = resolve(call.name, known, "class weights")
-    if function is None:
-        raise UserError(f"{flag} {text}: none takes no arguments; pass {flag} none")
+    function = _find_class_weights(call)
     numbers = counts()
-    try:
-        found = function(numbers[numbers > 0], *call.args, **call.kwargs)
-    except (TypeError, ValueError) as error:
-        fix = _accepted(function, 1)
-        raise UserError(f"{flag} {text}: {first_line(error)}{fix}") from error
-    weights = torch.zeros(len(numbers), dtype=torch.float64)
-    weights[numbers > 0] = torch.as_tensor(found, dtype=torch.float64)
+    if call.name not in CLASS_WEIGHTS:
+        weights = _users_weights(function, call, numbers)
+    else:
+        try:
+            found = function(numbers[numbers > 0], *call.args, **call.kwargs)
+        except (TypeError, ValueError) as error:
+            fix = _accepted(function, 1)
+            raise UserError(f"{flag} {text}: {first_line(error)}{fix}") from error
+        weights = torch.zeros(len(numbers), dtype=torch.float64)
+        weights[numbers > 0] = torch.as_tensor(found, dtype=torch.float64)
     return (weights / weights[numbers > 0].mean()).float()
+
+
+def _find_class_weights(call: Call) -> Callable[..., Any]:
+    flag = "--class_weights"
+    known = dict.fromkeys(("none", *CLASS_WEIGHTS)) | CLASS_WEIGHTS
+    function = resolve_for(flag, call.name, known, "class weights", importable=True)
+    if function is None:
+        raise UserError(f"{flag} {call}: none takes no arguments; pass {flag} none")
+    return function
+
+
+def _users_weights(function: Callable[..., Any], call: Call, counts: Tensor) -> Tensor:
+    """(K,) counts -> (K,) float64 weights of a user's function; UserError if they cannot work."""
+    try:
+        found = function(counts.clone(), *call.args, **call.kwargs)
+        weights = torch.as_tensor(found, dtype=torch.float64)
+    except Exception as error:
+        raise UserError(f"--class_weights {call}: {describe_error(error)}") from error
+    problem = ""
+    if weights.shape != counts.shape:
+        problem = f"it gives shape {tuple(weights.shape)}, expected {tuple(counts.shape)}"
+    elif not weights.isfinite().all() or (weights < 0).any():
+        problem = f"it gives {first_few(weights.tolist(), 5)}, expected numbers of at least 0"
+    elif not weights[counts > 0].any():
+        problem = "the weights of all classes with images are 0"
+    if problem:
+        raise UserError(f"--class_weights {call}: {problem}; correct the function")
+    return weights
 
 
 def _given_weights(text: str, num_classes: int) -> Tensor:
@@ -363,26 +406,27 @@ def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion:
     return Criterion(args.loss, "soft" if mixed else "class", smoothing, weights)
 
 
-def _lengths(criterion: Criterion) -> Iterator[int]:
-    return (len(weights) for weights in criterion.buffers() if weights.ndim == 1)
-
-
 def check_loss(args: Any) -> None:
     """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
     criterion = _create_criterion(args)
-    classes = args.nb_classes or max(_lengths(criterion), default=3)
-    try_out(criterion, classes)
-    if args.class_weights != "none":
-        given = args.class_weights.startswith("[")
-        expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
-        equal = torch.full((expected,), 2.0, dtype=torch.float64)
-        weights = create_class_weights(args.class_weights, lambda: equal, expected)
-        try_out(_create_criterion(args, weights), expected)
+    if args.nb_classes:  # else build_criterion tries it, with the classes of the data
+        try_out(criterion, args.nb_classes)
     if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
         raise UserError(
             f"--loss {args.loss} has parameters of its own, which --shard {args.shard} does not "
             "average over processes; use --shard ddp"
         )
+    if args.class_weights != "none":
+        given, users = args.class_weights.startswith("["), ":" in args.class_weights
+        if users and not args.nb_classes:  # it may know the number of classes
+            _find_class_weights(parse_call(args.class_weights, "--class_weights"))
+            return
+        expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
+        equal = torch.full((expected,), 2.0, dtype=torch.float64)
+        weights = create_class_weights(args.class_weights, lambda: equal, expected)
+        criterion = _create_criterion(args, weights)
+        if args.nb_classes:
+            try_out(criterion, args.nb_classes)
 
 
 def build_criterion(

@@ -12,16 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config.calls import Call, parse_call
-from errors import UserError, first_few, plural, resolve
+from errors import UserError, describe_error, first_few, plural, resolve
 from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
-from training.metrics import KINDS, METRICS, Batch, Metric, default_metrics
+from training.metrics import METRICS, Batch, Metric, default_metrics
 from training.report import plain
+from training.targets import KINDS
 
 SPACES = re.compile(r"\s+(?![^(]*\))")  # that are not in brackets
-SHARED = 3  # sums besides those of metrics: loss, images, images without usable outputs
+SHARED = 2  # sums besides those of losses and metrics: images, images without usable outputs
 
 
 class Metrics:
@@ -39,7 +41,7 @@ class Metrics:
         words: Sequence[str] | None = None,
         best: str | None = None,
         outputs: int = 0,
-        kind: str = "classes",
+        kind: str = "class",
     ) -> None:
         self.kind, self.outputs = kind, outputs
         self.metrics: dict[str, Metric] = {}
@@ -106,23 +108,30 @@ class Metrics:
             )
         return name
 
-    def reset(self, device: torch.device | str) -> None:
-        """Forget all images."""
+    def reset(self, device: torch.device | str, terms: int = 1) -> None:
+        """Forget all images; terms: number of losses that the loss is the sum of."""
         no_float64 = torch.device(device).type == "mps"
         self.dtype = torch.float32 if no_float64 else torch.float64
         sizes = [metric.size(self.outputs) if metric.add else 0 for metric in self.metrics.values()]
-        self.sizes = [SHARED, *sizes]
+        self.sizes = [SHARED, terms, terms, *sizes]
         self.sums = torch.zeros(sum(self.sizes), dtype=self.dtype, device=device)
         self.rows: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-        """Add a batch without a host sync: (N, K) float outputs, targets, (N,) losses."""
+    def update(
+        self, logits: Tensor, targets: Tensor, losses: Tensor, counts: Tensor | None = None
+    ) -> None:
+        """Add a batch without a host sync: (N, K) float outputs, targets, losses (N, T) or (N,).
+
+        counts: as losses, 0 for an image that does not count in the mean of a loss, otherwise 1.
+        """
         targets = self._checked(logits, targets)
         batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
         images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
         broken = batch.broken.sum(dtype=self.dtype)
-        parts = [torch.stack([losses.to(self.dtype).sum(), images, broken])]
+        counts = torch.ones_like(losses) if counts is None else counts
+        parts = [torch.stack([images, broken])]
+        parts += [x.to(self.dtype).view(len(logits), -1).sum(0) for x in (losses, counts)]
         parts += [metric.add(batch) for metric in self.metrics.values() if metric.add]
         self.sums += torch.cat(parts)
         if self.rows_needed:
@@ -130,19 +139,19 @@ class Metrics:
             self.rows.append(torch.cat([part.to(self._row_dtype()) for part in columns], 1))
 
     def _row_dtype(self) -> torch.dtype:
-        return self.dtype if self.kind == "numbers" else torch.float32  # exact for class labels
+        return self.dtype if self.kind == "number" else torch.float32  # exact for class labels
 
     def _checked(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return targets of the right shape; UserError if outputs or targets have another."""
         if self.outputs and logits.shape[1] != self.outputs:
             got = plural(logits.shape[1], "output")
             raise UserError(f"the model has {got}, expected {self.outputs}; correct its head")
-        if self.kind == "numbers" and targets.ndim == 1 and logits.shape[1] == 1:
+        if self.kind == "number" and targets.ndim == 1 and logits.shape[1] == 1:
             targets = targets[:, None]
-        expected = logits.shape[:1] if self.kind == "classes" else logits.shape
-        if targets.shape != expected or (self.kind == "classes" and targets.is_floating_point()):
+        expected = logits.shape[:1] if self.kind == "class" else logits.shape
+        if targets.shape != expected or (self.kind == "class" and targets.is_floating_point()):
             got = f"{targets.dtype} of shape {tuple(targets.shape)}".removeprefix("torch.")
-            wanted = "integers of shape" if self.kind == "classes" else "shape"
+            wanted = "integers of shape" if self.kind == "class" else "shape"
             raise UserError(
                 f"metrics of {KINDS[self.kind]}: got targets {got}, expected {wanted} "
                 f"{tuple(expected)}, for outputs of shape {tuple(logits.shape)}; correct the data"
@@ -155,26 +164,23 @@ class Metrics:
         Returns the number of images, and of those without usable outputs.
         """
         self.total = all_reduce_sum(self.sums.clone()).cpu().double()
-        self.images = int(self.total[1])
-        return self.images, int(self.total[2])
+        self.images = int(self.total[0])
+        return self.images, int(self.total[1])
 
     def values(self) -> dict[str, Any]:
         """Return loss and metrics after `reduce`; every rank must call it.
 
         Numbers, or lists of metrics with several values.
         """
-        shared, *sums = self.total.split(self.sizes)
-        found = {"loss": (shared[0] / self.images).item()}
+        _, losses, counts, *sums = self.total.split(self.sizes)
+        found = {"loss": (losses / counts).sum().item()}
         whole: dict[str, dict[str, Any]] = {}
         if self.rows_needed:
             rows = self._gather()
             whole = from_main_process(lambda: self._whole_values(rows))
         for (name, metric), own in zip(self.metrics.items(), sums, strict=True):
             found |= {name: metric.value(own, self.images)} if metric.add else whole[name]
-        best = found.get(self.best)
-        if not isinstance(best, int | float):
-            names = first_few((key for key, x in found.items() if isinstance(x, int | float)), 20)
-            raise UserError(f"--best_metric {self.best}: got {best!r}, expected one of {names}")
+        best = found.setdefault(self.best, math.nan)  # a user's function may have left it out
         if not math.isfinite(best):
             text = "%s is %s, so this cannot become the best checkpoint"
             get_logger().warning(text, self.best, best)
@@ -182,7 +188,7 @@ class Metrics:
 
     def _gather(self) -> Tensor | None:
         """Return the rows of all ranks on rank 0, on the device if it has float64."""
-        width = self.outputs + (1 if self.kind == "classes" else self.outputs)
+        width = self.outputs + (1 if self.kind == "class" else self.outputs)
         empty = torch.empty(0, width, dtype=self._row_dtype(), device=self.sums.device)
         rows = gather_rows(torch.cat([empty, *self.rows]))
         self.rows = []
@@ -191,20 +197,61 @@ class Metrics:
     def _whole_values(self, rows: Tensor) -> dict[str, dict[str, Any]]:
         """Return the values of each metric that needs all outputs, by name."""
         outputs, targets = rows[:, : self.outputs], rows[:, self.outputs :]
-        if self.kind == "classes":
+        if self.kind == "class":
             targets = targets[:, 0].long()
         found = {}
         for name, metric in self.metrics.items():
             if metric.whole:
-                value = metric.whole(outputs, targets, self.kind)
-                several = value if isinstance(value, Mapping) else {}
-                found[name] = {f"{name}_{key}": x for key, x in several.items()} or {name: value}
+                found[name] = self._whole_value(name, metric, outputs, targets)
         return found
 
+    def _whole_value(
+        self, name: str, metric: Metric, outputs: Tensor, targets: Tensor
+    ) -> dict[str, Any]:
+        """Return the values of a metric; NaN, with a warning, if a user's function fails."""
+        try:
+            value = metric.whole(outputs, targets, self.kind)
+        except Exception as error:
+            if ":" not in self.texts[name]:
+                raise
+            text = "%s failed, so it is NaN: %s"
+            get_logger().warning(text, self.texts[name], describe_error(error))
+            value = math.nan
+        several = value if isinstance(value, Mapping) else {}
+        return {f"{name}_{key}": x for key, x in several.items()} or {name: value}
 
-def build_metrics(args: Any, outputs: int = 0, kind: str = "classes") -> Metrics:
+    def try_out(self) -> None:
+        """Call the functions of the user's on random outputs; UserError if one fails.
+
+        Errors, results that are no numbers and a wrong --best_metric show here, before training.
+        """
+        images = max(2, min(2 * self.outputs, 4_000_000 // self.outputs))  # each class twice
+        outputs = torch.randn(images, self.outputs, generator=torch.Generator().manual_seed(0))
+        targets = torch.arange(images) % self.outputs
+        if self.kind != "class":
+            targets = F.one_hot(targets, self.outputs).to(outputs.dtype)
+        for name, metric in self.metrics.items():
+            if ":" not in self.texts[name]:
+                continue
+            try:
+                with torch.inference_mode():  # as in evaluation
+                    value = metric.whole(outputs, targets, self.kind)
+            except Exception as error:
+                raise UserError(f"--metrics {self.texts[name]}: {describe_error(error)}") from error
+            several = value if isinstance(value, Mapping) else {}
+            names = [f"{name}_{key}" for key in several] or [name]
+            others = set(self.names) - {name}
+            own = self.best == name or self.best.startswith(f"{name}_")
+            if own and self.best not in {*names, *others}:
+                raise UserError(f"--best_metric {self.best}: expected one of {first_few(names)}")
+
+
+def build_metrics(args: Any, outputs: int = 0, kind: str = "class") -> Metrics:
     """Build the metrics that the flags name; outputs: of the model, 0 if not known yet."""
-    return Metrics(args.metrics, args.best_metric, outputs, kind)
+    metrics = Metrics(args.metrics, args.best_metric, outputs, kind)
+    if outputs:
+        metrics.try_out()
+    return metrics
 
 
 def log_name(call: Call) -> str:
@@ -221,6 +268,9 @@ def make_kinds(make: Callable[..., Metric]) -> Sequence[str]:
 def create_metric(call: Call, flag: str) -> Metric:
     """Create a metric from a row of METRICS or from `package.module:function`."""
     make = _resolve(call.name, METRICS, flag)
+    own = call.name.rpartition(":")[2]
+    if call.name not in METRICS and own in METRICS:
+        raise UserError(f"{flag}: {call.name} has the name of the metric {own}; rename it")
     if call.name not in METRICS:
         return user_metric(make, call, flag)
     try:

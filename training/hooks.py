@@ -149,10 +149,14 @@ class Reporter:
             "steps": self.steps_per_epoch,
         }
 
-    def end_epoch(self) -> None:
-        """Notify the hooks of an epoch's values; raises if this run lost its output folder."""
+    def end_epoch(self, stats: Record | None = None) -> None:
+        """Notify the hooks of an epoch's values; raises if this run lost its output folder.
+
+        stats: with large confusion matrices, which `state.stats` does not hold: a resumed run that
+        writes the missed line of an epoch cannot write confusion.csv again.
+        """
         run_lock.check()
-        self._notify("on_epoch", dict(self.state.stats), self.state)
+        self._notify("on_epoch", dict(self.state.stats if stats is None else stats), self.state)
 
     def image(
         self, name: str, draw: Callable[[], Tensor | None], only_missing: bool = False

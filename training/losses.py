@@ -40,9 +40,13 @@ def one_hot(targets: Tensor, outputs: Tensor) -> Tensor:
 # --- one class per image --------------------------------------------------------------------
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """-log p of the class; of probabilities their mean of it."""
-    return F.cross_entropy(outputs, targets, reduction="none")
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Any:
+    """-log p of the class, and (N,) 0 for targets of -100, otherwise 1; of probabilities the mean.
+
+    As torch does, `Criterion` leaves out images that do not count.
+    """
+    values = F.cross_entropy(outputs, targets, reduction="none")
+    return values if targets.ndim > 1 else (values, (targets != -100).to(values.dtype))
 
 
 def _soft_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,11 +77,14 @@ def soft_target_ce(
 
 def classy_smoothing(
     outputs: Tensor, targets: Tensor, smoothing: float = 0.1, ignore_index: int = -100
-) -> Tensor:
+) -> Any:
     """ClassyVision's label_smoothing_cross_entropy: targets (t + s/K) / (1 + s).
 
-    Torch's label_smoothing = s / (1 + s) is the same: 0.0909 for s = 0.1.
+    Torch's label_smoothing = s / (1 + s) is the same: 0.0909 for s = 0.1. Images with ignored
+    targets alone count in the mean, as in ClassyVision, except without smoothing, as in evaluation.
     """
+    if smoothing == 0:
+        return soft_target_ce(outputs, targets, ignore_index=ignore_index)
     floats, _ = _valid_targets(outputs, targets, ignore_index, normalize=True)
     floats = floats + smoothing / outputs.shape[1]
     return _soft_cross_entropy(outputs, floats / (EPS + floats.sum(1, keepdim=True)))
@@ -118,8 +125,6 @@ def jsd(outputs: Tensor, targets: Tensor, weight: float = 0.5) -> Tensor:
     weight: of the target, between 0 and 1: near 0 like cross-entropy, near 1 like mean absolute
     error. It is divided by -(1 - weight) * log(1 - weight), as in the paper.
     """
-    if not 0 < weight < 1:
-        raise UserError(f"--loss jsd: weight {weight}, expected a number between 0 and 1")
     log_p, targets = outputs.log_softmax(1), one_hot(targets, outputs)
     log_mean = torch.logaddexp(targets.log() + math.log(weight), log_p + math.log1p(-weight))
     to_target = (torch.xlogy(targets, targets) - targets * log_mean).sum(1)
@@ -230,7 +235,7 @@ def barron(outputs: Tensor, targets: Tensor, alpha: float = 1.0, c: float = 1.0)
     """Barron's general robust loss (arXiv 1701.03077), as in ClassyVision.
 
     With x = (error / c)^2 and z = max(1, 2 - alpha): log(x / 2 + 1) for alpha 0, 1 - exp(-x / 2)
-    for alpha inf, otherwise z / alpha * ((x / z + 1)^(alpha / 2) - 1).
+    for alpha -inf and inf, otherwise z / alpha * ((x / z + 1)^(alpha / 2) - 1).
     """
     alpha, x = float(alpha), (_error(outputs, targets) / c).square()
     if alpha == 0:
@@ -244,30 +249,52 @@ def barron(outputs: Tensor, targets: Tensor, alpha: float = 1.0, c: float = 1.0)
 # --- tables ---------------------------------------------------------------------------------
 
 
+class Range(NamedTuple):
+    """Values that an argument may have; None is always allowed, as a default."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+NOT_NEGATIVE = Range("a number of at least 0", lambda x: 0 <= x < math.inf)
+POSITIVE = Range("a number above 0", lambda x: 0 < x < math.inf)
+FRACTION = Range("a number from 0 to 1", lambda x: 0 <= x <= 1)
+BELOW_1 = Range("a number of at least 0 and below 1", lambda x: 0 <= x < 1)
+FINITE = Range("a number", lambda x: -math.inf < x < math.inf)
+ANY = Range("a number, inf or -inf", lambda x: x == x)
+INSIDE = Range("a number between 0 and 1", lambda x: 0 < x < 1)
+
+
 class Row(NamedTuple):
-    """A loss, the kinds of targets that it takes, and other arguments for evaluation."""
+    """A loss, the kinds of targets that it takes, ranges of its arguments, others in evaluation."""
 
     function: Callable[..., Any]
     takes: str
     evaluation: dict[str, Any] = {}
+    ranges: dict[str, Range] = {}
 
 
+GAMMAS = dict.fromkeys(("gamma_pos", "gamma_neg"), NOT_NEGATIVE)
 LOSSES: dict[str, Row] = {
     "ce": Row(cross_entropy, "class soft"),
     "soft_target_ce": Row(soft_target_ce, "class soft multi"),
-    "classy_smoothing": Row(classy_smoothing, "class soft multi", {"smoothing": 0.0}),
-    "focal": Row(focal, "class soft"),
-    "poly": Row(poly, "class soft"),
-    "asymmetric_single": Row(asymmetric_single, "class", {"eps": 0.0}),
-    "jsd": Row(jsd, "class soft"),
-    "bce": Row(bce, "class soft multi"),
-    "binary_focal": Row(binary_focal, "class soft multi"),
-    "asymmetric": Row(asymmetric, "class soft multi"),
+    "classy_smoothing": Row(
+        classy_smoothing, "class soft multi", {"smoothing": 0.0}, {"smoothing": BELOW_1}
+    ),
+    "focal": Row(focal, "class soft", ranges={"gamma": NOT_NEGATIVE}),
+    "poly": Row(poly, "class soft", ranges={"epsilon": FINITE}),
+    "asymmetric_single": Row(asymmetric_single, "class", {"eps": 0.0}, GAMMAS | {"eps": BELOW_1}),
+    "jsd": Row(jsd, "class soft", ranges={"weight": INSIDE}),
+    "bce": Row(bce, "class soft multi", ranges={"threshold": FRACTION}),
+    "binary_focal": Row(
+        binary_focal, "class soft multi", ranges={"gamma": NOT_NEGATIVE, "alpha": FRACTION}
+    ),
+    "asymmetric": Row(asymmetric, "class soft multi", ranges=GAMMAS | {"clip": FRACTION}),
     "zlpr": Row(zlpr, "class soft multi"),
     "l1": Row(l1, "number"),
     "l2": Row(l2, "number"),
-    "smooth_l1": Row(smooth_l1, "number"),
-    "barron": Row(barron, "number"),
+    "smooth_l1": Row(smooth_l1, "number", ranges={"beta": NOT_NEGATIVE}),
+    "barron": Row(barron, "number", ranges={"alpha": ANY, "c": POSITIVE}),
 }
 
 
@@ -293,6 +320,8 @@ TORCH_LOSSES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor] | None]] =
     **dict.fromkeys(("L1Loss", "MSELoss", "SmoothL1Loss", "HuberLoss"), ("number", _numbers)),
     "PoissonNLLLoss": ("number", _numbers),
 }
+# Arguments of these classes; a list has a value for each class.
+TORCH_RANGES = {"weight": NOT_NEGATIVE, "pos_weight": NOT_NEGATIVE, "label_smoothing": BELOW_1}
 NOT_LOGITS = {  # classes of torch.nn that take probabilities, where networks give logits
     "NLLLoss": "ce",
     "BCELoss": "bce",

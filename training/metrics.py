@@ -19,14 +19,12 @@ from torch import Tensor
 
 from training.meters import unusable
 
-# Kinds of targets: labels (N,); multi-hot or soft (N, K); numbers (N, D), or (N,) for one.
-KINDS = {"classes": "class labels", "multilabel": "multi-label targets", "numbers": "numbers"}
-DEFAULTS = {
-    "classes": ("acc1", "acc5"),
-    "multilabel": ("map", "f1", "exact_match"),
-    "numbers": ("rmse", "mae", "r2"),
+DEFAULTS = {  # by kind of targets; mixed labels are of training alone
+    "class": ("acc1", "acc5"),
+    "multi": ("map", "f1", "exact_match"),
+    "number": ("rmse", "mae", "r2"),
 }
-LABELED = ("classes", "multilabel")
+LABELED = ("class", "multi")
 MOST_CLASSES = 5000  # of a confusion matrix, which then has 200 MB
 
 
@@ -38,7 +36,7 @@ def default_metrics(kind: str) -> tuple[str, ...]:
 class Batch:
     """Outputs and targets of a batch, with the quantities that several metrics use.
 
-    logits: (N, K) float. kind: of KINDS. ranks: number of best classes that metrics look at.
+    logits: (N, K) float. kind: of targets. ranks: number of best classes that metrics look at.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Batch:
     @cached_property
     def broken(self) -> Tensor:
         """(N,) bool: images without a usable output."""
-        if self.kind == "numbers":
+        if self.kind == "number":
             return ~torch.isfinite(self.logits).all(1)
         return unusable(self.logits)
 
@@ -63,7 +61,7 @@ class Batch:
     @cached_property
     def gains(self) -> Tensor:
         """(N, ranks) target values of the best classes: 1 or 0, between them for soft targets."""
-        if self.kind == "classes":
+        if self.kind == "class":
             gains = (self.ranked == self.targets[:, None]).to(self.dtype)
         else:
             gains = self.targets.gather(1, self.ranked).to(self.dtype)
@@ -88,7 +86,7 @@ class Batch:
 
     def class_counts(self, threshold: float | None = None) -> Tensor:
         """(3, K) images of each class: right answers, all answers, all targets."""
-        if self.kind == "multilabel":
+        if self.kind == "multi":
             answer, positive = self.decisions(threshold)
             found = torch.stack([answer & positive, answer, positive])
             return found.sum(1, dtype=self.dtype)
@@ -174,7 +172,7 @@ def recall_at(k: int) -> Metric:
 
     def add(batch: Batch) -> Tensor:
         targets = batch.targets
-        if batch.kind == "classes":
+        if batch.kind == "class":
             targets = torch.ones_like(targets)
         return torch.stack([batch.gains[:, :k].sum(), targets.sum(dtype=batch.dtype)])
 
@@ -205,7 +203,7 @@ def by_class(
         return values if average == "per_class" else mean(values)
 
     return Metric(
-        LABELED if threshold is None else ("multilabel",),
+        LABELED if threshold is None else ("multi",),
         lambda batch: batch.class_counts(threshold).flatten(),
         value,
         size=lambda outputs: 3 * outputs,
@@ -251,7 +249,7 @@ def class_accuracies(sums: Tensor) -> list[float | None]:
 def class_accuracy() -> Metric:
     """A list of the accuracy of each class; None for a class without images."""
     return Metric(
-        ("classes",),
+        ("class",),
         lambda batch: batch.class_counts().flatten(),
         lambda sums, images: class_accuracies(sums),
         size=lambda outputs: 3 * outputs,
@@ -262,7 +260,7 @@ def class_accuracy() -> Metric:
 def balanced_accuracy() -> Metric:
     """Mean accuracy of the classes that have images."""
     return Metric(
-        ("classes",),
+        ("class",),
         lambda batch: batch.class_counts().flatten(),
         lambda sums, images: mean(class_accuracies(sums)),
         size=lambda outputs: 3 * outputs,
@@ -290,7 +288,7 @@ def confusion() -> Metric:
         matrix = sums.view(classes, classes + 1).long()
         return matrix[:, : classes + bool(matrix[:, -1].any())].tolist()
 
-    return Metric(("classes",), add, value, size=size, best="")
+    return Metric(("class",), add, value, size=size, best="")
 
 
 def exact_match(threshold: float = 0.5) -> Metric:
@@ -301,11 +299,11 @@ def exact_match(threshold: float = 0.5) -> Metric:
         answer, positive = batch.decisions(threshold)
         return (answer == positive).all(1).sum(dtype=batch.dtype)[None]
 
-    return Metric(("multilabel",), add, lambda sums, images: ratio(sums[0], images))
+    return Metric(("multi",), add, lambda sums, images: ratio(sums[0], images))
 
 
 def hamming(threshold: float = 0.5) -> Metric:
-    """Labels that are right / all labels of all images."""
+    """Labels that are right / all labels of all images: 1 - Hamming loss."""
     checked_threshold(threshold)
 
     def add(batch: Batch) -> Tensor:
@@ -313,7 +311,7 @@ def hamming(threshold: float = 0.5) -> Metric:
         same = (answer == positive).sum(dtype=batch.dtype)
         return torch.stack([same, torch.full_like(same, answer.numel())])
 
-    return Metric(("multilabel",), add, lambda s, _: ratio(*s), size=lambda outputs: 2)
+    return Metric(("multi",), add, lambda s, _: ratio(*s), size=lambda outputs: 2)
 
 
 def ece(bins: int = 15) -> Metric:
@@ -334,7 +332,7 @@ def ece(bins: int = 15) -> Metric:
     def value(sums: Tensor, images: int) -> float:
         return ratio(sums.abs().sum(), images)
 
-    return Metric(("classes",), add, value, size=lambda outputs: bins, best="lowest")
+    return Metric(("class",), add, value, size=lambda outputs: bins, best="lowest")
 
 
 # --- metrics of the order of all scores ---------------------------------------------------------
@@ -347,7 +345,7 @@ def scores_and_positives(outputs: Tensor, targets: Tensor, kind: str) -> tuple[T
     where it should be low.
     """
     scores = outputs.double()
-    if kind == "multilabel":
+    if kind == "multi":
         positive = targets >= 0.5
     else:
         positive = F.one_hot(targets, outputs.shape[1]).bool()
@@ -411,7 +409,7 @@ def mae() -> Metric:
     def add(batch: Batch) -> Tensor:
         return batch.errors.abs().mean(1).sum()[None]
 
-    return Metric(("numbers",), add, lambda sums, images: sums[0].item() / images, best="lowest")
+    return Metric(("number",), add, lambda sums, images: sums[0].item() / images, best="lowest")
 
 
 def rmse() -> Metric:
@@ -423,7 +421,7 @@ def rmse() -> Metric:
     def value(sums: Tensor, images: int) -> float:
         return (sums / images).sqrt().mean().item()
 
-    return Metric(("numbers",), add, value, size=lambda outputs: outputs, best="lowest")
+    return Metric(("number",), add, value, size=lambda outputs: outputs, best="lowest")
 
 
 def r2() -> Metric:
@@ -439,7 +437,7 @@ def r2() -> Metric:
         found = torch.where(spread > 0, 1 - error / spread, torch.nan)  # constant targets: NaN
         return found.mean().item()
 
-    return Metric(("numbers",), whole=whole)
+    return Metric(("number",), whole=whole)
 
 
 METRICS: dict[str, Callable[..., Metric]] = {

@@ -45,16 +45,22 @@ def _plain(value: Any) -> Any:
 
 
 def log_entry(stats: Record) -> Record:
-    """Return the values of an epoch for log.txt: None for NaN and Inf, which are not valid JSON.
+    """Return the values of an epoch for log.txt: None for NaN and Inf, which are not valid JSON."""
+    return {key: _finite(value) for key, value in small_stats(stats).items()}
 
-    Large confusion matrices are left out, since the whole file is written again every epoch.
+
+def small_stats(stats: Record) -> Record:
+    """Return the values of an epoch without large confusion matrices, for log.txt and checkpoints.
+
+    The whole of log.txt is written again every epoch, and a matrix of 1000 classes makes saving a
+    checkpoint seconds slower.
     """
     large = {
         key
         for key, value in stats.items()
-        if key.startswith("test_confusion") and len(value) > MOST_LOGGED
+        if key.startswith("test_confusion") and isinstance(value, list) and len(value) > MOST_LOGGED
     }
-    return {key: _finite(value) for key, value in stats.items() if key not in large}
+    return {key: value for key, value in stats.items() if key not in large}
 
 
 def _finite(value: Any) -> Any:

@@ -16,8 +16,8 @@ import torch
 
 from config.calls import Call, parse_sum
 from config.flags import is_pretraining
-from errors import UserError, plural, resolve
-from optim_factory import BOUNDED, INITIAL_STD
+from errors import UserError, plural, resolve_for
+from optim_factory import BOUNDED, INITIAL_STD, check_values
 from parallel import sharding
 from parallel.process_group import get_logger
 
@@ -25,7 +25,8 @@ EPSILON = 1e-6  # added to the progress, so that rounding does not miss a border
 WORDS = ("rescaled", "fixed", "step", "epoch")  # in square brackets, after the length
 BETAS = ("beta1", "beta2", "beta3")
 RANGES = {"lr": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, 1)}
-RANGES |= dict.fromkeys(BETAS, (0, 1))
+RANGES |= dict.fromkeys(BETAS, (0, 1)) | {"eps": (1e-30, math.inf)}
+INTERNAL = ("lr", "max_lr_snapshot")  # numbers that are set by schedules, or by timm itself
 CHECKED_AT = [step / 1000 for step in range(1000)]  # progress at which values are checked
 
 
@@ -59,11 +60,17 @@ def exponential(w: float, start: float, decay: float) -> float:
 
 def step(w: float, *values: float) -> float:
     """Each value for an equal part of the run."""
+    if not values:
+        raise ValueError("got no value")
     return values[min(math.floor((w + EPSILON) * len(values)), len(values) - 1)]
 
 
 def multistep(w: float, *values: float, milestones: Any = None, epochs: float) -> float:
     """The next value from each milestone on, an epoch; by default in parts of equal length."""
+    if not values:
+        raise ValueError("got no value")
+    if not isinstance(milestones, list | tuple | None):
+        raise ValueError(f"milestones is {milestones!r}, expected a list such as [3, 6]")
     if milestones is None:
         width = math.ceil(epochs / len(values))
         milestones = [width * number for number in range(1, len(values))]
@@ -75,6 +82,8 @@ def multistep(w: float, *values: float, milestones: Any = None, epochs: float) -
 
 def step_with_fixed_gamma(w: float, base: float, gamma: float, num_decays: int) -> float:
     """`base`, multiplied by `gamma` `num_decays` times, at equal distances."""
+    if type(num_decays) is not int or num_decays < 0:
+        raise ValueError(f"num_decays is {num_decays!r}, expected an integer of at least 0")
     return base * gamma ** min(math.floor((w + EPSILON) * (num_decays + 1)), num_decays)
 
 
@@ -180,7 +189,10 @@ class Curve:
 
     def _function(self, call: Call) -> Callable[[float], float]:
         """Return the function of w that a call names; its arguments are checked."""
-        function = resolve_for(self.flag, call.name, SCHEDULES, "schedule", importable=True)
+        try:
+            function = resolve_for(self.flag, call.name, SCHEDULES, "schedule", importable=True)
+        except UserError as error:
+            raise UserError(f"{error}\n  {self.text}\n  {' ' * call.place}^") from error
         try:
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError) as error:  # not a function, or one without a signature
@@ -204,15 +216,6 @@ class Curve:
 
     def _fail(self, problem: str) -> None:
         raise UserError(f"{self.flag} {self.text!r}: {problem}")
-
-
-def resolve_for(flag: str, name: str, table: Any, kind: str, importable: bool = False) -> Any:
-    """`errors.resolve` with the flag's name in the error; a table may be a list of words."""
-    table = table if isinstance(table, Mapping) else {word: word for word in table}
-    try:
-        return resolve(name, table, kind, importable)
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from error
 
 
 # --- the schedule of a run -------------------------------------------------------------------
@@ -295,7 +298,9 @@ def schedulable(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """Map names for --sched_options to the options of the optimizer that they change."""
     defaults = sharding.local_optimizer(optimizer).defaults
     names = [n for n, value in defaults.items() if type(value) is float or n == "dampening"]
-    known = {name: name for name in names if name != "lr"} | {"weight_decay": "weight_decay"}
+    known = {name: name for name in names if name not in INTERNAL} | {
+        "weight_decay": "weight_decay"
+    }
     betas = defaults.get("betas") or ()
     known |= {name: "betas" for name, _ in zip(BETAS, betas, strict=False)}
     return known | ({"momentum": "betas"} if betas and "momentum" not in known else {})
@@ -324,7 +329,12 @@ def build_curves(args: Any) -> tuple[Curve | None, dict[str, Curve]]:
         if not sign or name in options:
             expected = "NAME=SCHEDULE, such as weight_decay=cosine(0.05,0.5), once for each name"
             raise UserError(f"--sched_options: got {word!r}, expected {expected}")
-        options[name] = Curve(text, flag, args.epochs, RANGES.get(name, (-math.inf, math.inf)))
+        found = Curve(text, flag, args.epochs, RANGES.get(name, (-math.inf, math.inf)))
+        if name not in RANGES:
+            values = [found(w) for w in CHECKED_AT]
+            for value in (min(values), max(values)):
+                check_values(flag, args, {name: value})
+        options[name] = found
     return curve, options
 
 

@@ -105,9 +105,17 @@ def _split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _last_layer(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the classifier, or of FCMAE's prediction."""
-    last = find_classifier(model) or ("pred.",)
-    return [p for name, p in model.named_parameters() if name.startswith(last)]
+    """Return the parameters of the classifier, or of FCMAE's prediction, perhaps in a wrapper."""
+    inner = model
+    while isinstance(inner, nn.Module):
+        last = find_classifier(inner) or ("pred.",)
+        found = [p for name, p in inner.named_parameters() if name.startswith(last)]
+        if found:
+            return found
+        inner = getattr(inner, "module", getattr(inner, "model", None))  # of ddp, of Graphed
+    raise UserError(
+        f"--clip_mode agc: found no classifier in {type(model).__name__}; use --clip_mode norm"
+    )
 
 
 @torch.no_grad()
@@ -201,7 +209,7 @@ class Stepper:
         self.frozen: list[nn.Parameter] = []
         self.adaptive: list[nn.Parameter] = []  # parameters that --clip_mode agc clips
         if self.clip_mode == "agc":
-            last = set(map(id, _last_layer(getattr(self.model, "module", self.model))))
+            last = set(map(id, _last_layer(self.model)))
             self.adaptive = [p for p in self.parameters if id(p) not in last]
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
         # adahessian; it differentiates the scaled gradients and would not unscale the result

@@ -2,6 +2,8 @@
 # Licensed under the MIT License; see LICENSE.
 """Names with arguments on the command line: what is read, and where an error points."""
 
+from math import inf
+
 import pytest
 
 from config.calls import Call, parse_call, parse_sum
@@ -17,6 +19,7 @@ from errors import UserError
         ("step(0.1, [1, 2e-3])", Call("step", (0.1, [1, 0.002]))),
         ("timm:resnet50.a1_in1k(k=1)", Call("timm:resnet50.a1_in1k", (), {"k": 1})),
         ("own.code:f(None, b=True, c=-1)", Call("own.code:f", (None,), {"b": True, "c": -1})),
+        ("f(inf, -inf, [-inf], x=+inf)", Call("f", (inf, -inf, [-inf]), {"x": inf})),
         ("f(word, (x, [y]), 'a)b', {'k': 1})", Call("f", ("word", ("x", ["y"]), "a)b", {"k": 1}))),
     ],
 )  # fmt: skip
@@ -54,6 +57,8 @@ def test_a_call_is_written_as_it_is_read():
         ("focal(gamma=2*x)", "expected a number, a word or a list", 12),
         ("a(1) + b(1, f(2))", "expected a number, a word or a list", 12),
         ("focal(**{1: 2})", "expected values separated by commas", 5),
+        ("focal(gamma=1, gamma=2)", "gamma is given twice", 15),
+        ("a + b(1, {[2]: 3})", "expected a number, a word or a list", 9),
         ("linear(0,1)[x=2]", "expected values without names in [ ]", 15),
     ],
 )

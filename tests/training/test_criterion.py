@@ -19,9 +19,11 @@ from optim_factory import create_optimizer
 from tests import tiny
 from training.anomaly import first_not_finite
 from training.criterion import Criterion, build_criterion, check_loss, create_class_weights, try_out
+from training.evaluation import Metrics
 from training.stepper import Stepper
 
 CPU = torch.device("cpu")
+ME = "tests.training.test_criterion"
 # Softmax of these rows: (1/4, 3/4) and (1/2, 1/2).
 LOGITS = torch.tensor([[0.0, log(3)], [0.0, 0.0]])
 LABELS = torch.tensor([1, 0])
@@ -36,13 +38,17 @@ def flags(**given) -> SimpleNamespace:
 def refused(**given) -> str:
     """The message of `check_loss`, which comes before the data is listed."""
     with pytest.raises(UserError) as caught:
-        check_loss(flags(**given))
+        check_loss(flags(**{"nb_classes": 3} | given))
     return str(caught.value)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return 3 * torch.randn(7, 4, generator=generator), torch.arange(7) % 4
+
+
+def per_image(criterion: Criterion, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return criterion.per_image(outputs, targets)[0].sum(1)
 
 
 # --- values ---------------------------------------------------------------------------------
@@ -58,7 +64,7 @@ def test_default_is_torchs_cross_entropy_bit_for_bit():
         )
         assert torch.equal(ours(outputs, labels), theirs(outputs, labels))
         plain = F.cross_entropy(outputs, labels, reduction="none")
-        assert torch.equal(ours.per_image(outputs, labels), plain)  # without smoothing
+        assert torch.equal(per_image(ours, outputs, labels), plain)  # without smoothing
     assert torch.equal(Criterion(kind="soft")(outputs, soft), nn.CrossEntropyLoss()(outputs, soft))
 
 
@@ -66,7 +72,7 @@ def test_sum_by_hand():
     criterion = Criterion("0.5*focal(gamma=1) + ce")
     # focal: 1/4 log 4/3 and 1/2 log 2; ce: log 4/3 and log 2
     rows = [0.5 / 4 * log(4 / 3) + log(4 / 3), 0.5 / 2 * log(2) + log(2)]
-    assert criterion.per_image(LOGITS, LABELS).tolist() == pytest.approx(rows)
+    assert per_image(criterion, LOGITS, LABELS).tolist() == pytest.approx(rows)
     assert criterion(LOGITS, LABELS).item() == pytest.approx(sum(rows) / 2)
 
 
@@ -81,7 +87,7 @@ def test_smoothing_acts_on_other_losses_in_training_only(text, smoothing):
     expected = Criterion(text, kind="soft")(outputs, smoothed)
     torch.testing.assert_close(criterion(outputs, labels), expected)
     assert torch.equal(
-        criterion.per_image(outputs, labels), Criterion(text).per_image(outputs, labels)
+        per_image(criterion, outputs, labels), per_image(Criterion(text), outputs, labels)
     )
 
 
@@ -97,10 +103,10 @@ def test_losses_own_smoothing_is_off_in_evaluation():
     outputs, labels = batch()
     plain = F.cross_entropy(outputs, labels, reduction="none")
     for text in ("classy_smoothing(0.3)", "CrossEntropyLoss(label_smoothing=0.3)"):
-        torch.testing.assert_close(Criterion(text).per_image(outputs, labels), plain)
+        torch.testing.assert_close(per_image(Criterion(text), outputs, labels), plain)
         assert Criterion(text)(outputs, labels) > plain.mean() + 0.01
-    one = Criterion("asymmetric_single(gamma_neg=2)").per_image(outputs, labels)
-    assert torch.equal(one, Criterion("asymmetric_single(1, 2, eps=0)").per_image(outputs, labels))
+    one = per_image(Criterion("asymmetric_single(gamma_neg=2)"), outputs, labels)
+    assert torch.equal(one, per_image(Criterion("asymmetric_single(1, 2, eps=0)"), outputs, labels))
 
 
 def test_rows_without_a_target_do_not_count_in_the_mean():
@@ -131,19 +137,19 @@ def test_losses_of_torch_are_torchs(text, kind):
     expected = getattr(nn, name)(**options)(outputs, targets[kind])
     criterion = Criterion(text, kind)
     assert torch.equal(criterion(outputs, targets[kind]), expected)
-    values = criterion.per_image(outputs, targets[kind])
+    values = per_image(criterion, outputs, targets[kind])
     assert values.shape == (7,)
-    if "weight=[1" not in text or kind == "multi":  # a sum of weights is not a number of images
+    if "weight=[1" not in text:  # which evaluation leaves out
         torch.testing.assert_close(values.mean(), expected)
     assert criterion.state_dict() == {}  # a resumed run has the weights of its own flag
 
 
 def test_losses_of_torch_with_other_forms_of_targets_by_hand():
     targets = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    margin = Criterion("MultiLabelMarginLoss", "multi").per_image(LOGITS, targets)
+    margin = per_image(Criterion("MultiLabelMarginLoss", "multi"), LOGITS, targets)
     # max(0, 1 - (x[positive] - x[negative])) / 2
     assert margin.tolist() == pytest.approx([max(0, 1 - log(3)) / 2, 0.5])
-    soft = Criterion("SoftMarginLoss", "multi").per_image(LOGITS, targets)
+    soft = per_image(Criterion("SoftMarginLoss", "multi"), LOGITS, targets)
     # log(1 + exp(-y x)): log 2 for logits of 0, log(1 + 1/3) for log 3
     assert soft.tolist() == pytest.approx([(log(2) + log(4 / 3)) / 2, log(2)])
 
@@ -177,6 +183,27 @@ def test_class_weights_by_hand():
     )
 
 
+def short(counts: torch.Tensor) -> list:
+    return [1, 2]
+
+
+def negative(counts: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(counts)) - 1
+
+
+def scaled(counts: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    return factor * counts
+
+
+def test_class_weights_of_the_user_get_the_counts_of_all_classes():
+    counts = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
+    found = create_class_weights(f"{ME}:scaled(5)", lambda: counts, 3)
+    assert found.tolist() == [0.5, 0, 1.5]
+    check_loss(flags(class_weights=f"{ME}:short"))  # it may know that there are two classes
+    known = create_class_weights(f"{ME}:short", lambda: counts[[0, 2]], 2)
+    assert known.tolist() == pytest.approx([2 / 3, 4 / 3])
+
+
 def test_class_weights_act_as_torchs_do():
     outputs, labels = batch()
     soft, weights = outputs.flip(0).softmax(1), torch.tensor([0.5, 2.0, 1.0, 0.5])
@@ -194,7 +221,7 @@ def test_class_weights_weigh_the_images_of_other_losses():
     rows = [1 / 4 * log(4 / 3), 1 / 2 * log(2)]  # of classes 1 and 0
     expected = (1.5 * rows[0] + 0.5 * rows[1]) / 2
     assert criterion(LOGITS, LABELS).item() == pytest.approx(expected)
-    assert criterion.per_image(LOGITS, LABELS).tolist() == pytest.approx(rows)  # not in evaluation
+    assert per_image(criterion, LOGITS, LABELS).tolist() == pytest.approx(rows)  # not in evaluation
     # In a batch of one class its weight makes no difference: the sum of weights is 3, not 2.
     ones = torch.tensor([1, 1])
     assert criterion(LOGITS, ones).item() == pytest.approx(sum(rows) / 2)
@@ -203,6 +230,47 @@ def test_class_weights_weigh_the_images_of_other_losses():
     both = torch.full((2, 2), 0.5)
     plain = Criterion("focal(gamma=0)", "soft")(LOGITS, both)
     assert mixed(LOGITS, both).item() == pytest.approx(plain.item())
+
+
+@pytest.mark.parametrize(
+    ("weighted", "plain"),
+    [
+        ("CrossEntropyLoss(weight=[1, 9])", "ce"),
+        ("CrossEntropyLoss([1, 9], label_smoothing=0.1)", "ce"),
+        ("MultiMarginLoss(weight=[1, 9], margin=2)", "MultiMarginLoss(margin=2)"),
+        ("BCEWithLogitsLoss(pos_weight=[1, 9])", "bce"),
+    ],
+)
+def test_weights_of_torchs_losses_are_not_in_evaluation(weighted, plain):
+    assert Criterion(weighted)(LOGITS, LABELS) != Criterion(plain)(LOGITS, LABELS)
+    found = per_image(Criterion(weighted), LOGITS, LABELS)
+    torch.testing.assert_close(found, per_image(Criterion(plain), LOGITS, LABELS))
+
+
+@pytest.mark.parametrize(
+    "loss", ["ce", "CrossEntropyLoss", "soft_target_ce", "classy_smoothing", "bce + ce"]
+)
+def test_images_with_ignored_targets_alone_do_not_count_in_evaluation(loss):
+    labels = torch.tensor([1, -100]) if "bce" not in loss else LABELS
+    losses, counts = Criterion(loss).per_image(LOGITS, labels)
+    if "bce" in loss:
+        assert counts.tolist() == [[1, 1], [1, 1]]
+        return
+    assert (counts.tolist(), losses[1].tolist()) == ([[1], [0]], [0])
+    metrics = Metrics(["acc1"], outputs=2)
+    metrics.reset("cpu", 1)
+    metrics.update(LOGITS, LABELS, losses, counts)
+    metrics.reduce()
+    assert metrics.values()["loss"] == pytest.approx(log(4 / 3))  # of the first image, p = 3/4
+
+
+def test_loss_of_evaluation_is_the_sum_of_the_means_of_its_terms():
+    metrics = Metrics(["acc1"], outputs=2)
+    metrics.reset("cpu", 2)
+    losses, counts = torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    metrics.update(LOGITS, LABELS, losses, counts)
+    metrics.reduce()
+    assert metrics.values()["loss"] == 2 + 4
 
 
 class Listed(tiny.Colors):
@@ -311,17 +379,29 @@ def test_rerun_of_a_bad_step_does_not_change_buffers_of_the_loss():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"loss": "focl"}, "unknown loss 'focl'. Did you mean 'focal' or"),
+        ({"loss": "focl"}, "--loss: unknown loss 'focl'. Did you mean 'focal' or"),
         ({"loss": "focal(gama=2)"}, "unexpected keyword argument 'gama'; it takes gamma: float"),
-        ({"loss": "focal(gamma=high)"}, "--loss focal(gamma='high'): TypeError"),
+        ({"loss": "focal(gamma=high)"}, "gamma is 'high', expected a number of at least 0"),
         ({"loss": "zlpr(1)"}, "too many positional arguments; it takes no arguments"),
         ({"loss": "ce + "}, "expected a name"),
         ({"loss": ""}, "expected a name"),
         ({"loss": "ce[1]"}, "got values in [ ], which no loss takes"),
         ({"loss": "jsd(weight=1)"}, "expected a number between 0 and 1"),
-        ({"loss": "focal(gamma=-900)"}, "not finite"),
+        ({"loss": "focal(gamma=-0.5)"}, "gamma is -0.5, expected a number of at least 0"),
+        ({"loss": "binary_focal(alpha=2)"}, "alpha is 2, expected a number from 0 to 1"),
+        ({"loss": "asymmetric(clip=-1)"}, "clip is -1, expected a number from 0 to 1"),
+        ({"loss": "asymmetric(gamma_neg=-1)"}, "gamma_neg is -1, expected a number of at least 0"),
+        ({"loss": "classy_smoothing(1)"}, "smoothing is 1, expected a number of at least 0 and be"),
+        ({"loss": "asymmetric_single(eps=1)"}, "eps is 1, expected a number of at least 0 and bel"),
+        ({"loss": "bce(threshold=1.5)"}, "threshold is 1.5, expected a number from 0 to 1"),
+        ({"loss": "CrossEntropyLoss(weight=[1, -1, 1])"}, "weight is [1, -1, 1], expected a num"),
+        ({"loss": "smooth_l1(beta=-1)"}, "beta is -1, expected a number of at least 0"),
+        ({"loss": "barron(c=0)"}, "c is 0, expected a number above 0"),
+        ({"loss": "-1*ce"}, "the factor of ce is -1, expected above 0"),
+        ({"loss": "ce + 0*bce"}, "the factor of bce is 0, expected above 0"),
         ({"loss": "NLLLoss"}, "takes probabilities, and networks give logits; use ce"),
-        ({"loss": "TripletMarginLoss"}, "needs other inputs than (outputs, targets)"),
+        ({"loss": "TripletMarginLoss"}, "is not supported here, since it needs other inputs"),
+        ({"loss": "HingeEmbeddingLoss"}, "--loss HingeEmbeddingLoss is not supported here"),
         ({"loss": "MultiMarginLoss(p=3)"}, "only p == 1 and p == 2 supported"),
         ({"loss": "MultiMarginLoss(mrgin=3)"}, "unexpected keyword argument 'mrgin'; it takes p:"),
         ({"loss": "CrossEntropyLoss(reduction=sum)"}, "the mean over the batch is taken anyway"),
@@ -343,11 +423,19 @@ def test_rerun_of_a_bad_step_does_not_change_buffers_of_the_loss():
         ({"loss": "tests.training.test_criterion:constant"}, "does not depend on the outputs"),
         ({"loss": "tests.training.test_criterion:Unused"}, "parameters loss.scale have no effect"),
         ({"loss": "tests.tiny:brier", "class_weights": "inverse"}, "needs a value for each image"),
-        ({"class_weights": "invers"}, "unknown class weights 'invers'. Did you mean 'inverse'?"),
+        (
+            {"class_weights": "invers"},
+            "--class_weights: unknown class weights 'invers'. Did you mean 'inverse'?",
+        ),
         ({"class_weights": "effective(beta=2)"}, "beta must be in (0, 1)"),
         ({"class_weights": "effective(bet=2)"}, "'bet'; it takes beta: float = 0.9999"),
-        ({"class_weights": "[1, -2]"}, "expected 2 numbers above 0"),
+        ({"class_weights": "[1, -2]", "nb_classes": None}, "expected 2 numbers above 0"),
         ({"class_weights": "[1, 2]", "nb_classes": 3}, "expected 3 numbers above 0"),
+        ({"class_weights": f"{ME}:short"}, "it gives shape (2,), expected (3,); correct the"),
+        ({"class_weights": f"{ME}:negative"}, "it gives -1.0, 0.0, 1.0, expected numbers of at le"),
+        ({"class_weights": f"{ME}:short(0)"}, "short(0): TypeError in "),
+        ({"class_weights": f"{ME}:scaled(0)"}, "the weights of all classes with images are 0"),
+        ({"class_weights": f"{ME}:lost", "nb_classes": None}, "cannot import class weights"),
         ({"class_weights": "[1, x]"}, "expected numbers, as in [1, 2.5, 1]"),
     ],
 )
@@ -392,6 +480,26 @@ def test_numbers_of_classes_are_checked_with_those_of_the_data():
     check_loss(args)  # without --nb_classes it is not known
     with pytest.raises(UserError, match="weight"):
         build_criterion(args, 3, CPU)
+
+
+class Centers(nn.Module):
+    """A loss that knows the number of classes: a parameter (K,) and a buffer (K, K)."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(classes))
+        self.register_buffer("costs", torch.ones(classes, classes))
+
+    def forward(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        costs = self.costs[labels]
+        return F.cross_entropy(outputs + self.bias, labels) + (costs * outputs.softmax(1)).mean()
+
+
+def test_a_loss_may_know_the_number_of_classes():
+    args = flags(loss="tests.training.test_criterion:Centers")
+    check_loss(args)  # before the data is listed
+    build_criterion(args, 5, CPU)
+    assert "size of tensor" in refused(loss=args.loss, nb_classes=3)
 
 
 def test_trial_leaves_the_loss_as_it_was():

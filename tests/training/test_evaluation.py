@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,17 +16,17 @@ from errors import UserError
 from parallel.process_group import gather_rows, get_logger
 from tests.groups import results_of, run_ranks
 from training import evaluation
-from training.evaluation import Metrics, log_name
-from training.metrics import METRICS, default_metrics
+from training.evaluation import Metrics, build_metrics, log_name
+from training.metrics import DEFAULTS, METRICS, default_metrics
 
 ME = "tests.training.test_evaluation"
 WORDS = {
-    "classes": "acc1 acc5 precision(k=2) recall(k=2) f1 f1(average=micro) f1(average=per_class) "
+    "class": "acc1 acc5 precision(k=2) recall(k=2) f1 f1(average=micro) f1(average=per_class) "
     "precision recall balanced_accuracy class_accuracy confusion auroc map ece "
     f"{ME}:mean_score",
-    "multilabel": "acc1 precision(k=2) recall(k=2) f1 f1(threshold=0.3) exact_match hamming auroc "
+    "multi": "acc1 precision(k=2) recall(k=2) f1 f1(threshold=0.3) exact_match hamming auroc "
     f"map {ME}:mean_score(scale=2)",
-    "numbers": f"mae rmse r2 {ME}:mean_score",
+    "number": f"mae rmse r2 {ME}:mean_score",
 }
 
 
@@ -48,11 +49,11 @@ def data_of(kind: str, images: int = 23) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randint(-4, 5, (images, 6), generator=generator) / 2
     targets = {
-        "classes": torch.randint(0, 5, (images,), generator=generator),  # of the last class none
-        "multilabel": torch.randint(0, 2, (images, 6), generator=generator),
-        "numbers": torch.randn(images, 6, generator=generator),
+        "class": torch.randint(0, 5, (images,), generator=generator),  # of the last class none
+        "multi": torch.randint(0, 2, (images, 6), generator=generator),
+        "number": torch.randn(images, 6, generator=generator),
     }[kind]
-    if kind != "numbers":
+    if kind != "number":
         logits[-1, 2] = math.nan
     return logits, targets, torch.arange(images) / 8
 
@@ -97,7 +98,7 @@ def test_no_split_into_ranks_and_batches_changes_a_metric(kind, shards, batch, m
     total = sum(rank.sums for rank in ranks)
     monkeypatch.setattr(evaluation, "all_reduce_sum", lambda sums: total.clone())
     ranks[0].rows = [row for rank in ranks for row in rank.rows]  # as `gather_rows` does
-    assert ranks[0].reduce() == (23, 0 if kind == "numbers" else 1)
+    assert ranks[0].reduce() == (23, 0 if kind == "number" else 1)
     found = ranks[0].values()
     assert_close(found, expected)
 
@@ -106,8 +107,8 @@ def ranks_gather(rank: int, folder: Path) -> list:
     """Evaluate 2 images on rank 1 alone, and 5 images on both."""
     found = []
     for images, own in ((2, range(2 * rank)), (5, range(rank, 5, 2))):
-        data = data_of("classes", images)
-        metrics = create("classes")
+        data = data_of("class", images)
+        metrics = create("class")
         if len(own):
             add(metrics, tuple(part[list(own)] for part in data), [len(own)])
         metrics.reduce()
@@ -121,8 +122,8 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     """A rank without images must take part in the reduction and in the gathering."""
     results = [each["ranks_gather"] for each in results_of(run_ranks([ranks_gather], 2, tmp_path))]
     for place, images in enumerate((2, 5)):
-        alone = create("classes")
-        add(alone, data_of("classes", images), [images])
+        alone = create("class")
+        add(alone, data_of("class", images), [images])
         alone.reduce()
         expected = alone.values()
         for result in results:
@@ -144,7 +145,7 @@ def test_defaults_are_the_metrics_of_the_official_log():
     metrics = Metrics()
     assert metrics.names == ["loss", "acc1", "acc5"]
     assert (metrics.best, metrics.lower_is_better) == ("acc1", False)
-    for kind in evaluation.KINDS:
+    for kind in DEFAULTS:
         metrics = Metrics(outputs=6, kind=kind)
         assert metrics.names == ["loss", *default_metrics(kind)]
         assert metrics.best == default_metrics(kind)[0]
@@ -180,15 +181,24 @@ def test_best_metric_has_a_direction_and_is_computed(best, name, lower):
         ("precision(k=2.5)", None, "k: got 2.5, expected an integer >=1"),
         ("precision(k=2, average=micro)", None, "goes with no other argument; drop one"),
         ("precision(k=7)", None, r"precision\(k=7\) needs at least 7, and the model has 6 outputs"),
-        ("f1(threshold=0.5)", None, "is for multi-label targets, and this run's targets are class"),
-        ("mae acc1", None, "mae is for numbers, .* targets are class labels; use one of acc1"),
+        (
+            "f1(threshold=0.5)",
+            None,
+            "is for several classes per image, and this run's targets are one",
+        ),
+        (
+            "mae acc1",
+            None,
+            "mae is for numbers, .* targets are one class per image; use one of acc1",
+        ),
         ("f1(average", None, r"'\(' is not closed"),
         ("acc1", "acc9", "--best_metric: unknown metric 'acc9'. Did you mean 'acc"),
         ("acc1", "confusion", "confusion has several values, expected one; use one of loss, acc1"),
         ("nowhere:f", None, "cannot import metric 'nowhere:f': No module named 'nowhere'"),
         (f"{ME}:ME", None, "is a str, expected a function"),
         (f"{ME}:mean_score(size=1)", None, "unexpected keyword argument 'size'"),
-        (f"f1 {ME}:f1", None, f"{ME}:f1 and f1 are both logged as f1; rename one"),
+        (f"{ME}:f1", None, f"{ME}:f1 has the name of the metric f1; rename it"),
+        ("f1(average=micro) " + f"{ME}:f1_micro", None, "are both logged as f1_micro; rename one"),
     ],
 )
 def test_bad_names_are_refused_before_the_data_is_listed(words, best, message):
@@ -205,14 +215,14 @@ def test_confusion_of_very_many_classes_is_refused():
 def test_targets_of_another_shape_are_refused():
     logits, losses = torch.zeros(4, 6), torch.zeros(4)
     for kind, targets, message in (
-        ("classes", torch.zeros(4, 6), r"got targets float32 of shape \(4, 6\), expected integers"),
-        ("multilabel", torch.zeros(4).long(), r"expected shape \(4, 6\)"),
-        ("numbers", torch.zeros(4), r"expected shape \(4, 6\)"),
+        ("class", torch.zeros(4, 6), r"got targets float32 of shape \(4, 6\), expected integers"),
+        ("multi", torch.zeros(4).long(), r"expected shape \(4, 6\)"),
+        ("number", torch.zeros(4), r"expected shape \(4, 6\)"),
     ):
         with pytest.raises(UserError, match=message):
             create(kind).update(logits, targets, losses)
     with pytest.raises(UserError, match="the model has 5 outputs, expected 6"):
-        create("classes").update(torch.zeros(4, 5), torch.zeros(4).long(), losses)
+        create("class").update(torch.zeros(4, 5), torch.zeros(4).long(), losses)
 
 
 # --- functions of the user's --------------------------------------------------------------------
@@ -221,6 +231,20 @@ def test_targets_of_another_shape_are_refused():
 def f1(scores: torch.Tensor, targets: torch.Tensor) -> str:
     """A name that is taken, and no number."""
     return "high"
+
+
+f1_micro = level = f1
+
+
+def faulty(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    return scores.nowhere
+
+
+def rare(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """Fails in evaluation alone."""
+    if len(targets) == 4:
+        raise RuntimeError("four images")
+    return 1.0
 
 
 def measure(words: str, best: str = "loss") -> dict:
@@ -239,13 +263,33 @@ def test_function_of_the_user_gets_all_outputs():
     assert [type(value) for value in found.values()] == [float] * 3  # for the checkpoint
 
 
-def test_result_that_is_no_number_is_refused():
-    with pytest.raises(UserError, match=r":f1 returned str high, expected a number, or a dict"):
-        measure(f"{ME}:f1")
-    with pytest.raises(
-        UserError, match="--best_metric error_rates: got None, expected one of loss"
-    ):
-        measure(f"{ME}:error_rates", f"{ME}:error_rates")
+@pytest.mark.parametrize(
+    ("words", "best", "message"),
+    [
+        ("level", "loss", r":level returned str high, expected a number, or a dict"),
+        ("faulty", "loss", r":faulty: AttributeError in test_evaluation.py, line \d+: 'Tensor'"),
+        ("error_rates", f"{ME}:error_rates", "error_rates: expected one of error_rates_first, err"),
+        ("error_rates", "error_rates_none", "error_rates_none: expected one of error_rates_first"),
+        ("mean_score", "mean_score_one", "--best_metric mean_score_one: expected one of mean_sco"),
+    ],
+)
+def test_errors_of_the_users_functions_show_before_training(words, best, message):
+    args = SimpleNamespace(metrics=[f"{ME}:{words}"], best_metric=best)
+    build_metrics(args)  # the number of classes is not known yet
+    with pytest.raises(UserError, match=message):
+        build_metrics(args, 3)
+    build_metrics(SimpleNamespace(metrics=[f"{ME}:error_rates"], best_metric="error_rates_all"), 3)
+
+
+def test_error_of_the_users_function_in_evaluation_is_nan_and_a_warning(caplog):
+    get_logger().addHandler(caplog.handler)
+    try:
+        found = measure(f"{ME}:rare acc1")
+    finally:
+        get_logger().removeHandler(caplog.handler)
+    assert math.isnan(found.pop("rare"))
+    assert found == {"loss": 0, "acc1": 75.0}
+    assert "rare failed, so it is NaN: RuntimeError in test_evaluation.py, line" in caplog.text
 
 
 def test_undefined_best_metric_is_reported():

@@ -14,7 +14,7 @@ from training.metrics import METRICS, area_under_roc, average_precision
 NAN, INF = math.nan, math.inf
 
 
-def compute(words, logits, targets, kind: str = "classes") -> dict:
+def compute(words, logits, targets, kind: str = "class") -> dict:
     """Metrics of one batch, without the loss."""
     logits, targets = torch.as_tensor(logits, dtype=torch.float32), torch.as_tensor(targets)
     metrics = Metrics([words], best="loss", outputs=logits.shape[1], kind=kind)
@@ -26,7 +26,7 @@ def compute(words, logits, targets, kind: str = "classes") -> dict:
     return found
 
 
-def one(word, logits, targets, kind: str = "classes"):
+def one(word, logits, targets, kind: str = "class"):
     """The value of a single metric."""
     (value,) = compute(word, logits, targets, kind).values()
     return value
@@ -51,13 +51,13 @@ def test_precision_and_recall_at_k_are_those_of_classy_vision():
     """Hits are divided by k * images, or by the number of targets: not averaged by image."""
     words = "precision(k=2) recall(k=1) recall(k=2)"
     # The first row ties for the best class, which does not change the two best.
-    found = compute(words, MULTI, MULTI_TARGETS, "multilabel")
+    found = compute(words, MULTI, MULTI_TARGETS, "multi")
     assert found["precision_2"] == pytest.approx(400 / 6)
     assert found["recall_2"] == pytest.approx(400 / 5)
     untied = [[0.3, 0.4, 0.3], [0.2, 0.65, 0.15], [0.33, 0.33, 0.34]]
     second = [[0.05, 0.4, 0.05], [0.15, 0.65, 0.2], [0.4, 0.2, 0.4]]
     targets = [*MULTI_TARGETS, *[[0, 1, 0]] * 3]
-    found = compute(f"{words} precision(k=1)", [*untied, *second], targets, "multilabel")
+    found = compute(f"{words} precision(k=1)", [*untied, *second], targets, "multi")
     expected = {"precision_1": 400 / 6, "precision_2": 600 / 12}
     expected |= {"recall_1": 400 / 8, "recall_2": 600 / 8}
     assert found == pytest.approx(expected)
@@ -77,15 +77,15 @@ def test_precision_and_recall_at_k_of_class_labels():
 def test_soft_targets_give_the_fraction_of_the_best_class():
     """The best class has a weight of 0.3, then 0.6; of the two best the larger weight counts."""
     logits, targets = [[2, 1, 0], [0, 2, 1]], [[0.3, 0.5, 0.2], [0.4, 0.6, 0.0]]
-    found = compute("acc1 acc(k=2) precision(k=2) recall(k=2)", logits, targets, "multilabel")
+    found = compute("acc1 acc(k=2) precision(k=2) recall(k=2)", logits, targets, "multi")
     expected = {"acc1": 45, "acc_2": 55, "precision_2": 100 * 1.4 / 4, "recall_2": 100 * 1.4 / 2}
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_any_target_among_the_best_is_a_hit():
     targets = [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
-    assert one("acc1", SCORES, targets, "multilabel") == pytest.approx(100 / 3)
-    assert one("acc(k=3)", SCORES, targets, "multilabel") == pytest.approx(200 / 3)
+    assert one("acc1", SCORES, targets, "multi") == pytest.approx(100 / 3)
+    assert one("acc(k=3)", SCORES, targets, "multi") == pytest.approx(200 / 3)
 
 
 # --- class labels -------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ def test_map_is_the_mean_of_labels_that_occur():
     logits = [[2, 0, 1], [1, 3, 1], [0, 2, 5], [-1, 1, 0]]
     targets = [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
     # label 0: ranks 1 and 3; label 1: ranks 1 and 3; label 2 does not occur
-    assert one("map", logits, targets, "multilabel") == pytest.approx(100 * 5 / 6)
-    assert one("map(average=per_class)", logits, targets, "multilabel")[2] is None
+    assert one("map", logits, targets, "multi") == pytest.approx(100 * 5 / 6)
+    assert one("map(average=per_class)", logits, targets, "multi")[2] is None
     # The positives of labels 0 and 1 win 3 of 4 pairs.
-    assert one("auroc", logits, targets, "multilabel") == 75
+    assert one("auroc", logits, targets, "multi") == 75
     none = [[0, 0, 0]] * 4
-    assert math.isnan(one("map", logits, none, "multilabel"))
+    assert math.isnan(one("map", logits, none, "multi"))
 
 
 # --- several labels an image --------------------------------------------------------------------
@@ -201,18 +201,18 @@ def test_threshold_metrics_by_hand():
     words = "precision recall f1 exact_match hamming"
     expected = {"precision": 100 * 2.5 / 3, "recall": 100 * 2.5 / 3, "f1": 100 * 2.5 / 3}
     expected |= {"exact_match": 50, "hamming": 1000 / 12}
-    assert compute(words, logits, targets, "multilabel") == pytest.approx(expected)
+    assert compute(words, logits, targets, "multi") == pytest.approx(expected)
     micro = "precision(average=micro) recall(average=micro) f1(average=micro)"
-    found = compute(micro, logits, targets, "multilabel")
+    found = compute(micro, logits, targets, "multi")
     assert found == pytest.approx({"precision_micro": 75, "recall_micro": 75, "f1_micro": 75})
 
 
 def test_threshold_is_of_probabilities():
     logits, targets = [[0.0, 2.0, -2.0]], [[0, 1, 0]]  # 0.5, 0.88, 0.12
-    assert one("exact_match", logits, targets, "multilabel") == 0
-    assert one("exact_match(threshold=0.6)", logits, targets, "multilabel") == 100
-    assert one("hamming(threshold=0.1)", logits, targets, "multilabel") == pytest.approx(100 / 3)
-    assert one("recall(threshold=0.9)", logits, targets, "multilabel") == 0
+    assert one("exact_match", logits, targets, "multi") == 0
+    assert one("exact_match(threshold=0.6)", logits, targets, "multi") == 100
+    assert one("hamming(threshold=0.1)", logits, targets, "multi") == pytest.approx(100 / 3)
+    assert one("recall(threshold=0.9)", logits, targets, "multi") == 0
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -221,20 +221,20 @@ def test_threshold_is_of_probabilities():
 def test_regression_by_hand():
     outputs, targets = [[1.0], [2.0], [4.0], [3.0]], [1.0, 3.0, 2.0, 2.0]
     expected = {"mae": 1.0, "rmse": math.sqrt(6 / 4), "r2": 1 - 6 / 2}
-    assert compute("mae rmse r2", outputs, targets, "numbers") == pytest.approx(expected)
+    assert compute("mae rmse r2", outputs, targets, "number") == pytest.approx(expected)
 
 
 def test_regression_of_two_numbers_is_their_mean():
     outputs, targets = [[1.0, 10], [3, 30]], [[1.0, 20], [1, 40]]
-    found = compute("mae rmse", outputs, targets, "numbers")
+    found = compute("mae rmse", outputs, targets, "number")
     assert found == pytest.approx({"mae": 22 / 4, "rmse": (math.sqrt(2) + 10) / 2})
-    assert math.isnan(one("r2", outputs, targets, "numbers"))  # the first target is constant
+    assert math.isnan(one("r2", outputs, targets, "number"))  # the first target is constant
 
 
 def test_r2_keeps_its_digits_far_from_zero():
     """A sum of squares of times since 1970 has lost all digits of their variance."""
     targets = 1.7e9 + torch.arange(4, dtype=torch.float64)
-    metrics = Metrics(["r2"], outputs=1, kind="numbers")
+    metrics = Metrics(["r2"], outputs=1, kind="number")
     metrics.reset("cpu")
     metrics.update(targets[:, None] + 1, targets, torch.zeros(4))
     metrics.reduce()
@@ -265,14 +265,12 @@ def test_broken_image_counts_as_wrong_in_every_metric_of_classes(bad):
 def test_broken_image_counts_as_wrong_in_every_label():
     logits, targets = [[9, -9], [NAN, -9], [-9, 9]], [[1, 0], [1, 0], [0, 1]]
     expected = {"exact_match": 200 / 3, "hamming": 400 / 6, "acc1": 200 / 3}
-    assert compute("exact_match hamming acc1", logits, targets, "multilabel") == pytest.approx(
-        expected
-    )
-    assert one("f1(average=per_class)", logits, targets, "multilabel") == pytest.approx(
+    assert compute("exact_match hamming acc1", logits, targets, "multi") == pytest.approx(expected)
+    assert one("f1(average=per_class)", logits, targets, "multi") == pytest.approx(
         [200 / 3, 200 / 3]
     )
-    assert one("auroc(average=per_class)", logits, targets, "multilabel") == [50, 50]
-    assert math.isnan(one("mae", [[NAN], [1.0]], [1.0, 1.0], "numbers"))
+    assert one("auroc(average=per_class)", logits, targets, "multi") == [50, 50]
+    assert math.isnan(one("mae", [[NAN], [1.0]], [1.0, 1.0], "number"))
 
 
 # --- an oracle ----------------------------------------------------------------------------------
@@ -294,7 +292,7 @@ def test_metrics_are_those_of_sklearn(digits):
     assert found["recall"] == pytest.approx(100 * oracle.recall_score(labels, answers, **macro))
     area = oracle.roc_auc_score(labels, p, multi_class="ovr")
     assert found["auroc"] == pytest.approx(100 * area)
-    found = compute("auroc map f1", logits, several.long(), "multilabel")
+    found = compute("auroc map f1", logits, several.long(), "multi")
     assert found["auroc"] == pytest.approx(100 * oracle.roc_auc_score(several, logits))
     precision = oracle.average_precision_score(several, logits)
     assert found["map"] == pytest.approx(100 * precision)

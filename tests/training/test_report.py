@@ -20,6 +20,7 @@ from training.report import (
     last_line,
     log_entry,
     plain,
+    small_stats,
 )
 
 PRETRAIN = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--epochs", "5"])
@@ -110,7 +111,10 @@ def test_log_has_lists_without_nan_and_no_large_matrix():
     stats = {"a": math.nan, "b": [1.0, [math.inf]], "test_confusion": [[1]], "name": "x"}
     expected = {"a": None, "b": [1.0, [None]], "test_confusion": [[1]], "name": "x"}
     assert log_entry(stats) == expected
-    assert log_entry({"test_confusion_ema": [[0] * 101] * 101, "a": 1}) == {"a": 1}
+    large = {"test_confusion_ema": [[0] * 101] * 101, "a": math.nan, "test_confusion_rate": 0.5}
+    assert log_entry(large) == {"a": None, "test_confusion_rate": 0.5}
+    assert list(small_stats(large)) == ["a", "test_confusion_rate"]  # of checkpoints
+    assert math.isnan(small_stats(large)["a"])
 
 
 def test_line_of_an_epoch_has_no_lists():

@@ -12,7 +12,15 @@ from torch import nn
 from config import parser as options
 from errors import UserError
 from optim_factory import scale_lr
-from training.schedules import Curve, Schedule, build_schedule, lr_rows, warmup_cosine
+from training.schedules import (
+    Curve,
+    Schedule,
+    build_curves,
+    build_schedule,
+    lr_rows,
+    schedulable,
+    warmup_cosine,
+)
 
 # --- warm-up and cosine, the default ----------------------------------------------------------
 
@@ -64,7 +72,7 @@ def test_rate_and_decay_reach_every_group_before_the_first_update():
 
 def schedule_flags(**changes: float) -> SimpleNamespace:
     flags = {"epochs": 9, "min_lr": 0.0, "warmup_epochs": 2, "warmup_steps": -1, "opt": "adamw"}
-    flags |= {"recipe": None, "sched": None, "sched_options": None}
+    flags |= {"recipe": None, "sched": None, "sched_options": None, "momentum": 0.9}
     return SimpleNamespace(**{**flags, "weight_decay": 0.04, "weight_decay_end": None, **changes})
 
 
@@ -244,6 +252,11 @@ def test_function_of_ones_own_is_a_schedule():
     ("text", "message"),
     [
         ("cosin(1,0)", "--sched: unknown schedule 'cosin'. Did you mean 'cosine'"),
+        ("step(1)[0.5] + stp(1)[0.5]", r"\n  step.*\n {17}\^$"),
+        ("step()", r"step: got no value; expected step\(\*values\)"),
+        ("multistep()", "multistep: got no value"),
+        ("multistep(1, 0.1, milestones=3)", "milestones is 3, expected a list such as"),
+        ("step_with_fixed_gamma(1, 0.1, 2.5)", "num_decays is 2.5, expected an integer of at"),
         ("cosine(1)", r"cosine\(1\): .*'end'; expected cosine\(start, end\)"),
         ("cosine(1, 0, ende=3)", r"'ende'; expected cosine\(start, end\)"),
         ("cosine('a', 0)", r"expected cosine\(start, end\)"),
@@ -311,12 +324,30 @@ def test_momentum_of_sgd_is_scheduled():
         (["eps=constant(1)", "eps=constant(1)"], "once for each name"),
         (["beta4=constant(1)"], "unknown option 'beta4'. Did you mean 'beta"),
         (["momentum=linear(0.5, 2)"], "--sched_options momentum .* expected 0 to 1"),
+        (["eps=linear(1, -1)"], "--sched_options eps .* expected 1e-30 to inf"),
         (["weight_decay=cosin(1, 0)"], "--sched_options weight_decay: unknown schedule"),
     ],
 )
 def test_wrong_option_is_an_error_that_names_it(words, message):
     with pytest.raises(UserError, match=message):
         build_schedule(schedule_flags(sched_options=words), optimizer_of_two(), 1.0, 2)
+
+
+def test_values_of_other_options_are_checked_by_the_optimizer():
+    args = schedule_flags(sched_options=["alpha=linear(0.9, -1)"], opt="rmsproptf")
+    args.opt_eps = args.opt_betas = None
+    with pytest.raises(UserError, match="--sched_options alpha: Invalid alpha value: -0.998"):
+        build_curves(args)
+    args.sched_options = ["alpha=linear(0.9, 0.99)"]
+    assert list(build_curves(args)[1]) == ["alpha"]
+
+
+def test_snapshots_of_timms_optimizers_are_not_scheduled():
+    from timm.optim import Lion
+
+    optimizer = Lion([nn.Parameter(torch.ones(1))], lr=1.0)
+    assert "max_lr_snapshot" in optimizer.defaults
+    assert sorted(schedulable(optimizer)) == ["beta1", "beta2", "momentum", "weight_decay"]
 
 
 def test_drawing_marks_the_peak_of_any_schedule():

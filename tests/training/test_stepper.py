@@ -597,6 +597,29 @@ def test_adaptive_clipping_is_timms():
         assert torch.allclose(one.grad, other.grad, rtol=1e-12, atol=0)
 
 
+class Wrapper(nn.Module):
+    """Holds a network as Graphed does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def test_adaptive_clipping_finds_the_classifier_in_wrappers():
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(3, 4))
+    model.add_module("head", nn.Linear(4, 2))
+    parallel = nn.Module()
+    parallel.module = Wrapper(model)
+    for wrapped in (model, Wrapper(model), parallel):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        stepper = Stepper(wrapped, optimizer, CPU, clip_grad=0.1, clip_mode="agc")
+        assert list(map(id, stepper.adaptive)) == list(map(id, model.body.parameters()))
+    bare = Wrapper(nn.Sequential(nn.Linear(3, 4)))
+    with pytest.raises(UserError, match="agc: found no classifier in Wrapper"):
+        Stepper(bare, optimizer, CPU, clip_grad=0.1, clip_mode="agc")
+
+
 def test_adaptive_clipping_leaves_out_the_classifier():
     """As timm does: a new classifier has small weights, so its steps would be tiny."""
 
