@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from config.calls import parse_call
+from config.checks import patch_problems
 from config.flags import is_code, is_pretraining, library_of
 from errors import UserError, first_line, resolve
 from models import backbones, convnextv2
@@ -158,6 +159,14 @@ def build_fcmae(args: Any) -> nn.Module:
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.compile)
     return model
+
+
+def check_images(args: Any, model: nn.Module) -> None:
+    """Raise UserError if the images of the flags do not fit the stride of a `MaskedFCMAE`."""
+    if isinstance(model, MaskedFCMAE):
+        name = f"{model.stride}, the stride of --model {args.model}"
+        for problem in patch_problems(args, model.stride, name):
+            raise UserError(problem)
 
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:

@@ -190,6 +190,7 @@ def check_start(
     with torch.device("meta"):
         if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
+            models.check_images(args, model)
         else:
             model = models.build_classifier(args, classes or args.nb_classes or 1000)
     if vars(args).get("layer_decay", 1) < 1 and not args.eval:

@@ -5,6 +5,7 @@
 The reference writes the definition a second time, with explicit zeros and sums.
 """
 
+import contextlib
 import copy
 import math
 from functools import partial
@@ -17,10 +18,12 @@ from timm.layers import SqueezeExcite
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from config.parser import parse, pretrain_parser
 from errors import UserError
 from models.fcmae import random_mask
 from models.masked import MaskedFCMAE, cleaned, masked, visible
 from models.sparse import PatchGrid
+from training.setup import check_start
 
 MASK = torch.tensor([[[0, 1], [1, 0]], [[0, 0], [1, 1]], [[1, 0], [1, 0]]]).double()
 
@@ -251,3 +254,25 @@ def test_measuring_leaves_the_network_as_it_was():
 def test_what_cannot_be_masked_is_refused_by_name(name, message):
     with pytest.raises(UserError, match=message):
         MaskedFCMAE(timm.create_model(name, num_classes=0))
+
+
+SMALL = "resnet(num_blocks=[1,1,1,1],basic_layer=true,small_input=true)"
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        (SMALL, "--input_size 32", ""),
+        ("timm:test_resnet", "--input_size 64", ""),
+        (SMALL, "--input_size 36", "--input_size 36 is not a multiple of 8, the stride of .*32 or"),
+        (SMALL, "--input_size 8", "single patch .*; raise --input_size to 16 or more"),
+        (SMALL, "--input_size 16 --mask_ratio 0.9", "--mask_ratio 0.9 keeps 0 of 4 patches"),
+        (SMALL, "--input_size 32 --patch_size 12", "expected a multiple of 8; give --patch_size 8"),
+        ("timm:test_resnet", "--stem_stride 1 --input_size 32", ""),
+    ],
+)
+def test_sizes_are_checked_against_the_networks_own_stride(model, words, message):
+    words = ["--model", model, "--data_set", "DIGITS", *words.split()]
+    args = parse(pretrain_parser(), words)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_start(args, None)
