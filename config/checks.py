@@ -119,14 +119,14 @@ def patch_problems(args: argparse.Namespace, stride: int, name: str) -> Iterator
     """Yield a message for each size that does not fit; stride, name: of the last feature map."""
     patch = args.patch_size or stride
     patch_name = f"--patch_size {patch}" if args.patch_size else name
-    for flag, value, step, name in (
+    for flag, value, step, unit in (
         ("patch_size", patch, stride, name),
         *(("input_size", side, patch, patch_name) for side in args.input_size),
     ):
         if value % step:
             low = value // step * step
             near = f"{low} or {low + step}" if low else step
-            yield f"--{flag} {value} is not a multiple of {name}; try {near}"
+            yield f"--{flag} {value} is not a multiple of {unit}; try {near}"
     patches = math.prod(side // patch for side in args.input_size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if patches == 1:

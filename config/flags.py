@@ -182,7 +182,7 @@ FLAGS["model"] = (
     ("--drop_path", BELOW_1, 0.0, "stochastic depth rate of the last block"),
 )
 FLAGS["masked autoencoder"] = (
-    ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: the stride of the network, 8 * stem_stride"),
+    ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: the network's stride"),
     ("--mask_ratio", number("float (0, 1)"), 0.6, "fraction of patches to mask"),
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
     ("--recon_loss", ("l2", "l1", "smooth_l1"), "l2", "loss of the removed pixels"),

@@ -156,6 +156,11 @@ def build_fcmae(args: Any) -> nn.Module:
                 f"--{flag} true does not work with the masked operations of --model {args.model}; "
                 f"drop --{flag}"
             )
+    if isinstance(model, MaskedFCMAE) and vars(args).get("shard") == "fsdp":
+        raise UserError(
+            f"--shard fsdp does not work with the masked operations of --model {args.model}; drop "
+            "--shard"
+        )
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.compile)
     return model

@@ -67,7 +67,8 @@ class FCMAE(nn.Module):
         if self.patch_size % stride:
             near = max(self.patch_size // stride, 1) * stride
             raise UserError(
-                f"patch_size {patch_size}: expected a multiple of {stride}; give --patch_size {near}"
+                f"patch_size {patch_size}: expected a multiple of {stride}; "
+                f"give --patch_size {near}"
             )
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss

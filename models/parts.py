@@ -91,8 +91,8 @@ def set_stem_stride(model: nn.Module, stride: int) -> None:
     conv = next((path for path in convs if isinstance(layers.get(path), nn.Conv2d)), "")
     if conv and stride == 2 and not pool:
         raise UserError(
-            f"--stem_stride 2: the stem of this {name} has stride 2 already, without pooling; leave "
-            "it out, or give 1"
+            f"--stem_stride 2: the stem of this {name} has stride 2 already, without pooling; "
+            "leave it out, or give 1"
         )
     fits = conv and layers[conv].stride == (2, 2)
     if not fits or (pool and not isinstance(layers.get(pool), nn.MaxPool2d)):
