@@ -50,8 +50,8 @@ class MaskedFCMAE(FCMAE):
             if not stride or features.shape[-2:] != (side // stride,) * 2:
                 raise UserError(
                     f"{type(encoder).__name__} makes features of shape {tuple(features.shape)} of "
-                    f"a test image of {side} x {side} pixels, expected a map (1, channels, h, w) whose "
-                    "stride divides them; choose another --model"
+                    f"a test image of {side} x {side} pixels, expected a map (1, channels, h, w) "
+                    "whose stride divides them; choose another --model"
                 )
             try_backward(encoder, first.weight.new_zeros(1, first.in_channels, *[2 * stride] * 2))
         for parameter in encoder.parameters():  # what only a head would use
@@ -233,11 +233,14 @@ def _on_cells(func: Any, args: Any, kwargs: Any) -> Any:
     elif func is F.hardtanh:
         low, high = (*args[1:3], *HARDTANH[len(args) - 1 :])[:2]
         keeps_zero = kwargs.get("min_val", low) <= 0 <= kwargs.get("max_val", high)
-    clean = keeps_zero and all(x.clean for x in maps)
+    clean, first = keeps_zero and all(x.clean for x in maps), plain(maps[0])
+    version = 0 if first.is_inference() else first._version
     result = func(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
-    if not clean:  # the operation may work in place
-        maps[0].clean = False
-    return like(result, maps[0], clean)
+    changed = first.is_inference() or first._version != version
+    if not (changed or func in ALIASES or result.data_ptr() == first.data_ptr()):
+        return like(result, maps[0], clean)
+    maps[0].clean &= clean
+    return view(result, maps[0])
 
 
 def _conv2d(func: Any, x: MaskedMap, weight: Tensor, *args: Any, **kwargs: Any) -> MaskedMap:
@@ -363,6 +366,8 @@ ON_CELLS: dict[Callable, bool] = dict.fromkeys(
     ),
     True,
 )
+ALIASES = {Tensor.detach, Tensor.contiguous, Tensor.to, Tensor.float, Tensor.double, Tensor.half}
+ALIASES |= {Tensor.bfloat16, Tensor.type_as}  # may share memory
 QUOTIENTS = {Tensor.div, Tensor.div_, torch.div, Tensor.__truediv__}
 HARDTANH = (-1.0, 1.0)  # default bounds
 SUMS = {torch.add, torch.sub, Tensor.add, Tensor.add_, Tensor.sub, Tensor.sub_}

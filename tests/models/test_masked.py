@@ -20,8 +20,9 @@ from torch import nn
 
 from config.parser import parse, pretrain_parser
 from errors import UserError
+from models import build_fcmae
 from models.fcmae import random_mask
-from models.masked import MaskedFCMAE, cleaned, masked, visible
+from models.masked import MaskedFCMAE, MaskedMap, call_encoder, cleaned, masked, visible
 from models.sparse import PatchGrid
 from training.setup import check_start
 
@@ -276,3 +277,88 @@ def test_sizes_are_checked_against_the_networks_own_stride(model, words, message
     args = parse(pretrain_parser(), words)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         check_start(args, None)
+
+
+def test_what_flags_and_networks_cannot_do_is_refused():
+    words = ["--model", SMALL, "--data_set", "DIGITS", "--input_size", "32"]
+    with pytest.raises(UserError, match="--shard fsdp does not work with the masked"):
+        build_fcmae(parse(pretrain_parser(), [*words, "--shard", "fsdp"]))
+    identity = nn.Identity()
+    identity.reset_classifier = lambda count: None
+    with pytest.raises(UserError, match="Identity has no convolution"):
+        MaskedFCMAE(identity)
+
+
+@pytest.mark.slow
+def test_networks_that_recompute_other_operations_refuse_checkpointing():
+    model = MaskedFCMAE(timm.create_model("poolformer_s12"), decoder_embed_dim=8)
+    with pytest.raises(UserError, match="MetaFormer cannot recompute its masked operations"):
+        model.set_grad_checkpointing()
+
+
+class Fails(nn.Module):
+    """Raises an error of an unusual type in `forward_features`."""
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        raise KeyError("a key")
+
+
+def test_any_error_of_a_library_names_the_network():
+    with pytest.raises(UserError, match="Fails cannot be pre-trained by FCMAE: .*a key"):
+        call_encoder(Fails(), torch.zeros(1))
+
+
+def small_map(value: float = 0.0) -> MaskedMap:
+    """A clean map of 4 channels and 2 x 2 cells."""
+    x = torch.full((1, 4, 2, 2), value)
+    return masked(x, PatchGrid(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])), clean=True)
+
+
+def test_keyword_names_are_those_of_torch():
+    x, norm = small_map(), {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    assert isinstance(F.batch_norm(x, **norm), MaskedMap)
+    assert len(torch.chunk(x, chunks=2, dim=1)) == 2
+    assert len(x.split(split_size=1, dim=1)) == len(x.chunk(chunks=4, dim=1)) == 4
+    assert len(torch.split(x, split_size_or_sections=[1, 3], dim=1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("operation", "clean"),
+    [
+        (lambda x: x / 2, True),
+        (lambda x: x / x, False),  # 0 / 0 is NaN
+        (lambda x: torch.ones(1) / x, False),
+        (lambda x: F.hardtanh(x), True),
+        (lambda x: F.hardtanh(x, 0.0, 6.0), True),
+        (lambda x: F.hardtanh(x, 1.0, 6.0), False),
+        (lambda x: F.hardtanh(x, min_val=0.5), False),
+        (lambda x: F.relu(x), True),
+        (lambda x: torch.sigmoid(x), False),
+    ],
+)
+def test_an_operation_stays_clean_only_if_it_keeps_zeros(operation, clean):
+    x = small_map()
+    found = operation(x)
+    assert found.clean == clean
+    assert x.clean  # it is another memory
+    assert not clean or (torch.Tensor(cleaned(found)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :2],
+        lambda x: x.split(2, 1)[0],
+        lambda x: torch.chunk(x, 2, 1)[1],
+        lambda x: x.permute(0, 2, 3, 1),
+        lambda x: x.contiguous(),
+        lambda x: x.detach(),
+        lambda x: F.relu(x, inplace=True),
+        lambda x: F.dropout(x, 0.5, training=False),
+    ],
+)
+def test_a_change_of_a_view_in_place_concerns_the_map(view):
+    x = small_map()
+    view(x).add_(1.0)
+    assert not x.clean
+    assert (cleaned(x)[:, :, 0, 1] == 0).all()  # a hidden cell
