@@ -196,8 +196,8 @@ def test_running_statistics_are_those_of_visible_cells():
     assert norm.running_var.item() == 0.5  # (0.25 + 0.25) / (2 - 1)
 
 
-def test_pretrained_batch_norm_fits_whole_images():
-    """Fine-tuning evaluates with the statistics that pre-training left."""
+def test_statistics_of_large_patches_are_near_those_of_whole_images():
+    """Deep layers with patches of one cell are further off (docs/pretraining.md)."""
     network = build("resnet").float()
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
