@@ -15,6 +15,7 @@ from models import create_model
 from models.classic import NETWORKS, DenseLayer, DenseNet, ResNet
 from tests.models.test_anynet import assert_same, count, shapes
 from training.run_folder import folder_name
+from training.setup import check_start
 from weights.saved_run import inherit_flags, read_saved_run
 
 SMALL = "num_blocks=[1, 1, 1, 1]"
@@ -36,11 +37,19 @@ def test_table_and_names_agree():
     ("words", "name"),
     [
         ("resnet(num_blocks=[2, 2, 2, 2], basic_layer=true)", "resnet18"),
-        ("resnet(num_blocks=[3, 4, 6, 3])", "resnet50"),
-        ("resnet(num_blocks=[3, 4, 6, 3], base_width_and_cardinality=[4, 32])", "resnext50_32x4d"),
+        pytest.param("resnet(num_blocks=[3, 4, 6, 3])", "resnet50", marks=pytest.mark.slow),
+        pytest.param(
+            "resnet(num_blocks=[3, 4, 6, 3], base_width_and_cardinality=[4, 32])",
+            "resnext50_32x4d",
+            marks=pytest.mark.slow,
+        ),
         ("resnet(num_blocks=[3, 4, 6, 3], use_se=true)", "seresnet50"),
         ("densenet", "densenet121"),
-        ("densenet(num_blocks=[6, 12, 36, 24], growth_rate=48, init_planes=96)", "densenet161"),
+        pytest.param(
+            "densenet(num_blocks=[6, 12, 36, 24], growth_rate=48, init_planes=96)",
+            "densenet161",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_tensors_are_those_of_timm(words, name):
@@ -51,6 +60,7 @@ def test_tensors_are_those_of_timm(words, name):
     assert ours.feature_info == theirs.feature_info
 
 
+@pytest.mark.slow
 def test_resnext152_has_the_parameters_of_its_blocks():
     """ResNeXt-101 has 23 blocks in stage 3, this one 36, and 8 instead of 4 in stage 2."""
     with torch.device("meta"):
@@ -110,6 +120,7 @@ def test_squeeze_excite_of_a_dense_layer_by_hand():
     torch.testing.assert_close(layer(x), plain * scale[:, :, None, None])
 
 
+@pytest.mark.slow
 def test_se_densenet_adds_parameters_to_each_layer():
     """Growth 32: 32 -> 2 -> 32 channels, with biases, in each of 58 layers."""
     with torch.device("meta"):
@@ -120,8 +131,10 @@ def test_se_densenet_adds_parameters_to_each_layer():
 @pytest.mark.parametrize(
     ("words", "stride"),
     [
-        (f"resnet({SMALL}, small_input=true)", 8),
-        (f"resnet({SMALL}, basic_layer=true, small_input=true)", 8),
+        pytest.param(f"resnet({SMALL}, small_input=true)", 8, marks=pytest.mark.slow),
+        pytest.param(
+            f"resnet({SMALL}, basic_layer=true, small_input=true)", 8, marks=pytest.mark.slow
+        ),
         ("densenet(num_blocks=[1, 1], growth_rate=8, small_input=true)", 2),
         ("densenet(num_blocks=[1, 1], growth_rate=8, use_se=true, se_reduction_ratio=4)", 8),
         (f"resnet({SMALL}, final_bn_relu=false, use_se=true)", 32),
@@ -255,13 +268,7 @@ def test_flags_are_checked_before_the_data_is_listed(words, message):
         options.finetune_parser(), ["--data_set", "DIGITS", "--model", *words.split()]
     )
     with pytest.raises(UserError, match=message):
-        models.check_model(args)
-
-
-def test_pretraining_is_refused():
-    args = options.parse(options.pretrain_parser(), ["--data_set", "DIGITS", "--model", "densenet"])
-    with pytest.raises(UserError, match=r"densenet has no masked autoencoder; use main_finetune"):
-        models.check_model(args)
+        check_start(args, None)
 
 
 def test_call_replaces_flags_and_unknown_calls_get_a_hint():

@@ -50,6 +50,10 @@ def networks() -> dict:
     }
 
 
+SLOW = ("resnet-d with squeeze-excite", "inverted residual", "regnet")
+CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in networks()]
+
+
 def build(name: str) -> nn.Module:
     """One of them in float64, with every parameter away from its start."""
     torch.manual_seed(0)
@@ -72,7 +76,7 @@ def run(network: nn.Module, images: torch.Tensor, mask: torch.Tensor | None) -> 
     return [features.detach(), *gradients, *network.buffers()]
 
 
-@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("name", CASES)
 def test_an_empty_mask_is_the_plain_network(name):
     network, images = build(name), torch.randn(3, 3, 64, 64, dtype=torch.float64)
     for ours, plain in zip(
@@ -81,7 +85,7 @@ def test_an_empty_mask_is_the_plain_network(name):
         torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-8 * (1 + float(plain.max())))
 
 
-@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("name", CASES)
 def test_hidden_cells_are_bit_for_bit_irrelevant(name):
     """Not only the pixels: whatever an operation leaves in a hidden cell."""
     network, images = build(name), torch.randn(3, 3, 64, 64, dtype=torch.float64)
@@ -196,6 +200,7 @@ def test_running_statistics_are_those_of_visible_cells():
     assert norm.running_var.item() == 0.5  # (0.25 + 0.25) / (2 - 1)
 
 
+@pytest.mark.slow
 def test_statistics_of_large_patches_are_near_those_of_whole_images():
     """Deep layers with patches of one cell are further off (docs/pretraining.md)."""
     network = build("resnet").float()
@@ -249,7 +254,7 @@ def test_measuring_leaves_the_network_as_it_was():
         ("tf_efficientnet_b0", r"conv_stem \(Conv2dSame\): no exact masked form of pad"),
         ("skresnet18", r"layer1.0.conv1 \(SelectiveKernel\): no exact masked form of stack"),
         ("deit_tiny_patch16_224", r"patch_embed \(PatchEmbed\): Input height \(64\) doesn't match"),
-        ("inception_v3", "cannot be pre-trained by FCMAE"),
+        pytest.param("inception_v3", "cannot be pre-trained by FCMAE", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_masked_is_refused_by_name(name, message):

@@ -155,7 +155,7 @@ def test_library_run_is_exported_without_model(name, tmp_path, monkeypatch, caps
     assert "largest difference 0.0e+00" in capsys.readouterr().out
     state = read_pretrained(output).state
     assert state.keys() == create_model(name, num_classes=3).state_dict().keys()
-    with pytest.raises(UserError, match="--to hf is for ConvNeXt V2"):
+    with pytest.raises(UserError, match="--to hf is for ConvNeXt"):
         export.main(options.export_parser().parse_args([path, "--to", "hf"]))
 
 
