@@ -19,7 +19,7 @@ from typing import Any
 
 from config import checks
 from config import parser as options
-from config.flags import GRAPHS, TARGETS, as_typed, is_code, library_of
+from config.flags import GRAPHS, TARGETS, as_typed, is_code
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
-from models import MODELS, build_classifier
+from models import MODELS, build_classifier, is_known
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
@@ -82,7 +82,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     weights = select_state_dict(checkpoint, args.checkpoint, key, args.model_prefix)
     saved = read_saved_run(checkpoint, args.checkpoint)
     run = dict(saved.flags)
-    model = args.model or str(run.get("model")) * bool(library_of(str(run.get("model"))))
+    trained = str(run.get("model")).removeprefix("fcmae_")
+    model = args.model or trained * (is_known(trained) and not trained.startswith("convnext"))
     for problem in checks.other_network_problems(args, model) if model else ():
         raise UserError(problem)
     if args.input_size:  # some networks are built for one size

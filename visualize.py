@@ -20,7 +20,7 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import FOLDERS, NEED_PATH, is_code, is_pretraining
+from config.flags import FOLDERS, NEED_PATH, implied_patch, is_code, is_pretraining
 from data_loading.folders import DatasetSpec, ImageFiles, list_images
 from data_loading.transforms import height_and_width
 from errors import UserError, plural
@@ -72,7 +72,8 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
                 "Give a run of main_pretrain.py, or pre-trained weights with their decoder"
             )
         implied |= describe_decoder(weights)
-        implied["patch_size"] = 8 * saved.get("stem_stride", 4)
+    typed = {"model": implied["model"], "stem_stride": 4, **saved, **given}
+    implied["patch_size"] = implied_patch(typed["model"], typed["stem_stride"])
     fixed = {"grad_checkpointing": False, "picture_freq": 1}
     flags = {**implied, **saved, **given, **fixed}
     flags["input_size"] = height_and_width(flags["input_size"])

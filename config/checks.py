@@ -108,27 +108,32 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
             got = f"--{name} {as_typed(found)} has {plural(len(found), 'value')}"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     if flags.is_pretraining(vars(args)):
-        yield from _patch_problems(args, stride)
+        if flags.implied_patch(args.model, args.stem_stride):  # others: `models.check_images`
+            yield from patch_problems(args, stride, f"8 * stem_stride = {stride}")
     elif args.model.startswith("convnext") and min(args.input_size) < stride:
         got = as_typed(args.input_size)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
 
 
-def _patch_problems(args: argparse.Namespace, stride: int) -> Iterator[str]:
-    patch = args.patch_size
-    for flag, value, step, name in (
-        ("patch_size", patch, stride, f"8 * stem_stride = {stride}"),
-        *(("input_size", side, patch, f"--patch_size {patch}") for side in args.input_size),
+def patch_problems(args: argparse.Namespace, stride: int, name: str) -> Iterator[str]:
+    """Yield a message for each size that does not fit; stride, name: of the last feature map."""
+    patch = args.patch_size or stride
+    patch_name = f"--patch_size {patch}" if args.patch_size else name
+    for flag, value, step, unit in (
+        ("patch_size", patch, stride, name),
+        *(("input_size", side, patch, patch_name) for side in args.input_size),
     ):
         if value % step:
             low = value // step * step
             near = f"{low} or {low + step}" if low else step
-            yield f"--{flag} {value} is not a multiple of {name}; try {near}"
+            yield f"--{flag} {value} is not a multiple of {unit}; try {near}"
     patches = math.prod(side // patch for side in args.input_size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if patches == 1:
         got = f"--input_size {as_typed(args.input_size)} is a single patch of --patch_size {patch}"
-        yield f"{got}; raise --input_size, or lower --patch_size (a multiple of 8 * --stem_stride)"
+        fix = "or lower --patch_size (a multiple of 8 * --stem_stride)"
+        fix = fix if args.patch_size else "or lower --stem_stride"
+        yield f"{got}; raise --input_size to {2 * patch} or more, {fix}"
     elif not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
         yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"

@@ -39,6 +39,12 @@ def is_code(name: str) -> bool:
     return ":" in name and not library_of(name)
 
 
+def implied_patch(model: str, stem_stride: int) -> int | None:
+    """Side of a mask patch without --patch_size; None: the stride of a network of another kind."""
+    own = is_code(model) or model.removeprefix("fcmae_").startswith("convnext")
+    return 8 * stem_stride if own else None
+
+
 def is_pretraining(values: Mapping[str, Any]) -> bool:
     """Return True for flags of main_pretrain.py, False for those of main_finetune.py."""
     return "mask_ratio" in values
@@ -176,7 +182,7 @@ FLAGS["model"] = (
     ("--drop_path", BELOW_1, 0.0, "stochastic depth rate of the last block"),
 )
 FLAGS["masked autoencoder"] = (
-    ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: 8 * stem_stride"),
+    ("--patch_size", COUNT, None, "side of a mask patch in pixels; default: the network's stride"),
     ("--mask_ratio", number("float (0, 1)"), 0.6, "fraction of patches to mask"),
     ("--norm_pix_loss", BOOL, True, "normalize each target patch to mean 0 and std 1"),
     ("--recon_loss", ("l2", "l1", "smooth_l1"), "l2", "loss of the removed pixels"),

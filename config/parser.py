@@ -273,7 +273,8 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     if pretrain:
         if new["opt_betas"] is None and re.match(r"adamw\b(?!.*\bbetas\b)", new["opt"].lower()):
             new["opt_betas"] = (0.9, 0.95)
-        new["patch_size"] = new["patch_size"] or 8 * new["stem_stride"]
+        implied = flags.implied_patch(new["model"], new["stem_stride"])
+        new["patch_size"] = new["patch_size"] or implied
     else:
         if new.get("loss", "ce") != "ce" and given is not None and "smoothing" not in given:
             new["smoothing"] = 0.0  # other losses may not take smoothed labels

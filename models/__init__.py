@@ -7,6 +7,7 @@ python -c "import models; print(models.list_models())"
 
 import inspect
 import traceback
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -14,15 +15,18 @@ import torch
 from torch import nn
 
 from config.calls import parse_call
+from config.checks import patch_problems
 from config.flags import is_code, is_pretraining, library_of
-from errors import UserError, first_line, resolve
+from errors import UserError, did_you_mean, first_line, resolve
 from models import backbones, convnextv2
+from models.arguments import FLAGS
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.masked import MaskedFCMAE
 from models.parts import freeze_backbone, keep_statistics
 
 _PREFIX = "fcmae_"
+SIZE = ("depths", "dims", "features_only", "out_indices")  # not for a user of the flags
 AUTOENCODER = "a masked autoencoder such as models.fcmae.FCMAE"
 CLASSIFIER = "a classifier, images (N, C, H, W) -> logits (N, num_classes)"
 
@@ -104,6 +108,8 @@ def check_model(args: Any) -> None:
 
 def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
     """Call `create_model`; other arguments than a function has are a UserError."""
+    if not library_of(name):
+        _check_arguments(name, kwargs)
     try:
         model = create_model(name, **kwargs)
     except TypeError as error:
@@ -123,6 +129,22 @@ def _create_by_flags(name: str, kind: str, **kwargs: Any) -> nn.Module:
         f"--model {name} returned {type(model).__name__}, expected {kind}; give another --model"
         + other
     )
+
+
+def _check_arguments(name: str, by_flag: Collection[str]) -> None:
+    """Raise UserError if brackets after a name hold what flags set, or what a ConvNeXt lacks."""
+    call = parse_call(name, "--model")
+    for key in call.kwargs:
+        if key in by_flag or (key in FLAGS and not is_code(name)):
+            flag = backbones.BY_FLAG.get(key, key)
+            raise UserError(f"--model {name}: give --{flag}, not the argument {key}")
+    if not call.name.removeprefix(_PREFIX).startswith("convnext"):
+        return  # a network that checks its own
+    known = inspect.signature(ConvNeXtV2).parameters.keys() - {*by_flag, *FLAGS, *SIZE}
+    for key in call.kwargs.keys() - known:
+        hint = did_you_mean(key, known)
+        accepted = f"Its arguments are {', '.join(sorted(known))}"
+        raise UserError(f"--model {name} has no argument {key!r}. {hint} {accepted}")
 
 
 def _is_autoencoder(model: nn.Module) -> bool:
@@ -155,9 +177,22 @@ def build_fcmae(args: Any) -> nn.Module:
                 f"--{flag} true does not work with the masked operations of --model {args.model}; "
                 f"drop --{flag}"
             )
+    if isinstance(model, MaskedFCMAE) and vars(args).get("shard") == "fsdp":
+        raise UserError(
+            f"--shard fsdp does not work with the masked operations of --model {args.model}; drop "
+            "--shard"
+        )
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.compile)
     return model
+
+
+def check_images(args: Any, model: nn.Module) -> None:
+    """Raise UserError if the images of the flags do not fit the stride of a `MaskedFCMAE`."""
+    if isinstance(model, MaskedFCMAE):
+        name = f"{model.stride}, the stride of --model {args.model}"
+        for problem in patch_problems(args, model.stride, name):
+            raise UserError(problem)
 
 
 def build_classifier(args: Any, num_classes: int) -> nn.Module:

@@ -91,11 +91,12 @@ class Contract:
         return layers[kind].get(name, max(layers[kind].values()))
 
     def scale_head(self, scale: float) -> None:
-        """Multiply the initial weights of the classifier, if there is one."""
+        """Multiply the initial weights and bias of the classifier, if there is one."""
         head = self.get_classifier()
         if isinstance(head, nn.Linear):
             with torch.no_grad():
-                head.weight.mul_(scale)
+                for parameter in head.parameters():
+                    parameter.mul_(scale)
 
 
 def init_weights(model: nn.Module, zero_init_last: bool = False) -> None:

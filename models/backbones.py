@@ -51,6 +51,8 @@ def parse_name(name: str) -> tuple[str, str, str, dict[str, Any]]:
     call = parse_call(name, "--model")
     library, _, network = call.name.partition(":")
     network, _, tag = network.partition(".")
+    if not network:
+        raise UserError(f"--model {name}: give a name, as in {library}:resnet18")
     resolve(network, _networks(library), f"network of {library}", importable=False)
     if tag:
         resolve(tag, _tags(library, network), f"weights of {library}:{network}", importable=False)

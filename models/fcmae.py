@@ -65,7 +65,11 @@ class FCMAE(nn.Module):
         self.stride = stride  # of the encoder's last feature map
         self.patch_size = patch_size or stride
         if self.patch_size % stride:
-            raise UserError(f"patch_size {patch_size}: expected a multiple of {stride}")
+            near = max(self.patch_size // stride, 1) * stride
+            raise UserError(
+                f"patch_size {patch_size}: expected a multiple of {stride}; "
+                f"give --patch_size {near}"
+            )
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         resolve(recon_loss, RECON_LOSSES, "reconstruction loss", importable=False)

@@ -39,7 +39,9 @@ class MaskedFCMAE(FCMAE):
     def remove_head(encoder: nn.Module) -> tuple[int, int, int]:
         """Remove the head, and measure the network with small images, whole and masked."""
         encoder.reset_classifier(0)
-        first = next(m for m in encoder.modules() if isinstance(m, nn.Conv2d))
+        first = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is None:
+            raise UserError(f"{type(encoder).__name__} has no convolution; choose another --model")
         side = PROBE
         with evaluating(encoder):
             images = first.weight.new_zeros(1, first.in_channels, side, side)
@@ -48,12 +50,10 @@ class MaskedFCMAE(FCMAE):
             if not stride or features.shape[-2:] != (side // stride,) * 2:
                 raise UserError(
                     f"{type(encoder).__name__} makes features of shape {tuple(features.shape)} of "
-                    f"an image of {side} x {side} pixels, expected a map (1, channels, h, w) whose "
-                    "stride divides them; choose another --model"
+                    f"a test image of {side} x {side} pixels, expected a map (1, channels, h, w) "
+                    "whose stride divides them; choose another --model"
                 )
-            grid = PatchGrid(images.new_tensor([[[0.0, 1.0], [1.0, 0.0]]]), visible=2)
-            images = first.weight.new_zeros(1, first.in_channels, 2 * stride, 2 * stride)
-            cleaned(call_encoder(encoder, masked(images, grid, clean=True))).sum().backward()
+            try_backward(encoder, first.weight.new_zeros(1, first.in_channels, *[2 * stride] * 2))
         for parameter in encoder.parameters():  # what only a head would use
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
@@ -62,6 +62,19 @@ class MaskedFCMAE(FCMAE):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks of the encoder, as far as it can, and of the decoder in backward."""
         self.encoder.set_grad_checkpointing(enable)
+        if enable:  # some networks recompute other operations than they ran
+            like = next(self.encoder.parameters())
+            try:
+                with evaluating(self.encoder):
+                    side = 2 * self.stride
+                    try_backward(self.encoder, like.new_zeros(1, self.in_chans, side, side))
+            except RuntimeError as error:
+                raise UserError(
+                    f"--grad_checkpointing: {type(self.encoder).__name__} cannot recompute its "
+                    "masked operations; drop it"
+                ) from error
+            for parameter in self.encoder.parameters():
+                parameter.grad = None
         set_grad_checkpointing(self.decoder, enable)
 
     def forward_encoder(self, images: Tensor, mask: Tensor, visible: int | None = None) -> Tensor:
@@ -76,9 +89,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model and its parts in eval mode, and back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    yield
-    for module in training:
-        module.training = True
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def try_backward(encoder: nn.Module, images: Tensor) -> None:
+    """Run forward and backward on an image of 2 x 2 patches, two of them hidden."""
+    grid = PatchGrid(images.new_tensor([[[0.0, 1.0], [1.0, 0.0]]]), visible=2)
+    cleaned(call_encoder(encoder, masked(images, grid, clean=True))).sum().backward()
 
 
 def call_encoder(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -94,7 +115,7 @@ def call_encoder(encoder: nn.Module, images: Tensor) -> Tensor:
     ]
     try:
         return encoder.forward_features(images)
-    except (UserError, RuntimeError, AssertionError, ValueError) as error:
+    except Exception as error:  # of any library
         names = " in ".join(
             f"{name} ({type(encoder.get_submodule(name)).__name__})" for name in inside[-1:] if name
         )
@@ -115,8 +136,16 @@ class MaskedMap(Tensor):
     """
 
     grid: PatchGrid
-    clean: bool
+    memory: list[bool]  # the one value of `clean`, shared by views of the same memory
     channels_last: bool
+
+    @property
+    def clean(self) -> bool:
+        return self.memory[0]
+
+    @clean.setter
+    def clean(self, value: bool) -> None:
+        self.memory[0] = value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,13 +167,20 @@ def _name(func: Any) -> str:
 def masked(x: Tensor, grid: PatchGrid, clean: bool = False, last: bool = False) -> MaskedMap:
     """Attach a grid to a feature map."""
     x = x.as_subclass(MaskedMap)
-    x.grid, x.clean, x.channels_last = grid, clean, last
+    x.grid, x.memory, x.channels_last = grid, [clean], last
     return x
 
 
 def like(x: Tensor, source: MaskedMap, clean: bool = False) -> MaskedMap:
     """Attach the grid and the layout of another map."""
     return masked(x, source.grid, clean, source.channels_last)
+
+
+def view(x: Tensor, source: MaskedMap, last: bool | None = None) -> MaskedMap:
+    """Attach what another map has to a view of it: a change in place concerns both."""
+    x = masked(x, source.grid, last=source.channels_last if last is None else last)
+    x.memory = source.memory
+    return x
 
 
 def visible(x: MaskedMap) -> Tensor:
@@ -192,10 +228,19 @@ def _on_cells(func: Any, args: Any, kwargs: Any) -> Any:
     keeps_zero = ON_CELLS[func]
     if func in SUMS:  # of maps alone
         keeps_zero = len(maps) == len(args)
-    clean = keeps_zero and all(x.clean for x in maps)
+    elif func in QUOTIENTS:  # 0 / 0 is NaN
+        keeps_zero = isinstance(args[0], MaskedMap) and len(maps) == 1
+    elif func is F.hardtanh:
+        low, high = (*args[1:3], *HARDTANH[len(args) - 1 :])[:2]
+        keeps_zero = kwargs.get("min_val", low) <= 0 <= kwargs.get("max_val", high)
+    clean, first = keeps_zero and all(x.clean for x in maps), plain(maps[0])
+    version = 0 if first.is_inference() else first._version
     result = func(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
-    maps[0].clean &= clean  # the operation may work in place
-    return like(result, maps[0], clean)
+    changed = first.is_inference() or first._version != version
+    if not (changed or func in ALIASES or result.data_ptr() == first.data_ptr()):
+        return like(result, maps[0], clean)
+    maps[0].clean &= clean
+    return view(result, maps[0])
 
 
 def _conv2d(func: Any, x: MaskedMap, weight: Tensor, *args: Any, **kwargs: Any) -> MaskedMap:
@@ -204,22 +249,25 @@ def _conv2d(func: Any, x: MaskedMap, weight: Tensor, *args: Any, **kwargs: Any) 
 
 
 def _batch_norm(
-    func: Any, x: MaskedMap, mean: Any, var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, *args: Any, **kwargs: Any,
+    func: Any, x: MaskedMap, running_mean: Any, running_var: Any, weight: Any = None,
+    bias: Any = None, training: bool = False, *args: Any, **kwargs: Any,
 ) -> MaskedMap:  # fmt: skip
+    parts = (running_mean, running_var, weight, bias, training, *args)
     if not training:
-        return like(func(plain(x), mean, var, weight, bias, training, *args, **kwargs), x)
-    return unpack(func(pack(x), mean, var, weight, bias, training, *args, **kwargs), x)
+        return like(func(plain(x), *parts, **kwargs), x)
+    return unpack(func(pack(x), *parts, **kwargs), x)
 
 
 def _per_image_norm(func: Any, x: MaskedMap, *args: Any, **kwargs: Any) -> MaskedMap:
     return unpack(func(pack(x), *args, **kwargs), x)
 
 
-def _layer_norm(func: Any, x: MaskedMap, shape: Any, *args: Any, **kwargs: Any) -> MaskedMap:
-    if not x.channels_last or len(shape) != 1:
+def _layer_norm(
+    func: Any, x: MaskedMap, normalized_shape: Any, *args: Any, **kwargs: Any
+) -> MaskedMap:
+    if not x.channels_last or len(normalized_shape) != 1:
         raise UserError("no exact masked form of layer_norm over positions")
-    return like(func(plain(x), shape, *args, **kwargs), x)
+    return like(func(plain(x), normalized_shape, *args, **kwargs), x)
 
 
 def _linear(func: Any, x: MaskedMap, *args: Any, **kwargs: Any) -> MaskedMap:
@@ -274,10 +322,13 @@ def _cat(func: Any, tensors: Any, dim: int = 0) -> MaskedMap:
     return like(func([plain(x) for x in tensors], dim), maps[0], all(x.clean for x in maps))
 
 
-def _split(func: Any, x: MaskedMap, size: Any, dim: int = 0) -> tuple[MaskedMap, ...]:
+def _split(
+    func: Any, x: MaskedMap, size: Any = None, dim: int = 0, **names: Any
+) -> tuple[MaskedMap, ...]:
+    (size,) = names.values() or (size,)  # split_size, split_size_or_sections or chunks
     if dim % 4 != (3 if x.channels_last else 1):
         raise UserError(f"no exact masked form of {_name(func)} over dim {dim}")
-    return tuple(like(part, x, x.clean) for part in func(plain(x), size, dim))
+    return tuple(view(part, x) for part in func(plain(x), size, dim))
 
 
 def _getitem(func: Any, x: MaskedMap, index: Any) -> MaskedMap:
@@ -285,7 +336,7 @@ def _getitem(func: Any, x: MaskedMap, index: Any) -> MaskedMap:
     others = index[:1] + index[2:] if isinstance(index, tuple) else (index,)
     if x.channels_last or any(part is not ... and part != whole for part in others):
         raise UserError(f"no exact masked form of the index {index}")
-    return like(func(plain(x), index), x, x.clean)
+    return view(func(plain(x), index), x)
 
 
 def _expand_as(func: Any, x: Tensor, other: Tensor) -> Tensor:
@@ -300,7 +351,7 @@ def _permute(func: Any, x: MaskedMap, *dims: Any) -> MaskedMap:
     before, after = kinds.get(tuple(d % 4 for d in order)) or (x.channels_last,) * 2
     if before != x.channels_last:
         raise UserError(f"no exact masked form of permute to {tuple(order)}")
-    return masked(func(plain(x), order), x.grid, x.clean, after)
+    return view(func(plain(x), order), x, after)
 
 
 # Operations on single cells, and if they keep zeros.
@@ -315,6 +366,10 @@ ON_CELLS: dict[Callable, bool] = dict.fromkeys(
     ),
     True,
 )
+ALIASES = {Tensor.detach, Tensor.contiguous, Tensor.to, Tensor.float, Tensor.double, Tensor.half}
+ALIASES |= {Tensor.bfloat16, Tensor.type_as}  # may share memory
+QUOTIENTS = {Tensor.div, Tensor.div_, torch.div, Tensor.__truediv__}
+HARDTANH = (-1.0, 1.0)  # default bounds
 SUMS = {torch.add, torch.sub, Tensor.add, Tensor.add_, Tensor.sub, Tensor.sub_}
 SUMS |= {Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, Tensor.__sub__}
 others = (torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, F.hardsigmoid, F.softplus)

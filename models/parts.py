@@ -84,11 +84,16 @@ def set_stem_stride(model: nn.Module, stride: int) -> None:
 
     1: the stem keeps the resolution. Where a max-pooling follows the first convolution (ResNet,
         DenseNet), this is a 3x3 convolution without pooling, the stem that is usual for CIFAR.
-    2: the first convolution alone has stride 2, without the pooling.
+    2: the first convolution alone has stride 2, without the pooling; refused where there is none.
     """
     name, layers = type(model).__name__, dict(model.named_modules())
     convs, pool = STEMS.get(name, ((), ""))
     conv = next((path for path in convs if isinstance(layers.get(path), nn.Conv2d)), "")
+    if conv and stride == 2 and not pool:
+        raise UserError(
+            f"--stem_stride 2: the stem of this {name} has stride 2 already, without pooling; "
+            "leave it out, or give 1"
+        )
     fits = conv and layers[conv].stride == (2, 2)
     if not fits or (pool and not isinstance(layers.get(pool), nn.MaxPool2d)):
         raise UserError(

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
 from config.flags import is_code, is_pretraining, library_of
@@ -190,12 +192,26 @@ def check_start(
     with torch.device("meta"):
         if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
+            models.check_images(args, model)
         else:
             model = models.build_classifier(args, classes or args.nb_classes or 1000)
     if vars(args).get("layer_decay", 1) < 1 and not args.eval:
         model.layer_of("", args.layer_decay_type)
     if weights:
         weights.check(model, new)
+        if vars(args).get("freeze_backbone") and not args.eval:
+            _warn_of_masked_statistics(model, weights)
+
+
+def _warn_of_masked_statistics(model: nn.Module, weights: Pretrained) -> None:
+    is_masked = any(name.startswith("encoder.") for name in weights.state)
+    if is_masked and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        get_logger().warning(
+            "--freeze_backbone true: the BatchNorm of %s keeps the statistics of masked images, "
+            "which are off for whole ones in deep layers; without the flag it learns new ones "
+            "(docs/pretraining.md)",
+            type(model).__name__,
+        )
 
 
 @dataclass

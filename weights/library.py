@@ -15,6 +15,7 @@ from models.backbones import parse_name
 from parallel.process_group import main_process_first
 from weights.pretrained import Pretrained
 
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers of Inception that are not built here
 Weights = tuple[str, dict[str, Tensor], dict[str, Any]]  # tag, state dict, flags
 
 
@@ -34,6 +35,7 @@ def read_library_weights(model: str, size: tuple[int, int] | None = None) -> Pre
             "check the network, or get the file elsewhere and give --finetune FILE"
         ) from error
     name = f"{library}:{network}.{tag}" if tag else f"{library}:{network}"
+    state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
     return Pretrained(name, {"model": state, "args": {"model": model, "in_chans": 3, **flags}})
 
 

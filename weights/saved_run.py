@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config.checks import shape_problems
-from config.flags import allowed, as_typed, is_code, is_pretraining, library_of
+from config.flags import allowed, as_typed, implied_patch, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths
 from data_loading.labels import Head
 from errors import UserError
@@ -111,8 +111,9 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     if taken:
         typed = " ".join(f"--{name} {as_typed(value)}" for name, value in taken.items())
         get_logger().info("taken from %s: %s", source, typed)
-    if is_pretraining(vars(args)) and "stem_stride" in taken and "patch_size" not in args.given:
-        taken.setdefault("patch_size", 8 * taken["stem_stride"])
+    if is_pretraining(vars(args)) and "patch_size" not in {*args.given, *saved.flags}:
+        model, stride = ({**vars(args), **taken}[key] for key in ("model", "stem_stride"))
+        taken["patch_size"] = implied_patch(model, stride)
     args = args.replace(**taken)
     for problem in shape_problems(args):
         raise UserError(problem)

@@ -345,6 +345,7 @@ def test_short_run_gets_a_short_warmup():
 
 def test_finalize_resolves_what_follows_from_other_flags():
     assert parse("pretrain", "--stem_stride", "2").patch_size == 16
+    assert parse("pretrain", "--model", "timm:resnet18").patch_size is None  # its own stride
     assert parse("finetune").head_init_scale == 1.0
     assert parse("finetune", "--finetune", "x").head_init_scale == 0.001
     assert parse("finetune", "--finetune", "x", "--head_init_scale", "1").head_init_scale == 1.0

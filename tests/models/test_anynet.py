@@ -332,3 +332,14 @@ def test_bad_regnet_is_explained():
         create_model("regnet", **{**good, "depth": 0})
     with pytest.raises(UserError, match="no argument 'widths'.*group_width"):
         create_model("regnet", **good, widths=[8])
+
+
+def test_head_init_scale_scales_weight_and_bias():
+    torch.manual_seed(0)
+    whole = create_model("anynet(depths=[1], widths=[8])", num_classes=2)
+    torch.manual_seed(0)
+    half = create_model("anynet(depths=[1], widths=[8])", num_classes=2, head_init_scale=0.5)
+    for one, two in zip(
+        whole.get_classifier().parameters(), half.get_classifier().parameters(), strict=True
+    ):
+        assert torch.equal(one * 0.5, two)

@@ -160,20 +160,20 @@ def train_one_step(name: str) -> None:
     assert changed == list(before)
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", FAST[-1:])
 def test_training_step_moves_every_parameter(name):
     train_one_step(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in STEPS if name not in FAST])
+@pytest.mark.parametrize("name", [*FAST[:-1], *(name for name in STEPS if name not in FAST)])
 def test_training_step_of_larger_networks_moves_every_parameter(name):
     train_one_step(name)
 
 
-FAMILIES = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5")
-FAMILIES += ("mnasnet0_5", "squeezenet1_1", "regnet_y_400mf")
-SLOW_FAMILIES = ("alexnet", "vgg11", "densenet121", "efficientnet_b0", "vit_b_32", "convnext_tiny")
+FAMILIES = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
+SLOW_FAMILIES = ("resnet18", "mobilenet_v2", "mnasnet0_5", "regnet_y_400mf")
+SLOW_FAMILIES += ("alexnet", "vgg11", "densenet121", "efficientnet_b0", "vit_b_32", "convnext_tiny")
 SLOW_FAMILIES += ("swin_t", "googlenet", "inception_v3")
 
 
@@ -264,20 +264,20 @@ def test_flags_that_contradict_each_other_are_refused(words, message, capsys):
     [
         ("timm:resnet18", [8, 4, 2]),  # of 64 pixels: at stride 1, 2 and its own
         ("timm:test_resnet", [8, 4, 2]),  # with three convolutions in the stem
-        ("torchvision:resnet18", [8, 4, 2]),
+        pytest.param("torchvision:resnet18", [8, 4, 2], marks=pytest.mark.slow),
         pytest.param("timm:densenet121", [8, 4, 2], marks=pytest.mark.slow),
         pytest.param("torchvision:densenet121", [8, 4, 2], marks=pytest.mark.slow),
-        pytest.param("timm:efficientnet_b0", [4, 2, 2], marks=pytest.mark.slow),
-        pytest.param("torchvision:efficientnet_b0", [4, 2, 2], marks=pytest.mark.slow),
-        ("timm:regnety_002", [4, 2, 2]),
-        pytest.param("torchvision:regnet_y_400mf", [4, 2, 2], marks=pytest.mark.slow),
-        ("timm:mobilenetv3_small_050", [4, 2, 2]),
-        pytest.param("torchvision:mobilenet_v2", [4, 2, 2], marks=pytest.mark.slow),
+        pytest.param("timm:efficientnet_b0", [4, 2], marks=pytest.mark.slow),
+        pytest.param("torchvision:efficientnet_b0", [4, 2], marks=pytest.mark.slow),
+        pytest.param("timm:regnety_002", [4, 2], marks=pytest.mark.slow),
+        pytest.param("torchvision:regnet_y_400mf", [4, 2], marks=pytest.mark.slow),
+        ("timm:mobilenetv3_small_050", [4, 2]),
+        pytest.param("torchvision:mobilenet_v2", [4, 2], marks=pytest.mark.slow),
     ],
 )
 def test_stem_stride_for_small_images(name, sides):
     found, x = [], torch.zeros(1, 3, 64, 64)
-    for stride in (1, 2, 4):
+    for stride in (1, 2, 4) if len(sides) == 3 else (1, 4):  # 2 is the own one already
         with torch.device("meta"):
             model = create_model(name, stem_stride=stride).eval()
         if next(model.parameters()).device.type == "cpu":  # torchvision's RegNet
@@ -299,6 +299,11 @@ def test_stem_that_cannot_change_is_refused_by_name(name):
         create_model(name, stem_stride=2)
 
 
+def test_stem_whose_stride_is_2_already_is_refused():
+    with torch.device("meta"), pytest.raises(UserError, match="MobileNetV3 has stride 2 already"):
+        create_model("timm:mobilenetv3_small_050", stem_stride=2)
+
+
 def test_channels_of_torchvision_weights_are_adapted_by_the_same_rule():
     weights = tiny("torchvision:mobilenet_v3_small").state_dict()
     model = tiny("torchvision:mobilenet_v3_small", in_chans=1)
@@ -310,6 +315,7 @@ def test_channels_of_torchvision_weights_are_adapted_by_the_same_rule():
     assert list(model.state_dict()) == list(weights)  # no name has changed
 
 
+@pytest.mark.slow
 def test_drop_path_is_that_of_the_last_block_or_refused():
     with torch.device("meta"):
         model = create_model("torchvision:convnext_tiny", drop_path_rate=0.4)
@@ -406,8 +412,8 @@ def one_step(model: nn.Module) -> tuple[dict, dict]:
     ("name", "rate"),
     [
         ("timm:test_resnet", 0.5),
-        ("torchvision:mobilenet_v3_small", 0.0),
-        ("torchvision:resnet18", 0.0),
+        pytest.param("torchvision:mobilenet_v3_small", 0.0, marks=pytest.mark.slow),
+        pytest.param("torchvision:resnet18", 0.0, marks=pytest.mark.slow),
         pytest.param("torchvision:efficientnet_b0", 0.5, marks=pytest.mark.slow),
         pytest.param("torchvision:densenet121", 0.0, marks=pytest.mark.slow),
         pytest.param("torchvision:swin_t", 0.5, marks=pytest.mark.slow),

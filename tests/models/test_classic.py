@@ -37,11 +37,19 @@ def test_table_and_names_agree():
     ("words", "name"),
     [
         ("resnet(num_blocks=[2, 2, 2, 2], basic_layer=true)", "resnet18"),
-        ("resnet(num_blocks=[3, 4, 6, 3])", "resnet50"),
-        ("resnet(num_blocks=[3, 4, 6, 3], base_width_and_cardinality=[4, 32])", "resnext50_32x4d"),
+        pytest.param("resnet(num_blocks=[3, 4, 6, 3])", "resnet50", marks=pytest.mark.slow),
+        pytest.param(
+            "resnet(num_blocks=[3, 4, 6, 3], base_width_and_cardinality=[4, 32])",
+            "resnext50_32x4d",
+            marks=pytest.mark.slow,
+        ),
         ("resnet(num_blocks=[3, 4, 6, 3], use_se=true)", "seresnet50"),
         ("densenet", "densenet121"),
-        ("densenet(num_blocks=[6, 12, 36, 24], growth_rate=48, init_planes=96)", "densenet161"),
+        pytest.param(
+            "densenet(num_blocks=[6, 12, 36, 24], growth_rate=48, init_planes=96)",
+            "densenet161",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_tensors_are_those_of_timm(words, name):
@@ -52,6 +60,7 @@ def test_tensors_are_those_of_timm(words, name):
     assert ours.feature_info == theirs.feature_info
 
 
+@pytest.mark.slow
 def test_resnext152_has_the_parameters_of_its_blocks():
     """ResNeXt-101 has 23 blocks in stage 3, this one 36, and 8 instead of 4 in stage 2."""
     with torch.device("meta"):
@@ -111,6 +120,7 @@ def test_squeeze_excite_of_a_dense_layer_by_hand():
     torch.testing.assert_close(layer(x), plain * scale[:, :, None, None])
 
 
+@pytest.mark.slow
 def test_se_densenet_adds_parameters_to_each_layer():
     """Growth 32: 32 -> 2 -> 32 channels, with biases, in each of 58 layers."""
     with torch.device("meta"):
@@ -121,8 +131,10 @@ def test_se_densenet_adds_parameters_to_each_layer():
 @pytest.mark.parametrize(
     ("words", "stride"),
     [
-        (f"resnet({SMALL}, small_input=true)", 8),
-        (f"resnet({SMALL}, basic_layer=true, small_input=true)", 8),
+        pytest.param(f"resnet({SMALL}, small_input=true)", 8, marks=pytest.mark.slow),
+        pytest.param(
+            f"resnet({SMALL}, basic_layer=true, small_input=true)", 8, marks=pytest.mark.slow
+        ),
         ("densenet(num_blocks=[1, 1], growth_rate=8, small_input=true)", 2),
         ("densenet(num_blocks=[1, 1], growth_rate=8, use_se=true, se_reduction_ratio=4)", 8),
         (f"resnet({SMALL}, final_bn_relu=false, use_se=true)", 32),

@@ -80,3 +80,30 @@ def test_name_is_checked_without_building(kind):
     }.items():
         with pytest.raises(UserError, match=message):
             check_model(options.parse(parser, [*WORDS, model]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "message"),
+    [
+        ("finetune", "convnextv2_atto(num_classes=3)", "give --nb_classes, not the argument num_c"),
+        ("finetune", "resnet(num_blocks=[1,1,1,1], in_chans=1)", "give --in_chans, not"),
+        ("finetune", "mlp(hidden_dims=[8], input_size=8)", "give --input_size, not the argument"),
+        ("pretrain", "convnextv2_atto(drop_path_rate=0.1)", "give --drop_path, not the argument"),
+        ("pretrain", "convnextv2_atto(patch_size=16)", "give --patch_size, not the argument"),
+        (
+            "finetune",
+            "tests.tiny:classifier(stem_stride=2)",
+            "give --stem_stride, not the argument",
+        ),
+        (
+            "finetune",
+            "convnextv2_atto(foo=1)",
+            "no argument 'foo'.* arguments are layer_scale_init",
+        ),
+        ("pretrain", "convnext_atto(layer_scale=1)", "Did you mean 'layer_scale_init_value'"),
+        ("finetune", "timm:", "--model timm:: give a name, as in timm:resnet18"),
+    ],
+)
+def test_arguments_in_brackets_are_those_that_no_flag_sets(kind, model, message):
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        build(kind, model)

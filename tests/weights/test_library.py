@@ -186,3 +186,31 @@ def test_frozen_run_on_two_processes_resumes_exactly(tmp_path):
     for key in ("model", "model_ema"):
         names = [tmp_path / name / "checkpoint-1.pth" for name in ("again", "whole")]
         assert_same(*(weights(name, key) for name in names))
+
+
+@pytest.mark.parametrize(("name", "part"), [("inception_v3", "AuxLogits"), ("googlenet", "aux1")])
+def test_auxiliary_classifiers_of_published_weights_are_left_out(name, part, monkeypatch):
+    parts = {part: torch.nn.Linear(1, 1), "fc": torch.nn.Linear(1, 1)}
+    monkeypatch.setattr("torchvision.models.get_model", lambda *_, **__: torch.nn.ModuleDict(parts))
+    assert {*read_library_weights(f"torchvision:{name}").state} == {"fc.weight", "fc.bias"}
+
+
+def test_run_of_an_own_network_is_exported_without_model(tmp_path, capsys):
+    name = "mlp(hidden_dims=[4])"
+    torch.manual_seed(0)
+    state = create_model(name, num_classes=3, input_size=(8, 8)).state_dict()
+    args = {"model": name, "in_chans": 3, "input_size": [8, 8], "stem_stride": 4}
+    torch.save({"model": state, "args": args}, tmp_path / "x.pth")
+    words = [str(tmp_path / "x.pth"), "--to", "safetensors"]
+    words += ["--output", str(tmp_path / "x.safetensors")]
+    export.main(options.export_parser().parse_args(words))
+    assert "largest difference 0.0e+00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_backbone_with_statistics_of_masked_images_warns(frozen, tmp_path, caplog):
+    state = {f"encoder.{n}": v for n, v in create_model(TIMM, num_classes=0).state_dict().items()}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    args = parse(f"--model {TIMM} --finetune x {'--freeze_backbone' * frozen}")
+    check_start(args, read_pretrained(str(tmp_path / "x.pth")))
+    assert ("statistics of masked images" in caplog.text) == frozen

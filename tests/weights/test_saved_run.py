@@ -182,6 +182,8 @@ def test_resumed_pretraining_keeps_its_decoder_and_patches():
     assert changed(pretrain("--resume", "x"), {"stem_stride": 2})["patch_size"] == 16
     assert "patch_size" not in changed(pretrain("--patch_size", "32"), {"stem_stride": 2})
     assert changed(pretrain("--resume", "x"), {"in_chans": 1}) == {"in_chans": 1}
+    own = {"model": "timm:resnet18", "patch_size": None}
+    assert changed(pretrain("--resume", "x"), own, resumes=True) == own
 
 
 def test_sizes_are_checked_after_they_are_known():
