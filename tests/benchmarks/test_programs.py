@@ -266,7 +266,8 @@ def test_whole_gpu_script_in_toy_size(tmp_path):
     """One that is stopped at once, those that would compile, and no two of a kind."""
     again = {"base", "base_torch", *gpu.APART}
     names = [name for name in gpu.PARTS if name not in again]
-    words = f"--device cpu --toy --limit tiny_torch=0 --output {tmp_path} --only {','.join(names)}"
+    limits = "--limit environment=600 tiny_torch=0"  # the first has 12 s, too few beside other work
+    words = f"--device cpu --toy {limits} --output {tmp_path} --only {','.join(names)}"
     done = run("gpu.py", words)
     assert done.returncode == 1, done.stderr  # for the stopped one
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
