@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config.flags import is_pretraining
+from config.flags import as_typed, is_pretraining
 from config.parser import absolute_paths
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
@@ -286,9 +286,12 @@ def compare_args(
         if given is not None and name in KEPT and name not in given:
             continue
         if name in fixed:
+            had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"
+            if before is None:
+                had, fix = f"no --{name}", f"leave --{name} out"
             raise UserError(
-                f"{source} was trained with --{name} {before} and cannot resume with {value}: "
-                f"pass --{name} {before}, or choose another --output_dir{hint}"
+                f"{source} was trained with {had} and cannot resume with {as_typed(value)}: {fix}, "
+                f"or choose another --output_dir{hint}"
             )
         before, value = ("not set" if v is None else v for v in (before, value))
         changes.append(f"--{name} {value} (was {before})")

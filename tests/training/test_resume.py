@@ -4,7 +4,8 @@
 
 import pytest
 
-from training.resume import choose_evaluated
+from errors import UserError
+from training.resume import choose_evaluated, compare_args
 
 
 @pytest.fixture
@@ -46,3 +47,9 @@ def test_evaluation_takes_what_is_resumed_else_the_run_else_its_start(
 def test_folder_of_ema_weights_is_a_run_if_they_are_asked_for(runs):
     found = [choose_evaluated("", "ema", None, "start", use_ema) for use_ema in (True, False)]
     assert found == ["ema", "start"]
+
+
+def test_flag_that_a_run_left_out_is_to_be_left_out():
+    """`pass --patch_size None` cannot be typed."""
+    with pytest.raises(UserError, match="with no --patch_size and cannot .* 8: leave --patch_size"):
+        compare_args({"patch_size": None}, {"patch_size": 8}, "x.pth")
