@@ -517,6 +517,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_only():
         assert all(a != b for a, b in zip(again, first, strict=True))
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_tensors():
     epochs = []
     for num_workers in (0, 2):

@@ -45,6 +45,7 @@ def final(folder: Path) -> dict:
     return {key: value for key, value in content.items() if key != "args"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", BASE)
 def test_two_runs_are_equal_whatever_the_workers_and_what_was_measured_before(script, tmp_path):
     """Each implementation of a linear layer sums in its own order, and timing chose one."""
@@ -65,6 +66,7 @@ def test_two_runs_are_equal_whatever_the_workers_and_what_was_measured_before(sc
     assert differing(runs[0], runs[2]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", BASE)
 def test_two_runs_of_two_processes_are_equal(script, tmp_path):
     for name, workers in (("a", 0), ("b", 3)):

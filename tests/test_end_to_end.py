@@ -138,6 +138,7 @@ def test_evaluation_of_a_checkpoint_is_that_of_the_run(finetuned):
     assert f"loss {entry['test_loss']:.4f} on 7 images" in done.stdout
 
 
+@pytest.mark.slow
 def test_evaluation_on_two_processes_counts_every_image_once(finetuned):
     words = [*FINETUNE, "--eval", "true", "--resume", finetuned / "checkpoint-3.pth"]
     words += ["--model_ema", "true"]
@@ -149,6 +150,7 @@ def test_evaluation_on_two_processes_counts_every_image_once(finetuned):
     assert said.findall(alone.stdout) == said.findall(unshared.stdout)
 
 
+@pytest.mark.slow
 def test_checkpoint_is_evaluated_and_tuned_at_other_sizes(finetuned, tmp_path):
     """No table of positions, so 16 pixels, 40 x 24, 33 and 384 are all the same network."""
     path = finetuned / "checkpoint-3.pth"
@@ -267,6 +269,7 @@ def test_args_yaml_repeats_a_run(pretrained, tmp_path):
     assert_same(weights(tmp_path / "checkpoint-1.pth"), weights(pretrained / "checkpoint-1.pth"))
 
 
+@pytest.mark.slow
 def test_head_that_fits_is_kept_and_another_is_new(finetuned, tmp_path):
     best = finetuned / "checkpoint-best.pth"
     words = [*FINETUNE, "--finetune", best, "--lr", 0, "--min_lr", 0, "--weight_decay", 0]
@@ -314,6 +317,7 @@ def test_published_weights_start_pretraining_and_finetuning(pretrained, finetune
     assert_same(weights(tmp_path / "b" / "checkpoint-0.pth"), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cluster", "ranks"), [("local", 2), ("debug", 1)])
 def test_submitit_runs_the_main(cluster, ranks, tmp_path):
     words = [*PRETRAIN, "--cluster", cluster, "--job_dir", tmp_path / "%j", "--nodes", 1]
@@ -369,6 +373,7 @@ def result(*words: object, **how: object) -> tuple[str, float, float, int]:
     return found[1], float(found[2]), float(found[3]), int(found[4])
 
 
+@pytest.mark.slow
 def test_evaluation_repeats_the_runs_own_without_its_flags(trained, insects):
     """With another normalization 100% became 45%, and nothing was said."""
     entries = log(trained)
@@ -409,6 +414,7 @@ def test_training_command_with_eval_evaluates_what_it_trained(trained, insects, 
     assert f"empty holds no checkpoint: --finetune {trained} is evaluated" in done.stdout
 
 
+@pytest.mark.slow
 def test_exported_files_keep_class_names_and_normalization(insects, tmp_path):
     """Without them the labels of another folder, and another mean, were used silently."""
     words = ["--model", "convnextv2_atto", *SMALL, "--aa", "none", "--epochs", 1]

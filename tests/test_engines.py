@@ -358,6 +358,7 @@ def test_resumed_steps_are_counted_in_the_new_batch_size(tmp_path, monkeypatch):
     assert [(state.epoch, state.global_step) for state in states] == [(2, 4), (3, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "words"), [(pretrain, "--picture_freq 0"), (finetune, "")])
 def test_epoch_that_breaks_off_at_its_last_update_is_saved_like_any(
     tmp_path, monkeypatch, run, words

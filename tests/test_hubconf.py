@@ -66,6 +66,7 @@ for late in ("models.kernels.triton_kernels", "torchvision", "timm", "yaml"):
     assert late.split() == ["False"] * 4  # torch is the only dependency
 
 
+@pytest.mark.slow
 def test_is_listed_and_explained(tmp_path):
     """torch.hub.list takes names of GitHub repositories only: here one in its cache."""
     (tmp_path / "somebody_toolkit_main").symlink_to(ROOT)
@@ -82,6 +83,7 @@ print(torch.hub.help("somebody/toolkit:main", "convnextv2_tiny", trust_repo=True
     assert any(line.startswith("checkpoint: ") for line in text)
 
 
+@pytest.mark.slow
 def test_module_of_the_user_that_is_not_imported_does_no_harm(tmp_path):
     code = 'torch.hub.load(ROOT, "convnextv2_atto", source="local")'
     done = python(code, tmp_path, utils="1 / 0", models="1 / 0")

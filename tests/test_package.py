@@ -36,6 +36,7 @@ def run(folder: Path, *words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_modules_are_imported_from_the_package_alone(folder):
     """`import datasets` of another package found ours."""
     code = """

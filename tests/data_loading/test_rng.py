@@ -129,6 +129,7 @@ def test_libraries_throw_independent_coins(pair):
     assert chi_square < 10.8  # p = 0.001
 
 
+@pytest.mark.slow
 def test_uniform_draws_of_the_libraries_are_uncorrelated():
     """Of the same sample, and of neighbors."""
     values = []

@@ -451,6 +451,7 @@ def test_list_survives_a_kill_within_an_epoch(tmp_path, monkeypatch, script):
 # --- processes ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sample_that_holds_a_worker_is_named(tmp_path):
     words = [*COMMANDS["main_finetune.py"], *SMALL, "--data_set", "tests.tiny:hangs"]
     words += ["--num_workers", 2, "--data_timeout", 2, "--output_dir", "none"]
@@ -525,6 +526,7 @@ class Deaf(Slow):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 def test_worker_that_ignores_the_limit_ends_the_run():
     data = TransformedDataset(Deaf(0), to_tensor, 0)
     loader = WatchedLoader(data, [(0, index) for index in range(24)], 3, 2, timeout=1)
@@ -692,6 +694,7 @@ sys.modules["in use"] = loaders, [next(loader) for loader in loaders]
 """
 
 
+@pytest.mark.slow
 def test_program_ends_although_loaders_are_in_use():
     """Their processes ignore the signal by which multiprocessing ends them before it waits."""
     command = [sys.executable, "-c", IN_USE]

@@ -80,6 +80,7 @@ def assert_near(ours, theirs, tolerance=1e-10):
 # --- compiled ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [classifier, fcmae, v1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_compiled_gradients_are_the_eager_ones(build, dtype):
@@ -91,6 +92,7 @@ def test_compiled_gradients_are_the_eager_ones(build, dtype):
     assert_near(with_gradients(lambda _: loss(compiled), model), wanted, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [".dwconv.", ".pwconv2.bias"])
 def test_compiled_gradients_are_the_eager_ones_where_the_rest_is_frozen(trained):
     """Gradients that are not wanted are left out of the compiled backward pass too."""
@@ -108,6 +110,7 @@ def test_compiled_gradients_are_the_eager_ones_where_the_rest_is_frozen(trained)
     assert_near(gradients(compiled), wanted)
 
 
+@pytest.mark.slow
 def test_compiled_under_autocast_is_the_eager_one():
     model, loss = fcmae(torch.float32)
 
@@ -129,6 +132,7 @@ def traced_backward():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [classifier, fcmae, v1])
 def test_whole_training_step_compiles_without_a_graph_break(traced_backward, build):
     """Forward, gradients and the update of all parameters, as one graph, thrice."""

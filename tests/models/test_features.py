@@ -229,6 +229,7 @@ def test_layer_decay_counts_from_the_deepest_stage_there_is():
     assert scales == {0.5, 0.25, 0.125, 0.0625}  # three blocks and the stem
 
 
+@pytest.mark.slow
 def test_compiled_backbone_is_one_graph_and_the_same():
     model = network(features_only=True, out_indices=(0, 1))
     images = images_of(36, 64)

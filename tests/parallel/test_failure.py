@@ -433,6 +433,7 @@ def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[
     return [process.returncode for process in processes], list(out), list(errors)
 
 
+@pytest.mark.slow
 def test_script_without_error_prints_nothing_to_stderr(tmp_path):
     words = [*PRETRAIN, *QUICK, "--output_dir", tmp_path / "run"]
     codes, out, errors = ends(start_script([ROOT] * 2, "main_pretrain.py", *words))

@@ -465,6 +465,7 @@ def results(folder) -> list[dict]:
     return results_of(folder)
 
 
+@pytest.mark.slow
 def test_each_process_keeps_its_share_alone(results):
     """The flag must save memory: of weights, gradients and optimizer state."""
     first, second = (result["ranks_count"] for result in results)

@@ -134,6 +134,7 @@ def test_return_brings_back_weights_moments_and_average(tmp_path):
         torch.testing.assert_close(after["model_ema"][name], value, rtol=0.5, atol=1e-2, msg=name)
 
 
+@pytest.mark.slow
 def test_rollback_survives_a_restart(tmp_path):
     """Killed after a rollback, the run ends as one that was not, counts of rollbacks included."""
     words = [*FRAIL["main_pretrain.py"], *COLORS, *SMALL, "--epochs", 4, "--print_freq", 1]

@@ -52,6 +52,7 @@ def test_digest_sees_what_it_must(whole, tmp_path):
     assert {"checkpoint-2.pth", "log.txt", "TensorBoard"} <= set(different)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_started_again_it_ends_bit_for_bit_the_same(whole, tmp_path):
     """In an epoch, in a group, in evaluation, while saving: weights, EMA, moments, best, logs."""
     script, folder, seconds = whole
@@ -80,6 +81,7 @@ def test_killed_before_it_could_tidy_up_it_does_so_when_started_again(whole, tmp
     assert not chaos.differences(chaos.digest(here), chaos.digest(folder))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_still_arrives(whole, tmp_path):
     script, folder, seconds = whole
     draw = random.Random(script)

@@ -560,6 +560,7 @@ def test_error_of_the_background_is_raised_when_it_is_waited_for(error):
     writer.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", list(chaos.RUNS))
 def test_run_that_saves_in_the_background_ends_the_same(tmp_path, script):
     chaos.complete(script, tmp_path / "plain")

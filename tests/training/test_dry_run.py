@@ -145,6 +145,7 @@ def rank_main(rank: int, port: int, folder: Path, words: list) -> None:
         os._exit(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True])
 def test_two_processes_agree_and_only_rank_0_reports(fault, tmp_path):
     port, words = free_port(), ["--batch_size", 3, "--output_dir", tmp_path / "runs" / "new"]
@@ -195,6 +196,7 @@ def test_pretraining_is_tried_and_leaves_no_trace(said, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_picture_that_cannot_be_drawn_is_found(said, monkeypatch):
     """It would have failed after the first ten epochs."""
 
@@ -248,6 +250,7 @@ def test_report_says_what_the_run_will_do(said):
     assert "step 19  1.00e-03  ####" in said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_images_are_reported_and_no_problem(workers, said):
     words = ["--data_set", "tests.training.test_dry_run:unreadable", "--on_bad_image", "skip"]
@@ -320,6 +323,7 @@ def test_error_of_a_data_set_is_shown_with_its_traceback_once(said):
     assert f'  File "{__file__}", line ' in said()
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_fit_in_shared_memory_are_a_problem(said, monkeypatch):
     """Docker's 64 MB: a loader process could not send its first batches."""
     Usage, asked = namedtuple("Usage", "total used free"), []
@@ -391,6 +395,7 @@ def test_steps_with_nan_do_not_hide_other_problems(planted, said):
     assert f"cannot write in {planted / 'file'};" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
 def test_an_image_that_kills_or_blocks_its_reader_is_named(fault, said):
     """If the dry run itself read it, it would be killed, or wait forever."""

@@ -107,6 +107,7 @@ def test_user_modules_that_flags_name_are_compared_too():
     assert found.keys() == {"tests.tiny"}
 
 
+@pytest.mark.slow
 def test_scripts_from_different_copies_name_the_file(tmp_path):
     for path in [*product_files(), ROOT / "tests" / "tiny.py"]:
         copy = tmp_path / path.relative_to(ROOT)

@@ -126,6 +126,7 @@ def exported(files, tmp_path_factory) -> tuple[Path, dict[str, tuple[str, str]]]
     return folder, dict(zip(TARGETS, zip(*texts, strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_written_files_are_those_that_others_load(target, files, exported):
     folder, texts = exported
@@ -198,6 +199,7 @@ def test_v1_is_exported_in_half_precision(target, v1, tmp_path, capsys):
     assert "checked with" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_line_printed_for_timm_loads_the_file(files, tmp_path):
     import timm
 
@@ -256,6 +258,7 @@ def test_wrong_target_is_refused(files, capsys):
     assert "'tflite' (choose from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_checkpoint_is_one_line(tmp_path):
     done = run(tmp_path / "nothing.pth", "--to", "timm", expect=2)
     assert "nothing.pth does not exist" in done.stderr
@@ -472,6 +475,7 @@ def test_export_reports_dropped_parts_and_large_weights(tmp_path, capsys):
     assert "the rms of its pointwise weights is" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", GRAPHS)
 @pytest.mark.parametrize("half", [False, True])
 def test_graph_takes_other_batches_and_sizes(target, half, tmp_path):

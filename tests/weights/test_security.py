@@ -254,6 +254,7 @@ def test_files_of_a_run_follow_the_umask(tmp_path, script, umask):
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
+@pytest.mark.slow
 def test_job_folder_and_its_pickles_are_private(tmp_path):
     """Files that the job writes have the user's umask again."""
     words = [*PRETRAIN, "--cluster", "local", "--nodes", 1, "--ngpus", 1, "--epochs", 1]

@@ -416,6 +416,7 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
     assert cached == {"sum float32 1 2": "onednn"}
 
 
+@pytest.mark.slow
 def test_run_with_triton_and_no_gpu_is_one_line_that_helps():
     words = [*PRETRAIN, "--output_dir", "", "--kernels", "triton"]
     done = run("main_pretrain.py", *words, env={"TRITON_INTERPRET": "0"}, expect=2)
@@ -496,6 +497,7 @@ def test_file_is_written_once_for_all_choices(timed, folder, monkeypatch):
     assert len(written) == 1
 
 
+@pytest.mark.slow
 def test_choices_of_a_process_that_ends_are_in_the_file(folder):
     """An evaluation or a script of the user has no log line at which they are written."""
     code = (

@@ -253,6 +253,7 @@ def by_written_out_blocks(monkeypatch, loss, inputs):
         return with_gradients(loss, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", KERNELS)
 def test_fcmae_is_that_of_written_out_blocks_whatever_runs(set_kernels, monkeypatch, mode):
     set_kernels(mode)
@@ -261,6 +262,7 @@ def test_fcmae_is_that_of_written_out_blocks_whatever_runs(set_kernels, monkeypa
     assert_near(with_gradients(loss, inputs), wanted, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", KERNELS)
 def test_fcmae_in_bf16_is_close_to_itself_in_float32(set_kernels, monkeypatch, mode):
     """As close as bf16 is: three digits an operation, of which there are some thirty in a row."""
@@ -387,6 +389,7 @@ class WideFloats(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", KERNELS)
 @pytest.mark.parametrize("length", [3, 25])  # fewer and more than channels: two ways to scale
 def test_no_tensor_of_width_4c_is_promoted_in_bf16(set_kernels, monkeypatch, mode, length):

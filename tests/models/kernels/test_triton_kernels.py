@@ -70,6 +70,7 @@ def close(ours, theirs, tolerance):
 # --- depthwise convolution ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [3, 7])
 @pytest.mark.parametrize("shape", [(2, 5, 6, 20), (1, 1, 1, 3), (1, 9, 21, 16), (3, 4, 2, 32)])
 def test_dense_convolution_is_torchs_with_its_gradients(shape, k):
@@ -83,6 +84,7 @@ def test_dense_convolution_is_torchs_with_its_gradients(shape, k):
     close(kernels.depthwise_weight_grad(dy, x, k), dweight, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("p", "h", "w", "visible"), GRIDS)
 def test_packed_convolution_is_that_of_a_canvas_with_its_gradients(p, h, w, visible):
     """Taps find their patch several patches away, and nothing where it is hidden."""
@@ -97,6 +99,7 @@ def test_packed_convolution_is_that_of_a_canvas_with_its_gradients(p, h, w, visi
     close(kernels.depthwise_weight_grad(dy, x, 7, **where), dweight, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_memory_around_the_map_does_not_leak_in(packed):
     """NaN lies where hidden patches (slot -1), padding and channels past the last would be."""
