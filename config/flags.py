@@ -8,6 +8,7 @@ python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 import argparse
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,13 @@ def library_of(name: str) -> str:
 def is_code(name: str) -> bool:
     """Return True for `package.module:function`, code that no checkpoint may choose."""
     return ":" in name and not library_of(name)
+
+
+def named_modules(value: Any) -> list[str]:
+    """Return the modules that a flag's value names as `package.module:function`."""
+    words = map(str, value if isinstance(value, list | tuple) else [value])
+    pattern = re.compile(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*")
+    return [name for word in words if not library_of(word) for name in pattern.findall(word)]
 
 
 def implied_patch(model: str, stem_stride: int) -> int | None:
@@ -100,7 +108,7 @@ HELP = """%(aim)s
       --data_path /data/imagenet --output_dir runs/tiny
 
 BOOL is true or false (or yes/no, 1/0); the flag alone means true. Flags on the
-command line win over --config FILE.yaml, which wins over --recipe NAME."""
+command line win over --config FILE, which wins over --recipe NAME."""
 SUBMITIT_HELP = """Run main_%(kind)s.py as a SLURM job, or here with --cluster local or debug.
 It saves before its time limit, and continues when it is requeued.
 
@@ -170,7 +178,7 @@ FLAGS["start here"] = (
     ("--device", NAME, "auto", "cpu, cuda, cuda:N, mps; auto: CUDA, MPS or CPU, in this order"),
     ("--dry_run", BOOL, False, "check data, weights, memory, speed and disk without training"),
     ("--recipe", NAME, None, "flags of a published run: a name (list shows all) or a YAML file"),
-    ("--config", PATH, None, "YAML file of flags, such as the args.yaml of another run"),
+    ("--config", PATH, None, "file of flags: YAML, as the args.yaml of a run, or a checkpoint"),
 )
 FLAGS["model"] = (
     ("--input_size", COUNT, 224,

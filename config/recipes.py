@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags from YAML files: `--recipe` and `--config`, which the command line overrides.
+"""Flags from files: `--recipe` and `--config`, which the command line overrides.
 
 python -c "from config import recipes; print(recipes.listing())"
 """
@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.flags import as_typed, str2bool
-from errors import did_you_mean, pipe_may_close
+from config.flags import as_typed, is_pretraining, named_modules, str2bool
+from errors import did_you_mean, first_line, pipe_may_close
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
+YAML, CHECKPOINTS = (".yaml", ".yml"), (".pth", ".pt")
+PATTERNS = ("param_group", "freeze", "no_weight_decay")  # their colons do not name code
 # Pairs of flags for the same thing: one on the command line replaces the other in a file.
 ONE_OF = (
     ("update_freq", "effective_batch"),
@@ -45,7 +47,7 @@ def read_flags(
         with pipe_may_close():
             print(listing())
         parser.exit()
-    layers = {name: _read(parser, name, typed[name]) for name in FILES if typed.get(name)}
+    layers = {name: _read(parser, name, typed) for name in FILES if typed.get(name)}
     above = _merge(layers.get("config", {}), typed)
     given = _merge(layers.get("recipe", {}), above)
     flags = vars(parser.parse_args([])) | given
@@ -93,11 +95,12 @@ def _partners(names: Iterable[str]) -> set[str]:
     return {other for pair in ONE_OF for name, other in (pair, pair[::-1]) if name in names}
 
 
-def _read(parser: argparse.ArgumentParser, option: str, name: str) -> Flags:
+def _read(parser: argparse.ArgumentParser, option: str, typed: Flags) -> Flags:
     """Parse a file's values as if they were typed; null resets a flag to None."""
+    name = typed[option]
     parser.source = f"--{option} {name}: "
     path = _find(parser, name) if option == "recipe" else Path(name)
-    values = _load(parser, path, ())
+    values = _load(parser, path, (), typed)
     script = values.pop("script", parser.script)
     if script != parser.script:
         parser.error(f"this file is for {script}.py, not for {parser.script}.py")
@@ -115,7 +118,7 @@ def _read(parser: argparse.ArgumentParser, option: str, name: str) -> Flags:
 
 def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None) -> Path:
     """Find a recipe by name or path; for a `base`, paths are relative to its `folder`."""
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((*YAML, *CHECKPOINTS)) or (folder and "/" in name):
         return (folder or Path()) / name
     known = recipes() if folder else recipes("[!_]*")
     if name not in known:
@@ -124,25 +127,64 @@ def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None
     return known[name]
 
 
-def _load(parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...]) -> Flags:
-    """Read a file's values over those of its `base`."""
-    import yaml
+def _load(
+    parser: argparse.ArgumentParser, path: Path, seen: tuple[Path, ...], typed: Flags
+) -> Flags:
+    """Read a file's values over those of its `base`, of which the later ones win.
 
+    A folder stands for its `args.yaml`. typed: flags of the command line.
+    """
     if path.resolve() in seen:
         parser.error(f"{path} builds on itself through its 'base'; remove one 'base'")
+    path = path / "args.yaml" if path.is_dir() else path
+    values = _load_checkpoint if path.name.endswith(CHECKPOINTS) else _load_yaml
+    values = values(parser, path, typed)
+    base = values.pop("base", None)
+    names = base if isinstance(base, list) else [base] * (base is not None)
+    below: Flags = {}
+    for name in names:
+        source, parser.source = parser.source, f"{parser.source}base {name}: "
+        found = _find(parser, str(name), path.parent)
+        below = _merge(below, _load(parser, found, (*seen, path.resolve()), typed))
+        parser.source = source
+    return _merge(below, values)
+
+
+def _load_yaml(parser: argparse.ArgumentParser, path: Path, typed: Flags) -> Flags:
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"cannot read the file: {error}")
     if not isinstance(values, dict):
         parser.error("expected lines of 'flag: value', without dashes")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    source, parser.source = parser.source, f"{parser.source}base {base}: "
-    below = _load(parser, _find(parser, str(base), path.parent), (*seen, path.resolve()))
-    parser.source = source
-    return _merge(below, values)
+    return values
+
+
+def _load_checkpoint(parser: argparse.ArgumentParser, path: Path, typed: Flags) -> Flags:
+    """Read the flags that a run has stored; code among them must be typed too.
+
+    Anybody may have written the file, and code that a flag names is imported.
+    """
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch's unpickler raises almost anything for other files
+        parser.error(f"cannot read the file: {first_line(error)}")
+    stored = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(stored, dict):
+        parser.error("it holds no flags; expected a checkpoint of this toolkit, or a YAML file")
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in stored.items()}
+    for key in values.keys() - typed.keys() - {*FILES, *PATTERNS}:
+        if named_modules(values[key]):
+            parser.error(
+                f"it names code, --{key} {as_typed(values[key])}, which would be imported; type "
+                "this flag too, or give the args.yaml of the run"
+            )
+    values["script"] = "main_pretrain" if is_pretraining(values) else "main_finetune"
+    return {key: value for key, value in values.items() if key not in FILES}
 
 
 def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:

@@ -8,7 +8,6 @@ python main_pretrain.py --data_set DIGITS --model convnextv2_atto --epochs 1 --d
 import contextlib
 import hashlib
 import importlib.util
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
-from config.flags import is_code, is_pretraining, library_of
+from config.flags import is_code, is_pretraining, named_modules
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
@@ -273,9 +272,8 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     """Return the files of the modules that flags name as `package.module:function`."""
     see_working_folder()
     found = {}
-    words = [x for value in args.values() for x in (value if isinstance(value, tuple) else [value])]
-    for word in filter(lambda word: not library_of(word), map(str, words)):
-        for module in re.findall(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*", word):
+    for value in args.values():
+        for module in named_modules(value):
             with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
                 spec = importlib.util.find_spec(module)
                 if spec and spec.origin and Path(spec.origin).is_file():

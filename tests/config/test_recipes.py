@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch
 import yaml
 
 from config import parser as options
@@ -46,9 +47,12 @@ def expand(name: str, *words: str):
     return options.parse(PARSERS[script_of(name)](), ["--recipe", name, *more])
 
 
+DATA = ["--data_path", "D"]
+
+
 def refused(capsys, words, *parts, kind="main_finetune"):
     with pytest.raises(SystemExit) as stop:
-        options.parse(PARSERS[kind](), ["--data_path", "D", *map(str, words)])
+        options.parse(PARSERS[kind](), [*DATA, *map(str, words)])
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert message.count("error:") == 1
@@ -368,6 +372,78 @@ def test_own_file_builds_on_a_recipe_or_on_another_file(tmp_path):
     assert (args.update_freq, args.effective_batch) == (2, None)
 
 
+def test_later_files_of_a_base_win_and_partners_replace_each_other(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "args.yaml").write_text("data_path: /images\nepochs: 70\n")
+    (tmp_path / "loss.yaml").write_text("smoothing: 0\nupdate_freq: 2\nepochs: 80\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: [tiny_ft, data/args.yaml, loss.yaml]\nmixup: 0\n")
+    args = options.parse(options.finetune_parser(), ["--config", str(mine)])
+    assert (args.model, args.data_path, args.epochs) == ("convnextv2_tiny", "/images", 80)
+    assert (args.update_freq, args.effective_batch, args.smoothing) == (2, None, 0)
+    mine.write_text("base: ./data\n")  # the folder of a run
+    assert options.parse(options.finetune_parser(), ["--config", str(mine)]).epochs == 70
+    folder = options.parse(options.finetune_parser(), ["--config", str(tmp_path / "data")])
+    assert folder.epochs == 70
+
+
+def save_flags(args, path):
+    torch.save({"model": {}, "args": options.absolute_paths(vars(args))}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("words", ["", "--update_freq 2", "--use_amp false", "--aa none"])
+def test_checkpoint_gives_the_flags_of_its_run(tmp_path, words):
+    args = expand("tiny_ft", *words.split())
+    path = save_flags(args, tmp_path / "checkpoint-0.pth")
+    again = options.parse(options.finetune_parser(), ["--config", path])
+    assert vars(again) == {**vars(args), "config": path, "recipe": None}
+    changed = options.parse(options.finetune_parser(), ["--config", path, "--epochs", "50"])
+    assert (changed.epochs, changed.model) == (50, args.model)
+    (tmp_path / "mine.yaml").write_text("base: checkpoint-0.pth\nepochs: 50\n")
+    built = options.parse(options.finetune_parser(), ["--config", str(tmp_path / "mine.yaml")])
+    assert (built.epochs, built.model, built.mixup) == (50, args.model, args.mixup)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--model", "my.module:net"], "model"),
+        (["--loss", "0.5*ce + my.losses:own(a=1)"], "loss"),
+        (["--metrics", "acc1", "my.metrics:own"], "metrics"),
+        (["--sched", "linear(0,1)[0.5] + my.mod:f(2)[0.5]"], "sched"),
+    ],
+)
+def test_code_that_a_checkpoint_names_must_be_typed_too(capsys, tmp_path, words, key):
+    args = options.parse(options.finetune_parser(), [*words, *DATA])
+    path = save_flags(args, tmp_path / "checkpoint-0.pth")
+    refused(capsys, ["--config", path], f"names code, --{key}", "my.", "args.yaml of the run")
+    args = options.parse(options.finetune_parser(), ["--config", path, *words])
+    assert getattr(args, key) == getattr(
+        options.parse(options.finetune_parser(), [*words, *DATA]), key
+    )
+
+
+def test_names_of_libraries_and_patterns_are_no_code(tmp_path):
+    words = ["--model", "timm:resnet18", "--param_group", "head:lr=10", "--freeze", "stem:0-2"]
+    args = options.parse(options.finetune_parser(), [*words, *DATA])
+    path = save_flags(args, tmp_path / "checkpoint-0.pth")
+    again = options.parse(options.finetune_parser(), ["--config", path])
+    assert (again.model, again.param_group) == ("timm:resnet18", args.param_group)
+
+
+def test_files_without_flags_are_usage_errors(capsys, tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    refused(capsys, ["--config", tmp_path / "weights.pth"], "holds no flags", "YAML file")
+    refused(capsys, ["--config", tmp_path / "broken.pth"], "broken.pth: cannot read the file")
+    refused(capsys, ["--config", tmp_path / "none.pth"], "none.pth: cannot read the file")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, ["--config", tmp_path / "empty"], "cannot read the file", "args.yaml")
+    path = save_flags(expand("tiny_ft"), tmp_path / "checkpoint-0.pth")
+    refused(capsys, ["--config", path], "main_finetune", kind="main_pretrain")
+
+
 def test_list_shows_every_recipe(capsys):
     with pytest.raises(SystemExit) as stop:
         options.parse(options.finetune_parser(), ["--recipe", "list"])
@@ -409,7 +485,7 @@ def test_wrong_recipes_are_usage_errors(capsys, tmp_path):
         ("recipe: tiny_ft", "unknown key 'recipe'", "base: NAME"),
         ("base: tiny_ft\nepoch: 3", "unknown key 'epoch'", "epochs"),
         ("base: tiny_ft\nepochs: many", "--epochs", "'many'"),
-        ("base: [tiny_ft]", "unknown recipe"),
+        ("base: [tiny_ft, tiny_tf]", "base tiny_tf: unknown recipe"),
         ("update_freq: 2\neffective_batch: 64", "--update_freq 2", "drop one"),
     ]:
         one.write_text(text)

@@ -1,0 +1,91 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The table of ClassyVision's options: each row has flags that work, or a reason."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from config import parser
+from optim_factory import build_optimizer_call, build_rules
+from training.criterion import check_loss
+from training.evaluation import build_metrics
+from training.schedules import build_curves
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "from-classy-vision.md"
+ROWS = re.findall(r"^\| ((?!ClassyVision \||-).+?) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+# Words of the page -> code that exists: `package.module:function` stands for four things.
+OWN = {
+    "--model package.module:function": "--model tests.tiny:other",
+    "--loss package.module:Loss": "--loss tests.tiny:Temperature",
+    "--metrics package.module:function": f"--metrics {__name__}:metric",
+    "package.module:function(2)": f"{__name__}:power(2)",
+}
+
+
+def metric(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    return 0.0
+
+
+def power(progress: float, exponent: float) -> float:
+    return (1 - progress) ** exponent
+
+
+def spans(cell: str) -> list[str]:
+    """Flags that a cell names; values within a sentence begin with no dash."""
+    return [span for span in re.findall(r"`([^`]+)`", cell) if span.startswith("--")]
+
+
+COMMANDS = [span for name, cell in ROWS if not cell.startswith("—") for span in spans(cell)]
+
+
+def parse(words: str) -> parser.FrozenNamespace:
+    typed = shlex.split(words)
+    folder = [] if "--data_path" in typed or "--data_set" in typed else ["--data_path", "images"]
+    return parser.parse(parser.finetune_parser(), [*typed, *folder])
+
+
+def test_every_row_has_flags_or_a_reason():
+    assert len(ROWS) > 100
+    for name, cell in ROWS:
+        assert bool(spans(cell)) != cell.startswith("—"), name
+        assert not cell.startswith("—") or len(cell.split()) > 3, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_of_a_row_are_accepted(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("epochs: 90\n")
+    for placeholder, existing in OWN.items():
+        command = command.replace(placeholder, existing)
+    args = parse(command)
+    models.check_model(args)
+    for check in (build_optimizer_call, build_rules, build_curves, build_metrics, check_loss):
+        check(args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [x for x in COMMANDS if "--model " in x and ":function" not in x]
+)
+def test_networks_of_a_row_are_built(command):
+    args = parse(command)
+    with torch.device("meta"):
+        model = models.build_classifier(args, 10)
+        images = torch.empty(2, 3, *args.input_size)
+        assert model.eval()(images).shape == (2, 10)
+
+
+def test_configuration_of_the_page_is_accepted(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(block)
+    args = parser.parse(parser.finetune_parser(), ["--config", str(path)])
+    assert (args.model, args.epochs) == ("timm:resnet50", 90)
+    check_loss(args)
+    build_metrics(args)
+    build_curves(args)
