@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, FRACTION, FROM_0
 
-HELP = """Train a ConvNeXt V2 on CIFAR-10, in three runs for each seed:
+HELP = """Train a network on CIFAR-10, in three runs for each seed:
   pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning
   scratch     --epochs of the same training from random weights
   longer      from random weights for as long as `pretrained` trains in all: for --epochs +
@@ -30,6 +30,7 @@ train/CLASS/*.jpg and val/CLASS/*.jpg, stay in the memory of the device and are 
   python benchmarks/cifar.py                              # settings by device, three seeds
   python benchmarks/cifar.py --seeds 0 --pretrain_epochs 40 --epochs 20
   python benchmarks/cifar.py --model 2,4,2/96,192,384 --stem_stride 2     # blocks/channels
+  python benchmarks/cifar.py --model timm:resnet18 --stem_stride 1 --longer_epochs 0
   python benchmarks/cifar.py --results runs/cifar.jsonl   # rerun the same command to resume
 
 Learning curves go to stderr, the tables to stdout and --output."""
@@ -82,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", type=Path, help="file of finished runs, to resume from")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
-    longer = {**COUNT, "metavar": "N", "help": "instead of the rule for `longer`"}
+    longer = {**FROM_0, "metavar": "N", "help": "instead of the rule for `longer`; 0: leave it out"}
     parser.add_argument("--longer_epochs", **longer)
     for flag, (kind, large, small, text) in SETTINGS.items():
         check = {**kind, "metavar": "N"} if kind else {}
@@ -130,6 +131,11 @@ def finished(path: Path | None, settings: str) -> dict[tuple[str, int], dict]:
     return {(row["run"], row["seed"]): row for row in rows}
 
 
+def chosen(args: argparse.Namespace) -> dict[str, str]:
+    """Return the rows of RUNS without `longer` for --longer_epochs 0."""
+    return {name: RUNS[name] for name in RUNS if name != "longer" or args.longer_epochs != 0}
+
+
 def mean_and_each(values: list[float], form: str) -> str:
     """[1, 2] and `.1f` -> `**1.5** | 1.0, 2.0`"""
     return f"**{statistics.mean(values):{form}}** | {', '.join(f'{v:{form}}' for v in values)}"
@@ -138,7 +144,7 @@ def mean_and_each(values: list[float], form: str) -> str:
 def report(rows: dict[tuple[str, int], dict], args: argparse.Namespace, settings: str) -> str:
     """Markdown: settings, machine, a row for each of RUNS, and what pre-training is ahead by."""
     table, ahead, accuracy = [], [], {}
-    for name, title in RUNS.items():
+    for name, title in chosen(args).items():
         own = [rows[name, seed] for seed in args.seeds]
         accuracy[name] = [row["acc1"] for row in own]
         gaps = [a - b for a, b in zip(accuracy["pretrained"], accuracy[name], strict=True)]
@@ -177,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
     rows = finished(args.results, settings)
     data = load(args.data, {"train": args.train_images, "val": args.val_images})
     data["pretrain"] = load(args.data, {"train": args.pretrain_images})["train"]
-    for seed, name in itertools.product(args.seeds, RUNS):
+    for seed, name in itertools.product(args.seeds, chosen(args)):
         if (name, seed) in rows:
             continue
         epochs = args.epochs

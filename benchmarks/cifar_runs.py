@@ -39,8 +39,7 @@ from training.hooks import Reporter, format_stats
 from training.schedules import Schedule
 from training.setup import TrainLoop
 from training.stepper import Stepper
-from weights.convert import to_convnextv2
-from weights.files import load_weights
+from weights.pretrained import Pretrained
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (N, H, W, 3) uint8, labels (N,)
 MAX_BYTES = 2**24  # of an image in the zip, whatever size its header claims
@@ -174,7 +173,7 @@ class InMemory:
 # --- training -----------------------------------------------------------------------------------
 
 
-def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
+def classifier(args: Namespace, **more: object) -> nn.Module:
     """Create the network that --model names or describes."""
     if "/" not in args.model:
         return create_model(args.model, stem_stride=args.stem_stride, **more)
@@ -185,6 +184,18 @@ def encoder(args: Namespace, **more: object) -> ConvNeXtV2:
         raise UserError(f"--model {args.model}: expected a name, or like 1,2,2/24,48,96")
     depths, dims = tuple(numbers[:half]), tuple(numbers[half:])
     return ConvNeXtV2(depths, dims, stem_stride=args.stem_stride, **more)
+
+
+def autoencoder(args: Namespace) -> FCMAE:
+    """Create the FCMAE around the network of --model."""
+    own = {
+        "patch_size": args.patch_size,
+        "mask_ratio": args.mask_ratio,
+        "decoder_embed_dim": args.decoder_embed_dim,
+    }
+    if "/" in args.model:
+        return FCMAE(classifier(args, num_classes=0), **own)
+    return create_model(f"fcmae_{args.model}", stem_stride=args.stem_stride, **own)
 
 
 def called(model: nn.Module, args: Namespace, shapes: list, *fixed: int) -> nn.Module:
@@ -249,12 +260,7 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
     """Pre-train FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
     batches = InMemory(*data["pretrain"], args.pretrain_batch_size, args.device, seed, args.pad)
     seed_all(seed)
-    model = FCMAE(
-        encoder(args, num_classes=0),
-        args.patch_size,
-        args.mask_ratio,
-        decoder_embed_dim=args.decoder_embed_dim,
-    ).to(args.device)
+    model = autoencoder(args).to(args.device)
     patches = math.prod(model.grid_size(*batches.size))
     shapes = [(batches.batch_size, 3, *batches.size), (batches.batch_size, patches)]
     fast = called(model, args, shapes, visible_patches(patches, args.mask_ratio))
@@ -263,7 +269,7 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
     recipe = {"lr": args.pretrain_lr, "betas": (0.9, 0.95)}
     title, epochs = f"seed {seed} pre-training", args.pretrain_epochs
     seconds, _ = train(title, model, one_epoch, loop, batches, epochs, args, **recipe)
-    return seconds, to_convnextv2(model.state_dict())[0]
+    return seconds, model.state_dict()
 
 
 def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
@@ -274,10 +280,10 @@ def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
     val = InMemory(*data["val"], 1000, args.device)
     seed_all(seed)
     head = {"num_classes": classes, "head_init_scale": 0.001 if weights else 1.0}
-    model = encoder(args, drop_path_rate=args.drop_path, **head).to(args.device)
+    model = classifier(args, drop_path_rate=args.drop_path, **head).to(args.device)
     recipe = {"lr": args.scratch_lr}
     if weights:
-        load_weights(model, weights, "FCMAE", ("norm.", "head."))
+        Pretrained("FCMAE", {"model": weights}).load(model)
         recipe = {"lr": args.finetune_lr, "layer_decay": args.layer_decay}
     mixup = build_mixup(args, classes)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)

@@ -134,11 +134,11 @@ def _load(
 
     A folder stands for its `args.yaml`. typed: flags of the command line.
     """
+    path = path / "args.yaml" if path.is_dir() else path
     if path.resolve() in seen:
         parser.error(f"{path} builds on itself through its 'base'; remove one 'base'")
-    path = path / "args.yaml" if path.is_dir() else path
-    values = _load_checkpoint if path.name.endswith(CHECKPOINTS) else _load_yaml
-    values = values(parser, path, typed)
+    load = _load_checkpoint if path.name.endswith(CHECKPOINTS) else _load_yaml
+    values = load(parser, path, typed)
     base = values.pop("base", None)
     names = base if isinstance(base, list) else [base] * (base is not None)
     below: Flags = {}

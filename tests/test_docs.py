@@ -35,7 +35,7 @@ PAGES += [ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORKING = ROOT / "docs/forking.md"
 EXPECTED_PAGES = (
     "data pretraining finetuning models checkpoints distributed slurm weights performance "
-    "configuration forking troubleshooting from-official"
+    "configuration forking troubleshooting from-official from-classy-vision"
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

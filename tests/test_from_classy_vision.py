@@ -36,11 +36,12 @@ def power(progress: float, exponent: float) -> float:
 
 
 def spans(cell: str) -> list[str]:
-    """Flags that a cell names; values within a sentence begin with no dash."""
-    return [span for span in re.findall(r"`([^`]+)`", cell) if span.startswith("--")]
+    """Flags that a cell shows; a reason may name some too."""
+    found = re.findall(r"`([^`]+)`", cell) if not cell.startswith("—") else []
+    return [span for span in found if span.startswith("--")]
 
 
-COMMANDS = [span for name, cell in ROWS if not cell.startswith("—") for span in spans(cell)]
+COMMANDS = [span for _, cell in ROWS for span in spans(cell)]
 
 
 def parse(words: str) -> parser.FrozenNamespace:

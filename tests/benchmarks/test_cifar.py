@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks import cifar
-from benchmarks.cifar_runs import InMemory, encoder, equal_epochs, load
+from benchmarks.cifar_runs import InMemory, classifier, equal_epochs, load
 from errors import UserError
 from tests.test_end_to_end import run
 
@@ -84,6 +84,15 @@ def test_program_compares_the_three_runs_and_equal_seeds_agree(toy_zip, tmp_path
     assert "pre-training 1/2" in second.stderr
     assert third.stderr == ""  # nothing was run again
     assert len(results.read_text(encoding="utf-8").splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_network_of_a_library_is_compared_without_the_longer_run(toy_zip):
+    words = ("--data", toy_zip, "--model", "timm:resnet18", "--patch_size", "8")
+    done = program(*words, "--stem_stride", "1", "--longer_epochs", "0", "--seeds", "0")
+    assert cells(done.stdout, cifar.RUNS["pretrained"])[0] == "2 + 2"
+    assert cells(done.stdout, cifar.RUNS["scratch"])[0] == "0 + 2"
+    assert cifar.RUNS["longer"] not in done.stdout
 
 
 def test_equal_time_rounds_up_and_leaves_slow_first_epochs_out():
@@ -182,7 +191,7 @@ def test_evaluation_sees_every_image_once_as_it_is(toy_zip):
 def test_model_that_is_no_list_of_blocks_and_channels_is_refused(model):
     args = cifar.get_args_parser().parse_args(["--model", model, "--stem_stride", "2"])
     with pytest.raises(UserError, match="expected a name, or like 1,2,2/24,48,96"):
-        encoder(args)
+        classifier(args)
 
 
 @pytest.mark.parametrize(

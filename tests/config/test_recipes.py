@@ -480,6 +480,8 @@ def test_wrong_recipes_are_usage_errors(capsys, tmp_path):
     one.write_text("base: two.yaml\nepochs: 3\n")
     two.write_text("base: one.yaml\n")
     refused(capsys, ["--recipe", one], "one.yaml builds on itself", "base two.yaml")
+    (tmp_path / "args.yaml").write_text("base: ./\n")
+    refused(capsys, ["--config", tmp_path], "args.yaml builds on itself", "base ./")
     for text, *parts in [
         ("base: tiny_tf", "base tiny_tf: unknown recipe", "'tiny_ft'"),
         ("recipe: tiny_ft", "unknown key 'recipe'", "base: NAME"),
