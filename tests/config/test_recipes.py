@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch
 import yaml
 
 from config import parser as options
