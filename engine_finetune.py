@@ -103,13 +103,15 @@ def evaluate(
     was_training = criterion.training
     criterion.eval()
     sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
-    with sharding.unsharded(model) as network:
-        for images, labels, _ in data_loader:
-            with autocast(device, amp):
-                logits = network(images)
-            logits = logits.float()
-            metrics.update(logits, labels, *criterion.per_image(logits, labels))
-    criterion.train(was_training)
+    try:
+        with sharding.unsharded(model) as network:
+            for images, labels, _ in data_loader:
+                with autocast(device, amp):
+                    logits = network(images)
+                logits = logits.float()
+                metrics.update(logits, labels, *criterion.per_image(logits, labels))
+    finally:
+        criterion.train(was_training)
     count, broken = metrics.reduce()
     if broken:
         text = "NaN or Inf logits for %s, counted as wrong; check weights and images"

@@ -21,6 +21,7 @@ import datasets
 import models
 import utils
 from data_loading.bad_images import BadImages
+from data_loading.labels import Head
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
@@ -35,9 +36,12 @@ from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
+from training.eval_sets import best_prefix, build_eval_sets, first_set
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
 from training.hooks import build_reporter, log_cost
+from training.phases import build_phases
+from training.precise_bn import build_precise_bn
 from training.report import describe_evaluation, last_line, plain, small_stats
 from training.resume import auto_load_model, choose_evaluated
 from training.schedules import build_schedule
@@ -65,16 +69,16 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 2. data ----------------------------------------------------------------------------
     dataset_train, dataset_val, nb_classes = datasets.build_datasets(
-        args, run.head, resumes=run.resume_point.is_run
+        first_set(args), run.head, resumes=run.resume_point.is_run
     )
     classes = dataset_train.classes  # names in the order of the head, None if there are none
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
-    data_loader_val = None
-    if dataset_val is not None:
-        data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
     mixup = datasets.build_mixup(args, nb_classes)
     metrics = build_metrics(args, nb_classes)
+    head = Head("train", classes, nb_classes)
+    eval_sets = build_eval_sets(args, dataset_val, head, device, metrics)
+    data_loaders_val = [each.loader for each in eval_sets]
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
@@ -103,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     criterion = build_criterion(args, nb_classes, device, dataset_train)
     evaluation = device, amp, criterion, metrics
+    precise_bn = build_precise_bn(args, model_without_ddp, data_loader_train, device, amp)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
     lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
     log.info("peak lr %.3g, precision %s", lr, amp)
@@ -121,10 +126,12 @@ def main(args: argparse.Namespace) -> None:
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module, criterion)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
-    state.choose_best(metrics.best, metrics.lower_is_better)
+    best_metric = best_prefix(args) + metrics.best
+    state.choose_best(best_metric, metrics.lower_is_better)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
+    phases = build_phases(args, steps_per_epoch, run.effective_batch)
     bad_images = BadImages(
-        run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
+        run.output_dir, data_loader_train, *data_loaders_val, active=args.on_bad_image == "skip"
     )
     loop = TrainLoop(
         stepper,
@@ -151,32 +158,34 @@ def main(args: argparse.Namespace) -> None:
             loop,
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
-            data_loader_val,
+            next(iter(data_loaders_val), None),
             lambda batches: evaluate(batches, model_without_ddp, *evaluation),
+            more_val=data_loaders_val[1:],
         )
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    loop.checkpoints.watch(data_loader_train, data_loader_val)  # to save although no batch comes
+    loop.checkpoints.watch(data_loader_train, *data_loaders_val)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
-        while state.epoch < args.epochs:
-            data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
+        while not phases.done(state):
+            phase = phases.next(state)  # an epoch, or the part of it up to the next evaluation
+            data_loader_train.set_epoch(state.epoch, state.samples_in_epoch, phase.stop)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
-            state.end_epoch()
+            if precise_bn is not None:
+                precise_bn.update(model_without_ddp, model_ema, state.epoch)
+            entries = phases.end(phase, state, loop.reporter)
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
-            if data_loader_val is not None:
-                test_stats = evaluate(data_loader_val, model_without_ddp, *evaluation)
-                log_stats |= {f"test_{name}": value for name, value in test_stats.items()}
-            if args.model_ema_eval:
-                test_stats = evaluate_ema(data_loader_val, model_ema, *evaluation)
-                log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
-            # state.epoch is the number of finished epochs by now.
-            log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            log_stats = plain(log_stats)
+            for each in eval_sets if phase.evaluates else ():
+                test_stats = evaluate(each.loader, model_without_ddp, *evaluation)
+                log_stats |= each.named(test_stats)
+                if args.model_ema_eval:
+                    test_stats = evaluate_ema(each.loader, model_ema, *evaluation)
+                    log_stats |= each.named(test_stats, "_ema")
+            log_stats = plain(log_stats | entries | {"n_parameters": n_parameters})
             state.stats = small_stats(log_stats)
-            key = f"test_{metrics.best}"
+            key = f"test_{best_metric}"
             best = {"best": log_stats.get(key), "best-ema": log_stats.get(f"{key}_ema")}
-            last = state.epoch == args.epochs
+            last = phases.ends_run(phase, state, best)
             report = partial(loop.reporter.end_epoch, log_stats)
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
     log.info("%s", last_line(args, run.output_dir, state))
@@ -192,8 +201,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     weights = read_weights(args, path, sha256)
     args = inherit_flags(args, weights.saved)
     check_start(args, weights, weights.saved.head.count, new=())
-    dataset_val, nb_classes = datasets.build_dataset(False, args, weights.saved.head)
-    data_loader_val = datasets.build_loader(dataset_val, False, args, device)
+    dataset_val, nb_classes = datasets.build_dataset(False, first_set(args), weights.saved.head)
     model = models.build_classifier(args, nb_classes).to(device)
     criterion = build_criterion(args, nb_classes, device)
     if criterion.state_dict():  # parameters of its own
@@ -201,18 +209,23 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     if args.compile:
         model.compile()
     metrics = build_metrics(args, nb_classes)
-    bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
+    eval_sets = build_eval_sets(args, dataset_val, weights.saved.head, device, metrics)
+    skips = args.on_bad_image == "skip"
+    bad_images = [BadImages(None, each.loader, active=skips) for each in eval_sets]
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
     for weights in found:
         weights.load(model, new=())
-        stats = evaluate(data_loader_val, model, device, amp, criterion, metrics)
-        images = len(dataset_val) - bad_images.write()
-        source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
-        text = describe_evaluation(stats, top5=nb_classes > 5)
-        utils.get_logger().info("%s: %s on %s", source, text, plural(images, "image"))
-        report_classes(stats, dataset_val.classes, args.output_dir, weights.key == EMA_KEY)
+        for each, bad in zip(eval_sets, bad_images, strict=True):
+            stats = evaluate(each.loader, model, device, amp, criterion, metrics)
+            images = len(each.loader.loader.dataset) - bad.write()
+            of_ema = weights.key == EMA_KEY
+            source = weights.path + " (EMA weights)" * of_ema
+            text = describe_evaluation(stats, top5=nb_classes > 5)
+            which = plural(images, "image") + f" of {each.name}" * bool(each.name)
+            utils.get_logger().info("%s: %s on %s", source, text, which)
+            report_classes(stats, dataset_val.classes, args.output_dir, of_ema, each.prefix)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 

@@ -31,6 +31,7 @@ from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.freeze import build_freezer
 from training.hooks import build_reporter, log_cost
+from training.phases import build_phases
 from training.pictures import ReconstructionImages
 from training.report import last_line, plain
 from training.resume import auto_load_model
@@ -95,6 +96,7 @@ def main(args: argparse.Namespace) -> None:
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
+    phases = build_phases(args, steps_per_epoch, run.effective_batch)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
     loop = TrainLoop(
         stepper,
@@ -126,16 +128,15 @@ def main(args: argparse.Namespace) -> None:
     loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         loop.reporter.image("reconstructions", partial(draw, state), only_missing=True)
-        while state.epoch < args.epochs:
-            data_loader_train.set_epoch(state.epoch, state.samples_in_epoch)
+        while not phases.done(state):
+            phase = phases.next(state)  # an epoch, or the part of it in which the run ends
+            data_loader_train.set_epoch(state.epoch, state.samples_in_epoch, phase.stop)
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
-            state.end_epoch()
+            entries = phases.end(phase, state, loop.reporter)
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
-            # state.epoch is the number of finished epochs by now.
-            log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
-            state.stats = plain(log_stats)
-            last, report = state.epoch == args.epochs, loop.reporter.end_epoch
-            loop.checkpoints.end_epoch(state, last=last, report=report)  # save, then report
+            state.stats = plain(log_stats | entries | {"n_parameters": n_parameters})
+            report = loop.reporter.end_epoch
+            loop.checkpoints.end_epoch(state, last=phase.is_last, report=report)  # then report
             loop.reporter.image("reconstructions", partial(draw, state))
     log.info("%s", last_line(args, run.output_dir, state))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from config import flags
 from config.flags import as_typed
+from config.phases import phase_problems
 from config.schedules import schedule_problems
 from errors import plural
 
@@ -29,6 +30,8 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("disable_eval", "metrics", "there would be no evaluation"),
     ("disable_eval", "best_metric", "there would be no evaluation"),
+    ("disable_eval", "patience", "there would be no evaluation"),
+    ("freeze_backbone", "precise_bn", "the BatchNorm of a frozen backbone keeps its statistics"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
     ("pretrained", "finetune", "both give the weights"),
@@ -159,6 +162,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
     yield from _two_names(args)
+    yield from phase_problems(args)
     yield from _backbone_problems(args)
     if args.eval and not (args.resume or args.finetune or args.output_dir):
         yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"

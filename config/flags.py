@@ -69,7 +69,8 @@ def command(script: str) -> str:
 def number(kind: str) -> dict[str, Any]:
     """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
 
-    NaN is refused. The type's `range` is a text for help and errors: `>=1`, or `in (0,1]`; its
+    NaN is refused. A `whole` is a float that becomes an int if it is one, so that 3 stays 3. The
+    type's `range` is a text for help and errors: `>=1`, or `in (0,1]`; its
     `holds(value)` tests a number.
     """
     name, _, span = kind.partition(" ")
@@ -80,6 +81,7 @@ def number(kind: str) -> dict[str, Any]:
     def convert(text: str) -> float:
         try:
             value = int(text) if name == "int" else float(text)
+            value = int(value) if name == "whole" and value.is_integer() else value
         except ValueError:
             value = math.nan
         if not convert.holds(value):
@@ -91,7 +93,7 @@ def number(kind: str) -> dict[str, Any]:
     has_two_ends = last != "inf" or first == "-inf"
     convert.holds = lambda value: low <= value <= high
     convert.range = f"in {span.replace(' ', '')}" if has_two_ends else above
-    return {"type": convert, "metavar": name.upper()}
+    return {"type": convert, "metavar": "INT" if name == "int" else "FLOAT"}
 
 
 # Flags in --help of the training scripts and of submitit; --help all shows the others too.
@@ -141,6 +143,7 @@ BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
+EPOCHS = number("whole (0, inf)")
 ANY = number("float (-inf, inf)")
 CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -173,7 +176,7 @@ FLAGS["start here"] = (
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),
     ("--resume", PATH, "", "run or checkpoint to continue; those in --output_dir take precedence"),
     ("--batch_size", COUNT, 64, "images per process in each forward pass"),
-    ("--epochs", COUNT, 100, "passes over the training data"),
+    ("--epochs", EPOCHS, 100, "passes over the training data, also a fraction such as 2.5"),
     ("--lr", AMOUNT, None, "peak learning rate; default: blr * images per optimizer step / 256"),
     ("--device", NAME, "auto", "cpu, cuda, cuda:N, mps; auto: CUDA, MPS or CPU, in this order"),
     ("--dry_run", BOOL, False, "check data, weights, memory, speed and disk without training"),
@@ -284,10 +287,19 @@ FLAGS["pretrained weights and head"] = (
 FLAGS["evaluation and EMA"] = (
     ("--eval", BOOL, False, "only evaluate --resume, --finetune or the best in --output_dir"),
     ("--disable_eval", BOOL, False, "train without evaluation"),
+    ("--eval_freq", POSITIVE, 1.0,
+     "epochs between evaluations, also a fraction: 0.25 is four times an epoch"),
+    ("--patience", COUNT, None,
+     "evaluations in a row without a better --best_metric after which training stops"),
+    ("--min_delta", AMOUNT, 0.0, "smallest change of --best_metric that counts for --patience"),
+    ("--precise_bn", COUNT, None,
+     "training images to recompute BatchNorm statistics from before each evaluation and at the "
+     "end of each epoch; default: moving averages"),
     ("--dist_eval", BOOL, True, "split the evaluation over all processes"),
     ("--val_split", BELOW_1, 0.0,
      "fraction of the training images to hold out for evaluation; 0: the data has its own"),
-    ("--eval_data_path", PATH, None, "folder of the evaluation data; default: by --data_set"),
+    ("--eval_data_path", PATH, None,
+     "folder of the evaluation data, or several: real=PATH,sketch=PATH; default: by --data_set"),
     ("--metrics", NAME, None,
      "metrics such as acc1, f1, \"precision(k=5)\", or package.module:function; default: acc1 "
      "acc5", "+"),

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from config import checks, flags, recipes
 from config.flags import as_typed
+from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
 from errors import did_you_mean, pipe_may_close, resolve
 
@@ -304,7 +305,14 @@ def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(args)
     for name in (*WRITTEN, *READ):
         text = args.get(name) or ""
-        path = os.path.abspath(os.path.expanduser(text))
-        if text not in ("", "none") and (name in WRITTEN or os.path.exists(path)):
-            new[name] = path
+        if text not in ("", "none"):
+            new[name] = _absolute(text, exists=name in WRITTEN)
+    if args.get("eval_data_path"):
+        new["eval_data_path"] = map_eval_paths(new["eval_data_path"], _absolute)
     return new
+
+
+def _absolute(text: str, exists: bool = False) -> str:
+    """Return a path as an absolute one; a text that is no path stays as it is."""
+    path = os.path.abspath(os.path.expanduser(text))
+    return path if exists or os.path.exists(path) else text

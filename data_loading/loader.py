@@ -50,9 +50,9 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
+    def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
         """Call `TrainSampler.set_epoch` of the loader's sampler."""
-        self.loader.sampler.set_epoch(epoch, start)
+        self.loader.sampler.set_epoch(epoch, start, stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         start = time.perf_counter()

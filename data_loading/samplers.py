@@ -34,14 +34,18 @@ class TrainSampler(Sampler):
     def __init__(self, length: int, seed: int, rank: int, world_size: int):
         self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start = 0, 0
+        self.epoch, self.start, self.stop = 0, 0, length
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the order; start: position in it, after the samples used before a resume."""
+    def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
+        """Choose the order, and the part of it from `start`, after samples used before, to `stop`.
+
+        stop: None for the end of the epoch.
+        """
         self.epoch, self.start = epoch, start
+        self.stop = self.length if stop is None else stop
 
     def __len__(self) -> int:
-        return (self.length - self.start) // self.world_size
+        return (self.stop - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         end = self.start + len(self) * self.world_size

@@ -38,10 +38,14 @@ class TrainState:
     effective_batch: int = 0  # images in an optimizer step, over all ranks
     epoch_sums: dict[str, Any] = field(default_factory=dict)  # of the meters and the anomaly guard
     images: int = 0  # in the data set
-    best_epochs: dict[str, int] = field(default_factory=dict)  # of `best`, counted from 1
-    stats: dict[str, Any] = field(default_factory=dict)  # of the last finished epoch, for log.txt
+    best_epochs: dict[str, float] = field(default_factory=dict)  # epochs done at `best`
+    stats: dict[str, Any] = field(default_factory=dict)  # of the last finished phase, for log.txt
     best_metric: str = "acc1"  # that `best` holds
     lower_is_better: bool = False  # of this metric
+    phase_end: int = 0  # images of this epoch at the end of its last finished phase
+    steps_per_epoch: int = 0
+    since_best: int = 0  # evaluations in a row without a better metric, for --patience
+    watched: dict[str, float] = field(default_factory=dict)  # the metrics that it compares with
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
@@ -64,10 +68,23 @@ class TrainState:
         steps = self.epoch * steps_per_epoch + in_epoch
         self.bad_steps = self.bad_steps * steps // max(self.global_step, 1)
         self.global_step, self.effective_batch = steps, effective_batch
+        self.steps_per_epoch = steps_per_epoch
+
+    @property
+    def position(self) -> float:
+        """Number of epochs done: an integer at the end of one, otherwise such as 1.25."""
+        if not self.samples_in_epoch:
+            return self.epoch
+        return round(self.global_step / max(self.steps_per_epoch, 1), 4)
+
+    @property
+    def at_phase_end(self) -> bool:
+        """True if the phase that ends here, with its evaluation, is finished."""
+        return self.phase_end == self.samples_in_epoch
 
     def end_epoch(self) -> None:
         """Advance to the next epoch."""
-        self.epoch, self.samples_in_epoch = self.epoch + 1, 0
+        self.epoch, self.samples_in_epoch, self.phase_end = self.epoch + 1, 0, 0
         self.epoch_sums.pop("means", None)
 
     def choose_best(self, metric: str, lower_is_better: bool) -> None:
@@ -75,7 +92,7 @@ class TrainState:
         if metric != self.best_metric and self.best:
             text = "--best_metric %s (was %s): the next evaluated epoch becomes the best"
             get_logger().warning(text, metric, self.best_metric)
-            self.best, self.best_epochs = {}, {}
+            self.best, self.best_epochs, self.watched, self.since_best = {}, {}, {}, 0
         self.best_metric, self.lower_is_better = metric, lower_is_better
 
     def update_best(self, values: Mapping[str, float | None]) -> list[str]:
@@ -87,8 +104,23 @@ class TrainState:
         ]
         # New ones, since a save that fails puts the old ones back.
         self.best = self.best | {name: values[name] for name in improved}
-        self.best_epochs = self.best_epochs | dict.fromkeys(improved, self.epoch)
+        self.best_epochs = self.best_epochs | dict.fromkeys(improved, self.position)
         return improved
+
+    def count_without_better(self, values: Mapping[str, float | None], min_delta: float) -> None:
+        """Count evaluations in a row in which no value is better by more than `min_delta`.
+
+        values: name -> metric, as for `update_best`; the first value of a name is better.
+        """
+        change = min_delta if self.lower_is_better else -min_delta
+        better = {
+            name: value
+            for name, value in values.items()
+            if value is not None
+            and is_better(value + change, self.watched.get(name), self.lower_is_better)
+        }
+        self.watched = self.watched | better
+        self.since_best = 0 if better else self.since_best + 1
 
 
 @dataclass

@@ -103,7 +103,7 @@ class CheckpointManager:
 
     save: called on all ranks with state, writer, numbered and improved (`write_checkpoints`);
         None to save nothing.
-    every_epochs: save at the end of every so many epochs.
+    every_epochs: save at the end of every so many epochs; a new best also within an epoch.
     every_steps, every_minutes: save within epochs; None for never.
     max_minutes: the run stops after this time as if by a signal.
     max_failures: saves in a row that may fail; a failed one is repeated a minute later.
@@ -238,12 +238,14 @@ class CheckpointManager:
     ) -> None:
         """Save if this epoch is to be saved, or if the last save failed; then report the epoch.
 
-        best: checkpoint name -> value; a new best is written under its name. report: called
-        on all ranks after the save, since hooks may fail or hang, and before the run stops.
+        Also for an evaluation within an epoch. best: checkpoint name -> value; a new best is
+        written under its name. last: the run ends here. report: called on all ranks after the save,
+        since hooks may fail or hang, and before the run stops.
         """
         self._prepare(state)
         improved = state.update_best(best or {})
-        numbered = last or state.epoch % self.every_epochs == 0 or bool(self.problem)
+        due = not state.samples_in_epoch and state.epoch % self.every_epochs == 0
+        numbered = last or due or bool(self.problem)
         stop = not last and self.vote.exchange_now(*self.signals.read())[1]
         report = report or (lambda: None)
         if numbered or stop or improved:

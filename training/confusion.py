@@ -7,6 +7,7 @@ python -c "from training import confusion as c; print(c.describe({'confusion': [
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ def write_confusion(
     table.writerow(["true class", *[*names, NO_ANSWER][: len(matrix[0])]])
     table.writerows([name, *row] for name, row in zip(names, matrix, strict=True))
     write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
+
+
+def confusion_file(key: str) -> str:
+    """Return the file for a value of log.txt, '' if it is no confusion matrix.
+
+    `test_confusion_ema` goes to confusion-ema.csv, that of a set `sketch` to confusion-sketch.csv.
+    """
+    found = re.fullmatch(r"test_(\w+_)?confusion(_ema)?", key)
+    if not found:
+        return ""
+    parts = ["confusion", *(found[1] or "").split("_")[:-1], *["ema"] * bool(found[2])]
+    return "-".join(parts) + ".csv"
 
 
 def describe(stats: Mapping[str, Any], classes: Sequence[str] | None = None) -> list[str]:
@@ -75,13 +88,20 @@ def rate(row: Sequence[int], true: int) -> float | None:
 
 
 def report_classes(
-    stats: Mapping[str, Any], classes: Sequence[str] | None, folder: str, of_ema: bool
+    stats: Mapping[str, Any],
+    classes: Sequence[str] | None,
+    folder: str,
+    of_ema: bool,
+    prefix: str = "",
 ) -> None:
-    """Log the table of an evaluation, and write its confusion matrix into `folder` if named."""
+    """Log the table of an evaluation, and write its confusion matrix into `folder` if named.
+
+    prefix: of the evaluation set in log.txt, such as `sketch_`.
+    """
     for line in describe(stats, classes):
         get_logger().info("%s", line)
     if folder and "confusion" in stats and is_main_process():
-        path = Path(folder, "confusion-ema.csv" if of_ema else "confusion.csv")
+        path = Path(folder, confusion_file(f"test_{prefix}confusion" + "_ema" * of_ema))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_confusion(stats["confusion"], classes, path)

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -66,6 +66,7 @@ class PlannedRun:
     data_loader_val: DeviceLoader | None = None
     evaluate: Callable[[Any], dict] | None = None
     draw: Callable[[], Tensor | None] | None = None  # an image as the run writes it, on rank 0
+    more_val: Sequence[DeviceLoader] = ()  # of other evaluation sets
 
 
 def check_run(run: PlannedRun) -> None:
@@ -81,7 +82,8 @@ def check_run(run: PlannedRun) -> None:
     unfit = len(problems)
     samples = check_images(problems, "train", run.data_loader_train.loader, run.args.seed)
     if run.data_loader_val is not None:
-        check_images(problems, "val", run.data_loader_val.loader, run.args.seed)
+        for loader in (run.data_loader_val, *run.more_val):
+            check_images(problems, "val", loader.loader, run.args.seed)
     skip = "the data has problems" if len(problems) > unfit else ""
     if run.draw is not None and not skip:
         check_picture(problems, run.draw)
@@ -454,7 +456,8 @@ def measure_evaluation(probe: StepProbe) -> float:
     slower, seconds = "loader" if loader < model else "model", images / min(model, loader)
     text = f"model {model:.1f} images/s, loader {loader:.1f} images/s, limited by the {slower}"
     log_result("evaluation", f"{text}: {timedelta(seconds=round(seconds))}")
-    return seconds * (2 if run.args.model_ema_eval else 1)
+    seconds *= 1 + sum(len(other.loader.dataset) for other in run.more_val) / images
+    return seconds * (2 if run.args.model_ema_eval else 1) / run.args.eval_freq
 
 
 def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.calls import Call, parse_call
+from config.phases import split_best_metric
 from errors import UserError, describe_error, first_few, plural, resolve
 from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
 from training.metrics import METRICS, Batch, Metric, default_metrics
@@ -248,7 +249,7 @@ class Metrics:
 
 def build_metrics(args: Any, outputs: int = 0, kind: str = "class") -> Metrics:
     """Build the metrics that the flags name; outputs: of the model, 0 if not known yet."""
-    metrics = Metrics(args.metrics, args.best_metric, outputs, kind)
+    metrics = Metrics(args.metrics, split_best_metric(vars(args))[1], outputs, kind)
     if outputs:
         metrics.try_out()
     return metrics

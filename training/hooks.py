@@ -28,16 +28,19 @@ from parallel.console import note
 from parallel.process_group import from_main_process, get_logger, get_world_size
 from training import run_lock
 from training.checkpoint import TrainState, checkpoint_name
-from training.confusion import write_confusion
+from training.confusion import confusion_file, write_confusion
 from training.meters import Means
 from training.report import (
     Record,
     count_epochs,
+    describe_end,
     format_record,
     format_short,
     format_stats,
     log_entry,
+    position_of,
 )
+from training.schedules import count_total
 from utils import write_atomically
 
 
@@ -56,6 +59,7 @@ class Hook:
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         """Called at the end of an epoch, after its save, with the values for log.txt.
 
+        Also after an evaluation within an epoch: `state.samples_in_epoch` is above 0 then.
         A resumed run calls it again if the process ended before all hooks were called.
         """
 
@@ -119,7 +123,8 @@ class Reporter:
         self._notify("on_step", self.state)
         steps_done = self.state.global_step - self.first_step
         step = (self.state.global_step - 1) % self.steps_per_epoch + 1
-        regular = step % self.print_freq == 0 or step == self.steps_per_epoch
+        is_last = self.state.global_step == self.total_steps  # perhaps within an epoch
+        regular = step % self.print_freq == 0 or step == self.steps_per_epoch or is_last
         if not regular and steps_done > 1:
             return False
         record = self._record(self.means.read() if regular else self.means.peek(), lr, step)
@@ -146,7 +151,7 @@ class Reporter:
             "memory_mb": peak_memory_mb(self.device),
             "eta_s": seconds_per_step * (self.total_steps - self.state.global_step),
             "step": step,
-            "steps": self.steps_per_epoch,
+            "steps": min(self.steps_per_epoch, self.total_steps - self.state.global_step + step),
         }
 
     def end_epoch(self, stats: Record | None = None) -> None:
@@ -234,7 +239,7 @@ class LineHook(Hook):
     lines of steps go to console.log alone.
     """
 
-    def __init__(self, epochs: int, top5: bool = True, shown: bool = True) -> None:
+    def __init__(self, epochs: float, top5: bool = True, shown: bool = True) -> None:
         self.epochs, self.top5, self.shown = epochs, top5, shown
 
     def on_first_step(self, record: Record, state: TrainState) -> None:
@@ -250,13 +255,13 @@ class LineHook(Hook):
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         line = format_stats(stats, self.top5)
-        get_logger().info("epoch %d/%d done  %s", state.epoch, self.epochs, line)
+        get_logger().info("%s  %s", describe_end(state, self.epochs), line)
 
 
 class BarHook(Hook):
     """Show one progress bar for the whole run, the values first: they stay when it is narrow."""
 
-    def __init__(self, epochs: int, state: TrainState, total: int) -> None:
+    def __init__(self, epochs: float, state: TrainState, total: int) -> None:
         from tqdm import tqdm
 
         self.epochs, self.values = epochs, ""
@@ -290,6 +295,7 @@ class BarHook(Hook):
 class JsonHook(Hook):
     """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats.
 
+    The line of an evaluation within an epoch has no `epoch`, but `after_epochs` and `step`.
     It comes after the other hooks that write values of epochs: if the last epoch is not in log.txt,
     a killed run has perhaps not told them of it.
     """
@@ -297,19 +303,14 @@ class JsonHook(Hook):
     def __init__(self, folder: Path, state: TrainState) -> None:
         self.path = folder / "log.txt"
         self.written = self.path.read_bytes() if self.path.exists() else b""
-        lines = {line + b"\n": self._epoch(line) for line in self.written.splitlines()}
-        self.content = b"".join(line for line, epoch in lines.items() if epoch < state.epoch)
+        lines = {line + b"\n": position_of(line) for line in self.written.splitlines()}
+        now = state.position
+        last = now if state.at_phase_end else math.nextafter(now, -math.inf)
+        self.content = b"".join(line for line, position in lines.items() if position <= last)
         self.on_end()
         # A run that continues another one in a folder of its own does not have its checkpoint.
         saved = bool(state.stats) and (folder / checkpoint_name(vars(state))).exists()
-        self.misses = saved and not state.samples_in_epoch and state.epoch - 1 not in lines.values()
-
-    @staticmethod
-    def _epoch(line: bytes) -> float:
-        try:
-            return json.loads(line)["epoch"]
-        except (ValueError, KeyError, TypeError):  # half a line or garbage after a power cut
-            return math.inf
+        self.misses = saved and state.at_phase_end and now not in lines.values()
 
     def misses_epoch(self, state: TrainState) -> bool:
         return self.misses
@@ -405,23 +406,22 @@ class ImageHook(Hook):
         return self._path(name, state).exists()
 
     def _path(self, name: str, state: TrainState) -> Path:
-        return self.folder / name / f"epoch-{state.epoch - 1}.png"
+        return self.folder / name / f"epoch-{math.ceil(state.position) - 1}.png"
 
 
 class ConfusionHook(Hook):
     """Write the confusion matrix of the last evaluation into confusion.csv, if there is one.
 
-    classes: names in the order of the head. That of the EMA weights is confusion-ema.csv.
+    classes: names in the order of the head. `confusion_file` names the files of others.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str] | None) -> None:
         self.folder, self.classes = folder, classes
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        for ending in ("", "_ema"):
-            if matrix := stats.get(f"test_confusion{ending}"):
-                path = self.folder / f"confusion{ending.replace('_', '-')}.csv"
-                write_confusion(matrix, self.classes, path)
+        for key, matrix in stats.items():
+            if name := confusion_file(key):
+                write_confusion(matrix, self.classes, self.folder / name)
 
 
 def build_reporter(
@@ -437,7 +437,7 @@ def build_reporter(
 
     top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
     """
-    total_steps = steps_per_epoch * args.epochs
+    total_steps = count_total(args.epochs, steps_per_epoch)
     open_hooks = partial(_build_hooks, args, folder, top5, classes)
     return Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq, open_hooks)
 

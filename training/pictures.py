@@ -80,9 +80,10 @@ class ReconstructionImages:
 
         Every rank must call it, since sharded weights are gathered.
         """
-        epoch = state.epoch  # the number of finished epochs
-        due = self.picture_freq and (epoch % self.picture_freq == 0 or epoch == self.epochs)
-        if not due or epoch == 0 or state.samples_in_epoch:
+        epoch = state.position  # the number of finished epochs
+        is_end = epoch == self.epochs or state.samples_in_epoch > 0  # perhaps within an epoch
+        due = self.picture_freq and (is_end or epoch % self.picture_freq == 0)
+        if not due or epoch == 0 or not state.at_phase_end:
             return None
         with sharding.unsharded(model) as network, autocast(self.device, self.amp):
             if not is_main_process():
@@ -91,7 +92,7 @@ class ReconstructionImages:
                 self.read(network)
             mean, std = self.mean, self.std
             views, *losses = reconstruct(network, self.images, self.mask, mean, std)
-            return grid(views, CAPTION.format(self.name or f"epoch {epoch}", *losses))
+            return grid(views, CAPTION.format(self.name or f"epoch {epoch:g}", *losses))
 
 
 @torch.no_grad()

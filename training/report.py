@@ -8,7 +8,9 @@ Epochs count from 1 here, and from 0 in file names and log.txt, as in the offici
 """
 
 import contextlib
+import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,7 +26,8 @@ Record = dict[str, float]
 PLACED = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "eta_s")
 PLACED += ("step", "steps")
 MOST_LOGGED = 100  # classes of a confusion matrix in log.txt
-NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "n_parameters")  # in an epoch's line
+# In an epoch's line:
+NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "after_epochs", "step", "n_parameters")
 
 
 def plain(stats: Mapping[str, Any]) -> Record:
@@ -49,6 +52,15 @@ def log_entry(stats: Record) -> Record:
     return {key: _finite(value) for key, value in small_stats(stats).items()}
 
 
+def position_of(line: bytes) -> float:
+    """Return the epochs done at a line of log.txt; inf for half a line, as after a power cut."""
+    try:
+        values = json.loads(line)
+        return values["after_epochs"] if "after_epochs" in values else values["epoch"] + 1
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def small_stats(stats: Record) -> Record:
     """Return the values of an epoch without large confusion matrices, for log.txt and checkpoints.
 
@@ -58,7 +70,7 @@ def small_stats(stats: Record) -> Record:
     large = {
         key
         for key, value in stats.items()
-        if key.startswith("test_confusion") and isinstance(value, list) and len(value) > MOST_LOGGED
+        if "confusion" in key and isinstance(value, list) and len(value) > MOST_LOGGED
     }
     return {key: value for key, value in stats.items() if key not in large}
 
@@ -76,9 +88,24 @@ def describe_progress(state: TrainState) -> str:
     return f"after epoch {state.epoch}, step {state.global_step}"
 
 
-def count_epochs(finished: int, epochs: int) -> str:
-    """Return `3/5` for the epoch that follows 2 finished ones; `5/5` when all are."""
-    return f"{min(finished + 1, epochs)}/{epochs}"
+def count_epochs(finished: int, epochs: float) -> str:
+    """Return `3/5` for the epoch that follows 2 finished ones; `5/5` when all are.
+
+    The last epoch of 4.5 is `5/5` too; it has fewer steps.
+    """
+    return f"{min(finished + 1, math.ceil(epochs))}/{math.ceil(epochs)}"
+
+
+def describe_end(state: TrainState, epochs: float) -> str:
+    """Return `epoch 3/5 done`, or `2.5 of 5 epochs done` within an epoch."""
+    if state.samples_in_epoch:
+        return f"{min(state.position, epochs):g} of {plural(epochs, 'epoch')} done"
+    return f"epoch {state.epoch}/{epochs} done"
+
+
+def describe_time(epochs: float) -> str:
+    """Return `in epoch 3` for the end of an epoch, or `after 2.5 epochs`."""
+    return f"in epoch {epochs}" if epochs == int(epochs) else f"after {epochs:g} epochs"
 
 
 def format_record(record: Record) -> str:
@@ -114,7 +141,7 @@ def format_stats(stats: Record, top5: bool) -> str:
         if key not in NOT_SHOWN
         and not isinstance(value, list)
         and not undefined(key, value)
-        and (top5 or not key.startswith("test_acc5"))
+        and (top5 or not re.match(r"test_(\w+_)?acc5", key))
     )
 
 
@@ -144,9 +171,9 @@ def describe_result(state: TrainState) -> str:
     for name, value in state.best.items():
         epoch = state.best_epochs.get(name)  # not stored by earlier versions
         text = f"{name} {describe_metric(state.best_metric, value)}"
-        found.append(text + f" in epoch {epoch}" * (epoch is not None))
+        found.append(text if epoch is None else f"{text} {describe_time(epoch)}")
     if not found and "train_loss" in state.stats:
-        found = [f"train_loss {state.stats['train_loss']:.4f} in epoch {state.epoch}"]
+        found = [f"train_loss {state.stats['train_loss']:.4f} {describe_time(state.position)}"]
     return ", ".join(found)
 
 
@@ -169,9 +196,13 @@ def next_command(args: Any, path: Path) -> str:
 
 def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
-    done = f"{state.epoch} of {plural(args.epochs, 'epoch')} done"
-    if state.epoch > args.epochs:  # resumed with fewer
-        done = f"{plural(state.epoch, 'epoch')} done, more than --epochs {args.epochs}"
+    patience, position = vars(args).get("patience"), state.position
+    done = f"{min(position, args.epochs):g} of {plural(args.epochs, 'epoch')} done"
+    if patience and state.since_best >= patience:
+        metric, times = state.best_metric, plural(state.since_best, "evaluation")
+        done += f", stopped early (--patience {patience}): no better {metric} in {times}"
+    elif state.global_step > max(1, round(args.epochs * state.steps_per_epoch)):  # resumed
+        done = f"{plural(f'{position:g}', 'epoch')} done, more than --epochs {args.epochs}"
     result = describe_result(state)
     if not (state.best or is_pretraining(vars(args))):
         result += f"{', ' * bool(result)}not evaluated"

@@ -209,7 +209,8 @@ def _choose(folder: Path | None, auto_resume: bool) -> tuple[str, dict[Path, str
         if problem:
             damaged[best] = problem
         else:
-            ages[best] = (TrainState.from_dict(checkpoint["state"]).epoch, 0)
+            state = TrainState.from_dict(checkpoint["state"])
+            ages[best] = (state.epoch, state.samples_in_epoch)
     for path in sorted(ages, key=ages.get, reverse=True):
         problem, _ = _read(path)
         if not problem:

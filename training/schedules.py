@@ -317,9 +317,15 @@ def _set_option(group: dict[str, Any], name: str, value: float, own: Any) -> Non
         group["betas"] = (*betas[:place], value, *betas[place + 1 :])
 
 
-def build_curves(args: Any) -> tuple[Curve | None, dict[str, Curve]]:
-    """Read --sched and --sched_options."""
-    curve = Curve(args.sched, "--sched", args.epochs, RANGES["lr"]) if args.sched else None
+def count_total(epochs: float, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a run, at least one; `epochs` may be a fraction."""
+    return max(1, round(epochs * steps_per_epoch))
+
+
+def build_curves(args: Any, epochs: float | None = None) -> tuple[Curve | None, dict[str, Curve]]:
+    """Read --sched and --sched_options; epochs: as the steps make them, default: --epochs."""
+    epochs = args.epochs if epochs is None else epochs
+    curve = Curve(args.sched, "--sched", epochs, RANGES["lr"]) if args.sched else None
     options: dict[str, Curve] = {}
     for word in args.sched_options or ():
         name, sign, text = word.partition("=")
@@ -329,7 +335,7 @@ def build_curves(args: Any) -> tuple[Curve | None, dict[str, Curve]]:
         if not sign or name in options:
             expected = "NAME=SCHEDULE, such as weight_decay=cosine(0.05,0.5), once for each name"
             raise UserError(f"--sched_options: got {word!r}, expected {expected}")
-        found = Curve(text, flag, args.epochs, RANGES.get(name, (-math.inf, math.inf)))
+        found = Curve(text, flag, epochs, RANGES.get(name, (-math.inf, math.inf)))
         if name not in RANGES:
             values = [found(w) for w in CHECKED_AT]
             for value in (min(values), max(values)):
@@ -342,14 +348,15 @@ def build_schedule(
     args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
 ) -> Schedule:
     """Build the schedule from the flags."""
-    _warn_if_too_short(args, lr, steps_per_epoch * args.epochs)
+    total = count_total(args.epochs, steps_per_epoch)
+    _warn_if_too_short(args, lr, total)
     warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
     if warmup < 0:
         warmup = round(args.warmup_epochs * steps_per_epoch)
-    curve, options = build_curves(args)
+    curve, options = build_curves(args, total / steps_per_epoch)
     return Schedule(
         optimizer,
-        steps_per_epoch * args.epochs,
+        total,
         lr,
         min_lr=args.min_lr,
         warmup=warmup,

@@ -39,6 +39,7 @@ from training.ema import ModelEma
 from training.evaluation import build_metrics
 from training.freeze import Freezer
 from training.hooks import Reporter
+from training.precise_bn import check_norms
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
 from training.schedules import Schedule, build_curves
@@ -196,6 +197,8 @@ def check_start(
             model = models.build_classifier(args, classes or args.nb_classes or 1000)
     if vars(args).get("layer_decay", 1) < 1 and not args.eval:
         model.layer_of("", args.layer_decay_type)
+    if vars(args).get("precise_bn") and not args.eval:
+        check_norms(model)
     if weights:
         weights.check(model, new)
         if vars(args).get("freeze_backbone") and not args.eval:

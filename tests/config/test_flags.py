@@ -20,7 +20,7 @@ RELEASED = {
         mask_ratio:e846 norm_pix_loss:4815 decoder_depth:9aea decoder_embed_dim:239e
         picture_freq:94c2 data_path:be01 data_set:f382 data_index:6e06
         imagenet_default_mean_and_std:c1bf num_workers:1071 pin_mem:5e4b on_bad_image:4038
-        data_timeout:fd90 hflip:d6f2 scale:c46f crop_pct:ed9c epochs:fc33 start_epoch:77ba
+        data_timeout:fd90 hflip:d6f2 scale:c46f crop_pct:ed9c epochs:6478 start_epoch:77ba
         batch_size:6567 update_freq:1323 effective_batch:a759 opt:2df0 opt_eps:2aef
         opt_betas:70d5 momentum:735c weight_decay:67bc weight_decay_end:23d0 clip_grad:3780
         lr:0c40 blr:71e4 min_lr:2026 warmup_epochs:5fb6 warmup_steps:d6f9 config:fb19
@@ -39,7 +39,7 @@ RELEASED = {
         pin_mem:5e4b on_bad_image:4038 data_timeout:fd90 hflip:d6f2 scale:e8f9 crop_pct:ed9c
         train_interpolation:0d3b color_jitter:79c4 aa:a7c2 reprob:0d11 remode:b845 recount:18e5
         resplit:194c smoothing:e04a mixup:5e2f cutmix:5d58 cutmix_minmax:754f mixup_prob:a0b4
-        mixup_switch_prob:8a17 mixup_mode:4342 epochs:d26d start_epoch:77ba batch_size:6567
+        mixup_switch_prob:8a17 mixup_mode:4342 epochs:8b07 start_epoch:77ba batch_size:6567
         update_freq:1323 effective_batch:a759 opt:2df0 opt_eps:2aef opt_betas:70d5 momentum:735c
         weight_decay:67bc weight_decay_end:23d0 clip_grad:3780 lr:0c40 blr:e5ca min_lr:7547
         warmup_epochs:5fb6 warmup_steps:d6f9 finetune:1350 model_key:9a40 use_ema:14a1

@@ -32,12 +32,15 @@ from optim_factory import create_optimizer
 from parallel import process_group
 from parallel.sharding import Parallelism
 from tests.groups import results_of, run_ranks
+from tests.training import test_precise_bn
 from tests.training.test_run_lock import lock_from_elsewhere
 from training import hooks, resume, run_lock
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.criterion import Criterion
 from training.meters import Means
+from training.phases import Phases
+from training.precise_bn import PreciseBn
 from training.run_lock import acquire_run_lock
 from training.stepper import Stepper
 
@@ -210,6 +213,25 @@ def evaluation(dist_eval: bool = True) -> dict[str, float]:
     return evaluate(batches, toy().float(), CPU, "none")
 
 
+def ranks_evaluate_with_other_statistics(rank: int, folder: Path) -> dict:
+    """Only rank 0's running mean is right, and only rank 0 has no patience left."""
+    model = nn.BatchNorm1d(2, affine=False).double()
+    model.running_mean.fill_(100.0 * rank)
+    images = torch.eye(2).double()
+    evaluate([(images, torch.arange(2), None)], model, CPU, "none")
+    state = TrainState(since_best=1 - rank, watched={"best": 50.0})
+    phases = Phases(10, 8, 9, patience=2)
+    stops = phases.ends_run(phases.next(state), state, {"best": 10.0})
+    return {"mean": model.running_mean.tolist(), "stops": stops}
+
+
+def ranks_measure_statistics(rank: int, folder: Path) -> list[float]:
+    """Measure the statistics of 8 images: each rank has two batches of 2."""
+    model = nn.BatchNorm2d(1)
+    PreciseBn(test_precise_bn.batches(2, rank, RANKS), 8, CPU).update(model, None, epoch=1)
+    return [model.running_mean.item(), model.running_var.item()]
+
+
 def ranks_evaluate(rank: int, folder: Path) -> dict:
     return {"shared": evaluation(), "on one rank": evaluation(dist_eval=False)}
 
@@ -354,6 +376,8 @@ JOBS = [  # in this order
     ranks_average,
     ranks_restore_buffers,
     ranks_evaluate,
+    ranks_evaluate_with_other_statistics,
+    ranks_measure_statistics,
     ranks_write,
     ranks_resume,
     ranks_refuse,
@@ -464,6 +488,19 @@ def test_buffers_go_back_on_all_ranks_if_one_has_a_bad_batch(results):
             expected = found[f"{key[0]}, None"]
             assert all(torch.equal(buffers[name], expected[name]) for name in expected), key
             assert expected["num_batches_tracked"] == 4
+
+
+def test_ranks_evaluate_with_the_statistics_of_rank_0_and_stop_together(results):
+    for result in results:
+        assert result["ranks_evaluate_with_other_statistics"] == {"mean": [0.0, 0.0], "stops": True}
+
+
+def test_statistics_measured_on_two_ranks_are_those_of_all_their_batches(results):
+    values = test_precise_bn.first(8, epoch=1)
+    for result in results:
+        mean, var = result["ranks_measure_statistics"]
+        assert mean == pytest.approx(values.mean().item(), abs=1e-6)
+        assert var == pytest.approx(values.var(correction=0).item(), rel=1e-5)
 
 
 def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):

@@ -647,7 +647,7 @@ def test_evaluation_lasts_as_long_as_its_slower_half(loader, slower, seconds, mo
     monkeypatch.setattr(dry_run, "loader_rate", lambda batches, seconds: loader)
     lines = []
     monkeypatch.setattr(dry_run, "log_result", lambda label, text: lines.append(text))
-    probe = Small(MemoryError()).probe(dist_eval=True, model_ema_eval=True)
+    probe = Small(MemoryError()).probe(dist_eval=True, model_ema_eval=True, eval_freq=1)
     probe.run.data_loader_val = SizedLoader(range(100), batch_size=2)
     assert dry_run.measure_evaluation(probe) == 2 * seconds
     assert lines[0].endswith(f"limited by the {slower}: 0:00:{seconds:02d}")
