@@ -20,6 +20,7 @@ from parallel.process_group import get_logger, get_rank, get_world_size
 from training.criterion import Criterion
 from training.ema import ModelEma
 from training.evaluation import Metrics
+from training.head_losses import main_output
 from training.meters import accuracy
 from training.setup import TrainLoop
 from training.stepper import autocast
@@ -42,13 +43,16 @@ def train_one_epoch(
     def compute_loss(
         network: nn.Module, batch: tuple, step: int, micro: int
     ) -> tuple[Tensor, Tensor]:
-        """(loss, logits) of a micro-batch; mixup changes its images in place."""
+        """(loss, logits) of a micro-batch; mixup changes its images in place.
+
+        With several heads, the logits are those of the first.
+        """
         images, targets, _ = batch
         seed_all(loop.seed, step, micro, get_rank())  # mixup and drop path
         if loop.mixup is not None:
             images, targets = loop.mixup(images, targets)
-        logits = network(images)
-        return loop.criterion(logits.float(), targets), logits
+        outputs = network(images)
+        return loop.criterion(outputs, targets), main_output(outputs)
 
     meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader)
     stepper.begin_epoch(len(data_loader))

@@ -117,8 +117,9 @@ class LayerDecayValueAssigner:
         self.model, self.decay, self.kind = model, decay, kind
 
     def get_layer_id(self, name: str) -> int:
-        """Layer of a parameter, counted from the stem, which is 0."""
-        return self.model.layer_of(name, self.kind)
+        """Layer of a parameter, counted from the stem, which is 0; heads are the last."""
+        is_head = name.startswith(tuple(getattr(self.model, "head_prefixes", ())))  # models.heads
+        return self.model.layer_of("head.weight" if is_head else name, self.kind)
 
     def get_scale(self, layer: int) -> float:
         """Learning-rate scale of a layer; 1 for the head."""

@@ -69,6 +69,47 @@ def parse_options(text: str, flag: str) -> tuple[str, dict[str, Any]]:
     return pattern.strip(), kwargs
 
 
+def parse_named(text: str, flag: str) -> dict[str, str]:
+    """Read `name=value, name=value` into a dict; commas in brackets do not separate values.
+
+    Errors: as in `parse_call`.
+    """
+    reader, found = _Reader(text, flag), {}
+    for start, part in _split(text):
+        name, equals, value = part.partition("=")
+        reader.place = start + len(part) - len(part.lstrip())
+        name = name.strip()
+        if not (equals and value.strip() and re.fullmatch(r"[A-Za-z]\w*", name)):
+            reader.fail("expected NAME=VALUE")
+        if name in found:
+            reader.fail(f"{name} is given twice")
+        found[name] = value.strip()
+    return found
+
+
+def is_named(text: str) -> bool:
+    """Return True if a text begins as `parse_named` takes it."""
+    return re.match(r"\s*[A-Za-z]\w*\s*=", text) is not None
+
+
+def _split(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the parts between commas outside brackets and quotes, and where they start."""
+    start, depth, quote = 0, 0, ""
+    for place, letter in enumerate(text):
+        if quote:
+            quote = quote if letter != quote else ""
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            yield start, text[start:place]
+            start = place + 1
+    yield start, text[start:]
+
+
 class _Reader:
     """Reads a text from left to right; `place` is the next character."""
 

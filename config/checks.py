@@ -35,6 +35,9 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
     ("pretrained", "finetune", "both give the weights"),
+    ("head", "heads", "both say what the heads are"),
+    ("cuda_graphs", "heads", "graphs are for one output"),
+    ("eval", "reset_head", "there would be nothing to evaluate"),
     ("freeze_backbone", "grad_checkpointing", "a frozen backbone keeps nothing for backward"),
     ("freeze_backbone", "cuda_graphs", "graphs are for networks that train as a whole"),
     ("freeze_backbone", "sync_bn", "the BatchNorm of a frozen backbone uses what it has learned"),
@@ -164,6 +167,8 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     yield from _two_names(args)
     yield from phase_problems(args)
     yield from _backbone_problems(args)
+    if args.reset_head and not (args.finetune or args.pretrained or args.resume):
+        yield "--reset_head true needs weights to start from; give --finetune, or drop it"
     if args.eval and not (args.resume or args.finetune or args.output_dir):
         yield "--eval true needs weights to evaluate; give --resume CHECKPOINT"
 

@@ -235,7 +235,7 @@ FLAGS["augmentation"] = (
 FLAGS["loss"] = (
     ("--loss", TEXT, "ce",
      "ce, focal(gamma=2), 0.5*bce + zlpr ...: names of docs/losses-and-metrics.md, torch.nn's, or "
-     "package.module:name"),
+     "package.module:name; or one for each of --heads: 'main=ce, aux=0.4*ce'"),
     ("--class_weights", TEXT, "none",
      "none, inverse, effective(beta=0.9999) or [w1,w2,...]: weights of the classes in the loss"),
 )
@@ -278,6 +278,12 @@ FLAGS["pretrained weights and head"] = (
     ("--model_key", NAME, MODEL_KEY, "keys of the weights in the checkpoint, tried in order"),
     ("--use_ema", BOOL, False, "use the checkpoint's EMA weights"),
     ("--model_prefix", TEXT, "", "prefix to strip from names of weights; others are ignored"),
+    ("--head", TEXT, "",
+     "head in place of the model's classifier: linear, mlp(hidden=512), conv, norm_linear, "
+     "vit_tanh, identity, or package.module:name; default: the model's own"),
+    ("--heads", TEXT, "",
+     "heads on blocks, such as 'main=linear@norm, aux=conv@stages.2'; the first is evaluated"),
+    ("--reset_head", BOOL, False, "start with new heads, also where those of the weights fit"),
     ("--head_init_scale", AMOUNT, None,
      "scale of a new head's weights; default: 0.001 with --finetune or --pretrained, otherwise 1"),
     ("--nb_classes", COUNT, None, "number of classes; default: as many as the data has"),

@@ -20,6 +20,7 @@ from config.flags import is_code, is_pretraining, library_of
 from errors import UserError, did_you_mean, first_line, resolve
 from models import backbones, convnextv2
 from models.arguments import FLAGS
+from models.attach import build_heads
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.masked import MaskedFCMAE
@@ -210,6 +211,7 @@ def build_classifier(args: Any, num_classes: int) -> nn.Module:
         head_init_scale=args.head_init_scale,
         **size,
     )
+    build_heads(args, model, num_classes)
     if args.grad_checkpointing and not args.eval:
         enable_grad_checkpointing(model, args.compile)
     if args.freeze_backbone and not args.eval:

@@ -43,15 +43,19 @@ def call_network(name: str, make: Callable[..., nn.Module], kwargs: Mapping[str,
         raise UserError(
             f"--model {name} lacks {', '.join(missing)}: give {name}({example}). {accepted}"
         )
-    given = {key: _typed(name, key, x, known[key].annotation) for key, x in given.items()}
+    label = f"--model {name}"
+    given = {key: typed(label, key, x, known[key].annotation) for key, x in given.items()}
     try:
         return make(**given)
     except UserError as error:
         raise UserError(f"--model {name}: {error}") from error
 
 
-def _typed(name: str, key: str, value: Any, annotation: Any) -> Any:
-    """Return the value, with the words `true` and `false` as booleans; UserError if it is wrong."""
+def typed(label: str, key: str, value: Any, annotation: Any) -> Any:
+    """Return the value, with the words `true` and `false` as booleans; UserError if it is wrong.
+
+    label: begins the message.
+    """
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if not set(kinds) <= {*KINDS, NoneType}:
         return value  # a list, which the network checks itself
@@ -60,7 +64,7 @@ def _typed(name: str, key: str, value: Any, annotation: Any) -> Any:
     allowed = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(KINDS[kind] for kind in kinds if kind in KINDS)
-        raise UserError(f"--model {name}: {key} is {value!r}, expected {expected}")
+        raise UserError(f"{label}: {key} is {value!r}, expected {expected}")
     return value
 
 

@@ -107,6 +107,7 @@ class ConvNeXtV2(nn.Module):
     """
 
     set_grad_checkpointing = set_grad_checkpointing
+    inner_layout = "NHWC"  # of the maps between its modules
 
     def __init__(
         self,
@@ -205,6 +206,8 @@ class ConvNeXtV2(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """(N, C, h, w) -> (N, num_classes), or the normalized mean (N, C) with `pre_logits`."""
+        if getattr(self.head, "takes_maps", False) and not pre_logits:  # of models/heads.py
+            return self.head(self.norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         x = self.norm(features.mean((-2, -1)))
         return x if pre_logits else self.head(x)
 

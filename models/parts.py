@@ -31,9 +31,12 @@ STEMS = {
 def find_classifier(model: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of a model's last layer, such as `head.fc.`; several for two heads.
 
-    By timm's convention: the modules of `get_classifier()`, or the names in
-    `default_cfg["classifier"]`. Other networks: the last layer with a matrix in HEAD_NAMES.
+    Those of `models.heads`, if there are any. Otherwise by timm's convention: the modules of
+    `get_classifier()`, or the names in `default_cfg["classifier"]`. Other networks: the last layer
+    with a matrix in HEAD_NAMES.
     """
+    if prefixes := getattr(model, "head_prefixes", ()):
+        return prefixes
     names = {module: name for name, module in model.named_modules() if name}
     if callable(getattr(model, "get_classifier", None)):
         found = model.get_classifier()

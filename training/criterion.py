@@ -23,6 +23,7 @@ from datasets import count_labels
 from errors import UserError, describe_error, first_few, first_line, resolve_for
 from parallel import sharding
 from parallel.process_group import get_logger, get_world_size
+from training.head_losses import HeadLosses, losses_by_head
 from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, TORCH_RANGES, Range, Row
 from training.targets import KINDS
 
@@ -277,11 +278,15 @@ def _accepted(function: Callable, inputs: int = 0) -> str:
     return f"; it takes {', '.join(words) or 'no arguments'}"
 
 
-def try_out(criterion: Criterion, num_classes: int) -> None:
+def try_out(criterion: Criterion | HeadLosses, num_classes: int) -> None:
     """Compute loss and gradients of two rows on a copy; UserError if that fails or is not finite.
 
     Wrong types of arguments, wrong shapes and errors in a user's loss show here, before training.
     """
+    if isinstance(criterion, HeadLosses):
+        for loss in criterion.losses.values():
+            try_out(loss, num_classes)
+        return
     trial = copy.deepcopy(criterion).cpu()
     rows = {
         "class": torch.tensor([0, num_classes - 1]),
@@ -400,10 +405,13 @@ def _given_weights(text: str, num_classes: int) -> Tensor:
 # --- from the flags -------------------------------------------------------------------------
 
 
-def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion:
+def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion | HeadLosses:
     mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax) and not args.eval
     smoothing = 0.0 if mixed or args.eval else args.smoothing  # mixup smooths labels itself
-    return Criterion(args.loss, "soft" if mixed else "class", smoothing, weights)
+    settings = "soft" if mixed else "class", smoothing, weights
+    if losses := losses_by_head(args):
+        return HeadLosses({name: Criterion(text, *settings) for name, text in losses.items()})
+    return Criterion(args.loss, *settings)
 
 
 def check_loss(args: Any) -> None:
@@ -431,7 +439,7 @@ def check_loss(args: Any) -> None:
 
 def build_criterion(
     args: Any, num_classes: int, device: torch.device, dataset_train: Any = None
-) -> Criterion:
+) -> Criterion | HeadLosses:
     """Build the loss of the flags; class weights, for training, are those of `dataset_train`."""
     weights = None
     if dataset_train is not None and args.class_weights != "none":

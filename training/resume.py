@@ -30,10 +30,11 @@ REQUIRED = ("model", "optimizer", "state")  # entries without which no run can r
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim", "recon_loss", "val_split", "freeze_backbone")
+FIXED += ("head", "heads")
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
-LOCAL += ("pretrained",)
+LOCAL += ("pretrained", "reset_head")
 KEPT = INHERITED | RESUMED
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 
@@ -288,7 +289,7 @@ def compare_args(
             continue
         if name in fixed:
             had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"
-            if before is None:
+            if before in (None, ""):
                 had, fix = f"no --{name}", f"leave --{name} out"
             raise UserError(
                 f"{source} was trained with {had} and cannot resume with {as_typed(value)}: {fix}, "

@@ -25,6 +25,7 @@ from config.flags import is_code, is_pretraining, named_modules
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
+from models.heads import check_heads
 from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import build_optimizer_call, build_rules, choose_update_freq
 from parallel import console, process_group, sharding
@@ -76,7 +77,9 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
     checks = [build_optimizer_call, build_rules, build_curves]  # they raise UserError
-    for check in checks if is_pretraining(vars(args)) else [*checks, build_metrics, check_loss]:
+    for check in (
+        checks if is_pretraining(vars(args)) else [*checks, check_heads, build_metrics, check_loss]
+    ):
         check(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)

@@ -15,6 +15,8 @@ from models.fcmae import FCMAE
 from models.parts import adapt_stem, find_classifier, find_stem
 from weights.convert import DECODER, Report, replace_prefix, to_convnextv2, unwrap
 
+NAMED = "named_heads."  # prefix of the heads of --heads
+
 
 def fit_weights(
     model: nn.Module,
@@ -22,35 +24,68 @@ def fit_weights(
     new: Iterable[str] = (),
     saved: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    reset_head: bool = False,
 ) -> tuple[dict[str, Tensor], Report]:
     """Convert weights of any layout to the names and shapes of a model, and report how.
 
     new: prefixes of parts that may stay as initialized. If `head.` is one of them, which stands for
-        the classifier whatever its name, a classifier for another number of classes is left out,
-        and the first layer is adapted to the model's number of channels. Other differences remain,
-        and `weights.files.load_weights` refuses them.
+        the classifier whatever its name, or for all heads of `models.heads`, a head of another kind
+        or for another number of classes is left out, and the first layer is adapted to the model's
+        number of channels. Other differences remain, and `weights.files.load_weights` refuses them.
     saved, classes: names in the order of the weights' and of the model's classifier; one for other
         classes of the same number is left out too.
+    reset_head: leave out all heads of the weights.
     """
     expected, heads = model.state_dict(), find_classifier(model)
     state, report = _rename(weights, expected)
-    if heads and "head." not in heads and not any(name.startswith(heads) for name in state):
+    renames = heads and "head." not in heads and not heads[0].startswith(NAMED)
+    if renames and not any(name.startswith(heads) for name in state):
         state = {replace_prefix(name, "head.", heads[0]): v for name, v in state.items()}
     left_out = tuple(getattr(model, "left_out", ()))  # a backbone has no head, or not all stages
     if "head." in new:
+        others = None not in (saved, classes) and [*saved] != [*classes]
         for head in heads or ("head.",):
-            ours, theirs = expected.get(f"{head}weight"), state.get(f"{head}weight")
-            others = None not in (saved, classes) and [*saved] != [*classes]
-            if theirs is not None and (others or ours is None or ours.shape != theirs.shape):
+            if reset_head or not _same_head(head, expected, state, others):
                 left_out += (head,)
-                names = f" ({first_few(saved, 5)})" if saved else ""
-                note = f"its head has {plural((*theirs.shape, 0)[0], 'class')}{names}"
-                if ours is not None:
-                    report.warnings.append(f"{note}, so the model gets a new head")
+                if not reset_head and any(name.startswith(head) for name in expected):
+                    report.warnings += _describe_new_head(head, expected, state, saved)
+        unknown = [name for name in state if name.startswith(NAMED) and not name.startswith(heads)]
+        left_out += tuple(".".join(name.split(".")[:2]) + "." for name in unknown)
         adapt_channels(model, state, report)
     report.dropped += [name for name in state if name.startswith(left_out)]
     state = {name: value for name, value in state.items() if not name.startswith(left_out)}
     return state, report
+
+
+def _same_head(
+    head: str, expected: Mapping[str, Tensor], state: Mapping[str, Tensor], others: bool
+) -> bool:
+    """Return True if the weights have no head of that prefix, or the same as the model.
+
+    others: they are for other classes.
+    """
+    ours, theirs = (
+        {name: x.shape for name, x in tensors.items() if name.startswith(head)}
+        for tensors in (expected, state)
+    )
+    return not theirs or (ours == theirs and not others)
+
+
+def _describe_new_head(
+    head: str,
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    saved: Sequence[str] | None,
+) -> list[str]:
+    """Return a warning that a head of the weights does not fit, so that a new one is trained."""
+    theirs, which = state.get(f"{head}weight"), ""
+    if head.startswith(NAMED):
+        which = f" {head.split('.')[1]}"
+    if theirs is None or f"{head}weight" not in expected:
+        return [f"its head{which} is of another kind, so the model gets a new head"]
+    names = f" ({first_few(saved, 5)})" if saved else ""
+    note = f"its head{which} has {plural((*theirs.shape, 0)[0], 'class')}{names}"
+    return [f"{note}, so the model gets a new head"]
 
 
 def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -> None:

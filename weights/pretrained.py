@@ -96,15 +96,17 @@ class Pretrained:
         model: nn.Module,
         new: Iterable[str] = CLASSIFIER + DECODER,
         classes: Sequence[str] | None = None,
+        reset_head: bool = False,
     ) -> Report:
         """Load into a classifier or an FCMAE, all weights or none.
 
         new: prefixes of parts that may be absent from the checkpoint as a whole; they stay as
         initialized. If `head.` is one of them, a head for another number of classes, or for other
         than `classes`, counts as absent, and the first layer is adapted to the model's channels.
+        With reset_head every head counts as absent.
         Other missing or unexpected names, other shapes, NaN and Inf are an error.
         """
-        state, report, absent = self._fit(model, new, classes)
+        state, report, absent = self._fit(model, new, classes, reset_head)
         report.missing = load_weights(model, state, self.path, absent)
         report.loaded, report.source = list(state), self.path
         log = get_logger()
@@ -126,12 +128,16 @@ class Pretrained:
         check_finite({name: self.state[name] for name in names}, self.path)
 
     def _fit(
-        self, model: nn.Module, new: Iterable[str], classes: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        new: Iterable[str],
+        classes: Sequence[str] | None = None,
+        reset_head: bool = False,
     ) -> tuple[dict[str, Tensor], Report, list[str]]:
         """Return the weights under the model's names, a report, and what they may lack."""
         weights, saved = self.state, self.saved.head.names
         try:
-            state, report = fit_weights(model, weights, new, saved, classes)
+            state, report = fit_weights(model, weights, new, saved, classes, reset_head)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
         check_finite({n: v for n, v in state.items() if n.endswith(STATISTICS)}, self.path)

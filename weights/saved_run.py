@@ -28,6 +28,8 @@ NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean"}
 NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
 INHERITED |= {"val_split": "a number"}  # to evaluate the same data
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
+HEADS = {"head": "a name", "heads": "a name"}  # to evaluate or to resume, not to fine-tune again
+INHERITED |= HEADS
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
@@ -87,6 +89,8 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
         del names["crop_pct"]
     if not (resumes or _evaluates_its_data(args, saved)):
         del names["val_split"]
+    if not (resumes or vars(args).get("eval")) or args.given & HEADS.keys():
+        names = {name: kind for name, kind in names.items() if name not in HEADS}
     if args.given & NORMALIZATION.keys():
         names = {name: kind for name, kind in names.items() if name not in NORMALIZATION}
         if not resumes:
@@ -104,6 +108,12 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
             f"{source} was trained with --model {taken['model']}, which is code and not a name; "
             "give --model to choose the code to run"
         )
+    for name in HEADS.keys() & taken.keys():
+        if ":" in taken[name]:
+            raise UserError(
+                f"{source} was trained with --{name} {taken[name]}, which is code and not a name; "
+                f"give --{name} to choose the code to run"
+            )
     for name in ("mean", "std"):  # of other channels than the given ones
         values = taken.get(name, ())
         if len(values) not in (0, 1, taken.get("in_chans", args.in_chans)):
