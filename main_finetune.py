@@ -25,6 +25,7 @@ from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
 from models.kernels.autotune import autotuner
+from models.parts import KeepOutputs
 from optim_factory import build_optimizer, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
@@ -46,6 +47,7 @@ from training.setup import (
     check_start,
     log_recipe,
     read_weights,
+    settle_task,
     setup_process,
     setup_run,
 )
@@ -68,13 +70,15 @@ def main(args: argparse.Namespace) -> None:
         args, run.head, resumes=run.resume_point.is_run
     )
     classes = dataset_train.classes  # names in the order of the head, None if there are none
+    targets = dataset_train.targets
+    args = settle_task(args, targets.kind)
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
     data_loader_val = None
     if dataset_val is not None:
         data_loader_val = datasets.build_loader(dataset_val, False, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
-    mixup = datasets.build_mixup(args, nb_classes)
-    metrics = build_metrics(args, nb_classes)
+    mixup = datasets.build_mixup(args, nb_classes, targets.kind)
+    metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
@@ -101,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
     run.parallelism.shard(model_without_ddp, ema_module)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
-    criterion = build_criterion(args, nb_classes, device, dataset_train)
+    criterion = build_criterion(args, nb_classes, device, dataset_train, targets.kind)
     evaluation = device, amp, criterion, metrics
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
     lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
@@ -135,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
             args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
         ),
         checkpoints=build_checkpoint_manager(
-            args, run.output_dir, parts, classes, bad_images.write
+            args, run.output_dir, parts, classes, bad_images.write, targets.scale
         ),
         seed=args.seed,
         freezer=build_freezer(args, model_without_ddp, stepper),
@@ -193,25 +197,32 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     args = inherit_flags(args, weights.saved)
     check_start(args, weights, weights.saved.head.count, new=())
     dataset_val, nb_classes = datasets.build_dataset(False, args, weights.saved.head)
+    args = settle_task(args, dataset_val.kind)
+    network = model = models.build_classifier(args, nb_classes).to(device)
+    answers = dataset_val.describe_answers()
+    if args.eval_classes == "data":
+        kept = dataset_val.keep_own_classes()
+        network, nb_classes = KeepOutputs(model, kept).to(device), len(kept)
+        answers = f" among the {plural(nb_classes, 'class')} of the data"
     data_loader_val = datasets.build_loader(dataset_val, False, args, device)
-    model = models.build_classifier(args, nb_classes).to(device)
-    criterion = build_criterion(args, nb_classes, device)
+    targets = dataset_val.targets
+    criterion = build_criterion(args, nb_classes, device, kind=targets.kind)
     if criterion.state_dict():  # parameters of its own
         restore_loss(weights.checkpoint, weights.path, criterion)
     if args.compile:
         model.compile()
-    metrics = build_metrics(args, nb_classes)
+    metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
     bad_images = BadImages(None, data_loader_val, active=args.on_bad_image == "skip")
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
     for weights in found:
         weights.load(model, new=())
-        stats = evaluate(data_loader_val, model, device, amp, criterion, metrics)
+        stats = evaluate(data_loader_val, network, device, amp, criterion, metrics)
         images = len(dataset_val) - bad_images.write()
         source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
         text = describe_evaluation(stats, top5=nb_classes > 5)
-        utils.get_logger().info("%s: %s on %s", source, text, plural(images, "image"))
+        utils.get_logger().info("%s: %s on %s%s", source, text, plural(images, "image"), answers)
         report_classes(stats, dataset_val.classes, args.output_dir, weights.key == EMA_KEY)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_loading.targets import Scale
 from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
@@ -18,14 +19,17 @@ IMAGENET = 1000  # classes
 
 @dataclass(frozen=True)
 class Head:
-    """The classes of a head, in its order.
+    """The classes of a head, or the numbers that it predicts, in its order.
 
-    source: file or data that they come from. names: None if unknown. count: None if unknown.
+    source: file or data that they come from. names: None if unknown. count: None if unknown. kind:
+    of its targets, None if unknown. scale: of its numbers, None for the units of the data.
     """
 
     source: str = ""
     names: Sequence[str] | None = None
     count: int | None = None
+    kind: str | None = None
+    scale: Scale | None = None
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -106,6 +110,21 @@ def find_positions(names: Sequence[str], head: Head, kind: str) -> list[int]:
     return [places[name] for name in names]
 
 
+def find_outputs(names: Sequence[str], head: Head, kind: str) -> list[int]:
+    """Return the output for each number of a data set with these names, all of which it needs.
+
+    A single number matches by position, with a warning.
+    """
+    known = head.names if head.names is not None else names
+    if {*names} == {*known} and head.count in (None, len(names)):
+        return [known.index(name) for name in names]
+    if head.names is not None and len(names) == len(known) == 1:
+        text = "%s: %s is compared with what %s predicts: %s"
+        get_logger().warning(text, kind, names[0], head.source, known[0])
+        return [0]
+    raise UserError(differences(names, head, kind))
+
+
 def differences(names: Sequence[str], head: Head, kind: str) -> str:
     """Return the message for class names of a data set that do not fit a head."""
     if head.names is None:
@@ -114,6 +133,7 @@ def differences(names: Sequence[str], head: Head, kind: str) -> str:
             f"by which to match them; give data with {plural(head.count, 'class folder')}, or name "
             f"the folders by label, from 0 to {head.count - 1}"
         )
+    things = "columns" if head.kind == "number" else "class folders"
     known, own = set(head.names), set(names)
     unknown = [name for name in names if name not in known]
     absent = [name for name in head.names if name not in own]
@@ -122,4 +142,4 @@ def differences(names: Sequence[str], head: Head, kind: str) -> str:
         texts += [f"{kind} has classes that {head.source} does not know: {first_few(unknown, 5)}"]
     if absent:
         texts += [f"{kind} lacks classes of {head.source}: {first_few(absent, 5)}"]
-    return f"{'; '.join(texts)}. Rename, remove or restore these class folders"
+    return f"{'; '.join(texts)}. Rename, remove or restore these {things}"
