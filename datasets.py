@@ -95,6 +95,11 @@ def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
     return ""
 
 
+def describe_outputs(count: int, kind: str, some: str = "") -> str:
+    """Return `of 3 classes`, `with any of 3 classes` or `with 3 numbers`; some: such as `2 of `."""
+    return f"{IN_LOG[kind]} {some}{plural(count, NOUN[kind])}"
+
+
 def log_dataset(
     dataset: Any, is_train: bool, args: Any, nb_classes: int | None = None, kind: str = "class"
 ) -> None:
@@ -103,7 +108,7 @@ def log_dataset(
     if nb_classes is not None:
         names = class_names(dataset) or ()
         some = f"{len(names)} of " * (0 < len(names) < nb_classes)
-        classes = f" {IN_LOG[kind]} {some}{plural(nb_classes, NOUN[kind])}"
+        classes = f" {describe_outputs(nb_classes, kind, some)}"
         classes += f" ({first_few(names)})" if names else ""
     height, width = height_and_width(args.input_size)
     files = dataset.dataset if isinstance(dataset, Part) else dataset
@@ -160,7 +165,8 @@ def build_dataset(
     if head and names is not None:
         find = find_outputs if kind == "number" else find_positions
         _check_table(data, names, head, part)
-        classes, positions = head.names or names, find(names, head, part)
+        positions = find(names, head, part)
+        classes = head.names or (order_of_head(names, head)[0] if kind != "number" else names)
     elif head and head.names is not None:
         text = "%s has no class names, so its labels are taken for positions in %s"
         get_logger().info(text, part, head.source)

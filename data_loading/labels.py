@@ -61,17 +61,16 @@ def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, s
     """Return the classes of a head as a data set names them, and how they were matched.
 
     (None, "") if they cannot be matched. Weights of 1000 classes without names are taken for
-    ImageNet's if the data has ImageNet's names.
+    ImageNet's if the data has ImageNet's names, or the first of each in English.
     """
     known, count = head.names, head.count or len(names)
     if known is not None and set(names) <= set(known):
         return list(known), ""
     if known is None and count == IMAGENET:
-        from timm.data import ImageNetInfo
-
-        imagenet = ImageNetInfo().label_names()
-        if set(names) <= set(imagenet):
-            return imagenet, "by ImageNet's names"
+        for how, imagenet in imagenet_names().items():
+            spelled = {_simplify(name): name for name in names}
+            if len(spelled) == len(names) and all(imagenet.count(name) == 1 for name in spelled):
+                return [spelled.get(name, name) for name in imagenet], how
     if _are_numbers(names) and not (known and _are_numbers(known)):
         by_number = {int(name): name for name in names}
         if len(by_number) == len(names) and max(by_number) < count:
@@ -80,6 +79,23 @@ def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, s
     if known is None and count == len(names):
         return list(names), "by position"
     return None, ""
+
+
+def imagenet_names() -> dict[str, list[str]]:
+    """Return ImageNet's names, n01440764 ..., and in English, tench ..., by what they are."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    english = [info.index_to_description(place) for place in range(IMAGENET)]
+    return {
+        "by ImageNet's names": info.label_names(),
+        "by ImageNet's English names": [_simplify(name.partition(",")[0]) for name in english],
+    }
+
+
+def _simplify(name: str) -> str:
+    """Great_White-Shark -> great white shark"""
+    return name.lower().replace("_", " ").replace("-", " ")
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
