@@ -6,6 +6,7 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from config.tasks import known_kind
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
 from data_loading.folders import DatasetSpec, ImageFiles, folder, image_folder, imnet
-from data_loading.labels import Head, class_names, differences, find_positions, order_of_head
+from data_loading.labels import (
+    Head,
+    class_names,
+    differences,
+    find_outputs,
+    find_positions,
+    order_of_head,
+)
 from data_loading.loader import DeviceLoader
-from data_loading.samplers import EvalSampler, TrainSampler
-from data_loading.split import Part, list_labels, split
+from data_loading.samplers import EvalSampler, TrainSampler, balance
+from data_loading.split import Part, list_labels, list_values, split
+from data_loading.tables import Columns, TableImages, table
+from data_loading.targets import TASK, Scale, Targets, find_scale
 from data_loading.transforms import (
     RandomErasing,
     build_mean_and_std,
@@ -40,12 +51,15 @@ DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "IMNET": imnet,
     "image_folder": image_folder,
     "folder": folder,
+    "table": table,
     "CIFAR": lambda spec, train: cifar(CIFAR100, spec.data_path, train),
     "CIFAR10": lambda spec, train: cifar(CIFAR10, spec.data_path, train),
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
 DOWNLOADED = ("CIFAR", "CIFAR10")  # if they are not in data_path
+NOUN = {"class": "class", "multi": "class", "number": "number"}  # of an output
+IN_LOG = {"class": "of", "multi": "with any of", "number": "with"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # no names of classes
 
 
@@ -81,20 +95,27 @@ def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
     return ""
 
 
-def log_dataset(dataset: Any, is_train: bool, args: Any, nb_classes: int | None = None) -> None:
+def describe_outputs(count: int, kind: str, some: str = "") -> str:
+    """Return `of 3 classes`, `with any of 3 classes` or `with 3 numbers`; some: such as `2 of `."""
+    return f"{IN_LOG[kind]} {some}{plural(count, NOUN[kind])}"
+
+
+def log_dataset(
+    dataset: Any, is_train: bool, args: Any, nb_classes: int | None = None, kind: str = "class"
+) -> None:
     """Log images, classes and image size, and what is left out and why; warn of one class."""
     name, classes = "train" if is_train else "val", ""
     if nb_classes is not None:
         names = class_names(dataset) or ()
         some = f"{len(names)} of " * (0 < len(names) < nb_classes)
-        classes = f" of {some}{plural(nb_classes, 'class')}"
+        classes = f" {describe_outputs(nb_classes, kind, some)}"
         classes += f" ({first_few(names)})" if names else ""
     height, width = height_and_width(args.input_size)
     files = dataset.dataset if isinstance(dataset, Part) else dataset
     remarks = files.describe_list() if isinstance(files, ImageFiles) else ""
     text = "%s: %s%s, used at %d x %d pixels%s"
     get_logger().info(text, name, plural(len(dataset), "image"), classes, height, width, remarks)
-    if problem := describe_class_problem(dataset, nb_classes):
+    if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
         get_logger().warning("%s: %s", name, problem)
 
 
@@ -126,47 +147,124 @@ def build_transform(is_train: bool, args: Any) -> Callable:
 def build_dataset(
     is_train: bool, args: Any, head: Head | None = None, resumes: bool = False
 ) -> tuple[TransformedDataset, int]:
-    """Build the labeled dataset; returns it and its number of classes.
+    """Build the labeled dataset; returns it and its number of classes, or of other outputs.
 
     head: its labels become positions in this head, found by class name. Evaluation data may lack
     some of its classes; training data of other classes keeps its own order, or is refused if the
     run that has this head resumes.
     """
-    data, kind = _create_labeled(is_train, args, head), "train" if is_train else "val"
+    kept = head if resumes or not is_train else None
+    data, part = _create_labeled(is_train, args, kept), "train" if is_train else "val"
+    kind = _find_kind(data, args, kept)
     names = classes = class_names(data)
     if is_train and head and names is not None:
-        head = _head_to_keep(names, head, resumes)
+        head = _head_to_keep(names, head, resumes, kind)
     elif is_train and not resumes:
         head = None
     positions = None
     if head and names is not None:
-        classes, positions = head.names or names, find_positions(names, head, kind)
+        find = find_outputs if kind == "number" else find_positions
+        _check_table(data, names, head, part)
+        positions = find(names, head, part)
+        classes = head.names or (order_of_head(names, head)[0] if kind != "number" else names)
     elif head and head.names is not None:
         text = "%s has no class names, so its labels are taken for positions in %s"
-        get_logger().info(text, kind, head.source)
-    count = (head and head.count) or (None if names is None else len(names))
-    if count is None and args.nb_classes is None:
-        raise UserError(
-            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
-        )
-    if args.nb_classes and count not in (None, args.nb_classes):
-        owner = head.source if head else f"the {kind} data"
-        raise UserError(
-            f"--nb_classes {args.nb_classes}, but {owner} has {plural(count, 'class')}; drop "
-            "--nb_classes or fix the data"
-        )
-    log_dataset(data, is_train, args, count or args.nb_classes)
+        get_logger().info(text, part, head.source)
+    count = _count_outputs(data, args, head, kind, part)
+    log_dataset(data, is_train, args, count, kind)
     dataset = TransformedDataset(
         data,
         build_transform(is_train, args),
         args.seed,
         args.in_chans,
-        count or args.nb_classes,
+        count,
         on_bad_image(is_train, args),
-        positions,
-        classes,
+        classes=classes,
     )
-    return dataset, dataset.nb_classes
+    scale = _find_scale(data, args, head, classes) if kind == "number" else None
+    dataset.expect(Targets(kind, count, positions, scale))
+    return dataset, count
+
+
+def _find_kind(data: Any, args: Any, head: Head | None) -> str:
+    """Return the kind of the targets: what the data says, or else the flags, or else the head."""
+    own, told = getattr(data, "kind", None), known_kind(vars(args))
+    if own not in (None, "class", *TASK):
+        got = f"--data_set {args.data_set} has kind = {own!r}"
+        raise UserError(f"{got}, expected class, {' or '.join(TASK)}; correct it")
+    if own and told and own != told:
+        fix = TASK.get(own, "classification")
+        got = f"--task {args.task}, but --data_set {args.data_set} has kind = {own!r}"
+        raise UserError(f"{got}; pass --task {fix}, or correct the data set")
+    kind = own or told or (head and head.kind) or "class"
+    if head and head.kind not in (None, kind):
+        task, other = (TASK.get(one, "classification") for one in (kind, head.kind))
+        raise UserError(
+            f"the data is for --task {task}, and {head.source} for {other}; give the data of that "
+            "task"
+        )
+    return kind
+
+
+def _count_outputs(data: Any, args: Any, head: Head | None, kind: str, part: str) -> int:
+    """Return the number of outputs; UserError if it is unknown, or not that of --nb_classes."""
+    names, nouns = class_names(data), "numbers" if kind == "number" else "classes"
+    count = (head and head.count) or (None if names is None else len(names))
+    if count is None and kind != "class" and (rows := list_values(data, "targets")) is not None:
+        count = rows.shape[1] if rows.ndim == 2 else 1
+    if count is None and args.nb_classes is None:
+        raise UserError(
+            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
+            if kind == "class"
+            else f"--data_set {args.data_set} has no names; set how many {nouns} an image has with "
+            "--nb_classes"
+        )
+    if args.nb_classes and count not in (None, args.nb_classes):
+        owner = head.source if head else f"the {part} data"
+        raise UserError(
+            f"--nb_classes {args.nb_classes}, but {owner} has {plural(count, NOUN[kind])}; drop "
+            "--nb_classes or fix the data"
+        )
+    return count or args.nb_classes
+
+
+def _find_scale(
+    data: Any, args: Any, head: Head | None, names: Sequence[str] | None
+) -> Scale | None:
+    """Return mean and std of the numbers: those of the head, or else of the training data."""
+    if head is not None:  # its outputs are in these units, or in those of the data
+        return head.scale
+    if not args.normalize_targets:
+        return None
+    rows = list_values(data, "targets")
+    if rows is None:
+        raise UserError(
+            f"--normalize_targets: --data_set {args.data_set} does not list its numbers; give it a "
+            "list `targets` with those of each image, or pass --normalize_targets false"
+        )
+    rows = np.asarray(rows, np.float64).reshape(len(rows), -1)
+    scale = find_scale(rows, names or range(rows.shape[1]))
+    pairs = zip(scale.mean, scale.std, strict=True)
+    texts = [f"{mean:.4g} and {std:.4g}" for mean, std in pairs]
+    get_logger().info("train: mean and std of the numbers: %s", first_few(texts, 5))
+    return scale
+
+
+def _check_table(data: Any, names: Sequence[str], head: Head, part: str) -> None:
+    """Raise UserError with lines of a table for classes that a head does not know."""
+    rows = data.dataset if isinstance(data, Part) else data
+    if not isinstance(rows, TableImages) or rows.kind == "number" or head.names is None:
+        return
+    if order_of_head(names, head)[0] is None:
+        unknown = [
+            f"{name} (line {rows.line_of_class(label)})"
+            for label, name in enumerate(names)
+            if name not in head.names
+        ]
+        raise UserError(
+            f"{part}: {rows.path} has classes that {head.source} does not know: "
+            f"{first_few(unknown, 5)}; correct the table"
+        )
 
 
 def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
@@ -182,16 +280,37 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
         height_and_width(args.input_size),
         args.nb_classes or (head.count if head and not is_train else None),
         args.data_index,
+        known_kind(vars(args)) or (head.kind if head else None),
+        build_columns(args, args.label_column, args.weight_column),
     )
     if not args.val_split:
-        return create_dataset(args.data_set, spec, is_train)
-    if args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
+        data = create_dataset(args.data_set, spec, is_train)
+    elif args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
         raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
-    return split(create_dataset(args.data_set, spec, True), args.val_split, is_train)
+    else:
+        data = create_dataset(args.data_set, spec, True)
+        if isinstance(data, TableImages) and data.others:
+            column = data.columns.split
+            raise UserError(f"--val_split: {data.path} has the column {column}; drop --val_split")
+        data = split(data, args.val_split, is_train)
+    if is_train and args.data_set == "table" and data.kind == "class" and len(data.classes) == 1:
+        raise UserError(
+            f"{args.data_path}: all rows are of one class, {data.classes[0]!r}, so there is "
+            "nothing to learn. For yes or no give a column of 0 and 1 and --task multi_label; for "
+            "a number --task regression"
+        )
+    return data
 
 
-def _head_to_keep(names: Sequence[str], head: Head, resumes: bool) -> Head | None:
+def build_columns(args: Any, labels: Sequence[str] | None = (), weight: str | None = None) -> Any:
+    """Build the names of the columns of a table."""
+    return Columns(args.image_column, labels or (), args.split_column, weight, args.image_root)
+
+
+def _head_to_keep(names: Sequence[str], head: Head, resumes: bool, kind: str) -> Head | None:
     """Return `head` if it has these classes, or None; UserError if a run must resume with it."""
+    if (kind == "number") != (head.kind == "number"):
+        return None
     if head.names is not None:
         same = set(names) == set(head.names)
         if resumes and not same:
@@ -216,7 +335,9 @@ def build_datasets(
     train, nb_classes = build_dataset(True, args, head, resumes)
     if args.disable_eval:
         return train, None, nb_classes
-    val, _ = build_dataset(False, args, Head("train", train.classes, nb_classes))
+    targets = train.targets
+    head = Head("train", train.classes, nb_classes, targets.kind, targets.scale)
+    val, _ = build_dataset(False, args, head)
     return train, val, nb_classes
 
 
@@ -242,7 +363,10 @@ def count_labels(dataset: TransformedDataset, nb_classes: int) -> Tensor:
 def build_pretrain_dataset(args: Any) -> TransformedDataset:
     """Build the training images of any dataset; pre-training ignores their labels."""
     size = height_and_width(args.input_size)
-    spec = DatasetSpec(args.data_path, input_size=size, data_index=args.data_index)
+    columns = build_columns(args)
+    spec = DatasetSpec(
+        args.data_path, None, size, data_index=args.data_index, columns=columns, labeled=False
+    )
     data = create_dataset(args.data_set, spec, train=True)
     log_dataset(data, True, args)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
@@ -257,7 +381,8 @@ def build_loader(
     rank, world_size = get_rank(), get_world_size()
     if is_train:
         _check_global_batch(len(dataset), args.batch_size, world_size)
-        sampler = TrainSampler(len(dataset), args.seed, rank, world_size)
+        weights = build_weights(dataset, vars(args).get("sampling", "shuffle"))
+        sampler = TrainSampler(len(dataset), args.seed, rank, world_size, weights)
     else:
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
     loader = WatchedLoader(
@@ -273,6 +398,31 @@ def build_loader(
     return DeviceLoader(loader, device, mean, std)
 
 
+def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
+    """Build the weights by which images are drawn, None to take each once an epoch."""
+    if sampling == "shuffle":
+        return None
+    name = "weights" if sampling == "weighted" else "targets"
+    if sampling == "balanced" and dataset.kind == "number":
+        raise UserError("--sampling balanced needs classes, and the data has numbers; use weighted")
+    if sampling == "balanced" and dataset.kind == "class":
+        values = list_labels(dataset.dataset)
+    else:
+        values = list_values(dataset.dataset, name)
+    if values is None:
+        raise UserError(
+            f"--sampling {sampling}: the data set does not list them; give it a list `{name}` with "
+            f"the {'weight' if name == 'weights' else 'label'} of each image"
+        )
+    weights = torch.as_tensor(np.ascontiguousarray(values))
+    if sampling == "balanced":
+        return balance(weights)
+    weights = weights.double()
+    if not (weights.isfinite() & (weights >= 0)).all() or not weights.sum() > 0:
+        raise UserError("--sampling weighted: expected weights of at least 0, one above 0")
+    return weights
+
+
 def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
     if images >= batch_size * world_size:
         return
@@ -284,19 +434,35 @@ def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
     )
 
 
-def build_mixup(args: Any, nb_classes: int) -> Callable | None:
-    """Build timm's mixup and cutmix, (images, labels) -> (images, soft labels), or None."""
+def build_mixup(args: Any, nb_classes: int, kind: str = "class") -> Callable | None:
+    """Build timm's mixup and cutmix, (images, labels) -> (images, soft labels), or None.
+
+    kind: of the targets; zeros and ones of several classes are mixed as they are.
+    """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
+    if kind == "number":
+        raise UserError("--mixup and --cutmix mix classes, and the data has numbers; drop them")
     from timm.data import Mixup
 
-    return Mixup(
+    mixup = Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
+        label_smoothing=args.smoothing if kind == "class" else 0.0,
         num_classes=nb_classes,
     )
+    return mixup if kind == "class" else partial(mix_rows, mixup)
+
+
+def mix_rows(mixup: Any, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, H, W), (N, K) -> mixed images and targets: timm's for a class per image gives shares.
+
+    The classes are the images of the batch themselves.
+    """
+    mixup.num_classes = len(images)
+    mixed, shares = mixup(images, torch.arange(len(images), device=images.device))
+    return mixed, shares.to(targets.dtype) @ targets

@@ -70,7 +70,7 @@ def train_one_epoch(
 
         state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
-        if loop.mixup is None:  # mixed images have no single right class
+        if loop.mixup is None and labels.ndim == 1:  # others have no single right class
             meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         loop.reporter.after_batch(len(images))
         if result is not None:

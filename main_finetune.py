@@ -26,6 +26,7 @@ from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
 from models.kernels.autotune import autotuner
+from models.parts import KeepOutputs
 from optim_factory import build_optimizer, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
@@ -50,6 +51,7 @@ from training.setup import (
     check_start,
     log_recipe,
     read_weights,
+    settle_task,
     setup_process,
     setup_run,
 )
@@ -72,10 +74,12 @@ def main(args: argparse.Namespace) -> None:
         first_set(args), run.head, resumes=run.resume_point.is_run
     )
     classes = dataset_train.classes  # names in the order of the head, None if there are none
+    targets = dataset_train.targets
+    args = settle_task(args, targets.kind)
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
-    mixup = datasets.build_mixup(args, nb_classes)
-    metrics = build_metrics(args, nb_classes)
+    mixup = datasets.build_mixup(args, nb_classes, targets.kind)
+    metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
     head = Head("train", classes, nb_classes)
     eval_sets = build_eval_sets(args, dataset_val, head, device, metrics)
     data_loaders_val = [each.loader for each in eval_sets]
@@ -105,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     model_without_ddp = sync_batch_norm(model_without_ddp, args)  # not in the EMA model
     run.parallelism.shard(model_without_ddp, ema_module)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
-    criterion = build_criterion(args, nb_classes, device, dataset_train)
+    criterion = build_criterion(args, nb_classes, device, dataset_train, targets.kind)
     evaluation = device, amp, criterion, metrics
     precise_bn = build_precise_bn(args, model_without_ddp, data_loader_train, device, amp)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
@@ -142,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
             args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
         ),
         checkpoints=build_checkpoint_manager(
-            args, run.output_dir, parts, classes, bad_images.write
+            args, run.output_dir, parts, classes, bad_images.write, targets.scale
         ),
         seed=args.seed,
         freezer=build_freezer(args, model_without_ddp, stepper),
@@ -202,13 +206,20 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     args = inherit_flags(args, weights.saved)
     check_start(args, weights, weights.saved.head.count, new=())
     dataset_val, nb_classes = datasets.build_dataset(False, first_set(args), weights.saved.head)
-    model = models.build_classifier(args, nb_classes).to(device)
-    criterion = build_criterion(args, nb_classes, device)
+    args = settle_task(args, dataset_val.kind)
+    network = model = models.build_classifier(args, nb_classes).to(device)
+    answers = dataset_val.describe_answers()
+    if args.eval_classes == "data":
+        kept = dataset_val.keep_own_classes()
+        network, nb_classes = KeepOutputs(model, kept).to(device), len(kept)
+        answers = f" among the {plural(nb_classes, 'class')} of the data"
+    targets = dataset_val.targets
+    criterion = build_criterion(args, nb_classes, device, kind=targets.kind)
     if criterion.state_dict():  # parameters of its own
         restore_loss(weights.checkpoint, weights.path, criterion)
     if args.compile:
         model.compile()
-    metrics = build_metrics(args, nb_classes)
+    metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
     eval_sets = build_eval_sets(args, dataset_val, weights.saved.head, device, metrics)
     skips = args.on_bad_image == "skip"
     bad_images = [BadImages(None, each.loader, active=skips) for each in eval_sets]
@@ -218,13 +229,13 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     for weights in found:
         weights.load(model, new=())
         for each, bad in zip(eval_sets, bad_images, strict=True):
-            stats = evaluate(each.loader, model, device, amp, criterion, metrics)
+            stats = evaluate(each.loader, network, device, amp, criterion, metrics)
             images = len(each.loader.loader.dataset) - bad.write()
             of_ema = weights.key == EMA_KEY
             source = weights.path + " (EMA weights)" * of_ema
             text = describe_evaluation(stats, top5=nb_classes > 5)
             which = plural(images, "image") + f" of {each.name}" * bool(each.name)
-            utils.get_logger().info("%s: %s on %s", source, text, which)
+            utils.get_logger().info("%s: %s on %s%s", source, text, which, answers)
             report_classes(stats, dataset_val.classes, args.output_dir, of_ema, each.prefix)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())

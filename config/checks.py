@@ -15,6 +15,7 @@ from config import flags
 from config.flags import as_typed
 from config.phases import phase_problems
 from config.schedules import schedule_problems
+from config.tasks import task_problems
 from errors import plural
 
 CONFLICTS = (  # two flags that exclude each other, and the reason
@@ -68,6 +69,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     if args.start_epoch >= args.epochs:
         yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
     yield from schedule_problems(args)
+    yield from task_problems(args)
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
         yield f"--use_amp {as_typed(args.use_amp)} contradicts --amp {args.amp}; give only --amp"
     if args.resume and values.get("finetune") and not values["eval"]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from config.tasks import TASKS
+
 
 def str2bool(text: str) -> bool:
     """Read `true`, `yes`, `on`, `t`, `y`, `1` or one of their opposites, in any case."""
@@ -99,8 +101,8 @@ def number(kind: str) -> dict[str, Any]:
 # Flags in --help of the training scripts and of submitit; --help all shows the others too.
 EVERYDAY = """
 model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
-config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq num_workers
-on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
+config task label_column input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq
+num_workers on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
 cluster nodes ngpus timeout job_dir partition array follow
 """
 HELP = """%(aim)s
@@ -149,7 +151,7 @@ CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 FOLDERS = ("IMNET", "image_folder", "folder")
-NEED_PATH = (*FOLDERS, "CIFAR10", "CIFAR")
+NEED_PATH = (*FOLDERS, "table", "CIFAR10", "CIFAR")
 HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
 DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 LIBRARIES = ("timm", "torchvision")
@@ -170,7 +172,8 @@ FLAGS["start here"] = (
      "name of --list_models, timm:NAME, torchvision:NAME or package.module:function, perhaps with "
      "(key=value, ...); default: the checkpoint's, or convnextv2_base"),
     ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
-    ("--data_path", PATH, "", "folder of the data; DIGITS and SYNTHETIC need none"),
+    ("--data_path", PATH, "",
+     "folder of the data, or a table of images (.csv, .tsv, .txt); DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,
      "folder for checkpoints and logs, or none; default: runs/SCRIPT-MODEL-TIME"),
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),
@@ -213,6 +216,20 @@ FLAGS["data"] = (
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
     ("--scale", FRACTION, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
     ("--crop_pct", FRACTION, None, "evaluation crop side / image side; default: by --input_size"),
+    ("--image_column", NAME, None, "table: column of image files; default: image, path ... or 1st"),
+    ("--image_root", PATH, "", "table: folder of its image files; default: the table's own"),
+    ("--split_column", NAME, None, "table: column of train or val; default: split, if there"),
+)
+FLAGS["task and sampling"] = (
+    ("--task", ("auto", *TASKS), "auto",
+     "kind of labels; default: multi_label for a table with a|b or with several label columns, "
+     "or what a data set of your own says; otherwise classification"),
+    ("--label_column", NAME, None,
+     "table: columns of labels, * for all others; default: label, class, target ...", "+"),
+    ("--normalize_targets", BOOL, True, "regression: train on targets of mean 0 and std 1"),
+    ("--sampling", ("shuffle", "balanced", "weighted"), "shuffle",
+     "images of an epoch: each once, as many of each class, or drawn by weights"),
+    ("--weight_column", NAME, None, "table: column of the weights of --sampling weighted"),
 )
 FLAGS["augmentation"] = (
     ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
@@ -233,9 +250,10 @@ FLAGS["augmentation"] = (
     ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
 )
 FLAGS["loss"] = (
-    ("--loss", TEXT, "ce",
+    ("--loss", TEXT, None,
      "ce, focal(gamma=2), 0.5*bce + zlpr ...: names of docs/losses-and-metrics.md, torch.nn's, or "
-     "package.module:name; or one for each of --heads: 'main=ce, aux=0.4*ce'"),
+     "package.module:name; or one for each of --heads: 'main=ce, aux=0.4*ce'; default: by --task: "
+     "ce, bce (multi_label) or l2 (regression)"),
     ("--class_weights", TEXT, "none",
      "none, inverse, effective(beta=0.9999) or [w1,w2,...]: weights of the classes in the loss"),
 )
@@ -305,12 +323,15 @@ FLAGS["evaluation and EMA"] = (
     ("--val_split", BELOW_1, 0.0,
      "fraction of the training images to hold out for evaluation; 0: the data has its own"),
     ("--eval_data_path", PATH, None,
-     "folder of the evaluation data, or several: real=PATH,sketch=PATH; default: by --data_set"),
+     "folder or table of the evaluation data, or several: real=PATH,sketch=PATH; default: by "
+     "--data_set"),
+    ("--eval_classes", ("all", "data"), "all",
+     "with --eval: answers may be all classes, or only those that the data has"),
     ("--metrics", NAME, None,
-     "metrics such as acc1, f1, \"precision(k=5)\", or package.module:function; default: acc1 "
-     "acc5", "+"),
+     "metrics such as acc1, f1, \"precision(k=5)\", or package.module:function; default: by "
+     "--task: acc1 acc5, map f1 exact_match, or rmse mae r2", "+"),
     ("--best_metric", NAME, None,
-     "metric of checkpoint-best.pth, or loss for the lowest; default: acc1"),
+     "metric of checkpoint-best.pth, or loss; default: the first of those by --task"),
     ("--model_ema", BOOL, False, "keep an exponential moving average (EMA) of the weights"),
     ("--model_ema_decay", BELOW_1, 0.9999, "EMA decay per optimizer step"),
     ("--model_ema_force_cpu", BOOL, False, "keep the EMA weights in CPU memory"),

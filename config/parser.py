@@ -20,15 +20,28 @@ from config import checks, flags, recipes
 from config.flags import as_typed
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
+from config.tasks import choose_data_set, known_kind, task_flags
 from errors import did_you_mean, pipe_may_close, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
-FINETUNE_ONLY = ("augmentation", "loss", "pretrained weights and head", "evaluation and EMA")
+FINETUNE_ONLY = (
+    "augmentation",
+    "loss",
+    "task and sampling",
+    "pretrained weights and head",
+    "evaluation and EMA",
+)
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
-READ = ("data_path", "eval_data_path", "finetune", "resume")  # a path, or another source
+READ = (
+    "data_path",
+    "eval_data_path",
+    "image_root",
+    "finetune",
+    "resume",
+)  # a path, or another source
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -261,6 +274,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
     size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
     new["input_size"] = size * 2 if len(size) == 1 else size
     clear_scheduled(new, new if given is None else given)
+    new["data_set"] = choose_data_set(new, new if given is None else given)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
     if new["output_dir"] == "none":
@@ -277,8 +291,8 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
         implied = flags.implied_patch(new["model"], new["stem_stride"])
         new["patch_size"] = new["patch_size"] or implied
     else:
-        if new.get("loss", "ce") != "ce" and given is not None and "smoothing" not in given:
-            new["smoothing"] = 0.0  # other losses may not take smoothed labels
+        if kind := known_kind(new):
+            new |= task_flags(new, new if given is None else given, kind)
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] or new["pretrained"] else 1.0

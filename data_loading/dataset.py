@@ -5,9 +5,7 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
-import operator
 import os
-import reprlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,6 +20,7 @@ from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.rng import fold_in, seed_all
+from data_loading.targets import Targets
 from data_loading.transforms import Erased
 from errors import UserError, first_few
 
@@ -39,10 +38,12 @@ class Replacement(NamedTuple):
 class TransformedDataset(Dataset):
     """`dataset` with `transform`; (seed, epoch, index) seeds the random draws of a sample.
 
-    Keys are (epoch, index), samples (image (C, H, W), label, index). A sample that cannot be used
-    is returned as a UserError: if a worker raised it, users would see a long traceback. An
-    exception in the transform is a bug and stays an exception. nb_classes: labels must be integers
-    below it; None: labels are not looked at, and returned as 0. on_bad, for an image that cannot be
+    Keys are (epoch, index), samples (image (C, H, W), label, index). An image that an epoch holds
+    several times has another index each time, larger by the length, and so other draws. A sample
+    that cannot be used is returned as a UserError: if a worker raised it, users would see a long
+    traceback. An exception in the transform is a bug and stays an exception. nb_classes: labels
+    must be integers below it, or as `expect` says; None: labels are not looked at, and returned as
+    0. on_bad, for an image that cannot be
     decoded: `error`; `replace` returns a `Replacement` that depends on (seed, epoch, index) alone
     and keeps the index, and so the mask; `leave out` returns an empty `Replacement`.
     positions: in the head, for each label of `dataset`; classes: names in the order of the head.
@@ -62,6 +63,31 @@ class TransformedDataset(Dataset):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
         self.positions, self.classes = positions, classes
+        self.targets = Targets("class", nb_classes or 0, positions)
+
+    def expect(self, targets: Targets) -> None:
+        """Take labels of another kind than one class per image, or for other outputs."""
+        self.targets, self.positions, self.nb_classes = targets, targets.positions, targets.count
+
+    def keep_own_classes(self) -> list[int]:
+        """Number the classes of the data without those that it lacks; returns their outputs."""
+        own = self.targets.positions
+        if own is None:
+            raise UserError("--eval_classes data: the data set has no class names; drop it")
+        kept = sorted(own)
+        self.classes = self.classes and [self.classes[place] for place in kept]
+        self.expect(Targets(self.kind, len(kept), [kept.index(place) for place in own]))
+        return kept
+
+    def describe_answers(self) -> str:
+        """Return ` among all 1000 classes` if the data lacks some of them, otherwise ''."""
+        own, count = self.targets.positions, self.targets.count
+        return f" among all {count} classes" if own is not None and len(own) < count else ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the targets: class, multi or number."""
+        return self.targets.kind
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -72,7 +98,7 @@ class TransformedDataset(Dataset):
         index, bad = key[1], []
         for attempt in range(1 + TRIES * (self.on_bad == "replace")):
             draw = (self.seed, *key, attempt) if attempt else (self.seed, *key)
-            chosen = fold_in(*draw) % len(self) if attempt else index
+            chosen = (fold_in(*draw) if attempt else index) % len(self)
             try:
                 image, label = self._load(chosen, draw)
                 sample = self.transform(image), label, index
@@ -119,7 +145,7 @@ class TransformedDataset(Dataset):
             "the data set"
         )
 
-    def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, int]:
+    def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
         try:
             image, label = retry_io(partial(self._read, index, draw))
         except (BadImage, *UNREADABLE) as error:
@@ -134,12 +160,10 @@ class TransformedDataset(Dataset):
             ) from error
         if self.nb_classes is None:  # pre-training
             return image, 0
-        count = self.nb_classes if self.positions is None else len(self.positions)
         try:
-            label = check_label(label, count)
+            return image, self.targets.read(label)
         except UserError as error:
             raise UserError(f"{self.name_of(index)}: {error}") from error
-        return image, label if self.positions is None else self.positions[label]
 
     def _is_of_file(self, error: Exception, index: int) -> bool:
         """Return True for an OSError of an image file, such as a deleted one."""
@@ -155,27 +179,8 @@ class TransformedDataset(Dataset):
 
     def name_of(self, index: int) -> str:
         """Return `image PATH`, or `image number 7` if the dataset has no files."""
+        index %= len(self)
         return f"image {self._file(index) or f'number {index}'}"
-
-
-def check_label(label: Any, nb_classes: int) -> int:
-    """Return a label as an int; UserError unless it is an integer from 0 to nb_classes - 1."""
-    expected = f"expected an integer from 0 to {nb_classes - 1}"
-    if label is None:
-        raise UserError(f"it has no label; expected (image, label); label: {expected}")
-    shape = tuple(getattr(label, "shape", ()))
-    try:
-        number = operator.index(label)  # also of a tensor of one element
-    except TypeError:
-        number = None
-    if number is None or shape:
-        got = f"{type(label).__name__} {reprlib.repr(label)}"
-        if shape:
-            got = f"{type(label).__name__} of shape {shape}"
-        raise UserError(f"got the label {got}, {expected}; convert it in the data set")
-    if not 0 <= number < nb_classes:
-        raise UserError(f"label {number}; expected 0 to {nb_classes - 1}")
-    return number
 
 
 def describe_error(error: Exception) -> str:
@@ -198,6 +203,7 @@ class Patches(NamedTuple):
 def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | UserError:
     """Stack samples to images (N, C, H, W), labels (N,), ids (N,), bad images and patches.
 
+    Labels are (N, K) if they are rows of zeros and ones, or numbers.
     Returns the first UserError among the samples instead, if there is one. Bad images are a list of
     (name, reason). N is 0 if all images were left out.
     """
@@ -211,7 +217,9 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | Use
         return torch.empty(0), torch.empty(0), torch.empty(0), bad, Patches([], torch.empty(0))
     images, labels, ids = zip(*samples, strict=True)
     patches = _join_patches(images)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(ids), bad, patches
+    rows = isinstance(labels[0], Tensor)
+    labels = torch.stack(labels) if rows else torch.tensor(labels)
+    return torch.stack(images), labels, torch.tensor(ids), bad, patches
 
 
 def _join_patches(images: Sequence[Tensor]) -> Patches:

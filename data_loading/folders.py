@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 from data_loading.decode import BadImage, load_image
 from data_loading.formats import extensions
 from data_loading.listing import FolderWalk, SharedImages, class_folders, describe_left_out
+from data_loading.tables import Columns
 from errors import UserError, first_few, plural
 from parallel.process_group import from_main_process, get_logger
 
@@ -223,6 +224,9 @@ class DatasetSpec:
     input_size: tuple[int, int] = (224, 224)
     nb_classes: int | None = None
     data_index: str = ""
+    kind: str | None = None  # of the targets of a table; None if its cells tell it
+    columns: Columns | None = None  # of a table
+    labeled: bool = True
 
 
 def _root_folder(spec: DatasetSpec, train: bool, holds: str) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_loading.targets import Scale
 from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
@@ -18,14 +19,17 @@ IMAGENET = 1000  # classes
 
 @dataclass(frozen=True)
 class Head:
-    """The classes of a head, in its order.
+    """The classes of a head, or the numbers that it predicts, in its order.
 
-    source: file or data that they come from. names: None if unknown. count: None if unknown.
+    source: file or data that they come from. names: None if unknown. count: None if unknown. kind:
+    of its targets, None if unknown. scale: of its numbers, None for the units of the data.
     """
 
     source: str = ""
     names: Sequence[str] | None = None
     count: int | None = None
+    kind: str | None = None
+    scale: Scale | None = None
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -57,17 +61,16 @@ def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, s
     """Return the classes of a head as a data set names them, and how they were matched.
 
     (None, "") if they cannot be matched. Weights of 1000 classes without names are taken for
-    ImageNet's if the data has ImageNet's names.
+    ImageNet's if the data has ImageNet's names, or the first of each in English.
     """
     known, count = head.names, head.count or len(names)
     if known is not None and set(names) <= set(known):
         return list(known), ""
     if known is None and count == IMAGENET:
-        from timm.data import ImageNetInfo
-
-        imagenet = ImageNetInfo().label_names()
-        if set(names) <= set(imagenet):
-            return imagenet, "by ImageNet's names"
+        for how, imagenet in imagenet_names().items():
+            spelled = {_simplify(name): name for name in names}
+            if len(spelled) == len(names) and all(imagenet.count(name) == 1 for name in spelled):
+                return [spelled.get(name, name) for name in imagenet], how
     if _are_numbers(names) and not (known and _are_numbers(known)):
         by_number = {int(name): name for name in names}
         if len(by_number) == len(names) and max(by_number) < count:
@@ -76,6 +79,23 @@ def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, s
     if known is None and count == len(names):
         return list(names), "by position"
     return None, ""
+
+
+def imagenet_names() -> dict[str, list[str]]:
+    """Return ImageNet's names, n01440764 ..., and in English, tench ..., by what they are."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    english = [info.index_to_description(place) for place in range(IMAGENET)]
+    return {
+        "by ImageNet's names": info.label_names(),
+        "by ImageNet's English names": [_simplify(name.partition(",")[0]) for name in english],
+    }
+
+
+def _simplify(name: str) -> str:
+    """Great_White-Shark -> great white shark"""
+    return name.lower().replace("_", " ").replace("-", " ")
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
@@ -106,6 +126,21 @@ def find_positions(names: Sequence[str], head: Head, kind: str) -> list[int]:
     return [places[name] for name in names]
 
 
+def find_outputs(names: Sequence[str], head: Head, kind: str) -> list[int]:
+    """Return the output for each number of a data set with these names, all of which it needs.
+
+    A single number matches by position, with a warning.
+    """
+    known = head.names if head.names is not None else names
+    if {*names} == {*known} and head.count in (None, len(names)):
+        return [known.index(name) for name in names]
+    if head.names is not None and len(names) == len(known) == 1:
+        text = "%s: %s is compared with what %s predicts: %s"
+        get_logger().warning(text, kind, names[0], head.source, known[0])
+        return [0]
+    raise UserError(differences(names, head, kind))
+
+
 def differences(names: Sequence[str], head: Head, kind: str) -> str:
     """Return the message for class names of a data set that do not fit a head."""
     if head.names is None:
@@ -114,6 +149,7 @@ def differences(names: Sequence[str], head: Head, kind: str) -> str:
             f"by which to match them; give data with {plural(head.count, 'class folder')}, or name "
             f"the folders by label, from 0 to {head.count - 1}"
         )
+    things = "columns" if head.kind == "number" else "class folders"
     known, own = set(head.names), set(names)
     unknown = [name for name in names if name not in known]
     absent = [name for name in head.names if name not in own]
@@ -122,4 +158,4 @@ def differences(names: Sequence[str], head: Head, kind: str) -> str:
         texts += [f"{kind} has classes that {head.source} does not know: {first_few(unknown, 5)}"]
     if absent:
         texts += [f"{kind} lacks classes of {head.source}: {first_few(absent, 5)}"]
-    return f"{'; '.join(texts)}. Rename, remove or restore these class folders"
+    return f"{'; '.join(texts)}. Rename, remove or restore these {things}"

@@ -15,26 +15,60 @@ from torch.utils.data import Sampler
 from data_loading.rng import fold_in, scramble
 
 CHUNK = 4096  # keys computed at once: fewer cost more per key, more delay the first key
+JITTER = 1 << 20  # few enough bits that place + jitter is exact in float64
 
 
-def keys_at(positions: range, length: int, seed: int, epoch: int) -> Iterator[tuple[int, int]]:
-    """Yield keys (epoch, index) at positions of an epoch's order, in constant memory."""
+def keys_at(
+    positions: range, length: int, seed: int, epoch: int, cumulative: Tensor | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield keys (epoch, index) at positions of an epoch's order, in constant memory.
+
+    cumulative: as for `draw`, None to take each sample once.
+    """
     for first in range(0, len(positions), CHUNK):
         chunk = positions[first : first + CHUNK]
         chunk = torch.arange(chunk.start, chunk.stop, chunk.step)
-        yield from ((epoch, index) for index in permute(chunk, length, seed, epoch).tolist())
+        if cumulative is None:
+            items = permute(chunk, length, seed, epoch)
+        else:
+            items = draw(chunk, cumulative, seed, epoch)
+        yield from ((epoch, index) for index in items.tolist())
+
+
+def draw(positions: Tensor, cumulative: Tensor, *numbers: int) -> Tensor:
+    """(N,) positions of an epoch -> (N,) samples there, drawn by weight.
+
+    The sum of the weights is cut into equal parts, one for each position, and a random point of the
+    part chooses the sample that it falls on. So a sample with a share of w of the weights is drawn
+    length * w times, rounded down or up, and equal weights give the order of `permute`. cumulative:
+    (length,) float64, running sum of the weights. The n-th draw of a sample in an epoch has the
+    length added n times, so that keys differ.
+    """
+    length, total = len(cumulative), cumulative[-1].item()
+    places = permute(positions, length, *numbers)
+    jitter = (scramble(places + fold_in(*numbers, ROUNDS)) & (JITTER - 1)) / JITTER
+    points = (places + jitter.double()) * (total / length)
+    last = int(torch.searchsorted(cumulative, cumulative[-1:]))  # none after it has a weight
+    items = torch.searchsorted(cumulative, points, right=True).clamp(max=last)
+    before = torch.where(items > 0, cumulative[(items - 1).clamp(min=0)], 0.0)
+    repeats = (places - (before * (length / total)).floor().long()).clamp(min=0)
+    return items + repeats * length
 
 
 class TrainSampler(Sampler):
     """Keys (epoch, index) of one rank: every world_size-th position of the epoch's order.
 
     The b-th batches of all ranks together are one block of that order for any number of ranks.
+    weights: (length,) to draw samples by them; an epoch has as many samples as without.
     """
 
-    def __init__(self, length: int, seed: int, rank: int, world_size: int):
+    def __init__(
+        self, length: int, seed: int, rank: int, world_size: int, weights: Tensor | None = None
+    ):
         self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start, self.stop = 0, 0, length
+        self.cumulative = None if weights is None else weights.double().cumsum(0)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
         """Choose the order, and the part of it from `start`, after samples used before, to `stop`.
@@ -50,7 +84,19 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         end = self.start + len(self) * self.world_size
         mine = range(self.start, end)[self.rank :: self.world_size]
-        return keys_at(mine, self.length, self.seed, self.epoch)
+        return keys_at(mine, self.length, self.seed, self.epoch, self.cumulative)
+
+
+def balance(labels: Tensor) -> Tensor:
+    """(N,) labels or (N, K) zeros and ones -> (N,) weights: 1 / images of the class.
+
+    Of several classes the rarest decides; images of no class are one more class.
+    """
+    if labels.ndim == 1:
+        return 1 / torch.bincount(labels)[labels].double()
+    present = torch.cat([labels.bool(), ~labels.bool().any(1, keepdim=True)], 1)
+    counts = present.sum(0).double()
+    return torch.where(present, 1 / counts, 0.0).amax(1)
 
 
 class EvalSampler(Sampler):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from data_loading.folders import FileIndex
 from data_loading.labels import class_names
 from data_loading.rng import fold_in
+from data_loading.tables import TableSamples
 from errors import UserError
 
 STREAM = 0x5EED  # of the draws; --seed does not change the split, so that runs can be compared
@@ -26,6 +27,7 @@ class Part(Dataset):
 
     def __init__(self, dataset: Any, indices: np.ndarray) -> None:
         self.dataset, self.indices = dataset, indices
+        self.kind = getattr(dataset, "kind", None)
         if (names := class_names(dataset)) is not None:
             self.classes = names
         if isinstance(entries := getattr(dataset, "samples", None), Sequence):
@@ -84,6 +86,8 @@ def _draws(dataset: Any) -> np.ndarray:
     if isinstance(samples, FileIndex):
         names = (os.fsencode(os.path.basename(path)) for path, _ in samples)
         words = [zlib.crc32(name) for name in names]
+    elif isinstance(samples, TableSamples):  # rows with the same image stay together
+        words = [zlib.crc32(os.fsencode(name)) for name in samples.names]
     else:
         words = range(len(dataset))
     return np.array([fold_in(STREAM, word) for word in words]) / 2**63
@@ -97,9 +101,20 @@ def list_labels(dataset: Any) -> np.ndarray | None:
     samples = getattr(dataset, "samples", None)
     if isinstance(samples, FileIndex):
         return samples.labels()
+    targets = list_values(dataset, "targets")  # torchvision's name
+    is_class = getattr(dataset, "kind", None) in (None, "class")
+    usable = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"
+    return targets if usable and is_class else None
+
+
+def list_values(dataset: Any, name: str) -> np.ndarray | None:
+    """Return an attribute with a number, or a row of them, for each sample; None without one."""
+    if isinstance(dataset, Part):
+        values = list_values(dataset.dataset, name)
+        return None if values is None else values[dataset.indices]
     try:
-        targets = np.asarray(getattr(dataset, "targets", None))  # torchvision's name
+        values = np.asarray(getattr(dataset, name, None))
     except ValueError:  # of different lengths
         return None
-    usable = targets.shape == (len(dataset),) and targets.dtype.kind in "iu"
-    return targets if usable else None
+    usable = values.shape[:1] == (len(dataset),) and values.dtype.kind in "iufb"
+    return values if usable else None

@@ -191,3 +191,15 @@ def _pause_statistics(momentum: float | None, module: nn.Module, inputs: Any) ->
     module.momentum = 0.0 if in_backward else momentum
     if in_backward and module.training:
         module.num_batches_tracked.sub_(1)  # the module itself adds 1
+
+
+class KeepOutputs(nn.Module):
+    """A network with some of its outputs, (N, K) -> (N, those)."""
+
+    def __init__(self, network: nn.Module, places: Sequence[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[:, self.places]

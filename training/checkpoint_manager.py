@@ -19,6 +19,7 @@ from typing import Any
 
 from config.parser import absolute_paths
 from data_loading.loader import DeviceLoader
+from data_loading.targets import Scale
 from errors import Preempted, TrainingStopped, UserError, first_line, plural
 from parallel.process_group import agree, broadcast, count_ranks, get_logger, get_world_size
 from parallel.state_dict import copy_to_cpu
@@ -360,9 +361,15 @@ def build_checkpoint_manager(
     parts: TrainableParts,
     classes: Sequence[str] | None = None,
     before_save: Callable[[], Any] | None = None,
+    scale: Scale | None = None,
 ) -> CheckpointManager:
-    """Build a `CheckpointManager` from the flags; classes: names in the order of the head."""
+    """Build a `CheckpointManager` from the flags; classes: names in the order of the head.
+
+    scale: of the numbers that the model predicts, None for the units of the data.
+    """
     entries = {"args": absolute_paths(vars(args)), "classes": classes and list(classes)}
+    if scale is not None:
+        entries["target_scale"] = {"mean": list(scale.mean), "std": list(scale.std)}
 
     def save(
         state: TrainState, writer: AsyncWriter, numbered: bool = True, improved: Sequence[str] = ()

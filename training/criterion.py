@@ -14,11 +14,14 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.calls import Call, parse_call, parse_sum
+from config.tasks import task_flags
+from data_loading.split import list_values
 from datasets import count_labels
 from errors import UserError, describe_error, first_few, first_line, resolve_for
 from parallel import sharding
@@ -405,18 +408,30 @@ def _given_weights(text: str, num_classes: int) -> Tensor:
 # --- from the flags -------------------------------------------------------------------------
 
 
-def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion | HeadLosses:
+def _create_criterion(
+    args: Any, weights: Tensor | None = None, kind: str = "class"
+) -> Criterion | HeadLosses:
     mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax) and not args.eval
-    smoothing = 0.0 if mixed or args.eval else args.smoothing  # mixup smooths labels itself
-    settings = "soft" if mixed else "class", smoothing, weights
-    if losses := losses_by_head(args):
-        return HeadLosses({name: Criterion(text, *settings) for name, text in losses.items()})
-    return Criterion(args.loss, *settings)
+    mixed_classes = mixed and kind == "class"
+    smoothing = 0.0 if mixed_classes or args.eval else args.smoothing  # mixup smooths these itself
+    text = task_flags(vars(args), vars(args), kind)["loss"]
+    settings = "soft" if mixed_classes else kind, smoothing, weights
+    if losses := losses_by_head(args, text):
+        parts = {name: Criterion(loss, *settings) for name, loss in losses.items()}
+        criterion = HeadLosses(parts)
+    else:
+        criterion = Criterion(text, *settings)
+    for term in criterion.modules() if mixed else ():
+        if isinstance(term, Term) and term.takes and "soft" not in term.takes:
+            raise UserError(
+                f"--loss {term.text} takes no {KINDS['soft']}; drop --mixup and --cutmix"
+            )
+    return criterion
 
 
-def check_loss(args: Any) -> None:
+def check_loss(args: Any, kind: str = "class") -> None:
     """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
-    criterion = _create_criterion(args)
+    criterion = _create_criterion(args, None, kind)
     if args.nb_classes:  # else build_criterion tries it, with the classes of the data
         try_out(criterion, args.nb_classes)
     if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
@@ -432,24 +447,45 @@ def check_loss(args: Any) -> None:
         expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
         equal = torch.full((expected,), 2.0, dtype=torch.float64)
         weights = create_class_weights(args.class_weights, lambda: equal, expected)
-        criterion = _create_criterion(args, weights)
+        criterion = _create_criterion(args, weights, kind)
         if args.nb_classes:
             try_out(criterion, args.nb_classes)
 
 
 def build_criterion(
-    args: Any, num_classes: int, device: torch.device, dataset_train: Any = None
+    args: Any,
+    num_classes: int,
+    device: torch.device,
+    dataset_train: Any = None,
+    kind: str = "class",
 ) -> Criterion | HeadLosses:
     """Build the loss of the flags; class weights, for training, are those of `dataset_train`."""
     weights = None
     if dataset_train is not None and args.class_weights != "none":
+        if kind == "multi":
+            _refuse_class_weights(args, dataset_train)
         counts = functools.partial(count_labels, dataset_train, num_classes)
         weights = create_class_weights(args.class_weights, counts, num_classes)
         names = dataset_train.classes or range(num_classes)
         pairs = zip(names, weights.tolist(), strict=True)
         texts = [f"{name} = {weight:.3g}" for name, weight in pairs]
         get_logger().info("class weights %s: %s", args.class_weights, first_few(texts, 10))
-    criterion = _create_criterion(args, weights)
+    criterion = _create_criterion(args, weights, kind)
     try_out(criterion, num_classes)
     sharding.broadcast_tensors([*criterion.to(device).parameters(), *criterion.buffers()])
     return criterion
+
+
+def _refuse_class_weights(args: Any, dataset: Any) -> None:
+    """Raise UserError with the weights of positive labels that stand for those of classes."""
+    rows, weights = list_values(dataset.dataset, "targets"), "[...]"
+    if rows is not None:
+        positive = np.zeros(dataset.nb_classes)
+        places = dataset.positions if dataset.positions is not None else range(len(positive))
+        positive[list(places)] = rows.sum(0)
+        ratios = (len(rows) - positive) / np.maximum(positive, 1)
+        weights = f"[{','.join(f'{ratio:.3g}' for ratio in ratios)}]"
+    raise UserError(
+        f"--class_weights {args.class_weights}: the labels are {KINDS['multi']}; drop it, and use "
+        f"--loss BCEWithLogitsLoss(pos_weight={weights}) (negative / positive images of each class)"
+    )

@@ -32,7 +32,7 @@ from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
-from datasets import describe_class_problem
+from datasets import describe_class_problem, describe_outputs
 from errors import TrainingStopped, UserError, first_few, first_line, plural
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from parallel.state_dict import tensor_leaves
@@ -162,7 +162,9 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
     tried, found, *texts = zip(*all_gather((tried, len(good), bad, skipped, stopped)), strict=True)
     tried, (bad, skipped, stopped) = sum(tried), (sorted(set().union(*each)) for each in texts)
     problems += stopped
-    classes = f"of {plural(data.nb_classes, 'class')}" if data.nb_classes else "without labels"
+    classes = "without labels"
+    if data.nb_classes:
+        classes = describe_outputs(data.nb_classes, data.kind)
     fate = "left out" if data.on_bad == "leave out" else "replaced"
     counts = f"{len(bad)} bad, {len(skipped)} {fate}"
     log_result(name, f"{plural(len(data), 'image')} {classes}; decoded {tried}: {counts}")
@@ -175,7 +177,8 @@ def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: in
         problems.append(f"{len(bad)} of {plural(tried, f'{name} image')}: {text}")
     elif not (sum(found) or stopped):
         problems.append(f"none of {plural(tried, f'{name} image')} can be used; check the data")
-    if name == "train" and (problem := describe_class_problem(data.dataset, data.nb_classes)):
+    is_labeled = name == "train" and data.kind == "class"
+    if is_labeled and (problem := describe_class_problem(data.dataset, data.nb_classes)):
         problems.append(f"{name}: {problem}")
     return good
 

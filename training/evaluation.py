@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config.calls import Call, parse_call
 from config.phases import split_best_metric
+from data_loading.targets import Scale
 from errors import UserError, describe_error, first_few, plural, resolve
 from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
 from training.metrics import METRICS, Batch, Metric, default_metrics
@@ -32,7 +33,8 @@ class Metrics:
 
     words: as for --metrics, such as `f1` or `precision(k=5)`. best: the metric that chooses the
     best checkpoint, computed too. Without them: `default_metrics(kind)`. outputs: of the model, if
-    known. kind: of the targets, of KINDS. All sums are one tensor, in float64 where the device has
+    known. kind: of the targets, of KINDS. scale: of numbers, undone before they are compared. All
+    sums are one tensor, in float64 where the device has
     it. Metrics of the order of scores, and functions of the user's, need all outputs: rank 0 then
     gathers (images, outputs + targets) in float32.
     """
@@ -43,8 +45,9 @@ class Metrics:
         best: str | None = None,
         outputs: int = 0,
         kind: str = "class",
+        scale: Scale | None = None,
     ) -> None:
-        self.kind, self.outputs = kind, outputs
+        self.kind, self.outputs, self.scale = kind, outputs, scale
         self.metrics: dict[str, Metric] = {}
         self.texts: dict[str, str] = {}  # name in log.txt -> as typed
         for text in words or default_metrics(kind):
@@ -127,6 +130,8 @@ class Metrics:
         counts: as losses, 0 for an image that does not count in the mean of a loss, otherwise 1.
         """
         targets = self._checked(logits, targets)
+        if self.scale is not None:
+            logits, targets = (self.scale.undo(x.to(self.dtype)) for x in (logits, targets))
         batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
         images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
         broken = batch.broken.sum(dtype=self.dtype)
@@ -247,9 +252,11 @@ class Metrics:
                 raise UserError(f"--best_metric {self.best}: expected one of {first_few(names)}")
 
 
-def build_metrics(args: Any, outputs: int = 0, kind: str = "class") -> Metrics:
+def build_metrics(
+    args: Any, outputs: int = 0, kind: str = "class", scale: Scale | None = None
+) -> Metrics:
     """Build the metrics that the flags name; outputs: of the model, 0 if not known yet."""
-    metrics = Metrics(args.metrics, split_best_metric(vars(args))[1], outputs, kind)
+    metrics = Metrics(args.metrics, split_best_metric(vars(args))[1], outputs, kind, scale)
     if outputs:
         metrics.try_out()
     return metrics

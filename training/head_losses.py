@@ -53,18 +53,18 @@ def main_output(outputs: Outputs) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else next(iter(outputs.values()))
 
 
-def losses_by_head(args: Any) -> dict[str, str]:
+def losses_by_head(args: Any, text: str) -> dict[str, str]:
     """Return the text of the loss of each head; {} if there is one loss for the only head.
 
-    UserError unless --loss is one loss for all heads, or one for each.
+    text: of --loss. UserError unless it is one loss for all heads, or one for each.
     """
     heads = [*parse_heads(args.heads)] if vars(args).get("heads") else []
-    if not is_named(args.loss):
-        return dict.fromkeys(heads, args.loss) if len(heads) > 1 else {}
-    losses = parse_named(args.loss, "--loss")
+    if not is_named(text):
+        return dict.fromkeys(heads, text) if len(heads) > 1 else {}
+    losses = parse_named(text, "--loss")
     if not heads and not _heads_come_later(args):
         raise UserError(
-            f"--loss {args.loss}: got losses for {first_few(losses)}, and there are no heads of "
+            f"--loss {text}: got losses for {first_few(losses)}, and there are no heads of "
             "that name; give --heads, or one loss without a name"
         )
     return {name: losses[name] for name in _matched(heads or losses, losses)}

@@ -18,6 +18,7 @@ from typing import Any
 
 from config.flags import as_typed, is_pretraining
 from config.parser import absolute_paths
+from config.tasks import TASKS, task_flags
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
 from training.checkpoint import TrainableParts, TrainState, checkpoint_name, restore_run, rotate
@@ -31,6 +32,8 @@ REQUIRED = ("model", "optimizer", "state")  # entries without which no run can r
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim", "recon_loss", "val_split", "freeze_backbone")
 FIXED += ("head", "heads")
+FIXED += ("task", "normalize_targets")
+IN_EPOCH = ("seed", "sampling", "weight_column")  # the order of an epoch depends on these
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
@@ -270,8 +273,10 @@ def compare_args(
     in_epoch: an epoch was interrupted; the order of its images depends on the seed. given: names of
     the flags that were given; without one, the run keeps its size and preprocessing.
     """
-    changes, fixed = [], FIXED + ("seed",) * in_epoch
+    changes, fixed = [], FIXED + IN_EPOCH * in_epoch
     saved, now = absolute_paths(saved), absolute_paths(now)
+    if now.get("loss", "") is None and saved.get("task") in TASKS:  # the task decides
+        now |= task_flags(now, given or (), TASKS[saved["task"]])
     hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):
         flag = "--finetune" if _kind(now) == "fine-tuning" else "--resume"

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
 from config.flags import is_code, is_pretraining, named_modules
+from config.tasks import possible_kinds, task_flags
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
@@ -40,6 +41,7 @@ from training.ema import ModelEma
 from training.evaluation import build_metrics
 from training.freeze import Freezer
 from training.hooks import Reporter
+from training.metrics import default_metrics
 from training.precise_bn import check_norms
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
@@ -77,13 +79,39 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
     checks = [build_optimizer_call, build_rules, build_curves]  # they raise UserError
-    for check in (
-        checks if is_pretraining(vars(args)) else [*checks, check_heads, build_metrics, check_loss]
-    ):
+    for check in checks:
         check(args)
+    if not is_pretraining(vars(args)):
+        check_heads(args)
+        check_task(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
+
+
+def check_task(args: Any) -> None:
+    """Raise UserError for a loss or metrics that fit no kind of targets that the data may have.
+
+    The data may tell its kind only when it is listed: then they are checked for it.
+    """
+    problem = None
+    for kind in possible_kinds(vars(args)):
+        try:
+            build_metrics(args, kind=kind)
+            return check_loss(args, kind)
+        except UserError as error:
+            problem = problem or error
+    raise problem
+
+
+def settle_task(args: Any, kind: str) -> Any:
+    """Return `args` with what --task auto and an absent --loss stand for with this data."""
+    new = args.replace(**task_flags(vars(args), args.given, kind))
+    if kind != "class" or args.task == "auto":
+        metrics = " ".join(args.metrics or default_metrics(kind))
+        text = "task %s: --loss %s, metrics %s"
+        get_logger().info(text, new.task, new.loss, metrics)
+    return new
 
 
 def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:

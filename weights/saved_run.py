@@ -13,7 +13,9 @@ from typing import Any
 from config.checks import shape_problems
 from config.flags import allowed, as_typed, implied_patch, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths
+from config.tasks import OF_TABLES, TASKS
 from data_loading.labels import Head
+from data_loading.targets import Scale
 from errors import UserError
 from models import is_known, same_network
 from parallel.process_group import get_logger
@@ -26,10 +28,14 @@ INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integer
 INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
 NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean"}
 NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
-INHERITED |= {"val_split": "a number"}  # to evaluate the same data
+INHERITED |= {"val_split": "a number", "image_root": "a name"}  # to evaluate the same data
+EVALUATED = {"task": "a name", "image_column": "a name", "label_column": "names"}
+EVALUATED |= {"split_column": "a name", "normalize_targets": "a boolean"}  # to resume, or for eval
+INHERITED |= EVALUATED
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 HEADS = {"head": "a name", "heads": "a name"}  # to evaluate or to resume, not to fine-tune again
 INHERITED |= HEADS
+OF_ITS_DATA = ("val_split", "image_root")
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
@@ -63,7 +69,22 @@ def read_saved_run(
         if not is_known(str(flags.get("model")).removeprefix("fcmae_")):
             flags.pop("model", None)
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
-    return SavedRun(source, flags, Head(source, names, len(names) if names else count))
+    kind, scale = TASKS.get(str(flags.get("task"))), _read_scale(held, source)
+    head = Head(source, names, len(names) if names else count, kind, scale)
+    return SavedRun(source, flags, head)
+
+
+def _read_scale(held: Mapping[str, Any], source: str) -> Scale | None:
+    """Return mean and std of the numbers that a network predicts, None for their own units."""
+    if (saved := held.get("target_scale")) is None:
+        return None
+    try:
+        mean, std = (tuple(map(float, saved[name])) for name in ("mean", "std"))
+    except (TypeError, ValueError, KeyError):
+        mean = std = ()
+    if not mean or len(mean) != len(std):
+        raise UserError(f"{source}: target_scale is {saved!r}, expected lists of mean and std")
+    return Scale(mean, std)
 
 
 def _flags_of_shape(weights: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
@@ -88,7 +109,10 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     if is_pretraining(vars(args)):  # pre-training evaluates nothing
         del names["crop_pct"]
     if not (resumes or _evaluates_its_data(args, saved)):
-        del names["val_split"]
+        names = {name: kind for name, kind in names.items() if name not in OF_ITS_DATA}
+    left_out = {*OF_TABLES} if args.data_set != "table" else set()
+    left_out |= set() if resumes or vars(args).get("eval") else {*EVALUATED}
+    names = {name: kind for name, kind in names.items() if name not in left_out}
     if not (resumes or vars(args).get("eval")) or args.given & HEADS.keys():
         names = {name: kind for name, kind in names.items() if name not in HEADS}
     if args.given & NORMALIZATION.keys():
@@ -184,6 +208,9 @@ def _of_its_type(name: str, value: Any) -> Any:
         if not all(type(side) is int for side in sides):
             return None
         return (*sides, *sides)[:2] if len(sides) < 3 else tuple(sides[1:])
+    if expected == "names":
+        is_list = isinstance(value, list | tuple) and len(value) > 0
+        return tuple(value) if is_list and all(type(x) is str for x in value) else None
     if expected == "numbers":
         is_list = isinstance(value, list | tuple) and len(value) > 0
         return tuple(value) if is_list and all(type(x) in (int, float) for x in value) else None

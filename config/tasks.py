@@ -1,0 +1,68 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Tasks of fine-tuning, and the flags that follow from them or contradict them.
+
+python main_finetune.py --data_path photos.csv --task regression --label_column width height
+"""
+
+import argparse
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+TASKS = {"classification": "class", "multi_label": "multi", "regression": "number"}  # -> kind
+DEFAULT_LOSS = {"class": "ce", "multi": "bce", "number": "l2"}
+TABLES = (".csv", ".tsv", ".txt")  # what --data_path ends in for --data_set table
+OF_TABLES = ("image_column", "label_column", "split_column", "weight_column", "image_root")
+
+
+def choose_data_set(values: Mapping[str, Any], given: Collection[str]) -> str:
+    """Return `table` for a file of rows as --data_path if --data_set is not given."""
+    path = values["data_path"] or values.get("eval_data_path") or ""
+    is_table = "data_set" not in given and path.lower().endswith(TABLES)
+    return "table" if is_table else values["data_set"]
+
+
+def known_kind(values: Mapping[str, Any]) -> str | None:
+    """Return the kind of targets that the flags say, None if the data tells it."""
+    if values["task"] != "auto":
+        return TASKS[values["task"]]
+    return None if values["data_set"] == "table" or ":" in values["data_set"] else "class"
+
+
+def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kinds of targets that the data of these flags may have."""
+    kind = known_kind(values)
+    some = ("class", "multi") if values["data_set"] == "table" else tuple(DEFAULT_LOSS)
+    return (kind,) if kind else some
+
+
+def task_flags(values: Mapping[str, Any], given: Collection[str], kind: str) -> dict[str, Any]:
+    """Return task, loss and smoothing for a kind of targets; given flags stay."""
+    task = next(task for task, of_task in TASKS.items() if of_task == kind)
+    loss, smoothing = values["loss"] or DEFAULT_LOSS[kind], values["smoothing"]
+    if "smoothing" not in given and loss != "ce":
+        smoothing = 0.0  # other losses may not take smoothed labels
+    return {"task": task, "loss": loss, "smoothing": smoothing}
+
+
+def task_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each flag of tables, tasks or sampling that cannot act."""
+    values = vars(args)
+    for name in OF_TABLES:
+        if values.get(name) and args.data_set != "table":
+            yield f"--{name} is for --data_set table, not for {args.data_set}; drop it"
+    if "task" not in values:  # pre-training
+        return
+    mixes = args.mixup or args.cutmix or args.cutmix_minmax
+    if args.task == "regression" and mixes and not args.eval:
+        yield "--mixup and --cutmix mix classes, and --task regression has none; drop them"
+    if args.task == "regression" and args.sampling == "balanced":
+        yield "--sampling balanced needs classes; use --sampling weighted, or --task classification"
+    if args.weight_column and args.sampling != "weighted":
+        yield "--weight_column needs --sampling weighted; give both or neither"
+    if args.data_set == "table" and args.sampling == "weighted" and not args.weight_column:
+        yield "--sampling weighted needs --weight_column; name the column with the weights"
+    if args.eval_classes == "data" and not args.eval:
+        yield "--eval_classes data needs --eval; in training all classes are evaluated"
+    if args.eval_classes == "data" and args.task == "regression":
+        yield "--eval_classes data: --task regression has no classes; drop it"
