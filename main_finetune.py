@@ -31,13 +31,14 @@ from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, restore_loss
 from training.checkpoint_manager import build_checkpoint_manager
 from training.confusion import report_classes
+from training.costs import log_cost
 from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
-from training.hooks import build_reporter, log_cost
+from training.hook_table import build_eval_reporter, build_reporter
 from training.report import describe_evaluation, last_line, plain, small_stats
 from training.resume import auto_load_model, choose_evaluated
 from training.schedules import build_schedule
@@ -126,16 +127,18 @@ def main(args: argparse.Namespace) -> None:
     bad_images = BadImages(
         run.output_dir, data_loader_train, data_loader_val, active=args.on_bad_image == "skip"
     )
+    reporter = build_reporter(
+        args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
+    )
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,
         lr_schedule,
         state,
         guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
-        reporter=build_reporter(
-            args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
-        ),
+        reporter=reporter,
         checkpoints=build_checkpoint_manager(
-            args, run.output_dir, parts, classes, bad_images.write
+            args, run.output_dir, parts, classes, bad_images.write, reporter.hook_states
         ),
         seed=args.seed,
         freezer=build_freezer(args, model_without_ddp, stepper),
@@ -165,10 +168,14 @@ def main(args: argparse.Namespace) -> None:
             state.end_epoch()
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             if data_loader_val is not None:
-                test_stats = evaluate(data_loader_val, model_without_ddp, *evaluation)
+                test_stats = evaluate(
+                    data_loader_val, model_without_ddp, *evaluation, reporter=reporter
+                )
                 log_stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if args.model_ema_eval:
-                test_stats = evaluate_ema(data_loader_val, model_ema, *evaluation)
+                test_stats = evaluate_ema(
+                    data_loader_val, model_ema, *evaluation, reporter=reporter
+                )
                 log_stats |= {f"test_{name}_ema": value for name, value in test_stats.items()}
             # state.epoch is the number of finished epochs by now.
             log_stats |= {"epoch": state.epoch - 1, "n_parameters": n_parameters}
@@ -205,14 +212,18 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
-    for weights in found:
-        weights.load(model, new=())
-        stats = evaluate(data_loader_val, model, device, amp, criterion, metrics)
-        images = len(dataset_val) - bad_images.write()
-        source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
-        text = describe_evaluation(stats, top5=nb_classes > 5)
-        utils.get_logger().info("%s: %s on %s", source, text, plural(images, "image"))
-        report_classes(stats, dataset_val.classes, args.output_dir, weights.key == EMA_KEY)
+    with build_eval_reporter(args, device, model, dataset_val.classes) as reporter:
+        for weights in found:
+            weights.load(model, new=())
+            split = "ema" * (weights.key == EMA_KEY)
+            stats = evaluate(
+                data_loader_val, model, device, amp, criterion, metrics, reporter, split
+            )
+            images = len(dataset_val) - bad_images.write()
+            source = weights.path + " (EMA weights)" * (weights.key == EMA_KEY)
+            text = describe_evaluation(stats, top5=nb_classes > 5)
+            utils.get_logger().info("%s: %s on %s", source, text, plural(images, "image"))
+            report_classes(stats, dataset_val.classes, args.output_dir, weights.key == EMA_KEY)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 

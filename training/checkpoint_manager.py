@@ -358,8 +358,12 @@ def build_checkpoint_manager(
     parts: TrainableParts,
     classes: Sequence[str] | None = None,
     before_save: Callable[[], Any] | None = None,
+    more: Callable[[], dict[str, Any]] = dict,
 ) -> CheckpointManager:
-    """Build a `CheckpointManager` from the flags; classes: names in the order of the head."""
+    """Build a `CheckpointManager` from the flags; classes: names in the order of the head.
+
+    more: called at every save for further entries, such as the states of hooks.
+    """
     entries = {"args": absolute_paths(vars(args)), "classes": classes and list(classes)}
 
     def save(
@@ -368,7 +372,7 @@ def build_checkpoint_manager(
         def write(content: dict[str, Any]) -> None:
             write_checkpoints(folder, content, numbered, improved, args.save_ckpt_num, args.resume)
 
-        content = collect_checkpoint(parts, state, entries)
+        content = collect_checkpoint(parts, state, entries | more())
         if content is not None:
             writer(content, write)
 

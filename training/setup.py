@@ -39,6 +39,7 @@ from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.evaluation import build_metrics
 from training.freeze import Freezer
+from training.hook_table import check_hooks
 from training.hooks import Reporter
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
@@ -75,7 +76,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
-    checks = [build_optimizer_call, build_rules, build_curves]  # they raise UserError
+    checks = [build_optimizer_call, build_rules, build_curves, check_hooks]  # they raise UserError
     for check in checks if is_pretraining(vars(args)) else [*checks, build_metrics, check_loss]:
         check(args)
     set_kernels(args.kernels, device)

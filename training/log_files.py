@@ -1,0 +1,172 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Hooks that write files into the output folder: log.txt, metrics.csv, images, confusion.csv.
+
+python main_finetune.py --recipe digits_finetune --output_dir runs/digits --hook csv
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchvision.utils import save_image
+
+from errors import UserError
+from training.checkpoint import TrainState, checkpoint_name
+from training.confusion import write_confusion
+from training.hooks import Hook, Run
+from training.report import Record, log_entry
+from utils import write_atomically
+
+
+class JsonHook(Hook):
+    """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats.
+
+    It comes after the other hooks that write values of epochs: if the last epoch is not in log.txt,
+    a killed run has perhaps not told them of it.
+    """
+
+    def __init__(self, folder: Path, state: TrainState) -> None:
+        self.path = folder / "log.txt"
+        self.written = self.path.read_bytes() if self.path.exists() else b""
+        lines = {line + b"\n": self._epoch(line) for line in self.written.splitlines()}
+        self.content = b"".join(line for line, epoch in lines.items() if epoch < state.epoch)
+        self._write()
+        # A run that continues another one in a folder of its own does not have its checkpoint.
+        saved = bool(state.stats) and (folder / checkpoint_name(vars(state))).exists()
+        self.misses = saved and not state.samples_in_epoch and state.epoch - 1 not in lines.values()
+
+    @staticmethod
+    def _epoch(line: bytes) -> float:
+        try:
+            return json.loads(line)["epoch"]
+        except (ValueError, KeyError, TypeError):  # half a line or garbage after a power cut
+            return math.inf
+
+    def misses_epoch(self, state: TrainState) -> bool:
+        return self.misses
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        self.content += json.dumps(log_entry(stats)).encode() + b"\n"
+        self._write()
+
+    def on_end(self, run: Run) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        """Write the lines that are not on the disk yet, perhaps because a write failed."""
+        if self.content != self.written:
+            write_atomically(self.content, self.path)
+            self.written = self.content
+
+
+class ImageHook(Hook):
+    """Write images as PNG files, numbered by epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)  # fails if the run's own folder is missing
+        path = self._path(name, state)
+        write_atomically(partial(save_image, image, format="png"), path)
+
+    def has_image(self, name: str, state: TrainState) -> bool:
+        return self._path(name, state).exists()
+
+    def _path(self, name: str, state: TrainState) -> Path:
+        return self.folder / name / f"epoch-{state.epoch - 1}.png"
+
+
+class ConfusionHook(Hook):
+    """Write the confusion matrix of the last evaluation into confusion.csv, if there is one.
+
+    classes: names in the order of the head. That of the EMA weights is confusion-ema.csv.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str] | None) -> None:
+        self.folder, self.classes = folder, classes
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        for ending in ("", "_ema"):
+            if matrix := stats.get(f"test_confusion{ending}"):
+                path = self.folder / f"confusion{ending.replace('_', '-')}.csv"
+                write_confusion(matrix, self.classes, path)
+
+
+class CsvHook(Hook):
+    """Write metrics.csv, a row for each epoch with the values of log.txt that are no lists.
+
+    The epochs that a resumed run repeats are replaced.
+    """
+
+    def check(self, args: Any) -> None:
+        needs_folder(args, "csv")
+
+    def on_start(self, run: Run) -> None:
+        self.path, self.rows = run.folder / "metrics.csv", {}
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if (row["epoch"] or "").isdigit()]
+            self.rows = {int(row["epoch"]): row for row in rows}
+            self.rows = {epoch: row for epoch, row in self.rows.items() if epoch < run.state.epoch}
+
+    def on_epoch(self, stats: Record, state: TrainState) -> None:
+        values = {name: value for name, value in stats.items() if not isinstance(value, list)}
+        self.rows[stats["epoch"]] = {"epoch": stats["epoch"]} | values
+        names = dict.fromkeys(name for row in self.rows.values() for name in row if name)
+        rows = [[row.get(name, "") for name in names] for row in self.rows.values()]
+        write_csv([*names], rows, self.path)
+
+
+class ScheduleHook(Hook):
+    """Write schedule.csv before the training: the learning rate and other options by step.
+
+    rows: at most so many steps, the first and the last among them.
+    """
+
+    def __init__(self, rows: int = 1000) -> None:
+        self.most = at_least(rows, 2, "schedule(rows)")
+
+    def check(self, args: Any) -> None:
+        needs_folder(args, "schedule")
+
+    def on_start(self, run: Run) -> None:
+        schedule, total = run.schedule, run.schedule.total
+        count = min(self.most, total)
+        steps = [number * (total - 1) // max(count - 1, 1) for number in range(count)]
+        names = [name for name in schedule.options if name != "weight_decay"]
+        rows = [
+            [step, schedule.rate(step), schedule.decay(step)]
+            + [schedule.options[name].at(step, total) for name in names]
+            for step in steps
+        ]
+        write_csv(["step", "lr", "weight_decay", *names], rows, run.folder / "schedule.csv")
+
+
+def write_csv(names: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
+    """Write rows under a line of names, atomically."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerows([names, *rows])
+    write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
+
+
+def needs_folder(args: Any, name: str) -> None:
+    """Raise UserError if the run writes no files."""
+    if args.output_dir == "" or (args.output_dir is None and vars(args).get("eval")):
+        raise UserError(f"--hook {name} writes into --output_dir; give a folder")
+
+
+def at_least(value: Any, low: int, name: str) -> int:
+    """Return an argument of a hook that is an integer >= `low`; otherwise raise UserError."""
+    if type(value) is not int or value < low:
+        raise UserError(f"--hook {name}: got {value!r}, expected an integer >={low}")
+    return value
