@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import TARGETS, is_code
-from errors import UserError, first_few, resolve_for
+from errors import UserError, resolve_for
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
 from training.log_files import needs_folder
@@ -48,6 +48,7 @@ class ExportHook(Hook):
         words = [sys.executable, *map(str, words)]
         result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode:
-            said = first_few(result.stderr.strip().splitlines()[-1:] or ["no message"])
-            raise RuntimeError(f"export.py ended with code {result.returncode}: {said}")
+            said = [line for line in result.stderr.splitlines() if line and line[0] not in "( "]
+            reason = said[-1] if said else "no message"
+            raise RuntimeError(f"export.py ended with code {result.returncode}: {reason}")
         get_logger().info("%s", result.stdout.strip().splitlines()[-1])

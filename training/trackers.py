@@ -67,7 +67,8 @@ class TrackerHook(Hook):
         self.own = dict(state)
 
     def on_start(self, run: Run) -> None:
-        words = {"project": self.project, "config": flags_of(run.args), "resume": "allow"}
+        words = {"project": self.project, "config": flags_of(run.args)}
+        words["resume"] = "allow" if self.own else "never"
         words |= {"dir": str(run.folder)} if run.folder else {}
         words |= {"name": run.folder.name} if run.folder else {}
         words |= {"job_type": "pretrain" if is_pretraining(vars(run.args)) else "finetune"}
