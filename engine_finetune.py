@@ -21,6 +21,7 @@ from training.criterion import Criterion
 from training.ema import ModelEma
 from training.evaluation import Metrics
 from training.head_losses import main_output
+from training.hooks import Batch, Reporter
 from training.meters import accuracy
 from training.setup import TrainLoop
 from training.stepper import autocast
@@ -72,7 +73,7 @@ def train_one_epoch(
         meters.update(len(images), loss=loss.detach())
         if loop.mixup is None and labels.ndim == 1:  # others have no single right class
             meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
-        loop.reporter.after_batch(len(images))
+        loop.reporter.after_batch(len(images), Batch(images, labels, logits, loss, ids))
         if result is not None:
             state.global_step += 1
             meters.update(1, grad_norm=result.grad_norm)
@@ -83,7 +84,7 @@ def train_one_epoch(
             # Check for NaN where the host waits for the device anyway.
             check = logged or stepper.batches_left == 0
             loop.checkpoints.after_step(state, meters, loop.guard, check)
-    return meters.total() | {"lr": lr}
+    return loop.reporter.end_phase(meters.total() | {"lr": lr})
 
 
 @torch.inference_mode()
@@ -94,26 +95,35 @@ def evaluate(
     amp: str,
     criterion: Criterion | None = None,
     metrics: Metrics | None = None,
+    reporter: Reporter | None = None,
+    name: str = "",
+    of_ema: bool = False,
 ) -> dict[str, Any]:
     """Mean loss and metrics over the images of all ranks; every image counts once.
 
     An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
     criterion: the loss; default: cross-entropy. metrics: default: top-1 and top-5 accuracy.
+    reporter: notifies the hooks, which see the name of the evaluation set and `ema` in `run.split`.
     """
     model.eval()
     criterion, metrics = criterion or Criterion(), metrics or Metrics()
     metrics.reset(device, len(criterion.terms))
+    reporter = reporter or Reporter.quiet(device)
+    split = "_".join(filter(None, [name, "ema" * of_ema]))
+    reporter.begin_phase("test", data_loader, split, metrics.kind)
     was_training = criterion.training
     criterion.eval()
     sharding.broadcast_tensors(model.buffers())  # all ranks use the same running statistics
     try:
         with sharding.unsharded(model) as network:
-            for images, labels, _ in data_loader:
+            for images, labels, ids in data_loader:
                 with autocast(device, amp):
                     logits = network(images)
                 logits = logits.float()
-                metrics.update(logits, labels, *criterion.per_image(logits, labels))
+                losses, counts = criterion.per_image(logits, labels)
+                metrics.update(logits, labels, losses, counts)
+                reporter.after_evaluated(Batch(images, labels, logits, losses, ids))
     finally:
         criterion.train(was_training)
     count, broken = metrics.reduce()
@@ -127,7 +137,7 @@ def evaluate(
             f"({first_few(reasons) or 'on other ranks'}); correct --eval_data_path or "
             "--data_path, or pass --disable_eval"
         )
-    return metrics.values()
+    return reporter.end_phase(metrics.values())
 
 
 def evaluate_ema(
@@ -137,9 +147,11 @@ def evaluate_ema(
     amp: str,
     criterion: Criterion | None = None,
     metrics: Metrics | None = None,
+    reporter: Reporter | None = None,
+    name: str = "",
 ) -> dict[str, Any]:
     """`evaluate` the EMA weights, on a copy if --model_ema_force_cpu keeps them elsewhere."""
     model = model_ema.module
     if next(model.parameters()).device.type != device.type:
         model = copy.deepcopy(model).to(device)
-    return evaluate(data_loader, model, device, amp, criterion, metrics)
+    return evaluate(data_loader, model, device, amp, criterion, metrics, reporter, name, True)

@@ -11,6 +11,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise, seed_all
 from models.fcmae import FCMAE, random_mask, visible_patches
 from parallel.process_group import get_rank, get_world_size
+from training.hooks import Batch
 from training.setup import TrainLoop
 
 
@@ -46,7 +47,7 @@ def train_one_epoch(
 
         state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
-        loop.reporter.after_batch(len(images))
+        loop.reporter.after_batch(len(images), Batch(images, None, None, loss, ids))
         if result is not None:
             state.global_step += 1
             meters.update(1, grad_norm=result.grad_norm)
@@ -54,7 +55,7 @@ def train_one_epoch(
             # Check for NaN where the host waits for the device anyway.
             check = logged or stepper.batches_left == 0
             loop.checkpoints.after_step(state, meters, loop.guard, check)
-    return meters.total() | {"lr": lr}
+    return loop.reporter.end_phase(meters.total() | {"lr": lr})
 
 
 def masked_loss(

@@ -81,6 +81,16 @@ def see_working_folder() -> None:
         sys.path.append(os.getcwd())
 
 
+def _searched(error: Exception, module_name: str) -> str:
+    """Return the folders where a module was looked for and not found; '' for other errors."""
+    lacks = isinstance(error, ModuleNotFoundError) and error.name
+    if not lacks or not f"{module_name}.".startswith(f"{error.name}."):  # one that it imports
+        return ""
+    folders = [os.path.abspath(path) for path in sys.path if os.path.isdir(path or ".")]
+    here = [path for path in dict.fromkeys(folders) if path != os.getcwd()]
+    return f"; looked in the working folder {os.getcwd()}, and in {', '.join(here)}"
+
+
 def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = True) -> Any:
     """Look `name` up in `table`, or import it when written as `package.module:function`."""
     if name in table:
@@ -91,7 +101,8 @@ def resolve(name: str, table: Mapping[str, Any], kind: str, importable: bool = T
         try:
             return getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"cannot import {kind} {name!r}: {error}") from error
+            places = _searched(error, module_name)
+            raise UserError(f"cannot import {kind} {name!r}: {error}{places}") from error
     hint = did_you_mean(name, table) or f"Known: {', '.join(table)}."
     other = " Or pass 'package.module:function'." if importable else ""
     raise UserError(f"unknown {kind} {name!r}. {hint}{other}")

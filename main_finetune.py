@@ -33,6 +33,7 @@ from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, restore_loss
 from training.checkpoint_manager import build_checkpoint_manager
 from training.confusion import report_classes
+from training.costs import log_cost
 from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
@@ -40,7 +41,7 @@ from training.ema import build_ema
 from training.eval_sets import best_prefix, build_eval_sets, first_set
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
-from training.hooks import build_reporter, log_cost
+from training.hook_table import build_eval_reporter, build_reporter
 from training.phases import build_phases
 from training.precise_bn import build_precise_bn
 from training.report import describe_evaluation, last_line, plain, small_stats
@@ -137,16 +138,24 @@ def main(args: argparse.Namespace) -> None:
     bad_images = BadImages(
         run.output_dir, data_loader_train, *data_loaders_val, active=args.on_bad_image == "skip"
     )
+    reporter = build_reporter(
+        args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
+    )
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,
         lr_schedule,
         state,
         guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
-        reporter=build_reporter(
-            args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
-        ),
+        reporter=reporter,
         checkpoints=build_checkpoint_manager(
-            args, run.output_dir, parts, classes, bad_images.write, targets.scale
+            args,
+            run.output_dir,
+            parts,
+            classes,
+            bad_images.write,
+            reporter.hook_states,
+            targets.scale,
         ),
         seed=args.seed,
         freezer=build_freezer(args, model_without_ddp, stepper),
@@ -180,10 +189,11 @@ def main(args: argparse.Namespace) -> None:
             entries = phases.end(phase, state, loop.reporter)
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             for each in eval_sets if phase.evaluates else ():
-                test_stats = evaluate(each.loader, model_without_ddp, *evaluation)
+                shown = reporter, each.name
+                test_stats = evaluate(each.loader, model_without_ddp, *evaluation, *shown)
                 log_stats |= each.named(test_stats)
                 if args.model_ema_eval:
-                    test_stats = evaluate_ema(each.loader, model_ema, *evaluation)
+                    test_stats = evaluate_ema(each.loader, model_ema, *evaluation, *shown)
                     log_stats |= each.named(test_stats, "_ema")
             log_stats = plain(log_stats | entries | {"n_parameters": n_parameters})
             state.stats = small_stats(log_stats)
@@ -226,17 +236,19 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
-    for weights in found:
-        weights.load(model, new=())
-        for each, bad in zip(eval_sets, bad_images, strict=True):
-            stats = evaluate(each.loader, network, device, amp, criterion, metrics)
-            images = len(each.loader.loader.dataset) - bad.write()
+    with build_eval_reporter(args, device, model, dataset_val.classes) as reporter:
+        for weights in found:
+            weights.load(model, new=())
             of_ema = weights.key == EMA_KEY
             source = weights.path + " (EMA weights)" * of_ema
-            text = describe_evaluation(stats, top5=nb_classes > 5)
-            which = plural(images, "image") + f" of {each.name}" * bool(each.name)
-            utils.get_logger().info("%s: %s on %s%s", source, text, which, answers)
-            report_classes(stats, dataset_val.classes, args.output_dir, of_ema, each.prefix)
+            for each, bad in zip(eval_sets, bad_images, strict=True):
+                shown = reporter, each.name, of_ema
+                stats = evaluate(each.loader, network, device, amp, criterion, metrics, *shown)
+                images = len(each.loader.loader.dataset) - bad.write()
+                text = describe_evaluation(stats, top5=nb_classes > 5)
+                which = plural(images, "image") + f" of {each.name}" * bool(each.name)
+                utils.get_logger().info("%s: %s on %s%s", source, text, which, answers)
+                report_classes(stats, dataset_val.classes, args.output_dir, of_ema, each.prefix)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())
 

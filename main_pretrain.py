@@ -27,10 +27,11 @@ from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
+from training.costs import log_cost
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.freeze import build_freezer
-from training.hooks import build_reporter, log_cost
+from training.hook_table import build_reporter
 from training.phases import build_phases
 from training.pictures import ReconstructionImages
 from training.report import last_line, plain
@@ -98,14 +99,16 @@ def main(args: argparse.Namespace) -> None:
     state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
     phases = build_phases(args, steps_per_epoch, run.effective_batch)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
+    reporter = build_reporter(args, run.output_dir, device, state, steps_per_epoch)
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,
         lr_schedule,
         state,
         guard=build_guard(args, stepper, parts, data_loader_train, run.output_dir),
-        reporter=build_reporter(args, run.output_dir, device, state, steps_per_epoch),
+        reporter=reporter,
         checkpoints=build_checkpoint_manager(
-            args, run.output_dir, parts, before_save=bad_images.write
+            args, run.output_dir, parts, before_save=bad_images.write, more=reporter.hook_states
         ),
         seed=args.seed,
         freezer=build_freezer(args, model_without_ddp, stepper),

@@ -61,9 +61,12 @@ from models.kernels import autotune
 from optim_factory import create_optimizer
 from parallel.sharding import Parallelism
 from training.checkpoint import TrainState
-from training.hooks import Hook, JsonHook, LineHook, Reporter, TensorboardHook
+from training.hooks import Hook, Reporter
+from training.log_files import JsonHook
+from training.log_lines import LineHook
 from training.preemption import RankVote
 from training.stepper import Stepper
+from training.tensorboard import TensorboardHook
 
 CPU = torch.device("cpu")
 
@@ -216,7 +219,7 @@ def log_cost(print_freq: int) -> dict[str, float]:
         for kind, hooks in {"meters": [], "line": [LineHook(1)], "TensorBoard": [board]}.items():
             quiet, found[kind] = time_updates(hooks, batches, lines, print_freq)
             found.setdefault("update", quiet)  # without hooks
-        board.on_end()
+        board.on_end(None)
         logger.handlers = before
         size = sum(path.stat().st_size for path in (folder / "board").iterdir())
         found["TensorBoard bytes"] = size / lines

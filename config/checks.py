@@ -35,6 +35,8 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
     ("freeze_backbone", "precise_bn", "the BatchNorm of a frozen backbone keeps its statistics"),
     ("eval", "cuda_graphs", "graphs are for training"),
     ("eval", "disable_eval", "there would be nothing to do"),
+    ("eval", "tracker", "it tracks training"),
+    ("dry_run", "tracker", "a dry run logs nothing to it"),
     ("pretrained", "finetune", "both give the weights"),
     ("head", "heads", "both say what the heads are"),
     ("cuda_graphs", "heads", "graphs are for one output"),
@@ -87,6 +89,10 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
+    if args.tags and not args.tracker:
+        yield f"--tags {as_typed(args.tags)} needs --tracker; give both or neither"
+    if args.project != flags.PROJECT and not args.tracker:
+        yield f"--project {args.project} needs --tracker; give both or neither"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
     if not flags.is_pretraining(values):

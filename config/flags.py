@@ -68,6 +68,14 @@ def command(script: str) -> str:
     return f"convnextv2-{script.removeprefix('main_')}"
 
 
+class Repeated(argparse.Action):
+    """A flag that may be given several times, each time with one value or more."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        held = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(held if isinstance(held, list) else []), *values])
+
+
 def number(kind: str) -> dict[str, Any]:
     """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
 
@@ -143,6 +151,7 @@ if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2).
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
+REPEATED = TEXT | {"action": Repeated}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
 EPOCHS = number("whole (0, inf)")
@@ -155,6 +164,7 @@ NEED_PATH = (*FOLDERS, "table", "CIFAR10", "CIFAR")
 HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
 DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 LIBRARIES = ("timm", "torchvision")
+PROJECT = "convnextv2"
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
 # Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
@@ -357,6 +367,14 @@ FLAGS["NaN and loss spikes"] = (
 FLAGS["checkpoints and logs"] = (
     ("--log_dir", PATH, None, "TensorBoard folder, or none; default: OUTPUT_DIR/tensorboard"),
     ("--print_freq", COUNT, 20, "optimizer steps between log lines"),
+    ("--hook", REPEATED, None,
+     "csv, histograms(every=5), predictions ...: names of docs/hooks.md, or package.module:MyHook; "
+     "may be given several times", "+"),
+    ("--tracker", TEXT, None,
+     "experiment tracker: wandb, trackio or package.module:function, perhaps with arguments of its "
+     "init, such as 'wandb(mode=offline)'; default: none"),
+    ("--project", NAME, PROJECT, "project of --tracker"),
+    ("--tags", TEXT, None, "tags of the run in --tracker; default: none", "+"),
     ("--progress", ("auto", "bar", "lines"), "auto", "progress display; auto: a bar on a terminal"),
     ("--auto_resume", BOOL, True, "continue from the newest checkpoint in --output_dir"),
     ("--sha256", TEXT, "", "expected SHA-256 of the checkpoint, 64 hexadecimal digits"),

@@ -22,7 +22,7 @@ from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.criterion import Criterion
 from training.ema import ModelEma
-from training.hooks import LineHook
+from training.log_lines import LineHook
 from training.meters import Means
 from training.schedules import Schedule
 from training.stepper import Stepper

@@ -21,7 +21,7 @@ from config import parser as options
 from models import kernels
 from models.layers import DropPath
 from parallel.process_group import get_logger
-from tests import tiny
+from tests import fakes, tiny
 from training import run_lock
 from training.stepper import autocast
 
@@ -93,7 +93,7 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
             loop.state.global_step += 1
         return {"loss": 1.0, "lr": 0.0}
 
-    def evaluate(data_loader, model, device, amp, criterion, metrics):
+    def evaluate(data_loader, model, device, amp, criterion, metrics, reporter):
         built.val, built.metrics = data_loader, metrics
         return {"acc1": 50.0, "loss": 1.0}
 
@@ -105,6 +105,7 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(main, "evaluate", evaluate)
         monkeypatch.setattr(main, "evaluate_ema", evaluate)
     PATHS.clear()
+    fakes.CALLS.clear()
     get_logger().addHandler(handler)
     try:
         main.main(args)
@@ -231,6 +232,19 @@ SHARED: dict[str, Row] = {
     "print_freq": ("--print_freq 7", lambda b: b.loop.reporter.print_freq, 20, 7),
     "progress": (
         "--progress bar", lambda b: type(b.loop.reporter.hooks[0]).__name__, "LineHook", "BarHook",
+    ),
+    "hook": ("--hook csv", lambda b: b.files("metrics.csv"), [], ["metrics.csv"]),
+    "tracker": (
+        "--tracker tests.fakes:tracker", lambda b: [*b.loop.reporter.observers], [],
+        ["tests.fakes:tracker"],
+    ),
+    "project": (
+        "--project mine", lambda b: tracked(b)["project"], "convnextv2", "mine",
+        "--tracker tests.fakes:tracker",
+    ),
+    "tags": (
+        "--tags a b", lambda b: tracked(b)["config"].get("tags"), None, ["a", "b"],
+        "--tracker tests.fakes:tracker",
     ),
     "save_ckpt": (
         "--save_ckpt false",
@@ -445,6 +459,12 @@ def frozen(built: Built) -> set[str]:
     found = {id(parameter) for parameter in built.stepper.frozen}
     named = built.stepper.model.named_parameters()
     return {name.split(".")[-2] for name, parameter in named if id(parameter) in found}
+
+
+def tracked(built: Built) -> dict:
+    """What the tracker was given."""
+    _, words, config = fakes.CALLS[0]
+    return words | {"config": config}
 
 
 def min_scale(built: Built) -> float:

@@ -23,7 +23,7 @@ from optim_factory import build_optimizer
 from parallel.sharding import Parallelism
 from tests import tiny
 from tests.test_flags_act import BASE, MAINS, Built, build
-from training import hooks, setup
+from training import hook_table, setup
 from training.checkpoint_manager import CheckpointManager
 from training.hooks import Hook, Reporter
 
@@ -619,10 +619,10 @@ def test_epoch_is_saved_before_its_hooks_and_logged_if_one_ends_the_run(
 ):
     """The epoch was lost, and each restart ended in the same way."""
     whole = build(script, "", tmp_path / "whole", monkeypatch)
-    build_hooks = hooks._build_hooks
+    build_hooks = hook_table._build_hooks
     for epoch in range(2):
         with monkeypatch.context() as fatal:
-            fatal.setattr(hooks, "_build_hooks", lambda *a: [Fatal(), *build_hooks(*a)])
+            fatal.setattr(hook_table, "_build_hooks", lambda *a: [Fatal(), *build_hooks(*a)])
             with pytest.raises(Killed):
                 build(script, "--epochs 3", tmp_path / "run", fatal)
         assert (tmp_path / "run" / f"checkpoint-{epoch}.pth").exists()

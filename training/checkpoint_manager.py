@@ -361,11 +361,13 @@ def build_checkpoint_manager(
     parts: TrainableParts,
     classes: Sequence[str] | None = None,
     before_save: Callable[[], Any] | None = None,
+    more: Callable[[], dict[str, Any]] = dict,
     scale: Scale | None = None,
 ) -> CheckpointManager:
     """Build a `CheckpointManager` from the flags; classes: names in the order of the head.
 
-    scale: of the numbers that the model predicts, None for the units of the data.
+    more: called at every save for further entries, such as the states of hooks. scale: of the
+    numbers that the model predicts, None for the units of the data.
     """
     entries = {"args": absolute_paths(vars(args)), "classes": classes and list(classes)}
     if scale is not None:
@@ -377,7 +379,7 @@ def build_checkpoint_manager(
         def write(content: dict[str, Any]) -> None:
             write_checkpoints(folder, content, numbered, improved, args.save_ckpt_num, args.resume)
 
-        content = collect_checkpoint(parts, state, entries)
+        content = collect_checkpoint(parts, state, entries | more())
         if content is not None:
             writer(content, write)
 

@@ -43,6 +43,7 @@ from training.checkpoint_manager import CheckpointManager
 from training.report import describe_progress
 from training.schedules import curve_rows, lr_rows
 from training.setup import TrainLoop
+from training.tensorboard import log_folder
 
 SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
@@ -220,7 +221,7 @@ def log_plan(run: PlannedRun) -> None:
 
 def check_folder(problems: list[str], run: PlannedRun) -> None:
     """Find out if the run could not write its files."""
-    folder, logs = run.folder, hooks.log_folder(run.args.log_dir, run.folder)
+    folder, logs = run.folder, log_folder(run.args.log_dir, run.folder)
     for flag, path in (("--output_dir", folder), ("--log_dir", run.args.log_dir and logs)):
         place = path and nearest(path)
         if place and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):

@@ -1,54 +1,112 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Hooks that report a run: log lines, a progress bar, log.txt, TensorBoard, images.
+"""Hooks: what they may see of a run, and the reporter that calls them.
 
-python main_pretrain.py --data_set SYNTHETIC --model convnextv2_atto --output_dir runs/look
+python main_finetune.py --recipe digits_finetune --hook csv --hook my_fork.my_hook:MyHook(every=5)
 """
 
-import json
+import copy
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torchvision.utils import save_image
+from torch import Tensor, nn
 
-from config.parser import dump_args
-from datasets import DeviceLoader
-from errors import UserError, first_line
+from data_loading.loader import DeviceLoader
+from errors import TrainingStopped, UserError, first_few, first_line
 from models.kernels.autotune import autotuner
-from parallel.console import note
-from parallel.process_group import from_main_process, get_logger, get_world_size
-from training import run_lock
-from training.checkpoint import TrainState, checkpoint_name
-from training.confusion import confusion_file, write_confusion
-from training.meters import Means
-from training.report import (
-    Record,
-    count_epochs,
-    describe_end,
-    format_record,
-    format_short,
-    format_stats,
-    log_entry,
-    position_of,
+from parallel.process_group import (
+    from_main_process,
+    get_logger,
+    get_world_size,
+    is_main_process,
 )
-from training.schedules import count_total
-from utils import write_atomically
+from parallel.state_dict import map_tensors
+from training import run_lock
+from training.checkpoint import TrainableParts, TrainState
+from training.meters import Means
+from training.report import Record
+
+PLAIN = (type(None), bool, int, float, str, bytes)  # besides tensors, dicts, lists and tuples
+
+
+class Batch(NamedTuple):
+    """A batch on the device: the tensors of the step, not copies. Reading one waits for it."""
+
+    images: Tensor  # (N, C, H, W), normalized and perhaps mixed
+    targets: Tensor | None  # as the data has them; None in pre-training
+    outputs: Any  # (N, K); of several heads a dict in training; None in pre-training
+    loss: Tensor  # in training a scalar; in evaluation (N, T), of each image and term of --loss
+    ids: Tensor  # (N,) numbers of the images in the data set
+
+
+@dataclass
+class Run:
+    """The run as hooks see it, to read and not to change."""
+
+    args: Any  # flags
+    folder: Path | None  # of the run, None if it writes none
+    state: TrainState  # epoch, global_step, best, stats of the last epoch ...
+    device: torch.device
+    classes: Sequence[str] | None = None  # names in the order of the head
+    model: nn.Module | None = None  # without DistributedDataParallel
+    optimizer: Any = None
+    model_ema: nn.Module | None = None
+    schedule: Any = None  # learning rate and other options by step; None with --eval
+    phase: str = ""  # train or test, '' before the first
+    split: str = ""  # of a test phase: '' for the model itself, ema for the EMA weights
+    kind: str = ""  # of the targets of a test phase: class, multi or number
+    loader: Any = None  # `DeviceLoader` of the phase
+    scalars: Record = field(default_factory=dict)  # of the last log line, or of the ended phase
+    last_batch: Batch | None = None
+    tensorboard: Any = None  # SummaryWriter on rank 0, None without TensorBoard files
+    error: BaseException | None = None  # that ended the run
+
+    @property
+    def is_complete(self) -> bool:
+        """True in `on_end` if all epochs are done."""
+        return self.error is None and self.state.epoch >= self.args.epochs
 
 
 class Hook:
-    """Base class of hooks: override the methods you need. A hook must not change the training."""
+    """Base class of hooks: override the methods you need. A hook must not change the training.
 
-    def on_step(self, state: TrainState) -> None:
-        """Called after every optimizer step. It gets no values, so nothing synchronizes."""
+    every_rank: call it on all ranks, for collectives; otherwise on rank 0 alone, which writes.
+    The constructor only stores its arguments; `on_start` opens files.
+    """
+
+    every_rank = False
+
+    def check(self, args: Any) -> None:
+        """Raise UserError, before data is listed, if the flags do not fit. Built-in hooks only."""
+
+    def on_start(self, run: Run) -> None:
+        """Called once before the first epoch, after `load_state_dict` if a run resumes."""
+
+    def on_phase_start(self, run: Run) -> None:
+        """Called before the training of an epoch, or of its rest, and before an evaluation."""
+
+    def on_step(self, run: Run) -> None:
+        """Called after every optimizer step, and after every batch of an evaluation."""
+
+    def on_phase_end(self, run: Run) -> None:
+        """Called after the training of an epoch and after an evaluation, before the save."""
+
+    def on_end(self, run: Run) -> None:
+        """Called once when the run ends or fails, the last hook first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint is to hold: numbers, texts, tensors, and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; not called if the checkpoint has nothing of it."""
 
     def on_first_step(self, record: Record, state: TrainState) -> None:
         """Called after the first step of a process, so that nobody waits for `print_freq` steps."""
@@ -74,17 +132,15 @@ class Hook:
         """Return True if a killed run has saved its last epoch, and not written its values."""
         return False
 
-    def on_end(self) -> None:
-        """Called once when the run ends or fails."""
-
 
 @dataclass
 class Reporter:
     """Reads the meters every `print_freq` steps and notifies the hooks.
 
-    Reading meters is collective, so every rank has a reporter; only rank 0 has hooks.
-    total_steps: optimizer steps of the whole run, for the time left. open_hooks: called on rank 0
-    on entering the run, since hooks create files.
+    Reading meters is collective, so every rank has a reporter; only rank 0 has hooks, and other
+    ranks those with `every_rank`. total_steps: optimizer steps of the whole run, for the time left.
+    open_hooks: called on rank 0 on entering the run, since hooks create files. observers: hooks of
+    --hook and --tracker on this rank, by name, of which `open_hooks` decides the order.
     """
 
     hooks: list[Hook]
@@ -94,10 +150,66 @@ class Reporter:
     steps_per_epoch: int
     print_freq: int
     open_hooks: Callable[["Reporter"], list[Hook]] | None = None
+    observers: Mapping[str, Hook] = field(default_factory=dict)
+    run: Run | None = None
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
         self.kernels_logged, self.failed = False, set()  # hooks whose failure is reported
+        self.run = self.run or Run(None, None, self.state, self.device)
+
+    @classmethod
+    def quiet(cls, device: torch.device) -> "Reporter":
+        """Return a reporter without hooks."""
+        return cls([], device, TrainState(), 1, 1, 1)
+
+    # --- the run ----------------------------------------------------------------------------
+
+    def attach(
+        self, parts: TrainableParts, schedule: Any, saved: Mapping[str, Any] | None = None
+    ) -> None:
+        """Show hooks the parts of the run, and give them their states of a checkpoint."""
+        self.run.model, self.run.optimizer = parts.model, parts.optimizer
+        self.run.model_ema, self.run.schedule = parts.model_ema, schedule
+        saved = dict(saved or {})
+        for name, hook in self.observers.items():
+            if name in saved:
+                self._call(hook, "load_state_dict", saved.pop(name))
+        names = [name for name in saved if name not in self.observers]
+        if names and is_main_process():
+            text = "the checkpoint has states of hooks that are not given; they are dropped: %s"
+            get_logger().info(text, first_few(names))
+
+    def hook_states(self) -> dict[str, Any]:
+        """Return the states of hooks as an entry of a checkpoint, nothing if no hook has one."""
+        states = {}
+        for name, hook in self.observers.items() if is_main_process() else ():
+            try:
+                state = hook.state_dict()
+                if wrong := _not_plain(state):
+                    raise TypeError(f"state_dict() holds a {wrong}; convert it to Python's types")
+                if state:
+                    states[name] = copy.deepcopy(map_tensors(state, Tensor.detach))
+            except Exception as error:
+                self._report_failure(hook, "state_dict", error)
+        return {"hooks": states} if states else {}
+
+    def __enter__(self) -> "Reporter":
+        if self.open_hooks is not None:  # errors of rank 0 reach all ranks
+            from_main_process(lambda: self.hooks.extend(self.open_hooks(self)))
+        if not is_main_process():
+            self.hooks.extend(self.observers.values())
+        self._notify("on_start", self.run)
+        if from_main_process(lambda: self._any("misses_epoch", self.state)):
+            self._notify("on_epoch", dict(self.state.stats), self.state)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        self.run.error = error
+        self.hooks.reverse()
+        self._notify("on_end", self.run)
+
+    # --- phases -----------------------------------------------------------------------------
 
     def begin_epoch(self, names: Sequence[str], batches: DeviceLoader) -> Means:
         """Return the meters of an epoch, which continue those of an interrupted one."""
@@ -105,29 +217,61 @@ class Reporter:
         if "means" in self.state.epoch_sums:
             self.means.restore(self.state.epoch_sums["means"])
         self._begin_window()
+        self.begin_phase("train", batches)
         return self.means
+
+    def begin_phase(
+        self, phase: str, loader: DeviceLoader, split: str = "", kind: str = ""
+    ) -> None:
+        """Notify the hooks that a pass over `loader` begins; phase: train or test."""
+        self.run.phase, self.run.split, self.run.kind = phase, split, kind
+        self.run.loader, self.run.last_batch = loader, None
+        self._notify("on_phase_start", self.run)
+
+    def end_phase(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Notify the hooks of the values of a phase, and return them."""
+        self.run.scalars = dict(values)
+        self._notify("on_phase_end", self.run)
+        self.run.last_batch = None
+        return values
+
+    # --- steps ------------------------------------------------------------------------------
 
     def _begin_window(self) -> None:
         self.window_start, self.images = time.perf_counter(), 0
         self.waited_before = self.batches.wait_seconds
 
-    def after_batch(self, images: int) -> None:
+    def after_batch(self, images: int, batch: Batch | None = None) -> None:
         """Count the images of a micro-batch; every rank has as many."""
         self.images += images * get_world_size()
+        self._show(batch)
+
+    def after_evaluated(self, batch: Batch) -> None:
+        """Notify the hooks of a batch of an evaluation."""
+        self._show(batch)
+        for hook in self.observers.values():
+            self._call(hook, "on_step", self.run)
+
+    def _show(self, batch: Batch | None) -> None:
+        """Keep the batch for hooks; without any, its memory is free for the next one."""
+        if self.observers and batch is not None:
+            self.run.last_batch = map_tensors(batch, Tensor.detach)  # without its graph
 
     def after_step(self, lr: float) -> bool:
         """Notify the hooks of an optimizer step; returns True if it read the meters.
 
         Every rank must call it.
         """
-        self._notify("on_step", self.state)
         steps_done = self.state.global_step - self.first_step
         step = (self.state.global_step - 1) % self.steps_per_epoch + 1
         is_last = self.state.global_step == self.total_steps  # perhaps within an epoch
         regular = step % self.print_freq == 0 or step == self.steps_per_epoch or is_last
         if not regular and steps_done > 1:
+            self._notify("on_step", self.run)
             return False
         record = self._record(self.means.read() if regular else self.means.peek(), lr, step)
+        self.run.scalars = record
+        self._notify("on_step", self.run)
         self._notify("on_log" if regular else "on_first_step", record, self.state)
         if not regular:
             return False
@@ -154,6 +298,8 @@ class Reporter:
             "steps": min(self.steps_per_epoch, self.total_steps - self.state.global_step + step),
         }
 
+    # --- epochs and images ------------------------------------------------------------------
+
     def end_epoch(self, stats: Record | None = None) -> None:
         """Notify the hooks of an epoch's values; raises if this run lost its output folder.
 
@@ -175,10 +321,12 @@ class Reporter:
         try:
             image = draw()
         except Exception as error:
-            self._report_failure(f"the image {name}", error)
+            self._report_failure(f"the image {name}", "", error)
             return
         if image is not None:
             self._notify("on_image", name, image, self.state)
+
+    # --- calls ------------------------------------------------------------------------------
 
     def _any(self, question: str, *args: object) -> bool:
         """Return True if a hook answers with True."""
@@ -187,37 +335,68 @@ class Reporter:
                 if getattr(hook, question)(*args):
                     return True
             except Exception as error:
-                self._report_failure(type(hook).__name__, error)
+                self._report_failure(hook, question, error)
         return False
 
-    def __enter__(self) -> "Reporter":
-        if self.open_hooks is not None:  # errors of rank 0 reach all ranks
-            from_main_process(lambda: self.hooks.extend(self.open_hooks(self)))
-        if self._any("misses_epoch", self.state):
-            self._notify("on_epoch", dict(self.state.stats), self.state)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._notify("on_end")
-
-    def _notify(self, method: str, *args: object) -> None:
-        """Call a method of each hook; a hook that fails does not end the run."""
+    def _notify(self, point: str, *args: object) -> None:
+        """Call a method of each hook."""
         for hook in self.hooks:
-            try:
-                getattr(hook, method)(*args)
-            except Exception as error:
-                self._report_failure(type(hook).__name__, error)
+            self._call(hook, point, *args)
 
-    def _report_failure(self, name: str, error: Exception) -> None:
+    @torch.no_grad()
+    def _call(self, hook: Hook, point: str, *args: object) -> None:
+        """Call a hook. One that fails is reported, and ends the run only where it must.
+
+        It does so at the start; where other ranks would wait for it; and if it raises a UserError
+        or TrainingStopped. At the end the error that ends the run says more.
+        """
+        try:
+            getattr(hook, point)(*args)
+        except Exception as error:
+            observes = hook in self.observers.values()
+            if observes and point != "on_end":
+                if isinstance(error, UserError | TrainingStopped):
+                    raise
+                alone = get_world_size() == 1 or not hook.every_rank
+                if point in ("load_state_dict", "on_start") or not alone:
+                    raise UserError(
+                        f"{self._name(hook)} failed in {point} ({describe_failure(error)}); "
+                        "correct it, or drop it"
+                    ) from error
+            self._report_failure(hook, point, error)
+
+    def _name(self, hook: Hook) -> str:
+        names = (f"hook {name}" for name, own in self.observers.items() if own is hook)
+        return next(names, type(hook).__name__)
+
+    def _report_failure(self, source: Hook | str, point: str, error: Exception) -> None:
         """Warn of the first failure of a hook or an image."""
+        name = source if isinstance(source, str) else self._name(source)
         if name in self.failed:
             return
         self.failed.add(name)
-        *_, last = traceback.extract_tb(error.__traceback__)
-        place = "" if isinstance(error, OSError) else f" at {last.filename}:{last.lineno}"
-        reason = f"{type(error).__name__}: {first_line(error)}{place}"
-        text = "%s failed (%s); the run continues without it, and tries again (reported once)"
-        get_logger().warning(text, name, reason)
+        place = f" in {point}" * bool(point)
+        text = "%s failed%s (%s); the run continues without it, and tries again (reported once)"
+        get_logger().warning(text, name, place, describe_failure(error))
+
+
+def describe_failure(error: Exception) -> str:
+    """Return an error's type, first line and place; the place is in the code of a fork, if any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    place = "" if isinstance(error, OSError) else f" at {own[-1].filename}:{own[-1].lineno}"
+    return f"{type(error).__name__}: {first_line(error)}{place}"
+
+
+def _not_plain(value: Any) -> str:
+    """Return the type of the first value that torch.load(weights_only=True) refuses, or ''."""
+    if isinstance(value, Tensor) or type(value) in PLAIN:
+        return ""
+    if type(value) is dict:
+        return next(filter(None, map(_not_plain, [*value, *value.values()])), "")
+    if type(value) in (list, tuple):
+        return next(filter(None, map(_not_plain, value)), "")
+    return type(value).__name__
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -230,268 +409,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-class LineHook(Hook):
-    """Log a line after the first step, every `print_freq` steps and every epoch.
-
-    top5: show top-5 accuracies. shown: False if a progress bar is on the terminal, so that the
-    lines of steps go to console.log alone.
-    """
-
-    def __init__(self, epochs: float, top5: bool = True, shown: bool = True) -> None:
-        self.epochs, self.top5, self.shown = epochs, top5, shown
-
-    def on_first_step(self, record: Record, state: TrainState) -> None:
-        self.on_log(record, state)
-
-    def on_log(self, record: Record, state: TrainState) -> None:
-        epoch, step = count_epochs(state.epoch, self.epochs), f"{record['step']}/{record['steps']}"
-        line = f"epoch {epoch}  step {step}  {format_record(record)}"
-        if self.shown:
-            get_logger().info("%s", line)
-        else:
-            note(line)
-
-    def on_epoch(self, stats: Record, state: TrainState) -> None:
-        line = format_stats(stats, self.top5)
-        get_logger().info("%s  %s", describe_end(state, self.epochs), line)
-
-
-class BarHook(Hook):
-    """Show one progress bar for the whole run, the values first: they stay when it is narrow."""
-
-    def __init__(self, epochs: float, state: TrainState, total: int) -> None:
-        from tqdm import tqdm
-
-        self.epochs, self.values = epochs, ""
-        self.bar = tqdm(
-            desc=self._text(state),
-            total=total,
-            initial=state.global_step,
-            bar_format="{desc}  {percentage:3.0f}% |{bar}|",
-            dynamic_ncols=True,
-            leave=False,
-        )
-
-    def _text(self, state: TrainState) -> str:
-        return f"epoch {count_epochs(state.epoch, self.epochs)}{self.values}"
-
-    def on_step(self, state: TrainState) -> None:
-        self.bar.set_description_str(self._text(state), refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_first_step(self, record: Record, state: TrainState) -> None:
-        self.on_log(record, state)
-
-    def on_log(self, record: Record, state: TrainState) -> None:
-        self.values = f"  {format_short(record)}"
-        self.bar.set_description_str(self._text(state))
-
-    def on_end(self) -> None:
-        self.bar.close()
-
-
-class JsonHook(Hook):
-    """Write log.txt, one JSON object an epoch; drop the epochs that a resumed run repeats.
-
-    The line of an evaluation within an epoch has no `epoch`, but `after_epochs` and `step`.
-    It comes after the other hooks that write values of epochs: if the last epoch is not in log.txt,
-    a killed run has perhaps not told them of it.
-    """
-
-    def __init__(self, folder: Path, state: TrainState) -> None:
-        self.path = folder / "log.txt"
-        self.written = self.path.read_bytes() if self.path.exists() else b""
-        lines = {line + b"\n": position_of(line) for line in self.written.splitlines()}
-        now = state.position
-        last = now if state.at_phase_end else math.nextafter(now, -math.inf)
-        self.content = b"".join(line for line, position in lines.items() if position <= last)
-        self.on_end()
-        # A run that continues another one in a folder of its own does not have its checkpoint.
-        saved = bool(state.stats) and (folder / checkpoint_name(vars(state))).exists()
-        self.misses = saved and state.at_phase_end and now not in lines.values()
-
-    def misses_epoch(self, state: TrainState) -> bool:
-        return self.misses
-
-    def on_epoch(self, stats: Record, state: TrainState) -> None:
-        self.content += json.dumps(log_entry(stats)).encode() + b"\n"
-        self.on_end()
-
-    def on_end(self) -> None:
-        """Write the lines that are not on the disk yet, perhaps because a write failed."""
-        if self.content != self.written:
-            write_atomically(self.content, self.path)
-            self.written = self.content
-
-
-class TensorboardHook(Hook):
-    """Write TensorBoard scalars by step and epoch, and images.  tensorboard --logdir runs"""
-
-    def __init__(self, folder: Path, state: TrainState, repeats_epoch_end: bool = False) -> None:
-        """Hide the points after `state` that an interrupted run has written.
-
-        repeats_epoch_end: the values of an epoch are written again at the step of `state`, of which
-            therefore only the training scalars are kept.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "TensorBoard files need tensorboard: pip install tensorboard, or --log_dir none"
-            ) from error
-        step, self.folder = state.global_step, folder
-        self.open = partial(SummaryWriter, str(folder))
-        kept = _train_scalars(folder, step) if repeats_epoch_end else []
-        self.writer = self.open(purge_step=step if repeats_epoch_end else step + 1)
-        for tag, scalar in kept:
-            self.writer.add_scalar(tag, scalar.value, step, scalar.wall_time)
-
-    def on_log(self, record: Record, state: TrainState) -> None:
-        for key, value in record.items():
-            if key not in ("step", "steps"):
-                self._write("add_scalar", f"train/{key}", value, state.global_step)
-
-    def on_epoch(self, stats: Record, state: TrainState) -> None:
-        if self.writer is None:
-            self.folder.mkdir(exist_ok=True)  # fails while the run's own folder is missing
-            self.writer = self.open()
-        for key, value in stats.items():
-            if key.startswith("test_") and isinstance(value, int | float):
-                self._write("add_scalar", f"test/{key[5:]}", value, state.global_step)
-        self._write("flush")
-
-    def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
-        self._write("add_image", name, image, state.global_step)
-
-    def on_end(self) -> None:
-        self._write("close")
-
-    def _write(self, method: str, *args: object) -> None:
-        """Call the writer. An OSError ends its thread, so `on_epoch` opens another writer."""
-        if self.writer is None:
-            return
-        try:
-            getattr(self.writer, method)(*args)
-        except OSError:
-            self.writer = None
-            raise
-
-
-def _train_scalars(folder: Path, step: int) -> list[tuple[str, Any]]:
-    """Read the (tag, scalar event) pairs of `train/*` at a step from TensorBoard files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if not folder.exists():
-        return []
-    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()  # 0: all of them
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
-    return [(tag, event) for tag in tags for event in events.Scalars(tag) if event.step == step]
-
-
-class ImageHook(Hook):
-    """Write images as PNG files, numbered by epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)  # fails if the run's own folder is missing
-        path = self._path(name, state)
-        write_atomically(partial(save_image, image, format="png"), path)
-
-    def has_image(self, name: str, state: TrainState) -> bool:
-        return self._path(name, state).exists()
-
-    def _path(self, name: str, state: TrainState) -> Path:
-        return self.folder / name / f"epoch-{math.ceil(state.position) - 1}.png"
-
-
-class ConfusionHook(Hook):
-    """Write the confusion matrix of the last evaluation into confusion.csv, if there is one.
-
-    classes: names in the order of the head. `confusion_file` names the files of others.
-    """
-
-    def __init__(self, folder: Path, classes: Sequence[str] | None) -> None:
-        self.folder, self.classes = folder, classes
-
-    def on_epoch(self, stats: Record, state: TrainState) -> None:
-        for key, matrix in stats.items():
-            if name := confusion_file(key):
-                write_confusion(matrix, self.classes, self.folder / name)
-
-
-def build_reporter(
-    args: Any,
-    folder: Path | None,
-    device: torch.device,
-    state: TrainState,
-    steps_per_epoch: int,
-    top5: bool = True,
-    classes: Sequence[str] | None = None,
-) -> Reporter:
-    """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
-
-    top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
-    """
-    total_steps = count_total(args.epochs, steps_per_epoch)
-    open_hooks = partial(_build_hooks, args, folder, top5, classes)
-    return Reporter([], device, state, total_steps, steps_per_epoch, args.print_freq, open_hooks)
-
-
-def _build_hooks(
-    args: Any,
-    folder: Path | None,
-    top5: bool,
-    classes: Sequence[str] | None,
-    reporter: Reporter,
-) -> list[Hook]:
-    state, total_steps = reporter.state, reporter.total_steps
-    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else `> train.log` needs the lines
-    bar = args.progress == "bar" or (args.progress == "auto" and on_terminal)
-    hooks: list[Hook] = [LineHook(args.epochs, top5, shown=not (bar and on_terminal))]
-    get_logger().info("epochs count from 1 in these lines, from 0 in log.txt and in file names")
-    at_epoch_end = state.global_step % reporter.steps_per_epoch == 0 and state.samples_in_epoch > 0
-    logs, files = log_folder(args.log_dir, folder), []
-    try:
-        if folder:
-            write_atomically(dump_args(args), folder / "args.yaml")  # for --config
-            files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
-            at_epoch_end |= files[1].misses
-        if logs:
-            hooks.append(TensorboardHook(logs, state, at_epoch_end))
-    except OSError as error:
-        raise UserError(
-            f"the run cannot write its logs ({error}); choose another --output_dir or --log_dir, "
-            "or free some space"
-        ) from error
-    bars = [BarHook(args.epochs, state, total_steps)] if bar else []
-    return [*bars, *hooks, *files]
-
-
-def log_folder(log_dir: str | None, output_dir: Path | None) -> Path | None:
-    """Return the folder of the TensorBoard files, None for none. log_dir: the flag's value."""
-    if log_dir is None:
-        return output_dir and output_dir / "tensorboard"
-    return None if log_dir in ("", "none") else Path(log_dir)
-
-
-def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
-    """Log the number of parameters and the GMACs per image; returns the number of parameters."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(model.parameters()).device
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    counter = FlopCounterMode(display=False)
-    model.eval()
-    with torch.no_grad(), counter:
-        model(torch.zeros(1, in_chans, *size, device=device))
-    macs = counter.get_total_flops() / 2
-    frozen = sum(p.numel() for p in model.parameters()) - parameters
-    count = f"{(parameters + frozen) / 1e6:.2f}M parameters"
-    count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""
-    get_logger().info("%s: %s, %.3f GMACs per %dx%d image", name, count, macs / 1e9, *size)
-    return parameters

@@ -37,7 +37,7 @@ IN_EPOCH = ("seed", "sampling", "weight_column")  # the order of an epoch depend
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
-LOCAL += ("pretrained", "reset_head")
+LOCAL += ("pretrained", "reset_head", "hook", "tracker", "project", "tags")
 KEPT = INHERITED | RESUMED
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 

@@ -40,6 +40,7 @@ from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.evaluation import build_metrics
 from training.freeze import Freezer
+from training.hook_table import check_hooks
 from training.hooks import Reporter
 from training.metrics import default_metrics
 from training.precise_bn import check_norms
@@ -78,7 +79,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     models.check_model(args)  # before the data is listed
-    checks = [build_optimizer_call, build_rules, build_curves]  # they raise UserError
+    checks = [build_optimizer_call, build_rules, build_curves, check_hooks]  # they raise UserError
     for check in checks:
         check(args)
     if not is_pretraining(vars(args)):

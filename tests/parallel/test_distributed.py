@@ -34,7 +34,7 @@ from parallel.sharding import Parallelism
 from tests.groups import results_of, run_ranks
 from tests.training import test_precise_bn
 from tests.training.test_run_lock import lock_from_elsewhere
-from training import hooks, resume, run_lock
+from training import hook_table, hooks, resume, run_lock
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.criterion import Criterion
@@ -250,8 +250,9 @@ def ranks_write(rank: int, folder: Path) -> dict:
     parts, state = TrainableParts(model, optimizer), TrainState(epoch=1, global_step=1)
     utils.save_model(own, parts, state, {"args": {"epochs": 1}}, improved=["best"])
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
+    args.hook = args.tracker = None
     running = TrainState()
-    with hooks.build_reporter(args, own, CPU, running, 1) as reporter:
+    with hook_table.build_reporter(args, own, CPU, running, 1) as reporter:
         own_hooks = len(reporter.hooks)
         recorder = Recorder()
         reporter.hooks.append(recorder)
@@ -355,6 +356,7 @@ def ranks_wait_for_batches(rank: int, folder: Path) -> dict[str, list]:
 def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
     """Make args.yaml, log.txt or TensorBoard's folder unwritable."""
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
+    args.hook = args.tracker = None
     messages = []
     for number, name in enumerate(["args.yaml", "log.txt", "tensorboard"]):
         place = folder / f"no-{name}"
@@ -362,7 +364,7 @@ def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
             place.mkdir()
             (place / name).write_text("") if number == 2 else (place / name).mkdir()
         with pytest.raises(UserError) as caught:
-            hooks.build_reporter(args, place, CPU, TrainState(), 1).__enter__()
+            hook_table.build_reporter(args, place, CPU, TrainState(), 1).__enter__()
         messages.append(str(caught.value))
     return messages
 

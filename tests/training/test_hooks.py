@@ -19,7 +19,7 @@ from config import parser as options
 from data_loading.loader import DeviceLoader
 from models import create_model
 from parallel import console
-from training import hooks
+from training import costs, hook_table, hooks, log_files, log_lines, tensorboard
 from training.checkpoint import TrainState
 
 CPU = torch.device("cpu")
@@ -50,14 +50,14 @@ def epochs(folder) -> list[int]:
 
 
 def write_epochs(folder, start: int, stop: int) -> None:
-    hook = hooks.JsonHook(folder, TrainState(epoch=start))
+    hook = log_files.JsonHook(folder, TrainState(epoch=start))
     for epoch in range(start, stop):
         hook.on_epoch({"train_loss": 1.0, "epoch": epoch}, TrainState(epoch=epoch + 1))
 
 
 def test_nonfinite_value_is_null_in_log_txt(tmp_path):
     """The official code writes `NaN` and `Infinity`, which are not JSON."""
-    hook = hooks.JsonHook(tmp_path, TrainState())
+    hook = log_files.JsonHook(tmp_path, TrainState())
     stats = {"train_loss": math.nan, "train_grad_norm": math.inf, "test_acc1": 12.5}
     hook.on_epoch(stats | {"epoch": 0, "n_parameters": 7}, TrainState(epoch=1))
     line = json.loads((tmp_path / "log.txt").read_text(), parse_constant=refuse_constant)
@@ -95,7 +95,7 @@ def test_line_without_newline_is_not_joined_with_the_next(tmp_path):
 def test_line_that_a_full_disk_refused_is_written_later(tmp_path):
     write_epochs(tmp_path, 0, 1)
     before = (tmp_path / "log.txt").read_bytes()
-    hook = hooks.JsonHook(tmp_path, TrainState(epoch=1))
+    hook = log_files.JsonHook(tmp_path, TrainState(epoch=1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
     try:
@@ -109,7 +109,7 @@ def test_line_that_a_full_disk_refused_is_written_later(tmp_path):
 
 
 def test_log_txt_is_written_epoch_by_epoch(tmp_path):
-    hook = hooks.JsonHook(tmp_path, TrainState())
+    hook = log_files.JsonHook(tmp_path, TrainState())
     for epoch in (0, 1):
         hook.on_epoch({"epoch": epoch}, TrainState(epoch=epoch + 1))
         assert epochs(tmp_path) == list(range(epoch + 1))  # before the run ends
@@ -132,7 +132,7 @@ def test_log_txt_with_binary_garbage_does_not_stop_a_run(tmp_path, broken):
 
 def test_log_line_shows_small_learning_rates_and_time_left(log):
     """`.6f` would show a rate below 5e-7 as 0.000000."""
-    hooks.LineHook(epochs=5).on_log(RECORD, TrainState(epoch=2))
+    log_lines.LineHook(epochs=5).on_log(RECORD, TrainState(epoch=2))
     assert log.messages == [
         "epoch 3/5  step 20/100  loss 0.7500  lr 5.00e-08  grad_norm 1.25  images/s 1234  "
         "data_wait 25%  memory 100 MB  eta 1:02:03"
@@ -143,9 +143,9 @@ def test_epoch_line_shows_metrics_and_not_what_is_undefined(log):
     """Mixup has no training accuracy, five classes have no top-5; a user's metric is shown."""
     stats = {"train_loss": 0.5, "train_class_acc": math.nan, "train_lr": 0.1, "test_acc1": 81.25}
     stats |= {"test_acc5": 100.0, "test_acc5_ema": 100.0, "test_kappa": 0.75, "epoch": 2}
-    hooks.LineHook(epochs=5, top5=False).on_epoch(stats, TrainState(epoch=3))
+    log_lines.LineHook(epochs=5, top5=False).on_epoch(stats, TrainState(epoch=3))
     plain = {"train_loss": math.nan, "train_class_acc": 75.0, "test_acc5": 9.0}
-    hooks.LineHook(epochs=5).on_epoch(plain, TrainState(3))
+    log_lines.LineHook(epochs=5).on_epoch(plain, TrainState(3))
     assert log.messages == [
         "epoch 3/5 done  train_loss 0.5  test_acc1 81.25  test_kappa 0.75",
         "epoch 3/5 done  train_loss nan  train_class_acc 75  test_acc5 9",
@@ -154,7 +154,7 @@ def test_epoch_line_shows_metrics_and_not_what_is_undefined(log):
 
 def test_metric_of_a_user_is_in_the_lines_of_steps(log):
     record = RECORD | {"psnr": 31.5, "class_acc": math.nan, "memory_mb": math.nan}
-    hooks.LineHook(epochs=5).on_log(record, TrainState())
+    log_lines.LineHook(epochs=5).on_log(record, TrainState())
     assert "  loss 0.7500  psnr 31.5  lr 5.00e-08  " in log.messages[0]
     assert "class_acc" not in log.messages[0]
     assert "memory" not in log.messages[0]  # not known on Windows without a GPU
@@ -194,11 +194,11 @@ def test_bar_shows_epoch_and_loss_and_log_lines_do_not_break_it(monkeypatch):
     """The epoch was that of the last log line, and other lines were appended to the bar."""
     screen = show(monkeypatch)
     state = TrainState(epoch=1, global_step=10)
-    hook = hooks.BarHook(epochs=3, state=state, total=30)
+    hook = log_lines.BarHook(epochs=3, state=state, total=30)
     assert (hook.bar.initial, hook.bar.total) == (10, 30)
     assert screen.lines()[-1].startswith("epoch 2/3   33% |")
     state.global_step += 1
-    hook.on_step(state)
+    hook.on_step(SimpleNamespace(state=state))
     hook.on_first_step(RECORD, state)
     console.get_logger().warning("a warning")
     values = "epoch 2/3  loss 0.7500  lr 5.0e-08  1234 img/s  1:02:03 left   37% |"
@@ -210,9 +210,9 @@ def test_bar_shows_epoch_and_loss_and_log_lines_do_not_break_it(monkeypatch):
     assert len(bar) - len(values) >= 10  # the bar itself
     state.epoch, state.global_step = 2, 21
     hook.bar.mininterval = 0
-    hook.on_step(state)
+    hook.on_step(SimpleNamespace(state=state))
     assert screen.lines()[-1].startswith("epoch 3/3  loss 0.7500")
-    hook.on_end()
+    hook.on_end(None)
     assert screen.lines()[-1] == ""
 
 
@@ -235,13 +235,14 @@ def test_bar_needs_two_terminals_and_a_file_gets_the_lines(
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Screen() if name in terminals else io.StringIO())
     args = SimpleNamespace(epochs=1, progress=progress, log_dir="none", print_freq=1)
+    args.hook = args.tracker = None
     console_log = console.ConsoleLog()
     console_log.open(tmp_path)
     handlers = [console.TerminalHandler(sys.stdout), console_log]
     monkeypatch.setattr(console.get_logger(), "handlers", handlers)
     console.get_logger().setLevel("INFO")
-    with hooks.build_reporter(args, None, CPU, TrainState(), 10) as reporter:
-        assert any(isinstance(hook, hooks.BarHook) for hook in reporter.hooks) is bar
+    with hook_table.build_reporter(args, None, CPU, TrainState(), 10) as reporter:
+        assert any(isinstance(hook, log_lines.BarHook) for hook in reporter.hooks) is bar
         reporter._notify("on_log", RECORD, TrainState())
         assert ("step 20/100" in sys.stdout.getvalue()) is lines
     assert "step 20/100" in (tmp_path / "console.log").read_text()
@@ -254,7 +255,7 @@ class Recorder(hooks.Hook):
     def __init__(self):
         self.steps, self.records, self.first, self.ends = 0, [], [], 0
 
-    def on_step(self, state):
+    def on_step(self, run):
         self.steps += 1
 
     def on_first_step(self, record, state):
@@ -263,7 +264,7 @@ class Recorder(hooks.Hook):
     def on_log(self, record, state):
         self.records.append(dict(record))
 
-    def on_end(self):
+    def on_end(self, run):
         self.ends += 1
 
 
@@ -325,7 +326,7 @@ def test_hooks_are_notified_when_a_run_fails():
 
 
 class Broken(hooks.Hook):
-    def on_step(self, state):
+    def on_step(self, run):
         raise ZeroDivisionError("of a hook")
 
     def on_image(self, name, image, state):
@@ -337,18 +338,18 @@ def test_hook_and_picture_that_fail_are_reported_once_and_end_no_run(log):
     recorder = Recorder()
     reporter = hooks.Reporter([Broken(), recorder], CPU, TrainState(), 9, 9, print_freq=1)
     for _ in range(3):
-        reporter._notify("on_step", reporter.state)
+        reporter._notify("on_step", reporter.run)
         reporter.image("dreams", lambda: torch.zeros(1, 2).squeeze(0)[5])
     assert recorder.steps == 3
     first, second = log.messages
-    assert first.startswith("Broken failed (ZeroDivisionError: of a hook at ")
+    assert first.startswith("Broken failed in on_step (ZeroDivisionError: of a hook at ")
     assert "test_hooks.py:" in first
     assert second.startswith("the image dreams failed (IndexError: ")
 
 
 def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_path):
     """The checkpoint is written first."""
-    reporter = hooks.Reporter([hooks.ImageHook(tmp_path)], CPU, TrainState(epoch=3), 9, 3, 1)
+    reporter = hooks.Reporter([log_files.ImageHook(tmp_path)], CPU, TrainState(epoch=3), 9, 3, 1)
     for value in (0.0, 1.0):
         draw = partial(torch.full, (3, 2, 2), value)
         reporter.image("dreams", draw, only_missing=True)
@@ -370,9 +371,10 @@ def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_pat
 def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
     monkeypatch.chdir(tmp_path)
     defaults = {"epochs": 1, "progress": "lines", "log_dir": None, "print_freq": 1}
+    defaults |= {"hook": None, "tracker": None}
     args = SimpleNamespace(**(defaults | flags))
     place = tmp_path if folder else None
-    with hooks.build_reporter(args, place, CPU, TrainState(), 10) as reporter:
+    with hook_table.build_reporter(args, place, CPU, TrainState(), 10) as reporter:
         assert [type(hook).__name__ for hook in reporter.hooks] == expected
     place = "tensorboard" if folder else "tb"
     expected_files = {place} if "TensorboardHook" in expected else set()
@@ -381,7 +383,7 @@ def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
 
 
 def test_confusion_of_the_last_epoch_is_a_file(tmp_path):
-    hook = hooks.ConfusionHook(tmp_path, ["a", "b"])
+    hook = log_files.ConfusionHook(tmp_path, ["a", "b"])
     hook.on_epoch({"test_acc1": 50.0}, TrainState())
     assert not list(tmp_path.iterdir())
     for right in (1, 2):
@@ -405,13 +407,13 @@ def scalars(folder, tag: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_gets_scalars_by_step_and_images(tmp_path):
-    hook = hooks.TensorboardHook(tmp_path, TrainState())
+    hook = tensorboard.TensorboardHook(tmp_path, TrainState())
     hook.on_log(RECORD, TrainState(global_step=20))
     hook.on_log(RECORD | {"loss": 0.5}, TrainState(global_step=40))
     lists = {"test_confusion": [[1]], "test_f1_per_class": [1.0, None]}  # have no curve
     hook.on_epoch({"train_loss": 0.6, "test_acc1": 50.0, "epoch": 0} | lists, TrainState(1, 40))
     hook.on_image("reconstructions", torch.full((3, 8, 6), 0.5), TrainState(1, 40))
-    hook.on_end()
+    hook.on_end(None)
     assert scalars(tmp_path, "train/loss") == [(20, 0.75), (40, 0.5)]
     assert scalars(tmp_path, "test/acc1") == [(40, 50.0)]
     events = read_events(tmp_path)
@@ -424,10 +426,10 @@ def test_tensorboard_gets_scalars_by_step_and_images(tmp_path):
 
 
 def write_steps(folder, start: int, stop: int, loss: float) -> None:
-    hook = hooks.TensorboardHook(folder, TrainState(global_step=start))
+    hook = tensorboard.TensorboardHook(folder, TrainState(global_step=start))
     for updates in range(start + 10, stop + 1, 10):
         hook.on_log(RECORD | {"loss": loss}, TrainState(global_step=updates))
-    hook.on_end()
+    hook.on_end(None)
 
 
 def test_resumed_run_replaces_only_the_points_it_repeats(tmp_path):
@@ -458,7 +460,7 @@ def test_repeated_end_of_an_epoch_is_in_tensorboard_once(tmp_path, saved):
         if resumed and saved:
             state = TrainState(1, 10, stats=stats)
             (folder / "checkpoint-0.pth").touch()
-        with hooks.build_reporter(args, folder, CPU, state, 10) as reporter:
+        with hook_table.build_reporter(args, folder, CPU, state, 10) as reporter:
             board = reporter.hooks[1]
             if not resumed:
                 board.on_log(RECORD, TrainState(global_step=10))
@@ -480,7 +482,7 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
     folder.mkdir()
     state.stats = {"test_acc1": 50.0}
     reporter = hooks.Reporter([], CPU, state, 100, 10, print_freq=1)
-    reporter.hooks = [hooks.TensorboardHook(folder / "tensorboard", state)]
+    reporter.hooks = [tensorboard.TensorboardHook(folder / "tensorboard", state)]
     for epoch in range(6):
         if epoch == 1:
             folder.rename(gone)
@@ -492,9 +494,9 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
             state.global_step += 1
             reporter._notify("on_log", RECORD, state)
         reporter.end_epoch()
-    reporter._notify("on_end")
+    reporter._notify("on_end", reporter.run)
     (text,) = log.messages  # once
-    assert text.startswith("TensorboardHook failed (FileNotFoundError: ")
+    assert text.startswith("TensorboardHook failed in on_log (FileNotFoundError: ")
     assert [step for step, _ in scalars(folder / "tensorboard", "test/acc1")] == [10, 40, 50, 60]
     steps = [step for step, _ in scalars(folder / "tensorboard", "train/loss")]
     assert steps == [*range(1, 11), *range(41, 61)]
@@ -505,7 +507,7 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
 
 def test_cost_of_atto_is_the_published_one(log):
     model = create_model("convnextv2_atto")
-    parameters = hooks.log_cost("convnextv2_atto", model, 3, (224, 224))
+    parameters = costs.log_cost("convnextv2_atto", model, 3, (224, 224))
     assert parameters == 3_708_400  # as counted by timm and Hugging Face
     assert log.messages == ["convnextv2_atto: 3.71M parameters, 0.547 GMACs per 224x224 image"]
 
@@ -513,7 +515,7 @@ def test_cost_of_atto_is_the_published_one(log):
 def test_image_hook_writes_png_files_by_epoch(tmp_path):
     image = torch.zeros(3, 4, 5)
     image[0, 1, 2], image[2, 3, 4] = 1.0, 0.5
-    hook = hooks.ImageHook(tmp_path)
+    hook = log_files.ImageHook(tmp_path)
     hook.on_image("reconstructions", image, TrainState(epoch=10))
     read = read_image(str(tmp_path / "reconstructions" / "epoch-9.png"))
     assert read.shape == (3, 4, 5)

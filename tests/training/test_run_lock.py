@@ -24,7 +24,8 @@ from errors import TrainingStopped, UserError
 from training import run_lock
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
-from training.hooks import JsonHook, Reporter
+from training.hooks import Reporter
+from training.log_files import JsonHook
 from training.run_lock import acquire_run_lock, describe_holder
 
 WATCHED = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)

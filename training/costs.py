@@ -1,0 +1,139 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Cost of a network: parameters, multiply-adds and activations, of the whole and of each module.
+
+python main_finetune.py --data_set DIGITS --model convnextv2_atto --hook "costs(depth=2)"
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
+
+from errors import UserError
+from parallel.process_group import get_logger
+from training.hooks import Hook, Run
+from training.log_files import at_least
+
+aten = torch.ops.aten
+# Convolutions and matrix products: their outputs are the activations of "Designing Network Design
+# Spaces" (arXiv 2003.13678), which predict the time on a GPU better than multiply-adds.
+COUNTED = (aten.convolution, aten._convolution, aten.addmm, aten.mm, aten.bmm, aten.baddbmm)
+
+
+class ActivationCounter(TorchDispatchMode):
+    """Counts the elements of the outputs of convolutions and matrix products, by module.
+
+    counts: by name, with the root's under Global, as in FlopCounterMode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.modules = ModuleTracker()
+
+    def __enter__(self) -> "ActivationCounter":
+        self.modules.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.modules.__exit__(*exception)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        output = function(*args, **(kwargs or {}))
+        if function.overloadpacket in COUNTED:
+            for name in self.modules.parents:
+                self.counts[name] += output.numel()
+        return output
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, and afterwards back into their own."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def measure(model: nn.Module, in_chans: int, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """(multiply-adds, activations) of one image by name of a module; Global is the whole model."""
+    flops, activations = FlopCounterMode(display=False), ActivationCounter()
+    image = torch.zeros(1, in_chans, *size, device=next(model.parameters()).device)
+    with evaluation_mode(model), flops, activations:
+        model._call_impl(image)  # not as compiled
+    macs = {name: sum(ops.values()) // 2 for name, ops in flops.get_flop_counts().items()}
+    names = {**macs, **activations.counts}
+    return {name: (macs.get(name, 0), activations.counts[name]) for name in names}
+
+
+def cost_table(model: nn.Module, in_chans: int, size: tuple[int, int], depth: int) -> list[str]:
+    """Return the lines of a table of modules whose names have at most `depth` parts."""
+    costs = measure(model, in_chans, size)
+    costs = {name.removeprefix(f"{type(model).__name__}."): cost for name, cost in costs.items()}
+
+    def cost_of(name: str, module: nn.Module) -> tuple[int, int]:
+        """Return the cost of a module; of a container, which is not called, that of its parts."""
+        if name in costs:
+            return costs[name]
+        parts = [cost_of(f"{name}.{part}", child) for part, child in module.named_children()]
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+    rows = [("module", "parameters", "MACs", "activations")]
+    for name, module in model.named_modules():
+        if name.count(".") < depth:
+            macs, activations = cost_of(name, module) if name else costs["Global"]
+            numbers = (sum(p.numel() for p in module.parameters()), macs, activations)
+            if any(numbers):
+                rows.append((name or "(all)", *(f"{number:,}" for number in numbers)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+class CostsHook(Hook):
+    """Log a table of the modules' parameters, multiply-adds and activations before training.
+
+    depth: parts of a module's name, such as 2 for `stages.0`.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        self.depth = at_least(depth, 1, "costs(depth)")
+
+    def check(self, args: Any) -> None:
+        if args.shard == "fsdp":
+            raise UserError("--hook costs cannot run one rank's shard; use --shard ddp or zero1")
+
+    def on_start(self, run: Run) -> None:
+        for line in cost_table(run.model, run.args.in_chans, run.args.input_size, self.depth):
+            get_logger().info("%s", line)
+
+
+def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
+    """Log the number of parameters and the GMACs per image; returns the number of parameters."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    with torch.no_grad(), counter:
+        model(torch.zeros(1, in_chans, *size, device=device))
+    macs = counter.get_total_flops() / 2
+    frozen = sum(p.numel() for p in model.parameters()) - parameters
+    count = f"{(parameters + frozen) / 1e6:.2f}M parameters"
+    count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""
+    get_logger().info("%s: %s, %.3f GMACs per %dx%d image", name, count, macs / 1e9, *size)
+    return parameters

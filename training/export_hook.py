@@ -1,0 +1,54 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Export of the best checkpoint at the end of a run.
+
+python main_finetune.py --recipe digits_finetune --output_dir runs/digits --hook "export(to=timm)"
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from config.flags import TARGETS, is_code
+from errors import UserError, resolve_for
+from parallel.process_group import get_logger
+from training.hooks import Hook, Run
+from training.log_files import needs_folder
+from weights.files import BEST
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ExportHook(Hook):
+    """Export the best checkpoint, or else the newest, at the end of a complete run.
+
+    to: format of export.py, which runs as a process of its own and checks the file.
+    """
+
+    def __init__(self, to: str = "safetensors") -> None:
+        resolve_for("--hook export(to)", to, list(TARGETS), "format")
+        self.to = to
+
+    def check(self, args: Any) -> None:
+        needs_folder(args, "export")
+        if not args.save_ckpt:
+            raise UserError("--hook export: --save_ckpt false leaves nothing to export; drop one")
+
+    def on_end(self, run: Run) -> None:
+        if not run.is_complete:
+            return
+        best = run.folder / BEST
+        source = best if best.exists() else run.folder
+        output = run.folder / f"exported{TARGETS[self.to] or '-' + self.to}"
+        package = __name__.removesuffix("training.export_hook")  # '' unless pip has installed it
+        script = ["-m", f"{package}export"] if package else [ROOT / "export.py"]
+        words = [*script, source, "--to", self.to, "--output", output, "--overwrite", "true"]
+        words += ["--model", run.args.model] * is_code(run.args.model)
+        words = [sys.executable, *map(str, words)]
+        result = subprocess.run(words, capture_output=True, text=True)
+        if result.returncode:
+            said = [line for line in result.stderr.splitlines() if line and line[0] not in "( "]
+            reason = said[-1] if said else "no message"
+            raise RuntimeError(f"export.py ended with code {result.returncode}: {reason}")
+        get_logger().info("%s", result.stdout.strip().splitlines()[-1])

@@ -1,0 +1,190 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Hooks by name, for --hook; the reporter of a run with the hooks that the flags choose.
+
+python -c "from training.hook_table import HOOKS; print(*HOOKS)"
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config.calls import Call, parse_call
+from config.parser import dump_args
+from errors import UserError, describe_error, resolve_for
+from parallel.process_group import get_logger, is_main_process
+from training.checkpoint import TrainState
+from training.costs import CostsHook
+from training.export_hook import ExportHook
+from training.hooks import Hook, Reporter, Run
+from training.log_files import ConfusionHook, CsvHook, ImageHook, JsonHook, ScheduleHook
+from training.log_lines import BarHook, LineHook
+from training.predictions import PredictionsHook
+from training.profiler import ProfilerHook
+from training.schedules import count_total
+from training.tensorboard import (
+    GraphHook,
+    HistogramHook,
+    HparamsHook,
+    TensorboardHook,
+    log_folder,
+)
+from training.trackers import build_tracker
+from utils import write_atomically
+
+HOOKS: dict[str, Callable[..., Hook]] = {
+    "costs": CostsHook,
+    "csv": CsvHook,
+    "export": ExportHook,
+    "graph": GraphHook,
+    "histograms": HistogramHook,
+    "hparams": HparamsHook,
+    "predictions": PredictionsHook,
+    "profiler": ProfilerHook,
+    "schedule": ScheduleHook,
+}
+IN_EVALUATION = ("costs", "predictions")  # those that act with --eval
+
+
+def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
+    """Return the call and the class of each --hook by its name, which is that of its state."""
+    found: dict[str, tuple[Call, Callable[..., Hook]]] = {}
+    for text in args.hook or ():
+        call = parse_call(text, "--hook")
+        make = resolve_for("--hook", call.name, HOOKS, "hook", importable=True)
+        if not callable(make):
+            got = type(make).__name__
+            raise UserError(f"--hook {call.name} is a {got}, expected a class of hooks")
+        name, number = call.name, 2
+        while name in found:
+            name, number = f"{call.name} {number}", number + 1
+        if name != call.name and call.name in HOOKS:
+            raise UserError(f"--hook {call.name} is given twice; give it once")
+        found[name] = call, make
+        try:
+            signature = inspect.signature(make)
+            signature.bind(*call.args, **call.kwargs)
+        except TypeError as error:
+            accepted = ", ".join(_without_hint(word) for word in signature.parameters.values())
+            raise UserError(f"--hook {call}: {error}; accepted: {call.name}({accepted})") from error
+        except ValueError:  # no signature
+            pass
+    return found
+
+
+def _without_hint(parameter: inspect.Parameter) -> str:
+    return str(parameter.replace(annotation=inspect.Parameter.empty))
+
+
+def create_hooks(args: Any) -> dict[str, Hook]:
+    """Create the hooks of --hook and --tracker that this rank calls, by name."""
+    hooks = {name: _create(*found) for name, found in find_hooks(args).items()}
+    if is_main_process() and (tracker := build_tracker(args)):
+        hooks[tracker.call.name] = tracker
+    return {name: hook for name, hook in hooks.items() if is_main_process() or hook.every_rank}
+
+
+def _create(call: Call, make: Callable[..., Hook]) -> Hook:
+    try:
+        hook = make(*call.args, **call.kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--hook {call}: {describe_error(error)}") from error
+    if not isinstance(hook, Hook):
+        raise UserError(
+            f"--hook {call.name} gives a {type(hook).__name__}, expected a subclass of "
+            f"{Hook.__module__}.Hook"
+        )
+    return hook
+
+
+def check_hooks(args: Any) -> None:
+    """Raise UserError, before data is listed, for hooks that cannot work with the flags.
+
+    Hooks of the user's own are found here, with their arguments, and created later.
+    """
+    for name, (call, make) in find_hooks(args).items():
+        if name not in HOOKS:
+            continue
+        if vars(args).get("eval") and name not in IN_EVALUATION:
+            raise UserError(
+                f"--hook {name} is for training, and --eval has none; drop one. With --eval act "
+                f"{' and '.join(IN_EVALUATION)}"
+            )
+        _create(call, make).check(args)
+    build_tracker(args)
+
+
+def build_reporter(
+    args: Any,
+    folder: Path | None,
+    device: torch.device,
+    state: TrainState,
+    steps_per_epoch: int,
+    top5: bool = True,
+    classes: Sequence[str] | None = None,
+) -> Reporter:
+    """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
+
+    top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
+    """
+    return Reporter(
+        [],
+        device,
+        state,
+        total_steps=count_total(args.epochs, steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        print_freq=args.print_freq,
+        open_hooks=partial(_build_hooks, args, folder, top5, classes),
+        observers=create_hooks(args),
+        run=Run(args, folder, state, device, classes),
+    )
+
+
+def build_eval_reporter(
+    args: Any, device: torch.device, model: nn.Module, classes: Sequence[str] | None
+) -> Reporter:
+    """Build the reporter of --eval, which calls the hooks of --hook alone."""
+    reporter = Reporter.quiet(device)
+    folder = Path(args.output_dir) if args.output_dir else None
+    reporter.run = Run(args, folder, reporter.state, device, classes, model)
+    reporter.observers = create_hooks(args)
+    reporter.open_hooks = lambda reporter: list(reporter.observers.values())
+    return reporter
+
+
+def _build_hooks(
+    args: Any,
+    folder: Path | None,
+    top5: bool,
+    classes: Sequence[str] | None,
+    reporter: Reporter,
+) -> list[Hook]:
+    state, total_steps = reporter.state, reporter.total_steps
+    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else `> train.log` needs the lines
+    bar = args.progress == "bar" or (args.progress == "auto" and on_terminal)
+    hooks: list[Hook] = [LineHook(args.epochs, top5, shown=not (bar and on_terminal))]
+    get_logger().info("epochs count from 1 in these lines, from 0 in log.txt and in file names")
+    at_epoch_end = state.global_step % reporter.steps_per_epoch == 0 and state.samples_in_epoch > 0
+    logs, files = log_folder(args.log_dir, folder), []
+    try:
+        if folder:
+            write_atomically(dump_args(args), folder / "args.yaml")  # for --config
+            files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
+            at_epoch_end |= files[1].misses
+        if logs:
+            hooks.append(TensorboardHook(logs, state, at_epoch_end))
+    except OSError as error:
+        raise UserError(
+            f"the run cannot write its logs ({error}); choose another --output_dir or --log_dir, "
+            "or free some space"
+        ) from error
+    bars = [BarHook(args.epochs, state, total_steps)] if bar else []
+    return [*bars, *hooks, *reporter.observers.values(), *files]
