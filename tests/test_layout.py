@@ -6,6 +6,7 @@ The order is that of docs/forking.md. A new file needs no line here, a new packa
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in product_files()}
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """The toolkit's modules that a file imports, inside functions too."""
     found = set()
