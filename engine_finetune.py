@@ -96,21 +96,19 @@ def evaluate(
     criterion: Criterion | None = None,
     metrics: Metrics | None = None,
     reporter: Reporter | None = None,
-    name: str = "",
-    of_ema: bool = False,
+    split: str = "",
 ) -> dict[str, Any]:
     """Mean loss and metrics over the images of all ranks; every image counts once.
 
     An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
     criterion: the loss; default: cross-entropy. metrics: default: top-1 and top-5 accuracy.
-    reporter: notifies the hooks, which see the name of the evaluation set and `ema` in `run.split`.
+    reporter: notifies the hooks; split: of this evaluation, as hooks see it.
     """
     model.eval()
     criterion, metrics = criterion or Criterion(), metrics or Metrics()
     metrics.reset(device, len(criterion.terms))
     reporter = reporter or Reporter.quiet(device)
-    split = "_".join(filter(None, [name, "ema" * of_ema]))
     reporter.begin_phase("test", data_loader, split, metrics.kind)
     was_training = criterion.training
     criterion.eval()
@@ -148,10 +146,10 @@ def evaluate_ema(
     criterion: Criterion | None = None,
     metrics: Metrics | None = None,
     reporter: Reporter | None = None,
-    name: str = "",
+    split: str = "ema",
 ) -> dict[str, Any]:
     """`evaluate` the EMA weights, on a copy if --model_ema_force_cpu keeps them elsewhere."""
     model = model_ema.module
     if next(model.parameters()).device.type != device.type:
         model = copy.deepcopy(model).to(device)
-    return evaluate(data_loader, model, device, amp, criterion, metrics, reporter, name, True)
+    return evaluate(data_loader, model, device, amp, criterion, metrics, reporter, split)

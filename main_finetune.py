@@ -189,11 +189,12 @@ def main(args: argparse.Namespace) -> None:
             entries = phases.end(phase, state, loop.reporter)
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             for each in eval_sets if phase.evaluates else ():
-                shown = reporter, each.name
-                test_stats = evaluate(each.loader, model_without_ddp, *evaluation, *shown)
+                names = reporter, each.split()
+                test_stats = evaluate(each.loader, model_without_ddp, *evaluation, *names)
                 log_stats |= each.named(test_stats)
                 if args.model_ema_eval:
-                    test_stats = evaluate_ema(each.loader, model_ema, *evaluation, *shown)
+                    names = reporter, each.split("ema")
+                    test_stats = evaluate_ema(each.loader, model_ema, *evaluation, *names)
                     log_stats |= each.named(test_stats, "_ema")
             log_stats = plain(log_stats | entries | {"n_parameters": n_parameters})
             state.stats = small_stats(log_stats)
@@ -242,8 +243,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
             of_ema = weights.key == EMA_KEY
             source = weights.path + " (EMA weights)" * of_ema
             for each, bad in zip(eval_sets, bad_images, strict=True):
-                shown = reporter, each.name, of_ema
-                stats = evaluate(each.loader, network, device, amp, criterion, metrics, *shown)
+                names = reporter, each.split("ema" * of_ema)
+                stats = evaluate(each.loader, network, device, amp, criterion, metrics, *names)
                 images = len(each.loader.loader.dataset) - bad.write()
                 text = describe_evaluation(stats, top5=nb_classes > 5)
                 which = plural(images, "image") + f" of {each.name}" * bool(each.name)

@@ -33,6 +33,10 @@ class EvalSet:
     prefix: str
     loader: DeviceLoader
 
+    def split(self, ending: str = "") -> str:
+        """Return the name of the set, with `ema` for EMA weights, as hooks see it."""
+        return "_".join(filter(None, [self.name, ending]))
+
     def named(self, stats: Mapping[str, Any], ending: str = "") -> dict[str, Any]:
         """Return the values of an evaluation by their names in log.txt."""
         return {f"test_{self.prefix}{name}{ending}": value for name, value in stats.items()}

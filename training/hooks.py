@@ -106,7 +106,7 @@ class Hook:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; not called if the checkpoint has nothing of it."""
+        """Take what `state_dict` returned; not called if the checkpoint holds nothing for it."""
 
     def on_first_step(self, record: Record, state: TrainState) -> None:
         """Called after the first step of a process, so that nobody waits for `print_freq` steps."""
