@@ -89,10 +89,9 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    if args.tags and not args.tracker:
-        yield f"--tags {as_typed(args.tags)} needs --tracker; give both or neither"
-    if args.project != flags.PROJECT and not args.tracker:
-        yield f"--project {args.project} needs --tracker; give both or neither"
+    for name, default in (("tags", None), ("project", flags.PROJECT)):
+        if values[name] != default and not args.tracker:
+            yield f"--{name} {as_typed(values[name])} needs --tracker; give both or neither"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
     if not flags.is_pretraining(values):

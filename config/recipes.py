@@ -18,7 +18,7 @@ from errors import did_you_mean, first_line, pipe_may_close
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
 YAML, CHECKPOINTS = (".yaml", ".yml"), (".pth", ".pt")
-PATTERNS = ("param_group", "freeze", "no_weight_decay")  # their colons do not name code
+NO_CODE = ("param_group", "freeze", "no_weight_decay", "tags")  # whatever their colons mean
 # Pairs of flags for the same thing: one on the command line replaces the other in a file.
 ONE_OF = (
     ("update_freq", "effective_batch"),
@@ -177,7 +177,7 @@ def _load_checkpoint(parser: argparse.ArgumentParser, path: Path, typed: Flags) 
     if not isinstance(stored, dict):
         parser.error("it holds no flags; expected a checkpoint of this toolkit, or a YAML file")
     values = {key: list(x) if isinstance(x, tuple) else x for key, x in stored.items()}
-    for key in values.keys() - typed.keys() - {*FILES, *PATTERNS}:
+    for key in values.keys() - typed.keys() - {*FILES, *NO_CODE}:
         if named_modules(values[key]):
             parser.error(
                 f"it names code, --{key} {as_typed(values[key])}, which would be imported; type "

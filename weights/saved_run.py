@@ -105,22 +105,15 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     A given flag that contradicts them is an error if the weights could not fit, else a warning.
     resumes: the run itself continues, and `compare_args` has judged the given flags.
     """
-    source, names = saved.source, INHERITED | (RESUMED if resumes else {})
-    if is_pretraining(vars(args)):  # pre-training evaluates nothing
-        del names["crop_pct"]
-    if not (resumes or _evaluates_its_data(args, saved)):
-        names = {name: kind for name, kind in names.items() if name not in OF_ITS_DATA}
-    left_out = {*OF_TABLES} if args.data_set != "table" else set()
-    left_out |= set() if resumes or vars(args).get("eval") else {*EVALUATED}
-    names = {name: kind for name, kind in names.items() if name not in left_out}
-    if not (resumes or vars(args).get("eval")) or args.given & HEADS.keys():
-        names = {name: kind for name, kind in names.items() if name not in HEADS}
-    if args.given & NORMALIZATION.keys():
-        names = {name: kind for name, kind in names.items() if name not in NORMALIZATION}
-        if not resumes:
-            _warn_of_other_normalization(args, saved)
+    source = saved.source
+    if args.given & NORMALIZATION.keys() and not resumes:
+        _warn_of_other_normalization(args, saved)
+    names = [*INHERITED, *(RESUMED if resumes else ())]
+    left_out = _not_inherited(args, saved, resumes)
     taken: dict[str, Any] = {}
-    for name in [name for name in names if name in saved.flags and name in vars(args)]:
+    for name in names:
+        if name in left_out or name not in saved.flags or name not in vars(args):
+            continue
         if name in args.given:
             value = normalized(name, saved.flags[name])
             if value is not None and not resumes and value != normalized(name, vars(args)[name]):
@@ -152,6 +145,22 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     for problem in shape_problems(args):
         raise UserError(problem)
     return args
+
+
+def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set[str]:
+    """Return the flags of a run that another use of its checkpoint does not take."""
+    continues = resumes or vars(args).get("eval")
+    left_out = set() if continues else {*EVALUATED, *HEADS}
+    if not (resumes or _evaluates_its_data(args, saved)):
+        left_out |= {*OF_ITS_DATA}
+    if is_pretraining(vars(args)):  # pre-training evaluates nothing
+        left_out |= {"crop_pct"}
+    if args.data_set != "table":
+        left_out |= {*OF_TABLES}
+    for together in (HEADS, NORMALIZATION):  # if one of them is given, none
+        if args.given & together.keys():
+            left_out |= {*together}
+    return left_out
 
 
 def _evaluates_its_data(args: FrozenNamespace, saved: SavedRun) -> bool:
