@@ -106,7 +106,7 @@ class Hook:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; not called if the checkpoint has nothing of it."""
+        """Take what `state_dict` returned; not called for a hook that is new in a resumed run."""
 
     def on_first_step(self, record: Record, state: TrainState) -> None:
         """Called after the first step of a process, so that nobody waits for `print_freq` steps."""
@@ -205,8 +205,8 @@ class Reporter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         self.run.error = error
-        self.hooks.reverse()
-        self._notify("on_end", self.run)
+        for hook in reversed(self.hooks):
+            self._call(hook, "on_end", self.run)
 
     # --- phases -----------------------------------------------------------------------------
 
