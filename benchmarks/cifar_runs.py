@@ -35,7 +35,8 @@ from optim_factory import create_optimizer
 from training import checkpoint
 from training.anomaly import AnomalyGuard
 from training.checkpoint_manager import CheckpointManager
-from training.hooks import Reporter, format_stats
+from training.hooks import Reporter
+from training.report import format_stats
 from training.schedules import Schedule
 from training.setup import TrainLoop
 from training.stepper import Stepper

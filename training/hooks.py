@@ -68,6 +68,10 @@ class Run:
     tensorboard: Any = None  # SummaryWriter on rank 0, None without TensorBoard files
     error: BaseException | None = None  # that ended the run
 
+    def name_of(self, number: int) -> str:
+        """Return the path of an image of the phase, or `number 7` if the data has no files."""
+        return self.loader.loader.dataset.name_of(number).removeprefix("image ")
+
     @property
     def is_complete(self) -> bool:
         """True in `on_end` if all epochs are done."""
