@@ -65,7 +65,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     if len(args.input_size) != 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
-    yield from _mean_problems(args)
+    yield from (*_mean_problems(args), *_tracker_problems(args))
     if args.scale[0] > args.scale[1]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
     if args.start_epoch >= args.epochs:
@@ -89,9 +89,6 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
-    for name, default in (("tags", None), ("project", flags.PROJECT)):
-        if values[name] != default and not args.tracker:
-            yield f"--{name} {as_typed(values[name])} needs --tracker; give both or neither"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
     if not flags.is_pretraining(values):
@@ -111,6 +108,13 @@ def _mean_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--mean and --std belong together; give both or neither"
     elif args.mean is not None and args.imagenet_default_mean_and_std is False:
         yield "--mean and --imagenet_default_mean_and_std false contradict each other; drop one"
+
+
+def _tracker_problems(args: argparse.Namespace) -> Iterator[str]:
+    for name, default in (("project", flags.PROJECT), ("tags", None)):
+        value = vars(args)[name]
+        if value != default and not args.tracker:
+            yield f"--{name} {as_typed(value)} needs --tracker; give both or neither"
 
 
 def shape_problems(args: argparse.Namespace) -> Iterator[str]:

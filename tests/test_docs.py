@@ -32,14 +32,21 @@ from training.schedules import Curve
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/RESULTS.md"]
 PAGES += [ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FORKING = ROOT / "docs/forking.md"
+FORKING, HOOKS = ROOT / "docs/forking.md", ROOT / "docs/hooks.md"
 EXPECTED_PAGES = (
     "data pretraining finetuning models checkpoints distributed slurm weights performance "
     "configuration forking troubleshooting from-official from-classy-vision"
+    "configuration forking hooks troubleshooting from-official"
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WRITTEN = {"log.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs and users
+WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
+    "log.txt",
+    "profile.txt",
+    "bad_images.txt",
+    "args.yaml",
+    "mine.yaml",
+}  # by runs and users
 OTHER_COMMANDS = {"pip", "tensorboard"}
 OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",
@@ -272,8 +279,8 @@ def test_python_compiles(page):
 
 @pytest.fixture
 def fork(tmp_path, monkeypatch) -> Path:
-    """A folder with docs/forking.md's files in my_fork/ and a few images, as working folder."""
-    for block in blocks(FORKING, "python"):
+    """A working folder with the files of forking.md and hooks.md in my_fork/, and a few images."""
+    for block in [*blocks(FORKING, "python"), *blocks(HOOKS, "python")]:
         name = re.match(r"# (my_fork/\w+\.py)", block)[1]
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(block)
@@ -312,14 +319,15 @@ def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     train(
         main_pretrain, "--model my_fork.losses:charbonnier --norm_pix_loss false --output_dir pre"
     )
-    lines = (fork / "pre/losses.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["1", "2", "3"]
 
     learned = "my_fork.losses:Temperature(start=2)+0.1*bce"
     train(
         main_finetune,
-        f"--model my_fork.nets:small --finetune pre --output_dir fine --loss {learned}",
+        f"--model my_fork.nets:small --finetune pre --output_dir fine --loss {learned} "
+        "--hook my_fork.hooks:Hardest(count=2)",
     )
+    hardest = (fork / "fine/hardest.txt").read_text().splitlines()
+    assert len(set(hardest) & {f"val{index}.png" for index in range(4)}) == 2
     assert "new: norm, head; dropped" in capsys.readouterr().out
     assert (fork / "fine/checkpoint-best.pth").exists()
     saved = torch.load(fork / "fine/checkpoint-0.pth", weights_only=True)

@@ -68,6 +68,10 @@ class Run:
     tensorboard: Any = None  # SummaryWriter on rank 0, None without TensorBoard files
     error: BaseException | None = None  # that ended the run
 
+    def name_of(self, number: int) -> str:
+        """Return the path of an image of the phase, or `number 7` if the data has no files."""
+        return self.loader.loader.dataset.name_of(number).removeprefix("image ")
+
     @property
     def is_complete(self) -> bool:
         """True in `on_end` if all epochs are done."""
@@ -106,7 +110,7 @@ class Hook:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; not called if the checkpoint holds nothing for it."""
+        """Take what `state_dict` returned; not called for a hook that is new in a resumed run."""
 
     def on_first_step(self, record: Record, state: TrainState) -> None:
         """Called after the first step of a process, so that nobody waits for `print_freq` steps."""
@@ -206,8 +210,8 @@ class Reporter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         self.run.error = error
-        self.hooks.reverse()
-        self._notify("on_end", self.run)
+        for hook in reversed(self.hooks):
+            self._call(hook, "on_end", self.run)
 
     # --- phases -----------------------------------------------------------------------------
 

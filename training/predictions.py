@@ -59,11 +59,7 @@ class PredictionsHook(Hook):
             return
         rows = rows.cpu()
         rows = rows[rows[:, 0].argsort()]
-        dataset = run.loader.loader.dataset
-        table = [
-            [dataset.name_of(int(row[0])).removeprefix("image "), *_words(row[1:], run)]
-            for row in rows.tolist()
-        ]
+        table = [[run.name_of(int(row[0])), *_words(row[1:], run)] for row in rows.tolist()]
         name = f"predictions-{run.split}.csv" if run.split else "predictions.csv"
         run.folder.mkdir(parents=True, exist_ok=True)  # of --eval
         write_csv(("path", "target", "prediction", "probability"), table, run.folder / name)
