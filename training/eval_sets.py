@@ -55,8 +55,8 @@ def check_name(name: str, metrics: Metrics) -> None:
     alike = [metric for metric in (*metrics.names, *METRICS) if metric.startswith(f"{name}_")]
     if name and alike:
         raise UserError(
-            f"--eval_data_path: the set {name} would be confused with the metric {alike[0]}; rename "
-            "the set"
+            f"--eval_data_path: the set {name} would be mistaken for the metric {alike[0]}; "
+            "rename the set"
         )
 
 
