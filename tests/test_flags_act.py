@@ -445,6 +445,8 @@ FINETUNE: dict[str, Row] = {
         ({"best": 50.0}, "acc1", False),
         ({"best": 1.0}, "loss", True),
     ),
+    "eval_freq": ("--eval_freq 2", lambda b: tests_of(b), [True, True], [False, True]),
+    "patience": ("--patience 1", lambda b: tests_of(b), [True] * 3, [True] * 2, "--epochs 3"),
     "disable_eval": (
         "--disable_eval",
         lambda b: "test_acc1" in (b.folder / "log.txt").read_text(),
@@ -466,6 +468,8 @@ ELSEWHERE = {
     "tests/test_engines.py": "device",  # cuda on a GPU
     "tests/test_datasets.py": "pin_mem eval_data_path dist_eval",
     "tests/weights/test_library.py": "pretrained",
+    "tests/training/test_phases.py": "min_delta",
+    "tests/training/test_precise_bn.py": "precise_bn",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused
 }
 
@@ -483,6 +487,9 @@ def tracked(built: Built) -> dict:
     """What the tracker was given."""
     _, words, config = fakes.CALLS[0]
     return words | {"config": config}
+def tests_of(built: Built) -> list[bool]:
+    """True for each epoch with an evaluation."""
+    return ["test_acc1" in line for line in (built.folder / "log.txt").read_text().splitlines()]
 
 
 def min_scale(built: Built) -> float:

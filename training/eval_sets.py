@@ -19,6 +19,7 @@ from data_loading.loader import DeviceLoader
 from errors import UserError
 from parallel.process_group import get_logger
 from training.evaluation import Metrics
+from training.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ def best_prefix(args: Any) -> str:
     return f"{name}_" if name else ""
 
 
+def check_name(name: str, metrics: Metrics) -> None:
+    """Raise UserError if `test_NAME_...` could be a metric of another set in log.txt."""
+    alike = [metric for metric in (*metrics.names, *METRICS) if metric.startswith(f"{name}_")]
+    if name and alike:
+        raise UserError(
+            f"--eval_data_path: the set {name} would be mistaken for the metric {alike[0]}; "
+            "rename the set"
+        )
+
+
 def build_eval_sets(
     args: Any,
     first: TransformedDataset | None,
@@ -71,11 +82,6 @@ def build_eval_sets(
         if found:
             get_logger().info("evaluation set %s: %s", name, path)
             dataset, _ = datasets.build_dataset(False, own, head)
-        taken = [metric for metric in metrics.names if f"{prefix}{metric}" in metrics.names]
-        if prefix and taken:
-            raise UserError(
-                f"--eval_data_path: the {taken[0]} of {name} would have the name of the metric "
-                f"{prefix}{taken[0]}; rename the set"
-            )
+        check_name(name, metrics)
         found.append(EvalSet(name, prefix, datasets.build_loader(dataset, False, own, device)))
     return found

@@ -220,19 +220,19 @@ def test_best_checkpoint_of_the_middle_of_an_epoch_resumes(tmp_path, monkeypatch
 
 
 def test_run_stops_early_says_so_and_does_not_train_on(tmp_path, monkeypatch, capsys):
-    values = iter([50.0, 60.0, 55.0, 60.0, 70.0, 60.0])
+    values = iter([50.0, 60.0, 60.5, 60.0, 70.0, 60.0])
     monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"loss": 1.0, "acc1": next(values)})
-    words = f"--epochs 9 --patience 2 --save_ckpt_freq 9 --output_dir {tmp_path}"
+    words = f"--epochs 9 --patience 2 --min_delta 1 --save_ckpt_freq 9 --output_dir {tmp_path}"
     finetune(words)
     assert (tmp_path / "checkpoint-3.pth").exists()  # whatever --save_ckpt_freq is
     expected = "4 of 9 epochs done, stopped early (--patience 2): no better acc1 in 2 evaluations"
     text = capsys.readouterr().out
     assert expected in text
-    assert "best top-1 60.00% in epoch 2" in text
+    assert "best top-1 60.50% in epoch 3" in text
     finetune(words)
     assert len(rows(tmp_path)) == 4
     finetune(words.replace("--patience 2", "--patience 3 --epochs 6"))  # 70 is better
-    assert [row["test_acc1"] for row in rows(tmp_path)] == [50, 60, 55, 60, 70, 60]
+    assert [row["test_acc1"] for row in rows(tmp_path)] == [50, 60, 60.5, 60, 70, 60]
 
 
 def test_fraction_of_an_epoch_continues_where_it_ended(tmp_path):
