@@ -33,6 +33,7 @@ from torch import Tensor
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
 from models import MODELS, build_classifier, is_known
+from models.heads import is_plain
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
@@ -83,7 +84,10 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     saved = read_saved_run(checkpoint, args.checkpoint)
     run = dict(saved.flags)
     trained = str(run.get("model")).removeprefix("fcmae_")
-    model = args.model or trained * (is_known(trained) and not trained.startswith("convnext"))
+    headed = refuse_heads(args, run)
+    own = is_known(trained) and (headed or not trained.startswith("convnext"))
+    model = args.model or trained * own
+    run |= {"nb_classes": saved.head.count} if saved.head.count else {}
     for problem in checks.other_network_problems(args, model) if model else ():
         raise UserError(problem)
     if args.input_size:  # some networks are built for one size
@@ -121,6 +125,25 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         half=args.half,
         opset=args.opset or ExportSpec.opset,
     )
+
+
+def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
+    """Return True if a run has other heads than a linear classifier; UserError for some formats."""
+    names = [name for name in ("head", "heads") if run.get(name)]
+    if not names or (names == ["head"] and is_plain(run["head"])):
+        return False
+    text = f"{args.checkpoint} was trained with --{names[0]} {run[names[0]]}"
+    if ":" in run[names[0]] and not args.model:
+        raise UserError(f"{text}, which is code; give its --model too, to allow running it")
+    targets = (*GRAPHS, "safetensors")
+    if args.to not in targets:
+        raise UserError(
+            f"{text}, and --to {args.to} is for a linear classifier; use one of "
+            f"{', '.join(targets)}"
+        )
+    if args.half:
+        raise UserError(f"{text}, and --half true is for a linear classifier; drop --half")
+    return True
 
 
 def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
@@ -165,7 +188,13 @@ def load_own_network(
     flags = {"in_chans": run.get("in_chans", 3), "stem_stride": run.get("stem_stride", 4)}
     flags["input_size"] = height_and_width(run.get("input_size", 224))
     fixed = {"drop_path": 0.0, "head_init_scale": 1.0, "grad_checkpointing": False}
-    args = argparse.Namespace(model=model, **flags, **fixed, freeze_backbone=False)
+    heads = {name: run.get(name, "") for name in ("head", "heads", "loss")}
+    args = argparse.Namespace(model=model, **flags, **fixed, **heads, freeze_backbone=False)
+    if run.get("nb_classes") and (args.head or args.heads):
+        network = build_classifier(args, run["nb_classes"])
+        state, report = fit_weights(network, weights)
+        shape = {"in_chans": args.in_chans, "num_classes": run["nb_classes"]}
+        return ExportSpec(state, state, shape, network), report
     network = build_classifier(args, 2)
     state, report = fit_weights(network, weights)
     heads = [state[f"{n}weight"] for n in find_classifier(network) if f"{n}weight" in state]

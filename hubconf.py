@@ -9,8 +9,10 @@ name needs to load the model in a process of its own.
 """
 
 # torch.hub.list shows every public callable of this file as a model, so all others are _private.
+import errors as _errors
 import models as _models
 from config.flags import MODEL_KEY as _MODEL_KEY
+from models import heads as _heads
 from weights import convert as _convert
 from weights import pretrained as _pretrained
 
@@ -42,6 +44,7 @@ def _entry(name, count):
         if checkpoint is None:
             return _models.create_model(name, **kwargs)
         weights = _pretrained.read_pretrained(checkpoint, model_key, model_prefix, sha256)
+        _refuse_heads(weights.saved, kwargs)
         found = _convert.describe(_convert.to_convnextv2(weights.state)[0])
         shape = {key: found[key] for key in ("num_classes", "in_chans", "stem_stride")}
         model = _models.create_model(name, **{**shape, **kwargs})
@@ -51,6 +54,17 @@ def _entry(name, count):
     build.__name__ = build.__qualname__ = name
     build.__doc__ = _DOC.format(name=name, network=network, count=count)
     return build
+
+
+def _refuse_heads(saved, given):
+    """Raise UserError if a run has heads that the network's own classifier cannot replace."""
+    head, heads = saved.flags.get("head", ""), saved.flags.get("heads", "")
+    if "num_classes" not in given and (heads or not _heads.is_plain(head)):
+        text = f"--heads {heads}" if heads else f"--head {head}"
+        raise _errors.UserError(
+            f"{saved.source} was trained with {text}, which torch.hub does not build; give "
+            "num_classes=0 for the features, or use export.py --to pt2"
+        )
 
 
 convnextv2_atto = _entry("convnextv2_atto", "3.7M")

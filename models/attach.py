@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from config.calls import Call, parse_call
-from errors import UserError, did_you_mean, first_few, first_line
+from errors import UserError, did_you_mean, first_few, first_line, plural
 from models.heads import (
     HeadOptions,
     NamedHeads,
@@ -28,6 +28,7 @@ from models.heads import (
     parse_heads,
 )
 from models.parts import find_classifier, replace_module
+from parallel.process_group import get_logger
 
 # --- in place of the classifier -------------------------------------------------------------------
 
@@ -66,7 +67,8 @@ def replace_classifier(
     set_tokens(model, head)
     replace_module(model, path, head)
     model.head_prefixes = (f"{path}.",)
-    _freeze_unused(model, size)
+    if getattr(head, "takes_maps", False):
+        _freeze_unused(model, size)
 
 
 def _give_maps(model: nn.Module, path: str, label: str) -> str:
@@ -136,11 +138,11 @@ def add_heads(
         is_first = len(shape) == 4 and not _is_channels_last(model, shape, size)
         head = create_head(call, shape[1 if is_first else -1], options)
         if getattr(head, "takes_maps", False) and len(shape) != 4:
-            maps = [path for path, found in shapes.items() if found and len(found) == 4]
-            near = [path for path in _outline(model) if path in maps]
+            maps = [path for path in _outline(model) if len(shapes.get(path) or ()) == 4]
+            fix = f", or a block such as {first_few(maps[-3:])}" if maps else ""
             raise UserError(
                 f"--heads: {call} needs a map (N, C, h, w), and {blocks[name]} gives {shape}; use "
-                f"linear or mlp, or a block such as {first_few(near[-3:] or maps[-3:])}"
+                f"linear or mlp{fix}"
             )
         set_tokens(model, head)
         built[name] = head
@@ -164,8 +166,8 @@ def find_block(model: nn.Module, name: str, shapes: Mapping[str, Any]) -> str:
     known = {path for path, _ in model.named_modules() if path}
     if name not in known:
         outline = first_few(_outline(model), 40)
-        hint = did_you_mean(name, known)
-        raise UserError(f"--heads: unknown block {name!r}. {hint} Blocks: {outline}")
+        hint = f"{did_you_mean(name, known)} Blocks: {outline}".strip()
+        raise UserError(f"--heads: unknown block {name!r}. {hint}")
     path = name
     while path not in shapes and isinstance(model.get_submodule(path), nn.Sequential):
         children = [key for key, _ in model.get_submodule(path).named_children()]
@@ -269,8 +271,12 @@ def _unused(output: Any, weights: Mapping[str, Tensor]) -> list[str]:
 
 def _freeze_unused(model: nn.Module, size: tuple[int, int, int]) -> None:
     """Freeze the parameters that no head depends on: DistributedDataParallel needs gradients."""
-    for name in trace(model, size)[1]:
+    unused = trace(model, size)[1]
+    for name in unused:
         model.get_parameter(name).requires_grad_(False)
+    if unused and next(model.parameters()).device.type != "meta":
+        text = "%s behind the heads are not used, and not trained: %s"
+        get_logger().warning(text, plural(len(unused), "tensor"), first_few(unused))
 
 
 def _is_channels_last(model: nn.Module, shape: tuple[int, ...], size: tuple[int, int, int]) -> bool:
@@ -295,10 +301,19 @@ def set_tokens(model: nn.Module, head: nn.Module) -> None:
 
 
 def _remember_layers(model: nn.Module) -> None:
-    """Let a network number its layers for --layer_decay while it has its own classifier."""
-    for kind in ("single", "group"):
-        with contextlib.suppress(Exception):  # told to the user when the flag is used
+    """Let a network number its layers for --layer_decay while it has its own classifier.
+
+    One that cannot refuses --layer_decay afterwards too.
+    """
+    for kind in ("single", "group") if hasattr(model, "layer_of") else ():
+        try:
             model.layer_of("", kind)
+        except UserError as error:
+            model.layer_of = partial(_refuse, error)
+
+
+def _refuse(error: UserError, *unused: Any) -> None:
+    raise error
 
 
 # --- from the flags -------------------------------------------------------------------------------
