@@ -102,8 +102,14 @@ def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
         )
     if args.data_set in NEED_PATH and not args.data_path:
         raise UserError(f"{args.checkpoint} names no images; give --images with files or folders")
-    sources = {"eval_data_path": args.eval_data_path, "data_index": args.data_index}
-    spec = DatasetSpec(args.data_path, input_size=args.input_size, **sources)
+    spec = DatasetSpec(
+        args.data_path,
+        args.eval_data_path,
+        args.input_size,
+        data_index=args.data_index,
+        columns=datasets.build_columns(args),
+        labeled=False,
+    )
     return datasets.create_dataset(args.data_set, spec, train=args.split == "train")
 
 

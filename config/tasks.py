@@ -39,7 +39,8 @@ def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
 def task_flags(values: Mapping[str, Any], given: Collection[str], kind: str) -> dict[str, Any]:
     """Return task, loss and smoothing for a kind of targets; given flags stay."""
     task = next(task for task, of_task in TASKS.items() if of_task == kind)
-    loss, smoothing = values["loss"] or DEFAULT_LOSS[kind], values["smoothing"]
+    loss = DEFAULT_LOSS[kind] if values["loss"] is None else values["loss"]
+    smoothing = values["smoothing"]
     if "smoothing" not in given and loss != "ce":
         smoothing = 0.0  # other losses may not take smoothed labels
     return {"task": task, "loss": loss, "smoothing": smoothing}

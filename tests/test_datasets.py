@@ -47,7 +47,9 @@ def make_args(**changes):
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
         "on_bad_image": "error", "data_timeout": None, "data_index": "",
-        "val_split": 0.0,
+        "val_split": 0.0, "task": "auto", "sampling": "shuffle", "normalize_targets": True,
+        "image_column": None, "label_column": None, "split_column": None, "weight_column": None,
+        "image_root": "",
     }  # fmt: skip
     return SimpleNamespace(**(flags | changes))
 

@@ -43,6 +43,27 @@ def recorded(data_path: str | None, train: bool) -> tiny.Colors:
     return tiny.colors(data_path, train)
 
 
+class Rows(tiny.Colors):
+    """Colors with a row of zeros and ones for each image; the uneven ones have two classes."""
+
+    def __init__(self, length: int, uneven: bool) -> None:
+        super().__init__(length)
+        labels = torch.arange(length)
+        self.targets = (labels >= 20).long() if uneven else torch.eye(3)[labels % 3]
+        self.classes = ("many", "few") if uneven else self.classes
+
+    def __getitem__(self, index: int) -> tuple:
+        return super().__getitem__(index)[0], self.targets[index]
+
+
+def rowed(data_path: str, train: bool) -> Rows:
+    return Rows(26 if train else 7, uneven=False)
+
+
+def uneven(data_path: str, train: bool) -> Rows:
+    return Rows(26, uneven=True)
+
+
 @dataclass
 class Built:
     """What a script had built when its first epoch was about to begin, and the files it left."""
@@ -153,6 +174,13 @@ def precision(built: Built) -> torch.dtype:
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
 
+def drawn(built: Built) -> list[int]:
+    """Number of images of each class in an epoch."""
+    dataset, sampler = built.train.loader.dataset, built.train.loader.sampler
+    return torch.bincount(dataset.dataset.targets[[key[1] % 26 for key in sampler]]).tolist()
+
+
+ROWED, UNEVEN = (f"--data_set tests.test_flags_act:{name}" for name in ("rowed", "uneven"))
 # (flag words, what to look at, its value without them, its value with them). A fifth entry: words
 # for both runs.
 Row = tuple
@@ -447,6 +475,15 @@ FINETUNE: dict[str, Row] = {
     ),
     "eval_freq": ("--eval_freq 2", lambda b: tests_of(b), [True, True], [False, True]),
     "patience": ("--patience 1", lambda b: tests_of(b), [True] * 3, [True] * 2, "--epochs 3"),
+    "task": (
+        "--task multi_label", lambda b: (b.loop.criterion.kind, loss_of(b)[0], b.metrics.best),
+        ("number", ["1.0 l2"], "rmse"), ("multi", ["1.0 bce"], "map"), f"--task regression {ROWED}",
+    ),
+    "normalize_targets": (
+        "--normalize_targets false", lambda b: b.metrics.scale and b.metrics.scale.mean,
+        pytest.approx((9 / 26, 9 / 26, 8 / 26)), None, f"--task regression {ROWED}",
+    ),
+    "sampling": ("--sampling balanced", lambda b: drawn(b), [20, 6], [13, 13], UNEVEN),
     "disable_eval": (
         "--disable_eval",
         lambda b: "test_acc1" in (b.folder / "log.txt").read_text(),
@@ -457,6 +494,9 @@ FINETUNE: dict[str, Row] = {
 # Flags that other tests show to act, with the file.
 ELSEWHERE = {
     "tests/data_loading/test_split.py": "val_split",
+    "tests/data_loading/test_tables.py": "image_column label_column split_column weight_column "
+    "image_root",
+    "tests/test_tasks.py": "eval_classes",
     "tests/data_loading/test_folders.py": "data_index",
     "tests/training/test_checkpoint.py": "auto_resume",
     "tests/config/test_recipes.py": "config recipe",
