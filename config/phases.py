@@ -45,12 +45,12 @@ def map_eval_paths(text: str | None, change: Callable[[str], str]) -> str | None
     return ",".join(f"{name}={change(path)}" for name, path in sets.items())
 
 
-def split_best_metric(values: Mapping[str, Any]) -> tuple[str, str | None]:
+def split_best_metric(flags: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the set and the metric that --best_metric names: `sketch_acc1` -> (sketch, acc1).
 
     The set is '' for the first one, whose name may stand there too.
     """
-    text, names = values.get("best_metric"), [*eval_sets(values.get("eval_data_path"))]
+    text, names = flags.get("best_metric"), [*eval_sets(flags.get("eval_data_path"))]
     for name in names:
         if name and text and text.startswith(f"{name}_"):
             return "" if name == names[0] else name, text.removeprefix(f"{name}_")

@@ -35,18 +35,11 @@ PAGES += [ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORKING, HOOKS = ROOT / "docs/forking.md", ROOT / "docs/hooks.md"
 EXPECTED_PAGES = (
     "data pretraining finetuning models checkpoints distributed slurm weights performance "
-    "configuration forking troubleshooting from-official from-classy-vision"
-    "configuration forking hooks troubleshooting from-official"
+    "configuration forking hooks troubleshooting from-official from-classy-vision"
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
-    "log.txt",
-    "profile.txt",
-    "bad_images.txt",
-    "args.yaml",
-    "mine.yaml",
-}  # by runs and users
 OTHER_COMMANDS = {"pip", "tensorboard"}
 OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",

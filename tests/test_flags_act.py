@@ -527,6 +527,8 @@ def tracked(built: Built) -> dict:
     """What the tracker was given."""
     _, words, config = fakes.CALLS[0]
     return words | {"config": config}
+
+
 def tests_of(built: Built) -> list[bool]:
     """True for each epoch with an evaluation."""
     return ["test_acc1" in line for line in (built.folder / "log.txt").read_text().splitlines()]

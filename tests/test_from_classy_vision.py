@@ -11,10 +11,12 @@ import torch
 
 import models
 from config import parser
+from models.heads import check_heads
 from optim_factory import build_optimizer_call, build_rules
-from training.criterion import check_loss
-from training.evaluation import build_metrics
+from training.hook_table import check_hooks
+from training.hooks import Hook
 from training.schedules import build_curves
+from training.setup import check_task
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "from-classy-vision.md"
 ROWS = re.findall(r"^\| ((?!ClassyVision \||-).+?) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
@@ -24,7 +26,13 @@ OWN = {
     "--loss package.module:Loss": "--loss tests.tiny:Temperature",
     "--metrics package.module:function": f"--metrics {__name__}:metric",
     "package.module:function(2)": f"{__name__}:power(2)",
+    "package.module:MyHook": f"{__name__}:MyHook",
 }
+
+
+class MyHook(Hook):
+    def __init__(self, arg: int) -> None:
+        self.arg = arg
 
 
 def metric(scores: torch.Tensor, targets: torch.Tensor) -> float:
@@ -65,8 +73,9 @@ def test_flags_of_a_row_are_accepted(command, tmp_path, monkeypatch):
         command = command.replace(placeholder, existing)
     args = parse(command)
     models.check_model(args)
-    for check in (build_optimizer_call, build_rules, build_curves, build_metrics, check_loss):
+    for check in (build_optimizer_call, build_rules, build_curves, check_heads, check_hooks):
         check(args)
+    check_task(args)
 
 
 @pytest.mark.slow
@@ -87,6 +96,5 @@ def test_configuration_of_the_page_is_accepted(tmp_path):
     path.write_text(block)
     args = parser.parse(parser.finetune_parser(), ["--config", str(path)])
     assert (args.model, args.epochs) == ("timm:resnet50", 90)
-    check_loss(args)
-    build_metrics(args)
+    check_task(args)
     build_curves(args)

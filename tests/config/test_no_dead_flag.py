@@ -14,6 +14,7 @@ from config import recipes
 ROOT = Path(options.__file__).resolve().parents[1]
 # Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
+GET = ("vars(args).get", "flags.get")
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
     "main_finetune": options.finetune_parser,
@@ -62,7 +63,7 @@ def reachable(script: Path) -> set[Path]:
 def reads(path: Path) -> set[str]:
     """Every `x` of `args.x`, `self.args.x`, `getattr(args, "x", ...)` or `flags["x"]` in a file.
 
-    `vars(args)` counts as `flags`. A function with `getattr(args, name)` reads what its string
+    `vars(args)` counts as `flags`, and so does their `get`. A function with `getattr(args, name)` reads what its string
     constants name.
     """
     found = set()
@@ -72,7 +73,7 @@ def reads(path: Path) -> set[str]:
             name = getattr(owner, "id", None) or getattr(owner, "attr", None)
             if name == "args":
                 found.add(node.attr)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "vars(args).get":
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in GET:
             found.add(ast.literal_eval(node.args[0]))
         elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, '"):
             found.add(ast.literal_eval(node.args[1]))
