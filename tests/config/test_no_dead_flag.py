@@ -63,8 +63,8 @@ def reachable(script: Path) -> set[Path]:
 def reads(path: Path) -> set[str]:
     """Every `x` of `args.x`, `self.args.x`, `getattr(args, "x", ...)` or `flags["x"]` in a file.
 
-    `vars(args)` counts as `flags`, and so does their `get`. A function with `getattr(args, name)` reads what its string
-    constants name.
+    `vars(args)` counts as `flags`, and so does `get` of both. A function with `getattr(args, name)`
+    reads what its string constants name.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -74,7 +74,7 @@ def reads(path: Path) -> set[str]:
             if name == "args":
                 found.add(node.attr)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in GET:
-            found.add(ast.literal_eval(node.args[0]))
+            found.add(ast.unparse(node.args[0]).strip("'"))
         elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, '"):
             found.add(ast.literal_eval(node.args[1]))
         elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("vars(args)", "flags"):
