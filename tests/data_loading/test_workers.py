@@ -615,7 +615,7 @@ for limit in LIMITS:
     try:
         print(len(list(watched(0, 2, 4, timeout=60))), "batches", end=" ")
     except Exception as error:
-        print(type(error).__name__, error, end=" ")
+        print(type(error).__name__, *str(error).split(), end=" ")
     break
 """
 
