@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 main_pretrain.py --model convnextv2_tiny --data_path
 """
 
 import argparse
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from config.parser import pretrain_parser as get_args_parser
 
 if __name__ == "__main__":  # before torch is loaded: --help and typing errors answer at once
     args = parse(get_args_parser())
+    gc.disable()  # until `launch`: the imports leave no garbage to look for
 
 import datasets
 import models

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 main_pretrain.py --data_set DIGITS --device cpu --dr
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -40,6 +41,8 @@ def launch(main: Callable[[Any], Any], args: Any) -> None:
 
     An error of one rank ends all of them: see parallel/failure.py.
     """
+    gc.enable()  # the scripts turn it off for their imports
+    gc.freeze()  # and what they imported is never looked at again, nor copied by loader workers
     code = 0
     try:
         main(args)

@@ -36,6 +36,8 @@ def fork_context() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")  # it and the next one are read with the import
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch
         multiprocessing.set_forkserver_preload(PRELOAD)
         multiprocessing.forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")

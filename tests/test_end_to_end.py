@@ -358,8 +358,7 @@ def trained(tmp_path_factory, insects) -> Path:
     words = ["--model", "tests.tiny:classifier", *SMALL, "--aa", "none", "--lr", 0.03]
     words += ["--input_size", 20, 24, "--imagenet_default_mean_and_std", "false"]
     words += ["--data_path", insects.name, "--output_dir", folder, "--epochs", 3]
-    env = {"PYTHONPATH": str(ROOT)}
-    run("main_finetune.py", *words, cwd=insects.parent, env=env, fresh=True)
+    run("main_finetune.py", *words, cwd=insects.parent)
     return folder
 
 
@@ -533,8 +532,7 @@ def test_bad_input_is_one_line_that_helps(case, folders, finetuned):
     kind, words, named = BAD[case]
     base = PRETRAIN if kind == "pretrain" else FINETUNE
     words = words.format(folders, finetuned / "checkpoint-best.pth").split()
-    offline = {"env": {"HF_HUB_OFFLINE": "1"}, "fresh": True} if case == "hub" else {}
-    done = run(f"main_{kind}.py", *base, *words, expect=2, **offline)
+    done = run(f"main_{kind}.py", *base, *words, expect=2)
     said = done.stdout + done.stderr
     errors = [line for line in said.splitlines() if "error:" in line]
     assert len(errors) == 1, said

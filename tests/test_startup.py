@@ -75,13 +75,12 @@ def test_wrong_flag_is_reported_before_anything_heavy_loads(script):
     assert loaded & HEAVY == set()
 
 
-@pytest.mark.parametrize("main", ["main_pretrain", "main_finetune"])
-def test_importing_a_main_loads_nothing_unused(main):
+def test_importing_the_mains_loads_nothing_unused():
     """torchvision and torch's optimizers import torch._dynamo and with it triton."""
-    code, _, loaded = start("-c", f"import {main}")
+    code, _, loaded = start("-c", "import main_pretrain, main_finetune")
     assert code == 0
     assert loaded & UNUSED == set()
-    assert {main, "torch", "torchvision"} <= loaded
+    assert {"main_pretrain", "main_finetune", "torch", "torchvision"} <= loaded
 
 
 def test_seconds_are_measured_until_the_text_or_the_exit():

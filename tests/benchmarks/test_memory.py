@@ -2,6 +2,8 @@
 # Licensed under the MIT License; see LICENSE.
 """Estimated memory is the memory that processes really hold."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,7 @@ from benchmarks.memory_counts import (
     saved_by,
     zero1_fraction,
 )
+from tests.groups import fork_context
 
 pytestmark = pytest.mark.slow
 
@@ -149,8 +152,11 @@ def test_checkpointing_saves_less_than_half():
         assert again < most * plain
 
 
-def test_estimate_is_what_processes_hold():
+def test_estimate_is_what_processes_hold(monkeypatch):
     """On one process and two, with each sharding, in float32 and in bf16 with checkpointing."""
+    fork_context()  # spawned processes would import torch again
+    forked = partial(memory.mp.start_processes, start_method="forkserver")
+    monkeypatch.setattr(memory.mp, "spawn", forked)
     tasks = [
         Task(ATTO, "pretrain", 64, checkpointing=False, half=False),
         Task(ATTO, "finetune", 64, checkpointing=True, half=True),

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -49,9 +50,12 @@ def run_program(
 
 
 class Ranks:
-    """Processes that run `program`, and their output."""
+    """Processes that run `program`, and their output; `files` are for the program to read."""
 
-    def __init__(self, program: Callable, folder: Path, size: int = 2) -> None:
+    def __init__(self, program: Callable, place: Path, size: int = 2, **files: int) -> None:
+        folder = Path(tempfile.mkdtemp(prefix=program.__name__, dir=place))
+        for name, number in files.items():
+            (folder / name).write_text(str(number))
         self.folder, port, context = folder, free_port(), fork_context()
         each = [(program, rank, size, port, folder / f"{rank}.txt", folder) for rank in range(size)]
         self.processes = [context.Process(target=run_program, args=args) for args in each]
@@ -231,48 +235,47 @@ def rank_without_others(args: SimpleNamespace) -> None:
 # --- exit codes and output --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("program", "failed", "size"),
-    [
-        (one_fails_during_a_collective, 1, 2),
-        (one_fails_during_a_blocking_call, 1, 2),
-        (first_fails_during_a_loop, 0, 2),
-        (last_fails_during_loops, 2, 3),
-    ],
-)
-def test_error_of_one_rank_ends_all(tmp_path, program, failed, size):
-    started = Ranks(program, tmp_path, size)
-    assert started.end() == [1] * size
-    for rank in range(size):
-        output = started.output(rank)
-        if rank == failed:
-            assert output.startswith(f"[rank {rank}] Traceback (most recent call last):\n")
-            assert output.endswith(f"[rank {rank}] ZeroDivisionError: for a reason\n")
-        else:
-            why = f"rank {failed} has failed: ZeroDivisionError: for a reason"
-            assert output == f"program.py: error [rank {rank}]: {why}\n"
+FAILING = {  # the rank that fails and the number of ranks; all cases run at once, as they wait
+    one_fails_during_a_collective: (1, 2),
+    one_fails_during_a_blocking_call: (1, 2),
+    first_fails_during_a_loop: (0, 2),
+    last_fails_during_loops: (2, 3),
+}
 
 
-@pytest.mark.parametrize(
-    ("program", "code", "why"),
-    [
-        (user_error_of_one, 2, "got 3, expected 4"),
-        (stop_of_one, 1, "a loader process died"),
-        (no_device_for_one, 2, "--device tpu is not available; expected auto, cpu"),
-    ],
-)
-def test_user_error_of_one_rank_is_one_line_on_all(tmp_path, program, code, why):
-    started = Ranks(program, tmp_path)
-    assert started.end() == [code, code]
-    assert started.output(1) == f"program.py: error [rank 1]: {why}\n"
-    assert started.output(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
+def test_error_of_one_rank_ends_all(tmp_path):
+    cases = [Ranks(program, tmp_path, size) for program, (_, size) in FAILING.items()]
+    for started, (failed, size) in zip(cases, FAILING.values(), strict=True):
+        assert started.end() == [1] * size, started.folder
+        for rank in range(size):
+            output = started.output(rank)
+            if rank == failed:
+                assert output.startswith(f"[rank {rank}] Traceback (most recent call last):\n")
+                assert output.endswith(f"[rank {rank}] ZeroDivisionError: for a reason\n")
+            else:
+                why = f"rank {failed} has failed: ZeroDivisionError: for a reason"
+                assert output == f"program.py: error [rank {rank}]: {why}\n"
+
+
+USER_ERRORS = {
+    user_error_of_one: (2, "got 3, expected 4"),
+    stop_of_one: (1, "a loader process died"),
+    no_device_for_one: (2, "--device tpu is not available; expected auto, cpu"),
+}
+
+
+def test_user_error_of_one_rank_is_one_line_on_all(tmp_path):
+    cases = [Ranks(program, tmp_path) for program in USER_ERRORS]
+    for started, (code, why) in zip(cases, USER_ERRORS.values(), strict=True):
+        assert started.end() == [code, code], started.folder
+        assert started.output(1) == f"program.py: error [rank 1]: {why}\n"
+        assert started.output(0) == f"program.py: error [rank 0]: rank 1 has failed: {why}\n"
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_same_error_of_all_ranks_is_printed_by_the_first_and_by_rank_0(tmp_path, first):
     """1,024 ranks must not print it 1,024 times, and people read the log of rank 0."""
-    (tmp_path / "first").write_text(str(first))
-    started = Ranks(user_error_of_all, tmp_path, size=3)
+    started = Ranks(user_error_of_all, tmp_path, size=3, first=first)
     assert started.end() == [2, 2, 2]
     for rank in range(3):
         line = f"program.py: error [rank {rank}]: got 3, expected 4\n"
@@ -287,23 +290,21 @@ def test_first_error_is_on_every_rank_before_its_own(tmp_path):
     assert started.output(0) == first + "program.py: error [rank 0]: got 0\n"
 
 
-@pytest.mark.parametrize("failed", [0, 1])
-def test_no_rank_ends_before_all_have_printed_the_error(tmp_path, failed):
+def test_no_rank_ends_before_all_have_printed_the_error(tmp_path):
     """Launchers kill the others when the first rank ends."""
-    (tmp_path / "failed").write_text(str(failed))
-    started = Ranks(one_fails_during_a_loop, tmp_path)
-    started.processes[failed].join(TIMEOUT_S)
-    for process in started.processes:
-        process.kill()
-    assert f"rank {failed} has failed: ZeroDivisionError" in started.output(1 - failed)
-    assert started.end()[failed] == 1
+    cases = [Ranks(one_fails_during_a_loop, tmp_path, failed=failed) for failed in (0, 1)]
+    for failed, started in enumerate(cases):
+        started.processes[failed].join(TIMEOUT_S)
+        for process in started.processes:
+            process.kill()
+        assert f"rank {failed} has failed: ZeroDivisionError" in started.output(1 - failed)
+        assert started.end()[failed] == 1
 
 
 @pytest.mark.parametrize("code", [3, 0])
 def test_rank_that_exits_by_itself_ends_the_others(tmp_path, code):
     """A data set's code may call sys.exit; the others must not wait for that rank."""
-    (tmp_path / "code").write_text(str(code))
-    started = Ranks(exits, tmp_path)
+    started = Ranks(exits, tmp_path, code=code)
     assert started.end() == [code, code]
     why = "rank 1 has failed: SystemExit: 3"
     assert started.output(0) == (f"program.py: error [rank 0]: {why}\n" if code else "")
@@ -340,9 +341,7 @@ def test_torchrun_on_two_machines_ends_on_both(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "meets"), [(0, False), (0, True), (1, True)])
 def test_rank_that_is_killed_ends_the_others(tmp_path, number, meets):
-    if meets:
-        (tmp_path / "meets").touch()
-    started = Ranks(killed, tmp_path)
+    started = Ranks(killed, tmp_path, **({"meets": 1} if meets else {}))
     for rank in (0, 1):
         started.wait_for(f"ready-{rank}")
     started.processes[number].kill()
@@ -353,23 +352,22 @@ def test_rank_that_is_killed_ends_the_others(tmp_path, number, meets):
     assert re.search(expected, started.output(other))
 
 
-@pytest.mark.parametrize("longest", [0, 1])
-def test_rank_that_is_done_first_does_not_end_the_others(tmp_path, longest):
-    (tmp_path / "longest").write_text(str(longest))
-    started = Ranks(one_is_done_before, tmp_path)
-    assert started.end() == [0, 0]
-    assert [started.output(rank) for rank in (0, 1)] == ["done\n", "done\n"]
+def test_rank_that_is_done_first_does_not_end_the_others(tmp_path):
+    cases = [Ranks(one_is_done_before, tmp_path, longest=longest) for longest in (0, 1)]
+    for started in cases:
+        assert started.end() == [0, 0]
+        assert [started.output(rank) for rank in (0, 1)] == ["done\n", "done\n"]
 
 
 def test_failed_ranks_release_the_run_folder_and_end_their_loaders(tmp_path):
     started = Ranks(folder_and_loaders, tmp_path)
     assert started.end() == [1, 1]
-    assert not (tmp_path / "run" / ".lock").exists()
+    assert not (started.folder / "run" / ".lock").exists()
     why = "rank 1 has failed: ZeroDivisionError: for a reason"
     assert started.output(0) == f"program.py: error [rank 0]: {why}\n"
     assert started.output(1).count("Traceback") == 1
     for rank in (0, 1):
-        assert not _runs(int((tmp_path / f"loader-{rank}").read_text()))
+        assert not _runs(int((started.folder / f"loader-{rank}").read_text()))
 
 
 def _runs(pid: int) -> bool:
@@ -389,8 +387,8 @@ def test_training_that_fails_on_one_rank_ends_on_all(tmp_path):
     )
     assert "Traceback" not in started.output(0)
     assert "step 1/" in started.output(0)
-    assert not (tmp_path / "run" / ".lock").exists()
-    kept = (tmp_path / "run" / "console.log").read_text()
+    assert not (started.folder / "run" / ".lock").exists()
+    kept = (started.folder / "run" / "console.log").read_text()
     assert kept.endswith(started.output(0))  # with the error of the other rank
 
 

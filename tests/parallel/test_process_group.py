@@ -5,6 +5,7 @@
 More than one process: test_distributed.py, test_failure.py.
 """
 
+import gc
 import logging
 import os
 
@@ -107,6 +108,18 @@ def fail(error: BaseException):
         raise error
 
     return main
+
+
+def test_script_collects_garbage_again():
+    """The scripts turn it off for their imports; a run of days without it would fill the memory."""
+    seen = []
+    gc.disable()
+    try:
+        process_group.launch(lambda args: seen.append(gc.isenabled()), None)
+    finally:
+        gc.enable()
+    assert seen == [True]
+    assert gc.get_freeze_count() > 100_000  # what was imported is not looked at again
 
 
 @pytest.mark.parametrize(

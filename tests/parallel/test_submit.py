@@ -320,7 +320,7 @@ def test_preempted_local_job_is_requeued_and_ends_with_the_same_weights(tmp_path
     assert "asked to stop (SIGTERM)" in log.read_text()
     assert "resumed from" in log.read_text()
     words = [*PRETRAIN, "--batch_size", 3, "--kernels", "torch", "--output_dir", tmp_path / "whole"]
-    run("main_pretrain.py", *words, torchrun=2)
+    run("main_pretrain.py", *words, ranks=2)
     newest = "checkpoint-1.pth"
     assert_same(weights(tmp_path / number / newest), weights(tmp_path / "whole" / newest))
 

@@ -46,7 +46,7 @@ def test_script_refuses_other_flags_before_it_does_anything(tmp_path):
     said = started.output(0)
     assert said.startswith("program.py: error [rank ")
     assert "]: rank 1 differs from rank 0: --lr 0.02 (rank 0: 0.01). Start all" in said
-    assert not (tmp_path / "run").exists()
+    assert not (started.folder / "run").exists()
 
 
 def test_process_is_set_up_as_the_flags_say(capsys, monkeypatch):
