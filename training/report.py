@@ -201,7 +201,7 @@ def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     if patience and state.since_best >= patience:
         metric, times = state.best_metric, plural(state.since_best, "evaluation")
         done += f", stopped early (--patience {patience}): no better {metric} in {times}"
-    elif position - args.epochs > 0.6 / max(state.steps_per_epoch, 1):  # resumed with fewer
+    elif state.position - args.epochs > 0.6 / max(state.steps_per_epoch, 1):  # resumed with fewer
         done = f"{plural(position, 'epoch')} done, more than --epochs {args.epochs}"
     result = describe_result(state)
     if not (state.best or is_pretraining(vars(args))):
