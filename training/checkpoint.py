@@ -75,7 +75,7 @@ class TrainState:
         """Number of epochs done: an integer at the end of one, otherwise such as 1.25."""
         if not self.samples_in_epoch:
             return self.epoch
-        return round(self.global_step / max(self.steps_per_epoch, 1), 4)
+        return round(self.global_step / max(self.steps_per_epoch, 1), 6)
 
     @property
     def at_phase_end(self) -> bool:

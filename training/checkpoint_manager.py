@@ -90,9 +90,10 @@ class NoMoreBatches(Preempted):
 class LastStep:
     """The progress after the last optimizer step, from which a run can resume at any later time."""
 
-    state: TrainState  # of the run, which may be ahead of the two numbers
+    state: TrainState  # of the run, which may be ahead of the three numbers
     epoch: int
     samples_in_epoch: int
+    phase_end: int
     guard: Any
     meters: Any = None  # None: the epoch has no step yet
     sums: Any = None  # of the meters, at this step
@@ -191,7 +192,8 @@ class CheckpointManager:
         now = last.state
         if last.meters is not None and now.epoch == last.epoch:
             last.meters.recent.copy_(last.sums)  # without those of an unfinished window
-        state = replace(now, epoch=last.epoch, samples_in_epoch=last.samples_in_epoch)
+        numbers = ("epoch", "samples_in_epoch", "phase_end")
+        state = replace(now, **{name: getattr(last, name) for name in numbers})
         state.epoch_sums = dict(now.epoch_sums)
         if last.meters is not None:
             state.epoch_sums["means"] = last.meters.state()
@@ -227,8 +229,8 @@ class CheckpointManager:
             raise TrainingStopped(problem)
         if stop:
             self._stop(state)
-        sums = meters.recent.clone()
-        self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard, meters, sums)
+        place = state.epoch, state.samples_in_epoch, state.phase_end
+        self.last = LastStep(state, *place, guard, meters, meters.recent.clone())
 
     def end_epoch(
         self,
@@ -259,7 +261,8 @@ class CheckpointManager:
         if stop:
             self._stop(state)
         guard = self.last.guard if self.last else None
-        self.last = LastStep(state, state.epoch, state.samples_in_epoch, guard)
+        place = state.epoch, state.samples_in_epoch, state.phase_end
+        self.last = LastStep(state, *place, guard)
         if last and self.problem:
             raise TrainingStopped(
                 f"training is complete, but could not be saved: {self.problem}; correct "

@@ -68,8 +68,7 @@ class Means:
 
     def total(self) -> dict[str, float]:
         """Return the means since the beginning; every rank must call it."""
-        self.read()
-        return self._divide(self.before)
+        return self._divide(self.before + all_reduce_sum(self.recent.clone()).cpu().double())
 
     def _divide(self, sums: Tensor) -> dict[str, float]:
         means = (sums[0] / sums[1]).tolist()  # NaN where nothing was added

@@ -99,13 +99,13 @@ def count_epochs(finished: int, epochs: float) -> str:
 def describe_end(state: TrainState, epochs: float) -> str:
     """Return `epoch 3/5 done`, or `2.5 of 5 epochs done` within an epoch."""
     if state.samples_in_epoch:
-        return f"{min(state.position, epochs):g} of {plural(epochs, 'epoch')} done"
+        return f"{round(min(state.position, epochs), 3)} of {plural(epochs, 'epoch')} done"
     return f"epoch {state.epoch}/{epochs} done"
 
 
 def describe_time(epochs: float) -> str:
     """Return `in epoch 3` for the end of an epoch, or `after 2.5 epochs`."""
-    return f"in epoch {epochs}" if epochs == int(epochs) else f"after {epochs:g} epochs"
+    return f"in epoch {epochs}" if epochs == int(epochs) else f"after {round(epochs, 3)} epochs"
 
 
 def format_record(record: Record) -> str:
@@ -196,13 +196,13 @@ def next_command(args: Any, path: Path) -> str:
 
 def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
-    patience, position = vars(args).get("patience"), state.position
-    done = f"{min(position, args.epochs):g} of {plural(args.epochs, 'epoch')} done"
+    patience, position = vars(args).get("patience"), round(state.position, 3)
+    done = f"{min(position, args.epochs)} of {plural(args.epochs, 'epoch')} done"
     if patience and state.since_best >= patience:
         metric, times = state.best_metric, plural(state.since_best, "evaluation")
         done += f", stopped early (--patience {patience}): no better {metric} in {times}"
-    elif state.global_step > max(1, round(args.epochs * state.steps_per_epoch)):  # resumed
-        done = f"{plural(f'{position:g}', 'epoch')} done, more than --epochs {args.epochs}"
+    elif state.position - args.epochs > 0.6 / max(state.steps_per_epoch, 1):  # resumed with fewer
+        done = f"{plural(position, 'epoch')} done, more than --epochs {args.epochs}"
     result = describe_result(state)
     if not (state.best or is_pretraining(vars(args))):
         result += f"{', ' * bool(result)}not evaluated"

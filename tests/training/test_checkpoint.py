@@ -99,6 +99,10 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
             "images": 0,
             "best_metric": "acc1",
             "lower_is_better": False,
+            "phase_end": 0,
+            "steps_per_epoch": 0,
+            "since_best": 0,
+            "watched": {},
         },
     }
     assert content["args"]["input_size"] == (32, 32)
