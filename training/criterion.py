@@ -405,18 +405,20 @@ def _given_weights(text: str, num_classes: int) -> Tensor:
 # --- from the flags -------------------------------------------------------------------------
 
 
-def _create_criterion(args: Any, weights: Tensor | None = None) -> Criterion | HeadLosses:
+def _create_criterion(
+    args: Any, weights: Tensor | None = None, early: bool = False
+) -> Criterion | HeadLosses:
     mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax) and not args.eval
     smoothing = 0.0 if mixed or args.eval else args.smoothing  # mixup smooths labels itself
     settings = "soft" if mixed else "class", smoothing, weights
-    if losses := losses_by_head(args):
+    if losses := losses_by_head(args, early):
         return HeadLosses({name: Criterion(text, *settings) for name, text in losses.items()})
     return Criterion(args.loss, *settings)
 
 
 def check_loss(args: Any) -> None:
     """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
-    criterion = _create_criterion(args)
+    criterion = _create_criterion(args, early=True)
     if args.nb_classes:  # else build_criterion tries it, with the classes of the data
         try_out(criterion, args.nb_classes)
     if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
@@ -432,7 +434,7 @@ def check_loss(args: Any) -> None:
         expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
         equal = torch.full((expected,), 2.0, dtype=torch.float64)
         weights = create_class_weights(args.class_weights, lambda: equal, expected)
-        criterion = _create_criterion(args, weights)
+        criterion = _create_criterion(args, weights, early=True)
         if args.nb_classes:
             try_out(criterion, args.nb_classes)
 
