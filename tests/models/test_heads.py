@@ -314,6 +314,16 @@ def test_a_copy_of_a_network_calls_its_own_heads():
     assert model(images)["aux"].abs().max() == 0
 
 
+def test_heads_are_the_last_layer_of_a_network_that_knows_its_own_names_alone():
+    class Layered(Net):
+        def layer_of(self, name: str, kind: str) -> int:
+            return {"stem": 0, "body": 1, "head": 2}[name.partition(".")[0] or "head"]
+
+    assigner = LayerDecayValueAssigner(with_heads("main=mlp@body, aux=mlp@stem", Layered()), 0.5)
+    names = ("stem.weight", "body.bias", "named_heads.aux.fc1.weight")
+    assert [assigner.get_scale(assigner.get_layer_id(name)) for name in names] == [0.25, 0.5, 1.0]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
