@@ -427,6 +427,18 @@ FINETUNE: dict[str, Row] = {
     "mixup_mode": ("--mixup_mode elem", lambda b: b.loop.mixup.mode, "batch", "elem", "--mixup 1"),
     "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.999), (0.8, 0.7)),
     "blr": ("--blr 1.28", lambda b: round(b.loop.schedule.lr, 6), 0.01, 0.03),
+    "head": (
+        "--head mlp(hidden=7)",
+        lambda b: [tuple(p.shape) for n, p in b.inner.named_parameters() if n.startswith("head.")],
+        [(3, 10), (3,)],
+        [(7, 10), (7,), (3, 7), (3,)],
+    ),
+    "heads": (
+        "--heads main=linear@norm,aux=conv@stages.2 --loss main=ce,aux=0.4*bce",
+        lambda b: [tuple(x.shape) for x in output_of(b)],
+        [(6, 3)],
+        [(6, 3), (6, 3)],
+    ),
     "head_init_scale": (
         "--head_init_scale 0.5",
         lambda b: round(b.inner.head.weight.std().item(), 2),
@@ -510,8 +522,16 @@ ELSEWHERE = {
     "tests/weights/test_library.py": "pretrained",
     "tests/training/test_phases.py": "min_delta",
     "tests/training/test_precise_bn.py": "precise_bn",
+    "tests/models/test_heads.py": "reset_head",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused
 }
+
+
+def output_of(built: Built) -> list[torch.Tensor]:
+    """Outputs of the network in training, one for each head."""
+    images = torch.zeros(6, 3, *built.args.input_size)
+    output = built.inner.train()(images)
+    return list(output.values()) if isinstance(output, dict) else [output]
 
 
 def frozen(built: Built) -> set[str]:

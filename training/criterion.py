@@ -409,14 +409,14 @@ def _given_weights(text: str, num_classes: int) -> Tensor:
 
 
 def _create_criterion(
-    args: Any, weights: Tensor | None = None, kind: str = "class"
+    args: Any, weights: Tensor | None = None, kind: str = "class", early: bool = False
 ) -> Criterion | HeadLosses:
     mixed = bool(args.mixup or args.cutmix or args.cutmix_minmax) and not args.eval
     mixed_classes = mixed and kind == "class"
     smoothing = 0.0 if mixed_classes or args.eval else args.smoothing  # mixup smooths these itself
     text = task_flags(vars(args), vars(args), kind)["loss"]
     settings = "soft" if mixed_classes else kind, smoothing, weights
-    if losses := losses_by_head(args, text):
+    if losses := losses_by_head(args, text, early):
         parts = {name: Criterion(loss, *settings) for name, loss in losses.items()}
         criterion = HeadLosses(parts)
     else:
@@ -431,7 +431,7 @@ def _create_criterion(
 
 def check_loss(args: Any, kind: str = "class") -> None:
     """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
-    criterion = _create_criterion(args, None, kind)
+    criterion = _create_criterion(args, None, kind, early=True)
     if args.nb_classes:  # else build_criterion tries it, with the classes of the data
         try_out(criterion, args.nb_classes)
     if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
@@ -447,7 +447,7 @@ def check_loss(args: Any, kind: str = "class") -> None:
         expected = args.nb_classes or (args.class_weights.count(",") + 1 if given else 3)
         equal = torch.full((expected,), 2.0, dtype=torch.float64)
         weights = create_class_weights(args.class_weights, lambda: equal, expected)
-        criterion = _create_criterion(args, weights, kind)
+        criterion = _create_criterion(args, weights, kind, early=True)
         if args.nb_classes:
             try_out(criterion, args.nb_classes)
 

@@ -53,26 +53,23 @@ def main_output(outputs: Outputs) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else next(iter(outputs.values()))
 
 
-def losses_by_head(args: Any, text: str) -> dict[str, str]:
+def losses_by_head(args: Any, text: str, early: bool = False) -> dict[str, str]:
     """Return the text of the loss of each head; {} if there is one loss for the only head.
 
-    text: of --loss. UserError unless it is one loss for all heads, or one for each.
+    text: of --loss. UserError unless it is one loss for all heads, or one for each. early: heads
+    may still come from a checkpoint that is not yet read.
     """
     heads = [*parse_heads(args.heads)] if vars(args).get("heads") else []
     if not is_named(text):
         return dict.fromkeys(heads, text) if len(heads) > 1 else {}
     losses = parse_named(text, "--loss")
-    if not heads and not _heads_come_later(args):
+    later = early and not args.head and (args.eval or args.resume or args.output_dir)
+    if not heads and not later:
         raise UserError(
             f"--loss {text}: got losses for {first_few(losses)}, and there are no heads of "
             "that name; give --heads, or one loss without a name"
         )
     return {name: losses[name] for name in _matched(heads or losses, losses)}
-
-
-def _heads_come_later(args: Any) -> bool:
-    """Return True if the heads may be those of a checkpoint, which is read later."""
-    return not args.head and bool(args.eval or args.resume or args.output_dir)
 
 
 def _matched(heads: Collection[str], losses: Mapping[str, str]) -> Collection[str]:

@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from config.calls import Call, parse_call, parse_sum
+from config.calls import Call, is_named, parse_call, parse_named, parse_sum
 from errors import UserError
 
 
@@ -72,3 +72,29 @@ def test_one_call_is_not_a_sum():
     for text in ("a + b", "2 * a", "a[1]"):
         with pytest.raises(UserError, match="expected one name"):
             parse_call(text, "--model")
+
+
+def test_named_values_are_separated_by_commas_outside_brackets():
+    text = "main=focal(gamma=2, x=[1, 2]), aux = 0.4*ce + b('a,b')"
+    assert parse_named(text, "--loss") == {
+        "main": "focal(gamma=2, x=[1, 2])",
+        "aux": "0.4*ce + b('a,b')",
+    }
+    assert is_named(text)
+    assert not is_named("focal(gamma=2)")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "place"),
+    [
+        ("main=ce, aux", "expected NAME=VALUE", 9),
+        ("main=ce, main=bce", "main is given twice", 9),
+        ("main=ce,", "expected NAME=VALUE", 8),
+        ("", "expected NAME=VALUE", 0),
+        ("0.5*a=ce", "expected NAME=VALUE", 0),
+    ],
+)
+def test_an_error_in_named_values_points_at_the_character(text, problem, place):
+    with pytest.raises(UserError) as error:
+        parse_named(text, "--loss")
+    assert str(error.value) == f"--loss: {problem}\n  {text}\n  {' ' * place}^"
