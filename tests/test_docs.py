@@ -39,12 +39,6 @@ EXPECTED_PAGES = (
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
-    "log.txt",
-    "profile.txt",
-    "bad_images.txt",
-    "args.yaml",
-    "mine.yaml",
-}  # by runs and users
 OTHER_COMMANDS = {"pip", "tensorboard"}
 OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",

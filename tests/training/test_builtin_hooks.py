@@ -283,9 +283,10 @@ def test_graph_is_traced_without_a_change_of_the_model(tmp_path):
 
 def test_export_runs_after_complete_runs_alone_and_says_what_went_wrong(tmp_path, log):
     hook = ExportHook("timm")
-    run = run_in(tmp_path, TrainState(epoch=1))
+    run = run_in(tmp_path)
+    run.error = KeyboardInterrupt()
     hook.on_end(run)  # of an interrupted run
-    run.state.epoch = 2
+    run.error = None
     with pytest.raises(RuntimeError, match=r"export.py ended with code 2: .*--to timm is for"):
         hook.on_end(run)  # to timm, of a network with code
 
