@@ -44,8 +44,9 @@ def write_epochs(folder, start: int, *values: dict) -> str:
 
 def test_csv_has_a_row_an_epoch_and_a_resumed_run_repeats_none(tmp_path):
     matrix = {"test_confusion": [[1]]}
-    first = write_epochs(tmp_path, 0, {"train_loss": 0.5} | matrix, {"train_loss": math.nan})
-    assert first == "epoch,train_loss\n0,0.5\n1,nan\n"
+    losses = {"train_loss": 0.5} | matrix, {"train_loss": math.nan}, {"train_loss": 0.125}
+    first = write_epochs(tmp_path, 0, *losses)
+    assert first == "epoch,train_loss\n0,0.5\n1,nan\n2,0.125\n"
     assert write_epochs(tmp_path, 1, {"train_loss": 0.25}) == "epoch,train_loss\n0,0.5\n1,0.25\n"
 
 
@@ -181,11 +182,11 @@ def test_activations_of_resnet50_are_the_published_ones():
 
 
 def test_profile_is_of_the_steps_after_the_skipped_ones(tmp_path):
-    hook, run = profiler.ProfilerHook(steps=2, skip=1), run_in(tmp_path)
+    hook, run = profiler.ProfilerHook(steps=2, skip=2), run_in(tmp_path)
     run.phase = "train"
     hook.on_phase_start(run)
     for step in range(5):
-        torch.full((4, 4), float(step)).sin() if step in (1, 2) else torch.ones(4, 4).cos()
+        torch.full((4, 4), float(step)).sin() if step in (2, 3) else torch.ones(4, 4).cos()
         hook.on_step(run)
     hook.on_phase_end(run)
     hook.on_end(run)
