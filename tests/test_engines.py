@@ -332,7 +332,7 @@ def test_ema_is_evaluated_on_the_device_of_the_run(monkeypatch):
     monkeypatch.setattr(engine_finetune, "evaluate", lambda *args: seen.append(args) or {})
     for device in (torch.device("cpu"), torch.device("meta")):
         assert engine_finetune.evaluate_ema([], ema, device, "bf16") == {}
-    assert seen[0] == ([], ema.module, torch.device("cpu"), "bf16", None, None)
+    assert seen[0] == ([], ema.module, torch.device("cpu"), "bf16", None, None, None, "ema")
     assert seen[1][1].weight.device.type == "meta"
     assert ema.module.weight.device.type == "cpu"
 

@@ -74,8 +74,8 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """True in `on_end` if all epochs are done."""
-        return self.error is None and self.state.epoch >= self.args.epochs
+        """True in `on_end` if no error and no signal ends the run."""
+        return self.error is None
 
 
 class Hook:

@@ -82,6 +82,6 @@ class ProfilerHook(Hook):
     def on_end(self, run: Run) -> None:
         if self.profile is not None:
             self.profile.stop()
-        if run.is_complete and not self.done:
+        if run.is_complete and self.seen and not self.done:
             text = "hook profiler: the run ended before step %d, so there is no profile"
             get_logger().warning(text, self.skip + 1)

@@ -136,7 +136,7 @@ class HistogramHook(BoardHook):
         self.run = run
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        if state.epoch % self.every:
+        if state.epoch % self.every or state.samples_in_epoch:  # an evaluation within an epoch
             return
         weights = full_state_dict(self.run.model)
         if self.run.tensorboard is None:  # other ranks

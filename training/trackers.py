@@ -94,7 +94,8 @@ class TrackerHook(Hook):
         found = {name: x for name, x in small_stats(stats).items() if name.startswith("test_")}
         values = {f"test/{name[5:]}": x for name, x in found.items() if not isinstance(x, list)}
         means = {f"epoch/{n}": x for n, x in stats.items() if n.startswith("train_")}
-        self._log(values | means | {"epoch": stats["epoch"]}, state)
+        place = {name: stats[name] for name in ("epoch", "after_epochs") if name in stats}
+        self._log(values | means | place, state)
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
         pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()

@@ -206,11 +206,26 @@ class Pictures(torch.utils.data.Dataset):
         return torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), index % 3
 
 
-def evaluation(dist_eval: bool = True) -> dict[str, float]:
+def evaluation_batches(dist_eval: bool = True) -> DeviceLoader:
     data = TransformedDataset(Pictures(), create_eval_transform((32, 32)), seed=0)
     sampler = EvalSampler(7, process_group.get_rank(), process_group.get_world_size(), dist_eval)
-    batches = DeviceLoader(WatchedLoader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
-    return evaluate(batches, toy().float(), CPU, "none")
+    return DeviceLoader(WatchedLoader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+
+
+def evaluation(dist_eval: bool = True) -> dict[str, float]:
+    return evaluate(evaluation_batches(dist_eval), toy().float(), CPU, "none")
+
+
+def predictions(folder: Path) -> str:
+    """Return predictions.csv, which rank 0 writes; '' on others."""
+    args = SimpleNamespace(output_dir=str(folder), hook=("predictions",), tracker=None)
+    with hook_table.build_eval_reporter(args, CPU, toy(), None) as reporter:
+        evaluate(evaluation_batches(), toy().float(), CPU, "none", reporter=reporter)
+    return (folder / "predictions.csv").read_text() if process_group.is_main_process() else ""
+
+
+def ranks_predict(rank: int, folder: Path) -> str:
+    return predictions(folder / f"predicted-{rank}")
 
 
 def ranks_evaluate_with_other_statistics(rank: int, folder: Path) -> dict:
@@ -380,6 +395,7 @@ JOBS = [  # in this order
     ranks_evaluate,
     ranks_evaluate_with_other_statistics,
     ranks_measure_statistics,
+    ranks_predict,
     ranks_write,
     ranks_resume,
     ranks_refuse,
@@ -503,6 +519,15 @@ def test_statistics_measured_on_two_ranks_are_those_of_all_their_batches(results
         mean, var = result["ranks_measure_statistics"]
         assert mean == pytest.approx(values.mean().item(), abs=1e-6)
         assert var == pytest.approx(values.var(correction=0).item(), rel=1e-5)
+
+
+def test_predictions_of_two_ranks_are_those_of_one_in_the_same_order(results, tmp_path):
+    """Rank 0 has images 0, 2, 4, 6, or the first four."""
+    alone = predictions(tmp_path)
+    assert [row.split(",")[0] for row in alone.splitlines()[1:]] == [
+        f"number {i}" for i in range(7)
+    ]
+    assert [result["ranks_predict"] for result in results] == [alone, ""]
 
 
 def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):

@@ -105,8 +105,8 @@ def test_losses_that_fit_no_head_are_refused(changes, problem):
 
 def test_evaluation_may_learn_of_heads_from_the_checkpoint():
     args = flags(loss="main=ce, aux=ce", heads="", eval=True)
-    assert losses_by_head(args, early=True) == {"main": "ce", "aux": "ce"}
+    assert losses_by_head(args, args.loss, early=True) == {"main": "ce", "aux": "ce"}
     with pytest.raises(UserError, match="there are no heads of that name"):
-        losses_by_head(args)  # the checkpoint had none
-    assert losses_by_head(flags(heads="")) == {}
-    assert losses_by_head(flags(heads="main=linear@norm")) == {}  # one head: a tensor
+        losses_by_head(args, args.loss)  # the checkpoint had none
+    assert losses_by_head(flags(heads=""), "ce") == {}
+    assert losses_by_head(flags(heads="main=linear@norm"), "ce") == {}  # one head: a tensor
