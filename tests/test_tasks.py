@@ -32,7 +32,7 @@ from training.setup import check_task
 BASE = (
     "--model tests.tiny:classifier --input_size 16 --stem_stride 1 --batch_size 8 --lr 0.01 "
     "--num_workers 0 --device cpu --epochs 2 --log_dir none --aa none --reprob 0 --hflip 0 "
-    "--scale 0.9 1 --warmup_epochs 0"
+    "--scale 0.9 1 --warmup_epochs 0 --kernels torch"
 )
 KINDS = {"multi": ("multi_label", "map"), "number": ("regression", "rmse")}
 
@@ -418,7 +418,7 @@ def test_two_processes_do_as_one(rows):
     words = f"--data_path {rows / 't.csv'} --sampling balanced --epochs 1"
     run(f"{words} --output_dir {rows / 'one'}")
     words = f"{BASE} {words} --batch_size 4 --output_dir {rows / 'two'}".split()
-    run_script("main_finetune", *words, ranks=2, folder=rows)
+    run_script("main_finetune.py", *words, ranks=2, folder=rows)
     found, one = last_of(rows / "two"), last_of(rows / "one")
     for name in ("test_loss", "test_map", "test_f1", "train_loss"):
         assert found[name] == pytest.approx(one[name], rel=1e-4)
