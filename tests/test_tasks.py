@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 
 import datasets
+import export
 import main_finetune
-from config.parser import finetune_parser, parse
+from config.parser import export_parser, finetune_parser, parse
 from data_loading.dataset import TransformedDataset, collate
 from data_loading.labels import Head, order_of_head
 from data_loading.samplers import TrainSampler, balance
 from data_loading.targets import Scale
 from errors import UserError
+from models.convnextv2 import convnextv2_atto
 from parallel.process_group import get_logger
 from tests import tiny
 from tests.groups import run_script
@@ -122,6 +124,29 @@ def test_regression_is_trained_on_normalized_targets_and_measured_in_units(rows)
     assert metrics.values()["rmse"] == pytest.approx((errors**2).mean() ** 0.5, rel=1e-6)
     plain, _, _ = datasets.build_datasets(args.replace(normalize_targets=False))
     assert plain[0, 0][1].tolist() == [11]
+
+
+def test_an_exported_regression_gives_numbers_of_the_data(rows, capsys):
+    """Another library knows nothing of mean and std."""
+    torch.manual_seed(0)
+    model = convnextv2_atto(num_classes=2, head_init_scale=100.0).eval()
+    scale = {"mean": [5.0, -100.0], "std": [2.0, 50.0]}
+    args = {"task": "regression", "model": "convnextv2_atto"}
+    content = {"model": model.state_dict(), "args": args, "classes": ["x", "y"]}
+    torch.save(content | {"target_scale": scale}, rows / "it.pth")
+    words = [str(rows / "it.pth"), "--to", "safetensors", "--output", str(rows / "it.safetensors")]
+    export.main(export_parser().parse_args(words))
+    from safetensors.torch import load_file
+
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(images) * torch.tensor([2.0, 50.0]) + torch.tensor([5.0, -100.0])
+        model.load_state_dict(load_file(rows / "it.safetensors"))
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-4)
+    content["target_scale"] = {"mean": [1.0]}
+    torch.save(content, rows / "it.pth")
+    with pytest.raises(UserError, match="target_scale is .*, expected lists of mean and std"):
+        export.main(export_parser().parse_args(words))
 
 
 def test_resumed_and_finetuned_heads_keep_their_units(rows):
