@@ -243,6 +243,9 @@ def _find_scale(
             "list `targets` with those of each image, or pass --normalize_targets false"
         )
     rows = np.asarray(rows, np.float64).reshape(len(rows), -1)
+    if names is not None and rows.shape[1] != len(names):
+        got = f"{plural(rows.shape[1], 'number')} for each image in `targets`"
+        raise UserError(f"--data_set {args.data_set} has {got}, and {plural(len(names), 'name')}")
     scale = find_scale(rows, names or range(rows.shape[1]))
     pairs = zip(scale.mean, scale.std, strict=True)
     texts = [f"{mean:.4g} and {std:.4g}" for mean, std in pairs]

@@ -30,6 +30,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before torch i
 import torch
 from torch import Tensor
 
+from data_loading.targets import Scale
 from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
 from models import MODELS, build_classifier, is_known
@@ -48,7 +49,7 @@ from weights.convert import (
 )
 from weights.export_formats import ExportSpec, Network, save
 from weights.files import check_finite, read_checkpoint
-from weights.fit import find_classifier, fit_weights
+from weights.fit import find_classifier, fit_weights, undo_scale
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
 from weights.saved_run import NORMALIZATION, normalized, read_saved_run, stored_flag
@@ -95,6 +96,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     load = load_own_network if model else load_convnext
     try:
         spec, report = load(weights, run, model)
+        if saved.head.scale:
+            spec = in_units_of_the_data(spec, saved.head.scale)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
@@ -144,6 +147,13 @@ def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
     if args.half:
         raise UserError(f"{text}, and --half true is for a linear classifier; drop --half")
     return True
+
+
+def in_units_of_the_data(spec: ExportSpec, scale: Scale) -> ExportSpec:
+    """Return a regression whose last layer undoes the mean and std of its training targets."""
+    head = "head." if spec.network is None else next(iter(find_classifier(spec.network)), "head.")
+    states = (undo_scale(state, head, scale) for state in (spec.state, spec.full_state))
+    return replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))
 
 
 def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

@@ -109,8 +109,8 @@ def number(kind: str) -> dict[str, Any]:
 # Flags in --help of the training scripts and of submitit; --help all shows the others too.
 EVERYDAY = """
 model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
-config task label_column input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq
-num_workers on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
+config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq num_workers
+on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
 cluster nodes ngpus timeout job_dir partition array follow
 """
 HELP = """%(aim)s
@@ -160,7 +160,7 @@ CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 FOLDERS = ("IMNET", "image_folder", "folder")
-NEED_PATH = (*FOLDERS, "table", "CIFAR10", "CIFAR")
+NEED_PATH = (*FOLDERS, "CIFAR10", "CIFAR", "table")
 HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
 DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
 LIBRARIES = ("timm", "torchvision")

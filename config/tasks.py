@@ -22,11 +22,15 @@ def choose_data_set(values: Mapping[str, Any], given: Collection[str]) -> str:
     return "table" if is_table else values["data_set"]
 
 
+def _may_have_any_task(data_set: str) -> bool:
+    return data_set == "table" or ":" in data_set
+
+
 def known_kind(values: Mapping[str, Any]) -> str | None:
     """Return the kind of targets that the flags say, None if the data tells it."""
     if values["task"] != "auto":
         return TASKS[values["task"]]
-    return None if values["data_set"] == "table" or ":" in values["data_set"] else "class"
+    return None if _may_have_any_task(values["data_set"]) else "class"
 
 
 def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -54,6 +58,9 @@ def task_problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name} is for --data_set table, not for {args.data_set}; drop it"
     if "task" not in values:  # pre-training
         return
+    if args.task not in ("auto", "classification") and not _may_have_any_task(args.data_set):
+        got = f"--task {args.task}: --data_set {args.data_set} has one class per image"
+        yield f"{got}; give a table as --data_path, or a data set of your own"
     mixes = args.mixup or args.cutmix or args.cutmix_minmax
     if args.task == "regression" and mixes and not args.eval:
         yield "--mixup and --cutmix mix classes, and --task regression has none; drop them"

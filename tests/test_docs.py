@@ -326,6 +326,12 @@ def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     saved = torch.load(fork / "fine/checkpoint-0.pth", weights_only=True)
     assert saved["classes"] == ["cat", "dog"]
     assert saved["loss"]["terms.0.loss.log_scale"] != np.log(2)
+    train(
+        main_finetune, "--model my_fork.nets:plain --data_set my_fork.angles:discs --output_dir d"
+    )
+    saved = torch.load(fork / "d/checkpoint-best.pth", weights_only=True)
+    assert saved["classes"] == ["x", "y"]
+    assert saved["target_scale"]["mean"] == pytest.approx([16, 16], abs=4)
     metric = "--metrics acc1 my_fork.metrics:cost(miss=5) --best_metric cost_5"
     train(main_finetune, f"--model my_fork.nets:plain --output_dir plain {metric}")
     saved = torch.load(fork / "plain/checkpoint-best.pth", weights_only=True)["state"]

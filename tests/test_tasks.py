@@ -14,25 +14,29 @@ import torch
 from PIL import Image
 
 import datasets
+import export
 import main_finetune
-from config.parser import finetune_parser, parse
+from config.parser import export_parser, finetune_parser, parse
 from data_loading.dataset import TransformedDataset, collate
 from data_loading.labels import Head, order_of_head
 from data_loading.samplers import TrainSampler, balance
 from data_loading.targets import Scale
 from errors import UserError
+from models.convnextv2 import convnextv2_atto
 from parallel.process_group import get_logger
 from tests import tiny
 from tests.groups import run_script
 from training import run_lock
 from training.criterion import build_criterion
 from training.evaluation import Metrics
+from training.resume import compare_args
 from training.setup import check_task
+from weights import export_formats
 
 BASE = (
     "--model tests.tiny:classifier --input_size 16 --stem_stride 1 --batch_size 8 --lr 0.01 "
     "--num_workers 0 --device cpu --epochs 2 --log_dir none --aa none --reprob 0 --hflip 0 "
-    "--scale 0.9 1 --warmup_epochs 0"
+    "--scale 0.9 1 --warmup_epochs 0 --kernels torch"
 )
 KINDS = {"multi": ("multi_label", "map"), "number": ("regression", "rmse")}
 
@@ -122,6 +126,26 @@ def test_regression_is_trained_on_normalized_targets_and_measured_in_units(rows)
     assert metrics.values()["rmse"] == pytest.approx((errors**2).mean() ** 0.5, rel=1e-6)
     plain, _, _ = datasets.build_datasets(args.replace(normalize_targets=False))
     assert plain[0, 0][1].tolist() == [11]
+
+
+def test_an_exported_regression_gives_numbers_of_the_data(rows):
+    """Another library knows nothing of mean and std."""
+    torch.manual_seed(0)
+    model = convnextv2_atto(num_classes=2, head_init_scale=100.0).eval()
+    scale = {"mean": [5.0, -100.0], "std": [2.0, 50.0]}
+    flags = {"task": "regression", "model": "convnextv2_atto"}
+    content = {"model": model.state_dict(), "args": flags, "classes": ["x", "y"]}
+    torch.save(content | {"target_scale": scale}, rows / "it.pth")
+    args = export_parser().parse_args([str(rows / "it.pth"), "--to", "safetensors"])
+    images = torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(images) * torch.tensor([2.0, 50.0]) + torch.tensor([5.0, -100.0])
+        found = export_formats.Network(export.build_spec(args))(images)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    content["target_scale"] = {"mean": [1.0]}
+    torch.save(content, rows / "it.pth")
+    with pytest.raises(UserError, match="target_scale is .*, expected lists of mean and std"):
+        export.build_spec(args)
 
 
 def test_resumed_and_finetuned_heads_keep_their_units(rows):
@@ -358,6 +382,44 @@ def test_repeated_images_have_draws_of_their_own():
     assert data.name_of(4) == "image number 1"
 
 
+def test_an_interrupted_epoch_keeps_its_sampling():
+    """Its order would change, and images would come twice."""
+    with pytest.raises(UserError, match="with --sampling balanced and cannot resume with shuffle"):
+        compare_args({"sampling": "balanced"}, {"sampling": "shuffle"}, "it.pth", in_epoch=True)
+    changes = compare_args({"sampling": "balanced"}, {"sampling": "shuffle"}, "it.pth")
+    assert changes == ["--sampling shuffle (was balanced)"]
+
+
+def test_resuming_without_loss_takes_that_of_the_task():
+    """None stands for it, which must not be logged as a change."""
+    saved = {"task": "multi_label", "loss": "bce", "smoothing": 0.0}
+    now = {"task": "auto", "loss": None, "smoothing": 0.1}
+    assert compare_args(saved, now, "it.pth", given=()) == []
+    saved["loss"] = "zlpr"
+    assert compare_args(saved, now, "it.pth", given=()) == ["--loss bce (was zlpr)"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--data_set DIGITS --label_column x", "--label_column is for --data_set table, not for"),
+        (
+            "--data_set DIGITS --task regression",
+            "--data_set DIGITS has one class per image; give a",
+        ),
+        ("--data_path t.csv --task regression --mixup 1", "mix classes, and --task regression has"),
+        ("--data_path t.csv --task regression --sampling balanced", "balanced needs classes"),
+        ("--data_path t.csv --weight_column w", "--weight_column needs --sampling weighted"),
+        ("--data_path t.csv --sampling weighted", "weighted needs --weight_column"),
+        ("--data_set DIGITS --eval_classes data", "--eval_classes data needs --eval"),
+    ],
+)
+def test_flags_that_cannot_act_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        parse(finetune_parser(), words.split())
+    assert said in capsys.readouterr().err
+
+
 def test_sampling_refusals(rows):
     words = f"--data_path {rows / 't.csv'} --label_column x --task regression"
     train, _ = datasets.build_dataset(True, parse(finetune_parser(), words.split()))
@@ -418,7 +480,7 @@ def test_two_processes_do_as_one(rows):
     words = f"--data_path {rows / 't.csv'} --sampling balanced --epochs 1"
     run(f"{words} --output_dir {rows / 'one'}")
     words = f"{BASE} {words} --batch_size 4 --output_dir {rows / 'two'}".split()
-    run_script("main_finetune", *words, ranks=2, folder=rows)
+    run_script("main_finetune.py", *words, ranks=2, folder=rows)
     found, one = last_of(rows / "two"), last_of(rows / "one")
     for name in ("test_loss", "test_map", "test_f1", "train_loss"):
         assert found[name] == pytest.approx(one[name], rel=1e-4)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from errors import first_few, plural
+from data_loading.targets import Scale
+from errors import UserError, first_few, plural
 from models.fcmae import FCMAE
 from models.parts import adapt_stem, find_classifier, find_stem
 from weights.convert import DECODER, Report, replace_prefix, to_convnextv2, unwrap
@@ -86,6 +87,22 @@ def _describe_new_head(
     names = f" ({first_few(saved, 5)})" if saved else ""
     note = f"its head{which} has {plural((*theirs.shape, 0)[0], 'class')}{names}"
     return [f"{note}, so the model gets a new head"]
+
+
+def undo_scale(state: Mapping[str, Tensor], head: str, scale: Scale) -> dict[str, Tensor]:
+    """Return weights whose last layer, named `head`, gives numbers in the units of the data.
+
+    UserError if it has no weights of this shape with a bias.
+    """
+    weight, bias = state.get(f"{head}weight"), state.get(f"{head}bias")
+    if weight is None or bias is None or len(weight) != len(scale.mean):
+        raise UserError(
+            f"the last layer {head} has no weight and bias of {len(scale.mean)} numbers"
+        )
+    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (scale.mean, scale.std))
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    new = {f"{head}weight": weight * std.view(shape), f"{head}bias": bias * std + mean}
+    return {**state, **{name: value.to(bias.dtype) for name, value in new.items()}}
 
 
 def adapt_channels(model: nn.Module, state: dict[str, Tensor], report: Report) -> None:
