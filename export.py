@@ -96,8 +96,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     load = load_own_network if model else load_convnext
     try:
         spec, report = load(weights, run, model)
-        if saved.head.scale:
-            spec = in_units_of_the_data(spec, saved.head.scale)
+        spec = in_units_of_the_data(spec, saved.head.scale)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
@@ -149,8 +148,10 @@ def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
     return True
 
 
-def in_units_of_the_data(spec: ExportSpec, scale: Scale) -> ExportSpec:
+def in_units_of_the_data(spec: ExportSpec, scale: Scale | None) -> ExportSpec:
     """Return a regression whose last layer undoes the mean and std of its training targets."""
+    if not scale:
+        return spec
     head = "head." if spec.network is None else next(iter(find_classifier(spec.network)), "head.")
     states = (undo_scale(state, head, scale) for state in (spec.state, spec.full_state))
     return replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))

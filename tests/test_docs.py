@@ -26,7 +26,6 @@ from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
 from tests.test_layout import product_files
-from training import hook_table
 from training.schedules import Curve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,11 +302,6 @@ def train(main: Any, words: str) -> None:
 
 def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     objective = importlib.import_module("my_fork.objective")
-    csv_hook = importlib.import_module("my_fork.csv_hook")
-    build_hooks = hook_table._build_hooks
-    monkeypatch.setattr(
-        hook_table, "_build_hooks", lambda *args: [*build_hooks(*args), csv_hook.CsvHook(args[1])]
-    )
     monkeypatch.setattr(engine_pretrain, "masked_loss", objective.masked_loss)
     train(
         main_pretrain, "--model my_fork.losses:charbonnier --norm_pix_loss false --output_dir pre"
