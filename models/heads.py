@@ -310,8 +310,10 @@ class NamedHeads(nn.ModuleDict):
 
     def keep(self, block: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """Keep a copy of a block's output, since an activation in place may follow."""
-        needed = self.training or block == self.blocks[self.first_head]
-        if needed and torch._C._current_graph_task_id() == -1:  # not recomputed in backward
+        if not (self.training or block == self.blocks[self.first_head]):
+            return
+        compiling = torch.compiler.is_compiling()
+        if compiling or torch._C._current_graph_task_id() == -1:  # not recomputed in backward
             self.found[block] = output.clone()
 
     def run(self, module: nn.Module, inputs: Any, output: Any) -> Any:
