@@ -30,8 +30,8 @@ from training import run_lock
 from training.criterion import build_criterion
 from training.evaluation import Metrics
 from training.resume import compare_args
-from weights import export_formats
 from training.setup import check_task
+from weights import export_formats
 
 BASE = (
     "--model tests.tiny:classifier --input_size 16 --stem_stride 1 --batch_size 8 --lr 0.01 "
