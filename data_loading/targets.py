@@ -28,10 +28,12 @@ class Scale:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def undo(self, values: Tensor) -> Tensor:
-        """(N, D) values of mean 0 and std 1 -> the units of the data, in their data type."""
-        mean, std = (values.new_tensor(list(x)) for x in (self.mean, self.std))
-        return values * std + mean
+    def tensors(
+        self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and std, (D,) each."""
+        mean, std = torch.tensor([list(self.mean), list(self.std)], dtype=dtype, device=device)
+        return mean, std
 
 
 def find_scale(targets: np.ndarray, names: Sequence[str]) -> Scale:
@@ -104,6 +106,6 @@ class Targets:
             place = torch.as_tensor(self.positions)
             values = torch.zeros(self.count, dtype=torch.float64).index_copy_(0, place, values)
         if self.scale is not None:
-            mean, std = (values.new_tensor(list(x)) for x in (self.scale.mean, self.scale.std))
+            mean, std = self.scale.tensors()
             values = (values - mean) / std
         return values.float()

@@ -116,6 +116,7 @@ class Metrics:
         """Forget all images; terms: number of losses that the loss is the sum of."""
         no_float64 = torch.device(device).type == "mps"
         self.dtype = torch.float32 if no_float64 else torch.float64
+        self.mean_std = self.scale and self.scale.tensors(self.dtype, device)  # once: it is a copy
         sizes = [metric.size(self.outputs) if metric.add else 0 for metric in self.metrics.values()]
         self.sizes = [SHARED, terms, terms, *sizes]
         self.sums = torch.zeros(sum(self.sizes), dtype=self.dtype, device=device)
@@ -130,8 +131,9 @@ class Metrics:
         counts: as losses, 0 for an image that does not count in the mean of a loss, otherwise 1.
         """
         targets = self._checked(logits, targets)
-        if self.scale is not None:
-            logits, targets = (self.scale.undo(x.to(self.dtype)) for x in (logits, targets))
+        if self.mean_std is not None:
+            mean, std = self.mean_std
+            logits, targets = (x.to(self.dtype) * std + mean for x in (logits, targets))
         batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
         images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
         broken = batch.broken.sum(dtype=self.dtype)

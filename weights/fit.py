@@ -99,7 +99,7 @@ def undo_scale(state: Mapping[str, Tensor], head: str, scale: Scale) -> dict[str
         raise UserError(
             f"the last layer {head} has no weight and bias of {len(scale.mean)} numbers"
         )
-    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (scale.mean, scale.std))
+    mean, std = scale.tensors()
     shape = (-1,) + (1,) * (weight.ndim - 1)
     new = {f"{head}weight": weight * std.view(shape), f"{head}bias": bias * std + mean}
     return {**state, **{name: value.to(bias.dtype) for name, value in new.items()}}
