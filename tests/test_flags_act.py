@@ -117,7 +117,6 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
         return {"loss": 1.0, "lr": 0.0}
 
     def evaluate(data_loader, model, device, amp, criterion, metrics, reporter=None, split=""):
-    def evaluate(data_loader, model, device, amp, criterion, metrics, reporter=None):
         built.val, built.metrics = data_loader, metrics
         return {"acc1": 50.0, "loss": 1.0}
 

@@ -4,7 +4,9 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,11 +92,36 @@ def test_networks_of_a_row_are_built(command):
         assert model.eval()(images).shape == (2, 10)
 
 
-def test_configuration_of_the_page_is_accepted(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    path = tmp_path / "run.yaml"
-    path.write_text(block)
-    args = parser.parse(parser.finetune_parser(), ["--config", str(path)])
-    assert (args.model, args.epochs) == ("timm:resnet50", 90)
-    check_task(args)
-    build_curves(args)
+@pytest.fixture
+def files(tmp_path, monkeypatch) -> list[Path]:
+    """The two YAML files of the page, and the hook that they name."""
+    blocks = re.findall(r"```yaml\n(# (\S+): .*?)```", PAGE.read_text(), re.DOTALL)
+    for text, name in blocks:
+        (tmp_path / name).write_text(text)
+    (hook,) = re.findall(r"```python\n(.*?)```", (PAGE.parent / "hooks.md").read_text(), re.DOTALL)
+    (tmp_path / "my_fork").mkdir()
+    (tmp_path / "my_fork/hooks.py").write_text(hook)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield [tmp_path / name for _, name in blocks]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_fork"]:
+        del sys.modules[name]
+
+
+def test_configurations_of_the_page_build_their_runs(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None))
+    resnet, efficientnet = (
+        parser.parse(parser.finetune_parser(), ["--config", str(path)]) for path in files
+    )
+    assert (resnet.model, efficientnet.model) == ("timm:resnet18", "torchvision:efficientnet_b0")
+    for args in (resnet, efficientnet):
+        check_heads(args)
+        check_hooks(args)
+        check_task(args)
+        build_curves(args)
+        with torch.device("meta"):
+            model = models.build_classifier(args, 10)
+            found = model(torch.empty(2, 3, *args.input_size))
+        assert {name: tuple(x.shape) for name, x in found.items()} == {
+            "main": (2, 10),
+            "aux": (2, 10),
+        }
