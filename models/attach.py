@@ -323,10 +323,12 @@ def build_heads(args: Any, model: nn.Module, num_classes: int) -> None:
     """Give a network the heads of the flags, in place of its own classifier."""
     flags = vars(args)
     head, heads = flags.get("head"), flags.get("heads")
+    if not (head or heads):
+        return
     size = (args.in_chans, *args.input_size)
     shared = num_classes, implied_activation(flags.get("loss") or "ce"), args.head_init_scale
     if head:
         call = parse_call(head, "--head")
         replace_classifier(model, call, size, HeadOptions("--head", *shared))
-    elif heads:
+    else:
         add_heads(model, parse_heads(heads), size, HeadOptions("--heads", *shared))

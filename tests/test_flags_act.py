@@ -485,8 +485,8 @@ FINETUNE: dict[str, Row] = {
         ({"best": 50.0}, "acc1", False),
         ({"best": 1.0}, "loss", True),
     ),
-    "eval_freq": ("--eval_freq 2", lambda b: tests_of(b), [True, True], [False, True]),
-    "patience": ("--patience 1", lambda b: tests_of(b), [True] * 3, [True] * 2, "--epochs 3"),
+    "eval_freq": ("--eval_freq 2", lambda b: evaluations_of(b), [True, True], [False, True]),
+    "patience": ("--patience 1", lambda b: evaluations_of(b), [True] * 3, [True] * 2, "--epochs 3"),
     "task": (
         "--task multi_label", lambda b: (b.loop.criterion.kind, loss_of(b)[0], b.metrics.best),
         ("number", ["1.0 l2"], "rmse"), ("multi", ["1.0 bce"], "map"), f"--task regression {ROWED}",
@@ -549,7 +549,7 @@ def tracked(built: Built) -> dict:
     return words | {"config": config}
 
 
-def tests_of(built: Built) -> list[bool]:
+def evaluations_of(built: Built) -> list[bool]:
     """True for each epoch with an evaluation."""
     return ["test_acc1" in line for line in (built.folder / "log.txt").read_text().splitlines()]
 

@@ -175,6 +175,9 @@ class Stalling(Dataset):
     def __init__(self, number: int, times: int, file: str = "a.png") -> None:
         self.number, self.times, self.file = number, times, file
 
+    def __len__(self) -> int:
+        return 9
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         noise = torch.randint(0, 200, (1,)).item()
         if self.times > 0:
@@ -229,6 +232,9 @@ def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad)
 
     class Files(Dataset):
         samples = [entry] * 9
+
+        def __len__(self) -> int:
+            return 9
 
         def __getitem__(self, index: int) -> None:
             raise BadImage("bad")
@@ -901,7 +907,8 @@ def test_flags_reach_the_loader(tmp_path):
     make_photos(tmp_path)
     flags = {"data_set": "folder", "data_path": str(tmp_path), "input_size": (16, 16), "seed": 0}
     flags |= {"in_chans": 3, "hflip": 0.5, "scale": (0.2, 1.0), "batch_size": 4, "pin_mem": False}
-    flags["data_index"] = ""
+    flags |= {"data_index": "", "split_column": None, "image_column": None, "image_root": ""}
+    flags |= {"sampling": "shuffle"}
     flags["imagenet_default_mean_and_std"] = True
     for seconds, expected in ((None, 1800), (7.0, 7), (0.0, 0)):
         args = SimpleNamespace(
