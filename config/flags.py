@@ -8,7 +8,6 @@ python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 import argparse
 import math
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,13 +39,6 @@ def library_of(name: str) -> str:
 def is_code(name: str) -> bool:
     """Return True for `package.module:function`, code that no checkpoint may choose."""
     return ":" in name and not library_of(name)
-
-
-def named_modules(value: Any) -> list[str]:
-    """Return the modules that a flag's value names as `package.module:function`."""
-    words = map(str, value if isinstance(value, list | tuple) else [value])
-    pattern = re.compile(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*")
-    return [name for word in words if not library_of(word) for name in pattern.findall(word)]
 
 
 def implied_patch(model: str, stem_stride: int) -> int | None:

@@ -12,13 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.flags import as_typed, is_pretraining, named_modules, str2bool
+from config.flags import as_typed, is_pretraining, library_of, str2bool
 from errors import did_you_mean, first_line, pipe_may_close
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
 YAML, CHECKPOINTS = (".yaml", ".yml"), (".pth", ".pt")
-NO_CODE = ("param_group", "freeze", "no_weight_decay", "tags")  # whatever their colons mean
+# Flags whose colons name no code: paths and sources, patterns, names of columns and devices.
+MAY_HOLD_COLONS = """
+data_path eval_data_path data_index image_root output_dir log_dir finetune resume param_group freeze
+no_weight_decay tags image_column label_column split_column weight_column model_key model_prefix
+device dist_url
+"""
 # Pairs of flags for the same thing: one on the command line replaces the other in a file.
 ONE_OF = (
     ("update_freq", "effective_batch"),
@@ -132,13 +137,17 @@ def _load(
 ) -> Flags:
     """Read a file's values over those of its `base`, of which the later ones win.
 
-    A folder stands for its `args.yaml`. typed: flags of the command line.
+    typed: flags of the command line.
     """
-    path = path / "args.yaml" if path.is_dir() else path
+    path = _file_of(path)
     if path.resolve() in seen:
         parser.error(f"{path} builds on itself through its 'base'; remove one 'base'")
-    load = _load_checkpoint if path.name.endswith(CHECKPOINTS) else _load_yaml
-    values = load(parser, path, typed)
+    try:
+        values = read_values(path)
+    except ValueError as error:
+        parser.error(str(error))
+    if path.name.endswith(CHECKPOINTS):
+        _refuse_code(parser, {key: x for key, x in values.items() if key not in typed})
     base = values.pop("base", None)
     names = base if isinstance(base, list) else [base] * (base is not None)
     below: Flags = {}
@@ -150,41 +159,56 @@ def _load(
     return _merge(below, values)
 
 
-def _load_yaml(parser: argparse.ArgumentParser, path: Path, typed: Flags) -> Flags:
+def _file_of(path: Path) -> Path:
+    return path / "args.yaml" if path.is_dir() else path
+
+
+def read_values(path: Path) -> Flags:
+    """Read the flags in a YAML file, in a checkpoint, or in the args.yaml of a run's folder.
+
+    ValueError if they cannot be read.
+    """
+    path = _file_of(path)
+    if path.name.endswith(CHECKPOINTS):
+        return _read_checkpoint(path)
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f"cannot read the file: {error}")
+        raise ValueError(f"cannot read the file: {error}") from error
     if not isinstance(values, dict):
-        parser.error("expected lines of 'flag: value', without dashes")
+        raise ValueError("expected lines of 'flag: value', without dashes")
     return values
 
 
-def _load_checkpoint(parser: argparse.ArgumentParser, path: Path, typed: Flags) -> Flags:
-    """Read the flags that a run has stored; code among them must be typed too.
-
-    Anybody may have written the file, and code that a flag names is imported.
-    """
+def _read_checkpoint(path: Path) -> Flags:
     import torch
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's unpickler raises almost anything for other files
-        parser.error(f"cannot read the file: {first_line(error)}")
+        raise ValueError(f"cannot read the file: {first_line(error)}") from error
     stored = content.get("args") if isinstance(content, dict) else None
     if not isinstance(stored, dict):
-        parser.error("it holds no flags; expected a checkpoint of this toolkit, or a YAML file")
+        raise ValueError("it holds no flags; expected a checkpoint of this toolkit, or a YAML file")
     values = {key: list(x) if isinstance(x, tuple) else x for key, x in stored.items()}
-    for key in values.keys() - typed.keys() - {*FILES, *NO_CODE}:
-        if named_modules(values[key]):
+    values = {key: x for key, x in values.items() if key not in (*FILES, "base")}
+    return values | {"script": "main_pretrain" if is_pretraining(values) else "main_finetune"}
+
+
+def _refuse_code(parser: argparse.ArgumentParser, values: Flags) -> None:
+    """End with an error if a value of a checkpoint may name code, which would be imported.
+
+    Anybody may have written the file.
+    """
+    for key, value in values.items():
+        named = key not in MAY_HOLD_COLONS.split() and ":" in str(value)
+        if named and not (key == "model" and library_of(str(value))):
             parser.error(
-                f"it names code, --{key} {as_typed(values[key])}, which would be imported; type "
-                "this flag too, or give the args.yaml of the run"
+                f"it names code, --{key} {as_typed(value)}, which would be imported; type this "
+                "flag too, or give the args.yaml of the run"
             )
-    values["script"] = "main_pretrain" if is_pretraining(values) else "main_finetune"
-    return {key: value for key, value in values.items() if key not in FILES}
 
 
 def _words(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> list[str]:

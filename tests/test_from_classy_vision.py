@@ -82,14 +82,15 @@ def test_flags_of_a_row_are_accepted(command, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [x for x in COMMANDS if "--model " in x and ":function" not in x]
+    "command", [x for x in COMMANDS if "--model " in x or "--head" in x if ":function" not in x]
 )
 def test_networks_of_a_row_are_built(command):
-    args = parse(command)
+    args = parse(command if "--model" in command else f"{command} --model timm:resnet18")
+    classes = args.nb_classes or 10
     with torch.device("meta"):
-        model = models.build_classifier(args, 10)
+        model = models.build_classifier(args, classes)
         images = torch.empty(2, 3, *args.input_size)
-        assert model.eval()(images).shape == (2, 10)
+        assert model.eval()(images).shape == (2, classes)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Any
 
 from config.flags import as_typed, is_pretraining
 from config.parser import absolute_paths
+from config.recipes import read_values
 from config.tasks import TASKS, task_flags
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
@@ -126,12 +127,13 @@ def choose_evaluated(
 ) -> str:
     """Return the weights to evaluate: `resume`, else the run in `folder`, else `finetune`.
 
-    config: the args.yaml of a run; if `folder` comes from it, its own folder takes precedence,
+    config: of --config; if `folder` comes from it, the folder that it is in takes precedence,
         since the run may have moved.
     """
     folders = [folder]
-    if folder and config and _output_dir_of(config) == folder:
-        folders = [str(Path(config).parent), folder]
+    if folder and config and read_values(Path(config)).get("output_dir") == folder:
+        of_config = Path(config) if Path(config).is_dir() else Path(config).parent
+        folders = [str(of_config), folder]
     own = from_main_process(
         lambda: [name for name in folders if name and files.list_checkpoints(Path(name), use_ema)]
     )
@@ -143,13 +145,6 @@ def choose_evaluated(
     if resume and own and not Path(resume).resolve().is_relative_to(Path(own[0]).resolve()):
         get_logger().info("--resume %s is evaluated, not the run in %s", resume, own[0])
     return resume or own[0]
-
-
-def _output_dir_of(config: str) -> str | None:
-    """Return the folder that an args.yaml names, None if it names none."""
-    import yaml
-
-    return (yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}).get("output_dir")
 
 
 def _refuse_own_ema(folder: Path, start: Path, use_ema: bool) -> None:

@@ -8,6 +8,7 @@ python main_pretrain.py --data_set DIGITS --model convnextv2_atto --epochs 1 --d
 import contextlib
 import hashlib
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
-from config.flags import is_code, is_pretraining, named_modules
+from config.flags import is_code, is_pretraining, library_of
 from config.tasks import possible_kinds, task_flags
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
@@ -308,7 +309,8 @@ def user_modules(args: Mapping[str, Any]) -> dict[str, Path]:
     see_working_folder()
     found = {}
     for value in args.values():
-        for module in named_modules(value):
+        named = re.findall(r"(?<![\w./:-])([A-Za-z_][\w.]*):[A-Za-z_]\w*", str(value))
+        for module in (name for name in named if not library_of(f"{name}:")):
             with contextlib.suppress(ImportError, ValueError):  # what imports it reports more
                 spec = importlib.util.find_spec(module)
                 if spec and spec.origin and Path(spec.origin).is_file():

@@ -411,6 +411,9 @@ def test_checkpoint_gives_the_flags_of_its_run(tmp_path, words):
         (["--loss", "0.5*ce + my.losses:own(a=1)"], "loss"),
         (["--metrics", "acc1", "my.metrics:own"], "metrics"),
         (["--sched", "linear(0,1)[0.5] + my.mod:f(2)[0.5]"], "sched"),
+        (["--loss", "timm:ce + my.losses:own"], "loss"),
+        (["--hook", "csv", "my.hooks:Own"], "hook"),
+        (["--heads", "main=linear@norm, aux=my.heads:own@norm"], "heads"),
     ],
 )
 def test_code_that_a_checkpoint_names_must_be_typed_too(capsys, tmp_path, words, key):
@@ -421,6 +424,14 @@ def test_code_that_a_checkpoint_names_must_be_typed_too(capsys, tmp_path, words,
     assert getattr(args, key) == getattr(
         options.parse(options.finetune_parser(), [*words, *DATA]), key
     )
+
+
+def test_base_that_a_checkpoint_names_is_not_read(tmp_path):
+    (tmp_path / "evil.yaml").write_text("loss: 'my.losses:own'\n")
+    args = options.absolute_paths(vars(expand("tiny_ft"))) | {"base": "evil.yaml"}
+    torch.save({"args": args}, tmp_path / "checkpoint-0.pth")
+    words = ["--config", str(tmp_path / "checkpoint-0.pth")]
+    assert options.parse(options.finetune_parser(), words).loss == args["loss"]
 
 
 def test_names_of_libraries_and_patterns_are_no_code(tmp_path):

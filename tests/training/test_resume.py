@@ -3,6 +3,7 @@
 """The weights that an evaluation takes. How runs resume: test_checkpoint.py, test_mains.py."""
 
 import pytest
+import torch
 
 from errors import UserError
 from training.resume import choose_evaluated, compare_args
@@ -16,9 +17,9 @@ def runs(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.yaml").write_text("output_dir: run\n")
     for path in ("run/checkpoint-0", "other/checkpoint-0", "moved/checkpoint-0", "checkpoint-0"):
-        (tmp_path / f"{path}.pth").touch()
+        torch.save({"args": {"output_dir": "run"}}, tmp_path / f"{path}.pth")
     (tmp_path / "ema" / "checkpoint-best-ema.pth").touch()
-    (tmp_path / "nothing.yaml").touch()
+    (tmp_path / "nothing.yaml").write_text("epochs: 3\n")
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ def runs(tmp_path, monkeypatch):
         ("", "", None, "start", "start", "no --output_dir names a run: --finetune start is"),
         ("", "empty", None, "", "empty", ""),  # which is reported later
         ("", "run", "moved/args.yaml", "start", "moved", ""),
+        ("", "run", "moved", "start", "moved", ""),
+        ("", "run", "moved/checkpoint-0.pth", "start", "moved", ""),
         ("", "run", "lost/args.yaml", "start", "run", ""),
         ("", "run", "nothing.yaml", "start", "run", ""),
         ("", "other", "moved/args.yaml", "start", "other", ""),  # --output_dir was given too
