@@ -216,6 +216,7 @@ def test_interrupted_run_ends_like_the_one_that_was_not(script, tmp_path):
     assert log(tmp_path) == entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
 def test_number_of_workers_changes_nothing(script, tmp_path):
     words = [*(PRETRAIN if "pretrain" in script else FINETUNE), "--scale", "0.3", "1"]
@@ -289,6 +290,7 @@ def test_evaluation_takes_the_averaged_weights_when_asked_for(finetuned):
     assert f"loss {entry['test_loss']:.4f}" not in done.stdout
 
 
+@pytest.mark.slow
 def test_published_weights_start_pretraining_and_finetuning(pretrained, finetuned, tmp_path):
     """In timm's names, by --resume as the official README evaluates, and by --finetune."""
     from weights.convert import to_convnextv2, to_timm
@@ -390,6 +392,7 @@ def test_evaluation_repeats_the_runs_own_without_its_flags(trained, insects):
     assert result("--output_dir", trained, "--finetune", "x", "--data_path", insects) == expected
 
 
+@pytest.mark.slow
 def test_training_command_with_eval_evaluates_what_it_trained(trained, insects, tmp_path):
     """Not the weights that it started from, also after the run was moved to another place."""
     words = ["--finetune", "x.pth", "--data_path", insects, "--auto_resume", "false"]
@@ -430,6 +433,7 @@ def test_exported_files_keep_class_names_and_normalization(insects, tmp_path):
         assert content["classes"] == ["ant", "bee", "cat"]
 
 
+@pytest.mark.slow
 def test_labels_are_found_by_name(trained, insects, tmp_path):
     """Each class alone, and under numbers: the right answers add up to those of all."""
     _, top1, _, count = result("--resume", trained, "--data_path", insects)

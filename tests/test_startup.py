@@ -75,6 +75,7 @@ def test_wrong_flag_is_reported_before_anything_heavy_loads(script):
     assert loaded & HEAVY == set()
 
 
+@pytest.mark.slow
 def test_importing_the_mains_loads_nothing_unused():
     """torchvision and torch's optimizers import torch._dynamo and with it triton."""
     code, _, loaded = start("-c", "import main_pretrain, main_finetune")

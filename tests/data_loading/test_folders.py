@@ -633,6 +633,7 @@ def test_main_process_lists_for_all(tmp_path):
         assert "no images in 1 class folder: hollow" in error
 
 
+@pytest.mark.slow
 def test_run_writes_and_uses_an_index_of_each_split(tmp_path):
     for split, count in (("train", 2), ("val", 1)):
         photos(tmp_path / "data" / split, "abc", count)

@@ -279,6 +279,7 @@ def both_ways(folder: Path, script: str, *words: object, ranks: int = 1) -> list
     return found
 
 
+@pytest.mark.slow
 def test_pretraining_on_two_processes_ends_with_the_same_weights(tmp_path):
     """Under DistributedDataParallel, with micro-batches that exchange no gradients."""
     words = [*PRETRAIN, "--picture_freq", 0, "--update_freq", 2]
@@ -286,6 +287,7 @@ def test_pretraining_on_two_processes_ends_with_the_same_weights(tmp_path):
     assert_same(weights(flag), weights(plain))
 
 
+@pytest.mark.slow
 def test_finetuning_ends_with_the_same_weights_and_average(tmp_path):
     words = [*FINETUNE, "--model_ema", "--model_ema_eval", "--update_freq", 2, "--mixup", 0.8]
     plain, flag = both_ways(tmp_path, "main_finetune.py", *words)

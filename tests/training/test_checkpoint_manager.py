@@ -41,6 +41,7 @@ def whole(request, tmp_path_factory) -> tuple[str, Path, float]:
     return request.param, place / "whole", time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_digest_sees_what_it_must(whole, tmp_path):
     """An empty one would be equal whatever happens."""
     script, folder, _ = whole
@@ -108,6 +109,7 @@ def wait_for(text: str, folder: Path) -> None:
     raise AssertionError(f"never said {text!r}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_signal_saves_at_the_next_update_and_asks_to_be_requeued(whole, tmp_path, kind):
     script, folder, _ = whole

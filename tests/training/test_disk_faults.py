@@ -72,6 +72,7 @@ def same(ours: object, theirs: object) -> bool:
     return repr(ours) == repr(theirs)  # NaN is not equal to itself
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_corruption_crashes_or_loads_wrong_values(tmp_path, log):
     """What is read in place of the newest is it, bit for bit, or the one before."""

@@ -140,6 +140,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows(one) == rows(other)
 
 
+@pytest.mark.slow
 def test_evaluation_within_an_epoch_changes_no_weight(tmp_path):
     """It leaves the network in training mode and the order of images, drop path and mixup alone."""
     words = "--epochs 1.5 --drop_path 0.3 --mixup 0.5 --reprob 0.5 --update_freq 3 --batch_size 2"
@@ -237,6 +238,7 @@ def test_run_stops_early_says_so_and_does_not_train_on(tmp_path, monkeypatch, ca
     assert [row["test_acc1"] for row in rows(tmp_path)] == [50, 60, 60.5, 60, 70, 60]
 
 
+@pytest.mark.slow
 def test_fraction_of_an_epoch_continues_where_it_ended(tmp_path):
     """A finished part of an epoch is no finished epoch: its images must not be skipped."""
     finetune(f"--epochs 2 --output_dir {tmp_path / 'whole'} --sched constant(1)")

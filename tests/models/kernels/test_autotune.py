@@ -613,6 +613,7 @@ def choice_of_rank(rank: int, folder: Path) -> list[str]:
     return [taken[key] for key in range(4)]
 
 
+@pytest.mark.slow
 def test_ranks_of_a_run_take_the_same_implementations(tmp_path):
     """Each took its own measurement, and a checkpoint holds only those of rank 0."""
     ranks = results_of(run_ranks([choice_of_rank], 2, tmp_path))
@@ -620,6 +621,7 @@ def test_ranks_of_a_run_take_the_same_implementations(tmp_path):
     assert set(ranks[0]["choice_of_rank"]) <= {"onednn", "third"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this torch")
 def test_run_resumed_after_the_file_has_changed_ends_with_the_same_weights(tmp_path):
     """Requeued jobs continued with what others had timed meanwhile."""

@@ -142,6 +142,7 @@ def test_weight_gradient_is_complete_however_many_programs_share_it(monkeypatch,
     close(kernels.depthwise_weight_grad(dy, x, 3), wanted, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_convolution_in_lower_precision_sums_in_float32(dtype):
     """Against float64 sums of the same inputs; sums in half precision would be 100 times off."""
