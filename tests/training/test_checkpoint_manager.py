@@ -41,7 +41,6 @@ def whole(request, tmp_path_factory) -> tuple[str, Path, float]:
     return request.param, place / "whole", time.monotonic() - began
 
 
-@pytest.mark.slow
 def test_digest_sees_what_it_must(whole, tmp_path):
     """An empty one would be equal whatever happens."""
     script, folder, _ = whole

@@ -140,7 +140,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows(one) == rows(other)
 
 
-@pytest.mark.slow
 def test_evaluation_within_an_epoch_changes_no_weight(tmp_path):
     """It leaves the network in training mode and the order of images, drop path and mixup alone."""
     words = "--epochs 1.5 --drop_path 0.3 --mixup 0.5 --reprob 0.5 --update_freq 3 --batch_size 2"
