@@ -269,20 +269,15 @@ def test_wrong_hook_is_refused_before_data_is_listed(words, expected):
     assert expected in str(caught.value)
 
 
-def test_flags_of_training_do_not_matter_to_eval(tmp_path, caplog):
+def test_flags_of_training_do_not_matter_to_eval(tmp_path, log):
     """The command that a finished run prints was refused, with the flags of its args.yaml."""
     ended = ["--finetune", "x", "--reset_head", "--tracker", "wandb", "--cuda_graphs"]
     ended += ["--patience", "2", "--hook", "csv", "costs", f"{ME}:Counter"]
     (tmp_path / "args.yaml").write_text(options.dump_args(parse(*ended)))
     words = ["--config", str(tmp_path / "args.yaml"), "--eval"]
     args = options.parse(options.finetune_parser(), words)
-    logger = hook_table.get_logger()
-    logger.addHandler(caplog.handler)
-    try:
-        hook_table.check_hooks(args)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "--eval does without --hook csv, --tracker, for training alone" in caplog.text
+    hook_table.check_hooks(args)
+    assert "--eval does without --hook csv, --tracker, for training alone" in log.text
     assert list(hook_table.create_hooks(args)) == ["costs", f"{ME}:Counter"]
 
 
