@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     load = load_own_network if model else load_convnext
     try:
         spec, report = load(weights, run, model)
-        size = height_and_width(run.get("input_size", 224))
-        spec = in_units_of_the_data(spec, saved.head.scale, size)
+        spec = in_units_of_the_data(spec, saved.head.scale, run.get("input_size", 224))
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
@@ -170,11 +169,11 @@ def check_heads(args: argparse.Namespace, saved: SavedRun) -> bool:
 
 
 def in_units_of_the_data(
-    spec: ExportSpec, scale: Scale | None, size: tuple[int, int]
+    spec: ExportSpec, scale: Scale | None, input_size: int | Sequence[int]
 ) -> ExportSpec:
     """Return a regression whose last layer undoes the mean and std of its training targets.
 
-    size: height and width of images that the network takes.
+    input_size: of images that the network takes.
     """
     if not scale:
         return spec
@@ -182,7 +181,9 @@ def in_units_of_the_data(
     states = (undo_scale(state, head, scale) for state in (spec.state, spec.full_state))
     new = replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))
     if spec.network is not None:  # its layer may not be the last one that is called
-        images = torch.rand(2, spec.shape["in_chans"], *size, dtype=torch.float64)
+        images = torch.rand(
+            2, spec.shape["in_chans"], *height_and_width(input_size), dtype=torch.float64
+        )
         old_outputs, outputs = (Network(each).double()(images) for each in (spec, new))
         mean, std = scale.tensors()
         expected = old_outputs * std + mean
