@@ -414,8 +414,8 @@ def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
         values = list_values(dataset.dataset, name)
     if values is None:
         raise UserError(
-            f"--sampling {sampling}: the data set does not list them; give it a list `{name}` with "
-            f"the {'weight' if name == 'weights' else 'label'} of each image"
+            f"--sampling {sampling}: the data set does not list {name}; give it a list `{name}` "
+            f"with the {'weight' if name == 'weights' else 'label'} of each image"
         )
     weights = torch.as_tensor(np.ascontiguousarray(values))
     if sampling == "balanced":

@@ -8,11 +8,12 @@ python export.py runs/demo/finetune --to hf --output my_model
 import argparse
 import importlib.metadata
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,17 @@ from weights.convert import (
 )
 from weights.export_formats import ExportSpec, Network, save
 from weights.files import check_finite, read_checkpoint
-from weights.fit import find_classifier, fit_weights, undo_scale
+from weights.fit import find_classifier, find_last_layer, fit_weights, undo_scale
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
-from weights.saved_run import NORMALIZATION, normalized, read_saved_run, stored_flag
+from weights.saved_run import (
+    HEADS,
+    NORMALIZATION,
+    SavedRun,
+    normalized,
+    read_saved_run,
+    stored_flag,
+)
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (lambda spec, path: save(to_timm(spec.state), path, spec), formats.read_timm, "timm"),
@@ -85,7 +93,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     saved = read_saved_run(checkpoint, args.checkpoint)
     run = dict(saved.flags)
     trained = str(run.get("model")).removeprefix("fcmae_")
-    headed = refuse_heads(args, run)
+    headed = check_heads(args, saved)
     own = is_known(trained) and (headed or not trained.startswith("convnext"))
     model = args.model or trained * own
     run |= {"nb_classes": saved.head.count} if saved.head.count else {}
@@ -96,7 +104,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     load = load_own_network if model else load_convnext
     try:
         spec, report = load(weights, run, model)
-        spec = in_units_of_the_data(spec, saved.head.scale)
+        spec = in_units_of_the_data(spec, saved.head.scale, run.get("input_size", 224))
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
@@ -129,14 +137,26 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     )
 
 
-def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
-    """Return True if a run has other heads than a linear classifier; UserError for some formats."""
-    names = [name for name in ("head", "heads") if run.get(name)]
+def check_heads(args: argparse.Namespace, saved: SavedRun) -> bool:
+    """Return True if a run has other heads than a linear classifier.
+
+    UserError for formats that cannot hold them, and for code that no flag allows to run.
+    """
+    run = {name: stored_flag(saved, name) for name in HEADS if saved.flags.get(name)}
+    for name in HEADS:
+        typed, stored = getattr(args, name), run.get(name, "")
+        if typed not in (None, stored):
+            trained = f"was trained with --{name} {stored}" if stored else f"has no --{name}"
+            raise UserError(f"--{name} {typed} is given, but {args.checkpoint} {trained}; drop it")
+        if ":" in stored and typed is None:
+            raise UserError(
+                f"{args.checkpoint} was trained with --{name} {stored}, which is code; give "
+                f"--{name} {shlex.quote(stored)} to allow running it"
+            )
+    names = [*run]
     if not names or (names == ["head"] and is_plain(run["head"])):
         return False
     text = f"{args.checkpoint} was trained with --{names[0]} {run[names[0]]}"
-    if ":" in run[names[0]] and not args.model:
-        raise UserError(f"{text}, which is code; give its --model too, to allow running it")
     targets = (*GRAPHS, "safetensors")
     if args.to not in targets:
         raise UserError(
@@ -148,13 +168,31 @@ def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
     return True
 
 
-def in_units_of_the_data(spec: ExportSpec, scale: Scale | None) -> ExportSpec:
-    """Return a regression whose last layer undoes the mean and std of its training targets."""
+def in_units_of_the_data(
+    spec: ExportSpec, scale: Scale | None, input_size: int | Sequence[int]
+) -> ExportSpec:
+    """Return a regression whose last layer undoes the mean and std of its training targets.
+
+    input_size: of images that the network takes.
+    """
     if not scale:
         return spec
-    head = "head." if spec.network is None else next(iter(find_classifier(spec.network)), "head.")
+    head = "head." if spec.network is None else find_last_layer(spec.network, len(scale.mean))
     states = (undo_scale(state, head, scale) for state in (spec.state, spec.full_state))
-    return replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))
+    new = replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))
+    if spec.network is not None:  # its layer may not be the last one that is called
+        images = torch.rand(
+            2, spec.shape["in_chans"], *height_and_width(input_size), dtype=torch.float64
+        )
+        old_outputs, outputs = (Network(each).double()(images) for each in (spec, new))
+        mean, std = scale.tensors()
+        expected = old_outputs * std + mean
+        if not (outputs - expected).abs().max() <= LIMIT * expected.abs().max():
+            raise UserError(
+                f"{head[:-1]} is not the last layer that is called, so its outputs cannot be "
+                "exported in the units of the data; train with --normalize_targets false"
+            )
+    return new
 
 
 def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:

@@ -244,12 +244,16 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
-    names = "--model --input_size --crop_pct --imagenet_default_mean_and_std --mean --std"
-    add_flags(parser, "overrides of the run's flags", names)
-    parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
-    action = next(action for action in parser._actions if action.dest == "model")
+    names = "--model --head --heads --input_size --crop_pct --imagenet_default_mean_and_std"
+    add_flags(parser, "overrides of the run's flags", f"{names} --mean --std")
+    unset = ("model", "head", "heads", "input_size", "imagenet_default_mean_and_std")
+    parser.set_defaults(**dict.fromkeys(unset))
     text = "timm:NAME, torchvision:NAME or package.module:function of another network"
-    action.help = f"{text}; default: the checkpoint's"
+    texts = {"model": f"{text}; default: the checkpoint's"}
+    for name in ("head", "heads"):
+        texts[name] = f"the checkpoint's --{name} again, to allow running its package.module:name"
+    for action in parser._actions:
+        action.help = texts.get(action.dest, action.help)
     return parser
 
 

@@ -51,20 +51,38 @@ def split_best_metric(flags: Mapping[str, Any]) -> tuple[str, str | None]:
     The set is '' for the first one, whose name may stand there too.
     """
     text, names = flags.get("best_metric"), [*eval_sets(flags.get("eval_data_path"))]
-    for name in names:
-        if name and text and text.startswith(f"{name}_"):
-            return "" if name == names[0] else name, text.removeprefix(f"{name}_")
-    return "", text
+    found = [name for name in names if name and text and text.startswith(f"{name}_")]
+    if not found:
+        return "", text
+    name = max(found, key=len)  # of sets a and a_b, a_b_acc1 is of a_b
+    return "" if name == names[0] else name, text.removeprefix(f"{name}_")
 
 
 def phase_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of fine-tuning that cannot work with the others."""
-    try:
-        eval_sets(args.eval_data_path)
-    except ValueError as error:
-        yield f"--eval_data_path: {error}"
+    yield from _set_problems(args.eval_data_path, own=":" in args.data_set)
     if args.min_delta and not args.patience:
         yield f"--min_delta {args.min_delta:g} needs --patience; give both or neither"
     if args.disable_eval and args.eval_freq != 1:
         text = f"--disable_eval true and --eval_freq {args.eval_freq:g} cannot be combined"
         yield f"{text}: there would be no evaluation; drop one"
+
+
+def _set_problems(text: str | None, own: bool) -> Iterator[str]:
+    """own: a data set of the user's own gets the text, which may be no path."""
+    try:
+        sets = eval_sets(text)
+    except ValueError as error:
+        return (yield f"--eval_data_path: {error}")
+    for name in sets:
+        if name == "ema" or name.endswith("_ema"):
+            yield (
+                f"--eval_data_path: the set {name} would be mistaken for an evaluation of EMA "
+                "weights in the names of files; rename it"
+            )
+    named = any(map(_NAMED.fullmatch, (text or "").split(",")))
+    if named and "" in sets and not os.path.exists(text) and not own:
+        yield (
+            f"--eval_data_path: got {text!r}, which is no file or folder; for one set give its "
+            "path alone, for several NAME=PATH,NAME=PATH"
+        )

@@ -43,9 +43,9 @@ class TransformedDataset(Dataset):
     that cannot be used is returned as a UserError: if a worker raised it, users would see a long
     traceback. An exception in the transform is a bug and stays an exception. nb_classes: labels
     must be integers below it, or as `expect` says; None: labels are not looked at, and returned as
-    0. on_bad, for an image that cannot be
-    decoded: `error`; `replace` returns a `Replacement` that depends on (seed, epoch, index) alone
-    and keeps the index, and so the mask; `leave out` returns an empty `Replacement`.
+    0. on_bad, for an image that cannot be decoded: `error`; `replace` returns a `Replacement` that
+    depends on (seed, epoch, index) alone and keeps the index, and so the mask; `leave out` returns
+    an empty `Replacement`.
     positions: in the head, for each label of `dataset`; classes: names in the order of the head.
     """
 

@@ -90,7 +90,7 @@ class TrainSampler(Sampler):
 def balance(labels: Tensor) -> Tensor:
     """(N,) labels or (N, K) zeros and ones -> (N,) weights: 1 / images of the class.
 
-    Of several classes the rarest decides; images of no class are one more class.
+    Of several classes the rarest decides; images without a label form a class of their own.
     """
     if labels.ndim == 1:
         return 1 / torch.bincount(labels)[labels].double()

@@ -57,12 +57,14 @@ def split(dataset: Any, fraction: float, train: bool) -> Part:
     """Return the samples to train on, or those held out: about `fraction` of each class.
 
     The name of a file alone decides, or the number of a sample without a file, so the samples stay
-    in their part when others are added. Each class with two samples gives at least one to both
-    parts. Data sets that do not list their labels are split as a whole. UserError if no sample can
-    be held out.
+    in their part when others are added. Each class with two images gives at least one to both
+    parts; rows of a table with the same image stay together. Data sets that do not list their
+    labels are split as a whole. UserError if no sample can be held out.
     """
     labels, draws = list_labels(dataset), _draws(dataset)
     labels = np.zeros(len(dataset), int) if labels is None else labels
+    first, images = _images(dataset)
+    labels, draws = labels[first], draws[first]
     held = draws < fraction
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
@@ -77,7 +79,19 @@ def split(dataset: Any, fraction: float, train: bool) -> Part:
             f"--val_split {fraction:g}: no class has two images, so none can be held out; add "
             "images, or pass --disable_eval"
         )
+    held = held[images]  # samples
     return Part(dataset, np.flatnonzero(~held if train else held))
+
+
+def _images(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first sample of each image, and the number of the image of each sample.
+
+    Rows of a table may have the same image; it counts as one of the class of the first row.
+    """
+    samples = getattr(dataset, "samples", None)
+    if not isinstance(samples, TableSamples):
+        return np.arange(len(dataset)), np.arange(len(dataset))
+    return np.unique(samples.names, return_index=True, return_inverse=True)[1:]
 
 
 def _draws(dataset: Any) -> np.ndarray:
@@ -86,7 +100,7 @@ def _draws(dataset: Any) -> np.ndarray:
     if isinstance(samples, FileIndex):
         names = (os.fsencode(os.path.basename(path)) for path, _ in samples)
         words = [zlib.crc32(name) for name in names]
-    elif isinstance(samples, TableSamples):  # rows with the same image stay together
+    elif isinstance(samples, TableSamples):
         words = [zlib.crc32(os.fsencode(name)) for name in samples.names]
     else:
         words = range(len(dataset))

@@ -99,6 +99,8 @@ def read_table(path: str | Path) -> Table:
     names = [cell.strip() for cell in rows[0]] if has_names else []
     names = names or [str(number) for number in range(1, len(rows[0]) + 1)]
     table = Table(str(path), names, rows[has_names:], lines[has_names:])
+    if not table.rows:
+        raise UserError(f"{path}: the table has column names and no rows; add one for each image")
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns have the same name ({first_few(names, 9)})")
     uneven = [number for number, row in enumerate(table.rows) if len(row) != len(names)]
@@ -191,6 +193,11 @@ def read_label_sets(table: Table, name: str) -> tuple[list[str], np.ndarray]:
     sets = [[part.strip() for part in cell.split("|")] for cell in table.column(name)]
     sets = [[part for part in parts if part] for parts in sets]
     order, _ = _number([part for parts in sets for part in parts])
+    if not order:
+        raise UserError(
+            f"{table.path}: all cells of {name} are empty, so there are no classes; give another "
+            "--label_column"
+        )
     places = {part: place for place, part in enumerate(order)}
     found = np.zeros((len(sets), len(order)), np.uint8)
     for row, parts in enumerate(sets):
@@ -347,7 +354,7 @@ def table(spec: Any, train: bool) -> TableImages:
     split = columns.split if given.split or not own else None
     if split is None and not (train or own):
         raise UserError(
-            f"{path} has no column that tells training and evaluation apart; give "
+            f"{path} has no column of splits; give "
             "--eval_data_path OTHER_TABLE, --split_column, or --val_split 0.1"
         )
     if not train:

@@ -199,12 +199,12 @@ class ViTTanh(nn.Module):
         check_positive("hidden", dim if hidden is None else hidden)
         self.neck = Neck(dim, False, l2, 0.0)
         self.pre_logits = nn.Linear(dim, hidden or dim)
-        self.fc = nn.Linear(hidden or dim, num_classes)
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
+        self.logits = nn.Linear(hidden or dim, num_classes)
+        nn.init.zeros_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pre_logits(self.neck(x)).tanh())
+        return self.logits(self.pre_logits(self.neck(x)).tanh())
 
 
 class Identity(nn.Module):

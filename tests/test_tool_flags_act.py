@@ -263,6 +263,7 @@ def test_weights_of_others_with_a_decoder_are_drawn(tmp_path, monkeypatch, capsy
 ELSEWHERE = {
     "tests/test_tool_flags_act.py": "output",  # of visualize.py, in each row
     "tests/data_loading/test_folders.py": "data_index",
+    "tests/weights/test_export_heads.py": "head heads",
     "tests/parallel/test_submit.py": "cluster job_dir follow",
 }
 

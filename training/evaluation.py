@@ -34,9 +34,9 @@ class Metrics:
     words: as for --metrics, such as `f1` or `precision(k=5)`. best: the metric that chooses the
     best checkpoint, computed too. Without them: `default_metrics(kind)`. outputs: of the model, if
     known. kind: of the targets, of KINDS. scale: of numbers, undone before they are compared. All
-    sums are one tensor, in float64 where the device has
-    it. Metrics of the order of scores, and functions of the user's, need all outputs: rank 0 then
-    gathers (images, outputs + targets) in float32.
+    sums are one tensor, in float64 where the device has it. Metrics of the order of scores, and
+    functions of the user's, need all outputs: rank 0 then gathers (images, outputs + targets) in
+    float32.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config.flags import TARGETS, is_code
+from config.flags import TARGETS
 from errors import UserError, resolve_for
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
@@ -44,7 +44,9 @@ class ExportHook(Hook):
         package = __name__.removesuffix("training.export_hook")  # '' unless pip has installed it
         script = ["-m", f"{package}export"] if package else [ROOT / "export.py"]
         words = [*script, source, "--to", self.to, "--output", output, "--overwrite", "true"]
-        words += ["--model", run.args.model] * is_code(run.args.model)
+        for name in ("model", "head", "heads"):  # of which no checkpoint may choose code
+            value = vars(run.args).get(name, "")
+            words += [f"--{name}", value] * (":" in value)
         words = [sys.executable, *map(str, words)]
         result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode:

@@ -49,7 +49,7 @@ HOOKS: dict[str, Callable[..., Hook]] = {
     "profiler": ProfilerHook,
     "schedule": ScheduleHook,
 }
-IN_EVALUATION = ("costs", "predictions")  # those that act with --eval
+IN_EVALUATION = ("costs", "predictions")  # those that act with --eval, besides a user's
 
 
 def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
@@ -82,10 +82,17 @@ def _without_hint(parameter: inspect.Parameter) -> str:
     return str(parameter.replace(annotation=inspect.Parameter.empty))
 
 
+def _idle(args: Any) -> list[str]:
+    """Return the names of the hooks that are for training, with --eval, which has none."""
+    names = find_hooks(args) if vars(args).get("eval") else ()
+    return [name for name in names if name in HOOKS and name not in IN_EVALUATION]
+
+
 def create_hooks(args: Any) -> dict[str, Hook]:
     """Create the hooks of --hook and --tracker that this rank calls, by name."""
-    hooks = {name: _create(*found) for name, found in find_hooks(args).items()}
-    if is_main_process() and (tracker := build_tracker(args)):
+    idle, evaluates = _idle(args), vars(args).get("eval")
+    hooks = {name: _create(*found) for name, found in find_hooks(args).items() if name not in idle}
+    if is_main_process() and not evaluates and (tracker := build_tracker(args)):
         hooks[tracker.call.name] = tracker
     return {name: hook for name, hook in hooks.items() if is_main_process() or hook.every_rank}
 
@@ -108,18 +115,20 @@ def _create(call: Call, make: Callable[..., Hook]) -> Hook:
 def check_hooks(args: Any) -> None:
     """Raise UserError, before data is listed, for hooks that cannot work with the flags.
 
-    Hooks of the user's own are found here, with their arguments, and created later.
+    Hooks of the user's own are found here, with their arguments, and created later. Those of
+    training do nothing with --eval, which may have the flags of a run from its args.yaml.
     """
+    idle = _idle(args)
     for name, (call, make) in find_hooks(args).items():
-        if name not in HOOKS:
-            continue
-        if vars(args).get("eval") and name not in IN_EVALUATION:
-            raise UserError(
-                f"--hook {name} is for training, and --eval has none; drop one. With --eval act "
-                f"{' and '.join(IN_EVALUATION)}"
-            )
-        _create(call, make).check(args)
-    build_tracker(args)
+        if name in HOOKS and name not in idle:
+            _create(call, make).check(args)
+    unused = [f"--hook {name}" for name in idle]
+    if not vars(args).get("eval"):
+        build_tracker(args)
+    elif args.tracker:
+        unused.append("--tracker")
+    if unused:
+        get_logger().info("--eval does without %s, for training alone", ", ".join(unused))
 
 
 def build_reporter(

@@ -100,7 +100,7 @@ def describe_end(state: TrainState, epochs: float) -> str:
     """Return `epoch 3/5 done`, or `2.5 of 5 epochs done` within an epoch."""
     if state.samples_in_epoch:
         return f"{round(min(state.position, epochs), 3)} of {plural(epochs, 'epoch')} done"
-    return f"epoch {state.epoch}/{epochs} done"
+    return f"epoch {state.epoch}/{math.ceil(epochs)} done"
 
 
 def describe_time(epochs: float) -> str:
@@ -182,7 +182,8 @@ def next_command(args: Any, path: Path) -> str:
     folder = shlex.quote(str(path))
     if not is_pretraining(vars(args)):
         resumed = f" --resume {folder}" * bool(args.resume)  # else that one would be evaluated
-        return f"{command('main_finetune')} --config {folder}/args.yaml --eval{resumed}"
+        evaluates = " --disable_eval false" * args.disable_eval
+        return f"{command('main_finetune')} --config {folder}/args.yaml --eval{resumed}{evaluates}"
     code = "".join(
         f" --{name} {as_typed(vars(args)[name])}"
         for name in ("model", "data_set")
@@ -198,7 +199,7 @@ def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
     patience, position = vars(args).get("patience"), round(state.position, 3)
     done = f"{min(position, args.epochs)} of {plural(args.epochs, 'epoch')} done"
-    if patience and state.since_best >= patience:
+    if patience and state.since_best >= patience and position < args.epochs:
         metric, times = state.best_metric, plural(state.since_best, "evaluation")
         done += f", stopped early (--patience {patience}): no better {metric} in {times}"
     elif state.position - args.epochs > 0.6 / max(state.steps_per_epoch, 1):  # resumed with fewer

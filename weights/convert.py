@@ -98,19 +98,22 @@ class Report:
         return "; ".join(notes)
 
 
-def to_convnextv2(state: State, decoder: bool = False) -> tuple[dict[str, Tensor], Report]:
+def to_convnextv2(
+    state: State, decoder: bool = False, rename: bool = True
+) -> tuple[dict[str, Tensor], Report]:
     """Convert a state dict of any known layout to `ConvNeXtV2`, or with `decoder` to `FCMAE`.
 
     Layouts: see NAMES; ours is the official one, with a prefix `encoder.` in pre-training.
     Parts that only the other of the two models has are dropped, and reported. Unknown names stay,
-    and `load_weights` refuses them.
+    and `load_weights` refuses them. rename: False for a model that has these names itself, such as
+    `head.fc.` in a head of the user's own.
     """
     names = {name: unwrap(name) for name in state}
     report = Report(_layout(names))
     rules, out = _rules(report.layout, inward=True), {}
     not_ours = (CLASSIFIER if decoder else DECODER) + MM_PARTS * (report.layout == "MMPretrain")
     for name, theirs in names.items():
-        ours = _translate(_normalize(theirs, report.layout), rules)
+        ours = _translate(_normalize(theirs, report.layout), rules) if rename else theirs
         if ours.startswith(not_ours):
             report.dropped.append(ours)
             continue

@@ -92,6 +92,22 @@ def _describe_new_head(
     return [f"{note}, so the model gets a new head"]
 
 
+def find_last_layer(model: nn.Module, outputs: int) -> str:
+    """Return the prefix of the layer in a model's classifier, or first head, that gives `outputs`.
+
+    It is the classifier itself, or else the last linear layer in it with so many.
+    """
+    head = next(iter(find_classifier(model)), "head.")
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == outputs
+        and f"{name}.".startswith(head)
+    ]
+    return head if not inside or head[:-1] in inside else f"{inside[-1]}."
+
+
 def undo_scale(state: Mapping[str, Tensor], head: str, scale: Scale) -> dict[str, Tensor]:
     """Return weights whose last layer, named `head`, gives numbers in the units of the data.
 
@@ -150,7 +166,8 @@ def _rename(
     ours = {name.removeprefix("encoder.") for name in expected}
     blocks = {"stages.0.0.grn.gamma", "stages.0.0.gamma"}  # of V2, of V1
     if "downsample_layers.0.0.weight" in ours and ours & blocks:
-        return to_convnextv2(state, decoder=is_fcmae)
+        own = {unwrap(name) for name in state} == expected.keys() and not is_fcmae
+        return to_convnextv2(state, decoder=is_fcmae, rename=not own)
     own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
     if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder
         report.dropped = [name for name in own if name.startswith(DECODER)]

@@ -104,7 +104,7 @@ def test_split_column(make):
     assert len(make("0.png,a", **both)) == 4  # a table of its own
     assert make("0.png,a", split="split", **both).files == ["1.png"]
     renamed = SPLIT.replace("split", "fold")
-    with pytest.raises(UserError, match="has the columns image, label, fold|no column that tells"):
+    with pytest.raises(UserError, match="has the columns image, label, fold|no column of splits"):
         make(renamed, train=False)
     assert make(renamed, train=False, split="fold").files == ["1.png"]
 
@@ -129,7 +129,8 @@ def test_pretraining_needs_no_labels(make):
     ("text", "given", "said"),
     [
         ("", {}, "the table is empty"),
-        ("image,label\n", {}, "no image file"),
+        ("image,label\n", {}, "t.csv: the table has column names and no rows; add one for"),
+        ("image,tags\n0.png,\n1.png, \n", {"kind": "multi"}, "all cells of tags are empty, so"),
         ("image,a,b\n0.png,1,2\n", {}, "has the columns image, a, b; name those of the labels"),
         ("image,label\n0.png,a\n1.png\n", {}, "t.csv, line 3: 1 cell, expected 2"),
         ("image,label\n0.png,a\n1.png,\n2.png, \n", {}, "lines 3, 4: label is empty, expected the"),
@@ -172,6 +173,28 @@ def test_rows_of_an_image_stay_in_one_part(make):
     assert [len(part) % 2 for part in parts] == [0, 0]
     assert len(parts[0]) + len(parts[1]) == 80
     assert np.bincount([data.targets[index] for index in parts[1].indices]).min() > 0
+
+
+def test_an_image_of_several_rows_is_held_out_with_all_of_them(make):
+    """One of its rows was held out to represent its class, and the others were trained on."""
+    rows = "0.png,a\n1.png,a\n0.png,a\n1.png,a\n2.png,b\n2.png,b\n"
+    data = make("image,label\n" + rows)
+    for fraction in (0.01, 0.99):
+        train, val = (split(data, fraction, part) for part in (True, False))
+        files = [{data.files[i] for i in part.indices} for part in (train, val)]
+        assert not files[0] & files[1]
+        assert len(files[1] - {"2.png"}) == 1  # of class a
+        assert "2.png" in files[0]  # the only one of class b
+        assert len(train) + len(val) == len(data)
+
+
+def test_an_image_of_two_classes_stays_in_one_part(make):
+    data = make("image,label\n0.png,a\n1.png,a\n0.png,b\n1.png,b\n2.png,b\n")
+    for fraction in (0.01, 0.5, 0.9):
+        train, val = (split(data, fraction, part) for part in (True, False))
+        files = [{data.files[i] for i in part.indices} for part in (train, val)]
+        assert not files[0] & files[1]
+        assert "2.png" in files[0]  # 0 and 1 count as images of a, their first class
 
 
 def test_usual_names(tmp_path):

@@ -134,7 +134,7 @@ def test_mlp_and_vit_tanh_compute_what_their_names_say():
     torch.testing.assert_close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias)
     vit = head("vit_tanh(hidden=5)")
     assert vit(x).abs().max() == 0  # as in ClassyVision
-    nn.init.ones_(vit.fc.weight)
+    nn.init.ones_(vit.logits.weight)
     hidden = (x @ vit.pre_logits.weight.T + vit.pre_logits.bias).tanh()
     torch.testing.assert_close(vit(x), hidden.sum(1, keepdim=True).expand(3, 3))
 

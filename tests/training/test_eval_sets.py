@@ -11,7 +11,7 @@ from PIL import Image
 
 import main_finetune
 from config.parser import absolute_paths, parse
-from config.phases import eval_sets, split_best_metric
+from config.phases import eval_sets, phase_problems, split_best_metric
 from errors import UserError
 from training.confusion import confusion_file
 from training.eval_sets import check_name
@@ -66,6 +66,30 @@ def test_best_metric_may_be_that_of_any_set():
     assert split_best_metric(sets | {"best_metric": "acc1"}) == ("", "acc1")
     assert split_best_metric(sets) == ("", None)
     assert split_best_metric({"best_metric": "sketch_acc1"}) == ("", "sketch_acc1")
+
+
+def test_metric_belongs_to_the_set_with_the_longest_name():
+    sets = {"eval_data_path": "x=/x,a=/a,a_b=/b", "best_metric": "a_b_acc1"}
+    assert split_best_metric(sets) == ("a_b", "acc1")
+    assert split_best_metric(sets | {"best_metric": "a_acc1"}) == ("a", "acc1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a=/a,ema=/b", "the set ema would be mistaken"),  # predictions-ema.csv
+        ("a=/a,a_ema=/b", "the set a_ema would be mistaken"),  # predictions-a_ema.csv
+        ("a=/x/v1.csv", "for several NAME=PATH,NAME=PATH"),
+        ("v1.csv,b=v2.csv", "for one set give its path alone"),
+    ],
+)
+def test_names_of_sets_are_refused_with_a_fix(text, said):
+    args = parse(main_finetune.get_args_parser(), f"{WORDS} --data_path here".split())
+    args = args.replace(eval_data_path=text, best_metric=None)
+    assert [said in problem for problem in phase_problems(args)] == [True]
+    assert not [*phase_problems(args.replace(eval_data_path="a=/a,sema=/b"))]
+    if "/b" not in text:  # it may be a word for a data set of the user's own
+        assert not [*phase_problems(args.replace(data_set="tests.tiny:colors"))]
 
 
 def test_name_like_that_of_a_metric_is_refused():

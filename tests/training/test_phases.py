@@ -113,6 +113,7 @@ def test_words_for_parts_of_epochs():
     state = TrainState(1, 15, samples_in_epoch=40, steps_per_epoch=10)
     assert describe_end(state, 2.5) == "1.5 of 2.5 epochs done"
     assert describe_end(TrainState(2), 3) == "epoch 2/3 done"
+    assert describe_end(TrainState(1), 1.6) == "epoch 1/2 done"  # as its steps are counted
     assert (describe_time(2), describe_time(1.5)) == ("in epoch 2", "after 1.5 epochs")
 
 

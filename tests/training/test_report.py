@@ -83,6 +83,19 @@ def test_last_line_names_folder_best_epoch_and_next_command(monkeypatch):
     )
 
 
+def test_last_line_says_stopped_early_only_of_such_a_run():
+    """Patience may be used up in the last evaluation of a run that ends anyway."""
+    args = FINETUNE.replace(patience=2)
+    assert "stopped early (--patience 2)" in last_line(args, RUN, TrainState(4, since_best=2))
+    assert "stopped" not in last_line(args, RUN, TrainState(5, since_best=2))
+
+
+def test_next_command_of_a_run_without_evaluation_evaluates():
+    """--disable_eval true of its args.yaml contradicts --eval."""
+    line = last_line(FINETUNE.replace(disable_eval=True), RUN, TrainState(5))
+    assert line.endswith("--config runs/x/args.yaml --eval --disable_eval false")
+
+
 @pytest.mark.parametrize(
     ("metric", "value", "expected"),
     [

@@ -261,13 +261,24 @@ def test_hook_of_the_user_may_be_given_twice():
         (["costs", "--shard", "fsdp"], "--hook costs cannot run one rank's shard"),
         (["csv", "--output_dir", "none"], "--hook csv writes into --output_dir; give a folder"),
         (["histograms", "--log_dir", "none"], "--hook histograms writes to TensorBoard files"),
-        (["csv", "--eval", "--resume", "x"], "--hook csv is for training, and --eval has none"),
     ],
 )
 def test_wrong_hook_is_refused_before_data_is_listed(words, expected):
     with pytest.raises(UserError) as caught:
         hook_table.check_hooks(parse("--hook", *words))
     assert expected in str(caught.value)
+
+
+def test_flags_of_training_do_not_matter_to_eval(tmp_path, log):
+    """The command that a finished run prints was refused, with the flags of its args.yaml."""
+    ended = ["--finetune", "x", "--reset_head", "--tracker", "wandb", "--cuda_graphs"]
+    ended += ["--patience", "2", "--hook", "csv", "costs", f"{ME}:Counter"]
+    (tmp_path / "args.yaml").write_text(options.dump_args(parse(*ended)))
+    words = ["--config", str(tmp_path / "args.yaml"), "--eval"]
+    args = options.parse(options.finetune_parser(), words)
+    hook_table.check_hooks(args)
+    assert "--eval does without --hook csv, --tracker, for training alone" in log.text
+    assert list(hook_table.create_hooks(args)) == ["costs", f"{ME}:Counter"]
 
 
 def test_pretraining_has_no_predictions():
