@@ -319,8 +319,11 @@ def _refuse(error: UserError, *unused: Any) -> None:
 # --- from the flags -------------------------------------------------------------------------------
 
 
-def build_heads(args: Any, model: nn.Module, num_classes: int) -> None:
-    """Give a network the heads of the flags, in place of its own classifier."""
+def build_heads(args: Any, model: nn.Module, num_classes: int | None) -> None:
+    """Give a network the heads of the flags, in place of its own classifier.
+
+    num_classes: None if the data has to tell it, for checks.
+    """
     flags = vars(args)
     head, heads = flags.get("head"), flags.get("heads")
     if not (head or heads):

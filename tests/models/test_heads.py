@@ -232,7 +232,7 @@ def test_a_head_that_cannot_be_put_in_place_is_refused_with_the_fix():
     ("text", "problem"),
     [
         ("lineer", "--head: unknown head 'lineer'. Did you mean 'linear'"),
-        ("mlp(hid=3)", "'hid'; it takes hidden: int | None = None, dropout"),
+        ("mlp(hid=3)", "'hid'; it takes hidden=None, dropout=0.0, act=gelu"),
         ("mlp(hidden=many)", "hidden is 'many', expected an integer"),
         ("mlp(dropout=1)", "dropout is 1, expected at least 0 and below 1"),
         ("conv(pool=0)", "pool is 0, expected integers above 0"),
