@@ -31,6 +31,13 @@ NUMBERS += ("PoissonNLLLoss",)
 # --- heads ----------------------------------------------------------------------------------------
 
 
+def make_dropout(dropout: float) -> nn.Dropout:
+    """Return a dropout layer; UserError for a rate that is out of range."""
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout is {dropout}, expected at least 0 and below 1")
+    return nn.Dropout(dropout)
+
+
 class Neck(nn.Module):
     """Features of a network -> (N, D): mean over positions, then norm, L2 norm 1 and dropout.
 
@@ -40,12 +47,10 @@ class Neck(nn.Module):
 
     class_token, prefix_tokens = False, 0
 
-    def __init__(self, dim: int, norm: bool, l2: bool, dropout: float) -> None:
+    def __init__(self, dim: int, norm: bool, l2: bool, dropout: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout is {dropout}, expected at least 0 and below 1")
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
-        self.l2, self.dropout = l2, nn.Dropout(dropout)
+        self.l2, self.dropout = l2, make_dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.prepare(self.pool(x))
@@ -176,12 +181,13 @@ class MLP(nn.Module):
         zero_init_bias: bool = False,
     ) -> None:
         super().__init__()
-        check_positive("hidden", dim if hidden is None else hidden)
-        self.neck = Neck(dim, norm, l2, 0.0)
-        self.fc1 = nn.Linear(dim, hidden or dim)
+        hidden = dim if hidden is None else hidden
+        check_positive("hidden", hidden)
+        self.neck = Neck(dim, norm, l2)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = look_up("act", act, ACTIVATIONS)()
-        self.drop = Neck(hidden or dim, False, False, dropout).dropout
-        self.fc2 = nn.Linear(hidden or dim, num_classes)
+        self.drop = make_dropout(dropout)
+        self.fc2 = nn.Linear(hidden, num_classes)
         if zero_init_bias:
             nn.init.zeros_(self.fc2.bias)
 
@@ -196,10 +202,11 @@ class ViTTanh(nn.Module):
         self, dim: int, num_classes: int, hidden: int | None = None, l2: bool = False
     ) -> None:
         super().__init__()
-        check_positive("hidden", dim if hidden is None else hidden)
-        self.neck = Neck(dim, False, l2, 0.0)
-        self.pre_logits = nn.Linear(dim, hidden or dim)
-        self.fc = nn.Linear(hidden or dim, num_classes)
+        hidden = dim if hidden is None else hidden
+        check_positive("hidden", hidden)
+        self.neck = Neck(dim, False, l2)
+        self.pre_logits = nn.Linear(dim, hidden)
+        self.fc = nn.Linear(hidden, num_classes)
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
 
@@ -217,7 +224,7 @@ class Identity(nn.Module):
                 f"there are {dim} features and {num_classes} classes; use linear, or the block "
                 "that returns the network's own logits"
             )
-        self.neck = Neck(dim, False, l2, 0.0)
+        self.neck = Neck(dim, False, l2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.neck(x)

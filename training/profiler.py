@@ -19,7 +19,8 @@ ROWS = 10  # of the table
 
 
 class ProfilerHook(Hook):
-    """Profile rank 0: write profile.json, a trace, and profile.txt, the ten most expensive operations.
+    """Profile rank 0: write profile.json, a trace, and profile.txt, its ten most
+    expensive operations.
 
     steps: optimizer steps to profile, within one epoch. skip: steps before, which choose kernels
     and fill caches; in an epoch too short for that, it profiles the end of a later one.
@@ -74,7 +75,7 @@ class ProfilerHook(Hook):
         text = self.profile.key_averages().table(sort_by=order, row_limit=ROWS)
         write_atomically(text.encode(), table)
         get_logger().info(
-            "%s: a trace of %d steps for https://ui.perfetto.dev; %s: the most expensive operations\n%s",
+            "%s: a trace of %d steps for https://ui.perfetto.dev; %s: the slowest operations\n%s",
             *(trace, self.recorded, table, text),
         )
         self.profile = None

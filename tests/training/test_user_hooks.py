@@ -126,6 +126,21 @@ def test_failure_names_hook_point_and_line_once_and_the_run_continues(log):
     assert counter.steps == 2
 
 
+def test_failure_at_the_end_says_that_the_checkpoints_are_complete(log):
+    """It said that the run continues and tries again, and gave the place in the hook."""
+    with reporter_of(**{"export": fakes.Failing("on_end", "UserError")}):
+        pass
+    (text,) = log.messages
+    expected = "hook export failed in on_end (of a hook)"
+    assert text == expected + "; training and checkpoints are complete"
+    with (
+        pytest.raises(KeyError),
+        reporter_of(**{"export": fakes.Failing("on_end", "UserError")}),
+    ):
+        raise KeyError
+    assert log.messages[1] == expected
+
+
 @pytest.mark.parametrize(
     ("point", "kind", "expected"),
     [
