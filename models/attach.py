@@ -275,7 +275,7 @@ def _freeze_unused(model: nn.Module, size: tuple[int, int, int]) -> None:
     for name in unused:
         model.get_parameter(name).requires_grad_(False)
     if unused and next(model.parameters()).device.type != "meta":
-        text = "%s behind the heads are not used, and not trained: %s"
+        text = "%s after the heads are not used, and not trained: %s"
         get_logger().warning(text, plural(len(unused), "tensor"), first_few(unused))
 
 
