@@ -6,9 +6,10 @@ python -c "from config.calls import parse_sum; print(parse_sum('0.5 * focal(gamm
 """
 
 import ast
+import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -90,6 +91,17 @@ def parse_named(text: str, flag: str) -> dict[str, str]:
 def is_named(text: str) -> bool:
     """Return True if a text begins as `parse_named` takes it."""
     return re.match(r"\s*[A-Za-z]\w*\s*=", text) is not None
+
+
+def accepted(make: Callable[..., Any], inputs: int = 0, hidden: Collection[str] = ()) -> str:
+    """Return the arguments that a function takes and their defaults, for a message.
+
+    inputs: number of arguments before them, which a user does not write. hidden: names to omit.
+    """
+    known = [*inspect.signature(make).parameters.values()][inputs:]
+    own = [word.replace(annotation=word.empty) for word in known if word.name not in hidden]
+    words = [f"{x.name}={x.default}" if isinstance(x.default, str) else str(x) for x in own]
+    return ", ".join(words) or "no arguments"  # as on the command line, without quotes
 
 
 def _split(text: str) -> Iterator[tuple[int, str]]:

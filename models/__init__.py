@@ -196,8 +196,11 @@ def check_images(args: Any, model: nn.Module) -> None:
             raise UserError(problem)
 
 
-def build_classifier(args: Any, num_classes: int) -> nn.Module:
-    """The classifier that the flags describe."""
+def build_classifier(args: Any, num_classes: int | None) -> nn.Module:
+    """The classifier that the flags describe.
+
+    num_classes: None if the data has to tell it: for checks, the classifier has 1000.
+    """
     name = args.model.removeprefix(_PREFIX)
     sized = library_of(name) or parse_call(name, "--model").name == "mlp"
     size = {"input_size": args.input_size} if sized else {}
@@ -207,7 +210,7 @@ def build_classifier(args: Any, num_classes: int) -> nn.Module:
         in_chans=args.in_chans,
         stem_stride=args.stem_stride,
         drop_path_rate=args.drop_path,
-        num_classes=num_classes,
+        num_classes=num_classes or 1000,
         head_init_scale=args.head_init_scale,
         **size,
     )

@@ -275,7 +275,7 @@ def _freeze_unused(model: nn.Module, size: tuple[int, int, int]) -> None:
     for name in unused:
         model.get_parameter(name).requires_grad_(False)
     if unused and next(model.parameters()).device.type != "meta":
-        text = "%s behind the heads are not used, and not trained: %s"
+        text = "%s after the heads are not used, and not trained: %s"
         get_logger().warning(text, plural(len(unused), "tensor"), first_few(unused))
 
 
@@ -319,8 +319,11 @@ def _refuse(error: UserError, *unused: Any) -> None:
 # --- from the flags -------------------------------------------------------------------------------
 
 
-def build_heads(args: Any, model: nn.Module, num_classes: int) -> None:
-    """Give a network the heads of the flags, in place of its own classifier."""
+def build_heads(args: Any, model: nn.Module, num_classes: int | None) -> None:
+    """Give a network the heads of the flags, in place of its own classifier.
+
+    num_classes: None if the data has to tell it, for checks.
+    """
     flags = vars(args)
     head, heads = flags.get("head"), flags.get("heads")
     if not (head or heads):

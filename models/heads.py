@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.calls import Call, is_named, parse_call, parse_named, parse_sum
+from config.calls import Call, accepted, is_named, parse_call, parse_named, parse_sum
 from errors import UserError, describe_error, resolve_for
 from models.arguments import check_positive, look_up, typed
 
@@ -31,6 +31,13 @@ NUMBERS += ("PoissonNLLLoss",)
 # --- heads ----------------------------------------------------------------------------------------
 
 
+def make_dropout(dropout: float) -> nn.Dropout:
+    """Return a dropout layer; UserError for a rate that is out of range."""
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout is {dropout}, expected at least 0 and below 1")
+    return nn.Dropout(dropout)
+
+
 class Neck(nn.Module):
     """Features of a network -> (N, D): mean over positions, then norm, L2 norm 1 and dropout.
 
@@ -40,12 +47,10 @@ class Neck(nn.Module):
 
     class_token, prefix_tokens = False, 0
 
-    def __init__(self, dim: int, norm: bool, l2: bool, dropout: float) -> None:
+    def __init__(self, dim: int, norm: bool, l2: bool, dropout: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout is {dropout}, expected at least 0 and below 1")
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
-        self.l2, self.dropout = l2, nn.Dropout(dropout)
+        self.l2, self.dropout = l2, make_dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.prepare(self.pool(x))
@@ -176,12 +181,13 @@ class MLP(nn.Module):
         zero_init_bias: bool = False,
     ) -> None:
         super().__init__()
-        check_positive("hidden", dim if hidden is None else hidden)
-        self.neck = Neck(dim, norm, l2, 0.0)
-        self.fc1 = nn.Linear(dim, hidden or dim)
+        hidden = dim if hidden is None else hidden
+        check_positive("hidden", hidden)
+        self.neck = Neck(dim, norm, l2)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = look_up("act", act, ACTIVATIONS)()
-        self.drop = Neck(hidden or dim, False, False, dropout).dropout
-        self.fc2 = nn.Linear(hidden or dim, num_classes)
+        self.drop = make_dropout(dropout)
+        self.fc2 = nn.Linear(hidden, num_classes)
         if zero_init_bias:
             nn.init.zeros_(self.fc2.bias)
 
@@ -196,10 +202,11 @@ class ViTTanh(nn.Module):
         self, dim: int, num_classes: int, hidden: int | None = None, l2: bool = False
     ) -> None:
         super().__init__()
-        check_positive("hidden", dim if hidden is None else hidden)
-        self.neck = Neck(dim, False, l2, 0.0)
-        self.pre_logits = nn.Linear(dim, hidden or dim)
-        self.logits = nn.Linear(hidden or dim, num_classes)
+        hidden = dim if hidden is None else hidden
+        check_positive("hidden", hidden)
+        self.neck = Neck(dim, False, l2)
+        self.pre_logits = nn.Linear(dim, hidden)
+        self.logits = nn.Linear(hidden, num_classes)
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
 
@@ -217,7 +224,7 @@ class Identity(nn.Module):
                 f"there are {dim} features and {num_classes} classes; use linear, or the block "
                 "that returns the network's own logits"
             )
-        self.neck = Neck(dim, False, l2, 0.0)
+        self.neck = Neck(dim, False, l2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.neck(x)
@@ -238,28 +245,24 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 class HeadOptions:
     """Settings that all heads of a network share.
 
-    flag: names the flag in messages. activation: default of `Conv`. scale: of the initial weights
-    and bias of the last layer.
+    flag: names the flag in messages. num_classes: None if the data has to tell it; heads of checks
+    have as many outputs as features then. activation: default of `Conv`. scale: of the initial
+    weights and bias of the last layer.
     """
 
     flag: str
-    num_classes: int
+    num_classes: int | None = None
     activation: str = "softmax"
     scale: float = 1.0
 
 
 def create_head(call: Call, dim: int, options: HeadOptions) -> nn.Module:
     """Build a head of HEADS, or of the user's own, for `dim` features."""
-    make = resolve_for(options.flag, call.name, HEADS, "head", importable=True)
-    label, known = f"{options.flag} {call}", inspect.signature(make).parameters
-    accepted = ", ".join(map(str, [*known.values()][2:])) or "no arguments"
-    try:
-        bound = inspect.signature(make).bind(dim, options.num_classes, *call.args, **call.kwargs)
-    except TypeError as error:
-        raise UserError(f"{label}: {error}; it takes {accepted}") from error
+    label, num_classes = f"{options.flag} {call}", options.num_classes or dim
+    make, bound = _bind(options.flag, call, dim, num_classes)
     if call.name not in HEADS:
         return _users_head(make, label, bound)
-    given = bound.arguments
+    given, known = bound.arguments, inspect.signature(make).parameters
     for key in [*given][2:]:
         given[key] = typed(label, key, given[key], known[key].annotation)
     if "activation" in known:
@@ -273,6 +276,21 @@ def create_head(call: Call, dim: int, options: HeadOptions) -> nn.Module:
         for parameter in layers[-1].parameters(recurse=False) if layers else ():
             parameter.mul_(options.scale)
     return head
+
+
+def _bind(
+    flag: str, call: Call, dim: int = 1, num_classes: int = 1
+) -> tuple[Callable[..., Any], inspect.BoundArguments]:
+    """Find what a call names, and give it its arguments; UserError if it does not take them."""
+    make = resolve_for(flag, call.name, HEADS, "head", importable=True)
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError) as error:  # no function, or one of C
+        raise UserError(f"{flag} {call}: {error}; give a function or a class") from error
+    try:
+        return make, signature.bind(dim, num_classes, *call.args, **call.kwargs)
+    except TypeError as error:
+        raise UserError(f"{flag} {call}: {error}; it takes {accepted(make, 2)}") from error
 
 
 def _users_head(make: Callable[..., Any], label: str, bound: inspect.BoundArguments) -> nn.Module:
@@ -358,13 +376,28 @@ def is_plain(text: str) -> bool:
     return call.name == "linear" and not call.args and call.kwargs.keys() <= same
 
 
-def check_heads(args: Any) -> None:
-    """Raise UserError if --head or --heads cannot be read or name unknown heads."""
-    calls = [("--head", parse_call(args.head, "--head"))] if args.head else []
-    if args.heads:
+def _calls(args: Any) -> list[tuple[str, Call]]:
+    """Return the flag and the call of each head; none in pre-training."""
+    flags = vars(args)
+    calls = [("--head", parse_call(args.head, "--head"))] if flags.get("head") else []
+    if flags.get("heads"):
         calls += [("--heads", call) for call, _ in parse_heads(args.heads).values()]
-    for flag, call in calls:
-        resolve_for(flag, call.name, HEADS, "head", importable=True)
+    return calls
+
+
+def has_own_head(args: Any) -> bool:
+    """Return True if a head is `package.module:name`, the user's own code."""
+    return any(":" in call.name for _, call in _calls(args))
+
+
+def check_heads(args: Any) -> None:
+    """Raise UserError for unknown heads and wrong arguments; heads of the user's are not called."""
+    for flag, call in _calls(args):
+        if call.name in HEADS:
+            with torch.device("meta"):
+                create_head(call, 1, HeadOptions(flag))
+        else:
+            _bind(flag, call)
 
 
 def implied_activation(loss: str) -> str:

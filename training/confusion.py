@@ -42,10 +42,12 @@ def confusion_file(key: str) -> str:
     `test_confusion_ema` goes to confusion-ema.csv, that of a set `sketch` to confusion-sketch.csv.
     """
     found = re.fullmatch(r"test_(\w+_)?confusion(_ema)?", key)
-    if not found:
-        return ""
-    parts = ["confusion", *(found[1] or "").split("_")[:-1], *["ema"] * bool(found[2])]
-    return "-".join(parts) + ".csv"
+    return csv_name("confusion", (found[1] or "")[:-1] + (found[2] or "")) if found else ""
+
+
+def csv_name(name: str, split: str) -> str:
+    """Return the file of an evaluation by its `Run.split`: `b_ema` is in confusion-b-ema.csv."""
+    return "-".join([name, *filter(None, split.split("_"))]) + ".csv"
 
 
 def describe(stats: Mapping[str, Any], classes: Sequence[str] | None = None) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.calls import Call, parse_call, parse_sum
+from config.calls import Call, accepted, parse_call, parse_sum
 from config.tasks import task_flags
 from data_loading.split import list_values
 from datasets import count_labels
@@ -61,9 +61,9 @@ class Criterion(nn.Module):
         """Refuse a loss that cannot take the targets, their smoothing or class weights."""
         if term.takes and self.kind not in term.takes:
             fit = ", ".join(name for name, row in LOSSES.items() if self.kind in row.takes.split())
-            accepted = " or ".join(KINDS[kind] for kind in term.takes if kind != "soft")
+            taken = " or ".join(KINDS[kind] for kind in term.takes if kind != "soft")
             raise UserError(
-                f"--loss {term.text} takes {accepted}, and the labels are {KINDS[self.kind]}; use "
+                f"--loss {term.text} takes {taken}, and the labels are {KINDS[self.kind]}; use "
                 f"one of {fit}" + ", or drop --mixup and --cutmix" * (self.kind == "soft")
             )
         if self.smoothing and term.takes and self.kind == "class" and "soft" not in term.takes:
@@ -274,11 +274,8 @@ def _check_ranges(call: Call, values: Mapping[str, Any], ranges: Mapping[str, Ra
 
 
 def _accepted(function: Callable, inputs: int = 0) -> str:
-    """Return the arguments that a loss takes, for a message."""
-    known = list(inspect.signature(function).parameters.values())[inputs:]
-    words = [parameter for parameter in known if parameter.name not in REDUCTIONS]
-    words = [str(parameter).replace("torch.Tensor", "list") for parameter in words]
-    return f"; it takes {', '.join(words) or 'no arguments'}"
+    """Return the end of a message: the arguments that a loss takes."""
+    return f"; it takes {accepted(function, inputs, REDUCTIONS)}"
 
 
 def try_out(criterion: Criterion | HeadLosses, num_classes: int) -> None:

@@ -35,8 +35,8 @@ class EvalSet:
     loader: DeviceLoader
 
     def split(self, ending: str = "") -> str:
-        """Return the name of the set, with `ema` for EMA weights, as hooks see it."""
-        return "_".join(filter(None, [self.name, ending]))
+        """Return '' for the first set, or else its name; with `ema` for EMA weights."""
+        return "_".join(filter(None, [self.prefix[:-1], ending]))
 
     def named(self, stats: Mapping[str, Any], ending: str = "") -> dict[str, Any]:
         """Return the values of an evaluation by their names in log.txt."""

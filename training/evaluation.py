@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config.calls import Call, parse_call
+from config.calls import Call, accepted, parse_call
 from config.phases import split_best_metric
 from data_loading.targets import Scale
 from errors import UserError, describe_error, first_few, plural, resolve
@@ -287,9 +287,7 @@ def create_metric(call: Call, flag: str) -> Metric:
         inspect.signature(make).bind(*call.args, **call.kwargs)
         return make(*call.args, **call.kwargs)
     except (TypeError, ValueError) as error:
-        options = inspect.signature(make).parameters.values()
-        accepted = ", ".join(f"{option.name}={option.default}" for option in options)
-        raise UserError(f"{flag}: {call}: {error}; accepted: {call.name}({accepted})") from error
+        raise UserError(f"{flag}: {call}: {error}; it takes {accepted(make)}") from error
 
 
 def _resolve(name: str, table: Mapping[str, Any], flag: str) -> Any:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config.flags import TARGETS
+from config.flags import GRAPHS, TARGETS, is_pretraining
 from errors import UserError, resolve_for
+from models.heads import is_plain
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
 from training.log_files import needs_folder
@@ -34,6 +35,21 @@ class ExportHook(Hook):
         needs_folder(args, "export")
         if not args.save_ckpt:
             raise UserError("--hook export: --save_ckpt false leaves nothing to export; drop one")
+        flags, targets = vars(args), (*GRAPHS, "safetensors")
+        is_convnext = args.model.removeprefix("fcmae_").startswith("convnext")
+        own = "" if is_convnext else f"--model {args.model}"
+        if own and is_pretraining(flags):
+            raise UserError(
+                f"--hook export: {own} has no classifier in pre-training, and only a ConvNeXt is "
+                "exported without one; drop it"
+            )
+        if not own and (flags.get("heads") or not is_plain(flags.get("head") or "")):
+            own = f"--heads {args.heads}" if args.heads else f"--head {args.head}"
+        if own and self.to not in targets:
+            raise UserError(
+                f"--hook export(to={self.to}) is for a ConvNeXt with a linear classifier, not for "
+                f"{own}; use one of {', '.join(targets)}"
+            )
 
     def on_end(self, run: Run) -> None:
         if not run.is_complete:
@@ -52,5 +68,5 @@ class ExportHook(Hook):
         if result.returncode:
             said = [line for line in result.stderr.splitlines() if line and line[0] not in "( "]
             reason = said[-1] if said else "no message"
-            raise RuntimeError(f"export.py ended with code {result.returncode}: {reason}")
+            raise UserError(f"export.py ended with code {result.returncode}: {reason}")
         get_logger().info("%s", result.stdout.strip().splitlines()[-1])

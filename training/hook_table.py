@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.calls import Call, parse_call
+from config.calls import Call, accepted, parse_call
 from config.parser import dump_args
 from errors import UserError, describe_error, resolve_for
 from parallel.process_group import get_logger, is_main_process
@@ -68,18 +68,12 @@ def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
             raise UserError(f"--hook {call.name} is given twice; give it once")
         found[name] = call, make
         try:
-            signature = inspect.signature(make)
-            signature.bind(*call.args, **call.kwargs)
+            inspect.signature(make).bind(*call.args, **call.kwargs)
         except TypeError as error:
-            accepted = ", ".join(_without_hint(word) for word in signature.parameters.values())
-            raise UserError(f"--hook {call}: {error}; accepted: {call.name}({accepted})") from error
+            raise UserError(f"--hook {call}: {error}; it takes {accepted(make)}") from error
         except ValueError:  # no signature
             pass
     return found
-
-
-def _without_hint(parameter: inspect.Parameter) -> str:
-    return str(parameter.replace(annotation=inspect.Parameter.empty))
 
 
 def _idle(args: Any) -> list[str]:

@@ -60,7 +60,7 @@ class Run:
     model_ema: nn.Module | None = None
     schedule: Any = None  # learning rate and other options by step; None with --eval
     phase: str = ""  # train or test, '' before the first
-    split: str = ""  # of a test phase: '' for the model itself, ema for the EMA weights
+    split: str = ""  # of a test phase: '', with EMA weights ema, of another set b or b_ema
     kind: str = ""  # of the targets of a test phase: class, multi or number
     loader: Any = None  # `DeviceLoader` of the phase
     scalars: Record = field(default_factory=dict)  # of the last log line, or of the ended phase
@@ -106,14 +106,14 @@ class Hook:
         """Called once when the run ends or fails, the last hook first."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint is to hold: numbers, texts, tensors, and dicts of them."""
+        """Return the state to save in a checkpoint: numbers, texts, tensors, dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; not called for a hook that is new in a resumed run."""
+        """Restore the hook from `state_dict()`; not called for a new hook in a resumed run."""
 
     def on_first_step(self, record: Record, state: TrainState) -> None:
-        """Called after the first step of a process, so that nobody waits for `print_freq` steps."""
+        """Called after the first step of a process, for a log line before `print_freq` steps."""
 
     def on_log(self, record: Record, state: TrainState) -> None:
         """Called every `print_freq` steps with means since the last call, speed and time left."""
@@ -380,12 +380,19 @@ class Reporter:
             return
         self.failed.add(name)
         place = f" in {point}" * bool(point)
-        text = "%s failed%s (%s); the run continues without it, and tries again (reported once)"
-        get_logger().warning(text, name, place, describe_failure(error))
+        after = "; the run continues without it, and tries again (reported once)"
+        if point == "on_end":
+            after = "; training and checkpoints are complete" * self.run.is_complete
+        get_logger().warning("%s failed%s (%s)%s", name, place, describe_failure(error), after)
 
 
 def describe_failure(error: Exception) -> str:
-    """Return an error's type, first line and place; the place is in the code of a fork, if any."""
+    """Return an error's type, first line and place; the place is in the code of a fork, if any.
+
+    A UserError says all in its message.
+    """
+    if isinstance(error, UserError):
+        return first_line(error)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     place = "" if isinstance(error, OSError) else f" at {own[-1].filename}:{own[-1].lineno}"

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_loading.loader import DeviceLoader
 from errors import UserError
+from models.heads import NamedHeads
 from parallel import sharding
 from parallel.process_group import all_reduce_sum, get_world_size
 from training.ema import ModelEma
@@ -75,7 +76,8 @@ class PreciseBn:
         """Set running statistics to the mean, and the variance around it, over all batches.
 
         A batch counts like any other, and is normalized by its own statistics in the layers before.
-        Dropout and stochastic depth are off, as in evaluation.
+        Dropout and stochastic depth are off, as in evaluation. A layer that is not called keeps its
+        statistics.
         """
         norms = {name: norm for name, norm in find_norms(model).items() if name in names}
         if not norms:
@@ -100,9 +102,12 @@ class PreciseBn:
         for norm, own in zip(
             norms.values(), total.split([part.shape[1] for part in sums.values()], 1), strict=True
         ):
-            mean, square = own[0] / own[2], own[1] / own[2]
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_((square - mean.square()).clamp(min=0))
+            mean, square = own[0] / own[2], own[1] / own[2]  # NaN if it was not called
+            for kept, new in (
+                (norm.running_mean, mean),
+                (norm.running_var, (square - mean.square()).clamp(min=0)),
+            ):
+                kept.copy_(torch.where(own[2] > 0, new, kept))
 
 
 @contextlib.contextmanager
@@ -111,8 +116,8 @@ def _batch_statistics(
 ) -> Iterator[None]:
     """Let these layers use batch statistics, the others as in evaluation, and add them up.
 
-    sums: (3, C) for each layer: of means, of mean squares, of batches. Compiled code, which does
-    not see new hooks, is not used.
+    sums: (3, C) for each layer: of means, of mean squares, of batches. All heads are called, not
+    only the first, as in evaluation. Compiled code, which does not see new hooks, is not used.
     """
 
     def record(name: str, x: Tensor) -> None:
@@ -127,8 +132,9 @@ def _batch_statistics(
         for name, norm in norms.items()
     ]
     model.eval()
-    for norm in norms.values():
-        norm.training = True
+    heads = [module for module in model.modules() if isinstance(module, NamedHeads)]
+    for module in (*norms.values(), *heads):
+        module.training = True
     try:
         with torch.compiler.set_stance("force_eager"):
             yield

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""The answer for every image of an evaluation, as CSV.
+"""Predictions for every image of an evaluation, as CSV.
 
 python main_finetune.py --config runs/digits/args.yaml --eval --hook predictions
 """
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from models.heads import implied_activation
 from parallel.process_group import all_gather, gather_rows
+from training.confusion import csv_name
 from training.hooks import Hook, Run
 from training.log_files import needs_folder, write_csv
 from training.meters import unusable
@@ -23,8 +25,9 @@ LIKELY = 0.5  # probability from which one of several classes counts as predicte
 class PredictionsHook(Hook):
     """Write predictions.csv after each evaluation: path, target, prediction and its probability.
 
-    Rows are in the order of the data set, whatever the number of processes. The EMA weights' are
-    predictions-ema.csv. Several classes, or numbers, of an image are joined by `|`.
+    Rows are in the order of the data set, whatever the number of processes. `csv_name` gives the
+    names of the files. Probabilities are softmax, or sigmoid if --loss uses that. Several classes,
+    or numbers, of an image are joined by `|`.
     """
 
     every_rank = True
@@ -42,7 +45,9 @@ class PredictionsHook(Hook):
     def on_step(self, run: Run) -> None:
         if run.phase == "test":
             batch = run.last_batch
-            kept = (batch.ids, *_columns(batch.targets, batch.outputs, run.kind))
+            loss = run.args.loss or "ce"
+            columns = _columns(batch.targets, batch.outputs, run.kind, loss)
+            kept = (batch.ids, *columns)
             kept = [part.view(len(batch.ids), -1) for part in kept]
             kept = [part.cpu() if part.device.type == "mps" else part for part in kept]
             self.parts.append(torch.cat([part.double() for part in kept], 1))
@@ -60,16 +65,19 @@ class PredictionsHook(Hook):
         rows = rows.cpu()
         rows = rows[rows[:, 0].argsort()]
         table = [[run.name_of(int(row[0])), *_words(row[1:], run)] for row in rows.tolist()]
-        name = f"predictions-{run.split}.csv" if run.split else "predictions.csv"
+        name = csv_name("predictions", run.split)
         run.folder.mkdir(parents=True, exist_ok=True)  # of --eval
         write_csv(("path", "target", "prediction", "probability"), table, run.folder / name)
 
 
-def _columns(targets: Tensor, outputs: Tensor, kind: str) -> tuple[Tensor, ...]:
-    """Return the numbers that are kept of a batch: of one class each 3, otherwise all outputs."""
+def _columns(targets: Tensor, outputs: Tensor, kind: str, loss: str) -> tuple[Tensor, ...]:
+    """Return the numbers that are kept of a batch: of one class each 2, otherwise all outputs."""
     if kind != "class":
         return targets, outputs
-    probability, prediction = outputs.float().softmax(1).max(1)
+    is_sigmoid, outputs = implied_activation(loss) == "sigmoid", outputs.float()
+    prediction = outputs.argmax(1)
+    chances = outputs.sigmoid() if is_sigmoid else outputs.softmax(1)
+    probability = chances.gather(1, prediction[:, None])
     return targets, torch.where(unusable(outputs), -1, prediction), probability
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Profile of a few optimizer steps: a trace for ui.perfetto.dev, and the dearest operations.
+"""Profile of a few optimizer steps: a trace for ui.perfetto.dev, and the most expensive operations.
 
 python main_pretrain.py --recipe digits_pretrain --output_dir runs/digits --hook "profiler(steps=3)"
 """
@@ -19,7 +19,8 @@ ROWS = 10  # of the table
 
 
 class ProfilerHook(Hook):
-    """Profile rank 0: write profile.json, a trace, and profile.txt, the ten dearest operations.
+    """Profile rank 0: write profile.json, a trace, and profile.txt, its ten most
+    expensive operations.
 
     steps: optimizer steps to profile, within one epoch. skip: steps before, which choose kernels
     and fill caches; in an epoch too short for that, it profiles the end of a later one.
@@ -74,7 +75,8 @@ class ProfilerHook(Hook):
         text = self.profile.key_averages().table(sort_by=order, row_limit=ROWS)
         write_atomically(text.encode(), table)
         get_logger().info(
-            "%s: a trace of %d steps for https://ui.perfetto.dev; %s: the dearest operations\n%s",
+            "%s: a trace of %d steps for https://ui.perfetto.dev; %s: the ten most expensive "
+            "operations\n%s",
             *(trace, self.recorded, table, text),
         )
         self.profile = None

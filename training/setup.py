@@ -27,7 +27,7 @@ from config.tasks import possible_kinds, task_flags
 from data_loading.labels import Head
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
-from models.heads import check_heads
+from models.heads import check_heads, has_own_head
 from models.kernels.autotune import autotuner, set_kernels
 from optim_factory import build_optimizer_call, build_rules, choose_update_freq
 from parallel import console, process_group, sharding
@@ -220,14 +220,14 @@ def check_start(
     Listing the data may take minutes, so this comes before. Code of the user's own is not run for
     it, since it may need real tensors or do other things too: only the values are checked.
     """
-    if is_code(args.model):
+    if is_code(args.model) or has_own_head(args):
         return weights.check_values() if weights else None
     with torch.device("meta"):
         if is_pretraining(vars(args)):
             model = models.build_fcmae(args)
             models.check_images(args, model)
         else:
-            model = models.build_classifier(args, classes or args.nb_classes or 1000)
+            model = models.build_classifier(args, classes or args.nb_classes)
     if vars(args).get("layer_decay", 1) < 1 and not args.eval:
         model.layer_of("", args.layer_decay_type)
     if vars(args).get("precise_bn") and not args.eval:

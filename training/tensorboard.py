@@ -118,9 +118,11 @@ class BoardHook(Hook):
     def check(self, args: Any) -> None:
         own = None if args.log_dir is None else args.log_dir not in ("", "none")
         if own is False or (own is None and args.output_dir == ""):
+            fix = "give --output_dir or --log_dir"
+            if own is False:
+                fix = "--log_dir none turns them off, so drop it"
             raise UserError(
-                f"--hook {self.name} writes to TensorBoard files, and there are none; give "
-                "--output_dir or --log_dir"
+                f"--hook {self.name} writes to TensorBoard files, and there are none; {fix}"
             )
 
 
@@ -150,7 +152,7 @@ class HistogramHook(BoardHook):
 
 
 class GraphHook(BoardHook):
-    """Write the graph of the network to TensorBoard, as traced on the CPU with one blank image."""
+    """Write the graph of the network to TensorBoard, traced on the CPU with one blank image."""
 
     name = "graph"
 
@@ -160,8 +162,8 @@ class GraphHook(BoardHook):
             raise UserError("--hook graph cannot trace sharded weights; use --shard ddp or zero1")
         if is_pretraining(vars(args)):
             raise UserError(
-                "--hook graph: masked autoencoders choose patches by index, which no trace shows; "
-                "drop it"
+                "--hook graph: masked autoencoders choose patches by index, which a trace would "
+                "fix; drop it"
             )
 
     def on_start(self, run: Run) -> None:

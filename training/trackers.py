@@ -17,7 +17,7 @@ from torch import Tensor
 from config.calls import Call, parse_call
 from config.flags import is_pretraining
 from config.parser import absolute_paths
-from errors import UserError, resolve_for
+from errors import UserError, describe_error, resolve_for
 from training.checkpoint import TrainState
 from training.hooks import Hook, Run
 from training.report import Record, small_stats
@@ -48,7 +48,7 @@ class TrackerHook(Hook):
 
     def __init__(self, call: Call, project: str, tags: Sequence[str] | None) -> None:
         self.call, self.project, self.tags = call, project, list(tags or [])
-        self.module = resolve_for("--tracker", call.name, TRACKERS, "tracker", importable=True)()
+        self.module = _find(call)
         self.accepted = inspect.signature(self.module.init).parameters
         self.open = any(word.kind is word.VAR_KEYWORD for word in self.accepted.values())
         unknown = [name for name in call.kwargs if not (self.open or name in self.accepted)]
@@ -98,6 +98,8 @@ class TrackerHook(Hook):
         self._log(values | means | place, state)
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:
+        if not hasattr(self.module, "Image"):
+            return
         pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         self._log({name: self.module.Image(pixels)}, state)
 
@@ -107,6 +109,22 @@ class TrackerHook(Hook):
 
     def on_end(self, run: Run) -> None:
         self.tracked.finish()
+
+
+def _find(call: Call) -> Any:
+    """Return the object with `init`, of TRACKERS or of the user's function."""
+    make = resolve_for("--tracker", call.name, TRACKERS, "tracker", importable=True)
+    label = f"--tracker {call.name}"
+    if not callable(make):
+        raise UserError(f"{label} is a {type(make).__name__}, expected a function")
+    try:
+        module = make()
+    except Exception as error:  # of the user's own
+        raise UserError(f"{label}: {describe_error(error)}") from error
+    if not callable(getattr(module, "init", None)):
+        got = type(module).__name__
+        raise UserError(f"{label} returned a {got}, expected an object with a function init")
+    return module
 
 
 def flags_of(args: Any) -> dict[str, Any]:

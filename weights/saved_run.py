@@ -13,7 +13,7 @@ from typing import Any
 from config.checks import shape_problems
 from config.flags import allowed, as_typed, implied_patch, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths
-from config.tasks import OF_TABLES, TASKS
+from config.tasks import DEFAULT_LOSS, OF_TABLES, TASKS
 from data_loading.labels import Head
 from data_loading.targets import Scale
 from errors import UserError
@@ -35,6 +35,7 @@ INHERITED |= EVALUATED
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 HEADS = {"head": "a name", "heads": "a name"}  # to evaluate or to resume, not to fine-tune again
 INHERITED |= HEADS
+INHERITED |= {"loss": "a name"}  # for evaluation, see `_inherits_loss`
 OF_ITS_DATA = ("val_split", "image_root")
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
@@ -151,6 +152,8 @@ def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set
     """Return the flags of a run that another use of its checkpoint does not take."""
     continues = resumes or vars(args).get("eval")
     left_out = set() if continues else {*EVALUATED, *HEADS}
+    if resumes or not _inherits_loss(args, saved):
+        left_out |= {"loss"}
     if not (resumes or _evaluates_its_data(args, saved)):
         left_out |= {*OF_ITS_DATA}
     if is_pretraining(vars(args)):  # pre-training evaluates nothing
@@ -161,6 +164,17 @@ def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set
         if args.given & together.keys():
             left_out |= {*together}
     return left_out
+
+
+def _inherits_loss(args: FrozenNamespace, saved: SavedRun) -> bool:
+    """Return True if --eval takes the loss of the run: one of another name than that of its task.
+
+    Code, which a file must not choose, is never taken, nor a loss for other heads or another task.
+    """
+    loss, kind = saved.flags.get("loss"), TASKS.get(str(saved.flags.get("task")))
+    if not vars(args).get("eval") or args.given & {"task", *HEADS}:
+        return False
+    return bool(kind) and loss != DEFAULT_LOSS[kind] and not is_code(str(loss))
 
 
 def _evaluates_its_data(args: FrozenNamespace, saved: SavedRun) -> bool:

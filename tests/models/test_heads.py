@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import models
+from config import parser as options
 from config.calls import parse_call
 from errors import UserError
 from models.attach import add_heads, replace_classifier
@@ -24,6 +25,7 @@ from models.heads import (
     Conv,
     HeadOptions,
     Linear,
+    check_heads,
     create_head,
     implied_activation,
     is_plain,
@@ -33,6 +35,7 @@ from models.parts import find_classifier, freeze_backbone, training_mode
 from optim_factory import LayerDecayValueAssigner
 from tests import tiny
 from training.losses import LOSSES, TORCH_LOSSES
+from training.setup import check_start
 from weights.fit import fit_weights
 
 SIZE = (3, 16, 16)
@@ -232,7 +235,7 @@ def test_a_head_that_cannot_be_put_in_place_is_refused_with_the_fix():
     ("text", "problem"),
     [
         ("lineer", "--head: unknown head 'lineer'. Did you mean 'linear'"),
-        ("mlp(hid=3)", "'hid'; it takes hidden: int | None = None, dropout"),
+        ("mlp(hid=3)", "'hid'; it takes hidden=None, dropout=0.0, act=gelu"),
         ("mlp(hidden=many)", "hidden is 'many', expected an integer"),
         ("mlp(dropout=1)", "dropout is 1, expected at least 0 and below 1"),
         ("conv(pool=0)", "pool is 0, expected integers above 0"),
@@ -246,6 +249,47 @@ def test_wrong_arguments_of_a_head_are_refused(text, problem):
     with pytest.raises(UserError) as error:
         head(text)
     assert problem in str(error.value)
+
+
+def own_head(dim: int, num_classes: int, size: int = 1) -> nn.Module:
+    """A user's head, which no check may call: it may need real tensors."""
+    raise RuntimeError("called")
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    return options.parse(options.finetune_parser(), ["--data_set", "DIGITS", *words])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("linear(act=silu)", "--head linear(act='silu'): act=silu is for planes"),
+        ("mlp(hidden=many)", "hidden is 'many', expected an integer"),
+        (f"{__name__}:own_head(speed=2)", "keyword argument 'speed'; it takes size=1"),
+        ("os:sep", "'/' is not a callable object; give a function or a class"),
+    ],
+)
+def test_arguments_of_heads_are_checked_before_the_data_is_listed_for_networks_with_code(
+    text, problem
+):
+    with pytest.raises(UserError) as error:
+        check_heads(parsed("--model", "tests.tiny:classifier", "--head", text))
+    assert problem in str(error.value)
+
+
+def test_a_check_does_not_call_a_users_head():
+    for words in (["--head", f"{__name__}:own_head"], ["--heads", f"a={__name__}:own_head@norm"]):
+        args = parsed("--model", "convnextv2_atto", *words)
+        check_heads(args)
+        check_start(args, None)
+
+
+def test_identity_fits_if_the_data_tells_the_number_of_classes():
+    """There were 1000 classes until then."""
+    words = ["--model", "mlp(hidden_dims=[10])", "--input_size", "8", "--head", "identity"]
+    check_start(parsed(*words), None)
+    with pytest.raises(UserError, match="there are 10 features and 7 classes"):
+        check_start(parsed(*words, "--nb_classes", "7"), None)
 
 
 def test_which_heads_other_libraries_can_have():

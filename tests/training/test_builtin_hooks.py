@@ -17,7 +17,16 @@ from config import parser as options
 from errors import UserError
 from models import create_model
 from tests import tiny
-from training import costs, hooks, log_files, predictions, profiler, tensorboard
+from training import (
+    confusion,
+    costs,
+    eval_sets,
+    hooks,
+    log_files,
+    predictions,
+    profiler,
+    tensorboard,
+)
 from training.checkpoint import TrainState
 from training.export_hook import ExportHook
 from training.hooks import Batch, Run
@@ -28,6 +37,7 @@ CPU = torch.device("cpu")
 
 def run_in(folder, state: TrainState | None = None, **more) -> Run:
     args = SimpleNamespace(epochs=2, in_chans=3, input_size=(8, 8), model="tests.tiny:classifier")
+    args.loss = more.pop("loss", None)
     return Run(args, folder, state or TrainState(), CPU, **more)
 
 
@@ -78,10 +88,12 @@ def test_schedule_by_hand(tmp_path):
 # --- predictions ----------------------------------------------------------------------------
 
 
-def predict(folder, kind: str, outputs: list, targets: list, split: str = "") -> list[str]:
+def predict(
+    folder, kind: str, outputs: list, targets: list, split: str = "", loss: str | None = None
+) -> list[str]:
     """Rows of predictions.csv for images 1 and 0, in two batches."""
     data = SimpleNamespace(name_of=lambda index: f"image photos/{index}.jpg")
-    run = run_in(folder, classes=["cat", "dog", "eel"])
+    run = run_in(folder, classes=["cat", "dog", "eel"], loss=loss)
     run.phase, run.kind, run.split = "test", kind, split
     run.loader = SimpleNamespace(loader=SimpleNamespace(dataset=data))
     hook = predictions.PredictionsHook()
@@ -93,7 +105,7 @@ def predict(folder, kind: str, outputs: list, targets: list, split: str = "") ->
         )
         hook.on_step(run)
     hook.on_phase_end(run)
-    name = f"predictions{'-' * bool(split)}{split}.csv"
+    name = f"predictions{'-' * bool(split)}{split.replace('_', '-')}.csv"
     head, *rows = (folder / name).read_text().splitlines()
     assert head == "path,target,prediction,probability"
     return rows
@@ -106,6 +118,18 @@ def test_predictions_by_hand_in_the_order_of_the_data(tmp_path):
         "photos/0.jpg,eel,dog,0.8",
         "photos/1.jpg,cat,cat,0.5",
     ]
+
+
+def test_probability_is_a_sigmoid_if_the_loss_has_one_and_sets_have_files_of_their_own(tmp_path):
+    """The sigmoid of log 3 is 3/4, its softmax among zeros 3/5. confusion.csv has the same rule."""
+    outputs = [[math.log(3), 0.0, 0.0], [0.0, math.log(3), 0.0]]
+    rows = predict(tmp_path, "class", outputs, [0, 0], "b_ema", "2*bce + ce")
+    assert rows == ["photos/0.jpg,cat,dog,0.75", "photos/1.jpg,cat,cat,0.75"]
+    names = [eval_sets.EvalSet(*name, None).split("ema") for name in (("a", ""), ("b", "b_"))]
+    assert names == ["ema", "b_ema"]
+    assert confusion.confusion_file("test_b_confusion_ema") == "confusion-b-ema.csv"
+    assert confusion.csv_name("predictions", "b_ema") == "predictions-b-ema.csv"
+    assert confusion.csv_name("predictions", "") == "predictions.csv"
 
 
 def test_image_without_usable_outputs_has_no_prediction(tmp_path):
@@ -288,8 +312,40 @@ def test_export_runs_after_complete_runs_alone_and_says_what_went_wrong(tmp_path
     run.error = KeyboardInterrupt()
     hook.on_end(run)  # of an interrupted run
     run.error = None
-    with pytest.raises(RuntimeError, match=r"export.py ended with code 2: .*--to timm is for"):
+    with pytest.raises(UserError, match=r"export.py ended with code 2: .*--to timm is for"):
         hook.on_end(run)  # to timm, of a network with code
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--head", "mlp(4)"], "not for --head mlp(4); use one of onnx, torchscript, pt2, safe"),
+        (["--heads", "a=linear@norm"], "not for --heads a=linear@norm; use one of onnx"),
+        (["--model", "timm:resnet18"], "not for --model timm:resnet18; use one of onnx"),
+        (["--head", "linear(dropout=0.1)"], ""),
+    ],
+)
+def test_export_that_must_fail_is_refused_before_training(words, problem):
+    args = options.parse(options.finetune_parser(), ["--data_set", "DIGITS", *words])
+    ExportHook().check(args)  # as safetensors
+    if problem:
+        with pytest.raises(UserError) as error:
+            ExportHook("timm").check(args)
+        assert problem in str(error.value)
+    else:
+        ExportHook("timm").check(args)
+
+
+def test_pretrained_weights_of_other_networks_are_not_exported():
+    words = ["--data_set", "DIGITS", "--model", "timm:resnet18"]
+    with pytest.raises(UserError, match="has no classifier in pre-training"):
+        ExportHook().check(options.parse(options.pretrain_parser(), words))
+
+
+def test_board_hook_names_the_flag_that_turns_the_files_off():
+    words = ["--data_set", "DIGITS", "--log_dir", "none", "--output_dir", "x"]
+    with pytest.raises(UserError, match="--log_dir none turns them off, so drop it"):
+        tensorboard.GraphHook().check(options.parse(options.finetune_parser(), words))
 
 
 def test_argument_of_a_hook_has_its_range():

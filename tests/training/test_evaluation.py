@@ -176,8 +176,8 @@ def test_best_metric_has_a_direction_and_is_computed(best, name, lower):
     ("words", "best", "message"),
     [
         ("f11", None, r"--metrics: unknown metric 'f11'. Did you mean 'f1'\?"),
-        ("f1(avg=micro)", None, r"unexpected keyword argument 'avg'; accepted: f1\(average=macro"),
-        ("f1(average=all)", None, "average: got 'all', expected macro, micro, per_class; accepted"),
+        ("f1(avg=micro)", None, r"unexpected keyword argument 'avg'; it takes average=macro"),
+        ("f1(average=all)", None, "average: got 'all', expected macro, micro, per_class; it takes"),
         ("precision(k=2.5)", None, "k: got 2.5, expected an integer >=1"),
         ("precision(k=2, average=micro)", None, "goes with no other argument; drop one"),
         ("precision(k=7)", None, r"precision\(k=7\) needs at least 7, and the model has 6 outputs"),

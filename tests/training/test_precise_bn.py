@@ -11,6 +11,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from data_loading.workers import WatchedLoader
 from errors import UserError
+from models.heads import NamedHeads
 from tests.test_engines import finetune
 from training.ema import ModelEma
 from training.precise_bn import PreciseBn, check_norms
@@ -83,6 +84,25 @@ def test_frozen_layers_keep_their_statistics():
     assert model.first.running_mean.item() != 0
     assert (model.second.running_mean.item(), model.second.running_var.item()) == (0, 1)
     assert not model.second.training
+
+
+def test_all_heads_are_measured_and_a_layer_that_is_not_called_keeps_its_statistics():
+    """Evaluation calls the first head alone: those of the others would become 0/0."""
+    model = Net()
+    heads = {"main": nn.Flatten(), "aux": nn.BatchNorm2d(1)}
+    model.named_heads = NamedHeads(heads, {"main": "second", "aux": "first"}, set())
+    model.named_heads.attach(model)
+    model.spare = nn.BatchNorm2d(1)
+    ema = ModelEma(model, 0.9, CPU)
+    nn.init.constant_(model.first.bias, 7.0)
+    nn.init.constant_(model.spare.running_mean, 3.0)
+    PreciseBn(batches(2), 8, CPU).update(model, ema, epoch=0)
+    assert model.named_heads["aux"].running_mean.item() == pytest.approx(7, abs=1e-5)
+    assert 0 < model.named_heads["aux"].running_var.item() < 1
+    assert ema.module.named_heads["aux"].running_mean.item() == pytest.approx(0, abs=1e-5)
+    assert (model.spare.running_mean.item(), model.spare.running_var.item()) == (3, 1)
+    assert model.named_heads.training
+    assert not ema.module.named_heads.training
 
 
 def test_ema_gets_the_statistics_of_its_own_weights():

@@ -70,12 +70,27 @@ def test_resumed_run_continues_that_of_the_tracker(calls, tmp_path):
     assert (words["name"], words["id"], words["resume"]) == ("own name", "id7", "allow")
 
 
+def test_tracker_without_images_gets_none(calls, tmp_path, monkeypatch):
+    hook = build("--tracker", FAKE)
+    start(hook, tmp_path)
+    calls.clear()
+    monkeypatch.delattr(type(hook.module), "Image")
+    hook.on_image("dreams", torch.zeros(3, 4, 5), TrainState())
+    assert calls == []
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["wanb"], "--tracker: unknown tracker 'wanb'. Did you mean 'wandb'?"),
         ([f"{FAKE}(speed=1)"], "has no argument speed; accepted: project, name, id, config"),
         ([f"{FAKE}(1)"], "takes arguments by name"),
+        (["os:sep"], "--tracker os:sep is a str, expected a function"),
+        (
+            ["os:getcwd"],
+            "os:getcwd returned a str, expected an object with a function init",
+        ),
+        (["shutil:which(x=1)"], "--tracker shutil:which: TypeError in "),
         (["a+b"], "--tracker: got 'a+b', expected one name"),
     ],
 )

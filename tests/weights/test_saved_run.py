@@ -63,6 +63,19 @@ def test_flags_come_from_the_checkpoint_unless_they_are_given(caplog):
     ]
 
 
+def test_evaluation_takes_the_loss_of_the_run_and_training_does_not():
+    """The head `conv` averages as the loss says: evaluation would differ from the run's own."""
+    flags = {"task": "classification", "loss": "0.5*bce + ce"}
+    words = ("--eval", "true", "--resume", "it.pth")
+    assert changed(finetune(*words), flags)["loss"] == flags["loss"]
+    assert "loss" not in changed(finetune(*words, "--loss", "ce"), flags)
+    assert "loss" not in changed(finetune(*words, "--head", "mlp"), flags)
+    assert "loss" not in changed(finetune(*words), flags | {"loss": "ce"})  # that of the task
+    assert "loss" not in changed(finetune(*words), flags | {"loss": "my.nets:loss + ce"})  # code
+    assert "loss" not in changed(finetune("--finetune", "it.pth"), flags)
+    assert "loss" not in changed(finetune("--resume", "it.pth"), flags, resumes=True)
+
+
 OWN_MEAN = {"imagenet_default_mean_and_std": True, "mean": [0.3], "std": (0.2,), "in_chans": 3}
 
 
