@@ -35,6 +35,7 @@ from data_loading.transforms import height_and_width, mean_and_std
 from errors import UserError, first_line
 from models import MODELS, build_classifier, is_known
 from models.heads import is_plain
+from models.parts import InUnits
 from parallel import process_group
 from training.checkpoint import write_checkpoint
 from weights import export_formats as formats
@@ -52,7 +53,14 @@ from weights.files import check_finite, read_checkpoint
 from weights.fit import find_classifier, fit_weights, undo_scale
 from weights.huggingface import as_rgb, find_labels, read_hf, write_hf
 from weights.pretrained import EMA_KEY, large_weights, select_state_dict
-from weights.saved_run import NORMALIZATION, normalized, read_saved_run, stored_flag
+from weights.saved_run import (
+    HEADS,
+    NORMALIZATION,
+    SavedRun,
+    normalized,
+    read_saved_run,
+    stored_flag,
+)
 
 FORMATS = {  # target -> function that writes it, function that reads it, package of the reader
     "timm": (lambda spec, path: save(to_timm(spec.state), path, spec), formats.read_timm, "timm"),
@@ -85,7 +93,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     saved = read_saved_run(checkpoint, args.checkpoint)
     run = dict(saved.flags)
     trained = str(run.get("model")).removeprefix("fcmae_")
-    headed = refuse_heads(args, run)
+    headed = refuse_heads(args, saved)
     own = is_known(trained) and (headed or not trained.startswith("convnext"))
     model = args.model or trained * own
     run |= {"nb_classes": saved.head.count} if saved.head.count else {}
@@ -96,7 +104,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     load = load_own_network if model else load_convnext
     try:
         spec, report = load(weights, run, model)
-        spec = in_units_of_the_data(spec, saved.head.scale)
+        spec = in_units_of_the_data(spec, saved.head.scale, args.to in GRAPHS, headed)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
@@ -129,14 +137,28 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     )
 
 
-def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
-    """Return True if a run has other heads than a linear classifier; UserError for some formats."""
-    names = [name for name in ("head", "heads") if run.get(name)]
-    if not names or (names == ["head"] and is_plain(run["head"])):
+def refuse_heads(args: argparse.Namespace, saved: SavedRun) -> bool:
+    """Return True if a run has other heads than a linear classifier; UserError for some formats.
+
+    A file must not choose which code is imported: heads that are code need to be given too.
+    """
+    stored = {name: stored_flag(saved, name) for name in HEADS if saved.flags.get(name)}
+    for name in HEADS:
+        given, value = getattr(args, name), stored.get(name, "")
+        if given not in ("", value):
+            raise UserError(
+                f"--{name} {given}, but {args.checkpoint} was trained "
+                f"{f'with --{name} {value}' if value else f'without --{name}'}; drop --{name}"
+            )
+        if ":" in value and not given:
+            raise UserError(
+                f"{args.checkpoint} was trained with --{name} {value}, which is code; give "
+                f'--{name} "{value}" to allow running it'
+            )
+    if not stored or (stored.keys() == {"head"} and is_plain(stored["head"])):
         return False
-    text = f"{args.checkpoint} was trained with --{names[0]} {run[names[0]]}"
-    if ":" in run[names[0]] and not args.model:
-        raise UserError(f"{text}, which is code; give its --model too, to allow running it")
+    name, value = next(iter(stored.items()))
+    text = f"{args.checkpoint} was trained with --{name} {value}"
     targets = (*GRAPHS, "safetensors")
     if args.to not in targets:
         raise UserError(
@@ -148,10 +170,24 @@ def refuse_heads(args: argparse.Namespace, run: Mapping[str, Any]) -> bool:
     return True
 
 
-def in_units_of_the_data(spec: ExportSpec, scale: Scale | None) -> ExportSpec:
-    """Return a regression whose last layer undoes the mean and std of its training targets."""
+def in_units_of_the_data(
+    spec: ExportSpec, scale: Scale | None, graph: bool, headed: bool
+) -> ExportSpec:
+    """Return a regression that undoes the mean and std of its training targets.
+
+    The last layer does it in a ConvNeXt, which other libraries build, and in files of weights.
+    """
     if not scale:
         return spec
+    if graph and spec.network is not None:
+        network = InUnits(spec.network, scale)
+        state = {f"network.{name}": value for name, value in spec.state.items()}
+        return replace(spec, state=state, full_state=state, network=network)
+    if headed:
+        raise UserError(
+            "its numbers need the mean and std of the training data, which files of weights "
+            f"cannot hold for this head; use --to {', '.join(GRAPHS)}"
+        )
     head = "head." if spec.network is None else next(iter(find_classifier(spec.network)), "head.")
     states = (undo_scale(state, head, scale) for state in (spec.state, spec.full_state))
     return replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))

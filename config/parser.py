@@ -244,12 +244,17 @@ def export_parser() -> argparse.ArgumentParser:
     parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
-    names = "--model --input_size --crop_pct --imagenet_default_mean_and_std --mean --std"
+    names = "--model --head --heads --input_size --crop_pct --imagenet_default_mean_and_std "
+    names += "--mean --std"
     add_flags(parser, "overrides of the run's flags", names)
     parser.set_defaults(model=None, input_size=None, imagenet_default_mean_and_std=None)
-    action = next(action for action in parser._actions if action.dest == "model")
-    text = "timm:NAME, torchvision:NAME or package.module:function of another network"
-    action.help = f"{text}; default: the checkpoint's"
+    texts = {"model": "timm:NAME, torchvision:NAME or package.module:function of another network"}
+    texts |= dict.fromkeys(
+        ("head", "heads"), "that of the run, to allow running code that it names"
+    )
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = f"{texts[action.dest]}; default: the checkpoint's"
     return parser
 
 

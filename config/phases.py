@@ -59,10 +59,13 @@ def split_best_metric(flags: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def phase_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of fine-tuning that cannot work with the others."""
+    sets: dict[str, str] = {}
     try:
-        eval_sets(args.eval_data_path)
+        sets = eval_sets(args.eval_data_path)
     except ValueError as error:
         yield f"--eval_data_path: {error}"
+    if args.eval_classes == "data" and len(sets) > 1:
+        yield "--eval_classes data is for one evaluation set; give them one by one, or drop it"
     if args.min_delta and not args.patience:
         yield f"--min_delta {args.min_delta:g} needs --patience; give both or neither"
     if args.disable_eval and args.eval_freq != 1:

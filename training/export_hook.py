@@ -45,6 +45,9 @@ class ExportHook(Hook):
         script = ["-m", f"{package}export"] if package else [ROOT / "export.py"]
         words = [*script, source, "--to", self.to, "--output", output, "--overwrite", "true"]
         words += ["--model", run.args.model] * is_code(run.args.model)
+        for name in ("head", "heads"):
+            value = vars(run.args).get(name, "")  # none in pre-training
+            words += [f"--{name}", value] * (":" in value)
         words = [sys.executable, *map(str, words)]
         result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode:

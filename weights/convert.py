@@ -6,7 +6,7 @@ python -c "from weights import convert; print(*convert.NAMES['timm'].items(), se
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,19 +98,24 @@ class Report:
         return "; ".join(notes)
 
 
-def to_convnextv2(state: State, decoder: bool = False) -> tuple[dict[str, Tensor], Report]:
+def to_convnextv2(
+    state: State, decoder: bool = False, own: Collection[str] = ()
+) -> tuple[dict[str, Tensor], Report]:
     """Convert a state dict of any known layout to `ConvNeXtV2`, or with `decoder` to `FCMAE`.
 
     Layouts: see NAMES; ours is the official one, with a prefix `encoder.` in pre-training.
     Parts that only the other of the two models has are dropped, and reported. Unknown names stay,
-    and `load_weights` refuses them.
+    and `load_weights` refuses them. own: names of the classifier to load, which stay; a head of
+    `models.heads` may have some of another layout.
     """
     names = {name: unwrap(name) for name in state}
     report = Report(_layout(names))
     rules, out = _rules(report.layout, inward=True), {}
     not_ours = (CLASSIFIER if decoder else DECODER) + MM_PARTS * (report.layout == "MMPretrain")
     for name, theirs in names.items():
-        ours = _translate(_normalize(theirs, report.layout), rules)
+        ours = theirs
+        if theirs not in own:
+            ours = _translate(_normalize(theirs, report.layout), rules)
         if ours.startswith(not_ours):
             report.dropped.append(ours)
             continue

@@ -150,7 +150,7 @@ def _rename(
     ours = {name.removeprefix("encoder.") for name in expected}
     blocks = {"stages.0.0.grn.gamma", "stages.0.0.gamma"}  # of V2, of V1
     if "downsample_layers.0.0.weight" in ours and ours & blocks:
-        return to_convnextv2(state, decoder=is_fcmae)
+        return to_convnextv2(state, is_fcmae, own=() if is_fcmae else expected)
     own, report = {unwrap(name): value for name, value in state.items()}, Report("own")
     if not is_fcmae and any(name.startswith("encoder.") for name in own):  # of an autoencoder
         report.dropped = [name for name in own if name.startswith(DECODER)]

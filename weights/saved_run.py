@@ -28,14 +28,14 @@ INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integer
 INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
 NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean"}
 NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
-INHERITED |= {"val_split": "a number", "image_root": "a name"}  # to evaluate the same data
+OF_ITS_DATA = {"val_split": "a number", "image_root": "a name", "split_column": "a name"}
+INHERITED |= OF_ITS_DATA  # to resume, or to evaluate the same data
 EVALUATED = {"task": "a name", "image_column": "a name", "label_column": "names"}
-EVALUATED |= {"split_column": "a name", "normalize_targets": "a boolean"}  # to resume, or for eval
+EVALUATED |= {"normalize_targets": "a boolean"}  # to resume, or for eval
 INHERITED |= EVALUATED
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 HEADS = {"head": "a name", "heads": "a name"}  # to evaluate or to resume, not to fine-tune again
 INHERITED |= HEADS
-OF_ITS_DATA = ("val_split", "image_root")
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
