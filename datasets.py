@@ -5,7 +5,8 @@
 python -c "import datasets; print(list(datasets.DATASETS))"
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from config.tasks import known_kind
+from config.tasks import OF_TABLES, TASK_OF, known_kind
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
 from data_loading.folders import DatasetSpec, ImageFiles, folder, image_folder, imnet
@@ -31,7 +32,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler, balance
 from data_loading.split import Part, list_labels, list_values, split
 from data_loading.tables import Columns, TableImages, table
-from data_loading.targets import TASK, Scale, Targets, find_scale
+from data_loading.targets import Scale, Targets, find_scale
 from data_loading.transforms import (
     RandomErasing,
     build_mean_and_std,
@@ -157,6 +158,8 @@ def build_dataset(
     data, part = _create_labeled(is_train, args, kept), "train" if is_train else "val"
     kind = _find_kind(data, args, kept)
     names = classes = class_names(data)
+    if is_train and kind == "number" and not resumes and vars(args).get("reset_head"):
+        head = None  # the new one has units of its own
     if is_train and head and names is not None:
         head = _head_to_keep(names, head, resumes, kind)
     elif is_train and not resumes:
@@ -189,19 +192,17 @@ def build_dataset(
 def _find_kind(data: Any, args: Any, head: Head | None) -> str:
     """Return the kind of the targets: what the data says, or else the flags, or else the head."""
     own, told = getattr(data, "kind", None), known_kind(vars(args))
-    if own not in (None, "class", *TASK):
+    if own not in (None, *TASK_OF):
         got = f"--data_set {args.data_set} has kind = {own!r}"
-        raise UserError(f"{got}, expected class, {' or '.join(TASK)}; correct it")
+        raise UserError(f"{got}, expected class, multi or number; correct it")
     if own and told and own != told:
-        fix = TASK.get(own, "classification")
         got = f"--task {args.task}, but --data_set {args.data_set} has kind = {own!r}"
-        raise UserError(f"{got}; pass --task {fix}, or correct the data set")
+        raise UserError(f"{got}; pass --task {TASK_OF[own]}, or correct the data set")
     kind = own or told or (head and head.kind) or "class"
     if head and head.kind not in (None, kind):
-        task, other = (TASK.get(one, "classification") for one in (kind, head.kind))
         raise UserError(
-            f"the data is for --task {task}, and {head.source} for {other}; give the data of that "
-            "task"
+            f"the data is for --task {TASK_OF[kind]}, and {head.source} for {TASK_OF[head.kind]}; "
+            "give the data of that task"
         )
     return kind
 
@@ -233,6 +234,11 @@ def _find_scale(
 ) -> Scale | None:
     """Return mean and std of the numbers: those of the head, or else of the training data."""
     if head is not None:  # its outputs are in these units, or in those of the data
+        if head.scale and not args.normalize_targets:
+            raise UserError(
+                f"--normalize_targets false, but {head.source} was trained with true and its head "
+                "is kept; drop it, or train a new head: --finetune with --reset_head true"
+            )
         return head.scale
     if not args.normalize_targets:
         return None
@@ -287,7 +293,8 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
         build_columns(args, args.label_column, args.weight_column),
     )
     if not args.val_split:
-        data = create_dataset(args.data_set, spec, is_train)
+        with naming_source(args, head):
+            data = create_dataset(args.data_set, spec, is_train)
     elif args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
         raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
     else:
@@ -303,6 +310,19 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
             "a number --task regression"
         )
     return data
+
+
+@contextlib.contextmanager
+def naming_source(args: Any, head: Head | None) -> Iterator[None]:
+    """Add the checkpoint to an error about a flag that comes from it, and was not typed."""
+    try:
+        yield
+    except UserError as error:
+        given = getattr(args, "given", OF_TABLES)
+        names = [name for name in OF_TABLES if f"--{name}:" in str(error) and name not in given]
+        if not (names and head):
+            raise
+        raise UserError(f"{error} --{names[0]} is taken from {head.source}; give it") from error
 
 
 def build_columns(args: Any, labels: Sequence[str] | None = (), weight: str | None = None) -> Any:
@@ -338,9 +358,7 @@ def build_datasets(
     train, nb_classes = build_dataset(True, args, head, resumes)
     if args.disable_eval:
         return train, None, nb_classes
-    targets = train.targets
-    head = Head("train", train.classes, nb_classes, targets.kind, targets.scale)
-    val, _ = build_dataset(False, args, head)
+    val, _ = build_dataset(False, args, train.head("train"))
     return train, val, nb_classes
 
 

@@ -55,7 +55,8 @@ def train_one_epoch(
         outputs = network(images)
         return loop.criterion(outputs, targets), main_output(outputs)
 
-    meters = loop.reporter.begin_epoch(["loss", "grad_norm", "class_acc"], data_loader)
+    names = ["loss", "grad_norm", *["class_acc"] * (loop.kind == "class")]
+    meters = loop.reporter.begin_epoch(names, data_loader)
     stepper.begin_epoch(len(data_loader))
     # The guard reruns bad steps to find their first NaN.
     loop.guard.begin_epoch(state, lambda *inputs: compute_loss(*inputs)[0])
@@ -71,7 +72,7 @@ def train_one_epoch(
 
         state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
-        if loop.mixup is None and labels.ndim == 1:  # others have no single right class
+        if loop.mixup is None and loop.kind == "class":  # others have no single right class
             meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         loop.reporter.after_batch(len(images), Batch(images, labels, logits, loss, ids))
         if result is not None:
@@ -120,6 +121,7 @@ def evaluate(
                     logits = network(images)
                 logits = logits.float()
                 losses, counts = criterion.per_image(logits, labels)
+                logits, labels = metrics.in_units(logits, labels)
                 metrics.update(logits, labels, losses, counts)
                 reporter.after_evaluated(Batch(images, labels, logits, losses, ids))
     finally:

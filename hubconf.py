@@ -14,6 +14,7 @@ import models as _models
 from config.flags import MODEL_KEY as _MODEL_KEY
 from models import heads as _heads
 from weights import convert as _convert
+from weights import fit as _fit
 from weights import pretrained as _pretrained
 
 dependencies = ["torch"]
@@ -26,7 +27,8 @@ checkpoint: a file, a run's folder, `hf-hub:owner/name`, `timm:model.tag` or an 
     any published layout; without one the weights are random.
 num_classes, in_chans, stem_stride: default to the checkpoint's, and without one to 1000, 3 and 4.
     A pre-trained checkpoint has no head, so it gives normalized features (N, C), as num_classes=0
-    does; with any other num_classes than the checkpoint's, the head is new and random.
+    does; with any other num_classes than the checkpoint's, the head is new and random. That of a
+    regression gives numbers in the units of the data.
 features_only, out_indices: return feature maps of strides 4, 8, 16, 32, not logits; needs timm.
 model_key, model_prefix, sha256: select the weights, as in main_finetune.py;
     model_key="model_ema" selects the EMA weights.
@@ -48,7 +50,9 @@ def _entry(name, count):
         found = _convert.describe(_convert.to_convnextv2(weights.state)[0])
         shape = {key: found[key] for key in ("num_classes", "in_chans", "stem_stride")}
         model = _models.create_model(name, **{**shape, **kwargs})
-        weights.load(model)
+        loaded = weights.load(model).loaded
+        if (scale := weights.saved.head.scale) and "head.weight" in loaded:  # a regression
+            model.load_state_dict(_fit.undo_scale(model.state_dict(), "head.", scale))
         return model
 
     build.__name__ = build.__qualname__ = name

@@ -23,7 +23,6 @@ import datasets
 import models
 import utils
 from data_loading.bad_images import BadImages
-from data_loading.labels import Head
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
@@ -83,8 +82,7 @@ def main(args: argparse.Namespace) -> None:
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
     mixup = datasets.build_mixup(args, nb_classes, targets.kind)
     metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
-    head = Head("train", classes, nb_classes)
-    eval_sets = build_eval_sets(args, dataset_val, head, device, metrics)
+    eval_sets = build_eval_sets(args, dataset_val, dataset_train.head("train"), device, metrics)
     data_loaders_val = [each.loader for each in eval_sets]
 
     # --- 3. model ---------------------------------------------------------------------------
@@ -163,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
         freezer=build_freezer(args, model_without_ddp, stepper),
         criterion=criterion,
         mixup=mixup,
+        kind=targets.kind,
         model_ema=model_ema,
     )
     if args.dry_run:

@@ -6,6 +6,7 @@ python -c "from config.phases import eval_sets; print(eval_sets('real=/data/a,sk
 """
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,9 @@ def split_best_metric(flags: Mapping[str, Any]) -> tuple[str, str | None]:
 def phase_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of fine-tuning that cannot work with the others."""
     yield from _set_problems(args.eval_data_path, own=":" in args.data_set)
+    with contextlib.suppress(ValueError):  # reported already
+        if args.eval_classes == "data" and len(eval_sets(args.eval_data_path)) > 1:
+            yield "--eval_classes data is for one evaluation set; give them one by one, or drop it"
     if args.min_delta and not args.patience:
         yield f"--min_delta {args.min_delta:g} needs --patience; give both or neither"
     if args.disable_eval and args.eval_freq != 1:

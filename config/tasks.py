@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 TASKS = {"classification": "class", "multi_label": "multi", "regression": "number"}  # -> kind
+TASK_OF = {kind: task for task, kind in TASKS.items()}
 DEFAULT_LOSS = {"class": "ce", "multi": "bce", "number": "l2"}
 TABLES = (".csv", ".tsv", ".txt")  # what --data_path ends in for --data_set table
 OF_TABLES = ("image_column", "label_column", "split_column", "weight_column", "image_root")
@@ -42,12 +43,11 @@ def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def task_flags(values: Mapping[str, Any], given: Collection[str], kind: str) -> dict[str, Any]:
     """Return task, loss and smoothing for a kind of targets; given flags stay."""
-    task = next(task for task, of_task in TASKS.items() if of_task == kind)
     loss = DEFAULT_LOSS[kind] if values["loss"] is None else values["loss"]
     smoothing = values["smoothing"]
     if "smoothing" not in given and loss != "ce":
         smoothing = 0.0  # other losses may not take smoothed labels
-    return {"task": task, "loss": loss, "smoothing": smoothing}
+    return {"task": TASK_OF[kind], "loss": loss, "smoothing": smoothing}
 
 
 def task_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -66,6 +66,8 @@ def task_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--mixup and --cutmix mix classes, and --task regression has none; drop them"
     if args.task == "regression" and args.sampling == "balanced":
         yield "--sampling balanced needs classes; use --sampling weighted, or --task classification"
+    if not args.normalize_targets and (kind := known_kind(values)) in ("class", "multi"):
+        yield f"--normalize_targets false is for numbers, not for --task {TASK_OF[kind]}; drop it"
     if args.weight_column and args.sampling != "weighted":
         yield "--weight_column needs --sampling weighted; give both or neither"
     if args.data_set == "table" and args.sampling == "weighted" and not args.weight_column:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.formats import extensions
+from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_all
 from data_loading.targets import Targets
 from data_loading.transforms import Erased
@@ -69,9 +70,16 @@ class TransformedDataset(Dataset):
         """Take labels of another kind than one class per image, or for other outputs."""
         self.targets, self.positions, self.nb_classes = targets, targets.positions, targets.count
 
+    def head(self, source: str) -> Head:
+        """Return the head that a network for this data has; source: for messages."""
+        targets = self.targets
+        return Head(source, self.classes, targets.count, targets.kind, targets.scale)
+
     def keep_own_classes(self) -> list[int]:
         """Number the classes of the data without those that it lacks; returns their outputs."""
         own = self.targets.positions
+        if self.kind == "number":
+            raise UserError("--eval_classes data: the data has numbers and no classes; drop it")
         if own is None:
             raise UserError("--eval_classes data: the data set has no class names; drop it")
         kept = sorted(own)

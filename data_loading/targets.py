@@ -15,10 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.tasks import TASK_OF
 from errors import UserError, first_few
 from parallel.process_group import get_logger
 
-TASK = {"multi": "multi_label", "number": "regression"}
+# Kinds of targets: (N,) integers; (N, K) that sum to 1, of losses alone; (N, K) of zeros and ones;
+# (N, D), or (N,) for one.
+KINDS = {
+    "class": "one class per image",
+    "soft": "mixed labels (of --mixup or --cutmix)",
+    "multi": "several classes per image",
+    "number": "numbers",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def check_label(label: Any, nb_classes: int) -> int:
 def check_row(row: Any, kind: str, count: int) -> Tensor:
     """Return zeros and ones, or numbers, as (count,) float64; UserError if they are not that."""
     what = "zeros and ones" if kind == "multi" else "finite numbers"
-    expected = f"expected {count} {what}, as --task {TASK[kind]} needs; correct the data set"
+    expected = f"expected {count} {what}, as --task {TASK_OF[kind]} needs; correct the data set"
     try:
         values = torch.as_tensor(row, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):

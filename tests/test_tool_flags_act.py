@@ -121,6 +121,8 @@ EXPORT: dict[str, Row] = {
         "ConvNeXtV2",
         "--to onnx --model_key model",
     ),
+    "head": ("--head mlp", stride, 4, "refused"),  # the run's own alone is accepted
+    "heads": ("--heads main=mlp@norm", stride, 4, "refused"),
     "input_size": ("--input_size 64", lambda w: spec(w).size, (32, 32), (64, 64)),
     "crop_pct": ("--crop_pct 0.5", lambda w: spec(w).crop_pct, None, 0.5),
     "imagenet_default_mean_and_std": (

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from config.calls import Call, accepted, parse_call, parse_sum
 from config.tasks import task_flags
 from data_loading.split import list_values
+from data_loading.targets import KINDS
 from datasets import count_labels
 from errors import UserError, describe_error, first_few, first_line, resolve_for
 from parallel import sharding
 from parallel.process_group import get_logger, get_world_size
 from training.head_losses import HeadLosses, losses_by_head
 from training.losses import LOSSES, NOT_LOGITS, TINY, TORCH_LOSSES, TORCH_RANGES, Range, Row
-from training.targets import KINDS
 
 ONLY_IN_TRAINING = ("label_smoothing", "weight", "pos_weight")  # so are these
 REDUCTIONS = ("reduction", "reduce", "size_average")  # arguments of torch's losses

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from config.calls import Call, accepted, parse_call
 from config.phases import split_best_metric
-from data_loading.targets import Scale
+from data_loading.targets import KINDS, Scale
 from errors import UserError, describe_error, first_few, plural, resolve
 from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
 from training.metrics import METRICS, Batch, Metric, default_metrics
 from training.report import plain
-from training.targets import KINDS
 
 SPACES = re.compile(r"\s+(?![^(]*\))")  # that are not in brackets
 SHARED = 2  # sums besides those of losses and metrics: images, images without usable outputs
@@ -33,10 +32,9 @@ class Metrics:
 
     words: as for --metrics, such as `f1` or `precision(k=5)`. best: the metric that chooses the
     best checkpoint, computed too. Without them: `default_metrics(kind)`. outputs: of the model, if
-    known. kind: of the targets, of KINDS. scale: of numbers, undone before they are compared. All
-    sums are one tensor, in float64 where the device has it. Metrics of the order of scores, and
-    functions of the user's, need all outputs: rank 0 then gathers (images, outputs + targets) in
-    float32.
+    known. kind: of the targets, of KINDS. scale: of numbers, which `in_units` undoes. All sums are
+    one tensor, in float64 where the device has it. Metrics of the order of scores, and functions of
+    the user's, need all outputs: rank 0 then gathers (images, outputs + targets) in float32.
     """
 
     def __init__(
@@ -122,6 +120,14 @@ class Metrics:
         self.sums = torch.zeros(sum(self.sizes), dtype=self.dtype, device=device)
         self.rows: list[Tensor] = []
 
+    def in_units(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs and targets in the units of the data, which `update` and hooks take."""
+        if self.mean_std is None:
+            return logits, targets
+        mean, std = self.mean_std
+        targets = self._checked(logits, targets)
+        return tuple(x.to(self.dtype) * std + mean for x in (logits, targets))
+
     @torch.no_grad()
     def update(
         self, logits: Tensor, targets: Tensor, losses: Tensor, counts: Tensor | None = None
@@ -131,9 +137,6 @@ class Metrics:
         counts: as losses, 0 for an image that does not count in the mean of a loss, otherwise 1.
         """
         targets = self._checked(logits, targets)
-        if self.mean_std is not None:
-            mean, std = self.mean_std
-            logits, targets = (x.to(self.dtype) * std + mean for x in (logits, targets))
         batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
         images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
         broken = batch.broken.sum(dtype=self.dtype)

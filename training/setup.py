@@ -108,6 +108,11 @@ def check_task(args: Any) -> None:
 
 def settle_task(args: Any, kind: str) -> Any:
     """Return `args` with what --task auto and an absent --loss stand for with this data."""
+    if kind != "number" and "normalize_targets" in args.given and not args.normalize_targets:
+        raise UserError(
+            "--normalize_targets false is for numbers, and the data has classes; drop it, or give "
+            "--task regression"
+        )
     new = args.replace(**task_flags(vars(args), args.given, kind))
     if kind != "class" or args.task == "auto":
         metrics = " ".join(args.metrics or default_metrics(kind))
@@ -265,6 +270,7 @@ class TrainLoop:
     criterion: Callable[..., torch.Tensor] | None = None  # (logits, labels) -> loss
     mixup: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     model_ema: ModelEma | None = None
+    kind: str = "class"  # of the targets
 
 
 def check_ranks_agree(args: Mapping[str, Any]) -> None:
