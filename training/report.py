@@ -20,6 +20,7 @@ from typing import Any
 from config.flags import as_typed, command, is_code, is_pretraining
 from errors import plural
 from training.checkpoint import TrainState
+from training.schedules import count_total
 
 Record = dict[str, float]
 # What a step's line shows in a place of its own; values with other names follow the loss.
@@ -199,10 +200,12 @@ def last_line(args: Any, folder: Path | None, state: TrainState) -> str:
     """Return the last line of a run: its folder, its result, and the next command to type."""
     patience, position = vars(args).get("patience"), round(state.position, 3)
     done = f"{min(position, args.epochs)} of {plural(args.epochs, 'epoch')} done"
-    if patience and state.since_best >= patience and position < args.epochs:
+    size = max(state.steps_per_epoch, 1)
+    has_rest = round(state.position * size) < count_total(args.epochs, size)
+    if patience and state.since_best >= patience and has_rest:
         metric, times = state.best_metric, plural(state.since_best, "evaluation")
         done += f", stopped early (--patience {patience}): no better {metric} in {times}"
-    elif state.position - args.epochs > 0.6 / max(state.steps_per_epoch, 1):  # resumed with fewer
+    elif state.position - args.epochs > 0.6 / size:  # resumed with fewer
         done = f"{plural(position, 'epoch')} done, more than --epochs {args.epochs}"
     result = describe_result(state)
     if not (state.best or is_pretraining(vars(args))):
