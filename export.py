@@ -104,7 +104,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     load = load_own_network if model else load_convnext
     try:
         spec, report = load(weights, run, model)
-        spec = in_units_of_the_data(spec, saved.head.scale, args.to in GRAPHS, headed)
+        spec = in_units_of_the_data(spec, saved.head.scale, args.to, run)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from error
     notes = [f"loaded {len(spec.state)} tensors ({report})", large_weights(spec.state)]
@@ -171,26 +171,40 @@ def refuse_heads(args: argparse.Namespace, saved: SavedRun) -> bool:
 
 
 def in_units_of_the_data(
-    spec: ExportSpec, scale: Scale | None, graph: bool, headed: bool
+    spec: ExportSpec, scale: Scale | None, to: str, run: Mapping[str, Any]
 ) -> ExportSpec:
     """Return a regression that undoes the mean and std of its training targets.
 
-    The last layer does it in a ConvNeXt, which other libraries build, and in files of weights.
+    Its last layer does it in a ConvNeXt, which other libraries build, and in files of weights.
     """
     if not scale:
         return spec
-    if graph and spec.network is not None:
-        network = InUnits(spec.network, scale)
+    network, layer = spec.network, "head."
+    if network is not None and to in GRAPHS:
         state = {f"network.{name}": value for name, value in spec.state.items()}
-        return replace(spec, state=state, full_state=state, network=network)
-    if headed:
+        return replace(spec, state=state, full_state=state, network=InUnits(network, scale))
+    if network is not None:
+        head = next(iter(find_classifier(network)), "head.")
+        layers = [f"{n}." for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
+        layer = next((name for name in reversed(layers) if name.startswith(head)), head)
+    states = (undo_scale(state, layer, scale) for state in (spec.state, spec.full_state))
+    new = replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))
+    if network is not None:
+        check_units(spec, new, scale, height_and_width(run.get("input_size", 224)))
+    return new
+
+
+@torch.no_grad()
+def check_units(spec: ExportSpec, new: ExportSpec, scale: Scale, size: tuple[int, int]) -> None:
+    """Raise UserError if the changed layer is not the last step of the network."""
+    images = torch.rand(2, spec.shape["in_chans"], *size, dtype=torch.float64)
+    expected = InUnits(Network(spec), scale).double()(images)
+    found = Network(new).double()(images)
+    if not (found - expected).abs().max() <= LIMIT * expected.abs().max():
         raise UserError(
-            "its numbers need the mean and std of the training data, which files of weights "
-            f"cannot hold for this head; use --to {', '.join(GRAPHS)}"
+            "a step follows its last layer, so a file of weights cannot hold the mean and std of "
+            f"its numbers; use --to {' or '.join(GRAPHS)}"
         )
-    head = "head." if spec.network is None else next(iter(find_classifier(spec.network)), "head.")
-    states = (undo_scale(state, head, scale) for state in (spec.state, spec.full_state))
-    return replace(spec, **dict(zip(("state", "full_state"), states, strict=True)))
 
 
 def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
