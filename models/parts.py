@@ -193,20 +193,6 @@ def _pause_statistics(momentum: float | None, module: nn.Module, inputs: Any) ->
         module.num_batches_tracked.sub_(1)  # the module itself adds 1
 
 
-class InUnits(nn.Module):
-    """A network of numbers in units of a mean and std, (N, D) -> (N, D) in units of the data."""
-
-    def __init__(self, network: nn.Module, scale: Any) -> None:
-        super().__init__()
-        self.network = network
-        mean, std = scale.tensors(torch.float32)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images) * self.std + self.mean
-
-
 class KeepOutputs(nn.Module):
     """A network with some of its outputs, (N, K) -> (N, those)."""
 

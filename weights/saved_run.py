@@ -174,7 +174,7 @@ def _inherits_loss(args: FrozenNamespace, saved: SavedRun) -> bool:
     loss, kind = saved.flags.get("loss"), TASKS.get(str(saved.flags.get("task")))
     if not vars(args).get("eval") or args.given & {"task", *HEADS}:
         return False
-    return bool(kind) and loss != DEFAULT_LOSS[kind] and not is_code(str(loss))
+    return bool(kind) and loss != DEFAULT_LOSS[kind] and ":" not in str(loss)
 
 
 def _evaluates_its_data(args: FrozenNamespace, saved: SavedRun) -> bool:
