@@ -117,7 +117,7 @@ def test_classes_of_the_data_alone_need_classes_and_one_set(folder, capsys):
     with pytest.raises(SystemExit):
         flags(f"{words} --eval_data_path a=v.csv,b=w.csv")
     assert "--eval_classes data is for one evaluation set; give them" in capsys.readouterr().err
-    assert flags(f"{words} --eval_data_path a=v.csv").eval_classes == "data"
+    assert flags(f"{words} --eval_data_path v.csv").eval_classes == "data"
 
 
 def test_another_table_is_evaluated_as_a_whole_and_errors_name_the_checkpoint(folder):

@@ -218,7 +218,7 @@ def evaluation(dist_eval: bool = True) -> dict[str, float]:
 
 def predictions(folder: Path) -> str:
     """Return predictions.csv, which rank 0 writes; '' on others."""
-    args = SimpleNamespace(output_dir=str(folder), hook=("predictions",), tracker=None)
+    args = SimpleNamespace(output_dir=str(folder), hook=("predictions",), tracker=None, loss=None)
     with hook_table.build_eval_reporter(args, CPU, toy(), None) as reporter:
         evaluate(evaluation_batches(), toy().float(), CPU, "none", reporter=reporter)
     return (folder / "predictions.csv").read_text() if process_group.is_main_process() else ""
