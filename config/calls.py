@@ -106,20 +106,27 @@ def accepted(make: Callable[..., Any], inputs: int = 0, hidden: Collection[str] 
 
 def _split(text: str) -> Iterator[tuple[int, str]]:
     """Yield the parts between commas outside brackets and quotes, and where they start."""
-    start, depth, quote = 0, 0, ""
-    for place, letter in enumerate(text):
-        if quote:
-            quote = quote if letter != quote else ""
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif letter == "," and depth == 0:
+    start = 0
+    for place, letter, depth in _outside_quotes(text):
+        if letter == "," and depth == 0:
             yield start, text[start:place]
             start = place + 1
     yield start, text[start:]
+
+
+def _outside_quotes(text: str, start: int = 0) -> Iterator[tuple[int, str, int]]:
+    """Yield (place, letter, brackets open after it) for the letters that are not in quotes."""
+    depth, quote = 0, ""
+    for place in range(start, len(text)):
+        letter = text[place]
+        if quote:
+            quote = quote if letter != quote else ""
+            continue
+        if letter in "'\"":
+            quote = letter
+            continue
+        depth += (letter in "([{") - (letter in ")]}")
+        yield place, letter, depth
 
 
 class _Reader:
@@ -166,21 +173,12 @@ class _Reader:
 
     def end_of_brackets(self) -> int:
         """Return the place where the bracket that opens here is closed; quotes are passed over."""
-        start, depth, quote = self.place, 0, ""
-        for place in range(start, len(self.text)):
-            letter = self.text[place]
-            if quote:
-                quote = quote if letter != quote else ""
-            elif letter in "'\"":
-                quote = letter
-            elif letter in "([{":
-                depth += 1
-            elif letter in ")]}":
-                depth -= 1
-                if depth == 0 and letter != _CLOSING[self.text[start]]:
+        start = self.place
+        for place, letter, depth in _outside_quotes(self.text, start):
+            if letter in ")]}" and depth == 0:
+                if letter != _CLOSING[self.text[start]]:
                     self.fail(f"expected {_CLOSING[self.text[start]]!r}", place)
-                if depth == 0:
-                    return place
+                return place
         self.fail(f"{self.text[start]!r} is not closed", start)
 
     def values(self, start: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -71,8 +71,8 @@ def test_every_row_has_flags_or_a_reason():
 def test_flags_of_a_row_are_accepted(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("epochs: 90\n")
-    for placeholder, existing in OWN.items():
-        command = command.replace(placeholder, existing)
+    for words, existing in OWN.items():
+        command = command.replace(words, existing)
     args = parse(command)
     models.check_model(args)
     for check in (build_optimizer_call, build_rules, build_curves, check_heads, check_hooks):
