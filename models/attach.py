@@ -64,7 +64,7 @@ def replace_classifier(
         head = create_head(call, shape[3 if is_last else 1], options)
         if is_last:
             head.register_forward_pre_hook(_to_channels_first)
-    set_tokens(model, head)
+    fit_to_network(model, head)
     replace_module(model, path, head)
     model.head_prefixes = (f"{path}.",)
     if getattr(head, "takes_maps", False):
@@ -144,7 +144,7 @@ def add_heads(
                 f"--heads: {call} needs a map (N, C, h, w), and {blocks[name]} gives {shape}; use "
                 f"linear or mlp{fix}"
             )
-        set_tokens(model, head)
+        fit_to_network(model, head)
         built[name] = head
     last = {b for b in blocks.values() if _is_channels_last(model, shapes[b], size)}
     model.named_heads = NamedHeads(built, blocks, last)
@@ -292,8 +292,9 @@ def _is_channels_last(model: nn.Module, shape: tuple[int, ...], size: tuple[int,
     return last < first
 
 
-def set_tokens(model: nn.Module, head: nn.Module) -> None:
-    """Tell a head which tokens to use, as the network's own classifier does."""
+def fit_to_network(model: nn.Module, head: nn.Module) -> None:
+    """Give a head the data type of a network, and the tokens that its own classifier uses."""
+    head.to(next(model.parameters()).dtype)
     for neck in [module for module in head.modules() if isinstance(module, Neck)]:
         neck.class_token = getattr(model, "global_pool", "") == "token"
         neck.class_token |= hasattr(model, "class_token")  # of torchvision

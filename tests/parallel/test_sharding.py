@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import utils
+from data_loading.loader import DeviceLoader
 from engine_finetune import evaluate
 from errors import UserError
 from models.fcmae import FCMAE
@@ -30,9 +31,11 @@ from parallel.state_dict import full_state_dict
 from tests.groups import results_of, run_ranks, run_script
 from tests.test_end_to_end import log
 from tests.tiny import classifier, classifier64, fcmae64
+from tests.training.test_precise_bn import batches
 from training.anomaly import AnomalyGuard, first_not_finite
 from training.checkpoint import TrainableParts, TrainState, load_optimizer
 from training.ema import ModelEma
+from training.precise_bn import PreciseBn
 from training.stepper import Stepper, autocast
 
 CPU = torch.device("cpu")
@@ -47,6 +50,8 @@ SCRIPTS = {
     "main_finetune.py": [
         *["--model", "tests.tiny:classifier64", "--layer_decay", 0.8],
         *["--model_ema", "--model_ema_eval"],
+        *["--heads", "main=linear@norm, aux=mlp(4)@stages.2"],
+        *["--loss", "main=ce, aux=0.5*focal"],
     ],
 }
 
@@ -363,6 +368,21 @@ def short_of_memory(tensor: Tensor, shape: Any) -> Tensor:
     raise torch.OutOfMemoryError("full")
 
 
+def measured(batches: DeviceLoader, mode: str = "ddp") -> dict[str, Tensor]:
+    """Return the statistics that --precise_bn measures behind a linear layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
+    Parallelism(mode, CPU).shard(model)
+    PreciseBn(batches, 8, CPU).update(model, None, epoch=1)
+    assert is_sharded(model) == (mode == "fsdp")
+    return dict(model.named_buffers())
+
+
+def ranks_measure(rank: int, folder: Path) -> dict:
+    """Measure statistics on the 8 images of an epoch, which worker processes read."""
+    return {mode: measured(batches(2, rank, 2, workers=1), mode) for mode in MODES}
+
+
 def ranks_start(rank: int, folder: Path) -> dict:
     """Start from different random weights; train BatchNorm under bf16."""
     starts = {}
@@ -446,8 +466,8 @@ def ranks_save(rank: int, folder: Path) -> dict:
 
 
 JOBS = [
-    *[ranks_count, ranks_skip, ranks_average, ranks_compress, ranks_normalize, ranks_start],
-    *[ranks_optimize, ranks_save],
+    *[ranks_count, ranks_skip, ranks_average, ranks_compress, ranks_normalize, ranks_measure],
+    *[ranks_start, ranks_optimize, ranks_save],
     *[ranks_gather] * HAS_FSDP,
 ]
 
@@ -547,6 +567,14 @@ def test_evaluation_works_after_one_rank_lacked_memory_to_gather(results):
     """The other rank waited for it."""
     one, two = (result["ranks_gather"]["output"] for result in results)
     assert distance(one, two) == 0
+
+
+def test_precise_statistics_are_those_of_one_process_in_each_mode(results):
+    expected = measured(batches(2))
+    assert (expected["1.running_var"] != 1).all()
+    for result in results:
+        for mode in MODES:
+            assert distance(result["ranks_measure"][mode], expected) < 1e-6, mode
 
 
 def test_all_ranks_start_with_the_weights_of_rank_0(results):
