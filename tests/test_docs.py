@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,17 @@ def test_lines_are_wrapped(page):
     lines = [line for line in prose(page).splitlines() if not line.startswith("|")]
     links = re.compile(r"^\S*\]\(\S+\)\S*$|`[^`]{60,}`")  # cannot be broken
     assert [line for line in lines if len(line) > WIDTH and not links.search(line)] == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "RESULTS.md"], ids=name_of)
+def test_tables_and_paragraphs_say_nothing_twice(page):
+    """Merges of two branches kept both versions of a row."""
+    lines = prose(page).splitlines()
+    long = [line for line in lines if len(line) > 50]
+    tables = re.findall(r"(?:^\|.*\n)+", prose(page), re.MULTILINE)
+    cells = [re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for table in tables]
+    for texts in (long, *cells):
+        assert [text for text, count in Counter(texts).items() if count > 1] == []
 
 
 def test_map_of_the_files_is_complete():
