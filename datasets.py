@@ -158,12 +158,11 @@ def build_dataset(
     data, part = _create_labeled(is_train, args, kept), "train" if is_train else "val"
     kind = _find_kind(data, args, kept)
     names = classes = class_names(data)
-    if is_train and kind == "number" and not resumes and vars(args).get("reset_head"):
-        head = None  # the new one has units of its own
     if is_train and head and names is not None:
         head = _head_to_keep(names, head, resumes, kind)
-    elif is_train and not resumes:
-        head = None
+    elif is_train and head and not resumes:
+        own = _own_count(data, kind) or args.nb_classes
+        head = head if kind == head.kind == "number" and head.count == own else None
     positions = None
     if head and names is not None:
         find = find_outputs if kind == "number" else find_positions
@@ -209,10 +208,8 @@ def _find_kind(data: Any, args: Any, head: Head | None) -> str:
 
 def _count_outputs(data: Any, args: Any, head: Head | None, kind: str, part: str) -> int:
     """Return the number of outputs; UserError if it is unknown, or not that of --nb_classes."""
-    names, nouns = class_names(data), "numbers" if kind == "number" else "classes"
-    count = (head and head.count) or (None if names is None else len(names))
-    if count is None and kind != "class" and (rows := list_values(data, "targets")) is not None:
-        count = rows.shape[1] if rows.ndim == 2 else 1
+    nouns = "numbers" if kind == "number" else "classes"
+    count = (head and head.count) or _own_count(data, kind)
     if count is None and args.nb_classes is None:
         raise UserError(
             f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
@@ -227,6 +224,15 @@ def _count_outputs(data: Any, args: Any, head: Head | None, kind: str, part: str
             "--nb_classes or fix the data"
         )
     return count or args.nb_classes
+
+
+def _own_count(data: Any, kind: str) -> int | None:
+    """Return the number of outputs that a data set tells, or None."""
+    if (names := class_names(data)) is not None:
+        return len(names)
+    if kind == "class" or (rows := list_values(data, "targets")) is None:
+        return None
+    return rows.shape[1] if rows.ndim == 2 else 1
 
 
 def _find_scale(

@@ -92,8 +92,9 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     source = run.resume_point.source or args.finetune or args.model * args.pretrained
+    new_head = args.reset_head or not run.head.fits(targets)
     if run.weights:  # a run is restored in step 7
-        run.weights.load(model_without_ddp, classes=classes, reset_head=args.reset_head)
+        run.weights.load(model_without_ddp, classes=classes, reset_head=new_head)
     elif args.layer_decay < 1 and not source:
         log.warning(
             "random weights: --layer_decay < 1 is meant for pretrained ones; use --finetune"
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     model_ema = build_ema(args, model_without_ddp)
     ema_module = model_ema.module if model_ema else None
     if ema_module and run.resume_point.is_weights and not args.use_ema and run.weights.ema:
-        run.weights.ema.load(ema_module, classes=classes, reset_head=args.reset_head)
+        run.weights.ema.load(ema_module, classes=classes, reset_head=new_head)
     run = replace(run, weights=None)  # frees their memory
 
     # --- 5. optimizer and schedule ----------------------------------------------------------
@@ -152,10 +153,9 @@ def main(args: argparse.Namespace) -> None:
             args,
             run.output_dir,
             parts,
-            classes,
+            dataset_train.head(""),
             bad_images.write,
             reporter.hook_states,
-            targets.scale,
         ),
         seed=args.seed,
         freezer=build_freezer(args, model_without_ddp, stepper),

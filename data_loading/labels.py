@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_loading.targets import Scale
+from data_loading.targets import Scale, Targets
 from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
@@ -30,6 +30,11 @@ class Head:
     count: int | None = None
     kind: str | None = None
     scale: Scale | None = None
+
+    def fits(self, targets: Targets) -> bool:
+        """Return False if the targets are numbers in other units, or the head has classes."""
+        same = self.kind in (None, "number") and self.scale == targets.scale
+        return targets.kind != "number" or same
 
 
 def class_names(dataset: Any) -> list[str] | None:

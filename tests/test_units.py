@@ -3,6 +3,8 @@
 """Numbers come out in the units of the data: from metrics, hooks, several sets and torch.hub."""
 
 import csv
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from engine_finetune import evaluate
 from errors import UserError
 from models import create_model
 from tests import fakes, tiny
+from tests.groups import run_script
 from training.criterion import build_criterion
 from training.eval_sets import build_eval_sets, first_set
 from training.evaluation import Metrics, build_metrics
 from training.hooks import Reporter
 from training.setup import settle_task
-from weights.saved_run import inherit_flags, read_saved_run
+from weights.saved_run import SavedRun, inherit_flags, kept_head, read_saved_run
 
 BASE = "--model tests.tiny:classifier --input_size 32 --batch_size 4 --num_workers 0 --device cpu"
 
@@ -83,8 +86,6 @@ def test_hooks_see_outputs_and_targets_of_an_evaluation_in_units_of_the_data():
 
 def test_training_accuracy_is_of_classes_alone(monkeypatch):
     """log.txt had null, and metrics.csv nan, in every line of a regression."""
-    from types import SimpleNamespace
-
     import engine_finetune
 
     class Asked(Exception):
@@ -165,10 +166,63 @@ def test_a_kept_head_keeps_its_units_or_the_flag_is_refused(folder):
     head = Head("it.pth", ["x"], 1, "number", Scale((1.0,), (2.0,)))
     with pytest.raises(UserError, match="it.pth was trained with true and its head is kept; drop"):
         datasets.build_datasets(args, head)
-    train, val, _ = datasets.build_datasets(args.replace(reset_head=True), head)
-    assert (train.targets.scale, val.targets.scale) == (None, None)
-    own = args.replace(reset_head=True, normalize_targets=True)
-    assert datasets.build_datasets(own, head)[0].targets.scale.mean == (300.0,)
+    saved = SavedRun("it.pth", {"head": "mlp(8)"}, head)
+    for more in ("--head mlp(8) --reset_head true", "", "--heads a=linear@norm"):
+        new = flags(f"{words} --finetune it.pth {more}")
+        assert kept_head(new, saved) == Head()
+        train, val, _ = datasets.build_datasets(new, kept_head(new, saved))
+        assert train.targets.scale == val.targets.scale == Scale((300.0,), (train_std(),))
+        assert not head.fits(train.targets)  # so weights of a head of the same shape are left out
+    assert kept_head(flags(f"{words} --head mlp(8)"), saved) is head
+    assert kept_head(flags(words), replace(saved, flags={"head": "linear"})) is head
+    assert kept_head(flags(words), saved, resumes=True) is head
+
+
+def train_std() -> float:
+    return (80000 / 3) ** 0.5  # of 100, 300, 500
+
+
+def test_numbers_without_names_are_those_of_a_head_of_as_many():
+    """Its weights were kept, and its units were not."""
+    args = flags("--data_set tests.test_units:nameless --task regression")
+    for count in (1, 2):
+        head = Head("it.pth", None, count, "number", Scale((7.0,) * count, (2.0,) * count))
+        train, outputs = datasets.build_dataset(True, args, head)
+        assert outputs == 2
+        assert head.fits(train.targets) == (count == 2) == (train.targets.scale == head.scale)
+
+
+@pytest.mark.slow
+def test_a_run_without_names_of_outputs_is_evaluated_by_its_checkpoint(tmp_path):
+    """--eval built 1000 outputs, or as many as features, for a head that is no linear layer."""
+    words = "--data_set tests.test_units:nameless --head mlp(8) --epochs 1 --kernels torch"
+    run_script(
+        "main_finetune.py",
+        *BASE.split(),
+        *words.split(),
+        "--output_dir",
+        tmp_path,
+        ranks=1,
+        folder=tmp_path,
+    )
+    config = tmp_path / "args.yaml"
+    output = run_script("main_finetune.py", "--config", config, "--eval", ranks=1, folder=tmp_path)
+    assert "rmse" in output
+    assert torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)["outputs"] == 2
+
+
+def nameless(data_path: str, train: bool) -> "Nameless":
+    return Nameless(8)
+
+
+class Nameless(tiny.Colors):
+    """Two numbers for each image, without names."""
+
+    kind, classes = "number", None
+    targets = [(float(index), -1.0) for index in range(8)]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, tuple[float, float]]:
+        return super().__getitem__(index)[0], self.targets[index]
 
 
 def test_classes_have_no_units(capsys):

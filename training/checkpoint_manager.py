@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from config.parser import absolute_paths
+from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
-from data_loading.targets import Scale
 from errors import Preempted, TrainingStopped, UserError, first_line, plural
 from parallel.process_group import agree, broadcast, count_ranks, get_logger, get_world_size
 from parallel.state_dict import copy_to_cpu
@@ -30,6 +30,7 @@ from training.report import describe_progress
 from training.run_folder import how_to_continue
 from utils import explain
 from weights.files import BEST, numbered_checkpoints
+from weights.saved_run import describe_head
 
 RETRY = 60.0  # seconds after which a failed save is repeated while training continues
 PAUSE = 5.0  # seconds between attempts where the run ends with its save
@@ -362,19 +363,15 @@ def build_checkpoint_manager(
     args: Any,
     folder: Path | None,
     parts: TrainableParts,
-    classes: Sequence[str] | None = None,
+    head: Head | None = None,
     before_save: Callable[[], Any] | None = None,
     more: Callable[[], dict[str, Any]] = dict,
-    scale: Scale | None = None,
 ) -> CheckpointManager:
-    """Build a `CheckpointManager` from the flags; classes: names in the order of the head.
+    """Build a `CheckpointManager` from the flags; head: of the model, which checkpoints describe.
 
-    more: called at every save for further entries, such as the states of hooks. scale: of the
-    numbers that the model predicts, None for the units of the data.
+    more: called at every save for further entries, such as the states of hooks.
     """
-    entries = {"args": absolute_paths(vars(args)), "classes": classes and list(classes)}
-    if scale is not None:
-        entries["target_scale"] = {"mean": list(scale.mean), "std": list(scale.std)}
+    entries = {"args": absolute_paths(vars(args)), **describe_head(head or Head())}
 
     def save(
         state: TrainState, writer: AsyncWriter, numbered: bool = True, improved: Sequence[str] = ()

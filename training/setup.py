@@ -52,7 +52,7 @@ from training.stepper import Stepper, choose_amp
 from weights.convert import CLASSIFIER, DECODER
 from weights.library import read_library_weights
 from weights.pretrained import EMA_KEY, Pretrained, read_pretrained
-from weights.saved_run import SavedRun, inherit_flags, read_saved_run
+from weights.saved_run import SavedRun, inherit_flags, kept_head, read_saved_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_FLAGS = ("local_rank", "num_workers")  # flags that may differ between ranks
@@ -155,7 +155,7 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     check_start(args, weights)
     return RunSetup(
         args,
-        saved.head,
+        kept_head(args, saved, resume_point.is_run),
         parallelism,
         output_dir,
         resume_point,

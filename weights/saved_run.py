@@ -7,7 +7,7 @@ python -c "from weights import saved_run; print(list(saved_run.INHERITED))"
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from config.checks import shape_problems
@@ -18,6 +18,7 @@ from data_loading.labels import Head
 from data_loading.targets import Scale
 from errors import UserError
 from models import is_known, same_network
+from models.heads import is_plain
 from parallel.process_group import get_logger
 from weights.convert import describe, size_name, to_convnextv2
 
@@ -60,7 +61,7 @@ def read_saved_run(
     weights: the state dict in it. Those of a ConvNeXt tell its size, channels and classes.
     """
     held = checkpoint if isinstance(checkpoint, dict) else {}
-    args, classes = held.get("args"), held.get("classes")
+    args = held.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args  # of the official code
     shape, count = _flags_of_shape(weights or {})
     flags = {k: v for k, v in (args if isinstance(args, dict) else {}).items() if v is not None}
@@ -69,10 +70,46 @@ def read_saved_run(
         flags |= shape
         if not is_known(str(flags.get("model")).removeprefix("fcmae_")):
             flags.pop("model", None)
+    head = _read_head(held, source, TASKS.get(str(flags.get("task"))))
+    return SavedRun(source, flags, head if head.count else replace(head, count=count))
+
+
+def describe_head(head: Head) -> dict[str, Any]:
+    """Return the entries of a checkpoint that describe a head; `_read_head` reads them."""
+    entries: dict[str, Any] = {"classes": head.names and list(head.names), "outputs": head.count}
+    if head.scale is not None:
+        entries["target_scale"] = {"mean": list(head.scale.mean), "std": list(head.scale.std)}
+    return entries
+
+
+def _read_head(held: Mapping[str, Any], source: str, kind: str | None) -> Head:
+    """Return what a checkpoint says about a head; runs of earlier versions store no `outputs`."""
+    classes, count = held.get("classes"), held.get("outputs")
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
-    kind, scale = TASKS.get(str(flags.get("task"))), _read_scale(held, source)
-    head = Head(source, names, len(names) if names else count, kind, scale)
-    return SavedRun(source, flags, head)
+    if count is not None and (type(count) is not int or count < 1):
+        raise UserError(f"{source}: outputs is {count!r}, expected an integer >=1")
+    return Head(source, names, len(names) if names else count, kind, _read_scale(held, source))
+
+
+def kept_head(args: Any, saved: SavedRun, resumes: bool = False) -> Head:
+    """Return the head of the weights that a run starts from, which training may keep.
+
+    One that predicts numbers is not kept with other heads or --reset_head: a new head has units of
+    its own.
+    """
+    if resumes or saved.head.kind != "number":
+        return saved.head
+    is_new = vars(args).get("reset_head") or not _same_heads(args, saved)
+    return Head() if is_new else saved.head
+
+
+def _same_heads(args: Any, saved: SavedRun) -> bool:
+    """Return True if the flags ask for the heads of the run that wrote a checkpoint."""
+    (head, heads), (saved_head, saved_heads) = (
+        [str(flags.get(name) or "") for name in HEADS] for flags in (vars(args), saved.flags)
+    )
+    same = head == saved_head or (is_plain(head) and is_plain(saved_head))
+    return same and heads == saved_heads
 
 
 def _read_scale(held: Mapping[str, Any], source: str) -> Scale | None:
@@ -171,8 +208,11 @@ def _inherits_loss(args: FrozenNamespace, saved: SavedRun) -> bool:
 
     Code, which a file must not choose, is never taken, nor a loss for other heads or another task.
     """
-    loss, kind = saved.flags.get("loss"), TASKS.get(str(saved.flags.get("task")))
-    if not vars(args).get("eval") or args.given & {"task", *HEADS}:
+    loss, task = saved.flags.get("loss"), saved.flags.get("task")
+    kind = TASKS.get(str(task))
+    if not vars(args).get("eval") or ("task" in args.given and args.task != task):
+        return False
+    if args.given & HEADS.keys() and not _same_heads(args, saved):
         return False
     return bool(kind) and loss != DEFAULT_LOSS[kind] and ":" not in str(loss)
 

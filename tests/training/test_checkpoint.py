@@ -18,6 +18,7 @@ from torch import nn
 
 import utils
 from config.parser import finetune_parser, parse
+from data_loading.labels import Head
 from errors import UserError
 from optim_factory import create_optimizer
 from training.checkpoint import (
@@ -365,9 +366,11 @@ def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, pretraining, 
 
 def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
     args = parse(finetune_parser(), ["--data_set", "DIGITS"])
-    manager = build_checkpoint_manager(args, tmp_path, Run().parts(), ("eel", "cat", "dog"))
+    head = Head(names=("eel", "cat", "dog"), count=3)
+    manager = build_checkpoint_manager(args, tmp_path, Run().parts(), head)
     manager.end_epoch(TrainState(epoch=1), last=True)
-    assert read_checkpoint(tmp_path / "checkpoint-0.pth")["classes"] == ["eel", "cat", "dog"]
+    saved = read_checkpoint(tmp_path / "checkpoint-0.pth")
+    assert (saved["classes"], saved["outputs"]) == (["eel", "cat", "dog"], 3)
 
 
 def test_rotation_spares_the_file_that_resume_names(tmp_path):
