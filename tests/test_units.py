@@ -194,19 +194,11 @@ def test_numbers_without_names_are_those_of_a_head_of_as_many():
 
 @pytest.mark.slow
 def test_a_run_without_names_of_outputs_is_evaluated_by_its_checkpoint(tmp_path):
-    """--eval built 1000 outputs, or as many as features, for a head that is no linear layer."""
-    words = "--data_set tests.test_units:nameless --head mlp(8) --epochs 1 --kernels torch"
-    run_script(
-        "main_finetune.py",
-        *BASE.split(),
-        *words.split(),
-        "--output_dir",
-        tmp_path,
-        ranks=1,
-        folder=tmp_path,
-    )
-    config = tmp_path / "args.yaml"
-    output = run_script("main_finetune.py", "--config", config, "--eval", ranks=1, folder=tmp_path)
+    """--eval built 1000 outputs for it."""
+    one = {"ranks": 1, "folder": tmp_path}
+    words = f"{BASE} --data_set tests.test_units:nameless --model timm:test_resnet --epochs 1"
+    run_script("main_finetune.py", *words.split(), "--output_dir", tmp_path, **one)
+    output = run_script("main_finetune.py", "--config", tmp_path / "args.yaml", "--eval", **one)
     assert "rmse" in output
     assert torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)["outputs"] == 2
 
