@@ -344,6 +344,17 @@ def test_blocks_of_a_convnext_are_channels_last_and_a_stage_stands_for_its_last_
     torch.testing.assert_close(main, maps[2].mean((-2, -1)) @ layer.weight.T + layer.bias)
 
 
+def test_a_head_on_a_list_sees_its_output_although_its_last_item_has_another_place_too():
+    model, act = Net(), nn.ReLU()
+    model.stem, model.act = nn.Sequential(nn.Sequential(model.stem, act)), act
+    model.body = nn.Sequential(model.body, nn.Sequential(nn.BatchNorm2d(4), act))
+    with_heads("main=linear@body, aux=linear@stem", model)
+    images = torch.randn(2, *SIZE)
+    aux, layer = model.train()(images)["aux"], model.named_heads["aux"]
+    x = model.stem(images).mean((-2, -1))
+    torch.testing.assert_close(aux, x @ layer.weight.T + layer.bias)
+
+
 def test_parameters_behind_all_heads_are_frozen_since_ddp_needs_gradients():
     model = with_heads("main=linear@stem")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
