@@ -240,9 +240,11 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
+    weights.load(model, new=())  # before hooks start, which see the model
     with build_eval_reporter(args, device, model, dataset_val.classes) as reporter:
         for weights in found:
-            weights.load(model, new=())
+            if weights is not found[0]:
+                weights.load(model, new=())
             of_ema = weights.key == EMA_KEY
             source = weights.path + " (EMA weights)" * of_ema
             for each, bad in zip(eval_sets, bad_images, strict=True):
