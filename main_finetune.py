@@ -51,6 +51,7 @@ from training.schedules import build_schedule
 from training.setup import (
     TrainLoop,
     check_start,
+    check_task,
     log_recipe,
     read_weights,
     settle_task,
@@ -216,6 +217,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     sha256 = args.sha256 if path in (args.resume, args.finetune) else ""
     weights = read_weights(args, path, sha256)
     args = inherit_flags(args, weights.saved)
+    check_task(args)  # again, with the flags of the checkpoint
     check_start(args, weights, weights.saved.head.count, new=())
     dataset_val, nb_classes = datasets.build_dataset(False, first_set(args), weights.saved.head)
     args = settle_task(args, dataset_val.kind)
@@ -238,9 +240,11 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
     found = [weights]
     if args.model_ema and not args.use_ema and weights.ema:  # in a folder the best of them
         found.append(read_pretrained(path, EMA_KEY, args.model_prefix, sha256))
+    weights.load(model, new=())  # before hooks start, which see the model
     with build_eval_reporter(args, device, model, dataset_val.classes) as reporter:
         for weights in found:
-            weights.load(model, new=())
+            if weights is not found[0]:
+                weights.load(model, new=())
             of_ema = weights.key == EMA_KEY
             source = weights.path + " (EMA weights)" * of_ema
             for each, bad in zip(eval_sets, bad_images, strict=True):

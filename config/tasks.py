@@ -35,10 +35,14 @@ def known_kind(values: Mapping[str, Any]) -> str | None:
 
 
 def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the kinds of targets that the data of these flags may have."""
-    kind = known_kind(values)
-    some = ("class", "multi") if values["data_set"] == "table" else tuple(DEFAULT_LOSS)
-    return (kind,) if kind else some
+    """Return the kinds of targets that the data of these flags may have.
+
+    A checkpoint to evaluate or to resume may bring --task regression, which no table tells.
+    """
+    if kind := known_kind(values):
+        return (kind,)
+    told = values["data_set"] == "table" and not (values["eval"] or values["resume"])
+    return ("class", "multi") if told else tuple(DEFAULT_LOSS)
 
 
 def task_flags(values: Mapping[str, Any], given: Collection[str], kind: str) -> dict[str, Any]:

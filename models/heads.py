@@ -7,6 +7,7 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --input_size 3
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -323,7 +324,7 @@ class NamedHeads(nn.ModuleDict):
     def attach(self, model: nn.Module) -> None:
         """Add hooks to the blocks and to the network; copies of the network have their own."""
         for block in dict.fromkeys(self.blocks.values()):
-            model.get_submodule(block).register_forward_hook(partial(self.keep, block))
+            _last_item(model, block).register_forward_hook(partial(self.keep, block))
         model.register_forward_hook(self.run)
 
     def keep(self, block: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -345,6 +346,19 @@ class NamedHeads(nn.ModuleDict):
             x = found[block]
             outputs[name] = self[name](x.permute(0, 3, 1, 2) if block in self.channels_last else x)
         return outputs if len(outputs) > 1 else outputs[self.first_head]
+
+
+def _last_item(model: nn.Module, block: str) -> nn.Module:
+    """Return the module that makes the output of a block: of a Sequential, its last item.
+
+    With gradient checkpointing, timm's networks call the items and not the Sequential. An item
+    that has other places too may be called after this block, so it does not stand for it.
+    """
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    module = model.get_submodule(block)
+    while type(module).forward is nn.Sequential.forward and len(module) and places[module[-1]] == 1:
+        module = module[-1]
+    return module
 
 
 RESERVED = {*dir(nn.ModuleDict()), *dir(NamedHeads)} | {"blocks", "channels_last", "found"}

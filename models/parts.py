@@ -124,7 +124,10 @@ def adapt_stem(weight: Tensor, channels: int) -> Tensor:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Train nothing but the classifier; `training_mode` keeps the rest in evaluation mode."""
+    """Train nothing but the classifier; `training_mode` keeps the rest in evaluation mode.
+
+    Parameters that are frozen already stay so: they are those that no head uses.
+    """
     model.trained_parts = find_classifier(model)
     if not any(name.startswith(model.trained_parts) for name, _ in model.named_parameters()):
         raise UserError(
@@ -132,7 +135,8 @@ def freeze_backbone(model: nn.Module) -> None:
             "it a method get_classifier() that returns its last layer"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(model.trained_parts))
+        trained = parameter.requires_grad and name.startswith(model.trained_parts)
+        parameter.requires_grad_(trained)
 
 
 def training_mode(model: nn.Module) -> None:
@@ -144,6 +148,8 @@ def training_mode(model: nn.Module) -> None:
     model.train(parts is None)
     for prefix in parts or ():
         model.get_submodule(prefix[:-1]).train()
+    if parts and hasattr(model, "named_heads"):  # which gives the outputs of all heads in training
+        model.named_heads.train()
 
 
 def features(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -286,10 +286,12 @@ def convert_batch_norm(model: nn.Module, group: int) -> nn.Module:
     if size == 1:
         return model
     mine, _ = dist.new_subgroups(group, timeout=WAIT_FOR_RANKS)
-    hooks = {name: module._forward_pre_hooks for name, module in model.named_modules()}
+    replaced = dict(model.named_modules(remove_duplicate=False))
     model = convert_sync_batchnorm(model, mine)
-    for name, module in model.named_modules():  # of gradient checkpointing; new modules have none
-        module._forward_pre_hooks.update(hooks.get(name, {}))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not replaced[name]:  # keep the hooks of --heads and gradient checkpointing
+            attributes = vars(replaced[name]).items()
+            vars(module).update({key: value for key, value in attributes if "_hook" in key})
     return model
 
 

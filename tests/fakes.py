@@ -42,6 +42,15 @@ class Counter(Hook):
         self.steps = state["steps"]
 
 
+class Weights(Hook):
+    """Notes the weights of the head at the start, and in each phase."""
+
+    def note(self, run: Run) -> None:
+        CALLS.append((run.phase, run.split, run.model.head.weight.tolist()))
+
+    on_start = on_phase_start = note
+
+
 class Disturbing(Hook):
     """Draws random numbers and sets seeds at every point."""
 

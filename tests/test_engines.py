@@ -22,6 +22,8 @@ from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.criterion import Criterion
 from training.ema import ModelEma
+from training.head_losses import HeadLosses
+from training.hooks import Reporter
 from training.log_lines import LineHook
 from training.meters import Means
 from training.schedules import Schedule
@@ -75,6 +77,17 @@ class Running(torch.nn.Module):
         if self.training:
             self.mean.lerp_(losses.detach().mean(), 0.1)
         return losses / self.mean
+
+
+@pytest.mark.parametrize("words", ["", "--freeze_backbone"])
+def test_the_loss_gets_the_outputs_of_all_heads_and_hooks_those_of_the_first(monkeypatch, words):
+    losses = Watched(monkeypatch, HeadLosses, "forward")
+    shown = Watched(monkeypatch, Reporter, "after_batch")
+    finetune(f"--heads main=linear@norm,aux=mlp(4)@stages.2 --epochs 1 --disable_eval {words}")
+    assert len(losses.calls) == len(shown.calls) == 4
+    for (_, outputs, _), (_, _, batch) in zip(losses.calls, shown.calls, strict=True):
+        assert list(outputs) == ["main", "aux"]
+        assert batch.outputs is outputs["main"]
 
 
 def test_evaluation_does_not_change_buffers_of_the_loss():

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Runs with heads: training, evaluation and export take the heads that the checkpoint stores.
 
-python -m pytest tests/test_heads_in_runs.py --run-slow
+python -m pytest tests/test_heads_in_runs.py
 """
 
 import json

@@ -110,3 +110,18 @@ def test_predictions_agree_with_the_accuracy_of_training_and_of_eval(tmp_path):
         (tmp_path / name).unlink()
     run("main_finetune", tmp_path, "--eval --hook predictions costs")
     assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+@pytest.mark.slow
+def test_hooks_of_eval_see_the_evaluated_weights_from_their_start(tmp_path):
+    """They saw random ones in on_start."""
+    run("main_finetune", tmp_path)
+    run("main_finetune", tmp_path, "--eval --hook tests.fakes:Weights")
+    files = {"model": "checkpoint-best.pth", "model_ema": "checkpoint-best-ema.pth"}
+    own, average = (
+        torch.load(tmp_path / name, weights_only=True)[key]["head.weight"].tolist()
+        for key, name in files.items()
+    )
+    assert own != average
+    wanted = [("", "", own), ("test", "", own), ("test", "ema", average)]
+    assert wanted == fakes.CALLS

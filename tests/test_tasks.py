@@ -288,6 +288,19 @@ def test_losses_of_a_possible_task_are_not():
         check_task(parse(finetune_parser(), f"--data_path t.csv {words}".split()))
 
 
+def test_task_of_the_evaluated_checkpoint_decides_on_metrics_before_the_data_is_listed(tmp_path):
+    """rmse was refused, since no table says that it is for regression; acc1 only with the data."""
+    saved = {"model": {"x": torch.ones(1)}, "args": {"task": "regression"}}
+    torch.save(saved, tmp_path / "it.pth")
+    words = f"--data_path {tmp_path}/none.csv --resume {tmp_path}/it.pth --eval --metrics"
+    cases = {"acc1": "acc1 is for one class per image", "rmse": "not weights of a ConvNeXt"}
+    for metric, said in cases.items():
+        args = parse(finetune_parser(), [*words.split(), metric])
+        check_task(args)
+        with pytest.raises(UserError, match=said):
+            main_finetune.evaluate_checkpoint(args, torch.device("cpu"), "none")
+
+
 def test_mixed_labels_are_shares_of_both(monkeypatch):
     """timm's mixup takes one class per image, and would read rows of labels as classes."""
     args = SimpleNamespace(

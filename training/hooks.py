@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (N, C, H, W), normalized and perhaps mixed
     targets: Tensor | None  # as the data has them; None in pre-training
-    outputs: Any  # (N, K); of several heads a dict in training; None in pre-training
+    outputs: Tensor | None  # (N, K), of several heads those of the first; None in pre-training
     loss: Tensor  # in training a scalar; in evaluation (N, T), of each image and term of --loss
     ids: Tensor  # (N,) numbers of the images in the data set
 
@@ -91,7 +91,10 @@ class Hook:
         """Raise UserError, before data is listed, if the flags do not fit. Built-in hooks only."""
 
     def on_start(self, run: Run) -> None:
-        """Called once before the first epoch, after `load_state_dict` if a run resumes."""
+        """Called once before the first epoch, after `load_state_dict` if a run resumes.
+
+        With --eval, before the first evaluation. The model has its weights.
+        """
 
     def on_phase_start(self, run: Run) -> None:
         """Called before the training of an epoch, or of its rest, and before an evaluation."""

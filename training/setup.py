@@ -79,16 +79,19 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
         args.device, args.dist_url, args.world_size, args.local_rank, args.dist_on_itp
     )
     check_ranks_agree(vars(args))
-    models.check_model(args)  # before the data is listed
-    checks = [build_optimizer_call, build_rules, build_curves, check_hooks]  # they raise UserError
-    for check in checks:
+    check_flags(args)
+    set_kernels(args.kernels, device)
+    make_deterministic(args.deterministic, device)
+    return device, choose_amp(args.amp, args.use_amp, device)
+
+
+def check_flags(args: Any) -> None:
+    """Raise UserError, before the data is listed, for values of flags that cannot work."""
+    for check in (models.check_model, build_optimizer_call, build_rules, build_curves, check_hooks):
         check(args)
     if not is_pretraining(vars(args)):
         check_heads(args)
         check_task(args)
-    set_kernels(args.kernels, device)
-    make_deterministic(args.deterministic, device)
-    return device, choose_amp(args.amp, args.use_amp, device)
 
 
 def check_task(args: Any) -> None:
@@ -142,6 +145,7 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     weights = _read_start(args, resume_point)
     saved = weights.saved if weights else _saved_run(resume_point)
     args = inherit_flags(args, saved, resume_point.is_run)
+    check_flags(args)  # again, with those of the checkpoint
     autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
         args.update_freq,

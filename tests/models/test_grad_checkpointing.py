@@ -269,6 +269,32 @@ def test_model_that_cannot_is_refused(name):
     models.build_classifier(flags(name, eval=True), 3)  # nothing is trained
 
 
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [
+        ("resnet", "main=linear@layer4, aux=mlp(4)@layer2"),
+        ("efficientnet", "main=linear@bn2, aux=conv@blocks.3, all=linear@blocks"),
+        ("vit", "main=linear@norm, aux=linear@blocks"),
+        ("convnext", "main=linear@stages, aux=linear@stages.1.blocks"),
+    ],
+)
+def test_heads_on_lists_of_blocks_get_the_same_gradients(model, heads):
+    """timm calls the blocks of a list then, and not the list."""
+    results = []
+    more = {"heads": heads, "head": "", "loss": "ce", "input_size": (64, 64)}
+    for flag in (False, True):
+        torch.manual_seed(0)
+        args = flags(f"timm:test_{model}", grad_checkpointing=flag, stem_stride=4, **more)
+        network = models.build_classifier(args, 3).train()
+        outputs = network(torch.randn(4, 3, 64, 64))
+        sum((i + 1) * loss_of(x) for i, x in enumerate(outputs.values())).backward()
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        grads = {f"{name} grad": p.grad for name, p in trained.items()}
+        results.append(outputs | grads | network.state_dict())
+    assert_same(*results)
+    assert all(value.any() for name, value in results[1].items() if "named_heads" in name)
+
+
 def both_ways(folder: Path, script: str, *words: object, ranks: int = 1) -> list[Path]:
     """The last checkpoint without the flag and with it."""
     found = []

@@ -34,6 +34,8 @@ from models.heads import (
 from models.parts import find_classifier, freeze_backbone, training_mode
 from optim_factory import LayerDecayValueAssigner
 from tests import tiny
+from training.criterion import Criterion
+from training.head_losses import HeadLosses
 from training.losses import LOSSES, TORCH_LOSSES
 from training.setup import check_start
 from weights.fit import fit_weights
@@ -342,11 +344,50 @@ def test_blocks_of_a_convnext_are_channels_last_and_a_stage_stands_for_its_last_
     torch.testing.assert_close(main, maps[2].mean((-2, -1)) @ layer.weight.T + layer.bias)
 
 
+def test_a_head_on_a_list_sees_its_output_although_its_last_item_has_another_place_too():
+    model, act = Net(), nn.ReLU()
+    model.stem, model.act = nn.Sequential(nn.Sequential(model.stem, act)), act
+    model.body = nn.Sequential(model.body, nn.Sequential(nn.BatchNorm2d(4), act))
+    with_heads("main=linear@body, aux=linear@stem", model)
+    images = torch.randn(2, *SIZE)
+    aux, layer = model.train()(images)["aux"], model.named_heads["aux"]
+    x = model.stem(images).mean((-2, -1))
+    torch.testing.assert_close(aux, x @ layer.weight.T + layer.bias)
+
+
 def test_parameters_behind_all_heads_are_frozen_since_ddp_needs_gradients():
     model = with_heads("main=linear@stem")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     named = ["named_heads.main.weight", "named_heads.main.bias"]
     assert trained == ["stem.weight", "stem.bias", *named]
+
+
+class Spare(nn.Linear):
+    """A user's head with a parameter that it does not use."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__(dim, num_classes)
+        self.spare, self.takes_maps = nn.Parameter(torch.ones(2)), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mean((-2, -1)))
+
+
+def test_a_frozen_backbone_trains_every_head_and_what_no_head_uses_stays_frozen():
+    """Only the first head was called, so that the others got no gradient."""
+    heads = f"main=linear@norm, aux=conv@stages.2, last={__name__}:Spare@stages.1"
+    model = models.build_classifier(flags(heads=heads, freeze_backbone=True), 3)
+    training_mode(model)
+    loss = HeadLosses(dict.fromkeys(model.named_heads, Criterion()))
+    loss(model(torch.randn(2, *SIZE)), torch.tensor([0, 1])).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+    wanted = ("main", "aux", "last")
+    assert trained == {
+        f"named_heads.{name}.{kind}" for name in wanted for kind in ("weight", "bias")
+    }
+    assert model.named_heads["aux"].trained_size.tolist() == [4, 4]
+    assert [name for name, m in model.named_modules() if m.training and "head" not in name] == []
 
 
 def test_a_copy_of_a_network_calls_its_own_heads():

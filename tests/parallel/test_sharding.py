@@ -23,7 +23,10 @@ import utils
 from data_loading.loader import DeviceLoader
 from engine_finetune import evaluate
 from errors import UserError
+from models.attach import add_heads
 from models.fcmae import FCMAE
+from models.heads import HeadOptions, parse_heads
+from models.parts import keep_statistics
 from optim_factory import create_optimizer
 from parallel import sharding
 from parallel.sharding import HAS_FSDP, Parallelism, build_parallelism
@@ -699,6 +702,24 @@ def test_sync_batch_norm_converts_models_on_gpus(monkeypatch):
     here = SimpleNamespace(device=torch.device("cuda"))
     model = SimpleNamespace(modules=normed().modules, parameters=lambda: iter([here]))
     assert sharding.sync_batch_norm(model, flags(sync_bn=True, sync_bn_group=4)) == (model, 4)
+
+
+def test_sync_batch_norm_keeps_the_hooks_of_heads_and_of_gradient_checkpointing(monkeypatch):
+    """Heads on a BatchNorm got nothing. In eval mode no other process is asked."""
+    model = timm.create_model("test_efficientnet", num_classes=3).eval()
+    heads = parse_heads("main=linear@bn2, aux=linear@blocks.1.0.bn2")
+    add_heads(model, heads, (3, 32, 32), HeadOptions("--heads", 3))
+    keep_statistics(model)
+    model.named_heads.train()
+    inputs = images(0).float()
+    expected = model(inputs)
+    monkeypatch.setattr(sharding, "get_world_size", lambda: 2)
+    monkeypatch.setattr(sharding.dist, "new_subgroups", lambda *_, **__: (None, []))
+    synced = sharding.convert_batch_norm(model, 0)
+    norms = [module for module in synced.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert synced.bn2 in norms
+    assert all(len(norm._forward_pre_hooks) == 1 for norm in norms)
+    assert distance(synced(inputs), expected) == 0
 
 
 def test_network_with_sync_batch_norm_is_not_run_by_one_rank_alone():

@@ -151,6 +151,23 @@ def test_checkpoint_of_the_folder_is_resumed_with_its_kernels(tmp_path, monkeypa
         setup.setup_run(args, torch.device("cpu"), "none")
 
 
+@pytest.mark.parametrize("flag", ["head", "heads"])
+def test_flags_of_the_checkpoint_are_checked_before_the_data_is_listed(tmp_path, flag):
+    """The export failed when the training was complete."""
+    value = {"head": "mlp(8)", "heads": "a=linear@norm"}[flag]
+    checkpoint = {"model": {}, "optimizer": {}, "state": {}, "args": {flag: value}}
+    torch.save(checkpoint, tmp_path / "checkpoint-0.pth")
+    words = f"--data_set DIGITS --device cpu --output_dir {tmp_path} --dry_run"
+    words += " --hook csv export(to=timm) --input_size 32 --stem_stride 1"
+    args = options.parse(options.finetune_parser(), words.split())
+    setup.check_flags(args)  # as typed
+    with pytest.raises(UserError) as error:
+        setup.setup_run(args, torch.device("cpu"), "none")
+    assert f"not for --{flag} {value}; use one of onnx" in str(error.value)
+    args = args.replace(hook=("export",))
+    assert vars(setup.setup_run(args, torch.device("cpu"), "none").args)[flag] == value
+
+
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded():
     words = "--data_set DIGITS --device cpu --cuda_graphs --output_dir none"
     args = options.parse(options.pretrain_parser(), words.split())
