@@ -354,6 +354,8 @@ def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     saved = torch.load(fork / "d/checkpoint-best.pth", weights_only=True)
     assert saved["classes"] == ["x", "y"]
     assert saved["target_scale"]["mean"] == pytest.approx([16, 16], abs=4)
+    keys = read(ROOT / "docs/checkpoints.md").partition("- Keys: ")[2].partition("\n- ")[0]
+    assert {*saved, "loss", "hooks"} <= set(re.findall(r"`(\w+)`", keys))
     metric = "--metrics acc1 my_fork.metrics:cost(miss=5) --best_metric cost_5"
     train(main_finetune, f"--model my_fork.nets:plain --output_dir plain {metric}")
     saved = torch.load(fork / "plain/checkpoint-best.pth", weights_only=True)["state"]
