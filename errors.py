@@ -43,8 +43,8 @@ def plural(number: Any, noun: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if there is none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Return the first line of an error's message without its period, or its type."""
+    return str(error).strip().partition("\n")[0].rstrip(" .") or type(error).__name__
 
 
 def describe_error(error: Exception) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from config.calls import Call, parse_call
 from errors import UserError, did_you_mean, first_few, first_line, plural
 from models.heads import (
+    Conv,
     HeadOptions,
     NamedHeads,
     Neck,
@@ -62,6 +63,7 @@ def replace_classifier(
             )
         is_last = not hasattr(model, "inner_layout") and _is_channels_last(model, shape, size)
         head = create_head(call, shape[3 if is_last else 1], options)
+        _check_map(head, call, shape[1:3] if is_last else shape[2:], options)
         if is_last:
             head.register_forward_pre_hook(_to_channels_first)
     fit_to_network(model, head)
@@ -144,6 +146,7 @@ def add_heads(
                 f"--heads: {call} needs a map (N, C, h, w), and {blocks[name]} gives {shape}; use "
                 f"linear or mlp{fix}"
             )
+        _check_map(head, call, shape[2:] if is_first else shape[1:3], options)
         fit_to_network(model, head)
         built[name] = head
     last = {b for b in blocks.values() if _is_channels_last(model, shapes[b], size)}
@@ -292,6 +295,15 @@ def _is_channels_last(model: nn.Module, shape: tuple[int, ...], size: tuple[int,
     return last < first
 
 
+def _check_map(head: nn.Module, call: Call, size: tuple[int, ...], options: HeadOptions) -> None:
+    """Raise UserError if windows of `conv` are larger than the map in training."""
+    if options.training and isinstance(head, Conv):
+        try:
+            head.check_map(size)
+        except UserError as error:
+            raise UserError(f"{options.flag} {call}: {error}") from error
+
+
 def fit_to_network(model: nn.Module, head: nn.Module) -> None:
     """Give a head the data type of a network, and the tokens that its own classifier uses."""
     head.to(next(model.parameters()).dtype)
@@ -331,6 +343,7 @@ def build_heads(args: Any, model: nn.Module, num_classes: int | None) -> None:
         return
     size = (args.in_chans, *args.input_size)
     shared = num_classes, implied_activation(flags.get("loss") or "ce"), args.head_init_scale
+    shared += (not flags.get("eval", True),)  # without that flag: to export
     if head:
         call = parse_call(head, "--head")
         replace_classifier(model, call, size, HeadOptions("--head", *shared))

@@ -111,7 +111,8 @@ class Conv(Linear):
     (N, D, h, w) -> means of the windows of `pool` x `pool` cells, one cell apart -> dropout ->
     linear -> mean over windows. In evaluation it is the mean of their probabilities, softmax or
     sigmoid, and the result is its logit. pool: None for the size of the maps in training, so that
-    larger images have several windows. activation: `softmax`, `sigmoid` or `identity`.
+    larger images have several windows; a smaller map in evaluation is one window. activation:
+    `softmax`, `sigmoid` or `identity`.
     """
 
     takes_maps = True
@@ -146,12 +147,22 @@ class Conv(Linear):
             window = (0, 0)
             for i, side in enumerate(size):
                 self.trained_size[i] = side
+        elif self.training:
+            self.check_map(size)
         sides = [min(a, b) if a else b for a, b in zip(window, size, strict=True)]
         x = F.avg_pool2d(x, sides, stride=1).permute(0, 2, 3, 1).flatten(1, 2)  # (N, P, D)
         scores = F.linear(self.neck.prepare(x), self.weight, self.bias)  # (N, P, K)
         if self.training or scores.shape[1] == 1:
             return scores.mean(1)
         return self.activation(scores.to(torch.promote_types(scores.dtype, torch.float32)))
+
+    def check_map(self, size: tuple[int, int]) -> None:
+        """Raise UserError if a window is larger than a map of this height and width."""
+        if self.pool and self.pool > min(size):
+            raise UserError(
+                f"pool={self.pool} is larger than the map of {size[0]} x {size[1]} positions; give "
+                f"pool={min(size)} or less, larger images, or no pool"
+            )
 
 
 def _mean_softmax(scores: Tensor) -> Tensor:
@@ -248,13 +259,14 @@ class HeadOptions:
 
     flag: names the flag in messages. num_classes: None if the data has to tell it; heads of checks
     have as many outputs as features then. activation: default of `Conv`. scale: of the initial
-    weights and bias of the last layer.
+    weights and bias of the last layer. training: the images have the size of those in training.
     """
 
     flag: str
     num_classes: int | None = None
     activation: str = "softmax"
     scale: float = 1.0
+    training: bool = True
 
 
 def create_head(call: Call, dim: int, options: HeadOptions) -> nn.Module:

@@ -46,12 +46,14 @@ class MaskedFCMAE(FCMAE):
         with evaluating(encoder):
             images = first.weight.new_zeros(1, first.in_channels, side, side)
             features = call_encoder(encoder, images)
-            stride = side // features.shape[-1] if features.ndim == 4 else 0
-            if not stride or features.shape[-2:] != (side // stride,) * 2:
+            shape = tuple(getattr(features, "shape", ()))
+            stride = side // shape[-1] if len(shape) == 4 else 0
+            if not stride or shape[-2:] != (side // stride,) * 2:
+                got = f"features of shape {shape}" if shape else type(features).__name__
                 raise UserError(
-                    f"{type(encoder).__name__} makes features of shape {tuple(features.shape)} of "
-                    f"a test image of {side} x {side} pixels, expected a map (1, channels, h, w) "
-                    "whose stride divides them; choose another --model"
+                    f"{type(encoder).__name__} makes {got} of a test image of {side} x {side} "
+                    "pixels, expected a map (1, channels, h, w) whose stride divides them; choose "
+                    "another --model"
                 )
             try_backward(encoder, first.weight.new_zeros(1, first.in_channels, *[2 * stride] * 2))
         for parameter in encoder.parameters():  # what only a head would use
@@ -103,7 +105,10 @@ def try_backward(encoder: nn.Module, images: Tensor) -> None:
 
 
 def call_encoder(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Call `forward_features`; a UserError names the module that has no exact masked form."""
+    """Call `forward_features`; a UserError names the module that has no exact masked form.
+
+    Images without a mask test that the network takes images of any size.
+    """
     inside: list[str] = []
     handles = [
         handle
@@ -116,12 +121,17 @@ def call_encoder(encoder: nn.Module, images: Tensor) -> Tensor:
     try:
         return encoder.forward_features(images)
     except Exception as error:  # of any library
-        names = " in ".join(
-            f"{name} ({type(encoder.get_submodule(name)).__name__})" for name in inside[-1:] if name
-        )
+        places = [f"{x} ({type(encoder.get_submodule(x)).__name__})" for x in inside[-1:] if x]
+        problem = ": ".join([*places, first_line(error)])
+        if not isinstance(images, MaskedMap):
+            height, width = images.shape[-2:]
+            problem = (
+                "it must take images of any size, without attention over positions, and cannot "
+                f"take a test image of {height} x {width} pixels: {problem}"
+            )
         raise UserError(
-            f"{type(encoder).__name__} cannot be pre-trained by FCMAE: "
-            f"{names}{': ' * bool(names)}{first_line(error)}; choose another --model"
+            f"{type(encoder).__name__} cannot be pre-trained by FCMAE: {problem}; choose another "
+            "--model"
         ) from error
     finally:
         for handle in handles:

@@ -261,8 +261,24 @@ def test_tables_and_paragraphs_say_nothing_twice(page):
     long = [line for line in lines if len(line) > 50]
     tables = re.findall(r"(?:^\|.*\n)+", prose(page), re.MULTILINE)
     cells = [re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for table in tables]
+    assert repeated_runs(prose(page)) == []
     for texts in (long, *cells):
         assert [text for text, count in Counter(texts).items() if count > 1] == []
+
+
+def repeated_runs(text: str, length: int = 8) -> list[str]:
+    """Runs of as many words that occur twice outside tables, wherever their lines break."""
+    words = re.sub(r"^\|.*$", "|", text, flags=re.MULTILINE).split()
+    runs = [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
+    return [run for run, count in Counter(runs).items() if count > 1 and "|" not in run]
+
+
+def test_sentences_that_a_merge_repeats_are_found():
+    text = "- It writes other heads as `onnx`\n  and `pt2`; the hub refuses them.\n"
+    again = "  heads as `onnx` and `pt2`; the hub\n  refuses them all.\n"
+    assert repeated_runs(text + "Other words. It writes other heads.") == []
+    assert repeated_runs(text + "| heads as `onnx` and `pt2`; the hub refuses |\n" * 2) == []
+    assert repeated_runs(text + again) == ["heads as `onnx` and `pt2`; the hub refuses"]
 
 
 def test_map_of_the_files_is_complete():
@@ -338,6 +354,8 @@ def test_code_of_the_forking_guide_trains(fork, monkeypatch, capsys):
     saved = torch.load(fork / "d/checkpoint-best.pth", weights_only=True)
     assert saved["classes"] == ["x", "y"]
     assert saved["target_scale"]["mean"] == pytest.approx([16, 16], abs=4)
+    keys = read(ROOT / "docs/checkpoints.md").partition("- Keys: ")[2].partition("\n- ")[0]
+    assert {*saved, "loss", "hooks"} <= set(re.findall(r"`(\w+)`", keys))
     metric = "--metrics acc1 my_fork.metrics:cost(miss=5) --best_metric cost_5"
     train(main_finetune, f"--model my_fork.nets:plain --output_dir plain {metric}")
     saved = torch.load(fork / "plain/checkpoint-best.pth", weights_only=True)["state"]

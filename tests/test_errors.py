@@ -7,7 +7,15 @@ import pickle
 
 import pytest
 
-from errors import TrainingStopped, UserError, did_you_mean, first_few, plural, resolve
+from errors import (
+    TrainingStopped,
+    UserError,
+    did_you_mean,
+    first_few,
+    first_line,
+    plural,
+    resolve,
+)
 
 TABLE = {"sgd": 1, "adamw": 2, "IMNET": 3}
 
@@ -85,6 +93,12 @@ def test_number_and_noun_agree():
     assert [plural(2, noun) for noun in ("class", "micro-batch", "epoch", "bad step")] == [
         "2 classes", "2 micro-batches", "2 epochs", "2 bad steps",
     ]  # fmt: skip
+
+
+def test_first_line_can_be_followed_by_other_punctuation():
+    """A message of timm with a period made `model (224).; choose another`."""
+    assert first_line(ValueError("\nwrong size (224).\nmore")) == "wrong size (224)"
+    assert first_line(ValueError()) == "ValueError"
 
 
 def test_did_you_mean_is_empty_without_a_close_match():

@@ -81,7 +81,14 @@ STEPS += ("timm:regnetx_004", "timm:regnetx_008", "timm:regnetx_016", "timm:regn
 STEPS += ("timm:regnety_008", "timm:regnety_016", "timm:regnety_032", "timm:regnetz_005")
 STEPS += ("timm:vit_base_patch32_224(depth=2)", "torchvision:efficientnet_b0")
 STEPS += ("torchvision:densenet121", "torchvision:regnet_y_400mf", "torchvision:swin_t")
-STEPS += ("torchvision:vit_b_16", "torchvision:convnext_tiny")
+STEPS += ("torchvision:vit_b_16", "torchvision:convnext_tiny", "timm:resnet34", "timm:regnetz_040")
+STEPS += ("timm:efficientnet_b0", "timm:efficientnet_b5", "timm:regnetx_080", "timm:regnety_080")
+# Fewer blocks of networks that take long.
+STEPS += ("timm:resnet101(layers=[1,1,1,1])", "timm:vit_base_patch16_224(depth=2)")
+STEPS += ("timm:vit_large_patch16_224(depth=2)", "timm:vit_large_patch32_224(depth=2)")
+STEPS += ("timm:vit_huge_patch14_224(depth=2)", "resnext152_32x4d(num_blocks=[1,1,1,1])")
+STEPS += ("regnet_y_256gf(depth=8,w_0=32,w_a=16,group_width=16)",)
+SHAPES_ONLY = [n for n in (*PUBLISHED, "resnext152_32x4d", "regnet_y_256gf") if n not in STEPS]
 
 
 def tiny(name: str = "timm:test_resnet", **kwargs) -> nn.Module:
@@ -146,7 +153,8 @@ def test_layer_decay_without_an_order_of_layers_is_refused_by_name(name):
 
 def train_one_step(name: str) -> None:
     torch.manual_seed(0)
-    model = create_model(name, num_classes=3, drop_path_rate=0.0, input_size=(64, 64))
+    size = {"input_size": (64, 64)} if library_of(name) else {}
+    model = create_model(name, num_classes=3, drop_path_rate=0.0, **size)
     optimizer = create_optimizer(model, "adamw", lr=0.01, layer_decay=0.7)
     assert len({group["lr_scale"] for group in optimizer.param_groups}) > 3
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -169,6 +177,24 @@ def test_training_step_moves_every_parameter(name):
 @pytest.mark.parametrize("name", [*FAST[:-1], *(name for name in STEPS if name not in FAST)])
 def test_training_step_of_larger_networks_moves_every_parameter(name):
     train_one_step(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "regnet_y_256gf" else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES_ONLY],
+)
+def test_step_on_the_meta_device_has_a_gradient_for_every_parameter(name):
+    """Of networks too large for a step with numbers: their code runs, on shapes alone."""
+    with torch.device("meta"):
+        model = create_model(name)
+    optimizer = create_optimizer(model, "adamw", lr=0.01, layer_decay=0.7)
+    training_mode(model)
+    logits = model(torch.empty(2, 3, *[224 if "vit" in name else 64] * 2, device="meta"))
+    assert logits.shape == (2, 1000)
+    logits.sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    optimizer.step()
+    assert len(optimizer.state) == len(list(model.parameters()))
 
 
 FAMILIES = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")

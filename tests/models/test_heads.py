@@ -117,6 +117,24 @@ def test_conv_without_pool_has_one_window_at_the_size_of_training():
     torch.testing.assert_close(other(large).softmax(1), sum(parts) / 2)
 
 
+def test_windows_larger_than_the_map_are_for_smaller_images_in_evaluation_alone():
+    """Training took them as windows of the size of the map, without a word."""
+    problem = "pool=5 is larger than the map of 4 x 4 positions; give pool=4 or less, larger images"
+    with pytest.raises(UserError, match=f"--head conv.*: {problem}"):
+        with_head("conv(pool=5)", Net())
+    with pytest.raises(UserError, match=f"--heads conv.*: {problem}"):
+        with_heads("main=linear@body, aux=conv(pool=5)@stem")
+    with pytest.raises(UserError, match="the map of 2 x 2"):  # (N, h, w, C)
+        models.build_classifier(flags(heads="main=conv(pool=4)@stages.3"), 3)
+    model = models.build_classifier(flags(head="conv(pool=4)", eval=True), 3).eval()
+    x = torch.randn(1, 10, 2, 2)
+    expected = x.mean((-2, -1)) @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model.head(x), expected)
+    with pytest.raises(UserError, match="the map of 2 x 2"):
+        model.head.train()(x)
+    assert with_head("conv(pool=4)", Net()).fc.pool == 4
+
+
 def test_linear_takes_l2_norm_planes_and_zero_bias():
     x = torch.tensor([[[[3.0]], [[4.0]]]]).expand(1, 2, 2, 2)
     unit = head("norm_linear(zero_init_bias=true)")

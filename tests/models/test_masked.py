@@ -253,8 +253,13 @@ def test_measuring_leaves_the_network_as_it_was():
     [
         ("tf_efficientnet_b0", r"conv_stem \(Conv2dSame\): no exact masked form of pad"),
         ("skresnet18", r"layer1.0.conv1 \(SelectiveKernel\): no exact masked form of stack"),
-        ("deit_tiny_patch16_224", r"patch_embed \(PatchEmbed\): Input height \(64\) doesn't match"),
-        pytest.param("inception_v3", "cannot be pre-trained by FCMAE", marks=pytest.mark.slow),
+        (
+            "deit_tiny_patch16_224",
+            r"of any size, without attention over positions, and cannot take a test image of 64 x "
+            r"64 pixels: patch_embed \(PatchEmbed\): .* model \(224\); choose another --model$",
+        ),
+        ("crossvit_tiny_240", "CrossVit makes list of a test image of 64 x 64 pixels, expected a"),
+        pytest.param("inception_v3", "a test image of 64 x 64", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_masked_is_refused_by_name(name, message):
@@ -310,7 +315,7 @@ class Fails(nn.Module):
 
 def test_any_error_of_a_library_names_the_network():
     with pytest.raises(UserError, match="Fails cannot be pre-trained by FCMAE: .*a key"):
-        call_encoder(Fails(), torch.zeros(1))
+        call_encoder(Fails(), torch.zeros(1, 3, 64, 64))
 
 
 def small_map(value: float = 0.0) -> MaskedMap:
