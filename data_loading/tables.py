@@ -235,7 +235,7 @@ def read_targets(
         raise UserError(f"{got}: --task classification has one column; use --task multi_label")
     if kind == "class":
         return kind, *read_classes(table, names[0])
-    if several or {*table.column(names[0])} <= {*NO, *YES}:
+    if several or {cell.lower() for cell in table.column(names[0])} <= {*NO, *YES}:
         return kind, [*names], read_yes_or_no(table, names)
     return kind, *read_label_sets(table, names[0])
 

@@ -79,11 +79,13 @@ def test_a_column_for_each_class(make, labels):
     assert data.targets.tolist() == [[1, 0], [0, 1]]
 
 
-def test_yes_or_no_column_is_one_label_if_several_are_asked_for(make):
-    text = "image,cat\n0.png,1\n1.png,0\n"
+@pytest.mark.parametrize(("yes", "no"), [("1", "0"), ("True", "False"), ("YES", "no")])
+def test_yes_or_no_column_is_one_label_if_several_are_asked_for(make, yes, no):
+    """Of True and False, as pandas writes them, there were two labels that excluded each other."""
+    text = f"image,cat\n0.png,{yes}\n1.png,{no}\n"
     data = make(text, kind="multi")
     assert (data.classes, data.targets.tolist()) == (["cat"], [[1], [0]])
-    assert make(text).classes == ["0", "1"]  # two classes
+    assert make(text).classes == sorted([yes, no])  # two classes
 
 
 def test_numbers(make):
