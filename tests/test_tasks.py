@@ -196,6 +196,27 @@ def test_classes_of_an_evaluation_are_found_by_name(rows):
         datasets.build_dataset(True, args)
 
 
+def test_evaluation_needs_no_weights_and_takes_them_for_no_label(rows):
+    """A table without the weights of the training was refused; one with them got a label more."""
+    row = "{number}.png,{label},0\n"
+    text = "".join(row.format(number=number, label=number % 2) for number in range(8))
+    weighted = text.replace("\n", ",2\n")
+    (rows / "train.csv").write_text("image,odd,never,w\n" + weighted)
+    (rows / "plain.csv").write_text("image,odd,never\n" + text)
+    words = f"{BASE} --label_column * --data_path {rows / 'train.csv'}"
+    sampled = f"{words} --sampling weighted --weight_column w"
+    for flags in (sampled, f"{sampled} --eval", f"{words} --weight_column w --eval"):
+        for more in ("plain.csv", "train.csv"):
+            given = [*flags.split(), "--resume", "it.pth", "--eval_data_path", str(rows / more)]
+            data, _ = datasets.build_dataset(False, parse(finetune_parser(), given))
+            assert (data.classes, data.dataset.weights) == (["odd", "never"], None)
+    part = f"{sampled} --val_split 0.5".replace("train.csv", "plain.csv").split()
+    data, _ = datasets.build_dataset(False, parse(finetune_parser(), part))
+    assert data.classes == ["odd", "never"]
+    with pytest.raises(UserError, match="--weight_column: unknown column of .*plain.csv 'w'"):
+        datasets.build_dataset(True, parse(finetune_parser(), part))
+
+
 class Own(tiny.Colors):
     """A data set of a user's with a row of labels for each image."""
 
@@ -388,6 +409,8 @@ def test_an_interrupted_epoch_keeps_its_sampling():
         compare_args({"sampling": "balanced"}, {"sampling": "shuffle"}, "it.pth", in_epoch=True)
     changes = compare_args({"sampling": "balanced"}, {"sampling": "shuffle"}, "it.pth")
     assert changes == ["--sampling shuffle (was balanced)"]
+    saved, now = {"weight_column": "w"}, {"weight_column": None}
+    assert compare_args(saved, now, "it.pth", given=()) == ["--weight_column not set (was w)"]
 
 
 def test_resuming_without_loss_takes_that_of_the_task():

@@ -119,7 +119,6 @@ def test_given_columns_and_root(make, tmp_path):
     data = make(text, **given)
     assert data.weights.tolist() == [0.5, 2]  # the same image twice is no mistake
     assert data.samples[1] == (f"{tmp_path}/deep/7.png", 1)
-    assert make(text, train=False, eval_text=text, **given).weights is None
 
 
 def test_pretraining_needs_no_labels(make):
