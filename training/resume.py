@@ -285,7 +285,8 @@ def compare_args(
             before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
         if before == value or name in LOCAL:
             continue
-        if given is not None and name in KEPT and name not in given:
+        replaced = name == "val_split" and now.get("eval_data_path")
+        if given is not None and name in KEPT and name not in given and not replaced:
             continue
         if name in fixed:
             had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"
