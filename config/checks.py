@@ -204,8 +204,8 @@ def _two_names(args: argparse.Namespace) -> Iterator[str]:
 
 def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str]:
     """Yield a message for each flag of export.py that is for a ConvNeXt alone."""
-    if args.to not in (*flags.GRAPHS, "safetensors"):
-        targets = ", ".join((*flags.GRAPHS, "safetensors"))
+    if args.to not in flags.FOR_ANY_NETWORK:
+        targets = ", ".join(flags.FOR_ANY_NETWORK)
         yield f"--model {model}: --to {args.to} is for ConvNeXt; use one of {targets}"
     if args.half:
         other = " or --model" * bool(args.model)
