@@ -38,7 +38,8 @@ ONE_OF = (
     ("val_split", "eval_data_path"),
     ("eval", "disable_eval"),
 )
-ABSENT = {"val_split": 0, "eval_data_path": "", "eval": False, "disable_eval": False}  # or None
+# Values that turn a flag of ONE_OF off, as null does, and so replace no other.
+ABSENT = {"val_split": 0, "eval_data_path": "", "eval": False, "disable_eval": False}
 Flags = dict[str, Any]
 
 
