@@ -296,15 +296,14 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
         args.nb_classes or (head.count if head and not is_train else None),
         args.data_index,
         known_kind(vars(args)) or (head.kind if head else None),
-        build_columns(args, args.label_column, args.weight_column),
+        build_columns(args, args.label_column, args.weight_column, is_train),
     )
-    if not args.val_split:
-        with naming_source(args, head):
-            data = create_dataset(args.data_set, spec, is_train)
-    elif args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
+    splits = args.val_split > 0
+    if splits and args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
         raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
-    else:
-        data = create_dataset(args.data_set, spec, True)
+    with naming_source(args, head):
+        data = create_dataset(args.data_set, spec, is_train or splits)
+    if splits:
         if isinstance(data, TableImages) and data.others:
             column = data.columns.split
             raise UserError(f"--val_split: {data.path} has the column {column}; drop --val_split")
@@ -331,9 +330,12 @@ def naming_source(args: Any, head: Head | None) -> Iterator[None]:
         raise UserError(f"{error} --{names[0]} is taken from {head.source}; give it") from error
 
 
-def build_columns(args: Any, labels: Sequence[str] | None = (), weight: str | None = None) -> Any:
-    """Build the names of the columns of a table."""
-    return Columns(args.image_column, labels or (), args.split_column, weight, args.image_root)
+def build_columns(
+    args: Any, labels: Sequence[str] | None = (), weight: str | None = None, is_train: bool = True
+) -> Columns:
+    """Build the names of the columns of a table; evaluation leaves the weights out."""
+    weights = (weight, None) if is_train else (None, weight)
+    return Columns(args.image_column, labels or (), args.split_column, *weights, args.image_root)
 
 
 def _head_to_keep(names: Sequence[str], head: Head, resumes: bool, kind: str) -> Head | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from config import checks
 from config import parser as options
-from config.flags import GRAPHS, TARGETS, as_typed, is_code
+from config.flags import FOR_ANY_NETWORK, GRAPHS, TARGETS, as_typed, is_code
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()
@@ -157,11 +157,10 @@ def check_heads(args: argparse.Namespace, saved: SavedRun) -> bool:
     if not names or (names == ["head"] and is_plain(run["head"])):
         return False
     text = f"{args.checkpoint} was trained with --{names[0]} {run[names[0]]}"
-    targets = (*GRAPHS, "safetensors")
-    if args.to not in targets:
+    if args.to not in FOR_ANY_NETWORK:
         raise UserError(
             f"{text}, and --to {args.to} is for a linear classifier; use one of "
-            f"{', '.join(targets)}"
+            f"{', '.join(FOR_ANY_NETWORK)}"
         )
     if args.half:
         raise UserError(f"{text}, and --half true is for a linear classifier; drop --half")

@@ -21,22 +21,24 @@ from errors import plural
 CONFLICTS = (  # two flags that exclude each other, and the reason
     ("deterministic", "compile", "torch.compile chooses kernels by timing"),
     ("dry_run", "eval", "a dry run checks training"),
+    ("val_split", "eval_data_path", "both give the evaluation data"),
+    ("eval", "disable_eval", "there would be nothing to do"),
+    ("head", "heads", "both say what the heads are"),
+)
+IN_TRAINING = (  # more of them, of which --eval does not use one
     ("cuda_graphs", "compile", "both capture the training step"),
     ("cuda_graphs", "sync_bn", "graphs cannot wait for other processes"),
     ("cuda_graphs", "grad_checkpointing", "graphs help small models, checkpointing large ones"),
     ("cuda_graphs", "freeze", "graphs keep BatchNorm in one mode"),
     ("update_freq", "effective_batch", "both set the gradient accumulation steps"),
-    ("val_split", "eval_data_path", "both give the evaluation data"),
     ("val_split", "disable_eval", "there would be no evaluation"),
     ("disable_eval", "model_ema_eval", "there would be no evaluation"),
     ("disable_eval", "metrics", "there would be no evaluation"),
     ("disable_eval", "best_metric", "there would be no evaluation"),
     ("disable_eval", "patience", "there would be no evaluation"),
     ("freeze_backbone", "precise_bn", "the BatchNorm of a frozen backbone keeps its statistics"),
-    ("eval", "disable_eval", "there would be nothing to do"),
     ("dry_run", "tracker", "a dry run logs nothing to it"),
     ("pretrained", "finetune", "both give the weights"),
-    ("head", "heads", "both say what the heads are"),
     ("cuda_graphs", "heads", "graphs are for one output"),
     ("freeze_backbone", "grad_checkpointing", "a frozen backbone keeps nothing for backward"),
     ("freeze_backbone", "cuda_graphs", "graphs are for networks that train as a whole"),
@@ -47,7 +49,7 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
 def problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each combination of flags that cannot work."""
     values = vars(args)
-    for one, other, reason in CONFLICTS:
+    for one, other, reason in CONFLICTS + IN_TRAINING * (not values.get("eval")):
         if values.get(one) and values.get(other):
             both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"
             yield f"{both} cannot be combined: {reason}; drop one"
@@ -163,7 +165,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if mixing and args.batch_size % 2:
         yield f"--batch_size {args.batch_size}: --mixup and --cutmix need pairs; make it even"
     for name in ("model_ema_eval", "model_ema_force_cpu"):
-        if getattr(args, name) and not args.model_ema:
+        if getattr(args, name) and not (args.model_ema or args.eval):
             yield f"--{name} true needs --model_ema true; give both or neither"
     if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
         got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
@@ -202,8 +204,8 @@ def _two_names(args: argparse.Namespace) -> Iterator[str]:
 
 def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str]:
     """Yield a message for each flag of export.py that is for a ConvNeXt alone."""
-    if args.to not in (*flags.GRAPHS, "safetensors"):
-        targets = ", ".join((*flags.GRAPHS, "safetensors"))
+    if args.to not in flags.FOR_ANY_NETWORK:
+        targets = ", ".join(flags.FOR_ANY_NETWORK)
         yield f"--model {model}: --to {args.to} is for ConvNeXt; use one of {targets}"
     if args.half:
         other = " or --model" * bool(args.model)

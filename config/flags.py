@@ -163,6 +163,7 @@ SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
 GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
 TARGETS |= GRAPHS
+FOR_ANY_NETWORK = (*GRAPHS, "safetensors")  # the others are for a ConvNeXt with a linear classifier
 
 # Group -> rows of (flag, kind, default, help, nargs if several values). A kind is a tuple of
 # choices, or argparse's options. Help may end in "; default: WORDS" where the default itself says

@@ -35,7 +35,11 @@ ONE_OF = (
     ("amp", "use_amp"),
     ("imagenet_default_mean_and_std", "mean"),
     ("imagenet_default_mean_and_std", "std"),
+    ("val_split", "eval_data_path"),
+    ("eval", "disable_eval"),
 )
+# Values that turn a flag of ONE_OF off, as null does, and so replace no other.
+ABSENT = {"val_split": 0, "eval_data_path": "", "eval": False, "disable_eval": False}
 Flags = dict[str, Any]
 
 
@@ -91,7 +95,7 @@ def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Flags:
     """Override `below` with `above`, and drop the partners of flags in `above` from it."""
-    replaced = _partners(name for name, value in above.items() if value is not None)
+    replaced = _partners(k for k, value in above.items() if value not in (None, ABSENT.get(k)))
     return {name: value for name, value in below.items() if name not in replaced} | above
 
 

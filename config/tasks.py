@@ -68,15 +68,20 @@ def task_problems(args: argparse.Namespace) -> Iterator[str]:
     mixes = args.mixup or args.cutmix or args.cutmix_minmax
     if args.task == "regression" and mixes and not args.eval:
         yield "--mixup and --cutmix mix classes, and --task regression has none; drop them"
-    if args.task == "regression" and args.sampling == "balanced":
-        yield "--sampling balanced needs classes; use --sampling weighted, or --task classification"
     if not args.normalize_targets and (kind := known_kind(values)) in ("class", "multi"):
         yield f"--normalize_targets false is for numbers, not for --task {TASK_OF[kind]}; drop it"
-    if args.weight_column and args.sampling != "weighted":
-        yield "--weight_column needs --sampling weighted; give both or neither"
-    if args.data_set == "table" and args.sampling == "weighted" and not args.weight_column:
-        yield "--sampling weighted needs --weight_column; name the column with the weights"
+    if not args.eval:
+        yield from _sampling_problems(args)
     if args.eval_classes == "data" and not args.eval:
         yield "--eval_classes data needs --eval; in training all classes are evaluated"
     if args.eval_classes == "data" and args.task == "regression":
         yield "--eval_classes data: --task regression has no classes; drop it"
+
+
+def _sampling_problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.task == "regression" and args.sampling == "balanced":
+        yield "--sampling balanced needs classes; use --sampling weighted, or --task classification"
+    if args.weight_column and args.sampling != "weighted":
+        yield "--weight_column needs --sampling weighted; give both or neither"
+    if args.data_set == "table" and args.sampling == "weighted" and not args.weight_column:
+        yield "--sampling weighted needs --weight_column; name the column with the weights"

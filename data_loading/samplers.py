@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from data_loading.rng import fold_in, scramble
 
 CHUNK = 4096  # keys computed at once: fewer cost more per key, more delay the first key
-JITTER = 1 << 20  # few enough bits that place + jitter is exact in float64
+OFFSETS = 1 << 20  # few enough that place + offset is exact in float64
 
 
 def keys_at(
@@ -35,24 +35,27 @@ def keys_at(
         yield from ((epoch, index) for index in items.tolist())
 
 
-def draw(positions: Tensor, cumulative: Tensor, *numbers: int) -> Tensor:
-    """(N,) positions of an epoch -> (N,) samples there, drawn by weight.
+def cumulate(weights: Tensor) -> Tensor:
+    """(N,) weights, one above 0 -> (N,) float64 running sum of their shares of N."""
+    sums = weights.double().cumsum(0)
+    return sums * (len(sums) / sums[-1])
 
-    The sum of the weights is cut into equal parts, one for each position, and a random point of the
-    part chooses the sample that it falls on. So a sample with a share of w of the weights is drawn
-    length * w times, rounded down or up, and equal weights give the order of `permute`. cumulative:
-    (length,) float64, running sum of the weights. The n-th draw of a sample in an epoch has the
+
+def draw(positions: Tensor, cumulative: Tensor, *numbers: int) -> Tensor:
+    """(N,) positions of an epoch -> (N,) samples there, drawn by weight (systematic sampling).
+
+    The shares of the samples fill [0, length). A position draws the sample whose share holds the
+    item that `permute` gives it, plus an offset in (0, 1), random for the epoch. So a sample is
+    drawn as often as its share says, rounded down or up, and equal weights give the order of
+    `permute`. cumulative: of `cumulate`. The n-th draw of a sample in an epoch, from 0, has the
     length added n times, so that keys differ.
     """
-    length, total = len(cumulative), cumulative[-1].item()
-    places = permute(positions, length, *numbers)
-    jitter = (scramble(places + fold_in(*numbers, ROUNDS)) & (JITTER - 1)) / JITTER
-    points = (places + jitter.double()) * (total / length)
+    length, places = len(cumulative), permute(positions, len(cumulative), *numbers)
+    offset = (fold_in(*numbers, ROUNDS) % OFFSETS + 0.5) / OFFSETS
     last = int(torch.searchsorted(cumulative, cumulative[-1:]))  # none after it has a weight
-    items = torch.searchsorted(cumulative, points, right=True).clamp(max=last)
+    items = torch.searchsorted(cumulative, places.double() + offset, right=True).clamp(max=last)
     before = torch.where(items > 0, cumulative[(items - 1).clamp(min=0)], 0.0)
-    repeats = (places - (before * (length / total)).floor().long()).clamp(min=0)
-    return items + repeats * length
+    return items + (places - (before - offset).ceil().long()) * length
 
 
 class TrainSampler(Sampler):
@@ -68,7 +71,7 @@ class TrainSampler(Sampler):
         self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start, self.stop = 0, 0, length
-        self.cumulative = None if weights is None else weights.double().cumsum(0)
+        self.cumulative = None if weights is None else cumulate(weights)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
         """Choose the order, and the part of it from `start`, after samples used before, to `stop`.

@@ -9,7 +9,7 @@ import csv
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ LOOKED_FOR = 1000  # image files at the start; others are found missing when the
 class Columns:
     """Names of columns, as far as they are given; labels may be patterns such as `tag_*`.
 
-    root: folder of the image files; '' for that of the table.
+    unused: a column that may be there, and that patterns leave out. root: folder of the image
+    files; '' for that of the table.
     """
 
     image: str | None = None
     labels: Sequence[str] = ()
     split: str | None = None
     weight: str | None = None
+    unused: str | None = None
     root: str = ""
 
 
@@ -137,7 +139,8 @@ def choose_columns(table: Table, given: Columns, labeled: bool) -> Columns:
     weight = given.weight and table.find(given.weight, "--weight_column")
     image = given.image and table.find(given.image, "--image_column")
     image = image or usual(IMAGES) or table.names[0]
-    rest = [name for name in table.names if name not in (image, split, weight)]
+    others = (image, split, weight, given.unused)
+    rest = [name for name in table.names if name not in others]
     labels: list[str] = []
     for pattern in given.labels:
         found = [name for name in rest if fnmatchcase(name, pattern)]
@@ -152,7 +155,7 @@ def choose_columns(table: Table, given: Columns, labeled: bool) -> Columns:
                 "labels with --label_column, * for all but the image"
             )
         labels = [found]
-    return Columns(image, labels, split, weight, given.root)
+    return Columns(image, labels, split, weight, given.unused, given.root)
 
 
 def choose_rows(table: Table, split: str | None, train: bool) -> tuple[Table, int]:
@@ -235,7 +238,7 @@ def read_targets(
         raise UserError(f"{got}: --task classification has one column; use --task multi_label")
     if kind == "class":
         return kind, *read_classes(table, names[0])
-    if several or {*table.column(names[0])} <= {*NO, *YES}:
+    if several or {cell.lower() for cell in table.column(names[0])} <= {*NO, *YES}:
         return kind, [*names], read_yes_or_no(table, names)
     return kind, *read_label_sets(table, names[0])
 
@@ -357,8 +360,6 @@ def table(spec: Any, train: bool) -> TableImages:
             f"{path} has no column of splits; give "
             "--eval_data_path OTHER_TABLE, --split_column, or --val_split 0.1"
         )
-    if not train:
-        columns = replace(columns, weight=None)
     rows, others = choose_rows(whole, split, train)
     data = TableImages(rows, columns, spec.kind, others)
     text = "%s: image %s, %s %s%s"

@@ -123,15 +123,8 @@ class CostsHook(Hook):
 
 def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
     """Log the number of parameters and the GMACs per image; returns the number of parameters."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    device = next(model.parameters()).device
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    counter = FlopCounterMode(display=False)
-    model.eval()
-    with torch.no_grad(), counter:
-        model(torch.zeros(1, in_chans, *size, device=device))
-    macs = counter.get_total_flops() / 2
+    macs, _ = measure(model, in_chans, size)["Global"]
     frozen = sum(p.numel() for p in model.parameters()) - parameters
     count = f"{(parameters + frozen) / 1e6:.2f}M parameters"
     count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""

@@ -99,15 +99,9 @@ class Criterion(nn.Module):
             targets = self._smooth(targets, outputs)
         if weights is None and isinstance(term.loss, TorchLoss):
             return term.loss.mean(outputs, targets)
-        values = term.loss(outputs, targets)
-        if isinstance(values, tuple):  # values, and 1 for images that count
-            values, counts = values
+        values, counts = _values(term.loss, outputs, targets)
+        if counts is not None:
             weights = counts if weights is None else weights * counts
-        if values.shape not in ((), (len(outputs),)):
-            raise UserError(
-                f"it gives a tensor of shape {tuple(values.shape)} for {len(outputs)} images; "
-                f"expected ({len(outputs)},), or the mean as a scalar"
-            )
         if weights is None:
             return values.mean()
         if values.ndim == 0:
@@ -135,14 +129,24 @@ class Criterion(nn.Module):
             outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
             losses, counts = [], []
             for term in self.terms:
-                values = (term.evaluated or term.loss)(outputs, targets)
-                counted = outputs.new_ones(len(outputs))
-                if isinstance(values, tuple):
-                    values, counted = values
+                values, counted = _values(term.evaluated or term.loss, outputs, targets)
+                counted = outputs.new_ones(len(outputs)) if counted is None else counted
                 values = torch.where(counted > 0, values, 0.0).expand(len(outputs))
                 losses.append(term.times_factor(values))
                 counts.append(counted)
             return torch.stack(losses, 1), torch.stack(counts, 1)
+
+
+def _values(loss: Callable, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the losses of the images (N,), or their mean; and (N,) 1 for those that count."""
+    found = loss(outputs, targets)
+    values, counts = found if isinstance(found, tuple) else (found, None)
+    if values.shape not in ((), (len(outputs),)):
+        raise UserError(
+            f"it gives a tensor of shape {tuple(values.shape)} for {len(outputs)} images; "
+            f"expected ({len(outputs)},), or the mean as a scalar"
+        )
+    return values, counts
 
 
 class Term(nn.Module):
@@ -278,35 +282,40 @@ def _accepted(function: Callable, inputs: int = 0) -> str:
     return f"; it takes {accepted(function, inputs, REDUCTIONS)}"
 
 
-def try_out(criterion: Criterion | HeadLosses, num_classes: int) -> None:
+def try_out(criterion: Criterion | HeadLosses, num_classes: int, evaluates: bool = False) -> None:
     """Compute loss and gradients of two rows on a copy; UserError if that fails or is not finite.
 
     Wrong types of arguments, wrong shapes and errors in a user's loss show here, before training.
+    evaluates: try the loss of evaluation alone, which may be for fewer classes than the training.
     """
     if isinstance(criterion, HeadLosses):
-        for loss in criterion.losses.values():
-            try_out(loss, num_classes)
+        for loss in [*criterion.losses.values()][: 1 if evaluates else None]:  # the main one
+            try_out(loss, num_classes, evaluates)
         return
-    trial = copy.deepcopy(criterion).cpu()
-    rows = {
+    trial = copy.deepcopy(criterion).cpu().train(not evaluates)
+    targets = {
         "class": torch.tensor([0, num_classes - 1]),
         "soft": torch.full((2, num_classes), 1 / num_classes),
         "multi": torch.ones(2, num_classes).triu(),
         "number": torch.zeros(2, num_classes),
-    }
+    }[trial.kind]
     for term in trial.terms:
-        outputs = torch.linspace(-1, 1, 2 * num_classes).reshape(2, -1).requires_grad_()
+        outputs, problem = torch.linspace(-1, 1, 2 * num_classes).reshape(2, -1), ""
         try:
-            loss = trial.mean(term, outputs, rows[trial.kind])
-            loss.backward()
+            if evaluates:
+                loss, _ = _values(term.evaluated or term.loss, outputs, targets)
+            else:
+                loss = trial.mean(term, outputs.requires_grad_(), targets)
+                loss.backward()
         except Exception as error:
             raise UserError(f"--loss {term.text}: {describe_error(error)}{_taken(term)}") from error
         unused = [name for name, p in term.named_parameters() if p.requires_grad and p.grad is None]
-        problem = f"its parameters {first_few(unused)} have no effect" if unused else ""
-        if outputs.grad is None:
+        if outputs.grad is None and not evaluates:
             problem = "it does not depend on the outputs of the network"
-        elif not all(x.isfinite().all() for x in (loss, outputs.grad)):
+        elif not all(x.isfinite().all() for x in (loss, outputs.grad) if x is not None):
             problem = "it or its gradient is not finite for logits between -1 and 1"
+        elif unused and not evaluates:
+            problem = f"its parameters {first_few(unused)} have no effect"
         if problem:
             raise UserError(f"--loss {term.text}: {problem}{_taken(term)}")
 
@@ -430,7 +439,9 @@ def check_loss(args: Any, kind: str = "class") -> None:
     """Raise UserError for a loss or class weights that cannot work, before the data is listed."""
     criterion = _create_criterion(args, None, kind, early=True)
     if args.nb_classes:  # else build_criterion tries it, with the classes of the data
-        try_out(criterion, args.nb_classes)
+        try_out(criterion, args.nb_classes, args.eval)
+    if args.eval:
+        return
     if args.shard != "ddp" and get_world_size() > 1 and any(True for _ in criterion.parameters()):
         raise UserError(
             f"--loss {args.loss} has parameters of its own, which --shard {args.shard} does not "
@@ -468,7 +479,7 @@ def build_criterion(
         texts = [f"{name} = {weight:.3g}" for name, weight in pairs]
         get_logger().info("class weights %s: %s", args.class_weights, first_few(texts, 10))
     criterion = _create_criterion(args, weights, kind)
-    try_out(criterion, num_classes)
+    try_out(criterion, num_classes, args.eval)
     sharding.broadcast_tensors([*criterion.to(device).parameters(), *criterion.buffers()])
     return criterion
 

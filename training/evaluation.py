@@ -261,10 +261,28 @@ def build_metrics(
     args: Any, outputs: int = 0, kind: str = "class", scale: Scale | None = None
 ) -> Metrics:
     """Build the metrics that the flags name; outputs: of the model, 0 if not known yet."""
-    metrics = Metrics(args.metrics, split_best_metric(vars(args))[1], outputs, kind, scale)
+    problem = None
+    for best in _names_of_best(vars(args)):
+        try:
+            metrics = Metrics(args.metrics, best, outputs, kind, scale)
+            break
+        except UserError as error:
+            problem = problem or error
+    else:
+        raise problem
     if outputs:
         metrics.try_out()
     return metrics
+
+
+def _names_of_best(flags: Mapping[str, Any]) -> list[str | None]:
+    """Return the name of the best metric; with --eval also without the name of a set of the run.
+
+    The run may have chosen by `sketch_acc1`, and other sets are evaluated now.
+    """
+    _, text = split_best_metric(flags)
+    parts = (text or "").split("_") if flags.get("eval") else ()
+    return [text, *("_".join(parts[start:]) for start in range(1, len(parts)))]
 
 
 def log_name(call: Call) -> str:

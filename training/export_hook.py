@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config.flags import GRAPHS, TARGETS, is_pretraining
+from config.flags import FOR_ANY_NETWORK, TARGETS, is_pretraining
 from errors import UserError, resolve_for
 from models.heads import is_plain
 from parallel.process_group import get_logger
@@ -35,7 +35,7 @@ class ExportHook(Hook):
         needs_folder(args, "export")
         if not args.save_ckpt:
             raise UserError("--hook export: --save_ckpt false leaves nothing to export; drop one")
-        flags, targets = vars(args), (*GRAPHS, "safetensors")
+        flags = vars(args)
         is_convnext = args.model.removeprefix("fcmae_").startswith("convnext")
         own = "" if is_convnext else f"--model {args.model}"
         if own and is_pretraining(flags):
@@ -45,10 +45,10 @@ class ExportHook(Hook):
             )
         if not own and (flags.get("heads") or not is_plain(flags.get("head") or "")):
             own = f"--heads {args.heads}" if args.heads else f"--head {args.head}"
-        if own and self.to not in targets:
+        if own and self.to not in FOR_ANY_NETWORK:
             raise UserError(
                 f"--hook export(to={self.to}) is for a ConvNeXt with a linear classifier, not for "
-                f"{own}; use one of {', '.join(targets)}"
+                f"{own}; use one of {', '.join(FOR_ANY_NETWORK)}"
             )
 
     def on_end(self, run: Run) -> None:

@@ -9,7 +9,6 @@ import copy
 import math
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loading.loader import DeviceLoader
-from errors import TrainingStopped, UserError, first_few, first_line
+from errors import TrainingStopped, UserError, describe_error, first_few
 from models.kernels.autotune import autotuner
 from parallel.process_group import (
     from_main_process,
@@ -194,7 +193,7 @@ class Reporter:
             try:
                 state = hook.state_dict()
                 if wrong := _not_plain(state):
-                    raise TypeError(f"state_dict() holds a {wrong}; convert it to Python's types")
+                    raise UserError(f"state_dict() holds a {wrong}; convert it to Python's types")
                 if state:
                     states[name] = copy.deepcopy(map_tensors(state, Tensor.detach))
             except Exception as error:
@@ -367,7 +366,7 @@ class Reporter:
                 alone = get_world_size() == 1 or not hook.every_rank
                 if point in ("load_state_dict", "on_start") or not alone:
                     raise UserError(
-                        f"{self._name(hook)} failed in {point} ({describe_failure(error)}); "
+                        f"{self._name(hook)} failed in {point} ({describe_error(error)}); "
                         "correct it, or drop it"
                     ) from error
             self._report_failure(hook, point, error)
@@ -386,20 +385,7 @@ class Reporter:
         after = "; the run continues without it, and tries again (reported once)"
         if point == "on_end":
             after = "; training and checkpoints are complete" * self.run.is_complete
-        get_logger().warning("%s failed%s (%s)%s", name, place, describe_failure(error), after)
-
-
-def describe_failure(error: Exception) -> str:
-    """Return an error's type, first line and place; the place is in the code of a fork, if any.
-
-    A UserError says all in its message.
-    """
-    if isinstance(error, UserError):
-        return first_line(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    place = "" if isinstance(error, OSError) else f" at {own[-1].filename}:{own[-1].lineno}"
-    return f"{type(error).__name__}: {first_line(error)}{place}"
+        get_logger().warning("%s failed%s (%s)%s", name, place, describe_error(error), after)
 
 
 def _not_plain(value: Any) -> str:

@@ -26,7 +26,7 @@ from training.checkpoint import TrainableParts, TrainState, checkpoint_name, res
 from training.report import describe_progress
 from utils import link
 from weights import files
-from weights.saved_run import INHERITED, RESUMED
+from weights.saved_run import EVAL_ONLY, INHERITED, RESUMED
 
 REQUIRED = ("model", "optimizer", "state")  # entries without which no run can resume
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
@@ -39,7 +39,7 @@ LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune",
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
 LOCAL += ("pretrained", "reset_head", "hook", "tracker", "project", "tags")
-KEPT = {*INHERITED, *RESUMED} - {"loss"}  # which only --eval takes
+KEPT = {*INHERITED, *RESUMED} - {*EVAL_ONLY}
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 
 
@@ -285,7 +285,8 @@ def compare_args(
             before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
         if before == value or name in LOCAL:
             continue
-        if given is not None and name in KEPT and name not in given:
+        replaced = name == "val_split" and now.get("eval_data_path")
+        if given is not None and name in KEPT and name not in given and not replaced:
             continue
         if name in fixed:
             had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"

@@ -37,7 +37,9 @@ INHERITED |= EVALUATED
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 HEADS = {"head": "a name", "heads": "a name"}  # to evaluate or to resume, not to fine-tune again
 INHERITED |= HEADS
-INHERITED |= {"loss": "a name"}  # for evaluation, see `_inherits_loss`
+EVAL_ONLY = {"loss": "a name"}  # see `_inherits_loss`
+EVAL_ONLY |= {"weight_column": "a name"}  # which it leaves out of the labels
+INHERITED |= EVAL_ONLY
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
@@ -191,6 +193,8 @@ def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set
     left_out = set() if continues else {*EVALUATED, *HEADS}
     if resumes or not _inherits_loss(args, saved):
         left_out |= {"loss"}
+    if not vars(args).get("eval"):
+        left_out |= {*EVAL_ONLY}
     if not (resumes or _evaluates_its_data(args, saved)):
         left_out |= {*OF_ITS_DATA}
     if is_pretraining(vars(args)):  # pre-training evaluates nothing

@@ -363,6 +363,35 @@ def test_args_yaml_reads_back_to_the_same_run(tmp_path):
     assert (changed.effective_batch, changed.update_freq, changed.amp) == (64, None, "fp16")
 
 
+RUNS = {  # flags of a training -> flags of an evaluation by its file -> eval_data_path, val_split
+    "--val_split 0.3": {"--eval_data_path B": ("B", 0), "--seed 1": (None, 0.3)},
+    "--eval_data_path A": {
+        "--val_split 0.2": (None, 0.2),
+        "--val_split 0": ("A", 0),
+        "--eval_data_path B": ("B", 0),
+    },
+    "--disable_eval true": {"--eval_data_path B": ("B", 0)},
+    "--eval_data_path A --cuda_graphs true": {"--compile true": ("A", 0)},
+    "--eval_data_path A --pretrained true --model timm:resnet18": {"--finetune x": ("A", 0)},
+    "--eval_data_path A --model_ema true --model_ema_eval true": {"--model_ema false": ("A", 0)},
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "words"), [(run, words) for run, each in RUNS.items() for words in each]
+)
+def test_a_run_is_evaluated_by_its_file_with_other_data(tmp_path, run, words):
+    """Flags of its training were said to contradict those of the evaluation."""
+    first = [*DATA, "--data_set", "image_folder", "--output_dir", str(tmp_path), *run.split()]
+    args = options.parse(options.finetune_parser(), first)
+    (tmp_path / "args.yaml").write_text(options.dump_args(args))
+    words, found = words.split(), RUNS[run][words]
+    args = options.parse(
+        options.finetune_parser(), ["--config", str(tmp_path), "--eval", "true", *words]
+    )
+    assert (args.eval_data_path, args.val_split, args.disable_eval) == (*found, False)
+
+
 def test_own_file_builds_on_a_recipe_or_on_another_file(tmp_path):
     (tmp_path / "first.yaml").write_text("base: tiny_ft\nepochs: 50\nupdate_freq: 2\n")
     (tmp_path / "second.yaml").write_text("base: first.yaml\nmixup: 0\n")

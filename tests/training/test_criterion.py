@@ -482,6 +482,30 @@ def test_numbers_of_classes_are_checked_with_those_of_the_data():
         build_criterion(args, 3, CPU)
 
 
+def test_evaluation_tries_no_weights_of_the_training():
+    """`--eval --eval_classes data` among two of three classes refused the weights of the three."""
+    for loss, kind in (
+        ("BCEWithLogitsLoss(pos_weight=[1, 2, 3])", "multi"),
+        ("CrossEntropyLoss(weight=[1, 2, 3])", "class"),
+    ):
+        args = flags(loss=loss, eval=True, class_weights="[1, 2, 3]")
+        check_loss(args, kind)
+        outputs, labels = LOGITS, LABELS if kind == "class" else F.one_hot(LABELS).float()
+        found = per_image(build_criterion(args, 2, CPU, kind=kind), outputs, labels)
+        plain = Criterion(args.loss.partition("(")[0], kind)
+        torch.testing.assert_close(found, per_image(plain, outputs, labels))
+    args = flags(loss="BCEWithLogitsLoss(pos_weight=[1, 2, 3])")
+    with pytest.raises(UserError, match="size of tensor a"):
+        build_criterion(args, 2, CPU, kind="multi")
+
+
+@pytest.mark.parametrize("loss", ["per_class", "Centers"])
+def test_evaluation_tries_a_loss_of_the_users(loss):
+    args = flags(loss=f"tests.training.test_criterion:{loss}", eval=True)
+    with pytest.raises(UserError, match=r"gives a tensor of shape \(2, 3\)|The size of tensor a"):
+        build_criterion(args, 3, CPU)
+
+
 class Centers(nn.Module):
     """A loss that knows the number of classes: a parameter (K,) and a buffer (K, K)."""
 

@@ -281,6 +281,25 @@ def test_errors_of_the_users_functions_show_before_training(words, best, message
     build_metrics(SimpleNamespace(metrics=[f"{ME}:error_rates"], best_metric="error_rates_all"), 3)
 
 
+@pytest.mark.parametrize(
+    ("best", "found"),
+    [
+        ("f1", "f1"),
+        ("sketch_f1(average=micro)", "f1_micro"),
+        ("a_set_balanced_accuracy", "balanced_accuracy"),
+        (None, "acc1"),
+    ],
+)
+def test_run_that_chose_by_another_set_is_evaluated_by_the_same_metric(best, found):
+    """--eval of other data refused the run's own `--best_metric sketch_f1`."""
+    args = SimpleNamespace(metrics=None, best_metric=best, eval=True)
+    assert build_metrics(args, 3).best == found
+    with pytest.raises(UserError, match="unknown metric 'sketch_f7'"):
+        build_metrics(SimpleNamespace(metrics=None, best_metric="sketch_f7", eval=True))
+    with pytest.raises(UserError, match="unknown metric 'sketch_f1'"):
+        build_metrics(SimpleNamespace(metrics=None, best_metric="sketch_f1", eval=False))
+
+
 def test_error_of_the_users_function_in_evaluation_is_nan_and_a_warning(caplog):
     get_logger().addHandler(caplog.handler)
     try:

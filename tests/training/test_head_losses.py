@@ -103,6 +103,15 @@ def test_losses_that_fit_no_head_are_refused(changes, problem):
     assert problem in str(error.value)
 
 
+def test_evaluation_tries_the_loss_of_the_first_head_alone():
+    """Among some of the classes, that of another head may know the number of all of them."""
+    aux = "tests.training.test_criterion:Centers"  # of five classes
+    build_criterion(flags(loss=f"main=ce, aux={aux}", eval=True), 2, CPU)
+    for loss, evaluates in ((f"main=ce, aux={aux}", False), (f"main={aux}, aux=ce", True)):
+        with pytest.raises(UserError, match="size of tensor"):
+            build_criterion(flags(loss=loss, eval=evaluates), 2, CPU)
+
+
 def test_evaluation_may_learn_of_heads_from_the_checkpoint():
     args = flags(loss="main=ce, aux=ce", heads="", eval=True)
     assert losses_by_head(args, args.loss, early=True) == {"main": "ce", "aux": "ce"}

@@ -56,3 +56,11 @@ def test_flag_that_a_run_left_out_is_to_be_left_out():
     """`pass --patch_size None` cannot be typed."""
     with pytest.raises(UserError, match="with no --patch_size and cannot .* 8: leave --patch_size"):
         compare_args({"patch_size": None}, {"patch_size": 8}, "x.pth")
+
+
+def test_resumed_run_keeps_its_split_and_refuses_other_data():
+    """--eval_data_path was ignored, since the split of the run was taken instead."""
+    saved, now = {"val_split": 0.3}, {"val_split": 0.0, "eval_data_path": None}
+    assert compare_args(saved, now, "x.pth", given=()) == []
+    with pytest.raises(UserError, match="with --val_split 0.3 and cannot resume with 0.0: pass"):
+        compare_args(saved, now | {"eval_data_path": "other.csv"}, "x.pth", given=())

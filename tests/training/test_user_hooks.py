@@ -120,9 +120,9 @@ def test_failure_names_hook_point_and_line_once_and_the_run_continues(log):
         train_and_evaluate(reporter, batch())
     (text,) = (line for line in log.messages if not line.startswith("kernels chosen"))
     assert text.startswith(
-        "hook tests.fakes:Failing failed in on_step (ZeroDivisionError: of a hook at "
+        "hook tests.fakes:Failing failed in on_step (ZeroDivisionError in fakes.py, line "
     )
-    assert "fakes.py:" in text
+    assert ": of a hook); the run continues" in text
     assert counter.steps == 2
 
 
@@ -144,7 +144,11 @@ def test_failure_at_the_end_says_that_the_checkpoints_are_complete(log):
 @pytest.mark.parametrize(
     ("point", "kind", "expected"),
     [
-        ("on_start", "ZeroDivisionError", "hook bad failed in on_start .* of a hook at .*fakes.py"),
+        (
+            "on_start",
+            "ZeroDivisionError",
+            "on_start .ZeroDivisionError in fakes.py, line .*a hook",
+        ),
         ("on_step", "UserError", "^of a hook$"),  # deliberately
         ("on_phase_end", "TrainingStopped", "^of a hook$"),
     ],
@@ -215,7 +219,7 @@ def test_state_that_could_not_be_loaded_is_left_out(value, log):
     """torch.load(weights_only=True) refuses the whole file: no run could resume from it."""
     states = reporter_of(held=Holding(value), counter=fakes.Counter()).hook_states()
     assert states == {"hooks": {"counter": {"steps": 0}}}
-    assert "hook held failed in state_dict (TypeError: state_dict() holds a " in log.messages[0]
+    assert "hook held failed in state_dict (state_dict() holds a " in log.messages[0]
     file = io.BytesIO()
     torch.save(states, file)
     file.seek(0)

@@ -76,6 +76,16 @@ def test_evaluation_takes_the_loss_of_the_run_and_training_does_not():
     assert "loss" not in changed(finetune("--resume", "it.pth"), flags, resumes=True)
 
 
+def test_evaluation_leaves_the_weights_of_the_run_out_of_the_labels():
+    """With `*` from the run, the column of its weights was one more label."""
+    flags = {"label_column": ("*",), "weight_column": "w", "sampling": "weighted"}
+    words = ("--data_set", "table", "--data_path", "t.csv", "--resume", "it.pth")
+    labels = {"label_column": ("*",)}
+    assert changed(finetune(*words, "--eval"), flags) == labels | {"weight_column": "w"}
+    assert changed(finetune(*words), flags, resumes=True) == labels  # weights need --sampling
+    assert changed(finetune(*words), flags) == {}
+
+
 OWN_MEAN = {"imagenet_default_mean_and_std": True, "mean": [0.3], "std": (0.2,), "in_chans": 3}
 
 
