@@ -164,6 +164,9 @@ GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
 TARGETS |= GRAPHS
 
+# Texts for which '' has a meaning, as in the official code: none, or the default.
+MAY_BE_EMPTY = "output_dir log_dir job_dir resume finetune model_prefix aa partition comment"
+
 # Group -> rows of (flag, kind, default, help, nargs if several values). A kind is a tuple of
 # choices, or argparse's options. Help may end in "; default: WORDS" where the default itself says
 # too little; the range and other defaults are added when help is printed.

@@ -142,6 +142,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse's usage would hide the message
         self.exit(2, f"{self.prog}: error: {self.source}{message}\n(see {self.prog} --help)\n")
 
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        """Refuse an empty text, as an unset shell variable gives it, unless it has a meaning.
+
+        Files hold it for flags without a value.
+        """
+        is_text = action.type is None and action.choices is None and action.nargs != 0
+        allowed = action.dest in flags.MAY_BE_EMPTY.split()
+        allowed |= bool(self.source) and action.default == ""
+        if is_text and not allowed and not all(word.strip() for word in words):
+            problem = f"got an empty text; give {action.metavar}, or leave the flag out"
+            raise argparse.ArgumentError(action, problem)
+        return super()._get_values(action, words)
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
