@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config.calls import Call, parse_call, parse_options
+from config.flags import default_of
 from data_loading.rng import fold_in
 from errors import UserError, did_you_mean, first_few, first_line, plural, resolve
 from parallel import sharding
@@ -370,8 +371,11 @@ def build_optimizer_call(args: Any) -> Call:
         raise UserError(f"--opt {args.opt}: expected arguments as name=value")
     for name in call.kwargs.keys() & OWN_FLAGS:
         raise UserError(f"--opt {args.opt}: {name} has a flag of its own; use --{name}")
-    parameters = signature(_optimizer_class(call.name)).parameters.values()
-    known = {p.name: p.default for p in parameters if p.name not in {"params", *OWN_FLAGS}}
+    own = signature(_optimizer_class(call.name)).parameters
+    known = {p.name: p.default for p in own.values() if p.name not in {"params", *OWN_FLAGS}}
+    differs = args.momentum != default_of("momentum") and "momentum" in getattr(args, "typed", ())
+    if differs and "momentum" not in own and not vars(args).get("eval"):
+        raise UserError(f"--opt {args.opt} has no momentum; drop --momentum")
     _check_options(f"--opt {call.name}", call.kwargs, known)
     for name in call.kwargs.keys() & {"eps", "betas"}:
         if getattr(args, f"opt_{name}") is not None:

@@ -434,10 +434,19 @@ FLAGS["export"] = (
 # fmt: on
 
 
+def default_of(name: str) -> Any:
+    """Return the default of a flag, before that of a script."""
+    return _row(name)[2]
+
+
 def allowed(name: str) -> tuple[Callable[[Any], bool], str]:
     """Return a test for the numbers that a flag takes, and their range in words, '' for any."""
-    kind = next(row[1] for rows in FLAGS.values() for row in rows if row[0] == f"--{name}")
+    kind = _row(name)[1]
     if isinstance(kind, tuple):
         return kind.__contains__, f"of {', '.join(map(str, kind))}"
     convert = kind.get("type")
     return getattr(convert, "holds", lambda value: True), getattr(convert, "range", "")
+
+
+def _row(name: str) -> tuple:
+    return next(row for rows in FLAGS.values() for row in rows if row[0] == f"--{name}")

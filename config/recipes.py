@@ -41,11 +41,11 @@ Flags = dict[str, Any]
 
 def read_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> tuple[Flags, set[str]]:
+) -> tuple[Flags, set[str], set[str]]:
     """Read the command line over `--config` over `--recipe` over the defaults.
 
-    Returns all flags, and the names of those that one of the three sets. The value of `recipe`
-    becomes a text for the log: its name and its flags.
+    Returns all flags, the names of those that one of the three sets, and of those that the command
+    line sets. The value of `recipe` becomes a text for the log: its name and its flags.
     """
     typed = _flags_set_by(parser, argv)
     if typed.get("recipe") == "list":
@@ -58,7 +58,7 @@ def read_flags(
     flags = vars(parser.parse_args([])) | given
     if "recipe" in layers:
         flags["recipe"] = _describe(parser, typed["recipe"], layers["recipe"], above)
-    return flags, set(given)
+    return flags, set(given), set(typed)
 
 
 def recipes(pattern: str = "*") -> dict[str, Path]:

@@ -76,7 +76,7 @@ def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
     return found
 
 
-def _idle(args: Any) -> list[str]:
+def idle_hooks(args: Any) -> list[str]:
     """Return the names of the hooks that are for training, with --eval, which has none."""
     names = find_hooks(args) if vars(args).get("eval") else ()
     return [name for name in names if name in HOOKS and name not in IN_EVALUATION]
@@ -84,7 +84,7 @@ def _idle(args: Any) -> list[str]:
 
 def create_hooks(args: Any) -> dict[str, Hook]:
     """Create the hooks of --hook and --tracker that this rank calls, by name."""
-    idle, evaluates = _idle(args), vars(args).get("eval")
+    idle, evaluates = idle_hooks(args), vars(args).get("eval")
     hooks = {name: _create(*found) for name, found in find_hooks(args).items() if name not in idle}
     if is_main_process() and not evaluates and (tracker := build_tracker(args)):
         hooks[tracker.call.name] = tracker
@@ -112,17 +112,12 @@ def check_hooks(args: Any) -> None:
     Hooks of the user's own are found here, with their arguments, and created later. Those of
     training do nothing with --eval, which may have the flags of a run from its args.yaml.
     """
-    idle = _idle(args)
+    idle = idle_hooks(args)
     for name, (call, make) in find_hooks(args).items():
         if name in HOOKS and name not in idle:
             _create(call, make).check(args)
-    unused = [f"--hook {name}" for name in idle]
     if not vars(args).get("eval"):
         build_tracker(args)
-    elif args.tracker:
-        unused.append("--tracker")
-    if unused:
-        get_logger().info("--eval does without %s, for training alone", ", ".join(unused))
 
 
 def build_reporter(

@@ -2,9 +2,13 @@
 # Licensed under the MIT License; see LICENSE.
 """Flags without a value, without an effect, or that do nothing with --eval."""
 
+import argparse
+import copy
+import pickle
+
 import pytest
 
-from config import flags
+from config import checks, flags
 from config import parser as options
 
 PARSERS = {
@@ -68,3 +72,54 @@ def test_files_hold_empty_texts_for_flags_without_a_value(tmp_path, capsys):
 def test_flags_that_may_be_empty_exist():
     known = {row[0].removeprefix("--") for rows in flags.FLAGS.values() for row in rows}
     assert set(flags.MAY_BE_EMPTY.split()) <= known
+
+
+# --- flags that need others ------------------------------------------------------------------
+
+NEEDS = {  # flag with a value: what it needs to act
+    "--layer_decay_type group": "--layer_decay 0.5",
+    "--mixup_mode elem": "--cutmix 1",
+    "--mixup_prob 0.5": "--cutmix_minmax 0.2 0.8",
+    "--mixup_switch_prob 0.2": "--mixup 1 --cutmix 1",
+    "--remode rand": "--reprob 0.1",
+    "--recount 2": "--reprob 0.1",
+    "--model_ema_decay 0.9": "--model_ema",
+    "--save_ckpt_freq 2": "--save_ckpt true",
+    "--save_ckpt_num 2": "--save_ckpt true",
+    "--save_ckpt_every_steps 2": "--save_ckpt true",
+    "--save_ckpt_every_minutes 2.5": "--save_ckpt true",
+    "--async_save true": "--save_ckpt true",
+    "--max_save_failures 2": "--save_ckpt true",
+}
+WITHOUT = ["--reprob", "0", "--save_ckpt", "false"]
+
+
+@pytest.mark.parametrize("words", NEEDS)
+def test_a_typed_flag_that_lacks_another_one_is_refused(words, capsys, tmp_path):
+    """It did nothing; as a default, from a file and with --eval it still may."""
+    flag, value = words.split()
+    name = flag.removeprefix("--")
+    said = refused(capsys, *WITHOUT, flag, value)
+    assert f"{words} needs {checks.NEEDS[name][0]}; give both or neither" in said
+    if (default := flags.default_of(name)) is not None:
+        finetune(*WITHOUT, flag, flags.as_typed(default))
+    finetune(*WITHOUT, flag, value, "--eval", "--resume", "x")
+    finetune(*WITHOUT, flag, value, *NEEDS[words].split())
+    args = vars(finetune(*WITHOUT)) | {name: value}
+    path = tmp_path / "args.yaml"
+    path.write_text(options.dump_args(argparse.Namespace(**args)))
+    finetune("--config", str(path))
+
+
+def test_every_need_is_tested():
+    assert [words.split()[0][2:] for words in NEEDS] == [*checks.NEEDS]
+
+
+def test_typed_flags_are_those_of_the_command_line(tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_text("seed: 3\nlr: 1\n")
+    args = finetune("--config", str(path), "--lr", "2")
+    assert args.typed == {"data_set", "config", "lr"}
+    assert args.given == {"data_set", "config", "lr", "seed"}
+    for other in (args.replace(lr=3.0), pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
+        assert other.typed == args.typed
