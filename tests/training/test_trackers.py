@@ -91,7 +91,7 @@ def test_tracker_without_images_gets_none(calls, tmp_path, monkeypatch):
             "os:getcwd returned a str, expected an object with a function init",
         ),
         (["shutil:which(x=1)"], "--tracker shutil:which: TypeError in "),
-        (["a+b"], "--tracker: got 'a+b', expected one name"),
+        (["a+b"], "--tracker: expected the end, after one name"),
     ],
 )
 def test_wrong_tracker_is_refused(words, expected):
