@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from config.calls import Call, parse_call, parse_options
 from config.flags import default_of
 from data_loading.rng import fold_in
-from errors import UserError, did_you_mean, first_few, first_line, plural, resolve
+from errors import UserError, did_you_mean, first_few, first_line, plural, resolve, sentences
 from parallel import sharding
 from parallel.process_group import get_logger
 
@@ -340,9 +340,8 @@ def _check_options(flag: str, options: Mapping[str, Any], known: Mapping[str, An
 
     for name, value in options.items():
         if name not in known:
-            names = ", ".join(known)
-            hint = did_you_mean(name, known)
-            raise UserError(f"{flag}: unknown option {name!r}. {hint} Known: {names}")
+            hint = sentences(did_you_mean(name, known), f"Known: {', '.join(known)}")
+            raise UserError(f"{flag}: unknown option {name!r}. {hint}")
         if known[name] is not None and kind(value) != kind(known[name]):
             raise UserError(f"{flag}: {name} is {value!r}, expected {kind(known[name])}")
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -223,6 +224,9 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
+    if re.fullmatch(r"\s*[\w.:]+(\(.*\))?\s*@.*", args.head or ""):
+        fix = f'give --heads "main={args.head.strip()}"'
+        yield f"--head {args.head}: a head on a block is for --heads; {fix}"
     yield from _two_names(args)
     yield from phase_problems(args)
     yield from _backbone_problems(args)

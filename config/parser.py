@@ -21,7 +21,7 @@ from config.flags import as_typed
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
 from config.tasks import choose_data_set, known_kind, task_flags
-from errors import did_you_mean, pipe_may_close, resolve
+from errors import did_you_mean, pipe_may_close, resolve, sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
@@ -164,7 +164,7 @@ class _Parser(argparse.ArgumentParser):
         if extra:
             word = next((word for word in extra if word.startswith("-")), extra[0])
             hint = did_you_mean(word.partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized argument {word!r}. {hint}")
+            self.error(sentences(f"unrecognized argument {word!r}.", hint))
         return parsed
 
 

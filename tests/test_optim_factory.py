@@ -564,6 +564,7 @@ def test_arguments_reach_the_optimizer():
 @pytest.mark.parametrize(
     ("opt", "message"),
     [
+        ("rmsproptf(xyz=0.9)", "unknown option 'xyz'. Known: alpha, eps"),
         ("rmsproptf(alpa=0.9)", "unknown option 'alpa'. Did you mean 'alpha'.* Known: alpha, eps"),
         ("rmsproptf(alpha=x)", "alpha is 'x', expected a number"),
         ("rmsproptf(0.9)", "expected arguments as name=value"),

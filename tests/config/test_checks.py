@@ -123,3 +123,11 @@ def test_typed_flags_are_those_of_the_command_line(tmp_path):
     assert args.given == {"data_set", "config", "lr", "seed"}
     for other in (args.replace(lr=3.0), pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
         assert other.typed == args.typed
+
+
+@pytest.mark.parametrize("head", ["linear@layer4", " mlp(hidden=8)@stages.2", "own.code:f @norm"])
+def test_a_head_on_a_block_is_for_another_flag(head, capsys):
+    said = refused(capsys, "--head", head)
+    assert f'a head on a block is for --heads; give --heads "main={head.strip()}"' in said
+    finetune("--heads", f"main={head.strip()}")
+    finetune("--head", "own.code:f(key='a@b')")

@@ -3,6 +3,7 @@
 """Experiment trackers: the calls that they get, resumed runs, wandb and trackio themselves."""
 
 import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,14 @@ def test_tracker_without_images_gets_none(calls, tmp_path, monkeypatch):
     monkeypatch.delattr(type(hook.module), "Image")
     hook.on_image("dreams", torch.zeros(3, 4, 5), TrainState())
     assert calls == []
+
+
+def test_tracker_that_is_not_installed_is_named_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError) as caught:
+        build("--tracker", "wandb(mode=offline)")
+    assert str(caught.value).startswith("--tracker wandb: cannot import it (import of wandb")
+    assert str(caught.value).endswith("; pip install wandb, or drop --tracker")
 
 
 @pytest.mark.parametrize(
