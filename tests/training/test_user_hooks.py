@@ -123,6 +123,7 @@ def test_failure_names_hook_point_and_line_once_and_the_run_continues(log):
         "hook tests.fakes:Failing failed in on_step (ZeroDivisionError: of a hook at "
     )
     assert "fakes.py:" in text
+    assert text.endswith("; the run continues, and further failures of it are not reported")
     assert counter.steps == 2
 
 
@@ -270,6 +271,10 @@ def test_hook_of_the_user_may_be_given_twice():
         ([f"{ME}:Lost"], "cannot import hook 'tests.fakes:Lost': module 'tests.fakes' has no"),
         ([f"{ME}:Counter(begin=1)"], "it takes start=0"),
         ([f"{ME}:CALLS"], "tests.fakes:CALLS is a list, expected a class of hooks"),
+        (["math:pi"], "math:pi is a float, expected a class of hooks"),
+        ([f"{ME}:NoHook"], f"{ME}:NoHook is another class; expected a subclass of training.hooks."),
+        ([f"{ME}:number"], f"{ME}:number gives an int; expected a subclass of training.hooks."),
+        (["csv csv"], "expected the end, after one name, perhaps with (arguments)\n  csv csv\n"),
         (["predictions", "--disable_eval"], "--disable_eval true has no evaluation"),
         (["export", "--save_ckpt", "false"], "--save_ckpt false leaves nothing to export"),
         (["graph", "--shard", "fsdp"], "--hook graph cannot trace sharded weights"),
@@ -300,9 +305,8 @@ def test_pretraining_has_no_predictions():
         hook_table.check_hooks(parse("--hook", "predictions", pretrain=True))
 
 
-def test_class_that_is_no_hook_is_refused():
-    with pytest.raises(UserError, match="gives a NoHook, expected a subclass of training.hooks"):
-        hook_table.create_hooks(parse("--hook", f"{ME}:NoHook"))
+def test_function_that_returns_a_hook_is_one():
+    assert hook_table.create_hooks(parse("--hook", f"{ME}:counter(4)"))[f"{ME}:counter"].steps == 4
 
 
 def test_hook_whose_constructor_fails_names_its_line():
