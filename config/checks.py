@@ -47,6 +47,7 @@ CONFLICTS = (  # two flags that exclude each other, and the reason
 _MIXING = "--mixup, --cutmix or --cutmix_minmax", lambda a: a.mixup or a.cutmix or a.cutmix_minmax
 _BOTH = "--mixup and --cutmix", lambda args: args.mixup and (args.cutmix or args.cutmix_minmax)
 _SAVES = "--save_ckpt true", lambda args: args.save_ckpt
+_WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
     "mixup_mode": _MIXING,
@@ -55,6 +56,8 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
+    "model_key": _WEIGHTS,
+    "model_prefix": _WEIGHTS,
     "save_ckpt_freq": _SAVES,
     "save_ckpt_num": _SAVES,
     "save_ckpt_every_steps": _SAVES,
@@ -137,7 +140,7 @@ def _without_effect(args: argparse.Namespace) -> Iterator[str]:
         if name in args.typed and not vars(args).get("eval") and not acts(args):
             value = getattr(args, name)
             if value != flags.default_of(name):
-                yield f"--{name} {as_typed(value)} needs {needed}; give both or neither"
+                yield f"--{name} {as_typed(value)} needs {needed}; add that, or drop --{name}"
 
 
 def idle_in_evaluation(args: argparse.Namespace) -> list[str]:

@@ -84,6 +84,8 @@ NEEDS = {  # flag with a value: what it needs to act
     "--remode rand": "--reprob 0.1",
     "--recount 2": "--reprob 0.1",
     "--model_ema_decay 0.9": "--model_ema",
+    "--model_key model": "--finetune x",
+    "--model_prefix encoder.": "--resume x",
     "--save_ckpt_freq 2": "--save_ckpt true",
     "--save_ckpt_num 2": "--save_ckpt true",
     "--save_ckpt_every_steps 2": "--save_ckpt true",
@@ -100,9 +102,9 @@ def test_a_typed_flag_that_lacks_another_one_is_refused(words, capsys, tmp_path)
     flag, value = words.split()
     name = flag.removeprefix("--")
     said = refused(capsys, *WITHOUT, flag, value)
-    assert f"{words} needs {checks.NEEDS[name][0]}; give both or neither" in said
-    if (default := flags.default_of(name)) is not None:
-        finetune(*WITHOUT, flag, flags.as_typed(default))
+    assert f"{words} needs {checks.NEEDS[name][0]}; add that, or drop {flag}" in said
+    if (default := flags.default_of(name)) not in (None, ""):
+        finetune(*WITHOUT, flag, str(default))
     finetune(*WITHOUT, flag, value, "--eval", "--resume", "x")
     finetune(*WITHOUT, flag, value, *NEEDS[words].split())
     args = vars(finetune(*WITHOUT)) | {name: value}
