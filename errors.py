@@ -42,6 +42,17 @@ def plural(number: Any, noun: str) -> str:
     return f"{number} {noun}{ending * (str(number) != '1')}"
 
 
+def a_type(value: Any) -> str:
+    """Return the type of a value with its article: `a list`, `an int`."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def sentences(*parts: str) -> str:
+    """Join the parts of a message that are not empty."""
+    return " ".join(filter(None, parts))
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message without its period, or its type."""
     return str(error).strip().partition("\n")[0].rstrip(" .") or type(error).__name__

@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from config.calls import Call, parse_call, parse_options
+from config.flags import default_of
 from data_loading.rng import fold_in
-from errors import UserError, did_you_mean, first_few, first_line, plural, resolve
+from errors import UserError, did_you_mean, first_few, first_line, plural, resolve, sentences
 from parallel import sharding
 from parallel.process_group import get_logger
 
@@ -339,9 +340,8 @@ def _check_options(flag: str, options: Mapping[str, Any], known: Mapping[str, An
 
     for name, value in options.items():
         if name not in known:
-            names = ", ".join(known)
-            hint = did_you_mean(name, known)
-            raise UserError(f"{flag}: unknown option {name!r}. {hint} Known: {names}")
+            hint = sentences(did_you_mean(name, known), f"Known: {', '.join(known)}")
+            raise UserError(f"{flag}: unknown option {name!r}. {hint}")
         if known[name] is not None and kind(value) != kind(known[name]):
             raise UserError(f"{flag}: {name} is {value!r}, expected {kind(known[name])}")
 
@@ -370,8 +370,11 @@ def build_optimizer_call(args: Any) -> Call:
         raise UserError(f"--opt {args.opt}: expected arguments as name=value")
     for name in call.kwargs.keys() & OWN_FLAGS:
         raise UserError(f"--opt {args.opt}: {name} has a flag of its own; use --{name}")
-    parameters = signature(_optimizer_class(call.name)).parameters.values()
-    known = {p.name: p.default for p in parameters if p.name not in {"params", *OWN_FLAGS}}
+    own = signature(_optimizer_class(call.name)).parameters
+    known = {p.name: p.default for p in own.values() if p.name not in {"params", *OWN_FLAGS}}
+    differs = args.momentum != default_of("momentum") and "momentum" in getattr(args, "typed", ())
+    if differs and "momentum" not in own and not vars(args).get("eval"):
+        raise UserError(f"--opt {args.opt} has no momentum; drop --momentum")
     _check_options(f"--opt {call.name}", call.kwargs, known)
     for name in call.kwargs.keys() & {"eps", "betas"}:
         if getattr(args, f"opt_{name}") is not None:

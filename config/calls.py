@@ -18,6 +18,7 @@ from errors import UserError
 _FACTOR = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*")
 _NAME = re.compile(r"[A-Za-z_][\w.:/-]*")
 _CLOSING = {"(": ")", "[": "]"}
+_Values = tuple[tuple[Any, ...], dict[str, Any], dict[int | str, int]]  # args, kwargs, places
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Call:
     factor: float = 1.0
     options: tuple[Any, ...] = ()  # in square brackets
     place: int = field(default=0, compare=False)  # of its name in the text
+    # of each argument, by number or name; of each option
+    places: dict[int | str, int] = field(default_factory=dict, compare=False)
+    option_places: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         words = [*map(repr, self.args), *(f"{name}={x!r}" for name, x in self.kwargs.items())]
@@ -41,10 +45,12 @@ def parse_call(text: str, flag: str) -> Call:
 
     A UserError names the flag and points at the character.
     """
-    calls = parse_sum(text, flag)
-    if len(calls) > 1 or calls[0].factor != 1 or calls[0].options:
-        raise UserError(f"{flag}: got {text!r}, expected one name, perhaps with (arguments)")
-    return calls[0]
+    reader = _Reader(text, flag)
+    reader.skip_spaces()
+    call = reader.call(with_options=False)
+    if reader.place < len(text):
+        reader.fail("expected the end, after one name, perhaps with (arguments)")
+    return call
 
 
 def parse_sum(text: str, flag: str) -> list[Call]:
@@ -64,7 +70,7 @@ def parse_options(text: str, flag: str) -> tuple[str, dict[str, Any]]:
     pattern, colon, _ = text.partition(":")
     reader = _Reader(text, flag)
     reader.place = len(text) + 1  # as if a bracket were open from the colon to the end
-    args, kwargs = reader.values(len(pattern)) if colon else ((), {})
+    args, kwargs, _ = reader.values(len(pattern)) if colon else ((), {}, {})
     if args or not kwargs or not pattern.strip():
         reader.fail("expected PATTERN:name=value,name=value", len(pattern))
     return pattern.strip(), kwargs
@@ -91,6 +97,11 @@ def parse_named(text: str, flag: str) -> dict[str, str]:
 def is_named(text: str) -> bool:
     """Return True if a text begins as `parse_named` takes it."""
     return re.match(r"\s*[A-Za-z]\w*\s*=", text) is not None
+
+
+def fail_at(flag: str, text: str, problem: str, place: int) -> NoReturn:
+    """Raise a UserError that points at a character of a flag's text."""
+    raise UserError(f"{flag}: {problem}\n  {text}\n  {' ' * place}^")
 
 
 def accepted(make: Callable[..., Any], inputs: int = 0, hidden: Collection[str] = ()) -> str:
@@ -139,18 +150,22 @@ class _Reader:
         while True:
             self.skip_spaces()
             factor = self.take(_FACTOR)
-            name = self.take(_NAME) or self.fail("expected a name")
-            args, kwargs = self.brackets("(")
-            options, named = self.brackets("[")
-            if named:
-                self.fail("expected values without names in [ ]", self.place - 1)
-            number = float(factor[1]) if factor else 1.0
-            yield Call(name[0], args, kwargs, number, options, name.start())
+            yield self.call(float(factor[1]) if factor else 1.0)
             if self.place == len(self.text):
                 return
             if self.text[self.place] != "+":
                 self.fail("expected '+' or the end")
             self.place += 1
+
+    def call(self, factor: float = 1.0, with_options: bool = True) -> Call:
+        """Read a name, its arguments and options, and the spaces after them."""
+        name = self.take(_NAME) or self.fail("expected a name")
+        args, kwargs, places = self.brackets("(")
+        options, named, option_places = self.brackets("[") if with_options else ((), {}, {})
+        if named:
+            self.fail("expected values without names in [ ]", self.place - 1)
+        where = name.start(), places, tuple(option_places.values())
+        return Call(name[0], args, kwargs, factor, options, *where)
 
     def skip_spaces(self) -> None:
         while self.text[self.place : self.place + 1].isspace():
@@ -161,15 +176,15 @@ class _Reader:
         self.place = found.end() if found else self.place
         return found
 
-    def brackets(self, opening: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def brackets(self, opening: str) -> _Values:
         """Read the values in brackets, if they open here, and the spaces after them."""
         self.skip_spaces()
-        start, args, kwargs = self.place, (), {}
+        start, found = self.place, ((), {}, {})
         if self.text[start : start + 1] == opening:
             self.place = self.end_of_brackets() + 1
-            args, kwargs = self.values(start)
+            found = self.values(start)
         self.skip_spaces()
-        return args, kwargs
+        return found
 
     def end_of_brackets(self) -> int:
         """Return the place where the bracket that opens here is closed; quotes are passed over."""
@@ -181,8 +196,8 @@ class _Reader:
                 return place
         self.fail(f"{self.text[start]!r} is not closed", start)
 
-    def values(self, start: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the values between the brackets that open at `start`."""
+    def values(self, start: int) -> _Values:
+        """Return the values between the brackets that open at `start`, and where they stand."""
         try:
             call = ast.parse(f"f({self.text[start + 1 : self.place - 1]})", mode="eval").body
         except (SyntaxError, ValueError) as error:  # its columns count from 1, and from `f(`
@@ -195,8 +210,11 @@ class _Reader:
             if word.arg in seen:
                 self.fail(f"{word.arg} is given twice", start - 1 + word.col_offset)
             seen.add(word.arg)
-        args = tuple(self.value(node, start) for node in call.args)
-        return args, {word.arg: self.value(word.value, start) for word in call.keywords}
+        nodes = dict(enumerate(call.args)) | {word.arg: word.value for word in call.keywords}
+        found = {key: self.value(node, start) for key, node in nodes.items()}
+        args = tuple(found.pop(number) for number in range(len(call.args)))
+        places = {key: start - 1 + node.col_offset for key, node in nodes.items()}
+        return args, found, places
 
     def value(self, node: ast.expr, start: int) -> Any:
         """Return a literal, inf, or the word of a name, at any depth of lists and tuples."""
@@ -215,4 +233,4 @@ class _Reader:
 
     def fail(self, problem: str, place: int | None = None) -> NoReturn:
         place = self.place if place is None else place
-        raise UserError(f"{self.flag}: {problem}\n  {self.text}\n  {' ' * place}^")
+        fail_at(self.flag, self.text, problem, place)

@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from config import flags
 from config.flags import as_typed
@@ -44,6 +46,40 @@ IN_TRAINING = (  # more of them, of which --eval does not use one
     ("freeze_backbone", "cuda_graphs", "graphs are for networks that train as a whole"),
     ("freeze_backbone", "sync_bn", "the BatchNorm of a frozen backbone uses what it has learned"),
 )
+_MIXING = "--mixup, --cutmix or --cutmix_minmax", lambda a: a.mixup or a.cutmix or a.cutmix_minmax
+_BOTH = "--mixup and --cutmix", lambda args: args.mixup and (args.cutmix or args.cutmix_minmax)
+_SAVES = "--save_ckpt true", lambda args: args.save_ckpt
+_WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
+NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
+    "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
+    "mixup_mode": _MIXING,
+    "mixup_prob": _MIXING,
+    "mixup_switch_prob": _BOTH,
+    "remode": ("--reprob above 0", lambda args: args.reprob > 0),
+    "recount": ("--reprob above 0", lambda args: args.reprob > 0),
+    "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
+    "model_key": _WEIGHTS,
+    "model_prefix": _WEIGHTS,
+    "save_ckpt_freq": _SAVES,
+    "save_ckpt_num": _SAVES,
+    "save_ckpt_every_steps": _SAVES,
+    "save_ckpt_every_minutes": _SAVES,
+    "async_save": _SAVES,
+    "max_save_failures": _SAVES,
+}
+# Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
+OF_TRAINING = """
+epochs lr blr min_lr drop_path hflip scale sampling weight_column
+train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
+mixup_prob mixup_switch_prob mixup_mode class_weights warmup_epochs warmup_steps start_epoch
+update_freq effective_batch sched sched_options opt opt_eps opt_betas momentum weight_decay
+weight_decay_end no_weight_decay param_group freeze clip_grad clip_mode pretrained freeze_backbone
+reset_head head_init_scale layer_decay layer_decay_type eval_freq patience min_delta precise_bn
+model_ema_decay model_ema_force_cpu model_ema_eval cuda_graphs grad_checkpointing on_spike
+spike_factor snapshot_freq max_bad_steps log_dir print_freq tracker project tags progress
+auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps save_ckpt_every_minutes
+max_minutes async_save max_save_failures shard grad_compression sync_bn sync_bn_group
+"""
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
@@ -71,6 +107,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
     yield from schedule_problems(args)
     yield from task_problems(args)
+    yield from _without_effect(args)
     if args.use_amp is not None and args.amp is not None and args.use_amp == (args.amp == "none"):
         yield f"--use_amp {as_typed(args.use_amp)} contradicts --amp {args.amp}; give only --amp"
     if args.resume and values.get("finetune") and not values["eval"]:
@@ -94,6 +131,24 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
+
+
+def _without_effect(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each flag of the command line that lacks another one to act.
+
+    Files may have such flags, as the args.yaml of a run has all. For --eval see `OF_TRAINING`.
+    """
+    for name, (needed, acts) in NEEDS.items():
+        if name in args.typed and not vars(args).get("eval") and not acts(args):
+            value = getattr(args, name)
+            if value != flags.default_of(name):
+                yield f"--{name} {as_typed(value)} needs {needed}; add that, or drop --{name}"
+
+
+def idle_in_evaluation(args: argparse.Namespace) -> list[str]:
+    """Return the flags of the command line that are for training alone, with --eval."""
+    evaluates = vars(args).get("eval")
+    return [name for name in OF_TRAINING.split() if evaluates and name in args.typed]
 
 
 def _has_checkpoint(folder: str) -> bool:
@@ -174,6 +229,9 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):
         yield "--use_ema true needs a checkpoint; give --finetune, --resume or --eval true"
+    if re.fullmatch(r"\s*[\w.:]+(\(.*\))?\s*@.*", args.head or ""):
+        fix = f'give --heads "main={args.head.strip()}"'
+        yield f"--head {args.head}: a head on a block is for --heads; {fix}"
     yield from _two_names(args)
     yield from phase_problems(args)
     yield from _backbone_problems(args)

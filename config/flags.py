@@ -165,6 +165,9 @@ TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": 
 TARGETS |= GRAPHS
 FOR_ANY_NETWORK = (*GRAPHS, "safetensors")  # the others are for a ConvNeXt with a linear classifier
 
+# Texts for which '' has a meaning, as in the official code: none, or the default.
+MAY_BE_EMPTY = "output_dir log_dir job_dir resume finetune model_prefix aa partition comment"
+
 # Group -> rows of (flag, kind, default, help, nargs if several values). A kind is a tuple of
 # choices, or argparse's options. Help may end in "; default: WORDS" where the default itself says
 # too little; the range and other defaults are added when help is printed.
@@ -432,10 +435,19 @@ FLAGS["export"] = (
 # fmt: on
 
 
+def default_of(name: str) -> Any:
+    """Return the default of a flag, before that of a script."""
+    return _row(name)[2]
+
+
 def allowed(name: str) -> tuple[Callable[[Any], bool], str]:
     """Return a test for the numbers that a flag takes, and their range in words, '' for any."""
-    kind = next(row[1] for rows in FLAGS.values() for row in rows if row[0] == f"--{name}")
+    kind = _row(name)[1]
     if isinstance(kind, tuple):
         return kind.__contains__, f"of {', '.join(map(str, kind))}"
     convert = kind.get("type")
     return getattr(convert, "holds", lambda value: True), getattr(convert, "range", "")
+
+
+def _row(name: str) -> tuple:
+    return next(row for rows in FLAGS.values() for row in rows if row[0] == f"--{name}")

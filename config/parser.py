@@ -21,7 +21,7 @@ from config.flags import as_typed
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
 from config.tasks import choose_data_set, known_kind, task_flags
-from errors import did_you_mean, pipe_may_close, resolve
+from errors import did_you_mean, pipe_may_close, resolve, sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
@@ -48,21 +48,25 @@ class FrozenNamespace(argparse.Namespace):
     """Parsed flags.
 
     given: names of those that the command line, --config or --recipe set; others have their default
-        or are taken from a checkpoint. It is no flag, so `vars(args)` does not hold it.
+        or are taken from a checkpoint. typed: those of the command line alone. Neither is a flag,
+        so `vars(args)` does not hold them.
     """
 
-    __slots__ = ("given",)
+    __slots__ = ("given", "typed")
 
-    def __init__(self, given: Iterable[str] = (), /, **values: Any) -> None:
+    def __init__(
+        self, given: Iterable[str] = (), typed: Iterable[str] = (), /, **values: Any
+    ) -> None:
         object.__setattr__(self, "given", frozenset(given))
+        object.__setattr__(self, "typed", frozenset(typed))
         self.__dict__.update(values)
 
     def __reduce__(self) -> tuple:  # submitit pickles the flags of a job
-        return partial(FrozenNamespace, self.given, **vars(self)), ()
+        return partial(FrozenNamespace, self.given, self.typed, **vars(self)), ()
 
     def replace(self, **changes: Any) -> "FrozenNamespace":
         """Return a changed copy."""
-        return FrozenNamespace(self.given, **{**vars(self), **changes})
+        return FrozenNamespace(self.given, self.typed, **{**vars(self), **changes})
 
     def __setattr__(self, name: str, value: Any = None) -> NoReturn:
         raise AttributeError(f"args are frozen, {name!r} cannot change: use a local or TrainState")
@@ -142,12 +146,25 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse's usage would hide the message
         self.exit(2, f"{self.prog}: error: {self.source}{message}\n(see {self.prog} --help)\n")
 
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        """Refuse an empty text, as an unset shell variable gives it, unless it has a meaning.
+
+        Files hold it for flags without a value.
+        """
+        is_text = action.type is None and action.choices is None and action.nargs != 0
+        allowed = action.dest in flags.MAY_BE_EMPTY.split()
+        allowed |= bool(self.source) and action.default == ""
+        if is_text and not allowed and not all(word.strip() for word in words):
+            problem = f"got an empty text; give {action.metavar}, or leave the flag out"
+            raise argparse.ArgumentError(action, problem)
+        return super()._get_values(action, words)
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         parsed, extra = self.parse_known_args(args, namespace)
         if extra:
             word = next((word for word in extra if word.startswith("-")), extra[0])
             hint = did_you_mean(word.partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized argument {word!r}. {hint}")
+            self.error(sentences(f"unrecognized argument {word!r}.", hint))
         return parsed
 
 
@@ -259,17 +276,19 @@ def export_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:
     """Read the command line over `--config` over `--recipe`; finalize, check and freeze it."""
-    flags, given = recipes.read_flags(parser, argv)
-    args = finalize(argparse.Namespace(**flags), given)
+    flags, given, typed = recipes.read_flags(parser, argv)
+    args = finalize(argparse.Namespace(**flags), given, typed)
     for problem in checks.problems(args):
         parser.error(problem)
     return args
 
 
-def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> FrozenNamespace:
+def finalize(
+    args: argparse.Namespace, given: Iterable[str] | None = None, typed: Iterable[str] = ()
+) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
-    given: as in `FrozenNamespace`; None for all flags.
+    given, typed: as in `FrozenNamespace`; given: None for all flags.
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
@@ -300,7 +319,7 @@ def finalize(args: argparse.Namespace, given: Iterable[str] | None = None) -> Fr
         new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] or new["pretrained"] else 1.0
-    return FrozenNamespace(new if given is None else given, **new)
+    return FrozenNamespace(new if given is None else given, typed, **new)
 
 
 def dump_args(args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import as_typed, is_pretraining, library_of, str2bool
-from errors import did_you_mean, first_line, pipe_may_close
+from errors import did_you_mean, first_line, pipe_may_close, sentences
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 FILES = ("config", "recipe")  # flags that name a file, and that no file may set
@@ -45,11 +45,11 @@ Flags = dict[str, Any]
 
 def read_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> tuple[Flags, set[str]]:
+) -> tuple[Flags, set[str], set[str]]:
     """Read the command line over `--config` over `--recipe` over the defaults.
 
-    Returns all flags, and the names of those that one of the three sets. The value of `recipe`
-    becomes a text for the log: its name and its flags.
+    Returns all flags, the names of those that one of the three sets, and of those that the command
+    line sets. The value of `recipe` becomes a text for the log: its name and its flags.
     """
     typed = _flags_set_by(parser, argv)
     if typed.get("recipe") == "list":
@@ -62,7 +62,7 @@ def read_flags(
     flags = vars(parser.parse_args([])) | given
     if "recipe" in layers:
         flags["recipe"] = _describe(parser, typed["recipe"], layers["recipe"], above)
-    return flags, set(given)
+    return flags, set(given), set(typed)
 
 
 def recipes(pattern: str = "*") -> dict[str, Path]:
@@ -118,7 +118,8 @@ def _read(parser: argparse.ArgumentParser, option: str, typed: Flags) -> Flags:
     for key, value in values.items():
         if key not in actions:
             hint = "To build on another recipe write 'base: NAME'." if key in FILES else ""
-            parser.error(f"unknown key {key!r}. {hint or did_you_mean(str(key), actions)}")
+            hint = hint or did_you_mean(str(key), actions)
+            parser.error(sentences(f"unknown key {key!r}.", hint))
         words += _words(parser, actions[key], value)
     flags = _flags_set_by(parser, words) | nulls
     parser.source = ""
@@ -131,7 +132,7 @@ def _find(parser: argparse.ArgumentParser, name: str, folder: Path | None = None
         return (folder or Path()) / name
     known = recipes() if folder else recipes("[!_]*")
     if name not in known:
-        hint = f"{did_you_mean(name, known)} --recipe list shows all".strip()
+        hint = sentences(did_you_mean(name, known), "--recipe list shows all")
         parser.error(f"unknown recipe {name!r}. {hint}")
     return known[name]
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-MOMENTUM = 0.9  # default of --momentum
+from config.flags import default_of
 
 
 def scheduled_options(values: Mapping[str, Any]) -> set[str]:
@@ -37,9 +37,9 @@ def schedule_problems(args: argparse.Namespace) -> Iterator[str]:
         if value is not None and value > 0:
             text = f"--{name} {value:g} would be ignored, since --{flag} replaces it"
             yield f"{text}; drop one (--{name} 0 clears that of a file)"
-    for option, name, default in (("momentum", "momentum", MOMENTUM), ("eps", "opt_eps", None)):
+    for option, name in (("momentum", "momentum"), ("eps", "opt_eps")):
         value = getattr(args, name)
-        if option in scheduled and value != default:
+        if option in scheduled and value != default_of(name):
             yield f"--{name} {value:g} would be ignored: --sched_options has {option}; drop one"
     if args.clip_mode != "norm" and args.clip_grad is None:
         yield f"--clip_mode {args.clip_mode} needs --clip_grad; give both or neither"

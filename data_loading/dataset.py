@@ -23,7 +23,7 @@ from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_all
 from data_loading.targets import Targets
 from data_loading.transforms import Erased
-from errors import UserError, first_few
+from errors import UserError, a_type, first_few
 
 TRIES = 100  # other images to try in place of a bad one
 FRAMES = 6  # of a traceback to show
@@ -149,7 +149,7 @@ class TransformedDataset(Dataset):
         else:
             got = f"of {len(item)} ({', '.join(type(part).__name__ for part in item)})"
         raise UserError(
-            f"got a {type(item).__name__} {got}, expected (image, label); correct __getitem__ of "
+            f"got {a_type(item)} {got}, expected (image, label); correct __getitem__ of "
             "the data set"
         )
 

@@ -17,7 +17,7 @@ from torch import nn
 from config.calls import parse_call
 from config.checks import patch_problems
 from config.flags import is_code, is_pretraining, library_of
-from errors import UserError, did_you_mean, first_line, resolve
+from errors import UserError, did_you_mean, first_line, resolve, sentences
 from models import backbones, convnextv2
 from models.arguments import FLAGS
 from models.attach import build_heads
@@ -143,9 +143,9 @@ def _check_arguments(name: str, by_flag: Collection[str]) -> None:
         return  # a network that checks its own
     known = inspect.signature(ConvNeXtV2).parameters.keys() - {*by_flag, *FLAGS, *SIZE}
     for key in call.kwargs.keys() - known:
-        hint = did_you_mean(key, known)
         accepted = f"Its arguments are {', '.join(sorted(known))}"
-        raise UserError(f"--model {name} has no argument {key!r}. {hint} {accepted}")
+        hint = sentences(did_you_mean(key, known), accepted)
+        raise UserError(f"--model {name} has no argument {key!r}. {hint}")
 
 
 def _is_autoencoder(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from errors import UserError, did_you_mean, plural
+from errors import UserError, did_you_mean, plural, sentences
 
 FLAGS = ("in_chans", "input_size", "num_classes", "head_init_scale", "drop_path_rate")
 IDLE = {"drop_path_rate": 0.0, "stem_stride": 4}  # values with which these flags do nothing
@@ -35,8 +35,8 @@ def call_network(name: str, make: Callable[..., nn.Module], kwargs: Mapping[str,
             raise UserError(f"{flag}: {name} has no such option; {fix}")
     accepted = f"Its arguments are {', '.join(own)}"
     for key in sorted(given.keys() - known):
-        hint = did_you_mean(key, own)
-        raise UserError(f"--model {name} has no argument {key!r}. {hint} {accepted}".strip())
+        hint = sentences(did_you_mean(key, own), accepted)
+        raise UserError(f"--model {name} has no argument {key!r}. {hint}")
     missing = [key for key in own if known[key].default is known[key].empty and key not in given]
     if missing:
         example = ", ".join(f"{key}=..." for key in missing)

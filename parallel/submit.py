@@ -54,7 +54,7 @@ def run(module: str, parser: argparse.ArgumentParser) -> None:
 def read_runs(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> list[Any]:
     """Return the checked flags of each job: one, or one for each recipe of `--array`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    flags, _ = recipes.read_flags(parser, words)
+    flags, *_ = recipes.read_flags(parser, words)
     names = [name.strip() for name in flags["array"].split(",") if name.strip()]
     if not names:
         return [resolve(options.parse(parser, words), parser)]

@@ -83,6 +83,16 @@ class NoHook:
     """Is not a hook."""
 
 
+def number(value: int = 3) -> int:
+    """Return no hook."""
+    return value
+
+
+def counter(start: int) -> Counter:
+    """Return a hook."""
+    return Counter(start)
+
+
 class FakeRun:
     """The tracker's run."""
 

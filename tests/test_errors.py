@@ -10,11 +10,13 @@ import pytest
 from errors import (
     TrainingStopped,
     UserError,
+    a_type,
     did_you_mean,
     first_few,
     first_line,
     plural,
     resolve,
+    sentences,
 )
 
 TABLE = {"sgd": 1, "adamw": 2, "IMNET": 3}
@@ -104,3 +106,12 @@ def test_first_line_can_be_followed_by_other_punctuation():
 def test_did_you_mean_is_empty_without_a_close_match():
     assert did_you_mean("--epoch", ["--epochs", "--lr"]) == "Did you mean '--epochs'?"
     assert did_you_mean("zzz", TABLE) == ""
+
+
+def test_a_type_has_its_article():
+    assert [a_type(value) for value in (3, 0.5, OSError())] == ["an int", "a float", "an OSError"]
+
+
+def test_sentences_leave_no_space_for_what_is_absent():
+    assert sentences("unknown.", "", "Known: a") == "unknown. Known: a"
+    assert sentences("unknown.", "") == "unknown."

@@ -422,7 +422,8 @@ FINETUNE: dict[str, Row] = {
     ),
     "mixup_prob": ("--mixup_prob 0.4", lambda b: b.loop.mixup.mix_prob, 1.0, 0.4, "--mixup 1"),
     "mixup_switch_prob": (
-        "--mixup_switch_prob 0.3", lambda b: b.loop.mixup.switch_prob, 0.5, 0.3, "--mixup 1",
+        "--mixup_switch_prob 0.3", lambda b: b.loop.mixup.switch_prob, 0.5, 0.3,
+        "--mixup 1 --cutmix 1",
     ),
     "mixup_mode": ("--mixup_mode elem", lambda b: b.loop.mixup.mode, "batch", "elem", "--mixup 1"),
     "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.999), (0.8, 0.7)),

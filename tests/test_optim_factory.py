@@ -11,6 +11,7 @@ import torch
 from timm.optim import list_optimizers, param_groups_weight_decay
 from torch import nn
 
+from config import parser as options
 from data_loading.rng import seed_all
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
@@ -18,6 +19,7 @@ from models.fcmae import FCMAE
 from optim_factory import (
     LayerDecayValueAssigner,
     build_optimizer,
+    build_optimizer_call,
     create_optimizer,
     get_parameter_groups,
     matches,
@@ -308,6 +310,25 @@ def test_adan_takes_three_betas():
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.8, 0.7)
 
 
+def test_momentum_of_an_optimizer_that_has_none_is_refused():
+    """It was ignored. Files hold the flag with its default or with that of another optimizer."""
+    words = ["--data_set", "DIGITS", "--momentum", "0.8", "--opt"]
+
+    def read(opt: str, *more: str) -> str:
+        parser = options.finetune_parser()
+        return build_optimizer_call(options.parse(parser, [*words, opt, *more])).name
+
+    for opt in ("adamw", "adadelta(rho=0.8)"):
+        with pytest.raises(UserError, match=rf"--opt {opt[:8]}.* has no momentum; drop --momentum"):
+            read(opt)
+    assert read("adamw", "--momentum", "0.9") == "adamw"
+    assert read("adamw", "--eval", "--resume", "x") == "adamw"
+    assert [read(opt) for opt in ("sgd", "rmsproptf", "lookahead_sgd")] == [
+        "sgd", "rmsproptf", "lookahead_sgd",
+    ]  # fmt: skip
+    assert build_optimizer_call(SimpleNamespace(opt="adamw", momentum=0.8)).name == "adamw"
+
+
 def test_optimizer_without_default_betas_has_none():
     """Their number could not be compared, which was a traceback."""
     with pytest.raises(UserError, match="adafactor has no betas; drop --opt_betas"):
@@ -543,6 +564,7 @@ def test_arguments_reach_the_optimizer():
 @pytest.mark.parametrize(
     ("opt", "message"),
     [
+        ("rmsproptf(xyz=0.9)", "unknown option 'xyz'. Known: alpha, eps"),
         ("rmsproptf(alpa=0.9)", "unknown option 'alpa'. Did you mean 'alpha'.* Known: alpha, eps"),
         ("rmsproptf(alpha=x)", "alpha is 'x', expected a number"),
         ("rmsproptf(0.9)", "expected arguments as name=value"),

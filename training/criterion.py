@@ -335,6 +335,8 @@ def inverse(counts: Tensor) -> Tensor:
 
 def effective(counts: Tensor, beta: float = 0.9999) -> Tensor:
     """(1 - beta) / (1 - beta^images), the inverse effective number (arXiv 1901.05555)."""
+    if not (isinstance(beta, float | int) and 0 < beta < 1):
+        raise ValueError(f"beta is {beta!r}, expected above 0 and below 1")
     return _weights_of_timm(counts, "effective_num", beta=beta)
 
 
@@ -363,6 +365,7 @@ def create_class_weights(text: str, counts: Callable[[], Tensor], num_classes: i
         weights = _users_weights(function, call, numbers)
     else:
         try:
+            inspect.signature(function).bind(numbers, *call.args, **call.kwargs)
             found = function(numbers[numbers > 0], *call.args, **call.kwargs)
         except (TypeError, ValueError) as error:
             fix = _accepted(function, 1)

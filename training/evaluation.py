@@ -18,7 +18,7 @@ from torch import Tensor
 from config.calls import Call, accepted, parse_call
 from config.phases import split_best_metric
 from data_loading.targets import KINDS, Scale
-from errors import UserError, describe_error, first_few, plural, resolve
+from errors import UserError, a_type, describe_error, first_few, plural, resolve
 from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
 from training.metrics import METRICS, Batch, Metric, default_metrics
 from training.report import plain
@@ -325,8 +325,8 @@ def user_metric(function: Any, call: Call, flag: str) -> Metric:
     `lower_is_better`, if true, makes the lowest value the best.
     """
     if not callable(function):
-        got = type(function).__name__
-        raise UserError(f"{flag}: {call.name} is a {got}, expected a function (scores, targets)")
+        got = a_type(function)
+        raise UserError(f"{flag}: {call.name} is {got}, expected a function (scores, targets)")
     try:
         inspect.signature(function).bind(None, None, *call.args, **call.kwargs)
     except TypeError as error:

@@ -76,13 +76,13 @@ def _matched(heads: Collection[str], losses: Mapping[str, str]) -> Collection[st
     """Return the names of the heads, the evaluated one first; UserError if losses differ."""
     lacking = [name for name in heads if name not in losses]
     unknown = [name for name in losses if name not in heads]
+    problems = [f"no head is called {first_few(unknown)}; the heads are {first_few(heads, 9)}"]
+    problems = problems if unknown else []
     if lacking:
-        raise UserError(
-            f"--loss: no loss for the head {first_few(lacking)}; add {lacking[0]}=ce, or give one "
-            "loss for all heads"
+        problems.append(
+            f"no loss for the head {first_few(lacking)}; add {lacking[0]}=ce, or give one loss for "
+            "all heads"
         )
-    if unknown:
-        raise UserError(
-            f"--loss: no head is called {first_few(unknown)}; the heads are {first_few(heads, 9)}"
-        )
+    if problems:
+        raise UserError(f"--loss: {'; '.join(problems)}")
     return heads

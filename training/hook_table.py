@@ -17,7 +17,7 @@ from torch import nn
 
 from config.calls import Call, accepted, parse_call
 from config.parser import dump_args
-from errors import UserError, describe_error, resolve_for
+from errors import UserError, a_type, describe_error, resolve_for
 from parallel.process_group import get_logger, is_main_process
 from training.checkpoint import TrainState
 from training.costs import CostsHook
@@ -49,6 +49,7 @@ HOOKS: dict[str, Callable[..., Hook]] = {
     "profiler": ProfilerHook,
     "schedule": ScheduleHook,
 }
+_NO_HOOK = f"expected a subclass of {Hook.__module__}.Hook, or a function that returns such a hook"
 IN_EVALUATION = ("costs", "predictions")  # those that act with --eval, besides a user's
 
 
@@ -59,8 +60,9 @@ def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
         call = parse_call(text, "--hook")
         make = resolve_for("--hook", call.name, HOOKS, "hook", importable=True)
         if not callable(make):
-            got = type(make).__name__
-            raise UserError(f"--hook {call.name} is a {got}, expected a class of hooks")
+            raise UserError(f"--hook {call.name} is {a_type(make)}, expected a class of hooks")
+        if isinstance(make, type) and not issubclass(make, Hook):
+            raise UserError(f"--hook {call.name} is another class; {_NO_HOOK}")
         name, number = call.name, 2
         while name in found:
             name, number = f"{call.name} {number}", number + 1
@@ -76,7 +78,7 @@ def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
     return found
 
 
-def _idle(args: Any) -> list[str]:
+def idle_hooks(args: Any) -> list[str]:
     """Return the names of the hooks that are for training, with --eval, which has none."""
     names = find_hooks(args) if vars(args).get("eval") else ()
     return [name for name in names if name in HOOKS and name not in IN_EVALUATION]
@@ -84,7 +86,7 @@ def _idle(args: Any) -> list[str]:
 
 def create_hooks(args: Any) -> dict[str, Hook]:
     """Create the hooks of --hook and --tracker that this rank calls, by name."""
-    idle, evaluates = _idle(args), vars(args).get("eval")
+    idle, evaluates = idle_hooks(args), vars(args).get("eval")
     hooks = {name: _create(*found) for name, found in find_hooks(args).items() if name not in idle}
     if is_main_process() and not evaluates and (tracker := build_tracker(args)):
         hooks[tracker.call.name] = tracker
@@ -99,30 +101,25 @@ def _create(call: Call, make: Callable[..., Hook]) -> Hook:
     except Exception as error:
         raise UserError(f"--hook {call}: {describe_error(error)}") from error
     if not isinstance(hook, Hook):
-        raise UserError(
-            f"--hook {call.name} gives a {type(hook).__name__}, expected a subclass of "
-            f"{Hook.__module__}.Hook"
-        )
+        raise UserError(f"--hook {call.name} gives {a_type(hook)}; {_NO_HOOK}")
     return hook
 
 
 def check_hooks(args: Any) -> None:
     """Raise UserError, before data is listed, for hooks that cannot work with the flags.
 
-    Hooks of the user's own are found here, with their arguments, and created later. Those of
-    training do nothing with --eval, which may have the flags of a run from its args.yaml.
+    Classes of the user's own are found here, with their arguments, and hooks of them created later;
+    a function is also called here. Hooks of training do nothing with --eval, which may have the
+    flags of a run from its args.yaml.
     """
-    idle = _idle(args)
+    idle = idle_hooks(args)
     for name, (call, make) in find_hooks(args).items():
         if name in HOOKS and name not in idle:
             _create(call, make).check(args)
-    unused = [f"--hook {name}" for name in idle]
+        elif not isinstance(make, type):  # its result may be no hook
+            _create(call, make)
     if not vars(args).get("eval"):
         build_tracker(args)
-    elif args.tracker:
-        unused.append("--tracker")
-    if unused:
-        get_logger().info("--eval does without %s, for training alone", ", ".join(unused))
 
 
 def build_reporter(

@@ -382,7 +382,7 @@ class Reporter:
             return
         self.failed.add(name)
         place = f" in {point}" * bool(point)
-        after = "; the run continues without it, and tries again (reported once)"
+        after = "; the run continues, and further failures of it are not reported"
         if point == "on_end":
             after = "; training and checkpoints are complete" * self.run.is_complete
         get_logger().warning("%s failed%s (%s)%s", name, place, describe_error(error), after)

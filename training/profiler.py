@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from errors import plural
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
 from training.log_files import at_least, needs_folder
@@ -75,9 +76,9 @@ class ProfilerHook(Hook):
         text = self.profile.key_averages().table(sort_by=order, row_limit=ROWS)
         write_atomically(text.encode(), table)
         get_logger().info(
-            "%s: a trace of %d steps for https://ui.perfetto.dev; %s: the ten most expensive "
+            "%s: a trace of %s for https://ui.perfetto.dev; %s: the ten most expensive "
             "operations\n%s",
-            *(trace, self.recorded, table, text),
+            *(trace, plural(self.recorded, "step"), table, text),
         )
         self.profile = None
 

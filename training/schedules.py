@@ -10,19 +10,19 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from config.calls import Call, parse_sum
+from config.calls import Call, accepted, fail_at, parse_sum
 from config.flags import is_pretraining
-from errors import UserError, plural, resolve_for
+from errors import UserError, plural, resolve, resolve_for
 from optim_factory import BOUNDED, INITIAL_STD, check_values
 from parallel import sharding
 from parallel.process_group import get_logger
 
 EPSILON = 1e-6  # added to the progress, so that rounding does not miss a border
-WORDS = ("rescaled", "fixed", "step", "epoch")  # in square brackets, after the length
+WORDS = {word: word for word in ("rescaled", "fixed", "step", "epoch")}  # in [ ], with the length
 BETAS = ("beta1", "beta2", "beta3")
 RANGES = {"lr": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, 1)}
 RANGES |= dict.fromkeys(BETAS, (0, 1)) | {"eps": (1e-30, math.inf)}
@@ -122,6 +122,7 @@ class Segment:
     function: Callable[[float], float]
     length: float
     words: frozenset[str]  # of WORDS
+    place: int  # of its name in the text
 
 
 class Curve:
@@ -144,27 +145,34 @@ class Curve:
         self.segments = [self._segment(call, single=len(calls) == 1) for call in calls]
         total = sum(segment.length for segment in self.segments)
         if abs(total - 1) > 1e-3:
-            self._fail(f"the lengths in [ ] sum to {total:.6g}, expected 1")
-        by_epoch = {"epoch" in segment.words for segment in self.segments}
-        if len(by_epoch) > 1:
-            self._fail("some parts have [epoch]; write it in all of them or in none")
-        self.by_epoch = by_epoch.pop()
+            places = [calls[-1].place, *calls[-1].option_places]
+            self._fail(f"the lengths in [ ] sum to {total:.6g}, expected 1", places[-1])
+        self.by_epoch = "epoch" in self.segments[0].words
+        for segment in self.segments:
+            if ("epoch" in segment.words) != self.by_epoch:
+                problem = "some parts have [epoch]; write it in all of them or in none"
+                self._fail(problem, segment.place)
         for w in CHECKED_AT:
             value = self(w)
             if not limits[0] <= value <= limits[1]:
-                low, high = limits
-                self._fail(f"{value:.4g} at {w:.1%} of the run, expected {low} to {high}")
+                problem = f"{value:.4g} at {w:.1%} of the run, expected {limits[0]} to {limits[1]}"
+                self._fail(problem, self._at(w)[0].place)
 
     def __call__(self, w: float) -> float:
         """Value at progress `w`. A part sees its own progress, or with `fixed` that of the run."""
+        segment, end = self._at(w)
+        if "fixed" not in segment.words:
+            w = (w - (end - segment.length)) / segment.length
+        return segment.function(w)
+
+    def _at(self, w: float) -> tuple[Segment, float]:
+        """Return the part at progress `w`, and where it ends."""
         end = 0.0
         for segment in self.segments:
             end += segment.length
             if w + EPSILON <= end:
                 break
-        if "fixed" not in segment.words:
-            w = (w - (end - segment.length)) / segment.length
-        return segment.function(w)
+        return segment, end
 
     def at(self, step: int, total: int) -> float:
         """Value at an optimizer step of `total`; by epoch that of the epoch's first step."""
@@ -174,32 +182,38 @@ class Curve:
         return self(step / total)
 
     def _segment(self, call: Call, single: bool) -> Segment:
-        numbers = [x for x in call.options if not isinstance(x, str)]
-        words = [resolve_for(self.flag, x, WORDS, "word") for x in call.options if x not in numbers]
-        if not words or not {"step", "epoch"} & {*words}:
+        length, words = None, []
+        for option, place in zip(call.options, call.option_places, strict=True):
+            if isinstance(option, str):
+                words.append(self._resolve(option, WORDS, "word", place, importable=False))
+                if {"step", "epoch"} <= {*words} or {"fixed", "rescaled"} <= {*words}:
+                    self._fail(f"{' and '.join(words)} contradict each other; drop one", place)
+            elif length is not None:
+                self._fail(f"got {length} and {option!r}, expected one length in [ ]", place)
+            elif type(option) not in (int, float) or not 0 < option <= 1:
+                self._fail(f"the length is {option!r}, expected a number in (0,1]", place)
+            else:
+                length = option
+        if not {"step", "epoch"} & {*words}:
             words.append("epoch" if single and call.name in BY_EPOCH else "step")
-        known = all(type(x) in (int, float) and 0 < x <= 1 for x in numbers)
-        if len(numbers) != (0 if single and not numbers else 1) or not known:
-            got = f"{call}{list(call.options)}"
-            self._fail(f"got {got}, expected the part of the run in [ ], such as {call}[0.1]")
-        if {"step", "epoch"} <= {*words} or {"fixed", "rescaled"} <= {*words}:
-            self._fail(f"{' and '.join(words)} contradict each other; drop one")
-        length = numbers[0] if numbers else 1.0
-        return Segment(self._function(call), length, frozenset(words))
+        if length is None and not single:
+            problem = f"expected the part of the run in [ ], such as {call}[0.1]"
+            self._fail(problem, call.place)
+        length = 1.0 if length is None else length
+        return Segment(self._function(call), length, frozenset(words), call.place)
 
     def _function(self, call: Call) -> Callable[[float], float]:
         """Return the function of w that a call names; its arguments are checked."""
+        function = self._resolve(call.name, SCHEDULES, "schedule", call.place)
         try:
-            function = resolve_for(self.flag, call.name, SCHEDULES, "schedule", importable=True)
-        except UserError as error:
-            raise UserError(f"{error}\n  {self.text}\n  {' ' * call.place}^") from error
-        try:
-            parameters = inspect.signature(function).parameters
+            signature = inspect.signature(function)
         except (TypeError, ValueError) as error:  # not a function, or one without a signature
-            raise UserError(f"{self.flag}: {call.name} cannot be used: {error}") from error
+            self._fail(f"{call.name} cannot be used: {error}", call.place)
         kwargs = dict(call.kwargs)
-        if "epochs" in parameters:
+        if "epochs" in signature.parameters:
             kwargs.setdefault("epochs", self.epochs)
+        usage = f"{call.name} takes {accepted(function, inputs=1, hidden=('epochs',))}"
+        self._check_arguments(call, signature, kwargs, usage)
 
         def value(w: float) -> float:
             try:
@@ -207,15 +221,44 @@ class Curve:
                 if isinstance(found, complex) or not math.isfinite(found):
                     raise ValueError(f"{found} at w = {w:g} is no finite number")
             except (TypeError, ValueError, ArithmeticError, IndexError) as error:
-                words = [*map(str, parameters.values())][1:]
-                usage = f"{call.name}({', '.join(word.partition(':')[0] for word in words)})"
-                raise UserError(f"{self.flag}: {call}: {error}; expected {usage}") from error
+                self._fail(f"{call}: {error}; {usage}", call.place)
             return float(found)
 
         return value
 
-    def _fail(self, problem: str) -> None:
-        raise UserError(f"{self.flag} {self.text!r}: {problem}")
+    def _check_arguments(
+        self, call: Call, signature: inspect.Signature, kwargs: Mapping[str, Any], usage: str
+    ) -> None:
+        """Refuse arguments that a function does not take, and words in place of its numbers."""
+        try:
+            signature.bind(0.0, *call.args, **kwargs)
+        except TypeError as error:
+            self._fail(f"{call}: {error}; {usage}", call.place)
+        for key, place in call.places.items():
+            value = call.args[key] if isinstance(key, int) else call.kwargs[key]
+            name, annotation = _parameter(signature, key)
+            if annotation in (float, int) and type(value) not in (float, int):
+                self._fail(f"{call.name}: {name} is {value!r}, expected a number; {usage}", place)
+
+    def _resolve(self, name: str, table: Any, kind: str, place: int, **options: Any) -> Any:
+        try:
+            return resolve(name, table, kind, **options)
+        except UserError as error:
+            self._fail(str(error), place)
+
+    def _fail(self, problem: str, place: int) -> NoReturn:
+        fail_at(self.flag, self.text, problem, place)
+
+
+def _parameter(signature: inspect.Signature, key: int | str) -> tuple[str, Any]:
+    """Return the name and annotation of an argument, by its number after the progress or name."""
+    known = [*signature.parameters.values()]
+    if isinstance(key, str):
+        found = signature.parameters.get(key, known[-1])  # of **kwargs
+    else:
+        several = [number for number, x in enumerate(known) if x.kind == x.VAR_POSITIONAL]
+        found = known[min(key + 1, *several, len(known))]
+    return found.name, found.annotation
 
 
 # --- the schedule of a run -------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
+from config.checks import idle_in_evaluation
 from config.flags import is_code, is_pretraining, library_of
 from config.tasks import possible_kinds, task_flags
 from data_loading.labels import Head
@@ -41,7 +42,7 @@ from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.evaluation import build_metrics
 from training.freeze import Freezer
-from training.hook_table import check_hooks
+from training.hook_table import check_hooks, idle_hooks
 from training.hooks import Reporter
 from training.metrics import default_metrics
 from training.precise_bn import check_norms
@@ -80,6 +81,7 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
     )
     check_ranks_agree(vars(args))
     check_flags(args)
+    log_idle_flags(args)
     set_kernels(args.kernels, device)
     make_deterministic(args.deterministic, device)
     return device, choose_amp(args.amp, args.use_amp, device)
@@ -92,6 +94,14 @@ def check_flags(args: Any) -> None:
     if not is_pretraining(vars(args)):
         check_heads(args)
         check_task(args)
+
+
+def log_idle_flags(args: Any) -> None:
+    """Name the flags of the command line that do nothing with --eval."""
+    hooks = idle_hooks(args) if "hook" in args.typed else ()
+    names = [f"--{name}" for name in idle_in_evaluation(args)] + [f"--hook {x}" for x in hooks]
+    if names:
+        get_logger().info("with --eval these do nothing: %s", ", ".join(names))
 
 
 def check_task(args: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from config.calls import Call, parse_call
 from config.flags import is_pretraining
 from config.parser import absolute_paths
-from errors import UserError, describe_error, resolve_for
+from errors import UserError, a_type, describe_error, resolve_for
 from training.checkpoint import TrainState
 from training.hooks import Hook, Run
 from training.report import Record, small_stats
@@ -28,7 +28,7 @@ def _import(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise UserError(
-            f"--tracker {name}: cannot import it ({error}); pip install {name}, or drop --tracker"
+            f"cannot import it ({error}); pip install {name}, or drop --tracker"
         ) from error
 
 
@@ -116,14 +116,14 @@ def _find(call: Call) -> Any:
     make = resolve_for("--tracker", call.name, TRACKERS, "tracker", importable=True)
     label = f"--tracker {call.name}"
     if not callable(make):
-        raise UserError(f"{label} is a {type(make).__name__}, expected a function")
+        raise UserError(f"{label} is {a_type(make)}, expected a function")
     try:
         module = make()
     except Exception as error:  # of the user's own
         raise UserError(f"{label}: {describe_error(error)}") from error
     if not callable(getattr(module, "init", None)):
-        got = type(module).__name__
-        raise UserError(f"{label} returned a {got}, expected an object with a function init")
+        got = a_type(module)
+        raise UserError(f"{label} returned {got}, expected an object with a function init")
     return module
 
 

@@ -69,9 +69,17 @@ def test_an_error_points_at_the_character(text, problem, place):
 
 
 def test_one_call_is_not_a_sum():
-    for text in ("a + b", "2 * a", "a[1]"):
-        with pytest.raises(UserError, match="expected one name"):
+    for text, place in (("a + b", 2), ("a[1]", 1), ("a a", 2), ("linear@layer4", 6)):
+        with pytest.raises(UserError, match="expected the end, after one name, perhaps") as error:
             parse_call(text, "--model")
+        assert str(error.value).endswith(f"\n  {text}\n  {' ' * place}^")
+    with pytest.raises(UserError, match="expected a name"):
+        parse_call("2 * a", "--model")
+
+
+def test_arguments_and_options_have_places():
+    call = parse_sum("a + f(1, [2], key = 3)[0.5, fixed]", "--sched")[1]
+    assert (call.place, call.places, call.option_places) == (4, {0: 6, 1: 9, "key": 20}, (23, 28))
 
 
 def test_named_values_are_separated_by_commas_outside_brackets():

@@ -220,6 +220,14 @@ def test_profile_is_of_the_steps_after_the_skipped_ones(tmp_path):
     assert "aten::sin" in (tmp_path / "profile.txt").read_text()
 
 
+def test_profile_of_one_step_says_so(tmp_path, log):
+    hook, run = profiler.ProfilerHook(steps=1, skip=0), run_in(tmp_path)
+    run.phase = "train"
+    hook.on_phase_start(run)
+    hook.on_step(run)
+    assert "profile.json: a trace of 1 step for https" in log.text
+
+
 def test_run_without_enough_steps_for_a_profile_says_so(tmp_path, log):
     hook, run = profiler.ProfilerHook(skip=4), run_in(tmp_path, TrainState(epoch=2))
     run.phase = "train"

@@ -90,6 +90,10 @@ def test_accuracy_in_training_is_that_of_the_first_head():
     ("changes", "problem"),
     [
         ({"loss": "main=ce"}, "no loss for the head aux; add aux=ce"),
+        (
+            {"loss": "main=ce, axu=ce"},
+            "--loss: no head is called axu; the heads are main, aux; no loss for the head aux; add",
+        ),
         ({"loss": "main=ce, aux=ce, more=ce"}, "no head is called more; the heads are main, aux"),
         ({"loss": "main=ce, aux=ce", "heads": ""}, "there are no heads of that name"),
         ({"loss": "main=ce, aux=l1"}, "--loss l1 takes numbers"),

@@ -253,13 +253,16 @@ def test_function_of_ones_own_is_a_schedule():
     [
         ("cosin(1,0)", "--sched: unknown schedule 'cosin'. Did you mean 'cosine'"),
         ("step(1)[0.5] + stp(1)[0.5]", r"\n  step.*\n {17}\^$"),
-        ("step()", r"step: got no value; expected step\(\*values\)"),
+        ("step()", r"step: got no value; step takes \*values\n"),
         ("multistep()", "multistep: got no value"),
         ("multistep(1, 0.1, milestones=3)", "milestones is 3, expected a list such as"),
         ("step_with_fixed_gamma(1, 0.1, 2.5)", "num_decays is 2.5, expected an integer of at"),
-        ("cosine(1)", r"cosine\(1\): .*'end'; expected cosine\(start, end\)"),
-        ("cosine(1, 0, ende=3)", r"'ende'; expected cosine\(start, end\)"),
-        ("cosine('a', 0)", r"expected cosine\(start, end\)"),
+        ("cosine(1)", r"cosine\(1\): .*'end'; cosine takes start, end\n"),
+        ("cosine(1, 0, ende=3)", "'ende'; cosine takes start, end\n"),
+        ("cosine('a', 0)", "start is 'a', expected a number; cosine takes start, end\n"),
+        ("multistep(1, x)", r"values is 'x', .*takes \*values, milestones=None\n"),
+        ("linear(0,1)[2]", r"the length is 2, expected a number in \(0,1\]"),
+        ("linear(0,1)[0.4, 0.6]", "got 0.4 and 0.6, expected one length"),
         ("linear(0,1)[0.1] + cosine(1,0)[0.8]", "sum to 0.9, expected 1"),
         ("linear(0,1) + cosine(1,0)[0.8]", r"such as linear\(0, 1\)\[0.1\]"),
         ("linear(0,1)[0.1, epoch] + cosine(1,0)[0.9]", "in all of them or in none"),
@@ -276,6 +279,31 @@ def test_function_of_ones_own_is_a_schedule():
 def test_wrong_schedule_is_an_error_that_says_what_is_wrong(text, message):
     with pytest.raises(UserError, match=message):
         Curve(text, "--sched", 10, (0, math.inf))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "place"),
+    [
+        ("cosine(1,0)[banana]", "unknown word 'banana'", 12),
+        ("linear(0,1)[0.5,fixd] + cosine(1,0)[0.5]", "unknown word 'fixd'", 16),
+        ("linear(0,1)[0.5] + cosine(1,0)", r"such as cosine\(1, 0\)\[0.1\]", 19),
+        ("linear(0,a)", "end is 'a', expected a number", 9),
+        ("linear(0,end=nan)", "end is 'nan', expected a number", 13),
+        ("constant(1)[0.5] + linear(0,1,2)[0.5]", "too many positional arguments", 19),
+        ("1 * linear(0)", "missing a required argument: 'end'", 4),
+        ("linear(0,1)[0.1] + cosine(1,0)[0.8]", "sum to 0.9, expected 1", 31),
+        ("linear(0,1)[0.5] + linear(1,-1)[0.5]", "expected 0 to inf", 19),
+        ("linear(0,1)[0.5, epoch] + cosine(1,0)[0.5]", "or in none", 26),
+        ("step(1, 2)[step, epoch]", "contradict", 17),
+        ("linear(0,1)[0.4, 0.6]", "expected one length", 17),
+        ("step(1)[0.5] + multistep()[0.5]", "got no value", 15),
+        ("math:pi", "cannot be used", 0),
+    ],
+)
+def test_an_error_points_at_the_character(text, problem, place):
+    with pytest.raises(UserError, match=problem) as error:
+        Curve(text, "--sched", 10, (0, math.inf))
+    assert str(error.value).endswith(f"\n  {text}\n  {' ' * place}^")
 
 
 # --- in the optimizer --------------------------------------------------------------------------
@@ -323,8 +351,8 @@ def test_momentum_of_sgd_is_scheduled():
         (["momentum"], "got 'momentum', expected NAME=SCHEDULE"),
         (["eps=constant(1)", "eps=constant(1)"], "once for each name"),
         (["beta4=constant(1)"], "unknown option 'beta4'. Did you mean 'beta"),
-        (["momentum=linear(0.5, 2)"], "--sched_options momentum .* expected 0 to 1"),
-        (["eps=linear(1, -1)"], "--sched_options eps .* expected 1e-30 to inf"),
+        (["momentum=linear(0.5, 2)"], "--sched_options momentum: .* expected 0 to 1"),
+        (["eps=linear(1, -1)"], "--sched_options eps: .* expected 1e-30 to inf"),
         (["weight_decay=cosin(1, 0)"], "--sched_options weight_decay: unknown schedule"),
     ],
 )

@@ -3,6 +3,7 @@
 """Experiment trackers: the calls that they get, resumed runs, wandb and trackio themselves."""
 
 import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,14 @@ def test_tracker_without_images_gets_none(calls, tmp_path, monkeypatch):
     assert calls == []
 
 
+def test_tracker_that_is_not_installed_is_named_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError) as caught:
+        build("--tracker", "wandb(mode=offline)")
+    assert str(caught.value).startswith("--tracker wandb: cannot import it (import of wandb")
+    assert str(caught.value).endswith("; pip install wandb, or drop --tracker")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -91,7 +100,7 @@ def test_tracker_without_images_gets_none(calls, tmp_path, monkeypatch):
             "os:getcwd returned a str, expected an object with a function init",
         ),
         (["shutil:which(x=1)"], "--tracker shutil:which: TypeError in "),
-        (["a+b"], "--tracker: got 'a+b', expected one name"),
+        (["a+b"], "--tracker: expected the end, after one name"),
     ],
 )
 def test_wrong_tracker_is_refused(words, expected):
