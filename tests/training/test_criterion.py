@@ -18,7 +18,8 @@ from errors import UserError
 from optim_factory import create_optimizer
 from tests import tiny
 from training.anomaly import first_not_finite
-from training.criterion import Criterion, build_criterion, check_loss, create_class_weights, try_out
+from training.class_weights import create_class_weights
+from training.criterion import Criterion, build_criterion, check_loss, try_out
 from training.evaluation import Metrics
 from training.stepper import Stepper
 
