@@ -523,11 +523,14 @@ def test_statistics_measured_on_two_ranks_are_those_of_all_their_batches(results
 
 def test_predictions_of_two_ranks_are_those_of_one_in_the_same_order(results, tmp_path):
     """Rank 0 has images 0, 2, 4, 6, or the first four."""
-    alone = predictions(tmp_path)
-    assert [row.split(",")[0] for row in alone.splitlines()[1:]] == [
-        f"number {i}" for i in range(7)
-    ]
-    assert [result["ranks_predict"] for result in results] == [alone, ""]
+    (*alone, odds), (*both, odds_of_both) = (
+        zip(*(row.split(",") for row in table.splitlines()[1:]), strict=True)
+        for table in (predictions(tmp_path), results[0]["ranks_predict"])
+    )
+    assert alone[0] == tuple(f"number {i}" for i in range(7))
+    assert both == alone
+    assert [*map(float, odds_of_both)] == pytest.approx([*map(float, odds)], abs=1e-5)
+    assert results[1]["ranks_predict"] == ""
 
 
 def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):
