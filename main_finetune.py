@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     source = run.resume_point.source or args.finetune or args.model * args.pretrained
-    new_head = args.reset_head or not run.head.fits(targets)
+    new_head = args.reset_head or run.head is None or not run.head.fits(targets)
     if run.weights:  # a run is restored in step 7
         run.weights.load(model_without_ddp, classes=classes, reset_head=new_head)
     elif args.layer_decay < 1 and not source:

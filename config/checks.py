@@ -47,8 +47,8 @@ IN_TRAINING = (  # more of them, of which --eval does not use one
     ("freeze_backbone", "sync_bn", "the BatchNorm of a frozen backbone uses what it has learned"),
 )
 _MIXING = "--mixup, --cutmix or --cutmix_minmax", lambda a: a.mixup or a.cutmix or a.cutmix_minmax
-_BOTH = "--mixup and --cutmix", lambda args: args.mixup and (args.cutmix or args.cutmix_minmax)
-_SAVES = "--save_ckpt true", lambda args: args.save_ckpt
+_BOTH = "--mixup with --cutmix", lambda args: args.mixup and (args.cutmix or args.cutmix_minmax)
+_SAVES = "--save_ckpt true and --output_dir", lambda args: args.save_ckpt and args.output_dir != ""
 _WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
@@ -60,16 +60,15 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
     "model_key": _WEIGHTS,
     "model_prefix": _WEIGHTS,
-    "save_ckpt_freq": _SAVES,
-    "save_ckpt_num": _SAVES,
     "save_ckpt_every_steps": _SAVES,
     "save_ckpt_every_minutes": _SAVES,
     "async_save": _SAVES,
     "max_save_failures": _SAVES,
 }
+OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
-epochs lr blr min_lr drop_path hflip scale sampling weight_column
+epochs lr blr min_lr drop_path hflip scale sampling
 train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode class_weights warmup_epochs warmup_steps start_epoch
 update_freq effective_batch sched sched_options opt opt_eps opt_betas momentum weight_decay
@@ -141,8 +140,8 @@ def _without_effect(args: argparse.Namespace) -> Iterator[str]:
     for name, (needed, acts) in NEEDS.items():
         if name in args.typed and not vars(args).get("eval") and not acts(args):
             value = getattr(args, name)
-            if value != flags.default_of(name):
-                yield f"--{name} {as_typed(value)} needs {needed}; add that, or drop --{name}"
+            if value not in (flags.default_of(name), OFFICIAL_DEFAULTS.get(name)):
+                yield f"--{name} {as_typed(value)} needs {needed}; add it, or drop --{name}"
 
 
 def idle_in_evaluation(args: argparse.Namespace) -> list[str]:

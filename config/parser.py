@@ -149,11 +149,11 @@ class _Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
         """Refuse an empty text, as an unset shell variable gives it, unless it has a meaning.
 
-        Files hold it for flags without a value.
+        Files hold it for flags without a value, as those of earlier versions do.
         """
         is_text = action.type is None and action.choices is None and action.nargs != 0
         allowed = action.dest in flags.MAY_BE_EMPTY.split()
-        allowed |= bool(self.source) and action.default == ""
+        allowed |= bool(self.source) and action.default in ("", None)
         if is_text and not allowed and not all(word.strip() for word in words):
             problem = f"got an empty text; give {action.metavar}, or leave the flag out"
             raise argparse.ArgumentError(action, problem)

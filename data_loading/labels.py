@@ -32,9 +32,10 @@ class Head:
     scale: Scale | None = None
 
     def fits(self, targets: Targets) -> bool:
-        """Return False if the targets are numbers in other units, or the head has classes."""
-        same = self.kind in (None, "number") and self.scale == targets.scale
-        return targets.kind != "number" or same
+        """Return False if the head is for numbers in other units, or one of both for classes."""
+        if self.kind and "number" in (self.kind, targets.kind) and self.kind != targets.kind:
+            return False
+        return targets.kind != "number" or self.scale == targets.scale
 
 
 def class_names(dataset: Any) -> list[str] | None:

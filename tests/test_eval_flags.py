@@ -32,7 +32,7 @@ GROUPS = (
     "--sched linear(0,1) --grad_checkpointing --sync_bn --sync_bn_group 2",
     "--cuda_graphs",
 )
-NOT_TRIED = {"weight_column", "pretrained"}  # for tables; for networks of other libraries
+NOT_TRIED = {"pretrained"}  # for networks of other libraries
 
 
 @pytest.fixture

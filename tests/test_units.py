@@ -14,7 +14,7 @@ import datasets
 import hubconf
 from config.parser import finetune_parser, parse
 from data_loading.labels import Head
-from data_loading.targets import Scale
+from data_loading.targets import Scale, Targets
 from engine_finetune import evaluate
 from errors import UserError
 from models import create_model
@@ -169,13 +169,23 @@ def test_a_kept_head_keeps_its_units_or_the_flag_is_refused(folder):
     saved = SavedRun("it.pth", {"head": "mlp(8)"}, head)
     for more in ("--head mlp(8) --reset_head true", "", "--heads a=linear@norm"):
         new = flags(f"{words} --finetune it.pth {more}")
-        assert kept_head(new, saved) == Head()
-        train, val, _ = datasets.build_datasets(new, kept_head(new, saved))
+        assert kept_head(new, saved) is None
+        train, val, _ = datasets.build_datasets(new, None)
         assert train.targets.scale == val.targets.scale == Scale((300.0,), (train_std(),))
         assert not head.fits(train.targets)  # so weights of a head of the same shape are left out
     assert kept_head(flags(f"{words} --head mlp(8)"), saved) is head
     assert kept_head(flags(words), replace(saved, flags={"head": "linear"})) is head
     assert kept_head(flags(words), saved, resumes=True) is head
+
+
+def test_a_head_fits_targets_of_its_kind_in_its_units():
+    numbers, names = Head("it.pth", None, 3, "number"), Head("it.pth", None, 3, "class")
+    assert numbers.fits(Targets("number", 3))
+    assert not numbers.fits(Targets("number", 3, scale=Scale((0.0,) * 3, (2.0,) * 3)))
+    assert not numbers.fits(Targets("class", 3))
+    assert not names.fits(Targets("number", 3))
+    assert names.fits(Targets("multi", 3))
+    assert Head("weights", None, 3).fits(Targets("class", 3))
 
 
 def train_std() -> float:

@@ -261,8 +261,8 @@ def build_metrics(
     args: Any, outputs: int = 0, kind: str = "class", scale: Scale | None = None
 ) -> Metrics:
     """Build the metrics that the flags name; outputs: of the model, 0 if not known yet."""
-    problem = None
-    for best in _names_of_best(vars(args)):
+    problem, typed = None, "best_metric" in getattr(args, "typed", ())
+    for best in _names_of_best(vars(args), typed):
         try:
             metrics = Metrics(args.metrics, best, outputs, kind, scale)
             break
@@ -275,13 +275,15 @@ def build_metrics(
     return metrics
 
 
-def _names_of_best(flags: Mapping[str, Any]) -> list[str | None]:
-    """Return the name of the best metric; with --eval also without the name of a set of the run.
+def _names_of_best(flags: Mapping[str, Any], typed: bool) -> list[str | None]:
+    """Return the name of the best metric; of a run with --eval also without the name of a set.
 
-    The run may have chosen by `sketch_acc1`, and other sets are evaluated now.
+    The run may have chosen by `sketch_acc1`, and other sets are evaluated now. typed: it is of the
+    command line, and not of a run.
     """
     _, text = split_best_metric(flags)
-    parts = (text or "").split("_") if flags.get("eval") else ()
+    of_run = flags.get("eval") and not typed and ":" not in (text or "")
+    parts = (text or "").split("_") if of_run else ()
     return [text, *("_".join(parts[start:]) for start in range(1, len(parts)))]
 
 

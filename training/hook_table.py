@@ -62,7 +62,7 @@ def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
         if not callable(make):
             raise UserError(f"--hook {call.name} is {a_type(make)}, expected a class of hooks")
         if isinstance(make, type) and not issubclass(make, Hook):
-            raise UserError(f"--hook {call.name} is another class; {_NO_HOOK}")
+            raise UserError(f"--hook {call.name} is no hook; {_NO_HOOK}")
         name, number = call.name, 2
         while name in found:
             name, number = f"{call.name} {number}", number + 1
@@ -112,14 +112,20 @@ def check_hooks(args: Any) -> None:
     a function is also called here. Hooks of training do nothing with --eval, which may have the
     flags of a run from its args.yaml.
     """
+    check_built_in_hooks(args)
+    for name, (call, make) in find_hooks(args).items():
+        if name not in HOOKS and not isinstance(make, type):  # its result may be no hook
+            _create(call, make)
+    if not vars(args).get("eval"):
+        build_tracker(args)
+
+
+def check_built_in_hooks(args: Any) -> None:
+    """Raise UserError for hooks of this table that cannot work with the flags."""
     idle = idle_hooks(args)
     for name, (call, make) in find_hooks(args).items():
         if name in HOOKS and name not in idle:
             _create(call, make).check(args)
-        elif not isinstance(make, type):  # its result may be no hook
-            _create(call, make)
-    if not vars(args).get("eval"):
-        build_tracker(args)
 
 
 def build_reporter(

@@ -288,6 +288,11 @@ def compare_args(
         replaced = name == "val_split" and now.get("eval_data_path")
         if given is not None and name in KEPT and name not in given and not replaced:
             continue
+        if replaced:
+            raise UserError(
+                f"{source} was evaluated on --val_split {before}, and a resumed run cannot change "
+                f"that: drop --eval_data_path, or choose another --output_dir{hint}"
+            )
         if name in fixed:
             had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"
             if before in (None, ""):

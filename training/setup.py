@@ -42,7 +42,7 @@ from training.cuda_graphs import check_graphs
 from training.ema import ModelEma
 from training.evaluation import build_metrics
 from training.freeze import Freezer
-from training.hook_table import check_hooks, idle_hooks
+from training.hook_table import check_built_in_hooks, check_hooks, idle_hooks
 from training.hooks import Reporter
 from training.metrics import default_metrics
 from training.precise_bn import check_norms
@@ -65,7 +65,7 @@ class RunSetup:
     """Settings of a run that are known before its data is loaded."""
 
     args: Any  # flags, some of them taken from the checkpoint that the run starts from
-    head: Head  # of that checkpoint
+    head: Head | None  # of that checkpoint; None if the run trains a new one
     parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
     resume_point: ResumePoint
@@ -91,6 +91,11 @@ def check_flags(args: Any) -> None:
     """Raise UserError, before the data is listed, for values of flags that cannot work."""
     for check in (models.check_model, build_optimizer_call, build_rules, build_curves, check_hooks):
         check(args)
+    check_heads_and_task(args)
+
+
+def check_heads_and_task(args: Any) -> None:
+    """Raise UserError for heads, a loss or metrics that cannot work."""
     if not is_pretraining(vars(args)):
         check_heads(args)
         check_task(args)
@@ -155,7 +160,8 @@ def setup_run(args: Any, device: torch.device, amp: str) -> RunSetup:
     weights = _read_start(args, resume_point)
     saved = weights.saved if weights else _saved_run(resume_point)
     args = inherit_flags(args, saved, resume_point.is_run)
-    check_flags(args)  # again, with those of the checkpoint
+    check_heads_and_task(args)  # again, with the flags of the checkpoint
+    check_built_in_hooks(args)
     autotuner.restore(resume_point.entry("kernels", {}), device)
     update_freq = choose_update_freq(
         args.update_freq,

@@ -85,24 +85,23 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 
 def _read_head(held: Mapping[str, Any], source: str, kind: str | None) -> Head:
-    """Return what a checkpoint says about a head; runs of earlier versions store no `outputs`."""
-    classes, count = held.get("classes"), held.get("outputs")
+    """Return what a checkpoint says about a head; files of other toolkits say other things."""
+    classes, outputs = held.get("classes"), held.get("outputs")
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
-    if count is not None and (type(count) is not int or count < 1):
-        raise UserError(f"{source}: outputs is {count!r}, expected an integer >=1")
+    count = outputs if type(outputs) is int and outputs > 0 else None
     return Head(source, names, len(names) if names else count, kind, _read_scale(held, source))
 
 
-def kept_head(args: Any, saved: SavedRun, resumes: bool = False) -> Head:
+def kept_head(args: Any, saved: SavedRun, resumes: bool = False) -> Head | None:
     """Return the head of the weights that a run starts from, which training may keep.
 
-    One that predicts numbers is not kept with other heads or --reset_head: a new head has units of
+    None for one that predicts numbers, with other heads or --reset_head: a new head has units of
     its own.
     """
     if resumes or saved.head.kind != "number":
         return saved.head
     is_new = vars(args).get("reset_head") or not _same_heads(args, saved)
-    return Head() if is_new else saved.head
+    return None if is_new else saved.head
 
 
 def _same_heads(args: Any, saved: SavedRun) -> bool:
@@ -149,12 +148,13 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
     if args.given & NORMALIZATION.keys() and not resumes:
         _warn_of_other_normalization(args, saved)
     names = [*INHERITED, *(RESUMED if resumes else ())]
+    given = args.given - {"task"} if vars(args).get("task") == "auto" else args.given
     left_out = _not_inherited(args, saved, resumes)
     taken: dict[str, Any] = {}
     for name in names:
         if name in left_out or name not in saved.flags or name not in vars(args):
             continue
-        if name in args.given:
+        if name in given:
             value = normalized(name, saved.flags[name])
             if value is not None and not resumes and value != normalized(name, vars(args)[name]):
                 _contradict(name, vars(args)[name], value, source)
@@ -191,10 +191,10 @@ def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set
     """Return the flags of a run that another use of its checkpoint does not take."""
     continues = resumes or vars(args).get("eval")
     left_out = set() if continues else {*EVALUATED, *HEADS}
-    if resumes or not _inherits_loss(args, saved):
-        left_out |= {"loss"}
     if not vars(args).get("eval"):
         left_out |= {*EVAL_ONLY}
+    elif not _inherits_loss(args, saved):
+        left_out |= {"loss"}
     if not (resumes or _evaluates_its_data(args, saved)):
         left_out |= {*OF_ITS_DATA}
     if is_pretraining(vars(args)):  # pre-training evaluates nothing
@@ -214,7 +214,7 @@ def _inherits_loss(args: FrozenNamespace, saved: SavedRun) -> bool:
     """
     loss, task = saved.flags.get("loss"), saved.flags.get("task")
     kind = TASKS.get(str(task))
-    if not vars(args).get("eval") or ("task" in args.given and args.task != task):
+    if "task" in args.given and args.task not in ("auto", task):
         return False
     if args.given & HEADS.keys() and not _same_heads(args, saved):
         return False

@@ -276,7 +276,7 @@ def test_hook_of_the_user_may_be_given_twice():
         ([f"{ME}:Counter(begin=1)"], "it takes start=0"),
         ([f"{ME}:CALLS"], "tests.fakes:CALLS is a list, expected a class of hooks"),
         (["math:pi"], "math:pi is a float, expected a class of hooks"),
-        ([f"{ME}:NoHook"], f"{ME}:NoHook is another class; expected a subclass of training.hooks."),
+        ([f"{ME}:NoHook"], f"{ME}:NoHook is no hook; expected a subclass of training.hooks."),
         ([f"{ME}:number"], f"{ME}:number gives an int; expected a subclass of training.hooks."),
         (["csv csv"], "expected the end, after one name, perhaps with (arguments)\n  csv csv\n"),
         (["predictions", "--disable_eval"], "--disable_eval true has no evaluation"),
