@@ -39,6 +39,25 @@ def changed(args: argparse.Namespace, flags: dict | None, **how) -> dict:
     return {name: value for name, value in new.items() if value != vars(args)[name]}
 
 
+@pytest.mark.parametrize(
+    ("words", "is_taken"),
+    [
+        ("", True),
+        ("--heads a=linear@norm", True),  # as a head that is code has to be typed again
+        ("--task auto", True),
+        ("--heads b=linear@norm", False),
+        ("--head mlp(8)", False),
+        ("--task multi_label", False),
+    ],
+)
+def test_the_loss_is_that_of_the_run_with_its_heads_and_its_task(words, is_taken):
+    """The loss of its task was reported in its place, and `conv` averaged other activations."""
+    own = {"task": "classification", "loss": "poly", "heads": "a=linear@norm"}
+    found = changed(finetune("--eval", "--resume", "it.pth", *words.split()), own)
+    assert ("loss" in found) == is_taken
+    assert "loss" not in changed(finetune("--resume", "it.pth", *words.split()), own)
+
+
 def test_flags_come_from_the_checkpoint_unless_they_are_given(caplog):
     """With Inception's mean evaluated by ImageNet's, 100% became 45%."""
     own = NARROW | {"model": "convnextv2_atto"}
