@@ -47,7 +47,7 @@ def changed(args: argparse.Namespace, flags: dict | None, **how) -> dict:
         ("--task auto", True),
         ("--heads b=linear@norm", False),
         ("--head mlp(8)", False),
-        ("--task multi_label", False),
+        ("--data_set table --data_path t.csv --task multi_label", False),
     ],
 )
 def test_the_loss_is_that_of_the_run_with_its_heads_and_its_task(words, is_taken):
