@@ -7,6 +7,7 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,10 +241,12 @@ def _find_scale(
 ) -> Scale | None:
     """Return mean and std of the numbers: those of the head, or else of the training data."""
     if head is not None:  # its outputs are in these units, or in those of the data
-        if head.scale and not args.normalize_targets:
+        own, asked = head.scale is not None, args.normalize_targets
+        if own != asked and (own or "normalize_targets" in getattr(args, "typed", ())):
+            own, asked = ("true" if value else "false" for value in (own, asked))
             raise UserError(
-                f"--normalize_targets false, but {head.source} was trained with true and its head "
-                "is kept; drop it, or train a new head: --finetune with --reset_head true"
+                f"--normalize_targets {asked}, but {head.source} was trained with {own} and its "
+                "head is kept; drop it, or train a new head: --finetune with --reset_head true"
             )
         return head.scale
     if not args.normalize_targets:
@@ -347,13 +350,13 @@ def _head_to_keep(names: Sequence[str], head: Head, resumes: bool, kind: str) ->
         if resumes and not same:
             raise UserError(differences(names, head, "train"))
         return head if same else None
-    if resumes or not head.count:  # a run of an earlier version stored no names
-        return None
+    if resumes or not head.count:  # a run of an earlier version, or of data without names
+        return head if resumes and kind == "number" else None
     order, _ = order_of_head(names, head)
     if order is None or set(order) != set(names):
         return None
     find_positions(names, head, "train")  # logs how they are matched
-    return Head(head.source, order, head.count)
+    return replace(head, names=order)
 
 
 def build_datasets(

@@ -48,7 +48,10 @@ IN_TRAINING = (  # more of them, of which --eval does not use one
 )
 _MIXING = "--mixup, --cutmix or --cutmix_minmax", lambda a: a.mixup or a.cutmix or a.cutmix_minmax
 _BOTH = "--mixup with --cutmix", lambda args: args.mixup and (args.cutmix or args.cutmix_minmax)
-_SAVES = "--save_ckpt true and --output_dir", lambda args: args.save_ckpt and args.output_dir != ""
+_SAVES = (
+    "--save_ckpt true with an output folder",
+    lambda args: args.save_ckpt and args.output_dir != "",
+)
 _WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),

@@ -32,7 +32,7 @@ class Head:
     scale: Scale | None = None
 
     def fits(self, targets: Targets) -> bool:
-        """Return False if the head is for numbers in other units, or one of both for classes."""
+        """Return False if only one of head and targets is for numbers, or their units differ."""
         if self.kind and "number" in (self.kind, targets.kind) and self.kind != targets.kind:
             return False
         return targets.kind != "number" or self.scale == targets.scale

@@ -202,6 +202,19 @@ def test_numbers_without_names_are_those_of_a_head_of_as_many():
         assert head.fits(train.targets) == (count == 2) == (train.targets.scale == head.scale)
 
 
+def test_named_numbers_keep_a_head_of_as_many_without_names(folder):
+    """Its kind and units were lost, and a new head trained on numbers as they are."""
+    words = f"--data_path {folder / 't.csv'} --task regression --label_column x --split_column part"
+    head = Head("it.pth", None, 1, "number", Scale((7.0,), (2.0,)))
+    for resumes in (False, True):
+        train, _ = datasets.build_dataset(True, flags(words), head, resumes)
+        assert (train.targets.scale, head.fits(train.targets)) == (head.scale, True)
+    raw = Head("it.pth", ["x"], 1, "number")
+    with pytest.raises(UserError, match="--normalize_targets true, but it.pth was trained with fa"):
+        datasets.build_dataset(True, flags(f"{words} --normalize_targets true"), raw)
+    assert datasets.build_dataset(True, flags(words), raw)[0].targets.scale is None
+
+
 @pytest.mark.slow
 def test_a_run_without_names_of_outputs_is_evaluated_by_its_checkpoint(tmp_path):
     """--eval built 1000 outputs for it."""

@@ -282,8 +282,11 @@ def _names_of_best(flags: Mapping[str, Any], typed: bool) -> list[str | None]:
     command line, and not of a run.
     """
     _, text = split_best_metric(flags)
-    of_run = flags.get("eval") and not typed and ":" not in (text or "")
-    parts = (text or "").split("_") if of_run else ()
+    if not (text and flags.get("eval")) or typed:
+        return [text]
+    if ":" in text:  # code, of which another part may be a name too
+        return [text, None]
+    parts = text.split("_")
     return [text, *("_".join(parts[start:]) for start in range(1, len(parts)))]
 
 

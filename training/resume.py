@@ -270,7 +270,8 @@ def compare_args(
     """
     changes, fixed = [], FIXED + IN_EPOCH * in_epoch
     saved, now = absolute_paths(saved), absolute_paths(now)
-    if now.get("loss", "") is None and saved.get("task") in TASKS:  # the task decides
+    undecided = now.get("task") == "auto" or now.get("loss", "") is None
+    if undecided and saved.get("task") in TASKS:  # the data decided in the first run
         now |= task_flags(now, given or (), TASKS[saved["task"]])
     hint = " (--finetune loads only its weights)" * (_kind(now) == "fine-tuning")
     if _kind(saved, now) != _kind(now):

@@ -65,7 +65,7 @@ class RunSetup:
     """Settings of a run that are known before its data is loaded."""
 
     args: Any  # flags, some of them taken from the checkpoint that the run starts from
-    head: Head | None  # of that checkpoint; None if the run trains a new one
+    head: Head | None  # of that checkpoint; None if it is not kept
     parallelism: sharding.Parallelism
     output_dir: Path | None  # locked for this run
     resume_point: ResumePoint

@@ -117,7 +117,7 @@ def test_a_default_of_the_official_code_needs_nothing():
 
 def test_nothing_is_saved_without_a_folder(capsys):
     said = refused(capsys, "--async_save", "true", "--output_dir", "none")
-    assert "--async_save true needs --save_ckpt true and --output_dir; add it, or drop" in said
+    assert "--async_save true needs --save_ckpt true with an output folder; add it, or drop" in said
 
 
 def test_every_need_is_tested():

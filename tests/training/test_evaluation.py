@@ -296,6 +296,8 @@ def test_run_that_chose_by_another_set_is_evaluated_by_the_same_metric(best, fou
     assert build_metrics(args, 3).best == found
     with pytest.raises(UserError, match="unknown metric 'sketch_f7'"):
         build_metrics(SimpleNamespace(metrics=None, best_metric="sketch_f7", eval=True))
+    own = SimpleNamespace(metrics=None, best_metric="sketch_my_fork.metrics:cost(2)", eval=True)
+    assert build_metrics(own, 3).best == "acc1"
     typed = {"eval": True, "typed": {"best_metric"}}  # a typing error of this command
     with pytest.raises(UserError, match="unknown metric 'tpyo_f1'"):
         build_metrics(SimpleNamespace(metrics=None, best_metric="tpyo_f1", **typed))

@@ -58,6 +58,15 @@ def test_flag_that_a_run_left_out_is_to_be_left_out():
         compare_args({"patch_size": None}, {"patch_size": 8}, "x.pth")
 
 
+def test_a_run_of_any_task_resumes_by_its_own_command():
+    """--task auto with --loss was refused, and --smoothing was said to have changed."""
+    saved = {"task": "multi_label", "loss": "zlpr", "smoothing": 0.0}
+    now = saved | {"task": "auto", "smoothing": 0.1}
+    assert compare_args(saved, now, "x.pth", given={"task", "loss"}) == []
+    with pytest.raises(UserError, match="with --task multi_label and cannot resume with regressi"):
+        compare_args(saved, now | {"task": "regression"}, "x.pth", given={"task"})
+
+
 def test_resumed_run_keeps_its_split_and_refuses_other_data():
     """--eval_data_path was ignored, since the split of the run was taken instead."""
     saved, now = {"val_split": 0.3}, {"val_split": 0.0, "eval_data_path": None}
