@@ -364,6 +364,15 @@ def test_run_of_the_other_kind_or_its_average_is_weights(tmp_path, pretraining, 
     assert (point.is_run, point.is_weights) == (is_run, not is_run)
 
 
+def test_a_run_that_another_one_continues_keeps_its_heads(tmp_path):
+    """--reset_head did nothing, without a word; in its own folder a run is repeated with it."""
+    source, flags = str(Run(seed=3).save(tmp_path, 6)), {"lr": None, "reset_head": True}
+    with pytest.raises(UserError, match="--reset_head true: --resume .* continues that run with"):
+        find_resume_point(None, source, args=flags)
+    assert find_resume_point(tmp_path, args=flags).is_run
+    assert find_resume_point(None, source, args=flags | {"use_ema": True}).is_weights
+
+
 def test_names_of_classes_are_in_the_order_of_the_head(tmp_path):
     args = parse(finetune_parser(), ["--data_set", "DIGITS"])
     head = Head(names=("eel", "cat", "dog"), count=3)
