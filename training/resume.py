@@ -115,10 +115,8 @@ def find_resume_point(
         if reason and not own:
             return replace(point, weights_only_reason=reason)
         if args.get("reset_head") and not own:
-            raise UserError(
-                f"--reset_head true: --resume {resume} continues that run with its heads; drop it, "
-                f"or start a new run with --finetune {resume}"
-            )
+            text = f"--reset_head true: --resume {resume} continues that run with its heads; drop "
+            raise UserError(f"{text}it, or start a new run with --finetune {resume}")
         in_epoch = TrainState.from_dict(point.entry("state")).samples_in_epoch > 0
         for change in compare_args(saved_args, args, source, in_epoch, given):
             get_logger().warning("resuming %s with a changed flag: %s", source, change)
