@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from config.tasks import OF_TABLES, TASK_OF, known_kind
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
-from data_loading.folders import DatasetSpec, ImageFiles, folder, image_folder, imnet
+from data_loading.images import Images
 from data_loading.labels import (
     Head,
     class_names,
@@ -31,8 +30,10 @@ from data_loading.labels import (
 )
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler, balance
+from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import Part, list_labels, list_values, split
-from data_loading.tables import Columns, TableImages, table
+from data_loading.summary import NOUN, log_dataset
+from data_loading.tables import Columns
 from data_loading.targets import Scale, Targets, find_scale
 from data_loading.transforms import (
     RandomErasing,
@@ -50,19 +51,17 @@ SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each ot
 
 # Functions (spec, train) -> map-style dataset of (PIL image or (C, H, W) tensor, label).
 DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
-    "IMNET": imnet,
-    "image_folder": image_folder,
-    "folder": folder,
-    "table": table,
+    "auto": partial(open_images, "auto"),
+    "IMNET": partial(open_images, "IMNET"),
+    "image_folder": partial(open_images, "image_folder"),
+    "folder": partial(open_images, "folder"),
+    "table": partial(open_images, "table"),
     "CIFAR": lambda spec, train: cifar(CIFAR100, spec.data_path, train),
     "CIFAR10": lambda spec, train: cifar(CIFAR10, spec.data_path, train),
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
 DOWNLOADED = ("CIFAR", "CIFAR10")  # if they are not in data_path
-NOUN = {"class": "class", "multi": "class", "number": "number"}  # of an output
-IN_LOG = {"class": "of", "multi": "with any of", "number": "with"}
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # no names of classes
 
 
 def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
@@ -80,45 +79,6 @@ def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     if len(data) == 0:
         raise UserError(f"--data_set {data_set}: the {'train' if train else 'val'} set is empty")
     return data
-
-
-def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
-    """Describe classes that suggest a folder of another level; '' if they do not.
-
-    nb_classes: None if labels are not used.
-    """
-    names = class_names(dataset) or ()
-    fix = "give the folder that directly holds one folder of images per class"
-    if nb_classes == 1:
-        only = f", {names[0]!r}" if names else ""
-        return f"all images are of one class{only}, so there is nothing to learn; {fix}"
-    if nb_classes and names and SPLITS.issuperset(map(str.lower, names)):
-        return f"the classes are called {first_few(names)}, like parts of a data set; {fix}"
-    return ""
-
-
-def describe_outputs(count: int, kind: str, some: str = "") -> str:
-    """Return `of 3 classes`, `with any of 3 classes` or `with 3 numbers`; some: such as `2 of `."""
-    return f"{IN_LOG[kind]} {some}{plural(count, NOUN[kind])}"
-
-
-def log_dataset(
-    dataset: Any, is_train: bool, args: Any, nb_classes: int | None = None, kind: str = "class"
-) -> None:
-    """Log images, classes and image size, and what is left out and why; warn of one class."""
-    name, classes = "train" if is_train else "val", ""
-    if nb_classes is not None:
-        names = class_names(dataset) or ()
-        some = f"{len(names)} of " * (0 < len(names) < nb_classes)
-        classes = f" {describe_outputs(nb_classes, kind, some)}"
-        classes += f" ({first_few(names)})" if names else ""
-    height, width = height_and_width(args.input_size)
-    files = dataset.dataset if isinstance(dataset, Part) else dataset
-    remarks = files.describe_list() if isinstance(files, ImageFiles) else ""
-    text = "%s: %s%s, used at %d x %d pixels%s"
-    get_logger().info(text, name, plural(len(dataset), "image"), classes, height, width, remarks)
-    if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
-        get_logger().warning("%s: %s", name, problem)
 
 
 def on_bad_image(is_train: bool, args: Any) -> str:
@@ -174,7 +134,7 @@ def build_dataset(
         text = "%s has no class names, so its labels are taken for positions in %s"
         get_logger().info(text, part, head.source)
     count = _count_outputs(data, args, head, kind, part)
-    log_dataset(data, is_train, args, count, kind)
+    log_dataset(data, is_train, height_and_width(args.input_size), count, kind)
     dataset = TransformedDataset(
         data,
         build_transform(is_train, args),
@@ -271,11 +231,11 @@ def _find_scale(
 def _check_table(data: Any, names: Sequence[str], head: Head, part: str) -> None:
     """Raise UserError with lines of a table for classes that a head does not know."""
     rows = data.dataset if isinstance(data, Part) else data
-    if not isinstance(rows, TableImages) or rows.kind == "number" or head.names is None:
+    if not (isinstance(rows, Images) and rows.is_table) or rows.kind == "number" or not head.names:
         return
     if order_of_head(names, head)[0] is None:
         unknown = [
-            f"{name} (line {rows.line_of_class(label)})"
+            f"{name} ({rows.example_of(label)})"
             for label, name in enumerate(names)
             if name not in head.names
         ]
@@ -300,20 +260,23 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
         args.data_index,
         known_kind(vars(args)) or (head.kind if head else None),
         build_columns(args, args.label_column, args.weight_column, is_train),
+        skip_missing=args.on_bad_image == "skip",
     )
     splits = args.val_split > 0
-    if splits and args.data_set == "IMNET" and Path(args.data_path or "", "val").is_dir():
-        raise UserError(f"--val_split: {args.data_path} has a folder val/; drop --val_split")
     with naming_source(args, head):
         data = create_dataset(args.data_set, spec, is_train or splits)
     if splits:
-        if isinstance(data, TableImages) and data.others:
-            column = data.columns.split
-            raise UserError(f"--val_split: {data.path} has the column {column}; drop --val_split")
+        if isinstance(data, Images) and data.own_split:
+            raise UserError(
+                f"--val_split: {args.data_path} has evaluation data of its own ({data.own_split}); "
+                "drop --val_split"
+            )
         data = split(data, args.val_split, is_train)
-    if is_train and args.data_set == "table" and data.kind == "class" and len(data.classes) == 1:
+    rows = data.dataset if isinstance(data, Part) else data
+    is_table = isinstance(rows, Images) and rows.is_table
+    if is_train and is_table and rows.kind == "class" and len(rows.classes) == 1:
         raise UserError(
-            f"{args.data_path}: all rows are of one class, {data.classes[0]!r}, so there is "
+            f"{args.data_path}: all rows are of one class, {rows.classes[0]!r}, so there is "
             "nothing to learn. For yes or no give a column of 0 and 1 and --task multi_label; for "
             "a number --task regression"
         )
@@ -397,10 +360,15 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     size = height_and_width(args.input_size)
     columns = build_columns(args)
     spec = DatasetSpec(
-        args.data_path, None, size, data_index=args.data_index, columns=columns, labeled=False
+        args.data_path,
+        input_size=size,
+        data_index=args.data_index,
+        columns=columns,
+        labeled=False,
+        skip_missing=args.on_bad_image == "skip",
     )
     data = create_dataset(args.data_set, spec, train=True)
-    log_dataset(data, True, args)
+    log_dataset(data, True, size)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
     return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)

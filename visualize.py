@@ -8,6 +8,7 @@ python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output re
 import argparse
 import os
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import FOLDERS, NEED_PATH, implied_patch, is_code, is_pretraining
-from data_loading.folders import DatasetSpec, ImageFiles, list_images
+from config.flags import LISTED, NEED_PATH, implied_patch, is_code, is_pretraining
+from data_loading.files import Names
+from data_loading.folders import FolderFiles, list_folder
+from data_loading.images import Images
+from data_loading.index import Listing
+from data_loading.sources import DatasetSpec
 from data_loading.transforms import height_and_width
 from errors import UserError, plural
 from models import build_fcmae
@@ -91,15 +96,13 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
 def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
     """Return the images of --images, or of the run's data set; typed: names of typed flags."""
     if "images" in typed:
-        return Files(args.images)
+        return image_files(args.images)
     if args.data_set in datasets.DOWNLOADED and "data_path" not in typed:
         raise UserError(  # a file must not choose where others are written
             f"{args.checkpoint} downloads {args.data_set}; give the folder with --data_path"
         )
-    if args.data_index and args.data_set not in FOLDERS:
-        raise UserError(
-            f"--data_index needs image folders, not --data_set {args.data_set}; drop it"
-        )
+    if args.data_index and args.data_set not in LISTED:
+        raise UserError(f"--data_index needs image files, not --data_set {args.data_set}; drop it")
     if args.data_set in NEED_PATH and not args.data_path:
         raise UserError(f"{args.checkpoint} names no images; give --images with files or folders")
     spec = DatasetSpec(
@@ -113,18 +116,18 @@ def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
     return datasets.create_dataset(args.data_set, spec, train=args.split == "train")
 
 
-class Files(ImageFiles):
-    """Image files, and all images below folders."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.samples, self.classes = [], None
-        for path in map(os.path.expanduser, paths):
-            if os.path.isdir(path):
-                self.samples += list_images(path, labeled=False)
-            elif os.path.exists(path):
-                self.samples.append((path, 0))
-            else:
-                raise UserError(f"--images {path}: no such file or folder")
+def image_files(paths: Iterable[str]) -> Images:
+    """Return image files, and all images below folders, as a data set."""
+    found: list[str] = []
+    for path in map(os.path.expanduser, paths):
+        if os.path.isdir(path):
+            found += (os.path.join(path, name) for name in list_folder(path, labeled=False).names)
+        elif os.path.exists(path):
+            found.append(path)
+        else:
+            raise UserError(f"--images {path}: no such file or folder")
+    names = Names.pack(map(os.fsencode, found))
+    return Images(partial(FolderFiles, ""), Listing(names, {}, {}), "--images")
 
 
 if __name__ == "__main__":

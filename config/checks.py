@@ -93,9 +93,10 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"{both} cannot be combined: {reason}; drop one"
     evaluates_elsewhere = values.get("eval") and args.eval_data_path
     if args.data_set in flags.NEED_PATH and not (args.data_path or evaluates_elsewhere):
-        yield f"--data_set {args.data_set} needs --data_path; give the folder of the data"
-    if args.data_index and args.data_set not in flags.FOLDERS:
-        yield f"--data_index is for folders of images, not for --data_set {args.data_set}; drop it"
+        of = f"--data_set {args.data_set} needs --data_path" if args.data_set != "auto" else ""
+        yield f"{of or '--data_path is missing'}; give the folder, table or archive of the data"
+    if args.data_index and args.data_set not in flags.LISTED:
+        yield f"--data_index is for image files, not for --data_set {args.data_set}; drop it"
     if args.cuda_graphs and (args.update_freq or 1) > 1:
         yield f"--cuda_graphs does not work with --update_freq {args.update_freq}; drop one"
     if args.sync_bn_group and not args.sync_bn:
@@ -226,7 +227,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name} true needs --model_ema true; give both or neither"
     if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
         got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
-        yield f"{got}; use --data_set image_folder or drop it"
+        yield f"{got}; drop one of the two"
     if args.val_split and args.data_set in flags.HAVE_EVAL_DATA and args.data_set != "IMNET":
         yield f"--val_split: --data_set {args.data_set} has its own evaluation data; drop it"
     if args.use_ema and not (args.finetune or args.resume or args.eval):

@@ -151,10 +151,10 @@ ANY = number("float (-inf, inf)")
 CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
-FOLDERS = ("IMNET", "image_folder", "folder")
-NEED_PATH = (*FOLDERS, "CIFAR10", "CIFAR", "table")
+LISTED = ("auto", "IMNET", "image_folder", "folder", "table")  # --data_index lists their images
+NEED_PATH = (*LISTED, "CIFAR10", "CIFAR")
 HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
-DATA_SETS = ", ".join((*NEED_PATH, "DIGITS", "SYNTHETIC"))
+DATA_SETS = ", ".join((*NEED_PATH[1:], "DIGITS", "SYNTHETIC"))
 LIBRARIES = ("timm", "torchvision")
 PROJECT = "convnextv2"
 MODEL_KEY = "model|module|state_dict"
@@ -177,9 +177,11 @@ FLAGS["start here"] = (
     ("--model", NAME, "convnextv2_base",
      "name of --list_models, timm:NAME, torchvision:NAME or package.module:function, perhaps with "
      "(key=value, ...); default: the checkpoint's, or convnextv2_base"),
-    ("--data_set", NAME, "IMNET", f"{DATA_SETS} or package.module:function"),
+    ("--data_set", NAME, "auto",
+     f"auto, which recognizes what --data_path is, or {DATA_SETS} or package.module:function"),
     ("--data_path", PATH, "",
-     "folder of the data, or a table of images (.csv, .tsv, .txt); DIGITS and SYNTHETIC need none"),
+     "data: a folder with or without classes, a table of images (.csv, .tsv, .txt) or a zip file; "
+     "DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,
      "folder for checkpoints and logs, or none; default: runs/SCRIPT-MODEL-TIME"),
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),

@@ -20,7 +20,7 @@ from config import checks, flags, recipes
 from config.flags import as_typed
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
-from config.tasks import choose_data_set, known_kind, task_flags
+from config.tasks import known_kind, task_flags
 from errors import did_you_mean, pipe_may_close, resolve, sentences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,7 +297,6 @@ def finalize(
     size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
     new["input_size"] = size * 2 if len(size) == 1 else size
     clear_scheduled(new, new if given is None else given)
-    new["data_set"] = choose_data_set(new, new if given is None else given)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
     if new["output_dir"] == "none":

@@ -12,19 +12,16 @@ from typing import Any
 TASKS = {"classification": "class", "multi_label": "multi", "regression": "number"}  # -> kind
 TASK_OF = {kind: task for task, kind in TASKS.items()}
 DEFAULT_LOSS = {"class": "ce", "multi": "bce", "number": "l2"}
-TABLES = (".csv", ".tsv", ".txt")  # what --data_path ends in for --data_set table
 OF_TABLES = ("image_column", "label_column", "split_column", "weight_column", "image_root")
 
 
-def choose_data_set(values: Mapping[str, Any], given: Collection[str]) -> str:
-    """Return `table` for a file of rows as --data_path if --data_set is not given."""
-    path = values["data_path"] or values.get("eval_data_path") or ""
-    is_table = "data_set" not in given and path.lower().endswith(TABLES)
-    return "table" if is_table else values["data_set"]
+def may_be_table(data_set: str) -> bool:
+    """Return True if --data_path may have columns with labels, which flags choose."""
+    return data_set in ("auto", "table")
 
 
 def _may_have_any_task(data_set: str) -> bool:
-    return data_set == "table" or ":" in data_set
+    return may_be_table(data_set) or ":" in data_set
 
 
 def known_kind(values: Mapping[str, Any]) -> str | None:
@@ -41,7 +38,7 @@ def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
     """
     if kind := known_kind(values):
         return (kind,)
-    told = values["data_set"] == "table" and not (values["eval"] or values["resume"])
+    told = may_be_table(values["data_set"]) and not (values["eval"] or values["resume"])
     return ("class", "multi") if told else tuple(DEFAULT_LOSS)
 
 
@@ -58,8 +55,8 @@ def task_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of tables, tasks or sampling that cannot act."""
     values = vars(args)
     for name in OF_TABLES:
-        if values.get(name) and args.data_set != "table":
-            yield f"--{name} is for --data_set table, not for {args.data_set}; drop it"
+        if values.get(name) and not may_be_table(args.data_set):
+            yield f"--{name} is for tables, not for --data_set {args.data_set}; drop it"
     if "task" not in values:  # pre-training
         return
     if args.task not in ("auto", "classification") and not _may_have_any_task(args.data_set):

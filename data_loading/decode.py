@@ -5,6 +5,7 @@
 python -c "from data_loading import decode; decode.load_image('assets/reconstructions.png').show()"
 """
 
+import io
 import re
 import struct
 import traceback
@@ -41,11 +42,13 @@ class BadImage(UserError):
         self.reason, self.remedy = reason or message, remedy or "replace or remove it"
 
 
-def load_image(file: str | BinaryIO) -> Image.Image:
+def load_image(file: str | BinaryIO | bytes) -> Image.Image:
     """Decode a file in its own mode, the first frame of an animation; `decode` converts it.
 
-    Raises BadImage, or an OSError, for a file that cannot be read.
+    file: a path, an open file, or the content. Raises BadImage, or an OSError, for a file that
+    cannot be read.
     """
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         return _load_or_retry_png(file)
     except UnidentifiedImageError as error:

@@ -128,7 +128,7 @@ class FolderWalk:
 
     A link is left out if it leads to a folder above, to one that the walk visits by its own path,
     or to one that an earlier link led to. `left_out` counts what is no image, by reason;
-    `by_links` has the real paths of the images that links lead to, if `by_folder` was used.
+    `by_links` has the real paths of the images that links lead to, if `top` is given.
     """
 
     def __init__(self, root: str, top: str = "", left_out: Counter | None = None) -> None:
@@ -140,26 +140,21 @@ class FolderWalk:
         self.by_links: list[str] = []
         self.real_path = cache(os.path.realpath)  # of a few folders; of each link it takes 30 us
 
-    def by_folder(self) -> Iterator[str]:
-        """Yield images in torchvision's order: by folder path, then by file name."""
-        for folder, images in sorted(self._walk(self.top, self.real_top)):
-            yield from (f"{folder}/{name}" for name in sorted(images))
+    def in_order(self) -> Iterator[str]:
+        """Yield images folder by folder, each in order of the bytes of its names."""
+        return self._walk(f"{self.top}/" if self.top else "", self.real_top)
 
-    def in_order(self, below: str = "", real: str | None = None) -> Iterator[str]:
-        """Yield images in order of their paths; a folder sorts by its name and a slash."""
-        names, folders = self._list(below, real or self.real_top)
-        for name in sorted([*names.images, *(f"{name}/" for name in folders)]):
+    def _walk(self, below: str, real: str) -> Iterator[str]:
+        names, folders = self._list(below.rstrip("/"), real)
+        if self.top:  # two classes may share an image
+            self._note_links(names, below.rstrip("/"), real)
+        files = {os.fsencode(name): name for name in names.images}
+        files |= {os.fsencode(name) + b"\0": f"{name}/" for name in folders}
+        for _, name in sorted(files.items()):
             if name.endswith("/"):
-                yield from self.in_order(below + name, folders[name[:-1]])
+                yield from self._walk(below + name, folders[name[:-1]])
             else:
                 yield below + name
-
-    def _walk(self, folder: str, real: str) -> Iterator[tuple[str, list[str]]]:
-        names, folders = self._list(folder, real)
-        self._note_links(names, folder, real)
-        yield folder, names.images
-        for name, target in folders.items():
-            yield from self._walk(f"{folder}/{name}", target)
 
     def _note_links(self, names: Names, folder: str, real: str) -> None:
         """Note real paths: of links in a folder of the class, of all images in a linked folder."""

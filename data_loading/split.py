@@ -5,7 +5,6 @@
 python main_finetune.py --data_set image_folder --data_path photos --val_split 0.1
 """
 
-import os
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from data_loading.folders import FileIndex
+from data_loading.images import Images
 from data_loading.labels import class_names
 from data_loading.rng import fold_in
-from data_loading.tables import TableSamples
 from errors import UserError
 
 STREAM = 0x5EED  # of the draws; --seed does not change the split, so that runs can be compared
@@ -56,10 +54,10 @@ class _Entries(Sequence):
 def split(dataset: Any, fraction: float, train: bool) -> Part:
     """Return the samples to train on, or those held out: about `fraction` of each class.
 
-    The name of a file alone decides, or the number of a sample without a file, so the samples stay
-    in their part when others are added. Each class with two images gives at least one to both
-    parts; rows of a table with the same image stay together. Data sets that do not list their
-    labels are split as a whole. UserError if no sample can be held out.
+    The name of an image in the data alone decides, or the number of a sample without a name, so the
+    samples stay in their part when others are added, whatever holds them. Each class with two
+    images gives at least one to both parts; rows of a table with the same image stay together. Data
+    sets that do not list their labels are split as a whole. UserError if no sample can be held out.
     """
     labels, draws = list_labels(dataset), _draws(dataset)
     labels = np.zeros(len(dataset), int) if labels is None else labels
@@ -88,22 +86,16 @@ def _images(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Rows of a table may have the same image; it counts as one of the class of the first row.
     """
-    samples = getattr(dataset, "samples", None)
-    if not isinstance(samples, TableSamples):
+    if not isinstance(dataset, Images):
         return np.arange(len(dataset)), np.arange(len(dataset))
-    return np.unique(samples.names, return_index=True, return_inverse=True)[1:]
+    return np.unique(dataset.names.encoded(), return_index=True, return_inverse=True)[1:]
 
 
 def _draws(dataset: Any) -> np.ndarray:
-    """Return a number from 0 to 1 for each sample, which depends on the name of its file alone."""
-    samples = getattr(dataset, "samples", None)
-    if isinstance(samples, FileIndex):
-        names = (os.fsencode(os.path.basename(path)) for path, _ in samples)
-        words = [zlib.crc32(name) for name in names]
-    elif isinstance(samples, TableSamples):
-        words = [zlib.crc32(os.fsencode(name)) for name in samples.names]
-    else:
-        words = range(len(dataset))
+    """Return a number from 0 to 1 for each sample, which depends on its name alone."""
+    words = range(len(dataset))
+    if isinstance(dataset, Images):
+        words = map(zlib.crc32, dataset.names.encoded())
     return np.array([fold_in(STREAM, word) for word in words]) / 2**63
 
 
@@ -112,9 +104,6 @@ def list_labels(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, Part):
         labels = list_labels(dataset.dataset)
         return None if labels is None else labels[dataset.indices]
-    samples = getattr(dataset, "samples", None)
-    if isinstance(samples, FileIndex):
-        return samples.labels()
     targets = list_values(dataset, "targets")  # torchvision's name
     is_class = getattr(dataset, "kind", None) in (None, "class")
     usable = targets is not None and targets.ndim == 1 and targets.dtype.kind in "iu"

@@ -5,30 +5,32 @@
 python main_finetune.py --data_path photos.csv --eval_data_path more.csv --label_column species
 """
 
+import contextlib
 import csv
+import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch.utils.data import Dataset
 
-from data_loading.decode import BadImage, load_image
+from data_loading.files import Names
 from data_loading.formats import extensions
+from data_loading.index import Listing
 from errors import UserError, first_few, plural, resolve_for
-from parallel.process_group import get_logger
 
 IMAGES = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img")
 LABELS = ("label", "labels", "class", "classes", "target", "targets", "category", "tags")
 # Values of a split column; the rows of the first evaluation split that there is are evaluated.
 TRAIN, EVAL = ("train", "training"), (("val", "valid", "validation", "eval", "dev"), ("test",))
+SPLITS = {*TRAIN, *EVAL[0], *EVAL[1]}  # names of parts of a data set, not of classes
 NO, YES = ("0", "0.0", "-1", "false", "no"), ("1", "1.0", "true", "yes")  # -1: as in CelebA
-LOOKED_FOR = 1000  # image files at the start; others are found missing when they are read
+FEW = 5  # rows to name in a message
 
 
 @dataclass(frozen=True)
@@ -49,34 +51,67 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text cells; lines: the line of the file that each row ends on."""
+    """Columns with an entry for each row: text, or arrays of numbers.
+
+    lines: (N,) the line of the file that each row ends on, or the number of the row, as `unit`
+    says. images: names of the images, if the source holds them itself; otherwise a column does.
+    class_names: names of integer labels by column.
+    """
 
     path: str
-    names: list[str]
-    rows: list[list[str]]
-    lines: list[int]
+    columns: dict[str, Any]
+    lines: np.ndarray
+    unit: str = "line"
+    images: Sequence[str] | None = None
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.columns)
 
     def column(self, name: str) -> list[str]:
-        """Return the cells of a column."""
-        place = self.names.index(name)
-        return [row[place].strip() for row in self.rows]
+        """Return the cells of a column as text; a NaN is empty, as a cell without a number is."""
+        values = self.columns[name]
+        if not isinstance(values, np.ndarray):
+            return [cell.strip() for cell in values]
+        cells = values.astype(str).tolist()
+        return ["" if cell == "nan" else cell for cell in cells]
 
     def find(self, name: str, flag: str) -> str:
         """Return the name of a column that a flag gives; UserError with close matches."""
-        resolve_for(flag, name, dict.fromkeys(self.names), f"column of {self.path}")
+        resolve_for(flag, name, dict.fromkeys(self.columns), f"column of {self.path}")
         return name
 
     def refuse(self, rows: Iterable[int], problem: str, expected: str) -> None:
-        """Raise UserError that names the lines of some rows, if there are any."""
-        lines = [self.lines[row] for row in rows]
-        if lines:
-            where = f"line{'s' * (len(lines) > 1)} {first_few(lines, 5)}"
-            raise UserError(f"{self.path}, {where}: {problem}, expected {expected}")
+        """Raise UserError that names the lines, or images, of some rows, if there are any."""
+        rows = list(rows)
+        if not rows:
+            return
+        if self.images is None:
+            found = [self.lines[row] for row in rows[: FEW + 1]]
+            where = f"{self.unit}{'s' * (len(rows) > 1)} {_first_of(rows, found)}"
+        else:
+            where = _first_of(rows, [self.images[row] for row in rows[: FEW + 1]])
+        raise UserError(f"{self.path}, {where}: {problem}, expected {expected}")
 
-    def part(self, rows: Sequence[int]) -> "Table":
-        """Return a table of some rows."""
-        rows_and_lines = [self.rows[row] for row in rows], [self.lines[row] for row in rows]
-        return Table(self.path, self.names, *rows_and_lines)
+    def part(self, rows: np.ndarray) -> "Table":
+        """Return a table of some rows, (M,) int64."""
+        columns = {
+            name: values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+            for name, values in self.columns.items()
+        }
+        images = None if self.images is None else [self.images[row] for row in rows]
+        return replace(self, columns=columns, lines=self.lines[rows], images=images)
+
+
+def _first_of(rows: Sequence[int], texts: Sequence[Any]) -> str:
+    """Join the first of the texts, one for each row, as `first_few` does."""
+    more = f" and {len(rows) - FEW} more" if len(rows) > FEW else ""
+    return ", ".join(map(str, texts[:FEW])) + more
 
 
 def read_table(path: str | Path) -> Table:
@@ -84,31 +119,40 @@ def read_table(path: str | Path) -> Table:
 
     The first row names the columns, unless it names an image file: then they are 1, 2, ...
     """
-    rows, lines = [], []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = next((line for line in file if line.strip()), "")
             file.seek(0)
-            for row, line in _split_rows(file, _separator(str(path), first)):
-                if any(cell.strip() for cell in row):
-                    rows.append(row)
-                    lines.append(line)
+            rows = _split_rows(file, _separator(str(path), first))
+            return _build_table(str(path), (row for row in rows if any(map(str.strip, row[0]))))
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"cannot read the table {path}: {error}; expected UTF-8 text") from error
-    if not rows:
+
+
+def _build_table(path: str, rows: Iterator[tuple[list[str], int]]) -> Table:
+    first = next(rows, None)
+    if first is None:
         raise UserError(f"{path}: the table is empty; expected a row for each image")
-    has_names = not any(cell.strip().lower().endswith(extensions()) for cell in rows[0])
-    names = [cell.strip() for cell in rows[0]] if has_names else []
-    names = names or [str(number) for number in range(1, len(rows[0]) + 1)]
-    table = Table(str(path), names, rows[has_names:], lines[has_names:])
-    if not table.rows:
-        raise UserError(f"{path}: the table has column names and no rows; add one for each image")
+    has_names = not any(cell.strip().lower().endswith(extensions()) for cell in first[0])
+    names = [cell.strip() for cell in first[0]] if has_names else []
+    names = names or [str(number) for number in range(1, len(first[0]) + 1)]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns have the same name ({first_few(names, 9)})")
-    uneven = [number for number, row in enumerate(table.rows) if len(row) != len(names)]
+    columns, lines, uneven = [[] for _ in names], array("q"), []
+    for row, line in rows if has_names else itertools.chain([first], rows):
+        if len(row) != len(names):
+            uneven.append((len(row), line))
+            continue
+        lines.append(line)
+        for cells, cell in zip(columns, row, strict=True):
+            cells.append(cell)
     if uneven:
-        table.refuse(uneven, f"{plural(len(table.rows[uneven[0]]), 'cell')}", f"{len(names)}")
-    return table
+        wrong = np.array([line for _, line in uneven])
+        table = Table(path, {}, wrong)
+        table.refuse(range(len(wrong)), plural(uneven[0][0], "cell"), str(len(names)))
+    if not lines:
+        raise UserError(f"{path}: the table has column names and no rows; add one for each image")
+    return Table(path, dict(zip(names, columns, strict=True)), np.frombuffer(lines, np.int64))
 
 
 def _separator(path: str, first: str) -> str | None:
@@ -120,7 +164,7 @@ def _separator(path: str, first: str) -> str | None:
     return None if path.lower().endswith(".txt") else ","
 
 
-def _split_rows(file: Any, separator: str | None) -> Iterable[tuple[list[str], int]]:
+def _split_rows(file: Any, separator: str | None) -> Iterator[tuple[list[str], int]]:
     if separator is None:
         return ((line.split(), number) for number, line in enumerate(file, 1))
     reader = csv.reader(file, delimiter=separator, strict=True)
@@ -137,8 +181,10 @@ def choose_columns(table: Table, given: Columns, labeled: bool) -> Columns:
     split = given.split and table.find(given.split, "--split_column")
     split = split or usual(("split",))
     weight = given.weight and table.find(given.weight, "--weight_column")
-    image = given.image and table.find(given.image, "--image_column")
-    image = image or usual(IMAGES) or table.names[0]
+    image = None
+    if table.images is None:
+        image = given.image and table.find(given.image, "--image_column")
+        image = image or usual(IMAGES) or table.names[0]
     others = (image, split, weight, given.unused)
     rest = [name for name in table.names if name not in others]
     labels: list[str] = []
@@ -158,10 +204,10 @@ def choose_columns(table: Table, given: Columns, labeled: bool) -> Columns:
     return Columns(image, labels, split, weight, given.unused, given.root)
 
 
-def choose_rows(table: Table, split: str | None, train: bool) -> tuple[Table, int]:
-    """Return the rows to train on or to evaluate, and the number of the other ones."""
+def choose_rows(table: Table, split: str | None, train: bool) -> tuple[Table, np.ndarray]:
+    """Return the rows to train on or to evaluate, as a table and as numbers."""
     if split is None:
-        return table, 0
+        return table, np.arange(len(table))
     cells = [cell.lower() for cell in table.column(split)]
     known = {*TRAIN, *EVAL[0], *EVAL[1]}
     unknown = [row for row, cell in enumerate(cells) if cell not in known]
@@ -169,10 +215,10 @@ def choose_rows(table: Table, split: str | None, train: bool) -> tuple[Table, in
         got = f"{split} is {cells[unknown[0]]!r}"
         table.refuse(unknown, got, "train, val or test")
     wanted = TRAIN if train else next((some for some in EVAL if {*some} & {*cells}), EVAL[0])
-    rows = [row for row, cell in enumerate(cells) if cell in wanted]
-    if not rows:
+    rows = np.array([row for row, cell in enumerate(cells) if cell in wanted], np.int64)
+    if not len(rows):
         raise UserError(f"{table.path}: no row of {split} is {wanted[0]}; correct the column")
-    return table.part(rows), len(table.rows) - len(rows)
+    return table.part(rows), rows
 
 
 def read_classes(table: Table, name: str) -> tuple[list[str], np.ndarray]:
@@ -180,7 +226,14 @@ def read_classes(table: Table, name: str) -> tuple[list[str], np.ndarray]:
     cells = table.column(name)
     empty = [row for row, cell in enumerate(cells) if not cell]
     table.refuse(empty, f"{name} is empty", "the name of a class")
-    return _number(cells)
+    if name not in table.class_names:
+        return _number(cells)
+    names, labels = table.class_names[name], np.asarray(table.columns[name])
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(wrong):
+        got = f"{name} is {labels[wrong[0]]}"
+        table.refuse(wrong, got, f"a number from 0 to {len(names) - 1}")
+    return names, labels.astype(np.int32)
 
 
 def _number(cells: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -188,7 +241,7 @@ def _number(cells: Sequence[str]) -> tuple[list[str], np.ndarray]:
     are_numbers = all(name.isdecimal() for name in names)
     order = sorted(names, key=int) if are_numbers else sorted(names)
     places = {name: place for place, name in enumerate(order)}
-    return order, np.array([places[cell] for cell in cells], np.int64)
+    return order, np.array([places[cell] for cell in cells], np.int32)
 
 
 def read_label_sets(table: Table, name: str) -> tuple[list[str], np.ndarray]:
@@ -263,107 +316,39 @@ def _as_number(cell: str) -> float:
         return math.nan
 
 
-class TableImages(Dataset):
-    """The images of the rows of a table.
+def list_table(table: Table, given: Columns, kind: str | None, labeled: bool) -> Listing:
+    """List the rows of a table, in order of the names of their images.
 
-    kind: of the targets, class, multi or number. classes: names of the classes, or of the numbers.
-    targets: a row of them per image; None without labels. weights: for sampling, if there are any.
-    others: number of rows that belong to another split.
+    given: the columns as far as flags name them. kind: of the targets; None if the cells tell it.
+    arrays: `targets`, (N,) labels or (N, K) rows; `weights` for sampling, if there is a column;
+    `lines` of the table.
     """
-
-    def __init__(self, table: Table, columns: Columns, kind: str | None, others: int = 0) -> None:
-        """columns: as `choose_columns` returns them. kind: None if the cells tell it."""
-        self.path, self.lines, self.others = table.path, table.lines, others
-        self.columns, self.root = columns, os.path.expanduser(columns.root)
-        self.root = self.root or os.path.dirname(table.path)
-        self.files = table.column(columns.image)
-        empty = [row for row, file in enumerate(self.files) if not file]
+    columns = choose_columns(table, given, labeled)
+    names = table.images
+    if names is None:
+        names = table.column(columns.image)
+        empty = [row for row, name in enumerate(names) if not name]
         table.refuse(empty, f"{columns.image} is empty", "an image file")
-        self.kind, self.classes, self.targets = "class", None, None
-        if columns.labels:
-            self.kind, self.classes, self.targets = read_targets(table, columns.labels, kind)
-        self.weights = None
-        if columns.weight:
-            self.weights = read_numbers(table, [columns.weight], least=0)[:, 0]
-        self._look_for_files()
-
-    def _look_for_files(self) -> None:
-        some = range(min(len(self.files), LOOKED_FOR))
-        missing = [row for row in some if not os.path.exists(self.path_of(row))]
-        texts = [f"line {self.lines[row]}: {self.path_of(row)}" for row in missing]
-        if len(missing) == len(some):
-            raise UserError(
-                f"{self.path}: no image file of column {self.columns.image} exists "
-                f"({first_few(texts, 2)}); give --image_column, or --image_root for the folder "
-                "that its paths are relative to"
-            )
-        if missing:
-            got = f"{len(missing)} of the first {plural(len(some), 'image file')}"
-            get_logger().warning("%s: %s do not exist: %s", self.path, got, first_few(texts, 5))
-
-    def path_of(self, index: int) -> str:
-        """Return the path of an image file."""
-        return os.path.join(self.root, self.files[index])
-
-    def line_of_class(self, label: int) -> int:
-        """Return the first line that has a class."""
-        has = self.targets == label if self.targets.ndim == 1 else self.targets[:, label]
-        return self.lines[int(np.argmax(has))]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        try:
-            image = load_image(self.path_of(index))
-        except FileNotFoundError as error:
-            line = f"line {self.lines[index]} of {self.path}"
-            raise BadImage("no such file", remedy=f"correct {line}, or --image_root") from error
-        return image, None if self.targets is None else self.targets[index]
-
-    @property
-    def samples(self) -> "TableSamples":
-        """Return its (path, target) pairs, as torchvision's folders have them."""
-        return TableSamples(self)
+    arrays, classes = {"lines": table.lines}, None
+    if columns.labels:
+        kind, classes, arrays["targets"] = read_targets(table, columns.labels, kind)
+    if columns.weight:
+        arrays["weights"] = read_numbers(table, [columns.weight], least=0)[:, 0]
+    metadata = {"classes": classes, "kind": kind if classes else None, "unit": table.unit}
+    metadata |= {"columns": {"image": columns.image, "labels": columns.labels}}
+    metadata["columns"] |= {"split": columns.split, "weight": columns.weight}
+    return Listing(Names.pack(map(os.fsencode, names)), arrays, metadata)
 
 
-class TableSamples(Sequence):
-    """(path, target) of each image; nothing is copied. names: paths as the table has them."""
-
-    def __init__(self, images: TableImages) -> None:
-        self.images, self.names = images, images.files
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[str, Any]:
-        targets = self.images.targets
-        return self.images.path_of(index), None if targets is None else targets[index]
-
-
-def table(spec: Any, train: bool) -> TableImages:
-    """Rows of a table: data_path for training; eval_data_path, or a column of splits, to evaluate.
-
-    spec: a `DatasetSpec`. The split column of eval_data_path counts only if --split_column names
-    it.
-    """
-    own, given = bool(spec.eval_data_path) and not train, spec.columns or Columns()
-    path = Path((spec.eval_data_path if own else spec.data_path) or "").expanduser()
-    if not path.is_file():
-        flag = "eval_data_path" if own else "data_path"
-        raise UserError(f"--{flag} {path}: no such file; expected a table (.csv, .tsv, .txt)")
-    whole = read_table(path)
-    columns = choose_columns(whole, given, spec.labeled)
-    split = columns.split if given.split or not own else None
-    if split is None and not (train or own):
-        raise UserError(
-            f"{path} has no column of splits; give "
-            "--eval_data_path OTHER_TABLE, --split_column, or --val_split 0.1"
-        )
-    rows, others = choose_rows(whole, split, train)
-    data = TableImages(rows, columns, spec.kind, others)
-    text = "%s: image %s, %s %s%s"
-    labels = "labels" if len(columns.labels) > 1 else "label"
-    rest = f", split {split}" * bool(split) + f", weight {columns.weight}" * bool(columns.weight)
-    get_logger().info(text, path, columns.image, labels, first_few(columns.labels, 5), rest)
-    return data
+def missing_files(names: Names, root: str) -> list[int]:
+    """Return the numbers of the names without a file below `root`; reads each folder once."""
+    folders: dict[bytes, set[bytes]] = {}
+    missing = []
+    for number, name in enumerate(names.encoded()):
+        folder, _, base = os.path.join(os.fsencode(root), name).rpartition(b"/")
+        if folder not in folders:
+            with contextlib.suppress(OSError):
+                folders[folder] = {*os.listdir(folder or b".")}
+        if base not in folders.setdefault(folder, set()):
+            missing.append(number)
+    return missing

@@ -242,8 +242,8 @@ def test_data_set_from_a_module_needs_no_edit(monkeypatch):
     ("changes", "message"),
     [
         ({"data_set": "IMNET"}, "--data_path is not given"),
-        ({"data_set": "IMNET", "data_path": "/nowhere"}, "no such folder"),
-        ({"data_set": "IMNET", "data_path": ROOT / "assets"}, "image_folder.*--data_set folder"),
+        ({"data_set": "IMNET", "data_path": "/nowhere"}, "no such file or folder"),
+        ({"data_set": "IMNET", "data_path": ROOT / "assets"}, "image_folder.*main_pretrain.py"),
         (
             {"data_set": "image_folder", "data_path": ROOT / "assets"},
             "one folder of images per class",
@@ -268,11 +268,14 @@ def test_empty_folders_are_user_errors(tmp_path):
     make_folders(tmp_path / "sets", "ab")
     (tmp_path / "sets" / "hollow").mkdir()
     (tmp_path / "void").mkdir()
-    for name, data_set in [("sets", "image_folder"), ("void", "image_folder"), ("void", "folder")]:
-        args = make_args(data_set=data_set, data_path=tmp_path / name)
-        with pytest.raises(UserError, match="hollow" if name == "sets" else "void"):
+    for data_set in ("image_folder", "folder", "auto"):
+        args = make_args(data_set=data_set, data_path=tmp_path / "void")
+        with pytest.raises(UserError, match="void: no images"):
             datasets.build_pretrain_dataset(args)
     args = make_args(data_set="image_folder", data_path=tmp_path / "sets")
+    assert len(datasets.build_pretrain_dataset(args)) == 4  # which uses no classes
+    with pytest.raises(UserError, match="hollow"):
+        datasets.build_dataset(True, args)
     with pytest.raises(UserError, match="--eval_data_path is not given"):
         datasets.build_dataset(False, args)
 

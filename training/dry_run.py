@@ -30,9 +30,9 @@ from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
+from data_loading.summary import describe_class_problem, describe_outputs
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
-from datasets import describe_class_problem, describe_outputs
 from errors import TrainingStopped, UserError, first_few, first_line, plural
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from parallel.state_dict import tensor_leaves

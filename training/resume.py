@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config.flags import as_typed, is_pretraining
+from config.flags import LISTED, as_typed, is_pretraining
 from config.parser import absolute_paths
 from config.recipes import read_values
 from config.tasks import TASKS, task_flags
@@ -259,6 +259,13 @@ def _new_channels(
     return is_given and saved.get("in_chans", now.get("in_chans")) != now.get("in_chans")
 
 
+def _comparable(name: str, value: Any) -> Any:
+    """Return the value of a flag, one for several that mean the same."""
+    if name == "model":
+        return str(value).removeprefix("fcmae_")
+    return "auto" if name == "data_set" and value in LISTED else value
+
+
 def compare_args(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -285,8 +292,7 @@ def compare_args(
         )
     for name, value in now.items():
         before = saved.get(name, value)
-        if name == "model":  # either name is valid
-            before, value = (str(model).removeprefix("fcmae_") for model in (before, value))
+        before, value = _comparable(name, before), _comparable(name, value)
         if before == value or name in LOCAL:
             continue
         replaced = name == "val_split" and now.get("eval_data_path")

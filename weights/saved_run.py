@@ -13,7 +13,7 @@ from typing import Any
 from config.checks import shape_problems
 from config.flags import allowed, as_typed, implied_patch, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths
-from config.tasks import DEFAULT_LOSS, OF_TABLES, TASKS
+from config.tasks import DEFAULT_LOSS, OF_TABLES, TASKS, may_be_table
 from data_loading.labels import Head
 from data_loading.targets import Scale
 from errors import UserError
@@ -199,7 +199,7 @@ def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set
         left_out |= {*OF_ITS_DATA}
     if is_pretraining(vars(args)):  # pre-training evaluates nothing
         left_out |= {"crop_pct"}
-    if args.data_set != "table":
+    if not may_be_table(args.data_set):
         left_out |= {*OF_TABLES}
     for together in (HEADS, NORMALIZATION):  # if one of them is given, none
         if args.given & together.keys():

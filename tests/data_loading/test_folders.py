@@ -26,10 +26,13 @@ from torchvision.datasets import DatasetFolder
 import visualize
 from config import parser as options
 from data_loading import folders, formats, labels, listing
+from data_loading import index as index_files
 from data_loading.dataset import TransformedDataset
-from data_loading.folders import FileIndex, list_images, open_index
 from data_loading.formats import extensions
+from data_loading.images import Images
+from data_loading.index import open_index
 from data_loading.samplers import EvalSampler
+from data_loading.sources import DatasetSpec, Part, open_part
 from data_loading.transforms import create_eval_transform
 from data_loading.workers import WatchedLoader
 from errors import UserError
@@ -57,8 +60,13 @@ def plant(root: Path, files: list[str] = TREE) -> Path:
     return root
 
 
-def pairs(index: FileIndex) -> list[tuple[str, int]]:
-    return [index[number] for number in range(len(index))]
+def list_images(root: Path | str, labeled: bool, place: Path | None = None) -> Images:
+    spec = DatasetSpec(str(root), labeled=labeled)
+    return open_part(Part("image_folder", str(root), spec, train=True), place)
+
+
+def pairs(images: Images) -> list[tuple[str, int | None]]:
+    return [images.samples[number] for number in range(len(images))]
 
 
 @pytest.fixture(params=["in memory", "in an index"])
@@ -69,7 +77,7 @@ def place(request, tmp_path) -> Path | None:
 # --- which images --------------------------------------------------------------------------------
 
 
-def test_classes_are_in_torchvisions_order(tmp_path, place):
+def test_classes_and_images_are_those_of_torchvision(tmp_path, place):
     root = plant(tmp_path / "data", TREE + NO_IMAGES)
     other = plant(tmp_path / "other", ["linked/9.png", "linked/8.png"])
     (root / "bee" / "away").symlink_to(other, target_is_directory=True)
@@ -78,23 +86,28 @@ def test_classes_are_in_torchvisions_order(tmp_path, place):
     (root / "ant" / "folder.png").mkdir()
     theirs = DatasetFolder(str(root), str, extensions())
     index = list_images(root, True, place)
-    assert pairs(index) == theirs.samples
+    assert pairs(index) == sorted(theirs.samples, key=lambda pair: parts(pair[0]))
     assert list(index.classes) == theirs.classes
-    assert labels.class_names(folders.ImageFiles(index)) == theirs.classes
+    assert labels.class_names(index) == theirs.classes
 
 
-def test_images_without_labels_are_in_order_of_their_paths(tmp_path, place):
+def test_images_are_in_order_folder_by_folder(tmp_path, place):
     root = plant(tmp_path / "data", [*TREE, *NO_IMAGES, "0.png", "a.png", "ant.png", "bee.gif"])
     other = plant(tmp_path / "other", ["linked/9.png"])
     (root / "bee" / "away").symlink_to(other, target_is_directory=True)
     walk = (os.path.join(top, n) for top, _, ns in os.walk(root, followlinks=True) for n in ns)
     index = list_images(root, False, place)
-    assert pairs(index) == [(p, 0) for p in sorted(walk) if p.lower().endswith(extensions())]
+    paths = [p for p in walk if p.lower().endswith(extensions())]
+    assert pairs(index) == [(p, None) for p in sorted(paths, key=parts)]
     assert index.classes is None
-    assert labels.class_names(folders.ImageFiles(index)) is None
+    assert labels.class_names(index) is None
 
 
-def relative(index: FileIndex, root: Path) -> list[str]:
+def parts(path: str) -> list[bytes]:
+    return os.fsencode(path).split(b"/")
+
+
+def relative(index: Images, root: Path) -> list[str]:
     return [path.removeprefix(f"{root}/") for path, _ in pairs(index)]
 
 
@@ -118,7 +131,7 @@ def test_link_that_leads_upward_counts_no_image_twice(tmp_path, place):
     expected = ["a/1.png", "a/deep/2.png", "b/3.png", "b/away/4.png", "b/away/y/5.png"]
     assert relative(index, root) == expected
     assert relative(list_images(root, False), root) == expected
-    assert index.metadata["left_out"] == {listing.LISTED: 5, listing.NOWHERE: 1}
+    assert index.listing.metadata["left_out"] == {listing.LISTED: 5, listing.NOWHERE: 1}
 
 
 def test_folder_with_many_names_is_listed_once_a_class(tmp_path):
@@ -133,7 +146,7 @@ def test_folder_with_many_names_is_listed_once_a_class(tmp_path):
     index = list_images(root, True)
     a = ["a/1.png", "a/b0/5.png", "a/b1/4.png", "a/deep/2.png"]
     assert relative(index, root) == [*a, "b/3.png", "c/4.png", "c/y/5.png", "d/3.png"]
-    assert index.metadata["shared"] == 3
+    assert index.listing.metadata["shared"] == 3
     listed = relative(list_images(root, False), root)
     assert listed == ["a/1.png", "a/b0/5.png", "a/deep/2.png", "b/3.png", "c/4.png"]
 
@@ -155,12 +168,12 @@ def test_images_with_two_labels_by_links_are_counted(tmp_path, place):
     link(root / "e" / "chain.png", tmp_path / "alias.png")  # counted already
     link(root / "e" / "four.png", tmp_path / "four.png")
     link(tmp_path / "four.png", root / "b" / "4.png")
-    data = folders.ImageFiles(list_images(root, True, place))
+    data = list_images(root, True, place)
     assert len(data) == 6 + 4 + 2 + 3 + 2
     assert data.describe_list() == (
         "; left out 1 file or folder: 1 hidden or system; in two classes, by links: 4 images"
     )
-    assert list_images(root, False).metadata["shared"] == 0
+    assert list_images(root, False).listing.metadata["shared"] == 0
 
 
 def test_link_into_a_hidden_folder_is_followed(tmp_path):
@@ -201,12 +214,12 @@ def test_hidden_and_system_folders_are_no_data(tmp_path, place):
     link(root / ".store", tmp_path)
     index = list_images(root, True, place)
     assert relative(index, root) == ["a/1.png", "b/deep/2.png"]
-    assert index.classes == ("a", "b")
+    assert index.classes == ["a", "b"]
     assert relative(list_images(root, False), root) == ["a/1.png", "b/deep/2.png"]
-    assert index.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 2}
+    assert index.listing.metadata["left_out"] == {listing.SYSTEM: 3 * len(HIDDEN) + 2}
     again = list_images(root, True, place)
     text = "; left out 80 files and folders: 80 hidden or system"
-    assert folders.ImageFiles(again).describe_list() == text
+    assert again.describe_list() == text
 
 
 def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
@@ -218,19 +231,19 @@ def test_what_is_not_used_is_counted_by_kind(tmp_path, place):
     link(root / "b" / "more.txt", root / "list.txt")
     with pytest.MonkeyPatch.context() as patch:  # whatever is installed here
         patch.setattr(listing, "extensions", lambda: formats.EXTENSIONS)
-        data = folders.ImageFiles(list_images(root, True, place))
+        data = list_images(root, True, place)
     assert data.describe_list() == (
         "; left out 110 files and folders: 100 .heic (not readable here: pip install pillow-heif), "
         "3 .xml, 2 .txt, 2 without extension, 1 .gz and 2 more"
     )
-    left_out = data.samples.metadata["left_out"]
+    left_out = data.listing.metadata["left_out"]
     assert (left_out[listing.OUTSIDE], left_out[listing.NOWHERE]) == (1, 1)
 
 
 def test_only_some_extensions_are_counted_one_by_one(tmp_path):
     root = plant(tmp_path, ["a/1.png", *(f"a/scan.{n:04d}" for n in range(300))])
     plant(root, [f"b/scan.{n:04d}" for n in range(300)])
-    left_out = list_images(root, False).metadata["left_out"]
+    left_out = list_images(root, False).listing.metadata["left_out"]
     assert len(left_out) == listing.MAX_KINDS + 1
     assert left_out[listing.OTHERS] == 2 * (300 - listing.MAX_KINDS)
     names = ("a.h", "a.", "a." + "b" * 11, "a." + "b" * 12)
@@ -259,15 +272,15 @@ def test_list_without_images_says_what_was_found(tmp_path):
 
 def test_index_of_an_earlier_version_says_nothing_of_what_it_left_out(tmp_path):
     root, folder = plant(tmp_path / "data", ["a/1.png", "a/2.txt"]), tmp_path / "train.index"
-    metadata = list_images(root, True, folder).metadata
+    metadata = list_images(root, True, folder).listing.metadata
     old = {key: metadata[key] for key in metadata if key not in ("left_out", "crc32")}
-    (folder / "index.json").write_text(json.dumps(old | {"crc32": folders._crc32(old)}))
-    assert folders.ImageFiles(list_images(root, True, folder)).describe_list() == ""
+    (folder / "index.json").write_text(json.dumps(old | {"crc32": index_files._crc32(old)}))
+    assert list_images(root, True, folder).describe_list() == ""
 
 
 def test_is_a_sequence_of_path_and_label(tmp_path):
     root = plant(tmp_path, ["a/1.png", "a/2.png", "b/1.png"])
-    index = list_images(root, True)
+    index = list_images(root, True).samples
     assert len(index) == 3
     assert index[-1] == index[2] == (f"{root}/b/1.png", 1)
     assert list(index) == [(f"{root}/a/1.png", 0), (f"{root}/a/2.png", 0), (f"{root}/b/1.png", 1)]
@@ -288,7 +301,7 @@ def test_unreadable_folder_is_skipped_and_logged(tmp_path, monkeypatch, log):
     monkeypatch.setattr(listing, "scan", guarded)
     index = list_images(root, True)
     assert len(index) == 2
-    assert index.metadata["left_out"] == {listing.UNREADABLE: 1}
+    assert index.listing.metadata["left_out"] == {listing.UNREADABLE: 1}
     assert f"skipped folder {root}/a/secret: [Errno 13] Permission denied" in log.text
 
 
@@ -330,14 +343,14 @@ def test_nothing_is_left_of_a_list_without_images(tmp_path, files, place):
 def test_list_is_written_once_and_logged(tmp_path, monkeypatch, log):
     root, file = plant(tmp_path / "data"), tmp_path / "train.index"
     first = list_images(root, True, file)
-    assert f"{file}: listing the images of {root}, once" in log.text
+    assert f"{file}: listing the class folders of {root}, once" in log.text
     plant(root, ["ant/new.png"])
     with monkeypatch.context() as gone:
         gone.setattr(listing, "scan", None)
         again = list_images(root, True, file)
     assert pairs(again) == pairs(first)
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(first.metadata["made"]))
-    expected = f"{file}: {len(TREE)} images of {root} as of {made}; remove that folder to list "
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(again.listing.metadata["made"]))
+    expected = f"{file}: {len(TREE)} images of the class folders of {root} as of {made}; remove "
     assert expected in log.messages[-1]
     shutil.rmtree(file)
     assert len(list_images(root, True, file)) == len(first) + 1
@@ -347,11 +360,13 @@ def test_index_equals_the_list_in_memory_and_is_mapped_by_spawned_workers(tmp_pa
     root, file = plant(tmp_path / "data"), tmp_path / "train.index"
     mapped, kept = list_images(root, True, file), list_images(root, True)
     assert pairs(mapped) == pairs(kept)
-    assert isinstance(mapped.paths, np.memmap)
-    assert isinstance(mapped.offsets, np.memmap)
-    assert not isinstance(kept.paths, np.memmap)
+    for array in (mapped.names.text, mapped.names.ends, mapped.targets):
+        assert isinstance(array, np.memmap)
+    assert not isinstance(kept.names.text, np.memmap)
+    sent = pickle.dumps(mapped.listing)
+    assert len(sent) < 300 < len(mapped.names.text) + mapped.names.ends.nbytes
     sent = pickle.dumps(mapped)
-    assert len(sent) < 300 < len(mapped.paths) + mapped.offsets.nbytes
+    assert len(sent) < 1000
     for index in (pickle.loads(sent), pickle.loads(pickle.dumps(kept))):
         assert pairs(index) == pairs(kept)
         assert index.classes == kept.classes
@@ -365,7 +380,7 @@ def test_replaced_index_is_refused(tmp_path, monkeypatch):
     list_images(root, True, file)  # of the same images
     with pytest.raises(UserError, match="train.index is not the list that this run started with"):
         pickle.loads(sent)
-    monkeypatch.setattr(folders, "from_main_process", lambda work: work() ^ 1)
+    monkeypatch.setattr(index_files, "from_main_process", lambda work: work() ^ 1)
     with pytest.raises(UserError, match="it was replaced, or this machine sees an old copy"):
         list_images(root, True, file)
 
@@ -374,7 +389,7 @@ def test_index_of_another_folder_or_kind_is_refused(tmp_path):
     root, file = plant(tmp_path / "data"), tmp_path / "train.index"
     list_images(root, True, file)
     (tmp_path / "link").symlink_to(root, target_is_directory=True)
-    assert list_images(tmp_path / "link", True, file)[0][0].startswith(f"{tmp_path}/link/")
+    assert list_images(tmp_path / "link", True, file).samples[0][0].startswith(f"{tmp_path}/link/")
     other = plant(tmp_path / "other")
     with pytest.raises(UserError, match=f"lists the class folders of {root}, not .* of {other};"):
         list_images(other, True, file)
@@ -386,7 +401,12 @@ def test_damaged_index_is_refused(tmp_path):
     """Every byte of the JSON and of the headers, and every third length of the files."""
     root, folder = plant(tmp_path / "data"), tmp_path / "train.index"
     expected = pairs(list_images(root, True, folder))
-    for name, metadata in (("index.json", None), ("paths.npy", 128), ("offsets.npy", 128)):
+    for name, metadata in (
+        ("index.json", None),
+        ("names.npy", 128),
+        ("ends.npy", 128),
+        ("targets.npy", 128),
+    ):
         file, whole = folder / name, (folder / name).read_bytes()
         places = range(len(whole[:metadata]))
         damaged = [
@@ -395,7 +415,7 @@ def test_damaged_index_is_refused(tmp_path):
         damaged += [whole[:length] for length in range(0, len(whole), 3)]
         for content in damaged:
             file.write_bytes(content)
-            if content == whole.replace(b"'<i8'", b"'=i8'"):
+            if content == whole.replace(b"'<i", b"'=i"):
                 assert pairs(list_images(root, True, folder)) == expected  # it means the same
                 continue
             with pytest.raises(
@@ -410,19 +430,19 @@ def test_wrong_files_are_named(tmp_path):
     root, folder = plant(tmp_path / "data"), tmp_path / "train.index"
     list_images(root, True, folder)
     metadata = json.loads((folder / "index.json").read_text())
-    for name in ("paths.npy", "offsets.npy"):
+    for name in ("names.npy", "ends.npy", "targets.npy"):
         array = np.load(folder / name)
         for other in (array[:-1], array[1:], array.astype(np.int8)):
             np.save(folder / name, other)
-            with pytest.raises(UserError, match="cannot be used: .* do not fit index.json"):
-                open_index(folder, root)
+            with pytest.raises(UserError, match="cannot be used: .* not fit index.json"):
+                open_index(folder)
         np.save(folder / name, array)
-    open_index(folder, root)
+    open_index(folder)
     (folder / "index.json").write_text(json.dumps(metadata | {"version": 1}))
-    with pytest.raises(UserError, match="cannot be used: index.json has version 1, expected 2"):
-        open_index(folder, root)
+    with pytest.raises(UserError, match="cannot be used: index.json has version 1, expected 3"):
+        open_index(folder)
     with pytest.raises(UserError, match="no such file on this machine; .* that all machines share"):
-        open_index(tmp_path / "absent.index", root)
+        open_index(tmp_path / "absent.index")
 
 
 def test_index_of_an_earlier_version_is_refused(tmp_path):
@@ -445,7 +465,7 @@ def test_break_while_listing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         list_images(root, True, tmp_path / "train.index")
     monkeypatch.setattr(listing, "scan", scan)
-    monkeypatch.setattr(folders, "write_json", lambda *content: 1 / 0)
+    monkeypatch.setattr(index_files, "write_index", lambda *content: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list_images(root, True, tmp_path / "train.index")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -458,21 +478,21 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
         list_images(root, True, tmp_path / "taken" / "train.index")
 
 
-@pytest.mark.parametrize("name", ["paths.npy", "offsets.npy"])
+@pytest.mark.parametrize("name", ["names.npy", "ends.npy"])
 def test_incomplete_copy_gives_no_wrong_path(tmp_path, name):
     """A copy that broke off: of its full size, with zeros where nothing has arrived."""
     root, folder = plant(tmp_path / "data"), tmp_path / "train.index"
     expected, content = pairs(list_images(root, True, folder)), (folder / name).read_bytes()
     for first in range(128, len(content) - 40, 7):
         (folder / name).write_bytes(content[:first] + bytes(40) + content[first + 40 :])
-        if name == "offsets.npy" and first + 40 >= len(content) - 8:  # the end of paths.npy is lost
-            with pytest.raises(UserError, match="do not fit index.json"):
-                open_index(folder, root)
+        if name == "ends.npy" and first + 40 >= len(content) - 8:  # the end of names.npy is lost
+            with pytest.raises(UserError, match="not fit index.json"):
+                open_index(folder)
             continue
-        damaged, errors = open_index(folder, root), set()
+        damaged, errors = open_index(folder), set()
         for number, pair in enumerate(expected):
             try:
-                assert damaged[number] == pair
+                assert f"{root}/{damaged.names[number]}" == pair[0]
             except UserError as error:
                 errors.add(str(error))
         assert errors == {
@@ -488,7 +508,7 @@ def test_two_writers_at_the_same_time_do_not_share_files(tmp_path, monkeypatch):
     def slow(path: str):
         if path.endswith("bee") and not others:
             others.append(None)
-            others.append(folders._make(folder, str(root), True, False))
+            others.append(list_images(root, True, folder).listing.metadata["crc32"])
         return scan(path)
 
     monkeypatch.setattr(listing, "scan", slow)
@@ -497,7 +517,7 @@ def test_two_writers_at_the_same_time_do_not_share_files(tmp_path, monkeypatch):
     others.clear()
     index = list_images(root, True, folder)
     assert pairs(index) == expected
-    assert index.metadata["crc32"] == others[1]
+    assert index.listing.metadata["crc32"] == others[1]
     assert [path.name for path in tmp_path.iterdir() if path.name != "data"] == ["train.index"]
 
 
@@ -511,11 +531,24 @@ def test_names_that_are_no_text_are_logged(tmp_path, monkeypatch, capsys):
     process_group.init_distributed_mode("cpu")
     list_images(root, True, tmp_path / "x")
     terminal.flush()
-    assert f"listing the images of {tmp_path}/\\udcff, once".encode() in terminal.buffer.getvalue()
+    assert (
+        f"listing the class folders of {tmp_path}/\\udcff, once".encode()
+        in terminal.buffer.getvalue()
+    )
     assert capsys.readouterr().err == ""
 
 
 # --- in little memory -----------------------------------------------------------------------------
+
+
+def test_incomplete_copy_gives_no_wrong_label(tmp_path):
+    """Zeros in place of labels are those of the first class."""
+    root, folder = plant(tmp_path / "data"), tmp_path / "train.index"
+    list_images(root, True, folder)
+    file = folder / "targets.npy"
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match="labels do not fit their checksum; remove it, and the"):
+        list_images(root, True, folder)
 
 
 def generate(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -525,8 +558,9 @@ def generate(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     def paths(walk: listing.FolderWalk) -> Iterator[str]:
         yield from (f"{walk.top}/{n:09d}.jpg" for n in range(count // 1000))
 
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
     monkeypatch.setattr(folders, "class_folders", lambda *words: names)
-    monkeypatch.setattr(listing.FolderWalk, "by_folder", paths)
+    monkeypatch.setattr(listing.FolderWalk, "in_order", paths)
 
 
 def test_memory_to_open_an_index_does_not_grow_with_the_images(tmp_path, monkeypatch):
@@ -536,22 +570,23 @@ def test_memory_to_open_an_index_does_not_grow_with_the_images(tmp_path, monkeyp
         folder = tmp_path / f"{count}"
         list_images("/data", True, folder)
         tracemalloc.start()
-        index = open_index(folder, "/data")
-        assert index[count - 1] == (f"/data/class0999/{count // 1000 - 1:09d}.jpg", 999)
+        index = open_index(folder)
+        assert index.names[count - 1] == f"class0999/{count // 1000 - 1:09d}.jpg"
+        assert index.arrays["targets"][count - 1] == 999
         kept.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert kept[1] < 1.2 * kept[0] + 10_000
     assert kept[1] < 600_000  # the names of 1000 classes, and the JSON with them
 
 
-def test_list_in_memory_takes_a_path_and_eight_bytes_an_image(monkeypatch):
+def test_list_in_memory_takes_a_path_and_twelve_bytes_an_image(monkeypatch):
     generate(monkeypatch, 100_000)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     index = list_images("/data", labeled=True)
     kept = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert kept < 100_000 * (len("class0000/000000000.jpg") + 1 + 8) + 400_000
+    assert kept < 100_000 * (len("class0000/000000000.jpg") + 1 + 12) + 400_000
     assert len(index) == 100_000
 
 
@@ -571,7 +606,7 @@ def photos(root: Path, classes: str, count: int) -> Path:
 def test_mapped_images_are_read_and_named_by_workers(tmp_path):
     root = photos(tmp_path / "data", "abc", 3)
     (root / "b" / "1.png").write_bytes(b"")
-    data = folders.ImageFiles(list_images(root, True, tmp_path / "train.index"))
+    data = list_images(root, True, tmp_path / "train.index")
     transform = create_eval_transform(4)
     whole = TransformedDataset(data, transform, 0, nb_classes=3, on_bad="leave out")
     loader = WatchedLoader(whole, EvalSampler(9, 0, 1), 2, num_workers=2)
@@ -587,7 +622,7 @@ def test_flag_is_refused_where_there_are_no_folders(data_set, capsys):
     for parser in (options.pretrain_parser(), options.finetune_parser()):
         with pytest.raises(SystemExit):
             options.parse(parser, words)
-        expected = f"--data_index is for folders of images, not for --data_set {data_set}"
+        expected = f"--data_index is for image files, not for --data_set {data_set}"
         assert expected in capsys.readouterr().err
 
 
@@ -596,7 +631,7 @@ def test_visualize_refuses_data_index_without_folders(tmp_path):
     torch.save(model | {"args": {"mask_ratio": 0.6, "data_set": "DIGITS"}}, tmp_path / "a.pth")
     words = ["--model", "tests.tiny:fcmae"]
     words += ["--checkpoint", str(tmp_path / "a.pth"), "--device", "cpu", "--data_index", "lists"]
-    with pytest.raises(UserError, match="--data_index needs image folders, not --data_set DIGITS"):
+    with pytest.raises(UserError, match="--data_index needs image files, not --data_set DIGITS"):
         visualize.main(options.visualize_parser().parse_args(words))
 
 
@@ -610,8 +645,9 @@ def rank_main(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     process_group.init_distributed_mode("cpu")
     if rank == 1:
-        folders.write_json = None  # only the main process writes
-    found = [pairs(list_images(folder / "data", True, folder / "train.index")) for _ in range(2)]
+        index_files.write_index = None  # only the main process writes
+    lists = [list_images(folder / "data", True, folder / "train.index") for _ in range(2)]
+    found = [[(path, int(label)) for path, label in pairs(each)] for each in lists]
     try:
         list_images(folder / "other", True, folder / "other.index")
     except UserError as error:
@@ -640,6 +676,6 @@ def test_run_writes_and_uses_an_index_of_each_split(tmp_path):
     words = [*FINETUNE, "--data_path", tmp_path / "data", "--num_workers", 1]
     words += ["--data_index", tmp_path / "lists", "--output_dir", tmp_path / "run"]
     printed = run_script("main_finetune.py", *words, ranks=1, folder=tmp_path)
-    assert printed.count("listing the images of") == 2
+    assert printed.count("listing the class folders of") == 2
     made = sorted(path.name for path in (tmp_path / "lists").iterdir())
     assert made == ["train.index", "val.index"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_loading.folders import DatasetSpec
+from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import split
-from data_loading.tables import Columns, choose_columns, read_table, table
+from data_loading.tables import Columns, choose_columns, read_table
 from errors import UserError
 
 
@@ -18,7 +18,10 @@ def make(tmp_path):
     for number in range(4):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
 
-    def make(text, train=True, name="t.csv", kind=None, eval_text=None, labeled=True, **columns):
+    def make(
+        text, train=True, name="t.csv", kind=None, eval_text=None, labeled=True,
+        skip_missing=False, **columns,
+    ):  # fmt: skip
         (tmp_path / name).write_text(text)
         other = None
         if eval_text is not None:
@@ -26,8 +29,10 @@ def make(tmp_path):
             (tmp_path / "other.csv").write_text(eval_text)
         columns = Columns(**columns)
         path = str(tmp_path / name)
-        spec = DatasetSpec(path, other, kind=kind, columns=columns, labeled=labeled)
-        return table(spec, train)
+        spec = DatasetSpec(
+            path, other, kind=kind, columns=columns, labeled=labeled, skip_missing=skip_missing
+        )
+        return open_images("table", spec, train)
 
     return make
 
@@ -47,7 +52,7 @@ def make(tmp_path):
 def test_formats(make, name, text):
     """A table of another program would train on shifted or unstripped labels."""
     data = make(text, name=name)
-    assert (data.files, data.classes, data.targets.tolist()) == (
+    assert ([*data.names], data.classes, data.targets.tolist()) == (
         ["0.png", "1.png"],
         ["a", "b"],
         [1, 0],
@@ -99,16 +104,17 @@ SPLIT = "image,label,split\n0.png,a,train\n1.png,b,VAL\n2.png,c,test\n3.png,b,tr
 
 def test_split_column(make):
     """Test rows must not be trained on, nor join the validation."""
-    assert [make(SPLIT).files, make(SPLIT).others] == [["0.png", "3.png"], 2]
-    assert make(SPLIT, train=False).files == ["1.png"]
-    assert make(SPLIT.replace("VAL", "train"), train=False).files == ["2.png"]
+    assert [*make(SPLIT).names] == ["0.png", "3.png"]
+    assert make(SPLIT).own_split == "column split"
+    assert [*make(SPLIT, train=False).names] == ["1.png"]
+    assert [*make(SPLIT.replace("VAL", "train"), train=False).names] == ["2.png"]
     both = {"train": False, "eval_text": SPLIT}
     assert len(make("0.png,a", **both)) == 4  # a table of its own
-    assert make("0.png,a", split="split", **both).files == ["1.png"]
+    assert [*make("0.png,a", split="split", **both).names] == ["1.png"]
     renamed = SPLIT.replace("split", "fold")
     with pytest.raises(UserError, match="has the columns image, label, fold|no column of splits"):
         make(renamed, train=False)
-    assert make(renamed, train=False, split="fold").files == ["1.png"]
+    assert [*make(renamed, train=False, split="fold").names] == ["1.png"]
 
 
 def test_given_columns_and_root(make, tmp_path):
@@ -157,8 +163,11 @@ def test_refusals(make, text, given, said):
 
 
 def test_missing_image_names_its_line(make, caplog):
-    data = make("image,label\n0.png,a\n9.png,a\n")
-    assert "1 of the first 2 image files do not exist: line 3: " in caplog.text
+    text = "image,label\n0.png,a\n9.png,a\n"
+    with pytest.raises(UserError, match="1 of 2 image files do not exist: line 3: .*9.png; corr"):
+        make(text)
+    data = make(text, skip_missing=True)
+    assert "1 of 2 image files do not exist: line 3: " in caplog.text
     with pytest.raises(UserError) as caught:
         data[1]
     assert "correct line 3 of " in caught.value.remedy
@@ -167,9 +176,9 @@ def test_missing_image_names_its_line(make, caplog):
 def test_rows_of_an_image_stay_in_one_part(make):
     """A copy of a training image would make the evaluation look too good."""
     rows = [f"{number % 40}.png,{'ab'[number % 2]}" for number in range(80)]
-    data = make("\n".join(rows))
+    data = make("\n".join(rows), skip_missing=True)
     parts = [split(data, 0.3, train) for train in (True, False)]
-    files = [{data.files[index] for index in part.indices} for part in parts]
+    files = [{data.names[index] for index in part.indices} for part in parts]
     assert not files[0] & files[1]
     assert [len(part) % 2 for part in parts] == [0, 0]
     assert len(parts[0]) + len(parts[1]) == 80
@@ -182,7 +191,7 @@ def test_an_image_of_several_rows_is_held_out_with_all_of_them(make):
     data = make("image,label\n" + rows)
     for fraction in (0.01, 0.99):
         train, val = (split(data, fraction, part) for part in (True, False))
-        files = [{data.files[i] for i in part.indices} for part in (train, val)]
+        files = [{data.names[i] for i in part.indices} for part in (train, val)]
         assert not files[0] & files[1]
         assert len(files[1] - {"2.png"}) == 1  # of class a
         assert "2.png" in files[0]  # the only one of class b
@@ -193,7 +202,7 @@ def test_an_image_of_two_classes_stays_in_one_part(make):
     data = make("image,label\n0.png,a\n1.png,a\n0.png,b\n1.png,b\n2.png,b\n")
     for fraction in (0.01, 0.5, 0.9):
         train, val = (split(data, fraction, part) for part in (True, False))
-        files = [{data.files[i] for i in part.indices} for part in (train, val)]
+        files = [{data.names[i] for i in part.indices} for part in (train, val)]
         assert not files[0] & files[1]
         assert "2.png" in files[0]  # 0 and 1 count as images of a, their first class
 

@@ -1,0 +1,111 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A data set of image files with labels, whatever holds the files.
+
+python -c "from data_loading.images import Images; print(Images.__doc__)"
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from data_loading.decode import BadImage, load_image
+from data_loading.files import Files
+from data_loading.index import Listing
+from data_loading.listing import describe_left_out
+from errors import plural
+
+
+class Images(Dataset):
+    """Images with their targets, if they are listed.
+
+    open_files: returns what reads the images of a listing. path: where they come from, for
+    messages. kind: of the targets, class, multi or number; None without. classes: names of the
+    classes, or numbers, by label. targets: (N,) labels or (N, K) rows. weights: (N,) for sampling,
+    or None. own_split: what separates training from evaluation images in the data, `column split`
+    or `folder val/`; '' if nothing does.
+    """
+
+    def __init__(self, open_files: Callable[[Listing], Files], listing: Listing, path: str) -> None:
+        self.open_files, self.listing, self.path = open_files, listing, path
+        self.files = open_files(listing)
+        facts = listing.metadata
+        self.kind, self.classes = facts.get("kind"), facts.get("classes")
+        self.own_split: str = facts.get("own_split", "")
+        self.targets = listing.arrays.get("targets")
+        self.weights = listing.arrays.get("weights")
+
+    def __reduce__(self) -> tuple:
+        """Let spawned worker processes map an index themselves, and open its files."""
+        return Images, (self.open_files, self.listing, self.path)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        target = None if self.targets is None else self.targets[index]
+        try:
+            return load_image(self.files.read(index)), target
+        except FileNotFoundError as error:
+            where = self.line_of(index)
+            if where:
+                remedy = f"correct {where}, or --image_root"
+                raise BadImage("no such file", remedy=remedy) from error
+            folder = self.listing.folder
+            if folder is None:
+                raise
+            raise BadImage(
+                f"it does not exist, but {folder} lists it",
+                remedy=f"the list is old: remove {folder}, and the next run lists the images again",
+            ) from error
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the images, by which they are ordered: paths in the data."""
+        return self.listing.names
+
+    @property
+    def samples(self) -> "Samples":
+        """(path, target) of each image, as torchvision's folders have them."""
+        return Samples(self)
+
+    @property
+    def is_table(self) -> bool:
+        """True if columns of a table, or of an archive, give the labels."""
+        return "columns" in self.listing.metadata
+
+    def line_of(self, index: int) -> str:
+        """Return `line 3 of photos.csv`, or '' if the images are not rows of a table."""
+        lines = self.listing.arrays.get("lines")
+        unit = self.listing.metadata.get("unit")
+        return "" if lines is None else f"{unit} {lines[index]} of {self.path}"
+
+    def example_of(self, label: int) -> str:
+        """Return the first row, or else image, that has a class: `line 3`, `cat/1.jpg`."""
+        has = self.targets == label if self.targets.ndim == 1 else self.targets[:, label]
+        index = int(np.argmax(has))
+        return self.line_of(index).partition(" of ")[0] or self.names[index]
+
+    def describe_list(self) -> str:
+        """Describe the files that are left out, and those listed twice; '' if there are none."""
+        shared = self.listing.metadata.get("shared")
+        text = f"; in two classes, by links: {plural(shared, 'image')}" if shared else ""
+        return describe_left_out(self.listing.metadata.get("left_out", {})) + text
+
+
+class Samples(Sequence):
+    """(path, target) of each image; nothing is copied."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        number = range(len(self))[index]
+        targets = self.images.targets
+        return self.images.files.locate(number), None if targets is None else targets[number]

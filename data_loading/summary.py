@@ -1,0 +1,63 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Log lines that say what a data set holds, and what is odd about it.
+
+python -c "from data_loading.summary import describe_outputs; print(describe_outputs(3, 'class'))"
+"""
+
+from typing import Any
+
+from data_loading.images import Images
+from data_loading.labels import class_names
+from data_loading.split import Part
+from data_loading.tables import SPLITS
+from errors import first_few, plural
+from parallel.process_group import get_logger
+
+NOUN = {"class": "class", "multi": "class", "number": "number"}  # of an output
+IN_LOG = {"class": "of", "multi": "with any of", "number": "with"}
+
+
+def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
+    """Describe classes that suggest a folder of another level; '' if they do not.
+
+    nb_classes: None if labels are not used.
+    """
+    names = class_names(dataset) or ()
+    fix = "give the folder that directly holds one folder of images per class"
+    if nb_classes == 1:
+        only = f", {names[0]!r}" if names else ""
+        return f"all images are of one class{only}, so there is nothing to learn; {fix}"
+    if nb_classes and names and SPLITS.issuperset(map(str.lower, names)):
+        return f"the classes are called {first_few(names)}, like parts of a data set; {fix}"
+    return ""
+
+
+def describe_outputs(count: int, kind: str, some: str = "") -> str:
+    """Return `of 3 classes`, `with any of 3 classes` or `with 3 numbers`; some: such as `2 of `."""
+    return f"{IN_LOG[kind]} {some}{plural(count, NOUN[kind])}"
+
+
+def log_dataset(
+    dataset: Any,
+    is_train: bool,
+    size: tuple[int, int],
+    nb_classes: int | None = None,
+    kind: str = "class",
+) -> None:
+    """Log images, classes and image size, and what is left out and why; warn of one class.
+
+    size: (height, width). nb_classes: None if labels are not used.
+    """
+    name, classes = "train" if is_train else "val", ""
+    if nb_classes is not None:
+        names = class_names(dataset) or ()
+        some = f"{len(names)} of " * (0 < len(names) < nb_classes)
+        classes = f" {describe_outputs(nb_classes, kind, some)}"
+        classes += f" ({first_few(names)})" if names else ""
+    files = dataset.dataset if isinstance(dataset, Part) else dataset
+    remarks = files.describe_list() if isinstance(files, Images) else ""
+    text = "%s: %s%s, used at %d x %d pixels%s"
+    get_logger().info(text, name, plural(len(dataset), "image"), classes, *size, remarks)
+    if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
+        get_logger().warning("%s: %s", name, problem)

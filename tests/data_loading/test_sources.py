@@ -1,0 +1,266 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""What --data_path may be: it is recognized, and its images are the same whatever holds them."""
+
+import csv
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_loading.files import Names, sort_by_name
+from data_loading.images import Images
+from data_loading.sources import DatasetSpec, open_images
+from data_loading.split import split
+from data_loading.tables import Columns
+from errors import UserError
+
+CLASSES = ("ant", "ant-2", "bee")  # "ant-2/1" sorts ahead of "ant/1" as text
+
+
+def pack_zip(root: Path, archive: Path, names: list[str], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(archive, "w", method) as file:
+        for name in names:
+            file.write(root / name, name)
+    return archive
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Class folders with nested images of different sizes."""
+    root = tmp_path / "photos"
+    noise = np.random.default_rng(0)
+    for name in CLASSES:
+        for number in (2, 10, 1):
+            path = root / name / ("deep/" * (number == 10)) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = noise.integers(0, 256, (8 + number, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+def names_of(root: Path) -> list[str]:
+    found = [path.relative_to(root).as_posix() for path in root.rglob("*.png")]
+    return sorted(found, reverse=True)  # the order of a file must not matter
+
+
+def write_table(root: Path, path: Path, prefix: str = "") -> Path:
+    with open(path, "w", newline="") as file:
+        rows = [(prefix + name, name.split("/")[0]) for name in names_of(root)]
+        csv.writer(file).writerows([("image", "label"), *rows])
+    return path
+
+
+def forms(photos: Path, tmp_path: Path) -> dict[str, Path]:
+    """Return the same images as a folder, a table and zip files."""
+    names = names_of(photos)
+    packed = tmp_path / "packed.zip"
+    return {
+        "folder": photos,
+        "table": write_table(photos, photos / "rows.csv"),
+        "table elsewhere": write_table(photos, tmp_path / "rows.tsv.csv", "photos/./"),
+        "zip": pack_zip(photos, packed, names),
+        "packed zip": pack_zip(photos, tmp_path / "b.zip", names, zipfile.ZIP_DEFLATED),
+        "zip of a folder": pack_zip(tmp_path, tmp_path / "c.zip", [f"photos/{n}" for n in names]),
+    }
+
+
+def content(data: Images) -> list[tuple]:
+    return [(data[i][0].tobytes(), data[i][1]) for i in range(len(data))]
+
+
+def test_images_are_the_same_whatever_holds_them(photos, tmp_path):
+    """Order, labels, classes and the images that --val_split holds out decide the weights."""
+    found = {}
+    for form, path in forms(photos, tmp_path).items():
+        data = open_images("auto", DatasetSpec(str(path)), True)
+        held = content_of(split(data, 0.3, train=False), data)
+        found[form] = (content(data), list(data.classes), data.kind, held)
+    assert len(found["folder"][0]) == 9
+    assert found["folder"][1] == ["ant", "ant-2", "bee"]
+    for form, data in found.items():
+        assert data[:3] == found["folder"][:3], form
+        if form != "table elsewhere":  # which has other names
+            assert data[3] == found["folder"][3], form
+
+
+def content_of(part, data: Images) -> list[tuple]:
+    return [(data[int(i)][0].tobytes(), data[int(i)][1]) for i in part.indices]
+
+
+def test_pretraining_has_the_order_of_fine_tuning(photos, tmp_path):
+    for path in forms(photos, tmp_path).values():
+        labeled, plain = (
+            open_images("auto", DatasetSpec(str(path), labeled=labeled), True)
+            for labeled in (True, False)
+        )
+        assert [c[0] for c in content(plain)] == [c[0] for c in content(labeled)]
+        assert plain.targets is None
+        assert plain.classes is None
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation"), ("train", "test")])
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_parts_are_found_by_their_folders(names, form, photos, tmp_path):
+    root = tmp_path / "both"
+    for name in names:
+        (root / name).mkdir(parents=True)
+    (photos / "ant").rename(root / names[0] / "ant")
+    (photos / "bee").rename(root / names[1] / "bee")
+    path = root
+    if form == "zip":
+        path = pack_zip(tmp_path, tmp_path / "both.zip", [f"both/{n}" for n in names_of(root)])
+    train, val = (open_images("auto", DatasetSpec(str(path)), part) for part in (True, False))
+    assert (train.classes, val.classes) == (["ant"], ["bee"])
+    assert train.own_split == val.own_split == f"folder {names[1]}/"
+    assert list(train.names) == ["ant/1.png", "ant/2.png", "ant/deep/10.png"]
+    whole = open_images("folder", DatasetSpec(str(path), labeled=False), True)
+    assert len(whole) == 6
+
+
+def test_class_may_be_called_train(photos, tmp_path):
+    (photos / "ant").rename(photos / "train")
+    pack = pack_zip(photos, tmp_path / "a.zip", names_of(photos))
+    for path in (photos, pack):
+        assert open_images("auto", DatasetSpec(str(path)), True).classes == [*CLASSES[1:], "train"]
+
+
+def test_evaluation_is_never_the_training_images(photos, tmp_path):
+    for path in forms(photos, tmp_path).values():
+        with pytest.raises(UserError, match="which images are for evaluation.*--val_split 0.1"):
+            open_images("auto", DatasetSpec(str(path)), False)
+        own = open_images("auto", DatasetSpec("/nowhere", str(path)), False)
+        assert len(own) == 9
+
+
+def test_images_without_labels_are_refused_in_fine_tuning(tmp_path):
+    root = tmp_path / "flat"
+    root.mkdir()
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(root / f"{number}.png")
+    pack = pack_zip(root, tmp_path / "flat.zip", names_of(root))
+    with pytest.raises(UserError, match="flat.zip: 3 images of 3 are in no class folder: 2.png"):
+        open_images("auto", DatasetSpec(str(pack)), True)
+    with pytest.raises(UserError, match="flat: no class folders; expected one folder of images"):
+        open_images("auto", DatasetSpec(str(root)), True)
+    for path in (root, pack):
+        assert len(open_images("auto", DatasetSpec(str(path), labeled=False), True)) == 3
+
+
+def test_what_is_no_image_of_a_zip_file_is_left_out(photos, tmp_path):
+    archive = pack_zip(photos, tmp_path / "a.zip", names_of(photos))
+    with zipfile.ZipFile(archive, "a") as file:
+        for name in ("__MACOSX/ant/._1.png", "ant/.hidden.png", "ant/notes.txt", "ant/Thumbs.db"):
+            file.writestr(name, b"")
+        link = zipfile.ZipInfo("ant/link.png")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "/etc/passwd")
+        file.mkdir("empty") if hasattr(file, "mkdir") else file.writestr("empty/", b"")
+    data = open_images("auto", DatasetSpec(str(archive)), True)
+    assert (len(data), data.classes) == (9, list(CLASSES))
+    assert data.describe_list() == (
+        "; left out 5 files and folders: 3 hidden or system, 1 .txt, 1 linking to a file"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_member_that_was_replaced_counts_once(photos, tmp_path):
+    archive = pack_zip(photos, tmp_path / "a.zip", [*names_of(photos), "ant/1.png"])
+    with zipfile.ZipFile(archive, "a") as file:
+        file.write(photos / "bee" / "2.png", "ant/1.png")
+    data = open_images("auto", DatasetSpec(str(archive)), True)
+    assert len(data) == 9
+    assert data[0][0].size == (9, 10)
+
+
+BAD_MEMBERS = {
+    "outside": ("../a/1.png", "1 name of it lead out of the folder"),
+    "absolute": ("/a/1.png", "1 name of it lead out of the folder"),
+}
+
+
+@pytest.mark.parametrize(("name", "said"), BAD_MEMBERS.values(), ids=BAD_MEMBERS)
+def test_member_cannot_leave_its_folder(name, said, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr(zipfile.ZipInfo(name), b"x")
+    with pytest.raises(UserError, match=said):
+        open_images("auto", DatasetSpec(str(tmp_path / "a.zip"), labeled=False), True)
+
+
+def test_member_cannot_unpack_beyond_its_size(tmp_path):
+    """A bomb: its directory says 10 bytes, its content has 100 million."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/1.png", bytes(10**8))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace((10**8).to_bytes(4, "little"), (10).to_bytes(4, "little")))
+    data = open_images("auto", DatasetSpec(str(path), labeled=False), True)
+    with pytest.raises(UserError, match="damaged in the zip file"):
+        data.files.read(0)
+
+
+def test_damaged_zip_files_are_user_errors(photos, tmp_path):
+    archive = pack_zip(photos, tmp_path / "a.zip", names_of(photos))
+    whole = archive.read_bytes()
+    data = open_images("auto", DatasetSpec(str(archive)), True)
+    start = int(data.listing.arrays["header_offset"][4])
+    archive.write_bytes(whole[: start + 60] + b"?" + whole[start + 61 :])
+    with pytest.raises(UserError, match="damaged in the zip file: its checksum does not fit"):
+        data.files.read(4)
+    archive.write_bytes(bytes(8) + whole)
+    fresh = open_images("auto", DatasetSpec(str(archive)), True)
+    assert len(fresh) == 9  # as unzip reads it
+    with pytest.raises(UserError, match="has changed since its images were listed"):
+        data.files.read(4)
+    archive.write_bytes(whole[:-30])
+    with pytest.raises(UserError, match=r"expected a folder, a table .* or a zip file"):
+        open_images("auto", DatasetSpec(str(archive)), True)
+
+
+def test_zip_file_that_changed_needs_a_new_index(photos, tmp_path):
+    archive = pack_zip(photos, tmp_path / "a.zip", names_of(photos))
+    spec = DatasetSpec(str(archive), data_index=str(tmp_path / "lists"))
+    first = open_images("auto", spec, True)
+    again = open_images("auto", spec, True)
+    assert content(again) == content(first)
+    assert isinstance(again.listing.arrays["crc"], np.memmap)
+    sent = pickle.dumps(again)
+    assert content(pickle.loads(sent)) == content(first)
+    pack_zip(photos, archive, names_of(photos)[1:])
+    with pytest.raises(UserError, match="a.zip has changed since .*train.index was written"):
+        open_images("auto", spec, True)
+    table = str(write_table(photos, photos / "rows.csv"))
+    with pytest.raises(UserError, match="train.index lists the images of .*a.zip, not the table"):
+        open_images("auto", DatasetSpec(table, data_index=spec.data_index), True)
+
+
+def test_table_is_listed_once_too(photos, tmp_path, monkeypatch):
+    path = write_table(photos, photos / "rows.csv")
+    spec = DatasetSpec(str(path), data_index=str(tmp_path / "lists"))
+    first = open_images("auto", spec, True)
+    monkeypatch.setattr("data_loading.sources.read_table", None)
+    again = open_images("auto", spec, True)
+    assert content(again) == content(first)
+    assert again.line_of(0) == first.line_of(0) == f"line 7 of {path}"
+    other = DatasetSpec(str(path), data_index=spec.data_index, columns=Columns(labels=("image",)))
+    with pytest.raises(UserError, match="give another --data_index"):
+        open_images("auto", other, True)
+
+
+def test_order_does_not_depend_on_the_order_of_the_source():
+    names = [b"b/1", b"a/2", b"a-b/1", b"a/10", b"a", b"a/b/c", b"\xff/1", b"a/2"]
+    order = sort_by_name(Names.pack(names))
+    assert [names[i] for i in order] == sorted(names, key=lambda name: name.split(b"/"))
+    assert list(order).index(1) < list(order).index(7)  # rows of the same image keep their order
+    assert sort_by_name(Names.pack(sorted(names, key=lambda name: name.split(b"/")))) is None
+
+
+def test_names_can_be_chosen_by_place():
+    names = Names.pack([b"a", b"bc", os.fsencode("d\udcffé")])
+    assert list(names) == ["a", "bc", "d\udcffé"]
+    assert list(names.take(np.array([2, 0, 0]))) == ["d\udcffé", "a", "a"]
+    assert list(names.take(np.array([], np.int64))) == []
