@@ -29,6 +29,7 @@ from data_loading.labels import (
     order_of_head,
 )
 from data_loading.loader import DeviceLoader
+from data_loading.mixed import Listed, MixedImages
 from data_loading.samplers import EvalSampler, TrainSampler, balance
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import Part, list_labels, list_values, split
@@ -266,7 +267,7 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
     with naming_source(args, head):
         data = create_dataset(args.data_set, spec, is_train or splits)
     if splits:
-        if isinstance(data, Images) and data.own_split:
+        if isinstance(data, Listed) and data.own_split:
             raise UserError(
                 f"--val_split: {args.data_path} has evaluation data of its own ({data.own_split}); "
                 "drop --val_split"
@@ -400,6 +401,11 @@ def build_loader(
 
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
     """Build the weights by which images are drawn, None to take each once an epoch."""
+    data = dataset.dataset.dataset if isinstance(dataset.dataset, Part) else dataset.dataset
+    if isinstance(data, MixedImages) and data.shares:
+        if sampling == "balanced":
+            raise UserError("--sampling balanced and the weights of --data_path: drop one of them")
+        sampling = "weighted"
     if sampling == "shuffle":
         return None
     name = "weights" if sampling == "weighted" else "targets"

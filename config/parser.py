@@ -7,7 +7,6 @@ python -c "from config import parser; parser.parse(parser.pretrain_parser(), ['-
 
 import argparse
 import contextlib
-import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from config import checks, flags, recipes
 from config.flags import as_typed
+from config.paths import absolute, map_sources
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
 from config.tasks import known_kind, task_flags
@@ -35,13 +35,8 @@ FINETUNE_ONLY = (
     "evaluation and EMA",
 )
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
-READ = (
-    "data_path",
-    "eval_data_path",
-    "image_root",
-    "finetune",
-    "resume",
-)  # a path, or another source
+SOURCES = ("data_path", "eval_data_path")  # one path or several
+READ = (*SOURCES, "image_root", "finetune", "resume")  # a path, or another source
 
 
 class FrozenNamespace(argparse.Namespace):
@@ -341,14 +336,10 @@ def absolute_paths(args: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(args)
     for name in (*WRITTEN, *READ):
         text = args.get(name) or ""
-        if text not in ("", "none"):
-            new[name] = _absolute(text, exists=name in WRITTEN)
+        if name in SOURCES and text:
+            new[name] = map_sources(text, absolute)
+        elif text not in ("", "none"):
+            new[name] = absolute(text, exists=name in WRITTEN)
     if args.get("eval_data_path"):
-        new["eval_data_path"] = map_eval_paths(new["eval_data_path"], _absolute)
+        new["eval_data_path"] = map_eval_paths(new["eval_data_path"], absolute)
     return new
-
-
-def _absolute(text: str, exists: bool = False) -> str:
-    """Return a path as an absolute one; a text that is no path stays as it is."""
-    path = os.path.abspath(os.path.expanduser(text))
-    return path if exists or os.path.exists(path) else text

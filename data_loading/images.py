@@ -67,6 +67,10 @@ class Images(Dataset):
         """Names of the images, by which they are ordered: paths in the data."""
         return self.listing.names
 
+    def encoded_names(self) -> list[bytes]:
+        """Return all names as bytes."""
+        return self.listing.names.encoded()
+
     @property
     def samples(self) -> "Samples":
         """(path, target) of each image, as torchvision's folders have them."""

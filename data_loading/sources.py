@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from config.paths import split_sources
 from data_loading.files import Files, Found, Names, sort_by_name
 from data_loading.folders import FolderFiles, list_folder
 from data_loading.images import Images
 from data_loading.index import Listing, cached, file_states
 from data_loading.listing import is_system, scan
+from data_loading.mixed import MixedImages
 from data_loading.tables import (
     EVAL,
     SPLITS,
@@ -98,15 +100,27 @@ class Source:
     archives: Sequence[str] = ()
 
 
-def open_images(layout: str, spec: DatasetSpec, train: bool) -> Images:
-    """Open the images to train on or to evaluate.
+def open_images(layout: str, spec: DatasetSpec, train: bool) -> Images | MixedImages:
+    """Open the images to train on or to evaluate; several sources become one data set.
 
     layout: of --data_set: auto; IMNET for class folders in train/ and val/; image_folder for class
     folders; folder for images without labels; table. Every rank must call it.
     """
     name = "train.index" if train else "val.index"
     folder = Path(spec.data_index).expanduser() / name if spec.data_index else None
-    return open_part(_find_part(layout, spec, train), folder)
+    flag, path = _choose_path(layout, spec, train)
+    try:
+        sources = split_sources(path)
+    except ValueError as error:
+        raise UserError(f"--{flag}: {error}") from error
+    if len(sources) == 1:
+        return open_part(_find_part(layout, spec, train, flag, path), folder)
+    parts = []
+    for number, (each, _) in enumerate(sources, 1):
+        own = folder and folder.with_name(f"{folder.stem}-{number}.index")
+        parts.append(open_part(_find_part(layout, spec, train, flag, each), own))
+    shares = [share for _, share in sources]
+    return MixedImages(parts, None if None in shares or not train else shares)
 
 
 def open_part(part: Part, folder: Path | None = None) -> Images:
@@ -120,14 +134,20 @@ def open_part(part: Part, folder: Path | None = None) -> Images:
     return Images(source.open, listing, part.path)
 
 
-def _find_part(layout: str, spec: DatasetSpec, train: bool) -> Part:
-    """Return the part to read, within a folder that has train/ and val/."""
-    own = bool(spec.eval_data_path) and not train
-    flag = "eval_data_path" if own or (layout == "image_folder" and not train) else "data_path"
+def _choose_path(layout: str, spec: DatasetSpec, train: bool) -> tuple[str, str]:
+    """Return the flag that gives the data of a part, and its value."""
+    own = not train and (bool(spec.eval_data_path) or layout == "image_folder")
+    flag = "eval_data_path" if own else "data_path"
     path = getattr(spec, flag)
     if not path:
-        hint = "" if flag == "data_path" else ", or --val_split 0.1"
+        hint = ", or --val_split 0.1" if own else ""
         raise UserError(f"--{flag} is not given; give the folder, table or archive of images{hint}")
+    return flag, path
+
+
+def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str) -> Part:
+    """Return the part to read, within a folder that has train/ and val/."""
+    own = flag == "eval_data_path"
     part = Part(layout, os.path.expanduser(path), spec, train, is_own=own)
     if not os.path.exists(part.path):
         raise UserError(f"--{flag} {path}: no such file or folder")

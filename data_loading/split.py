@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from data_loading.images import Images
 from data_loading.labels import class_names
+from data_loading.mixed import Listed
 from data_loading.rng import fold_in
 from errors import UserError
 
@@ -86,16 +86,16 @@ def _images(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Rows of a table may have the same image; it counts as one of the class of the first row.
     """
-    if not isinstance(dataset, Images):
+    if not isinstance(dataset, Listed):
         return np.arange(len(dataset)), np.arange(len(dataset))
-    return np.unique(dataset.names.encoded(), return_index=True, return_inverse=True)[1:]
+    return np.unique(dataset.encoded_names(), return_index=True, return_inverse=True)[1:]
 
 
 def _draws(dataset: Any) -> np.ndarray:
     """Return a number from 0 to 1 for each sample, which depends on its name alone."""
     words = range(len(dataset))
-    if isinstance(dataset, Images):
-        words = map(zlib.crc32, dataset.names.encoded())
+    if isinstance(dataset, Listed):
+        words = map(zlib.crc32, dataset.encoded_names())
     return np.array([fold_in(STREAM, word) for word in words]) / 2**63
 
 

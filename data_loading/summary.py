@@ -7,8 +7,8 @@ python -c "from data_loading.summary import describe_outputs; print(describe_out
 
 from typing import Any
 
-from data_loading.images import Images
 from data_loading.labels import class_names
+from data_loading.mixed import Listed
 from data_loading.split import Part
 from data_loading.tables import SPLITS
 from errors import first_few, plural
@@ -56,7 +56,7 @@ def log_dataset(
         classes = f" {describe_outputs(nb_classes, kind, some)}"
         classes += f" ({first_few(names)})" if names else ""
     files = dataset.dataset if isinstance(dataset, Part) else dataset
-    remarks = files.describe_list() if isinstance(files, Images) else ""
+    remarks = files.describe_list() if isinstance(files, Listed) else ""
     text = "%s: %s%s, used at %d x %d pixels%s"
     get_logger().info(text, name, plural(len(dataset), "image"), classes, *size, remarks)
     if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):

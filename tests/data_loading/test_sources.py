@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from config.parser import absolute_paths
+from config.paths import split_sources
+from data_loading.dataset import TransformedDataset
 from data_loading.files import Names, sort_by_name
 from data_loading.images import Images
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import split
 from data_loading.tables import Columns
+from datasets import build_weights
 from errors import UserError
 
 CLASSES = ("ant", "ant-2", "bee")  # "ant-2/1" sorts ahead of "ant/1" as text
@@ -264,3 +268,79 @@ def test_names_can_be_chosen_by_place():
     assert list(names) == ["a", "bc", "d\udcffé"]
     assert list(names.take(np.array([2, 0, 0]))) == ["d\udcffé", "a", "a"]
     assert list(names.take(np.array([], np.int64))) == []
+
+
+# --- several sources ----------------------------------------------------------------------------
+
+
+def test_sources_are_joined_by_class_name(photos, tmp_path):
+    """Labels of the second source must not be those of the first with the same number."""
+    other = tmp_path / "more"
+    for name in ("bee", "cat"):
+        (other / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(other / name / "1.png")
+    pack = pack_zip(other, tmp_path / "more.zip", names_of(other))
+    data = open_images("auto", DatasetSpec(f"{photos},{pack}"), True)
+    assert data.classes == ["ant", "ant-2", "bee", "cat"]
+    assert data.targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert [data[i][1] for i in range(11)] == data.targets.tolist()
+    assert data[9][0].size == (4, 4)
+    assert data.samples[10] == (f"{pack}/cat/1.png", 3)
+    assert data.weights is None
+    assert "9 images of" in data.describe_list()
+
+
+def test_weights_are_shares_of_the_draws(photos, tmp_path):
+    pack = pack_zip(photos / "bee", tmp_path / "bee.zip", ["1.png", "2.png"])
+    spec = DatasetSpec(f"{photos}:0.75,{pack}:0.25", labeled=False)
+    data = open_images("auto", spec, True)
+    assert data.weights.tolist() == pytest.approx([0.75 / 9] * 9 + [0.125] * 2)
+    assert "for 75% of the draws" in data.describe_list()
+    assert data.targets is None
+    dataset = TransformedDataset(data, lambda image: image, 0)
+    assert build_weights(dataset, "shuffle").tolist() == data.weights.tolist()
+    with pytest.raises(UserError, match="--sampling balanced and the weights of --data_path"):
+        build_weights(dataset, "balanced")
+
+
+def test_sources_have_an_index_each(photos, tmp_path):
+    pack = pack_zip(photos, tmp_path / "a.zip", names_of(photos))
+    spec = DatasetSpec(f"{photos},{pack}", data_index=str(tmp_path / "lists"))
+    for _ in range(2):
+        data = pickle.loads(pickle.dumps(open_images("auto", spec, True)))
+        assert content(data)[:9] == content(data)[9:]
+    made = {path.name for path in (tmp_path / "lists").iterdir()}
+    assert made == {"train-1.index", "train-2.index"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{a}:0.7,{a}", "expected PATH:WEIGHT with a weight above 0"),
+        ("{a}:0.7,{a}:x", "got '.*photos:x' in"),
+        ("{a}:1,{a}:0", "expected PATH:WEIGHT"),
+        ("{a},/nowhere", "--data_path /nowhere: no such file or folder"),
+    ],
+)
+def test_wrong_sources_are_named(text, said, photos):
+    with pytest.raises(UserError, match=said):
+        open_images("auto", DatasetSpec(text.format(a=photos)), True)
+
+
+def test_path_with_a_comma_is_one_path(photos):
+    moved = photos.rename(photos.with_name("a,b:1"))
+    assert len(open_images("auto", DatasetSpec(str(moved)), True)) == 9
+    assert split_sources("x-{a,b}.tar,y") == [("x-{a,b}.tar", None), ("y", None)]
+
+
+def test_stored_flags_can_be_used_from_any_folder(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, expected in {
+        "photos": f"{tmp_path}/photos",
+        "photos:0.5,rows.csv:0.125": f"{tmp_path}/photos:0.5,rows.csv:0.125",
+        "photos/{a..c}.tar": f"{tmp_path}/photos/{{a..c}}.tar",
+        "*.tar": f"{tmp_path}/*.tar",
+        "nowhere/*.tar": "nowhere/*.tar",
+        "pets": "pets",
+    }.items():
+        assert absolute_paths({"data_path": text})["data_path"] == expected

@@ -1,0 +1,138 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Several sources as one data set, in given proportions.
+
+python main_pretrain.py --data_path "photos.tar:0.7,scans/:0.3" --model convnextv2_atto --dry_run
+"""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from config.tasks import TASK_OF
+from data_loading.images import Images
+from errors import UserError, plural
+
+
+class MixedImages(Dataset):
+    """The images of several sources, one after the other; classes of one name are one class.
+
+    shares: parts of the draws for each source, None for as many as it has images. Other attributes
+    are those of `Images`.
+    """
+
+    def __init__(self, parts: Sequence[Images], shares: Sequence[float] | None = None) -> None:
+        self.parts, self.shares = list(parts), shares
+        self.starts = [*itertools.accumulate(map(len, parts), initial=0)]
+        self.kind, self.classes, self.targets = parts[0].kind, None, None
+        self._join_targets()
+        self.weights = self._join_weights()
+        self.own_split = next((part.own_split for part in parts if part.own_split), "")
+
+    def _join_targets(self) -> None:
+        listed = [part.targets is not None for part in self.parts]
+        if not any(listed):
+            return
+        kinds = {part.kind for part in self.parts}
+        if len(kinds) > 1:
+            found = [f"{part.path} has --task {TASK_OF[part.kind]}" for part in self.parts]
+            raise UserError(f"the sources do not fit together: {', '.join(found)}; give --task")
+        names = [[*part.classes] for part in self.parts]
+        union = [*dict.fromkeys(itertools.chain(*names))]
+        if self.kind == "number" or all(each == names[0] for each in names):
+            union = names[0]
+        elif all(name.isdecimal() for name in union):
+            union.sort(key=int)
+        else:
+            union.sort()
+        unfit = [part.path for part, own in zip(self.parts, names, strict=True) if own != union]
+        if self.kind == "number" and unfit:
+            raise UserError(
+                f"{unfit[0]} has other columns of numbers than {self.parts[0].path}; name them "
+                "with --label_column"
+            )
+        self.classes = union
+        self.targets = np.concatenate(
+            [_place(part, own, union) for part, own in zip(self.parts, names, strict=True)]
+        )
+
+    def _join_weights(self) -> np.ndarray | None:
+        """Return weights of the images: own ones, scaled so that each source has its share."""
+        if self.shares is None and not any(part.weights is not None for part in self.parts):
+            return None
+        lacking = [part.path for part in self.parts if part.weights is None]
+        if 0 < len(lacking) < len(self.parts):
+            raise UserError(f"{lacking[0]} has no weights and other sources do; add the column")
+        found = []
+        for part, share in zip(self.parts, self.shares or map(len, self.parts), strict=True):
+            own = np.ones(len(part)) if part.weights is None else part.weights
+            if not own.sum() > 0:
+                raise UserError(f"{part.path}: all weights are 0; expected one above it")
+            found.append(own * (share / own.sum()))
+        return np.concatenate(found)
+
+    def _find(self, index: int) -> tuple[Images, int]:
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self.starts, index) - 1
+        return self.parts[number], index - self.starts[number]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        part, own = self._find(index)
+        return part[own][0], None if self.targets is None else self.targets[index]
+
+    @property
+    def samples(self) -> "_Samples":
+        """(path, target) of each image, as torchvision's folders have them."""
+        return _Samples(self)
+
+    def encoded_names(self) -> list[bytes]:
+        """Return the names of the images within their sources."""
+        return [name for part in self.parts for name in part.encoded_names()]
+
+    def describe_list(self) -> str:
+        """Describe the sources, and the files that each leaves out."""
+        total = sum(self.shares or [])
+        texts = []
+        for number, part in enumerate(self.parts):
+            share = f" for {self.shares[number] / total:.0%} of the draws" if self.shares else ""
+            texts.append(
+                f"{plural(len(part), 'image')} of {part.path}{share}{part.describe_list()}"
+            )
+        return f" ({'; '.join(texts)})"
+
+
+Listed = Images | MixedImages  # data sets whose images have names
+
+
+def _place(part: Images, own: list[str], union: list[str]) -> np.ndarray:
+    """Return the targets of a part with the classes of all parts."""
+    if own == union:
+        return part.targets
+    places = np.array([union.index(name) for name in own], np.int32)
+    if part.targets.ndim == 1:
+        return places[part.targets]
+    rows = np.zeros((len(part), len(union)), part.targets.dtype)
+    rows[:, places] = part.targets
+    return rows
+
+
+class _Samples(Sequence):
+    """(path, target) of each image; nothing is copied."""
+
+    def __init__(self, images: MixedImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        part, own = self.images._find(index)
+        targets = self.images.targets
+        return part.samples[own][0], None if targets is None else targets[index]
