@@ -36,6 +36,7 @@ from data_loading.split import Part, list_labels, list_values, split
 from data_loading.summary import NOUN, log_dataset
 from data_loading.tables import Columns
 from data_loading.targets import Scale, Targets, find_scale
+from data_loading.torchvision_sets import PREFIX, torchvision_set
 from data_loading.transforms import (
     RandomErasing,
     build_mean_and_std,
@@ -62,17 +63,21 @@ DATASETS: dict[str, Callable[[DatasetSpec, bool], Any]] = {
     "DIGITS": lambda spec, train: Digits(train),
     "SYNTHETIC": lambda spec, train: Synthetic(spec.input_size, spec.nb_classes or 10, train),
 }
-DOWNLOADED = ("CIFAR", "CIFAR10")  # if they are not in data_path
 
 
 def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     """Create a dataset of `DATASETS`, or call `package.module:function` with (data_path, train).
 
-    The function gets eval_data_path instead, if given, for train=False.
+    `torchvision:NAME` is one of torchvision. The function gets eval_data_path instead, if given,
+    for train=False.
     """
-    make = resolve(data_set, DATASETS, kind="data set")
-    own_path = spec.data_path if train else spec.eval_data_path or spec.data_path
-    data = make(spec, train) if data_set in DATASETS else make(own_path, train)
+    if data_set.startswith(PREFIX):
+        data = torchvision_set(data_set, spec.data_path, train)
+    elif data_set in DATASETS:
+        data = DATASETS[data_set](spec, train)
+    else:
+        own_path = spec.data_path if train else spec.eval_data_path or spec.data_path
+        data = resolve(data_set, DATASETS, kind="data set")(own_path, train)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise UserError(
             f"--data_set {data_set} returned {type(data).__name__}, expected a map-style dataset"

@@ -21,7 +21,14 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 from torchvision.utils import save_image
 
 import datasets
-from config.flags import LISTED, NEED_PATH, implied_patch, is_code, is_pretraining
+from config.flags import (
+    LISTED,
+    downloads,
+    implied_patch,
+    is_code,
+    is_pretraining,
+    needs_path,
+)
 from data_loading.files import Names
 from data_loading.folders import FolderFiles, list_folder
 from data_loading.images import Images
@@ -97,13 +104,13 @@ def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
     """Return the images of --images, or of the run's data set; typed: names of typed flags."""
     if "images" in typed:
         return image_files(args.images)
-    if args.data_set in datasets.DOWNLOADED and "data_path" not in typed:
+    if downloads(args.data_set) and "data_path" not in typed:
         raise UserError(  # a file must not choose where others are written
             f"{args.checkpoint} downloads {args.data_set}; give the folder with --data_path"
         )
     if args.data_index and args.data_set not in LISTED:
         raise UserError(f"--data_index needs image files, not --data_set {args.data_set}; drop it")
-    if args.data_set in NEED_PATH and not args.data_path:
+    if needs_path(args.data_set) and not args.data_path:
         raise UserError(f"{args.checkpoint} names no images; give --images with files or folders")
     spec = DatasetSpec(
         args.data_path,

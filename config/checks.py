@@ -92,7 +92,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
             both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"
             yield f"{both} cannot be combined: {reason}; drop one"
     evaluates_elsewhere = values.get("eval") and args.eval_data_path
-    if args.data_set in flags.NEED_PATH and not (args.data_path or evaluates_elsewhere):
+    if flags.needs_path(args.data_set) and not (args.data_path or evaluates_elsewhere):
         of = f"--data_set {args.data_set} needs --data_path" if args.data_set != "auto" else ""
         yield f"{of or '--data_path is missing'}; give the folder, table or archive of the data"
     if args.data_index and args.data_set not in flags.LISTED:
@@ -225,7 +225,9 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("model_ema_eval", "model_ema_force_cpu"):
         if getattr(args, name) and not (args.model_ema or args.eval):
             yield f"--{name} true needs --model_ema true; give both or neither"
-    if args.eval_data_path and args.data_set in flags.HAVE_EVAL_DATA:
+    if args.eval_data_path and (
+        args.data_set in flags.HAVE_EVAL_DATA or flags.downloads(args.data_set)
+    ):
         got = f"--eval_data_path: --data_set {args.data_set} has its own evaluation data"
         yield f"{got}; drop one of the two"
     if args.val_split and args.data_set in flags.HAVE_EVAL_DATA and args.data_set != "IMNET":

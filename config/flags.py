@@ -41,6 +41,16 @@ def is_code(name: str) -> bool:
     return ":" in name and not library_of(name)
 
 
+def downloads(data_set: str) -> bool:
+    """Return True for a --data_set that is downloaded to --data_path if it is not there."""
+    return data_set in DOWNLOADED or bool(library_of(data_set))
+
+
+def needs_path(data_set: str) -> bool:
+    """Return True for a --data_set that needs --data_path."""
+    return data_set in NEED_PATH or bool(library_of(data_set))
+
+
 def implied_patch(model: str, stem_stride: int) -> int | None:
     """Side of a mask patch without --patch_size; None: the stride of a network of another kind."""
     own = is_code(model) or model.removeprefix("fcmae_").startswith("convnext")
@@ -152,7 +162,8 @@ CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 KERNELS = ("auto", "torch", "triton")
 LISTED = ("auto", "IMNET", "image_folder", "folder", "table")  # --data_index lists their images
-NEED_PATH = (*LISTED, "CIFAR10", "CIFAR")
+DOWNLOADED = ("CIFAR10", "CIFAR")  # if they are not in --data_path
+NEED_PATH = (*LISTED, *DOWNLOADED)
 HAVE_EVAL_DATA = ("IMNET", "CIFAR10", "CIFAR", "DIGITS", "SYNTHETIC")
 DATA_SETS = ", ".join((*NEED_PATH[1:], "DIGITS", "SYNTHETIC"))
 LIBRARIES = ("timm", "torchvision")
@@ -178,7 +189,8 @@ FLAGS["start here"] = (
      "name of --list_models, timm:NAME, torchvision:NAME or package.module:function, perhaps with "
      "(key=value, ...); default: the checkpoint's, or convnextv2_base"),
     ("--data_set", NAME, "auto",
-     f"auto, which recognizes what --data_path is, or {DATA_SETS} or package.module:function"),
+     f"auto, which recognizes what --data_path is, {DATA_SETS}, torchvision:NAME or "
+     "package.module:function"),
     ("--data_path", PATH, "",
      "data: a folder with or without classes, a table of images (.csv, .tsv, .txt) or a zip file; "
      "DIGITS and SYNTHETIC need none"),

@@ -193,8 +193,8 @@ VISUALIZE: dict[str, Row] = {
     "checkpoint": ("--checkpoint second.pth", weight),
     "images": (
         "--images one.png photos one.png",
-        lambda found: getattr(found.ReconstructionImages[0][1], "samples", None),
-        None, [("one.png", 0), ("photos/two.png", 0), ("one.png", 0)],
+        lambda found: [path for path, _ in getattr(found.ReconstructionImages[0][1], "samples", [])],
+        [], ["one.png", "photos/two.png", "one.png"],
     ),
     "input_size": (
         "--input_size 16 24",
