@@ -193,7 +193,7 @@ VISUALIZE: dict[str, Row] = {
     "checkpoint": ("--checkpoint second.pth", weight),
     "images": (
         "--images one.png photos one.png",
-        lambda found: [path for path, _ in getattr(found.ReconstructionImages[0][1], "samples", [])],
+        lambda found: [p for p, _ in getattr(found.ReconstructionImages[0][1], "samples", ())],
         [], ["one.png", "photos/two.png", "one.png"],
     ),
     "input_size": (
