@@ -280,6 +280,9 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
         data = split(data, args.val_split, is_train)
     rows = data.dataset if isinstance(data, Part) else data
     is_table = isinstance(rows, Images) and rows.is_table
+    given = [n for n in OF_TABLES if n in getattr(args, "given", ()) and vars(args).get(n)]
+    if given and isinstance(rows, Images) and not is_table:
+        raise UserError(f"--{given[0]}: {rows.path} has no columns; drop it, or give a table")
     if is_train and is_table and rows.kind == "class" and len(rows.classes) == 1:
         raise UserError(
             f"{args.data_path}: all rows are of one class, {rows.classes[0]!r}, so there is "

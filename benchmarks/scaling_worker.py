@@ -52,7 +52,8 @@ import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from data_loading.folders import open_index, write_json
+from data_loading.files import Names
+from data_loading.index import Listing, open_index, write_json
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from engine_pretrain import masked_loss
@@ -174,13 +175,13 @@ def sampler_cost(length: int, ranks: int) -> dict[str, float]:
 def sparse_index(folder: Path, length: int, known: range) -> None:
     """Write an index of `length` images, of which only the entries in `known` take disk space."""
     folder.mkdir()
-    paths = open_memmap(folder / "paths.npy", "w+", np.uint8, (WIDTH * length,))
-    offsets = open_memmap(folder / "offsets.npy", "w+", np.int64, (length + 1,))
+    paths = open_memmap(folder / "names.npy", "w+", np.uint8, (WIDTH * length,))
+    offsets = open_memmap(folder / "ends.npy", "w+", np.int64, (length + 1,))
     for number in [*known, length - 1]:
         first, after = WIDTH * number, WIDTH * (number + 1)
         paths[first:after] = list(path_of(number).encode() + b"\0")
         offsets[number : number + 2] = first, after
-    write_json(folder, "/data", {"classes": [[None, length]]})
+    write_json(Listing(Names(paths, offsets), {}, {}), folder)
 
 
 def path_of(number: int) -> str:
@@ -195,13 +196,13 @@ def index_cost(length: int) -> dict[str, float]:
         file = Path(folder) / "images.index"
         sparse_index(file, length, known)
         before, start = peak_memory(), time.perf_counter()
-        index = open_index(file, "/data")
+        index = open_index(file)
         found = {
             "open": time.perf_counter() - start,
             "bytes": sum(part.stat().st_size for part in file.iterdir()),
         }
         start = time.perf_counter()
-        right = all(index[number] == (f"/data/{path_of(number)}", 0) for number in known)
+        right = all(index.names[number] == path_of(number) for number in known)
         found["find"] = (time.perf_counter() - start) / len(known)
     assert right, "found another path than was written"
     return found | {"memory": peak_memory() - before}

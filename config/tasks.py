@@ -80,5 +80,5 @@ def _sampling_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sampling balanced needs classes; use --sampling weighted, or --task classification"
     if args.weight_column and args.sampling != "weighted":
         yield "--weight_column needs --sampling weighted; give both or neither"
-    if args.data_set == "table" and args.sampling == "weighted" and not args.weight_column:
+    if may_be_table(args.data_set) and args.sampling == "weighted" and not args.weight_column:
         yield "--sampling weighted needs --weight_column; name the column with the weights"

@@ -106,10 +106,19 @@ def _checksums(listing: Listing) -> dict[str, int]:
 
 
 def write_index(listing: Listing, folder: Path) -> None:
-    """Write the files of an index; its random `id` makes the checksum of each unique."""
-    arrays = {"names": listing.names.text, "ends": listing.names.ends, **listing.arrays}
-    for name, array in arrays.items():
+    """Write the files of an index."""
+    for name, array in _arrays(listing).items():
         np.save(folder / f"{name}.npy", array)
+    write_json(listing, folder)
+
+
+def _arrays(listing: Listing) -> dict[str, np.ndarray]:
+    return {"names": listing.names.text, "ends": listing.names.ends, **listing.arrays}
+
+
+def write_json(listing: Listing, folder: Path) -> None:
+    """Write index.json; its random `id` makes the checksum of each index unique."""
+    arrays = _arrays(listing)
     shapes = {name: [array.dtype.str, *array.shape] for name, array in arrays.items()}
     metadata = {"version": VERSION, **listing.metadata, "arrays": shapes}
     metadata["checksums"] = _checksums(listing)

@@ -87,7 +87,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """How the images of a part are listed and read.
+    """Functions that list and read the images of a part.
 
     what: describes them, for messages. identity: plain values that tell it from other sources.
     archives: files whose size and time an index remembers.
@@ -178,7 +178,7 @@ def choose_split(folders: Sequence[str], part: Part) -> tuple[str | None, str]:
         raise UserError(
             f"{part.path} has no folder {wanted}/; expected train/ and val/ with one folder per "
             "class. If class folders are directly in it, drop --data_set or give image_folder; "
-            "for images without labels use main_pretrain.py; without val/, give --val_split 0.1"
+            "for images without labels, --data_set folder; without val/, --val_split 0.1"
         )
     return mine[0], f"folder {evaluation[0]}/" if evaluation else ""
 

@@ -458,7 +458,10 @@ def test_resuming_without_loss_takes_that_of_the_task():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--data_set DIGITS --label_column x", "--label_column is for --data_set table, not for"),
+        (
+            "--data_set DIGITS --label_column x",
+            "--label_column is for tables, not for --data_set DIGITS",
+        ),
         (
             "--data_set DIGITS --task regression",
             "--data_set DIGITS has one class per image; give a",

@@ -18,8 +18,8 @@ from PIL import Image
 from data_loading import formats as formats_module
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import BadImage, decode, load_image
-from data_loading.folders import DatasetSpec
 from data_loading.formats import describe_file, extensions, formats, how_to_read
+from data_loading.sources import DatasetSpec
 from data_loading.transforms import (
     RandomErasing,
     create_eval_transform,
@@ -312,7 +312,7 @@ def test_every_extension_of_the_formats_is_looked_for(tmp_path):
         (tmp_path / "a").mkdir(exist_ok=True)
         quadrants().save(tmp_path / "a" / name, Image.registered_extensions()[end])
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    spec = DatasetSpec(str(tmp_path), nb_classes=1)
+    spec = DatasetSpec(str(tmp_path), labeled=False)
     for kind in ("folder", "image_folder"):
         data = create_dataset(kind, spec, train=True)
         assert len(data) == len(extensions())

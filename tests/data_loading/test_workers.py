@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,13 +27,14 @@ from torch.utils.data import Dataset, Subset
 
 import datasets
 from benchmarks import chaos
-from data_loading import folders
 from data_loading.bad_images import BadImages
 from data_loading.dataset import FRAMES, TRIES, TransformedDataset, collate
 from data_loading.decode import BadImage
-from data_loading.folders import list_images
+from data_loading.folders import FolderFiles, list_folder
+from data_loading.images import Images
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler
+from data_loading.sources import DatasetSpec, open_images
 from data_loading.workers import IDLE, TIMED_OUT, WatchedLoader
 from engine_finetune import evaluate
 from errors import TrainingStopped, UserError
@@ -68,9 +70,14 @@ def names(root: Path, bad: tuple = BAD) -> list[str]:
     return sorted(str(root / "abc"[index % 3] / f"{index:02d}.png") for index in bad)
 
 
+def images(root: Path) -> Images:
+    return Images(partial(FolderFiles, str(root)), list_folder(str(root), False), str(root))
+
+
 def augmented(root: Path, on_bad: str) -> TransformedDataset:
-    files = folders.ImageFiles(list_images(root, labeled=False))
-    files.samples = sorted(files.samples, key=lambda sample: Path(sample[0]).name)
+    listing = list_folder(str(root), labeled=False)
+    order = sorted(range(len(listing)), key=lambda number: Path(listing.names[number]).name)
+    files = Images(partial(FolderFiles, str(root)), listing.take(np.array(order)), str(root))
     return TransformedDataset(files, to_tensor, seed=3, on_bad=on_bad)
 
 
@@ -136,9 +143,8 @@ def test_faulty_file_is_named_or_replaced(tmp_path, fault):
 def test_directory_named_like_an_image_is_only_a_directory(tmp_path):
     make_photos(tmp_path / "sets", bad=())
     (tmp_path / "sets" / "a" / "folder.png").mkdir()
-    assert len(list_images(tmp_path / "sets", labeled=False)) == COUNT
-    spec = folders.DatasetSpec(str(tmp_path / "sets"))
-    assert len(folders.image_folder(spec, train=True)) == COUNT
+    for labeled in (True, False):
+        assert len(list_folder(str(tmp_path / "sets"), labeled)) == COUNT
 
 
 def test_replacement_depends_on_seed_epoch_and_index_alone(tmp_path):
@@ -259,7 +265,7 @@ def test_too_many_bad_images_are_an_error(tmp_path):
 def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
     """They are faults of the flags: with all samples replaced they would never be seen."""
     make_photos(tmp_path, bad=())
-    files = folders.ImageFiles(list_images(tmp_path, labeled=False))
+    files = images(tmp_path)
     data = TransformedDataset(files, to_tensor, 0, 4, on_bad="replace")
     assert "--in_chans 4" in str(data[0, 0])
     data = TransformedDataset([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
@@ -412,7 +418,7 @@ def test_run_continues_without_bad_images_and_lists_them(tmp_path, script):
         assert "val/c/02.png" in printed
 
 
-class Mortal(folders.ImageFiles):
+class Mortal(Images):
     """Images of which the one with number LAST to be read ends the process."""
 
     read = 0
@@ -425,7 +431,7 @@ class Mortal(folders.ImageFiles):
 
 
 def mortal(data_path: str, train: bool) -> Mortal:
-    return Mortal(list_images(data_path, labeled=False))
+    return Mortal(partial(FolderFiles, data_path), list_folder(data_path, True), data_path)
 
 
 @pytest.mark.parametrize("script", ["main_pretrain", "main_finetune"])
@@ -894,7 +900,8 @@ def test_deleted_image_of_a_subset_is_a_bad_image(tmp_path):
 def test_image_that_an_old_index_lists_is_not_blamed(tmp_path):
     """It said to replace an image that had been removed on purpose."""
     root, index = make_photos(tmp_path / "data", bad=()), tmp_path / "lists" / "train.index"
-    files = folders.ImageFiles(list_images(root, False, index))
+    spec = DatasetSpec(str(root), labeled=False, data_index=str(index.parent))
+    files = open_images("folder", spec, True)
     Path(files.samples[4][0]).unlink()
     text = str(TransformedDataset(files, to_tensor, 0)[0, 4])
     assert f"(it does not exist, but {index} lists it); the list is old: remove {index}, " in text
