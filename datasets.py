@@ -415,8 +415,9 @@ def build_loader(
     rank, world_size = get_rank(), get_world_size()
     if is_train:
         weights = build_weights(dataset, vars(args).get("sampling", "shuffle"))
-        sizes = rank, world_size, weights, args.num_samples, args.aug_repeats
-        sampler = TrainSampler(len(dataset), args.seed, *sizes)
+        sampler = TrainSampler(
+            len(dataset), args.seed, rank, world_size, weights, args.num_samples, args.aug_repeats
+        )
         check_global_batch(sampler, args.batch_size)
     else:
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)

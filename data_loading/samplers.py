@@ -58,10 +58,10 @@ def cumulate(weights: Tensor) -> Tensor:
 
 
 def draw(positions: Tensor, cumulative: Tensor, *numbers: int) -> Tensor:
-    """(N,) positions of an epoch -> (N,) samples there, drawn by weight (systematic sampling).
+    """(N,) positions of a pass -> (N,) samples there, drawn by weight (systematic sampling).
 
     The shares of the samples fill [0, length). A position draws the sample whose share holds the
-    item that `permute` gives it, plus an offset in (0, 1), random for the epoch. So a sample is
+    item that `permute` gives it, plus an offset in (0, 1), random for the pass. So a sample is
     drawn as often as its share says, rounded down or up, and equal weights give the order of
     `permute`. cumulative: of `cumulate`. The n-th draw of a sample in a pass, from 0, has the
     length added n times, so that keys differ.
