@@ -39,16 +39,21 @@ def keys_at(
         places = torch.arange(chunk.start, chunk.stop, chunk.step)
         repeat, places = places % repeats, places // repeats
         number, places = places // length, places % length  # of the pass, and the place in it
-        items = torch.empty_like(places)
-        for each in number.unique().tolist():
-            here, numbers = number == each, (seed, epoch, each) if each else (seed, epoch)
-            if cumulative is None:
-                items[here] = permute(places[here], length, *numbers)
-            else:
-                items[here] = draw(places[here], cumulative, *numbers)
+        hashes = _hash_passes(number, seed, epoch)
+        if cumulative is None:
+            items = _permute(places, length, hashes)
+        else:
+            items = draw(places, cumulative, hashes)
         draws = (items // length * passes + number) * repeats + repeat
         indices = items % length + draws * length
         yield from ((epoch, index) for index in indices.tolist())
+
+
+def _hash_passes(numbers: Tensor, seed: int, epoch: int) -> Tensor:
+    """(N,) numbers of passes, from 0 -> (ROUNDS + 1, N) hashes of them, as of `_hash_rounds`."""
+    passes, places = numbers.unique(return_inverse=True)
+    seeds = [(seed, epoch, number) if number else (seed, epoch) for number in passes.tolist()]
+    return torch.stack([_hash_rounds(*each) for each in seeds], 1)[:, places]
 
 
 def cumulate(weights: Tensor) -> Tensor:
@@ -57,17 +62,17 @@ def cumulate(weights: Tensor) -> Tensor:
     return sums * (len(sums) / sums[-1])
 
 
-def draw(positions: Tensor, cumulative: Tensor, *numbers: int) -> Tensor:
+def draw(positions: Tensor, cumulative: Tensor, hashes: Tensor) -> Tensor:
     """(N,) positions of a pass -> (N,) samples there, drawn by weight (systematic sampling).
 
     The shares of the samples fill [0, length). A position draws the sample whose share holds the
     item that `permute` gives it, plus an offset in (0, 1), random for the pass. So a sample is
     drawn as often as its share says, rounded down or up, and equal weights give the order of
     `permute`. cumulative: of `cumulate`. The n-th draw of a sample in a pass, from 0, has the
-    length added n times, so that keys differ.
+    length added n times, so that keys differ. hashes: (ROUNDS + 1, N), of the passes.
     """
-    length, places = len(cumulative), permute(positions, len(cumulative), *numbers)
-    offset = (fold_in(*numbers, ROUNDS) % OFFSETS + 0.5) / OFFSETS
+    length, places = len(cumulative), _permute(positions, len(cumulative), hashes)
+    offset = ((hashes[ROUNDS] % OFFSETS).double() + 0.5) / OFFSETS
     last = int(torch.searchsorted(cumulative, cumulative[-1:]))  # none after it has a weight
     items = torch.searchsorted(cumulative, places.double() + offset, right=True).clamp(max=last)
     before = torch.where(items > 0, cumulative[(items - 1).clamp(min=0)], 0.0)
@@ -183,20 +188,29 @@ def permute(positions: Tensor, length: int, *numbers: int) -> Tensor:
     permutes the cells of the smallest nearly square rectangle with at least `length` cells; a
     position that lands beyond `length` is permuted again.
     """
+    return _permute(positions, length, _hash_rounds(*numbers)[:, None].expand(-1, len(positions)))
+
+
+def _hash_rounds(*numbers: int) -> Tensor:
+    """Hash the seed of an order: (ROUNDS + 1,) int64, for `_permute`, and the last for `draw`."""
+    return torch.tensor([fold_in(*numbers, number) for number in range(ROUNDS + 1)])
+
+
+def _permute(positions: Tensor, length: int, hashes: Tensor) -> Tensor:
+    """`permute` with hashes (at least ROUNDS, N) of the seed of each position."""
     rows = math.isqrt(max(length, 1) - 1) + 1
     rows += rows % 2  # odd sides would give only even permutations
     sides = rows, -(-length // rows)
-    keys = [fold_in(*numbers, number) for number in range(ROUNDS)]
-    found = _permute_cells(positions, sides, keys)
+    found = _permute_cells(positions, sides, hashes)
     while len(outside := (found >= length).nonzero().flatten()):
-        found[outside] = _permute_cells(found[outside], sides, keys)
+        found[outside] = _permute_cells(found[outside], sides, hashes[:, outside])
     return found
 
 
-def _permute_cells(cells: Tensor, sides: tuple[int, int], keys: list[int]) -> Tensor:
+def _permute_cells(cells: Tensor, sides: tuple[int, int], hashes: Tensor) -> Tensor:
     """Shift rows and columns in turn, each by a hash of the other."""
     place = [cells // sides[1], cells % sides[1]]
-    for number, key in enumerate(keys):
+    for number, key in enumerate(hashes[:ROUNDS]):
         this, side = number % 2, sides[number % 2]
         step = (scramble(place[1 - this] + key) & 0xFFFFFFFF) * side >> 32  # in [0, side)
         moved = place[this] + step
