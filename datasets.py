@@ -30,9 +30,9 @@ from data_loading.labels import (
 )
 from data_loading.loader import DeviceLoader
 from data_loading.mixed import Listed, MixedImages
-from data_loading.samplers import EvalSampler, TrainSampler, balance
+from data_loading.samplers import EvalSampler, TrainSampler, balance, check_global_batch
 from data_loading.sources import DatasetSpec, open_images
-from data_loading.split import Part, list_labels, list_values, split
+from data_loading.split import Part, keep_fraction, list_labels, list_values, split
 from data_loading.summary import NOUN, log_dataset
 from data_loading.tables import Columns
 from data_loading.targets import Scale, Targets, find_scale
@@ -124,6 +124,8 @@ def build_dataset(
     kept = head if resumes or not is_train else None
     data, part = _create_labeled(is_train, args, kept), "train" if is_train else "val"
     kind = _find_kind(data, args, kept)
+    if is_train and args.label_fraction < 1:
+        data = keep_fraction(data, args.label_fraction, args.seed, kind)
     names = classes = class_names(data)
     if is_train and head and names is not None:
         head = _head_to_keep(names, head, resumes, kind)
@@ -389,9 +391,11 @@ def build_loader(
     """Build this rank's loader: shuffled full batches to train, every image once to evaluate."""
     rank, world_size = get_rank(), get_world_size()
     if is_train:
-        _check_global_batch(len(dataset), args.batch_size, world_size)
         weights = build_weights(dataset, vars(args).get("sampling", "shuffle"))
-        sampler = TrainSampler(len(dataset), args.seed, rank, world_size, weights)
+        sampler = TrainSampler(
+            len(dataset), args.seed, rank, world_size, weights, args.num_samples, args.aug_repeats
+        )
+        check_global_batch(sampler, args.batch_size)
     else:
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
     loader = WatchedLoader(
@@ -435,17 +439,6 @@ def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
     if not (weights.isfinite() & (weights >= 0)).all() or not weights.sum() > 0:
         raise UserError("--sampling weighted: expected weights of at least 0, one above 0")
     return weights
-
-
-def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
-    if images >= batch_size * world_size:
-        return
-    fits = images // world_size
-    fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
-    raise UserError(
-        f"{plural(images, 'training image')}, but one global batch takes {batch_size * world_size} "
-        f"({batch_size} x {plural(world_size, 'process')}); {fix}"
-    )
 
 
 def build_mixup(args: Any, nb_classes: int, kind: str = "class") -> Callable | None:

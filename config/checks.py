@@ -72,6 +72,7 @@ OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
 epochs lr blr min_lr drop_path hflip scale sampling
+num_samples aug_repeats label_fraction
 train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode class_weights warmup_epochs warmup_steps start_epoch
 update_freq effective_batch sched sched_options opt opt_eps opt_betas momentum weight_decay

@@ -239,6 +239,10 @@ FLAGS["data"] = (
     ("--image_column", NAME, None, "table: column of image files; default: image, path ... or 1st"),
     ("--image_root", PATH, "", "table: folder of its image files; default: the table's own"),
     ("--split_column", NAME, None, "table: column of train or val; default: split, if there"),
+    ("--num_samples", COUNT, None,
+     "training images of an epoch, drawn from all; default: as many as there are"),
+    ("--aug_repeats", COUNT, 1,
+     "times that each image comes in a row, augmented differently; an epoch keeps its length"),
 )
 FLAGS["task and sampling"] = (
     ("--task", ("auto", *TASKS), "auto",
@@ -250,6 +254,8 @@ FLAGS["task and sampling"] = (
     ("--sampling", ("shuffle", "balanced", "weighted"), "shuffle",
      "images of an epoch: each once, as many of each class, or drawn by weights"),
     ("--weight_column", NAME, None, "table: column of the weights of --sampling weighted"),
+    ("--label_fraction", FRACTION, 1.0,
+     "fraction of the training images of each class to train on, chosen by --seed"),
 )
 FLAGS["augmentation"] = (
     ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),

@@ -13,26 +13,47 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from data_loading.rng import fold_in, scramble
+from errors import UserError, plural
 
 CHUNK = 4096  # keys computed at once: fewer cost more per key, more delay the first key
 OFFSETS = 1 << 20  # few enough that place + offset is exact in float64
 
 
 def keys_at(
-    positions: range, length: int, seed: int, epoch: int, cumulative: Tensor | None = None
+    positions: range,
+    length: int,
+    seed: int,
+    epoch: int,
+    cumulative: Tensor | None = None,
+    repeats: int = 1,
+    passes: int = 1,
 ) -> Iterator[tuple[int, int]]:
     """Yield keys (epoch, index) at positions of an epoch's order, in constant memory.
 
-    cumulative: as for `draw`, None to take each sample once.
+    Each sample comes `repeats` times in a row, with an index of its own each time, as for `draw`.
+    Positions from `repeats * length` on begin a further pass over all samples, in another order.
+    cumulative: as for `draw`, None to take each sample once a pass. passes: of the whole epoch.
     """
     for first in range(0, len(positions), CHUNK):
         chunk = positions[first : first + CHUNK]
-        chunk = torch.arange(chunk.start, chunk.stop, chunk.step)
+        places = torch.arange(chunk.start, chunk.stop, chunk.step)
+        repeat, places = places % repeats, places // repeats
+        number, places = places // length, places % length  # of the pass, and the place in it
+        hashes = _hash_passes(number, seed, epoch)
         if cumulative is None:
-            items = permute(chunk, length, seed, epoch)
+            items = _permute(places, length, hashes)
         else:
-            items = draw(chunk, cumulative, seed, epoch)
-        yield from ((epoch, index) for index in items.tolist())
+            items = draw(places, cumulative, hashes)
+        draws = (items // length * passes + number) * repeats + repeat
+        indices = items % length + draws * length
+        yield from ((epoch, index) for index in indices.tolist())
+
+
+def _hash_passes(numbers: Tensor, seed: int, epoch: int) -> Tensor:
+    """(N,) numbers of passes, from 0 -> (ROUNDS + 1, N) hashes of them, as of `_hash_rounds`."""
+    passes, places = numbers.unique(return_inverse=True)
+    seeds = [(seed, epoch, number) if number else (seed, epoch) for number in passes.tolist()]
+    return torch.stack([_hash_rounds(*each) for each in seeds], 1)[:, places]
 
 
 def cumulate(weights: Tensor) -> Tensor:
@@ -41,17 +62,17 @@ def cumulate(weights: Tensor) -> Tensor:
     return sums * (len(sums) / sums[-1])
 
 
-def draw(positions: Tensor, cumulative: Tensor, *numbers: int) -> Tensor:
-    """(N,) positions of an epoch -> (N,) samples there, drawn by weight (systematic sampling).
+def draw(positions: Tensor, cumulative: Tensor, hashes: Tensor) -> Tensor:
+    """(N,) positions of a pass -> (N,) samples there, drawn by weight (systematic sampling).
 
     The shares of the samples fill [0, length). A position draws the sample whose share holds the
-    item that `permute` gives it, plus an offset in (0, 1), random for the epoch. So a sample is
+    item that `permute` gives it, plus an offset in (0, 1), random for the pass. So a sample is
     drawn as often as its share says, rounded down or up, and equal weights give the order of
-    `permute`. cumulative: of `cumulate`. The n-th draw of a sample in an epoch, from 0, has the
-    length added n times, so that keys differ.
+    `permute`. cumulative: of `cumulate`. The n-th draw of a sample in a pass, from 0, has the
+    length added n times, so that keys differ. hashes: (ROUNDS + 1, N), of the passes.
     """
-    length, places = len(cumulative), permute(positions, len(cumulative), *numbers)
-    offset = (fold_in(*numbers, ROUNDS) % OFFSETS + 0.5) / OFFSETS
+    length, places = len(cumulative), _permute(positions, len(cumulative), hashes)
+    offset = ((hashes[ROUNDS] % OFFSETS).double() + 0.5) / OFFSETS
     last = int(torch.searchsorted(cumulative, cumulative[-1:]))  # none after it has a weight
     items = torch.searchsorted(cumulative, places.double() + offset, right=True).clamp(max=last)
     before = torch.where(items > 0, cumulative[(items - 1).clamp(min=0)], 0.0)
@@ -62,15 +83,26 @@ class TrainSampler(Sampler):
     """Keys (epoch, index) of one rank: every world_size-th position of the epoch's order.
 
     The b-th batches of all ranks together are one block of that order for any number of ranks.
-    weights: (length,) to draw samples by them; an epoch has as many samples as without.
+    weights: (length,) to draw samples by them. samples: of an epoch, over all ranks; None: as many
+    as the data has. repeats: times that a sample comes in a row; an epoch has as many samples as
+    without.
     """
 
     def __init__(
-        self, length: int, seed: int, rank: int, world_size: int, weights: Tensor | None = None
+        self,
+        length: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        weights: Tensor | None = None,
+        samples: int | None = None,
+        repeats: int = 1,
     ):
         self.length, self.seed = length, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.start, self.stop = 0, 0, length
+        self.samples, self.repeats = length if samples is None else samples, repeats
+        self.passes = max(1, -(-self.samples // max(length * repeats, 1)))
+        self.epoch, self.start, self.stop = 0, 0, self.samples
         self.cumulative = None if weights is None else cumulate(weights)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
@@ -79,7 +111,7 @@ class TrainSampler(Sampler):
         stop: None for the end of the epoch.
         """
         self.epoch, self.start = epoch, start
-        self.stop = self.length if stop is None else stop
+        self.stop = self.samples if stop is None else stop
 
     def __len__(self) -> int:
         return (self.stop - self.start) // self.world_size
@@ -87,7 +119,24 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         end = self.start + len(self) * self.world_size
         mine = range(self.start, end)[self.rank :: self.world_size]
-        return keys_at(mine, self.length, self.seed, self.epoch, self.cumulative)
+        order = self.length, self.seed, self.epoch, self.cumulative, self.repeats, self.passes
+        return keys_at(mine, *order)
+
+
+def check_global_batch(sampler: TrainSampler, batch_size: int) -> None:
+    """Raise UserError if an epoch is shorter than one batch of all ranks."""
+    images, ranks = sampler.samples, plural(sampler.world_size, "process")
+    needed, fits = batch_size * sampler.world_size, images // sampler.world_size
+    if images >= needed:
+        return
+    got = plural(images, "training image")
+    more = f"give --num_samples {needed} or more for longer epochs"
+    if images != sampler.length:
+        got, more = f"--num_samples {images}", f"raise it to {needed}"
+    fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
+    raise UserError(
+        f"{got}, but one global batch takes {needed} ({batch_size} x {ranks}); {fix}, or {more}"
+    )
 
 
 def balance(labels: Tensor) -> Tensor:
@@ -97,9 +146,18 @@ def balance(labels: Tensor) -> Tensor:
     """
     if labels.ndim == 1:
         return 1 / torch.bincount(labels)[labels].double()
+    classes, counts = rarest_classes(labels)
+    return 1 / counts[classes].double()
+
+
+def rarest_classes(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) zeros and ones -> the rarest class of each image (N,), images of each class (K + 1,).
+
+    Images without a label form a class of their own, the last.
+    """
     present = torch.cat([labels.bool(), ~labels.bool().any(1, keepdim=True)], 1)
-    counts = present.sum(0).double()
-    return torch.where(present, 1 / counts, 0.0).amax(1)
+    counts = present.sum(0)
+    return torch.where(present, 1 / counts.double(), 0.0).argmax(1), counts
 
 
 class EvalSampler(Sampler):
@@ -130,20 +188,29 @@ def permute(positions: Tensor, length: int, *numbers: int) -> Tensor:
     permutes the cells of the smallest nearly square rectangle with at least `length` cells; a
     position that lands beyond `length` is permuted again.
     """
+    return _permute(positions, length, _hash_rounds(*numbers)[:, None].expand(-1, len(positions)))
+
+
+def _hash_rounds(*numbers: int) -> Tensor:
+    """Hash the seed of an order: (ROUNDS + 1,) int64, for `_permute`, and the last for `draw`."""
+    return torch.tensor([fold_in(*numbers, number) for number in range(ROUNDS + 1)])
+
+
+def _permute(positions: Tensor, length: int, hashes: Tensor) -> Tensor:
+    """`permute` with hashes (at least ROUNDS, N) of the seed of each position."""
     rows = math.isqrt(max(length, 1) - 1) + 1
     rows += rows % 2  # odd sides would give only even permutations
     sides = rows, -(-length // rows)
-    keys = [fold_in(*numbers, number) for number in range(ROUNDS)]
-    found = _permute_cells(positions, sides, keys)
+    found = _permute_cells(positions, sides, hashes)
     while len(outside := (found >= length).nonzero().flatten()):
-        found[outside] = _permute_cells(found[outside], sides, keys)
+        found[outside] = _permute_cells(found[outside], sides, hashes[:, outside])
     return found
 
 
-def _permute_cells(cells: Tensor, sides: tuple[int, int], keys: list[int]) -> Tensor:
+def _permute_cells(cells: Tensor, sides: tuple[int, int], hashes: Tensor) -> Tensor:
     """Shift rows and columns in turn, each by a hash of the other."""
     place = [cells // sides[1], cells % sides[1]]
-    for number, key in enumerate(keys):
+    for number, key in enumerate(hashes[:ROUNDS]):
         this, side = number % 2, sides[number % 2]
         step = (scramble(place[1 - this] + key) & 0xFFFFFFFF) * side >> 32  # in [0, side)
         moved = place[this] + step

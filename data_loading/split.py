@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Hold out a part of the training images for evaluation, about the same fraction of each class.
+"""Parts of the training images, a fraction of each class: held out for evaluation, or trained on.
 
 python main_finetune.py --data_set image_folder --data_path photos --val_split 0.1
 """
@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from data_loading.labels import class_names
 from data_loading.mixed import Listed
 from data_loading.rng import fold_in
+from data_loading.samplers import rarest_classes
 from errors import UserError
+from parallel.process_group import get_logger
 
 STREAM = 0x5EED  # of the draws; --seed does not change the split, so that runs can be compared
+LABELED = 0x1ABE1  # of those of --label_fraction, which --seed changes
 
 
 class Part(Dataset):
@@ -59,7 +63,7 @@ def split(dataset: Any, fraction: float, train: bool) -> Part:
     images gives at least one to both parts; rows of a table with the same image stay together. Data
     sets that do not list their labels are split as a whole. UserError if no sample can be held out.
     """
-    labels, draws = list_labels(dataset), _draws(dataset)
+    labels, draws = list_labels(dataset), _draws(dataset, STREAM)
     labels = np.zeros(len(dataset), int) if labels is None else labels
     first, images = _images(dataset)
     labels, draws = labels[first], draws[first]
@@ -81,6 +85,51 @@ def split(dataset: Any, fraction: float, train: bool) -> Part:
     return Part(dataset, np.flatnonzero(~held if train else held))
 
 
+def keep_fraction(dataset: Any, fraction: float, seed: int, kind: str) -> Part:
+    """Return `fraction` of the samples of each class, rounded, and at least one.
+
+    They are those with the lowest draws, which depend on the seed and the name of a file alone, so
+    a smaller fraction is a part of a larger one. Of several labels the rarest decides, as for
+    `samplers.balance`; numbers (kind `number`) are like one class. Rows of a table with the same
+    image stay together. dataset: perhaps a part, as of `split`. UserError if the data set does not
+    list its labels.
+    """
+    part = dataset if isinstance(dataset, Part) else Part(dataset, np.arange(len(dataset)))
+    labels = _list_strata(part, kind)
+    _, first, images = np.unique(
+        _images(part.dataset)[1][part.indices], return_index=True, return_inverse=True
+    )
+    labels, draws = labels[first], _draws(part.dataset, LABELED, seed)[part.indices][first]
+    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.lexsort((draws, labels))  # class by class, the lowest draws first
+    rank = np.empty(len(order), int)  # of an image within its class
+    rank[order] = np.arange(len(order)) - (counts.cumsum() - counts)[labels[order]]
+    kept = rank < np.rint(fraction * counts).clip(min=1)[labels]
+    indices = part.indices[kept[images]]
+    get_logger().info(
+        "train: %s of %s images (--label_fraction %g, seed %d)",
+        *(f"{len(held):,}" for held in (indices, part)),
+        fraction,
+        seed,
+    )
+    return Part(part.dataset, indices)
+
+
+def _list_strata(dataset: Any, kind: str) -> np.ndarray:
+    """Return the class of each sample of which each is to give its fraction."""
+    if kind == "number":
+        return np.zeros(len(dataset), int)
+    labels = list_labels(dataset) if kind == "class" else list_values(dataset, "targets")
+    if labels is None:
+        raise UserError(
+            "--label_fraction: the data set does not list its labels; give it a list `targets` "
+            "with the label of each image, or drop --label_fraction"
+        )
+    if labels.ndim == 1:
+        return labels
+    return rarest_classes(torch.from_numpy(labels.astype(bool)))[0].numpy()
+
+
 def _images(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the first sample of each image, and the number of the image of each sample.
 
@@ -91,12 +140,15 @@ def _images(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(dataset.encoded_names(), return_index=True, return_inverse=True)[1:]
 
 
-def _draws(dataset: Any) -> np.ndarray:
-    """Return a number from 0 to 1 for each sample, which depends on its name alone."""
+def _draws(dataset: Any, *numbers: int) -> np.ndarray:
+    """Return a number from 0 to 1 for each sample, which depends on its name alone.
+
+    numbers: the seed.
+    """
     words = range(len(dataset))
     if isinstance(dataset, Listed):
         words = map(zlib.crc32, dataset.encoded_names())
-    return np.array([fold_in(STREAM, word) for word in words]) / 2**63
+    return np.array([fold_in(*numbers, word) for word in words]) / 2**63
 
 
 def list_labels(dataset: Any) -> np.ndarray | None:

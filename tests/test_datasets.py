@@ -49,7 +49,7 @@ def make_args(**changes):
         "on_bad_image": "error", "data_timeout": None, "data_index": "",
         "val_split": 0.0, "task": "auto", "sampling": "shuffle", "normalize_targets": True,
         "image_column": None, "label_column": None, "split_column": None, "weight_column": None,
-        "image_root": "",
+        "image_root": "", "num_samples": None, "aug_repeats": 1, "label_fraction": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**(flags | changes))
 

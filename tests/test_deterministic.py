@@ -84,10 +84,22 @@ def test_differences_are_seen():
 # --- order of images and their augmentation ------------------------------------------------------
 
 
-def batches_of(batch_size: int, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def parsed(*words: str) -> Any:
+    """Flags of main_finetune.py."""
+    return options.parse(options.finetune_parser(), [*AUGMENTED, *" ".join(words).split()])
+
+
+SAMPLED = (
+    "--data_set DIGITS --label_fraction 0.01 --num_samples 29 --aug_repeats 2 --sampling balanced"
+)
+
+
+def batches_of(
+    batch_size: int, workers: int, more: str = ""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, images) of this rank in two epochs."""
-    words = ["--batch_size", str(batch_size), "--num_workers", str(workers)]
-    args = options.parse(options.finetune_parser(), [*AUGMENTED, *words])
+    words = ["--batch_size", str(batch_size), "--num_workers", str(workers), *more.split()]
+    args = parsed(*words)
     train, _, _ = datasets.build_datasets(args)
     batches = datasets.build_loader(train, True, args, "cpu")
     found = []
@@ -97,25 +109,38 @@ def batches_of(batch_size: int, workers: int) -> list[tuple[torch.Tensor, torch.
     return found
 
 
-def batches_of_rank(rank: int, folder: Path) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
-    return {workers: batches_of(3, workers) for workers in (0, 3)}
+def batches_of_rank(rank: int, folder: Path) -> dict[tuple, list]:
+    cases = [(workers, more) for workers in (0, 3) for more in ("", SAMPLED)]
+    return {(workers, more): batches_of(3, workers, more) for workers, more in cases}
 
 
-def test_order_and_augmentation_are_the_same_for_1_and_2_processes(tmp_path):
-    run_ranks([batches_of_rank], 2, tmp_path)
-    ranks = [results["batches_of_rank"] for results in results_of(tmp_path)]
-    alone = batches_of(6, 0)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[tuple, list]]:
+    """The batches of each of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks([batches_of_rank], 2, folder)
+    return [results["batches_of_rank"] for results in results_of(folder)]
+
+
+@pytest.mark.parametrize("more", ["", SAMPLED], ids=["all", "sampled"])
+def test_order_and_augmentation_are_the_same_for_1_and_2_processes(ranks, more):
+    alone = batches_of(6, 0, more)
     assert not torch.equal(alone[0][0], alone[4][0])  # another order in the second epoch
     others = {
-        f"2 processes, {n} workers": list(zip(*(r[n] for r in ranks), strict=True)) for n in (0, 3)
+        f"2 processes, {n} workers": list(zip(*(r[n, more] for r in ranks), strict=True))
+        for n in (0, 3)
     }
-    others["1 process, 3 workers"] = [(pair,) for pair in batches_of(6, 3)]
+    others["1 process, 3 workers"] = [(pair,) for pair in batches_of(6, 3, more)]
     for name, steps in others.items():
         assert len(steps) == len(alone) == 8
         for (ids, images), parts in zip(alone, steps, strict=True):
             together = [torch.stack(part, 1).flatten(0, 1) for part in zip(*parts, strict=True)]
             assert torch.equal(together[0], ids), name
             assert torch.equal(together[1], images), name
+    if more:  # each image twice in a row, with other augmentations
+        length = len(datasets.build_datasets(parsed(more))[0])
+        assert [*(alone[0][0] % length)[::2]] == [*(alone[0][0] % length)[1::2]]
+        assert not torch.equal(alone[0][1][::2], alone[0][1][1::2])
 
 
 # --- what it sets and refuses ---------------------------------------------------------------------

@@ -28,7 +28,7 @@ GROUPS = (
     "--blr 1 --warmup_steps 3 --effective_batch 64 --sched_options eps=linear(1e-8,1e-4) "
     "--freeze_backbone --reset_head --save_ckpt false --sampling balanced --opt sgd --momentum 0.5 "
     "--class_weights inverse --model_ema --model_ema_decay 0.5 --model_ema_eval "
-    "--model_ema_force_cpu",
+    "--model_ema_force_cpu --num_samples 9 --aug_repeats 2 --label_fraction 0.5",
     "--sched linear(0,1) --grad_checkpointing --sync_bn --sync_bn_group 2",
     "--cuda_graphs",
 )

@@ -8,6 +8,7 @@ script's `main` in this process, with the training of an epoch left out, and loo
 
 import argparse
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import main_finetune
 import main_pretrain
 from config import parser as options
+from data_loading.split import list_labels
 from models import kernels
 from models.layers import DropPath
 from parallel.process_group import get_logger
@@ -180,6 +182,16 @@ def drawn(built: Built) -> list[int]:
     return torch.bincount(dataset.dataset.targets[[key[1] % 26 for key in sampler]]).tolist()
 
 
+def images_per_epoch(built: Built) -> dict[int, int]:
+    """Times that an image comes in an epoch -> number of such images."""
+    return dict(Counter(Counter(index % 26 for _, index in built.train.loader.sampler).values()))
+
+
+def kept_labels(built: Built) -> torch.Tensor:
+    """The labels of the images to train on."""
+    return torch.from_numpy(list_labels(built.train.loader.dataset.dataset))
+
+
 ROWED, UNEVEN = (f"--data_set tests.test_flags_act:{name}" for name in ("rowed", "uneven"))
 # (flag words, what to look at, its value without them, its value with them). A fifth entry: words
 # for both runs.
@@ -212,6 +224,13 @@ SHARED: dict[str, Row] = {
     "start_epoch": ("--start_epoch 1", lambda b: b.epochs, [0, 1], [1]),
     "batch_size": (
         "--batch_size 4", lambda b: (b.train.loader.batch_size, len(b.train)), (6, 4), (4, 6),
+    ),
+    "num_samples": (
+        "--num_samples 40", lambda b: (len([*b.train.loader.sampler]), len(b.train)), (26, 4),
+        (40, 6),
+    ),
+    "aug_repeats": (
+        "--aug_repeats 3", lambda b: images_per_epoch(b), {1: 26}, {3: 8, 2: 1},
     ),
     "update_freq": ("--update_freq 2", lambda b: b.stepper.update_freq, 1, 2),
     "effective_batch": ("--effective_batch 12", lambda b: b.stepper.update_freq, 1, 2),
@@ -497,6 +516,10 @@ FINETUNE: dict[str, Row] = {
         pytest.approx((9 / 26, 9 / 26, 8 / 26)), None, f"--task regression {ROWED}",
     ),
     "sampling": ("--sampling balanced", lambda b: drawn(b), [20, 6], [13, 13], UNEVEN),
+    "label_fraction": (
+        "--label_fraction 0.5", lambda b: torch.bincount(kept_labels(b)).tolist(), [20, 6],
+        [10, 3], UNEVEN,
+    ),
     "disable_eval": (
         "--disable_eval",
         lambda b: "test_acc1" in (b.folder / "log.txt").read_text(),

@@ -349,7 +349,7 @@ def check_steps(problems: list[str], probe: StepProbe, skip: str) -> None:
 def check_memory(problems: list[str], probe: StepProbe) -> int:
     """Log the memory of a step and the largest batch; returns a size that fits, 0 for none."""
     args, size = probe.run.args, probe.run.args.batch_size
-    images = len(probe.run.data_loader_train.loader.dataset) // get_world_size()
+    images = probe.run.data_loader_train.loader.sampler.samples // get_world_size()
     largest, how = 0, ""
     try:
         known = probe.device.type == "cuda" or (probe.device.type == "cpu" and MEMORY.exists())
@@ -467,7 +467,7 @@ def measure_evaluation(probe: StepProbe) -> float:
 def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
     """Log the duration of an epoch and of the rest of the run."""
     loader, state = run.data_loader_train, run.loop.state
-    epochs = run.args.epochs - state.epoch - state.samples_in_epoch / len(loader.loader.dataset)
+    epochs = run.args.epochs - state.epoch - state.samples_in_epoch / loader.loader.sampler.samples
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
     left = plural(f"{epochs:.4g}", "epoch")
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))

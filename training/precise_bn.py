@@ -83,7 +83,7 @@ class PreciseBn:
         if not norms:
             return
         batch = self.loader.loader.batch_size * get_world_size()
-        whole = len(self.loader.loader.dataset) // batch
+        whole = self.loader.loader.sampler.samples // batch
         self.loader.set_epoch(epoch, 0, min(-(-self.images // batch), whole) * batch)
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         sums = {

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config.flags import LISTED, as_typed, is_pretraining
+from config.flags import LISTED, as_typed, default_of, is_pretraining
 from config.parser import absolute_paths
 from config.recipes import read_values
 from config.tasks import TASKS, task_flags
@@ -33,8 +33,10 @@ REQUIRED = ("model", "optimizer", "state")  # entries without which no run can r
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim", "recon_loss", "val_split", "freeze_backbone")
 FIXED += ("head", "heads")
-FIXED += ("task", "normalize_targets")
+FIXED += ("task", "normalize_targets", "label_fraction")
 IN_EPOCH = ("seed", "sampling", "weight_column")  # the order of an epoch depends on these
+IN_EPOCH += ("num_samples", "aug_repeats")
+ADDED = ("label_fraction", "num_samples", "aug_repeats")  # not stored by earlier versions
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
@@ -279,6 +281,8 @@ def compare_args(
     the flags that were given; without one, the run keeps its size and preprocessing.
     """
     changes, fixed = [], FIXED + IN_EPOCH * in_epoch
+    if now.get("label_fraction", 1) < 1:
+        fixed += ("seed",)  # it chooses the images
     saved, now = absolute_paths(saved), absolute_paths(now)
     undecided = now.get("task") == "auto" or now.get("loss", "") is None
     if undecided and saved.get("task") in TASKS:  # the data decided in the first run
@@ -291,7 +295,7 @@ def compare_args(
             f"give it, and {flag} {Path(source).parent} to start from these weights"
         )
     for name, value in now.items():
-        before = saved.get(name, value)
+        before = saved.get(name, default_of(name) if name in ADDED else value)
         before, value = _comparable(name, before), _comparable(name, value)
         if before == value or name in LOCAL:
             continue
@@ -304,13 +308,17 @@ def compare_args(
                 f"that: drop --eval_data_path, or choose another --output_dir{hint}"
             )
         if name in fixed:
-            had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"
-            if before in (None, ""):
-                had, fix = f"no --{name}", f"leave --{name} out"
-            raise UserError(
-                f"{source} was trained with {had} and cannot resume with {as_typed(value)}: {fix}, "
-                f"or choose another --output_dir{hint}"
-            )
+            raise UserError(f"{source} {_describe_change(name, before, value)}{hint}")
         before, value = ("not set" if v is None else v for v in (before, value))
         changes.append(f"--{name} {value} (was {before})")
     return changes
+
+
+def _describe_change(name: str, before: Any, value: Any) -> str:
+    """Describe a change that a resumed run cannot make, and what to do."""
+    had, fix = f"--{name} {as_typed(before)}", f"pass --{name} {as_typed(before)}"
+    if before in (None, ""):
+        had, fix = f"no --{name}", f"leave --{name} out"
+    new = "without it" if value in (None, "") else f"with {as_typed(value)}"
+    fix += ", or choose another --output_dir"
+    return f"was trained with {had} and cannot resume {new}: {fix}"

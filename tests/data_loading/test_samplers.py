@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data_loading.dataset import TransformedDataset
-from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, permute
+from data_loading.samplers import CHUNK, EvalSampler, TrainSampler, check_global_batch, permute
 from data_loading.workers import WatchedLoader
+from errors import UserError
 from training.dry_run import decode_some
 
 HUGE = 1_300_000_000  # images
@@ -173,6 +174,108 @@ def test_order_of_an_earlier_version_stays():
 
 ORDER_OF_TEN = [4, 6, 2, 3, 0, 9, 7, 1, 5, 8]
 HUGE_ORDER = [343392260, 1014391285, 840933620]
+
+
+# --- shorter and longer epochs, repeated images -------------------------------------------------
+
+
+def keys(length: int, epoch: int = 0, seed: int = 0, **options: object) -> list[int]:
+    sampler = TrainSampler(length, seed, 0, 1, **options)
+    sampler.set_epoch(epoch)
+    return indices(sampler)
+
+
+def test_longer_epoch_continues_with_other_orders():
+    """By hand: three images in the orders 2 0 1, 0 1 2 and 1 2 0. The k-th time adds 3 k."""
+    assert order(3, 5, 0).tolist() == [2, 0, 1]
+    assert [order(3, 5, 0, number).tolist() for number in (1, 2)] == [[0, 1, 2], [1, 2, 0]]
+    assert keys(3, seed=5, samples=7) == [2, 0, 1, 3 + 0, 3 + 1, 3 + 2, 6 + 1]
+    assert keys(3, epoch=1, seed=5, samples=6) == [1, 2, 0, 3 + 2, 3 + 0, 3 + 1]
+
+
+def test_shorter_epoch_is_the_beginning_of_a_whole_one():
+    """All epochs together see all images, not the same few of them."""
+    parts = [keys(100, epoch, samples=10) for epoch in range(100)]
+    assert all(part == keys(100, epoch)[:10] for epoch, part in enumerate(parts))
+    assert {*itertools.chain(*parts)} == {*range(100)}
+
+
+def test_repeated_images_are_neighbors_with_keys_of_their_own():
+    """By hand: four images in the order 1 3 2 0; an epoch of four has room for 1 three times."""
+    assert order(4, 0, 0).tolist() == [1, 3, 2, 0]
+    assert keys(4, repeats=3) == [1, 4 + 1, 8 + 1, 3]
+    assert keys(4, repeats=2, samples=8) == [1, 5, 3, 7, 2, 6, 0, 4]
+    # The second pass begins with 2, which comes for the third and fourth time.
+    assert order(4, 0, 0, 1).tolist()[:1] == [2]
+    assert keys(4, repeats=2, samples=10)[8:] == [4 * 2 + 2, 4 * 3 + 2]
+
+
+WEIGHTS = torch.arange(10.0)  # the first image is never drawn
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["shuffle", "weights"])
+@pytest.mark.parametrize(("samples", "repeats"), [(4, 1), (25, 1), (8, 3), (72, 3), (40, 2)])
+def test_any_epoch_is_the_same_for_all_ranks_and_from_any_place(samples, repeats, weights):
+    """Keys of an epoch must differ, since those of equal keys would have equal augmentations."""
+    options = {"weights": weights, "samples": samples, "repeats": repeats}
+    whole = keys(10, 3, **options)
+    assert len(whole) == len({*whole}) == samples
+    images = [index % 10 for index in whole]
+    for first in range(0, samples, repeats):
+        assert len({*images[first : first + repeats]}) == 1
+    counts = collections.Counter(images[::repeats])
+    if weights is None:
+        passes = -(-samples // repeats) / 10
+        assert {counts[image] for image in range(10)} <= {math.floor(passes), math.ceil(passes)}
+    else:
+        assert counts[0] == 0
+    for ranks in (2, 4):
+        samplers = [TrainSampler(10, 0, rank, ranks, **options) for rank in range(ranks)]
+        for start in (0, 2 * ranks if samples > 4 else 0):
+            for sampler in samplers:
+                sampler.set_epoch(3, start)
+            parts = [indices(sampler) for sampler in samplers]
+            together = [index for block in zip(*parts, strict=True) for index in block]
+            assert together == whole[start : start + (samples - start) // ranks * ranks]
+    one = TrainSampler(10, 0, 0, 1, **options)
+    for start in range(samples):
+        one.set_epoch(3, start)
+        assert indices(one) == whole[start:]
+
+
+def test_longer_epoch_draws_by_weight_in_each_pass():
+    """Shares of 10 images are weights / 4.5: rounded down or up in each of 40 passes."""
+    counts = collections.Counter(index % 10 for index in keys(10, weights=WEIGHTS, samples=400))
+    for image in range(10):
+        share = image / 4.5
+        assert 40 * math.floor(share) <= counts[image] <= 40 * math.ceil(share)
+        assert counts[image] == pytest.approx(40 * share, abs=12)
+
+
+def test_huge_epochs_begin_anywhere_without_memory():
+    with Memory() as memory:
+        sampler = TrainSampler(HUGE, 0, 7, 8, samples=3 * HUGE, repeats=2)
+        sampler.set_epoch(1, 2 * HUGE + 16)
+        found = indices(sampler, 2 * CHUNK)
+        assert len(sampler) == (HUGE - 16) // 8
+    assert {index // HUGE for index in found} == {2 + 1}  # the second pass, the second time
+    assert memory.objects < 2**22
+    assert memory.process < 2**26
+
+
+@pytest.mark.parametrize(
+    ("length", "samples", "text"),
+    [
+        (20, None, r"20 training images, .* takes 32 \(16 x 2 processes\); use --batch_size 10 or "
+         "less, or give --num_samples 32 or more"),
+        (99, 1, "--num_samples 1, but .* use at most 1 process, or raise it to 32"),
+    ],
+)  # fmt: skip
+def test_epoch_without_one_batch_is_refused(length, samples, text):
+    """It would have no step, and end without a word."""
+    with pytest.raises(UserError, match=text):
+        check_global_batch(TrainSampler(length, 0, 0, 2, samples=samples), 16)
+    check_global_batch(TrainSampler(length, 0, 0, 2, samples=32), 16)
 
 
 # --- without a list -----------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from PIL import Image
 
 import datasets
 from config import parser as options
-from data_loading.split import split
+from data_loading.folders import DatasetSpec
+from data_loading.split import keep_fraction, list_labels, split
+from data_loading.tables import Columns, table
 from errors import UserError
 from training.resume import compare_args
 
@@ -152,3 +154,123 @@ def test_run_cannot_resume_with_another_split():
     """It would evaluate on images that it was trained on."""
     with pytest.raises(UserError, match="--val_split 0.1 and cannot resume with 0.2"):
         compare_args({"val_split": 0.1}, {"val_split": 0.2}, "it.pth")
+
+
+# --- --label_fraction -----------------------------------------------------------------------
+
+
+def kept(data, fraction: float, seed: int = 0, kind: str = "class") -> list[int]:
+    """Numbers of the samples that are trained on."""
+    return keep_fraction(data, fraction, seed, kind).indices.tolist()
+
+
+def test_each_class_gives_its_fraction_and_at_least_one(log):
+    part = keep_fraction(Listed(200, 57, 3), 0.1, 7, "class")
+    assert np.bincount(list_labels(part)).tolist() == [20, 6, 1]
+    assert part.classes == ["a", "b", "c"]
+    assert [label for _, label in map(part.__getitem__, range(27))] == [0] * 20 + [1] * 6 + [2]
+    assert log.messages == ["train: 27 of 260 images (--label_fraction 0.1, seed 7)"]
+    keep_fraction(Listed(9000, 3000), 0.5, 0, "class")
+    assert log.messages[-1] == "train: 6,000 of 12,000 images (--label_fraction 0.5, seed 0)"
+
+
+def test_smaller_fraction_is_a_part_of_a_larger_one():
+    """Results of 1% and 10% of the labels would otherwise be those of other images."""
+    parts = [{*kept(Listed(300, 90, 5), fraction)} for fraction in (0.01, 0.1, 0.11, 0.5, 1)]
+    assert [len(part) for part in parts] == [5, 40, 44, 197, 395]
+    for smaller, larger in zip(parts, parts[1:], strict=False):
+        assert smaller < larger
+
+
+def test_seed_chooses_the_images_and_later_versions_choose_the_same():
+    data = Listed(20, 30)
+    assert kept(data, 0.1) == kept(data, 0.1) == [12, 15, 24, 28, 31]
+    assert kept(data, 0.1, seed=1) == [13, 19, 20, 30, 32]
+    assert sum(len({*kept(data, 0.5, seed)} & {*kept(data, 0.5)}) for seed in range(1, 41)) / (
+        25 * 40
+    ) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.9])
+def test_images_that_are_held_out_do_not_depend_on_the_fraction(fraction):
+    """--val_split comes first: nothing is trained on that is evaluated, for any fraction."""
+    data = Listed(100, 60)
+    train, val = (split(data, 0.25, is_train) for is_train in (True, False))
+    part = keep_fraction(train, fraction, 0, "class")
+    assert part.dataset is data  # no part of a part, whose files would not be described
+    assert {*part.indices} <= {*train.indices}
+    assert not {*part.indices} & {*val.indices}
+    counts = np.bincount(list_labels(train))
+    assert np.bincount(list_labels(part)).tolist() == np.rint(fraction * counts).clip(1).tolist()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that makes a table of (file, label) rows."""
+    for number in range(40):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{number}.png")
+
+    def make(rows, **columns):
+        lines = ["image,label", *(f"{number}.png,{label}" for number, label in rows)]
+        (tmp_path / "t.csv").write_text("\n".join(lines))
+        spec = DatasetSpec(str(tmp_path / "t.csv"), None, columns=Columns(**columns))
+        return table(spec, True)
+
+    return make
+
+
+def test_names_choose_the_images_whatever_their_order_and_the_other_classes(make):
+    rows = [(number, number % 2) for number in range(40)]
+    numbers = [{(*rows[i],) for i in kept(make(rows), 0.2)}]
+    numbers += [{(*rows[::-1][i],) for i in kept(make(rows[::-1]), 0.2)}]
+    assert numbers[0] == numbers[1]
+    fewer = [row for row in rows if row[1] or row[0] < 6]
+    assert {row for row in numbers[0] if row[1]} == {
+        fewer[i] for i in kept(make(fewer), 0.2) if fewer[i][1]
+    }
+
+
+def test_rows_of_the_same_image_stay_together(make):
+    """The same image with two labels would count twice, and one of them would be lost."""
+    rows = [(number // 2, "ab"[number // 40]) for number in range(80)]
+    chosen = kept(make(rows), 0.1)
+    assert [i for i in chosen if i % 2 == 0] == [i - 1 for i in chosen if i % 2]
+    assert [rows[i][1] for i in chosen] == ["a"] * 4 + ["b"] * 4
+
+
+def test_rarest_of_several_labels_decides(make):
+    """20 images of x, of which 4 are of y too, and 16 without a label."""
+    labels = ["x"] * 20 + [""] * 16
+    for number in (3, 8, 9, 17):
+        labels[number] = "x|y"
+    data = make([*enumerate(labels)], labels=("label",))
+    assert data.kind == "multi"
+    found = [labels[i] for i in kept(data, 0.25, kind="multi")]
+    assert [found.count(label) for label in ("x", "x|y", "")] == [4, 1, 4]
+
+
+def test_numbers_are_one_class():
+    data = Listed(30, 70)
+    assert len(kept(data, 0.1, kind="number")) == 10
+    assert len(kept(range(50), 0.1, kind="number")) == 5  # they need not be listed
+
+
+@pytest.mark.parametrize("kind", ["class", "multi"])
+def test_data_set_without_listed_labels_cannot_give_a_fraction_of_each_class(kind):
+    with pytest.raises(UserError, match="give it a list `targets` with the label of each image"):
+        keep_fraction(range(50), 0.1, 0, kind)
+
+
+def test_fraction_of_folders_is_trained_on_and_evaluated_on_all(photos, log):
+    words = ("--data_set", "IMNET", "--data_path", photos, "--val_split", 0.2)
+    whole, val, _ = datasets.build_datasets(parse(*words))
+    train, same, nb_classes = datasets.build_datasets(
+        parse(*words, "--label_fraction", 0.3, "--seed", 3)
+    )
+    assert (len(train), nb_classes) == (4, 2)
+    assert f"train: 4 of {len(whole)} images (--label_fraction 0.3, seed 3)" in log.messages
+    assert any(text.startswith("train: 4 images of 2 classes (ant, bee)") for text in log.messages)
+    names = [{part.name_of(i) for i in range(len(part))} for part in (train, whole, val, same)]
+    assert names[0] < names[1]
+    assert names[2] == names[3]
+    assert datasets.count_labels(train, 2).tolist() == [2, 2]

@@ -426,7 +426,7 @@ class Small:
         self.error, self.optimizer = error, torch.optim.SGD([torch.zeros(1)])
         self.normalize = torch.Tensor.float
         self.scaler = torch.amp.GradScaler("cpu")
-        self.loader = SimpleNamespace(dataset=range(100))
+        self.loader = SimpleNamespace(sampler=SimpleNamespace(samples=100))
 
     def read(self) -> tuple[int, list]:
         return 0, []
@@ -668,7 +668,8 @@ class SizedLoader:
     """A loader of 100 batches."""
 
     def __init__(self, dataset: range, batch_size: int = 6) -> None:
-        self.loader = SimpleNamespace(dataset=dataset, batch_size=batch_size)
+        sampler = SimpleNamespace(samples=len(dataset))
+        self.loader = SimpleNamespace(dataset=dataset, batch_size=batch_size, sampler=sampler)
 
     def __len__(self) -> int:
         return 100

@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 VALUES = (0.3, 0.5, 0.8, 0.2, 0.7, 0.1, 0.4, 0.9, 0.6)
 
 
-def batches(batch: int, rank: int = 0, ranks: int = 1, workers: int = 0) -> DeviceLoader:
+def batches(batch: int, rank: int = 0, ranks: int = 1, workers: int = 0, **epoch) -> DeviceLoader:
     """A training loader of nine images of one pixel, which are normalized to (x - 0.5) / 0.25."""
     data = [(torch.full((1, 1, 1), value), 0) for value in VALUES]
     data = TransformedDataset(data, lambda image: image, seed=0, in_chans=1)
-    sampler = TrainSampler(len(VALUES), 5, rank, ranks)
+    sampler = TrainSampler(len(VALUES), 5, rank, ranks, **epoch)
     return DeviceLoader(
         WatchedLoader(data, sampler, batch, workers, drop_last=True), CPU, [0.5], [0.25]
     )
@@ -71,10 +71,11 @@ def test_statistics_are_those_of_all_images_with_the_variance_between_batches():
     assert not model.first._forward_pre_hooks
 
 
-def test_more_images_than_an_epoch_has_are_an_epoch():
+@pytest.mark.parametrize(("samples", "used"), [(None, 8), (5, 4)])
+def test_more_images_than_an_epoch_has_are_an_epoch(samples, used):
     model = Net()
-    PreciseBn(batches(2), 1000, CPU).update(model, None, epoch=0)
-    assert model.first.running_mean.item() == pytest.approx(first(8, 0).mean().item(), abs=1e-6)
+    PreciseBn(batches(2, samples=samples), 1000, CPU).update(model, None, epoch=0)
+    assert model.first.running_mean.item() == pytest.approx(first(used, 0).mean().item(), abs=1e-6)
 
 
 def test_frozen_layers_keep_their_statistics():

@@ -67,6 +67,39 @@ def test_a_run_of_any_task_resumes_by_its_own_command():
         compare_args(saved, now | {"task": "regression"}, "x.pth", given={"task"})
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "now", "text"),
+    [
+        ("num_samples", 100, None, "with --num_samples 100 and cannot resume without it: pass"),
+        ("num_samples", None, 9, "with no --num_samples and cannot resume with 9: leave"),
+        ("aug_repeats", 3, 1, "with --aug_repeats 3 and cannot resume with 1: pass"),
+        ("aug_repeats", 1, 3, "with --aug_repeats 1 and cannot resume with 3: pass"),
+    ],
+)
+def test_an_interrupted_epoch_keeps_its_length_and_repeats(name, before, now, text):
+    """The rest of another order has images that the epoch has seen, and lacks others."""
+    with pytest.raises(UserError, match=text):
+        compare_args({name: before}, {name: now}, "x.pth", in_epoch=True)
+    assert compare_args({name: before}, {name: now}, "x.pth") != []
+    if before in (None, 1):  # of an earlier version, which stores no such flag
+        with pytest.raises(UserError, match=text):
+            compare_args({"seed": 0}, {name: now}, "x.pth", in_epoch=True)
+    assert compare_args({"seed": 0}, {"num_samples": None, "aug_repeats": 1}, "x", True) == []
+
+
+def test_run_trains_on_one_fraction_of_the_labels_alone():
+    """With another fraction or seed it would have seen more labels than its flags say."""
+    with pytest.raises(UserError, match="--label_fraction 0.01 and cannot resume with 0.1: pass"):
+        compare_args({"label_fraction": 0.01}, {"label_fraction": 0.1}, "x.pth")
+    with pytest.raises(UserError, match="--label_fraction 1.0 and cannot resume with 0.1"):
+        compare_args({"seed": 0}, {"label_fraction": 0.1}, "x.pth")  # of an earlier version
+    saved = {"label_fraction": 0.1, "seed": 0}
+    with pytest.raises(UserError, match="--seed 0 and cannot resume with 1"):
+        compare_args(saved, saved | {"seed": 1}, "x.pth")
+    saved = {"label_fraction": 1.0, "seed": 0}
+    assert compare_args(saved, saved | {"seed": 1}, "x.pth") == ["--seed 1 (was 0)"]
+
+
 def test_resumed_run_keeps_its_split_and_refuses_other_data():
     """--eval_data_path was ignored, since the split of the run was taken instead."""
     saved, now = {"val_split": 0.3}, {"val_split": 0.0, "eval_data_path": None}
