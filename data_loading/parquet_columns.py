@@ -264,7 +264,7 @@ def _names(read: Sequence[_Part]) -> Names:
     every = pyarrow.concat_arrays([part.paths for part in read])
     if not every.null_count and compute.min(compute.binary_length(every)).as_py() > 0:
         has_zeros = compute.any(compute.match_substring(every, "\0")).as_py()
-        if not has_zeros and compute.count_distinct(every).as_py() == len(every):
+        if not has_zeros and len(every.unique()) == len(every):
             return _as_names([every.cast(kind)])
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(part.path)) for part in read])
     pieces = []

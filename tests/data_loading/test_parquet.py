@@ -636,9 +636,7 @@ def test_without_pyarrow(monkeypatch):
     """pyarrow is an optional extra; importing the module needs none."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     module = runpy.run_path(parquet.__file__)
-    with pytest.raises(
-        UserError, match=r"need pyarrow 14\.0\.1 .*pip install -U pyarrow; "
-    ):
+    with pytest.raises(UserError, match=r"need pyarrow 14\.0\.1 .*pip install -U pyarrow; "):
         module["import_pyarrow"]()
 
 
