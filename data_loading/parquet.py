@@ -14,7 +14,7 @@ import re
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from data_loading.bad_images import is_transient
 from data_loading.decode import BadImage
 from data_loading.files import Files, Names
 from data_loading.formats import describe_file, read_head
-from data_loading.listing import is_above, is_system
+from data_loading.listing import is_above, is_system, scan
 from errors import UserError, first_few, first_line
 
 PARQUET, ARROW = ".parquet", ".arrow"
@@ -41,6 +41,7 @@ KEPT_GROUPS = 2  # decoded row groups of Parquet in memory, often of 100 MB
 KEPT_FILES = 64  # Arrow files that are mapped at the same time
 ROWS_AT_ONCE = 256  # Arrow cannot hold more than 2 GB of images in one array
 MAGIC = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last one: a stream of Arrow
+LOOKED_AT = 20  # folders, to recognize a data set
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -98,6 +99,24 @@ def list_files(path: str) -> dict[str, list[str]]:
             f"of one of them, or a pattern such as '{os.path.join(root, sorted(sets)[-1], '*')}'"
         )
     return dict(splits)
+
+
+def holds_files(folder: str) -> bool:
+    """Return True if Parquet or Arrow files lie in a folder, or in one below it, without images.
+
+    Only a few folders are looked at, so that a folder with a million of images takes no longer.
+    """
+    waiting = [folder]
+    for number in range(LOOKED_AT):
+        if number == len(waiting):
+            break
+        with suppress(OSError):
+            names = scan(waiting[number])
+            if any(map(kind_of, names.others)) and not names.images:
+                return True
+            below = [name for name in [*names.folders, *names.links] if not is_system(name)]
+            waiting += [os.path.join(waiting[number], name) for name in sorted(below)]
+    return False
 
 
 def kind_of(path: str) -> str:

@@ -89,8 +89,7 @@ def _image_kind(kind: Any) -> str:
 
 
 def _is_binary(kind: Any) -> bool:
-    types = import_pyarrow().types
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return str(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _kind(kind: Any) -> str:
@@ -105,7 +104,7 @@ def _kind(kind: Any) -> str:
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return "lists" if _kind(kind.value_type) in ("whole numbers", "text") else ""
     is_time = types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind)
-    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+    is_text = str(kind) in ("string", "large_string", "string_view", "null")
     return "text" if is_text or is_time else ""
 
 

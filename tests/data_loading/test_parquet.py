@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_loading import parquet, parquet_columns
 from data_loading.decode import BadImage
-from data_loading.parquet import ParquetFiles, is_random_access, list_files
+from data_loading.parquet import ParquetFiles, holds_files, is_random_access, list_files
 from data_loading.parquet_columns import find_image_column, list_columns, read_columns
 from errors import UserError
 
@@ -145,6 +145,37 @@ def test_state_of_save_to_disk_names_the_files(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="a selection of rows"):
         list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("a.parquet", True),
+        ("preview.png readme.md data/train-0.parquet", True),
+        ("default/train/0000.arrow", True),
+        (".git/a.parquet ant/1.jpg bee/1.jpg", False),
+        ("metadata.parquet 1.jpg 2.jpg", False),
+        ("readme.md", False),
+        ("more", False),
+    ],
+)
+def test_folder_of_parquet_is_recognized(tmp_path, names, expected):
+    """A folder of images must not be taken for one because a program left a table in it."""
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert holds_files(str(tmp_path)) is expected
+
+
+def test_many_class_folders_are_not_searched_for_parquet(tmp_path, monkeypatch):
+    """Listing ImageNet twice would double the time of a start."""
+    for number in range(100):
+        (tmp_path / f"{number:03d}").mkdir()
+    scanned, real = [], parquet.scan
+    monkeypatch.setattr(parquet, "scan", lambda folder: scanned.append(folder) or real(folder))
+    assert not holds_files(str(tmp_path))
+    assert len(scanned) == parquet.LOOKED_AT < 50
 
 
 @pytest.mark.parametrize(
@@ -441,6 +472,19 @@ def test_columns(tmp_path, form):
         "tags": ["a|b", "", ""],
         "fixed": ["1|2", "3|4", "5|6"],
     }
+
+
+@pytest.mark.skipif(not hasattr(pa, "binary_view"), reason="pyarrow is older")
+@pytest.mark.parametrize("form", FORMATS)
+def test_views(tmp_path, form):
+    """Some programs write texts and bytes as views, a type of its own."""
+    views = pa.array([b"0" * 20, b"1"]).cast(pa.binary_view())
+    texts = pa.array(["a", "b" * 20]).cast(pa.string_view())
+    image = pa.StructArray.from_arrays([views, texts], ["bytes", "path"])
+    file = save_as(form, tmp_path, {"image": image, "label": texts})
+    found = read_columns([file])
+    assert [*found.names] == found.columns["label"] == ["a", "b" * 20]
+    assert contents(ParquetFiles([file], "image", found.names, found.places)) == [b"0" * 20, b"1"]
 
 
 def test_cells_of_several_files(tmp_path):
