@@ -263,7 +263,7 @@ class ParquetFile:
             raise UserError(f"{self.path} has changed since its rows were listed; start again")
         with readable(self.path):
             batches = self.file.iter_batches(ROWS_AT_ONCE, [group], [column], use_threads=False)
-            chunks = [batch.column(0) for batch in batches]
+            chunks = [batch.column(column) for batch in batches]
             array = import_pyarrow().chunked_array(chunks, self.schema.field(column).type)
         return sum(self.group_rows[:group]), array
 
@@ -287,7 +287,14 @@ class ArrowFile:
 
     def read(self, columns: Sequence[str], image: str | None = None) -> Any:
         """Return a table of some columns, and of the column `image`; nothing is copied."""
+        for name in columns:
+            self._validate(name)
         return self.table.select([*columns] if image is None else [*columns, image])
+
+    def _validate(self, column: str) -> None:
+        """Raise UserError if a damaged column leads to other memory; of images it reads lengths."""
+        with readable(self.path):
+            self.table[column].validate(full=True)
 
     def lacks_bytes(self, image: str) -> np.ndarray:
         """Return which rows have no bytes in the struct `image`, (rows,) bool."""
@@ -299,7 +306,8 @@ class ArrowFile:
         return 0, self.table[column]
 
     def check_images(self, column: str) -> None:
-        """Raise UserError if the images are compressed, so that all were read into memory."""
+        """Raise UserError if images are damaged, or compressed, so that all were read to memory."""
+        self._validate(column)
         first, after = self.mapped.address, self.mapped.address + self.mapped.size
         for chunk in self.table[column].chunks:
             for buffer in chunk.buffers():

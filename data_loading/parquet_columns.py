@@ -127,7 +127,7 @@ def read_columns(
     `Found.columns` holds int64, float and bool arrays, and lists of text. Missing floats are NaN;
     missing text is empty, and a column of integers or bools in which some are missing is text, with
     empty cells for those. Lists are text such as `cat|dog` or `0|3`, empty if the list is.
-    `class_names` has the names of integers in a column, and of those in lists.
+    `class_names` has the names of the integers in an array, and of those in lists.
 
     Names are the paths that the images have in their structs, if all of them have one and no two
     have the same. Otherwise they are the file and the number of the row, counted from 0:
@@ -149,6 +149,9 @@ def read_columns(
     if not any(part.rows for part in read):
         raise UserError(f"{first_few(files)}: no rows; expected one for each image")
     cells = {name: _join([part.cells.pop(name) for part in read]) for name in columns}
+    numbers = [name for name in columns if isinstance(cells[name], np.ndarray)]
+    numbers += [name for name in columns if _kind(first.schema.field(name).type) == "lists"]
+    class_names = {name: names for name, names in class_names.items() if name in numbers}
     if image.kind == "path":
         return Found(Names.pack([]), {}, cells, class_names)
     return Found(_names(read), _places(read), cells, class_names)
@@ -172,13 +175,13 @@ class _Part:
 def _read_file(path: str, first: Any, image: ImageColumn, columns: Sequence[str]) -> _Part:
     opened = open_file(path)
     _check_same(opened, first, [*columns, image.name])
+    if image.kind != "path":
+        opened.check_images(image.name)
     table = opened.read(columns, image.name if _has_paths(opened, image) else None)
     with readable(path):
         cells = {name: _cells(table[name], f"{path}, column {name}") for name in columns}
-    if image.kind != "path":
-        opened.check_images(image.name)
-    paths, names = _paths(opened, image, table), _class_names(opened, columns)
-    return _Part(path, opened.group_rows, cells, paths, names)
+        paths = _paths(opened, image, table)
+    return _Part(path, opened.group_rows, cells, paths, _class_names(opened, columns))
 
 
 def _choose(opened: Any, image: ImageColumn, wanted: Sequence[str] | None) -> list[str]:

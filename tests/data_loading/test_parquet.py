@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import runpy
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -349,6 +350,7 @@ def test_forked_process_reads_although_a_thread_held_the_lock(tmp_path, form):
         child = os.fork()
         if not child:
             code = 1
+            signal.alarm(20)  # ends it if it waits
             try:
                 code = int(data.read(1) != jpeg(1))
             finally:
@@ -504,6 +506,15 @@ def test_cells_of_several_files(tmp_path):
     assert found.places["file"].tolist() == [0, 2]
 
 
+def test_names_with_a_dot(tmp_path):
+    """pyarrow takes `image.path` for a field of `image` too."""
+    columns = {"image.path": ["x"], "image": [b"0"], "a.b": [1]}
+    file = save(tmp_path / "a.parquet", columns)
+    found = read_columns([file])
+    assert (found.columns["image.path"], found.columns["a.b"].tolist()) == (["x"], [1])
+    assert ParquetFiles([file], "image", found.names, found.places).read(0) == b"0"
+
+
 def test_wanted_columns(tmp_path):
     file = save(tmp_path / "a.parquet", {"image": structs([b"0"]), "a": [1], "b": [["|"]]})
     assert [*read_columns([file], wanted=["a"]).columns] == ["a"]
@@ -537,6 +548,15 @@ def test_class_names_of_save_to_disk(tmp_path):
     (tmp_path / "train" / "dataset_info.json").write_text('{"features": ')
     with pytest.raises(UserError, match=r"cannot read .*dataset_info\.json"):
         read_columns([file])
+
+
+@pytest.mark.parametrize("labels", [["2"], [None, 1]])
+def test_class_names_are_of_numbers_alone(tmp_path, labels):
+    """They name the places in a head, which text is not."""
+    columns = {"image": structs([b"0"] * len(labels)), "label": labels}
+    found = read_columns([save(tmp_path / "a.parquet", columns, features=FEATURES)])
+    assert found.class_names == {}
+    assert found.columns["label"] in (["2"], ["", "1"])
 
 
 @pytest.mark.parametrize("end", ["parquet", "arrow"])
@@ -622,6 +642,18 @@ def test_file_cut_short(tmp_path, form):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"cannot read .*copy it again"):
             read_columns([str(path)])
+
+
+@pytest.mark.parametrize("make", [structs, pa.array])
+def test_damaged_arrow_file(tmp_path, make):
+    """Arrow does not check where images begin: the process would end without a message."""
+    file = Path(save(tmp_path / "a.arrow", {"image": make([bytes([n]) * 99 for n in range(9)])}))
+    content = file.read_bytes()
+    starts = np.arange(10, dtype=np.int32) * 99
+    assert content.count(starts.tobytes()) == 1
+    file.write_bytes(content.replace(starts.tobytes(), (starts * 10**6).tobytes()))
+    with pytest.raises(UserError, match=r"cannot read .*a\.arrow: .* is damaged"):
+        read_columns([str(file)])
 
 
 def test_damaged_images_are_found_when_they_are_read(tmp_path):
