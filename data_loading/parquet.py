@@ -139,10 +139,11 @@ def _walk(root: str) -> Iterator[str]:
     seen = set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = sorted(name for name in folders if not is_system(name) and real not in seen)
         if real in seen:
+            folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_system(name))
         saved = _saved_files(folder) if "state.json" in names else None
         for name in names if saved is None else saved:
             # `Dataset.map` writes cache-*.arrow next to the files that it reads.
@@ -347,7 +348,7 @@ class ParquetFiles(Files):
         self._cache = _Cache()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_cache"}
+        return {**vars(self), "_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _cache=_Cache())
