@@ -44,18 +44,20 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, number: int) -> str:
-        """Return a name; UserError if the arrays are damaged."""
-        number = range(len(self))[number]  # also counts from the end, or raises IndexError
+    def encoded(self, number: int) -> bytes:
+        """Return a name as bytes; UserError if the arrays are damaged."""
         first, after = int(self.ends[number]), int(self.ends[number + 1])
         name = b""
         if 0 <= first < after <= len(self.text):
             name = self.text[first : after - 1].tobytes()
         if not name or b"\0" in name:  # zeros: an incomplete copy, which the checksum cannot see
             raise UserError(self.damaged)
-        return os.fsdecode(name)
+        return name
 
-    def encoded(self) -> list[bytes]:
+    def __getitem__(self, number: int) -> str:
+        return os.fsdecode(self.encoded(range(len(self))[number]))
+
+    def all_encoded(self) -> list[bytes]:
         """Return all names as bytes."""
         return self.text.tobytes().split(b"\0")[:-1]
 

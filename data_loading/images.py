@@ -69,7 +69,7 @@ class Images(Dataset):
 
     def encoded_names(self) -> list[bytes]:
         """Return all names as bytes."""
-        return self.listing.names.encoded()
+        return self.listing.names.all_encoded()
 
     @property
     def samples(self) -> "Samples":

@@ -174,13 +174,18 @@ def read_json(path: str) -> Any:
         raise UserError(f"cannot read {path}: {first_line(error)}; copy it again") from error
 
 
+def split_of(name: str) -> str:
+    """Return the split that a word in a name tells, train, val or test; '' if none does."""
+    words = re.split(r"[\W\d_]+", name.lower())
+    return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "")
+
+
 def _split_of(path: str) -> tuple[str, str]:
     """Return the folder above the first name with the word of a split, and the split."""
     parts = path.split(os.sep)
     for depth, part in enumerate(parts):
-        for word in re.split(r"[\W\d_]+", part.lower()):
-            if word in SPLIT_OF:
-                return os.path.join("", *parts[:depth]), SPLIT_OF[word]
+        if split := split_of(part):
+            return os.path.join("", *parts[:depth]), split
     return "", ""
 
 

@@ -6,6 +6,7 @@ python main_pretrain.py --data_path photos.zip --model convnextv2_atto --dry_run
 """
 
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,74 +16,32 @@ from typing import Any
 
 import numpy as np
 
-from config.paths import split_sources
-from data_loading.files import Files, Found, Names, sort_by_name
+from config.paths import PATTERN, split_sources
+from data_loading import parquet, parquet_columns
+from data_loading.arrange import (
+    DatasetSpec,
+    Part,
+    arrange,
+    check_files,
+    choose_split,
+    list_rows,
+    sorted_by_name,
+    with_facts,
+)
+from data_loading.files import Files
 from data_loading.folders import FolderFiles, list_folder
 from data_loading.images import Images
 from data_loading.index import Listing, cached, file_states
 from data_loading.listing import is_system, scan
 from data_loading.mixed import MixedImages
-from data_loading.tables import (
-    EVAL,
-    SPLITS,
-    TRAIN,
-    Columns,
-    Table,
-    choose_columns,
-    choose_rows,
-    list_table,
-    missing_files,
-    read_table,
-)
+from data_loading.tables import EVAL, TRAIN, Table, choose_columns, read_table
+from data_loading.tar import UNPACK, TarFiles, expand, list_tar
 from data_loading.zips import ZipFiles, list_zip
-from errors import UserError, first_few, plural
+from errors import UserError, first_few
 from parallel.process_group import get_logger
 
 TABLES = (".csv", ".tsv", ".txt")
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Settings for the functions in `DATASETS`; each uses those that concern it."""
-
-    data_path: str | None = None
-    eval_data_path: str | None = None
-    input_size: tuple[int, int] = (224, 224)
-    nb_classes: int | None = None
-    data_index: str = ""
-    kind: str | None = None  # of the targets of a table; None if its cells tell it
-    columns: Columns = Columns()  # of a table
-    labeled: bool = True
-    skip_missing: bool = False  # image files that a table names
-
-
-@dataclass(frozen=True)
-class Part:
-    """The part of a source to read: for training or for evaluation.
-
-    layout: as in `open_images`. path: of what holds its images. own_split: what separates the
-    parts in the data, '' if nothing does. is_own: nothing else is in it.
-    """
-
-    layout: str
-    path: str
-    spec: DatasetSpec
-    train: bool
-    own_split: str = ""
-    is_own: bool = False
-
-    @property
-    def may_split(self) -> bool:
-        """True if train/ and val/ in it are parts of the data."""
-        return self.layout in ("auto", "IMNET")
-
-    def check(self, own_split: str) -> None:
-        """Raise UserError if the images of training would be evaluated."""
-        if not (self.train or self.is_own or own_split):
-            raise UserError(
-                f"{self.path} does not say which images are for evaluation: it has no folder val/ "
-                "and no column of splits; give --eval_data_path, --split_column, or --val_split 0.1"
-            )
+KINDS = f"a folder, a table ({', '.join(TABLES)}), a zip or tar file, or Parquet or Arrow files"
 
 
 @dataclass(frozen=True)
@@ -149,7 +108,7 @@ def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str
     """Return the part to read, within a folder that has train/ and val/."""
     own = flag == "eval_data_path"
     part = Part(layout, os.path.expanduser(path), spec, train, is_own=own)
-    if not os.path.exists(part.path):
+    if not (PATTERN.search(path) or os.path.exists(part.path)):
         raise UserError(f"--{flag} {path}: no such file or folder")
     if layout == "table" or not (part.may_split and os.path.isdir(part.path)):
         return part
@@ -162,46 +121,29 @@ def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str
     return replace(part, layout="image_folder", path=inner, own_split=own_split, is_own=True)
 
 
-def choose_split(folders: Sequence[str], part: Part) -> tuple[str | None, str]:
-    """Return the folder of a part if folders are named train, val and so on; and `own_split`.
-
-    (None, "") if they are not: one for training and one to evaluate, or only such names.
-    """
-    lower = {name.lower(): name for name in folders}
-    training = [lower[name] for name in TRAIN if name in lower]
-    evaluation = [lower[name] for names in EVAL for name in names if name in lower]
-    mine, wanted = (training, "train") if part.train else (evaluation, "val")
-    is_split = (training and evaluation) or (folders and {*lower} <= SPLITS)
-    if not is_split and part.layout == "auto":
-        return None, ""
-    if not mine:
-        raise UserError(
-            f"{part.path} has no folder {wanted}/; expected train/ and val/ with one folder per "
-            "class. If class folders are directly in it, drop --data_set or give image_folder; "
-            "for images without labels, --data_set folder; without val/, --val_split 0.1"
-        )
-    return mine[0], f"folder {evaluation[0]}/" if evaluation else ""
-
-
 def find_source(part: Part) -> Source:
     """Recognize what `part.path` is; UserError if it is nothing that holds images."""
-    path, layout = part.path, part.layout
-    if os.path.isdir(path):
-        if layout == "table":
-            raise UserError(f"--data_path {path}: no such file; expected a table ({_suffixes()})")
-        return _folder(part)
+    path, layout, is_folder = part.path, part.layout, os.path.isdir(part.path)
+    if layout == "table" and is_folder:
+        raise UserError(f"--data_path {path}: it is a folder, expected a table, a file of rows")
     if layout == "table" or path.lower().endswith(TABLES):
         return _table(part)
+    if shards := _tar_shards(path):
+        return _tar(part, shards)
+    if parquet.holds_files(path) if is_folder else parquet.kind_of(path):
+        return _parquet(part)
+    if is_folder:
+        return _folder(part)
     if zipfile.is_zipfile(path):
         return _zip(part)
-    raise UserError(
-        f"--data_path {path}: expected a folder, a table ({_suffixes()}) or a zip file; if it is a "
-        "table, add --data_set table"
-    )
+    raise UserError(f"--data_path {path}: expected {KINDS}; if it is a table, add --data_set table")
 
 
-def _suffixes() -> str:
-    return ", ".join(TABLES)
+def _identity(part: Part, kind: str, path: str) -> dict[str, Any]:
+    """Return what tells a list of images from those of other sources and other columns."""
+    spec, columns = part.spec, vars(part.spec.columns)
+    held = {kind: os.path.realpath(path), "labeled": spec.labeled, "kind": spec.kind}
+    return held | {"train": part.train, **columns, "labels": [*columns["labels"]]}
 
 
 def _folder(part: Part) -> Source:
@@ -218,139 +160,123 @@ def _folder(part: Part) -> Source:
     return Source(what, identity, make, partial(FolderFiles, root))
 
 
-def with_facts(listing: Listing, **facts: Any) -> Listing:
-    """Return a listing with more metadata."""
-    return replace(listing, metadata={**listing.metadata, **facts})
-
-
-def sorted_by_name(listing: Listing) -> Listing:
-    """Return a listing in order of the names."""
-    order = sort_by_name(listing.names)
-    return listing if order is None else listing.take(order)
-
-
 def _table(part: Part) -> Source:
     path, spec = part.path, part.spec
     root = os.path.expanduser(spec.columns.root) or os.path.dirname(path)
 
     def make() -> Listing:
-        listing, _ = _list_rows(read_table(path), part)
-        _check_files(listing, path, root, spec.skip_missing)
+        listing, _ = list_rows(read_table(path), part)
+        check_files(listing, path, root, spec.skip_missing)
         return sorted_by_name(listing)
 
-    identity = {"table": os.path.realpath(path), "root": os.path.realpath(root)}
-    identity |= {"labeled": spec.labeled, "columns": vars(spec.columns) | {"labels": None}}
-    identity |= {"labels": list(spec.columns.labels), "kind": spec.kind}
-    what = f"the table {path}"
-    return Source(what, identity, make, partial(FolderFiles, root), [path])
-
-
-def _list_rows(table: Table, part: Part) -> tuple[Listing, np.ndarray]:
-    """List the rows of a part, and return their numbers too."""
-    given, spec = part.spec.columns, part.spec
-    columns = choose_columns(table, given, spec.labeled)
-    split = columns.split if given.split or not part.is_own else None
-    part.check(f"column {split}" * bool(split))
-    chosen, rows = choose_rows(table, split, part.train)
-    listing = list_table(chosen, columns, spec.kind, spec.labeled)
-    has_others = len(rows) < len(table)
-    labels = "labels" if len(columns.labels) > 1 else "label"
-    rest = f", split {split}" * bool(split) + f", weight {columns.weight}" * bool(columns.weight)
-    text = "%s: image %s, %s %s%s"
-    image, found = columns.image or "stored in it", first_few(columns.labels, 5)
-    get_logger().info(text, table.path, image, labels, found, rest)
-    return with_facts(listing, own_split=f"column {split}" * has_others), rows
-
-
-def _check_files(listing: Listing, path: str, root: str, skip_missing: bool) -> None:
-    """Raise UserError, or warn with --on_bad_image skip, if image files of a table are missing."""
-    missing = missing_files(listing.names, root)
-    if not missing:
-        return
-    lines, names = listing.arrays["lines"], listing.names
-    unit = listing.metadata["unit"]
-    where = [os.path.join(root, names[row]) for row in missing[:5]]
-    texts = [f"{unit} {lines[row]}: {file}" for row, file in zip(missing, where, strict=False)]
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    got = f"{len(missing)} of {plural(len(names), 'image file')} do not exist: {', '.join(texts)}"
-    if len(missing) == len(names):
-        column = listing.metadata["columns"]["image"]
-        raise UserError(
-            f"{path}: no image file of column {column} exists ({', '.join(texts[:2])}); give "
-            "--image_column, or --image_root for the folder that its paths are relative to"
-        )
-    if not skip_missing:
-        raise UserError(
-            f"{path}: {got}{more}; correct the table, or pass over them: --on_bad_image skip"
-        )
-    get_logger().warning("%s: %s%s", path, got, more)
+    identity = _identity(part, "table", path) | {"root": os.path.realpath(root)}
+    return Source(f"the table {path}", identity, make, partial(FolderFiles, root), [path])
 
 
 def _zip(part: Part) -> Source:
-    path, spec = part.path, part.spec
+    path = part.path
 
     def make() -> Listing:
         return sorted_by_name(arrange(list_zip(path), part))
 
-    identity = {"zip": os.path.realpath(path), "labeled": spec.labeled, "train": part.train}
+    identity = _identity(part, "zip", path)
     return Source(f"the images of {path}", identity, make, partial(ZipFiles, path), [path])
 
 
-def arrange(found: Found, part: Part) -> Listing:
-    """List the images of an archive that belong to a part, with their labels.
+def _tar_shards(path: str) -> list[str]:
+    """Return the tar files that a path, a pattern or a folder of shards stands for."""
+    if os.path.isdir(path):
+        names = scan(path)
+        tars = [name for name in names.others if name.lower().endswith(".tar")]
+        return [] if names.images else [os.path.join(path, name) for name in sorted(tars)]
+    endings = (".tar", *(ending for endings in UNPACK for ending in endings))
+    if not PATTERN.search(path):
+        is_tar = path.lower().endswith(endings) or tarfile.is_tarfile(path)
+        return expand(path) if is_tar else []
+    return expand(path) if path.lower().endswith(endings) else []
 
-    Labels come from columns, if the archive has any, or from the folders in it.
+
+def _tar(part: Part, shards: Sequence[str]) -> Source:
+    path = part.path
+    if os.path.isdir(path):  # perhaps of several parts, by the names of the shards
+        by_split: dict[str, list[str]] = {}
+        for shard in shards:
+            split = parquet.split_of(os.path.basename(shard))
+            by_split.setdefault(split, []).append(shard)
+        part, shards = _choose_files(part, by_split)
+
+    def make() -> Listing:
+        found = list_tar(shards, part.spec.labeled, part.spec.columns.labels or None)
+        return sorted_by_name(arrange(found, part))
+
+    identity = _identity(part, "tar", path)
+    what = f"the images of {path}"
+    return Source(what, identity, make, partial(_open_tar, list(shards)), shards)
+
+
+def _open_tar(shards: Sequence[str], listing: Listing) -> TarFiles:
+    return TarFiles(shards, listing.names, dict(listing.arrays))
+
+
+def _choose_files(part: Part, by_split: dict[str, list[str]]) -> tuple[Part, list[str]]:
+    """Return the files of a part, and the part with what separates it from others.
+
+    by_split: files by train, val, test, or '' for those that are for both.
     """
-    if found.columns:
-        images = [found.names[number] for number in range(len(found.names))]
-        rows = np.arange(1, len(images) + 1)
-        table = Table(part.path, found.columns, rows, "row", images, found.class_names)
-        listing, chosen = _list_rows(table, part)
-    else:
-        listing, chosen = by_folders(found.names, part)
-    places = {name: array[chosen] for name, array in found.places.items()}
-    listing = with_facts(listing, left_out=dict(found.left_out))
-    return replace(listing, arrays={**listing.arrays, **places})
+    evaluation = next((names[0] for names in EVAL if names[0] in by_split), "")
+    wanted = TRAIN[0] if part.train else evaluation
+    if by_split.keys() == {""}:
+        return part, by_split[""]
+    if wanted not in by_split:
+        kind = "training" if part.train else "evaluation"
+        found = ", ".join(split or "other" for split in by_split)
+        raise UserError(
+            f"{part.path} has files of {found}, and none for {kind}; give the files with "
+            f"--{'data_path' if part.train else 'eval_data_path'}"
+        )
+    if others := by_split.get(""):
+        get_logger().warning(
+            "%s: left out %d files without a split in their names: %s",
+            *(part.path, len(others), first_few(others)),
+        )
+    own_split = f"files of {evaluation}" * bool(evaluation)
+    return replace(part, own_split=own_split, is_own=True), by_split[wanted]
 
 
-def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray]:
-    """List the images of a part by the folders in an archive, and return their numbers too."""
-    encoded = names.encoded()
-    if not encoded:
-        raise UserError(f"{part.path}: no images in it")
-    encoded, own_split = without_common_folder(encoded), ""
-    chosen = np.arange(len(encoded))
-    if part.may_split:
-        tops = {os.fsdecode(name.partition(b"/")[0]) for name in encoded if b"/" in name}
-        mine, own_split = choose_split(sorted(tops), part)
-        if mine is not None:
-            start = os.fsencode(mine) + b"/"
-            kept = [name.startswith(start) for name in encoded]
-            chosen = np.flatnonzero(kept)
-            encoded = [encoded[number].removeprefix(start) for number in chosen]
-    part.check(own_split)
-    arrays, metadata = {}, {"own_split": own_split}
-    if part.spec.labeled:
-        loose = [name for name in encoded if b"/" not in name]
-        if loose:
-            raise UserError(
-                f"{part.path}: {plural(len(loose), 'image')} of {len(encoded)} are in no class "
-                f"folder: {first_few(map(os.fsdecode, loose))}; expected CLASS/IMAGE. Images "
-                "without labels are for main_pretrain.py"
-            )
-        tops = [os.fsdecode(name.partition(b"/")[0]) for name in encoded]
-        classes = sorted({*tops})
-        places = {name: label for label, name in enumerate(classes)}
-        arrays["targets"] = np.array([places[top] for top in tops], np.int32)
-        metadata |= {"classes": classes, "kind": "class"}
-    return Listing(Names.pack(encoded), arrays, metadata), chosen
+def _parquet(part: Part) -> Source:
+    path, spec = part.path, part.spec
+    part, files = _choose_files(part, parquet.list_files(path))
+    image = parquet_columns.find_image_column(files, spec.columns.image)
+    names = [n for n in parquet_columns.list_columns(files) if n != image.name]
+    holds_images = image.kind != "path"
+    empty = Table(path, dict.fromkeys(names, ()), np.zeros(0), images=())
+    chosen = choose_columns(empty, spec.columns, spec.labeled)
+    wanted = [name for name in (*chosen.labels, chosen.split, chosen.weight) if name]
+    wanted += [image.name] * (not holds_images)
+    root = os.path.expanduser(spec.columns.root) or os.path.dirname(files[0])
+
+    def make() -> Listing:
+        found = parquet_columns.read_columns(files, image.name, wanted)
+        if holds_images:
+            return sorted_by_name(arrange(found, part))
+        rows = np.arange(1, 1 + len(next(iter(found.columns.values()))))
+        table = Table(path, found.columns, rows, "row", None, found.class_names)
+        listing, _ = list_rows(table, part)
+        check_files(listing, path, root, spec.skip_missing)
+        return sorted_by_name(listing)
+
+    identity = _identity(part, "parquet", path) | {"root": os.path.realpath(root)}
+    if not holds_images:
+        return Source(f"the rows of {path}", identity, make, partial(FolderFiles, root), files)
+    if not parquet.is_random_access(files):
+        get_logger().warning(
+            "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; convert it "
+            "once: datasets.load_dataset(...).save_to_disk(FOLDER) writes Arrow files",
+            path,
+        )
+    open_files = partial(_open_parquet, files, image.name)
+    return Source(f"the images of {path}", identity, make, open_files, files)
 
 
-def without_common_folder(names: list[bytes]) -> list[bytes]:
-    """Return names without the folder that holds all of them, if folders lie in it."""
-    while True:
-        top, _, rest = names[0].partition(b"/")
-        start = top + b"/"
-        if not (rest and all(n.startswith(start) and n.count(b"/") > 1 for n in names)):
-            return names
-        names = [name.removeprefix(start) for name in names]
+def _open_parquet(files: Sequence[str], column: str, listing: Listing) -> parquet.ParquetFiles:
+    return parquet.ParquetFiles(files, column, listing.names, listing.arrays)

@@ -344,7 +344,7 @@ def missing_files(names: Names, root: str) -> list[int]:
     """Return the numbers of the names without a file below `root`; reads each folder once."""
     folders: dict[bytes, set[bytes]] = {}
     missing = []
-    for number, name in enumerate(names.encoded()):
+    for number, name in enumerate(names.all_encoded()):
         folder, _, base = os.path.join(os.fsencode(root), name).rpartition(b"/")
         if folder not in folders:
             with contextlib.suppress(OSError):

@@ -1,0 +1,206 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The images of a source that belong to training or to evaluation, their order and their labels.
+
+python -c "from data_loading.arrange import Part; help(Part)"
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from data_loading.files import Found, Names, sort_by_name
+from data_loading.index import Listing
+from data_loading.tables import (
+    EVAL,
+    SPLITS,
+    TRAIN,
+    Columns,
+    Table,
+    choose_columns,
+    choose_rows,
+    list_table,
+    missing_files,
+)
+from errors import UserError, first_few, plural
+from parallel.process_group import get_logger
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Settings for the functions in `DATASETS`; each uses those that concern it."""
+
+    data_path: str | None = None
+    eval_data_path: str | None = None
+    input_size: tuple[int, int] = (224, 224)
+    nb_classes: int | None = None
+    data_index: str = ""
+    kind: str | None = None  # of the targets of a table; None if its cells tell it
+    columns: Columns = Columns()  # of a table
+    labeled: bool = True
+    skip_missing: bool = False  # image files that a table names
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a source to read: for training or for evaluation.
+
+    layout: as in `open_images`. path: of what holds its images. own_split: what separates the
+    parts in the data, '' if nothing does. is_own: nothing else is in it.
+    """
+
+    layout: str
+    path: str
+    spec: DatasetSpec
+    train: bool
+    own_split: str = ""
+    is_own: bool = False
+
+    @property
+    def may_split(self) -> bool:
+        """True if train/ and val/ in it are parts of the data."""
+        return self.layout in ("auto", "IMNET")
+
+    def check(self, own_split: str) -> None:
+        """Raise UserError if the images of training would be evaluated."""
+        if not (self.train or self.is_own or own_split):
+            raise UserError(
+                f"{self.path} does not say which images are for evaluation: it has no folder val/ "
+                "and no column of splits; give --eval_data_path, --split_column, or --val_split 0.1"
+            )
+
+
+def choose_split(folders: Sequence[str], part: Part) -> tuple[str | None, str]:
+    """Return the folder of a part if folders are named train, val and so on; and `own_split`.
+
+    (None, "") if they are not: one for training and one to evaluate, or only such names.
+    """
+    lower = {name.lower(): name for name in folders}
+    training = [lower[name] for name in TRAIN if name in lower]
+    evaluation = [lower[name] for names in EVAL for name in names if name in lower]
+    mine, wanted = (training, "train") if part.train else (evaluation, "val")
+    is_split = (training and evaluation) or (folders and {*lower} <= SPLITS)
+    if not is_split and part.layout == "auto":
+        return None, ""
+    if not mine:
+        raise UserError(
+            f"{part.path} has no folder {wanted}/; expected train/ and val/ with one folder per "
+            "class. If class folders are directly in it, drop --data_set or give image_folder; "
+            "for images without labels, --data_set folder; without val/, --val_split 0.1"
+        )
+    return mine[0], f"folder {evaluation[0]}/" if evaluation else ""
+
+
+def with_facts(listing: Listing, **facts: Any) -> Listing:
+    """Return a listing with more metadata."""
+    return replace(listing, metadata={**listing.metadata, **facts})
+
+
+def sorted_by_name(listing: Listing) -> Listing:
+    """Return a listing in order of the names."""
+    order = sort_by_name(listing.names)
+    return listing if order is None else listing.take(order)
+
+
+def list_rows(table: Table, part: Part) -> tuple[Listing, np.ndarray]:
+    """List the rows of a part, and return their numbers too."""
+    given, spec = part.spec.columns, part.spec
+    columns = choose_columns(table, given, spec.labeled)
+    split = columns.split if given.split or not part.is_own else None
+    part.check(f"column {split}" * bool(split))
+    chosen, rows = choose_rows(table, split, part.train)
+    listing = list_table(chosen, columns, spec.kind, spec.labeled)
+    has_others = len(rows) < len(table)
+    labels = "labels" if len(columns.labels) > 1 else "label"
+    rest = f", split {split}" * bool(split) + f", weight {columns.weight}" * bool(columns.weight)
+    text = "%s: image %s, %s %s%s"
+    image, found = columns.image or "stored in it", first_few(columns.labels, 5)
+    get_logger().info(text, table.path, image, labels, found, rest)
+    return with_facts(listing, own_split=f"column {split}" * has_others), rows
+
+
+def check_files(listing: Listing, path: str, root: str, skip_missing: bool) -> None:
+    """Raise UserError, or warn with --on_bad_image skip, if image files of a table are missing."""
+    missing = missing_files(listing.names, root)
+    if not missing:
+        return
+    lines, names = listing.arrays["lines"], listing.names
+    unit = listing.metadata["unit"]
+    where = [os.path.join(root, names[row]) for row in missing[:5]]
+    texts = [f"{unit} {lines[row]}: {file}" for row, file in zip(missing, where, strict=False)]
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    got = f"{len(missing)} of {plural(len(names), 'image file')} do not exist: {', '.join(texts)}"
+    if len(missing) == len(names):
+        column = listing.metadata["columns"]["image"]
+        raise UserError(
+            f"{path}: no image file of column {column} exists ({', '.join(texts[:2])}); give "
+            "--image_column, or --image_root for the folder that its paths are relative to"
+        )
+    if not skip_missing:
+        raise UserError(
+            f"{path}: {got}{more}; correct the table, or pass over them: --on_bad_image skip"
+        )
+    get_logger().warning("%s: %s%s", path, got, more)
+
+
+def arrange(found: Found, part: Part) -> Listing:
+    """List the images of an archive that belong to a part, with their labels.
+
+    Labels come from columns, if the archive has any, or from the folders in it.
+    """
+    if found.columns:
+        images = [found.names[number] for number in range(len(found.names))]
+        rows = np.arange(1, len(images) + 1)
+        table = Table(part.path, found.columns, rows, "row", images, found.class_names)
+        listing, chosen = list_rows(table, part)
+    else:
+        listing, chosen = by_folders(found.names, part)
+    places = {name: array[chosen] for name, array in found.places.items()}
+    listing = with_facts(listing, left_out=dict(found.left_out))
+    return replace(listing, arrays={**listing.arrays, **places})
+
+
+def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray]:
+    """List the images of a part by the folders in an archive, and return their numbers too."""
+    encoded = names.all_encoded()
+    if not encoded:
+        raise UserError(f"{part.path}: no images in it")
+    encoded, own_split = without_common_folder(encoded), ""
+    chosen = np.arange(len(encoded))
+    if part.may_split:
+        tops = {os.fsdecode(name.partition(b"/")[0]) for name in encoded if b"/" in name}
+        mine, own_split = choose_split(sorted(tops), part)
+        if mine is not None:
+            start = os.fsencode(mine) + b"/"
+            kept = [name.startswith(start) for name in encoded]
+            chosen = np.flatnonzero(kept)
+            encoded = [encoded[number].removeprefix(start) for number in chosen]
+    part.check(own_split)
+    arrays, metadata = {}, {"own_split": own_split}
+    if part.spec.labeled:
+        loose = [name for name in encoded if b"/" not in name]
+        if loose:
+            raise UserError(
+                f"{part.path}: {plural(len(loose), 'image')} of {len(encoded)} are in no class "
+                f"folder: {first_few(map(os.fsdecode, loose))}; expected CLASS/IMAGE. Images "
+                "without labels are for main_pretrain.py"
+            )
+        tops = [os.fsdecode(name.partition(b"/")[0]) for name in encoded]
+        classes = sorted({*tops})
+        places = {name: label for label, name in enumerate(classes)}
+        arrays["targets"] = np.array([places[top] for top in tops], np.int32)
+        metadata |= {"classes": classes, "kind": "class"}
+    return Listing(Names.pack(encoded), arrays, metadata), chosen
+
+
+def without_common_folder(names: list[bytes]) -> list[bytes]:
+    """Return names without the folder that holds all of them, if folders lie in it."""
+    while True:
+        top, _, rest = names[0].partition(b"/")
+        start = top + b"/"
+        if not (rest and all(n.startswith(start) and n.count(b"/") > 1 for n in names)):
+            return names
+        names = [name.removeprefix(start) for name in names]
