@@ -146,12 +146,17 @@ def check_files(listing: Listing, path: str, root: str, skip_missing: bool) -> N
     get_logger().warning("%s: %s%s", path, got, more)
 
 
-def arrange(found: Found, part: Part) -> Listing:
+def arrange(found: Found, part: Part, has_folders: bool = True) -> Listing:
     """List the images of an archive that belong to a part, with their labels.
 
-    Labels come from columns, if the archive has any, or from the folders in it.
+    Labels come from columns, if the archive has any, or from the folders in it. has_folders: False
+    for names in which no folder has a meaning.
     """
-    if found.columns:
+    if not (found.columns or has_folders):
+        part.check(part.own_split)
+        listing = Listing(found.names, {}, {"own_split": part.own_split})
+        chosen = np.arange(len(found.names))
+    elif found.columns:
         images = [found.names[number] for number in range(len(found.names))]
         rows = np.arange(1, len(images) + 1)
         table = Table(part.path, found.columns, rows, "row", images, found.class_names)

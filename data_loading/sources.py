@@ -258,7 +258,7 @@ def _parquet(part: Part) -> Source:
     def make() -> Listing:
         found = parquet_columns.read_columns(files, image.name, wanted)
         if holds_images:
-            return sorted_by_name(arrange(found, part))
+            return sorted_by_name(arrange(found, part, has_folders=False))
         rows = np.arange(1, 1 + len(next(iter(found.columns.values()))))
         table = Table(path, found.columns, rows, "row", None, found.class_names)
         listing, _ = list_rows(table, part)

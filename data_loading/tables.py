@@ -248,7 +248,10 @@ def read_label_sets(table: Table, name: str) -> tuple[list[str], np.ndarray]:
     """Read cells such as `cat|dog`, empty for none: names, (rows, K) of zeros and ones."""
     sets = [[part.strip() for part in cell.split("|")] for cell in table.column(name)]
     sets = [[part for part in parts if part] for parts in sets]
-    order, _ = _number([part for parts in sets for part in parts])
+    if order := table.class_names.get(name):  # the parts are numbers of these classes
+        sets = [[order[int(part)] for part in parts] for parts in sets]
+    else:
+        order, _ = _number([part for parts in sets for part in parts])
     if not order:
         raise UserError(
             f"{table.path}: all cells of {name} are empty, so there are no classes; give another "

@@ -25,7 +25,7 @@ from torchvision.datasets import DatasetFolder
 
 import visualize
 from config import parser as options
-from data_loading import folders, formats, labels, listing
+from data_loading import folders, formats, labels, listing, sources
 from data_loading import index as index_files
 from data_loading.dataset import TransformedDataset
 from data_loading.formats import extensions
@@ -558,7 +558,7 @@ def generate(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     def paths(walk: listing.FolderWalk) -> Iterator[str]:
         yield from (f"{walk.top}/{n:09d}.jpg" for n in range(count // 1000))
 
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(sources, "find_source", sources._folder)
     monkeypatch.setattr(folders, "class_folders", lambda *words: names)
     monkeypatch.setattr(listing.FolderWalk, "in_order", paths)
 

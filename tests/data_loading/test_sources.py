@@ -221,7 +221,7 @@ def test_damaged_zip_files_are_user_errors(photos, tmp_path):
     with pytest.raises(UserError, match="has changed since its images were listed"):
         data.files.read(4)
     archive.write_bytes(whole[:-30])
-    with pytest.raises(UserError, match=r"expected a folder, a table .* or a zip file"):
+    with pytest.raises(UserError, match=r"expected a folder, a table .* a zip or tar file"):
         open_images("auto", DatasetSpec(str(archive)), True)
 
 
