@@ -107,8 +107,7 @@ class RandomResizedCrop:
         return resize(part, self.size, mode)
 
     def __repr__(self) -> str:
-        scale, ratio = ([round(value, 4) for value in pair] for pair in (self.scale, self.ratio))
-        return f"RandomResizedCrop({self.size}, scale={scale}, ratio={ratio}, modes={self.modes})"
+        return f"RandomResizedCrop({self.size}, scale={self.scale}, modes={self.modes})"
 
 
 class RandomShift:

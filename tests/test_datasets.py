@@ -385,7 +385,7 @@ def test_scale_acts_at_small_sizes_too():
     shift = create_train_transform(32, mean, scale=(0.08, 1.0))
     crop = create_train_transform(32, mean, scale=(0.5, 1.0))
     assert "RandomShift(" in str(shift)
-    assert "scale=[0.5, 1.0]" in str(crop)
+    assert "scale=(0.5, 1.0)" in str(crop)
 
 
 @pytest.mark.parametrize(
