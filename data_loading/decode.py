@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from data_loading import jpeg
 from data_loading.formats import PNG, describe_file, formats, read_head, without_unused_chunks
@@ -145,7 +145,13 @@ def decode(sample: Any, in_chans: int) -> Tensor:
         )
     sample.load()  # TIFF and PNG have their orientation only after it
     turns = _orientation(sample)
-    return jpeg.turn(pil_to_tensor(_on_white(_eight_bits(sample), MODES[in_chans])), turns)
+    return jpeg.turn(from_pil(_on_white(_eight_bits(sample), MODES[in_chans])), turns)
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Convert a gray or RGB image to (C, H, W) uint8, with the channels of a pixel together."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
+    return (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
 def _with_channels(image: Tensor, in_chans: int) -> Tensor:
@@ -159,7 +165,7 @@ def _with_channels(image: Tensor, in_chans: int) -> Tensor:
         raise UserError(f"expected --in_chans {in_chans}, got {got}")
     if len(image) == 1:
         return image.expand(3, -1, -1)
-    return pil_to_tensor(to_pil_image(image).convert("L"))
+    return from_pil(to_pil_image(image).convert("L"))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from data_loading.dataset import empty
 from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel.process_group import get_logger
@@ -120,7 +120,7 @@ class DeviceLoader:
         count, channels, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).reshape(count * height, width * channels)
         mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))
-        result = _empty(rows)
+        result = empty(rows.shape, torch.float32, rows.device)
         at_once = height if rows.device.type == "cpu" else len(rows)  # an image fits into the cache
         for part, place in zip(rows.split(at_once), result.split(at_once), strict=True):
             place.copy_(part)
@@ -128,14 +128,3 @@ class DeviceLoader:
                 place.div_(255)
             place.sub_(mean).div_(std)
         return result.view(count, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _empty(like: Tensor) -> Tensor:
-    """Return a new float32 tensor of the same shape and device.
-
-    NumPy asks Linux for huge pages. With torch's small ones, first use of each took longer than
-    the arithmetic on a batch of 64 images.
-    """
-    if like.device.type == "cpu":
-        return torch.from_numpy(np.empty(like.shape, np.float32))
-    return torch.empty_like(like, dtype=torch.float32)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop
 
+from data_loading.decode import from_pil
 from errors import UserError, plural
 
 # Transforms map a (C, H, W) tensor, uint8 or float, to a (C, height, width) tensor of its kind.
@@ -111,16 +112,39 @@ class RandomResizedCrop:
 
 
 class RandomShift:
-    """Resize to `size`, pad by 4 black pixels and cut out `size` at random."""
+    """Resize to `size` and shift by up to 4 pixels each way, over black."""
 
     def __init__(self, size: tuple[int, int], modes: Sequence[str]) -> None:
-        self.size, self.modes, self.crop = size, tuple(modes), T.RandomCrop(size, padding=4)
+        self.size, self.modes = size, tuple(modes)
 
     def __call__(self, image: Tensor) -> Tensor:
-        return self.crop(resize(image, self.size, random.choice(self.modes)))
+        image = resize(image, self.size, random.choice(self.modes))
+        rows, columns = (_overlap(side, random.randint(-4, 4)) for side in self.size)
+        shifted = image.new_zeros(*self.size, len(image)).permute(2, 0, 1)
+        shifted[:, rows[0], columns[0]] = image[:, rows[1], columns[1]]
+        return shifted
 
     def __repr__(self) -> str:
         return f"RandomShift({self.size}, modes={self.modes})"
+
+
+def _overlap(side: int, shift: int) -> tuple[slice, slice]:
+    """Return where a side lies after a shift, and the part of it that is still inside."""
+    low, high = max(0, shift), min(side, side + shift)
+    return slice(low, high), slice(low - shift, high - shift)
+
+
+class RandomHorizontalFlip:
+    """Mirror an image left to right with probability `p`."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.flip(2) if random.random() < self.p else image
+
+    def __repr__(self) -> str:
+        return f"RandomHorizontalFlip(p={self.p})"
 
 
 def _to_pil(image: Tensor) -> Image.Image:
@@ -139,7 +163,7 @@ def _posterize(op: Callable, image: Image.Image, bits_to_keep: int, **kwargs: An
     return op(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else black
 
 
-def _fix_posterize(step: Any) -> None:
+def fix_posterize(step: Any) -> None:
     """Replace timm's posterize: Pillow 13 refuses 0 bits, which used to give a black image."""
     policy = getattr(step, "ops", None) or sum(getattr(step, "policy", []), [])
     for op in policy:
@@ -246,7 +270,7 @@ def create_pretrain_transform(
 ) -> T.Compose:
     """Create random resized crop (bicubic) and horizontal flip, as in MAE and FCMAE."""
     crop = RandomResizedCrop(height_and_width(input_size), scale)
-    return T.Compose([crop, T.RandomHorizontalFlip(hflip)])
+    return T.Compose([crop, RandomHorizontalFlip(hflip)])
 
 
 def create_train_transform(
@@ -270,20 +294,20 @@ def create_train_transform(
     if aa and color_jitter and "3a" not in aa:  # timm would silently ignore it
         raise UserError(f"--color_jitter {color_jitter} has no effect with --aa {aa}; drop one")
     try:
-        _, *colors = create_transform(  # without its crop and flip, which take PIL images
+        _, *colors, _ = create_transform(  # without its crop, flip and conversion to a tensor
             size, is_training=True, use_prefetcher=True, color_jitter=color_jitter or None,
             auto_augment=aa, interpolation=interpolation, hflip=0, mean=tuple(mean),
         ).transforms  # fmt: skip
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"--aa {aa}: {error!r}; expected e.g. rand-m9-mstd0.5-inc1") from error
     for step in colors:
-        _fix_posterize(step)
+        fix_posterize(step)
     scale = tuple(scale or (0.08, 1.0))
     modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     shifts = max(size) <= SMALL and scale == (0.08, 1.0)
     crop = RandomShift(size, modes) if shifts else RandomResizedCrop(size, scale, modes)
-    steps = [crop, T.RandomHorizontalFlip(hflip)]
-    steps += [_to_pil, *colors] if aa or color_jitter else []
+    steps = [crop, RandomHorizontalFlip(hflip)]
+    steps += [_to_pil, *colors, from_pil] if aa or color_jitter else []
     return T.Compose([*steps, *([erasing] if erasing else [])])
 
 
