@@ -5,7 +5,6 @@
 PYTHONPATH=. python -c "from benchmarks.cifar_runs import equal_epochs; help(equal_epochs)"
 """
 
-import io
 import math
 import statistics
 import sys
@@ -89,10 +88,11 @@ def _read(
     if rest or not 1 <= each <= least:
         raise UserError(f"holds {len(files)} classes in {split}/, the smallest of {least} images")
     chosen = [name for names in files.values() for name in names[:each]]
-    images = [decode(load_image(io.BytesIO(_read_bytes(archive, name))), 3) for name in chosen]
-    if len({image.size for image in images}) > 1:
+    images = [decode(load_image(_read_bytes(archive, name)), 3) for name in chosen]
+    if len({image.shape for image in images}) > 1:
         raise UserError(f"holds images of several sizes in {split}/")
-    return np.stack(images), np.repeat(np.arange(len(files)), each), list(files)
+    images = torch.stack(images).permute(0, 2, 3, 1).numpy()
+    return images, np.repeat(np.arange(len(files)), each), list(files)
 
 
 class InMemory:

@@ -5,14 +5,15 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
+import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,7 +21,7 @@ from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
-from data_loading.rng import fold_in, seed_all
+from data_loading.rng import fold_in, seed_cpu
 from data_loading.targets import Targets
 from data_loading.transforms import Erased
 from errors import UserError, a_type, first_few
@@ -124,9 +125,9 @@ class TransformedDataset(Dataset):
             f"is {bad[-1][0]} ({bad[-1][1]}). Check the data"
         )
 
-    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
-        """Return (decoded image, label); an error of the dataset's own code is a UserError."""
-        seed_all(*draw)
+    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Tensor, Any]:
+        """Return (image (C, H, W), label); an error of the dataset's own code is a UserError."""
+        seed_cpu(*draw)
         try:
             item = self.dataset[index]
         except (UserError, MemoryError):
@@ -153,7 +154,7 @@ class TransformedDataset(Dataset):
             "the data set"
         )
 
-    def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Image.Image | Tensor, Any]:
+    def _load(self, index: int, draw: tuple[int, ...]) -> tuple[Tensor, Any]:
         try:
             image, label = retry_io(partial(self._read, index, draw))
         except (BadImage, *UNREADABLE) as error:
@@ -211,7 +212,8 @@ class Patches(NamedTuple):
 def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | UserError:
     """Stack samples to images (N, C, H, W), labels (N,), ids (N,), bad images and patches.
 
-    Labels are (N, K) if they are rows of zeros and ones, or numbers.
+    Images are in channels_last order, as transforms leave them. Labels are (N, K) if they are rows
+    of zeros and ones, or numbers.
     Returns the first UserError among the samples instead, if there is one. Bad images are a list of
     (name, reason). N is 0 if all images were left out.
     """
@@ -227,7 +229,22 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | Use
     patches = _join_patches(images)
     rows = isinstance(labels[0], Tensor)
     labels = torch.stack(labels) if rows else torch.tensor(labels)
-    return torch.stack(images), labels, torch.tensor(ids), bad, patches
+    pixels = [image.permute(1, 2, 0) for image in images]
+    batch = empty((len(pixels), *pixels[0].shape), pixels[0].dtype)
+    torch.stack(pixels, out=batch)
+    return batch.permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Return a tensor without values, on a CPU in huge pages if it is large.
+
+    NumPy asks Linux for them. The first use of each small page of torch's took longer than the
+    arithmetic on a batch of 64 images.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
 def _join_patches(images: Sequence[Tensor]) -> Patches:

@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from data_loading import jpeg
 from data_loading.formats import PNG, describe_file, formats, read_head, without_unused_chunks
 from errors import UserError
 
@@ -42,14 +43,20 @@ class BadImage(UserError):
         self.reason, self.remedy = reason or message, remedy or "replace or remove it"
 
 
-def load_image(file: str | BinaryIO | bytes) -> Image.Image:
-    """Decode a file in its own mode, the first frame of an animation; `decode` converts it.
+def load_image(file: str | bytes | BinaryIO) -> Image.Image | Tensor:
+    """Decode a file, given by its path, content or file object, for `decode`.
 
-    file: a path, an open file, or the content. Raises BadImage, or an OSError, for a file that
-    cannot be read.
+    Returns an upright (C, H, W) uint8 tensor of an ordinary JPEG, and a PIL image in its own mode
+    of any other file: the first frame of an animation. Raises BadImage, or an OSError, for a file
+    that cannot be read.
     """
-    file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
+        data = _read_jpeg(file)
+        if data and (pixels := jpeg.decode_jpeg(data, MAX_PIXELS)) is not None:
+            if not jpeg.has_metadata(data):
+                return pixels
+            return jpeg.turn(pixels, _orientation(_open(io.BytesIO(data))))
+        file = io.BytesIO(data or file) if data or isinstance(file, bytes) else file
         return _load_or_retry_png(file)
     except UnidentifiedImageError as error:
         description, remedy = describe_file(read_head(file))
@@ -58,6 +65,20 @@ def load_image(file: str | BinaryIO | bytes) -> Image.Image:
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _read_jpeg(file: str | bytes | BinaryIO) -> bytes | None:
+    """Return the content of a JPEG file; None for another one."""
+    if isinstance(file, bytes):
+        return file if file.startswith(jpeg.START) else None
+    if not hasattr(file, "read"):
+        with open(file, "rb", buffering=0) as opened:
+            return _read_jpeg(opened)
+    file.seek(0)
+    if file.read(len(jpeg.START)) != jpeg.START:
+        return None
+    file.seek(0)
+    return file.read()
 
 
 def _load_or_retry_png(file: str | BinaryIO) -> Image.Image:
@@ -74,19 +95,24 @@ def _load_or_retry_png(file: str | BinaryIO) -> Image.Image:
 
 
 def _load(file: str | BinaryIO) -> Image.Image:
-    """Decode a file. MAX_PIXELS replaces PIL's limit, which PIL would also check when it crops."""
+    image = _open(file)
+    image.load()
+    return image
+
+
+def _open(file: str | BinaryIO) -> Image.Image:
+    """Read the header. MAX_PIXELS replaces PIL's limit, which PIL also checks when it crops."""
     try:
         Image.MAX_IMAGE_PIXELS = None
         image = Image.open(file, formats=formats())
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadImage(
-                f"it has {width} x {height} pixels, above the limit of {MAX_PIXELS}: it may be a "
-                "decompression bomb; resize it if it is genuine"
-            )
-        image.load()
     finally:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(
+            f"it has {width} x {height} pixels, above the limit of {MAX_PIXELS}: it may be a "
+            "decompression bomb; resize it if it is genuine"
+        )
     return image
 
 
@@ -103,20 +129,13 @@ def is_of_decoder(error: Exception) -> bool:
     return False
 
 
-def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
-    """Convert `sample` to an RGB or gray PIL image, or to a checked (in_chans, H, W) tensor.
+def decode(sample: Any, in_chans: int) -> Tensor:
+    """Convert a PIL image, or a checked tensor, to (in_chans, H, W) uint8, or float for float.
 
     The EXIF orientation is applied, and transparent pixels become white.
     """
     if isinstance(sample, Tensor):
-        is_uint8, got = sample.dtype == torch.uint8, f"{sample.dtype} tensor {tuple(sample.shape)}"
-        if not (is_uint8 or sample.is_floating_point()) or sample.ndim != 3:
-            raise UserError(f"expected (C, H, W) uint8 or float, got {got}")
-        if not (is_uint8 and in_chans in MODES and len(sample) in MODES):
-            if len(sample) != in_chans:
-                raise UserError(f"expected --in_chans {in_chans}, got {got}")
-            return sample if is_uint8 else sample.float()
-        sample = to_pil_image(sample)
+        return _with_channels(sample, in_chans)
     if not isinstance(sample, Image.Image):
         raise UserError(f"expected a PIL image or a tensor, got {type(sample).__name__}")
     if in_chans not in MODES:
@@ -125,11 +144,35 @@ def decode(sample: Any, in_chans: int) -> Image.Image | Tensor:
             f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
         )
     sample.load()  # TIFF and PNG have their orientation only after it
-    with suppress(Exception):  # a damaged EXIF block, which is rewritten after the pixels
-        if sample.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            sample = sample.copy()  # a dataset may return the same object again
-            ImageOps.exif_transpose(sample, in_place=True)
-    return _on_white(_eight_bits(sample), MODES[in_chans])
+    turns = _orientation(sample)
+    return jpeg.turn(from_pil(_on_white(_eight_bits(sample), MODES[in_chans])), turns)
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Convert a gray or RGB image to (C, H, W) uint8, with the channels of a pixel together."""
+    pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
+    return (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def _with_channels(image: Tensor, in_chans: int) -> Tensor:
+    """Convert between gray and RGB; a tensor of other kinds must have `in_chans` channels."""
+    is_uint8, got = image.dtype == torch.uint8, f"{image.dtype} tensor {tuple(image.shape)}"
+    if not (is_uint8 or image.is_floating_point()) or image.ndim != 3:
+        raise UserError(f"expected (C, H, W) uint8 or float, got {got}")
+    if len(image) == in_chans:
+        return image if is_uint8 else image.float()
+    if not (is_uint8 and in_chans in MODES and len(image) in MODES):
+        raise UserError(f"expected --in_chans {in_chans}, got {got}")
+    if len(image) == 1:
+        return image.expand(3, -1, -1)
+    return from_pil(to_pil_image(image).convert("L"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 if there is none or the EXIF block is damaged."""
+    with suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -156,7 +199,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image, mode: str) -> Image.Image:
     """Paste onto white: the color of transparent pixels is arbitrary."""
     if image.mode not in ("RGBA", "RGBa", "LA", "PA") and "transparency" not in image.info:
-        return image.convert(mode)
+        return image if image.mode == mode else image.convert(mode)
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert(mode)

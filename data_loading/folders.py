@@ -28,7 +28,7 @@ class FolderFiles(Files):
 
     def read(self, number: int) -> bytes:
         """Return the content of an image file."""
-        with open(self.locate(number), "rb") as file:
+        with open(self.locate(number), "rb", buffering=0) as file:
             return file.read()
 
     def locate(self, number: int) -> str:

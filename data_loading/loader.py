@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_loading.dataset import empty
 from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel.process_group import get_logger
@@ -116,6 +117,14 @@ class DeviceLoader:
 
     def normalize(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 or float in 0..1 -> float32, (x - mean) / std."""
-        x = images.to(dtype=torch.float32, memory_format=torch.channels_last)
-        x = x if images.is_floating_point() else x / 255
-        return (x - self.mean) / self.std
+        count, channels, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).reshape(count * height, width * channels)
+        mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))
+        result = empty(rows.shape, torch.float32, rows.device)
+        at_once = height if rows.device.type == "cpu" else len(rows)  # an image fits into the cache
+        for part, place in zip(rows.split(at_once), result.split(at_once), strict=True):
+            place.copy_(part)
+            if not part.is_floating_point():
+                place.div_(255)
+            place.sub_(mean).div_(std)
+        return result.view(count, height, width, channels).permute(0, 3, 1, 2)

@@ -1,37 +1,161 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Transforms for pre-training, training and evaluation, from PIL images or tensors to tensors.
+"""Transforms for pre-training, training and evaluation, from tensors to tensors.
 
 python -c "from data_loading import transforms; print(transforms.create_eval_transform(224))"
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
-from torchvision.transforms.functional import crop, get_dimensions, pil_to_tensor
+from torchvision.transforms.functional import crop
 
+from data_loading.decode import from_pil
 from errors import UserError, plural
 
-# Transforms map a PIL image or (C, H, W) tensor to a (C, H, W) tensor: uint8, or float for float.
+# Transforms map a (C, H, W) tensor, uint8 or float, to a (C, height, width) tensor of its kind.
+RATIO = (3 / 4, 4 / 3)  # width / height of random crops
+SMALL = 32  # pixels; up to this size the official code shifts images and does not crop them
 
 
-def _to_tensor(image: Image.Image | Tensor) -> Tensor:
-    return image if isinstance(image, Tensor) else pil_to_tensor(image)
+def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """(C, H, W) uint8 or float -> (C, *size), antialiased as in Pillow; mode: bilinear, bicubic.
+
+    torch is fastest where the channels of a pixel lie next to each other, as decoders write them.
+    """
+    if tuple(image.shape[1:]) == size:
+        return image
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # image[None] has other strides
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(batch, size, mode=mode, antialias=True)[0]
 
 
-def _require_image(image: Image.Image | Tensor) -> Image.Image:
-    if isinstance(image, Tensor):
+class Resize:
+    """Bicubic resize: to a size (height, width), or of the shorter side to an int."""
+
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if not isinstance(self.size, int):
+            return resize(image, self.size, "bicubic")
+        height, width = image.shape[1:]
+        longer = int(self.size * max(height, width) / min(height, width))  # as torchvision
+        size = (self.size, longer) if height <= width else (longer, self.size)
+        return resize(image, size, "bicubic")
+
+    def __repr__(self) -> str:
+        return f"Resize(size={self.size})"
+
+
+class ResizeToCover:
+    """Bicubic resize that keeps the aspect ratio, to at least `size` (height, width)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        sides = image.shape[1:]
+        ratio = min(side / least for side, least in zip(sides, self.size, strict=True))
+        height, width = (round(side / ratio) for side in sides)  # as timm
+        return resize(image, (height, width), "bicubic")
+
+    def __repr__(self) -> str:
+        return f"ResizeToCover(size={self.size})"
+
+
+class RandomResizedCrop:
+    """Cut out a random part and resize it to `size`, as torchvision and timm do.
+
+    scale: range of the share of the area; ratio: range of width / height, drawn as a logarithm;
+    modes: of `resize`, one of them is drawn.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: Sequence[float],
+        modes: Sequence[str] = ("bicubic",),
+        ratio: Sequence[float] = RATIO,
+    ) -> None:
+        self.size, self.scale, self.modes, self.ratio = size, tuple(scale), tuple(modes), ratio
+
+    def draw_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Draw (top, left, height, width) of a crop; a center crop if ten draws do not fit."""
+        logarithms = [math.log(value) for value in self.ratio]
+        for _ in range(10):
+            area = height * width * random.uniform(*self.scale)
+            ratio = math.exp(random.uniform(*logarithms))
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                return random.randint(0, height - h), random.randint(0, width - w), h, w
+        h = min(height, round(width / self.ratio[0]))
+        w = min(width, round(height * self.ratio[1]))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image: Tensor) -> Tensor:
+        top, left, height, width = self.draw_box(*image.shape[1:])
+        mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
+        part = image[:, top : top + height, left : left + width]
+        return resize(part, self.size, mode)
+
+    def __repr__(self) -> str:
+        return f"RandomResizedCrop({self.size}, scale={self.scale}, modes={self.modes})"
+
+
+class RandomShift:
+    """Resize to `size` and shift by up to 4 pixels each way, over black."""
+
+    def __init__(self, size: tuple[int, int], modes: Sequence[str]) -> None:
+        self.size, self.modes = size, tuple(modes)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = resize(image, self.size, random.choice(self.modes))
+        rows, columns = (_overlap(side, random.randint(-4, 4)) for side in self.size)
+        shifted = image.new_zeros(*self.size, len(image)).permute(2, 0, 1)
+        shifted[:, rows[0], columns[0]] = image[:, rows[1], columns[1]]
+        return shifted
+
+    def __repr__(self) -> str:
+        return f"RandomShift({self.size}, modes={self.modes})"
+
+
+def _overlap(side: int, shift: int) -> tuple[slice, slice]:
+    """Return where a side lies after a shift, and the part of it that is still inside."""
+    low, high = max(0, shift), min(side, side + shift)
+    return slice(low, high), slice(low - shift, high - shift)
+
+
+class RandomHorizontalFlip:
+    """Mirror an image left to right with probability `p`."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image.flip(2) if random.random() < self.p else image
+
+    def __repr__(self) -> str:
+        return f"RandomHorizontalFlip(p={self.p})"
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    """(C, H, W) uint8 of 1 or 3 channels -> PIL image, for timm's augmentations."""
+    if image.dtype != torch.uint8 or len(image) not in (1, 3):
         raise UserError(
             "--aa and --color_jitter act on 8-bit images of 1 or 3 channels, got "
             f"{image.dtype} tensor {tuple(image.shape)}; turn them off: --aa none --color_jitter 0"
         )
-    return image
+    pixels = image.permute(1, 2, 0).contiguous()
+    return Image.fromarray((pixels[..., 0] if len(image) == 1 else pixels).numpy())
 
 
 def _posterize(op: Callable, image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
@@ -39,7 +163,7 @@ def _posterize(op: Callable, image: Image.Image, bits_to_keep: int, **kwargs: An
     return op(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else black
 
 
-def _fix_posterize(step: Any) -> None:
+def fix_posterize(step: Any) -> None:
     """Replace timm's posterize: Pillow 13 refuses 0 bits, which used to give a black image."""
     policy = getattr(step, "ops", None) or sum(getattr(step, "policy", []), [])
     for op in policy:
@@ -145,11 +269,8 @@ def create_pretrain_transform(
     input_size: int | Sequence[int], scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5
 ) -> T.Compose:
     """Create random resized crop (bicubic) and horizontal flip, as in MAE and FCMAE."""
-    bicubic = T.InterpolationMode.BICUBIC
-    crop = T.RandomResizedCrop(
-        height_and_width(input_size), scale=tuple(scale), interpolation=bicubic
-    )
-    return T.Compose([crop, T.RandomHorizontalFlip(hflip), _to_tensor])
+    crop = RandomResizedCrop(height_and_width(input_size), scale)
+    return T.Compose([crop, RandomHorizontalFlip(hflip)])
 
 
 def create_train_transform(
@@ -173,29 +294,29 @@ def create_train_transform(
     if aa and color_jitter and "3a" not in aa:  # timm would silently ignore it
         raise UserError(f"--color_jitter {color_jitter} has no effect with --aa {aa}; drop one")
     try:
-        steps = create_transform(
+        _, *colors, _ = create_transform(  # without its crop, flip and conversion to a tensor
             size, is_training=True, use_prefetcher=True, color_jitter=color_jitter or None,
-            auto_augment=aa, interpolation=interpolation, hflip=hflip,
-            scale=None if scale is None else tuple(scale), mean=tuple(mean),
+            auto_augment=aa, interpolation=interpolation, hflip=0, mean=tuple(mean),
         ).transforms  # fmt: skip
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"--aa {aa}: {error!r}; expected e.g. rand-m9-mstd0.5-inc1") from error
-    for step in steps:
-        _fix_posterize(step)
-    if max(size) <= 32 and (scale is None or tuple(scale) == (0.08, 1.0)):
-        names = ["bilinear", "bicubic"] if interpolation == "random" else [interpolation]
-        whole = [T.Resize(size, interpolation=T.InterpolationMode(name)) for name in names]
-        steps[0] = T.Compose([T.RandomChoice(whole), T.RandomCrop(size, padding=4)])
-    head = [_require_image] if aa or color_jitter else []
-    return T.Compose([*head, *steps, _to_tensor, *([erasing] if erasing else [])])
+    for step in colors:
+        fix_posterize(step)
+    scale = tuple(scale or (0.08, 1.0))
+    modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+    shifts = max(size) <= SMALL and scale == (0.08, 1.0)
+    crop = RandomShift(size, modes) if shifts else RandomResizedCrop(size, scale, modes)
+    steps = [crop, RandomHorizontalFlip(hflip)]
+    steps += [_to_pil, *colors, from_pil] if aa or color_jitter else []
+    return T.Compose([*steps, *([erasing] if erasing else [])])
 
 
-def _crop_ends(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tensor:
+def _crop_ends(image: Tensor, ratio: float) -> Tensor:
     """Crop the long side to at most `ratio` times the short side.
 
     Otherwise 20,000 x 10 pixels would be resized to 512,000 x 256 before the center crop.
     """
-    height, width = get_dimensions(image)[1:]
+    height, width = image.shape[1:]
     longest = math.ceil(ratio * min(height, width))
     top, left = (max(0, (side - longest) // 2) for side in (height, width))
     if not (top or left):
@@ -206,7 +327,7 @@ def _crop_ends(image: Image.Image | Tensor, ratio: float) -> Image.Image | Tenso
 def default_crop_pct(input_size: int | Sequence[int]) -> float | None:
     """Return 224/256 for 33 to 383 pixels; None for others, to which the whole image is resized."""
     size = height_and_width(input_size)
-    return None if max(size) <= 32 or min(size) >= 384 else 224 / 256
+    return None if max(size) <= SMALL or min(size) >= 384 else 224 / 256
 
 
 def create_eval_transform(
@@ -217,12 +338,11 @@ def create_eval_transform(
     Without crop_pct it is `default_crop_pct` of the size; if that is None too, the whole image is
     resized to the size.
     """
-    from timm.data import create_transform
-
     size = height_and_width(input_size)
     pct = crop_pct or default_crop_pct(size)
     if pct is None:
-        return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BICUBIC), _to_tensor])
-    steps = create_transform(size, interpolation="bicubic", crop_pct=pct, use_prefetcher=True)
+        return T.Compose([Resize(size)])
+    height, width = (math.floor(side / pct) for side in size)
+    whole = Resize(height) if height == width else ResizeToCover((height, width))
     ratio = 16 * max(size) / min(size)  # far more than the center crop keeps
-    return T.Compose([partial(_crop_ends, ratio=ratio / pct), *steps.transforms, _to_tensor])
+    return T.Compose([partial(_crop_ends, ratio=ratio / pct), whole, T.CenterCrop(size)])

@@ -174,7 +174,7 @@ def loss_at(path: Path, size: tuple[int, ...]) -> float:
     mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in mean_and_std())
     data = tiny.colors("", False)
     images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
-    batch = torch.stack([resize(to_pil_image(image)) for image in images])
+    batch = torch.stack([resize(image) for image in images])
     with torch.no_grad():
         logits = model((batch / 255 - mean) / std)
     return torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()

@@ -45,10 +45,9 @@ from tests.test_end_to_end import ROOT, SMALL, log, weights
 COUNT, BAD = 12, (2, 3, 7)
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
+def noisy(image: torch.Tensor) -> torch.Tensor:
     """A transform that draws, as augmentations do."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return pixels + torch.randint(0, 9, pixels.shape, dtype=torch.uint8)
+    return image + torch.randint(0, 9, image.shape, dtype=torch.uint8)
 
 
 def make_photos(root: Path, count: int = COUNT, bad: tuple = BAD) -> Path:
@@ -78,7 +77,7 @@ def augmented(root: Path, on_bad: str) -> TransformedDataset:
     listing = list_folder(str(root), labeled=False)
     order = sorted(range(len(listing)), key=lambda number: Path(listing.names[number]).name)
     files = Images(partial(FolderFiles, str(root)), listing.take(np.array(order)), str(root))
-    return TransformedDataset(files, to_tensor, seed=3, on_bad=on_bad)
+    return TransformedDataset(files, noisy, seed=3, on_bad=on_bad)
 
 
 def batches_of(data: Dataset, workers: int = 0, size: int = 4, timeout: float = 0) -> DeviceLoader:
@@ -198,11 +197,11 @@ def test_machine_that_fails_does_not_make_a_bad_image(monkeypatch, number, on_ba
     """A file server that restarts would empty the data set under --on_bad_image skip."""
     waits = []
     monkeypatch.setattr("data_loading.bad_images.time.sleep", waits.append)
-    whole = TransformedDataset(Stalling(number, 0), to_tensor, 0, on_bad=on_bad)[0, 4]
-    again = TransformedDataset(Stalling(number, 3), to_tensor, 0, on_bad=on_bad)[0, 4]
+    whole = TransformedDataset(Stalling(number, 0), noisy, 0, on_bad=on_bad)[0, 4]
+    again = TransformedDataset(Stalling(number, 3), noisy, 0, on_bad=on_bad)[0, 4]
     assert torch.equal(whole[0], again[0])  # drawn again from the same seed
     assert 0 < sum(waits) < 5
-    error = TransformedDataset(Stalling(number, 99), to_tensor, 0, on_bad=on_bad)[0, 4]
+    error = TransformedDataset(Stalling(number, 99), noisy, 0, on_bad=on_bad)[0, 4]
     assert isinstance(error, UserError)
     assert not isinstance(error, BadImage)
     assert str(error).startswith("image number 4: cannot be read ([Errno ")
@@ -218,7 +217,7 @@ def test_what_the_system_says_of_a_file_is_not_waited_for(monkeypatch, number, f
     monkeypatch.setattr("data_loading.bad_images.time.sleep", lambda seconds: 1 / 0)
     files = Stalling(number, 1, file)
     files.samples = [(Path("listed.raw"), 0)] * 9
-    error = TransformedDataset(files, to_tensor, 0)[0, 4]
+    error = TransformedDataset(files, noisy, 0)[0, 4]
     assert isinstance(error, BadImage) == bad
     assert ("The data set raised it:" in str(error)) != bad
 
@@ -245,7 +244,7 @@ def test_image_is_named_whatever_the_data_set_calls_samples(entry, name, on_bad)
         def __getitem__(self, index: int) -> None:
             raise BadImage("bad")
 
-    data = TransformedDataset(Files(), to_tensor, 0, on_bad=on_bad)
+    data = TransformedDataset(Files(), noisy, 0, on_bad=on_bad)
     if on_bad == "error":
         assert str(data[0, 4]).startswith(f"cannot read image {name} (")
     else:
@@ -266,9 +265,9 @@ def test_bad_label_or_channel_count_is_no_bad_image(tmp_path):
     """They are faults of the flags: with all samples replaced they would never be seen."""
     make_photos(tmp_path, bad=())
     files = images(tmp_path)
-    data = TransformedDataset(files, to_tensor, 0, 4, on_bad="replace")
+    data = TransformedDataset(files, noisy, 0, 4, on_bad="replace")
     assert "--in_chans 4" in str(data[0, 0])
-    data = TransformedDataset([(torch.zeros(3, 4, 4), 7)], to_tensor, 0, 3, 5, on_bad="replace")
+    data = TransformedDataset([(torch.zeros(3, 4, 4), 7)], noisy, 0, 3, 5, on_bad="replace")
     assert "label 7" in str(data[0, 0])
 
 
@@ -493,7 +492,7 @@ def watched(
     seconds: float, batch_size: int, workers: int, quick: int = 0, **options: object
 ) -> WatchedLoader:
     """A loader of the 24 samples of `Slow`, in their order."""
-    data = TransformedDataset(Slow(seconds, quick), to_tensor, 0)
+    data = TransformedDataset(Slow(seconds, quick), noisy, 0)
     keys = [(0, index) for index in range(24)]
     return WatchedLoader(data, keys, batch_size, workers, **options)
 
@@ -540,7 +539,7 @@ class Deaf(Slow):
 
 @pytest.mark.slow
 def test_worker_that_ignores_the_limit_ends_the_run():
-    data = TransformedDataset(Deaf(0), to_tensor, 0)
+    data = TransformedDataset(Deaf(0), noisy, 0)
     loader = WatchedLoader(data, [(0, index) for index in range(24)], 3, 2, timeout=1)
     with pytest.raises(TrainingStopped, match="hangs: reading .* than --data_timeout 1"):
         list(loader)
@@ -798,7 +797,7 @@ BUGS += [OSError, UnidentifiedImageError]  # such as of a file of labels, or of 
 @pytest.mark.parametrize("on_bad", ["error", "replace", "leave out"])
 def test_error_of_a_data_set_is_no_bad_image(kind, on_bad):
     """A run went on with other images in the place of all that a bug had spoiled."""
-    error = TransformedDataset(Buggy(kind), to_tensor, 0, on_bad=on_bad)[0, 4]
+    error = TransformedDataset(Buggy(kind), noisy, 0, on_bad=on_bad)[0, 4]
     assert isinstance(error, UserError)
     assert not isinstance(error, BadImage)
     first, second, *lines = str(error).splitlines()
@@ -814,7 +813,7 @@ def test_error_of_a_data_set_is_no_bad_image(kind, on_bad):
 
 def test_error_of_a_data_set_is_short_in_a_worker_too():
     with pytest.raises(UserError, match="RuntimeError: a bug") as error:
-        list(batches_of(TransformedDataset(Buggy(RuntimeError), to_tensor, 0), 1))
+        list(batches_of(TransformedDataset(Buggy(RuntimeError), noisy, 0), 1))
     assert len(str(error.value).splitlines()) < 9
 
 
@@ -826,7 +825,7 @@ def test_deep_traceback_of_a_data_set_is_cut_in_its_middle():
         def deeper(self, index: int) -> Image.Image:
             return self[index + 1] if index < 50 else 1 // 0
 
-    text = str(TransformedDataset(Deep(0), to_tensor, 0)[0, 4])
+    text = str(TransformedDataset(Deep(0), noisy, 0)[0, 4])
     assert text.count(", in ") == FRAMES
     assert text.count("\n  ...\n") == 1
     assert "1 // 0" in text.splitlines()[-2]
@@ -850,7 +849,7 @@ def test_file_that_a_data_set_cannot_decode_itself_is_a_bad_image(tmp_path, faul
             image = Image.open(path)
             return image if lazy else image.convert("RGB")
 
-    assert isinstance(TransformedDataset(Own(0), to_tensor, 0)[0, 4], BadImage)
+    assert isinstance(TransformedDataset(Own(0), noisy, 0)[0, 4], BadImage)
 
 
 DECODERS = {"PIL.ImageFile": "load", "PIL.XyzImagePlugin": "read", "PIL.Image": "open"}
@@ -864,7 +863,7 @@ def test_error_of_a_decoder_is_a_bad_image_whatever_its_kind(kind):
         inside = {"__name__": module, "kind": kind}
         exec(f"def {function}(index):\n    raise kind('damaged')", inside)
         data = type("Own", (Slow,), {"__getitem__": lambda self, i, f=inside[function]: f(i)})(0)
-        error = TransformedDataset(data, to_tensor, 0)[0, 4]
+        error = TransformedDataset(data, noisy, 0)[0, 4]
         assert isinstance(error, BadImage) == (module in DECODERS)
         assert "damaged" in str(error)
 
@@ -874,7 +873,7 @@ def test_wrong_use_of_pil_is_an_error_of_the_data_set():
         def __getitem__(self, index: int) -> Image.Image:
             return Image.new("RGB", (4, 4)).crop((3, 0, 1, 4))
 
-    error = TransformedDataset(Own(0), to_tensor, 0, on_bad="replace")[0, 4]
+    error = TransformedDataset(Own(0), noisy, 0, on_bad="replace")[0, 4]
     assert not isinstance(error, BadImage)
     assert "in crop" in str(error)
 
@@ -885,14 +884,14 @@ def test_deleted_image_of_a_subset_is_a_bad_image(tmp_path):
     files = torchvision.datasets.ImageFolder(tmp_path)
     part = Subset(files, range(8))
     Path(files.samples[4][0]).unlink()
-    (_, reason), *_ = TransformedDataset(part, to_tensor, 0, on_bad="leave out")[0, 4].bad
+    (_, reason), *_ = TransformedDataset(part, noisy, 0, on_bad="leave out")[0, 4].bad
     assert "No such file" in reason
 
     class Labels(Slow):
         def __getitem__(self, index: int) -> tuple[Image.Image, int]:
             return Image.open(files.samples[0][0]), len(Path("labels.csv").read_text())
 
-    error = TransformedDataset(Labels(0), to_tensor, 0, on_bad="leave out")[0, 4]
+    error = TransformedDataset(Labels(0), noisy, 0, on_bad="leave out")[0, 4]
     assert not isinstance(error, BadImage)
     assert "labels.csv" in str(error)
 
@@ -903,10 +902,10 @@ def test_image_that_an_old_index_lists_is_not_blamed(tmp_path):
     spec = DatasetSpec(str(root), labeled=False, data_index=str(index.parent))
     files = open_images("folder", spec, True)
     Path(files.samples[4][0]).unlink()
-    text = str(TransformedDataset(files, to_tensor, 0)[0, 4])
+    text = str(TransformedDataset(files, noisy, 0)[0, 4])
     assert f"(it does not exist, but {index} lists it); the list is old: remove {index}, " in text
     assert "replace" not in text
-    skipped = TransformedDataset(files, to_tensor, 0, on_bad="leave out")[0, 4]
+    skipped = TransformedDataset(files, noisy, 0, on_bad="leave out")[0, 4]
     assert skipped.bad == [(files.samples[4][0], f"it does not exist, but {index} lists it")]
 
 
@@ -931,7 +930,7 @@ def test_flags_reach_the_loader(tmp_path):
 def test_batches_that_get_lost_on_their_way_are_noticed(monkeypatch):
     """torch looks after its thread for pinned memory only without `timeout`; nobody else would."""
     monkeypatch.setattr("data_loading.workers.POLL", 0.2)
-    data = TransformedDataset([(Image.new("RGB", (8, 8)), 0)] * 4, to_tensor, seed=3)
+    data = TransformedDataset([(Image.new("RGB", (8, 8)), 0)] * 4, noisy, seed=3)
     loader = WatchedLoader(data, EvalSampler(4, 0, 1), 2, num_workers=1, timeout=0.5)
     batches = iter(loader)
     next(batches)

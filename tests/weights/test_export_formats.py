@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import export
 from config import checks
@@ -577,7 +578,7 @@ def test_processor_equals_our_evaluation_transform(size, crop_pct, shape, tmp_pa
     image = picture(*shape)
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(x)[:, None, None] for x in mean_and_std())
-    ours = create_eval_transform((size, size), crop_pct)(image)
+    ours = create_eval_transform((size, size), crop_pct)(pil_to_tensor(image))
     difference = ((theirs * std + mean) * 255 - ours).abs()
     shifted = [difference]
     for axis in (1, 2):  # by one pixel at most
