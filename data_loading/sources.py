@@ -101,7 +101,7 @@ def _choose_path(layout: str, spec: DatasetSpec, train: bool) -> tuple[str, str]
     if not path:
         hint = ", or --val_split 0.1" if own else ""
         raise UserError(f"--{flag} is not given; give the folder, table or archive of images{hint}")
-    return flag, path
+    return flag, str(path)
 
 
 def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str) -> Part:

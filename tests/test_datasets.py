@@ -243,7 +243,7 @@ def test_data_set_from_a_module_needs_no_edit(monkeypatch):
     [
         ({"data_set": "IMNET"}, "--data_path is not given"),
         ({"data_set": "IMNET", "data_path": "/nowhere"}, "no such file or folder"),
-        ({"data_set": "IMNET", "data_path": ROOT / "assets"}, "image_folder.*main_pretrain.py"),
+        ({"data_set": "IMNET", "data_path": ROOT / "assets"}, "image_folder.*--data_set folder"),
         (
             {"data_set": "image_folder", "data_path": ROOT / "assets"},
             "one folder of images per class",

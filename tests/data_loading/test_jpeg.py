@@ -180,7 +180,7 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 @needs_simplejpeg
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": exif(6)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": exif(6)}], ids=" ".join)
 def test_damaged_file_gives_the_pixels_or_the_error_of_pil(options, monkeypatch):
     """Otherwise a run would skip other images on a machine without simplejpeg."""
     whole, draw, kinds = encode(noise((70, 50)), **options), random.Random(0), set()

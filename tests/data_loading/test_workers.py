@@ -914,7 +914,7 @@ def test_flags_reach_the_loader(tmp_path):
     flags = {"data_set": "folder", "data_path": str(tmp_path), "input_size": (16, 16), "seed": 0}
     flags |= {"in_chans": 3, "hflip": 0.5, "scale": (0.2, 1.0), "batch_size": 4, "pin_mem": False}
     flags |= {"data_index": "", "split_column": None, "image_column": None, "image_root": ""}
-    flags |= {"sampling": "shuffle"}
+    flags |= {"sampling": "shuffle", "num_samples": None, "aug_repeats": 1}
     flags["imagenet_default_mean_and_std"] = True
     for seconds, expected in ((None, 1800), (7.0, 7), (0.0, 0)):
         args = SimpleNamespace(
