@@ -211,8 +211,10 @@ class PartJob:
     def estimate(self) -> int:
         """Return the bytes that the rest takes, estimated by some images spread over it."""
         rest = self.rest
+        if not len(rest):
+            return 0
         chosen = rest[np.unique(np.linspace(0, len(rest) - 1, SAMPLES).astype(int))]
-        items = [self.images[0, int(number)] for number in chosen] if len(rest) else []
+        items = [self.images[0, int(number)] for number in chosen]
         sizes = [len(self._read(item).content) for item in items if not is_bad(item)]
         each = np.mean(sizes) + 2 * BLOCK if sizes else 0.0
         return int(MARGIN * each * len(rest))
@@ -369,6 +371,8 @@ def pack_all(
     except KeyboardInterrupt:
         get_logger().warning("interrupted; the same command continues after the last shard")
         sys.exit(130)
+    finally:
+        acquire_run_lock("")  # releases it
     shards = [shard for part in about.values() for shard in part["shards"]]
     size = format_bytes(sum(shard["bytes"] for shard in shards))
     text = "%s: %s in %s, %s; use it as --data_path %s"

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from config.tasks import PACK as NAME
 from data_loading.decode import load_image
 from data_loading.files import Names
 from data_loading.index import Listing, checksums, open_index
@@ -32,7 +33,7 @@ from data_loading.tar import TarFiles
 from data_loading.tar_headers import BLOCK
 from errors import UserError, first_few, first_line, plural
 
-NAME, INDEX, VERSION = "pack.json", "index", 1
+INDEX, VERSION = "index", 1
 WHOLE = "images"  # name of the part of a source without parts
 PARTS = {"train": "train", "val": "val", WHOLE: ""}  # names -> split, '' for both
 REMEDY = "copy the pack again, or delete it and pack the images again"
