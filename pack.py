@@ -399,7 +399,7 @@ def lock(dest: Path) -> None:
 
 
 def check_space(dest: Path, jobs: Mapping[str, PartJob]) -> None:
-    """Raise UserError if the disk has too little space for the images, as far as can be told."""
+    """Raise UserError if the disk has less space than the images take by an estimate."""
     needed, free = sum(job.estimate() for job in jobs.values()), shutil.disk_usage(dest).free
     sizes = f"about {format_bytes(needed)} are needed, {format_bytes(free)} are free"
     if needed > free:

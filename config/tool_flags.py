@@ -45,7 +45,7 @@ PACK = (
     ("--size", COUNT, None, "shorter side in pixels of larger images; default: not resized"),
     ("--format", ("jpeg", "webp"), None, "format of resized images; default: jpeg"),
     ("--quality", number("int [1, 100]"), None, "quality of resized images; default: 90"),
-    ("--shard_size", {"type": shard_size, "metavar": "SIZE"}, "1GB",
+    ("--shard_size", {"type": shard_size, "metavar": "TEXT"}, "1GB",
      "images per shard, or size with MB or GB"),
     ("--part", ("all", "train", "val"), "all", "images to pack: for training, evaluation or both"),
     ("--unlabeled", BOOL, False, "pack without labels, as for pre-training"),

@@ -25,7 +25,7 @@ OTHER_KIND = "a pack without --size keeps the bytes of files only, as of folders
 
 
 class Encoded(NamedTuple):
-    """Content of an image file, its extension if it was written anew, '' if not, and the label."""
+    """Content of an image file, its extension if it was encoded here, '' if not, and the label."""
 
     content: bytes
     extension: str
@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored: `size` of the shorter side of larger ones, None to keep all.
+    """Settings for stored images: `size` of the shorter side of larger ones, None to keep all.
 
     format, quality: of those that are resized.
     """

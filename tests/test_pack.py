@@ -5,6 +5,7 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 import tarfile
 import zipfile
@@ -392,7 +393,11 @@ def test_finished_pack_is_left_alone(photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "place", "found"),
     [
-        ("train-000001.tar", 700, "train-000001.tar: ant-2/deep/1.webp: damaged: its CRC-32 differs"),
+        (
+            "train-000001.tar",
+            700,
+            "train-000001.tar: ant-2/deep/1.webp: damaged: its CRC-32 differs",
+        ),
         ("train-000001.tar", 3, "train-000001.tar: its SHA-256 differs, outside the images"),
         ("val-000000.tar", -3, "val-000000.tar: its SHA-256 differs, outside the images"),
         ("index/train/names.npy", -3, "index/train/names.npy: missing, or its SHA-256 differs"),
@@ -571,3 +576,15 @@ def test_weights_of_a_pack_are_used(photos, tmp_path):
     assert sorted(data.weights) == [*range(12)]
     with pytest.raises(SystemExit):
         parse(options.finetune_parser(), [*words, str(photos)])
+
+
+def test_commands_of_the_docs(photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    lines = page.read_text().partition("## Packing")[2].partition("```sh")[2].splitlines()
+    commands = [line for line in lines if line.startswith("python pack.py")]
+    for line in commands[:3]:
+        packed(*shlex.split(line, comments=True)[2:])
+    assert len(commands) >= 3
+    assert content(opened("packed")) == content(opened("photos"))
+    assert opened("small").encoded_names() == opened("photos").encoded_names()
