@@ -41,9 +41,10 @@ README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
 OTHER_COMMANDS = {"pip", "tensorboard"}
-OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard and official programs
+OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard, docker and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",
     "--kill-on-bad-exit", "--logdir", "--help",
+    "--shm-size",
 }  # fmt: skip
 
 
