@@ -114,11 +114,6 @@ def list_rows(table: Table, part: Part) -> tuple[Listing, np.ndarray]:
     chosen, rows = choose_rows(table, split, part.train)
     listing = list_table(chosen, columns, spec.kind, spec.labeled)
     has_others = len(rows) < len(table)
-    labels = "labels" if len(columns.labels) > 1 else "label"
-    rest = f", split {split}" * bool(split) + f", weight {columns.weight}" * bool(columns.weight)
-    text = "%s: image %s, %s %s%s"
-    image, found = columns.image or "stored in it", first_few(columns.labels, 5)
-    get_logger().info(text, table.path, image, labels, found, rest)
     return with_facts(listing, own_split=f"column {split}" * has_others), rows
 
 
@@ -209,3 +204,14 @@ def without_common_folder(names: list[bytes]) -> list[bytes]:
         if not (rest and all(n.startswith(start) and n.count(b"/") > 1 for n in names)):
             return names
         names = [name.removeprefix(start) for name in names]
+
+
+def describe(listing: Listing) -> str:
+    """Return the columns that are used: ` (image path, label species, split fold)`; '' for none."""
+    columns = dict(listing.metadata.get("columns", {}))
+    labels = columns.pop("labels", ())
+    texts = [f"{kind} {name}" for kind, name in columns.items() if name]
+    if labels:
+        found = f"label{'s' * (len(labels) > 1)} {first_few(labels, 5)}"
+        texts.insert(columns.get("image") is not None, found)
+    return f" ({', '.join(texts)})" if texts else ""
