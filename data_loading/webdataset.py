@@ -158,7 +158,9 @@ def _parse(
         if extension == b".cls":
             return {"cls": _class_of(text, name)}
         record = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # the former: also of json and of decode
         expected = "JSON" if extension == b".json" else "text in UTF-8"
         raise UserError(f"{name} is no {expected}: {error}; correct it") from error
     if not isinstance(record, dict):
