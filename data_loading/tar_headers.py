@@ -343,7 +343,11 @@ class TarHeaders:
         for place, name in self.named.items():
             if usable[place]:
                 names[int(np.searchsorted(places, place))] = name
-        if b"/\0" in b"\0".join([*names, b""]):  # folders, as before USTAR
+        text = b"\0".join([*names, b""])
+        if text.count(b"\0") > len(names):  # something behind the end of a name
+            names = [name.partition(b"\0")[0] for name in names]
+            text = b"\0".join([*names, b""])
+        if b"/\0" in text:  # folders, as before USTAR
             files = [number for number, name in enumerate(names) if not name.endswith(b"/")]
             names, places = [names[number] for number in files], places[files]
         self._clear()
@@ -449,10 +453,8 @@ def _sum(rows: np.ndarray) -> np.ndarray:
 
 
 def names_of(heads: np.ndarray) -> list[bytes]:
-    """Return the names that headers (N, 512) uint8 store."""
+    """Return the names that headers (N, 512) uint8 store; after a zero may be more."""
     names = np.ascontiguousarray(heads[:, NAME]).view("S100").ravel().tolist()
-    if b"\0".join(names).count(b"\0") >= max(len(names), 1):  # something behind the end of a name
-        names = [name.partition(b"\0")[0] for name in names]
     for row in np.flatnonzero(heads[:, PREFIX.start]):
         if heads[row, MAGIC].tobytes() == b"ustar\0":  # GNU has times there
             prefix = heads[row, PREFIX].tobytes().partition(b"\0")[0]

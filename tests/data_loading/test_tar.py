@@ -553,3 +553,10 @@ def test_short_reads_of_network_disks_are_repeated(tmp_path, monkeypatch):
     expected, pread = listed(path), os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, start: pread(fd, min(size, 700), start))
     assert listed(path) == expected
+
+
+def test_what_is_behind_the_end_of_a_name_is_no_part_of_it(tmp_path):
+    header = info("a.jpg").tobuf(tarfile.USTAR_FORMAT)
+    header = with_checksum(b"a.jpg\0rest of a name.jpg".ljust(100, b"\0") + header[100:])
+    (tmp_path / "a.tar").write_bytes(header + bytes(1024))
+    assert list(listed(tmp_path / "a.tar")) == ["a.jpg"]
