@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Images in tar files and WebDataset shards, read at any place without unpacking.
 
-python -c "from data_loading.tar import list_tar; print(list_tar(['a.tar'], False).names[0])"
+python -c "from data_loading.tar import expand; print(expand('data_loading/{tar,decode}.py'))"
 """
 
 import glob

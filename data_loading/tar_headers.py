@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Find the files in a tar file by its headers, without reading their content.
 
-python -c "from data_loading.tar_headers import TarHeaders; print(*TarHeaders('a.tar').members())"
+python -c "from data_loading.tar_headers import size_of; print(size_of(bytes(512)))"
 
 A header is a block of 512 bytes; the content follows, padded to whole blocks. All formats: v7,
 USTAR, GNU and PAX.
