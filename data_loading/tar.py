@@ -239,9 +239,9 @@ class _Lister:
 
     def add(self, members: Members) -> None:
         """Sort the files of a batch of headers."""
-        names, text = self._clean(members.names)
+        names, text, has_dots = self._clean(members.names)
         numbers: Sequence[int] = range(len(names))
-        if self._has_hidden(names, text):
+        if self._has_system_folders(names) or has_dots:
             hidden = [self._is_hidden(name) for name in names]
             _count(self.left_out, SYSTEM, sum(hidden))
             numbers = [number for number in numbers if not hidden[number]]
@@ -254,19 +254,22 @@ class _Lister:
         if names:
             self.texts.append(text[1:])
             places = np.array(numbers)
-            hashes = np.array([hash(name) for name in names], np.int64)
+            hashes = np.fromiter(map(hash, names), np.int64, len(names))
             self.arrays.append(np.stack([hashes, members.starts[places], members.sizes[places]]))
 
-    def _clean(self, names: list[bytes]) -> tuple[list[bytes], bytes]:
-        """Remove what may be in a path without a meaning, such as `./`; returns also `_join`."""
+    def _clean(self, names: list[bytes]) -> tuple[list[bytes], bytes, bool]:
+        """Remove what may be in a path without a meaning, such as `./`.
+
+        Returns also `_join` of the names, and whether a part of one begins with a dot.
+        """
         text = _join(names)
         if b"\0./" in text:
             names = [name[2:].lstrip(b"/") if name[:2] == b"./" else name for name in names]
             text = _join(names)
-        if any(odd in text for odd in (b"\0/", b"//", b"\0.", b"/.")):
+        if is_odd := _is_odd(text):
             names = [self._clean_one(name) for name in names]
             text = _join(names)
-        return names, text
+        return names, text, is_odd and _is_odd(text)
 
     def _clean_one(self, name: bytes) -> bytes:
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
@@ -293,14 +296,13 @@ class _Lister:
             return text.count(ending + b"\0") == len(names)
         return False
 
-    def _has_hidden(self, names: list[bytes], text: bytes) -> bool:
-        """Return whether some of the names are of the system, or in folders of it."""
+    def _has_system_folders(self, names: list[bytes]) -> bool:
         folders = {name.rpartition(b"/")[0] for name in names}
         if len(self.folders) > MOST_FOLDERS:
             self.folders = {}
         for folder in folders - self.folders.keys():
             self.folders[folder] = any(map(is_system, os.fsdecode(folder).split("/")))
-        return b"/." in text or b"\0." in text or any(self.folders[folder] for folder in folders)
+        return any(self.folders[folder] for folder in folders)
 
     def _is_hidden(self, name: bytes) -> bool:
         folder, _, base = name.rpartition(b"/")
@@ -358,6 +360,14 @@ def _join(names: list[bytes]) -> bytes:
     return b"\0".join([b"", *names, b""])
 
 
+def _is_odd(text: bytes) -> bool:
+    """Return whether, in the text of `_join`, a part of a path is empty or begins with a dot."""
+    letters = np.frombuffer(text, np.uint8)
+    before, after = letters[:-1], letters[1:]
+    starts = (before == 0) | (before == ord("/"))
+    return bool((starts & ((after == ord(".")) | (after == ord("/")))).any())
+
+
 def _is_image(ending: bytes) -> bool:
     return os.fsdecode(ending).lower() in extensions()
 
@@ -380,9 +390,11 @@ def _count_all(left_out: Counter[str], counts: Mapping[str, int]) -> None:
 
 def _replaced(names: Names, hashes: np.ndarray) -> np.ndarray:
     """Return the numbers of the names that occur again later."""
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():  # as nearly always
+        return np.zeros(0, np.int64)
     order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    again = np.flatnonzero(ordered[1:] == ordered[:-1])
+    again = np.flatnonzero(np.diff(hashes[order]) == 0)
     same: dict[bytes, list[int]] = {}
     for number in np.unique(order[np.concatenate([again, again + 1])]):
         same.setdefault(names.encoded(number), []).append(number)
