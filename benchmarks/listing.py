@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Members of {args.bytes} bytes, warm disk cache, {args.rounds} rounds, as many processes "
         "as cores."
     )
-    lines = ["### Listing of tar files", "", settings, machine(torch.device("cpu")), "", rows]
+    lines = ["## Listing of tar files", "", settings, machine(torch.device("cpu")), "", rows]
     print(text := "\n".join(lines))
     if args.output:
         with args.output.open("a", encoding="utf-8") as file:
