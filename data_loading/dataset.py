@@ -9,6 +9,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_loading import jpeg
 from data_loading.bad_images import is_transient, retry_io
-from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
+from data_loading.decode import UNREADABLE, BadImage, decode, decode_for, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
@@ -64,8 +66,18 @@ class TransformedDataset(Dataset):
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
-        self.positions, self.classes = positions, classes
+        self.positions, self.classes, self.crop = positions, classes, None
         self.targets = Targets("class", nb_classes or 0, positions)
+
+    def decode_fast(self, wanted: bool = True) -> "TransformedDataset":
+        """If wanted, decode JPEG files at 1/2, 1/4 or 1/8 of their sides where the crop is large.
+
+        The first step of the transform draws the crop. Returns the dataset itself.
+        """
+        if wanted:
+            jpeg.require_simplejpeg()
+            self.crop = self.transform.transforms[0]
+        return self
 
     def expect(self, targets: Targets) -> None:
         """Take labels of another kind than one class per image, or for other outputs."""
@@ -129,7 +141,8 @@ class TransformedDataset(Dataset):
         """Return (image (C, H, W), label); an error of the dataset's own code is a UserError."""
         seed_cpu(*draw)
         try:
-            item = self.dataset[index]
+            with nullcontext() if self.crop is None else decode_for(self.crop):
+                item = self.dataset[index]
         except (UserError, MemoryError):
             raise
         except Exception as error:
