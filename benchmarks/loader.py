@@ -30,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=[*SETS], help="sizes of photos")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--input_size", type=int, default=224, help="of the larger images")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=11, help="each goes through every row once")
     parser.add_argument("--images", type=int, default=300, help="in a timing, at least")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")

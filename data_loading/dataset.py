@@ -5,7 +5,6 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
-import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -243,21 +241,7 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | Use
     rows = isinstance(labels[0], Tensor)
     labels = torch.stack(labels) if rows else torch.tensor(labels)
     pixels = [image.permute(1, 2, 0) for image in images]
-    batch = empty((len(pixels), *pixels[0].shape), pixels[0].dtype)
-    torch.stack(pixels, out=batch)
-    return batch.permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return a tensor without values, on a CPU in huge pages if it is large.
-
-    NumPy asks Linux for them. The first use of each small page of torch's took longer than the
-    arithmetic on a batch of 64 images.
-    """
-    if torch.device(device).type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
+    return torch.stack(pixels).permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
 
 
 def _join_patches(images: Sequence[Tensor]) -> Patches:
