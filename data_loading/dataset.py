@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from data_loading import jpeg
 from data_loading.bad_images import is_transient, retry_io
@@ -241,7 +241,8 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | Use
     rows = isinstance(labels[0], Tensor)
     labels = torch.stack(labels) if rows else torch.tensor(labels)
     pixels = [image.permute(1, 2, 0) for image in images]
-    return torch.stack(pixels).permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
+    batch = default_collate(pixels)  # stacks them, in a worker right in shared memory
+    return batch.permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
 
 
 def _join_patches(images: Sequence[Tensor]) -> Patches:
