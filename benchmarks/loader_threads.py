@@ -48,6 +48,7 @@ from data_loading.rng import seed_cpu
 from data_loading.samplers import TrainSampler
 from data_loading.workers import WatchedLoader
 from datasets import build_pretrain_dataset
+from errors import plural
 
 PREFETCH = 2  # batches a worker, as DataLoader's
 LOCK = threading.Lock()  # around the draws: Python, NumPy and torch have one state a process
@@ -100,13 +101,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     data = build_pretrain_dataset(flags)
     sampler = TrainSampler(len(data), flags.seed, 0, 1)
     loaders = {
-        f"{count} worker processes" if count else "no workers": WatchedLoader(
+        plural(count, "worker process") if count else "no workers": WatchedLoader(
             data, sampler, args.batch_size, count, drop_last=True
         )
         for count in (0, args.workers)
     }
     rows = {name: (lambda loader=loader: loader) for name, loader in loaders.items()}
-    rows[f"{args.workers} threads"] = lambda: with_threads(Reader(data), sampler, args)
+    rows[plural(args.workers, "thread")] = lambda: with_threads(Reader(data), sampler, args)
     found: dict[str, list[float]] = {name: [] for name in rows}
     for number in range(1 + args.rounds):
         sampler.set_epoch(number)
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
 
 def report(args: argparse.Namespace, found: dict[str, list[float]]) -> str:
     """Markdown: a row for each way to read."""
-    usual = statistics.median(found[f"{args.workers} worker processes"])
+    usual = statistics.median(found[plural(args.workers, "worker process")])
     lines = ["| | ms an image: median | min | max | speed to processes |", f"|---|{'---|' * 4}"]
     for name, times in found.items():
         median = statistics.median(times)

@@ -203,18 +203,23 @@ def from_pil(image: Image.Image) -> Tensor:
 
 def _with_channels(image: Tensor, in_chans: int) -> Tensor:
     """Convert between gray and RGB; a tensor of other kinds must have `in_chans` channels."""
-    is_uint8, got = image.dtype == torch.uint8, f"{image.dtype} tensor {tuple(image.shape)}"
-    if not (is_uint8 or image.is_floating_point()) or image.ndim != 3:
-        raise UserError(f"expected (C, H, W) uint8 or float, got {got}")
-    if len(image) == in_chans:
+    is_uint8 = image.dtype == torch.uint8
+    if image.ndim != 3 or not (is_uint8 or image.is_floating_point()):
+        raise UserError(f"expected (C, H, W) uint8 or float, got {_describe(image)}")
+    channels = len(image)
+    if channels == in_chans:
         return image if is_uint8 else image.float()
-    if not (is_uint8 and in_chans in MODES and len(image) in MODES):
-        raise UserError(f"expected --in_chans {in_chans}, got {got}")
+    if not (is_uint8 and in_chans in MODES and channels in MODES):
+        raise UserError(f"expected --in_chans {in_chans}, got {_describe(image)}")
     other = image.expand(3, -1, -1) if in_chans == 3 else _to_gray(image)
     if isinstance(image, WithBox):
         other = other.as_subclass(WithBox)
         other.box = image.box
     return other
+
+
+def _describe(image: Tensor) -> str:
+    return f"{image.dtype} tensor {tuple(image.shape)}"
 
 
 def _to_gray(image: Tensor) -> Tensor:

@@ -341,7 +341,7 @@ def test_threads_and_processes_read_the_same(tmp_path):
     words = "--rounds 1 --images 8 --batch_size 4 --workers 1 --input_size 64"
     done = run("loader_threads.py", f"--photos {photos} {words}")
     assert done.returncode == 0, done.stderr
-    expected = ["no workers", "1 worker processes", "1 threads"]
+    expected = ["no workers", "1 worker process", "1 thread"]
     assert rows(done.stdout, "Worker processes and threads") == expected
 
 
