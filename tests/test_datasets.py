@@ -46,7 +46,7 @@ def make_args(**changes):
         "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0,
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
-        "on_bad_image": "error", "data_timeout": None, "data_index": "",
+        "on_bad_image": "error", "decode": "exact", "data_timeout": None, "data_index": "",
         "val_split": 0.0, "task": "auto", "sampling": "shuffle", "normalize_targets": True,
         "image_column": None, "label_column": None, "split_column": None, "weight_column": None,
         "image_root": "", "num_samples": None, "aug_repeats": 1, "label_fraction": 1.0,
