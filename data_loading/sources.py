@@ -178,7 +178,7 @@ def _zip(part: Part) -> Source:
     path = part.path
 
     def make() -> Listing:
-        return sorted_by_name(arrange(list_zip(path), part))
+        return arrange(list_zip(path), part)
 
     identity = _identity(part, "zip", path)
     return Source(f"the zip file {path}", identity, make, partial(ZipFiles, path), [path])
@@ -208,7 +208,7 @@ def _tar(part: Part, shards: Sequence[str]) -> Source:
 
     def make() -> Listing:
         found = list_tar(shards, part.spec.labeled, part.spec.columns.labels or None)
-        return sorted_by_name(arrange(found, part))
+        return arrange(found, part)
 
     identity = _identity(part, "tar", path)
     what = f"{plural(len(shards), 'tar file')} of {path}"
@@ -260,7 +260,7 @@ def _parquet(part: Part) -> Source:
     def make() -> Listing:
         found = parquet_columns.read_columns(files, image.name, wanted)
         if holds_images:
-            return sorted_by_name(arrange(found, part, has_folders=False))
+            return arrange(found, part, has_folders=False)
         rows = np.arange(1, 1 + len(next(iter(found.columns.values()))))
         table = Table(path, found.columns, rows, "row", None, found.class_names)
         listing, _ = list_rows(table, part)
