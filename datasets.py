@@ -156,7 +156,7 @@ def build_dataset(
     )
     scale = _find_scale(data, args, head, classes) if kind == "number" else None
     dataset.expect(Targets(kind, count, positions, scale))
-    return dataset, count
+    return dataset.decode_fast(is_train and vars(args).get("decode") == "fast"), count
 
 
 def _find_kind(data: Any, args: Any, head: Head | None) -> str:
@@ -391,7 +391,8 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     hold_images(data, args, "train")
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
-    return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    dataset = TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    return dataset.decode_fast(vars(args).get("decode") == "fast")
 
 
 def build_loader(
@@ -416,8 +417,7 @@ def build_loader(
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
     )
-    mean, std = build_mean_and_std(args)
-    return DeviceLoader(loader, device, mean, std)
+    return DeviceLoader(loader, device, *build_mean_and_std(args))
 
 
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:

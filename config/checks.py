@@ -71,7 +71,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
 OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
-epochs lr blr min_lr drop_path hflip scale sampling
+epochs lr blr min_lr drop_path hflip scale decode sampling
 num_samples aug_repeats label_fraction ram_cache
 train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode class_weights warmup_epochs warmup_steps start_epoch

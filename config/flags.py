@@ -232,6 +232,9 @@ FLAGS["data"] = (
     ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),
     ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
+    ("--decode", ("exact", "fast"), "exact",
+     "large JPEG files to train on: exact pixels, or those of a smaller image if the crop needs no "
+     "more"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),

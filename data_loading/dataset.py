@@ -5,20 +5,20 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
-import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from data_loading import jpeg
 from data_loading.bad_images import is_transient, retry_io
-from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
+from data_loading.decode import UNREADABLE, BadImage, decode, decode_for, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
@@ -64,8 +64,18 @@ class TransformedDataset(Dataset):
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
-        self.positions, self.classes = positions, classes
+        self.positions, self.classes, self.crop = positions, classes, None
         self.targets = Targets("class", nb_classes or 0, positions)
+
+    def decode_fast(self, wanted: bool = True) -> "TransformedDataset":
+        """If wanted, decode JPEG files at 1/2, 1/4 or 1/8 of their sides where the crop is large.
+
+        The first step of the transform draws the crop. Returns the dataset itself.
+        """
+        if wanted:
+            jpeg.require_simplejpeg()
+            self.crop = self.transform.transforms[0]
+        return self
 
     def expect(self, targets: Targets) -> None:
         """Take labels of another kind than one class per image, or for other outputs."""
@@ -134,7 +144,8 @@ class TransformedDataset(Dataset):
         """Return (sample, label or None); an error of the dataset's own code is a UserError."""
         seed_cpu(*draw)
         try:
-            item = self.dataset[index]
+            with nullcontext() if self.crop is None else decode_for(self.crop):
+                item = self.dataset[index]
         except (UserError, MemoryError):
             raise
         except Exception as error:
@@ -234,21 +245,8 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | Use
     rows = isinstance(labels[0], Tensor)
     labels = torch.stack(labels) if rows else torch.tensor(labels)
     pixels = [image.permute(1, 2, 0) for image in images]
-    batch = empty((len(pixels), *pixels[0].shape), pixels[0].dtype)
-    torch.stack(pixels, out=batch)
+    batch = default_collate(pixels)  # stacks them, in a worker right in shared memory
     return batch.permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return a tensor without values, on a CPU in huge pages if it is large.
-
-    NumPy asks Linux for them. The first use of each small page of torch's took longer than the
-    arithmetic on a batch of 64 images.
-    """
-    if torch.device(device).type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
 def _join_patches(images: Sequence[Tensor]) -> Patches:

@@ -23,14 +23,16 @@ class Images(Dataset):
     """Images with their targets, if they are listed.
 
     open_files: returns what reads the images of a listing. path: where they come from, for
-    messages. kind: of the targets, class, multi or number; None without. classes: names of the
-    classes, or numbers, by label. targets: (N,) labels or (N, K) rows. weights: (N,) for sampling,
-    or None. own_split: what separates training from evaluation images in the data, `column split`
-    or `folder val/`; '' if nothing does.
+    messages. what: describes the source. kind: of the targets, class, multi or number; None
+    without. classes: names of the classes, or numbers, by label. targets: (N,) labels or (N, K)
+    rows. weights: (N,) for sampling, or None. own_split: what separates training from evaluation
+    images in the data, `column split` or `folder val/`; '' if nothing does.
     """
 
-    def __init__(self, open_files: Callable[[Listing], Files], listing: Listing, path: str) -> None:
-        self.open_files, self.listing, self.path = open_files, listing, path
+    def __init__(
+        self, open_files: Callable[[Listing], Files], listing: Listing, path: str, what: str = ""
+    ) -> None:
+        self.open_files, self.listing, self.path, self.what = open_files, listing, path, what
         self.files = open_files(listing)
         facts = listing.metadata
         self.kind, self.classes = facts.get("kind"), facts.get("classes")
@@ -40,7 +42,7 @@ class Images(Dataset):
 
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map an index themselves, and open its files."""
-        return Images, (self.open_files, self.listing, self.path)
+        return Images, (self.open_files, self.listing, self.path, self.what)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_loading.dataset import empty
 from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel.process_group import get_logger
@@ -120,7 +119,7 @@ class DeviceLoader:
         count, channels, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).reshape(count * height, width * channels)
         mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))
-        result = empty(rows.shape, torch.float32, rows.device)
+        result = torch.empty_like(rows, dtype=torch.float32)
         at_once = height if rows.device.type == "cpu" else len(rows)  # an image fits into the cache
         for part, place in zip(rows.split(at_once), result.split(at_once), strict=True):
             place.copy_(part)

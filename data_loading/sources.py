@@ -26,6 +26,7 @@ from data_loading.arrange import (
     arrange,
     check_files,
     choose_split,
+    describe,
     list_rows,
     sorted_by_name,
     with_facts,
@@ -39,7 +40,7 @@ from data_loading.mixed import MixedImages
 from data_loading.tables import EVAL, TRAIN, Table, choose_columns, read_table
 from data_loading.tar import UNPACK, TarFiles, expand, list_tar
 from data_loading.zips import ZipFiles, list_zip
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
 TABLES = (".csv", ".tsv", ".txt")
@@ -92,7 +93,7 @@ def open_part(part: Part, folder: Path | None = None) -> Images:
         listing = cached(source.list, source.what, identity, folder)
     else:
         listing = source.list()
-    return Images(source.open, listing, part.path)
+    return Images(source.open, listing, part.path, f"{source.what}{describe(listing)}")
 
 
 def _choose_path(layout: str, spec: DatasetSpec, train: bool) -> tuple[str, str]:
@@ -154,7 +155,7 @@ def _identity(part: Part, kind: str, path: str) -> dict[str, Any]:
 def _folder(part: Part) -> Source:
     root, labeled = part.path, part.spec.labeled
     part.check(part.own_split)
-    kinds = {False: "images without labels in", True: "the class folders of"}
+    kinds = {False: "the images in", True: "the class folders of"}
 
     def make() -> Listing:
         listing = list_folder(root, labeled, leave_out_empty=not part.train)
@@ -182,10 +183,10 @@ def _zip(part: Part) -> Source:
     path = part.path
 
     def make() -> Listing:
-        return sorted_by_name(arrange(list_zip(path), part))
+        return arrange(list_zip(path), part)
 
     identity = _identity(part, "zip", path)
-    return Source(f"the images of {path}", identity, make, partial(ZipFiles, path), [path])
+    return Source(f"the zip file {path}", identity, make, partial(ZipFiles, path), [path])
 
 
 def _tar_shards(path: str) -> list[str]:
@@ -212,10 +213,11 @@ def _tar(part: Part, shards: Sequence[str]) -> Source:
 
     def make() -> Listing:
         found = list_tar(shards, part.spec.labeled, part.spec.columns.labels or None)
-        return sorted_by_name(arrange(found, part))
+        return arrange(found, part)
 
     identity = _identity(part, "tar", path)
-    what = f"the images of {path}"
+    what = f"{plural(len(shards), 'tar file')} of {path}"
+    what = what if len(shards) > 1 else f"the tar file {shards[0]}"
     return Source(what, identity, make, partial(_open_tar, list(shards)), shards)
 
 
@@ -235,7 +237,7 @@ def _pack(part: Part) -> Source:
         return with_facts(listing, own_split=part.own_split)
 
     identity = {"pack": os.path.realpath(path), "part": name, "labeled": part.spec.labeled}
-    what = f"the images of the pack {path}"
+    what = f"the pack {path}"
     return Source(what, identity, make, partial(packs.open_files, shards), shards)
 
 
@@ -279,7 +281,7 @@ def _parquet(part: Part) -> Source:
     def make() -> Listing:
         found = parquet_columns.read_columns(files, image.name, wanted)
         if holds_images:
-            return sorted_by_name(arrange(found, part, has_folders=False))
+            return arrange(found, part, has_folders=False)
         rows = np.arange(1, 1 + len(next(iter(found.columns.values()))))
         table = Table(path, found.columns, rows, "row", None, found.class_names)
         listing, _ = list_rows(table, part)
@@ -288,7 +290,7 @@ def _parquet(part: Part) -> Source:
 
     identity = _identity(part, "parquet", path) | {"root": os.path.realpath(root)}
     if not holds_images:
-        return Source(f"the rows of {path}", identity, make, partial(FolderFiles, root), files)
+        return Source(f"the table {path}", identity, make, partial(FolderFiles, root), files)
     if not parquet.is_random_access(files):
         get_logger().warning(
             "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; pack it "
@@ -296,7 +298,10 @@ def _parquet(part: Part) -> Source:
             *(path, command("pack"), shlex.quote(path)),
         )
     open_files = partial(_open_parquet, files, image.name)
-    return Source(f"the images of {path}", identity, make, open_files, files)
+    kind = "Arrow" if parquet.is_random_access(files) else "Parquet"
+    what = f"{plural(len(files), f'{kind} file')} of {path}"
+    what = what if len(files) > 1 else f"the {kind} file {files[0]}"
+    return Source(what, identity, make, open_files, files)
 
 
 def _open_parquet(files: Sequence[str], column: str, listing: Listing) -> parquet.ParquetFiles:

@@ -57,7 +57,8 @@ def log_dataset(
         classes += f" ({first_few(names)})" if names else ""
     files = dataset.dataset if isinstance(dataset, Part) else dataset
     remarks = files.describe_list() if isinstance(files, Listed) else ""
-    text = "%s: %s%s, used at %d x %d pixels%s"
-    get_logger().info(text, name, plural(len(dataset), "image"), classes, *size, remarks)
+    source = f" from {files.what}" if getattr(files, "what", "") else ""
+    text = "%s: %s%s%s, used at %d x %d pixels%s"
+    get_logger().info(text, name, plural(len(dataset), "image"), classes, source, *size, remarks)
     if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
         get_logger().warning("%s: %s", name, problem)

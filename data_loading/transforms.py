@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop
 
-from data_loading.decode import from_pil
+from data_loading.decode import WithBox, from_pil
 from errors import UserError, plural
 
 # Transforms map a (C, H, W) tensor, uint8 or float, to a (C, height, width) tensor of its kind.
@@ -102,7 +102,8 @@ class RandomResizedCrop:
         return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, image: Tensor) -> Tensor:
-        top, left, height, width = self.draw_box(*image.shape[1:])
+        box = image.box if isinstance(image, WithBox) else self.draw_box(*image.shape[1:])
+        top, left, height, width = box
         mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
         part = image[:, top : top + height, left : left + width]
         return resize(part, self.size, mode)
@@ -116,6 +117,10 @@ class RandomShift:
 
     def __init__(self, size: tuple[int, int], modes: Sequence[str]) -> None:
         self.size, self.modes = size, tuple(modes)
+
+    def draw_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return the whole image."""
+        return 0, 0, height, width
 
     def __call__(self, image: Tensor) -> Tensor:
         image = resize(image, self.size, random.choice(self.modes))

@@ -46,7 +46,7 @@ def make_args(**changes):
         "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0,
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
-        "on_bad_image": "error", "data_timeout": None, "data_index": "",
+        "on_bad_image": "error", "decode": "exact", "data_timeout": None, "data_index": "",
         "val_split": 0.0, "task": "auto", "sampling": "shuffle", "normalize_targets": True,
         "image_column": None, "label_column": None, "split_column": None, "weight_column": None,
         "image_root": "", "num_samples": None, "aug_repeats": 1, "label_fraction": 1.0,
@@ -300,14 +300,16 @@ def test_start_line_tells_images_classes_size_and_what_is_left_out(tmp_path, log
         (tmp_path / "train" / "ant" / f"{number}.jp2").write_bytes(b"")
     args = make_args(data_set="IMNET", data_path=tmp_path, input_size=(16, 24))
     datasets.build_datasets(args)
+    train, val = (f"the class folders of {tmp_path}/{part}" for part in ("train", "val"))
+    size, left_out = "used at 16 x 24 pixels", "left out 100 files: 100 .jp2"
     assert log.messages == [
-        "train: 4 images of 2 classes (ant, bee), used at 16 x 24 pixels; left out 100 files: "
-        "100 .jp2",
-        "val: 2 images of 2 classes (ant, bee), used at 16 x 24 pixels",
+        f"train: 4 images of 2 classes (ant, bee) from {train}, {size}; {left_out}",
+        f"val: 2 images of 2 classes (ant, bee) from {val}, {size}",
     ]
     log.clear()
     datasets.build_pretrain_dataset(args)
-    assert log.messages == ["train: 4 images, used at 16 x 24 pixels; left out 100 files: 100 .jp2"]
+    source = f"the images in {tmp_path}/train"
+    assert log.messages == [f"train: 4 images from {source}, {size}; {left_out}"]
     log.clear()
     datasets.build_dataset(True, make_args(nb_classes=1, data_set="tests.test_datasets:unnamed"))
     assert log.messages[0] == "train: 1 image of 1 class, used at 16 x 16 pixels"

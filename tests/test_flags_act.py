@@ -216,6 +216,7 @@ SHARED: dict[str, Row] = {
         ("error", False),
         ("replace", True),
     ),
+    "decode": ("--decode fast", lambda b: b.train.loader.dataset.crop is not None, False, True),
     "data_timeout": (
         "--data_timeout 7", lambda b: b.train.loader.timeout, 1800.0, 7.0, "--num_workers 1",
     ),

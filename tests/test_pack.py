@@ -30,7 +30,6 @@ from data_loading.tables import Columns
 from datasets import create_dataset
 from errors import UserError
 from tests import tiny
-from tests.test_end_to_end import assert_same, run, weights
 
 CLASSES = ("ant", "ant-2", "bee.1")
 
@@ -257,27 +256,6 @@ def odd(data_path: str, train: bool) -> Odd:
 def test_images_that_no_file_holds_are_refused(tmp_path):
     with pytest.raises(UserError, match="image number 0: got a torch.float32 tensor"):
         packed("nothing", tmp_path / "out", "--data_set", "tests.test_pack:odd", "--part", "train")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
-def test_a_run_on_a_pack_gives_the_weights_of_its_source(script, photos, tmp_path):
-    """Bit for bit, for 0 and 2 workers."""
-    packed(photos, tmp_path / "out", "--shard_size", 5)
-    words = ["--input_size", 16, "--stem_stride", 1, "--batch_size", 4, "--epochs", 1, "--lr", 0.01]
-    words += ["--warmup_epochs", 0, "--device", "cpu", "--model"]
-    if script == "main_pretrain.py":
-        words += ["tests.tiny:fcmae", "--decoder_embed_dim", 8]
-    else:
-        words += ["tests.tiny:classifier", "--val_split", 0.3]
-    found = []
-    for source, workers in ((photos, 0), (tmp_path / "out", 0), (tmp_path / "out", 2)):
-        folder = tmp_path / f"run-{len(found)}"
-        more = ["--data_path", source, "--num_workers", workers, "--output_dir", folder]
-        run(script, *words, *more)
-        found.append(weights(folder / "checkpoint-0.pth"))
-    assert_same(found[0], found[1])
-    assert_same(found[0], found[2])
 
 
 # --- encoding -------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ SCRIPTS = [
     "benchmarks/curves.py",
     "benchmarks/gpu.py",
     "benchmarks/gpu_parts.py",
+    "benchmarks/loader.py",
+    "benchmarks/loader_threads.py",
     "benchmarks/masked.py",
     "benchmarks/saving.py",
     "benchmarks/startup.py",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_loading.rng import fold_in, mask_noise, seed_all
+from data_loading.rng import fold_in, mask_noise, seed_all, seed_cpu
 
 WORD = 2**64
 GOLDEN = 0x9E3779B97F4A7C15
@@ -106,6 +106,17 @@ def test_seed_all_sets_every_generator():
     seed_all(3, 1)
     assert draws() == first
     seed_all(1, 3)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_cheap_seeds_of_a_sample_give_the_same_draws_and_leave_devices_alone(monkeypatch):
+    """`torch.manual_seed` took longer than a small image."""
+    seed_all(3, 1)
+    first = draws()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds all devices"))
+    seed_cpu(3, 1)
+    assert draws() == first
+    seed_cpu(3, 2)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
