@@ -7,6 +7,7 @@ python pack.py photos packed --size 256
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 
 from config import parser as options
 from config import tool_flags
+from config.flags import as_typed
+from config.tool_flags import size_text
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.pack_parser()
@@ -143,7 +146,10 @@ def can_open(create: Any) -> bool:
 
 def make_plan(parts: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return what decides the content of a pack, as plain values."""
-    plan: dict[str, Any] = {**asdict(build_encoding(args)), "shard_size": args.shard_size}
+    plan: dict[str, Any] = {
+        **asdict(build_encoding(args)),
+        "shard_size": size_text(*args.shard_size),
+    }
     plan |= {"on_bad_image": args.on_bad_image, "unlabeled": args.unlabeled}
     plan["parts"] = {}
     for part, data in parts.items():
@@ -173,7 +179,7 @@ def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
             "another DEST, or delete it"
         )
     if different:
-        found = [f"--{name} {old.get(name)}, now {plan[name]}" for name in different]
+        found = [f"--{n} {as_typed(old.get(n))}, now {as_typed(plan[n])}" for n in different]
         raise UserError(
             f"{dest} was begun with {first_few(found)}; give the same flags, or another DEST"
         )
@@ -216,8 +222,8 @@ class PartJob:
         chosen = rest[np.unique(np.linspace(0, len(rest) - 1, SAMPLES).astype(int))]
         items = [self.images[0, int(number)] for number in chosen]
         sizes = [len(self._read(item).content) for item in items if not is_bad(item)]
-        each = np.mean(sizes) + 2 * BLOCK if sizes else 0.0
-        return int(MARGIN * each * len(rest))
+        blocks = [1 + math.ceil(size / BLOCK) for size in sizes]  # with a header
+        return int(MARGIN * BLOCK * np.mean(blocks or [0]) * len(rest))
 
     def _read(self, item: Any) -> Encoded:
         if isinstance(item, UserError):

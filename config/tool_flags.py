@@ -38,6 +38,11 @@ def shard_size(text: str) -> tuple[int | None, int | None]:
     return (count, None) if unit is None else (None, count * unit)
 
 
+def size_text(images: int | None, size: int | None) -> str:
+    """Write the limit of a shard as `shard_size` reads it."""
+    return str(images) if size is None else f"{size / 10**6:g}MB"
+
+
 # fmt: off
 PACK = (
     ("source", {"metavar": "SOURCE"}, None, "data to pack; with --verify and no DEST, a pack"),

@@ -20,8 +20,8 @@ from data_loading.transforms import Resize
 from errors import UserError, a_type
 
 FORMATS = {"jpeg": ".jpg", "webp": ".webp", "png": ".png"}  # that are written, and extensions
-GRAY = ("1", "L", "LA", "La", "I", "F")  # modes of PIL; others of 16 bits begin with I
-OTHER_KIND = "a pack without --size keeps the bytes of files only, as of folders and archives"
+GRAY, DEEP = ("1", "L", "LA", "La"), ("I", "F")  # modes of PIL, or their first letters: `I;16`
+OTHER_KIND = "only image files that are not resized are stored as they are: drop --size"
 
 
 class Encoded(NamedTuple):
@@ -68,11 +68,13 @@ def _sides(sample: Any) -> tuple[int, int]:
 def channels_of(sample: Image.Image | Tensor) -> int:
     """Return the channels to decode to: 1 for gray images, 3 for others."""
     if isinstance(sample, Image.Image):
-        return 1 if sample.mode in GRAY or sample.mode.startswith("I;") else 3
+        if sample.mode.startswith(DEEP):
+            raise UserError(f"its pixels have more than 8 bits (mode {sample.mode}); {OTHER_KIND}")
+        return 1 if sample.mode in GRAY else 3
     if sample.dtype != torch.uint8 or len(sample) not in MODES:
         raise UserError(
             f"got a {sample.dtype} tensor {tuple(sample.shape)}, expected uint8 with 1 or 3 "
-            f"channels: JPEG, WebP and PNG have no others; {OTHER_KIND}"
+            f"channels; {OTHER_KIND}"
         )
     return len(sample)
 

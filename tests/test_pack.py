@@ -301,6 +301,16 @@ def test_formats(name, kind, ending):
     assert Encoding(30, name, 90)(image, b"x") == (b"x", "")
 
 
+def test_deep_pixels_are_never_stored_in_8_bits(tmp_path):
+    path = tmp_path / "a" / "1.png"
+    path.parent.mkdir()
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(path)
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled")
+    assert opened(tmp_path / "out", labeled=False).read(0) == path.read_bytes()
+    with pytest.raises(UserError, match=r"1.png: its pixels have more than 8 bits \(mode I;16\)"):
+        packed(tmp_path / "a", tmp_path / "small", "--unlabeled", "--size", 10)
+
+
 def test_turned_photos_are_upright_once(tmp_path):
     """EXIF says that the camera was turned; a resized file is upright and says nothing."""
     exif = Image.Exif()
@@ -486,6 +496,8 @@ def test_other_flags_or_images_are_refused(photos, tmp_path):
     packed(photos, tmp_path / "out", "--size", 12)
     with pytest.raises(UserError, match="was begun with --size 12, now 10, --quality 90, now 5"):
         packed(photos, tmp_path / "out", "--size", 10, "--quality", 5)
+    with pytest.raises(UserError, match="begun with --shard_size 1000MB, now 5; give the same"):
+        packed(photos, tmp_path / "out", "--size", 12, "--shard_size", 5)
     draw(photos / "ant" / "77.png", 1)
     with pytest.raises(UserError, match="a pack of other images or labels than images: 13 images"):
         packed(photos, tmp_path / "out", "--size", 12)

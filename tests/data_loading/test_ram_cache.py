@@ -90,6 +90,16 @@ def test_only_images_that_are_used_are_held(photos, monkeypatch):
     assert contents(data) == before
 
 
+def test_part_of_several_sources(photos):
+    data = opened(f"{photos},{photos / 'a'}/../../photos")
+    part = split(data, 0.5, False)
+    before = contents(data)
+    hold_in_ram(part, "val")
+    held = np.concatenate([images.files.held for images in data.parts])
+    assert np.flatnonzero(held).tolist() == part.indices.tolist()
+    assert contents(data) == before
+
+
 def test_memory_has_no_name_when_it_is_filled(photos, monkeypatch):
     """A run that is killed would leave it in /dev/shm otherwise."""
     fill, seen = ram_cache._Copy.fill, []
