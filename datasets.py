@@ -441,7 +441,7 @@ def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
             f"--sampling {sampling}: the data set does not list {name}; give it a list `{name}` "
             f"with the {'weight' if name == 'weights' else 'label'} of each image"
         )
-    weights = torch.as_tensor(np.ascontiguousarray(values))
+    weights = torch.as_tensor(np.array(values))  # a copy: torch warns of read-only memory
     if sampling == "balanced":
         return balance(weights)
     weights = weights.double()

@@ -78,6 +78,9 @@ def check_row(row: Any, kind: str, count: int) -> Tensor:
     what = "zeros and ones" if kind == "multi" else "finite numbers"
     expected = f"expected {count} {what}, as --task {TASK_OF[kind]} needs; correct the data set"
     try:
+        row = (
+            np.array(row) if isinstance(row, np.ndarray) else row
+        )  # torch warns if it is read-only
         values = torch.as_tensor(row, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"got the label {reprlib.repr(row)}, {expected}") from None

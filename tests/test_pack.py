@@ -27,7 +27,7 @@ from data_loading.pack_writer import PartWriter, member_names
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import keep_fraction, split
 from data_loading.tables import Columns
-from datasets import create_dataset
+from datasets import build_datasets, build_weights, create_dataset
 from errors import UserError
 from tests import tiny
 
@@ -152,6 +152,22 @@ def test_labels_of_tables_are_kept(header, row, words, columns, kind, photos, tm
     assert content(opened(tmp_path / "out")) == theirs
     assert theirs["kind"] == (kind or ("multi" if "|" in path.read_text() else "class"))
     assert (theirs["weights"] is not None) == ("w" in header.split())
+
+
+@pytest.mark.filterwarnings("error")
+def test_mapped_numbers_give_no_warning(photos, tmp_path):
+    """torch warned of read-only memory in each worker."""
+    path = table(photos, "x w", lambda n, name: [n / 3, n])
+    words = "--label_column x --task regression --weight_column w"
+    packed(path, tmp_path / "out", *words.split())
+    words = ["--data_path", str(tmp_path / "out"), "--disable_eval", "--sampling", "weighted"]
+    data = build_datasets(options.parse(options.finetune_parser(), words))[0]
+    torch.set_warn_always(True)  # by default torch warns once
+    try:
+        assert data[0, 0][1].shape == (1,)
+        assert build_weights(data, "weighted").sum() == sum(range(12))
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_rows_with_the_same_image_share_it(photos, tmp_path):
