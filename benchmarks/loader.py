@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,7 +68,25 @@ def from_folder(files: Path) -> list[str]:
     return ["--data_set", "image_folder", "--data_path", str(files)]
 
 
-SOURCES: dict[str, Callable[[Path], list[str]]] = {"folder": from_folder}  # files -> our flags
+def from_pack(files: Path) -> list[str]:
+    """Return flags that read a pack of the files, which is made once."""
+    pack = files.with_name(f"{files.name}-packed")
+    words = [sys.executable, ROOT / "pack.py", files, pack, "--num_workers", "1"]
+    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
+    return ["--data_path", str(pack)]
+
+
+def from_memory(files: Path) -> list[str]:
+    """Return flags that hold the files in shared memory."""
+    return [*from_folder(files), "--ram_cache"]
+
+
+# Our flags for some files.
+SOURCES: dict[str, Callable[[Path], list[str]]] = {
+    "folder": from_folder,
+    "pack": from_pack,
+    "--ram_cache": from_memory,
+}
 
 
 @dataclass

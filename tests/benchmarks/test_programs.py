@@ -328,6 +328,8 @@ def test_loader_has_a_row_for_each_way_to_read(tmp_path):
                 f"{name}, {task}",
                 "read and decode only",
                 "ours, folder",
+                "ours, pack",
+                "ours, --ram_cache",
                 *fast,
                 *others,
             ]
