@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     if get_world_size() > 1:
         raise UserError("pack.py is one program; start it without torchrun, with --num_workers")
     if args.dest is None:
-        return verify(args.source, args.num_workers)
+        return verify(os.path.expanduser(args.source), args.num_workers)
     dest = Path(args.dest).expanduser()
     check_place(args, dest)
     parts = open_parts(args)
@@ -120,6 +120,7 @@ def open_part(args: argparse.Namespace, name: str) -> Any:
             columns=columns,
             labeled=labeled,
             skip_missing=args.on_bad_image == "skip",
+            shuffled=False,
         )
         return datasets.create_dataset(args.data_set, spec, train)
 

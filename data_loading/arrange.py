@@ -42,6 +42,7 @@ class DatasetSpec:
     columns: Columns = Columns()  # of a table
     labeled: bool = True
     skip_missing: bool = False  # image files that a table names
+    shuffled: bool = True  # False: the images are read in their order
 
 
 @dataclass(frozen=True)

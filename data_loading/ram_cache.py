@@ -89,10 +89,11 @@ def hold_in_ram(dataset: Any, what: str, dry_run: bool = False) -> None:
 
     began = time.monotonic()
     size = _on(leader, measure)
-    text = "%s: %.2f GiB of image files %s in the memory of each machine (--ram_cache)"
-    get_logger().info(text, what, size / GIB, "will be held" if dry_run else "are held")
     if dry_run:
-        return
+        text = "%s: --ram_cache would hold %.2f GiB of image files on each machine, %.2f GiB free"
+        return get_logger().info(text, what, size / GIB, free_memory() / GIB)
+    text = "%s: reading %.2f GiB of image files into shared memory, once on each machine"
+    get_logger().info(text, what, size / GIB)
     paths = _on(leader, lambda: [copy.create() for copy in copies])
     try:
         opened = _everywhere(lambda: [os.open(path, os.O_RDWR) for path in paths])
@@ -107,6 +108,7 @@ def hold_in_ram(dataset: Any, what: str, dry_run: bool = False) -> None:
         images.files = images.open_files(images.listing)
     number = plural(sum(len(numbers) for _, numbers in parts), "image")
     get_logger().info("%s: read %s in %.0f s", what, number, time.monotonic() - began)
+    return None
 
 
 def _parts_of(dataset: Any) -> list[tuple[Images, np.ndarray]]:

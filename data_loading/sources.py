@@ -291,7 +291,7 @@ def _parquet(part: Part) -> Source:
     identity = _identity(part, "parquet", path) | {"root": os.path.realpath(root)}
     if not holds_images:
         return Source(f"the table {path}", identity, make, partial(FolderFiles, root), files)
-    if not parquet.is_random_access(files):
+    if spec.shuffled and not parquet.is_random_access(files):
         get_logger().warning(
             "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; pack it "
             "once: %s %s FOLDER",

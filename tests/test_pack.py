@@ -3,6 +3,7 @@
 """pack.py: a pack is its source again, whatever interrupts it, and damage to it is found."""
 
 import csv
+import importlib
 import io
 import json
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from PIL import Image
 
 import pack
@@ -30,6 +32,7 @@ from data_loading.tables import Columns
 from datasets import build_datasets, build_weights, create_dataset
 from errors import UserError
 from tests import tiny
+from training import run_lock
 
 CLASSES = ("ant", "ant-2", "bee.1")
 
@@ -191,6 +194,23 @@ def test_zip_and_mixed_sources(photos, tmp_path):
     assert ours["weights"][0] == pytest.approx(0.35)
     with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
         assert {"ant/2.jpg", "ant/2-2.jpg"} < set(file.getnames())
+
+
+def test_parquet_names_pack_py(photos, tmp_path, log, capsys):
+    """Its shuffled reads are slow; packing reads it in order."""
+    pyarrow = pytest.importorskip("pyarrow")
+    files = sorted(photos.glob("*/*.jpg"))
+    images = [{"bytes": f.read_bytes(), "path": f"{n}.jpg"} for n, f in enumerate(files)]
+    rows = {"image": images, "label": [file.parent.name for file in files]}
+    path = tmp_path / "photos.parquet"
+    importlib.import_module("pyarrow.parquet").write_table(pyarrow.table(rows), path)
+    theirs = content(opened(path))
+    assert f"pack it once: python pack.py {path} FOLDER" in log.text
+    packed(path, tmp_path / "out")
+    assert content(opened(tmp_path / "out")) == theirs
+    shown = capsys.readouterr().out
+    assert "6 images to pack" in shown
+    assert "pack it once" not in shown
 
 
 def test_two_images_of_one_name(tmp_path):
@@ -506,6 +526,15 @@ def test_place_that_is_no_pack_is_refused(photos, tmp_path):
             packed(photos, dest)
     with pytest.raises(UserError, match="is no pack: it has no pack.json"):
         packed(tmp_path / "full", "--verify")
+
+
+def test_place_of_another_pack_py_is_refused(photos, tmp_path, monkeypatch):
+    def held(lease) -> None:
+        raise Timeout("")
+
+    monkeypatch.setattr(run_lock, "_wait_for", held)
+    with pytest.raises(UserError, match="out is in use by .*; choose another DEST, or stop that"):
+        packed(photos, tmp_path / "out")
 
 
 def test_other_flags_or_images_are_refused(photos, tmp_path):

@@ -162,7 +162,8 @@ def test_dry_run_reports_the_size(photos, monkeypatch, log):
     hold_in_ram(data, "train", dry_run=True)
     assert (found, data.files) == ([], held)
     size = sum(path.stat().st_size for path in photos.rglob("*.png")) + 9 * 12 + 8
-    assert f"train: {size / 2**30:.2f} GiB of image files will be held" in log.text
+    text = f"train: --ram_cache would hold {size / 2**30:.2f} GiB of image files on each machine, "
+    assert text in log.text
 
 
 def test_bad_images_are_reported_as_without_the_cache(photos):
