@@ -8,7 +8,6 @@ python -c "import datasets; print(list(datasets.DATASETS))"
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from config.sizes import describe_sizes, sizes_by_epoch
 from config.tasks import OF_TABLES, TASK_OF, known_kind
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
@@ -32,6 +32,7 @@ from data_loading.labels import (
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler, TrainSampler, balance
 from data_loading.split import Part, list_labels, list_values, split
+from data_loading.stages import ByEpoch, by_epoch
 from data_loading.tables import Columns, TableImages, table
 from data_loading.targets import Scale, Targets, find_scale
 from data_loading.transforms import (
@@ -113,10 +114,11 @@ def log_dataset(
         classes = f" {describe_outputs(nb_classes, kind, some)}"
         classes += f" ({first_few(names)})" if names else ""
     height, width = height_and_width(args.input_size)
+    used = describe_sizes(args) if is_train else f"{height} x {width} pixels"
     files = dataset.dataset if isinstance(dataset, Part) else dataset
     remarks = files.describe_list() if isinstance(files, ImageFiles) else ""
-    text = "%s: %s%s, used at %d x %d pixels%s"
-    get_logger().info(text, name, plural(len(dataset), "image"), classes, height, width, remarks)
+    text = "%s: %s%s, used at %s%s"
+    get_logger().info(text, name, plural(len(dataset), "image"), classes, used, remarks)
     if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
         get_logger().warning("%s: %s", name, problem)
 
@@ -130,15 +132,22 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
+    sizes, off = ByEpoch(sizes_by_epoch(args)), vars(args).get("aug_off_epoch", 0)
+    starts = sorted({*sizes.parts, off})
+    return by_epoch({n: _train_transform(args, sizes.at(n), plain=0 < off <= n) for n in starts})
+
+
+def _train_transform(args: Any, size: tuple[int, int], plain: bool) -> Callable:
+    """Build the transform of training for a size; plain: crops and flips alone."""
     mean, _ = build_mean_and_std(args)
     erasing = None
-    if args.reprob > 0:
+    if args.reprob > 0 and not plain:
         erasing = RandomErasing(args.reprob, args.remode, args.recount)
     return create_train_transform(
-        args.input_size,
+        size,
         mean,
-        color_jitter=args.color_jitter,
-        aa=args.aa,
+        color_jitter=None if plain else args.color_jitter,
+        aa=None if plain else args.aa,
         interpolation=args.train_interpolation,
         hflip=args.hflip,
         scale=args.scale,
@@ -401,7 +410,12 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     )
     data = create_dataset(args.data_set, spec, train=True)
     log_dataset(data, True, args)
-    transform = create_pretrain_transform(size, args.scale, args.hflip)
+    transform = by_epoch(
+        {
+            epoch: create_pretrain_transform(side, args.scale, args.hflip)
+            for epoch, side in sizes_by_epoch(args).items()
+        }
+    )
     on_bad = on_bad_image(True, args)
     return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
 
@@ -464,37 +478,3 @@ def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
         f"{plural(images, 'training image')}, but one global batch takes {batch_size * world_size} "
         f"({batch_size} x {plural(world_size, 'process')}); {fix}"
     )
-
-
-def build_mixup(args: Any, nb_classes: int, kind: str = "class") -> Callable | None:
-    """Build timm's mixup and cutmix, (images, labels) -> (images, soft labels), or None.
-
-    kind: of the targets; zeros and ones of several classes are mixed as they are.
-    """
-    if not (args.mixup or args.cutmix or args.cutmix_minmax):
-        return None
-    if kind == "number":
-        raise UserError("--mixup and --cutmix mix classes, and the data has numbers; drop them")
-    from timm.data import Mixup
-
-    mixup = Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing if kind == "class" else 0.0,
-        num_classes=nb_classes,
-    )
-    return mixup if kind == "class" else partial(mix_rows, mixup)
-
-
-def mix_rows(mixup: Any, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, H, W), (N, K) -> mixed images and targets: timm's for a class per image gives shares.
-
-    The classes are the images of the batch themselves.
-    """
-    mixup.num_classes = len(images)
-    mixed, shares = mixup(images, torch.arange(len(images), device=images.device))
-    return mixed, shares.to(targets.dtype) @ targets

@@ -51,10 +51,11 @@ def train_one_epoch(
         images, targets, _ = batch
         seed_all(loop.seed, step, micro, get_rank())  # mixup and drop path
         if loop.mixup is not None:
-            images, targets = loop.mixup(images, targets)
+            images, targets = loop.mixup(images, targets, state.epoch)
         outputs = network(images)
         return loop.criterion(outputs, targets), main_output(outputs)
 
+    mixed = loop.mixup is not None and loop.mixup.is_on(state.epoch)
     names = ["loss", "grad_norm", *["class_acc"] * (loop.kind == "class")]
     meters = loop.reporter.begin_epoch(names, data_loader)
     stepper.begin_epoch(len(data_loader))
@@ -72,7 +73,7 @@ def train_one_epoch(
 
         state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
-        if loop.mixup is None and loop.kind == "class":  # others have no single right class
+        if not mixed and loop.kind == "class":  # others have no single right class
             meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         loop.reporter.after_batch(len(images), Batch(images, labels, logits, loss, ids))
         if result is not None:

@@ -23,6 +23,7 @@ import datasets
 import models
 import utils
 from data_loading.bad_images import BadImages
+from data_loading.mixing import build_mixup
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     args = settle_task(args, targets.kind)
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
     steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
-    mixup = datasets.build_mixup(args, nb_classes, targets.kind)
+    mixup = build_mixup(args, nb_classes, targets.kind)
     metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
     eval_sets = build_eval_sets(args, dataset_val, dataset_train.head("train"), device, metrics)
     data_loaders_val = [each.loader for each in eval_sets]

@@ -23,13 +23,12 @@ import utils
 from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_pretrain import train_one_epoch
-from models.fcmae import visible_patches
 from optim_factory import build_optimizer, count_steps, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
-from training.costs import log_cost
+from training.costs import log_cost, log_masks
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.freeze import build_freezer
@@ -58,10 +57,8 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     model_without_ddp = models.build_fcmae(args).to(device)
-    h, w = model_without_ddp.grid_size(*args.input_size)
-    visible = visible_patches(h * w, args.mask_ratio)
     n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
-    log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
+    patches, visible = log_masks(args, model_without_ddp)  # of images of --input_size
 
     # --- 4. weights -------------------------------------------------------------------------
     if run.weights:  # a run is restored in step 7
@@ -81,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         model_without_ddp.compile()
     model = model_without_ddp
     if args.cuda_graphs:
-        shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
+        shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, patches)
         model = Graphed(model_without_ddp, device, amp, shapes, visible)
     model = run.parallelism.wrap(model)
     stepper = Stepper(

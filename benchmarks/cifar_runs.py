@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import engine_finetune
 import engine_pretrain
 from data_loading.decode import decode, load_image
+from data_loading.mixing import build_mixup
 from data_loading.rng import fold_in, seed_all
 from data_loading.transforms import mean_and_std
-from datasets import build_mixup
 from errors import UserError
 from models import create_model
 from models.convnextv2 import ConvNeXtV2

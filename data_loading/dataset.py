@@ -21,6 +21,7 @@ from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_all
+from data_loading.stages import ByEpoch
 from data_loading.targets import Targets
 from data_loading.transforms import Erased
 from errors import UserError, a_type, first_few
@@ -39,6 +40,7 @@ class Replacement(NamedTuple):
 class TransformedDataset(Dataset):
     """`dataset` with `transform`; (seed, epoch, index) seeds the random draws of a sample.
 
+    transform: or `ByEpoch`, several of them.
     Keys are (epoch, index), samples (image (C, H, W), label, index). An image that an epoch holds
     several times has another index each time, larger by the length, and so other draws. A sample
     that cannot be used is returned as a UserError: if a worker raised it, users would see a long
@@ -53,7 +55,7 @@ class TransformedDataset(Dataset):
     def __init__(
         self,
         dataset: Any,
-        transform: Callable,
+        transform: Callable | ByEpoch,
         seed: int,
         in_chans: int = 3,
         nb_classes: int | None = None,
@@ -100,6 +102,10 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def transform_at(self, epoch: int) -> Callable:
+        """Return the transform of an epoch."""
+        return self.transform.at(epoch) if isinstance(self.transform, ByEpoch) else self.transform
+
     def __getitem__(
         self, key: tuple[int, int]
     ) -> tuple[Tensor, int, int] | Replacement | UserError:
@@ -109,7 +115,7 @@ class TransformedDataset(Dataset):
             chosen = (fold_in(*draw) if attempt else index) % len(self)
             try:
                 image, label = self._load(chosen, draw)
-                sample = self.transform(image), label, index
+                sample = self.transform_at(key[0])(image), label, index
                 return Replacement(sample, bad) if bad else sample
             except BadImage as error:
                 if self.on_bad == "error":

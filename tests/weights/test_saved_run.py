@@ -193,6 +193,14 @@ def test_name_and_code_may_be_of_one_network(given, saved, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("text", ["48x32:0", "48:0,32:1", 7])
+def test_sizes_by_epoch_that_cannot_be_read_are_an_error(text):
+    saved = read_saved_run({"args": NARROW | {"input_sizes": text}}, "it.pth")
+    with pytest.raises(UserError, match="it.pth stores sizes by epoch, .* give --input_size"):
+        inherit_flags(finetune("--resume", "x"), saved, resumes=True)
+    assert inherit_flags(finetune("--resume", "x"), saved).input_sizes == ""  # its weights alone
+
+
 def test_official_checkpoints_store_a_namespace():
     flags = argparse.Namespace(model="convnextv2_tiny", input_size=320, crop_pct=None, lr=1.0)
     assert changed(finetune(), flags) == {"model": "convnextv2_tiny", "input_size": (320, 320)}
