@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from config.sizes import describe_sizes, sizes_by_epoch
+from config.sizes import batch_sizes, describe_sizes, sizes_by_epoch
 from config.tasks import OF_TABLES, TASK_OF, known_kind
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
@@ -426,15 +426,18 @@ def build_loader(
     """Build this rank's loader: shuffled full batches to train, every image once to evaluate."""
     rank, world_size = get_rank(), get_world_size()
     if is_train:
-        _check_global_batch(len(dataset), args.batch_size, world_size)
+        batch_size: int | ByEpoch = ByEpoch(batch_sizes(args))
+        largest = max(batch_size.parts.values())
+        _check_global_batch(len(dataset), largest, world_size, largest > args.batch_size)
         weights = build_weights(dataset, vars(args).get("sampling", "shuffle"))
         sampler = TrainSampler(len(dataset), args.seed, rank, world_size, weights)
     else:
+        batch_size = int(1.5 * args.batch_size)  # as official: no backward
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
     loader = WatchedLoader(
         dataset,
         sampler,
-        args.batch_size if is_train else int(1.5 * args.batch_size),  # as official: no backward
+        batch_size,
         args.num_workers,
         SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
@@ -469,11 +472,13 @@ def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
     return weights
 
 
-def _check_global_batch(images: int, batch_size: int, world_size: int) -> None:
+def _check_global_batch(images: int, batch_size: int, world_size: int, grown: bool) -> None:
+    """Raise UserError if there is no whole batch; grown: by --progressive_batch."""
     if images >= batch_size * world_size:
         return
     fits = images // world_size
     fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
+    fix = "drop --progressive_batch, which makes it as large" if grown else fix
     raise UserError(
         f"{plural(images, 'training image')}, but one global batch takes {batch_size * world_size} "
         f"({batch_size} x {plural(world_size, 'process')}); {fix}"

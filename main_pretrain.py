@@ -23,7 +23,7 @@ import utils
 from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_pretrain import train_one_epoch
-from optim_factory import build_optimizer, count_steps, scale_lr
+from optim_factory import build_optimizer, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
@@ -40,6 +40,7 @@ from training.resume import auto_load_model
 from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
+from training.steps import build_steps
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 2. data ----------------------------------------------------------------------------
     dataset_train = datasets.build_pretrain_dataset(args)
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
-    steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
+    steps = build_steps(args, data_loader_train, run.update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     run.parallelism.shard(model_without_ddp)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode)
-    lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
+    lr_schedule = build_schedule(args, optimizer, lr, steps)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
@@ -95,10 +96,10 @@ def main(args: argparse.Namespace) -> None:
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
-    state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
-    phases = build_phases(args, steps_per_epoch, run.effective_batch)
+    state.recount_steps(steps, len(dataset_train))
+    phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
-    reporter = build_reporter(args, run.output_dir, device, state, steps_per_epoch)
+    reporter = build_reporter(args, run.output_dir, device, state, steps)
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

@@ -66,6 +66,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "mixup_switch_prob": _BOTH,
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
+    "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
     "model_key": _WEIGHTS,
     "model_prefix": _WEIGHTS,
@@ -80,10 +81,10 @@ OF_TRAINING = """
 epochs lr blr min_lr drop_path hflip scale sampling
 train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch aug_off_epoch class_weights warmup_epochs
-warmup_steps start_epoch update_freq effective_batch sched sched_options opt opt_eps opt_betas
-momentum weight_decay weight_decay_end no_weight_decay param_group freeze clip_grad clip_mode
-pretrained freeze_backbone reset_head head_init_scale layer_decay layer_decay_type eval_freq
-patience min_delta precise_bn
+warmup_steps start_epoch update_freq effective_batch progressive_batch sched sched_options opt
+opt_eps opt_betas momentum weight_decay weight_decay_end no_weight_decay param_group freeze
+clip_grad clip_mode pretrained freeze_backbone reset_head head_init_scale layer_decay
+layer_decay_type eval_freq patience min_delta precise_bn
 model_ema_decay model_ema_force_cpu model_ema_eval cuda_graphs grad_checkpointing on_spike
 spike_factor snapshot_freq max_bad_steps log_dir print_freq tracker project tags progress
 auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps save_ckpt_every_minutes

@@ -211,6 +211,8 @@ FLAGS["model"] = (
     ("--input_size", SIZE, 224,
      "image side in pixels, or height and width; or sides by epoch, such as 128:0,160:50,224:80; "
      "default: the checkpoint's, or 224", "+"),
+    ("--progressive_batch", BOOL, False,
+     "sizes by epoch: larger batches of smaller images, by area; the learning rate follows"),
     ("--in_chans", COUNT, 3, "image channels; default: the checkpoint's, or 3"),
     ("--stem_stride", (1, 2, 4), 4,
      "stride of the stem; the network's is 8 times as large; of timm and torchvision 4 is the "

@@ -9,6 +9,7 @@ evaluated, and `input_sizes`, the whole text; files and messages show one flag (
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -59,6 +60,19 @@ def sizes_by_epoch(args: Any) -> dict[int, tuple[int, int]]:
     return parse_sizes(text) if text else {0: split_sizes(args.input_size)[0]}
 
 
+def batch_sizes(args: Any) -> dict[int, int]:
+    """Map the first epoch of each batch size to it: images per process in a forward pass.
+
+    With --progressive_batch it is larger where images are smaller: times the ratio of their areas,
+    rounded down to quarters, so that steps have as many images on any number of processes.
+    """
+    if not vars(args).get("progressive_batch"):
+        return {0: args.batch_size}
+    area = math.prod(args.input_size)
+    quarters = {epoch: 4 * area // math.prod(size) for epoch, size in sizes_by_epoch(args).items()}
+    return {epoch: args.batch_size * number // 4 for epoch, number in quarters.items()}
+
+
 def last_stage(args: Any) -> int:
     """Return the first epoch with images of the last size, which need the most memory and time."""
     return max(sizes_by_epoch(args))
@@ -103,5 +117,8 @@ def size_problems(args: argparse.Namespace) -> Iterator[str]:
     if text and max(parse_sizes(text)) >= args.epochs:
         got = f"--input_size {text}: epoch {max(parse_sizes(text))} is not below --epochs"
         yield f"{got} {args.epochs}; raise --epochs, or drop that size"
+    if args.progressive_batch and args.batch_size % 8:
+        got = f"--progressive_batch true with --batch_size {args.batch_size}"
+        yield f"{got}: expected a multiple of 8, so that larger batches are whole and even"
     if text and args.cuda_graphs and not vars(args).get("eval"):
         yield f"--cuda_graphs true replays steps of one size; drop it, or --input_size {text}"

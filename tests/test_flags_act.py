@@ -213,6 +213,13 @@ SHARED: dict[str, Row] = {
     "batch_size": (
         "--batch_size 4", lambda b: (b.train.loader.batch_size, len(b.train)), (6, 4), (4, 6),
     ),
+    "progressive_batch": (
+        "--progressive_batch",
+        lambda b: [b.train.loader.batch_sizes.at(epoch) for epoch in (0, 1)],
+        [8, 8],
+        [18, 8],
+        "--input_size 16:0,24:1 --batch_size 8",
+    ),
     "update_freq": ("--update_freq 2", lambda b: b.stepper.update_freq, 1, 2),
     "effective_batch": ("--effective_batch 12", lambda b: b.stepper.update_freq, 1, 2),
     "opt": ("--opt sgd", lambda b: type(b.stepper.optimizer).__name__, "AdamW", "SGD"),

@@ -45,6 +45,7 @@ from training.checkpoint_manager import CheckpointManager
 from training.report import describe_progress
 from training.schedules import curve_rows, lr_rows
 from training.setup import TrainLoop
+from training.steps import Steps
 from training.tensorboard import log_folder
 from utils import nearest
 
@@ -281,7 +282,7 @@ class StepProbe:
     def train(self, batches: FirstBatches) -> None:
         """Train one epoch on these batches."""
         state = TrainState()
-        reporter = hooks.Reporter([], self.device, state, NEVER, NEVER, NEVER)
+        reporter = hooks.Reporter([], self.device, state, Steps.even(NEVER), NEVER)
         self.run.train_epoch(batches, replace(self.loop, state=state, reporter=reporter))
         self.bad_steps += state.bad_steps
         self.loop.checkpoints.vote.wait()  # for the last exchange between ranks

@@ -44,6 +44,7 @@ INHERITED |= EVAL_ONLY
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
+RESUMED |= {"progressive_batch": "a boolean"}
 TYPES = {"a name": (str,), "a boolean": (bool,), "an integer": (int,), "a number": (int, float)}
 
 

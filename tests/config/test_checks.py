@@ -85,6 +85,7 @@ NEEDS = {  # flag with a value: what it needs to act
     "--mixup_switch_prob 0.2": "--mixup 1 --cutmix 1",
     "--remode rand": "--reprob 0.1",
     "--recount 2": "--reprob 0.1",
+    "--progressive_batch true": "--input_size 64:0,224:2",
     "--model_ema_decay 0.9": "--model_ema",
     "--model_key model": "--finetune x",
     "--model_prefix encoder.": "--resume x",

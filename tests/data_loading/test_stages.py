@@ -12,6 +12,7 @@ from config import parser as options
 from data_loading.mixing import Mixing
 from data_loading.stages import ByEpoch, by_epoch
 from data_loading.transforms import Erased
+from errors import UserError
 
 WORDS = {
     "pretrain": "--model tests.tiny:fcmae",
@@ -50,6 +51,33 @@ def test_images_have_the_size_of_their_epoch(kind, workers):
         found.append({*shapes})
     sides = [(16, 16), (16, 24), (32, 32), (16, 24), (16, 16)]
     assert found == [{(6, 3, *size)} for size in sides]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", PARSERS)
+def test_batches_have_the_size_of_their_epoch(kind, workers):
+    """Also after workers were replaced, and in an epoch that begins in its middle."""
+    words = "--input_size 16:0,16x24:1,24:3 --batch_size 8 --progressive_batch"
+    args = parse(kind, f"{words} --num_workers {workers}")
+    loader = datasets.build_loader(BUILD[kind](args), True, args, "cpu")
+    found = []
+    for epoch, start in ((0, 0), (1, 0), (3, 0), (2, 12), (3, 8), (0, 2)):
+        loader.set_epoch(epoch, start)
+        batches = [tuple(images.shape) for images, _, _ in loader]
+        assert len(batches) == len(loader)
+        found.append(batches)
+        if workers and epoch == 3:
+            loader.loader._replace_workers()
+    small, middle, large = (18, 3, 16, 16), (12, 3, 16, 24), (8, 3, 24, 24)  # of 26 images
+    assert found == [[small], [middle] * 2, [large] * 3, [middle], [large] * 2, [small]]
+
+
+def test_data_must_fill_the_largest_batch():
+    args = parse("finetune", "--input_size 8:0,32:3 --batch_size 8 --progressive_batch")
+    with pytest.raises(
+        UserError, match="26 training images, but one global batch takes 128 .* drop --prog"
+    ):
+        datasets.build_loader(BUILD["finetune"](args), True, args, "cpu")
 
 
 def test_evaluation_has_the_last_size():
