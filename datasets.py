@@ -478,7 +478,7 @@ def _check_global_batch(images: int, batch_size: int, world_size: int, grown: bo
         return
     fits = images // world_size
     fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
-    fix = "drop --progressive_batch, which makes it as large" if grown else fix
+    fix = "drop --progressive_batch, which makes it that large" if grown else fix
     raise UserError(
         f"{plural(images, 'training image')}, but one global batch takes {batch_size * world_size} "
         f"({batch_size} x {plural(world_size, 'process')}); {fix}"

@@ -55,12 +55,12 @@ def train_one_epoch(
         outputs = network(images)
         return loop.criterion(outputs, targets), main_output(outputs)
 
-    mixed = loop.mixup is not None and loop.mixup.is_on(state.epoch)
     names = ["loss", "grad_norm", *["class_acc"] * (loop.kind == "class")]
     meters = loop.reporter.begin_epoch(names, data_loader)
     stepper.begin_epoch(len(data_loader))
     # The guard reruns bad steps to find their first NaN.
     loop.guard.begin_epoch(state, lambda *inputs: compute_loss(*inputs)[0])
+    mixed = loop.mixup is not None and loop.mixup.is_on(state.epoch)
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
     lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
     for batch in data_loader:
