@@ -111,14 +111,16 @@ def size_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for sizes of --input_size that cannot work with the other flags."""
     if any(isinstance(side, str) for side in args.input_size) or len(args.input_size) != 2:
         got = " ".join(map(str, args.input_size))
-        yield f"--input_size: got {got}, expected one or two numbers, or {_EXPECTED}"
-        return
+        return (yield f"--input_size: got {got}, expected one or two numbers, or {_EXPECTED}")
     text = args.input_sizes
-    if text and max(parse_sizes(text)) >= args.epochs:
-        got = f"--input_size {text}: epoch {max(parse_sizes(text))} is not below --epochs"
-        yield f"{got} {args.epochs}; raise --epochs, or drop that size"
+    if not text or vars(args).get("eval"):
+        return
+    last = max(parse_sizes(text))
+    if last >= args.epochs:
+        got = f"--input_size {text}: epoch {last} is not below --epochs {args.epochs}"
+        yield f"{got}; raise --epochs, or drop that size"
     if args.progressive_batch and args.batch_size % 8:
         got = f"--progressive_batch true with --batch_size {args.batch_size}"
         yield f"{got}: expected a multiple of 8, so that larger batches are whole and even"
-    if text and args.cuda_graphs and not vars(args).get("eval"):
+    if args.cuda_graphs:
         yield f"--cuda_graphs true replays steps of one size; drop it, or --input_size {text}"

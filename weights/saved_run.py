@@ -13,7 +13,7 @@ from typing import Any
 from config.checks import shape_problems
 from config.flags import allowed, as_typed, implied_patch, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths
-from config.sizes import as_one_flag, parse_sizes
+from config.sizes import as_one_flag, parse_sizes, size_problems
 from config.tasks import DEFAULT_LOSS, OF_TABLES, TASKS
 from data_loading.labels import Head
 from data_loading.targets import Scale
@@ -187,7 +187,7 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
         model, stride = ({**vars(args), **taken}[key] for key in ("model", "stem_stride"))
         taken["patch_size"] = implied_patch(model, stride)
     args = args.replace(**taken)
-    for problem in shape_problems(args):
+    for problem in (*size_problems(args), *shape_problems(args)):
         raise UserError(problem)
     return args
 
