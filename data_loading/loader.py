@@ -51,8 +51,8 @@ class DeviceLoader:
         return len(self.loader)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
-        """Call `TrainSampler.set_epoch` of the loader's sampler."""
-        self.loader.sampler.set_epoch(epoch, start, stop)
+        """Call `TrainSampler.set_epoch` of the loader's sampler; choose the epoch's batch size."""
+        self.loader.set_epoch(epoch, start, stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         start = time.perf_counter()

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from data_loading.dataset import collate
+from data_loading.stages import ByEpoch
 from errors import TrainingStopped, plural
 from parallel.environment import WARNINGS
 
@@ -58,13 +59,16 @@ class WatchedLoader:
         self,
         dataset: Any,
         sampler: Iterable[tuple[int, int]],
-        batch_size: int,
+        batch_size: int | ByEpoch,
         num_workers: int = 0,
         timeout: float = 0,
         collate_fn: Callable[[list], Any] = collate,
         **options: Any,
     ) -> None:
-        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self.dataset, self.sampler = dataset, sampler
+        several = isinstance(batch_size, ByEpoch)
+        self.batch_sizes = batch_size if several else ByEpoch({0: batch_size})
+        self.batch_size = self.batch_sizes.at(0)
         self.num_workers, self.timeout, self.collate_fn = num_workers, timeout, collate_fn
         # (workers, 3): process id, index of the sample that the worker reads or IDLE, since when.
         self.reading = torch.full((num_workers, 3), IDLE).share_memory_()
@@ -77,8 +81,14 @@ class WatchedLoader:
             dataset = _WatchedDataset(dataset, self.reading, timeout)
             options |= {"persistent_workers": True, "worker_init_fn": _start_worker}
             options["timeout"] = POLL
-        self.make = partial(DataLoader, dataset, batch_size, **options)
-        self.loader = self.make()
+        self.make = partial(DataLoader, dataset, **options)
+        self.loader = self.make(batch_size=self.batch_size)
+
+    def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
+        """Call `set_epoch` of the sampler, and make batches of the size of this epoch."""
+        self.sampler.set_epoch(epoch, start, stop)
+        self.batch_size = self.batch_sizes.at(epoch)
+        self.loader.batch_sampler.batch_size = self.batch_size  # it reads this for each epoch
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -120,7 +130,7 @@ class WatchedLoader:
     def _replace_workers(self) -> None:
         _kill(self.processes)
         self.reading.fill_(IDLE)
-        self.loader = self.make()
+        self.loader = self.make(batch_size=self.batch_size)
 
     def _start(self) -> Iterator[Any]:
         others = set(multiprocessing.active_children())
