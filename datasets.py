@@ -31,6 +31,7 @@ from data_loading.labels import (
 )
 from data_loading.loader import DeviceLoader
 from data_loading.mixed import Listed, MixedImages
+from data_loading.ram_cache import hold_in_ram
 from data_loading.samplers import EvalSampler, TrainSampler, balance, check_global_batch
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import Part, keep_fraction, list_labels, list_values, split
@@ -153,6 +154,7 @@ def build_dataset(
     count = _count_outputs(data, args, head, kind, part)
     used = describe_sizes(args) if is_train else describe_size(args.input_size)
     log_dataset(data, is_train, used, count, kind)
+    hold_images(data, args, part)
     dataset = TransformedDataset(
         data,
         build_transform(is_train, args),
@@ -376,6 +378,12 @@ def count_labels(dataset: TransformedDataset, nb_classes: int) -> Tensor:
     return torch.from_numpy(np.bincount(labels, minlength=nb_classes)).double()
 
 
+def hold_images(data: Any, args: Any, part: str) -> None:
+    """Hold the image files in memory if the flags ask for it; --eval reads them once anyway."""
+    if vars(args).get("ram_cache") and not vars(args).get("eval"):
+        hold_in_ram(data, part, args.dry_run)
+
+
 def build_pretrain_dataset(args: Any) -> TransformedDataset:
     """Build the training images of any dataset; pre-training ignores their labels."""
     size = height_and_width(args.input_size)
@@ -390,6 +398,7 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     )
     data = create_dataset(args.data_set, spec, train=True)
     log_dataset(data, True, describe_sizes(args))
+    hold_images(data, args, "train")
     transform = by_epoch(
         {
             epoch: create_pretrain_transform(side, args.scale, args.hflip)

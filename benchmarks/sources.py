@@ -97,12 +97,21 @@ def as_parquet(root: Path, names: Sequence[str], to: Path) -> Path:
     return path
 
 
+def as_pack(root: Path, names: Sequence[str], to: Path) -> Path:
+    """Run pack.py, with several shards."""
+    words = [root, to / "packed", "--shard_size", len(names) // 3 + 1, "--num_workers", 2]
+    command = [sys.executable, str(ROOT / "pack.py"), *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return to / "packed"
+
+
 FORMS: dict[str, Callable[[Path, Sequence[str], Path], Path]] = {
     "class folders": as_folder,
     "CSV table": as_table,
     "zip file": as_zip,
     "3 tar files": as_shards,
     "Parquet file": as_parquet,
+    "pack": as_pack,
 }
 
 

@@ -79,7 +79,7 @@ OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
 epochs lr blr min_lr drop_path hflip scale decode sampling
-num_samples aug_repeats label_fraction
+num_samples aug_repeats label_fraction ram_cache
 train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch aug_off_epoch class_weights warmup_epochs
 warmup_steps start_epoch update_freq effective_batch progressive_batch sched sched_options opt
@@ -100,12 +100,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         if values.get(one) and values.get(other):
             both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"
             yield f"{both} cannot be combined: {reason}; drop one"
-    evaluates_elsewhere = values.get("eval") and args.eval_data_path
-    if flags.needs_path(args.data_set) and not (args.data_path or evaluates_elsewhere):
-        of = f"--data_set {args.data_set} needs --data_path" if args.data_set != "auto" else ""
-        yield f"{of or '--data_path is missing'}; give the folder, table or archive of the data"
-    if args.data_index and args.data_set not in flags.LISTED:
-        yield f"--data_index is for image files, not for --data_set {args.data_set}; drop it"
+    yield from _data_problems(args)
     if args.cuda_graphs and (args.update_freq or 1) > 1:
         yield f"--cuda_graphs does not work with --update_freq {args.update_freq}; drop one"
     if args.sync_bn_group and not args.sync_bn:
@@ -142,6 +137,17 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
+
+
+def _data_problems(args: argparse.Namespace) -> Iterator[str]:
+    values = vars(args)
+    evaluates_elsewhere = values.get("eval") and args.eval_data_path
+    if flags.needs_path(args.data_set) and not (args.data_path or evaluates_elsewhere):
+        of = f"--data_set {args.data_set} needs --data_path" if args.data_set != "auto" else ""
+        yield f"{of or '--data_path is missing'}; give the folder, table or archive of the data"
+    for name in ("data_index", "ram_cache"):
+        if values[name] and args.data_set not in flags.LISTED:
+            yield f"--{name} is for image files, not for --data_set {args.data_set}; drop it"
 
 
 def _without_effect(args: argparse.Namespace) -> Iterator[str]:

@@ -244,6 +244,7 @@ FLAGS["masked autoencoder"] = (
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
+    ("--ram_cache", BOOL, False, "hold image files in memory, once for all processes of a node"),
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
     ("--mean", ANY, None, "mean of images in 0 to 1, one or per channel; default: ImageNet's", "+"),
     ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import checks, flags, recipes
+from config import checks, flags, recipes, tool_flags
 from config.flags import as_typed
 from config.paths import absolute, map_sources
 from config.phases import map_eval_paths
@@ -190,7 +190,8 @@ def add_flags(
     """Add a group of FLAGS, or under a new title only the flags named in `only`."""
     group = parser.add_argument_group(title)
     rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
-    rows = [row for row in rows or flags.FLAGS[title] if row[0] not in left_out]
+    rows = rows or (flags.FLAGS | tool_flags.TOOLS)[title]
+    rows = [row for row in rows if row[0] not in left_out]
     for names, kind, default, text, *nargs in rows:
         choices = isinstance(kind, tuple)
         options = {"choices": kind, "type": type(kind[0])} if choices else dict(kind)
@@ -277,6 +278,17 @@ def _take_one_size(parser: argparse.ArgumentParser) -> None:
     action = next(action for action in parser._actions if action.dest == "input_size")
     action.type = flags.COUNT["type"]
     action.help = "image side in pixels, or height and width; default: the run's"
+
+
+def pack_parser() -> argparse.ArgumentParser:
+    """Return the parser of pack.py."""
+    parser = _Parser("%(prog)s SOURCE DEST [FLAGS]", tool_flags.PACK_HELP)
+    add_flags(parser, "pack")
+    add_flags(parser, "what the source is", tool_flags.PACK_SHARED)
+    parser.set_defaults(num_workers=flags.CORES)
+    for action in parser._actions:
+        action.help = tool_flags.PACK_TEXTS.get(action.dest, action.help)
+    return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> FrozenNamespace:

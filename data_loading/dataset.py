@@ -141,8 +141,13 @@ class TransformedDataset(Dataset):
             f"is {bad[-1][0]} ({bad[-1][1]}). Check the data"
         )
 
-    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Tensor, Any]:
-        """Return (image (C, H, W), label); an error of the dataset's own code is a UserError."""
+    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return (image (C, H, W), label)."""
+        sample, label = self._item(index, draw)
+        return decode(sample, self.in_chans), label
+
+    def _item(self, index: int, draw: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return (sample, label or None); an error of the dataset's own code is a UserError."""
         seed_cpu(*draw)
         try:
             crop = self.transform_at(draw[1]).transforms[0] if self.fast else None
@@ -154,8 +159,7 @@ class TransformedDataset(Dataset):
             if is_of_decoder(error) or is_transient(error) or self._is_of_file(error, index):
                 raise
             raise UserError(describe_error(error)) from error
-        sample, label = self._unpack(item)
-        return decode(sample, self.in_chans), label
+        return self._unpack(item)
 
     def _unpack(self, item: Any) -> tuple[Any, Any]:
         """Return (image, label or None); pre-training does not look at anything but the image."""

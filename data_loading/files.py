@@ -167,6 +167,10 @@ class Files:
         """Return the content of an image file; may be called by several threads and processes."""
         raise NotImplementedError
 
+    def size(self, number: int) -> int:
+        """Return the bytes of an image file."""
+        return len(self.read(number))
+
     def locate(self, number: int) -> str:
         """Return where an image is, for messages: `photos/cat/1.jpg`, `photos.zip/cat/1.jpg`."""
         raise NotImplementedError

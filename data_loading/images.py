@@ -49,8 +49,12 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         target = None if self.targets is None else self.targets[index]
+        return load_image(self.read(index)), target
+
+    def read(self, index: int) -> bytes:
+        """Return the content of an image file; BadImage if a table or an index names none."""
         try:
-            return load_image(self.files.read(index)), target
+            return self.files.read(index)
         except FileNotFoundError as error:
             where = self.line_of(index)
             if where:

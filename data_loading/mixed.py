@@ -87,6 +87,11 @@ class MixedImages(Dataset):
         part, own = self._find(index)
         return part[own][0], None if self.targets is None else self.targets[index]
 
+    def read(self, index: int) -> bytes:
+        """Return the content of an image file."""
+        part, own = self._find(index)
+        return part.read(own)
+
     @property
     def samples(self) -> "_Samples":
         """(path, target) of each image, as torchvision's folders have them."""

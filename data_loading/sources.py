@@ -6,6 +6,7 @@ python main_pretrain.py --data_path photos.zip --model convnextv2_atto --dry_run
 """
 
 import os
+import shlex
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from config.flags import command
 from config.paths import PATTERN, split_sources
-from data_loading import parquet, parquet_columns
+from data_loading import packs, parquet, parquet_columns
 from data_loading.arrange import (
     DatasetSpec,
     Part,
@@ -111,7 +113,8 @@ def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str
     part = Part(layout, os.path.expanduser(path), spec, train, is_own=own)
     if not (PATTERN.search(path) or os.path.exists(part.path)):
         raise UserError(f"--{flag} {path}: no such file or folder")
-    if layout == "table" or not (part.may_split and os.path.isdir(part.path)):
+    is_folder = os.path.isdir(part.path) and not packs.is_pack(part.path)
+    if layout == "table" or not (part.may_split and is_folder):
         return part
     names = scan(part.path)
     folders = [name for name in [*names.folders, *names.links] if not is_system(name)]
@@ -129,6 +132,8 @@ def find_source(part: Part) -> Source:
         raise UserError(f"--data_path {path}: it is a folder, expected a table, a file of rows")
     if layout == "table" or path.lower().endswith(TABLES):
         return _table(part)
+    if is_folder and packs.is_pack(path):
+        return _pack(part)
     if shards := _tar_shards(path):
         return _tar(part, shards)
     if parquet.holds_files(path) if is_folder else parquet.kind_of(path):
@@ -222,6 +227,22 @@ def _open_tar(shards: Sequence[str], listing: Listing) -> TarFiles:
     return TarFiles(shards, listing.names, dict(listing.arrays))
 
 
+def _pack(part: Part) -> Source:
+    path, pack = part.path, packs.read_pack(part.path)
+    names = {packs.PARTS[name]: [name] for name in pack["parts"]}
+    part, (name,) = _choose_files(part, names)
+    part.check(part.own_split)
+    shards = packs.shard_paths(path, pack, name)
+
+    def make() -> Listing:
+        listing = packs.for_task(packs.list_part(path, pack, name), path, part.spec.labeled)
+        return with_facts(listing, own_split=part.own_split)
+
+    identity = {"pack": os.path.realpath(path), "part": name, "labeled": part.spec.labeled}
+    what = f"the pack {path}"
+    return Source(what, identity, make, partial(packs.open_files, shards), shards)
+
+
 def _choose_files(part: Part, by_split: dict[str, list[str]]) -> tuple[Part, list[str]]:
     """Return the files of a part, and the part with what separates it from others.
 
@@ -274,9 +295,9 @@ def _parquet(part: Part) -> Source:
         return Source(f"the table {path}", identity, make, partial(FolderFiles, root), files)
     if not parquet.is_random_access(files):
         get_logger().warning(
-            "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; convert it "
-            "once: datasets.load_dataset(...).save_to_disk(FOLDER) writes Arrow files",
-            path,
+            "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; pack it "
+            "once: %s %s FOLDER",
+            *(path, command("pack"), shlex.quote(path)),
         )
     open_files = partial(_open_parquet, files, image.name)
     kind = "Arrow" if parquet.is_random_access(files) else "Parquet"

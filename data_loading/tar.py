@@ -446,6 +446,10 @@ class TarFiles(Files):
             )
         return content
 
+    def size(self, number: int) -> int:
+        """Return the bytes of an image file."""
+        return int(self.places["size"][number])
+
     def locate(self, number: int) -> str:
         """Return `shards/shard-0003.tar/cat/1.jpg`."""
         return f"{self.shards[int(self.places['shard'][number])]}/{self.names[number]}"

@@ -552,6 +552,7 @@ ELSEWHERE = {
     "image_root",
     "tests/test_tasks.py": "eval_classes",
     "tests/data_loading/test_folders.py": "data_index",
+    "tests/data_loading/test_ram_cache.py": "ram_cache",
     "tests/training/test_checkpoint.py": "auto_resume",
     "tests/config/test_recipes.py": "config recipe",
     "tests/parallel/test_sharding.py": "shard grad_compression sync_bn sync_bn_group",

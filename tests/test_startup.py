@@ -19,6 +19,7 @@ SCRIPTS = [
     "submitit_finetune.py",
     "visualize.py",
     "export.py",
+    "pack.py",
     "benchmarks/cifar.py",
     "benchmarks/curves.py",
     "benchmarks/gpu.py",
@@ -65,7 +66,8 @@ def test_imported_modules_are_seen():
 def test_help_loads_nothing_heavy(script):
     code, out, loaded = start(script, "--help")
     assert code == 0
-    assert ("--opset" if script == "export.py" else "--device") in out
+    own = {"export.py": "--opset", "pack.py": "--verify"}
+    assert own.get(script, "--device") in out
     assert out.count(":\n") >= (1 if script.startswith("benchmarks") else 2)  # groups of flags
     assert loaded & HEAVY == set()
 

@@ -49,6 +49,7 @@ PARSERS = {
     "main_finetune.py": options.finetune_parser,
     "visualize.py": options.visualize_parser,
     "export.py": options.export_parser,
+    "pack.py": options.pack_parser,
 }
 
 

@@ -16,6 +16,7 @@ PARSERS = {
     "finetune": options.finetune_parser,
     "visualize": options.visualize_parser,
     "export": options.export_parser,
+    "pack": options.pack_parser,
 }
 DIGITS = ["--data_set", "DIGITS"]
 MAY_BE_EMPTY = {"output_dir", "log_dir", "resume", "finetune", "model_prefix", "aa"}
@@ -45,8 +46,8 @@ def texts(kind):
 @pytest.mark.parametrize("kind", PARSERS)
 def test_an_empty_text_is_refused_unless_it_has_a_meaning(kind, capsys):
     """It is what an unset shell variable gives: `--sched "$S"`."""
-    for name in sorted({*texts(kind)} - {"checkpoint"}):
-        words = ["x"] * (kind == "export") + [f"--{name}", ""]
+    for name in sorted({*texts(kind)} - {"checkpoint", "source", "dest"}):
+        words = ["x"] * (kind in ("export", "pack")) + [f"--{name}", ""]
         if name in MAY_BE_EMPTY:
             assert vars(PARSERS[kind]().parse_args(words))[name] == ""
             continue
