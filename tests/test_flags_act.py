@@ -202,11 +202,11 @@ SHARED: dict[str, Row] = {
     "drop_path": ("--drop_path 0.3", deepest_drop_path, 0.0, pytest.approx(0.3)),
     "data_path": ("--data_path there", lambda b: b.paths[0], "here", "there"),
     "mean": (
-        "--mean 0.1 0.2 0.3 --std 0.7", lambda b: b.train.mean.flatten().tolist(),
+        "--mean 0.1 0.2 0.3 --std 0.7", lambda b: b.train.mean,
         pytest.approx([0.485, 0.456, 0.406]), pytest.approx([0.1, 0.2, 0.3]),
     ),
     "std": (
-        "--mean 0 --std 0.7", lambda b: b.train.std.flatten().tolist(),
+        "--mean 0 --std 0.7", lambda b: b.train.std,
         pytest.approx([0.229, 0.224, 0.225]), pytest.approx([0.7] * 3),
     ),
     "num_workers": ("--num_workers 2", lambda b: b.train.loader.num_workers, 0, 2),
@@ -368,7 +368,7 @@ PRETRAIN: dict[str, Row] = {
     ),
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std false",
-        lambda b: round(b.train.mean.flatten()[0].item(), 3),
+        lambda b: round(b.train.mean[0], 3),
         0.485,
         0.5,
     ),
@@ -390,7 +390,7 @@ FINETUNE: dict[str, Row] = {
     ),
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std false",
-        lambda b: [round(loader.mean.flatten()[0].item(), 3) for loader in (b.train, b.val)],
+        lambda b: [round(loader.mean[0], 3) for loader in (b.train, b.val)],
         [0.485] * 2,
         [0.5] * 2,
     ),
