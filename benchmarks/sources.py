@@ -26,7 +26,7 @@ SCRIPTS = {  # one epoch, with everything that draws random numbers
     "main_finetune.py": "--val_split 0.1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --mixup 0.8",
 }
 COMMON = (
-    "--model convnextv2_atto --input_size 32 --stem_stride 1 --batch_size 20 --update_freq 1 "
+    "--model convnextv2_atto --input_size 32 --stem_stride 2 --batch_size 20 --update_freq 1 "
     "--drop_path 0.1 --epochs 1 --warmup_epochs 0 --device cpu --kernels torch --log_dir none "
     "--progress lines --print_freq 1000"
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from config.sizes import parse_sizes, write_sizes
 from config.tasks import TASKS
 
 
@@ -157,6 +158,20 @@ REPEATED = TEXT | {"action": Repeated}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
 EPOCHS = number("whole (0, inf)")
+
+
+def size(text: str) -> int | str:
+    """Read a side in pixels, or the checked text of sizes by epoch."""
+    if ":" not in text:
+        return COUNT["type"](text)
+    try:
+        return write_sizes(parse_sizes(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+size.holds, size.range = COUNT["type"].holds, COUNT["type"].range
+SIZE = COUNT | {"type": size}
 ANY = number("float (-inf, inf)")
 CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -207,8 +222,11 @@ FLAGS["start here"] = (
     ("--config", PATH, None, "file of flags: YAML, as the args.yaml of a run, or a checkpoint"),
 )
 FLAGS["model"] = (
-    ("--input_size", COUNT, 224,
-     "image side in pixels, or height and width; default: the checkpoint's, or 224", "+"),
+    ("--input_size", SIZE, 224,
+     "image side in pixels, or height and width; or sides by epoch, such as 128:0,160:50,224:80; "
+     "default: the checkpoint's, or 224", "+"),
+    ("--progressive_batch", BOOL, False,
+     "sizes by epoch: larger batches of smaller images, by area; the learning rate follows"),
     ("--in_chans", COUNT, 3, "image channels; default: the checkpoint's, or 3"),
     ("--stem_stride", (1, 2, 4), 4,
      "stride of the stem; the network's is 8 times as large; of timm and torchvision 4 is the "
@@ -278,6 +296,9 @@ FLAGS["augmentation"] = (
     ("--mixup_prob", CHANCE, 1.0, "probability of mixing a batch"),
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
     ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
+    ("--mixup_off_epoch", FROM_0, 0, "epoch, from 0, from which images are not mixed; 0: never"),
+    ("--aug_off_epoch", FROM_0, 0,
+     "epoch, from 0, from which --aa, --color_jitter and --reprob are off; 0: never"),
 )
 FLAGS["loss"] = (
     ("--loss", TEXT, None,

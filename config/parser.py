@@ -20,6 +20,7 @@ from config.flags import as_typed
 from config.paths import absolute, map_sources
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
+from config.sizes import as_one_flag, split_sizes
 from config.tasks import known_kind, task_flags
 from errors import did_you_mean, pipe_may_close, resolve, sentences
 
@@ -249,6 +250,7 @@ def visualize_parser() -> argparse.ArgumentParser:
     add_flags(parser, "overrides of the run's flags", names)
     unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
     parser.set_defaults(**dict.fromkeys(unset))
+    _take_one_size(parser)
     return parser
 
 
@@ -263,11 +265,19 @@ def export_parser() -> argparse.ArgumentParser:
     parser.set_defaults(**dict.fromkeys(unset))
     text = "timm:NAME, torchvision:NAME or package.module:function of another network"
     texts = {"model": f"{text}; default: the checkpoint's"}
+    _take_one_size(parser)
     for name in ("head", "heads"):
         texts[name] = f"the checkpoint's --{name} again, to allow running its package.module:name"
     for action in parser._actions:
         action.help = texts.get(action.dest, action.help)
     return parser
+
+
+def _take_one_size(parser: argparse.ArgumentParser) -> None:
+    """Refuse sizes by epoch, which are for training."""
+    action = next(action for action in parser._actions if action.dest == "input_size")
+    action.type = flags.COUNT["type"]
+    action.help = "image side in pixels, or height and width; default: the run's"
 
 
 def pack_parser() -> argparse.ArgumentParser:
@@ -295,14 +305,15 @@ def finalize(
 ) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
+    `input_sizes` is the text of an --input_size that has sizes by epoch, otherwise ''.
     given, typed: as in `FrozenNamespace`; given: None for all flags.
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
     new = {key: tuple(x) if isinstance(x, list) else x for key, x in vars(args).items()}
     pretrain = flags.is_pretraining(new)
-    size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
-    new["input_size"] = size * 2 if len(size) == 1 else size
+    new["input_size"], sizes = split_sizes(new["input_size"])
+    new["input_sizes"] = sizes or new.get("input_sizes", "")
     clear_scheduled(new, new if given is None else given)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
@@ -332,7 +343,7 @@ def dump_args(args: argparse.Namespace) -> str:
     """Write args as YAML that `--config` reads back to the same args."""
     import yaml
 
-    values = absolute_paths(vars(args))
+    values = as_one_flag(absolute_paths(vars(args)))
     values = {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
     values.pop("config", None)
     recipe = values.pop("recipe", None)  # its flags are among the values

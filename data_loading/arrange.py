@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_loading.files import Found, Names, sort_by_name
+from data_loading.files import Folders, Found, Names, sort_by_name
 from data_loading.index import Listing
 from data_loading.tables import (
     EVAL,
@@ -172,53 +172,48 @@ def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray | None]:
 
     None for all images.
     """
-    starts, own_split, chosen = without_common_folder(names), "", None
-    slashes = names.first_folders(starts)
+    folders, own_split, chosen = Folders(names), "", None
+    cut_common_folders(folders)
+    found, firsts = folders.runs()
     if part.may_split:
-        folders, firsts = names.runs(starts, np.maximum(slashes, starts))
-        mine, own_split = choose_split(sorted({*folders} - {""}), part)
+        mine, own_split = choose_split(sorted({*found} - {""}), part)
         if mine is not None:
-            counts = np.diff(np.append(firsts, len(names)))
-            chosen = np.flatnonzero(np.repeat([folder == mine for folder in folders], counts))
-            names, starts = names.take(chosen), slashes[chosen] + 1 - names.ends[:-1][chosen]
-            starts += names.ends[:-1]
-            slashes = names.first_folders(starts)
+            held = [folder == mine for folder in found]
+            chosen = np.flatnonzero(np.repeat(held, _lengths(firsts, len(names))))
+            cut, folders = folders.cut + 1, Folders(names.take(chosen))
+            folders.cut = cut
+            found, firsts = folders.runs()
     part.check(own_split)
-    listing = Listing(names.cut(starts), {}, {"own_split": own_split})
-    return (_with_classes(listing, part) if part.spec.labeled else listing), chosen
-
-
-def _with_classes(listing: Listing, part: Part) -> Listing:
-    """Return a listing with the first folder of each name as its class."""
-    names = listing.names
-    slashes = names.first_folders(names.ends[:-1])
-    loose = np.flatnonzero(slashes < 0)
-    if len(loose):
-        raise UserError(
-            f"{part.path}: {plural(len(loose), 'image')} of {len(names)} are in no class folder: "
-            f"{first_few(names[int(number)] for number in loose[:3])}; expected CLASS/IMAGE. "
-            "Images without labels are for main_pretrain.py"
-        )
-    folders, firsts = names.runs(names.ends[:-1], slashes)
-    classes = sorted({*folders})
+    listing = Listing(folders.rest(), {}, {"own_split": own_split})
+    if not part.spec.labeled:
+        return listing, chosen
+    if "" in found:
+        _refuse_loose(listing.names, np.flatnonzero(~folders.have(0)), part.path)
+    classes = sorted({*found})
     labels = {name: label for label, name in enumerate(classes)}
-    counts = np.diff(np.append(firsts, len(names)))
-    targets = np.repeat(np.array([labels[name] for name in folders], np.int32), counts)
+    targets = np.array([labels[name] for name in found], np.int32)
+    targets = np.repeat(targets, _lengths(firsts, len(listing)))
     listing = with_facts(listing, classes=classes, kind="class")
-    return replace(listing, arrays={"targets": targets})
+    return replace(listing, arrays={"targets": targets}), chosen
 
 
-def without_common_folder(names: Names) -> np.ndarray:
-    """Return where names begin without a folder around all of them, if folders lie in it: (N,)."""
-    starts = names.ends[:-1]
-    while True:
-        slashes = names.first_folders(starts)
-        inner = names.first_folders(slashes + 1)
-        if (slashes < 0).any() or (inner < 0).any():
-            return starts
-        if len({*names.runs(starts, slashes)[0]}) > 1:
-            return starts
-        starts = slashes + 1
+def _lengths(firsts: np.ndarray, count: int) -> np.ndarray:
+    """Return the lengths of runs that begin at `firsts`."""
+    return np.diff(np.append(firsts, count))
+
+
+def _refuse_loose(names: Names, loose: np.ndarray, path: str) -> None:
+    raise UserError(
+        f"{path}: {plural(len(loose), 'image')} of {len(names)} are in no class folder: "
+        f"{first_few(names[int(number)] for number in loose[:3])}; expected CLASS/IMAGE. Images "
+        "without labels are for main_pretrain.py"
+    )
+
+
+def cut_common_folders(folders: Folders) -> None:
+    """Cut off folders that hold all images, if other folders lie in them."""
+    while folders.have(1).all() and len({*folders.runs()[0]}) == 1:
+        folders.cut += 1
 
 
 def describe(listing: Listing) -> str:

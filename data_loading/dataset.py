@@ -22,6 +22,7 @@ from data_loading.decode import UNREADABLE, BadImage, decode, decode_for, is_of_
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
+from data_loading.stages import ByEpoch
 from data_loading.targets import Targets
 from data_loading.transforms import Erased
 from errors import UserError, a_type, first_few
@@ -40,6 +41,7 @@ class Replacement(NamedTuple):
 class TransformedDataset(Dataset):
     """`dataset` with `transform`; (seed, epoch, index) seeds the random draws of a sample.
 
+    transform: or `ByEpoch`, several of them.
     Keys are (epoch, index), samples (image (C, H, W), label, index). An image that an epoch holds
     several times has another index each time, larger by the length, and so other draws. A sample
     that cannot be used is returned as a UserError: if a worker raised it, users would see a long
@@ -54,7 +56,7 @@ class TransformedDataset(Dataset):
     def __init__(
         self,
         dataset: Any,
-        transform: Callable,
+        transform: Callable | ByEpoch,
         seed: int,
         in_chans: int = 3,
         nb_classes: int | None = None,
@@ -64,7 +66,7 @@ class TransformedDataset(Dataset):
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
-        self.positions, self.classes, self.crop = positions, classes, None
+        self.positions, self.classes, self.fast = positions, classes, False
         self.targets = Targets("class", nb_classes or 0, positions)
 
     def decode_fast(self, wanted: bool = True) -> "TransformedDataset":
@@ -74,7 +76,7 @@ class TransformedDataset(Dataset):
         """
         if wanted:
             jpeg.require_simplejpeg()
-            self.crop = self.transform.transforms[0]
+            self.fast = True
         return self
 
     def expect(self, targets: Targets) -> None:
@@ -111,6 +113,10 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def transform_at(self, epoch: int) -> Callable:
+        """Return the transform of an epoch."""
+        return self.transform.at(epoch) if isinstance(self.transform, ByEpoch) else self.transform
+
     def __getitem__(
         self, key: tuple[int, int]
     ) -> tuple[Tensor, int, int] | Replacement | UserError:
@@ -120,7 +126,7 @@ class TransformedDataset(Dataset):
             chosen = (fold_in(*draw) if attempt else index) % len(self)
             try:
                 image, label = self._load(chosen, draw)
-                sample = self.transform(image), label, index
+                sample = self.transform_at(key[0])(image), label, index
                 return Replacement(sample, bad) if bad else sample
             except BadImage as error:
                 if self.on_bad == "error":
@@ -144,7 +150,8 @@ class TransformedDataset(Dataset):
         """Return (sample, label or None); an error of the dataset's own code is a UserError."""
         seed_cpu(*draw)
         try:
-            with nullcontext() if self.crop is None else decode_for(self.crop):
+            crop = self.transform_at(draw[1]).transforms[0] if self.fast else None
+            with nullcontext() if crop is None else decode_for(crop):
                 item = self.dataset[index]
         except (UserError, MemoryError):
             raise

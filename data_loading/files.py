@@ -87,13 +87,6 @@ class Names(Sequence[str]):
             text[held] = self.text[places + np.arange(held.start, held.stop)]
         return Names(text, ends)
 
-    def first_folders(self, starts: np.ndarray) -> np.ndarray:
-        """Return the place of the first slash of each name, seen from `starts`; -1 without one."""
-        slashes = np.flatnonzero(self.text == ord("/"))
-        slashes = np.append(slashes, len(self.text))
-        found = slashes[np.searchsorted(slashes, starts)]
-        return np.where(found < self.ends[1:], found, -1)
-
     def runs(self, starts: np.ndarray, stops: np.ndarray) -> tuple[list[str], np.ndarray]:
         """Return the parts of the names from `starts` to `stops`, each run of equal ones once.
 
@@ -118,11 +111,44 @@ def _chunks(lengths: np.ndarray) -> Iterator[slice]:
 
 def _padded(text: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return parts of a text as bytes of equal length, with zeros behind shorter ones: (N,) S."""
-    columns = np.arange(max(1, int(lengths.max(initial=1))))
-    places = starts[:, None] + columns
-    rows = text[np.minimum(places, len(text) - 1, out=places)]
-    rows[columns >= lengths[:, None]] = 0
-    return rows.view(f"S{len(columns)}")[:, 0]
+    width = max(1, int(lengths.max(initial=1)))
+    first, after = int(starts[0]), int(starts[-1]) + width
+    held = np.append(text[first:after], np.zeros(max(0, after - len(text)), np.uint8))
+    rows = np.lib.stride_tricks.sliding_window_view(held, width)[starts - first]
+    if lengths.min() < width:
+        rows[np.arange(width) >= lengths[:, None]] = 0
+    return rows.view(f"S{width}")[:, 0]
+
+
+class Folders:
+    """The folders in names, by their depth from 0; `cut` counts those that are cut off."""
+
+    def __init__(self, names: Names) -> None:
+        self.names, self.cut = names, 0
+        self.places = np.flatnonzero((names.text == ord("/")) | (names.text == 0))
+        self.ends = np.flatnonzero(names.text[self.places] == 0)  # in `places`, of each name
+        self.firsts = np.append(0, self.ends[:-1] + 1)
+
+    def have(self, depth: int) -> np.ndarray:
+        """Return which names have a folder at a depth, (N,) bool."""
+        return self.firsts + self.cut + depth < self.ends
+
+    def starts(self) -> np.ndarray:
+        """Return the place of the first letter of each name that is not cut off, (N,) int64."""
+        if not self.cut:
+            return self.names.ends[:-1]
+        return self.places[self.firsts + self.cut - 1] + 1
+
+    def runs(self) -> tuple[list[str], np.ndarray]:
+        """Return the first folder of the names, '' for none, and `firsts` as in `Names.runs`."""
+        starts = self.starts()
+        return self.names.runs(
+            starts, np.where(self.have(0), self.places[self.firsts + self.cut], starts)
+        )
+
+    def rest(self) -> Names:
+        """Return the names without what is cut off."""
+        return self.names.cut(self.starts())
 
 
 def reason_to_leave_out(name: str) -> str:

@@ -87,6 +87,11 @@ class Images(Dataset):
         """True if columns of a table, or of an archive, give the labels."""
         return "columns" in self.listing.metadata
 
+    @property
+    def names_files(self) -> bool:
+        """True if rows of a table name image files, so that two rows may have the same one."""
+        return bool(self.listing.metadata.get("columns", {}).get("image"))
+
     def line_of(self, index: int) -> str:
         """Return `line 3 of photos.csv`, or '' if the images are not rows of a table."""
         lines = self.listing.arrays.get("lines")

@@ -212,7 +212,9 @@ def _tar(part: Part, shards: Sequence[str]) -> Source:
         part, shards = _choose_files(part, by_split)
 
     def make() -> Listing:
-        found = list_tar(shards, part.spec.labeled, part.spec.columns.labels or None)
+        given = part.spec.columns
+        columns = [*given.labels, *filter(None, (given.split, given.weight))]
+        found = list_tar(shards, part.spec.labeled, columns if given.labels else None)
         return arrange(found, part)
 
     identity = _identity(part, "tar", path)

@@ -33,7 +33,8 @@ def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """
     if tuple(image.shape[1:]) == size:
         return image
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # image[None] has other strides
+    strides = image.shape[1] * image.stride(1), *image.stride()  # image[None] has another first one
+    batch = image.as_strided((1, *image.shape), strides)
     batch = batch.contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, size, mode=mode, antialias=True)[0]
 
@@ -96,7 +97,7 @@ class RandomResizedCrop:
             ratio = math.exp(random.uniform(*logarithms))
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
-                return random.randint(0, height - h), random.randint(0, width - w), h, w
+                return _below(height - h + 1), _below(width - w + 1), h, w
         h = min(height, round(width / self.ratio[0]))
         w = min(width, round(height * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
@@ -110,6 +111,10 @@ class RandomResizedCrop:
 
     def __repr__(self) -> str:
         return f"RandomResizedCrop({self.size}, scale={self.scale}, modes={self.modes})"
+
+
+def _below(count: int) -> int:
+    return int(count * random.random())  # several times as fast as random.randrange
 
 
 class RandomShift:

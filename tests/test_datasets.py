@@ -23,6 +23,7 @@ from data_loading.dataset import TransformedDataset, collate
 from data_loading.decode import BadImage, decode
 from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
+from data_loading.mixing import build_mixup
 from data_loading.rng import seed_all
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
@@ -446,7 +447,8 @@ def test_random_erasing_equals_timms_on_normalized_images(mode, kind):
     images = images / 255 if kind.is_floating_point else images
     x = erased_batch(images, 1.0, mode, 3)
     for number, image in enumerate(images):
-        expected = (image / (1 if kind.is_floating_point else 255) - 0.5) / 0.5
+        half = 0.5 if kind.is_floating_point else 127.5
+        expected = (image - half) / half
         seed_all(0, 0, number)
         torch.rand(())  # the decision to erase
         assert torch.equal(x[number], Timms(1.0, mode=mode, max_count=3, device="cpu")(expected))
@@ -692,7 +694,7 @@ def test_loader_normalizes_gray_images_by_one_mean():
     args = make_args(in_chans=1, aa="none")
     data, _ = datasets.build_dataset(True, args)
     loader = datasets.build_loader(data, True, args, "cpu")
-    assert loader.mean.numel() == loader.std.numel() == 1
+    assert len(loader.mean) == len(loader.std) == 1
     assert next(iter(loader))[0].shape == (4, 1, 16, 16)
 
 
@@ -710,9 +712,9 @@ def test_dist_eval_shares_the_images_out(dist_eval, images, monkeypatch):
 def test_mixup_smooths_over_the_classes_of_the_data():
     none = {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None}
     shared = {"mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "smoothing": 0.2}
-    assert datasets.build_mixup(make_args(**none, **shared), 4) is None
+    assert build_mixup(make_args(**none, **shared), 4) is None
     for flag in ({"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": [0.2, 0.3]}):
-        mixup = datasets.build_mixup(make_args(**{**none, **flag}, **shared), 4)
+        mixup = build_mixup(make_args(**{**none, **flag}, **shared), 4)
         _, labels = mixup(torch.zeros(2, 3, 8, 8), torch.tensor([3, 3]))
         torch.testing.assert_close(labels, torch.tensor([[0.05, 0.05, 0.05, 0.85]] * 2))
 

@@ -67,6 +67,7 @@ def test_help_loads_nothing_heavy(script):
     code, out, loaded = start(script, "--help")
     assert code == 0
     own = {"export.py": "--opset", "pack.py": "--verify"}
+    own |= dict.fromkeys(("benchmarks/loader.py", "benchmarks/loader_threads.py"), "--photos")
     assert own.get(script, "--device") in out
     assert out.count(":\n") >= (1 if script.startswith("benchmarks") else 2)  # groups of flags
     assert loaded & HEAVY == set()

@@ -81,9 +81,12 @@ NEEDS = {  # flag with a value: what it needs to act
     "--layer_decay_type group": "--layer_decay 0.5",
     "--mixup_mode elem": "--cutmix 1",
     "--mixup_prob 0.5": "--cutmix_minmax 0.2 0.8",
+    "--mixup_off_epoch 3": "--cutmix 1",
+    "--aug_off_epoch 3": "--aa rand-m9",
     "--mixup_switch_prob 0.2": "--mixup 1 --cutmix 1",
     "--remode rand": "--reprob 0.1",
     "--recount 2": "--reprob 0.1",
+    "--progressive_batch true": "--input_size 64:0,224:2",
     "--model_ema_decay 0.9": "--model_ema",
     "--model_key model": "--finetune x",
     "--model_prefix encoder.": "--resume x",
@@ -92,7 +95,7 @@ NEEDS = {  # flag with a value: what it needs to act
     "--async_save true": "--save_ckpt true",
     "--max_save_failures 2": "--save_ckpt true",
 }
-WITHOUT = ["--reprob", "0", "--save_ckpt", "false"]
+WITHOUT = ["--reprob", "0", "--aa", "none", "--save_ckpt", "false"]
 
 
 @pytest.mark.parametrize("words", NEEDS)

@@ -75,7 +75,7 @@ def test_crop_shows_what_the_exact_one_shows(name, orientation, in_chans):
     pairs = read_both(Photos((330, 250), **options), TRANSFORMS[name], in_chans)
     for exact, fast in pairs:
         assert fast.shape == exact.shape == (in_chans, SIZE, SIZE)
-        assert (exact.int() - fast.int()).abs().float().mean() < 6
+        assert (exact.int() - fast.int()).abs().float().mean() < 10  # 40 of another part
     assert not all(torch.equal(exact, fast) for exact, fast in pairs)
 
 
