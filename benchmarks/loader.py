@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_size", type=int, default=224, help="of the larger images")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=11, help="each goes through every row once")
-    parser.add_argument("--images", type=int, default=300, help="in a timing, at least")
+    parser.add_argument("--images", type=int, default=300, help="photos in a timing, at least")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
     return parser
 
@@ -261,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     lines, clock = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.sets:
-            at_least = args.images * (10 if name == "small" else 1)
-            at_least = -(-at_least // args.batch_size) * args.batch_size
+            at_least = {"photos": args.images, "large": args.images // 5, "small": 8 * args.images}
+            at_least = -(-at_least[name] // args.batch_size) * args.batch_size
             files = write_files(args.photos, name, Path(scratch, name), at_least)
             size = SMALL if name == "small" else args.input_size
             for task in args.tasks:

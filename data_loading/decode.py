@@ -32,6 +32,7 @@ MAX_PIXELS = 2**28  # 16,384 x 16,384 pixels, which take 1 GB as RGBA
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 UNREADABLE += (Image.DecompressionBombError,)
 SIGNED = 2  # a TIFF sample format
+AT_ONCE = 2**18  # bytes to read from a file before it is known what it holds
 FACTORS = (8, 4, 2)  # by which JPEG files are decoded smaller, others are slow
 
 
@@ -95,14 +96,18 @@ def _read_jpeg(file: str | bytes | BinaryIO) -> bytes | None:
     """Return the content of a JPEG file; None for another one."""
     if isinstance(file, bytes):
         return file if file.startswith(jpeg.START) else None
-    if not hasattr(file, "read"):
-        with open(file, "rb", buffering=0) as opened:
-            return _read_jpeg(opened)
-    file.seek(0)
-    if file.read(len(jpeg.START)) != jpeg.START:
+    if hasattr(file, "read"):
+        file.seek(0)
+        return _read_on(file)
+    with open(file, "rb", buffering=0) as opened:
+        return _read_on(opened)
+
+
+def _read_on(file: BinaryIO) -> bytes | None:
+    data = file.read(AT_ONCE)
+    if not data.startswith(jpeg.START):
         return None
-    file.seek(0)
-    return file.read()
+    return data + file.read()
 
 
 def _load_jpeg(data: bytes) -> Tensor | None:
