@@ -154,7 +154,7 @@ def build_dataset(
     )
     scale = _find_scale(data, args, head, classes) if kind == "number" else None
     dataset.expect(Targets(kind, count, positions, scale))
-    return dataset, count
+    return dataset.map_values(vars(args).get("value_range")), count
 
 
 def _find_kind(data: Any, args: Any, head: Head | None) -> str:
@@ -382,7 +382,8 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     log_dataset(data, True, size)
     transform = create_pretrain_transform(size, args.scale, args.hflip)
     on_bad = on_bad_image(True, args)
-    return TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    dataset = TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    return dataset.map_values(vars(args).get("value_range"))
 
 
 def build_loader(

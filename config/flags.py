@@ -229,6 +229,9 @@ FLAGS["data"] = (
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
     ("--mean", ANY, None, "mean of images in 0 to 1, one or per channel; default: ImageNet's", "+"),
     ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),
+    ("--value_range", ANY, None,
+     "pixel values that become 0 and 1, such as 0 10000: any integers or floats in full depth; "
+     "default: 8 bits, or floats in 0 to 1", 2),
     ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),

@@ -257,7 +257,7 @@ def export_parser() -> argparse.ArgumentParser:
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
     names = "--model --head --heads --input_size --crop_pct --imagenet_default_mean_and_std"
-    add_flags(parser, "overrides of the run's flags", f"{names} --mean --std")
+    add_flags(parser, "overrides of the run's flags", f"{names} --mean --std --value_range")
     unset = ("model", "head", "heads", "input_size", "imagenet_default_mean_and_std")
     parser.set_defaults(**dict.fromkeys(unset))
     text = "timm:NAME, torchvision:NAME or package.module:function of another network"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_loading.arrays import to_pixels
 from data_loading.bad_images import is_transient, retry_io
-from data_loading.decode import UNREADABLE, BadImage, decode, is_of_decoder
+from data_loading.decode import UNREADABLE, BadImage, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
@@ -66,6 +67,12 @@ class TransformedDataset(Dataset):
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
         self.positions, self.classes = positions, classes
         self.targets = Targets("class", nb_classes or 0, positions)
+        self.value_range: Sequence[float] | None = None
+
+    def map_values(self, value_range: Sequence[float] | None) -> "TransformedDataset":
+        """Map these two values to 0 and 1, and those between; returns the dataset itself."""
+        self.value_range = value_range
+        return self
 
     def expect(self, targets: Targets) -> None:
         """Take labels of another kind than one class per image, or for other outputs."""
@@ -137,7 +144,7 @@ class TransformedDataset(Dataset):
                 raise
             raise UserError(describe_error(error)) from error
         sample, label = self._unpack(item)
-        return decode(sample, self.in_chans), label
+        return to_pixels(sample, self.in_chans, self.value_range), label
 
     def _unpack(self, item: Any) -> tuple[Any, Any]:
         """Return (image, label or None); pre-training does not look at anything but the image."""

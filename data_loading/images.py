@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_loading.decode import BadImage, load_image
+from data_loading.arrays import Encoded, load_file
+from data_loading.decode import BadImage
 from data_loading.files import Files
 from data_loading.index import Listing
 from data_loading.listing import describe_left_out
@@ -45,10 +47,10 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor | Encoded, Any]:
         target = None if self.targets is None else self.targets[index]
         try:
-            return load_image(self.files.read(index)), target
+            return load_file(self.files.read(index)), target
         except FileNotFoundError as error:
             where = self.line_of(index)
             if where:

@@ -134,6 +134,7 @@ EXPORT: dict[str, Row] = {
     "mean": (
         "--mean 0.1 0.2 0.3 --std 1", lambda w: spec(w).mean, [0.5] * 3, [0.1, 0.2, 0.3],
     ),
+    "value_range": ("--value_range 0 9", lambda w: spec(w).value_range, None, [0.0, 9.0]),
     "std": ("--mean 0.1 --std 0.3", lambda w: spec(w).std, [0.5] * 3, [0.3] * 3),
 }  # fmt: skip
 

@@ -60,6 +60,7 @@ class ReconstructionImages:
         transform = datasets.build_transform(False, args)
         on_bad = "replace" if args.on_bad_image == "skip" else "error"
         dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+        dataset.map_values(vars(args).get("value_range"))
         count = min(count, len(data))
         self.ids = torch.arange(count) * len(data) // count
         self.loader = datasets.DeviceLoader(

@@ -134,7 +134,7 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
 
 
 def test_values_for_other_channels_are_refused_once_the_channels_are_known():
-    words = ("--resume", "x", "--mean", "0.5", "0.4", "--std", "1")
+    words = ("--resume", "x", "--mean", "0.5", "0.4", "--std", "1", "--aa", "none")
     assert changed(finetune(*words), {"in_chans": 2}) == {"in_chans": 2}
     with pytest.raises(UserError, match="--mean 0.5 0.4 has 2 values, expected .* --in_chans 4"):
         changed(finetune(*words), {"in_chans": 4})
@@ -205,7 +205,7 @@ def test_weights_without_flags_tell_the_shape(name):
     own = {"model": name.removeprefix("fcmae_"), "in_chans": 2, "stem_stride": 1}
     count = None if name.startswith("fcmae_") else 1000  # of create_model
     assert read_saved_run({}, "it.pth", weights).head.count == count
-    assert changed(finetune("--resume", "x"), None, weights=weights) == own
+    assert changed(finetune("--resume", "x", "--aa", "none"), None, weights=weights) == own
     assert changed(pretrain("--resume", "x"), None, weights=weights) == own | {"patch_size": 8}
     assert changed(finetune(), None, weights={"conv1.weight": torch.zeros(1)}) == {}
 
