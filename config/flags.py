@@ -150,6 +150,12 @@ pooled features, or the last feature map if there is no final norm. The file is
 loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
 if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
 
+VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
+
+  python visualize.py --checkpoint runs/photos
+  python visualize.py data --help    draw the images that a training script sees
+  python visualize.py stats --help   print mean, std, sizes and classes of a data set"""
+
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
