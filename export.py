@@ -114,8 +114,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     shape, side = spec.shape, 224
     if not model:
         side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
-    found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
-    found |= {"mean": None, "std": None, "value_range": None}
+    found = {"input_size": side, "imagenet_default_mean_and_std": True}
+    found |= dict.fromkeys(("crop_pct", "mean", "std", "value_range"))
     given = {name: getattr(args, name) for name in found if getattr(args, name) is not None}
     names = {"input_size"} if args.to in GRAPHS else found.keys()  # that the format can store
     names = names - NORMALIZATION.keys() if given.keys() & NORMALIZATION.keys() else names
@@ -129,8 +129,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         size=height_and_width(found["input_size"]),
         mean=mean,
         std=std,
-        crop_pct=found["crop_pct"],
-        value_range=found["value_range"],
+        **{name: found[name] for name in ("crop_pct", "value_range")},
         labels=labels,
         classes=labels if args.labels else saved.head.names,
         half=args.half,

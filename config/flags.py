@@ -113,7 +113,7 @@ EVERYDAY = """
 model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
 config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq num_workers
 on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
-cluster nodes ngpus timeout job_dir partition array follow
+cluster nodes ngpus timeout job_dir partition array follow script output num_images num_epochs
 """
 HELP = """%(aim)s
 
@@ -153,8 +153,8 @@ if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2).
 VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
 
   python visualize.py --checkpoint runs/photos
-  python visualize.py data --help    draw the images that a training script sees
-  python visualize.py stats --help   print mean, std, sizes and classes of a data set"""
+  python visualize.py data --help    draw what a training script sees
+  python visualize.py stats --help   print mean, std, sizes and classes"""
 
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}

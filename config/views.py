@@ -19,17 +19,21 @@ from errors import did_you_mean
 STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.
 
   python visualize.py stats --data_path photos
-  python visualize.py stats --data_path scenes --in_chans 12 --value_range 0 10000
+  python visualize.py stats --data_path scenes --in_chans 12 \\
+      --value_range 0 10000
 
-Values are in 0 to 1; the last line is for the command line of a training script."""
-DATA_AIM = """Draw the images that a training script would see: a row per image, a column per epoch.
+Values are in 0 to 1. The last line is for the command line of a training
+script."""
+DATA_AIM = """Draw the images that a training script would see: a row per image, a column
+per epoch.
 
   python visualize.py data --data_path photos --model convnextv2_tiny
   python visualize.py data --data_path photos --mixup 0.8 --cutmix 1
   python visualize.py data --config runs/photos/args.yaml
 
-Takes all flags of main_pretrain.py or main_finetune.py, whose defaults it uses: those of
-main_finetune.py if one of the flags is only for it, or with --script finetune."""
+Takes all flags of main_pretrain.py or main_finetune.py, and their defaults:
+those of main_finetune.py if one of the flags is only for it, or with --script
+finetune."""
 SCRIPTS = {"pretrain": parsers.pretrain_parser, "finetune": parsers.finetune_parser}
 STATS_FLAGS = """
 --data_set --data_path --eval_data_path --data_index --image_column --label_column --image_root

@@ -44,11 +44,11 @@ class Encoded:
     def __init__(self, data: bytes) -> None:
         self.data = data
 
-    def read(self, in_chans: int, value_range: Range) -> Image.Image | Tensor | tuple:
-        """Return what `load_image` does, or (array, orientation) of all channels in full depth."""
+    def read(self, in_chans: int, value_range: Range) -> Image.Image | Tensor | tiff.Raster:
+        """Return what `load_image` does, or all channels in full depth."""
         is_plain = in_chans in MODES and value_range is None
         if self.data.startswith(NPY):
-            return read_npy(self.data), 1
+            return tiff.Raster(read_npy(self.data))
         if self.data.startswith(tiff.MAGIC):
             return _read_tiff(self.data, is_plain)
         if not is_plain:
@@ -75,27 +75,42 @@ def to_pixels(sample: Any, in_chans: int, value_range: Range = None) -> Tensor:
         sample = sample.read(in_chans, value_range)
     if isinstance(sample, Image.Image) and (in_chans not in MODES or value_range):
         sample = _all_channels(sample, in_chans)
-    if isinstance(sample, Tensor) and value_range:
-        sample = (sample.float() if sample.is_floating_point() else sample).numpy()
-    if isinstance(sample, tuple):
-        array, turns = sample
-        return jpeg.turn(from_array(array, in_chans, value_range), turns)
+    if isinstance(sample, Tensor) and value_range and sample.ndim == 3:
+        values = sample.float() if sample.is_floating_point() else sample
+        return _convert(values.permute(1, 2, 0).numpy(), in_chans, value_range)
     if isinstance(sample, np.ndarray):
         return from_array(sample, in_chans, value_range)
+    if isinstance(sample, tiff.Raster):
+        image = from_array(sample.array, in_chans, value_range, sample.channels_last)
+        return jpeg.turn(image, sample.orientation)
     return decode(sample, in_chans)
 
 
-def from_array(array: np.ndarray, in_chans: int, value_range: Range = None) -> Tensor:
+def from_array(
+    array: np.ndarray, in_chans: int, value_range: Range = None, channels_last: bool | None = None
+) -> Tensor:
     """(H, W), (H, W, C) or (C, H, W) array -> (in_chans, H, W) uint8, or float32 in 0 to 1.
 
     value_range: the values that become 0 and 1; those outside are clipped. Without it uint8 stays
-    as it is, uint16 is divided by 65535, and floats must be in 0 to 1. Gray becomes RGB and RGB
-    gray where `in_chans` asks for it. BadImage for other values, UserError for another number of
-    channels, or if the shape does not tell their place.
+    as it is, uint16 is divided by 65535, and floats must be in 0 to 1. channels_last: None if the
+    shape tells. Gray becomes RGB and RGB gray where `in_chans` asks for it. BadImage for other
+    values, UserError for another number of channels, or if the shape does not tell their place.
     """
+    if array.ndim == 3 and channels_last is not None:
+        array = array if channels_last else array.transpose(1, 2, 0)
+    else:
+        array = _channels_last(array, in_chans)
+    return _convert(array, in_chans, value_range)
+
+
+def _convert(array: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
+    """(H, W, C) array -> (in_chans, H, W) as `from_array`."""
     if array.dtype.kind not in "buif":
         raise BadImage(f"it holds {array.dtype} values, expected integers or floats")
-    pixels = _scale(_channels_last(array, in_chans), value_range)  # (H, W, C)
+    count = array.shape[2]
+    if count != in_chans and not {count, in_chans} <= {*MODES}:
+        raise UserError(f"it has {plural(count, 'channel')}, expected --in_chans {in_chans}")
+    pixels = _scale(array, value_range)
     image = torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
     if len(image) == in_chans:
         return image
@@ -112,7 +127,9 @@ def read_npy(data: bytes) -> np.ndarray:
     try:
         read_header = HEADERS[npy.read_magic(file)]
         shape, is_fortran, dtype = read_header(file)
-    except (KeyError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python's literals, and raises anything
         raise BadImage(f"its header is damaged, or of another version: {error}") from error
     if dtype.hasobject:
         raise BadImage("it holds pickled objects, which can run code", remedy="save numbers")
@@ -126,7 +143,7 @@ def read_npy(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
 
 
-def _read_tiff(data: bytes, is_plain: bool) -> Image.Image | tuple[np.ndarray, int]:
+def _read_tiff(data: bytes, is_plain: bool) -> Image.Image | tiff.Raster:
     """Read with Pillow if it can, and 8 bits of 1 or 3 channels are enough, or with tifffile."""
     if not is_plain:
         return tiff.read_tiff(data)
@@ -148,14 +165,14 @@ def _loses_bits(data: bytes) -> bool:
     return found is not None and int(found[1]) > 255
 
 
-def _all_channels(image: Image.Image, in_chans: int) -> tuple[np.ndarray, int]:
-    """Return a PIL image, alpha included, or gray in full depth, and its EXIF orientation."""
+def _all_channels(image: Image.Image, in_chans: int) -> tiff.Raster:
+    """Return a PIL image, alpha included, or gray in full depth."""
     image.load()
     turns = orientation_of(image)
     if image.mode[0] in "IF":  # gray: 16 bits, or more
-        return np.asarray(image), turns
+        return tiff.Raster(np.asarray(image), True, turns)
     if in_chans in MODES:
-        return np.asarray(on_white(image, MODES[in_chans])), turns
+        return tiff.Raster(np.asarray(on_white(image, MODES[in_chans])), True, turns)
     mode = WITH_ALPHA.get(in_chans, "")
     has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
     if not (mode and has_alpha):
@@ -163,13 +180,13 @@ def _all_channels(image: Image.Image, in_chans: int) -> tuple[np.ndarray, int]:
         raise UserError(
             f"it has {plural(count, 'channel')} (mode {image.mode}), expected --in_chans {in_chans}"
         )
-    return np.asarray(image.convert("RGBA").convert(mode)), turns
+    return tiff.Raster(np.asarray(image.convert("RGBA").convert(mode)), True, turns)
 
 
 def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
     """Return a (H, W, C) view of an array, where C is in_chans, or gray for RGB or vice versa."""
-    if array.ndim == 2:
-        array = array[..., None]
+    if array.ndim == 2 and in_chans in MODES:
+        return array[..., None]
     fitting = (in_chans,), (MODES if in_chans in MODES else ())
     for counts in fitting if array.ndim == 3 else ():
         first, last = array.shape[0] in counts, array.shape[2] in counts

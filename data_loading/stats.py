@@ -18,6 +18,7 @@ from data_loading.arrays import Encoded
 from data_loading.dataset import Replacement, TransformedDataset
 from data_loading.labels import class_names
 from data_loading.split import list_labels, list_values
+from data_loading.tiff import Raster
 from errors import UserError, first_few, plural
 
 BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I": 32, "F": 32}  # of PIL's modes, else 8
@@ -78,7 +79,7 @@ class MeasuredDataset(TransformedDataset):
         sample, label = super()._unpack(item)
         if isinstance(sample, Encoded):
             sample = sample.read(self.in_chans, self.value_range)
-        self.described = describe_kind(sample)
+        self.described = describe_kind(sample, self.in_chans)
         return sample, label
 
     def _measure(self, pixels: Tensor) -> Measured:
@@ -139,17 +140,21 @@ class Stats:
         return f"--mean {mean} --std {std}"
 
 
-def describe_kind(sample: Any) -> str:
-    """Return channels and depth of a sample as its file holds them: `RGB, 8 bits`."""
+def describe_kind(sample: Any, in_chans: int) -> str:
+    """Return channels and depth of a sample as its file holds them: `RGB, 8 bits`.
+
+    in_chans: tells the channels of an array from its height and width.
+    """
     if isinstance(sample, Image.Image):
         return f"{sample.mode}, {plural(BITS.get(sample.mode, 8), 'bit')}"
-    if isinstance(sample, tuple):  # an array with its orientation
-        sample = sample[0]
+    if isinstance(sample, Raster):
+        sample = sample.array
     if isinstance(sample, Tensor):
         name = {1: "L", 3: "RGB"}.get(len(sample), f"{tuple(sample.shape)[0]} channels")
         return f"{name}, {str(sample.dtype).removeprefix('torch.').replace('uint8', '8 bits')}"
     shape = sample.shape
-    count = min(shape[0], shape[2]) if len(shape) == 3 else 1
+    sides = (shape[0], shape[-1]) if len(shape) == 3 else (1,)
+    count = in_chans if in_chans in sides else min(sides)
     return f"{plural(count, 'channel')}, {sample.dtype}"
 
 

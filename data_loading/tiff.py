@@ -6,10 +6,11 @@ python -c "from data_loading.tiff import read_tiff; help(read_tiff)"
 """
 
 import io
+import logging
 import math
 import zlib
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,16 @@ OF_ONE_FILE = {"shaped", "imagej", "uniform"}  # what tifffile may look for in a
 ORIENTATION = 274
 
 
-def read_tiff(data: bytes) -> tuple[np.ndarray, int]:
-    """Return the pixels, (H, W), (H, W, C) or (C, H, W), and the EXIF orientation.
+class Raster(NamedTuple):
+    """Pixels of a file: (H, W), (H, W, C) or (C, H, W); channels_last: None if the shape tells."""
+
+    array: np.ndarray
+    channels_last: bool | None = None
+    orientation: int = 1  # as in EXIF
+
+
+def read_tiff(data: bytes) -> Raster:
+    """Return the pixels of a TIFF file.
 
     Channels may be samples of a page, or pages. UserError without tifffile, BadImage for a damaged
     file, or for one that could unpack to more than 1 GiB.
@@ -44,7 +53,9 @@ def read_tiff(data: bytes) -> tuple[np.ndarray, int]:
             if first.photometric == WHITE_IS_ZERO and array.dtype.kind == "u":
                 array = np.iinfo(array.dtype).max - array
             tag = first.tags.get(ORIENTATION)
-            return array, int(tag.value) if tag else 1
+            is_last = True if series.axes.endswith("YXS") else None
+            is_last = False if series.axes.endswith("YX") else is_last
+            return Raster(array, is_last, int(tag.value) if tag else 1)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file makes tifffile raise nearly anything
@@ -64,6 +75,7 @@ def _import_tifffile() -> Any:
             "this TIFF file needs tifffile: pip install tifffile. Pillow reads 8 bits of 1 or 3 "
             "channels"
         ) from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of odd tags; errors are raised
     return tifffile
 
 

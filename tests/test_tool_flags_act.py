@@ -205,6 +205,10 @@ VISUALIZE: dict[str, Row] = {
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std true", lambda found: found.drawing.mean[0], 0.5, 0.485,
     ),
+    "value_range": (
+        "--value_range 0 510", lambda found: found.drawing.loader.loader.dataset.value_range,
+        None, [0.0, 510.0],
+    ),
     "num_images": ("--num_images 3", images, 8, 3),
     "split": ("--split val", data, 26, 7),
     "model": (
