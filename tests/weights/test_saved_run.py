@@ -140,6 +140,23 @@ def test_values_for_other_channels_are_refused_once_the_channels_are_known():
         changed(finetune(*words), {"in_chans": 4})
 
 
+def test_value_range_comes_from_the_checkpoint(caplog):
+    """The weights would see other images; with another mean it still holds."""
+    aa = ("--aa", "none")
+    saved = {"value_range": [0, 10_000]}
+    assert changed(finetune("--resume", "x", *aa), saved) == {"value_range": (0, 10_000)}
+    own = ("--mean", "0.5", "--std", "0.2")
+    assert changed(pretrain("--resume", "x", *own), saved) == {"value_range": (0, 10_000)}
+    caplog.clear()
+    assert changed(pretrain("--resume", "x", "--value_range", "0", "255"), saved) == {}
+    assert "--value_range 0.0 255.0 is used; it.pth was trained with 0 10000" in caplog.text
+    with pytest.raises(UserError, match="--aa .* is for 8-bit images .* --value_range 0 10000"):
+        changed(finetune("--resume", "x"), saved)
+    for wrong in ([1, 0], [1], ["a", "b"], [0, float("nan")]):
+        with pytest.raises(UserError, match="--value_range"):
+            changed(pretrain("--resume", "x"), {"value_range": wrong})
+
+
 def test_held_out_images_are_those_of_the_run(tmp_path, caplog):
     """Evaluated with another split, a run saw images that it was trained on."""
     flags = {"val_split": 0.2, "data_path": str(tmp_path)}
