@@ -113,7 +113,7 @@ EVERYDAY = """
 model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
 config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq num_workers
 on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
-cluster nodes ngpus timeout job_dir partition array follow script output num_images num_epochs
+cluster nodes ngpus timeout job_dir partition array follow
 """
 HELP = """%(aim)s
 

@@ -96,6 +96,7 @@ class _Answer(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and whose help has the range and default of each flag."""
 
+    everyday = flags.EVERYDAY  # flags in the short help
     source = ""  # names the config file while its values are parsed
 
     def __init__(self, usage: str, description: str, script: str = "") -> None:
@@ -130,9 +131,8 @@ class Parser(argparse.ArgumentParser):
         formatter.add_text(self.description)
         for group in self._action_groups:
             actions = group._group_actions
-            shown = [
-                action for action in actions if action.dest in ("help", *flags.EVERYDAY.split())
-            ]
+            names = ("help", *self.everyday.split())
+            shown = [action for action in actions if action.dest in names]
             hidden += len(actions) - len(shown)
             formatter.start_section(group.title)
             formatter.add_arguments(shown)

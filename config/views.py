@@ -63,6 +63,7 @@ def data_parser(script: str = "pretrain") -> argparse.ArgumentParser:
     """Return the parser of `visualize.py data`: that of a training script with some more flags."""
     parser = SCRIPTS[script]()
     parser.usage, parser.description = "%(prog)s data [FLAGS]", DATA_AIM
+    parser.everyday = " ".join([parser.everyday, *(row[0][2:] for row in OF_DATA)])
     parsers.add_rows(parser, "drawing", OF_DATA)
     return parser
 
