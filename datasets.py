@@ -166,6 +166,7 @@ def build_dataset(
     )
     scale = _find_scale(data, args, head, classes) if kind == "number" else None
     dataset.expect(Targets(kind, count, positions, scale))
+    dataset.map_values(vars(args).get("value_range"))
     return dataset.decode_fast(is_train and vars(args).get("decode") == "fast"), count
 
 
@@ -407,6 +408,7 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     )
     on_bad = on_bad_image(True, args)
     dataset = TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
+    dataset.map_values(vars(args).get("value_range"))
     return dataset.decode_fast(vars(args).get("decode") == "fast")
 
 

@@ -114,8 +114,8 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
     shape, side = spec.shape, 224
     if not model:
         side = DEFAULT_CELLS * shape["stem_stride"] * 2 ** (len(shape["dims"]) - 1)
-    found = {"input_size": side, "crop_pct": None, "imagenet_default_mean_and_std": True}
-    found |= {"mean": None, "std": None}
+    found = {"input_size": side, "imagenet_default_mean_and_std": True}
+    found |= dict.fromkeys(("crop_pct", "mean", "std", "value_range"))
     given = {name: getattr(args, name) for name in found if getattr(args, name) is not None}
     names = {"input_size"} if args.to in GRAPHS else found.keys()  # that the format can store
     names = names - NORMALIZATION.keys() if given.keys() & NORMALIZATION.keys() else names
@@ -129,7 +129,7 @@ def build_spec(args: argparse.Namespace) -> ExportSpec:
         size=height_and_width(found["input_size"]),
         mean=mean,
         std=std,
-        crop_pct=found["crop_pct"],
+        **{name: found[name] for name in ("crop_pct", "value_range")},
         labels=labels,
         classes=labels if args.labels else saved.head.names,
         half=args.half,
@@ -196,7 +196,7 @@ def in_units_of_the_data(
 
 def contradictions(given: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     """Return a note for each preprocessing flag that replaces another value of the run."""
-    names = ("input_size", "crop_pct", "imagenet_default_mean_and_std", "mean", "std")
+    names = ("input_size", "crop_pct", *NORMALIZATION, "value_range")
     both = {
         name: (normalized(name, given[name]), normalized(name, run.get(name))) for name in names
     }

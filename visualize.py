@@ -1,24 +1,31 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Draw the reconstructions of a pre-trained model.
+"""Draw reconstructions of a pre-trained model, or training images; print statistics of a data set.
 
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
+python visualize.py data --data_path photos
+python visualize.py stats --data_path photos
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config.checks import shape_problems
-from config.parser import finalize, pretrain_parser, visualize_parser
+from config.parser import finalize, pretrain_parser
+from config.views import parse_view
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
-    args = visualize_parser().parse_args()
+    view, args = parse_view()
 
-from torchvision.utils import save_image
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
 
 import datasets
 from config.flags import (
@@ -34,14 +41,21 @@ from data_loading.folders import FolderFiles, list_folder
 from data_loading.images import Images
 from data_loading.index import Listing
 from data_loading.sources import DatasetSpec
+from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes, keep_samples
+from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
+from data_loading.workers import WatchedLoader
 from errors import UserError, plural
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
 from training.pictures import TITLES, ReconstructionImages
+from training.preview import build_preview, describe, draw_preview
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
+from weights.saved_run import inherit_flags
+
+AT_ONCE = 8  # images that a worker measures before it reports
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,13 +74,76 @@ def main(args: argparse.Namespace) -> None:
     name = "/".join(Path(weights.path).parts[-2:])
     drawing = ReconstructionImages(args, data, device, count=args.num_images, name=name)
     image = drawing.draw(model, TrainState(args.epochs))
-    try:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        save_image(image, args.output)
-    except OSError as error:
-        raise UserError(f"cannot write --output {args.output}: {error.strerror}") from error
+    save_picture(to_pil_image(image.mul(255).add(0.5).clamp(0, 255).byte()), args.output)
     columns = ", ".join(title.replace("\n", " ") for title in TITLES)
     print(f"{args.output}: {plural(len(drawing.images), 'row')} of {columns}")
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    """Write a PNG file, and its folder if there is none."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, "PNG")
+    except OSError as error:
+        raise UserError(f"cannot write --output {path}: {error.strerror}") from error
+
+
+def draw_data(args: argparse.Namespace) -> None:
+    """Draw the images that a training script would see with these flags."""
+    init_distributed_mode("cpu")
+    source = vars(args).get("finetune") or args.resume
+    if source:
+        args = inherit_flags(args, read_pretrained(source).saved)
+    preview = build_preview(args, args.num_images, args.num_epochs)
+    save_picture(draw_preview(preview), args.output)
+    print(f"{args.output}: {describe(preview)}")
+
+
+def print_stats(args: argparse.Namespace) -> None:
+    """Print statistics of the images of a data set, and the flags to paste."""
+    init_distributed_mode("cpu")
+    data = open_data(args)
+    on_bad = "leave out" if args.on_bad_image == "skip" else "error"
+    dataset = MeasuredDataset(data, args.in_chans, on_bad).map_values(args.value_range)
+    chosen = choose(len(data), args.num_images, args.seed)
+    keys = [(0, index) for index in chosen]
+    loader = WatchedLoader(dataset, keys, AT_ONCE, args.num_workers, 0, keep_samples)
+    stats, hidden = Stats(), not sys.stderr.isatty()
+    with tqdm(total=len(chosen), unit=" images", leave=False, disable=hidden) as bar:
+        for batch in loader:
+            for result in batch:
+                stats.add(result)
+            bar.update(len(batch))
+    *lines, flags = stats.lines()
+    print(f"images   {len(stats.sizes):,} of {len(data):,}, in {args.data_path or args.data_set}")
+    print("\n".join([*lines, describe_classes(data), flags]))
+
+
+def open_data(args: argparse.Namespace) -> Any:
+    """Return the images of a part of a data set, with labels if it has them."""
+    is_train = args.split == "train"
+    if needs_path(args.data_set) and not (args.data_path or (args.eval_data_path and not is_train)):
+        raise UserError("--data_path is missing; give the folder, table or archive of the data")
+    columns = Columns(
+        args.image_column, args.label_column or (), args.split_column, root=args.image_root
+    )
+    spec = DatasetSpec(
+        args.data_path,
+        args.eval_data_path,
+        data_index=args.data_index,
+        columns=columns,
+        skip_missing=args.on_bad_image == "skip",
+    )
+    try:
+        return datasets.create_dataset(args.data_set, spec, is_train)
+    except UserError as error:
+        problem = error
+    try:
+        data = datasets.create_dataset(args.data_set, replace(spec, labeled=False), is_train)
+    except UserError:
+        raise problem from None  # with labels it has more to say
+    print(f"no labels: {problem}", file=sys.stderr)
+    return data
 
 
 def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,5 +214,7 @@ def image_files(paths: Iterable[str]) -> Images:
     return Images(partial(FolderFiles, ""), Listing(names, {}, {}), "--images")
 
 
+VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
+
 if __name__ == "__main__":
-    launch(main, args)
+    launch(VIEWS[view], args)

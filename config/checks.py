@@ -195,12 +195,34 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
         if found is not None and len(found) not in (1, args.in_chans):
             got = f"--{name} {as_typed(found)} has {plural(len(found), 'value')}"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
+    yield from _range_problems(vars(args).get("value_range"))
+    yield from _color_problems(args)
     if flags.is_pretraining(vars(args)):
         if flags.implied_patch(args.model, args.stem_stride):  # others: `models.check_images`
             yield from patch_problems(args, stride, f"8 * stem_stride = {stride}")
     elif args.model.startswith("convnext") and min(smallest := sizes_by_epoch(args)[0]) < stride:
         got = as_typed(smallest)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
+
+
+def _range_problems(found: Any) -> Iterator[str]:
+    if found is not None and (len(found) != 2 or found[0] >= found[1]):
+        got = f"--value_range {as_typed(found)}"
+        yield f"{got}: expected the value that becomes 0, then a larger one that becomes 1"
+
+
+def _color_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each augmentation that is for 8-bit images of 1 or 3 channels."""
+    values = vars(args)
+    chans, value_range = args.in_chans, values.get("value_range")
+    is_deep = value_range is not None and tuple(value_range) != (0, 255)
+    if values.get("eval") or not (is_deep or chans not in (1, 3)):
+        return
+    own = f"--in_chans {chans}" if chans not in (1, 3) else f"--value_range {as_typed(value_range)}"
+    for name, none in (("aa", "none"), ("color_jitter", "0")):
+        if values.get(name):
+            got = f"--{name} {as_typed(values[name])}"
+            yield f"{got} is for 8-bit images of 1 or 3 channels, not {own}; give --{name} {none}"
 
 
 def patch_problems(args: argparse.Namespace, stride: int, name: str) -> Iterator[str]:
@@ -313,7 +335,8 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
-    for name in ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std"):
+    stored = ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std", "value_range")
+    for name in stored:
         if getattr(args, name) is not None and args.to in flags.GRAPHS:
             yield f"--{name}: --to {args.to} cannot store it, as files of weights can; drop it"
     suffix = flags.TARGETS[args.to]
@@ -321,5 +344,5 @@ def export_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output}: expected a name that ends in {suffix}"
     if len(args.input_size or ()) > 2:
         yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
-    yield from _mean_problems(args)
+    yield from (*_mean_problems(args), *_range_problems(args.value_range))
     yield from _two_names(args)

@@ -27,7 +27,7 @@ from errors import did_you_mean, pipe_may_close, resolve, sentences
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
-OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
+OTHER_SCRIPTS = (flags.JOB, "export")  # groups of FLAGS
 FINETUNE_ONLY = (
     "augmentation",
     "loss",
@@ -94,7 +94,10 @@ class _Answer(argparse.Action):
         parser.exit()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help has the range and default of each flag."""
+
+    everyday = flags.EVERYDAY  # flags in the short help
     source = ""  # names the config file while its values are parsed
 
     def __init__(self, usage: str, description: str, script: str = "") -> None:
@@ -129,9 +132,8 @@ class _Parser(argparse.ArgumentParser):
         formatter.add_text(self.description)
         for group in self._action_groups:
             actions = group._group_actions
-            shown = [
-                action for action in actions if action.dest in ("help", *flags.EVERYDAY.split())
-            ]
+            names = ("help", *self.everyday.split())
+            shown = [action for action in actions if action.dest in names]
             hidden += len(actions) - len(shown)
             formatter.start_section(group.title)
             formatter.add_arguments(shown)
@@ -188,10 +190,14 @@ def add_flags(
     parser: argparse.ArgumentParser, title: str, only: str = "", left_out: Sequence[str] = ()
 ) -> None:
     """Add a group of FLAGS, or under a new title only the flags named in `only`."""
-    group = parser.add_argument_group(title)
     rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
     rows = rows or (flags.FLAGS | tool_flags.TOOLS)[title]
-    rows = [row for row in rows if row[0] not in left_out]
+    add_rows(parser, title, [row for row in rows if row[0] not in left_out])
+
+
+def add_rows(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple]) -> None:
+    """Add a group of flags, given as rows of FLAGS."""
+    group = parser.add_argument_group(title)
     for names, kind, default, text, *nargs in rows:
         choices = isinstance(kind, tuple)
         options = {"choices": kind, "type": type(kind[0])} if choices else dict(kind)
@@ -203,14 +209,14 @@ def add_flags(
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `submitit_*.py` that describe the job to those of a main script."""
     add_flags(parser, flags.JOB)
-    if isinstance(parser, _Parser):
+    if isinstance(parser, Parser):
         parser.description = flags.SUBMITIT_HELP % {"kind": parser.script.removeprefix("main_")}
 
 
-def _main_parser(kind: str, aim: str, *left_out: str) -> _Parser:
+def _main_parser(kind: str, aim: str, *left_out: str) -> Parser:
     """Return the parser of main_KIND.py without some groups or flags."""
     text = flags.HELP % {"aim": aim, "kind": kind}
-    parser = _Parser("%(prog)s [FLAGS]", text, f"main_{kind}")
+    parser = Parser("%(prog)s [FLAGS]", text, f"main_{kind}")
     parser.add_argument(
         "--list_models", action=_Answer, answer=_list_models, nargs=0, help="show names for --model"
     )
@@ -242,11 +248,10 @@ def finetune_parser() -> argparse.ArgumentParser:
 
 def visualize_parser() -> argparse.ArgumentParser:
     """Return the parser of visualize.py; unset flags are those of the pre-training run."""
-    aim = "Draw images, their masks and their reconstructions by a pre-trained model."
-    parser = _Parser("%(prog)s --checkpoint PATH [FLAGS]", aim)
+    parser = Parser("%(prog)s [reconstructions] --checkpoint PATH [FLAGS]", flags.VISUALIZE_HELP)
     add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
-    names += "--input_size --mask_ratio --imagenet_default_mean_and_std"
+    names += "--input_size --mask_ratio --imagenet_default_mean_and_std --value_range"
     add_flags(parser, "overrides of the run's flags", names)
     unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
     parser.set_defaults(**dict.fromkeys(unset))
@@ -256,11 +261,11 @@ def visualize_parser() -> argparse.ArgumentParser:
 
 def export_parser() -> argparse.ArgumentParser:
     """Return the parser of export.py; unset flags are those of the exported run."""
-    parser = _Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
+    parser = Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
     names = "--model --head --heads --input_size --crop_pct --imagenet_default_mean_and_std"
-    add_flags(parser, "overrides of the run's flags", f"{names} --mean --std")
+    add_flags(parser, "overrides of the run's flags", f"{names} --mean --std --value_range")
     unset = ("model", "head", "heads", "input_size", "imagenet_default_mean_and_std")
     parser.set_defaults(**dict.fromkeys(unset))
     text = "timm:NAME, torchvision:NAME or package.module:function of another network"
@@ -282,7 +287,7 @@ def _take_one_size(parser: argparse.ArgumentParser) -> None:
 
 def pack_parser() -> argparse.ArgumentParser:
     """Return the parser of pack.py."""
-    parser = _Parser("%(prog)s SOURCE DEST [FLAGS]", tool_flags.PACK_HELP)
+    parser = Parser("%(prog)s SOURCE DEST [FLAGS]", tool_flags.PACK_HELP)
     add_flags(parser, "pack")
     add_flags(parser, "what the source is", tool_flags.PACK_SHARED)
     parser.set_defaults(num_workers=flags.CORES)

@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags of pack.py alone, as config/flags.py declares those of other scripts.
+"""Flags of pack.py and visualize.py alone, as config/flags.py declares those of other scripts.
 
 python -c "from config.tool_flags import shard_size; print(shard_size('500MB'))"
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from config.flags import BOOL, COUNT, number
+from config.flags import BOOL, COUNT, PATH, number
 
 PACK_HELP = """Pack images of any source into tar shards, which are read fast in any order.
 
@@ -56,8 +56,15 @@ PACK = (
     ("--unlabeled", BOOL, False, "pack without labels, as for pre-training"),
     ("--verify", BOOL, False, "compare a pack with its checksums, and decode each image"),
 )
+DRAWING = (
+    ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
+    ("--output", PATH, "reconstructions.png", "PNG file to write"),
+    ("--images", PATH, None, "image files and folders to draw; default: the run's data", "+"),
+    ("--num_images", COUNT, 8, "number of images, one per row"),
+    ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
+)
 # fmt: on
-TOOLS = {"pack": PACK}
+TOOLS = {"pack": PACK, "drawing": DRAWING}
 # Flags of the training scripts that pack.py has too, and texts where they mean something else.
 PACK_SHARED = """
 --data_set --image_column --image_root --split_column --label_column --weight_column --task

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from data_loading import jpeg
+from data_loading.arrays import to_pixels
 from data_loading.bad_images import is_transient, retry_io
-from data_loading.decode import UNREADABLE, BadImage, decode, decode_for, is_of_decoder
+from data_loading.decode import UNREADABLE, BadImage, decode_for, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
@@ -68,6 +69,12 @@ class TransformedDataset(Dataset):
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
         self.positions, self.classes, self.fast = positions, classes, False
         self.targets = Targets("class", nb_classes or 0, positions)
+        self.value_range: Sequence[float] | None = None
+
+    def map_values(self, value_range: Sequence[float] | None) -> "TransformedDataset":
+        """Map these two values to 0 and 1, and those between; returns the dataset itself."""
+        self.value_range = value_range
+        return self
 
     def decode_fast(self, wanted: bool = True) -> "TransformedDataset":
         """If wanted, decode JPEG files at 1/2, 1/4 or 1/8 of their sides where the crop is large.
@@ -144,7 +151,7 @@ class TransformedDataset(Dataset):
     def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Any, Any]:
         """Return (image (C, H, W), label)."""
         sample, label = self._item(index, draw)
-        return decode(sample, self.in_chans), label
+        return to_pixels(sample, self.in_chans, self.value_range), label
 
     def _item(self, index: int, draw: tuple[int, ...]) -> tuple[Any, Any]:
         """Return (sample, label or None); an error of the dataset's own code is a UserError."""

@@ -115,7 +115,7 @@ def _load_jpeg(data: bytes) -> Tensor | None:
     header = jpeg.read_header(data, MAX_PIXELS)
     if header is None:
         return None
-    turns = _orientation(_open(io.BytesIO(data))) if jpeg.has_metadata(data) else 1
+    turns = orientation_of(_open(io.BytesIO(data))) if jpeg.has_metadata(data) else 1
     crop = _CROP.get()
     if crop is None:
         pixels = jpeg.decode_jpeg(data, header)
@@ -196,8 +196,8 @@ def decode(sample: Any, in_chans: int) -> Tensor:
             f"of mode {sample.mode}; give --data_set package.module:function, or --in_chans 3"
         )
     sample.load()  # TIFF and PNG have their orientation only after it
-    turns = _orientation(sample)
-    return jpeg.turn(from_pil(_on_white(_eight_bits(sample), MODES[in_chans])), turns)
+    turns = orientation_of(sample)
+    return jpeg.turn(from_pil(on_white(_eight_bits(sample), MODES[in_chans])), turns)
 
 
 def from_pil(image: Image.Image) -> Tensor:
@@ -231,18 +231,24 @@ def _to_gray(image: Tensor) -> Tensor:
     return from_pil(to_pil_image(image).convert("L"))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 if there is none or the EXIF block is damaged."""
     with suppress(Exception):
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     return 1
 
 
+def has_unknown_range(image: Image.Image) -> bool:
+    """Return True for float, signed and 32-bit pixels."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    signed = SIGNED in tags.get(Tiff.SAMPLEFORMAT, ())
+    return image.mode == "F" or signed or bool(tags and image.mode == "I")
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Keep the upper 8 bits of deeper images; PIL's own conversion would clip above 255."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    signed = SIGNED in tags.get(Tiff.SAMPLEFORMAT, ())
-    if image.mode == "F" or signed or (tags and image.mode == "I"):
+    if has_unknown_range(image):
         raise BadImage(
             "got float, signed or 32-bit pixels of unknown range; expected 8 or 16 bits from 0"
         )
@@ -259,7 +265,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
-def _on_white(image: Image.Image, mode: str) -> Image.Image:
+def on_white(image: Image.Image, mode: str) -> Image.Image:
     """Paste onto white: the color of transparent pixels is arbitrary."""
     if image.mode not in ("RGBA", "RGBa", "LA", "PA") and "transparency" not in image.info:
         return image if image.mode == mode else image.convert(mode)

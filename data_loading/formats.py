@@ -17,7 +17,7 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 EXTENSIONS = (  # of the files to list in folders; their content decides the format
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".tif", ".tiff",
+    ".pbm", ".pnm", ".tif", ".tiff", ".npy",
 )  # fmt: skip
 # Formats that only some installations can read: their extensions, and what they need.
 OPTIONAL = {
@@ -27,6 +27,7 @@ OPTIONAL = {
 AVIF_BRANDS, HEIF_BRANDS = (b"avif", b"avis"), (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 HEAD = 512  # bytes that are enough to tell what a file is
 PNG = b"\x89PNG\r\n\x1a\n"
+NPY = b"\x93NUMPY"
 USED_CHUNKS = (b"tRNS", b"eXIf")  # optional PNG chunks that decoding uses: transparency, EXIF
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_loading.decode import BadImage, load_image
+from data_loading.arrays import Encoded, load_file
+from data_loading.decode import BadImage
 from data_loading.files import Files
 from data_loading.index import Listing
 from data_loading.listing import describe_left_out
@@ -47,9 +49,9 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor | Encoded, Any]:
         target = None if self.targets is None else self.targets[index]
-        return load_image(self.read(index)), target
+        return load_file(self.read(index)), target
 
     def read(self, index: int) -> bytes:
         """Return the content of an image file; BadImage if a table or an index names none."""

@@ -7,7 +7,7 @@ python -c "from data_loading.listing import FolderWalk; print(*FolderWalk('asset
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from typing import NamedTuple
@@ -25,6 +25,8 @@ SYSTEM_NAMES = frozenset({
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 })  # fmt: skip
 SYSTEM_STARTS = (".", "recup_dir.")  # the latter: PhotoRec's recovery folders, with a number
+INDEX = ".index"  # folders that --data_index writes end in it
+ARRAY = ".npy"
 MAX_KINDS = 100  # extensions that are counted one by one: `scan.0001`, `scan.0002` ... are endless
 MAX_EXTENSION = 12  # characters; what is longer is part of a name
 # Reasons to leave something out. All others are extensions.
@@ -48,7 +50,26 @@ class Names(NamedTuple):
 def is_system(name: str) -> bool:
     """Return True for hidden files and folders, and for what operating systems leave."""
     lower = name.lower()
-    return lower.startswith(SYSTEM_STARTS) or lower in SYSTEM_NAMES
+    return lower.startswith(SYSTEM_STARTS) or lower in SYSTEM_NAMES or lower.endswith(INDEX)
+
+
+def arrays_of_images(names: Iterable[str]) -> set[str]:
+    """Return the .npy files named after another image, such as features of it: no images.
+
+    names: of images in the same folder or archive. `1.npy` and `1.features.npy` belong to `1.jpg`.
+    """
+    names = [*names]
+    arrays = [name for name in names if name.lower().endswith(ARRAY)]
+    if not arrays:
+        return set()
+    stems = {os.path.splitext(name)[0] for name in names if not name.lower().endswith(ARRAY)}
+    found = set()
+    for name in arrays:
+        folder, _, base = name.rpartition("/")
+        key = os.path.join(folder, base.partition(".")[0])
+        if key in stems or os.path.splitext(name)[0] in stems:
+            found.add(name)
+    return found
 
 
 def scan(folder: str) -> Names:
@@ -70,6 +91,10 @@ def scan(folder: str) -> Names:
                 broken.append(name)
             else:
                 others.append(name)
+    if arrays := arrays_of_images(images):
+        others += arrays
+        images[:] = [name for name in images if name not in arrays]
+        linked[:] = [name for name in linked if name not in arrays]
     return found
 
 

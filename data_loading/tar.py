@@ -25,7 +25,16 @@ from data_loading import webdataset
 from data_loading.bad_images import is_transient
 from data_loading.files import Files, Found, Names
 from data_loading.formats import extensions
-from data_loading.listing import MAX_KINDS, OTHERS, SYSTEM, describe_left_out, is_system, reason_of
+from data_loading.listing import (
+    ARRAY,
+    MAX_KINDS,
+    OTHERS,
+    SYSTEM,
+    arrays_of_images,
+    describe_left_out,
+    is_system,
+    reason_of,
+)
 from data_loading.tar_headers import (
     BLOCK,
     FILES,
@@ -331,6 +340,10 @@ class _Lister:
             kept = np.setdiff1d(np.arange(len(names)), replaced)
             names, starts, sizes = names.take(kept), starts[kept], sizes[kept]
             _count(self.left_out, REPLACED, len(replaced))
+        if b".npy\0" in names.text.tobytes() and (arrays := arrays_of_images(names)):
+            kept = np.array([n for n, name in enumerate(names) if name not in arrays], np.int64)
+            names, starts, sizes = names.take(kept), starts[kept], sizes[kept]
+            _count(self.left_out, ARRAY, len(arrays))
         _count_all(self.left_out, self.headers.left_out)
         samples = (
             self._group(_split(names), labeled, columns) if any(self.labels.values()) else None

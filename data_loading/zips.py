@@ -18,6 +18,7 @@ import numpy as np
 from data_loading.decode import BadImage
 from data_loading.files import Files, Found, Names, reason_to_leave_out
 from data_loading.index import Listing
+from data_loading.listing import ARRAY, arrays_of_images
 from errors import UserError, first_few, plural
 
 HEADER = struct.Struct("<4s5H3I2H")  # of a member, ahead of its name
@@ -48,6 +49,9 @@ def list_zip(path: str) -> Found:
             left_out[reason] += 1
         else:
             images.append(member)
+    if arrays := arrays_of_images(member.filename for member in images):
+        left_out[ARRAY] += len(arrays)
+        images = [member for member in images if member.filename not in arrays]
     _check(path, images)
     fields = ("header_offset", "compress_size", "file_size", "CRC", "compress_type")
     places = {

@@ -209,6 +209,9 @@ SHARED: dict[str, Row] = {
         "--mean 0 --std 0.7", lambda b: b.train.std,
         pytest.approx([0.229, 0.224, 0.225]), pytest.approx([0.7] * 3),
     ),
+    "value_range": (
+        "--value_range 0 255", lambda b: b.train.loader.dataset.value_range, None, (0, 255),
+    ),
     "num_workers": ("--num_workers 2", lambda b: b.train.loader.num_workers, 0, 2),
     "on_bad_image": (
         "--on_bad_image skip",

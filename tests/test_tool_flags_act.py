@@ -138,6 +138,7 @@ EXPORT: dict[str, Row] = {
     "mean": (
         "--mean 0.1 0.2 0.3 --std 1", lambda w: spec(w).mean, [0.5] * 3, [0.1, 0.2, 0.3],
     ),
+    "value_range": ("--value_range 0 9", lambda w: spec(w).value_range, None, [0.0, 9.0]),
     "std": ("--mean 0.1 --std 0.3", lambda w: spec(w).std, [0.5] * 3, [0.3] * 3),
 }  # fmt: skip
 
@@ -207,6 +208,10 @@ VISUALIZE: dict[str, Row] = {
     "mask_ratio": ("--mask_ratio 0.3", lambda found: int(found.drawing.mask[0].sum()), 12, 5),
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std true", lambda found: found.drawing.mean[0], 0.5, 0.485,
+    ),
+    "value_range": (
+        "--value_range 0 510", lambda found: found.drawing.loader.loader.dataset.value_range,
+        None, [0.0, 510.0],
     ),
     "num_images": ("--num_images 3", images, 8, 3),
     "split": ("--split val", data, 26, 7),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from config import parser as options
+from config import views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/RESULTS.md")]
@@ -48,6 +49,8 @@ PARSERS = {
     "main_pretrain.py": options.pretrain_parser,
     "main_finetune.py": options.finetune_parser,
     "visualize.py": options.visualize_parser,
+    "visualize.py data": views.data_parser,
+    "visualize.py stats": views.stats_parser,
     "export.py": options.export_parser,
     "pack.py": options.pack_parser,
 }

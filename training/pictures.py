@@ -60,6 +60,7 @@ class ReconstructionImages:
         transform = datasets.build_transform(False, args)
         on_bad = "replace" if args.on_bad_image == "skip" else "error"
         dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+        dataset.map_values(vars(args).get("value_range"))
         count = min(count, len(data))
         self.ids = torch.arange(count) * len(data) // count
         self.loader = datasets.DeviceLoader(
@@ -90,9 +91,28 @@ class ReconstructionImages:
                 return None
             if self.images is None:
                 self.read(network)
-            mean, std = self.mean, self.std
+            mean, std = scale_to_show(self.mean, self.std)
             views, *losses = reconstruct(network, self.images, self.mask, mean, std)
             return grid(views, CAPTION.format(self.name or f"epoch {epoch:g}", *losses))
+
+
+def scale_to_show(
+    mean: Sequence[float], std: Sequence[float]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Return what to scale normalized images by, so that they can be shown in 0 to 1.
+
+    Gray and RGB are shown as they are. Other images may be dark, or their channels very different:
+    each channel is shown from 2 standard deviations below its mean to 2 above.
+    """
+    count = len(mean)
+    return (mean, std) if count in (1, 3) else ([0.5] * count, [0.25] * count)
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 3, H, W): the first three channels, or the mean of one or two."""
+    if images.shape[1] >= 3:
+        return images[:, :3]
+    return images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -134,9 +154,9 @@ def reconstruct(
 def grid(views: Tensor, caption: str = "") -> Tensor:
     """Lay out (N, 5, C, H, W) in 0 to 1 as one RGB image (3, H, W): titles, N rows, a caption."""
     n, columns, chans, height, width = views.shape
-    rgb = views if chans == 3 else views.mean(2, keepdim=True).expand(-1, -1, 3, -1, -1)
     scale = -(-MIN_WIDTH // width)
-    cells = F.interpolate(rgb.reshape(n * columns, 3, height, width), scale_factor=scale)
+    rgb = as_rgb(views.reshape(n * columns, chans, height, width))
+    cells = F.interpolate(rgb, scale_factor=scale)
     width *= scale
     size = min(width, 2 * MIN_WIDTH) // 8  # of the font
     gap = size // 2

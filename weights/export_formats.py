@@ -36,6 +36,7 @@ class ExportSpec:
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     crop_pct: float | None = None
+    value_range: tuple[float, float] | None = None  # values that become 0 and 1; None: of 8 bits
     labels: list[str] = field(default_factory=list)
     classes: list[str] | None = None  # names that the checkpoint stores, in the order of the head
     half: bool = False
@@ -46,6 +47,7 @@ class ExportSpec:
         """Preprocessing and class names, as a checkpoint of this toolkit stores them."""
         args = {"input_size": list(self.size), "mean": list(self.mean), "std": list(self.std)}
         args |= {"crop_pct": self.crop_pct} if self.crop_pct is not None else {}
+        args |= {"value_range": list(self.value_range)} if self.value_range else {}
         return {"args": args, "classes": self.classes}
 
     @property

@@ -89,7 +89,10 @@ def _sides(size: Any) -> list[int]:
 
 
 def _mean_and_std(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `mean` and `std` of images in 0 to 1; {} if the file lacks them."""
+    """Return `mean` and `std` of images in 0 to 1; {} if the file lacks them.
+
+    Also the `value_range` that `export.py` has written, as other programs do not.
+    """
     found = [processor.get(name) for name in ("image_mean", "image_std")]
     found = found if processor.get("do_normalize", True) else [0.0, 1.0]
     if None in found:
@@ -97,4 +100,7 @@ def _mean_and_std(processor: Mapping[str, Any]) -> dict[str, Any]:
     factor = processor.get("rescale_factor") if processor.get("do_rescale", True) else 1
     factor = 1 / 255 if factor is None else factor
     mean, std = (value if isinstance(value, list) else [value] for value in found)
+    if own := processor.get("value_range"):
+        low, high = map(float, own)
+        return {"mean": [x - low * factor for x in mean], "std": std, "value_range": [low, high]}
     return {"mean": [x / (255 * factor) for x in mean], "std": [x / (255 * factor) for x in std]}

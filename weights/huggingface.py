@@ -56,6 +56,8 @@ def hf_processor(spec: ExportSpec) -> dict[str, Any]:
     (height, width), steps = spec.size, create_eval_transform(spec.size, spec.crop_pct)
     sizes = [step.size for step in steps.transforms if hasattr(step, "size")]
     no_crop = len(sizes) == 1
+    low, high = spec.value_range or (0, 255)
+    factor = 1 / (high - low)
     if not no_crop and height != width:
         raise UserError(
             f"--input_size {height} {width}: transformers' image processors cannot crop rectangles "
@@ -70,11 +72,11 @@ def hf_processor(spec: ExportSpec) -> dict[str, Any]:
         "do_center_crop": not no_crop,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": factor,
         "do_normalize": True,
-        "image_mean": spec.mean,
+        "image_mean": [mean + low * factor for mean in spec.mean],
         "image_std": spec.std,
-    }
+    } | ({"value_range": [low, high]} if spec.value_range else {})
 
 
 def as_rgb(spec: ExportSpec) -> ExportSpec:

@@ -27,7 +27,7 @@ from weights.convert import describe, size_name, to_convnextv2
 # what their values must be. Weights of one shape fit no other, so those in SHAPE cannot differ.
 SHAPE = {"model": "a name", "stem_stride": "an integer"}
 INHERITED = SHAPE | {"in_chans": "an integer", "input_size": "one or two integers"}
-INHERITED |= {"patch_size": "an integer", "crop_pct": "a number"}
+INHERITED |= {"patch_size": "an integer", "crop_pct": "a number", "value_range": "numbers"}
 NORMALIZATION = {"imagenet_default_mean_and_std": "a boolean"}
 NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
 OF_ITS_DATA = {"val_split": "a number", "image_root": "a name", "split_column": "a name"}

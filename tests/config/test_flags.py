@@ -8,7 +8,7 @@ import hashlib
 import pytest
 
 import datasets
-from config import flags
+from config import flags, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -89,6 +89,8 @@ PARSERS = {
     "pack": options.pack_parser,
 }
 
+VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
+
 
 def value_of(action: argparse.Action, text: str) -> object:
     try:
@@ -111,11 +113,11 @@ def test_released_flags_are_unchanged(script):
     assert {name: now.get(name) for name in released} == released
 
 
-@pytest.mark.parametrize("script", PARSERS)
+@pytest.mark.parametrize("script", [*PARSERS, *VIEWS])
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_fits_the_terminal(script, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    parser = PARSERS[script]()
+    parser = (PARSERS | VIEWS)[script]()
     parser.prog = script
     lines = parser.format_help().splitlines()
     assert [line for line in lines if len(line) > columns] == []

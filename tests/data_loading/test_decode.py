@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from data_loading import formats as formats_module
+from data_loading.arrays import to_pixels
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import BadImage, decode, load_image
 from data_loading.formats import describe_file, extensions, formats, how_to_read
@@ -49,7 +50,7 @@ def quadrants(side: int = 16) -> Image.Image:
 
 def rows(sample: Image.Image | torch.Tensor, in_chans: int) -> list:
     """The pixels as the network gets them, row by row: numbers if gray, otherwise lists."""
-    image = decode(sample, in_chans)
+    image = to_pixels(sample, in_chans)
     assert image.dtype == torch.uint8
     return (image[0] if in_chans == 1 else image.permute(1, 2, 0)).tolist()
 
@@ -313,10 +314,14 @@ def test_every_extension_of_the_formats_is_looked_for(tmp_path):
     """Those of torchvision are fewer, and a folder of GIF files was an empty one."""
     Image.init()
     known = {end for end, kind in Image.registered_extensions().items() if kind in formats()}
-    assert set(extensions()) == known - {".pfm"}  # floats
+    assert set(extensions()) == known - {".pfm"} | {".npy"}  # .pfm: floats
     for number, end in enumerate(extensions()):
         name = f"{number:02d}{end.upper() if number % 2 else end}"
         (tmp_path / "a").mkdir(exist_ok=True)
+        if end == ".npy":
+            with (tmp_path / "a" / name).open("wb") as file:
+                np.save(file, np.asarray(quadrants()))
+            continue
         quadrants().save(tmp_path / "a" / name, Image.registered_extensions()[end])
     (tmp_path / "a" / "notes.txt").write_text("no image")
     spec = DatasetSpec(str(tmp_path), labeled=False)

@@ -55,8 +55,8 @@ def test_notes_of_no_image_make_no_webdataset(tmp_path):
 
 
 def test_label_files_of_images_are_not_counted_as_left_out(tmp_path):
-    files = ["0.jpg", "0.cls", "0.json", "0.txt", "1.cls", "1.npy"]
-    assert names(tmp_path, *files) == (["0.jpg"], {".cls": 1, ".npy": 1})
+    files = ["0.jpg", "0.cls", "0.json", "0.txt", "1.cls", "1.npz"]
+    assert names(tmp_path, *files) == (["0.jpg"], {".cls": 1, ".npz": 1})
 
 
 def test_labels_in_one_shard_make_all_shards_a_webdataset(tmp_path):

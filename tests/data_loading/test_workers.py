@@ -102,7 +102,7 @@ def spoil(path: Path, fault: str) -> None:
     elif fault == "link to nothing":
         path.symlink_to(path.with_name("nowhere.png"))
     elif fault == "floats":
-        Image.new("F", (4, 4)).save(path, "TIFF")
+        Image.new("F", (4, 4), 2).save(path, "TIFF")
     else:
         assert fault == "vanished"
 

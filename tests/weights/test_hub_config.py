@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from errors import UserError
 from models.convnextv2 import ConvNeXtV2
 from tests.tiny import SIZE
 from weights.convert import to_hf
+from weights.export_formats import ExportSpec
 from weights.files import read_checkpoint
 from weights.hub_config import read_hub_run
+from weights.huggingface import hf_processor
 from weights.pretrained import read_pretrained
 from weights.saved_run import inherit_flags
 
@@ -228,3 +231,21 @@ def test_exported_folder_tells_the_same_by_its_json_files(tmp_path, size, more):
     assert sizes[0] == sizes[1]
     for name in ("mean", "std"):
         assert found["args"][name] == pytest.approx(stored["args"][name])
+
+
+def test_value_range_is_exported_and_read_back(tmp_path):
+    """transformers gets raw pixels, which it multiplies before it subtracts the mean."""
+    shape = {"in_chans": 3, "num_classes": 0}
+    spec = ExportSpec({}, {}, shape, size=(64, 64), mean=[0.3, 0.4, 0.5], std=[0.2, 0.1, 0.3])
+    spec = replace(spec, value_range=(-1000.0, 400.0))
+    processor = hf_processor(spec)
+    pixels = torch.tensor([-1000.0, -300.0, 400.0])
+    theirs = pixels * processor["rescale_factor"] - torch.tensor(processor["image_mean"])
+    theirs /= torch.tensor(processor["image_std"])
+    ours = ((pixels + 1000) / 1400 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+    torch.testing.assert_close(theirs, ours)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    args = read_hub_run(tmp_path, {})["args"]
+    assert args["mean"] == pytest.approx(spec.mean)
+    assert (args["std"], args["value_range"]) == (spec.std, [-1000, 400])
+    assert spec.run["args"]["value_range"] == [-1000, 400]

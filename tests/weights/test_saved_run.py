@@ -134,10 +134,27 @@ def test_mean_and_std_come_from_the_checkpoint_as_a_whole_or_not_at_all(caplog):
 
 
 def test_values_for_other_channels_are_refused_once_the_channels_are_known():
-    words = ("--resume", "x", "--mean", "0.5", "0.4", "--std", "1")
+    words = ("--resume", "x", "--mean", "0.5", "0.4", "--std", "1", "--aa", "none")
     assert changed(finetune(*words), {"in_chans": 2}) == {"in_chans": 2}
     with pytest.raises(UserError, match="--mean 0.5 0.4 has 2 values, expected .* --in_chans 4"):
         changed(finetune(*words), {"in_chans": 4})
+
+
+def test_value_range_comes_from_the_checkpoint(caplog):
+    """The weights would see other images; with another mean it still holds."""
+    aa = ("--aa", "none")
+    saved = {"value_range": [0, 10_000]}
+    assert changed(finetune("--resume", "x", *aa), saved) == {"value_range": (0, 10_000)}
+    own = ("--mean", "0.5", "--std", "0.2")
+    assert changed(pretrain("--resume", "x", *own), saved) == {"value_range": (0, 10_000)}
+    caplog.clear()
+    assert changed(pretrain("--resume", "x", "--value_range", "0", "255"), saved) == {}
+    assert "--value_range 0.0 255.0 is used; it.pth was trained with 0 10000" in caplog.text
+    with pytest.raises(UserError, match="--aa .* is for 8-bit images .* --value_range 0 10000"):
+        changed(finetune("--resume", "x"), saved)
+    for wrong in ([1, 0], [1], ["a", "b"], [0, float("nan")]):
+        with pytest.raises(UserError, match="--value_range"):
+            changed(pretrain("--resume", "x"), {"value_range": wrong})
 
 
 def test_held_out_images_are_those_of_the_run(tmp_path, caplog):
@@ -227,7 +244,7 @@ def test_weights_without_flags_tell_the_shape(name):
     own = {"model": name.removeprefix("fcmae_"), "in_chans": 2, "stem_stride": 1}
     count = None if name.startswith("fcmae_") else 1000  # of create_model
     assert read_saved_run({}, "it.pth", weights).head.count == count
-    assert changed(finetune("--resume", "x"), None, weights=weights) == own
+    assert changed(finetune("--resume", "x", "--aa", "none"), None, weights=weights) == own
     assert changed(pretrain("--resume", "x"), None, weights=weights) == own | {"patch_size": 8}
     assert changed(finetune(), None, weights={"conv1.weight": torch.zeros(1)}) == {}
 

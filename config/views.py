@@ -1,0 +1,127 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Sub-commands of visualize.py and their parsers.
+
+python visualize.py data --data_path photos --mixup 0.8 --output seen.png
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from config import parser as parsers
+from config import recipes
+from config.flags import COUNT, PATH
+from errors import did_you_mean
+
+STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.
+
+  python visualize.py stats --data_path photos
+  python visualize.py stats --data_path scenes --in_chans 12 \\
+      --value_range 0 10000
+
+Values are in 0 to 1. The last line is for the command line of a training
+script."""
+DATA_AIM = """Draw the images that a training script would see: a row per image, a column
+per epoch.
+
+  python visualize.py data --data_path photos --model convnextv2_tiny
+  python visualize.py data --data_path photos --mixup 0.8 --cutmix 1
+  python visualize.py data --config runs/photos/args.yaml
+
+Takes all flags of main_pretrain.py or main_finetune.py, and their defaults:
+those of main_finetune.py if one of the flags is only for it, or with --script
+finetune."""
+SCRIPTS = {"pretrain": parsers.pretrain_parser, "finetune": parsers.finetune_parser}
+STATS_FLAGS = """
+--data_set --data_path --eval_data_path --data_index --image_column --label_column --image_root
+--split_column --in_chans --value_range --num_workers --on_bad_image --seed
+"""
+OF_STATS = (
+    ("--num_images", COUNT, None, "images to measure, drawn by --seed; default: all"),
+    ("--split", ("train", "val"), "train", "images to measure; not every data set has val"),
+)
+OF_DATA = (
+    ("--script", tuple(SCRIPTS), None, "training script whose flags are given; default: by them"),
+    ("--output", PATH, "data.png", "PNG file to write"),
+    ("--num_images", COUNT, 4, "number of images, one per row"),
+    ("--num_epochs", COUNT, 4, "number of epochs, one per column"),
+)
+
+
+def stats_parser() -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py stats`."""
+    parser = parsers.Parser("%(prog)s stats --data_path PATH [FLAGS]", STATS_AIM)
+    parsers.add_flags(parser, "data", STATS_FLAGS)
+    parsers.add_rows(parser, "choice of images", OF_STATS)
+    return parser
+
+
+def data_parser(script: str = "pretrain") -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py data`: that of a training script with some more flags."""
+    parser = SCRIPTS[script]()
+    parser.usage, parser.description = "%(prog)s data [FLAGS]", DATA_AIM
+    parser.everyday = " ".join([parser.everyday, *(row[0][2:] for row in OF_DATA)])
+    parsers.add_rows(parser, "drawing", OF_DATA)
+    return parser
+
+
+def choose_script(words: Sequence[str]) -> str:
+    """Return `finetune` if --script says so, or a flag of words or their files is only for it."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--script", "--config", "--recipe"):
+        finder.add_argument(name)
+    found, _ = finder.parse_known_args([*words])
+    if found.script in SCRIPTS:
+        return found.script
+    names = {word.partition("=")[0].removeprefix("--") for word in words if word[:2] == "--"}
+    for file in (found.config, found.recipe):
+        try:
+            path = recipes.recipes().get(file) or Path(file or "")
+            values = recipes.read_values(path) if file else {}
+        except ValueError:  # the parser will say so
+            continue
+        if script := values.get("script"):
+            return str(script).removeprefix("main_")
+        names |= {*values}
+    pretrain, finetune = ({a.dest for a in make()._actions} for make in SCRIPTS.values())
+    return "finetune" if names & (finetune - pretrain) else "pretrain"
+
+
+def parse_stats(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py stats`."""
+    parser = stats_parser()
+    args = parser.parse_args(words)
+    if args.value_range and args.value_range[0] >= args.value_range[1]:
+        parser.error("--value_range: expected the value that becomes 0, then a larger one")
+    return args
+
+
+def parse_data(words: Sequence[str]) -> parsers.FrozenNamespace:
+    """Parse the flags of `visualize.py data`."""
+    return parsers.parse(data_parser(choose_script(words)), words)
+
+
+def parse_reconstructions(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py reconstructions`."""
+    return parsers.visualize_parser().parse_args(words)
+
+
+# Sub-command -> function that parses the words after it. The first is the default.
+VIEWS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "reconstructions": parse_reconstructions,
+    "data": parse_data,
+    "stats": parse_stats,
+}
+
+
+def parse_view(words: Sequence[str] | None = None) -> tuple[str, Any]:
+    """Return a sub-command and its flags; without a first word it is `reconstructions`."""
+    words = [*(sys.argv[1:] if words is None else words)]
+    name = words.pop(0) if words and not words[0].startswith("-") else next(iter(VIEWS))
+    if name not in VIEWS:
+        hint = did_you_mean(name, VIEWS) or f"expected {', '.join(VIEWS)}, or flags"
+        parsers.visualize_parser().error(f"unknown sub-command {name!r}. {hint}")
+    return name, VIEWS[name](words)

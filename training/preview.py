@@ -1,0 +1,237 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A picture of the images that a training script sees: a row per image, a column per epoch.
+
+python visualize.py data --data_path photos --mixup 0.8 --output seen.png
+"""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+import datasets
+from config.flags import is_pretraining
+from data_loading.dataset import TransformedDataset
+from data_loading.loader import DeviceLoader
+from data_loading.rng import mask_noise, seed_all
+from data_loading.workers import WatchedLoader
+from errors import UserError, plural
+from models import build_fcmae
+from models.fcmae import random_mask, visible_patches
+from optim_factory import choose_update_freq, count_steps
+from training.pictures import GRAY, INK, MIN_WIDTH, as_rgb, scale_to_show
+
+SHARE = 0.005  # of a class in a mixed label, below which it is not named
+
+
+@dataclass
+class Preview:
+    """Rows of images as the network gets them, in 0 to 1, None where an epoch lacks one.
+
+    names: of the rows. images: of each row, (C, H, W) in each epoch. texts: below them.
+    """
+
+    names: list[str]
+    caption: str
+    images: list[list[Tensor | None]] = field(default_factory=list)
+    texts: list[list[str]] = field(default_factory=list)
+
+
+def build_preview(args: Any, count: int, epochs: int) -> Preview:
+    """Load some training images as main_pretrain.py or main_finetune.py would in some epochs.
+
+    With mixup or cutmix they are the first of epoch 1, mixed with the others of their batches as in
+    a run of one process.
+    """
+    mixup = None
+    if is_pretraining(vars(args)):
+        dataset = datasets.build_pretrain_dataset(args)
+    else:
+        dataset, nb_classes = datasets.build_dataset(True, args)
+        mixup = datasets.build_mixup(args, nb_classes, dataset.kind)
+    count, height_width = min(count, len(dataset)), " x ".join(map(str, args.input_size))
+    caption = f"{height_width} pixels, --seed {args.seed}"
+    if mixup is not None:
+        cells = _mixed(dataset, mixup, args, count, epochs)
+        caption += "; mixed, with the shares of the classes"
+    else:
+        ids = torch.arange(count) * len(dataset) // count
+        cells = _plain(dataset, args, ids, epochs)
+    if is_pretraining(vars(args)):
+        caption += f"; gray patches are hidden, --mask_ratio {args.mask_ratio:g}"
+    columns = list(cells)
+    rows = sorted(columns[0]) if mixup is None else list(columns[0])
+    names = [dataset.name_of(row).removeprefix("image ") for row in rows]
+    preview = Preview(names, caption)
+    missing = None, "not in this epoch"
+    for row in rows:
+        found = [column.get(row, missing) for column in columns]
+        preview.images.append([image for image, _ in found])
+        preview.texts.append([text for _, text in found])
+    return preview
+
+
+Cells = dict[int, tuple[Tensor, str]]  # number of an image -> what is seen of it, and its text
+
+
+def _plain(dataset: TransformedDataset, args: Any, ids: Tensor, epochs: int) -> Iterator[Cells]:
+    """Yield the images of each epoch, without patches that pre-training hides."""
+    mean, std = datasets.build_mean_and_std(args)
+    loader = DeviceLoader(WatchedLoader(dataset, [], 1), "cpu", mean, std)
+    patch = find_patch(args) if is_pretraining(vars(args)) else 0
+    for epoch in range(epochs):
+        images, labels, found = loader.reload(epoch, ids)
+        shown = to_show(images, mean, std)
+        if patch:
+            shown = hide(shown, mask_of(args, patch, epoch, found, images.shape[-2:]))
+            texts = [""] * len(found)
+        else:
+            texts = [describe_label(dataset, label) for label in labels]
+        yield dict(zip(found.tolist(), zip(shown, texts, strict=True), strict=True))
+
+
+def find_patch(args: Any) -> int:
+    """Return the side of a mask patch; of other networks than ConvNeXt their own."""
+    return args.patch_size or build_fcmae(args).patch_size
+
+
+def mask_of(args: Any, patch: int, epoch: int, ids: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the masks (N, h, w) of pre-training, True for patches that are hidden."""
+    h, w = size[0] // patch, size[1] // patch
+    noise = mask_noise(args.seed, epoch, ids, h * w)
+    return random_mask(noise, visible_patches(h * w, args.mask_ratio)).view(-1, h, w) > 0
+
+
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """(N, C, H, W) with gray where the mask (N, h, w) is True."""
+    times = images.shape[2] // mask.shape[1], images.shape[3] // mask.shape[2]
+    mask = mask.repeat_interleave(times[0], 1).repeat_interleave(times[1], 2)
+    return torch.where(mask[:, None], GRAY, images)
+
+
+def _mixed(
+    dataset: TransformedDataset, mixup: Any, args: Any, count: int, epochs: int
+) -> Iterator[Cells]:
+    """Yield the first images of the first epoch, mixed as in each epoch."""
+    mean, std = datasets.build_mean_and_std(args)
+    loader = datasets.build_loader(dataset, True, args, "cpu")
+    given = args.update_freq, args.effective_batch
+    update_freq = choose_update_freq(*given, args.batch_size, 1)
+    steps = count_steps(len(loader), update_freq)
+    wanted: list[int] = []
+    for epoch in range(epochs):
+        found: Cells = {}
+        for number, ids in enumerate(_batches(loader, epoch)):
+            numbers = [index % len(dataset) for index in ids]
+            wanted = wanted or list(dict.fromkeys(numbers))[:count]
+            if not set(wanted) & set(numbers):
+                continue
+            images, labels, _ = loader.reload(epoch, torch.tensor(ids))
+            step = epoch * steps + number // update_freq
+            seed_all(args.seed, step, number % update_freq, 0)  # as engine_finetune.py
+            images, labels = mixup(images, labels)
+            shown = to_show(images, mean, std)
+            for place, index in enumerate(numbers):
+                if index in wanted and index not in found:
+                    text = describe_mixture(dataset, labels[place], args.smoothing)
+                    found[index] = shown[place], text
+            if len(found) == len(wanted):
+                break
+        yield {index: found[index] for index in wanted if index in found}
+
+
+def _batches(loader: DeviceLoader, epoch: int) -> Iterator[list[int]]:
+    """Yield the numbers of the images of each full batch of an epoch."""
+    loader.set_epoch(epoch)
+    keys = iter(loader.loader.sampler)
+    while len(batch := [index for _, index in islice(keys, loader.loader.batch_size)]):
+        if len(batch) == loader.loader.batch_size:
+            yield batch
+
+
+def to_show(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1."""
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in scale_to_show(mean, std))
+    return as_rgb((images * std + mean).clamp(0, 1))
+
+
+def describe_label(dataset: TransformedDataset, label: Tensor) -> str:
+    """Return the class of a label, the classes of several, or the numbers of a regression."""
+    names = dataset.classes
+    if dataset.kind == "class":
+        return str(names[int(label)]) if names else f"class {int(label)}"
+    if dataset.kind == "multi":
+        found = [str(names[i]) if names else str(i) for i in label.nonzero().flatten().tolist()]
+        return ", ".join(found) or "no class"
+    if dataset.targets.scale is not None:
+        mean, std = dataset.targets.scale.tensors()
+        label = label.double() * std + mean
+    return ", ".join(f"{value:.4g}" for value in label.tolist())
+
+
+def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: float) -> str:
+    """Return the classes of a mixed label (K,) and their shares, without label smoothing."""
+    if dataset.kind == "class":
+        label = (label - smoothing / len(label)) / (1 - smoothing)
+    shares = sorted(((share, place) for place, share in enumerate(label.tolist())), reverse=True)
+    names = dataset.classes or [f"class {place}" for place in range(len(label))]
+    return ", ".join(f"{names[place]} {share:.2f}" for share, place in shares if share > SHARE)
+
+
+def draw_preview(preview: Preview) -> Image.Image:
+    """Draw all rows with their names, the texts below the images, and the number of each epoch."""
+    first = next((image for row in preview.images for image in row if image is not None), None)
+    if first is None:
+        raise UserError("no image to draw; give another --seed, or --num_epochs 1")
+    enlarged = -(-MIN_WIDTH // first.shape[2])
+    height, width = (side * enlarged for side in first.shape[1:])
+    size = max(12, min(width, 2 * MIN_WIDTH) // 10)  # of the font
+    line, gap = round(1.6 * size), size // 2
+    has_texts = any(text for row in preview.texts for text in row)
+    row_height = line + height + line * has_texts + gap
+    columns = len(preview.images[0])
+    whole, font = gap + columns * (width + gap), ImageFont.load_default(size)
+    letters = int((whole - 2 * gap) / font.getlength("abcdefghij") * 10)
+    caption = textwrap.wrap(preview.caption, letters)
+    bottom = line + gap + len(preview.images) * row_height
+    canvas = Image.new("RGB", (whole, bottom + line * len(caption)), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    def write(text: str, x: int, y: int, room: int, anchor: str = "lt") -> None:
+        while draw.textlength(text, font) > room and len(text) > 4:
+            text = f"{text.rstrip('…')[:-1]}…"
+        draw.text((x, y), text, INK, font, anchor)
+
+    for column in range(columns):
+        middle = gap + column * (width + gap) + width // 2
+        write(f"epoch {column + 1}", middle, gap, width, "mt")
+    for number, images in enumerate(preview.images):
+        top = line + gap + number * row_height
+        write(shorten(preview.names[number]), gap, top, whole - 2 * gap)
+        for column, image in enumerate(images):
+            left = gap + column * (width + gap)
+            if image is not None:
+                cell = to_pil_image(image).resize((width, height), Image.Resampling.NEAREST)
+                canvas.paste(cell, (left, top + line - gap // 2))
+            write(preview.texts[number][column], left, top + line + height, width)
+    for number, text in enumerate(caption):
+        write(text, gap, bottom + line * number, whole - 2 * gap)
+    return canvas
+
+
+def shorten(path: str) -> str:
+    """Return the last three parts of a path."""
+    return "/".join(path.split("/")[-3:])
+
+
+def describe(preview: Preview) -> str:
+    """Return `4 images in 4 epochs`."""
+    columns = len(preview.images[0])
+    return f"{plural(len(preview.images), 'image')} in {plural(columns, 'epoch')}"
