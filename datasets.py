@@ -295,9 +295,7 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
         data = split(data, args.val_split, is_train)
     rows = data.dataset if isinstance(data, Part) else data
     is_table = isinstance(rows, Images) and rows.is_table
-    given = [n for n in OF_TABLES if n in getattr(args, "given", ()) and vars(args).get(n)]
-    if given and isinstance(rows, Images) and not is_table:
-        raise UserError(f"--{given[0]}: {rows.path} has no columns; drop it, or give a table")
+    check_columns(rows, args)
     if is_train and is_table and rows.kind == "class" and len(rows.classes) == 1:
         raise UserError(
             f"{args.data_path}: all rows are of one class, {rows.classes[0]!r}, so there is "
@@ -305,6 +303,18 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
             "a number --task regression"
         )
     return data
+
+
+def check_columns(data: Any, args: Any) -> None:
+    """Raise UserError for given flags of columns where the data has none, or no image files."""
+    given = [n for n in OF_TABLES if n in getattr(args, "given", ()) and vars(args).get(n)]
+    for images in data.parts if isinstance(data, MixedImages) else [data]:
+        if given and isinstance(images, Images) and not images.is_table:
+            raise UserError(f"--{given[0]}: {images.path} has no columns; drop it, or give a table")
+        if isinstance(images, Images) and not images.names_files:
+            for name in given:
+                if name == "image_root" or (name == "image_column" and not images.chosen_column):
+                    raise UserError(f"--{name}: {images.path} holds the images itself; drop it")
 
 
 @contextlib.contextmanager
@@ -398,6 +408,7 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
         skip_missing=args.on_bad_image == "skip",
     )
     data = create_dataset(args.data_set, spec, train=True)
+    check_columns(data, args)
     log_dataset(data, True, describe_sizes(args))
     hold_images(data, args, "train")
     transform = by_epoch(

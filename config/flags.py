@@ -213,8 +213,8 @@ FLAGS["start here"] = (
      f"auto, which recognizes what --data_path is, {DATA_SETS}, torchvision:NAME or "
      "package.module:function"),
     ("--data_path", PATH, "",
-     "data: a folder with or without classes, a table of images (.csv, .tsv, .txt) or a zip file; "
-     "DIGITS and SYNTHETIC need none"),
+     "data: a folder, a table of images (.csv, .tsv, .txt), a zip, tar or Parquet file, a pattern, "
+     "or several: a.tar:0.7,b/:0.3; DIGITS and SYNTHETIC need none"),
     ("--output_dir", PATH, None,
      "folder for checkpoints and logs, or none; default: runs/SCRIPT-MODEL-TIME"),
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),

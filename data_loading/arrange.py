@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from data_loading.files import Folders, Found, Names, sort_by_name
+from data_loading.formats import extensions
 from data_loading.index import Listing
+from data_loading.labels import order_classes
+from data_loading.listing import describe_left_out
 from data_loading.tables import (
     EVAL,
     SPLITS,
@@ -130,10 +133,12 @@ def check_files(listing: Listing, path: str, root: str, skip_missing: bool) -> N
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     got = f"{len(missing)} of {plural(len(names), 'image file')} do not exist: {', '.join(texts)}"
     if len(missing) == len(names):
+        slashes = "; paths need / in place of \\" * any("\\" in file for file in where)
         column = listing.metadata["columns"]["image"]
         raise UserError(
             f"{path}: no image file of column {column} exists ({', '.join(texts[:2])}); give "
             "--image_column, or --image_root for the folder that its paths are relative to"
+            + slashes
         )
     if not skip_missing:
         raise UserError(
@@ -149,7 +154,8 @@ def arrange(found: Found, part: Part, has_folders: bool = True) -> Listing:
     for names in which no folder has a meaning.
     """
     if not len(found.names):
-        raise UserError(f"{part.path}: no images in it")
+        rest = describe_left_out(found.left_out)
+        raise UserError(f"{part.path}: no images; expected some of {' '.join(extensions())}{rest}")
     if not (found.columns or has_folders):
         part.check(part.own_split)
         listing = Listing(found.names, {}, {"own_split": part.own_split})
@@ -189,7 +195,7 @@ def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray | None]:
         return listing, chosen
     if "" in found:
         _refuse_loose(listing.names, np.flatnonzero(~folders.have(0)), part.path)
-    classes = sorted({*found})
+    classes = order_classes(found)
     labels = {name: label for label, name in enumerate(classes)}
     targets = np.array([labels[name] for name in found], np.int32)
     targets = np.repeat(targets, _lengths(firsts, len(listing)))
@@ -212,7 +218,10 @@ def _refuse_loose(names: Names, loose: np.ndarray, path: str) -> None:
 
 def cut_common_folders(folders: Folders) -> None:
     """Cut off folders that hold all images, if other folders lie in them."""
-    while folders.have(1).all() and len({*folders.runs()[0]}) == 1:
+    while folders.have(1).all():
+        found = {*folders.runs()[0]}
+        if len(found) > 1 or found.pop().lower() in SPLITS:
+            return
         folders.cut += 1
 
 

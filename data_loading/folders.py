@@ -15,6 +15,7 @@ import numpy as np
 from data_loading.files import Files, Names
 from data_loading.formats import extensions
 from data_loading.index import Listing
+from data_loading.labels import order_classes
 from data_loading.listing import FolderWalk, SharedImages, class_folders, describe_left_out
 from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
@@ -47,7 +48,7 @@ def list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> List
     class of each image, if labeled. UserError if there are no images.
     """
     left_out: Counter[str] = Counter()
-    names = class_folders(root, left_out) if labeled else [""]
+    names = order_classes(class_folders(root, left_out)) if labeled else [""]
     packed, counts, shared = _walk(root, names, left_out)
     empty, rest = [name for name in names if not counts[name]], describe_left_out(left_out)
     if not labeled and empty:

@@ -90,6 +90,11 @@ class Images(Dataset):
         return "columns" in self.listing.metadata
 
     @property
+    def chosen_column(self) -> str:
+        """The column that holds the images themselves, '' if none does."""
+        return self.listing.metadata.get("image_column", "")
+
+    @property
     def names_files(self) -> bool:
         """True if rows of a table name image files, so that two rows may have the same one."""
         return bool(self.listing.metadata.get("columns", {}).get("image"))
@@ -106,7 +111,7 @@ class Images(Dataset):
         index = int(np.argmax(has))
         return self.line_of(index).partition(" of ")[0] or self.names[index]
 
-    def describe_list(self) -> str:
+    def describe_list(self, is_drawn: bool = True) -> str:
         """Describe the files that are left out, and those listed twice; '' if there are none."""
         shared = self.listing.metadata.get("shared")
         text = f"; in two classes, by links: {plural(shared, 'image')}" if shared else ""

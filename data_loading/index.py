@@ -188,9 +188,11 @@ def cached(
 
 def _check_source(listing: Listing, source: dict[str, Any], what: str) -> None:
     """Raise UserError if an index is of another source, or of files that have changed."""
-    folder, old = listing.folder, dict(listing.metadata["source"])
-    before, now = old.pop("files", {}), source.get("files", {})
-    if old != {key: value for key, value in source.items() if key != "files"}:
+    folder, old, new = listing.folder, dict(listing.metadata["source"]), dict(source)
+    before, now = old.pop("files", {}), new.pop("files", {})
+    old.pop("kind", None)
+    kind, found = new.pop("kind", None), listing.metadata.get("kind")
+    if old != new or (kind and found and kind != found):  # a run that resumes knows its kind
         raise UserError(
             f"{folder} lists {listing.metadata['what']}, not {what}; give another --data_index, or "
             f"delete {folder}"

@@ -6,7 +6,7 @@ python -c "from data_loading.labels import Head; print(Head('weights', ('ant', '
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,14 @@ class Head:
         if self.kind and "number" in (self.kind, targets.kind) and self.kind != targets.kind:
             return False
         return targets.kind != "number" or self.scale == targets.scale
+
+
+def order_classes(names: Iterable[str]) -> list[str]:
+    """Return class names in the order of their labels: by number if all are numbers."""
+    names = {*names}
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def class_names(dataset: Any) -> list[str] | None:

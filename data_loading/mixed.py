@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from config.tasks import TASK_OF
 from data_loading.images import Images
+from data_loading.labels import order_classes
 from errors import UserError, plural
 
 
@@ -45,10 +46,8 @@ class MixedImages(Dataset):
         union = [*dict.fromkeys(itertools.chain(*names))]
         if self.kind == "number" or all(each == names[0] for each in names):
             union = names[0]
-        elif all(name.isdecimal() for name in union):
-            union.sort(key=int)
         else:
-            union.sort()
+            union = order_classes(union)
         unfit = [part.path for part, own in zip(self.parts, names, strict=True) if own != union]
         if self.kind == "number" and unfit:
             raise UserError(
@@ -101,12 +100,11 @@ class MixedImages(Dataset):
         """Return the names of the images within their sources."""
         return [name for part in self.parts for name in part.encoded_names()]
 
-    def describe_list(self) -> str:
-        """Describe the sources, and the files that each leaves out."""
-        total = sum(self.shares or [])
-        texts = []
+    def describe_list(self, is_drawn: bool = True) -> str:
+        """Describe the sources, and the files that each leaves out; is_drawn: by their shares."""
+        shares, texts = self.shares if is_drawn else None, []
         for number, part in enumerate(self.parts):
-            share = f" for {self.shares[number] / total:.0%} of the draws" if self.shares else ""
+            share = f" for {shares[number] / sum(shares):.0%} of the draws" if shares else ""
             texts.append(
                 f"{plural(len(part), 'image')} of {part.path}{share}{part.describe_list()}"
             )

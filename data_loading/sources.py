@@ -44,6 +44,7 @@ from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
 TABLES = (".csv", ".tsv", ".txt")
+LOOKED_AT = 20  # folders in a folder
 KINDS = f"a folder, a table ({', '.join(TABLES)}), a zip or tar file, or Parquet or Arrow files"
 
 
@@ -130,19 +131,25 @@ def find_source(part: Part) -> Source:
     path, layout, is_folder = part.path, part.layout, os.path.isdir(part.path)
     if layout == "table" and is_folder:
         raise UserError(f"--data_path {path}: it is a folder, expected a table, a file of rows")
-    if layout == "table" or path.lower().endswith(TABLES):
+    if path.lower().endswith(TABLES) or (layout == "table" and not parquet.kind_of(path)):
         return _table(part)
     if is_folder and packs.is_pack(path):
         return _pack(part)
     if shards := _tar_shards(path):
         return _tar(part, shards)
-    if parquet.holds_files(path) if is_folder else parquet.kind_of(path):
+    is_parquet = bool(parquet.kind_of(path))
+    if is_folder:
+        is_parquet = parquet.holds_files(path) and not _holds_images(path)
+    if is_parquet:
         return _parquet(part)
     if is_folder:
         return _folder(part)
     if zipfile.is_zipfile(path):
         return _zip(part)
-    raise UserError(f"--data_path {path}: expected {KINDS}; if it is a table, add --data_set table")
+    flag = "data_path" if part.train or not part.spec.eval_data_path else "eval_data_path"
+    if path.lower().endswith(".zip"):
+        raise UserError(f"--{flag} {path}: it is no whole zip file; copy or download it again")
+    raise UserError(f"--{flag} {path}: expected {KINDS}; if it is a table, add --data_set table")
 
 
 def _identity(part: Part, kind: str, path: str) -> dict[str, Any]:
@@ -189,12 +196,20 @@ def _zip(part: Part) -> Source:
     return Source(f"the zip file {path}", identity, make, partial(ZipFiles, path), [path])
 
 
+def _holds_images(folder: str) -> bool:
+    """Return True if images lie in a folder, or in one of the first folders in it."""
+    names = scan(folder)
+    inner = [name for name in sorted([*names.folders, *names.links]) if not is_system(name)]
+    return bool(names.images) or any(
+        scan(os.path.join(folder, name)).images for name in inner[:LOOKED_AT]
+    )
+
+
 def _tar_shards(path: str) -> list[str]:
     """Return the tar files that a path, a pattern or a folder of shards stands for."""
     if os.path.isdir(path):
-        names = scan(path)
-        tars = [name for name in names.others if name.lower().endswith(".tar")]
-        return [] if names.images else [os.path.join(path, name) for name in sorted(tars)]
+        tars = [name for name in scan(path).others if name.lower().endswith(".tar")]
+        return [] if _holds_images(path) else [os.path.join(path, name) for name in sorted(tars)]
     endings = (".tar", *(ending for endings in UNPACK for ending in endings))
     if not PATTERN.search(path):
         is_tar = path.lower().endswith(endings) or tarfile.is_tarfile(path)
@@ -204,17 +219,21 @@ def _tar_shards(path: str) -> list[str]:
 
 def _tar(part: Part, shards: Sequence[str]) -> Source:
     path = part.path
-    if os.path.isdir(path):  # perhaps of several parts, by the names of the shards
-        by_split: dict[str, list[str]] = {}
-        for shard in shards:
-            split = parquet.split_of(os.path.basename(shard))
-            by_split.setdefault(split, []).append(shard)
-        part, shards = _choose_files(part, by_split)
+    by_split: dict[str, list[str]] = {}
+    for shard in shards:
+        by_split.setdefault(parquet.split_of(os.path.basename(shard)), []).append(shard)
+    part, shards = _choose_files(part, by_split)
 
     def make() -> Listing:
-        given = part.spec.columns
-        columns = [*given.labels, *filter(None, (given.split, given.weight))]
-        found = list_tar(shards, part.spec.labeled, columns if given.labels else None)
+        given, labeled = part.spec.columns, part.spec.labeled
+        wanted = [*given.labels, given.split or "split", *filter(None, [given.weight])]
+        reads = labeled or given.split is not None
+        found = list_tar(shards, reads, wanted if given.labels or not labeled else None)
+        if reads and not found.columns and (given.labels or given.split):
+            known = list_tar(shards, True).columns
+            name = f"--label_column {given.labels[0]}" if given.labels else "--split_column"
+            fix = f"it has {first_few(known, 9)}" if known else "drop it: it has no label files"
+            raise UserError(f"{name}: {path} has no such column; {fix}")
         return arrange(found, part)
 
     identity = _identity(part, "tar", path)
@@ -250,8 +269,8 @@ def _choose_files(part: Part, by_split: dict[str, list[str]]) -> tuple[Part, lis
     """
     evaluation = next((names[0] for names in EVAL if names[0] in by_split), "")
     wanted = TRAIN[0] if part.train else evaluation
-    if by_split.keys() == {""}:
-        return part, by_split[""]
+    if by_split.keys() == {""} or (len(by_split) == 1 and not os.path.isdir(part.path)):
+        return part, next(iter(by_split.values()))  # files that were named are used
     if wanted not in by_split:
         kind = "training" if part.train else "evaluation"
         found = ", ".join(split or "other" for split in by_split)
@@ -283,7 +302,8 @@ def _parquet(part: Part) -> Source:
     def make() -> Listing:
         found = parquet_columns.read_columns(files, image.name, wanted)
         if holds_images:
-            return arrange(found, part, has_folders=False)
+            listing = arrange(found, part, has_folders=False)
+            return with_facts(listing, image_column=image.name)
         rows = np.arange(1, 1 + len(next(iter(found.columns.values()))))
         table = Table(path, found.columns, rows, "row", None, found.class_names)
         listing, _ = list_rows(table, part)

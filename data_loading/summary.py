@@ -56,7 +56,7 @@ def log_dataset(
         classes = f" {describe_outputs(nb_classes, kind, some)}"
         classes += f" ({first_few(names)})" if names else ""
     files = dataset.dataset if isinstance(dataset, Part) else dataset
-    remarks = files.describe_list() if isinstance(files, Listed) else ""
+    remarks = files.describe_list(is_train) if isinstance(files, Listed) else ""
     source = f" from {files.what}" if getattr(files, "what", "") else ""
     text = "%s: %s%s%s, used at %s%s"
     get_logger().info(text, name, plural(len(dataset), "image"), classes, source, used, remarks)

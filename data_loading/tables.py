@@ -22,6 +22,7 @@ import numpy as np
 from data_loading.files import Names
 from data_loading.formats import extensions
 from data_loading.index import Listing
+from data_loading.labels import order_classes
 from errors import UserError, first_few, plural, resolve_for
 
 IMAGES = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img")
@@ -80,6 +81,10 @@ class Table:
             return [cell.strip() for cell in values]
         cells = values.astype(str).tolist()
         return ["" if cell == "nan" else cell for cell in cells]
+
+    def holds_lists(self, name: str) -> bool:
+        """Return True for a column with lists of numbers of classes, written as `0|3`."""
+        return name in self.class_names and not isinstance(self.columns[name], np.ndarray)
 
     def find(self, name: str, flag: str) -> str:
         """Return the name of a column that a flag gives; UserError with close matches."""
@@ -149,7 +154,9 @@ def _build_table(path: str, rows: Iterator[tuple[list[str], int]]) -> Table:
     if uneven:
         wrong = np.array([line for _, line in uneven])
         table = Table(path, {}, wrong)
-        table.refuse(range(len(wrong)), plural(uneven[0][0], "cell"), str(len(names)))
+        hint = " (in .txt spaces separate cells; write .csv for paths with spaces)"
+        hint = hint * path.lower().endswith(".txt")
+        table.refuse(range(len(wrong)), plural(uneven[0][0], "cell"), f"{len(names)}{hint}")
     if not lines:
         raise UserError(f"{path}: the table has column names and no rows; add one for each image")
     return Table(path, dict(zip(names, columns, strict=True)), np.frombuffer(lines, np.int64))
@@ -195,6 +202,8 @@ def choose_columns(table: Table, given: Columns, labeled: bool) -> Columns:
         labels += [name for name in found or [pattern] if name not in labels]
     if not labels and labeled:
         found = usual(LABELS) or (rest[0] if len(rest) == 1 else None)
+        if found is None and not rest:
+            raise UserError(f"{table.path} has no column of labels; give data with labels")
         if found is None:
             raise UserError(
                 f"{table.path} has the columns {first_few(table.names, 9)}; name those of the "
@@ -237,9 +246,7 @@ def read_classes(table: Table, name: str) -> tuple[list[str], np.ndarray]:
 
 
 def _number(cells: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    names = {*cells}
-    are_numbers = all(name.isdecimal() for name in names)
-    order = sorted(names, key=int) if are_numbers else sorted(names)
+    order = order_classes(cells)
     places = {name: place for place, name in enumerate(order)}
     return order, np.array([places[cell] for cell in cells], np.int32)
 
@@ -249,7 +256,12 @@ def read_label_sets(table: Table, name: str) -> tuple[list[str], np.ndarray]:
     sets = [[part.strip() for part in cell.split("|")] for cell in table.column(name)]
     sets = [[part for part in parts if part] for parts in sets]
     if order := table.class_names.get(name):  # the parts are numbers of these classes
-        sets = [[order[int(part)] for part in parts] for parts in sets]
+        known = {str(number): part for number, part in enumerate(order)}
+        wrong = [row for row, parts in enumerate(sets) if not known.keys() >= {*parts}]
+        if wrong:
+            got = f"{name} is {'|'.join(sets[wrong[0]])}"
+            table.refuse(wrong, got, f"numbers from 0 to {len(order) - 1}")
+        sets = [[known[part] for part in parts] for parts in sets]
     else:
         order, _ = _number([part for parts in sets for part in parts])
     if not order:
@@ -286,14 +298,22 @@ def read_targets(
     several = len(names) > 1
     if kind is None:
         several_in_cell = any("|" in cell for cell in table.column(names[0]))
+        several_in_cell |= table.holds_lists(names[0])
         kind = "multi" if several or several_in_cell else "class"
     if kind == "number":
         return kind, [*names], read_numbers(table, names)
     if kind == "class" and several:
         got = f"--label_column {' '.join(names)}"
         raise UserError(f"{got}: --task classification has one column; use --task multi_label")
+    if kind == "class" and table.holds_lists(names[0]):
+        raise UserError(
+            f"{table.path}: {names[0]} holds lists of classes; use --task multi_label, or give a "
+            "column with one class per image"
+        )
     if kind == "class":
         return kind, *read_classes(table, names[0])
+    if table.holds_lists(names[0]):
+        return kind, *read_label_sets(table, names[0])
     if several or {cell.lower() for cell in table.column(names[0])} <= {*NO, *YES}:
         return kind, [*names], read_yes_or_no(table, names)
     return kind, *read_label_sets(table, names[0])

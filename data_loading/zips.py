@@ -23,6 +23,7 @@ from errors import UserError, first_few, plural
 
 HEADER = struct.Struct("<4s5H3I2H")  # of a member, ahead of its name
 MAX_BYTES = 2**31  # of an image file
+UTF8 = 1 << 11  # the flag of names in UTF-8
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -34,6 +35,8 @@ def list_zip(path: str) -> Found:
     try:
         with zipfile.ZipFile(path) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
+            for member in members:
+                member.filename = _clean(member)
     except (OSError, zipfile.BadZipFile, UnicodeError) as error:
         raise UserError(
             f"cannot read {path}: {error}; expected a whole zip file: copy or download it again"
@@ -60,6 +63,17 @@ def list_zip(path: str) -> Found:
     }
     names = Names.pack(os.fsencode(member.filename) for member in images)
     return Found(names, places, left_out=left_out)
+
+
+def _clean(member: zipfile.ZipInfo) -> str:
+    """Return the name of a member, read as UTF-8 if it can be, with slashes."""
+    name = member.filename
+    if not member.flag_bits & UTF8:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    start, *parts = name.replace("\\", "/").split("/")
+    kept = [part for part in parts if part not in ("", ".")]
+    return "/".join([*([] if start == "." else [start]), *kept])
 
 
 def _refuse_outside(path: str, members: list[zipfile.ZipInfo]) -> None:

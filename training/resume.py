@@ -18,6 +18,7 @@ from typing import Any
 
 from config.flags import LISTED, as_typed, default_of, is_pretraining
 from config.parser import absolute_paths
+from config.paths import split_sources
 from config.recipes import read_values
 from config.sizes import as_one_flag
 from config.tasks import TASKS, task_flags
@@ -262,6 +263,11 @@ def _new_channels(
     return is_given and saved.get("in_chans", now.get("in_chans")) != now.get("in_chans")
 
 
+def _shares(path: str) -> list[float | None]:
+    """Return the weights of the sources in --data_path."""
+    return [weight for _, weight in split_sources(path)]
+
+
 def _comparable(name: str, value: Any) -> Any:
     """Return the value of a flag, one for several that mean the same."""
     if name == "model":
@@ -308,6 +314,8 @@ def compare_args(
                 f"{source} was evaluated on --val_split {before}, and a resumed run cannot change "
                 f"that: drop --eval_data_path, or choose another --output_dir{hint}"
             )
+        if in_epoch and name == "data_path" and _shares(before) != _shares(value):
+            fixed += ("data_path",)  # other images would be drawn in the rest of the epoch
         if name in fixed:
             raise UserError(f"{source} {_describe_change(name, before, value)}{hint}")
         before, value = ("not set" if v is None else v for v in (before, value))

@@ -3,15 +3,21 @@
 """What --data_path may be: it is recognized, and its images are the same whatever holds them."""
 
 import csv
+import io
+import json
 import os
 import pickle
+import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import datasets
+from config import parser as options
 from config.parser import absolute_paths
 from config.paths import split_sources
 from data_loading.dataset import TransformedDataset
@@ -22,6 +28,7 @@ from data_loading.split import split
 from data_loading.tables import Columns
 from datasets import build_weights
 from errors import UserError
+from training.resume import compare_args
 
 CLASSES = ("ant", "ant-2", "bee")  # "ant-2/1" sorts ahead of "ant/1" as text
 
@@ -221,7 +228,7 @@ def test_damaged_zip_files_are_user_errors(photos, tmp_path):
     with pytest.raises(UserError, match="has changed since its images were listed"):
         data.files.read(4)
     archive.write_bytes(whole[:-30])
-    with pytest.raises(UserError, match=r"expected a folder, a table .* a zip or tar file"):
+    with pytest.raises(UserError, match="it is no whole zip file; copy or download it again"):
         open_images("auto", DatasetSpec(str(archive)), True)
 
 
@@ -344,3 +351,180 @@ def test_stored_flags_can_be_used_from_any_folder(photos, tmp_path, monkeypatch)
         "pets": "pets",
     }.items():
         assert absolute_paths({"data_path": text})["data_path"] == expected
+
+
+# --- what a reader found ------------------------------------------------------------------------
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def png(value: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["table", "zip", "folder"])
+def test_index_of_a_run_is_that_of_its_continuation(form, photos, tmp_path):
+    """The kind of the labels is known only after the first run, and its lists were refused."""
+    path = str(forms(photos, tmp_path)[form])
+    for kind in (None, "class"):
+        spec = DatasetSpec(path, data_index=str(tmp_path / "lists"), kind=kind)
+        assert len(open_images("auto", spec, True)) == 9
+    if form == "table":
+        other = DatasetSpec(path, data_index=str(tmp_path / "lists"), kind="multi")
+        with pytest.raises(UserError, match="give another --data_index"):
+            open_images("auto", other, True)
+
+
+def test_numbers_as_classes_have_one_order(tmp_path):
+    """As text 10 comes before 2; and 1 and 01 had another order in each process."""
+    root = tmp_path / "photos"
+    for name in ("10", "2", "1", "01"):
+        (root / name).mkdir(parents=True)
+        (root / name / "1.png").write_bytes(png())
+    for path in forms(root, tmp_path.joinpath()).values():
+        data = open_images("auto", DatasetSpec(str(path)), True)
+        assert list(data.classes) == ["01", "1", "2", "10"]
+
+
+def test_shards_of_a_pattern_are_separated_by_their_names(tmp_path):
+    for name in ("train-0", "train-1", "val-0"):
+        write_tar(tmp_path / f"{name}.tar", {f"a/{name}.png": png(), f"b/{name}.png": png()})
+    for pattern in ("*.tar", "{train-0,train-1,val-0}.tar"):
+        spec = DatasetSpec(str(tmp_path / pattern))
+        assert [len(open_images("auto", spec, part)) for part in (True, False)] == [4, 2]
+    only = DatasetSpec(str(tmp_path / "val-0.tar"))
+    assert len(open_images("auto", only, True)) == 2  # a file that was named is used
+
+
+def test_split_of_a_webdataset_acts_with_chosen_labels(tmp_path):
+    members = {}
+    for number, part in enumerate(["train", "train", "val", "train"]):
+        members[f"{number}.png"] = png(number)
+        members[f"{number}.json"] = json.dumps({"name": "ab"[number % 2], "split": part}).encode()
+    path = str(write_tar(tmp_path / "x.tar", members))
+    for columns in (Columns(labels=("name",)), Columns(labels=("name",), split="split")):
+        train, val = (
+            open_images("auto", DatasetSpec(path, columns=columns), part) for part in (True, False)
+        )
+        assert (list(train.names), list(val.names)) == (["0.png", "1.png", "3.png"], ["2.png"])
+    plain = DatasetSpec(path, labeled=False, columns=Columns(split="split"))
+    assert len(open_images("auto", plain, True)) == 3
+    for columns in (Columns(labels=("nme",)), Columns(split="fold")):
+        with pytest.raises(UserError, match="no such column; it has name, split|unknown column"):
+            open_images("auto", DatasetSpec(path, columns=columns), True)
+
+
+def test_archive_next_to_class_folders_is_left_out(photos):
+    write_tar(photos / "old.tar", {"x/1.png": png(), "y/1.png": png()})
+    (photos / "meta.parquet").write_bytes(b"PAR1")
+    data = open_images("auto", DatasetSpec(str(photos)), True)
+    assert data.classes == list(CLASSES)
+    assert "1 .tar" in data.describe_list()
+
+
+def test_names_of_other_programs_in_zip_files(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("./p/übung/0.png", "./p/b\\1.png"):
+            file.writestr(name, png())
+    content = path.read_bytes()
+    flag = zipfile.ZipInfo("ü")._encodeFilenameFlags()[1]
+    path.write_bytes(content.replace(flag.to_bytes(2, "little") + b"\0\0", bytes(4)))
+    data = open_images("auto", DatasetSpec(str(path)), True)
+    assert (data.classes, list(data.names)) == (["b", "übung"], ["b/1.png", "übung/0.png"])
+
+
+def test_training_folder_alone_in_a_zip_file(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("set/train/a/0.png", "set/train/b/0.png"):
+            file.writestr(name, png())
+    for layout in ("auto", "IMNET"):
+        assert open_images(layout, DatasetSpec(str(path)), True).classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.zip", b"PK\3\4 cut short", "it is no whole zip file; copy or download it again"),
+        ("a.bin", b"?", "--eval_data_path .*a.bin: expected a folder"),
+        ("a.txt", b"my dog.png a\n", "spaces separate cells; write .csv"),
+        ("a.csv", b"image,label\na\\1.png,x\n", "paths need / in place of"),
+    ],
+)
+def test_messages_name_the_fix(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content if name != "a.txt" else b"1.png a\n" + content)
+    with pytest.raises(UserError, match=said):
+        open_images("auto", DatasetSpec("x", str(tmp_path / name)), False)
+
+
+def write_parquet(path: Path, labels: list, names: list[str], lists: bool = True) -> Path:
+    """Write images with (lists of) numbers of named classes, as Hugging Face does."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    label = {"names": names, "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}}
+    features["labels"] = {"feature": label, "_type": "Sequence"} if lists else label
+    images = [{"bytes": png(n), "path": f"{n}.png"} for n in range(len(labels))]
+    table = pyarrow.table({"image": images, "labels": labels})
+    about = json.dumps({"info": {"features": features}})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": about}), path)
+    return path
+
+
+def test_lists_of_named_classes_are_several_labels(tmp_path):
+    """Lists of one number each were one class, or a yes or no."""
+    path = write_parquet(tmp_path / "a.parquet", [[0], [1], [1], [0]], ["cat", "dog", "emu"])
+    for kind in (None, "multi"):
+        data = open_images("auto", DatasetSpec(str(path), kind=kind), True)
+        assert (data.kind, list(data.classes)) == ("multi", ["cat", "dog", "emu"])
+        assert data.targets.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 0, 0]]
+    with pytest.raises(UserError, match="labels holds lists of classes; use --task multi_label"):
+        open_images("auto", DatasetSpec(str(path), kind="class"), True)
+    for wrong in ([[0], [3]], [[0], [-1]]):
+        write_parquet(path, wrong, ["cat", "dog", "emu"])
+        with pytest.raises(
+            UserError, match="1.png: labels is (3|-1), expected numbers from 0 to 2"
+        ):
+            open_images("auto", DatasetSpec(str(path)), True)
+
+
+@pytest.mark.parametrize(
+    ("source", "flag", "said"),
+    [
+        ("photos.zip", "--split_column x", "--split_column: .* has no columns; drop it"),
+        ("x.tar", "--image_root x", "--image_root: .* holds the images itself; drop it"),
+        ("x.tar", "--image_column x", "--image_column: .* holds the images itself; drop it"),
+    ],
+)
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_flags_of_columns_are_never_ignored(source, flag, said, script, photos, tmp_path):
+    pack_zip(photos, tmp_path / "photos.zip", names_of(photos))
+    records = {f"{n}.cls": b"0" if n else b"1" for n in range(4)}
+    write_tar(tmp_path / "x.tar", {**{f"{n}.png": png(n) for n in range(4)}, **records})
+    words = ["--data_path", str(tmp_path / source), *flag.split(), "--num_workers", "0"]
+    parser = getattr(options, f"{script}_parser")()
+    args = options.parse(parser, [*words, *["--aa", "none"] * (script == "finetune")])
+    build = partial(datasets.build_dataset, True)
+    build = build if script == "finetune" else datasets.build_pretrain_dataset
+    with pytest.raises(UserError, match=said if script == "finetune" else "drop it"):
+        build(args)
+
+
+def test_shares_of_sources_cannot_change_within_an_epoch():
+    saved, now = ({"data_path": f"a:{share},b:0.5"} for share in (0.5, 0.7))
+    assert len(compare_args(saved, now, "it.pth")) == 1
+    with pytest.raises(UserError, match="--data_path a:0.5,b:0.5 and cannot resume with"):
+        compare_args(saved, now, "it.pth", in_epoch=True)
+    moved = {"data_path": "/new/a:0.5,/new/b:0.5"}
+    assert len(compare_args(saved, moved, "it.pth", in_epoch=True)) == 1
