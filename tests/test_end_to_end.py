@@ -357,7 +357,7 @@ def insects(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, insects) -> Path:
     """A run on them, with a normalization and a size of its own, as a relative path."""
     folder = tmp_path_factory.mktemp("trained")
-    words = ["--model", "tests.tiny:classifier", *SMALL, "--aa", "none", "--lr", 0.03]
+    words = ["--model", "tests.tiny:classifier", *SMALL, "--aa", "none", "--lr", 0.02]
     words += ["--input_size", 20, 24, "--imagenet_default_mean_and_std", "false"]
     words += ["--data_path", insects.name, "--output_dir", folder, "--epochs", 3]
     run("main_finetune.py", *words, cwd=insects.parent)

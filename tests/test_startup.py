@@ -31,6 +31,8 @@ SCRIPTS = [
     "benchmarks/startup.py",
     "benchmarks/step.py",
 ]
+OWN_FLAGS = {"pack.py": "--verify", "export.py": "--opset"}  # of scripts without --device
+OWN_FLAGS |= {f"benchmarks/{name}.py": "--photos" for name in ("loader", "loader_threads")}
 HEAVY = {
     "torch",
     "torchvision",
@@ -66,9 +68,7 @@ def test_imported_modules_are_seen():
 def test_help_loads_nothing_heavy(script):
     code, out, loaded = start(script, "--help")
     assert code == 0
-    own = {"export.py": "--opset", "pack.py": "--verify"}
-    own |= dict.fromkeys(("benchmarks/loader.py", "benchmarks/loader_threads.py"), "--photos")
-    assert own.get(script, "--device") in out
+    assert OWN_FLAGS.get(script, "--device") in out
     assert out.count(":\n") >= (1 if script.startswith("benchmarks") else 2)  # groups of flags
     assert loaded & HEAVY == set()
 
