@@ -9,6 +9,7 @@ import json
 import shlex
 import shutil
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from data_loading.tables import Columns
 from datasets import build_datasets, build_weights, create_dataset
 from errors import UserError
 from tests import tiny
+from tests.groups import start_script
 from training import run_lock
 
 CLASSES = ("ant", "ant-2", "bee.1")
@@ -391,10 +393,29 @@ def test_interrupted_pack_equals_an_uninterrupted_one(after, size, both, tmp_pat
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "broken").glob("*.tar")}
     pack.main(args[1])
     assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
-    for name, time in before.items():  # was not written again
-        assert (tmp_path / "broken" / name).stat().st_mtime_ns == time
+    for name, changed in before.items():  # was not written again
+        assert (tmp_path / "broken" / name).stat().st_mtime_ns == changed
     listed = (tmp_path / "whole" / "bad_images.txt").read_text().splitlines()
     assert [line.split("\t")[0].rpartition("/")[2] for line in listed] == ["5.png", "9.png"]
+
+
+@pytest.mark.slow
+def test_killed_pack_continues(tmp_path):
+    """After a kill there is half a shard, and the lock of a process that is gone."""
+    words = ["nothing", tmp_path / "out", "--data_set", "tests.tiny:stalls", "--shard_size", 4]
+    words += ["--num_workers", 0, "--part", "train"]
+    output = tmp_path / "output.txt"
+    # All 26 images are read for the estimate, then a batch of 16, and 4 of the next one.
+    (process,) = start_script("pack.py", words, [(output, output)], {"STALL": "train:46"})
+    while process.is_alive() and "asleep" not in (output.exists() and output.read_text() or ""):
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"train-000002.tar", "train-000003.tar.part", "pack.json"}
+    packed(*words)
+    packed(words[0], tmp_path / "whole", *words[2:])
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_number_of_processes_changes_no_byte(both, tmp_path):
