@@ -174,16 +174,16 @@ def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
         old, finished = held["plan"], bool(held["parts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dest / packs.NAME} is damaged ({error}); {packs.REMEDY}") from error
-    different = [name for name in plan if plan[name] != old.get(name)]
-    if different == ["parts"]:
-        raise UserError(
-            f"{dest} is a pack of other images or labels than {describe(plan['parts'])}; give "
-            "another DEST, or delete it"
-        )
+    different = [n for n in plan if n != "parts" and plan[n] != old.get(n)]
     if different:
         found = [f"--{n} {as_typed(old.get(n))}, now {as_typed(plan[n])}" for n in different]
         raise UserError(
             f"{dest} was begun with {first_few(found)}; give the same flags, or another DEST"
+        )
+    if plan["parts"] != old["parts"]:
+        raise UserError(
+            f"{dest} is a pack of other images or labels than {describe(plan['parts'])}; give "
+            "another DEST, or delete it"
         )
     return finished
 

@@ -40,7 +40,7 @@ def shard_size(text: str) -> tuple[int | None, int | None]:
 
 def size_text(images: int | None, size: int | None) -> str:
     """Write the limit of a shard as `shard_size` reads it."""
-    return str(images) if size is None else f"{size / 10**6:g}MB"
+    return str(images) if size is None else f"{size // 10**6}MB"
 
 
 # fmt: off
@@ -88,6 +88,8 @@ def pack_problems(args: argparse.Namespace, defaults: Mapping[str, Any]) -> Iter
     for name in OF_ENCODING:
         if values[name] is not None and args.size is None:
             yield f"--{name} is for resized images; give --size too, or drop it"
+    if args.label_files and args.data_set == "folder":
+        yield "--label_files is for labels, and --data_set folder has none; drop one"
     if args.unlabeled:
         for name in ("label_column", "task", "label_files"):
             if name in given:

@@ -595,6 +595,8 @@ def test_other_flags_or_images_are_refused(photos, tmp_path):
     with pytest.raises(UserError, match="begun with --shard_size 1000MB, now 5; give the same"):
         packed(photos, tmp_path / "out", "--size", 12, "--shard_size", 5)
     draw(photos / "ant" / "77.png", 1)
+    with pytest.raises(UserError, match="was begun with --size 12, now 10; give the same flags"):
+        packed(photos, tmp_path / "out", "--size", 10)
     with pytest.raises(UserError, match="a pack of other images or labels than images: 13 images"):
         packed(photos, tmp_path / "out", "--size", 12)
 
@@ -636,6 +638,7 @@ def test_disk_that_becomes_full_keeps_finished_shards(photos, tmp_path, monkeypa
         ("photos", "DEST is missing; give the folder of the pack"),
         ("photos --verify --size 3", "--size is for packing; drop it, or give DEST"),
         ("photos out --quality 80", "--quality is for resized images; give --size too"),
+        ("photos out --data_set folder --label_files", "--label_files is for labels, and --data"),
         ("photos out --unlabeled --label_files", "--label_files is for labels, and --unlabeled"),
         ("photos out --unlabeled --task regression", "--task is for labels, and --unlabeled"),
     ],
