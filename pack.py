@@ -152,6 +152,7 @@ def make_plan(parts: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
         "shard_size": size_text(*args.shard_size),
     }
     plan |= {"on_bad_image": args.on_bad_image, "unlabeled": args.unlabeled}
+    plan["label_files"] = args.label_files
     plan["parts"] = {}
     for part, data in parts.items():
         about: dict[str, Any] = {"images": len(data), "classes": class_names(data)}
@@ -173,16 +174,16 @@ def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
         old, finished = held["plan"], bool(held["parts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dest / packs.NAME} is damaged ({error}); {packs.REMEDY}") from error
-    different = [name for name in plan if plan[name] != old.get(name)]
-    if different == ["parts"]:
-        raise UserError(
-            f"{dest} is a pack of other images or labels than {describe(plan['parts'])}; give "
-            "another DEST, or delete it"
-        )
+    different = [n for n in plan if n != "parts" and plan[n] != old.get(n)]
     if different:
         found = [f"--{n} {as_typed(old.get(n))}, now {as_typed(plan[n])}" for n in different]
         raise UserError(
             f"{dest} was begun with {first_few(found)}; give the same flags, or another DEST"
+        )
+    if plan["parts"] != old["parts"]:
+        raise UserError(
+            f"{dest} is a pack of other images or labels than {describe(plan['parts'])}; give "
+            "another DEST, or delete it"
         )
     return finished
 
@@ -201,13 +202,15 @@ class PartJob:
         self.kind = None if args.unlabeled else getattr(data, "kind", None)
         if not (self.is_listed or args.unlabeled):
             self.kind = self.kind or known_kind(vars(args)) or "class"
-        self.count = len(class_names(data) or ()) or None
+        self.classes = class_names(data)
         self.first = first_of_each(data)
         self.numbers = np.flatnonzero(self.first == np.arange(len(data)))  # to write
         names = data.encoded_names() if self.is_listed else [b"%08d" % n for n in range(len(data))]
         self.names = Names.pack(names)
         own = names if len(self.numbers) == len(names) else [names[n] for n in self.numbers]
-        self.members = member_names(own, args.size is not None)
+        self.has_files = args.label_files
+        by_stem = args.size is not None or args.label_files
+        self.members = member_names(own, by_stem, dots=not args.label_files)
         self.writer = PartWriter(dest, part, args.shard_size)
 
     @property
@@ -223,7 +226,8 @@ class PartJob:
         chosen = rest[np.unique(np.linspace(0, len(rest) - 1, SAMPLES).astype(int))]
         items = [self.images[0, int(number)] for number in chosen]
         sizes = [len(self._read(item).content) for item in items if not is_bad(item)]
-        blocks = [1 + math.ceil(size / BLOCK) for size in sizes]  # with a header
+        more = 3 if self.has_files else 1  # a header, perhaps also a .json file with its own
+        blocks = [more + math.ceil(size / BLOCK) for size in sizes]
         return int(MARGIN * BLOCK * np.mean(blocks or [0]) * len(rest))
 
     def _read(self, item: Any) -> Encoded:
@@ -258,7 +262,21 @@ class PartJob:
         image = self._read(item)
         if not self.is_listed:
             image = image._replace(label=self._plain(image.label, number))
-        return self.writer.add(number, self.members[place], image)
+        label = self._label_file(number, image.label) if self.has_files else ""
+        return self.writer.add(number, self.members[place], image, label)
+
+    def _label_file(self, number: int, label: Any) -> str:
+        """Return the label of an image as JSON: its class, its classes, or its numbers by name."""
+        label = self.data.targets[number] if self.is_listed else label
+        names = self.classes
+        if self.kind == "class":
+            return json.dumps({"label": names[label] if names else int(label)})
+        row = np.asarray(label).reshape(-1).tolist()
+        names = names or [str(place) for place in range(len(row))]
+        pairs = zip(names, row, strict=True)
+        if self.kind == "multi":
+            return json.dumps({"labels": [name for name, value in pairs if value]})
+        return json.dumps(dict(pairs))
 
     def _plain(self, label: Any, number: int) -> Any:
         """Return the label of an image as an int, or a list of numbers, to be stored."""
@@ -266,9 +284,9 @@ class PartJob:
             return None
         try:
             if self.kind == "class":
-                return check_label(label, self.count or MOST_CLASSES)
+                return check_label(label, len(self.classes or ()) or MOST_CLASSES)
             row = np.asarray(label, np.float64).reshape(-1)
-            return check_row(row, self.kind, self.count or len(row)).tolist()
+            return check_row(row, self.kind, len(self.classes or row)).tolist()
         except (UserError, TypeError, ValueError) as error:
             hint = "; or pack the images without labels: --unlabeled"
             raise UserError(f"{self.images.name_of(number)}: {error}{hint}") from error
@@ -296,7 +314,7 @@ class PartJob:
         kept = np.flatnonzero(place >= 0)
         arrays = {name: array[place[kept]] for name, array in places.items()}
         arrays |= {name: array[kept] for name, array in self._values(kept).items()}
-        metadata = {"classes": class_names(self.data) if self.kind else None, "kind": self.kind}
+        metadata = {"classes": self.classes if self.kind else None, "kind": self.kind}
         names = self.names if len(kept) == len(self.names) else self.names.take(kept)
         return self.writer.finish_part(names, arrays, metadata)
 

@@ -40,7 +40,7 @@ def shard_size(text: str) -> tuple[int | None, int | None]:
 
 def size_text(images: int | None, size: int | None) -> str:
     """Write the limit of a shard as `shard_size` reads it."""
-    return str(images) if size is None else f"{size / 10**6:g}MB"
+    return str(images) if size is None else f"{size // 10**6}MB"
 
 
 # fmt: off
@@ -54,6 +54,8 @@ PACK = (
      "images per shard, or size with MB or GB"),
     ("--part", ("all", "train", "val"), "all", "images to pack: for training, evaluation or both"),
     ("--unlabeled", BOOL, False, "pack without labels, as for pre-training"),
+    ("--label_files", BOOL, False,
+     "add a .json file with the label to each image, for other programs that read WebDataset"),
     ("--verify", BOOL, False, "compare a pack with its checksums, and decode each image"),
 )
 DRAWING = (
@@ -77,8 +79,8 @@ PACK_TEXTS = {
 }
 OF_ENCODING = ("format", "quality")  # flags that need --size
 OF_PACKING = """
-size format quality shard_size part unlabeled data_set image_column image_root split_column
-label_column weight_column task on_bad_image
+size format quality shard_size part unlabeled label_files data_set image_column image_root
+split_column label_column weight_column task on_bad_image
 """
 
 
@@ -93,7 +95,9 @@ def pack_problems(args: argparse.Namespace, defaults: Mapping[str, Any]) -> Iter
     for name in OF_ENCODING:
         if values[name] is not None and args.size is None:
             yield f"--{name} is for resized images; give --size too, or drop it"
+    if args.label_files and args.data_set == "folder":
+        yield "--label_files is for labels, and --data_set folder has none; drop one"
     if args.unlabeled:
-        for name in ("label_column", "task"):
+        for name in ("label_column", "task", "label_files"):
             if name in given:
                 yield f"--{name} is for labels, and --unlabeled drops them; drop one"

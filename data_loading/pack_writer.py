@@ -30,17 +30,24 @@ UNFINISHED = ".part"  # behind the name of the shard that is being written
 TEXT = ("utf-8", "surrogateescape")  # names of files may be any bytes
 
 
-def member_names(names: Sequence[bytes], by_stem: bool) -> list[str]:
+def member_names(names: Sequence[bytes], by_stem: bool, dots: bool = True) -> list[str]:
     """Return names of members of a tar file, each once: `a/1.jpg` becomes `a/1-2.jpg` if need be.
 
     They are names without what has no meaning in a path, and without a leading /, as `tar` stores
-    them. by_stem: they differ without their extensions too. UserError for names with '..'.
+    them. by_stem: they differ without their extensions too. dots: False for names whose only dot,
+    in their last part, is that of the extension. UserError for names with '..'.
     """
     cleaned = [
         "/".join(part for part in os.fsdecode(name).split("/") if part not in ("", "."))
         for name in names
     ]
-    outside = [name for name in cleaned if ".." in name.split("/")]
+    if not dots:  # WebDataset takes what follows the first one for the extension
+        parts = [(*os.path.split(name), os.path.splitext(name)[1]) for name in cleaned]
+        cleaned = [
+            os.path.join(folder, base.removesuffix(end).replace(".", "_") + end)
+            for folder, base, end in parts
+        ]
+    outside = [os.fsdecode(name) for name in names if b".." in name.split(b"/")]
     if outside:
         raise UserError(
             f"{plural(len(outside), 'name')} of {len(names)} lead out of the folder of the images: "
@@ -137,8 +144,11 @@ class PartWriter:
         """Note a bad image."""
         self.bad[number] = reason
 
-    def add(self, number: int, name: str, image: Encoded) -> bool:
-        """Add an image; returns True if a shard was finished before it."""
+    def add(self, number: int, name: str, image: Encoded, label: str = "") -> bool:
+        """Add an image, and a .json file with its label if there is one.
+
+        Returns True if a shard was finished before it.
+        """
         finishes = self._is_full(len(image.content))
         if finishes:
             self.finish(number)
@@ -149,6 +159,8 @@ class PartWriter:
             name = os.path.splitext(name)[0] + image.extension
         self.record["images"].append(number)
         self.record["blocks"].append(self.shard.add(name, image.content))
+        if label:
+            self.shard.add(f"{os.path.splitext(name)[0]}.json", label.encode())
         self.record["sizes"].append(len(image.content))
         self.record["crcs"].append(zlib.crc32(image.content))
         self.record["labels"].append(image.label)

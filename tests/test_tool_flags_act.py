@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -298,6 +299,8 @@ PACK: dict[str, Row] = {
         "--part val", "parts", ["train", "val"], ["val"], f"--split_column part {ROOTED}",
     ),
     "unlabeled": ("--unlabeled", "kind", "class", None, ROOTED),
+    "label_files": ("--label_files", "members", ["0.png", "1.png"],
+        ["0.json", "0.png", "1.json", "1.png"], ROOTED),
     "verify": ("--verify", "verified", False, True, ROOTED),
     "data_set": (
         "--data_set table", "kind", "refused", "class", f"SOURCE=rows.rows {ROOTED}",
@@ -350,6 +353,7 @@ def look_at_pack(words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> d
         "formats": [image.format for image in images],
         "is_small": max(len(data.read(number)) for number in range(len(data))) < 500,
         "shards": len(first["shards"]),
+        "members": sorted(tarfile.open(folder / first["shards"][0]["name"]).getnames()),
         "parts": list(about),
         "kind": data.kind,
         "names": list(data.names),
