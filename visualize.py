@@ -91,8 +91,8 @@ def save_picture(picture: Image.Image, path: str) -> None:
 def draw_data(args: argparse.Namespace) -> None:
     """Draw the images that a training script would see with these flags."""
     init_distributed_mode("cpu")
-    source = vars(args).get("finetune") or args.resume
-    if source:
+    typed = [getattr(args, name) for name in ("finetune", "resume") if name in args.typed]
+    if source := next(filter(None, typed), ""):  # the flags of a file are complete
         args = inherit_flags(args, read_pretrained(source).saved)
     preview = build_preview(args, args.num_images, args.num_epochs)
     save_picture(draw_preview(preview), args.output)

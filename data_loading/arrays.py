@@ -75,6 +75,8 @@ def to_pixels(sample: Any, in_chans: int, value_range: Range = None) -> Tensor:
         sample = sample.read(in_chans, value_range)
     if isinstance(sample, Image.Image) and (in_chans not in MODES or value_range):
         sample = _all_channels(sample, in_chans)
+    if isinstance(sample, Tensor) and sample.dtype == torch.uint8 and value_range == BYTE:
+        return decode(sample, in_chans)
     if isinstance(sample, Tensor) and value_range and sample.ndim == 3:
         values = sample.float() if sample.is_floating_point() else sample
         return _convert(values.permute(1, 2, 0).numpy(), in_chans, value_range)

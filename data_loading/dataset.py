@@ -73,7 +73,7 @@ class TransformedDataset(Dataset):
 
     def map_values(self, value_range: Sequence[float] | None) -> "TransformedDataset":
         """Map these two values to 0 and 1, and those between; returns the dataset itself."""
-        self.value_range = value_range
+        self.value_range = None if value_range is None else tuple(value_range)
         return self
 
     def decode_fast(self, wanted: bool = True) -> "TransformedDataset":

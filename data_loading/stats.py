@@ -169,6 +169,8 @@ def describe_classes(dataset: Any) -> str:
     else:
         return f"classes  {len(names)}" if names else "classes  the data lists no labels"
     titles = names or [*map(str, range(len(counts)))]
+    if counts.min() == counts.max():
+        return f"classes  {len(counts)}, {plural(int(counts[0]), 'image')} each"
     few, many = int(counts.argmin()), int(counts.argmax())
     return (
         f"classes  {len(counts)}: rarest {titles[few]} ({plural(int(counts[few]), 'image')}), "

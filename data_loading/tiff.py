@@ -25,7 +25,7 @@ COMPRESSIONS |= {50000: "Zstandard"}
 DEFLATE, BY_IMAGECODECS = (8, 32946), (5, 50000)
 DEFLATE_RATIO = 1032  # at most so many bytes unpack from one
 WHITE_IS_ZERO, PHOTOMETRIC = 0, (0, 1, 2)  # gray in two directions, RGB; all with other channels
-OF_ONE_FILE = {"shaped", "imagej", "uniform"}  # what tifffile may look for in a file
+AXES = {"YXS": True, "SYX": False, "CYX": False}  # channels last? For others the shape tells
 ORIENTATION = 274
 
 
@@ -44,17 +44,15 @@ def read_tiff(data: bytes) -> Raster:
     file, or for one that could unpack to more than 1 GiB.
     """
     tifffile = _import_tifffile()
-    others = {f"is_{name}": False for name in tifffile.TIFF.FILE_FLAGS - OF_ONE_FILE}
-    try:  # without other formats based on TIFF, of which some open further files
-        with tifffile.TiffFile(io.BytesIO(data), **others) as file:
+    try:  # the XML of an OME file is not parsed: it may name further files
+        with tifffile.TiffFile(io.BytesIO(data), is_ome=False) as file:
             series = file.series[0]
             _check(series, data)
             array, first = series.asarray(maxworkers=1), series.keyframe
             if first.photometric == WHITE_IS_ZERO and array.dtype.kind == "u":
                 array = np.iinfo(array.dtype).max - array
             tag = first.tags.get(ORIENTATION)
-            is_last = True if series.axes.endswith("YXS") else None
-            is_last = False if series.axes.endswith("YX") else is_last
+            is_last = AXES.get(series.axes)
             return Raster(array, is_last, int(tag.value) if tag else 1)
     except (UserError, MemoryError):
         raise

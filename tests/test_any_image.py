@@ -2,6 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Whole runs with images of 1, 4 and 12 channels, 16 bits and floats, from a folder."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import main_pretrain
 import visualize
 from config import parser as options
 from errors import UserError
+from tests.groups import run_script
 from training import run_lock
 
 SIZES = "--input_size 16 --stem_stride 1 --batch_size 4 --num_workers 0 --device cpu --epochs 1 "
@@ -79,6 +81,20 @@ def test_runs_train_evaluate_and_draw_any_image(kind, tmp_path, monkeypatch, cap
     visualize.main(options.visualize_parser().parse_args(words.split()))
     assert Path("a.png").stat().st_size > 1000
     assert list(Path("pre/reconstructions").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_visualize_is_a_script_of_several_commands(tmp_path):
+    """The mean and std that it prints are flags that a training script takes."""
+    write(tmp_path / "set", "12 channels, 16 bits")
+    own = ["--data_path", tmp_path / "set", "--in_chans", 12, "--value_range", 0, 10_000]
+    run_view = partial(run_script, "visualize.py", ranks=1, folder=tmp_path)
+    said = run_view("stats", *own, "--num_workers", 2)
+    flags = next(line for line in said.splitlines() if line.startswith("--mean")).split()
+    picture = tmp_path / "seen.png"
+    words = [*own, *flags, "--input_size", 16, "--stem_stride", 1, "--output", picture]
+    assert "4 images in 4 epochs" in run_view("data", *words)
+    assert picture.stat().st_size > 1000
 
 
 def scan(data_path: str, train: bool) -> list:

@@ -212,7 +212,7 @@ VISUALIZE: dict[str, Row] = {
     ),
     "value_range": (
         "--value_range 0 510", lambda found: found.drawing.loader.loader.dataset.value_range,
-        None, [0.0, 510.0],
+        None, (0.0, 510.0),
     ),
     "num_images": ("--num_images 3", images, 8, 3),
     "split": ("--split val", data, 26, 7),

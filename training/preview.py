@@ -28,6 +28,7 @@ from models.fcmae import random_mask, visible_patches
 from optim_factory import choose_update_freq, count_steps
 from training.pictures import GRAY, INK, MIN_WIDTH, as_rgb, scale_to_show
 
+ROUNDING = 1e-5  # of a normalized number in float32
 SHARE = 0.005  # of a class in a mixed label, below which it is not named
 
 
@@ -68,14 +69,20 @@ def build_preview(args: Any, count: int, epochs: int) -> Preview:
         caption += f"; gray patches are hidden, --mask_ratio {args.mask_ratio:g}"
     columns = list(cells)
     rows = sorted(columns[0]) if mixup is None else list(columns[0])
-    names = [dataset.name_of(row).removeprefix("image ") for row in rows]
-    preview = Preview(names, caption)
+    preview = Preview([name_row(dataset, row) for row in rows], caption)
     missing = None, "not in this epoch"
     for row in rows:
         found = [column.get(row, missing) for column in columns]
         preview.images.append([image for image, _ in found])
         preview.texts.append([text for _, text in found])
     return preview
+
+
+def name_row(dataset: TransformedDataset, index: int) -> str:
+    """Return the last three parts of the path of an image, or `image number 7`."""
+    name = dataset.name_of(index)
+    is_file = not name.startswith("image number ")
+    return "/".join(name.removeprefix("image ").split("/")[-3:]) if is_file else name
 
 
 Cells = dict[int, tuple[Tensor, str]]  # number of an image -> what is seen of it, and its text
@@ -173,16 +180,17 @@ def describe_label(dataset: TransformedDataset, label: Tensor) -> str:
     if dataset.targets.scale is not None:
         mean, std = dataset.targets.scale.tensors()
         label = label.double() * std + mean
+        label = torch.where(label.abs() < ROUNDING * std, 0.0, label)
     return ", ".join(f"{value:.4g}" for value in label.tolist())
 
 
 def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: float) -> str:
-    """Return the classes of a mixed label (K,) and their shares, without label smoothing."""
+    """Return lines of the classes of a mixed label (K,) and their shares without smoothing."""
     if dataset.kind == "class":
         label = (label - smoothing / len(label)) / (1 - smoothing)
     shares = sorted(((share, place) for place, share in enumerate(label.tolist())), reverse=True)
     names = dataset.classes or [f"class {place}" for place in range(len(label))]
-    return ", ".join(f"{names[place]} {share:.2f}" for share, place in shares if share > SHARE)
+    return "\n".join(f"{names[place]} {share:.2f}" for share, place in shares if share > SHARE)
 
 
 def draw_preview(preview: Preview) -> Image.Image:
@@ -194,8 +202,8 @@ def draw_preview(preview: Preview) -> Image.Image:
     height, width = (side * enlarged for side in first.shape[1:])
     size = max(12, min(width, 2 * MIN_WIDTH) // 10)  # of the font
     line, gap = round(1.6 * size), size // 2
-    has_texts = any(text for row in preview.texts for text in row)
-    row_height = line + height + line * has_texts + gap
+    below = max(len(text.splitlines()) for row in preview.texts for text in row)
+    row_height = line + height + line * below + gap
     columns = len(preview.images[0])
     whole, font = gap + columns * (width + gap), ImageFont.load_default(size)
     letters = int((whole - 2 * gap) / font.getlength("abcdefghij") * 10)
@@ -214,21 +222,17 @@ def draw_preview(preview: Preview) -> Image.Image:
         write(f"epoch {column + 1}", middle, gap, width, "mt")
     for number, images in enumerate(preview.images):
         top = line + gap + number * row_height
-        write(shorten(preview.names[number]), gap, top, whole - 2 * gap)
+        write(preview.names[number], gap, top, whole - 2 * gap)
         for column, image in enumerate(images):
             left = gap + column * (width + gap)
             if image is not None:
                 cell = to_pil_image(image).resize((width, height), Image.Resampling.NEAREST)
                 canvas.paste(cell, (left, top + line - gap // 2))
-            write(preview.texts[number][column], left, top + line + height, width)
+            for place, text in enumerate(preview.texts[number][column].splitlines()):
+                write(text, left, top + line * (place + 1) + height, width)
     for number, text in enumerate(caption):
         write(text, gap, bottom + line * number, whole - 2 * gap)
     return canvas
-
-
-def shorten(path: str) -> str:
-    """Return the last three parts of a path."""
-    return "/".join(path.split("/")[-3:])
 
 
 def describe(preview: Preview) -> str:

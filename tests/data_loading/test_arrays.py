@@ -69,6 +69,9 @@ STORED = {
     "pages": lambda a: as_tiff(a, photometric="minisblack"),
     "planes": lambda a: as_tiff(a, photometric="minisblack", planarconfig="separate"),
     "samples": lambda a: as_tiff(a.transpose(1, 2, 0).copy(), **CONTIG),
+    "pages of a row": lambda a: as_tiff(a.transpose(1, 2, 0).copy(), photometric="minisblack"),
+    "ImageJ": lambda a: as_tiff(a, imagej=True, metadata={"axes": "CYX"}),
+    "OME": lambda a: as_tiff(a, ome=True, photometric="minisblack", metadata={"axes": "CYX"}),
     "Deflate": lambda a: as_tiff(a.transpose(1, 2, 0).copy(), compression="zlib", **CONTIG),
     "tiles": lambda a: as_tiff(
         a, tile=(16, 16), compression="zlib", predictor=True, photometric="minisblack"
@@ -283,6 +286,23 @@ def test_cut_and_odd_tiff_files_are_bad_images():
     assert read(file.getvalue(), 3).shape == (3, 16, 16)
     with pytest.raises(BadImage, match="compression is JPEG"):
         read(file.getvalue(), 3, (0, 255))
+
+
+def test_file_of_a_set_of_ome_files_is_an_image_of_its_own(tmp_path, monkeypatch):
+    """No other file is opened, although any name can stand there."""
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "secret.tif", values(1)[0])
+    part = '<TiffData FirstC="{}" IFD="0"><UUID FileName="{}">urn:uuid:{}</UUID></TiffData>'
+    parts = part.format(0, "a.tif", 1) + part.format(1, tmp_path / "secret.tif", 2)
+    text = f"""<?xml version="1.0"?>
+        <OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels
+        ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="{WIDTH}" SizeY="{HEIGHT}"
+        SizeC="2" SizeZ="1" SizeT="1">{parts}</Pixels></Image></OME>"""
+    data = as_tiff(values(1)[0], photometric="minisblack", description=text, metadata=None)
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda *words, **more: opened.append(words))
+    assert read(data, 1, (0, 65_535)).shape == (1, HEIGHT, WIDTH)
+    assert opened == []
 
 
 def test_tiff_without_tifffile_names_the_package(monkeypatch):

@@ -112,3 +112,5 @@ def test_classes_of_rows_are_counted():
     data.kind, data.targets = "multi", torch.tensor([[1, 0, 1]] * 3 + [[0, 1, 1]])
     text = "classes  3: rarest green (1 image), most common blue (4 images)"
     assert describe_classes(data) == text
+    data.targets = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    assert describe_classes(data) == "classes  3, 2 images each"

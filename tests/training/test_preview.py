@@ -57,7 +57,7 @@ def test_pretraining_masks_and_crops_are_those_of_the_run(monkeypatch):
                 torch.testing.assert_close(image, expected)
                 compared += 1
     assert compared == 2 * 24
-    assert shown.names[7] == "number 7"
+    assert shown.names[7] == "image number 7"
     assert "--mask_ratio 0.6" in shown.caption
 
 
@@ -128,3 +128,15 @@ def test_picture_that_cannot_be_written_is_an_error(tmp_path):
     words = f"{COMMON} --model tests.tiny:fcmae --output {tmp_path}/file/a.png"
     with pytest.raises(UserError, match="cannot write --output"):
         visualize.draw_data(views.parse_data(words.split()))
+
+
+def test_numbers_are_those_of_the_data(tmp_path):
+    """They are normalized for training, and 0 came back as 1.034e-06."""
+    for number in range(4):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png,{number * 10},{number / 7}" for number in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,x,y", *rows]))
+    words = f"--data_path {tmp_path}/t.csv --task regression --label_column x y --input_size 32"
+    shown = preview.build_preview(views.parse_data(words.split()), 4, 1)
+    assert [text for (text,) in shown.texts] == ["0, 0", "10, 0.1429", "20, 0.2857", "30, 0.4286"]
+    assert shown.names[2].endswith("/2.png")
