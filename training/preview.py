@@ -18,15 +18,18 @@ from torchvision.transforms.functional import to_pil_image
 
 import datasets
 from config.flags import is_pretraining
+from config.sizes import describe_sizes
 from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
+from data_loading.mixing import build_mixup
 from data_loading.rng import mask_noise, seed_all
 from data_loading.workers import WatchedLoader
 from errors import UserError, plural
 from models import build_fcmae
 from models.fcmae import random_mask, visible_patches
-from optim_factory import choose_update_freq, count_steps
+from optim_factory import choose_update_freq
 from training.pictures import GRAY, INK, MIN_WIDTH, as_rgb, scale_to_show
+from training.steps import build_steps
 
 ROUNDING = 1e-5  # of a normalized number in float32
 SHARE = 0.005  # of a class in a mixed label, below which it is not named
@@ -56,9 +59,8 @@ def build_preview(args: Any, count: int, epochs: int) -> Preview:
         dataset = datasets.build_pretrain_dataset(args)
     else:
         dataset, nb_classes = datasets.build_dataset(True, args)
-        mixup = datasets.build_mixup(args, nb_classes, dataset.kind)
-    count, height_width = min(count, len(dataset)), " x ".join(map(str, args.input_size))
-    caption = f"{height_width} pixels, --seed {args.seed}"
+        mixup = build_mixup(args, nb_classes, dataset.kind)
+    count, caption = min(count, len(dataset)), f"{describe_sizes(args)}, --seed {args.seed}"
     if mixup is not None:
         cells = _mixed(dataset, mixup, args, count, epochs)
         caption += "; mixed, with the shares of the classes"
@@ -131,7 +133,7 @@ def _mixed(
     loader = datasets.build_loader(dataset, True, args, "cpu")
     given = args.update_freq, args.effective_batch
     update_freq = choose_update_freq(*given, args.batch_size, 1)
-    steps = count_steps(len(loader), update_freq)
+    steps = build_steps(args, loader, update_freq)
     wanted: list[int] = []
     for epoch in range(epochs):
         found: Cells = {}
@@ -141,9 +143,9 @@ def _mixed(
             if not set(wanted) & set(numbers):
                 continue
             images, labels, _ = loader.reload(epoch, torch.tensor(ids))
-            step = epoch * steps + number // update_freq
+            step = steps.before(epoch) + number // update_freq
             seed_all(args.seed, step, number % update_freq, 0)  # as engine_finetune.py
-            images, labels = mixup(images, labels)
+            images, labels = mixup(images, labels, epoch)
             shown = to_show(images, mean, std)
             for place, index in enumerate(numbers):
                 if index in wanted and index not in found:
@@ -157,9 +159,9 @@ def _mixed(
 def _batches(loader: DeviceLoader, epoch: int) -> Iterator[list[int]]:
     """Yield the numbers of the images of each full batch of an epoch."""
     loader.set_epoch(epoch)
-    keys = iter(loader.loader.sampler)
-    while len(batch := [index for _, index in islice(keys, loader.loader.batch_size)]):
-        if len(batch) == loader.loader.batch_size:
+    keys, size = iter(loader.loader.sampler), loader.loader.batch_sizes.at(epoch)
+    while len(batch := [index for _, index in islice(keys, size)]):
+        if len(batch) == size:
             yield batch
 
 

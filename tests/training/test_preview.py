@@ -65,19 +65,21 @@ def test_mixed_images_and_labels_are_those_of_the_run(monkeypatch):
     mixing = "--model tests.tiny:classifier --mixup 0.8 --cutmix 1 --batch_size 4 --update_freq 2"
     words = f"{COMMON} {TRAIN} {mixing} --disable_eval"
     seen = []
-    real = datasets.build_mixup
+    real = main_finetune.build_mixup
 
     def build(*args):
         mixup = real(*args)
 
-        def record(images, labels):
-            mixed = mixup(images, labels)
+        def record(images, labels, epoch):
+            mixed = mixup(images, labels, epoch)
             seen.append([x.clone() for x in mixed])
             return mixed
 
+        record.is_on = mixup.is_on
         return record
 
-    monkeypatch.setattr(datasets, "build_mixup", build)
+    monkeypatch.setattr(main_finetune, "build_mixup", build)
+    monkeypatch.setattr(preview, "build_mixup", build)
     main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
     training, seen[:] = list(seen), []
     args = views.parse_data(f"{COMMON} {mixing}".split())
