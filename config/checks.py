@@ -148,8 +148,6 @@ def _data_problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("data_index", "ram_cache"):
         if values[name] and args.data_set not in flags.LISTED:
             yield f"--{name} is for image files, not for --data_set {args.data_set}; drop it"
-    if values["decode"] == "fast" and values.get("value_range") and not values.get("eval"):
-        yield "--decode fast is for 8-bit JPEG files, and --value_range for others; drop one"
 
 
 def _without_effect(args: argparse.Namespace) -> Iterator[str]:

@@ -307,7 +307,6 @@ def test_choices_are_refused_with_the_list(capsys):
         ("finetune", "--eval_data_path somewhere", ["--eval_data_path", "drop one of the two"]),
         ("finetune", "--eval", ["--eval", "--resume"]),
         ("finetune", "--input_size 16", ["--input_size", "at least 32", "--stem_stride"]),
-        ("pretrain", "--decode fast --value_range 0 9", ["--decode fast", "--value_range", "drop"]),
         ("pretrain", "--cuda_graphs --compile", ["--cuda_graphs", "--compile", "drop one"]),
         ("pretrain", "--cuda_graphs --grad_checkpointing", ["--grad_checkpointing", "drop one"]),
         ("pretrain", "--sync_bn_group 2", ["--sync_bn_group needs --sync_bn true"]),
