@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from config.sizes import batch_sizes, describe_size, describe_sizes, sizes_by_epoch
 from config.tasks import OF_TABLES, TASK_OF, known_kind
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
@@ -30,9 +31,11 @@ from data_loading.labels import (
 )
 from data_loading.loader import DeviceLoader
 from data_loading.mixed import Listed, MixedImages
+from data_loading.ram_cache import hold_in_ram
 from data_loading.samplers import EvalSampler, TrainSampler, balance, check_global_batch
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import Part, keep_fraction, list_labels, list_values, split
+from data_loading.stages import ByEpoch, by_epoch
 from data_loading.summary import NOUN, log_dataset
 from data_loading.tables import Columns
 from data_loading.targets import Scale, Targets, find_scale
@@ -96,15 +99,22 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
         return create_eval_transform(args.input_size, args.crop_pct)
+    sizes, off = ByEpoch(sizes_by_epoch(args)), vars(args).get("aug_off_epoch", 0)
+    starts = sorted({*sizes.parts, off})
+    return by_epoch({n: _train_transform(args, sizes.at(n), plain=0 < off <= n) for n in starts})
+
+
+def _train_transform(args: Any, size: tuple[int, int], plain: bool) -> Callable:
+    """Build the transform of training for a size; plain: crops and flips alone."""
     mean, _ = build_mean_and_std(args)
     erasing = None
-    if args.reprob > 0:
+    if args.reprob > 0 and not plain:
         erasing = RandomErasing(args.reprob, args.remode, args.recount)
     return create_train_transform(
-        args.input_size,
+        size,
         mean,
-        color_jitter=args.color_jitter,
-        aa=args.aa,
+        color_jitter=None if plain else args.color_jitter,
+        aa=None if plain else args.aa,
         interpolation=args.train_interpolation,
         hflip=args.hflip,
         scale=args.scale,
@@ -142,7 +152,9 @@ def build_dataset(
         text = "%s has no class names, so its labels are taken for positions in %s"
         get_logger().info(text, part, head.source)
     count = _count_outputs(data, args, head, kind, part)
-    log_dataset(data, is_train, height_and_width(args.input_size), count, kind)
+    used = describe_sizes(args) if is_train else describe_size(args.input_size)
+    log_dataset(data, is_train, used, count, kind)
+    hold_images(data, args, part)
     dataset = TransformedDataset(
         data,
         build_transform(is_train, args),
@@ -154,7 +166,8 @@ def build_dataset(
     )
     scale = _find_scale(data, args, head, classes) if kind == "number" else None
     dataset.expect(Targets(kind, count, positions, scale))
-    return dataset.map_values(vars(args).get("value_range")), count
+    dataset.map_values(vars(args).get("value_range"))
+    return dataset.decode_fast(is_train and vars(args).get("decode") == "fast"), count
 
 
 def _find_kind(data: Any, args: Any, head: Head | None) -> str:
@@ -366,6 +379,12 @@ def count_labels(dataset: TransformedDataset, nb_classes: int) -> Tensor:
     return torch.from_numpy(np.bincount(labels, minlength=nb_classes)).double()
 
 
+def hold_images(data: Any, args: Any, part: str) -> None:
+    """Hold the image files in memory if the flags ask for it; --eval reads them once anyway."""
+    if vars(args).get("ram_cache") and not vars(args).get("eval"):
+        hold_in_ram(data, part, args.dry_run)
+
+
 def build_pretrain_dataset(args: Any) -> TransformedDataset:
     """Build the training images of any dataset; pre-training ignores their labels."""
     size = height_and_width(args.input_size)
@@ -379,11 +398,18 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
         skip_missing=args.on_bad_image == "skip",
     )
     data = create_dataset(args.data_set, spec, train=True)
-    log_dataset(data, True, size)
-    transform = create_pretrain_transform(size, args.scale, args.hflip)
+    log_dataset(data, True, describe_sizes(args))
+    hold_images(data, args, "train")
+    transform = by_epoch(
+        {
+            epoch: create_pretrain_transform(side, args.scale, args.hflip)
+            for epoch, side in sizes_by_epoch(args).items()
+        }
+    )
     on_bad = on_bad_image(True, args)
     dataset = TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
-    return dataset.map_values(vars(args).get("value_range"))
+    dataset.map_values(vars(args).get("value_range"))
+    return dataset.decode_fast(vars(args).get("decode") == "fast")
 
 
 def build_loader(
@@ -392,24 +418,26 @@ def build_loader(
     """Build this rank's loader: shuffled full batches to train, every image once to evaluate."""
     rank, world_size = get_rank(), get_world_size()
     if is_train:
+        batch_size: int | ByEpoch = ByEpoch(batch_sizes(args))
         weights = build_weights(dataset, vars(args).get("sampling", "shuffle"))
         sampler = TrainSampler(
             len(dataset), args.seed, rank, world_size, weights, args.num_samples, args.aug_repeats
         )
-        check_global_batch(sampler, args.batch_size)
+        largest = max(batch_size.parts.values())
+        check_global_batch(sampler, largest, grown=largest > args.batch_size)
     else:
+        batch_size = int(1.5 * args.batch_size)  # as official: no backward
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
     loader = WatchedLoader(
         dataset,
         sampler,
-        args.batch_size if is_train else int(1.5 * args.batch_size),  # as official: no backward
+        batch_size,
         args.num_workers,
         SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
     )
-    mean, std = build_mean_and_std(args)
-    return DeviceLoader(loader, device, mean, std)
+    return DeviceLoader(loader, device, *build_mean_and_std(args))
 
 
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
@@ -440,37 +468,3 @@ def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
     if not (weights.isfinite() & (weights >= 0)).all() or not weights.sum() > 0:
         raise UserError("--sampling weighted: expected weights of at least 0, one above 0")
     return weights
-
-
-def build_mixup(args: Any, nb_classes: int, kind: str = "class") -> Callable | None:
-    """Build timm's mixup and cutmix, (images, labels) -> (images, soft labels), or None.
-
-    kind: of the targets; zeros and ones of several classes are mixed as they are.
-    """
-    if not (args.mixup or args.cutmix or args.cutmix_minmax):
-        return None
-    if kind == "number":
-        raise UserError("--mixup and --cutmix mix classes, and the data has numbers; drop them")
-    from timm.data import Mixup
-
-    mixup = Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing if kind == "class" else 0.0,
-        num_classes=nb_classes,
-    )
-    return mixup if kind == "class" else partial(mix_rows, mixup)
-
-
-def mix_rows(mixup: Any, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, H, W), (N, K) -> mixed images and targets: timm's for a class per image gives shares.
-
-    The classes are the images of the batch themselves.
-    """
-    mixup.num_classes = len(images)
-    mixed, shares = mixup(images, torch.arange(len(images), device=images.device))
-    return mixed, shares.to(targets.dtype) @ targets

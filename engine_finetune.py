@@ -51,7 +51,7 @@ def train_one_epoch(
         images, targets, _ = batch
         seed_all(loop.seed, step, micro, get_rank())  # mixup and drop path
         if loop.mixup is not None:
-            images, targets = loop.mixup(images, targets)
+            images, targets = loop.mixup(images, targets, state.epoch)
         outputs = network(images)
         return loop.criterion(outputs, targets), main_output(outputs)
 
@@ -60,6 +60,7 @@ def train_one_epoch(
     stepper.begin_epoch(len(data_loader))
     # The guard reruns bad steps to find their first NaN.
     loop.guard.begin_epoch(state, lambda *inputs: compute_loss(*inputs)[0])
+    mixed = loop.mixup is not None and loop.mixup.is_on(state.epoch)
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.
     lr = loop.schedule.apply(state.global_step - 1) if state.samples_in_epoch else 0.0
     for batch in data_loader:
@@ -72,7 +73,7 @@ def train_one_epoch(
 
         state.samples_in_epoch += len(images) * get_world_size()
         meters.update(len(images), loss=loss.detach())
-        if loop.mixup is None and loop.kind == "class":  # others have no single right class
+        if not mixed and loop.kind == "class":  # others have no single right class
             meters.update(len(images), class_acc=accuracy(logits.detach(), labels, (1,))[0])
         loop.reporter.after_batch(len(images), Batch(images, labels, logits, loss, ids))
         if result is not None:

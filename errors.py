@@ -42,6 +42,12 @@ def plural(number: Any, noun: str) -> str:
     return f"{number} {noun}{ending * (str(number) != '1')}"
 
 
+def format_bytes(size: float) -> str:
+    """1536 -> 1.5 KiB"""
+    power = min(max(int(size), 1).bit_length() - 1, 49) // 10
+    return f"{size / 1024**power:.{int(power > 0)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def a_type(value: Any) -> str:
     """Return the type of a value with its article: `a list`, `an int`."""
     name = type(value).__name__

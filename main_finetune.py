@@ -23,12 +23,13 @@ import datasets
 import models
 import utils
 from data_loading.bad_images import BadImages
+from data_loading.mixing import build_mixup
 from data_loading.rng import seed_all
 from engine_finetune import evaluate, evaluate_ema, train_one_epoch
 from errors import plural
 from models.kernels.autotune import autotuner
 from models.parts import KeepOutputs
-from optim_factory import build_optimizer, count_steps, scale_lr
+from optim_factory import build_optimizer, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, restore_loss
@@ -59,6 +60,7 @@ from training.setup import (
     setup_run,
 )
 from training.stepper import Stepper
+from training.steps import build_steps
 from weights.pretrained import EMA_KEY, read_pretrained
 from weights.saved_run import inherit_flags
 
@@ -80,8 +82,8 @@ def main(args: argparse.Namespace) -> None:
     targets = dataset_train.targets
     args = settle_task(args, targets.kind)
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
-    steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
-    mixup = datasets.build_mixup(args, nb_classes, targets.kind)
+    steps = build_steps(args, data_loader_train, run.update_freq)
+    mixup = build_mixup(args, nb_classes, targets.kind)
     metrics = build_metrics(args, nb_classes, targets.kind, targets.scale)
     eval_sets = build_eval_sets(args, dataset_val, dataset_train.head("train"), device, metrics)
     data_loaders_val = [each.loader for each in eval_sets]
@@ -116,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     evaluation = device, amp, criterion, metrics
     precise_bn = build_precise_bn(args, model_without_ddp, data_loader_train, device, amp)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
-    lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
+    lr_schedule = build_schedule(args, optimizer, lr, steps)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
@@ -135,14 +137,12 @@ def main(args: argparse.Namespace) -> None:
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
     best_metric = best_prefix(args) + metrics.best
     state.choose_best(best_metric, metrics.lower_is_better)
-    state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
-    phases = build_phases(args, steps_per_epoch, run.effective_batch)
+    state.recount_steps(steps, len(dataset_train))
+    phases = build_phases(args, steps)
     bad_images = BadImages(
         run.output_dir, data_loader_train, *data_loaders_val, active=args.on_bad_image == "skip"
     )
-    reporter = build_reporter(
-        args, run.output_dir, device, state, steps_per_epoch, nb_classes > 5, classes
-    )
+    reporter = build_reporter(args, run.output_dir, device, state, steps, nb_classes > 5, classes)
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

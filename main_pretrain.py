@@ -23,13 +23,12 @@ import utils
 from data_loading.bad_images import BadImages
 from data_loading.rng import seed_all
 from engine_pretrain import train_one_epoch
-from models.fcmae import visible_patches
-from optim_factory import build_optimizer, count_steps, scale_lr
+from optim_factory import build_optimizer, scale_lr
 from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
-from training.costs import log_cost
+from training.costs import log_cost, log_masks
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.freeze import build_freezer
@@ -41,6 +40,7 @@ from training.resume import auto_load_model
 from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
+from training.steps import build_steps
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,15 +53,13 @@ def main(args: argparse.Namespace) -> None:
     # --- 2. data ----------------------------------------------------------------------------
     dataset_train = datasets.build_pretrain_dataset(args)
     data_loader_train = datasets.build_loader(dataset_train, True, args, device)
-    steps_per_epoch = count_steps(len(data_loader_train), run.update_freq)
+    steps = build_steps(args, data_loader_train, run.update_freq)
 
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     model_without_ddp = models.build_fcmae(args).to(device)
-    h, w = model_without_ddp.grid_size(*args.input_size)
-    visible = visible_patches(h * w, args.mask_ratio)
     n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
-    log.info("%d of %d patches visible: mask ratio %.3f", visible, h * w, 1 - visible / (h * w))
+    patches, visible = log_masks(args, model_without_ddp)  # of images of --input_size
 
     # --- 4. weights -------------------------------------------------------------------------
     if run.weights:  # a run is restored in step 7
@@ -73,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     run.parallelism.shard(model_without_ddp)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode)
-    lr_schedule = build_schedule(args, optimizer, lr, steps_per_epoch)
+    lr_schedule = build_schedule(args, optimizer, lr, steps)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
@@ -81,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         model_without_ddp.compile()
     model = model_without_ddp
     if args.cuda_graphs:
-        shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, h * w)
+        shapes = (args.batch_size, args.in_chans, *args.input_size), (args.batch_size, patches)
         model = Graphed(model_without_ddp, device, amp, shapes, visible)
     model = run.parallelism.wrap(model)
     stepper = Stepper(
@@ -98,10 +96,10 @@ def main(args: argparse.Namespace) -> None:
     # --- 7. resume --------------------------------------------------------------------------
     parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
-    state.recount_steps(steps_per_epoch, run.effective_batch, len(dataset_train))
-    phases = build_phases(args, steps_per_epoch, run.effective_batch)
+    state.recount_steps(steps, len(dataset_train))
+    phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
-    reporter = build_reporter(args, run.output_dir, device, state, steps_per_epoch)
+    reporter = build_reporter(args, run.output_dir, device, state, steps)
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

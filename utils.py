@@ -115,6 +115,11 @@ def explain(error: OSError) -> str:
     return f"{text}; {remedy}" if remedy else text
 
 
+def nearest(path: Path) -> Path:
+    """Return the path if it exists, otherwise the nearest parent that does."""
+    return next(place for place in (path, *path.resolve().parents) if place.exists())
+
+
 def _temporary(path: Path) -> Path:
     """Return a unique name next to `path`; process numbers are often equal in containers."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

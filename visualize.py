@@ -163,7 +163,7 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
         implied |= describe_decoder(weights)
     typed = {"model": implied["model"], "stem_stride": 4, **saved, **given}
     implied["patch_size"] = implied_patch(typed["model"], typed["stem_stride"])
-    fixed = {"grad_checkpointing": False, "picture_freq": 1}
+    fixed = {"grad_checkpointing": False, "picture_freq": 1, "input_sizes": ""}
     flags = {**implied, **saved, **given, **fixed}
     flags["input_size"] = height_and_width(flags["input_size"])
     for problem in shape_problems(argparse.Namespace(**flags)):

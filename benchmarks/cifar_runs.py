@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import engine_finetune
 import engine_pretrain
 from data_loading.decode import decode, load_image
+from data_loading.mixing import build_mixup
 from data_loading.rng import fold_in, seed_all
 from data_loading.transforms import mean_and_std
-from datasets import build_mixup
 from errors import UserError
 from models import create_model
 from models.convnextv2 import ConvNeXtV2
@@ -39,6 +39,7 @@ from training.report import format_stats
 from training.schedules import Schedule
 from training.setup import TrainLoop
 from training.stepper import Stepper
+from training.steps import Steps
 from weights.pretrained import Pretrained
 
 Data = dict[str, tuple[np.ndarray, np.ndarray]]  # split: images (N, H, W, 3) uint8, labels (N,)
@@ -239,14 +240,15 @@ def train(
     stepper = Stepper(model, optimizer, args.device, args.amp)
     loop.stepper, loop.schedule, loop.state = stepper, schedule, state
     loop.checkpoints, loop.guard = CheckpointManager(None), AnomalyGuard(stepper)
-    loop.reporter = Reporter([], args.device, state, updates * epochs, updates, print_freq=updates)
+    steps = Steps.even(updates, epochs)
+    loop.reporter = Reporter([], args.device, state, steps, print_freq=updates)
     seconds = []
     while state.epoch < epochs:
         batches.set_epoch(state.epoch)
         start = time.perf_counter()
         stats = one_epoch(batches, loop)
         seconds.append(time.perf_counter() - start)  # it reads the meters: no queue is left
-        state.end_epoch()
+        state.end_epoch(steps)
         if state.epoch == epochs or state.epoch % args.eval_every == 0:
             tested = test()
             stats |= {f"val_{key}": value for key, value in tested.items()}

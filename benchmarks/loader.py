@@ -30,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=[*SETS], help="sizes of photos")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--input_size", type=int, default=224, help="of the larger images")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=11, help="each goes through every row once")
     parser.add_argument("--images", type=int, default=300, help="in a timing, at least")
     parser.add_argument("--output", type=Path, help="markdown file to append the tables to")
@@ -169,11 +169,14 @@ def repair(transform: T.Compose) -> None:
 
 
 def make_rows(files: Path, task: str, size: int, batch: int) -> list[Row]:
-    """Make every way to read the files."""
+    """Make every way to read the files of a set."""
     paths = sorted(str(path) for path in files.rglob("*.jpg"))
     rows = [Row("read and decode only", lambda epoch: map(load_image, paths), batched=False)]
     for name, flags in SOURCES.items():
         rows.append(Row(f"ours, {name}", ours(flags(files), task, size, batch)))
+    if files.name == "large":
+        flags = [*from_folder(files), "--decode", "fast"]
+        rows.append(Row("ours, folder, --decode fast", ours(flags, task, size, batch)))
     what = "timm's" if task == "finetune" else "torchvision's"
     rows.append(Row(f"ImageFolder, PIL, {what} transforms", image_folder(files, task, size, batch)))
     rows.append(Row("timm's loader", timms(files, task, size, batch)))

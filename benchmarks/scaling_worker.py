@@ -67,12 +67,13 @@ from training.log_files import JsonHook
 from training.log_lines import LineHook
 from training.preemption import RankVote
 from training.stepper import Stepper
+from training.steps import Steps
 from training.tensorboard import TensorboardHook
 
 CPU = torch.device("cpu")
 
 
-class Steps:
+class Trainer:
     """The toolkit's training step on images in memory."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -131,7 +132,7 @@ def control(count: int) -> dict[str, float]:
     """Return the seconds of the control messages: in each step, and at a log line."""
     vote = RankVote()
     batches = DeviceLoader([], CPU, [0.0] * 3, [1.0] * 3)
-    reporter = Reporter([], CPU, TrainState(), ENDLESS, ENDLESS, 1)
+    reporter = Reporter([], CPU, TrainState(), Steps.even(ENDLESS), 1)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     found = {
         "vote": seconds_a_call(lambda: vote.exchange(False, False), count),
@@ -225,7 +226,7 @@ def log_cost(print_freq: int) -> dict[str, float]:
         size = sum(path.stat().st_size for path in (folder / "board").iterdir())
         found["TensorBoard bytes"] = size / lines
         state.stats = {"train_loss": 0.5, "train_grad_norm": 0.1, "train_lr": 1e-3, "epoch": 1}
-        reporter = Reporter([json_hook], CPU, state, ENDLESS, ENDLESS, print_freq)
+        reporter = Reporter([json_hook], CPU, state, Steps.even(ENDLESS), print_freq)
         found["log.txt"] = seconds_a_call(reporter.end_epoch, EPOCHS)
         found["log.txt bytes"] = json_hook.path.stat().st_size / (EPOCHS + 1)
     return found
@@ -235,7 +236,7 @@ def time_updates(
     hooks: list[Hook], batches: DeviceLoader, lines: int, print_freq: int
 ) -> tuple[float, float]:
     """Return the seconds of logging a step (without a log line, with one), without the longest."""
-    reporter = Reporter(hooks, CPU, TrainState(), ENDLESS, ENDLESS, print_freq)
+    reporter = Reporter(hooks, CPU, TrainState(), Steps.even(ENDLESS), print_freq)
     means = reporter.begin_epoch(["loss", "grad_norm"], batches)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(lines * print_freq):
@@ -267,12 +268,12 @@ def serve(args: argparse.Namespace) -> None:
     os.dup2(2, 1)  # output of the toolkit goes to standard error
     torch.set_num_threads(1)
     process_group.init_distributed_mode("cpu", args.meet or "env://")
-    steps: list[Steps] = []
+    steps: list[Trainer] = []
     for line in sys.stdin:
         about = json.loads(line)
         what = about.pop("what")
         if what == "step":
-            steps = steps or [Steps(args)]
+            steps = steps or [Trainer(args)]
             answer = steps[0].time(**about)
         else:
             answer = ANSWERS[what](**about)

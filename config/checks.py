@@ -17,6 +17,7 @@ from config import flags
 from config.flags import as_typed
 from config.phases import phase_problems
 from config.schedules import schedule_problems
+from config.sizes import size_problems, sizes_by_epoch
 from config.tasks import task_problems
 from errors import plural
 
@@ -57,9 +58,15 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
     "mixup_mode": _MIXING,
     "mixup_prob": _MIXING,
+    "mixup_off_epoch": _MIXING,
+    "aug_off_epoch": (
+        "--aa, --color_jitter or --reprob above 0",
+        lambda args: args.aa or args.color_jitter or args.reprob > 0,
+    ),
     "mixup_switch_prob": _BOTH,
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
+    "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
     "model_key": _WEIGHTS,
     "model_prefix": _WEIGHTS,
@@ -71,13 +78,14 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
 OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
-epochs lr blr min_lr drop_path hflip scale sampling
-num_samples aug_repeats label_fraction
+epochs lr blr min_lr drop_path hflip scale decode sampling
+num_samples aug_repeats label_fraction ram_cache
 train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
-mixup_prob mixup_switch_prob mixup_mode class_weights warmup_epochs warmup_steps start_epoch
-update_freq effective_batch sched sched_options opt opt_eps opt_betas momentum weight_decay
-weight_decay_end no_weight_decay param_group freeze clip_grad clip_mode pretrained freeze_backbone
-reset_head head_init_scale layer_decay layer_decay_type eval_freq patience min_delta precise_bn
+mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch aug_off_epoch class_weights warmup_epochs
+warmup_steps start_epoch update_freq effective_batch progressive_batch sched sched_options opt
+opt_eps opt_betas momentum weight_decay weight_decay_end no_weight_decay param_group freeze
+clip_grad clip_mode pretrained freeze_backbone reset_head head_init_scale layer_decay
+layer_decay_type eval_freq patience min_delta precise_bn
 model_ema_decay model_ema_force_cpu model_ema_eval cuda_graphs grad_checkpointing on_spike
 spike_factor snapshot_freq max_bad_steps log_dir print_freq tracker project tags progress
 auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps save_ckpt_every_minutes
@@ -92,18 +100,12 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         if values.get(one) and values.get(other):
             both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"
             yield f"{both} cannot be combined: {reason}; drop one"
-    evaluates_elsewhere = values.get("eval") and args.eval_data_path
-    if flags.needs_path(args.data_set) and not (args.data_path or evaluates_elsewhere):
-        of = f"--data_set {args.data_set} needs --data_path" if args.data_set != "auto" else ""
-        yield f"{of or '--data_path is missing'}; give the folder, table or archive of the data"
-    if args.data_index and args.data_set not in flags.LISTED:
-        yield f"--data_index is for image files, not for --data_set {args.data_set}; drop it"
+    yield from _data_problems(args)
     if args.cuda_graphs and (args.update_freq or 1) > 1:
         yield f"--cuda_graphs does not work with --update_freq {args.update_freq}; drop one"
     if args.sync_bn_group and not args.sync_bn:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
-    if len(args.input_size) != 2:
-        yield f"--input_size: got {as_typed(args.input_size)}, expected one or two numbers"
+    yield from size_problems(args)
     yield from (*_mean_problems(args), *_tracker_problems(args))
     if args.scale[0] > args.scale[1]:
         yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
@@ -135,6 +137,17 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield from _finetune_problems(args)
     elif args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
+
+
+def _data_problems(args: argparse.Namespace) -> Iterator[str]:
+    values = vars(args)
+    evaluates_elsewhere = values.get("eval") and args.eval_data_path
+    if flags.needs_path(args.data_set) and not (args.data_path or evaluates_elsewhere):
+        of = f"--data_set {args.data_set} needs --data_path" if args.data_set != "auto" else ""
+        yield f"{of or '--data_path is missing'}; give the folder, table or archive of the data"
+    for name in ("data_index", "ram_cache"):
+        if values[name] and args.data_set not in flags.LISTED:
+            yield f"--{name} is for image files, not for --data_set {args.data_set}; drop it"
 
 
 def _without_effect(args: argparse.Namespace) -> Iterator[str]:
@@ -187,8 +200,8 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
     if flags.is_pretraining(vars(args)):
         if flags.implied_patch(args.model, args.stem_stride):  # others: `models.check_images`
             yield from patch_problems(args, stride, f"8 * stem_stride = {stride}")
-    elif args.model.startswith("convnext") and min(args.input_size) < stride:
-        got = as_typed(args.input_size)
+    elif args.model.startswith("convnext") and min(smallest := sizes_by_epoch(args)[0]) < stride:
+        got = as_typed(smallest)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
 
 
@@ -216,23 +229,32 @@ def patch_problems(args: argparse.Namespace, stride: int, name: str) -> Iterator
     """Yield a message for each size that does not fit; stride, name: of the last feature map."""
     patch = args.patch_size or stride
     patch_name = f"--patch_size {patch}" if args.patch_size else name
+    sizes = [*sizes_by_epoch(args).values()]
+    sides = dict.fromkeys(side for size in sizes for side in size)
     for flag, value, step, unit in (
         ("patch_size", patch, stride, name),
-        *(("input_size", side, patch, patch_name) for side in args.input_size),
+        *(("input_size", side, patch, patch_name) for side in sides),
     ):
         if value % step:
             low = value // step * step
             near = f"{low} or {low + step}" if low else step
             yield f"--{flag} {value} is not a multiple of {unit}; try {near}"
-    patches = math.prod(side // patch for side in args.input_size)
+    for size in sizes:
+        yield from _mask_problems(args, patch, size)
+
+
+def _mask_problems(args: argparse.Namespace, patch: int, size: tuple[int, int]) -> Iterator[str]:
+    """Yield a message if images of a size have too few patches."""
+    patches = math.prod(side // patch for side in size)
     kept = math.floor(patches * (1 - args.mask_ratio) + 1e-6)
     if patches == 1:
-        got = f"--input_size {as_typed(args.input_size)} is a single patch of --patch_size {patch}"
+        got = f"--input_size {as_typed(size)} is a single patch of --patch_size {patch}"
         fix = "or lower --patch_size (a multiple of 8 * --stem_stride)"
         fix = fix if args.patch_size else "or lower --stem_stride"
         yield f"{got}; raise --input_size to {2 * patch} or more, {fix}"
     elif not 1 <= kept < patches:
         got = f"--mask_ratio {args.mask_ratio} keeps {kept} of {patches} patches"
+        got += f" at --input_size {as_typed(size)}" * (size != tuple(args.input_size))
         yield f"{got}, expected 1 to {patches - 1}; {'raise' if kept else 'lower'} --mask_ratio"
 
 
@@ -243,6 +265,9 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
         yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
     mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval
+    for name in ("mixup_off_epoch", "aug_off_epoch"):
+        if (epoch := getattr(args, name)) >= args.epochs and not args.eval:
+            yield f"--{name} {epoch} is not below --epochs {args.epochs}; lower it, or 0 for never"
     if mixing and args.batch_size % 2:
         yield f"--batch_size {args.batch_size}: --mixup and --cutmix need pairs; make it even"
     for name in ("model_ema_eval", "model_ema_force_cpu"):

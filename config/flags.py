@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from config.sizes import parse_sizes, write_sizes
 from config.tasks import TASKS
 
 
@@ -150,12 +151,6 @@ pooled features, or the last feature map if there is no final norm. The file is
 loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
 if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
 
-VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
-
-  python visualize.py --checkpoint runs/photos
-  python visualize.py data --help    draw what a training script sees
-  python visualize.py stats --help   print mean, std, sizes and classes"""
-
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
@@ -163,6 +158,20 @@ REPEATED = TEXT | {"action": Repeated}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
 EPOCHS = number("whole (0, inf)")
+
+
+def size(text: str) -> int | str:
+    """Read a side in pixels, or the checked text of sizes by epoch."""
+    if ":" not in text:
+        return COUNT["type"](text)
+    try:
+        return write_sizes(parse_sizes(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+size.holds, size.range = COUNT["type"].holds, COUNT["type"].range
+SIZE = COUNT | {"type": size}
 ANY = number("float (-inf, inf)")
 CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -213,8 +222,11 @@ FLAGS["start here"] = (
     ("--config", PATH, None, "file of flags: YAML, as the args.yaml of a run, or a checkpoint"),
 )
 FLAGS["model"] = (
-    ("--input_size", COUNT, 224,
-     "image side in pixels, or height and width; default: the checkpoint's, or 224", "+"),
+    ("--input_size", SIZE, 224,
+     "image side in pixels, or height and width; or sides by epoch, such as 128:0,160:50,224:80; "
+     "default: the checkpoint's, or 224", "+"),
+    ("--progressive_batch", BOOL, False,
+     "sizes by epoch: larger batches of smaller images, by area; the learning rate follows"),
     ("--in_chans", COUNT, 3, "image channels; default: the checkpoint's, or 3"),
     ("--stem_stride", (1, 2, 4), 4,
      "stride of the stem; the network's is 8 times as large; of timm and torchvision 4 is the "
@@ -232,14 +244,17 @@ FLAGS["masked autoencoder"] = (
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
+    ("--ram_cache", BOOL, False, "hold image files in memory, once for all processes of a node"),
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
     ("--mean", ANY, None, "mean of images in 0 to 1, one or per channel; default: ImageNet's", "+"),
     ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),
     ("--value_range", ANY, None,
-     "pixel values that become 0 and 1, such as 0 10000: any integers or floats in full depth; "
-     "default: 8 bits, or floats in 0 to 1", 2),
+     "pixel values that become 0 and 1, in full depth; default: 8 bits, or floats in 0 to 1", 2),
     ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
+    ("--decode", ("exact", "fast"), "exact",
+     "large JPEG files to train on: exact pixels, or those of a smaller image if the crop needs no "
+     "more"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
@@ -283,6 +298,9 @@ FLAGS["augmentation"] = (
     ("--mixup_prob", CHANCE, 1.0, "probability of mixing a batch"),
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
     ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
+    ("--mixup_off_epoch", FROM_0, 0, "epoch, from 0, from which images are not mixed; 0: never"),
+    ("--aug_off_epoch", FROM_0, 0,
+     "epoch, from 0, from which --aa, --color_jitter and --reprob are off; 0: never"),
 )
 FLAGS["loss"] = (
     ("--loss", TEXT, None,

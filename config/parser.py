@@ -15,11 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import checks, flags, recipes
+from config import checks, flags, recipes, tool_flags
 from config.flags import as_typed
 from config.paths import absolute, map_sources
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
+from config.sizes import as_one_flag, split_sizes
 from config.tasks import known_kind, task_flags
 from errors import did_you_mean, pipe_may_close, resolve, sentences
 
@@ -27,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 OTHER_SCRIPTS = (flags.JOB, "drawing", "export")  # groups of FLAGS
+VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
+
+  python visualize.py --checkpoint runs/photos
+  python visualize.py data --help    draw what a training script sees
+  python visualize.py stats --help   print mean, std, sizes and classes"""
 FINETUNE_ONLY = (
     "augmentation",
     "loss",
@@ -190,7 +196,8 @@ def add_flags(
 ) -> None:
     """Add a group of FLAGS, or under a new title only the flags named in `only`."""
     rows = [row for rows in flags.FLAGS.values() for row in rows if row[0] in only.split()]
-    add_rows(parser, title, [row for row in rows or flags.FLAGS[title] if row[0] not in left_out])
+    rows = rows or (flags.FLAGS | tool_flags.TOOLS)[title]
+    add_rows(parser, title, [row for row in rows if row[0] not in left_out])
 
 
 def add_rows(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple]) -> None:
@@ -246,13 +253,14 @@ def finetune_parser() -> argparse.ArgumentParser:
 
 def visualize_parser() -> argparse.ArgumentParser:
     """Return the parser of visualize.py; unset flags are those of the pre-training run."""
-    parser = Parser("%(prog)s [reconstructions] --checkpoint PATH [FLAGS]", flags.VISUALIZE_HELP)
+    parser = Parser("%(prog)s [reconstructions] --checkpoint PATH [FLAGS]", VISUALIZE_HELP)
     add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
     names += "--input_size --mask_ratio --imagenet_default_mean_and_std --value_range"
     add_flags(parser, "overrides of the run's flags", names)
     unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
     parser.set_defaults(**dict.fromkeys(unset))
+    _take_one_size(parser)
     return parser
 
 
@@ -267,10 +275,29 @@ def export_parser() -> argparse.ArgumentParser:
     parser.set_defaults(**dict.fromkeys(unset))
     text = "timm:NAME, torchvision:NAME or package.module:function of another network"
     texts = {"model": f"{text}; default: the checkpoint's"}
+    _take_one_size(parser)
     for name in ("head", "heads"):
         texts[name] = f"the checkpoint's --{name} again, to allow running its package.module:name"
     for action in parser._actions:
         action.help = texts.get(action.dest, action.help)
+    return parser
+
+
+def _take_one_size(parser: argparse.ArgumentParser) -> None:
+    """Refuse sizes by epoch, which are for training."""
+    action = next(action for action in parser._actions if action.dest == "input_size")
+    action.type = flags.COUNT["type"]
+    action.help = "image side in pixels, or height and width; default: the run's"
+
+
+def pack_parser() -> argparse.ArgumentParser:
+    """Return the parser of pack.py."""
+    parser = Parser("%(prog)s SOURCE DEST [FLAGS]", tool_flags.PACK_HELP)
+    add_flags(parser, "pack")
+    add_flags(parser, "what the source is", tool_flags.PACK_SHARED)
+    parser.set_defaults(num_workers=flags.CORES)
+    for action in parser._actions:
+        action.help = tool_flags.PACK_TEXTS.get(action.dest, action.help)
     return parser
 
 
@@ -288,14 +315,15 @@ def finalize(
 ) -> FrozenNamespace:
     """Resolve unset flags that follow from others, lists to tuples, `input_size` to (H, W).
 
+    `input_sizes` is the text of an --input_size that has sizes by epoch, otherwise ''.
     given, typed: as in `FrozenNamespace`; given: None for all flags.
     `--use_amp false` becomes `amp="none"`. With `amp=None` the main script decides by the device:
     bf16 on CUDA only, or half precision on any device when `use_amp` is True.
     """
     new = {key: tuple(x) if isinstance(x, list) else x for key, x in vars(args).items()}
     pretrain = flags.is_pretraining(new)
-    size = new["input_size"] if isinstance(new["input_size"], tuple) else (new["input_size"],)
-    new["input_size"] = size * 2 if len(size) == 1 else size
+    new["input_size"], sizes = split_sizes(new["input_size"])
+    new["input_sizes"] = sizes or new.get("input_sizes", "")
     clear_scheduled(new, new if given is None else given)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
@@ -325,7 +353,7 @@ def dump_args(args: argparse.Namespace) -> str:
     """Write args as YAML that `--config` reads back to the same args."""
     import yaml
 
-    values = absolute_paths(vars(args))
+    values = as_one_flag(absolute_paths(vars(args)))
     values = {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
     values.pop("config", None)
     recipe = values.pop("recipe", None)  # its flags are among the values

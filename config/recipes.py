@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import as_typed, is_pretraining, library_of, str2bool
+from config.sizes import as_one_flag
 from errors import did_you_mean, first_line, pipe_may_close, sentences
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
@@ -22,7 +23,7 @@ YAML, CHECKPOINTS = (".yaml", ".yml"), (".pth", ".pt")
 MAY_HOLD_COLONS = """
 data_path eval_data_path data_index image_root output_dir log_dir finetune resume param_group freeze
 no_weight_decay tags image_column label_column split_column weight_column model_key model_prefix
-device dist_url
+device dist_url input_size
 """
 # Pairs of flags for the same thing: one on the command line replaces the other in a file.
 ONE_OF = (
@@ -197,7 +198,7 @@ def _read_checkpoint(path: Path) -> Flags:
     stored = content.get("args") if isinstance(content, dict) else None
     if not isinstance(stored, dict):
         raise ValueError("it holds no flags; expected a checkpoint of this toolkit, or a YAML file")
-    values = {key: list(x) if isinstance(x, tuple) else x for key, x in stored.items()}
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in as_one_flag(stored).items()}
     values = {key: x for key, x in values.items() if key not in (*FILES, "base")}
     return values | {"script": "main_pretrain" if is_pretraining(values) else "main_finetune"}
 

@@ -6,6 +6,7 @@ python main_finetune.py --data_path photos.csv --task regression --label_column 
 """
 
 import argparse
+import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ TASKS = {"classification": "class", "multi_label": "multi", "regression": "numbe
 TASK_OF = {kind: task for task, kind in TASKS.items()}
 DEFAULT_LOSS = {"class": "ce", "multi": "bce", "number": "l2"}
 OF_TABLES = ("image_column", "label_column", "split_column", "weight_column", "image_root")
+PACK = "pack.json"  # in a folder that pack.py wrote
 
 
 def may_be_table(data_set: str) -> bool:
@@ -39,6 +41,7 @@ def possible_kinds(values: Mapping[str, Any]) -> tuple[str, ...]:
     if kind := known_kind(values):
         return (kind,)
     told = may_be_table(values["data_set"]) and not (values["eval"] or values["resume"])
+    told = told and not _is_pack(values["data_path"])  # which may have numbers
     return ("class", "multi") if told else tuple(DEFAULT_LOSS)
 
 
@@ -75,10 +78,15 @@ def task_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--eval_classes data: --task regression has no classes; drop it"
 
 
+def _is_pack(path: str) -> bool:
+    return os.path.isfile(os.path.join(os.path.expanduser(path), PACK))
+
+
 def _sampling_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.task == "regression" and args.sampling == "balanced":
         yield "--sampling balanced needs classes; use --sampling weighted, or --task classification"
     if args.weight_column and args.sampling != "weighted":
         yield "--weight_column needs --sampling weighted; give both or neither"
-    if may_be_table(args.data_set) and args.sampling == "weighted" and not args.weight_column:
+    weighted = args.sampling == "weighted" and not _is_pack(args.data_path)  # it stores weights
+    if may_be_table(args.data_set) and weighted and not args.weight_column:
         yield "--sampling weighted needs --weight_column; name the column with the weights"

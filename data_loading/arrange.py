@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_loading.files import Found, Names, sort_by_name
+from data_loading.files import Folders, Found, Names, sort_by_name
 from data_loading.index import Listing
 from data_loading.tables import (
     EVAL,
@@ -114,11 +114,6 @@ def list_rows(table: Table, part: Part) -> tuple[Listing, np.ndarray]:
     chosen, rows = choose_rows(table, split, part.train)
     listing = list_table(chosen, columns, spec.kind, spec.labeled)
     has_others = len(rows) < len(table)
-    labels = "labels" if len(columns.labels) > 1 else "label"
-    rest = f", split {split}" * bool(split) + f", weight {columns.weight}" * bool(columns.weight)
-    text = "%s: image %s, %s %s%s"
-    image, found = columns.image or "stored in it", first_few(columns.labels, 5)
-    get_logger().info(text, table.path, image, labels, found, rest)
     return with_facts(listing, own_split=f"column {split}" * has_others), rows
 
 
@@ -147,65 +142,85 @@ def check_files(listing: Listing, path: str, root: str, skip_missing: bool) -> N
 
 
 def arrange(found: Found, part: Part, has_folders: bool = True) -> Listing:
-    """List the images of an archive that belong to a part, with their labels.
+    """List the images of an archive that belong to a part, in order, with their labels.
 
     Labels come from columns, if the archive has any, or from the folders in it. has_folders: False
     for names in which no folder has a meaning.
     """
+    if not len(found.names):
+        raise UserError(f"{part.path}: no images in it")
     if not (found.columns or has_folders):
         part.check(part.own_split)
         listing = Listing(found.names, {}, {"own_split": part.own_split})
-        chosen = np.arange(len(found.names))
+        chosen = None
     elif found.columns:
-        images = [found.names[number] for number in range(len(found.names))]
-        rows = np.arange(1, len(images) + 1)
-        table = Table(part.path, found.columns, rows, "row", images, found.class_names)
+        rows = np.arange(1, len(found.names) + 1)
+        table = Table(part.path, found.columns, rows, "row", found.names, found.class_names)
         listing, chosen = list_rows(table, part)
     else:
         listing, chosen = by_folders(found.names, part)
-    places = {name: array[chosen] for name, array in found.places.items()}
+    places = found.places
+    if chosen is not None and len(chosen) < len(found.names):
+        places = {name: array[chosen] for name, array in places.items()}
     listing = with_facts(listing, left_out=dict(found.left_out))
-    return replace(listing, arrays={**listing.arrays, **places})
+    return sorted_by_name(replace(listing, arrays={**listing.arrays, **places}))
 
 
-def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray]:
-    """List the images of a part by the folders in an archive, and return their numbers too."""
-    encoded = names.all_encoded()
-    if not encoded:
-        raise UserError(f"{part.path}: no images in it")
-    encoded, own_split = without_common_folder(encoded), ""
-    chosen = np.arange(len(encoded))
+def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray | None]:
+    """List the images of a part by the folders in an archive, and return their numbers too.
+
+    None for all images.
+    """
+    folders, own_split, chosen = Folders(names), "", None
+    cut_common_folders(folders)
+    found, firsts = folders.runs()
     if part.may_split:
-        tops = {os.fsdecode(name.partition(b"/")[0]) for name in encoded if b"/" in name}
-        mine, own_split = choose_split(sorted(tops), part)
+        mine, own_split = choose_split(sorted({*found} - {""}), part)
         if mine is not None:
-            start = os.fsencode(mine) + b"/"
-            kept = [name.startswith(start) for name in encoded]
-            chosen = np.flatnonzero(kept)
-            encoded = [encoded[number].removeprefix(start) for number in chosen]
+            held = [folder == mine for folder in found]
+            chosen = np.flatnonzero(np.repeat(held, _lengths(firsts, len(names))))
+            cut, folders = folders.cut + 1, Folders(names.take(chosen))
+            folders.cut = cut
+            found, firsts = folders.runs()
     part.check(own_split)
-    arrays, metadata = {}, {"own_split": own_split}
-    if part.spec.labeled:
-        loose = [name for name in encoded if b"/" not in name]
-        if loose:
-            raise UserError(
-                f"{part.path}: {plural(len(loose), 'image')} of {len(encoded)} are in no class "
-                f"folder: {first_few(map(os.fsdecode, loose))}; expected CLASS/IMAGE. Images "
-                "without labels are for main_pretrain.py"
-            )
-        tops = [os.fsdecode(name.partition(b"/")[0]) for name in encoded]
-        classes = sorted({*tops})
-        places = {name: label for label, name in enumerate(classes)}
-        arrays["targets"] = np.array([places[top] for top in tops], np.int32)
-        metadata |= {"classes": classes, "kind": "class"}
-    return Listing(Names.pack(encoded), arrays, metadata), chosen
+    listing = Listing(folders.rest(), {}, {"own_split": own_split})
+    if not part.spec.labeled:
+        return listing, chosen
+    if "" in found:
+        _refuse_loose(listing.names, np.flatnonzero(~folders.have(0)), part.path)
+    classes = sorted({*found})
+    labels = {name: label for label, name in enumerate(classes)}
+    targets = np.array([labels[name] for name in found], np.int32)
+    targets = np.repeat(targets, _lengths(firsts, len(listing)))
+    listing = with_facts(listing, classes=classes, kind="class")
+    return replace(listing, arrays={"targets": targets}), chosen
 
 
-def without_common_folder(names: list[bytes]) -> list[bytes]:
-    """Return names without the folder that holds all of them, if folders lie in it."""
-    while True:
-        top, _, rest = names[0].partition(b"/")
-        start = top + b"/"
-        if not (rest and all(n.startswith(start) and n.count(b"/") > 1 for n in names)):
-            return names
-        names = [name.removeprefix(start) for name in names]
+def _lengths(firsts: np.ndarray, count: int) -> np.ndarray:
+    """Return the lengths of runs that begin at `firsts`."""
+    return np.diff(np.append(firsts, count))
+
+
+def _refuse_loose(names: Names, loose: np.ndarray, path: str) -> None:
+    raise UserError(
+        f"{path}: {plural(len(loose), 'image')} of {len(names)} are in no class folder: "
+        f"{first_few(names[int(number)] for number in loose[:3])}; expected CLASS/IMAGE. Images "
+        "without labels are for main_pretrain.py"
+    )
+
+
+def cut_common_folders(folders: Folders) -> None:
+    """Cut off folders that hold all images, if other folders lie in them."""
+    while folders.have(1).all() and len({*folders.runs()[0]}) == 1:
+        folders.cut += 1
+
+
+def describe(listing: Listing) -> str:
+    """Return the columns that are used: ` (image path, label species, split fold)`; '' for none."""
+    columns = dict(listing.metadata.get("columns", {}))
+    labels = columns.pop("labels", ())
+    texts = [f"{kind} {name}" for kind, name in columns.items() if name]
+    if labels:
+        found = f"label{'s' * (len(labels) > 1)} {first_few(labels, 5)}"
+        texts.insert(columns.get("image") is not None, found)
+    return f" ({', '.join(texts)})" if texts else ""

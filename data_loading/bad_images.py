@@ -7,7 +7,7 @@ python -c "from data_loading.bad_images import BadImages; print(BadImages.__doc_
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ def retry_io(read: Callable[[], Any]) -> Any:
     raise AssertionError("the last try returns or raises")
 
 
+def as_lines(found: Mapping[str, str]) -> list[str]:
+    """Return the lines of bad_images.txt for some images, name -> reason, in order of the names."""
+    escaped = {name.translate(ESCAPES): why.translate(ESCAPES) for name, why in found.items()}
+    return [f"{name}\t{why}\n" for name, why in sorted(escaped.items())]
+
+
 class BadImages:
     """Images that a run skips; `write` logs each once and lists it in bad_images.txt.
 
@@ -83,8 +89,7 @@ class BadImages:
         new = {name: why for name, why in found.items() if name not in self.listed}
         if not new:
             return
-        lines = [f"{name}\t{why.translate(ESCAPES)}\n" for name, why in new.items()]
-        text = self.text + "".join(lines)
+        text = self.text + "".join(as_lines(new))
         try:
             if self.path:
                 write_atomically(text.encode("utf-8", "surrogateescape"), self.path)

@@ -5,24 +5,25 @@
 python -c "from data_loading.dataset import TransformedDataset; help(TransformedDataset)"
 """
 
-import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from data_loading import jpeg
 from data_loading.arrays import to_pixels
 from data_loading.bad_images import is_transient, retry_io
-from data_loading.decode import UNREADABLE, BadImage, is_of_decoder
+from data_loading.decode import UNREADABLE, BadImage, decode_for, is_of_decoder
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
+from data_loading.stages import ByEpoch
 from data_loading.targets import Targets
 from data_loading.transforms import Erased
 from errors import UserError, a_type, first_few
@@ -41,6 +42,7 @@ class Replacement(NamedTuple):
 class TransformedDataset(Dataset):
     """`dataset` with `transform`; (seed, epoch, index) seeds the random draws of a sample.
 
+    transform: or `ByEpoch`, several of them.
     Keys are (epoch, index), samples (image (C, H, W), label, index). An image that an epoch holds
     several times has another index each time, larger by the length, and so other draws. A sample
     that cannot be used is returned as a UserError: if a worker raised it, users would see a long
@@ -55,7 +57,7 @@ class TransformedDataset(Dataset):
     def __init__(
         self,
         dataset: Any,
-        transform: Callable,
+        transform: Callable | ByEpoch,
         seed: int,
         in_chans: int = 3,
         nb_classes: int | None = None,
@@ -65,13 +67,23 @@ class TransformedDataset(Dataset):
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.in_chans, self.nb_classes, self.on_bad = in_chans, nb_classes, on_bad
-        self.positions, self.classes = positions, classes
+        self.positions, self.classes, self.fast = positions, classes, False
         self.targets = Targets("class", nb_classes or 0, positions)
         self.value_range: Sequence[float] | None = None
 
     def map_values(self, value_range: Sequence[float] | None) -> "TransformedDataset":
         """Map these two values to 0 and 1, and those between; returns the dataset itself."""
         self.value_range = None if value_range is None else tuple(value_range)
+        return self
+
+    def decode_fast(self, wanted: bool = True) -> "TransformedDataset":
+        """If wanted, decode JPEG files at 1/2, 1/4 or 1/8 of their sides where the crop is large.
+
+        The first step of the transform draws the crop. Returns the dataset itself.
+        """
+        if wanted:
+            jpeg.require_simplejpeg()
+            self.fast = True
         return self
 
     def expect(self, targets: Targets) -> None:
@@ -108,6 +120,10 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def transform_at(self, epoch: int) -> Callable:
+        """Return the transform of an epoch."""
+        return self.transform.at(epoch) if isinstance(self.transform, ByEpoch) else self.transform
+
     def __getitem__(
         self, key: tuple[int, int]
     ) -> tuple[Tensor, int, int] | Replacement | UserError:
@@ -117,7 +133,7 @@ class TransformedDataset(Dataset):
             chosen = (fold_in(*draw) if attempt else index) % len(self)
             try:
                 image, label = self._load(chosen, draw)
-                sample = self.transform(image), label, index
+                sample = self.transform_at(key[0])(image), label, index
                 return Replacement(sample, bad) if bad else sample
             except BadImage as error:
                 if self.on_bad == "error":
@@ -132,19 +148,25 @@ class TransformedDataset(Dataset):
             f"is {bad[-1][0]} ({bad[-1][1]}). Check the data"
         )
 
-    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Tensor, Any]:
-        """Return (image (C, H, W), label); an error of the dataset's own code is a UserError."""
+    def _read(self, index: int, draw: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return (image (C, H, W), label)."""
+        sample, label = self._item(index, draw)
+        return to_pixels(sample, self.in_chans, self.value_range), label
+
+    def _item(self, index: int, draw: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return (sample, label or None); an error of the dataset's own code is a UserError."""
         seed_cpu(*draw)
         try:
-            item = self.dataset[index]
+            crop = self.transform_at(draw[1]).transforms[0] if self.fast else None
+            with nullcontext() if crop is None else decode_for(crop):
+                item = self.dataset[index]
         except (UserError, MemoryError):
             raise
         except Exception as error:
             if is_of_decoder(error) or is_transient(error) or self._is_of_file(error, index):
                 raise
             raise UserError(describe_error(error)) from error
-        sample, label = self._unpack(item)
-        return to_pixels(sample, self.in_chans, self.value_range), label
+        return self._unpack(item)
 
     def _unpack(self, item: Any) -> tuple[Any, Any]:
         """Return (image, label or None); pre-training does not look at anything but the image."""
@@ -237,21 +259,8 @@ def collate(samples: list) -> tuple[Tensor, Tensor, Tensor, list, Patches] | Use
     rows = isinstance(labels[0], Tensor)
     labels = torch.stack(labels) if rows else torch.tensor(labels)
     pixels = [image.permute(1, 2, 0) for image in images]
-    batch = empty((len(pixels), *pixels[0].shape), pixels[0].dtype)
-    torch.stack(pixels, out=batch)
+    batch = default_collate(pixels)  # stacks them, in a worker right in shared memory
     return batch.permute(0, 3, 1, 2), labels, torch.tensor(ids), bad, patches
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return a tensor without values, on a CPU in huge pages if it is large.
-
-    NumPy asks Linux for them. The first use of each small page of torch's took longer than the
-    arithmetic on a batch of 64 images.
-    """
-    if torch.device(device).type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
 
 def _join_patches(images: Sequence[Tensor]) -> Patches:

@@ -10,7 +10,9 @@ import re
 import struct
 import traceback
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,6 +32,7 @@ MAX_PIXELS = 2**28  # 16,384 x 16,384 pixels, which take 1 GB as RGBA
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 UNREADABLE += (Image.DecompressionBombError,)
 SIGNED = 2  # a TIFF sample format
+FACTORS = (8, 4, 2)  # by which JPEG files are decoded smaller, others are slow
 
 
 class BadImage(UserError):
@@ -43,6 +46,37 @@ class BadImage(UserError):
         self.reason, self.remedy = reason or message, remedy or "replace or remove it"
 
 
+class WithBox(Tensor):
+    """An image that `decode_for` decoded, with the box of the crop that was drawn for it."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width
+    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
+
+
+def keep_box(image: Tensor, source: Tensor) -> Tensor:
+    """Return an image with the box of the one that it was made of, if that has one."""
+    if isinstance(source, WithBox):
+        image = image.as_subclass(WithBox)
+        image.box = source.box
+    return image
+
+
+_CROP: ContextVar[Any] = ContextVar("crop", default=None)
+
+
+@contextmanager
+def decode_for(crop: Any) -> Iterator[None]:
+    """Let `load_image` decode large JPEG files at 1/2, 1/4 or 1/8 of their size.
+
+    crop: `draw_box(height, width)` draws its box first, so that it has `size` pixels at least.
+    """
+    token = _CROP.set(crop)
+    try:
+        yield
+    finally:
+        _CROP.reset(token)
+
+
 def load_image(file: str | bytes | BinaryIO) -> Image.Image | Tensor:
     """Decode a file, given by its path, content or file object, for `decode`.
 
@@ -52,10 +86,8 @@ def load_image(file: str | bytes | BinaryIO) -> Image.Image | Tensor:
     """
     try:
         data = _read_jpeg(file)
-        if data and (pixels := jpeg.decode_jpeg(data, MAX_PIXELS)) is not None:
-            if not jpeg.has_metadata(data):
-                return pixels
-            return jpeg.turn(pixels, orientation_of(_open(io.BytesIO(data))))
+        if data and (pixels := _load_jpeg(data)) is not None:
+            return pixels
         file = io.BytesIO(data or file) if data or isinstance(file, bytes) else file
         return _load_or_retry_png(file)
     except UnidentifiedImageError as error:
@@ -79,6 +111,29 @@ def _read_jpeg(file: str | bytes | BinaryIO) -> bytes | None:
         return None
     file.seek(0)
     return file.read()
+
+
+def _load_jpeg(data: bytes) -> Tensor | None:
+    """Decode an ordinary JPEG; None if PIL must do it."""
+    header = jpeg.read_header(data, MAX_PIXELS)
+    if header is None:
+        return None
+    turns = orientation_of(_open(io.BytesIO(data))) if jpeg.has_metadata(data) else 1
+    crop = _CROP.get()
+    if crop is None:
+        pixels = jpeg.decode_jpeg(data, header)
+        return None if pixels is None else jpeg.turn(pixels, turns)
+    height, width = header[1::-1] if jpeg.is_transposed(turns) else header[:2]
+    box = crop.draw_box(height, width)  # top, left, height, width
+    fits = min(box[2] // crop.size[0], box[3] // crop.size[1])
+    factor = next((factor for factor in FACTORS if factor <= fits), 1)
+    pixels = jpeg.decode_jpeg(data, header, factor)
+    if pixels is None:
+        return None
+    image = jpeg.turn(pixels, turns).as_subclass(WithBox)
+    place, sides = (round(x / factor) for x in box[:2]), (side // factor for side in box[2:])
+    image.box = *place, *sides
+    return image
 
 
 def _load_or_retry_png(file: str | BinaryIO) -> Image.Image:
@@ -156,15 +211,22 @@ def from_pil(image: Image.Image) -> Tensor:
 
 def _with_channels(image: Tensor, in_chans: int) -> Tensor:
     """Convert between gray and RGB; a tensor of other kinds must have `in_chans` channels."""
-    is_uint8, got = image.dtype == torch.uint8, f"{image.dtype} tensor {tuple(image.shape)}"
-    if not (is_uint8 or image.is_floating_point()) or image.ndim != 3:
-        raise UserError(f"expected (C, H, W) uint8 or float, got {got}")
-    if len(image) == in_chans:
+    is_uint8 = image.dtype == torch.uint8
+    if image.ndim != 3 or not (is_uint8 or image.is_floating_point()):
+        raise UserError(f"expected (C, H, W) uint8 or float, got {_describe(image)}")
+    channels = len(image)
+    if channels == in_chans:
         return image if is_uint8 else image.float()
-    if not (is_uint8 and in_chans in MODES and len(image) in MODES):
-        raise UserError(f"expected --in_chans {in_chans}, got {got}")
-    if len(image) == 1:
-        return image.expand(3, -1, -1)
+    if not (is_uint8 and in_chans in MODES and channels in MODES):
+        raise UserError(f"expected --in_chans {in_chans}, got {_describe(image)}")
+    return keep_box(image.expand(3, -1, -1) if in_chans == 3 else _to_gray(image), image)
+
+
+def _describe(image: Tensor) -> str:
+    return f"{image.dtype} tensor {tuple(image.shape)}"
+
+
+def _to_gray(image: Tensor) -> Tensor:
     return from_pil(to_pil_image(image).convert("L"))
 
 

@@ -9,7 +9,7 @@ import itertools
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ import numpy as np
 from data_loading.formats import extensions
 from data_loading.listing import SYSTEM, is_system, reason_of
 from errors import UserError
+
+CHUNK = 1 << 20  # names to copy at once
+PADDED = 1 << 24  # bytes of names that are compared at once
 
 
 class Names(Sequence[str]):
@@ -63,12 +66,89 @@ class Names(Sequence[str]):
 
     def take(self, order: np.ndarray) -> "Names":
         """Return the names at some places, (M,) int64."""
-        starts, lengths = self.ends[:-1][order], np.diff(self.ends)[order]
-        ends = np.zeros(len(order) + 1, np.int64)
+        return self._copy(self.ends[:-1][order], np.diff(self.ends)[order])
+
+    def cut(self, starts: np.ndarray) -> "Names":
+        """Return the rest of each name from a place in `text` on, (N,) int64."""
+        if np.array_equal(starts, self.ends[:-1]):
+            return self
+        return self._copy(starts, self.ends[1:] - starts)
+
+    def _copy(self, starts: np.ndarray, lengths: np.ndarray) -> "Names":
+        """Return the names that begin at `starts` and have `lengths` with their zeros."""
+        ends = np.zeros(len(starts) + 1, np.int64)
         np.cumsum(lengths, out=ends[1:])
-        places = np.repeat(starts - ends[:-1], lengths)
-        places += np.arange(len(places))
-        return Names(self.text[places], ends)
+        text = np.empty(int(ends[-1]), np.uint8)
+        for first in range(0, len(starts), CHUNK):
+            part = slice(first, first + CHUNK)
+            places = np.repeat(starts[part] - ends[:-1][part], lengths[part])
+            after = first + len(lengths[part])
+            held = slice(int(ends[first]), int(ends[after]))
+            text[held] = self.text[places + np.arange(held.start, held.stop)]
+        return Names(text, ends)
+
+    def runs(self, starts: np.ndarray, stops: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Return the parts of the names from `starts` to `stops`, each run of equal ones once.
+
+        Returns them and the number of the first name of each run, (runs,) int64.
+        """
+        lengths, same = stops - starts, np.zeros(len(starts), bool)
+        for part in _chunks(lengths):
+            padded = _padded(self.text, starts[part], lengths[part])
+            same[part.start + 1 : part.stop] = padded[1:] == padded[:-1]
+        same[1:] &= lengths[1:] == lengths[:-1]
+        firsts = np.flatnonzero(~same)
+        pairs = zip(starts[firsts].tolist(), stops[firsts].tolist(), strict=True)
+        return [os.fsdecode(self.text[a:b].tobytes()) for a, b in pairs], firsts
+
+
+def _chunks(lengths: np.ndarray) -> Iterator[slice]:
+    """Yield parts that take little memory with padding; each begins where the last one ended."""
+    rows = max(2, PADDED // max(1, int(lengths.max(initial=1))))
+    for first in range(0, len(lengths), rows - 1):
+        yield slice(first, min(first + rows, len(lengths)))
+
+
+def _padded(text: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return parts of a text as bytes of equal length, with zeros behind shorter ones: (N,) S."""
+    width = max(1, int(lengths.max(initial=1)))
+    first, after = int(starts[0]), int(starts[-1]) + width
+    held = np.append(text[first:after], np.zeros(max(0, after - len(text)), np.uint8))
+    rows = np.lib.stride_tricks.sliding_window_view(held, width)[starts - first]
+    if lengths.min() < width:
+        rows[np.arange(width) >= lengths[:, None]] = 0
+    return rows.view(f"S{width}")[:, 0]
+
+
+class Folders:
+    """The folders in names, by their depth from 0; `cut` counts those that are cut off."""
+
+    def __init__(self, names: Names) -> None:
+        self.names, self.cut = names, 0
+        self.places = np.flatnonzero((names.text == ord("/")) | (names.text == 0))
+        self.ends = np.flatnonzero(names.text[self.places] == 0)  # in `places`, of each name
+        self.firsts = np.append(0, self.ends[:-1] + 1)
+
+    def have(self, depth: int) -> np.ndarray:
+        """Return which names have a folder at a depth, (N,) bool."""
+        return self.firsts + self.cut + depth < self.ends
+
+    def starts(self) -> np.ndarray:
+        """Return the place of the first letter of each name that is not cut off, (N,) int64."""
+        if not self.cut:
+            return self.names.ends[:-1]
+        return self.places[self.firsts + self.cut - 1] + 1
+
+    def runs(self) -> tuple[list[str], np.ndarray]:
+        """Return the first folder of the names, '' for none, and `firsts` as in `Names.runs`."""
+        starts = self.starts()
+        return self.names.runs(
+            starts, np.where(self.have(0), self.places[self.firsts + self.cut], starts)
+        )
+
+    def rest(self) -> Names:
+        """Return the names without what is cut off."""
+        return self.names.cut(self.starts())
 
 
 def reason_to_leave_out(name: str) -> str:
@@ -85,10 +165,16 @@ def sort_by_name(names: Names) -> np.ndarray | None:
 
     It depends on the names alone, whatever holds the images; None if they are in order already.
     """
-    text = names.text.tobytes().replace(b"/", b"\0")
-    keys = [text[first:after] for first, after in itertools.pairwise(names.ends.tolist())]
-    if all(first <= second for first, second in itertools.pairwise(keys)):
+    text = np.where(names.text == ord("/"), 0, names.text).astype(np.uint8)
+    starts, lengths = names.ends[:-1], np.diff(names.ends)
+    for part in _chunks(lengths):
+        keys = _padded(text, starts[part], lengths[part])
+        if not (keys[:-1] <= keys[1:]).all():
+            break
+    else:
         return None
+    text = text.tobytes()
+    keys = [text[first:after] for first, after in itertools.pairwise(names.ends.tolist())]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
 
 
@@ -106,6 +192,10 @@ class Files:
     def read(self, number: int) -> bytes:
         """Return the content of an image file; may be called by several threads and processes."""
         raise NotImplementedError
+
+    def size(self, number: int) -> int:
+        """Return the bytes of an image file."""
+        return len(self.read(number))
 
     def locate(self, number: int) -> str:
         """Return where an image is, for messages: `photos/cat/1.jpg`, `photos.zip/cat/1.jpg`."""

@@ -31,6 +31,10 @@ class FolderFiles(Files):
         with open(self.locate(number), "rb", buffering=0) as file:
             return file.read()
 
+    def size(self, number: int) -> int:
+        """Return the bytes of an image file."""
+        return os.stat(self.locate(number)).st_size
+
     def locate(self, number: int) -> str:
         """Return the path of an image file."""
         return os.path.join(self.root, self.names[number])

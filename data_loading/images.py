@@ -25,14 +25,16 @@ class Images(Dataset):
     """Images with their targets, if they are listed.
 
     open_files: returns what reads the images of a listing. path: where they come from, for
-    messages. kind: of the targets, class, multi or number; None without. classes: names of the
-    classes, or numbers, by label. targets: (N,) labels or (N, K) rows. weights: (N,) for sampling,
-    or None. own_split: what separates training from evaluation images in the data, `column split`
-    or `folder val/`; '' if nothing does.
+    messages. what: describes the source. kind: of the targets, class, multi or number; None
+    without. classes: names of the classes, or numbers, by label. targets: (N,) labels or (N, K)
+    rows. weights: (N,) for sampling, or None. own_split: what separates training from evaluation
+    images in the data, `column split` or `folder val/`; '' if nothing does.
     """
 
-    def __init__(self, open_files: Callable[[Listing], Files], listing: Listing, path: str) -> None:
-        self.open_files, self.listing, self.path = open_files, listing, path
+    def __init__(
+        self, open_files: Callable[[Listing], Files], listing: Listing, path: str, what: str = ""
+    ) -> None:
+        self.open_files, self.listing, self.path, self.what = open_files, listing, path, what
         self.files = open_files(listing)
         facts = listing.metadata
         self.kind, self.classes = facts.get("kind"), facts.get("classes")
@@ -42,15 +44,19 @@ class Images(Dataset):
 
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map an index themselves, and open its files."""
-        return Images, (self.open_files, self.listing, self.path)
+        return Images, (self.open_files, self.listing, self.path, self.what)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor | Encoded, Any]:
         target = None if self.targets is None else self.targets[index]
+        return load_file(self.read(index)), target
+
+    def read(self, index: int) -> bytes:
+        """Return the content of an image file; BadImage if a table or an index names none."""
         try:
-            return load_file(self.files.read(index)), target
+            return self.files.read(index)
         except FileNotFoundError as error:
             where = self.line_of(index)
             if where:
@@ -82,6 +88,11 @@ class Images(Dataset):
     def is_table(self) -> bool:
         """True if columns of a table, or of an archive, give the labels."""
         return "columns" in self.listing.metadata
+
+    @property
+    def names_files(self) -> bool:
+        """True if rows of a table name image files, so that two rows may have the same one."""
+        return bool(self.listing.metadata.get("columns", {}).get("image"))
 
     def line_of(self, index: int) -> str:
         """Return `line 3 of photos.csv`, or '' if the images are not rows of a table."""

@@ -100,29 +100,35 @@ def _crc32(metadata: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _checksums(listing: Listing) -> dict[str, int]:
+def checksums(listing: Listing) -> dict[str, int]:
+    """Return the CRC-32 of the labels and weights of a list, by name."""
     found = {name: array for name, array in listing.arrays.items() if name in CHECKED}
     return {name: zlib.crc32(np.ascontiguousarray(array)) for name, array in found.items()}
 
 
-def write_index(listing: Listing, folder: Path) -> None:
-    """Write the files of an index."""
+def write_index(listing: Listing, folder: Path, identity: str = "") -> None:
+    """Write the files of an index; identity: see `write_json`."""
     for name, array in _arrays(listing).items():
         np.save(folder / f"{name}.npy", array)
-    write_json(listing, folder)
+    write_json(listing, folder, identity)
 
 
 def _arrays(listing: Listing) -> dict[str, np.ndarray]:
     return {"names": listing.names.text, "ends": listing.names.ends, **listing.arrays}
 
 
-def write_json(listing: Listing, folder: Path) -> None:
-    """Write index.json; its random `id` makes the checksum of each index unique."""
+def write_json(listing: Listing, folder: Path, identity: str = "") -> None:
+    """Write index.json; its random `id` makes the checksum of each index unique.
+
+    identity: takes the place of the time and of the random `id`, so that the file depends on the
+    content alone.
+    """
     arrays = _arrays(listing)
     shapes = {name: [array.dtype.str, *array.shape] for name, array in arrays.items()}
     metadata = {"version": VERSION, **listing.metadata, "arrays": shapes}
-    metadata["checksums"] = _checksums(listing)
-    metadata |= {"made": int(time.time()), "id": secrets.token_hex(8)}
+    metadata["checksums"] = checksums(listing)
+    made = 0 if identity else int(time.time())
+    metadata |= {"made": made, "id": identity or secrets.token_hex(8)}
     (folder / "index.json").write_text(json.dumps(metadata | {"crc32": _crc32(metadata)}))
 
 
@@ -145,7 +151,7 @@ def _make(folder: Path, what: str, make: Callable[[], Listing]) -> int:
                     "enough space"
                 ) from error
     listing = open_index(folder)
-    if _checksums(listing) != listing.metadata["checksums"]:
+    if checksums(listing) != listing.metadata["checksums"]:
         raise UserError(f"{folder} is damaged: its labels do not fit their checksum; {REMEDY}")
     return listing.metadata["crc32"]
 

@@ -5,8 +5,12 @@
 python -c "from data_loading import jpeg; print(jpeg.decode_jpeg.__doc__)"
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from errors import UserError
 
 try:
     import simplejpeg
@@ -22,19 +26,46 @@ TURNS = {  # EXIF orientation -> transposed?, then dimensions of (C, H, W) to fl
 }  # fmt: skip
 
 
-def decode_jpeg(data: bytes, max_pixels: int) -> Tensor | None:
-    """Decode to (C, H, W) uint8, gray or RGB, with the bits that PIL gives.
-
-    None for what PIL must decode or refuse: CMYK, more than `max_pixels` pixels, a damaged file,
-    any file where simplejpeg is not installed. The EXIF orientation is not applied.
-    """
+def require_simplejpeg() -> None:
+    """Raise UserError if simplejpeg is not installed."""
     if simplejpeg is None:
+        raise UserError("--decode fast needs simplejpeg: pip install simplejpeg")
+
+
+class Header(NamedTuple):
+    """Size of an image as it is stored, before it is turned, and the kind of its pixels."""
+
+    height: int
+    width: int
+    space: str
+
+
+def read_header(data: bytes, max_pixels: int) -> Header | None:
+    """Read the header of a file that `decode_jpeg` can decode.
+
+    None for what PIL must decode or refuse: CMYK, more than `max_pixels` pixels, a damaged header,
+    other formats, and everything where simplejpeg is not installed.
+    """
+    if simplejpeg is None or not data.startswith(START):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space not in SPACES or height * width > max_pixels:
-            return None
-        pixels = simplejpeg.decode_jpeg(data, SPACES[space])  # (H, W, C)
+    except ValueError:
+        return None
+    known = space in SPACES and height * width <= max_pixels
+    return Header(height, width, SPACES[space]) if known else None
+
+
+def decode_jpeg(data: bytes, header: Header, factor: int = 1) -> Tensor | None:
+    """Decode to (C, H, W) uint8, gray or RGB, with the bits that PIL gives; None if it is damaged.
+
+    The EXIF orientation is not applied. factor: 2, 4 or 8 for sides of 1 / factor, rounded up.
+    """
+    least = {}
+    if factor > 1:
+        least = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, header.space, **least)  # (H, W, C)
     except ValueError:
         return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -49,6 +80,11 @@ def has_metadata(data: bytes) -> bool:
             return marker == APP1
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return True  # an odd file
+
+
+def is_transposed(orientation: int) -> bool:
+    """Return True if `turn` swaps height and width."""
+    return TURNS.get(orientation, (False, ()))[0]
 
 
 def turn(image: Tensor, orientation: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_loading.dataset import empty
 from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel.process_group import get_logger
@@ -38,8 +37,11 @@ class DeviceLoader:
         std: Sequence[float],
     ):
         self.loader, self.device = loader, torch.device(device)
-        mean_std = torch.tensor([mean, std], dtype=torch.float32, device=self.device)
-        self.mean, self.std = mean_std[:, None, :, None, None]  # (1, C, 1, 1) each
+        self.mean, self.std = list(mean), list(std)
+        self.mean_std = {  # of images up to 1 and up to 255: (2, C)
+            white: torch.tensor([[white * x for x in values] for values in (mean, std)]).to(device)
+            for white in (1.0, 255.0)
+        }
         self.wait_seconds = 0.0
         self.bad: dict[str, str] = {}
         self.range_is_known = False
@@ -52,8 +54,8 @@ class DeviceLoader:
         return len(self.loader)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
-        """Call `TrainSampler.set_epoch` of the loader's sampler."""
-        self.loader.sampler.set_epoch(epoch, start, stop)
+        """Call `TrainSampler.set_epoch` of the loader's sampler; choose the epoch's batch size."""
+        self.loader.set_epoch(epoch, start, stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         start = time.perf_counter()
@@ -119,12 +121,9 @@ class DeviceLoader:
         """(N, C, H, W) uint8 or float in 0..1 -> float32, (x - mean) / std."""
         count, channels, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).reshape(count * height, width * channels)
-        mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))
-        result = empty(rows.shape, torch.float32, rows.device)
+        mean, std = self.mean_std[1 if images.is_floating_point() else 255].repeat(1, width)
+        result = torch.empty_like(rows, dtype=torch.float32)
         at_once = height if rows.device.type == "cpu" else len(rows)  # an image fits into the cache
         for part, place in zip(rows.split(at_once), result.split(at_once), strict=True):
-            place.copy_(part)
-            if not part.is_floating_point():
-                place.div_(255)
-            place.sub_(mean).div_(std)
+            place.copy_(part).sub_(mean).div_(std)
         return result.view(count, height, width, channels).permute(0, 3, 1, 2)

@@ -26,7 +26,7 @@ class MixedImages(Dataset):
     """
 
     def __init__(self, parts: Sequence[Images], shares: Sequence[float] | None = None) -> None:
-        self.parts, self.shares = list(parts), shares
+        self.parts, self.shares, self.what = list(parts), shares, plural(len(parts), "source")
         self.starts = [*itertools.accumulate(map(len, parts), initial=0)]
         self.kind, self.classes, self.targets = parts[0].kind, None, None
         self._join_targets()
@@ -87,6 +87,11 @@ class MixedImages(Dataset):
         part, own = self._find(index)
         return part[own][0], None if self.targets is None else self.targets[index]
 
+    def read(self, index: int) -> bytes:
+        """Return the content of an image file."""
+        part, own = self._find(index)
+        return part.read(own)
+
     @property
     def samples(self) -> "_Samples":
         """(path, target) of each image, as torchvision's folders have them."""
@@ -105,7 +110,7 @@ class MixedImages(Dataset):
             texts.append(
                 f"{plural(len(part), 'image')} of {part.path}{share}{part.describe_list()}"
             )
-        return f" ({'; '.join(texts)})"
+        return f"; {'; '.join(texts)}"
 
 
 Listed = Images | MixedImages  # data sets whose images have names

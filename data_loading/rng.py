@@ -21,13 +21,26 @@ _WORD = (1 << 64) - 1
 
 def fold_in(*numbers: int) -> int:
     """Hash integers to a 63-bit seed."""
+    return _state(*numbers) >> 1
+
+
+def _state(*numbers: int) -> int:
     state = 0
     for number in numbers:
         state = (state + number + _GOLDEN) & _WORD
         state = ((state ^ (state >> 30)) * _FACTORS[0]) & _WORD
         state = ((state ^ (state >> 27)) * _FACTORS[1]) & _WORD
         state ^= state >> 31
-    return state >> 1
+    return state
+
+
+def fold_in_each(words: np.ndarray, *numbers: int) -> np.ndarray:
+    """(N,) integers of at least 0 -> (N,) uint64, `fold_in(*numbers, word)` of each of them."""
+    state = np.uint64(_state(*numbers))
+    x = words.astype(np.uint64) + state + np.uint64(_GOLDEN)  # wraps, as & _WORD does
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
 
 
 def _signed(word: int) -> int:

@@ -123,8 +123,11 @@ class TrainSampler(Sampler):
         return keys_at(mine, *order)
 
 
-def check_global_batch(sampler: TrainSampler, batch_size: int) -> None:
-    """Raise UserError if an epoch is shorter than one batch of all ranks."""
+def check_global_batch(sampler: TrainSampler, batch_size: int, grown: bool = False) -> None:
+    """Raise UserError if an epoch is shorter than one batch of all ranks.
+
+    grown: by --progressive_batch.
+    """
     images, ranks = sampler.samples, plural(sampler.world_size, "process")
     needed, fits = batch_size * sampler.world_size, images // sampler.world_size
     if images >= needed:
@@ -134,6 +137,7 @@ def check_global_batch(sampler: TrainSampler, batch_size: int) -> None:
     if images != sampler.length:
         got, more = f"--num_samples {images}", f"raise it to {needed}"
     fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
+    fix = "drop --progressive_batch, which makes it that large" if grown else fix
     raise UserError(
         f"{got}, but one global batch takes {needed} ({batch_size} x {ranks}); {fix}, or {more}"
     )

@@ -6,6 +6,7 @@ python main_pretrain.py --data_path photos.zip --model convnextv2_atto --dry_run
 """
 
 import os
+import shlex
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -16,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from config.flags import command
 from config.paths import PATTERN, split_sources
-from data_loading import parquet, parquet_columns
+from data_loading import packs, parquet, parquet_columns
 from data_loading.arrange import (
     DatasetSpec,
     Part,
     arrange,
     check_files,
     choose_split,
+    describe,
     list_rows,
     sorted_by_name,
     with_facts,
@@ -37,7 +40,7 @@ from data_loading.mixed import MixedImages
 from data_loading.tables import EVAL, TRAIN, Table, choose_columns, read_table
 from data_loading.tar import UNPACK, TarFiles, expand, list_tar
 from data_loading.zips import ZipFiles, list_zip
-from errors import UserError, first_few
+from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
 TABLES = (".csv", ".tsv", ".txt")
@@ -90,7 +93,7 @@ def open_part(part: Part, folder: Path | None = None) -> Images:
         listing = cached(source.list, source.what, identity, folder)
     else:
         listing = source.list()
-    return Images(source.open, listing, part.path)
+    return Images(source.open, listing, part.path, f"{source.what}{describe(listing)}")
 
 
 def _choose_path(layout: str, spec: DatasetSpec, train: bool) -> tuple[str, str]:
@@ -110,7 +113,8 @@ def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str
     part = Part(layout, os.path.expanduser(path), spec, train, is_own=own)
     if not (PATTERN.search(path) or os.path.exists(part.path)):
         raise UserError(f"--{flag} {path}: no such file or folder")
-    if layout == "table" or not (part.may_split and os.path.isdir(part.path)):
+    is_folder = os.path.isdir(part.path) and not packs.is_pack(part.path)
+    if layout == "table" or not (part.may_split and is_folder):
         return part
     names = scan(part.path)
     folders = [name for name in [*names.folders, *names.links] if not is_system(name)]
@@ -128,6 +132,8 @@ def find_source(part: Part) -> Source:
         raise UserError(f"--data_path {path}: it is a folder, expected a table, a file of rows")
     if layout == "table" or path.lower().endswith(TABLES):
         return _table(part)
+    if is_folder and packs.is_pack(path):
+        return _pack(part)
     if shards := _tar_shards(path):
         return _tar(part, shards)
     if parquet.holds_files(path) if is_folder else parquet.kind_of(path):
@@ -149,7 +155,7 @@ def _identity(part: Part, kind: str, path: str) -> dict[str, Any]:
 def _folder(part: Part) -> Source:
     root, labeled = part.path, part.spec.labeled
     part.check(part.own_split)
-    kinds = {False: "images without labels in", True: "the class folders of"}
+    kinds = {False: "the images in", True: "the class folders of"}
 
     def make() -> Listing:
         listing = list_folder(root, labeled, leave_out_empty=not part.train)
@@ -177,10 +183,10 @@ def _zip(part: Part) -> Source:
     path = part.path
 
     def make() -> Listing:
-        return sorted_by_name(arrange(list_zip(path), part))
+        return arrange(list_zip(path), part)
 
     identity = _identity(part, "zip", path)
-    return Source(f"the images of {path}", identity, make, partial(ZipFiles, path), [path])
+    return Source(f"the zip file {path}", identity, make, partial(ZipFiles, path), [path])
 
 
 def _tar_shards(path: str) -> list[str]:
@@ -206,16 +212,35 @@ def _tar(part: Part, shards: Sequence[str]) -> Source:
         part, shards = _choose_files(part, by_split)
 
     def make() -> Listing:
-        found = list_tar(shards, part.spec.labeled, part.spec.columns.labels or None)
-        return sorted_by_name(arrange(found, part))
+        given = part.spec.columns
+        columns = [*given.labels, *filter(None, (given.split, given.weight))]
+        found = list_tar(shards, part.spec.labeled, columns if given.labels else None)
+        return arrange(found, part)
 
     identity = _identity(part, "tar", path)
-    what = f"the images of {path}"
+    what = f"{plural(len(shards), 'tar file')} of {path}"
+    what = what if len(shards) > 1 else f"the tar file {shards[0]}"
     return Source(what, identity, make, partial(_open_tar, list(shards)), shards)
 
 
 def _open_tar(shards: Sequence[str], listing: Listing) -> TarFiles:
     return TarFiles(shards, listing.names, dict(listing.arrays))
+
+
+def _pack(part: Part) -> Source:
+    path, pack = part.path, packs.read_pack(part.path)
+    names = {packs.PARTS[name]: [name] for name in pack["parts"]}
+    part, (name,) = _choose_files(part, names)
+    part.check(part.own_split)
+    shards = packs.shard_paths(path, pack, name)
+
+    def make() -> Listing:
+        listing = packs.for_task(packs.list_part(path, pack, name), path, part.spec.labeled)
+        return with_facts(listing, own_split=part.own_split)
+
+    identity = {"pack": os.path.realpath(path), "part": name, "labeled": part.spec.labeled}
+    what = f"the pack {path}"
+    return Source(what, identity, make, partial(packs.open_files, shards), shards)
 
 
 def _choose_files(part: Part, by_split: dict[str, list[str]]) -> tuple[Part, list[str]]:
@@ -258,7 +283,7 @@ def _parquet(part: Part) -> Source:
     def make() -> Listing:
         found = parquet_columns.read_columns(files, image.name, wanted)
         if holds_images:
-            return sorted_by_name(arrange(found, part, has_folders=False))
+            return arrange(found, part, has_folders=False)
         rows = np.arange(1, 1 + len(next(iter(found.columns.values()))))
         table = Table(path, found.columns, rows, "row", None, found.class_names)
         listing, _ = list_rows(table, part)
@@ -267,15 +292,18 @@ def _parquet(part: Part) -> Source:
 
     identity = _identity(part, "parquet", path) | {"root": os.path.realpath(root)}
     if not holds_images:
-        return Source(f"the rows of {path}", identity, make, partial(FolderFiles, root), files)
+        return Source(f"the table {path}", identity, make, partial(FolderFiles, root), files)
     if not parquet.is_random_access(files):
         get_logger().warning(
-            "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; convert it "
-            "once: datasets.load_dataset(...).save_to_disk(FOLDER) writes Arrow files",
-            path,
+            "%s: Parquet is decoded a row group at a time, so a shuffled epoch is slow; pack it "
+            "once: %s %s FOLDER",
+            *(path, command("pack"), shlex.quote(path)),
         )
     open_files = partial(_open_parquet, files, image.name)
-    return Source(f"the images of {path}", identity, make, open_files, files)
+    kind = "Arrow" if parquet.is_random_access(files) else "Parquet"
+    what = f"{plural(len(files), f'{kind} file')} of {path}"
+    what = what if len(files) > 1 else f"the {kind} file {files[0]}"
+    return Source(what, identity, make, open_files, files)
 
 
 def _open_parquet(files: Sequence[str], column: str, listing: Listing) -> parquet.ParquetFiles:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data_loading.images import Images
 from data_loading.labels import class_names
 from data_loading.mixed import Listed
-from data_loading.rng import fold_in
+from data_loading.rng import fold_in_each
 from data_loading.samplers import rarest_classes
 from errors import UserError
 from parallel.process_group import get_logger
@@ -133,11 +134,14 @@ def _list_strata(dataset: Any, kind: str) -> np.ndarray:
 def _images(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the first sample of each image, and the number of the image of each sample.
 
-    Rows of a table may have the same image; it counts as one of the class of the first row.
+    Rows of a table may have the same image; it counts as one of the class of the first row. In
+    other sources images of the same name, as in two shards, are different ones.
     """
-    if not isinstance(dataset, Listed):
+    if not (isinstance(dataset, Images) and dataset.names_files and len(dataset)):
         return np.arange(len(dataset)), np.arange(len(dataset))
-    return np.unique(dataset.encoded_names(), return_index=True, return_inverse=True)[1:]
+    names = dataset.names  # in order, so that the same ones are neighbors
+    first = names.runs(names.ends[:-1], names.ends[1:])[1]
+    return first, np.repeat(np.arange(len(first)), np.diff(np.append(first, len(names))))
 
 
 def _draws(dataset: Any, *numbers: int) -> np.ndarray:
@@ -145,10 +149,10 @@ def _draws(dataset: Any, *numbers: int) -> np.ndarray:
 
     numbers: the seed.
     """
-    words = range(len(dataset))
+    words = np.arange(len(dataset))
     if isinstance(dataset, Listed):
-        words = map(zlib.crc32, dataset.encoded_names())
-    return np.array([fold_in(*numbers, word) for word in words]) / 2**63
+        words = np.fromiter(map(zlib.crc32, dataset.encoded_names()), np.int64, len(dataset))
+    return fold_in_each(words, *numbers) / 2**63
 
 
 def list_labels(dataset: Any) -> np.ndarray | None:

@@ -41,13 +41,13 @@ def describe_outputs(count: int, kind: str, some: str = "") -> str:
 def log_dataset(
     dataset: Any,
     is_train: bool,
-    size: tuple[int, int],
+    used: str,
     nb_classes: int | None = None,
     kind: str = "class",
 ) -> None:
     """Log images, classes and image size, and what is left out and why; warn of one class.
 
-    size: (height, width). nb_classes: None if labels are not used.
+    used: sizes of images, `224 x 224 pixels`. nb_classes: None if labels are not used.
     """
     name, classes = "train" if is_train else "val", ""
     if nb_classes is not None:
@@ -57,7 +57,8 @@ def log_dataset(
         classes += f" ({first_few(names)})" if names else ""
     files = dataset.dataset if isinstance(dataset, Part) else dataset
     remarks = files.describe_list() if isinstance(files, Listed) else ""
-    text = "%s: %s%s, used at %d x %d pixels%s"
-    get_logger().info(text, name, plural(len(dataset), "image"), classes, *size, remarks)
+    source = f" from {files.what}" if getattr(files, "what", "") else ""
+    text = "%s: %s%s%s, used at %s%s"
+    get_logger().info(text, name, plural(len(dataset), "image"), classes, source, used, remarks)
     if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
         get_logger().warning("%s: %s", name, problem)

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Images in tar files and WebDataset shards, read at any place without unpacking.
 
-python -c "from data_loading.tar import list_tar; print(list_tar(['a.tar'], False).names[0])"
+python -c "from data_loading.tar import expand; print(expand('data_loading/{tar,decode}.py'))"
 """
 
 import glob
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -58,7 +58,6 @@ UNPACK = {  # endings of compressed tar files -> command that unpacks
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 MOST_PATHS = 10**7  # of a pattern
 REPLACED = "replaced by a later one of the same name"
-IMAGE, LABEL, OTHER = "image", "label", "other"  # kinds of members
 MOST_PROCESSES, MOST_FOLDERS = 32, 10**5  # the latter: that are remembered
 OPEN_SHARDS = 256  # at most, in each process
 CHANGED = "was cut short or changed since it was listed; restore it, or list it again"
@@ -241,7 +240,7 @@ class _Lister:
     def __init__(self, shard: str) -> None:
         self.shard, self.headers = shard, TarHeaders(shard)
         self.left_out: Counter[str] = Counter()
-        self.kinds: dict[bytes, str] = {}  # of endings of names, as they are found
+        self.endings: dict[bytes, bool] = {}  # of names; True: of images
         self.folders: dict[bytes, bool] = {}  # True: one of the system
         self.texts: list[bytes] = []
         self.arrays: list[np.ndarray] = []  # (3, N) int64: hashes of the names, starts, sizes
@@ -249,89 +248,86 @@ class _Lister:
 
     def add(self, members: Members) -> None:
         """Sort the files of a batch of headers."""
-        names, numbers = self._clean(members.names), range(len(members.names))
-        text = b"\0".join([b"", *names, b""])
-        if self._has_hidden(names, text):
+        names, text, has_dots = self._clean(members.names)
+        numbers: Sequence[int] = range(len(names))
+        if self._has_system_folders(names) or has_dots:
             hidden = [self._is_hidden(name) for name in names]
             _count(self.left_out, SYSTEM, sum(hidden))
             numbers = [number for number in numbers if not hidden[number]]
         if len(numbers) < len(names) or not self._are_images(names, text):
-            kinds = self._kinds(names)
-            self._add_others(members, names, [n for n in numbers if kinds[n] != IMAGE], kinds)
-            numbers = [number for number in numbers if kinds[number] == IMAGE]
+            are_images = self._find_images(names)
+            self._add_others(members, names, [n for n in numbers if not are_images[n]])
+            numbers = [number for number in numbers if are_images[number]]
             names = [names[number] for number in numbers]
-            text = b"\0".join([b"", *names, b""])
+            text = _join(names)
         if names:
             self.texts.append(text[1:])
             places = np.array(numbers)
-            hashes = np.array([hash(name) for name in names], np.int64)
+            hashes = np.fromiter(map(hash, names), np.int64, len(names))
             self.arrays.append(np.stack([hashes, members.starts[places], members.sizes[places]]))
 
-    def _clean(self, names: list[bytes]) -> list[bytes]:
-        """Remove what may be in a path without a meaning, such as `./`."""
-        text = b"\0".join([b"", *names])
+    def _clean(self, names: list[bytes]) -> tuple[list[bytes], bytes, bool]:
+        """Remove what may be in a path without a meaning, such as `./`.
+
+        Returns also `_join` of the names, and whether a part of one begins with a dot.
+        """
+        text = _join(names)
         if b"\0./" in text:
             names = [name[2:].lstrip(b"/") if name[:2] == b"./" else name for name in names]
-            text = b"\0".join([b"", *names])
-        if any(odd in text for odd in (b"\0/", b"//", b"\0.", b"/.")):
+            text = _join(names)
+        if is_odd := _is_odd(text):
             names = [self._clean_one(name) for name in names]
-        return names
+            text = _join(names)
+        return names, text, is_odd and _is_odd(text)
 
     def _clean_one(self, name: bytes) -> bytes:
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-        if (name.startswith(b"/") or b".." in parts) and self._kind_of(_ending(name)) != OTHER:
+        if (name.startswith(b"/") or b".." in parts) and _is_used(_ending(name)):
             raise UserError(
                 f"{self.shard}: the member {os.fsdecode(name)!r} has an absolute path or one with "
                 "'..', expected one within the archive; pack it again: tar -cf SHARD -C FOLDER ."
             )
         return b"/".join(parts)
 
-    def _kinds(self, names: list[bytes]) -> list[str]:
-        endings = [name[name.rfind(b".") :] for name in names]
-        for ending in {*endings} - self.kinds.keys():
-            self.kinds[ending] = self._kind_of(ending)
-        if len(self.kinds) > 10 * MAX_KINDS:  # names without extension are endings too
-            self.kinds = {ending: self.kinds[ending] for ending in endings}
-        return [self.kinds[ending] for ending in endings]
+    def _find_images(self, names: list[bytes]) -> list[bool]:
+        endings = [_ending(name) for name in names]
+        for ending in {*endings} - self.endings.keys():
+            self.endings[ending] = _is_image(ending)
+        found = [self.endings[ending] for ending in endings]
+        if len(self.endings) > 10 * MAX_KINDS:  # names without extension are endings too
+            self.endings.clear()
+        return found
 
     @staticmethod
-    def _kind_of(ending: bytes) -> str:
-        ending = ending.lower()
-        if ending in webdataset.LABELS:
-            return LABEL
-        return IMAGE if os.fsdecode(ending) in extensions() else OTHER
-
-    def _are_images(self, names: list[bytes], text: bytes) -> bool:
+    def _are_images(names: list[bytes], text: bytes) -> bool:
         """Return True if all names end as the first of them; False does not say anything."""
-        if names and self._kind_of(ending := _ending(names[0])) == IMAGE:
+        if names and _is_image(ending := _ending(names[0])):
             return text.count(ending + b"\0") == len(names)
         return False
 
-    def _has_hidden(self, names: list[bytes], text: bytes) -> bool:
-        """Return whether some of the names are of the system, or in folders of it."""
+    def _has_system_folders(self, names: list[bytes]) -> bool:
         folders = {name.rpartition(b"/")[0] for name in names}
         if len(self.folders) > MOST_FOLDERS:
             self.folders = {}
         for folder in folders - self.folders.keys():
             self.folders[folder] = any(map(is_system, os.fsdecode(folder).split("/")))
-        return b"/." in text or b"\0." in text or any(self.folders[folder] for folder in folders)
+        return any(self.folders[folder] for folder in folders)
 
     def _is_hidden(self, name: bytes) -> bool:
         folder, _, base = name.rpartition(b"/")
         return self.folders[folder] or base.startswith(b".")
 
-    def _add_others(
-        self, members: Members, names: list[bytes], numbers: list[int], kinds: list[str]
-    ) -> None:
+    def _add_others(self, members: Members, names: list[bytes], numbers: Iterable[int]) -> None:
         """Note label files, and count what is no image."""
+        starts, sizes = members.starts.tolist(), members.sizes.tolist()
         for number in numbers:
             name = names[number]
-            key, extension = webdataset.key_of(name), _ending(name).lower()
-            if kinds[number] == LABEL and webdataset.follows_key(name):
-                place = int(members.starts[number]), int(members.sizes[number])
-                self.labels[extension][key] = place
-            else:
+            dot = name.find(b".", name.rfind(b"/") + 1)
+            places = self.labels.get(name[dot:].lower())
+            if places is None:
                 _count(self.left_out, reason_of(os.fsdecode(name.rpartition(b"/")[2])), 1)
+            else:
+                places[name[:dot]] = starts[number], sizes[number]
 
     def finish(self, labeled: bool, columns: Sequence[str] | None) -> Shard:
         """Return the images, each name once: a later member replaces an earlier one."""
@@ -372,6 +368,27 @@ def _ending(name: bytes) -> bytes:
     return name[name.rfind(b".") :]
 
 
+def _join(names: list[bytes]) -> bytes:
+    """Join names with a zero before and behind each."""
+    return b"\0".join([b"", *names, b""])
+
+
+def _is_odd(text: bytes) -> bool:
+    """Return whether, in the text of `_join`, a part of a path is empty or begins with a dot."""
+    letters = np.frombuffer(text, np.uint8)
+    before, after = letters[:-1], letters[1:]
+    starts = (before == 0) | (before == ord("/"))
+    return bool((starts & ((after == ord(".")) | (after == ord("/")))).any())
+
+
+def _is_image(ending: bytes) -> bool:
+    return os.fsdecode(ending).lower() in extensions()
+
+
+def _is_used(ending: bytes) -> bool:
+    return _is_image(ending) or ending.lower() in webdataset.LABELS
+
+
 def _count(left_out: Counter[str], reason: str, number: int) -> None:
     """Count what is left out; extensions beyond the first hundred are counted together."""
     if number:
@@ -386,9 +403,11 @@ def _count_all(left_out: Counter[str], counts: Mapping[str, int]) -> None:
 
 def _replaced(names: Names, hashes: np.ndarray) -> np.ndarray:
     """Return the numbers of the names that occur again later."""
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():  # as nearly always
+        return np.zeros(0, np.int64)
     order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    again = np.flatnonzero(ordered[1:] == ordered[:-1])
+    again = np.flatnonzero(np.diff(hashes[order]) == 0)
     same: dict[bytes, list[int]] = {}
     for number in np.unique(order[np.concatenate([again, again + 1])]):
         same.setdefault(names.encoded(number), []).append(number)
@@ -439,6 +458,10 @@ class TarFiles(Files):
                 f"{path}: byte {(block - 1) * BLOCK}: not the listed image: it {CHANGED}"
             )
         return content
+
+    def size(self, number: int) -> int:
+        """Return the bytes of an image file."""
+        return int(self.places["size"][number])
 
     def locate(self, number: int) -> str:
         """Return `shards/shard-0003.tar/cat/1.jpg`."""

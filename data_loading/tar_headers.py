@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Find the files in a tar file by its headers, without reading their content.
 
-python -c "from data_loading.tar_headers import TarHeaders; print(*TarHeaders('a.tar').members())"
+python -c "from data_loading.tar_headers import size_of; print(size_of(bytes(512)))"
 
 A header is a block of 512 bytes; the content follows, padded to whole blocks. All formats: v7,
 USTAR, GNU and PAX.
@@ -29,7 +29,7 @@ SMALLEST, LARGEST = 2**12, 2**20  # bytes read at once
 MANY = 2**16  # bytes that hold so many headers that they are looked for together
 LONGEST = 2**20  # bytes of a long name, or of an extended header
 MAX_BYTES = 2**31  # of one image, far more than any that can be decoded
-FAR = 2**62  # more than any file has
+FAR, MOST_DIGITS = 2**62, 18  # bytes and decimal digits of bytes, more than any file has
 FILE = ord("0")
 FILES = (FILE, 0, ord("7"))  # 0: before USTAR; 7: contiguous
 LONG_NAME, LONG_LINK, EXTENDED, GLOBAL, SPARSE = b"LKxgS"
@@ -102,7 +102,9 @@ class TarHeaders:
             os.close(self.descriptor)
 
     def read(self, start: int, size: int) -> bytes:
-        """Read some bytes of the file."""
+        """Read some bytes of the file, fewer only where it ends."""
+        if start >= self.bytes:  # damaged sizes lead to offsets that the system refuses
+            return b""
         try:
             return retry_io(partial(read_at, self.descriptor, start, size))
         except (OSError, UserError) as error:  # the former: a folder
@@ -268,16 +270,17 @@ class TarHeaders:
         if b"path" in records:
             extension = extension._replace(name=records[b"path"])
         if b"size" in records:
-            if not records[b"size"].isdigit():
-                self._fail(at, f"the size {records[b'size']!r} is no number; {REMEDY}")
-            extension = extension._replace(size=min(int(records[b"size"]), FAR))
+            digits = records[b"size"]
+            if not digits.isdigit() or len(digits) > MOST_DIGITS:
+                self._fail(at, f"the size {digits[:99]!r} is no number of bytes; {REMEDY}")
+            extension = extension._replace(size=int(digits))
         sparse = any(key.startswith(b"GNU.sparse.") for key in records)
         return extension._replace(is_sparse=extension.is_sparse or sparse)
 
     def _records(self, content: bytes, at: int) -> dict[bytes, bytes]:
         """Read records `LENGTH KEY=VALUE` and a new line, where LENGTH is that of the record."""
         records, place = {}, 0
-        while content[place:].strip(b"\0"):
+        while place < len(content) and content[place]:
             digits, space, _ = content[place : place + 20].partition(b" ")
             length = int(digits) if digits.isdigit() else 0
             record = content[place + len(digits) + 1 : place + length]
@@ -340,6 +343,13 @@ class TarHeaders:
         for place, name in self.named.items():
             if usable[place]:
                 names[int(np.searchsorted(places, place))] = name
+        text = b"\0".join([*names, b""])
+        if text.count(b"\0") > len(names):  # something behind the end of a name
+            names = [name.partition(b"\0")[0] for name in names]
+            text = b"\0".join([*names, b""])
+        if b"/\0" in text:  # folders, as before USTAR
+            files = [number for number, name in enumerate(names) if not name.endswith(b"/")]
+            names, places = [names[number] for number in files], places[files]
         self._clear()
         return Members(names, positions[places] + BLOCK, sizes[places])
 
@@ -443,10 +453,8 @@ def _sum(rows: np.ndarray) -> np.ndarray:
 
 
 def names_of(heads: np.ndarray) -> list[bytes]:
-    """Return the names that headers (N, 512) uint8 store."""
+    """Return the names that headers (N, 512) uint8 store; after a zero may be more."""
     names = np.ascontiguousarray(heads[:, NAME]).view("S100").ravel().tolist()
-    if b"\0".join(names).count(b"\0") >= max(len(names), 1):  # something behind the end of a name
-        names = [name.partition(b"\0")[0] for name in names]
     for row in np.flatnonzero(heads[:, PREFIX.start]):
         if heads[row, MAGIC].tobytes() == b"ustar\0":  # GNU has times there
             prefix = heads[row, PREFIX].tobytes().partition(b"\0")[0]

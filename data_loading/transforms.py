@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop
 
-from data_loading.decode import from_pil
+from data_loading.decode import WithBox, from_pil
 from errors import UserError, plural
 
 # Transforms map a (C, H, W) tensor, uint8 or float, to a (C, height, width) tensor of its kind.
@@ -33,7 +33,8 @@ def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """
     if tuple(image.shape[1:]) == size:
         return image
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # image[None] has other strides
+    strides = image.shape[1] * image.stride(1), *image.stride()  # image[None] has another first one
+    batch = image.as_strided((1, *image.shape), strides)
     batch = batch.contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, size, mode=mode, antialias=True)[0]
 
@@ -96,13 +97,14 @@ class RandomResizedCrop:
             ratio = math.exp(random.uniform(*logarithms))
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
-                return random.randint(0, height - h), random.randint(0, width - w), h, w
+                return _below(height - h + 1), _below(width - w + 1), h, w
         h = min(height, round(width / self.ratio[0]))
         w = min(width, round(height * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, image: Tensor) -> Tensor:
-        top, left, height, width = self.draw_box(*image.shape[1:])
+        box = image.box if isinstance(image, WithBox) else self.draw_box(*image.shape[1:])
+        top, left, height, width = box
         mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
         part = image[:, top : top + height, left : left + width]
         return resize(part, self.size, mode)
@@ -111,11 +113,19 @@ class RandomResizedCrop:
         return f"RandomResizedCrop({self.size}, scale={self.scale}, modes={self.modes})"
 
 
+def _below(count: int) -> int:
+    return int(count * random.random())  # several times as fast as random.randrange
+
+
 class RandomShift:
     """Resize to `size` and shift by up to 4 pixels each way, over black."""
 
     def __init__(self, size: tuple[int, int], modes: Sequence[str]) -> None:
         self.size, self.modes = size, tuple(modes)
+
+    def draw_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return the whole image."""
+        return 0, 0, height, width
 
     def __call__(self, image: Tensor) -> Tensor:
         image = resize(image, self.size, random.choice(self.modes))

@@ -110,9 +110,11 @@ def read_columns(
             continue
         records: list[dict[str, Any] | None] = []
         for key in keys:
-            name = f"{locate(shard, key)}{extension.decode()}"
-            place = places.get(key)
-            records.append(None if place is None else _parse(read, place, extension, name))
+            try:
+                records.append(_parse(read, places.get(key), extension))
+            except UserError as error:
+                name = f"{locate(shard, key)}{extension.decode()}"
+                raise UserError(f"{name} {error}") from error
         values: dict[str, list] = {"": [None if record is None else True for record in records]}
         for column in dict.fromkeys(column for record in records for column in record or ()):
             if is_wanted(column, wanted):
@@ -146,31 +148,36 @@ def _describe(shard: str, keys: Sequence[bytes], values: list[Any]) -> Cells:
 
 
 def _parse(
-    read: Callable[[int, int], bytes], place: tuple[int, int], extension: bytes, name: str
-) -> dict[str, Any]:
-    """Return the columns that a label file gives."""
+    read: Callable[[int, int], bytes], place: tuple[int, int] | None, extension: bytes
+) -> dict[str, Any] | None:
+    """Return the columns that a label file gives; UserError without the name of the file."""
+    if place is None:
+        return None
     if place[1] > MAX_BYTES:
-        raise UserError(f"{name} has {place[1]} bytes, expected at most {MAX_BYTES}")
+        raise UserError(f"has {place[1]} bytes, expected at most {MAX_BYTES}")
+    content = read(*place)
     try:
-        text = read(*place).decode("utf-8-sig").strip()
+        text = content.decode().removeprefix("\ufeff").strip()
         if extension == b".txt":
             return {"txt": text}
         if extension == b".cls":
-            return {"cls": _class_of(text, name)}
+            return {"cls": int(text) if WHOLE.fullmatch(text) else _not_empty(text)}
         record = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # the former: also of json and of decode
         expected = "JSON" if extension == b".json" else "text in UTF-8"
-        raise UserError(f"{name} is no {expected}: {error}; correct it") from error
+        raise UserError(f"is no {expected}: {error}; correct it") from error
     if not isinstance(record, dict):
         got = f"{a_type(record)} {str(record)[:40]}"
-        raise UserError(f'{name} has {got}, expected an object such as {{"label": 3}}; correct it')
+        raise UserError(f'has {got}, expected an object such as {{"label": 3}}; correct it')
     return {key: cell for key, value in record.items() if (cell := _cell(value)) is not None}
 
 
-def _class_of(text: str, name: str) -> int | str:
+def _not_empty(text: str) -> str:
     if not text:
-        raise UserError(f"{name} is empty, expected a class: a whole number, or a name; correct it")
-    return int(text) if WHOLE.fullmatch(text) else text
+        raise UserError("is empty, expected a class: a whole number, or a name; correct it")
+    return text
 
 
 def _cell(value: Any) -> Any:

@@ -121,6 +121,10 @@ class ZipFiles(Files):
             raise BadImage("it is damaged in the zip file: its checksum does not fit")
         return content
 
+    def size(self, number: int) -> int:
+        """Return the bytes of an image file."""
+        return int(self.places["file_size"][number])
+
     def locate(self, number: int) -> str:
         """Return `photos.zip/cat/1.jpg`."""
         return f"{self.path}/{self.names[number]}"

@@ -17,6 +17,7 @@ from torch import nn
 from config.calls import parse_call
 from config.checks import patch_problems
 from config.flags import is_code, is_pretraining, library_of
+from config.sizes import sizes_by_epoch
 from errors import UserError, did_you_mean, first_line, resolve, sentences
 from models import backbones, convnextv2
 from models.arguments import FLAGS
@@ -194,6 +195,36 @@ def check_images(args: Any, model: nn.Module) -> None:
         name = f"{model.stride}, the stride of --model {args.model}"
         for problem in patch_problems(args, model.stride, name):
             raise UserError(problem)
+
+
+def check_sizes(args: Any, model: nn.Module) -> None:
+    """Raise UserError if a network on the meta device takes the last size of a run alone.
+
+    Nothing is computed. A network that cannot run there is not checked.
+    """
+    *earlier, last = sizes_by_epoch(args).values()
+    if not earlier or _problem_with(model, args.in_chans, last) is not None:
+        return
+    for size in earlier:
+        if (problem := _problem_with(model, args.in_chans, size)) is not None:
+            raise UserError(
+                f"--input_size {args.input_sizes}: --model {args.model} takes no images of "
+                f"{size[0]} x {size[1]} pixels when it is built for {last[0]} x {last[1]} "
+                f"({first_line(problem)}); give one size, or another --model"
+            )
+
+
+@torch.no_grad()
+def _problem_with(model: nn.Module, in_chans: int, size: tuple[int, int]) -> Exception | None:
+    """Return the error that a network raises for images of a size, or None."""
+    was_training = model.training
+    try:
+        model.eval()(torch.empty(2, in_chans, *size, device="meta"))
+    except Exception as error:  # of any library
+        return error
+    finally:
+        model.train(was_training)
+    return None
 
 
 def build_classifier(args: Any, num_classes: int | None) -> nn.Module:

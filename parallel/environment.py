@@ -53,6 +53,11 @@ def read_launcher(dist_on_itp: bool = False, local_rank: int = -1) -> tuple[int,
     return rank, size, local
 
 
+def local_world_size(world_size: int) -> int:
+    """Return the number of processes on this machine, as torchrun says; otherwise of all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
 def port_of(number: int) -> str:
     """Map a job's number to a port, the same for all its processes and rarely that of another."""
     return str(FIRST_PORT + number % PORTS)

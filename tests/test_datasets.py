@@ -23,6 +23,7 @@ from data_loading.dataset import TransformedDataset, collate
 from data_loading.decode import BadImage, decode
 from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
+from data_loading.mixing import build_mixup
 from data_loading.rng import seed_all
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
@@ -46,7 +47,7 @@ def make_args(**changes):
         "disable_eval": False, "crop_pct": None, "hflip": 0.5, "scale": (0.08, 1.0), "seed": 0,
         "batch_size": 4,
         "num_workers": 0, "pin_mem": True, "dist_eval": True, "imagenet_default_mean_and_std": True,
-        "on_bad_image": "error", "data_timeout": None, "data_index": "",
+        "on_bad_image": "error", "decode": "exact", "data_timeout": None, "data_index": "",
         "val_split": 0.0, "task": "auto", "sampling": "shuffle", "normalize_targets": True,
         "image_column": None, "label_column": None, "split_column": None, "weight_column": None,
         "image_root": "", "num_samples": None, "aug_repeats": 1, "label_fraction": 1.0,
@@ -300,14 +301,16 @@ def test_start_line_tells_images_classes_size_and_what_is_left_out(tmp_path, log
         (tmp_path / "train" / "ant" / f"{number}.jp2").write_bytes(b"")
     args = make_args(data_set="IMNET", data_path=tmp_path, input_size=(16, 24))
     datasets.build_datasets(args)
+    train, val = (f"the class folders of {tmp_path}/{part}" for part in ("train", "val"))
+    size, left_out = "used at 16 x 24 pixels", "left out 100 files: 100 .jp2"
     assert log.messages == [
-        "train: 4 images of 2 classes (ant, bee), used at 16 x 24 pixels; left out 100 files: "
-        "100 .jp2",
-        "val: 2 images of 2 classes (ant, bee), used at 16 x 24 pixels",
+        f"train: 4 images of 2 classes (ant, bee) from {train}, {size}; {left_out}",
+        f"val: 2 images of 2 classes (ant, bee) from {val}, {size}",
     ]
     log.clear()
     datasets.build_pretrain_dataset(args)
-    assert log.messages == ["train: 4 images, used at 16 x 24 pixels; left out 100 files: 100 .jp2"]
+    source = f"the images in {tmp_path}/train"
+    assert log.messages == [f"train: 4 images from {source}, {size}; {left_out}"]
     log.clear()
     datasets.build_dataset(True, make_args(nb_classes=1, data_set="tests.test_datasets:unnamed"))
     assert log.messages[0] == "train: 1 image of 1 class, used at 16 x 16 pixels"
@@ -444,7 +447,8 @@ def test_random_erasing_equals_timms_on_normalized_images(mode, kind):
     images = images / 255 if kind.is_floating_point else images
     x = erased_batch(images, 1.0, mode, 3)
     for number, image in enumerate(images):
-        expected = (image / (1 if kind.is_floating_point else 255) - 0.5) / 0.5
+        half = 0.5 if kind.is_floating_point else 127.5
+        expected = (image - half) / half
         seed_all(0, 0, number)
         torch.rand(())  # the decision to erase
         assert torch.equal(x[number], Timms(1.0, mode=mode, max_count=3, device="cpu")(expected))
@@ -690,7 +694,7 @@ def test_loader_normalizes_gray_images_by_one_mean():
     args = make_args(in_chans=1, aa="none")
     data, _ = datasets.build_dataset(True, args)
     loader = datasets.build_loader(data, True, args, "cpu")
-    assert loader.mean.numel() == loader.std.numel() == 1
+    assert len(loader.mean) == len(loader.std) == 1
     assert next(iter(loader))[0].shape == (4, 1, 16, 16)
 
 
@@ -708,9 +712,9 @@ def test_dist_eval_shares_the_images_out(dist_eval, images, monkeypatch):
 def test_mixup_smooths_over_the_classes_of_the_data():
     none = {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None}
     shared = {"mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "smoothing": 0.2}
-    assert datasets.build_mixup(make_args(**none, **shared), 4) is None
+    assert build_mixup(make_args(**none, **shared), 4) is None
     for flag in ({"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": [0.2, 0.3]}):
-        mixup = datasets.build_mixup(make_args(**{**none, **flag}, **shared), 4)
+        mixup = build_mixup(make_args(**{**none, **flag}, **shared), 4)
         _, labels = mixup(torch.zeros(2, 3, 8, 8), torch.tensor([3, 3]))
         torch.testing.assert_close(labels, torch.tensor([[0.05, 0.05, 0.05, 0.85]] * 2))
 

@@ -22,7 +22,7 @@ from PIL import Image
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from config import checks, views
+from config import checks, tool_flags, views
 from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
@@ -41,9 +41,10 @@ README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
 OTHER_COMMANDS = {"pip", "tensorboard"}
-OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard and official programs
+OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard, docker and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",
     "--kill-on-bad-exit", "--logdir", "--help",
+    "--shm-size",
 }  # fmt: skip
 
 
@@ -118,12 +119,20 @@ def parse_export(words: list[str]) -> None:
     assert list(checks.export_problems(args)) == []
 
 
+def parse_pack(words: list[str]) -> None:
+    parser = options.pack_parser()
+    args = parser.parse_args(words)
+    defaults = vars(parser.parse_args([args.source]))
+    assert list(tool_flags.pack_problems(args, defaults)) == []
+
+
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "main_pretrain.py": parse_main("pretrain"),
     "main_finetune.py": parse_main("finetune"),
     "submitit_pretrain.py": parse_job("pretrain"),
     "submitit_finetune.py": parse_job("finetune"),
     "export.py": parse_export,
+    "pack.py": parse_pack,
     "visualize.py": views.parse_view,
 }
 
@@ -166,6 +175,7 @@ def test_every_command_is_valid(page, monkeypatch):
         "torchrun --nproc_per_node=8 main_finetune.py --data_path d --recipe no_such_recipe",
         "python submitit_pretrain.py --data_path d --nodse 3",
         "python export.py runs --to onnx --labels names.txt",
+        "python pack.py photos",
         "python benchmarks/step.py --no_such_flag",
         "python benchmarks/no_such_file.py",
         "make no_such_target",
@@ -193,7 +203,7 @@ def test_commands_are_read_from_all_forms(tmp_path):
 
 
 def test_every_flag_named_in_the_docs_exists():
-    parsers = [options.visualize_parser(), options.export_parser()]
+    parsers = [options.visualize_parser(), options.export_parser(), options.pack_parser()]
     parsers += [views.stats_parser(), views.data_parser()]
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())

@@ -262,6 +262,15 @@ def test_training_accuracy_is_the_mean_over_images_or_absent(tmp_path, monkeypat
         assert entry["train_class_acc"] == mean(torch.cat([value for (value,) in found]).tolist())
 
 
+def test_training_accuracy_counts_once_images_are_no_longer_mixed(tmp_path):
+    words = "--epochs 2 --disable_eval --mixup 0.8 --mixup_off_epoch 1 --log_dir none"
+    finetune(f"{words} --output_dir {tmp_path} --save_ckpt false")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    mixed, plain = (json.loads(line)["train_class_acc"] for line in lines)
+    assert mixed is None
+    assert 0 <= plain <= 100
+
+
 def test_evaluation_is_that_of_every_image_in_evaluation_mode():
     """Loss and accuracies by hand; the labels have ranks 1, 2, 6 and, in a smaller batch, 1."""
 

@@ -202,11 +202,11 @@ SHARED: dict[str, Row] = {
     "drop_path": ("--drop_path 0.3", deepest_drop_path, 0.0, pytest.approx(0.3)),
     "data_path": ("--data_path there", lambda b: b.paths[0], "here", "there"),
     "mean": (
-        "--mean 0.1 0.2 0.3 --std 0.7", lambda b: b.train.mean.flatten().tolist(),
+        "--mean 0.1 0.2 0.3 --std 0.7", lambda b: b.train.mean,
         pytest.approx([0.485, 0.456, 0.406]), pytest.approx([0.1, 0.2, 0.3]),
     ),
     "std": (
-        "--mean 0 --std 0.7", lambda b: b.train.std.flatten().tolist(),
+        "--mean 0 --std 0.7", lambda b: b.train.std,
         pytest.approx([0.229, 0.224, 0.225]), pytest.approx([0.7] * 3),
     ),
     "value_range": (
@@ -219,6 +219,7 @@ SHARED: dict[str, Row] = {
         ("error", False),
         ("replace", True),
     ),
+    "decode": ("--decode fast", lambda b: b.train.loader.dataset.fast, False, True),
     "data_timeout": (
         "--data_timeout 7", lambda b: b.train.loader.timeout, 1800.0, 7.0, "--num_workers 1",
     ),
@@ -234,6 +235,13 @@ SHARED: dict[str, Row] = {
     ),
     "aug_repeats": (
         "--aug_repeats 3", lambda b: images_per_epoch(b), {1: 26}, {3: 8, 2: 1},
+    ),
+    "progressive_batch": (
+        "--progressive_batch",
+        lambda b: [b.train.loader.batch_sizes.at(epoch) for epoch in (0, 1)],
+        [8, 8],
+        [18, 8],
+        "--input_size 16:0,24:1 --batch_size 8",
     ),
     "update_freq": ("--update_freq 2", lambda b: b.stepper.update_freq, 1, 2),
     "effective_batch": ("--effective_batch 12", lambda b: b.stepper.update_freq, 1, 2),
@@ -363,7 +371,7 @@ PRETRAIN: dict[str, Row] = {
     ),
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std false",
-        lambda b: round(b.train.mean.flatten()[0].item(), 3),
+        lambda b: round(b.train.mean[0], 3),
         0.485,
         0.5,
     ),
@@ -385,7 +393,7 @@ FINETUNE: dict[str, Row] = {
     ),
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std false",
-        lambda b: [round(loader.mean.flatten()[0].item(), 3) for loader in (b.train, b.val)],
+        lambda b: [round(loader.mean[0], 3) for loader in (b.train, b.val)],
         [0.485] * 2,
         [0.5] * 2,
     ),
@@ -433,21 +441,31 @@ FINETUNE: dict[str, Row] = {
         None,
         pytest.approx(torch.tensor([0.5, 1.0, 1.5])),
     ),
-    "mixup": ("--mixup 0.8", lambda b: b.loop.mixup and b.loop.mixup.mixup_alpha, None, 0.8),
-    "cutmix": ("--cutmix 0.7", lambda b: b.loop.mixup and b.loop.mixup.cutmix_alpha, None, 0.7),
+    "mixup": ("--mixup 0.8", lambda b: b.loop.mixup and mixing(b).mixup_alpha, None, 0.8),
+    "cutmix": ("--cutmix 0.7", lambda b: b.loop.mixup and mixing(b).cutmix_alpha, None, 0.7),
     "cutmix_minmax": (
         "--cutmix_minmax 0.2 0.4",
-        lambda b: b.loop.mixup.cutmix_minmax,
+        lambda b: mixing(b).cutmix_minmax,
         None,
         (0.2, 0.4),
         "--cutmix 1",
     ),
-    "mixup_prob": ("--mixup_prob 0.4", lambda b: b.loop.mixup.mix_prob, 1.0, 0.4, "--mixup 1"),
+    "mixup_prob": ("--mixup_prob 0.4", lambda b: mixing(b).mix_prob, 1.0, 0.4, "--mixup 1"),
     "mixup_switch_prob": (
-        "--mixup_switch_prob 0.3", lambda b: b.loop.mixup.switch_prob, 0.5, 0.3,
+        "--mixup_switch_prob 0.3", lambda b: mixing(b).switch_prob, 0.5, 0.3,
         "--mixup 1 --cutmix 1",
     ),
-    "mixup_mode": ("--mixup_mode elem", lambda b: b.loop.mixup.mode, "batch", "elem", "--mixup 1"),
+    "mixup_mode": ("--mixup_mode elem", lambda b: mixing(b).mode, "batch", "elem", "--mixup 1"),
+    "mixup_off_epoch": (
+        "--mixup_off_epoch 1", lambda b: b.loop.mixup.is_on(1), True, False, "--mixup 1",
+    ),
+    "aug_off_epoch": (
+        "--aug_off_epoch 1",
+        lambda b: "RandAugment" in repr(b.train.loader.dataset.transform_at(1)),
+        True,
+        False,
+        "--data_set DIGITS",
+    ),
     "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.999), (0.8, 0.7)),
     "blr": ("--blr 1.28", lambda b: round(b.loop.schedule.lr, 6), 0.01, 0.03),
     "head": (
@@ -537,6 +555,7 @@ ELSEWHERE = {
     "image_root",
     "tests/test_tasks.py": "eval_classes",
     "tests/data_loading/test_folders.py": "data_index",
+    "tests/data_loading/test_ram_cache.py": "ram_cache",
     "tests/training/test_checkpoint.py": "auto_resume",
     "tests/config/test_recipes.py": "config recipe",
     "tests/parallel/test_sharding.py": "shard grad_compression sync_bn sync_bn_group",
@@ -559,6 +578,11 @@ def output_of(built: Built) -> list[torch.Tensor]:
     images = torch.zeros(6, 3, *built.args.input_size)
     output = built.inner.train()(images)
     return list(output.values()) if isinstance(output, dict) else [output]
+
+
+def mixing(built: Built) -> Any:
+    """timm's `Mixup` of the run."""
+    return built.loop.mixup.mixup
 
 
 def frozen(built: Built) -> set[str]:

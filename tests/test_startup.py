@@ -19,10 +19,13 @@ SCRIPTS = [
     "submitit_finetune.py",
     "visualize.py",
     "export.py",
+    "pack.py",
     "benchmarks/cifar.py",
     "benchmarks/curves.py",
     "benchmarks/gpu.py",
     "benchmarks/gpu_parts.py",
+    "benchmarks/loader.py",
+    "benchmarks/loader_threads.py",
     "benchmarks/masked.py",
     "benchmarks/saving.py",
     "benchmarks/startup.py",
@@ -63,7 +66,9 @@ def test_imported_modules_are_seen():
 def test_help_loads_nothing_heavy(script):
     code, out, loaded = start(script, "--help")
     assert code == 0
-    assert ("--opset" if script == "export.py" else "--device") in out
+    own = {"export.py": "--opset", "pack.py": "--verify"}
+    own |= dict.fromkeys(("benchmarks/loader.py", "benchmarks/loader_threads.py"), "--photos")
+    assert own.get(script, "--device") in out
     assert out.count(":\n") >= (1 if script.startswith("benchmarks") else 2)  # groups of flags
     assert loaded & HEAVY == set()
 

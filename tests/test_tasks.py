@@ -19,6 +19,7 @@ import main_finetune
 from config.parser import export_parser, finetune_parser, parse
 from data_loading.dataset import TransformedDataset, collate
 from data_loading.labels import Head, order_of_head
+from data_loading.mixing import build_mixup
 from data_loading.samplers import TrainSampler, balance
 from data_loading.targets import Scale
 from errors import UserError
@@ -328,7 +329,7 @@ def test_mixed_labels_are_shares_of_both(monkeypatch):
         mixup=0.8, cutmix=0.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5,
         mixup_mode="batch", smoothing=0.1,
     )  # fmt: skip
-    mixup = datasets.build_mixup(args, 2, "multi")
+    mixup = build_mixup(args, 2, "multi")
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 1, 4, 4)
     np.random.seed(1)
     mixed, targets = mixup(images.clone(), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
@@ -339,7 +340,7 @@ def test_mixed_labels_are_shares_of_both(monkeypatch):
         torch.stack([torch.stack([share * 0 + 1, share]), torch.stack([share * 0 + 1, 1 - share])]),
     )
     with pytest.raises(UserError, match="mix classes, and the data has numbers; drop them"):
-        datasets.build_mixup(args, 2, "number")
+        build_mixup(args, 2, "number")
 
 
 def test_class_weights_of_several_labels_name_the_loss_to_use(rows):

@@ -1,8 +1,10 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Every flag of export.py, visualize.py and submitit_*.py acts, as in tests/test_flags_act.py."""
+"""Every flag of the scripts that do not train acts, as in tests/test_flags_act.py."""
 
 import argparse
+import io
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,11 @@ import torch
 from PIL import Image
 
 import export
+import pack
 import visualize
 from config import checks, flags
 from config import parser as options
+from data_loading.sources import DatasetSpec, open_images
 from data_loading.transforms import mean_and_std
 from errors import UserError
 from models import create_model
@@ -264,6 +268,110 @@ def test_weights_of_others_with_a_decoder_are_drawn(tmp_path, monkeypatch, capsy
         drawn("--checkpoint official.pth --device cpu --images two.png", monkeypatch)
 
 
+# --- pack.py --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """A folder with tables of two images, and their folder, elsewhere."""
+    folder = tmp_path_factory.mktemp("tables")
+    for number, size in enumerate([(40, 30), (60, 50)]):
+        path = folder / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise(size, 90).save(path)
+    header, rows = "image,other,label,x,weights,part", ["0.png,1.png,a,1,5,train"]
+    rows += ["1.png,0.png,b,0,6,val"]
+    (folder / "rows.csv").write_text("\n".join([header, *rows]))
+    (folder / "rows.rows").write_text("\n".join([header, *rows]))
+    (folder / "photos" / "bad.png").write_bytes(b"none")
+    (folder / "bad.csv").write_text("image,label\n0.png,a\nbad.png,b\n1.png,b\n")
+    return folder
+
+
+ROOTED = "--image_root photos"
+PACK: dict[str, Row] = {
+    "size": ("--size 20", "sides", [30, 50], [20, 20], ROOTED),
+    "format": ("--format webp", "formats", ["JPEG"] * 2, ["WEBP"] * 2, f"--size 20 {ROOTED}"),
+    "quality": ("--quality 10", "is_small", False, True, f"--size 20 {ROOTED}"),
+    "shard_size": ("--shard_size 1", "shards", 1, 2, ROOTED),
+    "part": (
+        "--part val", "parts", ["train", "val"], ["val"], f"--split_column part {ROOTED}",
+    ),
+    "unlabeled": ("--unlabeled", "kind", "class", None, ROOTED),
+    "verify": ("--verify", "verified", False, True, ROOTED),
+    "data_set": (
+        "--data_set table", "kind", "refused", "class", f"SOURCE=rows.rows {ROOTED}",
+    ),
+    "image_column": (
+        "--image_column other", "labels", ["a", "b"], ["b", "a"], ROOTED,
+    ),
+    "image_root": ("--image_root photos", "kind", "refused", "class", ""),
+    "split_column": (
+        "--split_column part", "parts", ["images"], ["train", "val"], ROOTED,
+    ),
+    "label_column": ("--label_column x", "classes", ["a", "b"], ["0", "1"], ROOTED),
+    "weight_column": (
+        "--weight_column weights", "weights", None, [5, 6], f"--label_column label {ROOTED}",
+    ),
+    "task": (
+        "--task regression", "kind", "class", "number", f"--label_column x {ROOTED}",
+    ),
+    "on_bad_image": (
+        "--on_bad_image skip", "names", "refused", ["0.png", "1.png"], f"SOURCE=bad.csv {ROOTED}",
+    ),
+    "num_workers": ("--num_workers 1", "workers", 0, 1, ROOTED),
+}  # fmt: skip
+
+
+def look_at_pack(words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Pack the table; returns what is in the pack."""
+    source, found = "rows.csv", {"verified": False}
+    if words.startswith("SOURCE="):
+        source, _, words = words.removeprefix("SOURCE=").partition(" ")
+    if "--num_workers" not in words:
+        words += " --num_workers 0"
+    args = options.pack_parser().parse_args([source, str(folder), *words.split()])
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "verify", lambda *_: found.update(verified=True))
+        loader = pack.WatchedLoader
+        patch.setattr(
+            pack,
+            "WatchedLoader",
+            lambda *words, **more: found.update(workers=words[3]) or loader(*words, **more),
+        )
+        pack.main(args)
+    about = json.loads((folder / "pack.json").read_text())["parts"]
+    train = "val" not in about or "train" in about
+    data = open_images("auto", DatasetSpec(str(folder), labeled=not args.unlabeled), train)
+    images = [Image.open(io.BytesIO(data.read(number))) for number in range(len(data))]
+    first = next(iter(about.values()))
+    return found | {
+        "sides": [min(image.size) for image in images],
+        "formats": [image.format for image in images],
+        "is_small": max(len(data.read(number)) for number in range(len(data))) < 500,
+        "shards": len(first["shards"]),
+        "parts": list(about),
+        "kind": data.kind,
+        "names": list(data.names),
+        "classes": data.classes,
+        "weights": None if data.weights is None else data.weights.tolist(),
+        "labels": data.kind == "class" and [data.classes[label] for label in data.targets],
+    }
+
+
+@pytest.mark.parametrize("flag", PACK)
+def test_flag_of_pack_acts(flag, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(table)
+    words, look, before, after, base = PACK[flag]
+    seen = []
+    for number, line in enumerate((base, f"{base} {words}".strip())):
+        try:
+            seen.append(look_at_pack(line, tmp_path / str(number), monkeypatch)[look])
+        except UserError:
+            seen.append("refused")
+    assert seen == [before, after]
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 # Flags that other tests show to act, with the file.
@@ -277,7 +385,11 @@ ELSEWHERE = {
 
 def test_every_flag_has_a_row():
     elsewhere = set(" ".join(ELSEWHERE.values()).split())
-    for parser, rows in (options.export_parser(), EXPORT), (options.visualize_parser(), VISUALIZE):
+    for parser, rows in (
+        (options.export_parser(), EXPORT),
+        (options.visualize_parser(), VISUALIZE),
+        (options.pack_parser(), PACK),
+    ):
         names = {action.dest for action in parser._actions if action.option_strings} - {"help"}
         assert names - elsewhere <= set(rows) <= names
     names = {row[0].removeprefix("--") for row in flags.FLAGS[flags.JOB]}

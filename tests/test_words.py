@@ -52,6 +52,7 @@ PARSERS = {
     "visualize.py data": views.data_parser,
     "visualize.py stats": views.stats_parser,
     "export.py": options.export_parser,
+    "pack.py": options.pack_parser,
 }
 
 

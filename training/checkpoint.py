@@ -20,6 +20,7 @@ from models.kernels.autotune import autotuner
 from parallel.process_group import get_logger, is_main_process
 from parallel.state_dict import full_state_dict, load_optimizer, optimizer_name
 from training.meters import is_better
+from training.steps import Steps
 from utils import link, write_atomically
 from weights.files import load_weights, numbered_checkpoints, parse_checkpoint_name
 
@@ -35,7 +36,7 @@ class TrainState:
     bad_steps: int = 0  # steps that were skipped or rolled back
     best: dict[str, float] = field(default_factory=dict)  # checkpoint name -> best metric
     samples_in_epoch: int = 0  # images trained on in this epoch, over all ranks
-    effective_batch: int = 0  # images in an optimizer step, over all ranks
+    effective_batch: int = 0  # images in an optimizer step, over all ranks; see `Steps.base`
     epoch_sums: dict[str, Any] = field(default_factory=dict)  # of the meters and the anomaly guard
     images: int = 0  # in the data set
     best_epochs: dict[str, float] = field(default_factory=dict)  # epochs done at `best`
@@ -43,16 +44,17 @@ class TrainState:
     best_metric: str = "acc1"  # that `best` holds
     lower_is_better: bool = False  # of this metric
     phase_end: int = 0  # images of this epoch at the end of its last finished phase
-    steps_per_epoch: int = 0
+    steps_per_epoch: int = 0  # optimizer steps of this epoch
     since_best: int = 0  # evaluations in a row without a better metric, for --patience
     watched: dict[str, float] = field(default_factory=dict)  # the metrics that it compares with
+    epoch_start: int = 0  # `global_step` at the beginning of this epoch
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
         """Return the state that a checkpoint of this or an earlier version stores."""
         return cls(**{OLD_NAMES.get(name, name): value for name, value in saved.items()})
 
-    def recount_steps(self, steps_per_epoch: int, effective_batch: int, images: int) -> None:
+    def recount_steps(self, steps: Steps, images: int) -> None:
         """Express the progress so far in steps of this run's batch size.
 
         images: in the data set; it cannot change within an epoch, since the order would change.
@@ -64,27 +66,30 @@ class TrainState:
                 "--resume, with another --output_dir"
             )
         self.images = images
-        in_epoch = min(-(-self.samples_in_epoch // effective_batch), steps_per_epoch)
-        steps = self.epoch * steps_per_epoch + in_epoch
-        self.bad_steps = self.bad_steps * steps // max(self.global_step, 1)
-        self.global_step, self.effective_batch = steps, effective_batch
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, in_step = steps.of(self.epoch)
+        self.epoch_start, (_, self.effective_batch) = steps.before(self.epoch), steps.base
+        in_epoch = min(-(-self.samples_in_epoch // in_step), self.steps_per_epoch)
+        done = self.epoch_start + in_epoch
+        self.bad_steps = self.bad_steps * done // max(self.global_step, 1)
+        self.global_step = done
 
     @property
     def position(self) -> float:
         """Number of epochs done: an integer at the end of one, otherwise such as 1.25."""
         if not self.samples_in_epoch:
             return self.epoch
-        return round(self.global_step / max(self.steps_per_epoch, 1), 6)
+        in_epoch = (self.global_step - self.epoch_start) / max(self.steps_per_epoch, 1)
+        return round(self.epoch + in_epoch, 6)
 
     @property
     def at_phase_end(self) -> bool:
         """True if the phase that ends here, with its evaluation, is finished."""
         return self.phase_end == self.samples_in_epoch
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, steps: Steps) -> None:
         """Advance to the next epoch."""
         self.epoch, self.samples_in_epoch, self.phase_end = self.epoch + 1, 0, 0
+        self.steps_per_epoch, self.epoch_start = steps.of(self.epoch)[0], steps.before(self.epoch)
         self.epoch_sums.pop("means", None)
 
     def choose_best(self, metric: str, lower_is_better: bool) -> None:

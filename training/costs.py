@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from config.sizes import sizes_by_epoch
 from errors import UserError
+from models.fcmae import visible_patches
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
 from training.log_files import at_least
@@ -130,3 +132,18 @@ def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, 
     count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""
     get_logger().info("%s: %s, %.3f GMACs per %dx%d image", name, count, macs / 1e9, *size)
     return parameters
+
+
+def log_masks(args: Any, model: nn.Module) -> tuple[int, int]:
+    """Log how many patches of an image are visible, for each size.
+
+    Returns (all, visible) of the last size. model: FCMAE or another masked autoencoder.
+    """
+    sizes = sizes_by_epoch(args).values()
+    for size in sizes:
+        h, w = model.grid_size(*size)
+        patches, visible = h * w, visible_patches(h * w, args.mask_ratio)
+        which = "{} x {} pixels: ".format(*size) * (len(sizes) > 1)
+        text = "%s%d of %d patches visible: mask ratio %.3f"
+        get_logger().info(text, which, visible, patches, 1 - visible / patches)
+    return patches, visible

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config.sizes import last_stage
 from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
@@ -33,7 +34,8 @@ from data_loading.samplers import keys_at
 from data_loading.summary import describe_class_problem, describe_outputs
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
-from errors import TrainingStopped, UserError, first_few, first_line, plural
+from errors import TrainingStopped, UserError, first_few, first_line, format_bytes, plural
+from parallel.environment import local_world_size
 from parallel.process_group import all_gather, broadcast, get_logger, get_rank, get_world_size
 from parallel.state_dict import tensor_leaves
 from training import hooks, run_lock
@@ -43,7 +45,9 @@ from training.checkpoint_manager import CheckpointManager
 from training.report import describe_progress
 from training.schedules import curve_rows, lr_rows
 from training.setup import TrainLoop
+from training.steps import Steps
 from training.tensorboard import log_folder
+from utils import nearest
 
 SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
@@ -77,11 +81,12 @@ def check_run(run: PlannedRun) -> None:
     weights and the optimizer state are useless afterwards.
     """
     get_logger().info("dry run: this takes about a minute and writes nothing to --output_dir")
+    epoch = last_stage(run.args)  # its images are the largest
     problems: list[str] = []  # those of data and of shared memory are the same on all ranks
     size = run.args.in_chans * math.prod(height_and_width(run.args.input_size))  # as uint8
     fits = check_shared_memory(problems, run, size)  # first: loaders fail if it is full
     unfit = len(problems)
-    samples = check_images(problems, "train", run.data_loader_train.loader, run.args.seed)
+    samples = check_images(problems, "train", run.data_loader_train.loader, run.args.seed, epoch)
     if run.data_loader_val is not None:
         for loader in (run.data_loader_val, *run.more_val):
             check_images(problems, "val", loader.loader, run.args.seed)
@@ -124,15 +129,18 @@ class ErrorsAsSamples:
             return UserError(f"{self.name_of(key[1])}: {reason}")
 
 
-def decode_some(loader: WatchedLoader, seed: int, seconds: float) -> Iterator[tuple[str, Any]]:
-    """Yield names and samples of this rank's part of a loader's images, in random order.
+def decode_some(
+    loader: WatchedLoader, seed: int, seconds: float, epoch: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """Yield names and samples of this rank's part of a loader's images, in an epoch's random order.
+
 
     It ends when the time is up. The images are read with the run's own workers and time limit:
     TrainingStopped names one that kills or blocks its reader.
     """
     data, start = loader.dataset, time.perf_counter()
     mine = range(get_rank(), len(data), get_world_size())[:100_000]  # more than there is time for
-    keys = list(keys_at(mine, len(data), fold_in(seed, 1), 0))
+    keys = list(keys_at(mine, len(data), fold_in(seed, 1), epoch))
     workers, safe = min(loader.num_workers, len(keys)), ErrorsAsSamples(data)
     one_by_one = WatchedLoader(safe, keys, 1, workers, loader.timeout, itemgetter(0))
     for (_, index), sample in zip(keys, one_by_one, strict=True):
@@ -141,12 +149,14 @@ def decode_some(loader: WatchedLoader, seed: int, seconds: float) -> Iterator[tu
             return
 
 
-def check_images(problems: list[str], name: str, loader: WatchedLoader, seed: int) -> list[tuple]:
-    """Decode images of a data set on all ranks; returns the first good samples of this rank."""
+def check_images(
+    problems: list[str], name: str, loader: WatchedLoader, seed: int, epoch: int = 0
+) -> list[tuple]:
+    """Decode images as in an epoch, on all ranks; returns the first good samples of this rank."""
     data, tried, good = loader.dataset, 0, []
     bad, skipped, stopped = set(), set(), set()
     try:
-        for image, sample in decode_some(loader, seed, DECODE_SECONDS):
+        for image, sample in decode_some(loader, seed, DECODE_SECONDS, epoch):
             tried += 1
             if isinstance(sample, Replacement):
                 skipped |= {f"{file} ({reason})" for file, reason in sample.bad}
@@ -235,16 +245,6 @@ def check_folder(problems: list[str], run: PlannedRun) -> None:
         problems.append("tensorboard is not installed: pip install tensorboard, or --log_dir none")
 
 
-def local_world_size() -> int:
-    """Return the number of processes on this machine, as torchrun says; otherwise of all."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
-
-
-def nearest(path: Path) -> Path:
-    """Return the path if it exists, otherwise the nearest parent that does."""
-    return next(place for place in (path, *path.resolve().parents) if place.exists())
-
-
 class FirstBatches:
     """The next `times` of endless batches, in place of a loader."""
 
@@ -282,7 +282,7 @@ class StepProbe:
     def train(self, batches: FirstBatches) -> None:
         """Train one epoch on these batches."""
         state = TrainState()
-        reporter = hooks.Reporter([], self.device, state, NEVER, NEVER, NEVER)
+        reporter = hooks.Reporter([], self.device, state, Steps.even(NEVER), NEVER)
         self.run.train_epoch(batches, replace(self.loop, state=state, reporter=reporter))
         self.bad_steps += state.bad_steps
         self.loop.checkpoints.vote.wait()  # for the last exchange between ranks
@@ -301,8 +301,9 @@ class StepProbe:
     def used_and_free(self) -> tuple[float, float]:
         """Return the bytes that this process uses and that are free for it, on its device."""
         if self.device.type == "cpu":
-            kib = int(re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())[1])
-            return hooks.peak_memory_mb(self.device) * 2**20, kib * 1024 / local_world_size()
+            free = int(re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())[1]) * 1024
+            used = hooks.peak_memory_mb(self.device) * 2**20
+            return used, free / local_world_size(get_world_size())
         used = torch.cuda.memory_allocated(self.device)
         cached = torch.cuda.memory_reserved(self.device) - used
         return used, torch.cuda.mem_get_info(self.device)[0] + cached
@@ -312,7 +313,8 @@ def check_shared_memory(problems: list[str], run: PlannedRun, size: int) -> bool
     """Compare the shared memory for batches of images of `size` bytes with what is free."""
     loaders = [run.data_loader_train.loader]
     loaders += [run.data_loader_val.loader] if run.data_loader_val is not None else []
-    needed = max(loader.shared_memory(size) for loader in loaders) * local_world_size()
+    needed = max(loader.shared_memory(size) for loader in loaders)
+    needed *= local_world_size(get_world_size())
     if not (needed and SHARED_MEMORY.is_dir()):  # other systems have another kind of it
         return True
     total, _, free = shutil.disk_usage(SHARED_MEMORY)
@@ -389,12 +391,6 @@ def estimate_largest(probe: StepProbe, asked: int) -> tuple[int, str]:
     return max(size + more // unit * unit, 0), how
 
 
-def format_bytes(size: float) -> str:
-    """1536 -> 1.5 KiB"""
-    power = min(max(int(size), 1).bit_length() - 1, 49) // 10
-    return f"{size / 1024**power:.{int(power > 0)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
 def calls_per_second(work: Callable[[int], Any], seconds: float) -> float:
     """Time `work(times)`, which does a thing `times` times, on the slowest rank; all must call."""
     work(1)  # warm-up
@@ -407,9 +403,9 @@ def calls_per_second(work: Callable[[int], Any], seconds: float) -> float:
     return times / max(all_gather(time.perf_counter() - start))
 
 
-def endless(batches: DeviceLoader) -> Iterator[tuple[Tensor, ...]]:
+def endless(batches: DeviceLoader, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """Yield the batches of one epoch after another, each in its own order."""
-    for epoch in count():
+    for epoch in count(first):
         if hasattr(batches.loader.sampler, "set_epoch"):  # evaluation has one order
             batches.set_epoch(epoch)
         batch = None
@@ -436,7 +432,8 @@ def measure_speed(probe: StepProbe) -> None:
     images = size * get_world_size()  # in a batch of all ranks
     model = images * calls_per_second(lambda n: probe.train(probe.batches(size, n)), SECONDS)
     log_result("model", f"{model:.1f} images/s")
-    batches, workers = endless(run.data_loader_train), run.data_loader_train.loader.num_workers
+    batches = endless(run.data_loader_train, last_stage(run.args))
+    workers = run.data_loader_train.loader.num_workers
     loader = sum(all_gather(loader_rate(batches, SECONDS)))
     log_result("loader", f"{loader:.1f} images/s with {plural(workers, 'worker')} per process")
     times = max(1, min(all_gather(int(SECONDS * min(model, loader) / images))))
@@ -471,7 +468,9 @@ def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
     left = plural(f"{epochs:.4g}", "epoch")
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))
-    log_result("time", f"{each} per epoch, {rest} for the {left} left, without saves")
+    several = vars(run.args).get("input_sizes")  # the speed is that of the last
+    note = "with images of the last size, " if several else ""
+    log_result("time", f"{note}{each} per epoch, {rest} for the {left} left, without saves")
 
 
 def check_disk(problems: list[str], run: PlannedRun) -> None:

@@ -27,7 +27,7 @@ from training.log_files import ConfusionHook, CsvHook, ImageHook, JsonHook, Sche
 from training.log_lines import BarHook, LineHook
 from training.predictions import PredictionsHook
 from training.profiler import ProfilerHook
-from training.schedules import count_total
+from training.steps import Steps
 from training.tensorboard import (
     GraphHook,
     HistogramHook,
@@ -133,7 +133,7 @@ def build_reporter(
     folder: Path | None,
     device: torch.device,
     state: TrainState,
-    steps_per_epoch: int,
+    steps: Steps,
     top5: bool = True,
     classes: Sequence[str] | None = None,
 ) -> Reporter:
@@ -145,8 +145,7 @@ def build_reporter(
         [],
         device,
         state,
-        total_steps=count_total(args.epochs, steps_per_epoch),
-        steps_per_epoch=steps_per_epoch,
+        steps=steps,
         print_freq=args.print_freq,
         open_hooks=partial(_build_hooks, args, folder, top5, classes),
         observers=create_hooks(args),
@@ -173,12 +172,12 @@ def _build_hooks(
     classes: Sequence[str] | None,
     reporter: Reporter,
 ) -> list[Hook]:
-    state, total_steps = reporter.state, reporter.total_steps
+    state, steps = reporter.state, reporter.steps
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()  # else `> train.log` needs the lines
     bar = args.progress == "bar" or (args.progress == "auto" and on_terminal)
     hooks: list[Hook] = [LineHook(args.epochs, top5, shown=not (bar and on_terminal))]
     get_logger().info("epochs count from 1 in these lines, from 0 in log.txt and in file names")
-    at_epoch_end = state.global_step % reporter.steps_per_epoch == 0 and state.samples_in_epoch > 0
+    at_epoch_end = steps.within(state.global_step)[0] == 0 and state.samples_in_epoch > 0
     logs, files = log_folder(args.log_dir, folder), []
     try:
         if folder:
@@ -192,5 +191,5 @@ def _build_hooks(
             f"the run cannot write its logs ({error}); choose another --output_dir or --log_dir, "
             "or free some space"
         ) from error
-    bars = [BarHook(args.epochs, state, total_steps)] if bar else []
+    bars = [BarHook(args.epochs, state, steps.total)] if bar else []
     return [*bars, *hooks, *reporter.observers.values(), *files]

@@ -31,6 +31,7 @@ from training import run_lock
 from training.checkpoint import TrainableParts, TrainState
 from training.meters import Means
 from training.report import Record
+from training.steps import Steps
 
 PLAIN = (type(None), bool, int, float, str, bytes)  # besides tensors, dicts, lists and tuples
 
@@ -144,7 +145,7 @@ class Reporter:
     """Reads the meters every `print_freq` steps and notifies the hooks.
 
     Reading meters is collective, so every rank has a reporter; only rank 0 has hooks, and other
-    ranks those with `every_rank`. total_steps: optimizer steps of the whole run, for the time left.
+    ranks those with `every_rank`. steps: optimizer steps of the run.
     open_hooks: called on rank 0 on entering the run, since hooks create files. observers: hooks of
     --hook and --tracker on this rank, by name, of which `open_hooks` decides the order.
     """
@@ -152,8 +153,7 @@ class Reporter:
     hooks: list[Hook]
     device: torch.device
     state: TrainState
-    total_steps: int
-    steps_per_epoch: int
+    steps: Steps
     print_freq: int
     open_hooks: Callable[["Reporter"], list[Hook]] | None = None
     observers: Mapping[str, Hook] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class Reporter:
     @classmethod
     def quiet(cls, device: torch.device) -> "Reporter":
         """Return a reporter without hooks."""
-        return cls([], device, TrainState(), 1, 1, 1)
+        return cls([], device, TrainState(), Steps.even(1), 1)
 
     # --- the run ----------------------------------------------------------------------------
 
@@ -269,9 +269,10 @@ class Reporter:
         Every rank must call it.
         """
         steps_done = self.state.global_step - self.first_step
-        step = (self.state.global_step - 1) % self.steps_per_epoch + 1
-        is_last = self.state.global_step == self.total_steps  # perhaps within an epoch
-        regular = step % self.print_freq == 0 or step == self.steps_per_epoch or is_last
+        before, size = self.steps.within(self.state.global_step - 1)
+        step = before + 1  # of the epoch
+        is_last = self.state.global_step == self.steps.total  # perhaps within an epoch
+        regular = step % self.print_freq == 0 or step == size or is_last
         if not regular and steps_done > 1:
             self._notify("on_step", self.run)
             return False
@@ -293,15 +294,17 @@ class Reporter:
         """Return the values of a log line of this step."""
         now = time.perf_counter()
         window = max(now - self.window_start, 1e-9)
+        left = self.steps.total - self.state.global_step
+        _, size = self.steps.within(self.state.global_step - 1)
         seconds_per_step = (now - self.run_start) / (self.state.global_step - self.first_step)
         return means | {
             "lr": lr,
             "images_per_s": self.images / window,
             "data_wait": (self.batches.wait_seconds - self.waited_before) / window,
             "memory_mb": peak_memory_mb(self.device),
-            "eta_s": seconds_per_step * (self.total_steps - self.state.global_step),
+            "eta_s": seconds_per_step * left,
             "step": step,
-            "steps": min(self.steps_per_epoch, self.total_steps - self.state.global_step + step),
+            "steps": min(size, left + step),
         }
 
     # --- epochs and images ------------------------------------------------------------------

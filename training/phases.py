@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Phases of a run: training up to the next evaluation, or to the end of an epoch or of the run.
 
-python -c "from training.phases import Phases; print(Phases(10, 64, 2.5, 0.5).next)"
+python -c "from training.phases import Phases, Steps; print(Phases(Steps.even(10), 0.5).next)"
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from parallel.process_group import broadcast
 from training.checkpoint import TrainState
 from training.hooks import Reporter
-from training.schedules import count_total
+from training.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Phase:
 class Phases:
     """When a run evaluates and when it ends, in optimizer steps.
 
-    epochs: of the run, perhaps a fraction. eval_freq: epochs between evaluations, perhaps a
+    steps: of the run. eval_freq: epochs between evaluations, perhaps a
     fraction; one follows the last step in any case. patience: evaluations in a row without a metric
     that is better by `min_delta`, which end the run; None for any number.
 
@@ -41,22 +41,15 @@ class Phases:
     interrupted; an evaluation that a killed run has missed comes first.
     """
 
-    steps_per_epoch: int
-    effective_batch: int
-    epochs: float
+    steps: Steps
     eval_freq: float = 1.0
     patience: int | None = None
     min_delta: float = 0.0
 
-    @property
-    def total(self) -> int:
-        """Optimizer steps of the run."""
-        return count_total(self.epochs, self.steps_per_epoch)
-
     def done(self, state: TrainState) -> bool:
         """Return True after the last phase of the run, or if it has stopped early."""
-        finished = state.epoch * self.steps_per_epoch + self._steps(state.phase_end)
-        return finished >= self.total or self.stopped_early(state)
+        finished = self.steps.before(state.epoch) + self._count(state.epoch, state.phase_end)
+        return finished >= self.steps.total or self.stopped_early(state)
 
     def stopped_early(self, state: TrainState) -> bool:
         """Return True if the metric has not become better for `patience` evaluations."""
@@ -64,15 +57,15 @@ class Phases:
 
     def next(self, state: TrainState) -> Phase:
         """Return the phase that follows the last finished one; it may have begun already."""
-        first = state.epoch * self.steps_per_epoch
-        end = min(self.steps_per_epoch, self.total - first)  # of the run or the epoch
+        first, (size, images) = self.steps.before(state.epoch), self.steps.of(state.epoch)
+        end = min(size, self.steps.total - first)  # of the run or the epoch
         evaluations = self._evaluations(state.epoch)
-        finished = self._steps(state.phase_end)
+        finished = self._count(state.epoch, state.phase_end)
         step = min(step for step in {*evaluations, end} if step > finished)
-        left = max(0, step - self._steps(state.samples_in_epoch))
-        stop = state.samples_in_epoch + left * self.effective_batch
-        is_last = first + step >= self.total
-        whole = step == self.steps_per_epoch
+        left = max(0, step - self._count(state.epoch, state.samples_in_epoch))
+        stop = state.samples_in_epoch + left * images
+        is_last = first + step >= self.steps.total
+        whole = step == size
         return Phase(None if whole else stop, is_last or step in evaluations, is_last)
 
     def end(self, phase: Phase, state: TrainState, reporter: Reporter) -> dict[str, Any]:
@@ -81,7 +74,7 @@ class Phases:
         The end of an epoch has its number, counted from 0, another phase the number of epochs done.
         """
         if phase.stop is None:
-            state.end_epoch()
+            state.end_epoch(self.steps)
             return {"epoch": state.epoch - 1}
         state.phase_end = state.samples_in_epoch
         state.epoch_sums["means"] = reporter.means.state()  # the next phase continues them
@@ -98,13 +91,13 @@ class Phases:
         stops = self.stopped_early(state)
         return phase.is_last or (self.patience is not None and broadcast(stops))
 
-    def _steps(self, images: int) -> int:
+    def _count(self, epoch: int, images: int) -> int:
         """Return the optimizer steps that these images of an epoch take."""
-        return -(-images // self.effective_batch)
+        return -(-images // self.steps.of(epoch)[1])
 
     def _evaluations(self, epoch: int) -> set[int]:
         """Return the steps of an epoch after which there is an evaluation."""
-        size, freq = self.steps_per_epoch, self.eval_freq
+        size, freq = self.steps.of(epoch)[0], self.eval_freq
         times = round(1 / freq) if freq < 1 else 0
         if times and abs(times * freq - 1) < 0.02:  # 0.33 is a third
             freq = 1 / times
@@ -113,9 +106,9 @@ class Phases:
         return {step for n in numbers if 0 < (step := round(n * period) - first) <= size}
 
 
-def build_phases(args: Any, steps_per_epoch: int, effective_batch: int) -> Phases:
+def build_phases(args: Any, steps: Steps) -> Phases:
     """Build the phases from the flags; pre-training, which does not evaluate, has epochs alone."""
     flags = vars(args)
     names = ("eval_freq", "patience", "min_delta")
     own = {name: flags[name] for name in names if name in flags}
-    return Phases(steps_per_epoch, effective_batch, args.epochs, **own)
+    return Phases(steps, **own)

@@ -5,6 +5,7 @@
 python visualize.py data --data_path photos --mixup 0.8 --output seen.png
 """
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,15 +19,18 @@ from torchvision.transforms.functional import to_pil_image
 
 import datasets
 from config.flags import is_pretraining
+from config.sizes import describe_sizes
 from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
+from data_loading.mixing import build_mixup
 from data_loading.rng import mask_noise, seed_all
 from data_loading.workers import WatchedLoader
 from errors import UserError, plural
 from models import build_fcmae
 from models.fcmae import random_mask, visible_patches
-from optim_factory import choose_update_freq, count_steps
+from optim_factory import choose_update_freq
 from training.pictures import GRAY, INK, MIN_WIDTH, as_rgb, scale_to_show
+from training.steps import build_steps
 
 ROUNDING = 1e-5  # of a normalized number in float32
 SHARE = 0.005  # of a class in a mixed label, below which it is not named
@@ -56,9 +60,9 @@ def build_preview(args: Any, count: int, epochs: int) -> Preview:
         dataset = datasets.build_pretrain_dataset(args)
     else:
         dataset, nb_classes = datasets.build_dataset(True, args)
-        mixup = datasets.build_mixup(args, nb_classes, dataset.kind)
-    count, height_width = min(count, len(dataset)), " x ".join(map(str, args.input_size))
-    caption = f"{height_width} pixels, --seed {args.seed}"
+        mixup = build_mixup(args, nb_classes, dataset.kind)
+    count = min(count, len(dataset))
+    caption = f"{describe_sizes(args)} pixels, --seed {args.seed}"
     if mixup is not None:
         cells = _mixed(dataset, mixup, args, count, epochs)
         caption += "; mixed, with the shares of the classes"
@@ -131,7 +135,7 @@ def _mixed(
     loader = datasets.build_loader(dataset, True, args, "cpu")
     given = args.update_freq, args.effective_batch
     update_freq = choose_update_freq(*given, args.batch_size, 1)
-    steps = count_steps(len(loader), update_freq)
+    steps = build_steps(args, loader, update_freq)
     wanted: list[int] = []
     for epoch in range(epochs):
         found: Cells = {}
@@ -141,9 +145,9 @@ def _mixed(
             if not set(wanted) & set(numbers):
                 continue
             images, labels, _ = loader.reload(epoch, torch.tensor(ids))
-            step = epoch * steps + number // update_freq
+            step = steps.before(epoch) + number // update_freq
             seed_all(args.seed, step, number % update_freq, 0)  # as engine_finetune.py
-            images, labels = mixup(images, labels)
+            images, labels = mixup(images, labels, epoch)
             shown = to_show(images, mean, std)
             for place, index in enumerate(numbers):
                 if index in wanted and index not in found:
@@ -195,11 +199,11 @@ def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: floa
 
 def draw_preview(preview: Preview) -> Image.Image:
     """Draw all rows with their names, the texts below the images, and the number of each epoch."""
-    first = next((image for row in preview.images for image in row if image is not None), None)
-    if first is None:
+    shapes = [image.shape[1:] for row in preview.images for image in row if image is not None]
+    if not shapes:
         raise UserError("no image to draw; give another --seed, or --num_epochs 1")
-    enlarged = -(-MIN_WIDTH // first.shape[2])
-    height, width = (side * enlarged for side in first.shape[1:])
+    largest = max(shapes, key=math.prod)  # sizes may differ by epoch
+    height, width = (side * -(-MIN_WIDTH // largest[1]) for side in largest)
     size = max(12, min(width, 2 * MIN_WIDTH) // 10)  # of the font
     line, gap = round(1.6 * size), size // 2
     below = max(len(text.splitlines()) for row in preview.texts for text in row)

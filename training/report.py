@@ -20,7 +20,7 @@ from typing import Any
 from config.flags import as_typed, command, is_code, is_pretraining
 from errors import plural
 from training.checkpoint import TrainState
-from training.schedules import count_total
+from training.steps import count_total
 
 Record = dict[str, float]
 # What a step's line shows in a place of its own; values with other names follow the loss.

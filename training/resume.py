@@ -19,6 +19,7 @@ from typing import Any
 from config.flags import LISTED, as_typed, default_of, is_pretraining
 from config.parser import absolute_paths
 from config.recipes import read_values
+from config.sizes import as_one_flag
 from config.tasks import TASKS, task_flags
 from errors import UserError
 from parallel.process_group import from_main_process, get_logger, main_process_first
@@ -283,7 +284,7 @@ def compare_args(
     changes, fixed = [], FIXED + IN_EPOCH * in_epoch
     if now.get("label_fraction", 1) < 1:
         fixed += ("seed",)  # it chooses the images
-    saved, now = absolute_paths(saved), absolute_paths(now)
+    saved, now = (as_one_flag(absolute_paths(flags)) for flags in (saved, now))
     undecided = now.get("task") == "auto" or now.get("loss", "") is None
     if undecided and saved.get("task") in TASKS:  # the data decided in the first run
         now |= task_flags(now, given or (), TASKS[saved["task"]])

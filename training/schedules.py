@@ -20,6 +20,7 @@ from errors import UserError, plural, resolve, resolve_for
 from optim_factory import BOUNDED, INITIAL_STD, check_values
 from parallel import sharding
 from parallel.process_group import get_logger
+from training.steps import Steps
 
 EPSILON = 1e-6  # added to the progress, so that rounding does not miss a border
 WORDS = {word: word for word in ("rescaled", "fixed", "step", "epoch")}  # in [ ], with the length
@@ -174,7 +175,7 @@ class Curve:
                 break
         return segment, end
 
-    def at(self, step: int, total: int) -> float:
+    def at(self, step: float, total: float) -> float:
         """Value at an optimizer step of `total`; by epoch that of the epoch's first step."""
         step = min(max(step, 0), total - 1)
         if self.by_epoch:
@@ -264,7 +265,7 @@ def _parameter(signature: inspect.Signature, key: int | str) -> tuple[str, Any]:
 # --- the schedule of a run -------------------------------------------------------------------
 
 
-def warmup_cosine(step: int, start: float, end: float, *, warmup: int, total: int) -> float:
+def warmup_cosine(step: float, start: float, end: float, *, warmup: float, total: float) -> float:
     """Linear warm-up from start/warmup to `start` in `warmup` steps, then half a cosine to `end`.
 
     The first step has a rate above 0, and the last one has exactly `end`.
@@ -281,6 +282,8 @@ class Schedule:
     """Options of every parameter group as functions of the global step.
 
     total: optimizer steps of the whole run; the first `warmup` raise the learning rate to `lr`.
+    steps: where epochs differ in their steps. The rate then follows the epochs that are done, and
+    is larger in proportion to the images of a step; None: epochs are equal.
     weight_decay_end: None keeps the weight decay constant.
     curve: factor of `lr`, in place of the warm-up and the cosine to `min_lr`.
     options: values of other options of the optimizer, by name.
@@ -295,6 +298,7 @@ class Schedule:
     weight_decay_end: float | None = None
     curve: Curve | None = None
     options: Mapping[str, Curve] = field(default_factory=dict)
+    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         known = schedulable(self.optimizer) if self.options else {}
@@ -306,19 +310,24 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Base learning rate of a global step, counted from 0."""
+        place, total, warmup = map(self._progress, (step, self.total, self.warmup))
+        factor = self.steps.factor(step) if self.steps else 1.0
         if self.curve is not None:
-            return self.lr * self.curve.at(step, self.total)
-        return warmup_cosine(step, self.lr, self.min_lr, warmup=self.warmup, total=self.total)
+            return factor * self.lr * self.curve.at(place, total)
+        return factor * warmup_cosine(place, self.lr, self.min_lr, warmup=warmup, total=total)
+
+    def _progress(self, step: int) -> float:
+        """Return what the steps before `step` have covered of the run, in steps of equal size."""
+        return self.steps.progress(step) if self.steps else step
 
     def decay(self, step: int) -> float:
         """Weight decay of a global step."""
+        place, total = self._progress(step), self._progress(self.total)
         if "weight_decay" in self.options:
-            return self.options["weight_decay"].at(step, self.total)
+            return self.options["weight_decay"].at(place, total)
         if self.weight_decay_end is None:
             return self.weight_decay
-        return warmup_cosine(
-            step, self.weight_decay, self.weight_decay_end, warmup=0, total=self.total
-        )
+        return warmup_cosine(place, self.weight_decay, self.weight_decay_end, warmup=0, total=total)
 
     def apply(self, step: int) -> float:
         """Set lr, weight decay and `options` of all groups; returns the base rate.
@@ -326,6 +335,7 @@ class Schedule:
         Options that a group has of its own (--param_group) stay, except lr, which is a factor.
         """
         lr, decay = self.rate(step), self.decay(step)
+        place, total = self._progress(step), self._progress(self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
             own = group.get("own_options", ())
@@ -333,7 +343,7 @@ class Schedule:
                 group["weight_decay"] = decay if group["decayed"] else 0.0
             for name, curve in self.options.items():
                 if name != "weight_decay":
-                    _set_option(group, name, curve.at(step, self.total), own)
+                    _set_option(group, name, curve.at(place, total), own)
         return lr
 
 
@@ -360,11 +370,6 @@ def _set_option(group: dict[str, Any], name: str, value: float, own: Any) -> Non
         group["betas"] = (*betas[:place], value, *betas[place + 1 :])
 
 
-def count_total(epochs: float, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of a run, at least one; `epochs` may be a fraction."""
-    return max(1, round(epochs * steps_per_epoch))
-
-
 def build_curves(args: Any, epochs: float | None = None) -> tuple[Curve | None, dict[str, Curve]]:
     """Read --sched and --sched_options; epochs: as the steps make them, default: --epochs."""
     epochs = args.epochs if epochs is None else epochs
@@ -388,15 +393,15 @@ def build_curves(args: Any, epochs: float | None = None) -> tuple[Curve | None, 
 
 
 def build_schedule(
-    args: Any, optimizer: torch.optim.Optimizer, lr: float, steps_per_epoch: int
+    args: Any, optimizer: torch.optim.Optimizer, lr: float, steps: Steps
 ) -> Schedule:
     """Build the schedule from the flags."""
-    total = count_total(args.epochs, steps_per_epoch)
+    total, (steps_per_epoch, _) = steps.total, steps.base
     _warn_if_too_short(args, lr, total)
     warmup = args.warmup_steps  # replaces --warmup_epochs unless negative
     if warmup < 0:
-        warmup = round(args.warmup_epochs * steps_per_epoch)
-    curve, options = build_curves(args, total / steps_per_epoch)
+        warmup = steps.before(args.warmup_epochs)
+    curve, options = build_curves(args, steps.progress(total) / steps_per_epoch)
     return Schedule(
         optimizer,
         total,
@@ -407,6 +412,7 @@ def build_schedule(
         weight_decay_end=args.weight_decay_end,
         curve=curve,
         options=options,
+        steps=steps if len(steps.parts) > 1 else None,
     )
 
 
@@ -435,7 +441,7 @@ def lr_rows(schedule: Schedule, now: int) -> Iterator[str]:
     """Yield the learning rate, with a bar, at the first and last step, the peak and each tenth."""
     last = schedule.total - 1
     peak = min(max(schedule.warmup - 1, 0), last)
-    if schedule.curve is not None:
+    if schedule.curve is not None or schedule.steps is not None:
         steps = sorted({0, last, *(last * part // 1000 for part in range(1000))})
         peak = max(steps, key=schedule.rate)
     here = min(now, last)

@@ -24,8 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import models
 from config.checks import idle_in_evaluation
 from config.flags import is_code, is_pretraining, library_of
+from config.sizes import as_one_flag
 from config.tasks import possible_kinds, task_flags
 from data_loading.labels import Head
+from data_loading.mixing import Mixing
 from data_loading.rng import make_deterministic
 from errors import UserError, first_few, see_working_folder
 from models.heads import check_heads, has_own_head
@@ -253,6 +255,7 @@ def check_start(
             models.check_images(args, model)
         else:
             model = models.build_classifier(args, classes or args.nb_classes)
+            models.check_sizes(args, model)
     if vars(args).get("layer_decay", 1) < 1 and not args.eval:
         model.layer_of("", args.layer_decay_type)
     if vars(args).get("precise_bn") and not args.eval:
@@ -288,7 +291,7 @@ class TrainLoop:
     freezer: Freezer | None = None
     # Fine-tuning only:
     criterion: Callable[..., torch.Tensor] | None = None  # (logits, labels) -> loss
-    mixup: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    mixup: Mixing | None = None
     model_ema: ModelEma | None = None
     kind: str = "class"  # of the targets
 
@@ -317,7 +320,8 @@ def check_ranks_agree(args: Mapping[str, Any]) -> None:
 
 def describe_rank(args: Mapping[str, Any]) -> dict[str, str]:
     """Return the flags, versions and file digests that all ranks must share, by name."""
-    flags = {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL_FLAGS}
+    shared = {k: value for k, value in as_one_flag(args).items() if k not in LOCAL_FLAGS}
+    flags = {f"--{name}": str(value) for name, value in shared.items()}
     versions = {"Python": "{}.{}".format(*sys.version_info)}
     versions |= {name: metadata.version(name) for name in LIBRARIES}
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]

@@ -17,6 +17,7 @@ from torch import Tensor
 from config.calls import Call, parse_call
 from config.flags import is_pretraining
 from config.parser import absolute_paths
+from config.sizes import as_one_flag
 from errors import UserError, a_type, describe_error, resolve_for
 from training.checkpoint import TrainState
 from training.hooks import Hook, Run
@@ -129,7 +130,7 @@ def _find(call: Call) -> Any:
 
 def flags_of(args: Any) -> dict[str, Any]:
     """Return the flags as JSON's types."""
-    values = absolute_paths(vars(args)).items()
+    values = as_one_flag(absolute_paths(vars(args))).items()
     return {name: list(x) if isinstance(x, tuple) else x for name, x in values}
 
 

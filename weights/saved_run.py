@@ -13,6 +13,7 @@ from typing import Any
 from config.checks import shape_problems
 from config.flags import allowed, as_typed, implied_patch, is_code, is_pretraining, library_of
 from config.parser import FrozenNamespace, absolute_paths
+from config.sizes import as_one_flag, parse_sizes, size_problems
 from config.tasks import DEFAULT_LOSS, OF_TABLES, TASKS, may_be_table
 from data_loading.labels import Head
 from data_loading.targets import Scale
@@ -43,6 +44,7 @@ INHERITED |= EVAL_ONLY
 # More of them where the run itself resumes.
 RESUMED = {"norm_pix_loss": "a boolean", "decoder_depth": "an integer"}
 RESUMED |= {"decoder_embed_dim": "an integer", "recon_loss": "a name"}
+RESUMED |= {"progressive_batch": "a boolean"}
 TYPES = {"a name": (str,), "a boolean": (bool,), "an integer": (int,), "a number": (int, float)}
 
 
@@ -175,16 +177,30 @@ def inherit_flags(args: FrozenNamespace, saved: SavedRun, resumes: bool = False)
         values = taken.get(name, ())
         if len(values) not in (0, 1, taken.get("in_chans", args.in_chans)):
             taken[name] = (sum(values) / len(values),)
+    if resumes and "input_size" not in args.given:
+        taken |= _saved_sizes(saved)
     if taken:
-        typed = " ".join(f"--{name} {as_typed(value)}" for name, value in taken.items())
+        shown = as_one_flag(taken).items()
+        typed = " ".join(f"--{name} {as_typed(value)}" for name, value in shown)
         get_logger().info("taken from %s: %s", source, typed)
     if is_pretraining(vars(args)) and "patch_size" not in {*args.given, *saved.flags}:
         model, stride = ({**vars(args), **taken}[key] for key in ("model", "stem_stride"))
         taken["patch_size"] = implied_patch(model, stride)
     args = args.replace(**taken)
-    for problem in shape_problems(args):
+    for problem in (*size_problems(args), *shape_problems(args)):
         raise UserError(problem)
     return args
+
+
+def _saved_sizes(saved: SavedRun) -> dict[str, Any]:
+    """Return the image sizes by epoch of a run, if it has several."""
+    text = str(saved.flags.get("input_sizes", ""))
+    try:
+        sizes = parse_sizes(text) if text else {}
+    except ValueError as error:
+        got = f"{saved.source} stores sizes by epoch, {text!r}"
+        raise UserError(f"{got}, that cannot be read: {error}; give --input_size") from error
+    return {"input_size": sizes[max(sizes)], "input_sizes": text} if sizes else {}
 
 
 def _not_inherited(args: FrozenNamespace, saved: SavedRun, resumes: bool) -> set[str]:

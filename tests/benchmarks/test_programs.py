@@ -3,15 +3,19 @@
 """The curves and the GPU script print every row, and a part that fails stops no other."""
 
 import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import curves, gpu, gpu_parts, step
 
@@ -296,3 +300,53 @@ def test_whole_gpu_script_in_toy_size(tmp_path):
     )
     assert re.search(r"^\| first used in .* torch, ms \| .*\n.*\n\| atto, packed \| ", text, re.M)
     assert re.search(r"^\d+ (passed|skipped)", text, re.MULTILINE)  # pytest's last line
+
+
+def zip_of_photos(path: Path, count: int = 3) -> Path:
+    """Smooth JPEG files of 90 x 60 pixels."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(count):
+            file, noise = io.BytesIO(), np.random.default_rng(number).integers(0, 256, (3, 4, 3))
+            Image.fromarray(noise.astype(np.uint8)).resize((90, 60)).save(file, "JPEG")
+            archive.writestr(f"{number}.jpg", file.getvalue())
+    return path
+
+
+def test_loader_has_a_row_for_each_way_to_read(tmp_path):
+    photos, table = zip_of_photos(tmp_path / "photos.zip"), tmp_path / "table.md"
+    words = "--rounds 1 --images 8 --batch_size 4 --input_size 64 --sets large small"
+    done = run("loader.py", f"--photos {photos} {words} --output {table}")
+    assert done.returncode == 0, done.stderr
+    text = table.read_text(encoding="utf-8")
+    assert text.strip() == done.stdout.strip()
+    first = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
+    peers = [["ImageFolder, PIL, torchvision's transforms", "timm's loader"]]
+    peers += [["ImageFolder, PIL, timm's transforms", "timm's loader"]]
+    for name, fast in (("large", ["ours, folder, --decode fast"]), ("small", [])):
+        for task, others in zip(("pretrain", "finetune"), peers, strict=True):
+            head, *names = [
+                f"{name}, {task}",
+                "read and decode only",
+                "ours, folder",
+                *fast,
+                *others,
+            ]
+            start = first.index(head)
+            assert first[start + 1 : start + 1 + len(names)] == names
+    assert text.count(" | 100% |") == 4
+
+
+def test_threads_and_processes_read_the_same(tmp_path):
+    photos = zip_of_photos(tmp_path / "photos.zip")
+    words = "--rounds 1 --images 8 --batch_size 4 --workers 1 --input_size 64"
+    done = run("loader_threads.py", f"--photos {photos} {words}")
+    assert done.returncode == 0, done.stderr
+    expected = ["no workers", "1 worker process", "1 thread"]
+    assert rows(done.stdout, "Worker processes and threads") == expected
+
+
+def test_zip_without_photos_is_refused(tmp_path):
+    photos = zip_of_photos(tmp_path / "photos.zip", count=0)
+    done = run("loader.py", f"--photos {photos}")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("it holds no JPEG files")

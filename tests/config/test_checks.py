@@ -16,6 +16,7 @@ PARSERS = {
     "finetune": options.finetune_parser,
     "visualize": options.visualize_parser,
     "export": options.export_parser,
+    "pack": options.pack_parser,
 }
 DIGITS = ["--data_set", "DIGITS"]
 MAY_BE_EMPTY = {"output_dir", "log_dir", "resume", "finetune", "model_prefix", "aa"}
@@ -45,8 +46,8 @@ def texts(kind):
 @pytest.mark.parametrize("kind", PARSERS)
 def test_an_empty_text_is_refused_unless_it_has_a_meaning(kind, capsys):
     """It is what an unset shell variable gives: `--sched "$S"`."""
-    for name in sorted({*texts(kind)} - {"checkpoint"}):
-        words = ["x"] * (kind == "export") + [f"--{name}", ""]
+    for name in sorted({*texts(kind)} - {"checkpoint", "source", "dest"}):
+        words = ["x"] * (kind in ("export", "pack")) + [f"--{name}", ""]
         if name in MAY_BE_EMPTY:
             assert vars(PARSERS[kind]().parse_args(words))[name] == ""
             continue
@@ -80,9 +81,12 @@ NEEDS = {  # flag with a value: what it needs to act
     "--layer_decay_type group": "--layer_decay 0.5",
     "--mixup_mode elem": "--cutmix 1",
     "--mixup_prob 0.5": "--cutmix_minmax 0.2 0.8",
+    "--mixup_off_epoch 3": "--cutmix 1",
+    "--aug_off_epoch 3": "--aa rand-m9",
     "--mixup_switch_prob 0.2": "--mixup 1 --cutmix 1",
     "--remode rand": "--reprob 0.1",
     "--recount 2": "--reprob 0.1",
+    "--progressive_batch true": "--input_size 64:0,224:2",
     "--model_ema_decay 0.9": "--model_ema",
     "--model_key model": "--finetune x",
     "--model_prefix encoder.": "--resume x",
@@ -91,7 +95,7 @@ NEEDS = {  # flag with a value: what it needs to act
     "--async_save true": "--save_ckpt true",
     "--max_save_failures 2": "--save_ckpt true",
 }
-WITHOUT = ["--reprob", "0", "--save_ckpt", "false"]
+WITHOUT = ["--reprob", "0", "--aa", "none", "--save_ckpt", "false"]
 
 
 @pytest.mark.parametrize("words", NEEDS)

@@ -14,11 +14,13 @@ from config import recipes
 ROOT = Path(options.__file__).resolve().parents[1]
 # Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
+RESOLVED["pack"] = set()
 GET = ("vars(args).get", "flags.get")
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
     "main_finetune": options.finetune_parser,
     "export": options.export_parser,
+    "pack": options.pack_parser,
 }
 
 

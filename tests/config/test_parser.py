@@ -625,7 +625,9 @@ def test_help_tells_which_checkpoint_is_evaluated():
     assert "--eval" not in said["pretrain"].replace("--eval_data_path", "")
 
 
-@pytest.mark.parametrize("build", [options.export_parser, options.visualize_parser])
+@pytest.mark.parametrize(
+    "build", [options.export_parser, options.visualize_parser, options.pack_parser]
+)
 def test_help_of_other_scripts_shows_all_their_flags(build, capsys):
     text = answer(capsys, build(), "--help")
     flags = [action.option_strings[0] for action in build()._actions if action.option_strings]

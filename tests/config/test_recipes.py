@@ -26,6 +26,7 @@ from optim_factory import (
     scale_lr,
 )
 from training.schedules import build_schedule
+from training.steps import Steps
 
 ROOT = Path(options.__file__).resolve().parents[1]
 PARSERS = {"main_pretrain": options.pretrain_parser, "main_finetune": options.finetune_parser}
@@ -314,7 +315,7 @@ def test_schedule_at_chosen_steps(name):
     head = torch.nn.Parameter(torch.zeros(2, 2))
     group = {"params": [head], "lr_scale": 0.5, "decayed": True}
     optimizer = torch.optim.SGD([group], lr=peak)
-    schedule = build_schedule(args, optimizer, peak, updates_per_epoch)
+    schedule = build_schedule(args, optimizer, peak, Steps.even(updates_per_epoch, args.epochs))
     for update, lr in expected.items():
         assert schedule.apply(update) == pytest.approx(lr, rel=3e-5, abs=1e-12), update
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * lr, rel=3e-5, abs=1e-12)

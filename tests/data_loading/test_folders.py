@@ -393,7 +393,7 @@ def test_index_of_another_folder_or_kind_is_refused(tmp_path):
     other = plant(tmp_path / "other")
     with pytest.raises(UserError, match=f"lists the class folders of {root}, not .* of {other};"):
         list_images(other, True, file)
-    with pytest.raises(UserError, match=f"of {root}, not images without labels in {root};"):
+    with pytest.raises(UserError, match=f"of {root}, not the images in {root};"):
         list_images(root, False, file)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_loading.rng import fold_in, mask_noise, seed_all
+from data_loading.rng import fold_in, fold_in_each, mask_noise, seed_all, seed_cpu
 
 WORD = 2**64
 GOLDEN = 0x9E3779B97F4A7C15
@@ -109,6 +109,17 @@ def test_seed_all_sets_every_generator():
     assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
+def test_cheap_seeds_of_a_sample_give_the_same_draws_and_leave_devices_alone(monkeypatch):
+    """`torch.manual_seed` took longer than a small image."""
+    seed_all(3, 1)
+    first = draws()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds all devices"))
+    seed_cpu(3, 1)
+    assert draws() == first
+    seed_cpu(3, 2)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
 COINS = {
     "random": lambda count: [random.getrandbits(1) for _ in range(count)],
     "numpy": lambda count: np.random.randint(0, 2, count).tolist(),
@@ -140,3 +151,10 @@ def test_uniform_draws_of_the_libraries_are_uncorrelated():
     table = torch.cat([table[1:], table[:-1]], 1)  # (3999, 6): also the sample before
     correlation = torch.corrcoef(table.T) - torch.eye(6)
     assert correlation.abs().max() < 0.064  # four times 1 / sqrt(3999)
+
+
+def test_many_words_give_the_seeds_of_each():
+    """Otherwise --val_split would hold out other images than earlier versions."""
+    words = np.array([0, 1, 7, 2**32 - 1, 2**62])
+    for numbers in ((), (3,), (0x5EED, 2**40)):
+        assert fold_in_each(words, *numbers).tolist() == [fold_in(*numbers, int(w)) for w in words]

@@ -238,7 +238,7 @@ def test_zip_file_that_changed_needs_a_new_index(photos, tmp_path):
     with pytest.raises(UserError, match="a.zip has changed since .*train.index was written"):
         open_images("auto", spec, True)
     table = str(write_table(photos, photos / "rows.csv"))
-    with pytest.raises(UserError, match="train.index lists the images of .*a.zip, not the table"):
+    with pytest.raises(UserError, match="train.index lists the zip file .*a.zip, not the table"):
         open_images("auto", DatasetSpec(table, data_index=spec.data_index), True)
 
 

@@ -275,4 +275,4 @@ def test_fraction_of_folders_is_trained_on_and_evaluated_on_all(photos, log):
     names = [{part.name_of(i) for i in range(len(part))} for part in (train, whole, val, same)]
     assert names[0] < names[1]
     assert names[2] == names[3]
-    assert datasets.count_labels(train, 2).tolist() == [2, 2]
+    assert datasets.count_labels(train, 2).tolist() == [3, 2]

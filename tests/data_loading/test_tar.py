@@ -144,6 +144,17 @@ def test_links_devices_and_folders_are_no_images(window, tmp_path):
     assert found.left_out == {tar_headers.LINK: 2, tar_headers.SPECIAL: 2}
 
 
+def test_folders_of_old_archives_are_no_images(window, tmp_path):
+    """They are files whose name ends with a slash."""
+    old = info("./folder.jpg", type=tarfile.AREGTYPE)
+    header = with_checksum(b"./folder.jpg/".ljust(100, b"\0") + old.tobuf()[100:])
+    content = header + Path(write(tmp_path / "b.tar", ["folder.jpg/a.jpg"])).read_bytes()
+    (tmp_path / "a.tar").write_bytes(content)
+    found = list_tar([str(tmp_path / "a.tar")], False)
+    assert list(found.names) == ["folder.jpg/a.jpg"]
+    assert found.left_out == {}
+
+
 def test_what_is_no_image_is_counted_as_in_folders(tmp_path):
     names = ["a.jpg", ".hidden.jpg", "__MACOSX/a/._1.jpg", "@eaDir/b.jpg", "notes.txt", "README"]
     names += ["folder.jpg/x.xml", "c/.jpg", "d/._e.jpg"]
@@ -356,13 +367,14 @@ def test_data_after_the_end_is_no_silent_loss(tmp_path):
         (b"20 path=../../x.jpg\n", "has an absolute path or one with '..'"),
         (b"99 path=x.jpg\n", "the extended header is damaged"),
         (b"path=x.jpg\n", "the extended header is damaged"),
-        (b"13 size=abc \n", "the size b'abc ' is no number"),
+        (b"13 size=abc \n", "the size b'abc ' is no number of bytes"),
+        (b"5009 size=" + b"9" * 4998 + b"\n", "is no number of bytes"),
         (b"10 size=7\n", "it has 3 bytes in one header and 7 in another"),
     ],
 )
 def test_wrong_extended_header_is_refused(record, problem, window, tmp_path):
     extended = info("x", size=len(record), type=b"x").tobuf(tarfile.GNU_FORMAT)
-    extended += record.ljust(512, b"\0")
+    extended += record + bytes(-len(record) % 512)
     member = info("a.jpg", size=3).tobuf(tarfile.GNU_FORMAT) + b"abc" + bytes(509)
     (tmp_path / "a.tar").write_bytes(extended + member + bytes(1024))
     with pytest.raises(UserError, match="a.tar: .*") as caught:
@@ -541,3 +553,10 @@ def test_short_reads_of_network_disks_are_repeated(tmp_path, monkeypatch):
     expected, pread = listed(path), os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, start: pread(fd, min(size, 700), start))
     assert listed(path) == expected
+
+
+def test_what_is_behind_the_end_of_a_name_is_no_part_of_it(tmp_path):
+    header = info("a.jpg").tobuf(tarfile.USTAR_FORMAT)
+    header = with_checksum(b"a.jpg\0rest of a name.jpg".ljust(100, b"\0") + header[100:])
+    (tmp_path / "a.tar").write_bytes(header + bytes(1024))
+    assert list(listed(tmp_path / "a.tar")) == ["a.jpg"]

@@ -193,6 +193,7 @@ def test_column_given_twice_is_refused(tmp_path):
         ("0.json", b"{", "a.tar/0.json is no JSON: "),
         ("0.json", b"[" * 10**5, "a.tar/0.json is no JSON: "),
         ("0.json", b"[1]", "a.tar/0.json has a list .1., expected an object such as"),
+        ("0.json", b"9" * 5000, "a.tar/0.json is no JSON: "),  # more digits than Python takes
         ("0.txt", b"\xff", "a.tar/0.txt is no text in UTF-8: "),
         ("0.cls", b"\xff", "a.tar/0.cls is no text in UTF-8: "),
         ("0.cls", b" \n", "a.tar/0.cls is empty, expected a class"),

@@ -420,11 +420,11 @@ def test_run_continues_without_bad_images_and_lists_them(tmp_path, script):
 class Mortal(Images):
     """Images of which the one with number LAST to be read ends the process."""
 
-    read = 0
+    reads = 0
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        self.read += 1
-        if self.read == int(os.environ.get("LAST", -1)):
+        self.reads += 1
+        if self.reads == int(os.environ.get("LAST", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 

@@ -43,6 +43,7 @@ from training.phases import Phases
 from training.precise_bn import PreciseBn
 from training.run_lock import acquire_run_lock
 from training.stepper import Stepper
+from training.steps import Steps
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -235,7 +236,7 @@ def ranks_evaluate_with_other_statistics(rank: int, folder: Path) -> dict:
     images = torch.eye(2).double()
     evaluate([(images, torch.arange(2), None)], model, CPU, "none")
     state = TrainState(since_best=1 - rank, watched={"best": 50.0})
-    phases = Phases(10, 8, 9, patience=2)
+    phases = Phases(Steps.even(10, 9, 8), patience=2)
     stops = phases.ends_run(phases.next(state), state, {"best": 10.0})
     return {"mean": model.running_mean.tolist(), "stops": stops}
 
@@ -267,7 +268,7 @@ def ranks_write(rank: int, folder: Path) -> dict:
     args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
     args.hook = args.tracker = None
     running = TrainState()
-    with hook_table.build_reporter(args, own, CPU, running, 1) as reporter:
+    with hook_table.build_reporter(args, own, CPU, running, Steps.even(1)) as reporter:
         own_hooks = len(reporter.hooks)
         recorder = Recorder()
         reporter.hooks.append(recorder)
@@ -379,7 +380,7 @@ def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
             place.mkdir()
             (place / name).write_text("") if number == 2 else (place / name).mkdir()
         with pytest.raises(UserError) as caught:
-            hook_table.build_reporter(args, place, CPU, TrainState(), 1).__enter__()
+            hook_table.build_reporter(args, place, CPU, TrainState(), Steps.even(1)).__enter__()
         messages.append(str(caught.value))
     return messages
 

@@ -102,6 +102,7 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
             "lower_is_better": False,
             "phase_end": 0,
             "steps_per_epoch": 0,
+            "epoch_start": 0,
             "since_best": 0,
             "watched": {},
         },

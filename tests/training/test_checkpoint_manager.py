@@ -24,6 +24,7 @@ from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager, NoMoreBatches
 from training.meters import Means
 from training.preemption import StopSignals
+from training.steps import Steps
 
 INSTANTS = 10  # of each script
 SCRIPTS = list(chaos.RUNS)
@@ -353,7 +354,7 @@ def test_stop_while_no_batch_comes_saves_the_last_step(place, monkeypatch):
             else:
                 meters.total()  # which moves the sums
                 sums.update(meters.state())
-                state.end_epoch()
+                state.end_epoch(Steps.even(1))
             if place == "new epoch":
                 checkpoints.end_epoch(state)
             failures.append(OSError("full"))  # once: the last save is repeated

@@ -33,6 +33,7 @@ from training.checkpoint_manager import (
 )
 from training.meters import Means
 from training.resume import compare_args, find_resume_point
+from training.steps import Steps
 from utils import explain, save_model, write_atomically
 from weights.files import check_archive, read_checkpoint
 
@@ -157,9 +158,9 @@ def test_seed_may_change_between_epochs_and_not_within_one():
 
 
 def test_data_may_grow_between_epochs_and_not_within_one():
-    TrainState(epoch=3, images=26).recount_steps(4, 6, 27)
+    TrainState(epoch=3, images=26).recount_steps(Steps.even(4, 9, 6), 27)
     with pytest.raises(UserError, match="epoch 4 began with 26 images and cannot resume with 27"):
-        TrainState(epoch=3, samples_in_epoch=12, images=26).recount_steps(4, 6, 27)
+        TrainState(epoch=3, samples_in_epoch=12, images=26).recount_steps(Steps.even(4, 9, 6), 27)
 
 
 def test_newest_within_an_epoch_is_what_saw_most_whatever_an_update_takes(tmp_path):

@@ -250,6 +250,27 @@ def test_report_says_what_the_run_will_do(said):
     assert "step 19  1.00e-03  ####" in said()
 
 
+def test_memory_and_speed_are_those_of_the_largest_images(said, monkeypatch):
+    """The images of the first epoch are small."""
+    shapes = []
+    real = dry_run.StepProbe.batches
+
+    def batches(self, size, times=1):
+        shapes.append(tuple(self.samples[0].shape[1:]))
+        return real(self, size, times)
+
+    loaded = []
+    rate = dry_run.loader_rate
+    monkeypatch.setattr(
+        dry_run, "loader_rate", lambda b, s: loaded.append(next(b)[0].shape[1:]) or rate(b, 0.1)
+    )
+    monkeypatch.setattr(dry_run.StepProbe, "batches", batches)
+    assert dry("pretrain", "--input_size", "16:0,24:1", "--epochs", 2) == 0
+    assert {*shapes} == {*loaded} == {(3, 24, 24)}
+    assert "used at 16 x 16 pixels, after 1 epoch 24 x 24" in said()
+    assert "with images of the last size, 0:00:0" in said()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_images_are_reported_and_no_problem(workers, said):

@@ -21,6 +21,7 @@ from models import create_model
 from parallel import console
 from training import costs, hook_table, hooks, log_files, log_lines, tensorboard
 from training.checkpoint import TrainState
+from training.steps import Steps
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -241,7 +242,7 @@ def test_bar_needs_two_terminals_and_a_file_gets_the_lines(
     handlers = [console.TerminalHandler(sys.stdout), console_log]
     monkeypatch.setattr(console.get_logger(), "handlers", handlers)
     console.get_logger().setLevel("INFO")
-    with hook_table.build_reporter(args, None, CPU, TrainState(), 10) as reporter:
+    with hook_table.build_reporter(args, None, CPU, TrainState(), Steps.even(10)) as reporter:
         assert any(isinstance(hook, log_lines.BarHook) for hook in reporter.hooks) is bar
         reporter._notify("on_log", RECORD, TrainState())
         assert ("step 20/100" in sys.stdout.getvalue()) is lines
@@ -287,7 +288,7 @@ def clock(monkeypatch):
 def test_log_record_by_hand(clock):
     """4 steps per epoch, 12 in total, a line every 3 steps; resumed after 4 steps."""
     state, recorder = TrainState(epoch=1, global_step=4), Recorder()
-    reporter = hooks.Reporter([recorder], CPU, state, 12, 4, print_freq=3)
+    reporter = hooks.Reporter([recorder], CPU, state, Steps.even(4, 3), print_freq=3)
     batches = DeviceLoader([], CPU, [0.5], [0.5])
     means = reporter.begin_epoch(["loss"], batches)
     for step, loss in enumerate([1.0, 2.0, 6.0, 5.0]):
@@ -319,7 +320,7 @@ def test_hooks_are_notified_when_a_run_fails():
     recorder = Recorder()
     with (
         pytest.raises(ZeroDivisionError),
-        hooks.Reporter([recorder], CPU, TrainState(), 1, 1, print_freq=1),
+        hooks.Reporter([recorder], CPU, TrainState(), Steps.even(1), print_freq=1),
     ):
         raise ZeroDivisionError
     assert recorder.ends == 1
@@ -336,7 +337,7 @@ class Broken(hooks.Hook):
 def test_hook_and_picture_that_fail_are_reported_once_and_end_no_run(log):
     """They ended the run before its epoch was saved."""
     recorder = Recorder()
-    reporter = hooks.Reporter([Broken(), recorder], CPU, TrainState(), 9, 9, print_freq=1)
+    reporter = hooks.Reporter([Broken(), recorder], CPU, TrainState(), Steps.even(9), print_freq=1)
     for _ in range(3):
         reporter._notify("on_step", reporter.run)
         reporter.image("dreams", lambda: torch.zeros(1, 2).squeeze(0)[5])
@@ -348,7 +349,9 @@ def test_hook_and_picture_that_fail_are_reported_once_and_end_no_run(log):
 
 def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_path):
     """The checkpoint is written first."""
-    reporter = hooks.Reporter([log_files.ImageHook(tmp_path)], CPU, TrainState(epoch=3), 9, 3, 1)
+    reporter = hooks.Reporter(
+        [log_files.ImageHook(tmp_path)], CPU, TrainState(epoch=3), Steps.even(3, 3), 1
+    )
     for value in (0.0, 1.0):
         draw = partial(torch.full, (3, 2, 2), value)
         reporter.image("dreams", draw, only_missing=True)
@@ -373,7 +376,7 @@ def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
     defaults |= {"hook": None, "tracker": None}
     args = SimpleNamespace(**(defaults | flags))
     place = tmp_path if folder else None
-    with hook_table.build_reporter(args, place, CPU, TrainState(), 10) as reporter:
+    with hook_table.build_reporter(args, place, CPU, TrainState(), Steps.even(10)) as reporter:
         assert [type(hook).__name__ for hook in reporter.hooks] == expected
     place = "tensorboard" if folder else "tb"
     expected_files = {place} if "TensorboardHook" in expected else set()
@@ -459,7 +462,7 @@ def test_repeated_end_of_an_epoch_is_in_tensorboard_once(tmp_path, saved):
         if resumed and saved:
             state = TrainState(1, 10, stats=stats)
             (folder / "checkpoint-0.pth").touch()
-        with hook_table.build_reporter(args, folder, CPU, state, 10) as reporter:
+        with hook_table.build_reporter(args, folder, CPU, state, Steps.even(10)) as reporter:
             board = reporter.hooks[1]
             if not resumed:
                 board.on_log(RECORD, TrainState(global_step=10))
@@ -480,7 +483,7 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
     folder, gone, state = tmp_path / "run", tmp_path / "gone", TrainState()
     folder.mkdir()
     state.stats = {"test_acc1": 50.0}
-    reporter = hooks.Reporter([], CPU, state, 100, 10, print_freq=1)
+    reporter = hooks.Reporter([], CPU, state, Steps.even(10, 10), print_freq=1)
     reporter.hooks = [tensorboard.TensorboardHook(folder / "tensorboard", state)]
     for epoch in range(6):
         if epoch == 1:

@@ -20,19 +20,21 @@ from training.phases import Phases
 from training.precise_bn import PreciseBn
 from training.report import count_epochs, describe_end, describe_time
 from training.schedules import build_schedule
+from training.steps import Steps
 
 
 def walk(phases: Phases, **start: int) -> list[tuple]:
     """Return (global step, evaluates, is_last) at the end of each phase of a run."""
     state, found = TrainState(**start), []
-    state.recount_steps(phases.steps_per_epoch, phases.effective_batch, images=100)
+    state.recount_steps(phases.steps, images=100)
     while not phases.done(state):
         phase = phases.next(state)
         if phase.stop is None:
-            state.end_epoch()
-            state.global_step = state.epoch * phases.steps_per_epoch
+            state.end_epoch(phases.steps)
+            state.global_step = phases.steps.before(state.epoch)
         else:
-            state.global_step += (phase.stop - state.samples_in_epoch) // phases.effective_batch
+            images = phases.steps.of(state.epoch)[1]
+            state.global_step += (phase.stop - state.samples_in_epoch) // images
             state.samples_in_epoch = state.phase_end = phase.stop
         found.append((state.global_step, phase.evaluates, phase.is_last))
     return found
@@ -55,13 +57,13 @@ def walk(phases: Phases, **start: int) -> list[tuple]:
     ],
 )
 def test_evaluations_follow_these_steps(epochs, freq, expected):
-    found = walk(Phases(10, 8, epochs, freq))
+    found = walk(Phases(Steps.even(10, epochs, 8), freq))
     assert [(step, evaluates) for step, evaluates, _ in found] == expected
     assert [is_last for *_, is_last in found] == [False] * (len(expected) - 1) + [True]
 
 
 def test_resumed_run_has_the_phases_that_are_left():
-    phases = Phases(10, 8, 2, 0.5)
+    phases = Phases(Steps.even(10, 2, 8), 0.5)
     every = walk(phases)
     assert every == [(5, True, False), (10, True, False), (15, True, False), (20, True, True)]
     # Within a phase, at the end of one without its evaluation, and after the evaluation.
@@ -69,35 +71,37 @@ def test_resumed_run_has_the_phases_that_are_left():
     assert walk(phases, epoch=1, samples_in_epoch=40) == every[2:]
     assert walk(phases, epoch=1, samples_in_epoch=40, phase_end=40) == every[3:]
     # A batch of 16, after 40 images with one of 8: 5 steps an epoch, of which 3 count as done.
-    assert walk(Phases(5, 16, 2, 0.5), epoch=1, samples_in_epoch=40, phase_end=40) == [
+    assert walk(Phases(Steps.even(5, 2, 16), 0.5), epoch=1, samples_in_epoch=40, phase_end=40) == [
         (10, True, True)
     ]
     assert walk(phases, epoch=2) == []
-    assert walk(Phases(10, 8, 1), epoch=1, samples_in_epoch=8) == []  # with fewer epochs now
+    fewer = Phases(Steps.even(10, 1, 8))  # epochs than the run has done
+    assert walk(fewer, epoch=1, samples_in_epoch=8) == []
 
 
 def test_phase_ends_with_a_whole_step_of_the_new_batch_size():
     """A part of a batch would be left out, and the phase would never end."""
     state = TrainState(epoch=0, samples_in_epoch=20)
-    state.recount_steps(6, 16, images=100)  # 20 images are two steps of 16
-    phase = Phases(6, 16, 1, 0.5).next(state)
+    state.recount_steps(Steps.even(6, 1, 16), images=100)  # 20 images are two steps of 16
+    phase = Phases(Steps.even(6, 1, 16), 0.5).next(state)
     assert phase.stop == 20 + 16
 
 
 def test_patience_counts_evaluations_without_a_better_metric():
     state = TrainState()
-    phases = Phases(10, 8, 100, patience=2, min_delta=0.5)
+    phases = Phases(Steps.even(10, 100, 8), patience=2, min_delta=0.5)
     stops = []
     for best, ema in ((50.0, 49.0), (50.4, 49.0), (50.6, None), (50.0, 49.4), (50.0, 49.6)):
         stops.append(phases.ends_run(phases.next(state), state, {"best": best, "best-ema": ema}))
-        state.end_epoch()
+        state.end_epoch(phases.steps)
     assert stops == [False] * 5  # 50.6 is better than 50 by 0.6, and later 49.6 than 49 by 0.6
     assert state.since_best == 0
     for value in (float("nan"), 50.6):
         stops.append(phases.ends_run(phases.next(state), state, {"best": value}))
     assert stops[5:] == [False, True]
     assert phases.done(state)  # so a resumed run trains no further
-    assert not Phases(10, 8, 100, patience=3).done(state)  # unless its patience is larger
+    patient = Phases(phases.steps, patience=3)
+    assert not patient.done(state)
     lower = TrainState(lower_is_better=True)
     for value, expected in ((1.0, 0), (0.9, 1), (0.4, 0)):
         lower.count_without_better({"best": value}, 0.2)
@@ -110,7 +114,7 @@ def test_words_for_parts_of_epochs():
         "3/3",
         "3/3",
     )
-    state = TrainState(1, 15, samples_in_epoch=40, steps_per_epoch=10)
+    state = TrainState(1, 15, samples_in_epoch=40, steps_per_epoch=10, epoch_start=10)
     assert describe_end(state, 2.5) == "1.5 of 2.5 epochs done"
     assert describe_end(TrainState(2), 3) == "epoch 2/3 done"
     assert describe_end(TrainState(1), 1.6) == "epoch 1/2 done"  # as its steps are counted
@@ -258,7 +262,7 @@ def test_schedule_of_part_epochs_ends_at_the_last_step():
 
     def rates(words: str) -> list[float]:
         args = parse(finetune_parser(), f"--data_set DIGITS --epochs 2.4 {words}".split())
-        schedule = build_schedule(args, optimizer, 1.0, steps_per_epoch=4)
+        schedule = build_schedule(args, optimizer, 1.0, Steps.even(4, args.epochs))
         assert schedule.total == 10
         return [schedule.rate(step) for step in range(10)]
 

@@ -88,7 +88,8 @@ def test_last_line_says_stopped_early_only_of_such_a_run():
     args = FINETUNE.replace(patience=2)
     assert "stopped early (--patience 2)" in last_line(args, RUN, TrainState(4, since_best=2))
     assert "stopped" not in last_line(args, RUN, TrainState(5, since_best=2))
-    ended = TrainState(1, 3, samples_in_epoch=4, steps_per_epoch=2, since_best=2)  # 3 of 3 steps
+    ended = TrainState(1, 3, samples_in_epoch=4, since_best=2)  # 3 of 3 steps
+    ended.steps_per_epoch = ended.epoch_start = 2
     assert "stopped" not in last_line(args.replace(epochs=1.6), RUN, ended)
 
 

@@ -27,6 +27,7 @@ from training.checkpoint_manager import CheckpointManager
 from training.hooks import Reporter
 from training.log_files import JsonHook
 from training.run_lock import acquire_run_lock, describe_holder
+from training.steps import Steps
 
 WATCHED = SimpleNamespace(check=lambda state: "", snapshot=lambda state: None, state=dict)
 WATCHED.recent = torch.zeros(2, 1)  # as a meter
@@ -349,7 +350,7 @@ def test_run_that_lost_its_lock_does_not_train_until_its_next_save(taken):
 
 def test_suspended_run_writes_nothing_into_the_log_of_another(taken):
     state = TrainState(epoch=1, global_step=3, stats={"epoch": 0})
-    reporter = Reporter([JsonHook(taken, state)], torch.device("cpu"), state, 9, 3, 1)
+    reporter = Reporter([JsonHook(taken, state)], torch.device("cpu"), state, Steps.even(3, 3), 1)
     with pytest.raises(TrainingStopped, match="taken over"):
         reporter.end_epoch()
     assert not (taken / "log.txt").exists()

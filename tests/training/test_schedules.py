@@ -21,6 +21,7 @@ from training.schedules import (
     schedulable,
     warmup_cosine,
 )
+from training.steps import Steps
 
 # --- warm-up and cosine, the default ----------------------------------------------------------
 
@@ -80,7 +81,7 @@ def schedule_flags(**changes: float) -> SimpleNamespace:
 def test_warmup_steps_win_over_epochs(steps, warmup):
     """A dead flag in the official code."""
     args = schedule_flags(warmup_steps=steps)
-    schedule = build_schedule(args, optimizer_of_two(), 1.0, steps_per_epoch=5)
+    schedule = build_schedule(args, optimizer_of_two(), 1.0, steps=Steps.even(5, args.epochs))
     assert schedule.apply(0) == (1 / warmup if warmup else 1.0)
     assert schedule.apply(max(warmup - 1, 0)) == 1.0
     assert schedule.apply(warmup + 1) < 1.0
@@ -126,7 +127,7 @@ def test_last_update_has_the_minimum_after_almost_a_whole_run_of_warm_up():
 def test_flags_reach_the_schedule():
     args = schedule_flags(epochs=3, min_lr=0.1, warmup_epochs=1, weight_decay_end=0.4)
     optimizer = optimizer_of_two()
-    schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=4)
+    schedule = build_schedule(args, optimizer, 0.8, steps=Steps.even(4, args.epochs))
     assert [schedule.apply(0), schedule.apply(3), schedule.apply(11)] == [0.2, 0.8, 0.1]
     assert optimizer.param_groups[0]["weight_decay"] == 0.4
 
@@ -151,7 +152,7 @@ def test_run_that_can_hardly_learn_is_told(words, steps, warned, caplog):
     lr = scale_lr(args.lr, args.blr, args.batch_size)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     with caplog.at_level("WARNING"):
-        build_schedule(args, optimizer, lr, steps)
+        build_schedule(args, optimizer, lr, Steps.even(steps))
     assert ("the run will hardly learn" in caplog.text) == warned
     assert ("--recipe small_data_pretrain" in caplog.text) == warned
 
@@ -312,7 +313,7 @@ def test_an_error_points_at_the_character(text, problem, place):
 def test_learning_rate_is_the_peak_times_the_schedule_and_the_scale_of_the_layer():
     optimizer = optimizer_of_two()
     args = schedule_flags(epochs=2, sched="linear(0, 1)[0.5] + constant(0.5)[0.5]")
-    schedule = build_schedule(args, optimizer, 0.8, steps_per_epoch=2)
+    schedule = build_schedule(args, optimizer, 0.8, steps=Steps.even(2, args.epochs))
     seen = []
     for step in range(4):
         seen.append([schedule.apply(step), *(group["lr"] for group in optimizer.param_groups)])
@@ -324,7 +325,7 @@ def test_other_options_follow_their_schedules_unless_a_group_has_its_own():
     optimizer.param_groups[0] |= {"betas": (0.7, 0.8), "own_options": ["betas"]}
     flags = ["weight_decay=linear(0.1, 0.3)", "momentum = linear(0.5, 0.9)", "beta2=constant(0.95)"]
     args = schedule_flags(epochs=1, sched_options=[*flags, "eps=constant(1e-6)"])
-    schedule = build_schedule(args, optimizer, 1.0, steps_per_epoch=2)
+    schedule = build_schedule(args, optimizer, 1.0, steps=Steps.even(2, args.epochs))
     schedule.apply(1)
     first, second = optimizer.param_groups
     assert (first["weight_decay"], second["weight_decay"]) == (pytest.approx(0.2), 0.0)
@@ -340,7 +341,7 @@ def test_momentum_of_sgd_is_scheduled():
     group = {"params": [nn.Parameter(torch.ones(1))], "lr_scale": 1.0, "decayed": True}
     optimizer = torch.optim.SGD([group], lr=1.0, momentum=0.9)
     args = schedule_flags(epochs=1, sched_options=["momentum=linear(0.5, 0.9)"])
-    build_schedule(args, optimizer, 1.0, steps_per_epoch=2).apply(1)
+    build_schedule(args, optimizer, 1.0, steps=Steps.even(2, args.epochs)).apply(1)
     assert optimizer.param_groups[0]["momentum"] == pytest.approx(0.7)
 
 
@@ -358,7 +359,7 @@ def test_momentum_of_sgd_is_scheduled():
 )
 def test_wrong_option_is_an_error_that_names_it(words, message):
     with pytest.raises(UserError, match=message):
-        build_schedule(schedule_flags(sched_options=words), optimizer_of_two(), 1.0, 2)
+        build_schedule(schedule_flags(sched_options=words), optimizer_of_two(), 1.0, Steps.even(2))
 
 
 def test_values_of_other_options_are_checked_by_the_optimizer():
@@ -380,7 +381,7 @@ def test_snapshots_of_timms_optimizers_are_not_scheduled():
 
 def test_drawing_marks_the_peak_of_any_schedule():
     args = schedule_flags(epochs=10, sched="linear(0.5, 2)[0.4] + cosine(2, 0)[0.6]")
-    schedule = build_schedule(args, optimizer_of_two(), 0.1, steps_per_epoch=10)
+    schedule = build_schedule(args, optimizer_of_two(), 0.1, steps=Steps.even(10, args.epochs))
     rows = [row.split() for row in lr_rows(schedule, 50)]
     assert {int(row[1]): row[-1] for row in rows if row[-1] in ("peak", "here")} == {
         40: "peak",

@@ -15,6 +15,7 @@ from tests import fakes
 from training import hook_table, hooks
 from training.checkpoint import TrainableParts, TrainState
 from training.hooks import Batch
+from training.steps import Steps
 
 CPU = torch.device("cpu")
 ME = "tests.fakes"
@@ -30,7 +31,7 @@ def reporter_of(**observers: hooks.Hook) -> hooks.Reporter:
     """Two epochs of two steps."""
     run = hooks.Run(SimpleNamespace(epochs=2), None, TrainState(), CPU)
     found = list(observers.values())
-    return hooks.Reporter(found, CPU, run.state, 4, 2, 9, observers=observers, run=run)
+    return hooks.Reporter(found, CPU, run.state, Steps.even(2, 2), 9, observers=observers, run=run)
 
 
 def batch() -> Batch:

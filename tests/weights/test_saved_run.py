@@ -210,6 +210,28 @@ def test_name_and_code_may_be_of_one_network(given, saved, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("text", ["48x32:0", "48:0,32:1", 7])
+def test_sizes_by_epoch_that_cannot_be_read_are_an_error(text):
+    saved = read_saved_run({"args": NARROW | {"input_sizes": text}}, "it.pth")
+    with pytest.raises(UserError, match="it.pth stores sizes by epoch, .* give --input_size"):
+        inherit_flags(finetune("--resume", "x"), saved, resumes=True)
+    assert inherit_flags(finetune("--resume", "x"), saved).input_sizes == ""  # its weights alone
+
+
+def test_sizes_of_a_run_must_fit_the_flags_of_the_resumed_one():
+    """Half an image in a batch, and a last size that never came, were not refused."""
+    flags = NARROW | {"input_sizes": "32x16:0,48x32:10", "progressive_batch": True}
+    saved = read_saved_run({"args": flags}, "it.pth")
+    for words, said in (("--batch_size 12", "multiple of 8"), ("--epochs 10", "is not below --ep")):
+        with pytest.raises(UserError, match=said):
+            inherit_flags(finetune("--resume", "x", *words.split()), saved, resumes=True)
+    args = inherit_flags(finetune("--resume", "x"), saved, resumes=True)
+    assert (args.input_size, args.input_sizes) == ((48, 32), "32x16:0,48x32:10")
+    assert args.progressive_batch
+    args = inherit_flags(finetune("--resume", "x", "--input_size", "64"), saved, resumes=True)
+    assert (args.input_size, args.input_sizes) == ((64, 64), "")
+
+
 def test_official_checkpoints_store_a_namespace():
     flags = argparse.Namespace(model="convnextv2_tiny", input_size=320, crop_pct=None, lr=1.0)
     assert changed(finetune(), flags) == {"model": "convnextv2_tiny", "input_size": (320, 320)}

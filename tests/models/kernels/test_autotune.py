@@ -21,6 +21,7 @@ from tests.groups import results_of, run_ranks
 from tests.test_end_to_end import PRETRAIN, assert_same, run, weights
 from training import hooks, resume
 from training.checkpoint import TrainState
+from training.steps import Steps
 
 CPU = torch.device("cpu")
 X = torch.ones(2, 3)
@@ -404,7 +405,7 @@ def test_log_says_once_which_kernels_run(timed, log, monkeypatch):
         if chosen:
             choose()
         state = TrainState(global_step=6)
-        reporter = hooks.Reporter([], CPU, state, 12, 6, 2)
+        reporter = hooks.Reporter([], CPU, state, Steps.even(6, 2), 2)
         reporter.begin_epoch(["loss"], DeviceLoader([X], CPU, [0.5], [0.5]))
         for _ in range(6):
             state.global_step += 1

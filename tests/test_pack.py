@@ -1,0 +1,568 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""pack.py: a pack is its source again, whatever interrupts it, and damage to it is found."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pack
+from config import parser as options
+from config import tool_flags
+from data_loading import packs
+from data_loading.encode import Encoding
+from data_loading.images import Images
+from data_loading.pack_writer import PartWriter, member_names
+from data_loading.sources import DatasetSpec, open_images
+from data_loading.split import keep_fraction, split
+from data_loading.tables import Columns
+from datasets import create_dataset
+from errors import UserError
+from tests import tiny
+
+CLASSES = ("ant", "ant-2", "bee.1")
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (9, 11), **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Class folders with images of several formats and sizes."""
+    names = [f"{c}/{n}" for c in CLASSES for n in ("2.jpg", "10.png", "deep/1.webp", "0.1.jpg")]
+    for seed, name in enumerate(names):
+        draw(tmp_path / "photos" / name, seed, (9 + seed, 11))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def both(tmp_path, photos) -> Path:
+    """The same with train/ and val/."""
+    root = tmp_path / "both"
+    shutil.copytree(photos, root / "train")
+    shutil.copytree(photos / "ant", root / "val" / "ant")
+    return root
+
+
+def packed(*words: object) -> None:
+    """Run pack.py in this process."""
+    words = [*map(str, words)]
+    if "--num_workers" not in words:
+        words += ["--num_workers", "0"]
+    parser = options.pack_parser()
+    args = parser.parse_args(words)
+    problems = [*tool_flags.pack_problems(args, vars(parser.parse_args([args.source])))]
+    if problems:
+        raise UserError(problems[0])
+    pack.main(args)
+
+
+def opened(path: object, train: bool = True, **options) -> Images:
+    return open_images("auto", DatasetSpec(str(path), **options), train)
+
+
+def content(data) -> dict:
+    """What a run sees of a data set."""
+    return {
+        "names": data.encoded_names(),
+        "bytes": [data.read(number) for number in range(len(data))],
+        "targets": None if data.targets is None else (data.targets.dtype, data.targets.tolist()),
+        "classes": data.classes and [*data.classes],
+        "kind": data.kind,
+        "weights": None if data.weights is None else data.weights.tolist(),
+        "split": bool(data.own_split),
+    }
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def table(photos: Path, header: str, row: Callable[[int, str], list]) -> Path:
+    names = sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.*") if p.is_file())
+    path = photos / "rows.csv"
+    with open(path, "w", newline="") as file:
+        rows = [[name, *row(number, name)] for number, name in enumerate(names)]
+        csv.writer(file).writerows([["image", *header.split()], *rows])
+    return path
+
+
+# --- a pack is its source again -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_parts_of_folders_are_kept(train, both, tmp_path):
+    packed(both, tmp_path / "out", "--shard_size", 5)
+    assert content(opened(tmp_path / "out", train)) == content(opened(both, train))
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == [
+        "train-000000.tar", "train-000001.tar", "train-000002.tar", "val-000000.tar"
+    ]  # fmt: skip
+
+
+def test_source_without_parts_is_split_as_before(photos, tmp_path):
+    """--val_split and --label_fraction choose by the names of the images."""
+    packed(photos, tmp_path / "out", "--shard_size", 7)
+    ours, theirs = opened(tmp_path / "out"), opened(photos)
+    assert content(ours) == content(theirs)
+    for train in (True, False):
+        parts = [split(data, 0.4, train).indices.tolist() for data in (ours, theirs)]
+        assert parts[0] == parts[1]
+    parts = [keep_fraction(data, 0.5, 0, "class").indices.tolist() for data in (ours, theirs)]
+    assert parts[0] == parts[1]
+    with pytest.raises(UserError, match="which images are for evaluation"):
+        opened(tmp_path / "out", train=False)
+    own = open_images("auto", DatasetSpec("/nowhere", str(tmp_path / "out")), False)
+    assert content(own) == content(theirs)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "words", "columns", "kind"),
+    [
+        ("label", lambda n, name: [name.split("/")[0]], "", Columns(), None),
+        ("label", lambda n, name: ["|".join(CLASSES[: n % 4])], "", Columns(), None),
+        (
+            "x y w split",
+            lambda n, name: [n / 3, -n, n % 5 + 1, "train" if n % 4 else "val"],
+            "--label_column x y --task regression --weight_column w",
+            Columns(labels=("x", "y"), weight="w"),
+            "number",
+        ),
+    ],
+    ids=["classes", "several", "numbers"],
+)
+def test_labels_of_tables_are_kept(header, row, words, columns, kind, photos, tmp_path):
+    path = table(photos, header, row)
+    packed(path, tmp_path / "out", *words.split())
+    theirs = content(open_images("auto", DatasetSpec(str(path), kind=kind, columns=columns), True))
+    assert content(opened(tmp_path / "out")) == theirs
+    assert theirs["kind"] == (kind or ("multi" if "|" in path.read_text() else "class"))
+    assert (theirs["weights"] is not None) == ("w" in header.split())
+
+
+def test_rows_with_the_same_image_share_it(photos, tmp_path):
+    path = table(photos, "label", lambda n, name: [n % 2])
+    with open(path, "a") as file:
+        file.write("ant/2.jpg,1\nbee.1/2.jpg,0\n")
+    packed(path, tmp_path / "out")
+    assert content(opened(tmp_path / "out")) == content(opened(path))
+    with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
+        assert len(file.getnames()) == len(set(file.getnames())) == len(opened(path)) - 2
+
+
+def test_zip_and_mixed_sources(photos, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("ant/2.jpg", "ant-2/2.jpg"):
+            file.write(photos / name, name)
+    source = f"{tmp_path / 'a.zip'}:0.7,{photos}:0.3"
+    packed(source, tmp_path / "out")
+    ours, theirs = content(opened(tmp_path / "out")), content(opened(source))
+    assert ours == theirs
+    assert ours["weights"][0] == pytest.approx(0.35)
+    with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
+        assert {"ant/2.jpg", "ant/2-2.jpg"} < set(file.getnames())
+
+
+def test_two_images_of_one_name(tmp_path):
+    """Shards of a WebDataset may number their images from 0."""
+    for number in range(2):
+        with tarfile.open(tmp_path / f"s-{number}.tar", "w") as file:
+            draw(tmp_path / f"{number}.png", number)
+            for name, data in (
+                ("0.png", (tmp_path / f"{number}.png").read_bytes()),
+                ("0.cls", b"%d" % number),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    source = str(tmp_path / "s-{0..1}.tar")
+    packed(source, tmp_path / "out")
+    ours = content(opened(tmp_path / "out"))
+    assert ours == content(opened(source))
+    assert ours["bytes"][0] != ours["bytes"][1]
+    with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
+        assert file.getnames() == ["0.png", "0-2.png"]
+
+
+def test_pretraining_reads_a_pack_without_labels(photos, tmp_path):
+    packed(photos, tmp_path / "out")
+    ours, theirs = (opened(p, labeled=False) for p in (tmp_path / "out", photos))
+    assert content(ours) == content(theirs)
+    assert ours.targets is None
+
+
+def test_images_without_labels(photos, tmp_path):
+    flat = photos / "ant"
+    shutil.rmtree(flat / "deep")
+    with pytest.raises(UserError, match="or pack the images without labels: --unlabeled$"):
+        packed(flat, tmp_path / "out")
+    packed(flat, tmp_path / "out", "--unlabeled")
+    packed(flat, tmp_path / "same", "--data_set", "folder")
+    for name in ("out", "same"):
+        ours, theirs = (opened(path, labeled=False) for path in (tmp_path / name, flat))
+        assert content(ours) == content(theirs)
+        with pytest.raises(UserError, match="was packed with --unlabeled true"):
+            opened(tmp_path / name)
+
+
+def test_data_set_of_your_own(tmp_path):
+    """Its images have no files: the pixels are kept, as PNG."""
+    words = ("--data_set", "tests.tiny:colors")
+    packed("nothing", tmp_path / "out", *words)
+    for train, length in ((True, 26), (False, 7)):
+        ours, theirs = opened(tmp_path / "out", train), tiny.colors("", train)
+        assert [len(ours), *ours.classes] == [length, "red", "green", "blue"]
+        for number in range(length):
+            image, label = ours[number]
+            assert label == theirs[number][1]
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            assert torch.equal(pixels, theirs[number][0])
+    packed("nothing", tmp_path / "plain", *words, "--unlabeled", "--part", "train")
+    assert len(opened(tmp_path / "plain", labeled=False)) == 26
+    with pytest.raises(UserError, match="has files of train, and none for evaluation"):
+        opened(tmp_path / "plain", train=False, labeled=False)
+
+
+class Odd(torch.utils.data.Dataset):
+    """A data set of float images."""
+
+    classes = ("a",)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(3, 4, 4), 0
+
+
+def odd(data_path: str, train: bool) -> Odd:
+    return Odd()
+
+
+def test_images_that_no_file_holds_are_refused(tmp_path):
+    with pytest.raises(UserError, match="image number 0: got a torch.float32 tensor"):
+        packed("nothing", tmp_path / "out", "--data_set", "tests.test_pack:odd", "--part", "train")
+
+
+# --- encoding -------------------------------------------------------------------------------------
+
+
+def test_larger_images_are_resized_by_their_shorter_side(photos, tmp_path):
+    draw(photos / "ant" / "10.jpg", 9, (40, 90))  # next to 10.png
+    Image.new("L", (30, 50), 77).save(photos / "ant" / "gray.png")
+    packed(photos, tmp_path / "out", "--size", 12, "--quality", 95)
+    ours, theirs = opened(tmp_path / "out"), opened(photos)
+    assert ours.encoded_names() == theirs.encoded_names()
+    assert ours.targets.tolist() == theirs.targets.tolist()
+    for number, name in enumerate(ours.names):
+        image = Image.open(io.BytesIO(ours.read(number)))
+        original = Image.open(photos / name)
+        if min(original.size) <= 12:
+            assert ours.read(number) == (photos / name).read_bytes()
+            continue
+        assert (image.format, min(image.size), image.mode) == ("JPEG", 12, original.mode)
+        size = [round(side * 12 / min(original.size)) for side in original.size]
+        assert np.abs(np.subtract(image.size, size)).max() <= 1
+        expected = np.asarray(original.resize(image.size, Image.BICUBIC), float)
+        assert np.abs(np.asarray(image, float) - expected).mean() < 30  # noise, as JPEG
+    with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
+        names = file.getnames()
+    assert {"ant/10.jpg", "ant/10-2.png", "ant/gray.jpg"} < {*names}
+    assert len({name.rpartition(".")[0] for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "ending"), [("jpeg", "JPEG", ".jpg"), ("webp", "WEBP", ".webp")]
+)
+def test_formats(name, kind, ending):
+    image = Image.effect_noise((40, 30), 50).convert("RGB")
+    sizes = []
+    for quality in (20, 95):
+        data, extension = Encoding(20, name, quality)(image, b"x")
+        assert (Image.open(io.BytesIO(data)).format, extension) == (kind, ending)
+        assert Image.open(io.BytesIO(data)).size == (26, 20)
+        sizes.append(len(data))
+    assert sizes[0] < sizes[1]
+    assert Encoding(None, name, 90)(image, b"x") == (b"x", "")
+    assert Encoding(30, name, 90)(image, b"x") == (b"x", "")
+
+
+def test_turned_photos_are_upright_once(tmp_path):
+    """EXIF says that the camera was turned; a resized file is upright and says nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw(tmp_path / "a" / "1.jpg", 0, (20, 40), exif=exif)
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--size", 10)
+    data = opened(tmp_path / "out", labeled=False).read(0)
+    assert Image.open(io.BytesIO(data)).size == (10, 20)
+    assert not Image.open(io.BytesIO(data)).getexif()
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 4, 5, 12, 13])
+@pytest.mark.parametrize("size", [(4, None), (None, 5000)], ids=["images", "bytes"])
+def test_interrupted_pack_equals_an_uninterrupted_one(after, size, both, tmp_path, monkeypatch):
+    (both / "train" / "ant" / "5.png").write_bytes(b"no image")
+    (both / "train" / "bee.1" / "9.png").write_bytes(b"no image")
+    parser = options.pack_parser()
+    shared = [str(both), "replaced", "--on_bad_image", "skip", "--num_workers", "0"]
+    args = [parser.parse_args(shared) for _ in range(2)]
+    for each, name in zip(args, ("whole", "broken"), strict=True):
+        each.dest, each.shard_size = str(tmp_path / name), size
+    pack.main(args[0])
+    add, count = PartWriter.add, 0
+
+    def stop(*words) -> bool:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return add(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "add", stop)
+        with pytest.raises(SystemExit) as end:
+            pack.main(args[1])
+    assert end.value.code == 130
+    with pytest.raises(UserError, match="is an unfinished pack; run the command of pack.py again"):
+        opened(tmp_path / "broken")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "broken").glob("*.tar")}
+    pack.main(args[1])
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
+    for name, time in before.items():  # was not written again
+        assert (tmp_path / "broken" / name).stat().st_mtime_ns == time
+    listed = (tmp_path / "whole" / "bad_images.txt").read_text().splitlines()
+    assert [line.split("\t")[0].rpartition("/")[2] for line in listed] == ["5.png", "9.png"]
+
+
+def test_number_of_processes_changes_no_byte(both, tmp_path):
+    for workers in (0, 2):
+        packed(both, tmp_path / str(workers), "--shard_size", 5, "--num_workers", workers)
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
+
+
+def test_finished_pack_is_left_alone(photos, tmp_path, capsys):
+    packed(photos, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    packed(photos, tmp_path / "out")
+    assert "the pack is finished; nothing to do" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == before
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "found"),
+    [
+        (
+            "train-000001.tar",
+            700,
+            "train-000001.tar: ant-2/deep/1.webp: damaged: its CRC-32 differs",
+        ),
+        ("train-000001.tar", 3, "train-000001.tar: its SHA-256 differs, outside the images"),
+        ("val-000000.tar", -3, "val-000000.tar: its SHA-256 differs, outside the images"),
+        ("index/train/names.npy", -3, "index/train/names.npy: missing, or its SHA-256 differs"),
+        ("index/val/index.json", 9, "index/val/index.json: missing, or its SHA-256 differs"),
+    ],
+)
+def test_flipped_byte_is_found_and_named(name, place, found, both, tmp_path, capsys):
+    packed(both, tmp_path / "out", "--shard_size", 7)
+    packed(tmp_path / "out", "--verify")
+    assert "16 images in 3 shards are whole" in capsys.readouterr().out
+    path = tmp_path / "out" / name
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"1 fault in .*{found}"):
+        packed(tmp_path / "out", "--verify")
+
+
+def test_shard_that_was_cut_short_is_refused_before_training(photos, tmp_path):
+    packed(photos, tmp_path / "out", "--shard_size", 5)
+    path = tmp_path / "out" / "images-000001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    text = "1 shard of 3 missing or not of the size in pack.json: images-000001.tar; copy the pack"
+    with pytest.raises(UserError, match=text):
+        opened(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(UserError, match=text):
+        packed(tmp_path / "out", "--verify")
+
+
+def test_pack_that_names_files_outside_is_refused(photos, tmp_path):
+    packed(photos, tmp_path / "out")
+    path = tmp_path / "out" / packs.NAME
+    about = json.loads(path.read_text())
+    about["parts"]["images"]["shards"][0]["name"] = "../photos.tar"
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="names other parts or files outside the pack"):
+        opened(tmp_path / "out")
+    path.write_text(json.dumps({**about, "version": 99}))
+    with pytest.raises(UserError, match="has version 99, expected 1"):
+        opened(tmp_path / "out")
+    path.write_text("{")
+    with pytest.raises(UserError, match="pack.json cannot be used: "):
+        opened(tmp_path / "out")
+
+
+def test_labels_that_were_damaged_are_refused(photos, tmp_path):
+    packed(photos, tmp_path / "out")
+    path = tmp_path / "out" / "index" / "images" / "targets.npy"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged: it does not fit"):
+        opened(tmp_path / "out")
+
+
+def test_bad_image_stops_the_pack(photos, tmp_path):
+    (photos / "ant" / "1.jpg").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"ant/1.jpg \(the file is an HTML page.*on_bad_image skip"):
+        packed(photos, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_names_that_lead_outside_are_refused(photos, tmp_path):
+    (tmp_path / "rows.csv").write_text("image,label\nphotos/ant/2.jpg,0\n../x.jpg,1\n")
+    draw(tmp_path.parent / "x.jpg", 0)
+    with pytest.raises(UserError, match="1 name of 2 lead out of the folder.*: ../x.jpg; write"):
+        packed(tmp_path / "rows.csv", tmp_path / "out")
+
+
+def test_member_names():
+    names = [b"/data/a.jpg", b"./b//c.png", b"b/c.jpg", b"b/c.png", b"b/c-2.jpg", b"\xff.jpg"]
+    found = ["data/a.jpg", "b/c.png", "b/c.jpg", "b/c-2.png", "b/c-2.jpg", "\udcff.jpg"]
+    assert member_names(names, by_stem=False) == found
+    found = ["data/a.jpg", "b/c.png", "b/c-3.jpg", "b/c-4.png", "b/c-2.jpg", "\udcff.jpg"]
+    assert member_names(names, by_stem=True) == found
+
+
+def test_names_of_any_bytes_are_stored(tmp_path):
+    """Long names and other alphabets, as other programs read them."""
+    names = ["x" * 180 + ".png", "\u00e9t\u00e9/\u96ea.png"]
+    for seed, name in enumerate(names):
+        draw(tmp_path / "a" / name, seed)
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled")
+    with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
+        assert sorted(file.getnames()) == sorted(names)
+        for name in names:
+            assert file.extractfile(name).read() == (tmp_path / "a" / name).read_bytes()
+    plain = opened(tmp_path / "out" / "images-000000.tar", labeled=False)  # without the index
+    assert content(plain) == content(opened(tmp_path / "a", labeled=False))
+
+
+def test_place_that_is_no_pack_is_refused(photos, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for dest, text in (
+        (tmp_path / "full", r"holds other files \(notes.txt\) and no pack"),
+        (tmp_path / "full" / "notes.txt", "is a file; give a folder"),
+        (photos / "out", "lies in .*photos, which is packed"),
+    ):
+        with pytest.raises(UserError, match=text):
+            packed(photos, dest)
+    with pytest.raises(UserError, match="is no pack: it has no pack.json"):
+        packed(tmp_path / "full", "--verify")
+
+
+def test_other_flags_or_images_are_refused(photos, tmp_path):
+    packed(photos, tmp_path / "out", "--size", 12)
+    with pytest.raises(UserError, match="was begun with --size 12, now 10, --quality 90, now 5"):
+        packed(photos, tmp_path / "out", "--size", 10, "--quality", 5)
+    draw(photos / "ant" / "77.png", 1)
+    with pytest.raises(UserError, match="a pack of other images or labels than images: 13 images"):
+        packed(photos, tmp_path / "out", "--size", 12)
+
+
+def test_disk_without_space_is_refused(photos, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(UserError, match="KiB are needed, 9.8 KiB are free; choose another disk"):
+        packed(photos, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
+    packed(photos, tmp_path / "out")
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert 10_000 < size < 50_000
+
+
+def test_disk_that_becomes_full_keeps_finished_shards(photos, tmp_path, monkeypatch):
+    real, count = packed, 0
+    add = PartWriter.add
+
+    def full(*words) -> bool:
+        nonlocal count
+        count += 1
+        if count > 7:
+            raise OSError(28, "No space left on device")
+        return add(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "add", full)
+        with pytest.raises(UserError, match=r"cannot write \(No space left on device\); free some"):
+            real(photos, tmp_path / "out", "--shard_size", 3)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 2
+    packed(photos, tmp_path / "out", "--shard_size", 3)
+    assert content(opened(tmp_path / "out")) == content(opened(photos))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("photos", "DEST is missing; give the folder of the pack"),
+        ("photos --verify --size 3", "--size is for packing; drop it, or give DEST"),
+        ("photos out --quality 80", "--quality is for resized images; give --size too"),
+        ("photos out --unlabeled --task regression", "--task is for labels, and --unlabeled"),
+    ],
+)
+def test_flags_that_cannot_work(words, text):
+    with pytest.raises(UserError, match=text):
+        packed(*words.split())
+
+
+@pytest.mark.parametrize("text", ["0", "12kB", "1.5GB", "-3", "many"])
+def test_wrong_shard_sizes(text, capsys):
+    with pytest.raises(SystemExit):
+        options.pack_parser().parse_args(["a", "b", "--shard_size", text])
+    assert "expected images per shard such as 10000, or a size such as" in capsys.readouterr().err
+
+
+def test_weights_of_a_pack_are_used(photos, tmp_path):
+    """--sampling weighted needs a column in other sources."""
+    path = table(photos, "label w", lambda n, name: [name.split("/")[0], n])
+    packed(path, tmp_path / "out", "--label_column", "label", "--weight_column", "w")
+    words = ["--sampling", "weighted", "--data_path"]
+    parse = options.parse
+    args = parse(options.finetune_parser(), [*words, str(tmp_path / "out")])
+    data = create_dataset(args.data_set, DatasetSpec(args.data_path), True)
+    assert sorted(data.weights) == [*range(12)]
+    with pytest.raises(SystemExit):
+        parse(options.finetune_parser(), [*words, str(photos)])
+
+
+def test_commands_of_the_docs(photos, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    lines = page.read_text().partition("## Packing")[2].partition("```sh")[2].splitlines()
+    commands = [line for line in lines if line.startswith("python pack.py")]
+    for line in commands[:3]:
+        packed(*shlex.split(line, comments=True)[2:])
+    assert len(commands) >= 3
+    assert content(opened("packed")) == content(opened("photos"))
+    assert opened("small").encoded_names() == opened("photos").encoded_names()

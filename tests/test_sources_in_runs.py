@@ -1,0 +1,108 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Whole runs on every kind of source: the same weights, and the commands of docs/data.md."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.sources import FORMS
+from tests.groups import TIME_LIMIT_S, exit_codes, run_script, start_script
+from tests.test_docs import FENCE, ROOT
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "--input_size 16 --stem_stride 1 --batch_size 4 --epochs 1 --warmup_epochs 0 --device cpu "
+    "--kernels torch --log_dir none --update_freq 1"
+)
+MODELS = {
+    "main_pretrain.py": "--model tests.tiny:fcmae --decoder_embed_dim 8 --picture_freq 0",
+    "main_finetune.py": "--model tests.tiny:classifier --val_split 0.2 --aa rand-m9-mstd0.5-inc1 "
+    "--mixup 0.5 --reprob 0.5",
+}
+
+
+def write_photos(root: Path, classes: str = "abc", count: int = 8, suffix: str = ".jpg") -> Path:
+    noise = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = noise.integers(0, 256, (24, 20 + number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}{suffix}")
+    return root
+
+
+def weights_after(script: str, path: Path, folder: Path, ranks: int, workers: int) -> dict:
+    folder.mkdir()
+    words = f"{MODELS[script]} {SMALL} --num_workers {workers} --output_dir {folder}/run".split()
+    words += ["--data_path", path]
+    if path.suffix == ".csv":
+        words += ["--image_root", path.parent / "photos"]
+    run_script(script, *words, ranks=ranks, folder=folder)
+    return torch.load(folder / "run" / "checkpoint-0.pth", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("script", MODELS)
+def test_weights_do_not_depend_on_what_holds_the_images(script, tmp_path):
+    """Order, labels, held-out images, augmentation and masks must be the same, bit for bit."""
+    pytest.importorskip("pyarrow")
+    root = write_photos(tmp_path / "photos")
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
+    found = {}
+    for number, (form, write) in enumerate(FORMS.items()):
+        path = write(root, names, tmp_path)
+        for ranks, workers in ((1, 2 * (number % 2)), (2, 0)):
+            folder = tmp_path / f"{number}-{ranks}"
+            found[form, ranks] = weights_after(script, path, folder, ranks, workers)
+    for (form, ranks), weights in found.items():
+        for name, expected in found["class folders", ranks].items():
+            assert torch.equal(weights[name], expected), (form, ranks, name)
+
+
+def commands_of_sources() -> list[str]:
+    """Commands of the section Sources of docs/data.md."""
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    section = text[text.index("## Sources") : text.index("## Class names")]
+    blocks = [content for language, content in FENCE.findall(section) if language == "sh"]
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def make_documented_data(folder: Path) -> None:
+    """Write what the commands of docs/data.md read."""
+    root = write_photos(folder / "photos")
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
+    FORMS["zip file"](root, names, folder)
+    shards = FORMS["3 tar files"](root, names, folder)
+    for number in range(2):
+        (shards / f"{number:06d}.tar").rename(shards / f"photos-{number:04d}.tar")
+    (folder / "hub" / "data").mkdir(parents=True)
+    parquet = FORMS["Parquet file"](root, names, folder)
+    parquet.rename(folder / "hub" / "data" / "train-00000-of-00001.parquet")
+    food = folder / "food" / "food-101"  # as torchvision unpacks it
+    write_photos(food / "images", ["apple_pie", "waffles"], 4)
+    (food / "meta").mkdir()
+    for part, numbers in (("train", (0, 1, 2)), ("test", (3,))):
+        listed = {name: [f"{name}/{n}" for n in numbers] for name in ("apple_pie", "waffles")}
+        (food / "meta" / f"{part}.json").write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("command", commands_of_sources())
+def test_documented_commands_run(command, tmp_path):
+    pytest.importorskip("pyarrow")
+    make_documented_data(tmp_path)
+    _, script, *words = shlex.split(command)
+    pretrains = script == "main_pretrain.py"
+    model = "tests.tiny:fcmae" if pretrains else "tests.tiny:classifier"
+    words = [model if word == "convnextv2_atto" else word for word in words]
+    words += shlex.split("--decoder_embed_dim 8 --picture_freq 0" if pretrains else "--aa none")
+    words += shlex.split(f"{SMALL} --num_workers 0 --output_dir run")
+    output = tmp_path / "output.txt"
+    processes = start_script(script, words, [(output, output)], cwd=tmp_path)
+    assert exit_codes(processes, TIME_LIMIT_S) == [0], output.read_text()
+    assert (tmp_path / "run" / "checkpoint-0.pth").exists()
