@@ -151,12 +151,6 @@ pooled features, or the last feature map if there is no final norm. The file is
 loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
 if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
 
-VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
-
-  python visualize.py --checkpoint runs/photos
-  python visualize.py data --help    draw what a training script sees
-  python visualize.py stats --help   print mean, std, sizes and classes"""
-
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
@@ -255,8 +249,7 @@ FLAGS["data"] = (
     ("--mean", ANY, None, "mean of images in 0 to 1, one or per channel; default: ImageNet's", "+"),
     ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),
     ("--value_range", ANY, None,
-     "pixel values that become 0 and 1, such as 0 10000: any integers or floats in full depth; "
-     "default: 8 bits, or floats in 0 to 1", 2),
+     "pixel values that become 0 and 1, in full depth; default: 8 bits, or floats in 0 to 1", 2),
     ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
     ("--decode", ("exact", "fast"), "exact",

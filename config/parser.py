@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 OTHER_SCRIPTS = (flags.JOB, "export")  # groups of FLAGS
+VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
+
+  python visualize.py --checkpoint runs/photos
+  python visualize.py data --help    draw what a training script sees
+  python visualize.py stats --help   print mean, std, sizes and classes"""
 FINETUNE_ONLY = (
     "augmentation",
     "loss",
@@ -248,7 +253,7 @@ def finetune_parser() -> argparse.ArgumentParser:
 
 def visualize_parser() -> argparse.ArgumentParser:
     """Return the parser of visualize.py; unset flags are those of the pre-training run."""
-    parser = Parser("%(prog)s [reconstructions] --checkpoint PATH [FLAGS]", flags.VISUALIZE_HELP)
+    parser = Parser("%(prog)s [reconstructions] --checkpoint PATH [FLAGS]", VISUALIZE_HELP)
     add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
     names += "--input_size --mask_ratio --imagenet_default_mean_and_std --value_range"

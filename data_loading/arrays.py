@@ -23,6 +23,7 @@ from data_loading.decode import (
     BadImage,
     decode,
     has_unknown_range,
+    keep_box,
     load_image,
     on_white,
     orientation_of,
@@ -65,6 +66,12 @@ def load_file(data: bytes) -> Image.Image | Tensor | Encoded:
     return Encoded(data) if is_open else load_image(data)
 
 
+def load_whole(data: bytes) -> Image.Image | Tensor | tiff.Raster:
+    """Decode an image file in its own channels; raises as `load_image`."""
+    sample = load_file(data)
+    return sample.read(3, None) if isinstance(sample, Encoded) else sample
+
+
 def to_pixels(sample: Any, in_chans: int, value_range: Range = None) -> Tensor:
     """Convert a sample of a data set to (in_chans, H, W) uint8, or float32 in 0 to 1.
 
@@ -79,7 +86,8 @@ def to_pixels(sample: Any, in_chans: int, value_range: Range = None) -> Tensor:
         return decode(sample, in_chans)
     if isinstance(sample, Tensor) and value_range and sample.ndim == 3:
         values = sample.float() if sample.is_floating_point() else sample
-        return _convert(values.permute(1, 2, 0).numpy(), in_chans, value_range)
+        pixels = values.permute(1, 2, 0).numpy()
+        return keep_box(_convert(pixels, in_chans, value_range), sample)
     if isinstance(sample, np.ndarray):
         return from_array(sample, in_chans, value_range)
     if isinstance(sample, tiff.Raster):

@@ -54,6 +54,14 @@ class WithBox(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
 
 
+def keep_box(image: Tensor, source: Tensor) -> Tensor:
+    """Return an image with the box of the one that it was made of, if that has one."""
+    if isinstance(source, WithBox):
+        image = image.as_subclass(WithBox)
+        image.box = source.box
+    return image
+
+
 _CROP: ContextVar[Any] = ContextVar("crop", default=None)
 
 
@@ -216,11 +224,7 @@ def _with_channels(image: Tensor, in_chans: int) -> Tensor:
         return image if is_uint8 else image.float()
     if not (is_uint8 and in_chans in MODES and channels in MODES):
         raise UserError(f"expected --in_chans {in_chans}, got {_describe(image)}")
-    other = image.expand(3, -1, -1) if in_chans == 3 else _to_gray(image)
-    if isinstance(image, WithBox):
-        other = other.as_subclass(WithBox)
-        other.box = image.box
-    return other
+    return keep_box(image.expand(3, -1, -1) if in_chans == 3 else _to_gray(image), image)
 
 
 def _describe(image: Tensor) -> str:

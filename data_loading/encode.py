@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_loading.arrays import load_whole
 from data_loading.dataset import TransformedDataset
-from data_loading.decode import MODES, decode, load_image
+from data_loading.decode import MODES, decode
 from data_loading.mixed import Listed
 from data_loading.transforms import Resize
 from errors import UserError, a_type
@@ -106,7 +107,7 @@ class EncodedImages(TransformedDataset):
         content, label = None, None
         if isinstance(self.dataset, Listed):
             content = self.dataset.read(index)
-            sample = load_image(content)
+            sample = load_whole(content)
         else:
             sample, label = self._item(index, draw)
         return Encoded(*self.encoding(sample, content), label), None

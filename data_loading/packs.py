@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from config.tasks import PACK as NAME
-from data_loading.decode import load_image
+from data_loading.arrays import load_whole
 from data_loading.files import Names
 from data_loading.index import Listing, checksums, open_index
 from data_loading.tar import TarFiles
@@ -191,7 +191,7 @@ def _check(content: mmap.mmap, listing: Listing, row: int) -> str:
     if len(data) != size or zlib.crc32(data) != int(arrays["crc"][row]):
         return f"{name}: damaged: its CRC-32 differs"
     try:
-        load_image(data)
+        load_whole(data)
     except Exception as error:  # of any decoder
         return f"{name}: cannot be decoded: {first_line(error)}"
     return ""

@@ -5,6 +5,7 @@
 python visualize.py data --data_path photos --mixup 0.8 --output seen.png
 """
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -197,11 +198,11 @@ def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: floa
 
 def draw_preview(preview: Preview) -> Image.Image:
     """Draw all rows with their names, the texts below the images, and the number of each epoch."""
-    first = next((image for row in preview.images for image in row if image is not None), None)
-    if first is None:
+    shapes = [image.shape[1:] for row in preview.images for image in row if image is not None]
+    if not shapes:
         raise UserError("no image to draw; give another --seed, or --num_epochs 1")
-    enlarged = -(-MIN_WIDTH // first.shape[2])
-    height, width = (side * enlarged for side in first.shape[1:])
+    largest = max(shapes, key=math.prod)  # sizes may differ by epoch
+    height, width = (side * -(-MIN_WIDTH // largest[1]) for side in largest)
     size = max(12, min(width, 2 * MIN_WIDTH) // 10)  # of the font
     line, gap = round(1.6 * size), size // 2
     below = max(len(text.splitlines()) for row in preview.texts for text in row)

@@ -20,7 +20,8 @@ from PIL import Image
 from data_loading import tiff
 from data_loading.arrays import from_array, load_file, read_npy, to_pixels
 from data_loading.dataset import TransformedDataset
-from data_loading.decode import BadImage
+from data_loading.decode import BadImage, WithBox
+from data_loading.encode import EncodedImages, Encoding
 from data_loading.sources import DatasetSpec
 from data_loading.transforms import create_pretrain_transform
 from datasets import create_dataset
@@ -392,6 +393,26 @@ def test_every_source_reads_npy_and_tiff(source, tmp_path):
         image, _, _ = made[0, index]
         assert image.shape == (12, 16, 16)
         assert torch.isfinite(image).all()
+
+
+def test_pack_keeps_them_as_they_are_and_resizes_none(tmp_path):
+    array = values(12)
+    files = {"a/1.npy": npy(array), "b/2.tif": as_tiff(array, photometric="minisblack")}
+    data = create_dataset("auto", DatasetSpec(_folder(tmp_path, files)), train=True)
+    packed = EncodedImages(data, Encoding())
+    assert [packed[0, index][0].content for index in range(2)] == [*files.values()]
+    problem = EncodedImages(data, Encoding(8))[0, 0]
+    assert "expected a PIL image or a (C, H, W) tensor" in str(problem)
+    (tmp_path / "set/a/1.npy").write_bytes(files["a/1.npy"][:-1])
+    assert isinstance(packed[0, 0], BadImage)
+
+
+def test_crop_that_fast_decoding_drew_is_kept():
+    """It would be drawn again, on the smaller image."""
+    photo = torch.zeros(3, 8, 8, dtype=torch.uint8).as_subclass(WithBox)
+    photo.box = 1, 2, 3, 4
+    for in_chans, value_range in ((3, (0, 510)), (1, (0, 510)), (3, (0, 255)), (3, None)):
+        assert to_pixels(photo, in_chans, value_range).box == (1, 2, 3, 4)
 
 
 def test_arrays_next_to_images_of_their_names_are_no_images(tmp_path):

@@ -14,6 +14,7 @@ import main_pretrain
 import visualize
 from config import views
 from config.parser import parse
+from data_loading.mixing import Mixing
 from errors import UserError
 from training import preview
 from training.pictures import GRAY, as_rgb, scale_to_show
@@ -65,21 +66,14 @@ def test_mixed_images_and_labels_are_those_of_the_run(monkeypatch):
     mixing = "--model tests.tiny:classifier --mixup 0.8 --cutmix 1 --batch_size 4 --update_freq 2"
     words = f"{COMMON} {TRAIN} {mixing} --disable_eval"
     seen = []
-    real = main_finetune.build_mixup
+    real = Mixing.__call__
 
-    def build(*args):
-        mixup = real(*args)
+    def record(self, *inputs):
+        mixed = real(self, *inputs)
+        seen.append([x.clone() for x in mixed])
+        return mixed
 
-        def record(images, labels, epoch):
-            mixed = mixup(images, labels, epoch)
-            seen.append([x.clone() for x in mixed])
-            return mixed
-
-        record.is_on = mixup.is_on
-        return record
-
-    monkeypatch.setattr(main_finetune, "build_mixup", build)
-    monkeypatch.setattr(preview, "build_mixup", build)
+    monkeypatch.setattr(Mixing, "__call__", record)
     main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
     training, seen[:] = list(seen), []
     args = views.parse_data(f"{COMMON} {mixing}".split())
@@ -142,3 +136,11 @@ def test_numbers_are_those_of_the_data(tmp_path):
     shown = preview.build_preview(views.parse_data(words.split()), 4, 1)
     assert [text for (text,) in shown.texts] == ["0, 0", "10, 0.1429", "20, 0.2857", "30, 0.4286"]
     assert shown.names[2].endswith("/2.png")
+
+
+def test_sizes_that_change_with_the_epoch_are_drawn(tmp_path):
+    words = f"{COMMON} --model tests.tiny:fcmae --num_epochs 3 --num_images 2 --epochs 4"
+    words = words.replace("--input_size 16", "--input_size 16:0,24:1,32:2")
+    shown = preview.build_preview(views.parse_data(words.split()), 2, 3)
+    assert [image.shape[1:] for image in shown.images[0]] == [(16, 16), (24, 24), (32, 32)]
+    assert preview.draw_preview(shown).width > 3 * 128
