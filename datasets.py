@@ -138,7 +138,9 @@ def build_dataset(
         data = keep_fraction(data, args.label_fraction, args.seed, kind)
     names = classes = class_names(data)
     if is_train and head and names is not None:
-        head = _head_to_keep(names, head, resumes, kind)
+        rows = data.dataset if isinstance(data, Part) else data
+        in_folders = isinstance(rows, Images) and not rows.is_table
+        head = _head_to_keep(names, head, resumes, kind, in_folders)
     elif is_train and head and not resumes:
         own = _own_count(data, kind) or args.nb_classes
         head = head if kind == head.kind == "number" and head.count == own else None
@@ -338,7 +340,9 @@ def build_columns(
     return Columns(args.image_column, labels or (), args.split_column, *weights, args.image_root)
 
 
-def _head_to_keep(names: Sequence[str], head: Head, resumes: bool, kind: str) -> Head | None:
+def _head_to_keep(
+    names: Sequence[str], head: Head, resumes: bool, kind: str, in_folders: bool
+) -> Head | None:
     """Return `head` if it has these classes, or None; UserError if a run must resume with it."""
     if (kind == "number") != (head.kind == "number"):
         return None
@@ -347,7 +351,9 @@ def _head_to_keep(names: Sequence[str], head: Head, resumes: bool, kind: str) ->
         if resumes and not same:
             raise UserError(differences(names, head, "train"))
         return head if same else None
-    if resumes or not head.count:  # a run of an earlier version, or of data without names
+    if resumes and in_folders:  # of an earlier version, which sorted folders as text
+        return replace(head, names=sorted(names))
+    if resumes or not head.count:  # of an earlier version, or of data without names
         return head if resumes and kind == "number" else None
     order, _ = order_of_head(names, head)
     if order is None or set(order) != set(names):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from config.flags import FLAGS, JOB
 from errors import EXIT_REQUEUE
 from parallel.environment import WARNINGS, port_of
 from parallel.failure import exit_now
@@ -60,17 +61,17 @@ class Trainer:
         try:
             from parallel import process_group  # imports torch, which submitting does not need
 
-            process_group.launch(main.main, self._flags(main, job.job_id))
+            process_group.launch(main.main, self._flags(job.job_id))
             _ignore_signals()  # during Python's shutdown they would fail a finished job
         except SystemExit as end:
             if end.code != EXIT_REQUEUE:
                 raise
             exit_now(requeue(job, folder))
 
-    def _flags(self, main: Any, job_id: str) -> Any:
+    def _flags(self, job_id: str) -> Any:
         """Return the training script's own flags, for this job."""
-        names = {action.dest for action in main.get_args_parser()._actions}
-        flags = {name: value for name, value in vars(self.args).items() if name in names}
+        of_job = {row[0].removeprefix("--") for row in FLAGS[JOB]}
+        flags = {name: value for name, value in vars(self.args).items() if name not in of_job}
         flags["output_dir"] = self._output_dir(job_id)
         flags["log_dir"] = flags["log_dir"] and flags["log_dir"].replace(JOB_ID, job_id)
         restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"

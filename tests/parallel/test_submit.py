@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import main_pretrain
 from config import parser as options
 from errors import EXIT_REQUEUE
 from parallel import slurm, submit
@@ -137,7 +136,7 @@ def test_job_knows_which_flags_were_given_and_has_its_folder():
     words = ["--data_set", "DIGITS", "--lr", "0.1", "--job_dir", "jobs/%j"]
     for given, folder in ((), "jobs/12"), (("none",), ""), (("o",), "o"):
         (args,) = read(*words, *(f"--output_dir={name}" for name in given))
-        flags = slurm.Trainer("main_pretrain", args)._flags(main_pretrain, "12")
+        flags = slurm.Trainer("main_pretrain", args)._flags("12")
         assert flags.output_dir == folder
         assert {"data_set", "lr", "output_dir"} <= flags.given
         assert "model" not in flags.given
