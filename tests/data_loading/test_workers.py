@@ -389,6 +389,8 @@ def test_run_continues_without_bad_images_and_lists_them(tmp_path, script):
     train, val = make_photos(tmp_path / "train", 26), make_photos(tmp_path / "val", 7, (1, 2))
     words = [*COMMANDS[script], *SIZES, "--data_path", train]
     listed = names(train)
+    # In float64, since sums over two processes have another order, which Adam magnifies.
+    words += ["--model", f"tests.tiny:{'classifier' if 'finetune' in script else 'fcmae'}64"]
     if "finetune" in script:
         words += ["--eval_data_path", val, "--aa", "none"]
         listed = sorted(listed + names(val, (1, 2)))
@@ -404,7 +406,7 @@ def test_run_continues_without_bad_images_and_lists_them(tmp_path, script):
         assert sorted(line.split("\t")[0] for line in lines) == listed
     ours, theirs = (weights(folder / "checkpoint-1.pth") for folder in (one, two))
     for name in ours:
-        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
+        assert torch.allclose(ours[name], theirs[name], atol=1e-9), name
     before = (one / "bad_images.txt").read_text()
     run(one, "--output_dir", one, "--epochs", 3)
     assert (one / "bad_images.txt").read_text() == before
