@@ -62,18 +62,18 @@ def torchvision_set(data_set: str, root: str, train: bool) -> TorchvisionSet:
         given = dict(call.kwargs)
         if "download" in found:
             given.setdefault("download", is_main_process())
-        return _open_part(kind, folder, given, train, found)
+        try:
+            return _open_part(kind, folder, given, train, found)
+        except UserError:
+            raise
+        except Exception as error:  # also of the network; the other ranks wait for this rank
+            raise UserError(
+                f"--data_set {data_set}: torchvision cannot open it in {folder} "
+                f"({type(error).__name__}: {first_line(error)}); place its files there, or give "
+                f"the arguments that it needs: {inspect.signature(kind)}"
+            ) from error
 
-    try:
-        return TorchvisionSet(main_process_first(find))
-    except UserError:
-        raise
-    except Exception as error:  # also of the network; the other ranks wait for this rank
-        raise UserError(
-            f"--data_set {data_set}: torchvision cannot open it in {folder} "
-            f"({type(error).__name__}: {first_line(error)}); place its files there, or give the "
-            f"arguments that it needs: {inspect.signature(kind)}"
-        ) from error
+    return TorchvisionSet(main_process_first(find))
 
 
 def _accepted(kind: type) -> set[str]:

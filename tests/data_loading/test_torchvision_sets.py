@@ -78,3 +78,16 @@ def test_set_without_parts_is_never_evaluated_on_training_images(tmp_path):
 def test_refusals(name, said, tmp_path):
     with pytest.raises(UserError, match=said):
         torchvision_set(f"torchvision:{name}", str(tmp_path), True)
+
+
+def test_failure_of_the_main_process_reaches_the_others(tmp_path, monkeypatch):
+    """Only a UserError is sent to them; after another one they would wait for an hour."""
+
+    def first(find):
+        with pytest.raises(UserError, match="cannot open it in .*Dataset not found"):
+            find()
+        raise UserError("sent")
+
+    monkeypatch.setattr("data_loading.torchvision_sets.main_process_first", first)
+    with pytest.raises(UserError, match="sent"):
+        torchvision_set("torchvision:Food101(download=False)", str(tmp_path), True)
