@@ -79,6 +79,10 @@ class Images(Dataset):
         """Return all names as bytes."""
         return self.listing.names.all_encoded()
 
+    def path_of(self, index: int) -> str:
+        """Return the path of an image, or the place that holds it."""
+        return self.files.locate(index)
+
     @property
     def samples(self) -> "Samples":
         """(path, target) of each image, as torchvision's folders have them."""
@@ -121,7 +125,8 @@ class Images(Dataset):
 class Samples(Sequence):
     """(path, target) of each image; nothing is copied."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Any) -> None:
+        """images: a data set with `path_of` and `targets`."""
         self.images = images
 
     def __len__(self) -> int:
@@ -130,4 +135,4 @@ class Samples(Sequence):
     def __getitem__(self, index: int) -> tuple[str, Any]:
         number = range(len(self))[index]
         targets = self.images.targets
-        return self.images.files.locate(number), None if targets is None else targets[number]
+        return self.images.path_of(number), None if targets is None else targets[number]

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from config.tasks import TASK_OF
-from data_loading.images import Images
+from data_loading.images import Images, Samples
 from data_loading.labels import order_classes
 from errors import UserError, plural
 
@@ -92,9 +92,14 @@ class MixedImages(Dataset):
         return part.read(own)
 
     @property
-    def samples(self) -> "_Samples":
+    def samples(self) -> Samples:
         """(path, target) of each image, as torchvision's folders have them."""
-        return _Samples(self)
+        return Samples(self)
+
+    def path_of(self, index: int) -> str:
+        """Return the path of an image, or the place that holds it."""
+        part, own = self._find(index)
+        return part.path_of(own)
 
     def encoded_names(self) -> list[bytes]:
         """Return the names of the images within their sources."""
@@ -124,18 +129,3 @@ def _place(part: Images, own: list[str], union: list[str]) -> np.ndarray:
     rows = np.zeros((len(part), len(union)), part.targets.dtype)
     rows[:, places] = part.targets
     return rows
-
-
-class _Samples(Sequence):
-    """(path, target) of each image; nothing is copied."""
-
-    def __init__(self, images: MixedImages) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[str, Any]:
-        part, own = self.images._find(index)
-        targets = self.images.targets
-        return part.samples[own][0], None if targets is None else targets[index]
