@@ -48,6 +48,7 @@ from data_loading.transforms import (
     create_train_transform,
     height_and_width,
 )
+from data_loading.tuning import Plan, Tuner, first_plan, most_workers
 from data_loading.workers import WatchedLoader
 from errors import UserError, first_few, plural, resolve
 from parallel.process_group import get_logger, get_rank, get_world_size
@@ -445,15 +446,19 @@ def build_loader(
     else:
         batch_size = int(1.5 * args.batch_size)  # as official: no backward
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
+    measures = args.num_workers is None
+    plan = first_plan() if measures else Plan(args.num_workers)
     loader = WatchedLoader(
         dataset,
         sampler,
         batch_size,
-        args.num_workers,
+        plan.workers,
         SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
     )
+    if measures and is_train and not vars(args).get("dry_run"):
+        loader.tuner = Tuner(most_workers())
     return DeviceLoader(loader, device, *build_mean_and_std(args))
 
 

@@ -127,7 +127,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--snapshot_freq {args.snapshot_freq} needs --on_spike rollback; add it or drop both"
     if 0 < args.spike_factor <= 1:
         yield f"--spike_factor {args.spike_factor:g}: expected 3 or more, or 0 for no spike check"
-    if args.data_timeout and not args.num_workers:
+    if args.data_timeout and args.num_workers == 0:
         yield "--data_timeout needs --num_workers 1 or more, and it is 0; drop --data_timeout"
     if args.cuda_graphs and "adahessian" in args.opt.lower():
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"

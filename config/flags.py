@@ -250,7 +250,8 @@ FLAGS["data"] = (
     ("--std", POSITIVE, None, "their standard deviation, likewise; default: ImageNet's", "+"),
     ("--value_range", ANY, None,
      "pixel values that become 0 and 1, in full depth; default: 8 bits, or floats in 0 to 1", 2),
-    ("--num_workers", FROM_0, min(10, CORES), "data-loading processes per rank"),
+    ("--num_workers", FROM_0, None,
+     "data-loading processes per rank; default: measured, at first one per CPU core, at most 10"),
     ("--pin_mem", BOOL, True, "use page-locked memory, for faster copies to a GPU"),
     ("--decode", ("exact", "fast"), "exact",
      "large JPEG files to train on: exact pixels, or those of a smaller image if the crop needs no "

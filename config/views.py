@@ -13,7 +13,7 @@ from typing import Any
 
 from config import parser as parsers
 from config import recipes
-from config.flags import COUNT, PATH
+from config.flags import CORES, COUNT, PATH
 from errors import did_you_mean
 
 STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.
@@ -55,6 +55,7 @@ def stats_parser() -> argparse.ArgumentParser:
     """Return the parser of `visualize.py stats`."""
     parser = parsers.Parser("%(prog)s stats --data_path PATH [FLAGS]", STATS_AIM)
     parsers.add_flags(parser, "data", STATS_FLAGS)
+    parser.set_defaults(num_workers=CORES)
     parsers.add_rows(parser, "choice of images", OF_STATS)
     return parser
 

@@ -113,6 +113,10 @@ class TrainSampler(Sampler):
         self.epoch, self.start = epoch, start
         self.stop = self.samples if stop is None else stop
 
+    def skip(self, count: int) -> None:
+        """Leave out the next `count` samples of each rank."""
+        self.start += count * self.world_size
+
     def __len__(self) -> int:
         return (self.stop - self.start) // self.world_size
 

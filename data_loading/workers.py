@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from multiprocessing import connection
 from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from data_loading.dataset import collate
 from data_loading.stages import ByEpoch
+from data_loading.tuning import Plan, Tuner
 from errors import TrainingStopped, plural
 from parallel.environment import WARNINGS
 
@@ -52,6 +52,8 @@ class WatchedLoader:
     and that a batch may be missing while all workers are idle; 0: no limit. A worker that dies or
     exceeds the limit ends the iteration with TrainingStopped. options: of DataLoader.
 
+    tuner: if set, it decides how many processes load the next batches; num_workers, of at least 1,
+    is then their number at first.
     on_wait: if set, it is called with False every POLL seconds without a batch, and with True when
     one arrives after that. It may raise.
     """
@@ -70,21 +72,36 @@ class WatchedLoader:
         several = isinstance(batch_size, ByEpoch)
         self.batch_sizes = batch_size if several else ByEpoch({0: batch_size})
         self.batch_size = self.batch_sizes.at(0)
-        self.num_workers, self.timeout, self.collate_fn = num_workers, timeout, collate_fn
-        # (workers, 3): process id, index of the sample that the worker reads or IDLE, since when.
-        self.reading = torch.full((num_workers, 3), IDLE).share_memory_()
+        self.timeout, self.collate_fn = timeout, collate_fn
         self.processes: list[Any] = []
         self.waited = 0.0  # seconds since the last batch
         self.on_wait: Callable[[bool], None] | None = None
         self.interrupted = False  # True within an epoch, and after one that was broken off
-        options |= {"sampler": sampler, "num_workers": num_workers, "collate_fn": collate_fn}
+        self.tuner: Tuner | None = None
+        self.options = options | {"sampler": sampler}
         keep_freed_memory()  # in this process too, which reads without workers
-        if num_workers:
-            dataset = _WatchedDataset(dataset, self.reading, timeout)
+        self._make(Plan(num_workers))
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that load data, 0 for this one."""
+        return self.plan.workers
+
+    def _make(self, plan: Plan) -> None:
+        """Make a DataLoader, without starting its workers."""
+        self.plan, count = plan, plan.workers
+        # (workers, 3): process id, index of the sample that the worker reads or IDLE, since when.
+        self.reading = torch.full((count, 3), IDLE).share_memory_()
+        self.worked = torch.zeros(count, dtype=torch.float64).share_memory_()  # seconds of each
+        dataset, collate_fn, options = self.dataset, self.collate_fn, dict(self.options)
+        if count:
+            read = _Timed(dataset.__getitem__, self.worked)
+            dataset = _WatchedDataset(read, self.reading, self.timeout)
+            collate_fn = _Timed(collate_fn, self.worked)
             options |= {"persistent_workers": True, "worker_init_fn": _start_worker}
-            options["timeout"] = POLL
-        self.make = partial(DataLoader, dataset, **options)
-        self.loader = self.make(batch_size=self.batch_size)
+            options |= {"timeout": POLL, "prefetch_factor": plan.ahead}
+        options |= {"batch_size": self.batch_size, "num_workers": count, "collate_fn": collate_fn}
+        self.loader = DataLoader(dataset, **options)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
         """Call `set_epoch` of the sampler, and make batches of the size of this epoch."""
@@ -100,14 +117,9 @@ class WatchedLoader:
             yield from self.loader
             return
         if self.interrupted:  # its workers may still read, and DataLoader would wait for them
-            self._replace_workers()
+            self._replace_workers(self.plan)
         self.interrupted, self.waited = True, 0.0
-        try:
-            batches = self._start()
-        except Exception as error:
-            self._check(error)  # returns if the workers did not answer within POLL
-            self._replace_workers()
-            batches = self._start()
+        batches, self.taken, asked = self._start(), 0, time.perf_counter()
         while True:
             try:
                 batch = next(batches)
@@ -117,24 +129,52 @@ class WatchedLoader:
                 self._check(error)
                 if self.on_wait is not None:
                     self.on_wait(False)
-            else:
-                if self.waited and self.on_wait is not None:
-                    self.on_wait(True)
-                self.waited = 0.0
-                yield batch
+                continue
+            if self.waited and self.on_wait is not None:
+                self.on_wait(True)
+            self.waited = 0.0
+            if self._has_other_plan(batch, time.perf_counter() - asked):
+                batches = self._start()  # before the step, so that it reads meanwhile
+            yield batch
+            asked = time.perf_counter()
         self.interrupted = False
+
+    def _has_other_plan(self, batch: Any, waited: float) -> bool:
+        """Ask the tuner; returns True if it has a DataLoader made for the samples after `batch`."""
+        if self.tuner is None:
+            return False
+        self.taken += 1
+        plan, worked = self.plan, self.worked.sum().item()
+        if self.taken == 1:
+            self.tuner.begin(worked)
+        else:
+            size = batch[0].nbytes if isinstance(batch, tuple) else 0
+            plan = self.tuner.after_batch(plan, waited, worked, size)
+        if plan == self.plan:
+            return False
+        self.sampler.skip(self.taken * self.batch_size)
+        self.taken = 0
+        self._replace_workers(plan)
+        return True
 
     def shared_memory(self, size: int) -> int:
         """Return the bytes of /dev/shm that batches of samples of `size` bytes take at most."""
-        batches = 2 * self.num_workers + 1  # DataLoader's prefetch_factor, and the one in use
-        return batches * self.batch_size * size if self.num_workers else 0
+        return self.plan.held * self.batch_size * size if self.num_workers else 0
 
-    def _replace_workers(self) -> None:
+    def _replace_workers(self, plan: Plan) -> None:
         _kill(self.processes)
-        self.reading.fill_(IDLE)
-        self.loader = self.make(batch_size=self.batch_size)
+        self._make(plan)
 
     def _start(self) -> Iterator[Any]:
+        """Begin to load batches, once more if the workers did not answer within POLL seconds."""
+        try:
+            return self._open()
+        except Exception as error:
+            self._check(error)
+            self._replace_workers(self.plan)
+            return self._open()
+
+    def _open(self) -> Iterator[Any]:
         others = set(multiprocessing.active_children())
         try:
             return iter(self.loader)
@@ -204,22 +244,36 @@ class WatchedLoader:
         return getattr(self.dataset, "name_of", "sample {}".format)(index)
 
 
+class _Timed:
+    """A function whose seconds are added to `worked` of this worker."""
+
+    def __init__(self, function: Callable, worked: Tensor) -> None:
+        self.function, self.worked = function, worked
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.function(*args)
+        finally:
+            self.worked.numpy()[get_worker_info().id] += time.perf_counter() - start
+
+
 class _WatchedDataset:
     """Record the sample being read in `reading`; kill the worker after `timeout` seconds."""
 
-    def __init__(self, dataset: Any, reading: Tensor, timeout: float) -> None:
-        self.dataset, self.reading, self.timeout = dataset, reading, timeout
+    def __init__(self, read: Callable, reading: Tensor, timeout: float) -> None:
+        self.read, self.reading, self.timeout = read, reading, timeout
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         self._note(key[1], self.timeout)
         try:
-            return self.dataset[key]
+            return self.read(key)
         finally:
             self._note(IDLE, 0)
 
     def _note(self, index: int, seconds: float) -> None:
         row = os.getpid(), index, int(time.monotonic())
-        self.reading[get_worker_info().id] = torch.tensor(row)
+        self.reading.numpy()[get_worker_info().id] = row
         if HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, even if Python hangs in C
 

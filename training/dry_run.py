@@ -33,6 +33,7 @@ from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.summary import describe_class_problem, describe_outputs
 from data_loading.transforms import height_and_width
+from data_loading.tuning import SHARED_MEMORY
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError, first_few, first_line, format_bytes, plural
 from parallel.environment import local_world_size
@@ -53,7 +54,6 @@ SECONDS = 4.0  # for each measurement of speed
 DECODE_SECONDS = 4.0  # for the images of each data set
 MARGIN = 0.95  # fraction of the free memory that an estimated batch may use
 MEMORY = Path("/proc/meminfo")  # on Linux; limits of containers and jobs are not in it
-SHARED_MEMORY = Path("/dev/shm")  # of Linux; Docker gives it 64 MB
 NEVER = 1 << 40  # steps until the next log line
 OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in plain RuntimeErrors
 

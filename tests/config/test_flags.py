@@ -19,7 +19,7 @@ RELEASED = {
         model:b645 input_size:5d8b in_chans:1173 stem_stride:ceaa drop_path:54ed patch_size:d272
         mask_ratio:e846 norm_pix_loss:4815 decoder_depth:9aea decoder_embed_dim:239e
         picture_freq:94c2 data_path:be01 data_set:4a4b data_index:6e06
-        imagenet_default_mean_and_std:c1bf num_workers:1071 pin_mem:5e4b on_bad_image:4038
+        imagenet_default_mean_and_std:c1bf num_workers:487f pin_mem:5e4b on_bad_image:4038
         data_timeout:fd90 hflip:d6f2 scale:c46f crop_pct:ed9c epochs:6478 start_epoch:77ba
         batch_size:6567 update_freq:1323 effective_batch:a759 opt:2df0 opt_eps:2aef
         opt_betas:70d5 momentum:735c weight_decay:67bc weight_decay_end:23d0 clip_grad:3780
@@ -35,7 +35,7 @@ RELEASED = {
     """,
     "main_finetune": """
         model:b645 input_size:5d8b in_chans:1173 stem_stride:ceaa drop_path:54ed data_path:be01
-        data_set:4a4b data_index:6e06 imagenet_default_mean_and_std:c1bf num_workers:1071
+        data_set:4a4b data_index:6e06 imagenet_default_mean_and_std:c1bf num_workers:487f
         pin_mem:5e4b on_bad_image:4038 data_timeout:fd90 hflip:d6f2 scale:e8f9 crop_pct:ed9c
         train_interpolation:0d3b color_jitter:79c4 aa:a7c2 reprob:0d11 remode:b845 recount:18e5
         resplit:194c smoothing:e04a mixup:5e2f cutmix:5d58 cutmix_minmax:754f mixup_prob:a0b4
@@ -100,8 +100,7 @@ def value_of(action: argparse.Action, text: str) -> object:
 
 
 def fingerprint(action: argparse.Action) -> str:
-    default = "cores" if action.dest == "num_workers" else action.default
-    facts = [action.option_strings, action.dest, default, list(action.choices or ())]
+    facts = [action.option_strings, action.dest, action.default, list(action.choices or ())]
     facts += [action.nargs, action.const, [value_of(action, text) for text in PROBES]]
     return hashlib.sha256(repr(tuple(facts)).encode()).hexdigest()[:4]
 

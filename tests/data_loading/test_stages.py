@@ -67,7 +67,7 @@ def test_batches_have_the_size_of_their_epoch(kind, workers):
         assert len(batches) == len(loader)
         found.append(batches)
         if workers and epoch == 3:
-            loader.loader._replace_workers()
+            loader.loader._replace_workers(loader.loader.plan)
     small, middle, large = (18, 3, 16, 16), (12, 3, 16, 24), (8, 3, 24, 24)  # of 26 images
     assert found == [[small], [middle] * 2, [large] * 3, [middle], [large] * 2, [small]]
 

@@ -606,8 +606,8 @@ def test_too_many_open_files_are_named(error, place, monkeypatch):
     loader = watched(0, 4, 2)
     monkeypatch.setattr("data_loading.workers.EXIT_S", 0)
     if place == "start":
-        monkeypatch.setattr(loader, "make", None)
-        monkeypatch.setattr(loader, "_start", lambda: next(raises(error)))
+        monkeypatch.setattr(loader, "_make", None)
+        monkeypatch.setattr(loader, "_open", lambda: next(raises(error)))
     else:
         monkeypatch.setattr(loader, "_start", lambda: raises("a batch", error))
     with pytest.raises(TrainingStopped, match="too many open files .* from 2 loader .*ulimit -n"):
