@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""How many processes load data, and how many batches ahead: found by measurement.
+"""The number of loader processes, and of batches ahead, found by measurement.
 
 python -c "from data_loading.tuning import *; print(choose(Plan(2), Use(9, 4, 17), most=8))"
 """
@@ -29,7 +29,7 @@ BATCHES = 20  # of a measurement, at least
 
 @dataclass(frozen=True)
 class Plan:
-    """How data is loaded: processes, and batches that each of them prepares ahead."""
+    """The processes of a loader, and the batches that each of them prepares ahead."""
 
     workers: int
     ahead: int = 2  # as DataLoader's prefetch_factor

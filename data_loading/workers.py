@@ -166,7 +166,7 @@ class WatchedLoader:
         self._make(plan)
 
     def _start(self) -> Iterator[Any]:
-        """Begin to load batches, once more if the workers did not answer within POLL seconds."""
+        """Begin to load batches, again if the workers did not answer within POLL seconds."""
         try:
             return self._open()
         except Exception as error:
