@@ -347,6 +347,15 @@ def test_threads_and_processes_read_the_same(tmp_path):
     assert rows(done.stdout, "Worker processes and threads") == expected
 
 
+def test_parts_of_an_image_are_those_of_the_transforms(tmp_path):
+    photos = zip_of_photos(tmp_path / "photos.zip")
+    words = "--rounds 1 --batch_size 4 --input_size 64"
+    done = run("loader_parts.py", f"--photos {photos} {words}")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^\| (RandomResizedCrop|RandAugment|RandomErasing) \|", done.stdout, re.M)
+    assert found == ["RandomResizedCrop", "RandomResizedCrop", "RandAugment", "RandomErasing"]
+
+
 def test_zip_without_photos_is_refused(tmp_path):
     photos = zip_of_photos(tmp_path / "photos.zip", count=0)
     done = run("loader.py", f"--photos {photos}")
