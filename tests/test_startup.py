@@ -26,13 +26,15 @@ SCRIPTS = [
     "benchmarks/gpu_parts.py",
     "benchmarks/loader.py",
     "benchmarks/loader_threads.py",
+    "benchmarks/loader_parts.py",
     "benchmarks/masked.py",
     "benchmarks/saving.py",
     "benchmarks/startup.py",
     "benchmarks/step.py",
 ]
 OWN_FLAGS = {"pack.py": "--verify", "export.py": "--opset"}  # of scripts without --device
-OWN_FLAGS |= {f"benchmarks/{name}.py": "--photos" for name in ("loader", "loader_threads")}
+LOADERS = ("loader", "loader_threads", "loader_parts")
+OWN_FLAGS |= {f"benchmarks/{name}.py": "--photos" for name in LOADERS}
 HEAVY = {
     "torch",
     "torchvision",
