@@ -19,7 +19,7 @@ from parallel.process_group import get_logger
 
 FIRST = 10  # processes to begin with, at most
 DEEPEST = 8  # batches that a process prepares ahead, at most
-LATE = 0.02  # share of the time without a batch from which on it is worth a change
+LATE = 0.03  # share of the time without a batch from which on it is worth a change
 BUSY = 0.8  # share of their time that processes work if they are too few
 SPARE = 1.25  # of the processes that would just keep up
 SECONDS = (10.0, 300.0)  # of the first and of the longest measurement
