@@ -50,6 +50,12 @@ class Views:
 
     names: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in (*TURNS, "five_crop"):
+                got = f"unknown view {name!r}"
+                raise ValueError(f"{got}, expected one of {', '.join(TURNS)}, five_crop")
+
     @property
     def crops(self) -> int:
         """Number of crops that the transform stacks along the height."""

@@ -75,9 +75,11 @@ def test_all_evaluations_of_a_run_are_over_the_views(tmp_path):
         expected = ten_crop_loss(saved, key, 7)
         assert stats[f"test_loss{ending}"] == pytest.approx(expected, rel=1e-5)
         assert stats[f"test_two_loss{ending}"] == stats[f"test_loss{ending}"]
-    lines = finetune(f"--eval --resume {tmp_path / 'checkpoint-0.pth'} --output_dir none")
     text = f"loss {stats['test_loss']:.4f} on 7 images in 10 views"
-    assert [line for line in lines if line.endswith(text)]
+    for own in ("", f"--config {tmp_path}/args.yaml --num_workers 2 --batch_size 2"):
+        words = f"--eval --resume {tmp_path} --output_dir none --eval_data_path a"
+        lines = finetune(f"{words} {own}")
+        assert [line for line in lines if line.endswith(text)]
     lines = finetune(f"--eval --resume {tmp_path / 'checkpoint-0.pth'} --tta none --dist_eval 0")
     (last,) = [line for line in lines if line.endswith(" on 7 images")]
     plain = float(last.partition(" loss ")[2].split()[0])

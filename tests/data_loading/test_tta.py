@@ -145,6 +145,12 @@ def test_repeated_batch_has_equal_crops():
     assert [torch.equal(view, images) for view in views.each(views.repeat(images))] == [True] * 5
 
 
+def test_unknown_view_is_an_error():
+    """It would be left out, and the metrics be those of fewer views."""
+    with pytest.raises(ValueError, match="unknown view 'hfilp', expected one of hflip, vflip, rot"):
+        Views(["rot90", "hfilp"])
+
+
 def test_some_of_the_outputs_are_averaged_as_all_are():
     """--eval_classes data."""
     images, network, views = images_of(), network_of(), Views(["hflip", "rot90"])
