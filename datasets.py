@@ -48,7 +48,8 @@ from data_loading.transforms import (
     create_train_transform,
     height_and_width,
 )
-from data_loading.tuning import Plan, Tuner, first_plan, most_workers
+from data_loading.tta import ONE_VIEW, build_views
+from data_loading.tuning import Tuner, first_workers, most_workers
 from data_loading.workers import WatchedLoader
 from errors import UserError, first_few, plural, resolve
 from parallel.process_group import get_logger, get_rank, get_world_size
@@ -99,7 +100,8 @@ def on_bad_image(is_train: bool, args: Any) -> str:
 def build_transform(is_train: bool, args: Any) -> Callable:
     """Build the fine-tuning transform; yields (C, H, W) before normalization."""
     if not is_train:
-        return create_eval_transform(args.input_size, args.crop_pct)
+        five_crop = build_views(args).crops > 1
+        return create_eval_transform(args.input_size, args.crop_pct, five_crop)
     sizes, off = ByEpoch(sizes_by_epoch(args)), vars(args).get("aug_off_epoch", 0)
     starts = sorted({*sizes.parts, off})
     return by_epoch({n: _train_transform(args, sizes.at(n), plain=0 < off <= n) for n in starts})
@@ -446,20 +448,19 @@ def build_loader(
     else:
         batch_size = int(1.5 * args.batch_size)  # as official: no backward
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
-    measures = args.num_workers is None
-    plan = first_plan() if measures else Plan(args.num_workers)
     loader = WatchedLoader(
         dataset,
         sampler,
         batch_size,
-        plan.workers,
+        first_workers() if args.num_workers is None else args.num_workers,
         SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
         drop_last=is_train,
     )
-    if measures and is_train and not vars(args).get("dry_run"):
+    if args.num_workers is None and is_train and not vars(args).get("dry_run"):
         loader.tuner = Tuner(most_workers())
-    return DeviceLoader(loader, device, *build_mean_and_std(args))
+    views = ONE_VIEW if is_train else build_views(args)
+    return DeviceLoader(loader, device, *build_mean_and_std(args), views)
 
 
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
+from data_loading.tta import ONE_VIEW
 from errors import UserError, first_few, plural
 from models.parts import training_mode
 from parallel import sharding
@@ -103,11 +104,13 @@ def evaluate(
     """Mean loss and metrics over the images of all ranks; every image counts once.
 
     An image with a logit that is NaN or +Inf counts as wrong, and a warning has their number.
+    Outputs are the means over the views of each image, if the loader has several (--tta).
     model: not wrapped, since DistributedDataParallel would wait for ranks with fewer batches.
     criterion: the loss; default: cross-entropy. metrics: default: top-1 and top-5 accuracy.
     reporter: notifies the hooks; split: of this evaluation, as hooks see it.
     """
     model.eval()
+    views = getattr(data_loader, "views", ONE_VIEW)  # a plain list of batches has none
     criterion, metrics = criterion or Criterion(), metrics or Metrics()
     metrics.reset(device, len(criterion.terms))
     reporter = reporter or Reporter.quiet(device)
@@ -119,8 +122,8 @@ def evaluate(
         with sharding.unsharded(model) as network:
             for images, labels, ids in data_loader:
                 with autocast(device, amp):
-                    logits = network(images)
-                logits = logits.float()
+                    logits = views.mean_output(network, images)
+                images, logits = views.center(images), logits.float()
                 losses, counts = criterion.per_image(logits, labels)
                 logits, labels = metrics.in_units(logits, labels)
                 metrics.update(logits, labels, losses, counts)

@@ -252,8 +252,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device, amp: str
                 stats = evaluate(each.loader, network, device, amp, criterion, metrics, *names)
                 images = len(each.loader.loader.dataset) - bad.write()
                 text = describe_evaluation(stats, top5=nb_classes > 5)
-                which = plural(images, "image") + f" of {each.name}" * bool(each.name)
-                utils.get_logger().info("%s: %s on %s%s", source, text, which, answers)
+                which = each.describe(images) + answers
+                utils.get_logger().info("%s: %s on %s", source, text, which)
                 report_classes(stats, dataset_val.classes, args.output_dir, of_ema, each.prefix)
     if autotuner.chosen:  # not by networks of other libraries
         utils.get_logger().info("kernels chosen: %s", autotuner.summary())

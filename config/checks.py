@@ -19,6 +19,7 @@ from config.phases import phase_problems
 from config.schedules import schedule_problems
 from config.sizes import size_problems, sizes_by_epoch
 from config.tasks import task_problems
+from config.tta import tta_problems, tta_size_problems
 from errors import plural
 
 CONFLICTS = (  # two flags that exclude each other, and the reason
@@ -200,7 +201,9 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
     if flags.is_pretraining(vars(args)):
         if flags.implied_patch(args.model, args.stem_stride):  # others: `models.check_images`
             yield from patch_problems(args, stride, f"8 * stem_stride = {stride}")
-    elif args.model.startswith("convnext") and min(smallest := sizes_by_epoch(args)[0]) < stride:
+        return
+    yield from tta_size_problems(args)
+    if args.model.startswith("convnext") and min(smallest := sizes_by_epoch(args)[0]) < stride:
         got = as_typed(smallest)
         yield f"--input_size: got {got}, expected at least {stride}; or lower --stem_stride"
 
@@ -286,7 +289,7 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
         fix = f'give --heads "main={args.head.strip()}"'
         yield f"--head {args.head}: a head on a block is for --heads; {fix}"
     yield from _two_names(args)
-    yield from phase_problems(args)
+    yield from (*phase_problems(args), *tta_problems(args))
     yield from _backbone_problems(args)
     if args.reset_head and not (args.finetune or args.pretrained or args.resume):
         yield "--reset_head true needs weights to start from; give --finetune, or drop it"

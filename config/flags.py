@@ -381,6 +381,9 @@ FLAGS["evaluation and EMA"] = (
      "--data_set"),
     ("--eval_classes", ("all", "data"), "all",
      "with --eval: answers may be all classes, or only those that the data has"),
+    ("--tta", ("none", "hflip", "vflip", "rot90", "five_crop"), None,
+     "test-time augmentation: views of each image to average outputs over: hflip, vflip, rot90, "
+     "five_crop and their combinations; N views take N times as long; default: none", "+"),
     ("--metrics", NAME, None,
      "metrics such as acc1, f1, \"precision(k=5)\", or package.module:function; default: by "
      "--task: acc1 acc5, map f1 exact_match, or rmse mae r2", "+"),

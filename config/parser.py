@@ -207,7 +207,7 @@ def add_rows(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple])
         choices = isinstance(kind, tuple)
         options = {"choices": kind, "type": type(kind[0])} if choices else dict(kind)
         if nargs:
-            options["nargs"] = nargs[0]
+            options |= {"nargs": nargs[0], "metavar": options.get("metavar", "NAME")}
         group.add_argument(*names.split(), default=default, help=text, **options)
 
 

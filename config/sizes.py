@@ -11,8 +11,10 @@ evaluated, and `input_sizes`, the whole text; files and messages show one flag (
 import argparse
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+SMALL = 32  # pixels; up to this size the official code shifts images and does not crop them
 
 _PAIR = re.compile(r"\s*(\d+)(?:x(\d+))?:(\d+)\s*")
 _EXPECTED = "SIZE:EPOCH pairs with commas and no spaces, such as 128:0,160:50,224:80"
@@ -76,6 +78,12 @@ def batch_sizes(args: Any) -> dict[int, int]:
 def last_stage(args: Any) -> int:
     """Return the first epoch with images of the last size, which need the most memory and time."""
     return max(sizes_by_epoch(args))
+
+
+def default_crop_pct(input_size: int | Sequence[int]) -> float | None:
+    """Return 224/256 for 33 to 383 pixels; None for others, to which the whole image is resized."""
+    sides = (input_size,) if isinstance(input_size, int) else input_size
+    return None if max(sides) <= SMALL or min(sides) >= 384 else 224 / 256
 
 
 def describe_size(size: Any) -> str:

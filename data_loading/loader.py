@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_loading.tta import ONE_VIEW, Views
 from data_loading.workers import WatchedLoader
 from errors import UserError
 from parallel.process_group import get_logger
@@ -26,7 +27,7 @@ class DeviceLoader:
     ones. Raises the UserErrors that `TransformedDataset` returned. `wait_seconds` sums the time
     spent waiting for the loader; `bad` maps the images that `--on_bad_image skip` skipped to
     reasons. On CUDA a batch is copied on a stream of its own, so that the copy overlaps with the
-    step before it.
+    step before it. views: those of each image, over which an evaluation averages.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class DeviceLoader:
         device: torch.device | str,
         mean: Sequence[float],
         std: Sequence[float],
+        views: Views = ONE_VIEW,
     ):
-        self.loader, self.device = loader, torch.device(device)
+        self.loader, self.device, self.views = loader, torch.device(device), views
         self.mean, self.std = list(mean), list(std)
         self.mean_std = {  # of images up to 1 and up to 255: (2, C)
             white: torch.tensor([[white * x for x in values] for values in (mean, std)]).to(device)

@@ -18,12 +18,13 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop
 
+from config.sizes import SMALL, default_crop_pct
 from data_loading.decode import WithBox, from_pil
+from data_loading.tta import FiveCrop
 from errors import UserError, plural
 
 # Transforms map a (C, H, W) tensor, uint8 or float, to a (C, height, width) tensor of its kind.
 RATIO = (3 / 4, 4 / 3)  # width / height of random crops
-SMALL = 32  # pixels; up to this size the official code shifts images and does not crop them
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -334,25 +335,22 @@ def _crop_ends(image: Tensor, ratio: float) -> Tensor:
     return crop(image, top, left, height - 2 * top, width - 2 * left)
 
 
-def default_crop_pct(input_size: int | Sequence[int]) -> float | None:
-    """Return 224/256 for 33 to 383 pixels; None for others, to which the whole image is resized."""
-    size = height_and_width(input_size)
-    return None if max(size) <= SMALL or min(size) >= 384 else 224 / 256
-
-
 def create_eval_transform(
-    input_size: int | Sequence[int], crop_pct: float | None = None
+    input_size: int | Sequence[int], crop_pct: float | None = None, five_crop: bool = False
 ) -> T.Compose:
     """Create a bicubic resize of the shorter side to size / crop_pct and a center crop.
 
     Without crop_pct it is `default_crop_pct` of the size; if that is None too, the whole image is
-    resized to the size.
+    resized to the size. five_crop: the corners too, as `FiveCrop` stacks them.
     """
     size = height_and_width(input_size)
     pct = crop_pct or default_crop_pct(size)
+    if pct is None and five_crop:
+        raise ValueError(f"five_crop needs a crop_pct below 1 at {size}, and the default is None")
     if pct is None:
         return T.Compose([Resize(size)])
     height, width = (math.floor(side / pct) for side in size)
     whole = Resize(height) if height == width else ResizeToCover((height, width))
     ratio = 16 * max(size) / min(size)  # far more than the center crop keeps
-    return T.Compose([partial(_crop_ends, ratio=ratio / pct), whole, T.CenterCrop(size)])
+    cut = FiveCrop(size) if five_crop else T.CenterCrop(size)
+    return T.Compose([partial(_crop_ends, ratio=ratio / pct), whole, cut])

@@ -63,9 +63,9 @@ def processes_here() -> int:
     return local_world_size(1)
 
 
-def first_plan() -> Plan:
-    """Return the plan to begin with."""
-    return Plan(min(FIRST, most_workers()))
+def first_workers() -> int:
+    """Return the number of processes to begin with."""
+    return min(FIRST, most_workers())
 
 
 def free_shared_memory() -> float:

@@ -403,6 +403,7 @@ FINETUNE: dict[str, Row] = {
     "crop_pct": (
         "--crop_pct 0.5", lambda b: "size=32" in transform(b, "val"), False, True,
     ),
+    "tta": ("--tta hflip vflip", lambda b: b.val.views.count, 1, 4),
     "train_interpolation": (
         "--train_interpolation bilinear", lambda b: "bicubic" in transform(b), True, False,
     ),

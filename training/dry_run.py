@@ -33,6 +33,7 @@ from data_loading.rng import fold_in
 from data_loading.samplers import keys_at
 from data_loading.summary import describe_class_problem, describe_outputs
 from data_loading.transforms import height_and_width
+from data_loading.tta import ONE_VIEW, Views
 from data_loading.tuning import SHARED_MEMORY
 from data_loading.workers import WatchedLoader
 from errors import TrainingStopped, UserError, first_few, first_line, format_bytes, plural
@@ -133,7 +134,6 @@ def decode_some(
     loader: WatchedLoader, seed: int, seconds: float, epoch: int = 0
 ) -> Iterator[tuple[str, Any]]:
     """Yield names and samples of this rank's part of a loader's images, in an epoch's random order.
-
 
     It ends when the time is up. The images are read with the run's own workers and time limit:
     TrainingStopped names one that kills or blocks its reader.
@@ -250,8 +250,8 @@ class FirstBatches:
 
     wait_seconds = 0.0
 
-    def __init__(self, batches: Iterator[Any], times: int) -> None:
-        self.batches, self.times = batches, times
+    def __init__(self, batches: Iterator[Any], times: int, views: Views = ONE_VIEW) -> None:
+        self.batches, self.times, self.views = batches, times, views
 
     def __len__(self) -> int:
         return self.times
@@ -272,12 +272,12 @@ class StepProbe:
         guard = AnomalyGuard(run.loop.stepper, max_bad_steps=NEVER)
         self.loop = replace(run.loop, guard=guard, checkpoints=CheckpointManager(None))
 
-    def batches(self, size: int, times: int = 1) -> FirstBatches:
+    def batches(self, size: int, times: int = 1, views: Views = ONE_VIEW) -> FirstBatches:
         """Make a batch on the device, of repeated samples if need be, and repeat it."""
         rows = torch.arange(size) % len(self.samples[0])
         images, labels, ids = (part[rows].to(self.device) for part in self.samples)
-        batch = self.run.data_loader_train.normalize(images), labels, ids
-        return FirstBatches(map(deepcopy, repeat(batch)), times)  # mixup works in place
+        batch = views.repeat(self.run.data_loader_train.normalize(images)), labels, ids
+        return FirstBatches(map(deepcopy, repeat(batch)), times, views)  # mixup works in place
 
     def train(self, batches: FirstBatches) -> None:
         """Train one epoch on these batches."""
@@ -311,9 +311,9 @@ class StepProbe:
 
 def check_shared_memory(problems: list[str], run: PlannedRun, size: int) -> bool:
     """Compare the shared memory for batches of images of `size` bytes with what is free."""
-    loaders = [run.data_loader_train.loader]
-    loaders += [run.data_loader_val.loader] if run.data_loader_val is not None else []
-    needed = max(loader.shared_memory(size) for loader in loaders)
+    needed = run.data_loader_train.loader.shared_memory(size)
+    if (val := run.data_loader_val) is not None:
+        needed = max(needed, val.loader.shared_memory(size * val.views.crops))
     needed *= local_world_size(get_world_size())
     if not (needed and SHARED_MEMORY.is_dir()):  # other systems have another kind of it
         return True
@@ -450,9 +450,9 @@ def measure_evaluation(probe: StepProbe) -> float:
     """Log images/s of the evaluation; returns its seconds per epoch."""
     run, batches = probe.run, probe.run.data_loader_val
     images = len(batches.loader.dataset)
-    size = min(batches.loader.batch_size, images)
-    model = size * calls_per_second(lambda n: run.evaluate(probe.batches(size, n)), SECONDS / 2)
-    model *= get_world_size() if run.args.dist_eval else 1
+    size, views = min(batches.loader.batch_size, images), batches.views
+    rate = calls_per_second(lambda n: run.evaluate(probe.batches(size, n, views)), SECONDS / 2)
+    model = rate * size * (get_world_size() if run.args.dist_eval else 1)
     loader = sum(all_gather(loader_rate(endless(batches), SECONDS / 2)))
     slower, seconds = "loader" if loader < model else "model", images / min(model, loader)
     text = f"model {model:.1f} images/s, loader {loader:.1f} images/s, limited by the {slower}"

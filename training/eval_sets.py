@@ -16,7 +16,7 @@ from config.phases import eval_sets, split_best_metric
 from data_loading.dataset import TransformedDataset
 from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
-from errors import UserError
+from errors import UserError, plural
 from parallel.process_group import get_logger
 from training.evaluation import Metrics
 from training.metrics import METRICS
@@ -37,6 +37,12 @@ class EvalSet:
     def split(self, ending: str = "") -> str:
         """Return '' for the first set, or else its name; with `ema` for EMA weights."""
         return "_".join(filter(None, [self.prefix[:-1], ending]))
+
+    def describe(self, images: int) -> str:
+        """Return `355 images of sketch in 10 views` for as many images that were evaluated."""
+        views = self.loader.views.count
+        name, several = f" of {self.name}" * bool(self.name), f" in {views} views" * (views > 1)
+        return plural(images, "image") + name + several
 
     def named(self, stats: Mapping[str, Any], ending: str = "") -> dict[str, Any]:
         """Return the values of an evaluation by their names in log.txt."""
@@ -84,4 +90,6 @@ def build_eval_sets(
             dataset, _ = datasets.build_dataset(False, own, head)
         check_name(name, metrics)
         found.append(EvalSet(name, prefix, datasets.build_loader(dataset, False, own, device)))
+    if found and found[0].loader.views.count > 1:
+        get_logger().info("evaluation: %s", found[0].loader.views)
     return found

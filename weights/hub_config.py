@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from config.sizes import default_crop_pct
 from errors import UserError
 
 FILES = CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -58,8 +59,6 @@ def _class_names(config: Mapping[str, Any]) -> list[str] | None:
 
 def _size(processor: Mapping[str, Any]) -> dict[str, Any]:
     """Return `input_size`, and `crop_pct` where it is not the default of our evaluation."""
-    from data_loading.transforms import default_crop_pct  # torchvision, which hubconf does without
-
     resized, cropped = (_sides(processor.get(name)) for name in ("size", "crop_size"))
     cropped = cropped if processor.get("do_center_crop", False) else []
     if not resized:

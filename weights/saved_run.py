@@ -33,7 +33,7 @@ NORMALIZATION |= {"mean": "numbers", "std": "numbers"}
 OF_ITS_DATA = {"val_split": "a number", "image_root": "a name", "split_column": "a name"}
 INHERITED |= OF_ITS_DATA  # to resume, or to evaluate the same data
 EVALUATED = {"task": "a name", "image_column": "a name", "label_column": "names"}
-EVALUATED |= {"normalize_targets": "a boolean"}  # to resume, or for eval
+EVALUATED |= {"normalize_targets": "a boolean", "tta": "names"}  # to resume, or for eval
 INHERITED |= EVALUATED
 INHERITED |= NORMALIZATION  # all of them or, if one is given, none
 HEADS = {"head": "a name", "heads": "a name"}  # to evaluate or to resume, not to fine-tune again
@@ -308,7 +308,8 @@ def _contradict(name: str, typed: Any, saved: Any, source: str) -> None:
         is_code(typed) or is_code(saved) or "(" in typed + saved or same_network(typed, saved)
     ):
         return  # whether the weights fit is checked later
-    flag, trained = f"--{name} {as_typed(typed)}", f"{source} was trained with {as_typed(saved)}"
+    verb = "evaluated" if name == "tta" else "trained"
+    flag, trained = f"--{name} {as_typed(typed)}", f"{source} was {verb} with {as_typed(saved)}"
     if name in SHAPE:
         raise UserError(
             f"{flag} is given (on the command line, by --config or --recipe), but {trained}; give "

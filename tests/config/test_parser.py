@@ -304,6 +304,14 @@ def test_choices_are_refused_with_the_list(capsys):
         ("finetune", "--mean 0 --std 1 --imagenet_default_mean_and_std false", ["drop one"]),
         ("finetune", "--eval --disable_eval --resume x", ["--eval", "--disable_eval"]),
         ("finetune", "--disable_eval --model_ema --model_ema_eval", ["--model_ema_eval"]),
+        ("finetune", "--tta hflip vflip hflip", ["hflip is given 2 times", "give it once"]),
+        ("finetune", "--tta none hflip", ["none stands for no augmentation"]),
+        ("finetune", "--tta hflip --disable_eval", ["--tta hflip and --disable_eval"]),
+        ("finetune", "--tta rot90 --input_size 224 192", ["--tta rot90", "got --input_size 224"]),
+        ("finetune", "--tta five_crop --input_size 384", ["no corners", "give --crop_pct 0.875"]),
+        ("finetune", "--tta five_crop --input_size 32", ["resized to --input_size 32 32, which"]),
+        ("finetune", "--tta five_crop --crop_pct 1", ["--input_size 224 224 by --crop_pct 1,"]),
+        ("finetune", "--tta five_crop --crop_pct 0.999", ["by --crop_pct 0.999, which leaves"]),
         ("finetune", "--eval_data_path somewhere", ["--eval_data_path", "drop one of the two"]),
         ("finetune", "--eval", ["--eval", "--resume"]),
         ("finetune", "--input_size 16", ["--input_size", "at least 32", "--stem_stride"]),
@@ -332,6 +340,10 @@ def test_legal_neighbors_of_refused_values():
     assert parse("pretrain", "--input_size", "320", "--mask_ratio", "0.99").input_size == (320, 320)
     assert parse("finetune", "--epochs", "20", "--warmup_epochs", "20").warmup_epochs == 20
     assert parse("finetune", "--batch_size", "5").batch_size == 5
+    assert parse("finetune", "--tta", "five_crop", "rot90").tta == ("five_crop", "rot90")
+    words = ["--tta", "five_crop", "--input_size", "32", "--stem_stride", "1"]
+    assert parse("finetune", *words, "--crop_pct", "0.875").crop_pct == 0.875
+    assert parse("finetune", "--tta", "none", "--disable_eval").tta == ("none",)
     assert parse("finetune", "--resplit", "false").resplit is False
     assert parse("finetune", "--use_amp", "true", "--amp", "fp16").amp == "fp16"
     args = parse("finetune", *["--eval", "--resume", "x", "--mixup", "0.8", "--batch_size", "1"])

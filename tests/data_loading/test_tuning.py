@@ -186,8 +186,8 @@ def test_flag_fixes_the_number_and_evaluation_is_not_tuned(tmp_path, monkeypatch
 
 def test_processes_of_torchrun_share_the_cores(monkeypatch):
     monkeypatch.setattr(tuning, "CORES", 16)
-    assert (tuning.most_workers(), tuning.first_plan()) == (16, Plan(10))
+    assert (tuning.most_workers(), tuning.first_workers()) == (16, 10)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert (tuning.most_workers(), tuning.first_plan()) == (2, Plan(2))
+    assert (tuning.most_workers(), tuning.first_workers()) == (2, 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert tuning.first_plan() == Plan(1)
+    assert tuning.first_workers() == 1

@@ -24,6 +24,7 @@ from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
 from data_loading.transforms import create_eval_transform
+from data_loading.tta import ONE_VIEW, Views
 from data_loading.workers import WatchedLoader
 from engine_finetune import evaluate
 from errors import Preempted, TrainingStopped, UserError
@@ -47,6 +48,7 @@ from training.steps import Steps
 
 CPU = torch.device("cpu")
 RANKS = 2
+TEN_CROP = Views(["hflip", "five_crop"])
 LEARNED = "tests.tiny:Temperature(start=2)"
 
 
@@ -207,14 +209,17 @@ class Pictures(torch.utils.data.Dataset):
         return torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), index % 3
 
 
-def evaluation_batches(dist_eval: bool = True) -> DeviceLoader:
-    data = TransformedDataset(Pictures(), create_eval_transform((32, 32)), seed=0)
+def evaluation_batches(dist_eval: bool = True, views: Views = ONE_VIEW) -> DeviceLoader:
+    several = views.crops > 1
+    transform = create_eval_transform((32, 32), 0.8 if several else None, several)
+    data = TransformedDataset(Pictures(), transform, seed=0)
     sampler = EvalSampler(7, process_group.get_rank(), process_group.get_world_size(), dist_eval)
-    return DeviceLoader(WatchedLoader(data, sampler, batch_size=2), CPU, [0.5] * 3, [0.25] * 3)
+    loader = WatchedLoader(data, sampler, batch_size=2)
+    return DeviceLoader(loader, CPU, [0.5] * 3, [0.25] * 3, views)
 
 
-def evaluation(dist_eval: bool = True) -> dict[str, float]:
-    return evaluate(evaluation_batches(dist_eval), toy().float(), CPU, "none")
+def evaluation(dist_eval: bool = True, views: Views = ONE_VIEW) -> dict[str, float]:
+    return evaluate(evaluation_batches(dist_eval, views), toy().float(), CPU, "none")
 
 
 def predictions(folder: Path) -> str:
@@ -250,6 +255,10 @@ def ranks_measure_statistics(rank: int, folder: Path) -> list[float]:
 
 def ranks_evaluate(rank: int, folder: Path) -> dict:
     return {"shared": evaluation(), "on one rank": evaluation(dist_eval=False)}
+
+
+def ranks_evaluate_ten_crops(rank: int, folder: Path) -> dict:
+    return evaluation(views=TEN_CROP)
 
 
 class Recorder(hooks.Hook):
@@ -394,6 +403,7 @@ JOBS = [  # in this order
     ranks_average,
     ranks_restore_buffers,
     ranks_evaluate,
+    ranks_evaluate_ten_crops,
     ranks_evaluate_with_other_statistics,
     ranks_measure_statistics,
     ranks_predict,
@@ -542,6 +552,15 @@ def test_evaluation_of_seven_images_on_two_ranks_is_that_of_one(results):
         for found in result["ranks_evaluate"].values():
             assert found == pytest.approx(expected, rel=1e-5)
             assert (found["acc1"], found["acc5"]) == (expected["acc1"], expected["acc5"])
+
+
+def test_ten_crops_of_seven_images_on_two_ranks_are_those_of_one(results):
+    expected = evaluation(views=TEN_CROP)
+    assert abs(expected["loss"] - evaluation()["loss"]) > 1e-4
+    for result in results:
+        found = result["ranks_evaluate_ten_crops"]
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert (found["acc1"], found["acc5"]) == (expected["acc1"], expected["acc5"])
 
 
 def test_only_the_first_rank_writes(results, folder):

@@ -23,6 +23,7 @@ from config import parser as options
 from data_loading.decode import BadImage
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import EvalSampler
+from data_loading.tta import ONE_VIEW
 from data_loading.workers import WatchedLoader
 from parallel import process_group
 from parallel.state_dict import tensor_leaves
@@ -395,6 +396,21 @@ def test_shared_memory_is_that_of_the_larger_batches_of_evaluation(said, monkeyp
     assert "/dev/shm     20.2 KiB for batches of loader" in said()  # 3 x 9 images of 768 bytes
 
 
+def test_five_crops_take_five_times_the_shared_memory_and_are_measured(said, monkeypatch):
+    monkeypatch.setattr(dry_run, "SECONDS", 0.01)
+    batches, evaluate = [], main_finetune.evaluate
+
+    def noting(loader, *args):
+        batches.append((loader.views.count, next(loader.batches)[0].shape))
+        return evaluate(loader, *args)
+
+    monkeypatch.setattr(main_finetune, "evaluate", noting)
+    words = ["--num_workers", 1, "--tta", "hflip", "five_crop", "--crop_pct", 0.8]
+    assert dry("finetune", *words) == 0
+    assert "/dev/shm     101.2 KiB for batches of loader" in said()
+    assert {*batches} == {(10, (7, 3, 5 * 16, 16))}
+
+
 def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
     Usage = namedtuple("Usage", "free")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1000))
@@ -687,6 +703,8 @@ def test_time_is_that_of_the_epochs_left(monkeypatch):
 
 class SizedLoader:
     """A loader of 100 batches."""
+
+    views = ONE_VIEW
 
     def __init__(self, dataset: range, batch_size: int = 6) -> None:
         sampler = SimpleNamespace(samples=len(dataset))

@@ -172,6 +172,30 @@ def test_held_out_images_are_those_of_the_run(tmp_path, caplog):
     assert "--val_split 0.5 is used; it.pth was trained with 0.2" in caplog.text
 
 
+def test_views_come_from_the_run_to_resume_and_to_evaluate_it(caplog):
+    """A new run of its weights would take N times as long to evaluate, and not know why."""
+    flags = {"tta": ["hflip", "five_crop"], "crop_pct": 0.5}
+    found = {"tta": ("hflip", "five_crop"), "crop_pct": 0.5}
+    assert changed(finetune("--eval", "--resume", "x"), flags) == found
+    assert changed(finetune("--resume", "x"), flags, resumes=True) == found
+    assert changed(finetune("--finetune", "x"), flags) == {"crop_pct": 0.5}
+    caplog.clear()
+    words = ("--eval", "--resume", "x", "--tta", "none")
+    assert changed(finetune(*words), flags) == {"crop_pct": 0.5}
+    assert "--tta none is used; it.pth was evaluated with hflip five_crop" in caplog.text
+    with pytest.raises(UserError, match="stores --tta .'turn'., expected names of none, hflip"):
+        changed(finetune("--eval", "--resume", "x"), {"tta": ["turn"]})
+
+
+def test_views_are_checked_for_the_size_of_the_run():
+    words = ("--eval", "--resume", "x", "--tta", "five_crop")
+    with pytest.raises(UserError, match="images are resized to --input_size 32 32"):
+        changed(finetune(*words), {"input_size": 32})
+    assert changed(finetune(*words), {"input_size": 48}) == {"input_size": (48, 48)}
+    with pytest.raises(UserError, match="--tta rot90 needs square images, got --input_size 48 32"):
+        changed(finetune(*words[:-1], "rot90"), {"input_size": [48, 32]})
+
+
 @pytest.mark.parametrize("source", ["--config", "--recipe"])
 def test_flags_of_files_count_as_given(source, tmp_path):
     file = tmp_path / "flags.yaml"
