@@ -24,6 +24,8 @@ def test_table_has_both_rows(tmp_path, capsys):
     listing.main([*words.split(), "--folder", str(tmp_path), "--output", str(output)])
     text = output.read_text()
     assert "| `list_tar` | 500 | 3 | **" in text
+    assert "| first start, `--data_index` | 500 | 3 | " in text
+    assert "| later start | 500 | 3 | " in text
     assert "| Python's `tarfile` | 100 | 1 | " in text
     assert text.strip() == capsys.readouterr().out.strip()
     assert list(tmp_path.iterdir()) == [output]  # the tar files are removed
