@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from config import flags
+from config import flags, tool_flags
 from config.flags import as_typed
 from config.phases import phase_problems
 from config.schedules import schedule_problems
@@ -315,8 +315,8 @@ def _two_names(args: argparse.Namespace) -> Iterator[str]:
 
 def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str]:
     """Yield a message for each flag of export.py that is for a ConvNeXt alone."""
-    if args.to not in flags.FOR_ANY_NETWORK:
-        targets = ", ".join(flags.FOR_ANY_NETWORK)
+    if args.to not in tool_flags.FOR_ANY_NETWORK:
+        targets = ", ".join(tool_flags.FOR_ANY_NETWORK)
         yield f"--model {model}: --to {args.to} is for ConvNeXt; use one of {targets}"
     if args.half:
         other = " or --model" * bool(args.model)
@@ -326,20 +326,20 @@ def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str
 def export_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of export.py that the format cannot use."""
     if args.to is None:
-        return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
+        return (yield f"--to is missing; give one of {', '.join(tool_flags.TARGETS)}")
     if (args.model or "").removeprefix("fcmae_").startswith("convnext"):
         yield f"--model {args.model}: the size of a ConvNeXt is found in its weights; drop it"
     elif args.model:
         yield from other_network_problems(args, args.model)
-    if args.half and args.to not in flags.GRAPHS:
+    if args.half and args.to not in tool_flags.GRAPHS:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
     stored = ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std", "value_range")
     for name in stored:
-        if getattr(args, name) is not None and args.to in flags.GRAPHS:
+        if getattr(args, name) is not None and args.to in tool_flags.GRAPHS:
             yield f"--{name}: --to {args.to} cannot store it, as files of weights can; drop it"
-    suffix = flags.TARGETS[args.to]
+    suffix = tool_flags.TARGETS[args.to]
     if args.output and not args.output.endswith(suffix):
         yield f"--output {args.output}: expected a name that ends in {suffix}"
     if len(args.input_size or ()) > 2:

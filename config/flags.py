@@ -1,6 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Every command-line flag, declared once: name, kind, default and help.
+"""Every flag of the training scripts, declared once: name, kind, default and help.
+
+config/tool_flags.py and config/views.py declare those of other scripts alone.
 
 python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 """
@@ -132,25 +134,6 @@ It saves before its time limit, and continues when it is requeued.
 
 The last group of flags describes the job. BOOL is true or false (or yes/no,
 1/0); the flag alone means true."""
-EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
-
-  python export.py runs/finetune --to hf --output my_model
-  python export.py hf-hub:facebook/convnextv2-tiny-1k-224 --to timm
-
-formats for --to:
-  timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
-  hf           folder for transformers' from_pretrained, with preprocessing
-  official     .pth for the official ConvNeXt scripts, with the decoder
-  safetensors  this toolkit's own names, with the decoder
-  onnx         graph for onnxruntime, TensorRT and others
-  torchscript  graph for torch.jit.load and LibTorch
-  pt2          graph for torch.export.load; images of at least 64 x 64 pixels
-
-Graphs accept any batch size, height and width; without a head they return
-pooled features, or the last feature map if there is no final norm. The file is
-loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
-if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
-
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
@@ -185,11 +168,6 @@ LIBRARIES = ("timm", "torchvision")
 PROJECT = "convnextv2"
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
-# Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
-GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
-TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
-TARGETS |= GRAPHS
-FOR_ANY_NETWORK = (*GRAPHS, "safetensors")  # the others are for a ConvNeXt with a linear classifier
 
 # Texts for which '' has a meaning, as in the official code: none, or the default.
 MAY_BE_EMPTY = "output_dir log_dir job_dir resume finetune model_prefix aa partition comment"
@@ -462,15 +440,6 @@ FLAGS[JOB] = (
     ("--comment", TEXT, "", "comment for the scheduler"),
     ("--array", TEXT, "", "recipes separated by commas, each a job with its own folder"),
     ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 on failure"),
-)
-FLAGS["export"] = (
-    ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
-    ("--to", tuple(TARGETS), None, "target format, listed above"),
-    ("--output", PATH, "", "file or folder to write; default: named by size and format"),
-    ("--overwrite", BOOL, False, "replace an existing output"),
-    ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
-    ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
-    ("--opset", number("int [17, 20]"), None, "onnx: opset; default: 17, the most portable"),
 )
 # fmt: on
 

@@ -27,7 +27,6 @@ from errors import did_you_mean, pipe_may_close, resolve, sentences
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
-OTHER_SCRIPTS = (flags.JOB, "export")  # groups of FLAGS
 VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
 
   python visualize.py --checkpoint runs/photos
@@ -226,7 +225,7 @@ def _main_parser(kind: str, aim: str, *left_out: str) -> Parser:
         "--list_models", action=_Answer, answer=_list_models, nargs=0, help="show names for --model"
     )
     for title in flags.FLAGS:
-        if title not in (*left_out, *OTHER_SCRIPTS):
+        if title not in (*left_out, flags.JOB):
             add_flags(parser, title, left_out=left_out)
     return parser
 
@@ -266,7 +265,7 @@ def visualize_parser() -> argparse.ArgumentParser:
 
 def export_parser() -> argparse.ArgumentParser:
     """Return the parser of export.py; unset flags are those of the exported run."""
-    parser = Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
+    parser = Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", tool_flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
     names = "--model --head --heads --input_size --crop_pct --imagenet_default_mean_and_std"
