@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from config import flags, tool_flags
+from config.augmentation import augmentation_problems, ends_some, image_problems
 from config.flags import as_typed
 from config.phases import phase_problems
 from config.schedules import schedule_problems
@@ -59,11 +60,9 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "mixup_mode": _MIXING,
     "mixup_prob": _MIXING,
     "mixup_off_epoch": _MIXING,
-    "aug_off_epoch": (
-        "--aa, --color_jitter or --reprob above 0",
-        lambda args: args.aa or args.color_jitter or args.reprob > 0,
-    ),
+    "aug_off_epoch": ("--aa, --reprob or another that it ends", ends_some),
     "mixup_switch_prob": _BOTH,
+    "color_jitter_prob": ("--color_jitter above 0", lambda args: args.color_jitter),
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
     "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
@@ -78,9 +77,10 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
 OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
-epochs lr blr min_lr drop_path hflip scale decode sampling
+epochs lr blr min_lr drop_path scale ratio hflip vflip rot90 decode sampling
 num_samples aug_repeats label_fraction ram_cache
-train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
+train_interpolation aa color_jitter color_jitter_prob pca_lighting grayscale_prob
+gaussian_blur_prob reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch aug_off_epoch class_weights warmup_epochs
 warmup_steps start_epoch update_freq effective_batch progressive_batch sched sched_options opt
 opt_eps opt_betas momentum weight_decay weight_decay_end no_weight_decay param_group freeze
@@ -107,8 +107,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     yield from size_problems(args)
     yield from (*_mean_problems(args), *_tracker_problems(args))
-    if args.scale[0] > args.scale[1]:
-        yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
+    yield from augmentation_problems(args)
     if args.start_epoch >= args.epochs:
         yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
     yield from schedule_problems(args)
@@ -196,7 +195,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
             got = f"--{name} {as_typed(found)} has {plural(len(found), 'value')}"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     yield from _range_problems(vars(args).get("value_range"))
-    yield from _color_problems(args)
+    yield from image_problems(args)
     if flags.is_pretraining(vars(args)):
         if flags.implied_patch(args.model, args.stem_stride):  # others: `models.check_images`
             yield from patch_problems(args, stride, f"8 * stem_stride = {stride}")
@@ -209,20 +208,6 @@ def _range_problems(found: Any) -> Iterator[str]:
     if found is not None and (len(found) != 2 or found[0] >= found[1]):
         got = f"--value_range {as_typed(found)}"
         yield f"{got}: expected the value that becomes 0, then a larger one that becomes 1"
-
-
-def _color_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each augmentation that is for 8-bit images of 1 or 3 channels."""
-    values = vars(args)
-    chans, value_range = args.in_chans, values.get("value_range")
-    is_deep = value_range is not None and tuple(value_range) != (0, 255)
-    if values.get("eval") or not (is_deep or chans not in (1, 3)):
-        return
-    own = f"--in_chans {chans}" if chans not in (1, 3) else f"--value_range {as_typed(value_range)}"
-    for name, none in (("aa", "none"), ("color_jitter", "0")):
-        if values.get(name):
-            got = f"--{name} {as_typed(values[name])}"
-            yield f"{got} is for 8-bit images of 1 or 3 channels, not {own}; give --{name} {none}"
 
 
 def patch_problems(args: argparse.Namespace, stride: int, name: str) -> Iterator[str]:
@@ -265,9 +250,6 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
         yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
     mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval
-    for name in ("mixup_off_epoch", "aug_off_epoch"):
-        if (epoch := getattr(args, name)) >= args.epochs and not args.eval:
-            yield f"--{name} {epoch} is not below --epochs {args.epochs}; lower it, or 0 for never"
     if mixing and args.batch_size % 2:
         yield f"--batch_size {args.batch_size}: --mixup and --cutmix need pairs; make it even"
     for name in ("model_ema_eval", "model_ema_force_cpu"):

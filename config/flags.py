@@ -235,8 +235,6 @@ FLAGS["data"] = (
      "more"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
-    ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
-    ("--scale", FRACTION, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
     ("--crop_pct", FRACTION, None, "evaluation crop side / image side; default: by --input_size"),
     ("--image_column", NAME, None, "table: column of image files; default: image, path ... or 1st"),
     ("--image_root", PATH, "", "table: folder of its image files; default: the table's own"),
@@ -260,12 +258,34 @@ FLAGS["task and sampling"] = (
      "fraction of the training images of each class to train on, chosen by --seed"),
 )
 FLAGS["augmentation"] = (
-    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
-    ("--color_jitter", AMOUNT, None, "color jitter strength, used without --aa; default: none"),
-    ("--aa", NAME, "rand-m9-mstd0.5-inc1", "AutoAugment policy in timm's notation, or none"),
+    ("--scale", FRACTION, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
+    ("--ratio", POSITIVE, (3 / 4, 4 / 3),
+     "smallest and largest width / height of a random crop; default: 3/4 4/3", 2),
+    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic",
+     "interpolation of random crops and of --aa; random: one of the two per image"),
+    ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
+    ("--vflip", CHANCE, 0.0, "probability of a vertical flip, for images without a top"),
+    ("--rot90", CHANCE, 0.0,
+     "probability of a turn by 90, 180 or 270 degrees; with 0.75 all directions are as frequent"),
+    ("--aa", NAME, "rand-m9-mstd0.5-inc1",
+     "policy: rand-..., original, v0, augmix-... in timm's notation, 3a (3-Augment), ta_wide "
+     "(TrivialAugment), or none"),
+    ("--color_jitter", AMOUNT, None,
+     "strength of random brightness, contrast and saturation, with --aa none or 3a; default: none"),
+    ("--color_jitter_prob", CHANCE, None, "probability of --color_jitter; default: always"),
+    ("--pca_lighting", AMOUNT, 0.0,
+     "AlexNet's color noise along ImageNet's principal components: std of its factors, 0.1 in "
+     "AlexNet; 0: off"),
+    ("--grayscale_prob", CHANCE, 0.0, "probability that an RGB image becomes gray"),
+    ("--gaussian_blur_prob", CHANCE, 0.0, "probability of a blur by 0.1 to 2 pixels (sigma)"),
     ("--reprob", CHANCE, 0.25, "probability of random erasing"),
     ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
     ("--recount", COUNT, 1, "largest number of erased rectangles per image"),
+    ("--aug_off_epoch", FROM_0, 0,
+     "epoch, from 0, from which only crop, flips and --rot90 are left: no --aa, colors, blur and "
+     "erasing; 0: never"),
+)
+FLAGS["label smoothing and mixing"] = (
     ("--resplit", BOOL, False, "flag of the official code; true is not supported"),
     ("--smoothing", BELOW_1, 0.1,
      "label smoothing; 0: none; default: 0.1, or 0 if --loss is not ce"),
@@ -277,8 +297,6 @@ FLAGS["augmentation"] = (
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
     ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
     ("--mixup_off_epoch", FROM_0, 0, "epoch, from 0, from which images are not mixed; 0: never"),
-    ("--aug_off_epoch", FROM_0, 0,
-     "epoch, from 0, from which --aa, --color_jitter and --reprob are off; 0: never"),
 )
 FLAGS["loss"] = (
     ("--loss", TEXT, None,
