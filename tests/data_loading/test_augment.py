@@ -4,7 +4,10 @@
 
 import copy
 import random
+import re
+import shlex
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
+from config import parser as options
+from config import views
 from data_loading import augment
 from data_loading.augment import Augmentation, PcaLighting, RandomRotate90, create_steps
 from data_loading.dataset import TransformedDataset
@@ -25,6 +30,7 @@ from data_loading.samplers import TrainSampler
 from data_loading.transforms import (
     PRETRAIN,
     RandomResizedCrop,
+    build_augmentation,
     create_pretrain_transform,
     create_train_transform,
     mean_and_std,
@@ -343,3 +349,37 @@ def test_steps_can_be_sent_to_a_worker(augmentation):
             seed_cpu(seed)
             images.append(same(pixels(size=(40, 50))))
         assert torch.equal(*images)
+
+
+# --- the flags of the docs ------------------------------------------------------------------
+
+
+def test_commands_of_the_docs_change_images_as_they_say():
+    page = Path(__file__).parents[2] / "docs/data.md"
+    text = page.read_text(encoding="utf-8").partition("## Augmentation\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line[:1] != "#"]
+    steps = []
+    for line in lines:
+        _, script, *words = shlex.split(line)
+        if script == "visualize.py":
+            args = views.parse_data(words[1:])
+        else:
+            make = options.pretrain_parser if "pretrain" in script else options.finetune_parser
+            args = options.parse(make(), words)
+        is_pretraining = "mask_ratio" in vars(args)
+        create = create_pretrain_transform if is_pretraining else create_train_transform
+        transform = create(args.input_size, build_augmentation(args))
+        seed_cpu(0)
+        assert transform(pixels(size=(70, 90))).shape[1:] == args.input_size
+        names = [getattr(s, "__name__", type(s).__name__) for s in transform.transforms[2:]]
+        steps.append([name for name in names if name not in ("_to_pil", "from_pil")])
+    assert steps == [
+        ["RandomFlip", "RandomRotate90"],
+        ["RandomFlip", "RandomRotate90", "RandomErasing"],
+        ["AutoAugment", "ColorJitter"],
+        ["TrivialAugmentWide", "RandomErasing"],
+        ["RandomApply", "RandomGrayscale", "RandomGaussianBlur", "RandomErasing"],
+        ["ColorJitter", "PcaLighting"],
+        ["RandomRotate90", "TrivialAugmentWide", "RandomGaussianBlur", "RandomErasing"],
+    ]
