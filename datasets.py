@@ -18,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from config.sizes import batch_sizes, describe_size, describe_sizes, sizes_by_epoch
 from config.tasks import OF_TABLES, TASK_OF, known_kind
+from data_loading.augment import Augmentation
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
 from data_loading.images import Images
@@ -41,7 +42,7 @@ from data_loading.tables import Columns
 from data_loading.targets import Scale, Targets, find_scale
 from data_loading.torchvision_sets import PREFIX, torchvision_set
 from data_loading.transforms import (
-    RandomErasing,
+    build_augmentation,
     build_mean_and_std,
     create_eval_transform,
     create_pretrain_transform,
@@ -102,27 +103,18 @@ def build_transform(is_train: bool, args: Any) -> Callable:
     if not is_train:
         five_crop = build_views(args).crops > 1
         return create_eval_transform(args.input_size, args.crop_pct, five_crop)
+    return _train_transform(args, create_train_transform)
+
+
+def _train_transform(args: Any, create: Callable[[Any, Augmentation], Callable]) -> Any:
+    """Build the transform of the training images, or several if it changes with the epoch."""
     sizes, off = ByEpoch(sizes_by_epoch(args)), vars(args).get("aug_off_epoch", 0)
-    starts = sorted({*sizes.parts, off})
-    return by_epoch({n: _train_transform(args, sizes.at(n), plain=0 < off <= n) for n in starts})
-
-
-def _train_transform(args: Any, size: tuple[int, int], plain: bool) -> Callable:
-    """Build the transform of training for a size; plain: crops and flips alone."""
-    mean, _ = build_mean_and_std(args)
-    erasing = None
-    if args.reprob > 0 and not plain:
-        erasing = RandomErasing(args.reprob, args.remode, args.recount)
-    return create_train_transform(
-        size,
-        mean,
-        color_jitter=None if plain else args.color_jitter,
-        aa=None if plain else args.aa,
-        interpolation=args.train_interpolation,
-        hflip=args.hflip,
-        scale=args.scale,
-        erasing=erasing,
-    )
+    whole = build_augmentation(args)
+    parts = {
+        epoch: create(sizes.at(epoch), whole.geometric() if 0 < off <= epoch else whole)
+        for epoch in sorted({*sizes.parts, off})
+    }
+    return by_epoch(parts)
 
 
 def build_dataset(
@@ -420,13 +412,7 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     check_columns(data, args)
     log_dataset(data, True, describe_sizes(args))
     hold_images(data, args, "train")
-    transform = by_epoch(
-        {
-            epoch: create_pretrain_transform(side, args.scale, args.hflip)
-            for epoch, side in sizes_by_epoch(args).items()
-        }
-    )
-    on_bad = on_bad_image(True, args)
+    transform, on_bad = _train_transform(args, create_pretrain_transform), on_bad_image(True, args)
     dataset = TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
     dataset.map_values(vars(args).get("value_range"))
     return dataset.decode_fast(vars(args).get("decode") == "fast")

@@ -20,7 +20,8 @@ from typing import Any
 
 from config import checks
 from config import parser as options
-from config.flags import FOR_ANY_NETWORK, GRAPHS, TARGETS, as_typed, is_code
+from config.flags import as_typed, is_code
+from config.tool_flags import FOR_ANY_NETWORK, GRAPHS, TARGETS
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     parser = options.export_parser()

@@ -51,8 +51,9 @@ from torchvision.datasets import ImageFolder
 import datasets
 from benchmarks.step import machine
 from config import parser as options
+from data_loading.augment import fix_posterize
 from data_loading.decode import load_image
-from data_loading.transforms import fix_posterize, mean_and_std
+from data_loading.transforms import mean_and_std
 
 AUGMENTATION = "rand-m9-mstd0.5-inc1"
 SCALES = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}

@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from config import flags
+from config import flags, tool_flags
+from config.augmentation import augmentation_problems, ends_some, image_problems
 from config.flags import as_typed
 from config.phases import phase_problems
 from config.schedules import schedule_problems
@@ -60,11 +61,9 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "mixup_mode": _MIXING,
     "mixup_prob": _MIXING,
     "mixup_off_epoch": _MIXING,
-    "aug_off_epoch": (
-        "--aa, --color_jitter or --reprob above 0",
-        lambda args: args.aa or args.color_jitter or args.reprob > 0,
-    ),
+    "aug_off_epoch": ("--aa, --reprob or another that it ends", ends_some),
     "mixup_switch_prob": _BOTH,
+    "color_jitter_prob": ("--color_jitter above 0", lambda args: args.color_jitter),
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
     "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
@@ -79,9 +78,10 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
 OFFICIAL_DEFAULTS = {"model_key": "model|module"}  # where ours are others
 # Flags that do nothing with --eval; it takes them, since a run's flags may be used to evaluate it.
 OF_TRAINING = """
-epochs lr blr min_lr drop_path hflip scale decode sampling
+epochs lr blr min_lr drop_path scale ratio hflip vflip rot90 decode sampling
 num_samples aug_repeats label_fraction ram_cache
-train_interpolation color_jitter aa reprob remode recount smoothing mixup cutmix cutmix_minmax
+train_interpolation aa color_jitter color_jitter_prob pca_lighting grayscale_prob
+gaussian_blur_prob reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch aug_off_epoch class_weights warmup_epochs
 warmup_steps start_epoch update_freq effective_batch progressive_batch sched sched_options opt
 opt_eps opt_betas momentum weight_decay weight_decay_end no_weight_decay param_group freeze
@@ -108,8 +108,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--sync_bn_group needs --sync_bn true; give both or neither"
     yield from size_problems(args)
     yield from (*_mean_problems(args), *_tracker_problems(args))
-    if args.scale[0] > args.scale[1]:
-        yield f"--scale: got {as_typed(args.scale)}, expected the smaller number first; swap them"
+    yield from augmentation_problems(args)
     if args.start_epoch >= args.epochs:
         yield f"--start_epoch {args.start_epoch} is not below --epochs {args.epochs}; lower it"
     yield from schedule_problems(args)
@@ -197,7 +196,7 @@ def shape_problems(args: argparse.Namespace) -> Iterator[str]:
             got = f"--{name} {as_typed(found)} has {plural(len(found), 'value')}"
             yield f"{got}, expected one, or one for each of --in_chans {args.in_chans}"
     yield from _range_problems(vars(args).get("value_range"))
-    yield from _color_problems(args)
+    yield from image_problems(args)
     if flags.is_pretraining(vars(args)):
         if flags.implied_patch(args.model, args.stem_stride):  # others: `models.check_images`
             yield from patch_problems(args, stride, f"8 * stem_stride = {stride}")
@@ -212,20 +211,6 @@ def _range_problems(found: Any) -> Iterator[str]:
     if found is not None and (len(found) != 2 or found[0] >= found[1]):
         got = f"--value_range {as_typed(found)}"
         yield f"{got}: expected the value that becomes 0, then a larger one that becomes 1"
-
-
-def _color_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each augmentation that is for 8-bit images of 1 or 3 channels."""
-    values = vars(args)
-    chans, value_range = args.in_chans, values.get("value_range")
-    is_deep = value_range is not None and tuple(value_range) != (0, 255)
-    if values.get("eval") or not (is_deep or chans not in (1, 3)):
-        return
-    own = f"--in_chans {chans}" if chans not in (1, 3) else f"--value_range {as_typed(value_range)}"
-    for name, none in (("aa", "none"), ("color_jitter", "0")):
-        if values.get(name):
-            got = f"--{name} {as_typed(values[name])}"
-            yield f"{got} is for 8-bit images of 1 or 3 channels, not {own}; give --{name} {none}"
 
 
 def patch_problems(args: argparse.Namespace, stride: int, name: str) -> Iterator[str]:
@@ -268,9 +253,6 @@ def _finetune_problems(args: argparse.Namespace) -> Iterator[str]:
     if minmax is not None and (len(minmax) != 2 or minmax[0] > minmax[1]):
         yield f"--cutmix_minmax: got {as_typed(minmax)}, expected two numbers, the smaller first"
     mixing = (args.mixup > 0 or args.cutmix > 0 or minmax is not None) and not args.eval
-    for name in ("mixup_off_epoch", "aug_off_epoch"):
-        if (epoch := getattr(args, name)) >= args.epochs and not args.eval:
-            yield f"--{name} {epoch} is not below --epochs {args.epochs}; lower it, or 0 for never"
     if mixing and args.batch_size % 2:
         yield f"--batch_size {args.batch_size}: --mixup and --cutmix need pairs; make it even"
     for name in ("model_ema_eval", "model_ema_force_cpu"):
@@ -318,8 +300,8 @@ def _two_names(args: argparse.Namespace) -> Iterator[str]:
 
 def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str]:
     """Yield a message for each flag of export.py that is for a ConvNeXt alone."""
-    if args.to not in flags.FOR_ANY_NETWORK:
-        targets = ", ".join(flags.FOR_ANY_NETWORK)
+    if args.to not in tool_flags.FOR_ANY_NETWORK:
+        targets = ", ".join(tool_flags.FOR_ANY_NETWORK)
         yield f"--model {model}: --to {args.to} is for ConvNeXt; use one of {targets}"
     if args.half:
         other = " or --model" * bool(args.model)
@@ -329,20 +311,20 @@ def other_network_problems(args: argparse.Namespace, model: str) -> Iterator[str
 def export_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of export.py that the format cannot use."""
     if args.to is None:
-        return (yield f"--to is missing; give one of {', '.join(flags.TARGETS)}")
+        return (yield f"--to is missing; give one of {', '.join(tool_flags.TARGETS)}")
     if (args.model or "").removeprefix("fcmae_").startswith("convnext"):
         yield f"--model {args.model}: the size of a ConvNeXt is found in its weights; drop it"
     elif args.model:
         yield from other_network_problems(args, args.model)
-    if args.half and args.to not in flags.GRAPHS:
+    if args.half and args.to not in tool_flags.GRAPHS:
         yield f"--half true: weights for {args.to} keep their precision; drop it"
     if args.opset and args.to != "onnx":
         yield f"--opset {args.opset} is for --to onnx only; drop it"
     stored = ("labels", "crop_pct", "imagenet_default_mean_and_std", "mean", "std", "value_range")
     for name in stored:
-        if getattr(args, name) is not None and args.to in flags.GRAPHS:
+        if getattr(args, name) is not None and args.to in tool_flags.GRAPHS:
             yield f"--{name}: --to {args.to} cannot store it, as files of weights can; drop it"
-    suffix = flags.TARGETS[args.to]
+    suffix = tool_flags.TARGETS[args.to]
     if args.output and not args.output.endswith(suffix):
         yield f"--output {args.output}: expected a name that ends in {suffix}"
     if len(args.input_size or ()) > 2:

@@ -1,6 +1,8 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Every command-line flag, declared once: name, kind, default and help.
+"""Every flag of the training scripts, declared once: name, kind, default and help.
+
+config/tool_flags.py and config/views.py declare those of other scripts alone.
 
 python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 """
@@ -132,25 +134,6 @@ It saves before its time limit, and continues when it is requeued.
 
 The last group of flags describes the job. BOOL is true or false (or yes/no,
 1/0); the flag alone means true."""
-EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
-
-  python export.py runs/finetune --to hf --output my_model
-  python export.py hf-hub:facebook/convnextv2-tiny-1k-224 --to timm
-
-formats for --to:
-  timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
-  hf           folder for transformers' from_pretrained, with preprocessing
-  official     .pth for the official ConvNeXt scripts, with the decoder
-  safetensors  this toolkit's own names, with the decoder
-  onnx         graph for onnxruntime, TensorRT and others
-  torchscript  graph for torch.jit.load and LibTorch
-  pt2          graph for torch.export.load; images of at least 64 x 64 pixels
-
-Graphs accept any batch size, height and width; without a head they return
-pooled features, or the last feature map if there is no final norm. The file is
-loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
-if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
-
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
@@ -185,11 +168,6 @@ LIBRARIES = ("timm", "torchvision")
 PROJECT = "convnextv2"
 MODEL_KEY = "model|module|state_dict"
 SOURCES = "file, run folder, hf-hub:owner/name, timm:model.tag or https://..."
-# Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
-GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
-TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
-TARGETS |= GRAPHS
-FOR_ANY_NETWORK = (*GRAPHS, "safetensors")  # the others are for a ConvNeXt with a linear classifier
 
 # Texts for which '' has a meaning, as in the official code: none, or the default.
 MAY_BE_EMPTY = "output_dir log_dir job_dir resume finetune model_prefix aa partition comment"
@@ -258,8 +236,6 @@ FLAGS["data"] = (
      "more"),
     ("--on_bad_image", ("error", "skip"), "error", "unreadable images: stop, or skip and log them"),
     ("--data_timeout", AMOUNT, None, "seconds to load one image; 0: no limit; default: 1800"),
-    ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
-    ("--scale", FRACTION, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
     ("--crop_pct", FRACTION, None, "evaluation crop side / image side; default: by --input_size"),
     ("--image_column", NAME, None, "table: column of image files; default: image, path ... or 1st"),
     ("--image_root", PATH, "", "table: folder of its image files; default: the table's own"),
@@ -283,12 +259,34 @@ FLAGS["task and sampling"] = (
      "fraction of the training images of each class to train on, chosen by --seed"),
 )
 FLAGS["augmentation"] = (
-    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic", "of random crops"),
-    ("--color_jitter", AMOUNT, None, "color jitter strength, used without --aa; default: none"),
-    ("--aa", NAME, "rand-m9-mstd0.5-inc1", "AutoAugment policy in timm's notation, or none"),
+    ("--scale", FRACTION, (0.08, 1.0), "smallest and largest random crop, as fractions of area", 2),
+    ("--ratio", POSITIVE, (3 / 4, 4 / 3),
+     "smallest and largest width / height of a random crop; default: 3/4 4/3", 2),
+    ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic",
+     "interpolation of random crops and of --aa; random: one of the two per image"),
+    ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
+    ("--vflip", CHANCE, 0.0, "probability of a vertical flip, for images without a top"),
+    ("--rot90", CHANCE, 0.0,
+     "probability of a turn by 90, 180 or 270 degrees; with 0.75 all directions are as frequent"),
+    ("--aa", NAME, "rand-m9-mstd0.5-inc1",
+     "policy: rand-..., original, v0, augmix-... in timm's notation, 3a (3-Augment), ta_wide "
+     "(TrivialAugment), or none"),
+    ("--color_jitter", AMOUNT, None,
+     "strength of random brightness, contrast and saturation, with --aa none or 3a; default: none"),
+    ("--color_jitter_prob", CHANCE, None, "probability of --color_jitter; default: always"),
+    ("--pca_lighting", AMOUNT, 0.0,
+     "AlexNet's color noise along ImageNet's principal components: std of its factors, 0.1 in "
+     "AlexNet; 0: off"),
+    ("--grayscale_prob", CHANCE, 0.0, "probability that an RGB image becomes gray"),
+    ("--gaussian_blur_prob", CHANCE, 0.0, "probability of a blur by 0.1 to 2 pixels (sigma)"),
     ("--reprob", CHANCE, 0.25, "probability of random erasing"),
     ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
     ("--recount", COUNT, 1, "largest number of erased rectangles per image"),
+    ("--aug_off_epoch", FROM_0, 0,
+     "epoch, from 0, from which only crop, flips and --rot90 are left: no --aa, colors, blur and "
+     "erasing; 0: never"),
+)
+FLAGS["label smoothing and mixing"] = (
     ("--resplit", BOOL, False, "flag of the official code; true is not supported"),
     ("--smoothing", BELOW_1, 0.1,
      "label smoothing; 0: none; default: 0.1, or 0 if --loss is not ce"),
@@ -300,8 +298,6 @@ FLAGS["augmentation"] = (
     ("--mixup_switch_prob", CHANCE, 0.5, "probability of cutmix when mixup is on as well"),
     ("--mixup_mode", ("batch", "pair", "elem"), "batch", "images that share a mixing ratio"),
     ("--mixup_off_epoch", FROM_0, 0, "epoch, from 0, from which images are not mixed; 0: never"),
-    ("--aug_off_epoch", FROM_0, 0,
-     "epoch, from 0, from which --aa, --color_jitter and --reprob are off; 0: never"),
 )
 FLAGS["loss"] = (
     ("--loss", TEXT, None,
@@ -466,15 +462,6 @@ FLAGS[JOB] = (
     ("--comment", TEXT, "", "comment for the scheduler"),
     ("--array", TEXT, "", "recipes separated by commas, each a job with its own folder"),
     ("--follow", BOOL, False, "print rank 0's log until the job ends; exit code 1 on failure"),
-)
-FLAGS["export"] = (
-    ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
-    ("--to", tuple(TARGETS), None, "target format, listed above"),
-    ("--output", PATH, "", "file or folder to write; default: named by size and format"),
-    ("--overwrite", BOOL, False, "replace an existing output"),
-    ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
-    ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
-    ("--opset", number("int [17, 20]"), None, "onnx: opset; default: 17, the most portable"),
 )
 # fmt: on
 

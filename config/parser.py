@@ -27,14 +27,13 @@ from errors import did_you_mean, pipe_may_close, resolve, sentences
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnextv2-toolkit"  # name of the distribution
 LIBRARIES = ("torch", "torchvision", "timm", "numpy")
-OTHER_SCRIPTS = (flags.JOB, "export")  # groups of FLAGS
 VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-trained model.
 
   python visualize.py --checkpoint runs/photos
   python visualize.py data --help    draw what a training script sees
   python visualize.py stats --help   print mean, std, sizes and classes"""
 FINETUNE_ONLY = (
-    "augmentation",
+    "label smoothing and mixing",
     "loss",
     "task and sampling",
     "pretrained weights and head",
@@ -226,7 +225,7 @@ def _main_parser(kind: str, aim: str, *left_out: str) -> Parser:
         "--list_models", action=_Answer, answer=_list_models, nargs=0, help="show names for --model"
     )
     for title in flags.FLAGS:
-        if title not in (*left_out, *OTHER_SCRIPTS):
+        if title not in (*left_out, flags.JOB):
             add_flags(parser, title, left_out=left_out)
     return parser
 
@@ -236,7 +235,8 @@ def pretrain_parser() -> argparse.ArgumentParser:
     aim = "Pre-train ConvNeXt V2 as a fully convolutional masked autoencoder (FCMAE)."
     parser = _main_parser("pretrain", aim, "--finetune", *FINETUNE_ONLY)
     add_flags(parser, "choice of weights", "--model_key --model_prefix")
-    parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, scale=(0.2, 1.0), spike_factor=5.0)
+    parser.set_defaults(epochs=800, blr=1.5e-4, min_lr=0.0, spike_factor=5.0)
+    parser.set_defaults(scale=(0.2, 1.0), aa="none", reprob=0.0)  # crop and flip only, as in MAE
     return parser
 
 
@@ -266,7 +266,7 @@ def visualize_parser() -> argparse.ArgumentParser:
 
 def export_parser() -> argparse.ArgumentParser:
     """Return the parser of export.py; unset flags are those of the exported run."""
-    parser = Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", flags.EXPORT_HELP)
+    parser = Parser("%(prog)s CHECKPOINT --to FORMAT [FLAGS]", tool_flags.EXPORT_HELP)
     add_flags(parser, "export")
     add_flags(parser, "choice of weights", "--model_key --use_ema --model_prefix --sha256")
     names = "--model --head --heads --input_size --crop_pct --imagenet_default_mean_and_std"
@@ -327,6 +327,7 @@ def finalize(
     clear_scheduled(new, new if given is None else given)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
+    new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
     if new["output_dir"] == "none":
         new["output_dir"] = ""
     if new.get("job_dir") == "":
@@ -343,7 +344,6 @@ def finalize(
     else:
         if kind := known_kind(new):
             new |= task_flags(new, new if given is None else given, kind)
-        new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]
         if new["head_init_scale"] is None:
             new["head_init_scale"] = 0.001 if new["finetune"] or new["pretrained"] else 1.0
     return FrozenNamespace(new if given is None else given, typed, **new)

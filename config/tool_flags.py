@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Flags of pack.py and visualize.py alone, as config/flags.py declares those of other scripts.
+"""Flags of export.py, pack.py and visualize.py alone, declared as in config/flags.py.
 
 python -c "from config.tool_flags import shard_size; print(shard_size('500MB'))"
 """
@@ -10,7 +10,31 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from config.flags import BOOL, COUNT, PATH, number
+from config.flags import BOOL, COUNT, PATH, SOURCES, number
+
+EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
+
+  python export.py runs/finetune --to hf --output my_model
+  python export.py hf-hub:facebook/convnextv2-tiny-1k-224 --to timm
+
+formats for --to:
+  timm         .safetensors for timm.create_model(NAME, checkpoint_path=FILE)
+  hf           folder for transformers' from_pretrained, with preprocessing
+  official     .pth for the official ConvNeXt scripts, with the decoder
+  safetensors  this toolkit's own names, with the decoder
+  onnx         graph for onnxruntime, TensorRT and others
+  torchscript  graph for torch.jit.load and LibTorch
+  pt2          graph for torch.export.load; images of at least 64 x 64 pixels
+
+Graphs accept any batch size, height and width; without a head they return
+pooled features, or the last feature map if there is no final norm. The file is
+loaded with timm, transformers, onnxruntime or torch, if installed, and deleted
+if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2)."""
+# Formats of export.py and the suffix of their files; hf is a folder. Graphs hold the network too.
+GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
+TARGETS |= GRAPHS
+FOR_ANY_NETWORK = (*GRAPHS, "safetensors")  # the others are for a ConvNeXt with a linear classifier
 
 PACK_HELP = """Pack images of any source into tar shards, which are read fast in any order.
 
@@ -44,6 +68,15 @@ def size_text(images: int | None, size: int | None) -> str:
 
 
 # fmt: off
+EXPORT = (
+    ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
+    ("--to", tuple(TARGETS), None, "target format, listed above"),
+    ("--output", PATH, "", "file or folder to write; default: named by size and format"),
+    ("--overwrite", BOOL, False, "replace an existing output"),
+    ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
+    ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
+    ("--opset", number("int [17, 20]"), None, "onnx: opset; default: 17, the most portable"),
+)
 PACK = (
     ("source", {"metavar": "SOURCE"}, None, "data to pack; with --verify and no DEST, a pack"),
     ("dest", {"metavar": "DEST"}, None, "folder of the pack: a new one, or one to continue", "?"),
@@ -66,7 +99,7 @@ DRAWING = (
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )
 # fmt: on
-TOOLS = {"pack": PACK, "drawing": DRAWING}
+TOOLS = {"export": EXPORT, "pack": PACK, "drawing": DRAWING}
 # Flags of the training scripts that pack.py has too, and texts where they mean something else.
 PACK_SHARED = """
 --data_set --image_column --image_root --split_column --label_column --weight_column --task

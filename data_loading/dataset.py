@@ -20,12 +20,12 @@ from data_loading import jpeg
 from data_loading.arrays import to_pixels
 from data_loading.bad_images import is_transient, retry_io
 from data_loading.decode import UNREADABLE, BadImage, decode_for, is_of_decoder
+from data_loading.erasing import Erased
 from data_loading.formats import extensions
 from data_loading.labels import Head
 from data_loading.rng import fold_in, seed_cpu
 from data_loading.stages import ByEpoch
 from data_loading.targets import Targets
-from data_loading.transforms import Erased
 from errors import UserError, a_type, first_few
 
 TRIES = 100  # other images to try in place of a bad one

@@ -7,24 +7,24 @@ python -c "from data_loading import transforms; print(transforms.create_eval_tra
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import crop
 
 from config.sizes import SMALL, default_crop_pct
-from data_loading.decode import WithBox, from_pil
+from data_loading.augment import RATIO, Augmentation, create_steps
+from data_loading.decode import WithBox
 from data_loading.tta import FiveCrop
 from errors import UserError, plural
 
 # Transforms map a (C, H, W) tensor, uint8 or float, to a (C, height, width) tensor of its kind.
-RATIO = (3 / 4, 4 / 3)  # width / height of random crops
+IMAGENET, PRETRAIN = Augmentation(), Augmentation(scale=(0.2, 1.0))  # defaults of timm, of MAE
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -111,7 +111,10 @@ class RandomResizedCrop:
         return resize(part, self.size, mode)
 
     def __repr__(self) -> str:
-        return f"RandomResizedCrop({self.size}, scale={self.scale}, modes={self.modes})"
+        return (
+            f"RandomResizedCrop({self.size}, scale={self.scale}, ratio={self.ratio}, "
+            f"modes={self.modes})"
+        )
 
 
 def _below(count: int) -> int:
@@ -145,101 +148,10 @@ def _overlap(side: int, shift: int) -> tuple[slice, slice]:
     return slice(low, high), slice(low - shift, high - shift)
 
 
-class RandomHorizontalFlip:
-    """Mirror an image left to right with probability `p`."""
-
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return image.flip(2) if random.random() < self.p else image
-
-    def __repr__(self) -> str:
-        return f"RandomHorizontalFlip(p={self.p})"
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    """(C, H, W) uint8 of 1 or 3 channels -> PIL image, for timm's augmentations."""
-    if image.dtype != torch.uint8 or len(image) not in (1, 3):
-        raise UserError(
-            "--aa and --color_jitter act on 8-bit images of 1 or 3 channels, got "
-            f"{image.dtype} tensor {tuple(image.shape)}; turn them off: --aa none --color_jitter 0"
-        )
-    pixels = image.permute(1, 2, 0).contiguous()
-    return Image.fromarray((pixels[..., 0] if len(image) == 1 else pixels).numpy())
-
-
-def _posterize(op: Callable, image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    black = Image.new(image.mode, image.size)
-    return op(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else black
-
-
-def fix_posterize(step: Any) -> None:
-    """Replace timm's posterize: Pillow 13 refuses 0 bits, which used to give a black image."""
-    policy = getattr(step, "ops", None) or sum(getattr(step, "policy", []), [])
-    for op in policy:
-        if op.aug_fn.__name__ == "posterize":
-            op.aug_fn = partial(_posterize, op.aug_fn)
-
-
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     """Expand an int to a square (height, width)."""
     height, width = (size, size) if isinstance(size, int) else (*size, *size)[:2]
     return height, width
-
-
-class Patch(NamedTuple):
-    """A rectangle of noise with standard deviation 1, for a normalized image."""
-
-    top: int
-    left: int
-    noise: Tensor  # (C, h, w) float32
-
-
-class Erased(Tensor):
-    """An image (C, H, W) with patches to write into it, in this order, once it is normalized.
-
-    So the noise is not clipped to 0..255, and images still travel as uint8.
-    """
-
-    patches: list[Patch]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # operations return plain tensors
-
-
-class RandomErasing:
-    """timm's random erasing, for one (C, H, W) image: returns it as it is, or `Erased`."""
-
-    def __init__(self, prob: float, mode: str, count: int):
-        from timm.data.random_erasing import RandomErasing as Erase
-
-        self.prob = prob
-        self.erase = Erase(1.0, mode=mode, max_count=count, device="cpu")
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if torch.rand(()).item() >= self.prob:
-            return image
-        canvas = _Canvas(image.shape)
-        self.erase(canvas)
-        erased = image.as_subclass(Erased)
-        erased.patches = canvas.patches
-        return erased
-
-
-class _Canvas:
-    """Records what timm's random erasing writes into an image, instead of writing it."""
-
-    dtype = torch.float32
-
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape, self.patches = shape, []
-
-    def size(self) -> torch.Size:
-        return self.shape
-
-    def __setitem__(self, place: tuple[slice, slice, slice], noise: Tensor) -> None:
-        _, rows, columns = place
-        size = self.shape[0], rows.stop - rows.start, columns.stop - columns.start
-        self.patches.append(Patch(rows.start, columns.start, noise.expand(size)))
 
 
 def mean_and_std(
@@ -276,50 +188,43 @@ def build_mean_and_std(args: Any) -> tuple[list, list]:
     return mean_and_std(args.in_chans, args.imagenet_default_mean_and_std, *own)
 
 
+def build_augmentation(args: Any) -> Augmentation:
+    """Build the augmentation of the flags; those of old runs lack some, which were off."""
+    names = (
+        "scale", "ratio", "train_interpolation", "hflip", "vflip", "rot90", "aa", "color_jitter",
+        "color_jitter_prob", "pca_lighting", "grayscale_prob", "gaussian_blur_prob", "reprob",
+        "remode", "recount",
+    )  # fmt: skip
+    own = {name: getattr(args, name) for name in names if name in vars(args)}
+    return Augmentation(fill=build_mean_and_std(args)[0], **own)
+
+
 def create_pretrain_transform(
-    input_size: int | Sequence[int], scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5
+    input_size: int | Sequence[int], augmentation: Augmentation = PRETRAIN
 ) -> T.Compose:
-    """Create random resized crop (bicubic) and horizontal flip, as in MAE and FCMAE."""
-    crop = RandomResizedCrop(height_and_width(input_size), scale)
-    return T.Compose([crop, RandomHorizontalFlip(hflip)])
+    """Create random resized crop and horizontal flip, as in MAE and FCMAE, and what else is on."""
+    size = height_and_width(input_size)
+    return T.Compose([_random_crop(size, augmentation), *create_steps(size, augmentation)])
 
 
 def create_train_transform(
-    input_size: int | Sequence[int],
-    mean: Sequence[float],
-    color_jitter: float | None = None,
-    aa: str | None = None,
-    interpolation: str = "bicubic",
-    hflip: float = 0.5,
-    scale: Sequence[float] | None = None,
-    erasing: RandomErasing | None = None,
+    input_size: int | Sequence[int], augmentation: Augmentation = IMAGENET
 ) -> T.Compose:
-    """Create timm's ImageNet augmentation; `aa` fills borders with `mean`.
+    """Create the augmentation of timm's ImageNet training, and what else is on.
 
     Up to 32 pixels, a random shift (padding 4) replaces the random resized crop, as in the official
-    code, unless `scale` is given and differs from timm's default of 0.08 to 1.
+    code, unless scale or ratio differ from timm's defaults.
     """
-    from timm.data import create_transform
+    size, default = height_and_width(input_size), (tuple(IMAGENET.scale), tuple(IMAGENET.ratio))
+    if max(size) <= SMALL and (tuple(augmentation.scale), tuple(augmentation.ratio)) == default:
+        crop: Any = RandomShift(size, augmentation.modes)
+    else:
+        crop = _random_crop(size, augmentation)
+    return T.Compose([crop, *create_steps(size, augmentation)])
 
-    size, aa = height_and_width(input_size), None if (aa or "none").lower() == "none" else aa
-    if aa and color_jitter and "3a" not in aa:  # timm would silently ignore it
-        raise UserError(f"--color_jitter {color_jitter} has no effect with --aa {aa}; drop one")
-    try:
-        _, *colors, _ = create_transform(  # without its crop, flip and conversion to a tensor
-            size, is_training=True, use_prefetcher=True, color_jitter=color_jitter or None,
-            auto_augment=aa, interpolation=interpolation, hflip=0, mean=tuple(mean),
-        ).transforms  # fmt: skip
-    except (AssertionError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--aa {aa}: {error!r}; expected e.g. rand-m9-mstd0.5-inc1") from error
-    for step in colors:
-        fix_posterize(step)
-    scale = tuple(scale or (0.08, 1.0))
-    modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
-    shifts = max(size) <= SMALL and scale == (0.08, 1.0)
-    crop = RandomShift(size, modes) if shifts else RandomResizedCrop(size, scale, modes)
-    steps = [crop, RandomHorizontalFlip(hflip)]
-    steps += [_to_pil, *colors, from_pil] if aa or color_jitter else []
-    return T.Compose([*steps, *([erasing] if erasing else [])])
+
+def _random_crop(size: tuple[int, int], augmentation: Augmentation) -> RandomResizedCrop:
+    return RandomResizedCrop(size, augmentation.scale, augmentation.modes, augmentation.ratio)
 
 
 def _crop_ends(image: Tensor, ratio: float) -> Tensor:

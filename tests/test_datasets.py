@@ -19,15 +19,17 @@ from torch.utils.data import Dataset
 
 import datasets
 from data_loading import builtin
+from data_loading.augment import Augmentation
 from data_loading.dataset import TransformedDataset, collate
 from data_loading.decode import BadImage, decode
+from data_loading.erasing import RandomErasing
 from data_loading.labels import Head
 from data_loading.loader import DeviceLoader
 from data_loading.mixing import build_mixup
 from data_loading.rng import seed_all
 from data_loading.samplers import EvalSampler, TrainSampler
 from data_loading.transforms import (
-    RandomErasing,
+    RandomResizedCrop,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
@@ -191,7 +193,7 @@ def test_synthetic_and_folder_need_no_surprise_classes(tmp_path):
 
 
 def test_synthetic_label_survives_crops_flips_and_rotations():
-    crop = create_pretrain_transform(24, scale=(0.08, 1.0))
+    crop = create_pretrain_transform(24, Augmentation(scale=(0.08, 1.0)))
     colors = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
     colors = torch.tensor(colors) - torch.tensor(colors).mean(1, keepdim=True)
     val = builtin.Synthetic((24, 40), 10, train=False)
@@ -381,18 +383,19 @@ def test_train_transform_yields_uint8_of_the_size(size, in_chans, aa):
     "aa", ["rand-m10-n5-p1.0-inc1", "rand-m10-n5-p1.0", "original", "augmix-m10"]
 )
 def test_strongest_augmentation_does_not_crash_in_pillow(aa):
-    transform = create_train_transform(8, mean_and_std()[0], aa=aa)
+    transform = create_train_transform(8, Augmentation(aa=aa))
     data = TransformedDataset(Listed([(picture(8, 8), 0)]), transform, 0)
     for epoch in range(60):  # Pillow 13 refuses the posterize that timm's magnitude 10 asks for
         assert data[epoch, 0][0].shape == (3, 8, 8)
 
 
 def test_scale_acts_at_small_sizes_too():
-    mean, _ = mean_and_std()
-    shift = create_train_transform(32, mean, scale=(0.08, 1.0))
-    crop = create_train_transform(32, mean, scale=(0.5, 1.0))
+    shift = create_train_transform(32, Augmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)))
     assert "RandomShift(" in str(shift)
-    assert "scale=(0.5, 1.0)" in str(crop)
+    for options in ({"scale": (0.5, 1.0)}, {"ratio": (1.0, 1.0)}):
+        crop = create_train_transform(32, Augmentation(**options)).transforms[0]
+        assert isinstance(crop, RandomResizedCrop)
+        assert vars(crop).items() >= options.items()
 
 
 @pytest.mark.parametrize(
@@ -491,7 +494,7 @@ def test_flips_follow_the_flag():
     sample = [(picture(8, 8), 0)]
     outs = []
     for hflip in (0.0, 1.0):
-        transform = create_pretrain_transform(8, scale=(1.0, 1.0), hflip=hflip)
+        transform = create_pretrain_transform(8, Augmentation(scale=(1.0, 1.0), hflip=hflip))
         transform.transforms[0].ratio = (1.0, 1.0)
         outs.append(TransformedDataset(Listed(sample), transform, 0)[0, 0][0])
     assert torch.equal(outs[0].flip(2), outs[1])
@@ -836,7 +839,7 @@ def test_pretraining_does_not_look_at_labels(item):
 
 
 def test_color_augmentation_of_floats_is_refused():
-    transform = create_train_transform(8, mean_and_std()[0], aa="rand-m9")
+    transform = create_train_transform(8, Augmentation(aa="rand-m9"))
     result = TransformedDataset(Listed([(torch.rand(3, 8, 8), 0)]), transform, 0)[0, 0]
     assert isinstance(result, UserError)
     assert "--aa none" in str(result)

@@ -14,6 +14,8 @@ from tests.test_flags_act import BASE
 # Flags of checks.OF_TRAINING that may stand together, each with a value that changes training.
 GROUPS = (
     "--epochs 3 --lr 1 --min_lr 0.1 --drop_path 0.9 --hflip 1 --scale 0.1 0.2 --opt_eps 0.1 "
+    "--ratio 1 2 --vflip 1 --rot90 1 --pca_lighting 9 --grayscale_prob 1 --gaussian_blur_prob 1 "
+    "--color_jitter_prob 0.5 "
     "--train_interpolation random --color_jitter 0.9 --aa rand-m5 --reprob 1 --remode rand "
     "--recount 5 --smoothing 0.3 --mixup 1 --cutmix 1 --cutmix_minmax 0.2 0.8 --mixup_prob 0.5 "
     "--mixup_switch_prob 0.2 --mixup_mode elem --warmup_epochs 1 --start_epoch 1 --update_freq 2 "

@@ -171,6 +171,10 @@ def transform(built: Built, loader: str = "train") -> str:
     return repr(getattr(built, loader).loader.dataset.transform)
 
 
+def last_step(built: Built) -> Any:
+    return built.train.loader.dataset.transform.transforms[-1]
+
+
 def precision(built: Built) -> torch.dtype:
     with autocast(built.stepper.device, built.stepper.amp):
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
@@ -224,6 +228,41 @@ SHARED: dict[str, Row] = {
         "--data_timeout 7", lambda b: b.train.loader.timeout, 1800.0, 7.0, "--num_workers 1",
     ),
     "hflip": ("--hflip 1", lambda b: "HorizontalFlip(p=1" in transform(b), False, True),
+    "ratio": ("--ratio 0.5 0.6", lambda b: "ratio=(0.5, 0.6)" in transform(b), False, True),
+    "vflip": ("--vflip 0.4", lambda b: "VerticalFlip(p=0.4)" in transform(b), False, True),
+    "rot90": ("--rot90 0.4", lambda b: "RandomRotate90(p=0.4)" in transform(b), False, True),
+    "train_interpolation": (
+        "--train_interpolation bilinear", lambda b: "bicubic" in transform(b), True, False,
+    ),
+    "aa": ("--aa v0", lambda b: "AutoAugment" in transform(b), False, True, "--data_set DIGITS"),
+    "color_jitter": (
+        "--color_jitter 0.4", lambda b: "ColorJitter" in transform(b), False, True, "--aa none",
+    ),
+    "color_jitter_prob": (
+        "--color_jitter_prob 0.8", lambda b: "RandomApply" in transform(b), False, True,
+        "--aa none --color_jitter 0.4",
+    ),
+    "pca_lighting": (
+        "--pca_lighting 0.1", lambda b: "PcaLighting(std=0.1)" in transform(b), False, True,
+    ),
+    "grayscale_prob": (
+        "--grayscale_prob 0.2", lambda b: "RandomGrayscale(p=0.2)" in transform(b), False, True,
+    ),
+    "gaussian_blur_prob": (
+        "--gaussian_blur_prob 0.1", lambda b: "RandomGaussianBlur(p=0.1)" in transform(b),
+        False, True,
+    ),
+    "remode": (
+        "--remode const", lambda b: last_step(b).erase.mode, "pixel", "const", "--reprob 0.1",
+    ),
+    "recount": ("--recount 3", lambda b: last_step(b).erase.max_count, 1, 3, "--reprob 0.1"),
+    "aug_off_epoch": (
+        "--aug_off_epoch 1",
+        lambda b: "RandAugment" in repr(b.train.loader.dataset.transform_at(1)),
+        True,
+        False,
+        "--data_set DIGITS --aa rand-m9",
+    ),
     "epochs": ("--epochs 3", lambda b: (len(b.epochs), b.loop.schedule.total), (2, 8), (3, 12)),
     "start_epoch": ("--start_epoch 1", lambda b: b.epochs, [0, 1], [1]),
     "batch_size": (
@@ -381,6 +420,8 @@ PRETRAIN: dict[str, Row] = {
         False,
         True,
     ),
+    "reprob": ("--reprob 0.5", lambda b: "RandomErasing" in type(last_step(b)).__name__, False,
+               True),
     "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.95), (0.8, 0.7)),
     "blr": (
         "--blr 1.28", lambda b: round(b.loop.schedule.lr, 6), 0.01, 0.03,
@@ -404,28 +445,8 @@ FINETUNE: dict[str, Row] = {
         "--crop_pct 0.5", lambda b: "size=32" in transform(b, "val"), False, True,
     ),
     "tta": ("--tta hflip vflip", lambda b: b.val.views.count, 1, 4),
-    "train_interpolation": (
-        "--train_interpolation bilinear", lambda b: "bicubic" in transform(b), True, False,
-    ),
-    "color_jitter": (
-        "--color_jitter 0.4", lambda b: "ColorJitter" in transform(b), False, True, "--aa none",
-    ),
-    "aa": ("--aa none", lambda b: "RandAugment" in transform(b), True, False, "--data_set DIGITS"),
     "reprob": (
-        "--reprob 0.5", lambda b: b.train.loader.dataset.transform.transforms[-1].prob, 0.25, 0.5,
-        "--aa none --data_set DIGITS",
-    ),
-    "remode": (
-        "--remode const",
-        lambda b: b.train.loader.dataset.transform.transforms[-1].erase.mode,
-        "pixel",
-        "const",
-    ),
-    "recount": (
-        "--recount 3",
-        lambda b: b.train.loader.dataset.transform.transforms[-1].erase.max_count,
-        1,
-        3,
+        "--reprob 0.5", lambda b: last_step(b).prob, 0.25, 0.5, "--aa none --data_set DIGITS",
     ),
     "smoothing": (
         "--smoothing 0.3", lambda b: b.loop.criterion.smoothing, 0.1, 0.3,
@@ -459,13 +480,6 @@ FINETUNE: dict[str, Row] = {
     "mixup_mode": ("--mixup_mode elem", lambda b: mixing(b).mode, "batch", "elem", "--mixup 1"),
     "mixup_off_epoch": (
         "--mixup_off_epoch 1", lambda b: b.loop.mixup.is_on(1), True, False, "--mixup 1",
-    ),
-    "aug_off_epoch": (
-        "--aug_off_epoch 1",
-        lambda b: "RandAugment" in repr(b.train.loader.dataset.transform_at(1)),
-        True,
-        False,
-        "--data_set DIGITS",
     ),
     "opt_betas": ("--opt_betas 0.8 0.7", lambda b: b.group["betas"], (0.9, 0.999), (0.8, 0.7)),
     "blr": ("--blr 1.28", lambda b: round(b.loop.schedule.lr, 6), 0.01, 0.03),

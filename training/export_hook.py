@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config.flags import FOR_ANY_NETWORK, TARGETS, is_pretraining
+from config.flags import is_pretraining
+from config.tool_flags import FOR_ANY_NETWORK, TARGETS
 from errors import UserError, resolve_for
 from models.heads import is_plain
 from parallel.process_group import get_logger

@@ -84,6 +84,7 @@ NEEDS = {  # flag with a value: what it needs to act
     "--mixup_off_epoch 3": "--cutmix 1",
     "--aug_off_epoch 3": "--aa rand-m9",
     "--mixup_switch_prob 0.2": "--mixup 1 --cutmix 1",
+    "--color_jitter_prob 0.5": "--color_jitter 0.4",
     "--remode rand": "--reprob 0.1",
     "--recount 2": "--reprob 0.1",
     "--progressive_batch true": "--input_size 64:0,224:2",

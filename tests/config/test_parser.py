@@ -31,7 +31,7 @@ OFFICIAL = {
     + """
 drop_path=0.2 layer_decay_type=group model_ema=true model_ema_decay=0.99
 model_ema_force_cpu=true model_ema_eval=true clip_grad=1.5 layer_decay=0.9 warmup_steps=100 opt=sgd
-opt_eps=1e-6 momentum=0.8 weight_decay_end=0.2 color_jitter=0.4 aa=rand-m5 smoothing=0.2
+opt_eps=1e-6 momentum=0.8 weight_decay_end=0.2 color_jitter=0.4 aa=3a smoothing=0.2
 train_interpolation=bilinear reprob=0.1 remode=const recount=2 resplit=false mixup=0.8 cutmix=1.0
 mixup_prob=0.5 mixup_switch_prob=0.3 mixup_mode=elem finetune=b.pt head_init_scale=0.01
 model_key=model model_prefix=encoder. nb_classes=10 eval_data_path=/val

@@ -19,16 +19,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data_loading import formats as formats_module
 from data_loading.arrays import to_pixels
+from data_loading.augment import Augmentation
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import BadImage, decode, load_image
 from data_loading.formats import describe_file, extensions, formats, how_to_read
 from data_loading.sources import DatasetSpec
 from data_loading.transforms import (
-    RandomErasing,
     create_eval_transform,
     create_pretrain_transform,
     create_train_transform,
-    mean_and_std,
 )
 from datasets import create_dataset
 from errors import UserError
@@ -243,13 +242,8 @@ def test_animation_is_its_first_picture(tmp_path, suffix):
 
 TRANSFORMS = {
     "pre-training": create_pretrain_transform(32),
-    "training": create_train_transform(
-        64,
-        mean_and_std()[0],
-        aa="rand-m9-mstd0.5-inc1",
-        erasing=RandomErasing(1.0, "pixel", 1),
-    ),
-    "training, small": create_train_transform(32, mean_and_std()[0], color_jitter=0.4),
+    "training": create_train_transform(64, Augmentation(aa="rand-m9-mstd0.5-inc1", reprob=1.0)),
+    "training, small": create_train_transform(32, Augmentation(color_jitter=0.4)),
     "evaluation": create_eval_transform(64),
     "evaluation, small": create_eval_transform(32),
     "evaluation, squashed": create_eval_transform(384),

@@ -12,13 +12,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data_loading import jpeg
+from data_loading.augment import Augmentation
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import WithBox, decode, decode_for, load_image
 from data_loading.transforms import (
     RandomResizedCrop,
     create_pretrain_transform,
     create_train_transform,
-    mean_and_std,
 )
 from errors import UserError
 
@@ -60,8 +60,8 @@ def exif(orientation: int) -> Image.Exif:
 
 TRANSFORMS = {
     "pre-training": create_pretrain_transform(SIZE),
-    "fine-tuning": create_train_transform(SIZE, mean_and_std()[0], aa="none", scale=(0.1, 0.9)),
-    "small": create_train_transform(SIZE, mean_and_std()[0], aa="none"),
+    "fine-tuning": create_train_transform(SIZE, Augmentation(scale=(0.1, 0.9), vflip=0.5)),
+    "small": create_train_transform(SIZE),
 }
 
 
@@ -81,7 +81,7 @@ def test_crop_shows_what_the_exact_one_shows(name, orientation, in_chans):
 
 @needs_simplejpeg
 def test_what_is_not_far_larger_than_the_crop_keeps_its_bits():
-    small = create_pretrain_transform(SIZE, scale=(0.2, 0.3))
+    small = create_pretrain_transform(SIZE, Augmentation(scale=(0.2, 0.3)))
     for data in (Photos((70, 60)), Photos((330, 250), "PNG"), Photos((330, 250), "WEBP")):
         assert all(torch.equal(exact, fast) for exact, fast in read_both(data, small))
 

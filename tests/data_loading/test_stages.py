@@ -9,9 +9,9 @@ from timm.data import Mixup
 
 import datasets
 from config import parser as options
+from data_loading.erasing import Erased
 from data_loading.mixing import Mixing
 from data_loading.stages import ByEpoch, by_epoch
-from data_loading.transforms import Erased
 from errors import UserError
 
 WORDS = {

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.transforms.functional import pil_to_tensor, resized_crop, to_pil_image
 
+from data_loading.augment import Augmentation
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import decode, load_image
 from data_loading.loader import DeviceLoader
 from data_loading.samplers import TrainSampler
 from data_loading.transforms import (
-    RandomErasing,
     RandomResizedCrop,
     create_eval_transform,
     create_pretrain_transform,
@@ -182,7 +182,7 @@ def test_random_interpolation_takes_both():
 
 def test_small_images_are_shifted_over_black():
     """By up to 4 pixels each way, as the official code does at 32 pixels."""
-    transform = create_train_transform(32, mean_and_std()[0], hflip=0)
+    transform = create_train_transform(32, Augmentation(hflip=0))
     image, seen = torch.full((3, 32, 32), 255, dtype=torch.uint8), set()
     torch.manual_seed(0)
     for _ in range(200):
@@ -194,7 +194,7 @@ def test_small_images_are_shifted_over_black():
 def test_colors_of_timm_act_on_the_cropped_image():
     """They get a PIL image of the right size and colors, and their result is not turned."""
     transform = create_train_transform(
-        (48, 64), mean_and_std()[0], aa="rand-m9", hflip=0, scale=(0.5, 1.0)
+        (48, 64), Augmentation(aa="rand-m9", hflip=0, scale=(0.5, 1.0))
     )
     position = [hasattr(step, "ops") for step in transform.transforms].index(True)
     got = []
@@ -231,10 +231,10 @@ class Files(Dataset):
 TRANSFORMS = {
     "pre-training": create_pretrain_transform(40),
     "fine-tuning": create_train_transform(
-        40, mean_and_std()[0], aa="rand-m9-mstd0.5-inc1", interpolation="random",
-        erasing=RandomErasing(0.5, "pixel", 2),
+        40, Augmentation(aa="rand-m9-mstd0.5-inc1", train_interpolation="random", reprob=0.5,
+                         recount=2),
     ),
-    "small": create_train_transform(32, mean_and_std()[0], color_jitter=0.4),
+    "small": create_train_transform(32, Augmentation(color_jitter=0.4)),
 }  # fmt: skip
 
 

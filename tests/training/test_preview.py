@@ -92,7 +92,9 @@ def test_mixed_images_and_labels_are_those_of_the_run(monkeypatch):
 
 
 def test_labels_without_mixing_are_class_names():
-    args = views.parse_data(f"{COMMON} --aa none --model tests.tiny:classifier".split())
+    args = views.parse_data(
+        f"{COMMON} --script finetune --aa none --model tests.tiny:classifier".split()
+    )
     shown = preview.build_preview(args, 26, 1)
     assert [text for (text,) in shown.texts[:4]] == ["red", "green", "blue", "red"]
 

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import export
 from config import checks
 from config import parser as options
-from config.flags import GRAPHS, TARGETS
+from config.tool_flags import GRAPHS, TARGETS
 from data_loading.transforms import create_eval_transform, mean_and_std
 from errors import UserError
 from models import create_model
@@ -98,9 +98,9 @@ def main(*words: object) -> None:
 
 EXPORT_ALL = """
 import os, sys
-from config import flags, parser
+from config import parser, tool_flags
 import export
-for target in flags.TARGETS:
+for target in tool_flags.TARGETS:
     os.mkdir(target)
     os.chdir(target)
     print("=====", file=sys.stderr)
