@@ -29,6 +29,7 @@ per epoch.
 
   python visualize.py data --data_path photos --model convnextv2_tiny
   python visualize.py data --data_path photos --mixup 0.8 --cutmix 1
+  python visualize.py data --data_path photos --script finetune --aa 3a
   python visualize.py data --config runs/photos/args.yaml
 
 Takes all flags of main_pretrain.py or main_finetune.py, and their defaults:

@@ -19,6 +19,7 @@ from training import run_lock
 
 SIZES = "--input_size 16 --stem_stride 1 --batch_size 4 --num_workers 0 --device cpu --epochs 1 "
 SIZES += "--log_dir none --lr 0.01"
+CHANGED = "--ratio 0.5 2 --vflip 0.5 --rot90 0.75 --gaussian_blur_prob 0.5 --reprob 0.5"
 KINDS = {  # channels, type, values, flags
     "1 channel, 16 bits": (1, np.uint16, (0, 65_000), "--value_range 0 65535"),
     "1 channel, floats": (1, np.float32, (0, 1), ""),
@@ -62,14 +63,14 @@ def test_runs_train_evaluate_and_draw_any_image(kind, tmp_path, monkeypatch, cap
     run(
         main_pretrain,
         f"{SIZES} --model tests.tiny:fcmae --decoder_embed_dim 8 --data_path set {own} "
-        "--picture_freq 1 --output_dir pre",
+        f"--picture_freq 1 --output_dir pre {CHANGED}",
     )
     saved = torch.load("pre/checkpoint-0.pth", weights_only=True)["args"]
     assert (saved["in_chans"], tuple(saved["mean"])) == (channels, (0.4,))
     tune = f"{SIZES} --model tests.tiny:classifier --data_path set --val_split 0.3 --aa none"
     run(
         main_finetune,
-        f"{tune} --finetune pre --mixup 0.8 --cutmix 1 --reprob 0.5 --output_dir fine",
+        f"{tune} --finetune pre --mixup 0.8 --cutmix 1 {CHANGED} --output_dir fine",
     )
     assert "taken from pre" in capsys.readouterr().out
     stored = torch.load("fine/checkpoint-0.pth", weights_only=True)["args"]

@@ -398,6 +398,16 @@ def test_scale_acts_at_small_sizes_too():
         assert vars(crop).items() >= options.items()
 
 
+def test_pretraining_crops_small_images_too(tmp_path):
+    """The shift of the official code is that of its fine-tuning."""
+    make_folders(tmp_path, ["a"])
+    args = make_args(data_path=str(tmp_path), data_set="folder", input_size=32, aa=None, reprob=0)
+    assert args.scale == (0.08, 1.0)
+    transform = datasets.build_pretrain_dataset(args).transform
+    assert isinstance(transform.transforms[0], RandomResizedCrop)
+    assert [type(step).__name__ for step in transform.transforms[1:]] == ["RandomFlip"]
+
+
 @pytest.mark.parametrize(
     ("size", "crop_pct", "resized"),
     [

@@ -9,6 +9,7 @@ from config import augmentation
 from config import parser as options
 from config.augmentation import policy_problems
 from data_loading.augment import Augmentation
+from data_loading.rng import seed_cpu
 from data_loading.transforms import IMAGENET, PRETRAIN, build_augmentation, create_train_transform
 
 PARSERS = {"pretrain": options.pretrain_parser, "finetune": options.finetune_parser}
@@ -57,8 +58,13 @@ def test_policies_are_built_as_they_are_written(aa):
     assert list(policy_problems(aa)) == []
     for script in PARSERS:
         assert parse(script, f"--aa {aa}").aa == aa
-    image = torch.arange(3 * 20 * 24, dtype=torch.float).view(3, 20, 24).byte()
-    assert create_train_transform((20, 24), Augmentation(aa=aa))(image).shape == image.shape
+    for channels in (1, 3):
+        transform = create_train_transform((10, 12), Augmentation(aa=aa, fill=[0.4] * channels))
+        image = torch.arange(channels * 120, dtype=torch.float).view(channels, 10, 12).byte()
+        for seed in range(30):  # operations and their strength are drawn
+            seed_cpu(seed)
+            after = transform(image)
+            assert (after.shape, after.dtype) == (image.shape, torch.uint8)
 
 
 def test_sets_of_operations_are_those_of_timm():

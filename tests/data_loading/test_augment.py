@@ -293,6 +293,16 @@ def test_three_augment_is_solarize_gray_or_blur():
     assert tuple(jitter.brightness) == (0.7, 1.3)
 
 
+@pytest.mark.parametrize(("mode", "count"), [("bilinear", 1), ("bicubic", 1), ("random", 2)])
+def test_operations_of_a_policy_resample_as_the_crop_does(mode, count):
+    (_, policy, _) = only(aa="rand-m9", train_interpolation=mode)
+    for op in policy.ops:
+        found = op.kwargs["resample"]
+        found = found if isinstance(found, tuple) else (found,)
+        assert len(found) == count
+        assert mode in ("random", found[0].name.lower())
+
+
 @pytest.mark.parametrize("options", [{"aa": "ta_wide"}, {"color_jitter": 0.4}, {"aa": "3a"}])
 @pytest.mark.parametrize(("channels", "dtype"), [(3, torch.float), (4, torch.uint8)])
 def test_policies_name_the_images_that_they_are_for(options, channels, dtype):
