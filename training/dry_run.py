@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.sizes import last_stage
+from config.sizes import batch_sizes, last_stage
 from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
@@ -82,6 +82,7 @@ def check_run(run: PlannedRun) -> None:
     """
     get_logger().info("dry run: this takes about a minute and writes nothing to --output_dir")
     epoch = last_stage(run.args)  # its images are the largest
+    run.data_loader_train.set_epoch(epoch)  # and its batches may be smaller
     problems: list[str] = []  # those of data and of shared memory are the same on all ranks
     size = run.args.in_chans * math.prod(height_and_width(run.args.input_size))  # as uint8
     fits = check_shared_memory(problems, run, size)  # first: loaders fail if it is full
@@ -352,6 +353,7 @@ def check_memory(problems: list[str], probe: StepProbe) -> int:
     """Log the memory of a step and the largest batch; returns a size that fits, 0 for none."""
     args, size = probe.run.args, probe.run.args.batch_size
     images = probe.run.data_loader_train.loader.sampler.samples // get_world_size()
+    images = images * size // max(batch_sizes(args).values())  # an epoch fills its largest batch
     largest, how = 0, ""
     try:
         known = probe.device.type == "cuda" or (probe.device.type == "cpu" and MEMORY.exists())

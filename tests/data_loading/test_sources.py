@@ -521,6 +521,31 @@ def test_flags_of_columns_are_never_ignored(source, flag, said, script, photos, 
         build(args)
 
 
+CASES = ["Cat", "cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("holding", "named"),
+    [({"a.zip": CASES}, True), ({"a.csv": CASES}, True), ({"a.zip": CASES[1:]}, False),
+     ({"a.zip": CASES[1:], "b.csv": CASES[:1]}, True)],
+)  # fmt: skip
+def test_classes_that_differ_only_in_case_are_named(holding, named, tmp_path, caplog):
+    """Two spellings of one class in two sources were two classes, and nothing said so."""
+    (tmp_path / "1.png").write_bytes(png(1))
+    for name, classes in holding.items():
+        if name.endswith(".csv"):
+            rows = ["image,label", *(f"1.png,{each}" for each in classes)]
+            (tmp_path / name).write_text("\n".join(rows))
+        else:
+            with zipfile.ZipFile(tmp_path / name, "w") as file:
+                for each in classes:
+                    file.writestr(f"{each}/1.png", png(1))
+    words = ["--data_path", ",".join(str(tmp_path / name) for name in holding)]
+    data, count = datasets.build_dataset(True, options.parse(options.finetune_parser(), words))
+    assert count == len({*sum(holding.values(), [])})
+    assert ("train: names of classes differ only in case: Cat and cat; if " in caplog.text) is named
+
+
 def test_shares_of_sources_cannot_change_within_an_epoch():
     saved, now = ({"data_path": f"a:{share},b:0.5"} for share in (0.5, 0.7))
     assert len(compare_args(saved, now, "it.pth")) == 1
