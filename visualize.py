@@ -199,6 +199,7 @@ def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
         data_index=args.data_index,
         columns=datasets.build_columns(args),
         labeled=False,
+        skip_missing=args.on_bad_image == "skip",
     )
     data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
     datasets.check_columns(data, argparse.Namespace(given=typed, **typed))
@@ -209,8 +210,9 @@ def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedIma
     """Return the images of --images: image files, and all that --data_path takes."""
     image, split, root = map(typed.get, ("image_column", "split_column", "image_root"))
     columns, parts = Columns(image, split=split, root=root or ""), []
+    skips = args.on_bad_image == "skip"
     for path in args.images:
-        spec = DatasetSpec(path, columns=columns, labeled=False, shuffled=False)
+        spec = DatasetSpec(path, columns=columns, labeled=False, skip_missing=skips, shuffled=False)
         try:
             parts.append(open_images("auto", spec, args.split == "train"))
         except UnknownSource:  # an image file

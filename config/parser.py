@@ -257,7 +257,7 @@ def visualize_parser() -> argparse.ArgumentParser:
     add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
     names += "--input_size --mask_ratio --imagenet_default_mean_and_std --value_range "
-    names += "--image_column --image_root --split_column"
+    names += "--image_column --image_root --split_column --on_bad_image"
     add_flags(parser, "overrides of the run's flags", names)
     unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
     parser.set_defaults(**dict.fromkeys(unset))

@@ -81,8 +81,8 @@ def _refuse_outside(path: str, members: list[zipfile.ZipInfo]) -> None:
     outside = [name for name in names if name.startswith("/") or ".." in name.split("/")]
     if outside:
         raise UserError(
-            f"{path}: {plural(len(outside), 'name')} of it lead out of the folder it is unpacked "
-            f"in: {first_few(outside)}; pack it again with relative names"
+            f"{path}: {plural(len(outside), 'member')} would be outside of the folder that it is "
+            f"unpacked in: {first_few(outside)}; pack it again with relative names"
         )
 
 

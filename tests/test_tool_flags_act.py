@@ -239,6 +239,10 @@ VISUALIZE: dict[str, Row] = {
     "image_column": (f"{ROWS} --image_column other", files, [], ["photos/two.png"] * 2),
     "image_root": (f"{ROWS} --image_root more", files, [], ["more/one.png"] * 2),
     "split_column": (f"{ROWS} --split_column part", files, [], ["one.png"]),
+    "on_bad_image": (
+        "--on_bad_image skip", lambda found: found.drawing.loader.loader.dataset.on_bad,
+        "error", "replace",
+    ),
     "device": ("--device auto", lambda found: found.init_distributed_mode[0], ("cpu",), ("auto",)),
     "seed": ("--seed 1", lambda found: found.drawing.mask.tolist()),
 }  # fmt: skip

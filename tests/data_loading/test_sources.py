@@ -189,8 +189,8 @@ def test_member_that_was_replaced_counts_once(photos, tmp_path):
 
 
 BAD_MEMBERS = {
-    "outside": ("../a/1.png", "1 name of it lead out of the folder"),
-    "absolute": ("/a/1.png", "1 name of it lead out of the folder"),
+    "outside": ("../a/1.png", "1 member would be outside of the folder"),
+    "absolute": ("/a/1.png", "1 member would be outside of the folder"),
 }
 
 
