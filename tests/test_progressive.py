@@ -131,9 +131,7 @@ def test_network_of_the_users_own_is_tried_with_each_size(caplog):
     words = ["--data_set", "DIGITS", "--model", "tests.test_progressive:Picky", "--epochs", "3"]
     sizes = "16:0,24:1,32:2"
     args = options.parse(options.finetune_parser(), [*words, "--input_size", sizes])
-    with pytest.raises(
-        UserError, match=f"{sizes}: .* 24 x 24 pixels .cannot divide it"
-    ):
+    with pytest.raises(UserError, match=f"{sizes}: .* 24 x 24 pixels .cannot divide it"):
         log_cost(args, Picky(10))
     assert log_cost(args, tiny.Other(10)) == 314
     assert "0.000 GMACs per 16x16 image, 0.000 GMACs per 24x24 image, 0.0" in caplog.text
