@@ -32,6 +32,9 @@ def test_names_that_are_not_one_to_one_with_labels():
     synonyms = {"tench": 0, "Tinca": 0, "shark": 1}
     assert class_names(Named(class_to_idx=synonyms)) == ["tench", "shark"]
     assert class_names(Named(classes=("crane", "owl", "crane"))) == ["crane", "owl", "crane (2)"]
+    of_torchvision = {"classes": [("crane",), ("owl", "eule"), ("crane",)]}  # as its ImageNet has
+    of_torchvision["class_to_idx"] = {"crane": 2, "owl": 1, "eule": 1}
+    assert class_names(Named(**of_torchvision)) == ["crane", "owl", "crane (2)"]
     with pytest.raises(UserError, match="class_to_idx has the labels 1, 2; expected 0 to 1"):
         class_names(Named(class_to_idx={"cat": 1, "dog": 2}))
 
