@@ -249,7 +249,8 @@ def _tar(part: Part, shards: Sequence[str]) -> Source:
 
 
 def _open_tar(shards: Sequence[str], listing: Listing) -> TarFiles:
-    return TarFiles(shards, listing.names, dict(listing.arrays))
+    above = listing.metadata.get("above", "")
+    return TarFiles(shards, listing.names, dict(listing.arrays), above)
 
 
 def _pack(part: Part) -> Source:

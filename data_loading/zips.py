@@ -109,6 +109,7 @@ class ZipFiles(Files):
 
     def __init__(self, path: str, listing: Listing) -> None:
         self.path, self.names, self.places = path, listing.names, listing.arrays
+        self.above = listing.metadata.get("above", "")
         self.opened: tuple[int, int] | None = None  # process, file descriptor
 
     def _open(self) -> int:
@@ -141,4 +142,4 @@ class ZipFiles(Files):
 
     def locate(self, number: int) -> str:
         """Return `photos.zip/cat/1.jpg`."""
-        return f"{self.path}/{self.names[number]}"
+        return f"{self.path}/{self.above}{self.names[number]}"

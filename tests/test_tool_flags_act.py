@@ -269,8 +269,8 @@ def make_sources() -> dict[str, list[str]]:
     Path("c.csv").write_text("image,split\none.png,val\nphotos/two.png,train\n")
     shutil.copy("one.png", "scan")
     return {
-        "a.zip": ["a.zip/x/2.png"], "b.tar": ["b.tar/1.png", "b.tar/2.png"],
-        "c.csv": ["photos/two.png"], "scan": ["scan"], "a.zip --split val": ["a.zip/x/1.png"],
+        "a.zip": ["a.zip/train/x/2.png"], "b.tar": ["b.tar/1.png", "b.tar/2.png"],
+        "c.csv": ["photos/two.png"], "scan": ["scan"], "a.zip --split val": ["a.zip/val/x/1.png"],
         "c.csv one.png": ["photos/two.png", "one.png"],
     }  # fmt: skip
 

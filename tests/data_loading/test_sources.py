@@ -115,7 +115,7 @@ def test_pretraining_has_the_order_of_fine_tuning(photos, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation"), ("train", "test")])
-@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize("form", ["folder", "zip", "tar"])
 def test_parts_are_found_by_their_folders(names, form, photos, tmp_path):
     root = tmp_path / "both"
     for name in names:
@@ -125,10 +125,16 @@ def test_parts_are_found_by_their_folders(names, form, photos, tmp_path):
     path = root
     if form == "zip":
         path = pack_zip(tmp_path, tmp_path / "both.zip", [f"both/{n}" for n in names_of(root)])
+    if form == "tar":
+        path = tmp_path / "both.tar"
+        with tarfile.open(path, "w") as file:
+            file.add(root, "both")
     train, val = (open_images("auto", DatasetSpec(str(path)), part) for part in (True, False))
     assert (train.classes, val.classes) == (["ant"], ["bee"])
     assert train.own_split == val.own_split == f"folder {names[1]}/"
     assert list(train.names) == ["ant/1.png", "ant/2.png", "ant/deep/10.png"]
+    whole_name = "both/" * (form != "folder") + f"{names[0]}/ant/1.png"  # in messages
+    assert train.samples[0][0] == f"{path}/{whole_name}"
     whole = open_images("folder", DatasetSpec(str(path), labeled=False), True)
     assert len(whole) == 6
 
