@@ -36,6 +36,7 @@ from config.flags import (
     is_pretraining,
     needs_path,
 )
+from config.tasks import OF_TABLES, may_be_table
 from data_loading.files import Names
 from data_loading.folders import FolderFiles
 from data_loading.images import Images
@@ -188,6 +189,9 @@ def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
         raise UserError(  # a file must not choose where others are written
             f"{args.checkpoint} downloads {args.data_set}; give the folder with --data_path"
         )
+    for name in OF_TABLES:
+        if name in typed and not may_be_table(args.data_set):
+            raise UserError(f"--{name} is for tables, not for --data_set {args.data_set}; drop it")
     if args.data_index and args.data_set not in LISTED:
         raise UserError(f"--data_index needs image files, not --data_set {args.data_set}; drop it")
     if needs_path(args.data_set) and not args.data_path:

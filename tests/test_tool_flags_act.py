@@ -289,6 +289,8 @@ def test_all_that_data_path_takes_can_be_drawn(place, monkeypatch):
     }.items():
         with pytest.raises(UserError, match=problem):
             drawn(base + words, monkeypatch)
+    with pytest.raises(UserError, match="--image_root is for tables, not for --data_set tests"):
+        drawn(f"--checkpoint first.pth --image_root photos --device cpu {NAMES}", monkeypatch)
 
 
 def test_weights_of_others_with_a_decoder_are_drawn(tmp_path, monkeypatch, capsys):
