@@ -76,7 +76,7 @@ def test_data_must_fill_the_largest_batch():
     args = parse("finetune", "--input_size 8:0,32:3 --batch_size 8 --progressive_batch")
     with pytest.raises(
         UserError,
-        match="26 training images, but one global batch takes 128 .* pass --progressive_batch false",
+        match="26 training images, but one global batch takes 128 .* --progressive_batch false",
     ):
         datasets.build_loader(BUILD["finetune"](args), True, args, "cpu")
 
