@@ -269,6 +269,8 @@ class StepProbe:
         self.run, self.device = run, run.loop.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
         self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
+        if vars(run.args).get("progressive_batch"):
+            self.batch_multiple = 8  # as `size_problems` expects
         self.bad_steps = 0  # NaN, Inf or a spike; fp16 has some while it searches for its scale
         guard = AnomalyGuard(run.loop.stepper, max_bad_steps=NEVER)
         self.loop = replace(run.loop, guard=guard, checkpoints=CheckpointManager(None))
@@ -359,7 +361,8 @@ def check_memory(problems: list[str], probe: StepProbe) -> int:
         known = probe.device.type == "cuda" or (probe.device.type == "cpu" and MEMORY.exists())
         if known and not (args.compile or args.cuda_graphs):
             largest, how = estimate_largest(probe, size)
-            largest = min(*all_gather(largest), images)
+            unit = probe.batch_multiple
+            largest = min(*all_gather(largest), images) // unit * unit
             # Others would wait for one that ran out of memory; a CPU's system would kill it.
             if get_world_size() > 1 or probe.device.type == "cpu":
                 size = min(size, largest)
