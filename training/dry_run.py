@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.sizes import batch_sizes, last_stage
+from config.sizes import batch_multiple, batch_sizes, last_stage
 from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
@@ -134,7 +134,6 @@ def decode_some(
     loader: WatchedLoader, seed: int, seconds: float, epoch: int = 0
 ) -> Iterator[tuple[str, Any]]:
     """Yield names and samples of this rank's part of a loader's images, in an epoch's random order.
-
 
     It ends when the time is up. The images are read with the run's own workers and time limit:
     TrainingStopped names one that kills or blocks its reader.
@@ -268,9 +267,7 @@ class StepProbe:
         """samples: (image (C, H, W), label, index). Every rank must create a probe."""
         self.run, self.device = run, run.loop.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
-        self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
-        if vars(run.args).get("progressive_batch"):
-            self.batch_multiple = 8  # as `size_problems` expects
+        self.batch_multiple = batch_multiple(run.args, mixes=run.loop.mixup is not None)
         self.bad_steps = 0  # NaN, Inf or a spike; fp16 has some while it searches for its scale
         guard = AnomalyGuard(run.loop.stepper, max_bad_steps=NEVER)
         self.loop = replace(run.loop, guard=guard, checkpoints=CheckpointManager(None))
