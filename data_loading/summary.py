@@ -5,6 +5,7 @@
 python -c "from data_loading.summary import describe_outputs; print(describe_outputs(3, 'class'))"
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,13 +36,13 @@ def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
 
 
 def describe_similar_classes(names: Iterable[str]) -> str:
-    """Describe names that differ in upper and lower case alone; '' if none do."""
-    by_letters: dict[str, list[str]] = {}
+    """Describe names that differ only in case, or in the ` (2)` of `class_names`; '' if none do."""
+    alike: dict[str, list[str]] = {}
     for name in names:
-        by_letters.setdefault(name.casefold(), []).append(name)
-    found = [" and ".join(group) for group in by_letters.values() if len(group) > 1]
+        alike.setdefault(re.sub(r" \(\d+\)$", "", name).casefold(), []).append(name)
+    found = [" and ".join(group) for group in alike.values() if len(group) > 1]
     fix = "if they mean the same, give them one name"
-    return f"names of classes differ only in case: {first_few(found)}; {fix}" if found else ""
+    return f"classes with nearly the same name: {first_few(found)}; {fix}" if found else ""
 
 
 def describe_outputs(count: int, kind: str, some: str = "") -> str:

@@ -9,6 +9,7 @@ import pytest
 from timm.data import ImageNetInfo
 
 from data_loading.labels import Head, class_names, find_positions
+from data_loading.summary import describe_similar_classes
 from errors import UserError
 
 ABC = Head("it.pth", ["ant", "bee", "cat"], 3)
@@ -25,6 +26,14 @@ def test_class_names_are_in_the_order_of_labels():
     assert class_names(Named(class_to_idx={"dog": 1, "cat": 0})) == ["cat", "dog"]
     assert class_names(Named(classes=(7, 3))) == ["7", "3"]
     assert class_names(Named()) is None
+
+
+def test_classes_of_one_name_are_told():
+    """Two classes of one name in a data set of the user's own trained as two, without a word."""
+    names = class_names(Named(classes=("crane", "owl", "crane", "OWL", "crane", "eagle owl")))
+    found = "classes with nearly the same name: crane and crane (2) and crane (3), owl and OWL; if"
+    assert describe_similar_classes(names).startswith(found)
+    assert not describe_similar_classes(["crane", "owl", "owls", "1", "2"])
 
 
 def test_names_that_are_not_one_to_one_with_labels():

@@ -549,7 +549,8 @@ def test_classes_that_differ_only_in_case_are_named(holding, named, tmp_path, ca
     words = ["--data_path", ",".join(str(tmp_path / name) for name in holding)]
     data, count = datasets.build_dataset(True, options.parse(options.finetune_parser(), words))
     assert count == len({*sum(holding.values(), [])})
-    assert ("train: names of classes differ only in case: Cat and cat; if " in caplog.text) is named
+    said = "train: classes with nearly the same name: Cat and cat; if they mean the same, give "
+    assert (said in caplog.text) is named
 
 
 def test_shares_of_sources_cannot_change_within_an_epoch():
