@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     model_without_ddp = models.build_classifier(args, nb_classes).to(device)
-    n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
+    n_parameters = log_cost(args, model_without_ddp)
 
     # --- 4. weights -------------------------------------------------------------------------
     source = run.resume_point.source or args.finetune or args.model * args.pretrained

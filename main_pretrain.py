@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     # --- 3. model ---------------------------------------------------------------------------
     seed_all(args.seed)
     model_without_ddp = models.build_fcmae(args).to(device)
-    n_parameters = log_cost(args.model, model_without_ddp, args.in_chans, args.input_size)
+    n_parameters = log_cost(args, model_without_ddp)
     patches, visible = log_masks(args, model_without_ddp)  # of images of --input_size
 
     # --- 4. weights -------------------------------------------------------------------------

@@ -10,7 +10,7 @@ python visualize.py stats --data_path photos
 import argparse
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,13 @@ from config.flags import (
     is_pretraining,
     needs_path,
 )
+from config.tasks import OF_TABLES, may_be_table
 from data_loading.files import Names
-from data_loading.folders import FolderFiles, list_folder
+from data_loading.folders import FolderFiles
 from data_loading.images import Images
 from data_loading.index import Listing
-from data_loading.sources import DatasetSpec
+from data_loading.mixed import MixedImages
+from data_loading.sources import DatasetSpec, UnknownSource, open_images
 from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes, keep_samples
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
@@ -177,18 +179,23 @@ def find_flags(pretrained: Pretrained, given: Mapping[str, Any]) -> dict[str, An
     return flags
 
 
-def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
-    """Return the images of --images, or of the run's data set; typed: names of typed flags."""
+def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
+    """Return the images of --images, or of the run's data set; typed: flags that were typed."""
     if "images" in typed:
-        return image_files(args.images)
+        data = given_images(args, typed)
+        datasets.check_columns(data, argparse.Namespace(given=typed, **typed))
+        return data
     if downloads(args.data_set) and "data_path" not in typed:
         raise UserError(  # a file must not choose where others are written
             f"{args.checkpoint} downloads {args.data_set}; give the folder with --data_path"
         )
+    for name in OF_TABLES:
+        if name in typed and not may_be_table(args.data_set):
+            raise UserError(f"--{name} is for tables, not for --data_set {args.data_set}; drop it")
     if args.data_index and args.data_set not in LISTED:
         raise UserError(f"--data_index needs image files, not --data_set {args.data_set}; drop it")
     if needs_path(args.data_set) and not args.data_path:
-        raise UserError(f"{args.checkpoint} names no images; give --images with files or folders")
+        raise UserError(f"{args.checkpoint} names no images; give --images")
     spec = DatasetSpec(
         args.data_path,
         args.eval_data_path,
@@ -196,22 +203,28 @@ def find_data(args: argparse.Namespace, typed: Collection[str]) -> Any:
         data_index=args.data_index,
         columns=datasets.build_columns(args),
         labeled=False,
+        skip_missing=args.on_bad_image == "skip",
     )
-    return datasets.create_dataset(args.data_set, spec, train=args.split == "train")
+    data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
+    datasets.check_columns(data, argparse.Namespace(given=typed, **typed))
+    return data
 
 
-def image_files(paths: Iterable[str]) -> Images:
-    """Return image files, and all images below folders, as a data set."""
-    found: list[str] = []
-    for path in map(os.path.expanduser, paths):
-        if os.path.isdir(path):
-            found += (os.path.join(path, name) for name in list_folder(path, labeled=False).names)
-        elif os.path.exists(path):
-            found.append(path)
-        else:
-            raise UserError(f"--images {path}: no such file or folder")
-    names = Names.pack(map(os.fsencode, found))
-    return Images(partial(FolderFiles, ""), Listing(names, {}, {}), "--images")
+def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedImages:
+    """Return the images of --images: image files, and all that --data_path takes."""
+    image, split, root = map(typed.get, ("image_column", "split_column", "image_root"))
+    columns, parts = Columns(image, split=split, root=root or ""), []
+    skips = args.on_bad_image == "skip"
+    for path in args.images:
+        spec = DatasetSpec(path, columns=columns, labeled=False, skip_missing=skips, shuffled=False)
+        try:
+            parts.append(open_images("auto", spec, args.split == "train"))
+        except UnknownSource:  # an image file
+            names = Names.pack([os.fsencode(os.path.expanduser(path))])
+            parts.append(Images(partial(FolderFiles, ""), Listing(names, {}, {}), path))
+        except UserError as error:
+            raise UserError(str(error).replace("--data_path", "--images")) from error
+    return MixedImages(parts)
 
 
 VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}

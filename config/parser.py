@@ -256,7 +256,8 @@ def visualize_parser() -> argparse.ArgumentParser:
     parser = Parser("%(prog)s [reconstructions] --checkpoint PATH [FLAGS]", VISUALIZE_HELP)
     add_flags(parser, "drawing")
     names = "--model --data_set --data_path --eval_data_path --data_index --device --seed "
-    names += "--input_size --mask_ratio --imagenet_default_mean_and_std --value_range"
+    names += "--input_size --mask_ratio --imagenet_default_mean_and_std --value_range "
+    names += "--image_column --image_root --split_column --on_bad_image"
     add_flags(parser, "overrides of the run's flags", names)
     unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
     parser.set_defaults(**dict.fromkeys(unset))

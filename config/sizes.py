@@ -75,6 +75,13 @@ def batch_sizes(args: Any) -> dict[int, int]:
     return {epoch: args.batch_size * number // 4 for epoch, number in quarters.items()}
 
 
+def batch_multiple(args: Any, mixes: bool = False) -> int:
+    """Return the number of which --batch_size must be a multiple; mixes: mixup mixes pairs."""
+    if vars(args).get("progressive_batch"):
+        return 8  # so that quarters of it are whole and even
+    return 2 if mixes else 1
+
+
 def last_stage(args: Any) -> int:
     """Return the first epoch with images of the last size, which need the most memory and time."""
     return max(sizes_by_epoch(args))
@@ -132,7 +139,7 @@ def size_problems(args: argparse.Namespace) -> Iterator[str]:
     if last >= args.epochs:
         got = f"--input_size {text}: epoch {last} is not below --epochs {args.epochs}"
         yield f"{got}; raise --epochs, or drop that size"
-    if args.progressive_batch and args.batch_size % 8:
+    if args.progressive_batch and args.batch_size % batch_multiple(args):
         got = f"--progressive_batch true with --batch_size {args.batch_size}"
         yield f"{got}: expected a multiple of 8, so that larger batches are whole and even"
     if args.cuda_graphs:

@@ -94,7 +94,7 @@ PACK = (
 DRAWING = (
     ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
     ("--output", PATH, "reconstructions.png", "PNG file to write"),
-    ("--images", PATH, None, "image files and folders to draw; default: the run's data", "+"),
+    ("--images", PATH, None, "image files, or all that --data_path takes; default: the run's", "+"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
 )

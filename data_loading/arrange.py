@@ -190,7 +190,9 @@ def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray | None]:
             folders.cut = cut
             found, firsts = folders.runs()
     part.check(own_split)
-    listing = Listing(folders.rest(), {}, {"own_split": own_split})
+    rest, first = folders.rest(), folders.names[0]
+    above = first[: len(first) - len(rest[0])]  # the same of all images
+    listing = Listing(rest, {}, {"own_split": own_split, "above": above})
     if not part.spec.labeled:
         return listing, chosen
     if "" in found:

@@ -40,8 +40,9 @@ REMEDY = "remove it, and the next run lists the images again"
 class Listing:
     """Names of images, arrays with an entry for each image, and facts about all of them.
 
-    arrays: such as `targets`. metadata: plain values, such as `source` and `classes`. folder: of
-    the index, if the arrays are mapped from one.
+    arrays: such as `targets`. metadata: plain values, such as `source` and `classes`; `above`:
+    folders in an archive that names do not have. folder: of the index, if the arrays are mapped
+    from one.
     """
 
     names: Names

@@ -51,14 +51,12 @@ def class_names(dataset: Any) -> list[str] | None:
 
     A second class of the same name becomes `name (2)`; a class with several names has the first.
     """
-    labels = getattr(dataset, "class_to_idx", None)
-    if labels is None:
-        names = getattr(dataset, "classes", None)
-        labels = None if names is None else dict(enumerate(names))
-    else:
-        labels = {int(label): name for name, label in reversed(labels.items())}
-    if labels is None:
+    labels, listed = getattr(dataset, "class_to_idx", None), getattr(dataset, "classes", None)
+    if labels is None and listed is None:
         return None
+    labels = {int(label): name for name, label in reversed((labels or {}).items())}
+    if listed is not None and len(listed) > len(labels):  # also if two of them have one name
+        labels = {n: name[0] if isinstance(name, tuple) else name for n, name in enumerate(listed)}
     if sorted(labels) != [*range(len(labels))]:
         got = first_few(sorted(labels))
         raise UserError(f"class_to_idx has the labels {got}; expected 0 to {len(labels) - 1}")

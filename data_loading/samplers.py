@@ -141,7 +141,7 @@ def check_global_batch(sampler: TrainSampler, batch_size: int, grown: bool = Fal
     if images != sampler.length:
         got, more = f"--num_samples {images}", f"raise it to {needed}"
     fix = f"use --batch_size {fits} or less" if fits else f"use at most {plural(images, 'process')}"
-    fix = "drop --progressive_batch, which makes it that large" if grown else fix
+    fix = "pass --progressive_batch false, which keeps it smaller" if grown else fix
     raise UserError(
         f"{got}, but one global batch takes {needed} ({batch_size} x {ranks}); {fix}, or {more}"
     )

@@ -48,6 +48,10 @@ LOOKED_AT = 20  # folders in a folder
 KINDS = f"a folder, a table ({', '.join(TABLES)}), a zip or tar file, or Parquet or Arrow files"
 
 
+class UnknownSource(UserError):
+    """A path to a file that holds no images, as far as one can see."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Functions that list and read the images of a part.
@@ -127,7 +131,7 @@ def _find_part(layout: str, spec: DatasetSpec, train: bool, flag: str, path: str
 
 
 def find_source(part: Part) -> Source:
-    """Recognize what `part.path` is; UserError if it is nothing that holds images."""
+    """Recognize what `part.path` is; UnknownSource if it is nothing that holds images."""
     path, layout, is_folder = part.path, part.layout, os.path.isdir(part.path)
     if layout == "table" and is_folder:
         raise UserError(f"--data_path {path}: it is a folder, expected a table, a file of rows")
@@ -149,7 +153,9 @@ def find_source(part: Part) -> Source:
     flag = "data_path" if part.train or not part.spec.eval_data_path else "eval_data_path"
     if path.lower().endswith(".zip"):
         raise UserError(f"--{flag} {path}: it is no whole zip file; copy or download it again")
-    raise UserError(f"--{flag} {path}: expected {KINDS}; if it is a table, add --data_set table")
+    raise UnknownSource(
+        f"--{flag} {path}: expected {KINDS}; if it is a table, add --data_set table"
+    )
 
 
 def _identity(part: Part, kind: str, path: str) -> dict[str, Any]:
@@ -243,7 +249,8 @@ def _tar(part: Part, shards: Sequence[str]) -> Source:
 
 
 def _open_tar(shards: Sequence[str], listing: Listing) -> TarFiles:
-    return TarFiles(shards, listing.names, dict(listing.arrays))
+    above = listing.metadata.get("above", "")
+    return TarFiles(shards, listing.names, dict(listing.arrays), above)
 
 
 def _pack(part: Part) -> Source:

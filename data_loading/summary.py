@@ -5,6 +5,8 @@
 python -c "from data_loading.summary import describe_outputs; print(describe_outputs(3, 'class'))"
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from data_loading.labels import class_names
@@ -33,6 +35,16 @@ def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
     return ""
 
 
+def describe_similar_classes(names: Iterable[str]) -> str:
+    """Describe names that differ only in case, or in the ` (2)` of `class_names`; '' if none do."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r" \(\d+\)$", "", name).casefold(), []).append(name)
+    found = [" and ".join(group) for group in alike.values() if len(group) > 1]
+    fix = "if they mean the same, give them one name"
+    return f"classes with nearly the same name: {first_few(found)}; {fix}" if found else ""
+
+
 def describe_outputs(count: int, kind: str, some: str = "") -> str:
     """Return `of 3 classes`, `with any of 3 classes` or `with 3 numbers`; some: such as `2 of `."""
     return f"{IN_LOG[kind]} {some}{plural(count, NOUN[kind])}"
@@ -45,11 +57,11 @@ def log_dataset(
     nb_classes: int | None = None,
     kind: str = "class",
 ) -> None:
-    """Log images, classes and image size, and what is left out and why; warn of one class.
+    """Log images, classes and image size, and what is left out and why; warn of odd classes.
 
     used: sizes of images, `224 x 224 pixels`. nb_classes: None if labels are not used.
     """
-    name, classes = "train" if is_train else "val", ""
+    name, classes, names = "train" if is_train else "val", "", ()
     if nb_classes is not None:
         names = class_names(dataset) or ()
         some = f"{len(names)} of " * (0 < len(names) < nb_classes)
@@ -62,3 +74,5 @@ def log_dataset(
     get_logger().info(text, name, plural(len(dataset), "image"), classes, source, used, remarks)
     if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
         get_logger().warning("%s: %s", name, problem)
+    if is_train and kind != "number" and (similar := describe_similar_classes(names)):
+        get_logger().warning("%s: %s", name, similar)

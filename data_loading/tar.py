@@ -429,15 +429,18 @@ class TarFiles(Files):
     """Images in tar files.
 
     places: (N,) arrays: `shard`, the number of the file in `shards`; `block`, where the content
-    begins, in blocks of 512 bytes; `size` of the content in bytes.
+    begins, in blocks of 512 bytes; `size` of the content in bytes. above: folders in the archives
+    that `names` do not have.
     """
 
-    def __init__(self, shards: Sequence[str], names: Names, places: dict[str, np.ndarray]) -> None:
-        self.shards, self.names, self.places = list(shards), names, places
+    def __init__(
+        self, shards: Sequence[str], names: Names, places: dict[str, np.ndarray], above: str = ""
+    ) -> None:
+        self.shards, self.names, self.places, self.above = list(shards), names, places, above
         self.open = lru_cache(OPEN_SHARDS)(_Descriptor)
 
     def __reduce__(self) -> tuple:
-        return TarFiles, (self.shards, self.names, self.places)
+        return TarFiles, (self.shards, self.names, self.places, self.above)
 
     def read(self, number: int) -> bytes:
         """Return an image file; UserError if its shard has changed, OSError if the disk fails."""
@@ -465,4 +468,5 @@ class TarFiles(Files):
 
     def locate(self, number: int) -> str:
         """Return `shards/shard-0003.tar/cat/1.jpg`."""
-        return f"{self.shards[int(self.places['shard'][number])]}/{self.names[number]}"
+        shard = self.shards[int(self.places["shard"][number])]
+        return f"{shard}/{self.above}{self.names[number]}"

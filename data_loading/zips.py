@@ -81,8 +81,8 @@ def _refuse_outside(path: str, members: list[zipfile.ZipInfo]) -> None:
     outside = [name for name in names if name.startswith("/") or ".." in name.split("/")]
     if outside:
         raise UserError(
-            f"{path}: {plural(len(outside), 'name')} of it lead out of the folder it is unpacked "
-            f"in: {first_few(outside)}; pack it again with relative names"
+            f"{path}: {plural(len(outside), 'member')} would be outside of the folder that it is "
+            f"unpacked in: {first_few(outside)}; pack it again with relative names"
         )
 
 
@@ -109,6 +109,7 @@ class ZipFiles(Files):
 
     def __init__(self, path: str, listing: Listing) -> None:
         self.path, self.names, self.places = path, listing.names, listing.arrays
+        self.above = listing.metadata.get("above", "")
         self.opened: tuple[int, int] | None = None  # process, file descriptor
 
     def _open(self) -> int:
@@ -141,4 +142,4 @@ class ZipFiles(Files):
 
     def locate(self, number: int) -> str:
         """Return `photos.zip/cat/1.jpg`."""
-        return f"{self.path}/{self.names[number]}"
+        return f"{self.path}/{self.above}{self.names[number]}"

@@ -15,6 +15,7 @@ from tests.groups import results_of, run_ranks
 from tests.test_deterministic import differing
 from tests.test_end_to_end import FINETUNE, PRETRAIN, log, run
 from tests.test_flags_act import BASE, MAINS, build
+from training.costs import log_cost
 from training.resume import compare_args
 from training.setup import check_start
 
@@ -114,6 +115,26 @@ def test_network_of_one_size_is_refused_before_the_data_is_listed(name):
             continue
         with pytest.raises(UserError, match="takes no images of 16 x 16 pixels when it"):
             check_start(args, None)
+
+
+class Picky(tiny.Other):
+    """A network of the user's own, which fails at one size."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-1] == 24:
+            raise ValueError("cannot divide it\nby 16")
+        return super().forward(images)
+
+
+def test_network_of_the_users_own_is_tried_with_each_size(caplog):
+    """It ended after the epochs of smaller images."""
+    words = ["--data_set", "DIGITS", "--model", "tests.test_progressive:Picky", "--epochs", "3"]
+    sizes = "16:0,24:1,32:2"
+    args = options.parse(options.finetune_parser(), [*words, "--input_size", sizes])
+    with pytest.raises(UserError, match=f"{sizes}: .* 24 x 24 pixels .cannot divide it"):
+        log_cost(args, Picky(10))
+    assert log_cost(args, tiny.Other(10)) == 314
+    assert "0.000 GMACs per 16x16 image, 0.000 GMACs per 24x24 image, 0.0" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "convnextv2_atto", "torchvision:resnet18"])

@@ -6,7 +6,9 @@ import argparse
 import io
 import json
 import os
+import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,8 +65,11 @@ def place(tmp_path_factory) -> Path:
         torch.save({"model": model.state_dict(), "args": RUN}, folder / f"{name}.pth")
     (folder / "names.txt").write_text("x\ny\nz\n")
     (folder / "photos").mkdir()
-    for name in ("one.png", "photos/two.png"):
+    (folder / "more").mkdir()
+    for name in ("one.png", "photos/two.png", "more/one.png"):
         Image.new("RGB", (40, 30), "red").save(folder / name)
+    rows = ["image,other,part", "one.png,photos/two.png,val", "one.png,photos/two.png,train"]
+    (folder / "rows.csv").write_text("\n".join(rows))
     return folder
 
 
@@ -194,13 +199,17 @@ def data(found: SimpleNamespace) -> int:
     return len(found.ReconstructionImages[0][1])
 
 
+def files(found: SimpleNamespace) -> list[str]:
+    return [path for path, _ in getattr(found.ReconstructionImages[0][1], "samples", ())]
+
+
+ROWS = "--images rows.csv"  # without another flag: one.png, twice
 NAMES = "--model tests.tiny:fcmae --data_set tests.test_tool_flags_act:some"
 VISUALIZE: dict[str, Row] = {
     "checkpoint": ("--checkpoint second.pth", weight),
     "images": (
         "--images one.png photos one.png",
-        lambda found: [p for p, _ in getattr(found.ReconstructionImages[0][1], "samples", ())],
-        [], ["one.png", "photos/two.png", "one.png"],
+        files, [], ["one.png", "photos/two.png", "one.png"],
     ),
     "input_size": (
         "--input_size 16 24",
@@ -227,6 +236,13 @@ VISUALIZE: dict[str, Row] = {
     "eval_data_path": (
         "--eval_data_path e", lambda found: found.DatasetSpec[1].eval_data_path, None, "e",
     ),
+    "image_column": (f"{ROWS} --image_column other", files, [], ["photos/two.png"] * 2),
+    "image_root": (f"{ROWS} --image_root more", files, [], ["more/one.png"] * 2),
+    "split_column": (f"{ROWS} --split_column part", files, [], ["one.png"]),
+    "on_bad_image": (
+        "--on_bad_image skip", lambda found: found.drawing.loader.loader.dataset.on_bad,
+        "error", "replace",
+    ),
     "device": ("--device auto", lambda found: found.init_distributed_mode[0], ("cpu",), ("auto",)),
     "seed": ("--seed 1", lambda found: found.drawing.mask.tolist()),
 }  # fmt: skip
@@ -240,6 +256,41 @@ def test_flag_of_visualize_acts(flag, place, tmp_path, monkeypatch):
     seen = [look(drawn(f"{base} {more}", monkeypatch)) for more in ("", words)]
     assert seen == expected if expected else seen[0] != seen[1]
     assert Image.open(tmp_path / "a.png").width > 100
+
+
+def make_sources() -> dict[str, list[str]]:
+    """Write two images into each kind of source; returns the names in it, by its own."""
+    with zipfile.ZipFile("a.zip", "w") as file:
+        for name in ("val/x/1.png", "train/x/2.png"):
+            file.write("one.png", name)
+    with tarfile.open("b.tar", "w") as file:
+        for name in ("1.png", "2.png"):
+            file.add("one.png", name)
+    Path("c.csv").write_text("image,split\none.png,val\nphotos/two.png,train\n")
+    shutil.copy("one.png", "scan")
+    return {
+        "a.zip": ["a.zip/train/x/2.png"], "b.tar": ["b.tar/1.png", "b.tar/2.png"],
+        "c.csv": ["photos/two.png"], "scan": ["scan"], "a.zip --split val": ["a.zip/val/x/1.png"],
+        "c.csv one.png": ["photos/two.png", "one.png"],
+    }  # fmt: skip
+
+
+def test_all_that_data_path_takes_can_be_drawn(place, monkeypatch):
+    """Archives and tables were taken for image files, which could not be read."""
+    monkeypatch.chdir(place)
+    base = f"--checkpoint first.pth --output a.png --device cpu {NAMES} --images "
+    for words, names in make_sources().items():
+        assert files(drawn(base + words, monkeypatch)) == names
+    for words, problem in {
+        "photos --split val": "photos does not say which images are for evaluation",
+        "photos --image_column x": "--image_column: photos has no columns; drop it",
+        "c.csv --image_column x": "--image_column: unknown column of c.csv 'x'. Known: image, spl",
+        "rest.tar": "--images rest.tar: no such file or folder",
+    }.items():
+        with pytest.raises(UserError, match=problem):
+            drawn(base + words, monkeypatch)
+    with pytest.raises(UserError, match="--image_root is for tables, not for --data_set tests"):
+        drawn(f"--checkpoint first.pth --image_root photos --device cpu {NAMES}", monkeypatch)
 
 
 def test_weights_of_others_with_a_decoder_are_drawn(tmp_path, monkeypatch, capsys):

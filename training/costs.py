@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from config.sizes import sizes_by_epoch
-from errors import UserError
+from config.sizes import describe_size, sizes_by_epoch
+from errors import UserError, first_line
 from models.fcmae import visible_patches
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
@@ -123,14 +123,29 @@ class CostsHook(Hook):
             get_logger().info("%s", line)
 
 
-def log_cost(name: str, model: torch.nn.Module, in_chans: int, size: tuple[int, int]) -> int:
-    """Log the number of parameters and the GMACs per image; returns the number of parameters."""
+def log_cost(args: Any, model: torch.nn.Module) -> int:
+    """Log the number of parameters and the GMACs per image; returns the number of parameters.
+
+    UserError if the network takes images of the last size alone, so that this is found at once.
+    """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    macs, _ = measure(model, in_chans, size)["Global"]
     frozen = sum(p.numel() for p in model.parameters()) - parameters
     count = f"{(parameters + frozen) / 1e6:.2f}M parameters"
     count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""
-    get_logger().info("%s: %s, %.3f GMACs per %dx%d image", name, count, macs / 1e9, *size)
+    *earlier, last = sizes_by_epoch(args).values()
+    macs = {last: measure(model, args.in_chans, last)["Global"][0]}
+    for size in earlier:
+        try:
+            macs[size] = measure(model, args.in_chans, size)["Global"][0]
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--input_size {args.input_sizes}: --model {args.model} takes no images of "
+                f"{describe_size(size)} ({first_line(error)}); give one size, or another --model"
+            ) from error
+    costs = [f"{macs[h, w] / 1e9:.3f} GMACs per {h}x{w} image" for h, w in (*earlier, last)]
+    get_logger().info("%s: %s, %s", args.model, count, ", ".join(costs))
     return parameters
 
 

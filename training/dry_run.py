@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.sizes import last_stage
+from config.sizes import batch_multiple, batch_sizes, last_stage
 from data_loading.dataset import Replacement, TransformedDataset, collate
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in
@@ -83,6 +83,7 @@ def check_run(run: PlannedRun) -> None:
     """
     get_logger().info("dry run: this takes about a minute and writes nothing to --output_dir")
     epoch = last_stage(run.args)  # its images are the largest
+    run.data_loader_train.set_epoch(epoch)  # and its batches may be smaller
     problems: list[str] = []  # those of data and of shared memory are the same on all ranks
     size = run.args.in_chans * math.prod(height_and_width(run.args.input_size))  # as uint8
     fits = check_shared_memory(problems, run, size)  # first: loaders fail if it is full
@@ -267,7 +268,7 @@ class StepProbe:
         """samples: (image (C, H, W), label, index). Every rank must create a probe."""
         self.run, self.device = run, run.loop.stepper.device
         self.samples = collate(samples)[:3]  # images, labels, indices
-        self.batch_multiple = 2 if run.loop.mixup else 1  # mixup mixes pairs
+        self.batch_multiple = batch_multiple(run.args, mixes=run.loop.mixup is not None)
         self.bad_steps = 0  # NaN, Inf or a spike; fp16 has some while it searches for its scale
         guard = AnomalyGuard(run.loop.stepper, max_bad_steps=NEVER)
         self.loop = replace(run.loop, guard=guard, checkpoints=CheckpointManager(None))
@@ -317,9 +318,8 @@ def check_shared_memory(problems: list[str], run: PlannedRun, size: int) -> bool
     needed *= local_world_size(get_world_size())
     if not (needed and SHARED_MEMORY.is_dir()):  # other systems have another kind of it
         return True
-    total, _, free = shutil.disk_usage(SHARED_MEMORY)
-    ranks = all_gather((needed, free, total))  # perhaps of several machines
-    needed, free, total = max(ranks, key=lambda sizes: sizes[0] - sizes[1])
+    ranks = all_gather((needed, *shutil.disk_usage(SHARED_MEMORY)))  # perhaps of several machines
+    needed, total, _, free = max(ranks, key=lambda sizes: sizes[0] - sizes[3])
     has = f"{format_bytes(free)} of {format_bytes(total)} free"
     sizes = f"{format_bytes(needed)} for batches of loader processes, {has}"
     log_result(str(SHARED_MEMORY), sizes)
@@ -352,12 +352,14 @@ def check_memory(problems: list[str], probe: StepProbe) -> int:
     """Log the memory of a step and the largest batch; returns a size that fits, 0 for none."""
     args, size = probe.run.args, probe.run.args.batch_size
     images = probe.run.data_loader_train.loader.sampler.samples // get_world_size()
+    images = images * size // max(batch_sizes(args).values())  # an epoch fills its largest batch
     largest, how = 0, ""
     try:
         known = probe.device.type == "cuda" or (probe.device.type == "cpu" and MEMORY.exists())
         if known and not (args.compile or args.cuda_graphs):
             largest, how = estimate_largest(probe, size)
-            largest = min(*all_gather(largest), images)
+            unit = probe.batch_multiple
+            largest = min(*all_gather(largest), images) // unit * unit
             # Others would wait for one that ran out of memory; a CPU's system would kill it.
             if get_world_size() > 1 or probe.device.type == "cpu":
                 size = min(size, largest)

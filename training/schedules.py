@@ -179,7 +179,7 @@ class Curve:
         """Value at an optimizer step of `total`; by epoch that of the epoch's first step."""
         step = min(max(step, 0), total - 1)
         if self.by_epoch:
-            return self(math.floor(step * self.epochs / total) / self.epochs)
+            return self(math.floor(step * self.epochs / total + EPSILON) / self.epochs)
         return self(step / total)
 
     def _segment(self, call: Call, single: bool) -> Segment:

@@ -131,8 +131,12 @@ def _gradients(
 
 
 def _sizes(weight: Tensor, slots: Tensor | None) -> tuple[int, ...]:
-    """k, h and w, on which the speed depends too; h and w are 0 for a dense map."""
-    return weight.shape[-1], *((0, 0) if slots is None else map(autotune.round_up, slots.shape[1:]))
+    """k, h and w, on which the speed depends too; h and w are 0 for a dense map.
+
+    And under torch.compile, which would compile again for each h: its implementation is fixed.
+    """
+    known = slots is not None and not torch.compiler.is_compiling()
+    return weight.shape[-1], *(map(autotune.round_up, slots.shape[1:]) if known else (0, 0))
 
 
 def _to_dense(x: Tensor, ids: Tensor | None, slots: Tensor | None) -> Tensor:

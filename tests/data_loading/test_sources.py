@@ -115,7 +115,7 @@ def test_pretraining_has_the_order_of_fine_tuning(photos, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation"), ("train", "test")])
-@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize("form", ["folder", "zip", "tar"])
 def test_parts_are_found_by_their_folders(names, form, photos, tmp_path):
     root = tmp_path / "both"
     for name in names:
@@ -125,10 +125,16 @@ def test_parts_are_found_by_their_folders(names, form, photos, tmp_path):
     path = root
     if form == "zip":
         path = pack_zip(tmp_path, tmp_path / "both.zip", [f"both/{n}" for n in names_of(root)])
+    if form == "tar":
+        path = tmp_path / "both.tar"
+        with tarfile.open(path, "w") as file:
+            file.add(root, "both")
     train, val = (open_images("auto", DatasetSpec(str(path)), part) for part in (True, False))
     assert (train.classes, val.classes) == (["ant"], ["bee"])
     assert train.own_split == val.own_split == f"folder {names[1]}/"
     assert list(train.names) == ["ant/1.png", "ant/2.png", "ant/deep/10.png"]
+    whole_name = "both/" * (form != "folder") + f"{names[0]}/ant/1.png"  # in messages
+    assert train.samples[0][0] == f"{path}/{whole_name}"
     whole = open_images("folder", DatasetSpec(str(path), labeled=False), True)
     assert len(whole) == 6
 
@@ -189,8 +195,8 @@ def test_member_that_was_replaced_counts_once(photos, tmp_path):
 
 
 BAD_MEMBERS = {
-    "outside": ("../a/1.png", "1 name of it lead out of the folder"),
-    "absolute": ("/a/1.png", "1 name of it lead out of the folder"),
+    "outside": ("../a/1.png", "1 member would be outside of the folder"),
+    "absolute": ("/a/1.png", "1 member would be outside of the folder"),
 }
 
 
@@ -519,6 +525,32 @@ def test_flags_of_columns_are_never_ignored(source, flag, said, script, photos, 
     build = build if script == "finetune" else datasets.build_pretrain_dataset
     with pytest.raises(UserError, match=said if script == "finetune" else "drop it"):
         build(args)
+
+
+CASES = ["Cat", "cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("holding", "named"),
+    [({"a.zip": CASES}, True), ({"a.csv": CASES}, True), ({"a.zip": CASES[1:]}, False),
+     ({"a.zip": CASES[1:], "b.csv": CASES[:1]}, True)],
+)  # fmt: skip
+def test_classes_that_differ_only_in_case_are_named(holding, named, tmp_path, caplog):
+    """Two spellings of one class in two sources were two classes, and nothing said so."""
+    (tmp_path / "1.png").write_bytes(png(1))
+    for name, classes in holding.items():
+        if name.endswith(".csv"):
+            rows = ["image,label", *(f"1.png,{each}" for each in classes)]
+            (tmp_path / name).write_text("\n".join(rows))
+        else:
+            with zipfile.ZipFile(tmp_path / name, "w") as file:
+                for each in classes:
+                    file.writestr(f"{each}/1.png", png(1))
+    words = ["--data_path", ",".join(str(tmp_path / name) for name in holding)]
+    data, count = datasets.build_dataset(True, options.parse(options.finetune_parser(), words))
+    assert count == len({*sum(holding.values(), [])})
+    said = "train: classes with nearly the same name: Cat and cat; if they mean the same, give "
+    assert (said in caplog.text) is named
 
 
 def test_shares_of_sources_cannot_change_within_an_epoch():

@@ -75,7 +75,8 @@ def test_batches_have_the_size_of_their_epoch(kind, workers):
 def test_data_must_fill_the_largest_batch():
     args = parse("finetune", "--input_size 8:0,32:3 --batch_size 8 --progressive_batch")
     with pytest.raises(
-        UserError, match="26 training images, but one global batch takes 128 .* drop --prog"
+        UserError,
+        match="26 training images, but one global batch takes 128 .* --progressive_batch false",
     ):
         datasets.build_loader(BUILD["finetune"](args), True, args, "cpu")
 

@@ -93,6 +93,19 @@ def test_compiled_gradients_are_the_eager_ones(build, dtype):
 
 
 @pytest.mark.slow
+def test_images_that_grow_are_compiled_twice():
+    """Each size was compiled; after eight, torch ran the rest uncompiled."""
+    counter = CompileCounterWithBackend("eager")
+    model = FCMAE(ConvNeXtV2(*TOY), decoder_embed_dim=8)
+    model.compile(backend=counter)
+    for cells in (2, 3, 4, 5, 9):
+        mask = torch.ones(2, cells**2)
+        mask[:, :2] = 0
+        model(torch.randn(2, 3, 8 * cells, 8 * cells), mask, 2)[0].backward()
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [".dwconv.", ".pwconv2.bias"])
 def test_compiled_gradients_are_the_eager_ones_where_the_rest_is_frozen(trained):
     """Gradients that are not wanted are left out of the compiled backward pass too."""

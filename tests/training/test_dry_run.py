@@ -411,6 +411,15 @@ def test_five_crops_take_five_times_the_shared_memory_and_are_measured(said, mon
     assert {*batches} == {(10, (7, 3, 5 * 16, 16))}
 
 
+def test_grown_batches_are_of_small_images(said, monkeypatch):
+    """Shared memory was that of the largest batch with the largest images."""
+    monkeypatch.setattr(dry_run, "SECONDS", 0.01)
+    words = ["--input_size", "16:0,32:1", "--batch_size", 8, "--progressive_batch"]
+    assert dry("pretrain", *words, "--num_samples", 60, "--num_workers", 1) == 0
+    assert "/dev/shm     72.0 KiB for batches of loader" in said()  # 3 x 8 images of 3072 bytes
+    assert "the largest batch that fits is 8, " in said()  # 16 would be 64 images in epoch 1
+
+
 def test_every_problem_is_listed(planted, said, monkeypatch, tmp_path):
     Usage = namedtuple("Usage", "free")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: Usage(1000))

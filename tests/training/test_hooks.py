@@ -509,7 +509,8 @@ def test_tensorboard_continues_when_its_folder_is_back(tmp_path, log):
 
 def test_cost_of_atto_is_the_published_one(log):
     model = create_model("convnextv2_atto")
-    parameters = costs.log_cost("convnextv2_atto", model, 3, (224, 224))
+    args = SimpleNamespace(model="convnextv2_atto", in_chans=3, input_size=(224, 224))
+    parameters = costs.log_cost(args, model)
     assert parameters == 3_708_400  # as counted by timm and Hugging Face
     assert all(module.training for module in model.modules())
     assert log.messages == ["convnextv2_atto: 3.71M parameters, 0.547 GMACs per 224x224 image"]

@@ -209,6 +209,12 @@ def test_value_changes_at_the_start_of_an_epoch(text, changes):
     assert got == [1] * first + [0.1] * (second - first) + [0.01] * (30 - second)
 
 
+def test_epoch_begins_at_its_first_step_in_a_run_of_part_epochs():
+    """Rounding gave this step the value of the epoch before."""
+    got = values("linear(0, 1)[epoch]", 757, epochs=757 / 119)
+    assert [got.index(value) for value in sorted({*got})] == [*range(0, 757, 119)]
+
+
 def test_step_words_choose_how_often_a_value_changes():
     """ClassyVision's update_interval; by epoch, an epoch keeps the value of its first step."""
     assert values("linear(0, 1)[epoch]", 4, epochs=2) == [0, 0, 0.5, 0.5]
