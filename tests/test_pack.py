@@ -122,6 +122,42 @@ def test_parts_of_folders_are_kept(train, both, tmp_path):
     ]  # fmt: skip
 
 
+def write_files(form: str, folder: Path, photos: Path) -> None:
+    """Write train-0 and val-0 with labels: as tar files with class folders, and in other forms."""
+    folder.mkdir()
+    for part, names in (("train", ("ant", "ant-2")), ("val", ("ant",))):
+        files = [(name, photos / name / "2.jpg") for name in names]
+        if form == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            images = [{"bytes": file.read_bytes(), "path": f"{name}.jpg"} for name, file in files]
+            table = pyarrow.table({"image": images, "label": [name for name, _ in files]})
+            path = folder / f"{part}-0.parquet"
+            importlib.import_module("pyarrow.parquet").write_table(table, path)
+            continue
+        with tarfile.open(folder / f"{part}-0.tar", "w") as archive:
+            for number, (name, file) in enumerate(files):
+                stem = f"{name}/2" if form == "tar" else str(number)
+                archive.add(file, f"{stem}.jpg")
+                if form == "webdataset":
+                    label = tarfile.TarInfo(f"{stem}.json")
+                    text = json.dumps({"label": name}).encode()
+                    label.size = len(text)
+                    archive.addfile(label, io.BytesIO(text))
+
+
+@pytest.mark.parametrize("form", ["tar", "webdataset", "parquet"])
+def test_parts_that_file_names_give_are_kept(form, photos, tmp_path):
+    """The images of val-0 were left out, since the list of labels forgot the names of the files."""
+    source = tmp_path / "files"
+    write_files(form, source, photos)
+    packed(source, tmp_path / "out")
+    for train in (True, False):
+        ours, theirs = content(opened(tmp_path / "out", train)), content(opened(source, train))
+        assert ours == theirs
+        assert ours["split"]
+    assert len(ours["names"]) == 1
+
+
 def test_source_without_parts_is_split_as_before(photos, tmp_path):
     """--val_split and --label_fraction choose by the names of the images."""
     packed(photos, tmp_path / "out", "--shard_size", 7)
