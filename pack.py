@@ -127,12 +127,13 @@ def open_part(args: argparse.Namespace, name: str) -> Any:
     try:
         return create(labeled)
     except UserError as error:
-        hint = ""
+        text, hint = str(error).replace("--data_path ", "SOURCE "), ""
+        if not train and ("--eval_data_path" in text or "--val_split" in text):  # of other scripts
+            text = f"{text.partition('; ')[0]}; give what holds these images as SOURCE"
         if args.part == "all" and not train:
             hint = "; or pack the training images alone: --part train"
         elif labeled and can_open(create):
             hint = "; or pack the images without labels: --unlabeled"
-        text = str(error).replace("--data_path ", "SOURCE ")
         raise UserError(f"{text}{hint}") from error
 
 
@@ -165,6 +166,11 @@ def make_plan(parts: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
     return json.loads(json.dumps(plan))
 
 
+def as_flag(value: Any) -> str:
+    """Return the value of a flag as it is typed, `none` for one that is not given."""
+    return "none" if value is None else as_typed(value)
+
+
 def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
     """Return True if DEST is a finished pack; UserError if it is one of something else."""
     if not packs.is_pack(str(dest)):
@@ -175,15 +181,17 @@ def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dest / packs.NAME} is damaged ({error}); {packs.REMEDY}") from error
     different = [n for n in plan if n != "parts" and plan[n] != old.get(n)]
+    if old.get("on_bad_image") == "error":  # none was left out, so `skip` may continue it
+        different = [n for n in different if n != "on_bad_image"]
     if different:
-        found = [f"--{n} {as_typed(old.get(n))}, now {as_typed(plan[n])}" for n in different]
+        found = [f"--{n} {as_flag(old.get(n))} (now {as_flag(plan[n])})" for n in different]
         raise UserError(
-            f"{dest} was begun with {first_few(found)}; give the same flags, or another DEST"
+            f"{dest} was begun with other flags: {first_few(found)}; give the same, or another DEST"
         )
     if plan["parts"] != old["parts"]:
         raise UserError(
-            f"{dest} is a pack of other images or labels than {describe(plan['parts'])}; give "
-            "another DEST, or delete it"
+            f"{dest} was begun with other images, names or labels than the source has now "
+            f"({describe(plan['parts'])}); give another DEST, or delete it"
         )
     return finished
 
@@ -304,10 +312,10 @@ class PartJob:
 
     def finish(self) -> dict[str, Any]:
         """Write the list of the images; returns what pack.json says of the part."""
+        if not self.writer.records:
+            raise UserError(f"{self.part}: no image can be used; see {BAD}, and correct the data")
         places = self.writer.places()
         written = places.pop("image")
-        if not len(written):
-            raise UserError(f"{self.part}: no image can be used; see {BAD}, and correct the data")
         place = np.full(len(self.data), -1, np.int64)
         place[written] = np.arange(len(written))
         place = place[self.first]  # rows of a table with the same image share it
@@ -400,8 +408,10 @@ def pack_all(
         acquire_run_lock("")  # releases it
     shards = [shard for part in about.values() for shard in part["shards"]]
     size = format_bytes(sum(shard["bytes"] for shard in shards))
-    text = "%s: %s in %s, %s; use it as --data_path %s"
-    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, dest)
+    is_drawn = any(getattr(job.data, "shares", None) for job in jobs.values())
+    flags = f"--data_path {dest}{' --sampling weighted' * is_drawn}"  # by the shares of sources
+    text = "%s: %s in %s, %s; use it as %s"
+    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, flags)
 
 
 def describe(parts: Mapping[str, Any]) -> str:

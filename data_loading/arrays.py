@@ -62,7 +62,7 @@ class Encoded:
 
 def load_file(data: bytes) -> Image.Image | Tensor | Encoded:
     """Decode an image file for `to_pixels`, or leave that to it; raises as `load_image`."""
-    is_open = data.startswith((NPY, *tiff.MAGIC)) or _loses_bits(data)
+    is_open = data.startswith((NPY, *tiff.MAGIC)) or loses_bits(data)
     return Encoded(data) if is_open else load_image(data)
 
 
@@ -167,7 +167,7 @@ def _read_tiff(data: bytes, is_plain: bool) -> Image.Image | tiff.Raster:
     return tiff.read_tiff(data) if has_unknown_range(image) else image
 
 
-def _loses_bits(data: bytes) -> bool:
+def loses_bits(data: bytes) -> bool:
     """Return True for color images of 16 bits of which Pillow keeps 8: PNG and PPM."""
     if data.startswith(PNG):
         return data[24:25] == b"\x10" and data[25:26] != b"\0"

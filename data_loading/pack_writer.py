@@ -50,7 +50,7 @@ def member_names(names: Sequence[bytes], by_stem: bool, dots: bool = True) -> li
     outside = [os.fsdecode(name) for name in names if b".." in name.split(b"/")]
     if outside:
         raise UserError(
-            f"{plural(len(outside), 'name')} of {len(names)} lead out of the folder of the images: "
+            f"{len(outside)} of {plural(len(names), 'path')} lead out of the folder of the images: "
             f"{first_few(outside)}; write the paths relative to a folder that holds all images, "
             "and give it by --image_root"
         )

@@ -25,7 +25,7 @@ import pack
 from config import parser as options
 from config import tool_flags
 from data_loading import packs
-from data_loading.encode import Encoding
+from data_loading.encode import EncodedImages, Encoding
 from data_loading.images import Images
 from data_loading.pack_writer import PartWriter, member_names
 from data_loading.sources import DatasetSpec, open_images
@@ -224,12 +224,14 @@ def test_rows_with_the_same_image_share_it(photos, tmp_path):
         assert len(file.getnames()) == len(set(file.getnames())) == len(opened(path)) - 2
 
 
-def test_zip_and_mixed_sources(photos, tmp_path):
+def test_zip_and_mixed_sources(photos, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for name in ("ant/2.jpg", "ant-2/2.jpg"):
             file.write(photos / name, name)
     source = f"{tmp_path / 'a.zip'}:0.7,{photos}:0.3"
     packed(source, tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert f"use it as --data_path {tmp_path / 'out'} --sampling weighted" in shown
     ours, theirs = content(opened(tmp_path / "out")), content(opened(source))
     assert ours == theirs
     assert ours["weights"][0] == pytest.approx(0.35)
@@ -411,6 +413,24 @@ def test_deep_pixels_are_never_stored_in_8_bits(tmp_path):
     assert opened(tmp_path / "out", labeled=False).read(0) == path.read_bytes()
     with pytest.raises(UserError, match=r"1.png: its pixels have more than 8 bits \(mode I;16\)"):
         packed(tmp_path / "a", tmp_path / "small", "--unlabeled", "--size", 10)
+    with pytest.raises(UserError, match="image number 0: .* without a file are stored as PNG of 8"):
+        raise EncodedImages([(Image.open(path), 0)], Encoding())[0, 0]
+
+
+@pytest.mark.parametrize("form", ["ppm", "tiff"])
+def test_color_of_16_bits_is_never_cut_to_8(form, tmp_path):
+    """Pillow decodes its upper 8 bits, and says nothing of it."""
+    deep = np.random.default_rng(0).integers(0, 2**16, (20, 20, 3), dtype=np.uint16)
+    path = tmp_path / "a" / f"1.{form}"
+    path.parent.mkdir()
+    if form == "tiff":
+        pytest.importorskip("tifffile").imwrite(path, deep, photometric="rgb")
+    else:
+        path.write_bytes(b"P6 20 20 65535\n" + deep.astype(">u2").tobytes())
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--size", 20)  # not smaller
+    assert opened(tmp_path / "out", labeled=False).read(0) == path.read_bytes()
+    with pytest.raises(UserError, match="more than 8 bits: --size resizes 8-bit gray and RGB"):
+        packed(tmp_path / "a", tmp_path / "small", "--unlabeled", "--size", 10)
 
 
 def test_turned_photos_are_upright_once(tmp_path):
@@ -532,8 +552,16 @@ def test_shard_that_was_cut_short_is_refused_before_training(photos, tmp_path):
     text = "1 shard of 3 missing or not of the size in pack.json: images-000001.tar; copy the pack"
     with pytest.raises(UserError, match=text):
         opened(tmp_path / "out")
+    with pytest.raises(UserError, match=r"1 fault in .*000001.tar: \d+ bytes, expected \d+ bytes"):
+        packed(tmp_path / "out", "--verify")
     path.unlink()
     with pytest.raises(UserError, match=text):
+        opened(tmp_path / "out")
+    other = tmp_path / "out" / "images-000000.tar"  # another fault is named too
+    data = bytearray(other.read_bytes())
+    data[600] ^= 1
+    other.write_bytes(data)
+    with pytest.raises(UserError, match=r"2 faults in .*CRC-32 differs, .*000001.tar: missing"):
         packed(tmp_path / "out", "--verify")
 
 
@@ -570,10 +598,43 @@ def test_bad_image_stops_the_pack(photos, tmp_path):
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+def test_skip_continues_a_pack_that_a_bad_image_stopped(photos, tmp_path, monkeypatch):
+    """The message of the error says to give --on_bad_image skip, after hours of packing."""
+    (photos / "bee.1" / "10.png").write_bytes(b"<html>")
+    monkeypatch.setattr(pack, "SAMPLES", 1)  # or the estimate would find it
+    words = (photos, tmp_path / "out", "--shard_size", 3)
+    with pytest.raises(UserError, match="or skip such images: --on_bad_image skip"):
+        packed(*words)
+    first = tmp_path / "out" / "images-000000.tar"
+    before = first.stat().st_mtime_ns
+    packed(*words, "--on_bad_image", "skip")
+    assert len(opened(tmp_path / "out")) == 11
+    assert first.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"--on_bad_image skip \(now error\)"):
+        packed(*words)
+
+
+def test_source_of_bad_images_alone_is_an_error(tmp_path):
+    for number in range(2):
+        (tmp_path / "a" / f"{number}.jpg").parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{number}.jpg").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="no image can be used; see bad_images.txt"):
+        packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--on_bad_image", "skip")
+    assert len((tmp_path / "out" / "bad_images.txt").read_text().splitlines()) == 2
+
+
+def test_errors_name_no_flag_of_other_scripts(photos, both, tmp_path):
+    """--val_split is none of pack.py."""
+    with pytest.raises(UserError, match="no column of splits; give what holds these .*SOURCE$"):
+        packed(photos, tmp_path / "out", "--part", "val")
+    with pytest.raises(UserError, match="as SOURCE; or pack the training images alone: --part tr"):
+        packed(f"{both},{photos}", tmp_path / "out")
+
+
 def test_names_that_lead_outside_are_refused(photos, tmp_path):
     (tmp_path / "rows.csv").write_text("image,label\nphotos/ant/2.jpg,0\n../x.jpg,1\n")
     draw(tmp_path.parent / "x.jpg", 0)
-    with pytest.raises(UserError, match="1 name of 2 lead out of the folder.*: ../x.jpg; write"):
+    with pytest.raises(UserError, match="1 of 2 paths lead out of the folder.*: ../x.jpg; write"):
         packed(tmp_path / "rows.csv", tmp_path / "out")
 
 
@@ -626,14 +687,14 @@ def test_place_of_another_pack_py_is_refused(photos, tmp_path, monkeypatch):
 
 def test_other_flags_or_images_are_refused(photos, tmp_path):
     packed(photos, tmp_path / "out", "--size", 12)
-    with pytest.raises(UserError, match="was begun with --size 12, now 10, --quality 90, now 5"):
+    with pytest.raises(UserError, match=r"flags: --size 12 \(now 10\), --quality 90 \(now 5\)"):
         packed(photos, tmp_path / "out", "--size", 10, "--quality", 5)
-    with pytest.raises(UserError, match="begun with --shard_size 1000MB, now 5; give the same"):
+    with pytest.raises(UserError, match=r"flags: --shard_size 1000MB \(now 5\); give the same"):
         packed(photos, tmp_path / "out", "--size", 12, "--shard_size", 5)
     draw(photos / "ant" / "77.png", 1)
-    with pytest.raises(UserError, match="was begun with --size 12, now 10; give the same flags"):
+    with pytest.raises(UserError, match=r"begun with other flags: --size 12 \(now 10\); give"):
         packed(photos, tmp_path / "out", "--size", 10)
-    with pytest.raises(UserError, match="a pack of other images or labels than images: 13 images"):
+    with pytest.raises(UserError, match=r"than the source has now \(images: 13 images\); give"):
         packed(photos, tmp_path / "out", "--size", 12)
 
 

@@ -402,7 +402,7 @@ def test_pack_keeps_them_as_they_are_and_resizes_none(tmp_path):
     packed = EncodedImages(data, Encoding())
     assert [packed[0, index][0].content for index in range(2)] == [*files.values()]
     problem = EncodedImages(data, Encoding(8))[0, 0]
-    assert "expected a PIL image or a (C, H, W) tensor" in str(problem)
+    assert "a uint16 array of shape (12, 20, 30): --size resizes 8-bit gray" in str(problem)
     (tmp_path / "set/a/1.npy").write_bytes(files["a/1.npy"][:-1])
     assert isinstance(packed[0, 0], BadImage)
 
