@@ -47,9 +47,8 @@ from data_loading.split import list_values
 from data_loading.tar_headers import BLOCK
 from data_loading.targets import check_label, check_row
 from data_loading.workers import WatchedLoader
-from errors import UserError, first_few, plural
+from errors import UserError, first_few, format_bytes, plural
 from parallel.process_group import get_logger, get_world_size, init_distributed_mode, launch
-from training.dry_run import format_bytes
 from training.run_lock import NAME as LOCK
 from training.run_lock import acquire_run_lock
 from utils import write_atomically
