@@ -322,6 +322,8 @@ class PartJob:
         arrays = {name: array[place[kept]] for name, array in places.items()}
         arrays |= {name: array[kept] for name, array in self._values(kept).items()}
         metadata = {"classes": self.classes if self.kind else None, "kind": self.kind}
+        if shares := getattr(self.data, "shares", None):
+            metadata["shares"] = shares
         names = self.names if len(kept) == len(self.names) else self.names.take(kept)
         return self.writer.finish_part(names, arrays, metadata)
 
@@ -407,10 +409,8 @@ def pack_all(
         acquire_run_lock("")  # releases it
     shards = [shard for part in about.values() for shard in part["shards"]]
     size = format_bytes(sum(shard["bytes"] for shard in shards))
-    is_drawn = any(getattr(job.data, "shares", None) for job in jobs.values())
-    flags = f"--data_path {dest}{' --sampling weighted' * is_drawn}"  # by the shares of sources
-    text = "%s: %s in %s, %s; use it as %s"
-    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, flags)
+    text = "%s: %s in %s, %s; use it as --data_path %s"
+    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, dest)
 
 
 def describe(parts: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ import pack
 from config import parser as options
 from config import tool_flags
 from data_loading import packs
+from data_loading.dataset import TransformedDataset
 from data_loading.encode import EncodedImages, Encoding
 from data_loading.images import Images
 from data_loading.pack_writer import PartWriter, member_names
@@ -224,17 +225,22 @@ def test_rows_with_the_same_image_share_it(photos, tmp_path):
         assert len(file.getnames()) == len(set(file.getnames())) == len(opened(path)) - 2
 
 
-def test_zip_and_mixed_sources(photos, tmp_path, capsys):
+def test_zip_and_mixed_sources(photos, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for name in ("ant/2.jpg", "ant-2/2.jpg"):
             file.write(photos / name, name)
     source = f"{tmp_path / 'a.zip'}:0.7,{photos}:0.3"
     packed(source, tmp_path / "out")
-    shown = capsys.readouterr().out
-    assert f"use it as --data_path {tmp_path / 'out'} --sampling weighted" in shown
     ours, theirs = content(opened(tmp_path / "out")), content(opened(source))
     assert ours == theirs
     assert ours["weights"][0] == pytest.approx(0.35)
+    packed(tmp_path / "out", tmp_path / "again")
+    for pack_of_it in ("out", "again"):  # drawn by the shares, as the sources are
+        weights = [
+            build_weights(TransformedDataset(opened(path), torch.clone, 0), "shuffle")
+            for path in (tmp_path / pack_of_it, source)
+        ]
+        assert torch.equal(*weights)
     with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
         assert {"ant/2.jpg", "ant/2-2.jpg"} < set(file.getnames())
 
