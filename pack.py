@@ -65,9 +65,18 @@ def main(args: argparse.Namespace) -> None:
     init_distributed_mode("cpu")
     if get_world_size() > 1:
         raise UserError("pack.py is one program; start it without torchrun, with --num_workers")
-    if args.dest is None:
-        return verify(os.path.expanduser(args.source), args.num_workers)
-    dest = Path(args.dest).expanduser()
+    try:
+        if args.dest is None:
+            verify(os.path.expanduser(args.source), args.num_workers)
+        else:
+            pack(args, Path(args.dest).expanduser())
+    except KeyboardInterrupt:
+        get_logger().warning("interrupted; finished shards are kept, the same command continues")
+        sys.exit(130)
+
+
+def pack(args: argparse.Namespace, dest: Path) -> None:
+    """Pack SOURCE into DEST unless that is done, and verify it if asked."""
     check_place(args, dest)
     parts = open_parts(args)
     plan = make_plan(parts, args)
@@ -77,7 +86,6 @@ def main(args: argparse.Namespace) -> None:
         pack_all(dest, parts, plan, args)
     if args.verify:
         verify(str(dest), args.num_workers)
-    return None
 
 
 # --- what to pack ---------------------------------------------------------------------------------
@@ -391,6 +399,7 @@ def pack_all(
         for job in jobs.values():
             job.pack(args.num_workers)
         bad = [line for job in jobs.values() for line in as_lines(job.named_bad())]
+        (dest / BAD).unlink(missing_ok=True)  # of an attempt before the data was corrected
         if bad:
             write_atomically("".join(bad).encode(*TEXT), dest / BAD)
             get_logger().warning("%s left out, see %s", plural(len(bad), "image"), dest / BAD)
@@ -402,9 +411,6 @@ def pack_all(
             f"{dest}: cannot write ({error.strerror or error}); free some space or make it "
             "writable, then start again: finished shards are kept"
         ) from error
-    except KeyboardInterrupt:
-        get_logger().warning("interrupted; the same command continues after the last shard")
-        sys.exit(130)
     finally:
         acquire_run_lock("")  # releases it
     shards = [shard for part in about.values() for shard in part["shards"]]

@@ -626,7 +626,12 @@ def test_source_of_bad_images_alone_is_an_error(tmp_path):
         (tmp_path / "a" / f"{number}.jpg").write_bytes(b"<html>")
     with pytest.raises(UserError, match="no image can be used; see bad_images.txt"):
         packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--on_bad_image", "skip")
-    assert len((tmp_path / "out" / "bad_images.txt").read_text().splitlines()) == 2
+    bad = tmp_path / "out" / "bad_images.txt"
+    assert len(bad.read_text().splitlines()) == 2
+    for number in range(2):
+        draw(tmp_path / "a" / f"{number}.jpg", number)
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--on_bad_image", "skip")
+    assert not bad.exists()
 
 
 def test_errors_name_no_flag_of_other_scripts(photos, both, tmp_path):
