@@ -416,7 +416,8 @@ def pack_all(
     shards = [shard for part in about.values() for shard in part["shards"]]
     size = format_bytes(sum(shard["bytes"] for shard in shards))
     text = "%s: %s in %s, %s; use it as --data_path %s"
-    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, dest)
+    flag = as_typed(str(dest))
+    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, flag)
 
 
 def describe(parts: Mapping[str, Any]) -> str:
