@@ -219,10 +219,11 @@ class PartJob:
             self.kind = self.kind or known_kind(vars(args)) or "class"
         self.classes = class_names(data)
         self.first = first_of_each(data)
-        self.numbers = np.flatnonzero(self.first == np.arange(len(data)))  # to write
+        order = reading_order(data)
+        self.numbers = order[self.first[order] == order]  # to write; the writer counts in these
         names = data.encoded_names() if self.is_listed else [b"%08d" % n for n in range(len(data))]
         self.names = Names.pack(names)
-        own = names if len(self.numbers) == len(names) else [names[n] for n in self.numbers]
+        own = [names[n] for n in self.numbers]
         self.has_files = args.label_files
         by_stem = args.size is not None or args.label_files
         self.members = member_names(own, by_stem, dots=not args.label_files)
@@ -231,7 +232,7 @@ class PartJob:
     @property
     def rest(self) -> np.ndarray:
         """Numbers of the images that are in no finished shard."""
-        return self.numbers[np.searchsorted(self.numbers, self.writer.next) :]
+        return self.numbers[self.writer.next :]
 
     def estimate(self) -> int:
         """Return the bytes that the rest takes, estimated by some images spread over it."""
@@ -268,17 +269,17 @@ class PartJob:
                 if self._add(done + place, number, item):
                     self._log(done + place, place / (time.monotonic() - began))
                 shown.update()
-        self.writer.finish(len(self.data))
+        self.writer.finish(len(self.numbers))
 
     def _add(self, place: int, number: int, item: Any) -> bool:
         if is_bad(item):
-            self.writer.skip(number, item.bad[0][1])
+            self.writer.skip(place, item.bad[0][1])
             return False
         image = self._read(item)
         if not self.is_listed:
             image = image._replace(label=self._plain(image.label, number))
         label = self._label_file(number, image.label) if self.has_files else ""
-        return self.writer.add(number, self.members[place], image, label)
+        return self.writer.add(place, self.members[place], image, label)
 
     def _label_file(self, number: int, label: Any) -> str:
         """Return the label of an image as JSON: its class, its classes, or its numbers by name."""
@@ -314,7 +315,7 @@ class PartJob:
 
     def named_bad(self) -> dict[str, str]:
         """Return the reasons of bad images by name."""
-        found = self.writer.all_bad().items()
+        found = sorted((int(self.numbers[n]), why) for n, why in self.writer.all_bad().items())
         return {self.images.name_of(n).removeprefix("image "): why for n, why in found}
 
     def finish(self) -> dict[str, Any]:
@@ -322,7 +323,7 @@ class PartJob:
         if not self.writer.records:
             raise UserError(f"{self.part}: no image can be used; see {BAD}, and correct the data")
         places = self.writer.places()
-        written = places.pop("image")
+        written = self.numbers[places.pop("image")]
         place = np.full(len(self.data), -1, np.int64)
         place[written] = np.arange(len(written))
         place = place[self.first]  # rows of a table with the same image share it
@@ -368,6 +369,18 @@ def is_bad(item: Any) -> bool:
 def build_encoding(args: argparse.Namespace) -> Encoding:
     """Return the encoding that the flags ask for."""
     return Encoding(args.size, args.format or "jpeg", args.quality or 90)
+
+
+def reading_order(data: Any) -> np.ndarray:
+    """Return the numbers of the images, (N,), in the order in which they are read fast."""
+    if not isinstance(data, Listed):
+        return np.arange(len(data))
+    orders, start = [], 0
+    for images in getattr(data, "parts", [data]):
+        order = images.files.order()
+        orders.append(start + (np.arange(len(images)) if order is None else order))
+        start += len(images)
+    return np.concatenate(orders)
 
 
 def first_of_each(data: Any) -> np.ndarray:

@@ -110,6 +110,7 @@ class ShardWriter:
 class PartWriter:
     """The shards of a part of a pack.
 
+    Images are numbered in the order in which they are written.
     folder: of the pack. limit: of (images, bytes) in a shard, None for no limit. A shard that is
     finished has a record in the folder `.packing`, with the numbers of its images, where they are,
     their CRC-32, labels that were read with them, and bad images, number -> reason.

@@ -137,10 +137,12 @@ class _Copy:
     """A shared memory file with some images of `files`; made by one process of a machine."""
 
     def __init__(self, files: Files, numbers: np.ndarray) -> None:
-        self.files, self.numbers, self.path = files, numbers, ""
+        self.files, self.numbers, self.path, self.threads = files, numbers, "", THREADS
+        if (order := files.order()) is not None:
+            self.numbers, self.threads = order[np.isin(order, numbers)], 1
         self.held = np.zeros(len(files), np.uint8)
         sizes = np.zeros(len(files), np.int64)
-        _in_threads(lambda number: sizes.__setitem__(number, _size(files, number)), numbers)
+        self._in_threads(partial(_size, files), sizes, self.numbers)
         begin = 9 * len(files) + 8
         self.ends = np.concatenate([[0], np.cumsum(sizes)]) + begin
         self.bytes = int(self.ends[-1])
@@ -163,10 +165,23 @@ class _Copy:
     def fill(self, file: int, portion: int) -> None:
         """Write one of PORTIONS; images that cannot be read are left to whoever asks for them."""
         numbers = np.array_split(self.numbers, PORTIONS)[portion]
-        _in_threads(lambda number: self.held.__setitem__(number, self._copy(file, number)), numbers)
+        self._in_threads(partial(self._copy, file), self.held, numbers)
         if portion == PORTIONS - 1:
             _write(file, self.ends.tobytes(), 0)
             _write(file, self.held.tobytes(), self.ends.nbytes)
+
+    def _in_threads(
+        self, work: Callable[[int], Any], results: np.ndarray, numbers: np.ndarray
+    ) -> None:
+        """Run `work` for each number, and set its result."""
+
+        def run(chunk: np.ndarray) -> None:
+            results[chunk] = [work(number) for number in chunk.tolist()]
+
+        chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(run, chunks):
+                pass
 
     def _copy(self, file: int, number: int) -> bool:
         try:
@@ -182,14 +197,6 @@ class _Copy:
 def _fill(copies: Sequence[_Copy], opened: Sequence[int], portion: int) -> None:
     for copy, file in zip(copies, opened, strict=True):
         copy.fill(file, portion)
-
-
-def _in_threads(work: Callable[[int], Any], numbers: np.ndarray) -> None:
-    """Run `work` for each number."""
-    chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(lambda chunk: [*map(work, chunk.tolist())], chunks):
-            pass
 
 
 def _size(files: Files, number: int) -> int:

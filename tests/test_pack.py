@@ -24,11 +24,12 @@ from PIL import Image
 import pack
 from config import parser as options
 from config import tool_flags
-from data_loading import packs
+from data_loading import packs, parquet
 from data_loading.dataset import TransformedDataset
 from data_loading.encode import EncodedImages, Encoding
 from data_loading.images import Images
 from data_loading.pack_writer import PartWriter, member_names
+from data_loading.ram_cache import hold_in_ram
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import keep_fraction, split
 from data_loading.tables import Columns
@@ -260,6 +261,34 @@ def test_parquet_names_pack_py(photos, tmp_path, log, capsys):
     shown = capsys.readouterr().out
     assert "6 images to pack" in shown
     assert "pack it once" not in shown
+
+
+def test_each_row_group_of_parquet_is_decoded_once(photos, tmp_path, monkeypatch):
+    """Rows may be shuffled: in order of the names each image would decode a row group."""
+    pyarrow = pytest.importorskip("pyarrow")
+    files = sorted(photos.glob("*/*.jpg"))
+    paths = [f"{number * 5 % 6}.jpg" for number in range(6)]
+    pairs = zip(files, paths, strict=True)
+    rows = [{"bytes": file.read_bytes(), "path": path} for file, path in pairs]
+    table = pyarrow.table({"image": rows, "label": [file.parent.name for file in files]})
+    path = tmp_path / "photos.parquet"
+    importlib.import_module("pyarrow.parquet").write_table(table, path, row_group_size=1)
+    theirs = content(opened(path))
+    decoded, images = [], parquet.ParquetFile.images
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "images",
+        lambda file, column, group: decoded.append(group) or images(file, column, group),
+    )
+    monkeypatch.setattr(pack, "SAMPLES", 1)
+    packed(path, tmp_path / "out", "--shard_size", 4)
+    assert decoded == [*range(6)]
+    assert content(opened(tmp_path / "out")) == theirs
+    data = opened(path)
+    decoded.clear()
+    hold_in_ram(data, "train")
+    assert decoded == [*range(6), *range(6)]  # for the sizes, and to copy them
+    assert content(data) == theirs
 
 
 def test_two_images_of_one_name(tmp_path):
