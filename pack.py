@@ -40,7 +40,7 @@ from data_loading.dataset import Replacement
 from data_loading.encode import Encoded, EncodedImages, Encoding
 from data_loading.files import Names
 from data_loading.labels import class_names
-from data_loading.mixed import Listed
+from data_loading.mixed import Listed, reading_order
 from data_loading.pack_writer import RECORDS, TEXT, PartWriter, member_names
 from data_loading.sources import DatasetSpec
 from data_loading.split import list_values
@@ -369,18 +369,6 @@ def is_bad(item: Any) -> bool:
 def build_encoding(args: argparse.Namespace) -> Encoding:
     """Return the encoding that the flags ask for."""
     return Encoding(args.size, args.format or "jpeg", args.quality or 90)
-
-
-def reading_order(data: Any) -> np.ndarray:
-    """Return the numbers of the images, (N,), in the order in which they are read fast."""
-    if not isinstance(data, Listed):
-        return np.arange(len(data))
-    orders, start = [], 0
-    for images in getattr(data, "parts", [data]):
-        order = images.files.order()
-        orders.append(start + (np.arange(len(images)) if order is None else order))
-        start += len(images)
-    return np.concatenate(orders)
 
 
 def first_of_each(data: Any) -> np.ndarray:
