@@ -452,7 +452,7 @@ def build_loader(
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:
     """Build the weights by which images are drawn, None to take each once an epoch."""
     data = dataset.dataset.dataset if isinstance(dataset.dataset, Part) else dataset.dataset
-    if isinstance(data, MixedImages) and data.shares:
+    if isinstance(data, Listed) and data.shares:
         if sampling == "balanced":
             raise UserError("--sampling balanced and the weights of --data_path: drop one of them")
         sampling = "weighted"

@@ -40,16 +40,15 @@ from data_loading.dataset import Replacement
 from data_loading.encode import Encoded, EncodedImages, Encoding
 from data_loading.files import Names
 from data_loading.labels import class_names
-from data_loading.mixed import Listed
+from data_loading.mixed import Listed, reading_order
 from data_loading.pack_writer import RECORDS, TEXT, PartWriter, member_names
 from data_loading.sources import DatasetSpec
 from data_loading.split import list_values
 from data_loading.tar_headers import BLOCK
 from data_loading.targets import check_label, check_row
 from data_loading.workers import WatchedLoader
-from errors import UserError, first_few, plural
+from errors import UserError, first_few, format_bytes, plural
 from parallel.process_group import get_logger, get_world_size, init_distributed_mode, launch
-from training.dry_run import format_bytes
 from training.run_lock import NAME as LOCK
 from training.run_lock import acquire_run_lock
 from utils import write_atomically
@@ -66,9 +65,18 @@ def main(args: argparse.Namespace) -> None:
     init_distributed_mode("cpu")
     if get_world_size() > 1:
         raise UserError("pack.py is one program; start it without torchrun, with --num_workers")
-    if args.dest is None:
-        return verify(os.path.expanduser(args.source), args.num_workers)
-    dest = Path(args.dest).expanduser()
+    try:
+        if args.dest is None:
+            verify(os.path.expanduser(args.source), args.num_workers)
+        else:
+            pack(args, Path(args.dest).expanduser())
+    except KeyboardInterrupt:
+        get_logger().warning("interrupted; finished shards are kept, the same command continues")
+        sys.exit(130)
+
+
+def pack(args: argparse.Namespace, dest: Path) -> None:
+    """Pack SOURCE into DEST unless that is done, and verify it if asked."""
     check_place(args, dest)
     parts = open_parts(args)
     plan = make_plan(parts, args)
@@ -78,7 +86,6 @@ def main(args: argparse.Namespace) -> None:
         pack_all(dest, parts, plan, args)
     if args.verify:
         verify(str(dest), args.num_workers)
-    return None
 
 
 # --- what to pack ---------------------------------------------------------------------------------
@@ -127,12 +134,13 @@ def open_part(args: argparse.Namespace, name: str) -> Any:
     try:
         return create(labeled)
     except UserError as error:
-        hint = ""
+        text, hint = str(error).replace("--data_path ", "SOURCE "), ""
+        if not train and ("--eval_data_path" in text or "--val_split" in text):  # of other scripts
+            text = f"{text.partition('; ')[0]}; give what holds these images as SOURCE"
         if args.part == "all" and not train:
             hint = "; or pack the training images alone: --part train"
         elif labeled and can_open(create):
             hint = "; or pack the images without labels: --unlabeled"
-        text = str(error).replace("--data_path ", "SOURCE ")
         raise UserError(f"{text}{hint}") from error
 
 
@@ -165,6 +173,11 @@ def make_plan(parts: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
     return json.loads(json.dumps(plan))
 
 
+def as_flag(value: Any) -> str:
+    """Return the value of a flag as it is typed, `none` for one that is not given."""
+    return "none" if value is None else as_typed(value)
+
+
 def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
     """Return True if DEST is a finished pack; UserError if it is one of something else."""
     if not packs.is_pack(str(dest)):
@@ -175,15 +188,17 @@ def is_finished(dest: Path, plan: Mapping[str, Any]) -> bool:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dest / packs.NAME} is damaged ({error}); {packs.REMEDY}") from error
     different = [n for n in plan if n != "parts" and plan[n] != old.get(n)]
+    if old.get("on_bad_image") == "error":  # none was left out, so `skip` may continue it
+        different = [n for n in different if n != "on_bad_image"]
     if different:
-        found = [f"--{n} {as_typed(old.get(n))}, now {as_typed(plan[n])}" for n in different]
+        found = [f"--{n} {as_flag(old.get(n))} (now {as_flag(plan[n])})" for n in different]
         raise UserError(
-            f"{dest} was begun with {first_few(found)}; give the same flags, or another DEST"
+            f"{dest} was begun with other flags: {first_few(found)}; give the same, or another DEST"
         )
     if plan["parts"] != old["parts"]:
         raise UserError(
-            f"{dest} is a pack of other images or labels than {describe(plan['parts'])}; give "
-            "another DEST, or delete it"
+            f"{dest} was begun with other images, names or labels than the source has now "
+            f"({describe(plan['parts'])}); give another DEST, or delete it"
         )
     return finished
 
@@ -204,10 +219,11 @@ class PartJob:
             self.kind = self.kind or known_kind(vars(args)) or "class"
         self.classes = class_names(data)
         self.first = first_of_each(data)
-        self.numbers = np.flatnonzero(self.first == np.arange(len(data)))  # to write
+        order = reading_order(data)
+        self.numbers = order[self.first[order] == order]  # to write; the writer counts in these
         names = data.encoded_names() if self.is_listed else [b"%08d" % n for n in range(len(data))]
         self.names = Names.pack(names)
-        own = names if len(self.numbers) == len(names) else [names[n] for n in self.numbers]
+        own = [names[n] for n in self.numbers]
         self.has_files = args.label_files
         by_stem = args.size is not None or args.label_files
         self.members = member_names(own, by_stem, dots=not args.label_files)
@@ -216,7 +232,7 @@ class PartJob:
     @property
     def rest(self) -> np.ndarray:
         """Numbers of the images that are in no finished shard."""
-        return self.numbers[np.searchsorted(self.numbers, self.writer.next) :]
+        return self.numbers[self.writer.next :]
 
     def estimate(self) -> int:
         """Return the bytes that the rest takes, estimated by some images spread over it."""
@@ -253,17 +269,17 @@ class PartJob:
                 if self._add(done + place, number, item):
                     self._log(done + place, place / (time.monotonic() - began))
                 shown.update()
-        self.writer.finish(len(self.data))
+        self.writer.finish(len(self.numbers))
 
     def _add(self, place: int, number: int, item: Any) -> bool:
         if is_bad(item):
-            self.writer.skip(number, item.bad[0][1])
+            self.writer.skip(place, item.bad[0][1])
             return False
         image = self._read(item)
         if not self.is_listed:
             image = image._replace(label=self._plain(image.label, number))
         label = self._label_file(number, image.label) if self.has_files else ""
-        return self.writer.add(number, self.members[place], image, label)
+        return self.writer.add(place, self.members[place], image, label)
 
     def _label_file(self, number: int, label: Any) -> str:
         """Return the label of an image as JSON: its class, its classes, or its numbers by name."""
@@ -299,15 +315,15 @@ class PartJob:
 
     def named_bad(self) -> dict[str, str]:
         """Return the reasons of bad images by name."""
-        found = self.writer.all_bad().items()
+        found = sorted((int(self.numbers[n]), why) for n, why in self.writer.all_bad().items())
         return {self.images.name_of(n).removeprefix("image "): why for n, why in found}
 
     def finish(self) -> dict[str, Any]:
         """Write the list of the images; returns what pack.json says of the part."""
-        places = self.writer.places()
-        written = places.pop("image")
-        if not len(written):
+        if not self.writer.records:
             raise UserError(f"{self.part}: no image can be used; see {BAD}, and correct the data")
+        places = self.writer.places()
+        written = self.numbers[places.pop("image")]
         place = np.full(len(self.data), -1, np.int64)
         place[written] = np.arange(len(written))
         place = place[self.first]  # rows of a table with the same image share it
@@ -315,6 +331,8 @@ class PartJob:
         arrays = {name: array[place[kept]] for name, array in places.items()}
         arrays |= {name: array[kept] for name, array in self._values(kept).items()}
         metadata = {"classes": self.classes if self.kind else None, "kind": self.kind}
+        if shares := getattr(self.data, "shares", None):
+            metadata["shares"] = shares
         names = self.names if len(kept) == len(self.names) else self.names.take(kept)
         return self.writer.finish_part(names, arrays, metadata)
 
@@ -382,6 +400,7 @@ def pack_all(
         for job in jobs.values():
             job.pack(args.num_workers)
         bad = [line for job in jobs.values() for line in as_lines(job.named_bad())]
+        (dest / BAD).unlink(missing_ok=True)  # of an attempt before the data was corrected
         if bad:
             write_atomically("".join(bad).encode(*TEXT), dest / BAD)
             get_logger().warning("%s left out, see %s", plural(len(bad), "image"), dest / BAD)
@@ -393,15 +412,13 @@ def pack_all(
             f"{dest}: cannot write ({error.strerror or error}); free some space or make it "
             "writable, then start again: finished shards are kept"
         ) from error
-    except KeyboardInterrupt:
-        get_logger().warning("interrupted; the same command continues after the last shard")
-        sys.exit(130)
     finally:
         acquire_run_lock("")  # releases it
     shards = [shard for part in about.values() for shard in part["shards"]]
     size = format_bytes(sum(shard["bytes"] for shard in shards))
     text = "%s: %s in %s, %s; use it as --data_path %s"
-    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, dest)
+    flag = as_typed(str(dest))
+    get_logger().info(text, dest, describe(about), plural(len(shards), "shard"), size, flag)
 
 
 def describe(parts: Mapping[str, Any]) -> str:

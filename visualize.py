@@ -23,6 +23,7 @@ from config.views import parse_view
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
     view, args = parse_view()
 
+import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -41,7 +42,7 @@ from data_loading.files import Names
 from data_loading.folders import FolderFiles
 from data_loading.images import Images
 from data_loading.index import Listing
-from data_loading.mixed import MixedImages
+from data_loading.mixed import MixedImages, reading_order
 from data_loading.sources import DatasetSpec, UnknownSource, open_images
 from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes, keep_samples
 from data_loading.tables import Columns
@@ -108,7 +109,8 @@ def print_stats(args: argparse.Namespace) -> None:
     on_bad = "leave out" if args.on_bad_image == "skip" else "error"
     dataset = MeasuredDataset(data, args.in_chans, on_bad).map_values(args.value_range)
     chosen = choose(len(data), args.num_images, args.seed)
-    keys = [(0, index) for index in chosen]
+    order = reading_order(data)
+    keys = [(0, int(index)) for index in order[np.isin(order, chosen)]]
     loader = WatchedLoader(dataset, keys, AT_ONCE, args.num_workers, 0, keep_samples)
     stats, hidden = Stats(), not sys.stderr.isatty()
     with tqdm(total=len(chosen), unit=" images", leave=False, disable=hidden) as bar:

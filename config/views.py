@@ -71,15 +71,18 @@ def data_parser(script: str = "pretrain") -> argparse.ArgumentParser:
 
 
 def choose_script(words: Sequence[str]) -> str:
-    """Return `finetune` if --script says so, or a flag of words or their files is only for it."""
+    """Return `finetune` if --script says so, or a flag of words or their files is only for it.
+
+    Files are those of --config and --recipe, and the run of --resume.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--script", "--config", "--recipe"):
+    for name in ("--script", "--config", "--recipe", "--resume"):
         finder.add_argument(name)
     found, _ = finder.parse_known_args([*words])
     if found.script in SCRIPTS:
         return found.script
     names = {word.partition("=")[0].removeprefix("--") for word in words if word[:2] == "--"}
-    for file in (found.config, found.recipe):
+    for file in (found.config, found.recipe, found.resume):
         try:
             path = recipes.recipes().get(file) or Path(file or "")
             values = recipes.read_values(path) if file else {}

@@ -117,8 +117,8 @@ def list_rows(table: Table, part: Part) -> tuple[Listing, np.ndarray]:
     part.check(f"column {split}" * bool(split))
     chosen, rows = choose_rows(table, split, part.train)
     listing = list_table(chosen, columns, spec.kind, spec.labeled)
-    has_others = len(rows) < len(table)
-    return with_facts(listing, own_split=f"column {split}" * has_others), rows
+    own_split = f"column {split}" if len(rows) < len(table) else part.own_split
+    return with_facts(listing, own_split=own_split), rows
 
 
 def check_files(listing: Listing, path: str, root: str, skip_missing: bool) -> None:
@@ -178,12 +178,13 @@ def by_folders(names: Names, part: Part) -> tuple[Listing, np.ndarray | None]:
 
     None for all images.
     """
-    folders, own_split, chosen = Folders(names), "", None
+    folders, own_split, chosen = Folders(names), part.own_split, None
     cut_common_folders(folders)
     found, firsts = folders.runs()
     if part.may_split:
-        mine, own_split = choose_split(sorted({*found} - {""}), part)
+        mine, by_folder = choose_split(sorted({*found} - {""}), part)
         if mine is not None:
+            own_split = own_split or by_folder
             held = [folder == mine for folder in found]
             chosen = np.flatnonzero(np.repeat(held, _lengths(firsts, len(names))))
             cut, folders = folders.cut + 1, Folders(names.take(chosen))

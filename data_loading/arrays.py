@@ -62,7 +62,7 @@ class Encoded:
 
 def load_file(data: bytes) -> Image.Image | Tensor | Encoded:
     """Decode an image file for `to_pixels`, or leave that to it; raises as `load_image`."""
-    is_open = data.startswith((NPY, *tiff.MAGIC)) or _loses_bits(data)
+    is_open = data.startswith((NPY, *tiff.MAGIC)) or loses_bits(data)
     return Encoded(data) if is_open else load_image(data)
 
 
@@ -119,7 +119,10 @@ def _convert(array: np.ndarray, in_chans: int, value_range: Range) -> Tensor:
         raise BadImage(f"it holds {array.dtype} values, expected integers or floats")
     count = array.shape[2]
     if count != in_chans and not {count, in_chans} <= {*MODES}:
-        raise UserError(f"it has {plural(count, 'channel')}, expected --in_chans {in_chans}")
+        raise UserError(
+            f"it has {plural(count, 'channel')}, expected --in_chans {in_chans}; give --in_chans "
+            f"{count} if all images have as many, or convert it"
+        )
     pixels = _scale(array, value_range)
     image = torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
     if len(image) == in_chans:
@@ -143,8 +146,10 @@ def read_npy(data: bytes) -> np.ndarray:
         raise BadImage(f"its header is damaged, or of another version: {error}") from error
     if dtype.hasobject:
         raise BadImage("it holds pickled objects, which can run code", remedy="save numbers")
+    if min(shape, default=1) < 1:
+        raise BadImage(f"it is empty: its header says shape {shape}")
     start, needed = file.tell(), math.prod(shape) * dtype.itemsize
-    if min(shape, default=1) < 1 or needed != len(data) - start:
+    if needed != len(data) - start:
         raise BadImage(
             f"its header says {dtype} of shape {shape}, which takes {needed} bytes, but "
             f"{len(data) - start} follow"
@@ -167,7 +172,7 @@ def _read_tiff(data: bytes, is_plain: bool) -> Image.Image | tiff.Raster:
     return tiff.read_tiff(data) if has_unknown_range(image) else image
 
 
-def _loses_bits(data: bytes) -> bool:
+def loses_bits(data: bytes) -> bool:
     """Return True for color images of 16 bits of which Pillow keeps 8: PNG and PPM."""
     if data.startswith(PNG):
         return data[24:25] == b"\x10" and data[25:26] != b"\0"
@@ -188,7 +193,8 @@ def _all_channels(image: Image.Image, in_chans: int) -> tiff.Raster:
     if not (mode and has_alpha):
         count = len(image.getbands())
         raise UserError(
-            f"it has {plural(count, 'channel')} (mode {image.mode}), expected --in_chans {in_chans}"
+            f"it has {plural(count, 'channel')} (mode {image.mode}), expected --in_chans "
+            f"{in_chans}; give --in_chans {count} if all images have as many, or convert it"
         )
     return tiff.Raster(np.asarray(image.convert("RGBA").convert(mode)), True, turns)
 
@@ -209,7 +215,8 @@ def _channels_last(array: np.ndarray, in_chans: int) -> np.ndarray:
             return array.transpose(1, 2, 0) if first else array
     raise UserError(
         f"its shape is {array.shape}, expected (H, W, {in_chans}) or ({in_chans}, H, W)"
-        f"{' or (H, W)' * (in_chans in MODES)} for --in_chans {in_chans}"
+        f"{' or (H, W)' * (in_chans in MODES)} for --in_chans {in_chans}; give its number of "
+        "channels by --in_chans, or convert it"
     )
 
 

@@ -11,18 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from PIL import TiffImagePlugin as Tiff
 from torch import Tensor
 
-from data_loading.arrays import load_whole
+from data_loading.arrays import load_whole, loses_bits
 from data_loading.dataset import TransformedDataset
 from data_loading.decode import MODES, decode
 from data_loading.mixed import Listed
+from data_loading.tiff import Raster
 from data_loading.transforms import Resize
 from errors import UserError, a_type
 
 FORMATS = {"jpeg": ".jpg", "webp": ".webp", "png": ".png"}  # that are written, and extensions
 GRAY, DEEP = ("1", "L", "LA", "La"), ("I", "F")  # modes of PIL, or their first letters: `I;16`
-OTHER_KIND = "only image files that are not resized are stored as they are: drop --size"
+NOT_RESIZED = "--size resizes 8-bit gray and RGB alone; drop it, and files are stored as they are"
+NOT_STORED = "images without a file are stored as PNG of 8 bits, gray or RGB; give image files"
 
 
 class Encoded(NamedTuple):
@@ -50,32 +53,48 @@ class Encoding:
         sample: what `load_image` makes of `content`, or a data set returns, for which content is
         None; it becomes PNG if it is not resized. UserError for other than 8-bit gray and RGB.
         """
-        if self.size is None or min(_sides(sample)) <= self.size:
-            if content is not None:
-                return content, ""
-            return save(decode(sample, channels_of(sample)), "png")
-        pixels = Resize(self.size)(decode(sample, channels_of(sample)))
-        return save(pixels, self.format, self.quality)
+        is_large = self.size is not None and min(_sides(sample)) > self.size
+        if content is not None and not is_large:
+            return content, ""
+        if content is not None and _was_deep(sample, content):
+            raise UserError(f"its colors have more than 8 bits: {NOT_RESIZED}")
+        fix = NOT_STORED if content is None else NOT_RESIZED
+        pixels = decode(sample, channels_of(sample, fix))
+        if is_large:
+            return save(Resize(self.size)(pixels), self.format, self.quality)
+        return save(pixels, "png")
 
 
 def _sides(sample: Any) -> tuple[int, int]:
     if isinstance(sample, Image.Image):
         return sample.size
+    if isinstance(sample, Raster):
+        array = sample.array
+        raise UserError(f"it holds a {array.dtype} array of shape {array.shape}: {NOT_RESIZED}")
     if not isinstance(sample, Tensor) or sample.ndim != 3:
         raise UserError(f"expected a PIL image or a (C, H, W) tensor, got {a_type(sample)}")
     return tuple(sample.shape[1:])
 
 
-def channels_of(sample: Image.Image | Tensor) -> int:
-    """Return the channels to decode to: 1 for gray images, 3 for others."""
+def _was_deep(sample: Any, content: bytes) -> bool:
+    """Return True for a color image of which Pillow has kept 8 bits of more."""
+    tags = getattr(sample, "tag_v2", {})  # of a TIFF file
+    return loses_bits(content) or max(tags.get(Tiff.BITSPERSAMPLE, (8,))) > 8
+
+
+def channels_of(sample: Image.Image | Tensor, fix: str) -> int:
+    """Return the channels to decode to: 1 for gray images, 3 for others.
+
+    UserError, which ends with `fix`, for other than 8-bit gray and RGB.
+    """
     if isinstance(sample, Image.Image):
         if sample.mode.startswith(DEEP):
-            raise UserError(f"its pixels have more than 8 bits (mode {sample.mode}); {OTHER_KIND}")
+            raise UserError(f"its pixels have more than 8 bits (mode {sample.mode}): {fix}")
         return 1 if sample.mode in GRAY else 3
     if sample.dtype != torch.uint8 or len(sample) not in MODES:
         raise UserError(
             f"got a {sample.dtype} tensor {tuple(sample.shape)}, expected uint8 with 1 or 3 "
-            f"channels; {OTHER_KIND}"
+            f"channels: {fix}"
         )
     return len(sample)
 

@@ -197,6 +197,10 @@ class Files:
         """Return the bytes of an image file."""
         return len(self.read(number))
 
+    def order(self) -> np.ndarray | None:
+        """Return the numbers of all images in the only order that is fast; None if any order is."""
+        return None
+
     def locate(self, number: int) -> str:
         """Return where an image is, for messages: `photos/cat/1.jpg`, `photos.zip/cat/1.jpg`."""
         raise NotImplementedError

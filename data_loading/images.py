@@ -27,7 +27,8 @@ class Images(Dataset):
     open_files: returns what reads the images of a listing. path: where they come from, for
     messages. what: describes the source. kind: of the targets, class, multi or number; None
     without. classes: names of the classes, or numbers, by label. targets: (N,) labels or (N, K)
-    rows. weights: (N,) for sampling, or None. own_split: what separates training from evaluation
+    rows. weights: (N,) for sampling, or None. shares: of the sources of a pack, by which its images
+    are drawn, in the weights; None without. own_split: what separates training from evaluation
     images in the data, `column split` or `folder val/`; '' if nothing does.
     """
 
@@ -40,7 +41,7 @@ class Images(Dataset):
         self.kind, self.classes = facts.get("kind"), facts.get("classes")
         self.own_split: str = facts.get("own_split", "")
         self.targets = listing.arrays.get("targets")
-        self.weights = listing.arrays.get("weights")
+        self.weights, self.shares = listing.arrays.get("weights"), facts.get("shares")
 
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map an index themselves, and open its files."""
@@ -116,9 +117,14 @@ class Images(Dataset):
         return self.line_of(index).partition(" of ")[0] or self.names[index]
 
     def describe_list(self, is_drawn: bool = True) -> str:
-        """Describe the files that are left out, and those listed twice; '' if there are none."""
+        """Describe the files that are left out, and those listed twice; '' if there are none.
+
+        is_drawn: also that a pack is drawn by the shares of its sources.
+        """
         shared = self.listing.metadata.get("shared")
         text = f"; in two classes, by links: {plural(shared, 'image')}" if shared else ""
+        if self.shares and is_drawn:
+            text += f"; drawn by the shares of its {plural(len(self.shares), 'source')}"
         return describe_left_out(self.listing.metadata.get("left_out", {})) + text
 
 

@@ -119,6 +119,18 @@ class MixedImages(Dataset):
 Listed = Images | MixedImages  # data sets whose images have names
 
 
+def reading_order(data: Any) -> np.ndarray:
+    """Return the numbers of the images, (N,), in the order in which they are read fast."""
+    if not isinstance(data, Listed):
+        return np.arange(len(data))
+    orders, start = [], 0
+    for images in getattr(data, "parts", [data]):
+        order = images.files.order()
+        orders.append(start + (np.arange(len(images)) if order is None else order))
+        start += len(images)
+    return np.concatenate(orders)
+
+
 def _place(part: Images, own: list[str], union: list[str]) -> np.ndarray:
     """Return the targets of a part with the classes of all parts."""
     if own == union:

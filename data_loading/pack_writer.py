@@ -50,7 +50,7 @@ def member_names(names: Sequence[bytes], by_stem: bool, dots: bool = True) -> li
     outside = [os.fsdecode(name) for name in names if b".." in name.split(b"/")]
     if outside:
         raise UserError(
-            f"{plural(len(outside), 'name')} of {len(names)} lead out of the folder of the images: "
+            f"{len(outside)} of {plural(len(names), 'path')} lead out of the folder of the images: "
             f"{first_few(outside)}; write the paths relative to a folder that holds all images, "
             "and give it by --image_root"
         )
@@ -110,6 +110,7 @@ class ShardWriter:
 class PartWriter:
     """The shards of a part of a pack.
 
+    Images are numbered in the order in which they are written.
     folder: of the pack. limit: of (images, bytes) in a shard, None for no limit. A shard that is
     finished has a record in the folder `.packing`, with the numbers of its images, where they are,
     their CRC-32, labels that were read with them, and bad images, number -> reason.

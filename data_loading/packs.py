@@ -75,12 +75,16 @@ def list_part(folder: str, pack: dict[str, Any], part: str) -> Listing:
     UserError if a shard is missing or has another size, or if the labels do not fit their checksum.
     """
     shards = pack["parts"][part]["shards"]
-    wrong = [shard["name"] for shard in shards if _size(folder, shard) != shard["bytes"]]
+    wrong = [shard["name"] for shard in shards if _wrong_size(folder, shard)]
     if wrong:
         raise UserError(
             f"{folder}: {plural(len(wrong), 'shard')} of {len(shards)} missing or not of the size "
             f"in {NAME}: {first_few(wrong)}; {REMEDY}"
         )
+    return _open_list(folder, part, len(shards))
+
+
+def _open_list(folder: str, part: str, shards: int) -> Listing:
     index = Path(folder, INDEX, part)
     try:
         listing = open_index(index)
@@ -88,17 +92,20 @@ def list_part(folder: str, pack: dict[str, Any], part: str) -> Listing:
         cause = first_line(error.__cause__ or error)
         raise UserError(f"{index} cannot be used: {cause}; {REMEDY}") from error
     numbers = listing.arrays.get("shard")
-    known = numbers is not None and (not len(numbers) or int(numbers.max()) < len(shards))
+    known = numbers is not None and (not len(numbers) or int(numbers.max()) < shards)
     if not known or checksums(listing) != listing.metadata["checksums"]:
         raise UserError(f"{index} is damaged: it does not fit {NAME} or its checksums; {REMEDY}")
     names = Names(listing.names.text, listing.names.ends, f"{index} is damaged; {REMEDY}")
     return replace(listing, names=names)
 
 
-def _size(folder: str, shard: dict[str, Any]) -> int | None:
+def _wrong_size(folder: str, shard: dict[str, Any]) -> str:
+    """Return how the size of a shard differs from that in pack.json, '' if it does not."""
+    size = None
     with suppress(OSError):
-        return os.stat(os.path.join(folder, shard["name"])).st_size
-    return None
+        size = os.stat(os.path.join(folder, shard["name"])).st_size
+    found = "missing" if size is None else f"{size} bytes"
+    return "" if size == shard["bytes"] else f"{found}, expected {shard['bytes']} bytes"
 
 
 def for_task(listing: Listing, folder: str, labeled: bool) -> Listing:
@@ -147,7 +154,10 @@ class ShardChecks:
 
     def __init__(self, folder: str, pack: dict[str, Any]) -> None:
         self.folder = folder
-        self.listings = {part: list_part(folder, pack, part) for part in pack["parts"]}
+        self.listings = {
+            part: _open_list(folder, part, len(about["shards"]))
+            for part, about in pack["parts"].items()
+        }
         self.shards = [
             (part, number, shard)
             for part, about in pack["parts"].items()
@@ -169,6 +179,8 @@ class ShardChecks:
         # Rows of a table with the same image share it.
         _, first = np.unique(listing.arrays["block"][rows], return_index=True)
         path = os.path.join(self.folder, shard["name"])
+        if wrong := _wrong_size(self.folder, shard):
+            return len(first), [f"{path}: {wrong}"]
         try:
             with (
                 open(path, "rb") as file,

@@ -375,6 +375,12 @@ class ParquetFiles(Files):
             raise BadImage("its row holds no image")
         return image
 
+    def order(self) -> np.ndarray | None:
+        """Return the numbers of all images in the order of their rows; None for Arrow files."""
+        if is_random_access(self.files):
+            return None
+        return np.lexsort([self.places[name] for name in ("row", "group", "file")])
+
     def locate(self, number: int) -> str:
         """Return the file and the row, counted from 0."""
         file, row = (int(self.places[name][number]) for name in ("file", "row"))

@@ -31,14 +31,14 @@ from data_loading.images import Images
 from data_loading.index import Listing
 from data_loading.mixed import Listed
 from data_loading.split import Part
-from errors import UserError, plural
+from errors import UserError, format_bytes, plural
 from parallel.process_group import all_gather, get_logger, get_rank
 
 SHARED, MEMORY = Path("/dev/shm"), Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 THREADS, CHUNK = 16, 64  # that fill the memory; images at a time
 USABLE = 0.9  # of the free memory; batches of loader processes need some too
-GIB = 2**30
+PORTIONS, QUIET = 50, 10.0  # of the images, read one after the other; seconds between log lines
 
 
 class HeldFiles(Files):
@@ -90,17 +90,22 @@ def hold_in_ram(dataset: Any, what: str, dry_run: bool = False) -> None:
     began = time.monotonic()
     size = _on(leader, measure)
     if dry_run:
-        text = "%s: --ram_cache would hold %.2f GiB of image files on each machine, %.2f GiB free"
-        return get_logger().info(text, what, size / GIB, free_memory() / GIB)
-    text = "%s: reading %.2f GiB of image files into shared memory, once on each machine"
-    get_logger().info(text, what, size / GIB)
+        text = "%s: --ram_cache would hold %s of image files on each machine, %s free"
+        return get_logger().info(text, what, format_bytes(size), format_bytes(free_memory()))
+    text = "%s: reading %s of image files into shared memory, once on each machine"
+    get_logger().info(text, what, format_bytes(size))
     paths = _on(leader, lambda: [copy.create() for copy in copies])
     try:
         opened = _everywhere(lambda: [os.open(path, os.O_RDWR) for path in paths])
     finally:
         for copy in copies:
             copy.unlink()
-    _on(leader, lambda: [copy.fill(file) for copy, file in zip(copies, opened, strict=True)])
+    shown = began
+    for portion in range(PORTIONS):  # ranks wait for each other for one hour at most
+        _on(leader, partial(_fill, copies, opened, portion))
+        if time.monotonic() - shown > QUIET:
+            shown = time.monotonic()
+            get_logger().info("%s: read %.0f%%", what, 100 * (portion + 1) / PORTIONS)
     for (images, _), file in zip(parts, opened, strict=True):
         # Spawned workers open it by this path, since they inherit neither memory nor files.
         path = f"/proc/{os.getpid()}/fd/{file}"
@@ -132,9 +137,12 @@ class _Copy:
     """A shared memory file with some images of `files`; made by one process of a machine."""
 
     def __init__(self, files: Files, numbers: np.ndarray) -> None:
-        self.files, self.numbers, self.path = files, numbers, ""
+        self.files, self.numbers, self.path, self.threads = files, numbers, "", THREADS
+        if (order := files.order()) is not None:
+            self.numbers, self.threads = order[np.isin(order, numbers)], 1
+        self.held = np.zeros(len(files), np.uint8)
         sizes = np.zeros(len(files), np.int64)
-        self._in_threads(lambda number: sizes.__setitem__(number, _size(files, number)))
+        self._in_threads(partial(_size, files), sizes, self.numbers)
         begin = 9 * len(files) + 8
         self.ends = np.concatenate([[0], np.cumsum(sizes)]) + begin
         self.bytes = int(self.ends[-1])
@@ -154,18 +162,25 @@ class _Copy:
         with suppress(OSError):
             os.unlink(self.path)
 
-    def fill(self, file: int) -> None:
-        """Write the images; those that cannot be read are left to whoever asks for them."""
-        held = np.zeros(len(self.files), np.uint8)
-        self._in_threads(lambda number: held.__setitem__(number, self._copy(file, number)))
-        _write(file, self.ends.tobytes(), 0)
-        _write(file, held.tobytes(), self.ends.nbytes)
+    def fill(self, file: int, portion: int) -> None:
+        """Write one of PORTIONS; images that cannot be read are left to whoever asks for them."""
+        numbers = np.array_split(self.numbers, PORTIONS)[portion]
+        self._in_threads(partial(self._copy, file), self.held, numbers)
+        if portion == PORTIONS - 1:
+            _write(file, self.ends.tobytes(), 0)
+            _write(file, self.held.tobytes(), self.ends.nbytes)
 
-    def _in_threads(self, work: Callable[[int], Any]) -> None:
-        """Run `work` for the number of each image."""
-        chunks = [self.numbers[at : at + CHUNK] for at in range(0, len(self.numbers), CHUNK)]
-        with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(lambda chunk: [*map(work, chunk.tolist())], chunks):
+    def _in_threads(
+        self, work: Callable[[int], Any], results: np.ndarray, numbers: np.ndarray
+    ) -> None:
+        """Run `work` for each number, and set its result."""
+
+        def run(chunk: np.ndarray) -> None:
+            results[chunk] = [work(number) for number in chunk.tolist()]
+
+        chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(run, chunks):
                 pass
 
     def _copy(self, file: int, number: int) -> bool:
@@ -179,6 +194,11 @@ class _Copy:
         return True
 
 
+def _fill(copies: Sequence[_Copy], opened: Sequence[int], portion: int) -> None:
+    for copy, file in zip(copies, opened, strict=True):
+        copy.fill(file, portion)
+
+
 def _size(files: Files, number: int) -> int:
     try:
         return retry_io(partial(files.size, number))
@@ -187,16 +207,11 @@ def _size(files: Files, number: int) -> int:
 
 
 def _write(file: int, content: bytes, place: int) -> None:
-    """Write all bytes at a place; UserError if memory runs out, which a memory map would kill."""
+    """Write all bytes at a place; OSError if memory runs out, which a memory map would kill."""
     view = memoryview(content)
-    try:
-        while view:
-            written = os.pwrite(file, view, place)
-            view, place = view[written:], place + written
-    except OSError as error:
-        raise UserError(
-            f"--ram_cache: {SHARED}: {error.strerror}; enlarge it, or drop --ram_cache"
-        ) from error
+    while view:
+        written = os.pwrite(file, view, place)
+        view, place = view[written:], place + written
 
 
 def _check(size: int, what: str) -> None:
@@ -204,20 +219,19 @@ def _check(size: int, what: str) -> None:
     memory, shared = free_memory(), shutil.disk_usage(SHARED).free
     if size <= USABLE * min(memory, shared):
         return
-    got = f"{what} has {size / GIB:.2f} GiB of image files"
-    fix = "resize the images once (pack.py --size), or drop it"
+    fix = "resize the images once (pack.py --size), or drop --ram_cache"
     if size <= USABLE * memory:
-        fix = f"enlarge it (docker run --shm-size, mount -o remount,size=...), {fix}"
+        fix = f"enlarge {SHARED} (docker run --shm-size, mount -o remount,size=...), {fix}"
     raise UserError(
-        f"--ram_cache: {got}, {memory / GIB:.2f} GiB of memory and {shared / GIB:.2f} GiB of "
-        f"{SHARED} are free, of which {USABLE:.0%} are used; {fix}"
+        f"--ram_cache: {what} has {format_bytes(size)} of image files, and {USABLE:.0%} of the "
+        f"free {format_bytes(memory)} of memory and {format_bytes(shared)} of {SHARED} may be "
+        f"used; {fix}"
     )
 
 
-def free_memory() -> float:
+def free_memory() -> int:
     """Return the bytes that this machine, or the container, has free."""
-    found = re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())
-    free = int(found[1]) * 1024.0 if found else float("inf")
+    free = int(re.search(r"MemAvailable: +(\d+)", MEMORY.read_text())[1]) * 1024
     with suppress(OSError, ValueError, TypeError):  # no limit of a container, or of another kind
         limit, used = (int((CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
         stat = (CGROUP / "memory.stat").read_text()
@@ -246,8 +260,10 @@ def _gather(work: Callable[[], Any] | None) -> Sequence[Any]:
     value, problem = None, ""
     try:
         value = work() if work else None
-    except (UserError, OSError) as error:
+    except UserError as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"--ram_cache: {SHARED}: {error.strerror}; enlarge it, or drop --ram_cache"
     found = all_gather((value, problem))
     if problems := [problem for _, problem in found if problem]:
         raise UserError(problems[0])

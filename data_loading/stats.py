@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from data_loading.tiff import Raster
 from errors import UserError, first_few, plural
 
 BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I": 32, "F": 32}  # of PIL's modes, else 8
+
+LEVELS = np.arange(256) / 255  # values of 8-bit pixels
 
 
 class Spread(NamedTuple):
@@ -36,11 +39,22 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, pixels: Tensor) -> "Spread":
         """(C, H, W) uint8, which counts as 0 to 1, or float."""
-        rows = pixels.flatten(1).numpy()
-        values = rows.astype(np.float64) / (255 if rows.dtype == np.uint8 else 1)
+        if pixels.dtype == torch.uint8:  # 25 times as fast as by values
+            counts = [channel.flatten().bincount(minlength=256) for channel in pixels]
+            return cls._of_counts(torch.stack(counts).numpy())
+        values = pixels.flatten(1).numpy().astype(np.float64)
         mean = values.mean(1)
         squares = np.square(values - mean[:, None]).sum(1)
         return cls(values.shape[1], mean, squares, values.min(1), values.max(1))
+
+    @classmethod
+    def _of_counts(cls, counts: np.ndarray) -> "Spread":
+        """(C, 256) numbers of pixels of each value."""
+        count, has = int(counts[0].sum()), counts > 0
+        mean = counts @ LEVELS / count
+        squares = (counts * np.square(LEVELS - mean[:, None])).sum(1)
+        least, most = np.where(has, LEVELS, 1).min(1), np.where(has, LEVELS, 0).max(1)
+        return cls(count, mean, squares, least, most)
 
     def join(self, other: "Spread") -> "Spread":
         """Return the spread of all pixels of both (Chan et al.)."""

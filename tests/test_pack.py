@@ -24,10 +24,12 @@ from PIL import Image
 import pack
 from config import parser as options
 from config import tool_flags
-from data_loading import packs
-from data_loading.encode import Encoding
+from data_loading import packs, parquet
+from data_loading.dataset import TransformedDataset
+from data_loading.encode import EncodedImages, Encoding
 from data_loading.images import Images
 from data_loading.pack_writer import PartWriter, member_names
+from data_loading.ram_cache import hold_in_ram
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import keep_fraction, split
 from data_loading.tables import Columns
@@ -122,6 +124,42 @@ def test_parts_of_folders_are_kept(train, both, tmp_path):
     ]  # fmt: skip
 
 
+def write_files(form: str, folder: Path, photos: Path) -> None:
+    """Write train-0 and val-0 with labels: as tar files with class folders, and in other forms."""
+    folder.mkdir()
+    for part, names in (("train", ("ant", "ant-2")), ("val", ("ant",))):
+        files = [(name, photos / name / "2.jpg") for name in names]
+        if form == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            images = [{"bytes": file.read_bytes(), "path": f"{name}.jpg"} for name, file in files]
+            table = pyarrow.table({"image": images, "label": [name for name, _ in files]})
+            path = folder / f"{part}-0.parquet"
+            importlib.import_module("pyarrow.parquet").write_table(table, path)
+            continue
+        with tarfile.open(folder / f"{part}-0.tar", "w") as archive:
+            for number, (name, file) in enumerate(files):
+                stem = f"{name}/2" if form == "tar" else str(number)
+                archive.add(file, f"{stem}.jpg")
+                if form == "webdataset":
+                    label = tarfile.TarInfo(f"{stem}.json")
+                    text = json.dumps({"label": name}).encode()
+                    label.size = len(text)
+                    archive.addfile(label, io.BytesIO(text))
+
+
+@pytest.mark.parametrize("form", ["tar", "webdataset", "parquet"])
+def test_parts_that_file_names_give_are_kept(form, photos, tmp_path):
+    """The images of val-0 were left out, since the list of labels forgot the names of the files."""
+    source = tmp_path / "files"
+    write_files(form, source, photos)
+    packed(source, tmp_path / "out")
+    for train in (True, False):
+        ours, theirs = content(opened(tmp_path / "out", train)), content(opened(source, train))
+        assert ours == theirs
+        assert ours["split"]
+    assert len(ours["names"]) == 1
+
+
 def test_source_without_parts_is_split_as_before(photos, tmp_path):
     """--val_split and --label_fraction choose by the names of the images."""
     packed(photos, tmp_path / "out", "--shard_size", 7)
@@ -197,6 +235,13 @@ def test_zip_and_mixed_sources(photos, tmp_path):
     ours, theirs = content(opened(tmp_path / "out")), content(opened(source))
     assert ours == theirs
     assert ours["weights"][0] == pytest.approx(0.35)
+    packed(tmp_path / "out", tmp_path / "again")
+    for pack_of_it in ("out", "again"):  # drawn by the shares, as the sources are
+        weights = [
+            build_weights(TransformedDataset(opened(path), torch.clone, 0), "shuffle")
+            for path in (tmp_path / pack_of_it, source)
+        ]
+        assert torch.equal(*weights)
     with tarfile.open(tmp_path / "out" / "images-000000.tar") as file:
         assert {"ant/2.jpg", "ant/2-2.jpg"} < set(file.getnames())
 
@@ -216,6 +261,34 @@ def test_parquet_names_pack_py(photos, tmp_path, log, capsys):
     shown = capsys.readouterr().out
     assert "6 images to pack" in shown
     assert "pack it once" not in shown
+
+
+def test_each_row_group_of_parquet_is_decoded_once(photos, tmp_path, monkeypatch):
+    """Rows may be shuffled: in order of the names each image would decode a row group."""
+    pyarrow = pytest.importorskip("pyarrow")
+    files = sorted(photos.glob("*/*.jpg"))
+    paths = [f"{number * 5 % 6}.jpg" for number in range(6)]
+    pairs = zip(files, paths, strict=True)
+    rows = [{"bytes": file.read_bytes(), "path": path} for file, path in pairs]
+    table = pyarrow.table({"image": rows, "label": [file.parent.name for file in files]})
+    path = tmp_path / "photos.parquet"
+    importlib.import_module("pyarrow.parquet").write_table(table, path, row_group_size=1)
+    theirs = content(opened(path))
+    decoded, images = [], parquet.ParquetFile.images
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "images",
+        lambda file, column, group: decoded.append(group) or images(file, column, group),
+    )
+    monkeypatch.setattr(pack, "SAMPLES", 1)
+    packed(path, tmp_path / "out", "--shard_size", 4)
+    assert decoded == [*range(6)]
+    assert content(opened(tmp_path / "out")) == theirs
+    data = opened(path)
+    decoded.clear()
+    hold_in_ram(data, "train")
+    assert decoded == [*range(6), *range(6)]  # for the sizes, and to copy them
+    assert content(data) == theirs
 
 
 def test_two_images_of_one_name(tmp_path):
@@ -375,6 +448,24 @@ def test_deep_pixels_are_never_stored_in_8_bits(tmp_path):
     assert opened(tmp_path / "out", labeled=False).read(0) == path.read_bytes()
     with pytest.raises(UserError, match=r"1.png: its pixels have more than 8 bits \(mode I;16\)"):
         packed(tmp_path / "a", tmp_path / "small", "--unlabeled", "--size", 10)
+    with pytest.raises(UserError, match="image number 0: .* without a file are stored as PNG of 8"):
+        raise EncodedImages([(Image.open(path), 0)], Encoding())[0, 0]
+
+
+@pytest.mark.parametrize("form", ["ppm", "tiff"])
+def test_color_of_16_bits_is_never_cut_to_8(form, tmp_path):
+    """Pillow decodes its upper 8 bits, and says nothing of it."""
+    deep = np.random.default_rng(0).integers(0, 2**16, (20, 20, 3), dtype=np.uint16)
+    path = tmp_path / "a" / f"1.{form}"
+    path.parent.mkdir()
+    if form == "tiff":
+        pytest.importorskip("tifffile").imwrite(path, deep, photometric="rgb")
+    else:
+        path.write_bytes(b"P6 20 20 65535\n" + deep.astype(">u2").tobytes())
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--size", 20)  # not smaller
+    assert opened(tmp_path / "out", labeled=False).read(0) == path.read_bytes()
+    with pytest.raises(UserError, match="more than 8 bits: --size resizes 8-bit gray and RGB"):
+        packed(tmp_path / "a", tmp_path / "small", "--unlabeled", "--size", 10)
 
 
 def test_turned_photos_are_upright_once(tmp_path):
@@ -496,8 +587,16 @@ def test_shard_that_was_cut_short_is_refused_before_training(photos, tmp_path):
     text = "1 shard of 3 missing or not of the size in pack.json: images-000001.tar; copy the pack"
     with pytest.raises(UserError, match=text):
         opened(tmp_path / "out")
+    with pytest.raises(UserError, match=r"1 fault in .*000001.tar: \d+ bytes, expected \d+ bytes"):
+        packed(tmp_path / "out", "--verify")
     path.unlink()
     with pytest.raises(UserError, match=text):
+        opened(tmp_path / "out")
+    other = tmp_path / "out" / "images-000000.tar"  # another fault is named too
+    data = bytearray(other.read_bytes())
+    data[600] ^= 1
+    other.write_bytes(data)
+    with pytest.raises(UserError, match=r"2 faults in .*CRC-32 differs, .*000001.tar: missing"):
         packed(tmp_path / "out", "--verify")
 
 
@@ -534,10 +633,48 @@ def test_bad_image_stops_the_pack(photos, tmp_path):
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+def test_skip_continues_a_pack_that_a_bad_image_stopped(photos, tmp_path, monkeypatch):
+    """The message of the error says to give --on_bad_image skip, after hours of packing."""
+    (photos / "bee.1" / "10.png").write_bytes(b"<html>")
+    monkeypatch.setattr(pack, "SAMPLES", 1)  # or the estimate would find it
+    words = (photos, tmp_path / "out", "--shard_size", 3)
+    with pytest.raises(UserError, match="or skip such images: --on_bad_image skip"):
+        packed(*words)
+    first = tmp_path / "out" / "images-000000.tar"
+    before = first.stat().st_mtime_ns
+    packed(*words, "--on_bad_image", "skip")
+    assert len(opened(tmp_path / "out")) == 11
+    assert first.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"--on_bad_image skip \(now error\)"):
+        packed(*words)
+
+
+def test_source_of_bad_images_alone_is_an_error(tmp_path):
+    for number in range(2):
+        (tmp_path / "a" / f"{number}.jpg").parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{number}.jpg").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="no image can be used; see bad_images.txt"):
+        packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--on_bad_image", "skip")
+    bad = tmp_path / "out" / "bad_images.txt"
+    assert len(bad.read_text().splitlines()) == 2
+    for number in range(2):
+        draw(tmp_path / "a" / f"{number}.jpg", number)
+    packed(tmp_path / "a", tmp_path / "out", "--unlabeled", "--on_bad_image", "skip")
+    assert not bad.exists()
+
+
+def test_errors_name_no_flag_of_other_scripts(photos, both, tmp_path):
+    """--val_split is none of pack.py."""
+    with pytest.raises(UserError, match="no column of splits; give what holds these .*SOURCE$"):
+        packed(photos, tmp_path / "out", "--part", "val")
+    with pytest.raises(UserError, match="as SOURCE; or pack the training images alone: --part tr"):
+        packed(f"{both},{photos}", tmp_path / "out")
+
+
 def test_names_that_lead_outside_are_refused(photos, tmp_path):
     (tmp_path / "rows.csv").write_text("image,label\nphotos/ant/2.jpg,0\n../x.jpg,1\n")
     draw(tmp_path.parent / "x.jpg", 0)
-    with pytest.raises(UserError, match="1 name of 2 lead out of the folder.*: ../x.jpg; write"):
+    with pytest.raises(UserError, match="1 of 2 paths lead out of the folder.*: ../x.jpg; write"):
         packed(tmp_path / "rows.csv", tmp_path / "out")
 
 
@@ -590,14 +727,14 @@ def test_place_of_another_pack_py_is_refused(photos, tmp_path, monkeypatch):
 
 def test_other_flags_or_images_are_refused(photos, tmp_path):
     packed(photos, tmp_path / "out", "--size", 12)
-    with pytest.raises(UserError, match="was begun with --size 12, now 10, --quality 90, now 5"):
+    with pytest.raises(UserError, match=r"flags: --size 12 \(now 10\), --quality 90 \(now 5\)"):
         packed(photos, tmp_path / "out", "--size", 10, "--quality", 5)
-    with pytest.raises(UserError, match="begun with --shard_size 1000MB, now 5; give the same"):
+    with pytest.raises(UserError, match=r"flags: --shard_size 1000MB \(now 5\); give the same"):
         packed(photos, tmp_path / "out", "--size", 12, "--shard_size", 5)
     draw(photos / "ant" / "77.png", 1)
-    with pytest.raises(UserError, match="was begun with --size 12, now 10; give the same flags"):
+    with pytest.raises(UserError, match=r"begun with other flags: --size 12 \(now 10\); give"):
         packed(photos, tmp_path / "out", "--size", 10)
-    with pytest.raises(UserError, match="a pack of other images or labels than images: 13 images"):
+    with pytest.raises(UserError, match=r"than the source has now \(images: 13 images\); give"):
         packed(photos, tmp_path / "out", "--size", 12)
 
 

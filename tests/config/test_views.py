@@ -37,6 +37,7 @@ def test_unknown_word_is_refused_with_a_hint(capsys):
         ("--recipe digits_pretrain", "pretrain"),
         ("--config FINE", "finetune"),
         ("--config PRE", "pretrain"),
+        ("--resume FINE", "finetune"),
     ],
 )
 def test_script_is_that_of_the_flags(words, script, tmp_path):

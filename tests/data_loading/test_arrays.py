@@ -206,6 +206,18 @@ def test_wrong_arrays_are_refused(array, in_chans, message):
             to_pixels(sample, in_chans)
 
 
+def test_errors_of_other_channels_say_how_to_give_them():
+    scene = as_tiff(values(12), photometric="minisblack", planarconfig="separate")
+    gray = png(Image.new("L", (4, 4)))
+    for file, in_chans, fix in (
+        (scene, 3, "it has 12 channels, expected --in_chans 3; give --in_chans 12"),
+        (gray, 4, r"1 channel \(mode L\), expected --in_chans 4; give --in_chans 1"),
+        (npy(values(12)), 3, "for --in_chans 3; give its number of channels by --in_chans"),
+    ):
+        with pytest.raises(UserError, match=fix):
+            read(file, in_chans)
+
+
 def test_error_says_how_to_give_the_range():
     data = TransformedDataset([(values(1, np.float32, 255), 0)], torch.clone, 0, in_chans=1)
     assert "give the values that become 0 and 1: --value_range LOW HIGH" in str(data[0, 0])
@@ -227,7 +239,7 @@ DAMAGED = {
     "huge": (header(SHAPE % "1000000, 1000000, 12"), "takes 24000000000000 bytes, but 0 follow"),
     "overflow": (header(SHAPE % f"{2**40}, {2**40}"), "but 0 follow"),
     "negative": (header(SHAPE % "-4, 4"), "header"),
-    "empty": (header(SHAPE % "0, 4"), "header says"),
+    "empty": (header(SHAPE % "0, 4"), "it is empty: its header says shape"),
     "cut": (npy(values(4))[:-1], "but 4799 follow"),
     "longer": (npy(values(4)) + b"x", "but 4801 follow"),
     "long header": (header(SHAPE % ("1, " * 99_999), b"\x02\0"), "header is damaged"),
@@ -402,7 +414,7 @@ def test_pack_keeps_them_as_they_are_and_resizes_none(tmp_path):
     packed = EncodedImages(data, Encoding())
     assert [packed[0, index][0].content for index in range(2)] == [*files.values()]
     problem = EncodedImages(data, Encoding(8))[0, 0]
-    assert "expected a PIL image or a (C, H, W) tensor" in str(problem)
+    assert "a uint16 array of shape (12, 20, 30): --size resizes 8-bit gray" in str(problem)
     (tmp_path / "set/a/1.npy").write_bytes(files["a/1.npy"][:-1])
     assert isinstance(packed[0, 0], BadImage)
 

@@ -19,7 +19,7 @@ from data_loading.ram_cache import HeldFiles, hold_in_ram
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import split
 from datasets import build_datasets
-from errors import UserError
+from errors import UserError, format_bytes
 from tests.groups import results_of, run_ranks, run_script
 from tests.test_end_to_end import assert_same, run, weights
 
@@ -104,11 +104,12 @@ def test_memory_has_no_name_when_it_is_filled(photos, monkeypatch):
     """A run that is killed would leave it in /dev/shm otherwise."""
     fill, seen = ram_cache._Copy.fill, []
 
-    def check(copy, file) -> None:
+    def check(copy, file, portion) -> None:
         seen.append((copy.path, os.path.exists(copy.path), os.fstat(file).st_blocks))
-        fill(copy, file)
+        fill(copy, file, portion)
 
     monkeypatch.setattr(ram_cache._Copy, "fill", check)
+    monkeypatch.setattr(ram_cache, "PORTIONS", 1)
     data = opened(photos)
     hold_in_ram(data, "train")
     ((path, exists, blocks),) = seen
@@ -119,8 +120,8 @@ def test_memory_has_no_name_when_it_is_filled(photos, monkeypatch):
 
 @pytest.mark.parametrize(
     ("memory", "shared", "fix"),
-    [(1000, 10**9, "GiB of /dev/shm are free, of which 90% are used; resize"),
-     (10**9, 1000, "GiB of /dev/shm are free, of which 90% are used; enlarge it")],
+    [(1000, 10**9, "1000 B of memory and 953.7 MiB of /dev/shm may be used; resize"),
+     (10**9, 1000, "953.7 MiB of memory and 1000 B of /dev/shm may be used; enlarge /dev/shm")],
 )  # fmt: skip
 def test_too_little_memory_is_an_error(memory, shared, fix, photos, monkeypatch):
     usage = ram_cache.shutil.disk_usage("/")
@@ -128,7 +129,7 @@ def test_too_little_memory_is_an_error(memory, shared, fix, photos, monkeypatch)
     monkeypatch.setattr(ram_cache.shutil, "disk_usage", lambda path: usage._replace(free=shared))
     data = opened(photos)
     found = reads(monkeypatch)
-    with pytest.raises(UserError, match=f"--ram_cache: train has 0.00 GiB of image files.*{fix}"):
+    with pytest.raises(UserError, match=f"--ram_cache: train has .* KiB of image files.*{fix}"):
         hold_in_ram(data, "train")
     assert found == []
 
@@ -156,13 +157,31 @@ def test_memory_that_runs_out_is_an_error(photos, monkeypatch):
         hold_in_ram(opened(photos), "train")
 
 
+def test_ranks_meet_while_the_images_are_read(photos, monkeypatch, log):
+    """They wait for each other for one hour at most, and reading may take longer."""
+    monkeypatch.setattr(ram_cache, "PORTIONS", 4)
+    monkeypatch.setattr(ram_cache, "QUIET", -1)
+    found, counts, gather = reads(monkeypatch), [], ram_cache.all_gather
+
+    def meet(value):
+        counts.append(len(found))
+        return gather(value)
+
+    monkeypatch.setattr(ram_cache, "all_gather", meet)
+    data = opened(photos)
+    hold_in_ram(data, "train")
+    assert counts[-4:] == [3, 6, 9, 12]
+    assert all(f"train: read {share}%" in log.text for share in (25, 50, 75, 100))
+    assert data.files.held.tolist() == [1] * 12
+
+
 def test_dry_run_reports_the_size(photos, monkeypatch, log):
     data = opened(photos)
     found, held = reads(monkeypatch), data.files
     hold_in_ram(data, "train", dry_run=True)
     assert (found, data.files) == ([], held)
     size = sum(path.stat().st_size for path in photos.rglob("*.png")) + 9 * 12 + 8
-    text = f"train: --ram_cache would hold {size / 2**30:.2f} GiB of image files on each machine, "
+    text = f"train: --ram_cache would hold {format_bytes(size)} of image files on each machine, "
     assert text in log.text
 
 
@@ -229,7 +248,7 @@ def fail(rank: int, folder: Path) -> str:
 def test_error_of_one_rank_is_raised_on_all(photos):
     ranks = [found["fail"] for found in results_of(run_ranks([fail], 2, photos.parent))]
     assert ranks[0] == ranks[1]
-    assert "0.00 GiB of memory and" in ranks[0]
+    assert "free 0 B of memory and" in ranks[0]
 
 
 @pytest.mark.slow
