@@ -78,7 +78,8 @@ class WatchedLoader:
         self.on_wait: Callable[[bool], None] | None = None
         self.interrupted = False  # True within an epoch, and after one that was broken off
         self.tuner: Tuner | None = None
-        self.options = options | {"sampler": sampler}
+        # DataLoader draws seeds of its workers, here not from the generator that the training uses.
+        self.options = options | {"sampler": sampler, "generator": torch.Generator()}
         keep_freed_memory()  # in this process too, which reads without workers
         self._make(Plan(num_workers))
 
@@ -144,10 +145,11 @@ class WatchedLoader:
         if self.tuner is None:
             return False
         self.taken += 1
-        plan, worked = self.plan, self.worked.sum().item()
+        plan = self.plan
         if self.taken == 1:
-            self.tuner.begin(worked)
+            self.tuner.begin(self.worked_before)  # with the work for the first batches of an epoch
         else:
+            worked = self.worked.sum().item()
             size = batch[0].nbytes if isinstance(batch, tuple) else 0
             plan = self.tuner.after_batch(plan, waited, worked, size)
         if plan == self.plan:
@@ -162,6 +164,12 @@ class WatchedLoader:
         return self.plan.held * self.batch_size * size if self.num_workers else 0
 
     def _replace_workers(self, plan: Plan) -> None:
+        batches = self.loader._iterator  # None before the first epoch
+        if thread := getattr(batches, "_pin_memory_thread", None):
+            # It receives batches, and must end first: one of a killed worker would break it.
+            batches._pin_memory_thread_done_event.set()
+            batches._worker_result_queue.put((None, None))  # wakes it
+            thread.join(POLL)
         _kill(self.processes)
         self._make(plan)
 
@@ -176,6 +184,7 @@ class WatchedLoader:
 
     def _open(self) -> Iterator[Any]:
         others = set(multiprocessing.active_children())
+        self.worked_before = self.worked.sum().item()
         try:
             return iter(self.loader)
         finally:  # even if only some have started
@@ -184,9 +193,10 @@ class WatchedLoader:
 
     def _take_over(self, processes: list[Any]) -> None:
         """Kill the workers with the loader or the program; do not report deaths during a step."""
-        self.processes = processes
-        # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
-        atexit.register(Finalize(self, _kill, [processes], exitpriority=100))
+        if not self.processes:  # once: each call would keep old processes, and their files, open
+            # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
+            atexit.register(Finalize(self, _kill, [self.processes], exitpriority=100))
+        self.processes[:] = processes
         with suppress(ValueError):  # outside the main thread
             # torch's SIGCHLD handler can raise at any line, even in backward. While it waits for a
             # batch, DataLoader checks its workers every POLL seconds.
