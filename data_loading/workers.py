@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, get_worker_info
 from data_loading.dataset import collate
 from data_loading.stages import ByEpoch
 from data_loading.tuning import Plan, Tuner
-from errors import TrainingStopped, plural
+from errors import TrainingStopped, first_line, plural
 from parallel.environment import WARNINGS
+from parallel.process_group import get_logger
 
 IDLE = -1  # in place of the index of a sample
 NOT_SENT = 74  # exit code of a worker that cannot send a batch
@@ -74,6 +75,7 @@ class WatchedLoader:
         self.batch_size = self.batch_sizes.at(0)
         self.timeout, self.collate_fn = timeout, collate_fn
         self.processes: list[Any] = []
+        self.at_exit: Finalize | None = None
         self.waited = 0.0  # seconds since the last batch
         self.on_wait: Callable[[bool], None] | None = None
         self.interrupted = False  # True within an epoch, and after one that was broken off
@@ -134,30 +136,37 @@ class WatchedLoader:
             if self.waited and self.on_wait is not None:
                 self.on_wait(True)
             self.waited = 0.0
-            if self._has_other_plan(batch, time.perf_counter() - asked):
-                batches = self._start()  # before the step, so that it reads meanwhile
+            plan = self._next_plan(batch, time.perf_counter() - asked)
+            if plan != self.plan:
+                batches = self._change(plan)  # before the step, so that it reads meanwhile
             yield batch
             asked = time.perf_counter()
         self.interrupted = False
 
-    def _has_other_plan(self, batch: Any, waited: float) -> bool:
-        """Ask the tuner; returns True if it has a DataLoader made for the samples after `batch`."""
+    def _next_plan(self, batch: Any, waited: float) -> Plan:
+        """Return the plan for the samples after `batch`, which arrived after `waited` seconds."""
         if self.tuner is None:
-            return False
+            return self.plan
         self.taken += 1
-        plan = self.plan
         if self.taken == 1:
             self.tuner.begin(self.worked_before)  # with the work for the first batches of an epoch
-        else:
-            worked = self.worked.sum().item()
-            size = batch[0].nbytes if isinstance(batch, tuple) else 0
-            plan = self.tuner.after_batch(plan, waited, worked, size)
-        if plan == self.plan:
-            return False
+            return self.plan
+        size = batch[0].nbytes if isinstance(batch, tuple) else 0
+        return self.tuner.after_batch(self.plan, waited, self.worked.sum().item(), size)
+
+    def _change(self, plan: Plan) -> Iterator[Any]:
+        """Load the samples that are left by another plan, or if that fails, by the old one."""
         self.sampler.skip(self.taken * self.batch_size)
-        self.taken = 0
+        self.taken, before = 0, self.plan
         self._replace_workers(plan)
-        return True
+        try:
+            return self._start()
+        except Exception as error:  # such as a limit of processes or open files
+            reason = f"{plural(plan.workers, 'process')} cannot be started: {first_line(error)}"
+            get_logger().warning("loader: %s; it stays at %d", reason, before.workers)
+            self.tuner = None
+            self._replace_workers(before)
+            return self._start()
 
     def shared_memory(self, size: int) -> int:
         """Return the bytes of /dev/shm that batches of samples of `size` bytes take at most."""
@@ -171,6 +180,7 @@ class WatchedLoader:
             batches._worker_result_queue.put((None, None))  # wakes it
             thread.join(POLL)
         _kill(self.processes)
+        self.processes.clear()
         self._make(plan)
 
     def _start(self) -> Iterator[Any]:
@@ -193,9 +203,10 @@ class WatchedLoader:
 
     def _take_over(self, processes: list[Any]) -> None:
         """Kill the workers with the loader or the program; do not report deaths during a step."""
-        if not self.processes:  # once: each call would keep old processes, and their files, open
+        if self.at_exit is None:  # one for all: it keeps the processes, and their files
             # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
-            atexit.register(Finalize(self, _kill, [self.processes], exitpriority=100))
+            self.at_exit = Finalize(self, _kill, [self.processes], exitpriority=100)
+            atexit.register(self.at_exit)
         self.processes[:] = processes
         with suppress(ValueError):  # outside the main thread
             # torch's SIGCHLD handler can raise at any line, even in backward. While it waits for a

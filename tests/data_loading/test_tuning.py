@@ -150,6 +150,25 @@ def test_loader_draws_nothing_from_the_generator_of_the_training():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_processes_that_cannot_start_do_not_end_the_run(monkeypatch, caplog):
+    """The machine may have a limit of processes that the first ones did not reach."""
+    calls, fork = itertools.count(1), os.fork
+
+    def fork_twice():
+        if next(calls) == 3:
+            raise BlockingIOError("no more processes")
+        return fork()
+
+    loader = make_loader(1)
+    loader.tuner = Scripted({2: Plan(2)})
+    monkeypatch.setattr(os, "fork", fork_twice)
+    assert read(loader, 0) == read(make_loader(0), 0)
+    assert (loader.plan, loader.tuner) == (Plan(1), None)
+    assert caplog.messages == [
+        "loader: 2 processes cannot be started: no more processes; it stays at 1"
+    ]
+
+
 LAST = [index for _, index in TrainSampler(COUNT, 3, 0, 1)][-1]
 
 
