@@ -278,7 +278,8 @@ FLAGS["augmentation"] = (
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
     ("--vflip", CHANCE, 0.0, "probability of a vertical flip, for images of any orientation"),
     ("--rot90", CHANCE, 0.0,
-     "probability of a turn by 90, 180 or 270 degrees; 0.75: all four turns, 0 too, equally often"),
+     "probability of a turn by 90, 180 or 270 degrees; 0.75 makes all four orientations equally "
+     "likely"),
     ("--aa", NAME, "rand-m9-mstd0.5-inc1",
      "policy: rand-..., original, v0, augmix-... in timm's notation, 3a (3-Augment), ta_wide "
      "(TrivialAugment), or none"),
