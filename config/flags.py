@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,16 @@ AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
 EPOCHS = number("whole (0, inf)")
 
 
+def cpu_cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Return the CPU cores that this process may use; limit: file of a container's, if any."""
+    affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file; max, which stands for no limit
+        quota, period = map(int, Path(limit).read_text().split())
+        cores = min(cores, -(-quota // period))
+    return cores
+
+
 def size(text: str) -> int | str:
     """Read a side in pixels, or the checked text of sizes by epoch."""
     if ":" not in text:
@@ -157,7 +168,7 @@ size.holds, size.range = COUNT["type"].holds, COUNT["type"].range
 SIZE = COUNT | {"type": size}
 ANY = number("float (-inf, inf)")
 CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = cpu_cores()
 KERNELS = ("auto", "torch", "triton")
 LISTED = ("auto", "IMNET", "image_folder", "folder", "table")  # --data_index lists their images
 DOWNLOADED = ("CIFAR10", "CIFAR")  # if they are not in --data_path
@@ -265,9 +276,10 @@ FLAGS["augmentation"] = (
     ("--train_interpolation", ("bicubic", "bilinear", "random"), "bicubic",
      "interpolation of random crops and of --aa; random: one of the two per image"),
     ("--hflip", CHANCE, 0.5, "probability of a horizontal flip in training"),
-    ("--vflip", CHANCE, 0.0, "probability of a vertical flip, for images without a top"),
+    ("--vflip", CHANCE, 0.0, "probability of a vertical flip, for images of any orientation"),
     ("--rot90", CHANCE, 0.0,
-     "probability of a turn by 90, 180 or 270 degrees; with 0.75 all directions are as frequent"),
+     "probability of a turn by 90, 180 or 270 degrees; 0.75 makes all four orientations equally "
+     "likely"),
     ("--aa", NAME, "rand-m9-mstd0.5-inc1",
      "policy: rand-..., original, v0, augmix-... in timm's notation, 3a (3-Augment), ta_wide "
      "(TrivialAugment), or none"),
@@ -278,7 +290,8 @@ FLAGS["augmentation"] = (
      "AlexNet's color noise along ImageNet's principal components: std of its factors, 0.1 in "
      "AlexNet; 0: off"),
     ("--grayscale_prob", CHANCE, 0.0, "probability that an RGB image becomes gray"),
-    ("--gaussian_blur_prob", CHANCE, 0.0, "probability of a blur by 0.1 to 2 pixels (sigma)"),
+    ("--gaussian_blur_prob", CHANCE, 0.0,
+     "probability of a Gaussian blur with a sigma of 0.1 to 2 pixels"),
     ("--reprob", CHANCE, 0.25, "probability of random erasing"),
     ("--remode", ("pixel", "rand", "const"), "pixel", "erase to noise, a random color or zeros"),
     ("--recount", COUNT, 1, "largest number of erased rectangles per image"),

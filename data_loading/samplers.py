@@ -102,7 +102,7 @@ class TrainSampler(Sampler):
         self.rank, self.world_size = rank, world_size
         self.samples, self.repeats = length if samples is None else samples, repeats
         self.passes = max(1, -(-self.samples // max(length * repeats, 1)))
-        self.epoch, self.start, self.stop = 0, 0, self.samples
+        self.epoch, self.start, self.stop, self.skipped = 0, 0, self.samples, 0
         self.cumulative = None if weights is None else cumulate(weights)
 
     def set_epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
@@ -110,19 +110,19 @@ class TrainSampler(Sampler):
 
         stop: None for the end of the epoch.
         """
-        self.epoch, self.start = epoch, start
+        self.epoch, self.start, self.skipped = epoch, start, 0
         self.stop = self.samples if stop is None else stop
 
     def skip(self, count: int) -> None:
-        """Leave out the next `count` samples of each rank."""
-        self.start += count * self.world_size
+        """Leave out the next `count` samples of each rank; the length stays as it is."""
+        self.skipped += count * self.world_size
 
     def __len__(self) -> int:
         return (self.stop - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         end = self.start + len(self) * self.world_size
-        mine = range(self.start, end)[self.rank :: self.world_size]
+        mine = range(self.start + self.skipped, end)[self.rank :: self.world_size]
         order = self.length, self.seed, self.epoch, self.cumulative, self.repeats, self.passes
         return keys_at(mine, *order)
 

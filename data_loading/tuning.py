@@ -107,7 +107,10 @@ class Tuner:
         self.use, self.batches = Use(), 0
 
     def begin(self, worked: float) -> None:
-        """Note that the first batch of an iteration has arrived; worked: as for `after_batch`."""
+        """Note that the first batch of an iteration has arrived.
+
+        worked: as for `after_batch`, before the iteration.
+        """
         self.last = self.clock(), worked
 
     def after_batch(self, plan: Plan, waited: float, worked: float, size: int) -> Plan:

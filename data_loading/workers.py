@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, get_worker_info
 from data_loading.dataset import collate
 from data_loading.stages import ByEpoch
 from data_loading.tuning import Plan, Tuner
-from errors import TrainingStopped, plural
+from errors import TrainingStopped, first_line, plural
 from parallel.environment import WARNINGS
+from parallel.process_group import get_logger
 
 IDLE = -1  # in place of the index of a sample
 NOT_SENT = 74  # exit code of a worker that cannot send a batch
@@ -74,11 +75,13 @@ class WatchedLoader:
         self.batch_size = self.batch_sizes.at(0)
         self.timeout, self.collate_fn = timeout, collate_fn
         self.processes: list[Any] = []
+        self.at_exit: Finalize | None = None
         self.waited = 0.0  # seconds since the last batch
         self.on_wait: Callable[[bool], None] | None = None
         self.interrupted = False  # True within an epoch, and after one that was broken off
         self.tuner: Tuner | None = None
-        self.options = options | {"sampler": sampler}
+        # DataLoader draws seeds of its workers, here not from the generator that the training uses.
+        self.options = options | {"sampler": sampler, "generator": torch.Generator()}
         keep_freed_memory()  # in this process too, which reads without workers
         self._make(Plan(num_workers))
 
@@ -133,36 +136,51 @@ class WatchedLoader:
             if self.waited and self.on_wait is not None:
                 self.on_wait(True)
             self.waited = 0.0
-            if self._has_other_plan(batch, time.perf_counter() - asked):
-                batches = self._start()  # before the step, so that it reads meanwhile
+            plan = self._next_plan(batch, time.perf_counter() - asked)
+            if plan != self.plan:
+                batches = self._change(plan)  # before the step, so that it reads meanwhile
             yield batch
             asked = time.perf_counter()
         self.interrupted = False
 
-    def _has_other_plan(self, batch: Any, waited: float) -> bool:
-        """Ask the tuner; returns True if it has a DataLoader made for the samples after `batch`."""
+    def _next_plan(self, batch: Any, waited: float) -> Plan:
+        """Return the plan for the samples after `batch`, which arrived after `waited` seconds."""
         if self.tuner is None:
-            return False
+            return self.plan
         self.taken += 1
-        plan, worked = self.plan, self.worked.sum().item()
         if self.taken == 1:
-            self.tuner.begin(worked)
-        else:
-            size = batch[0].nbytes if isinstance(batch, tuple) else 0
-            plan = self.tuner.after_batch(plan, waited, worked, size)
-        if plan == self.plan:
-            return False
+            self.tuner.begin(self.worked_before)  # with the work for the first batches of an epoch
+            return self.plan
+        size = batch[0].nbytes if isinstance(batch, tuple) else 0
+        return self.tuner.after_batch(self.plan, waited, self.worked.sum().item(), size)
+
+    def _change(self, plan: Plan) -> Iterator[Any]:
+        """Load the samples that are left by another plan, or if that fails, by the old one."""
         self.sampler.skip(self.taken * self.batch_size)
-        self.taken = 0
+        self.taken, before = 0, self.plan
         self._replace_workers(plan)
-        return True
+        try:
+            return self._start()
+        except Exception as error:  # such as a limit of processes or open files
+            reason = f"{plural(plan.workers, 'process')} cannot be started: {first_line(error)}"
+            get_logger().warning("loader: %s; it stays at %d", reason, before.workers)
+            self.tuner = None
+            self._replace_workers(before)
+            return self._start()
 
     def shared_memory(self, size: int) -> int:
         """Return the bytes of /dev/shm that batches of samples of `size` bytes take at most."""
         return self.plan.held * self.batch_size * size if self.num_workers else 0
 
     def _replace_workers(self, plan: Plan) -> None:
+        batches = self.loader._iterator  # None before the first epoch
+        if thread := getattr(batches, "_pin_memory_thread", None):
+            # It receives batches, and must end first: one of a killed worker would break it.
+            batches._pin_memory_thread_done_event.set()
+            batches._worker_result_queue.put((None, None))  # wakes it
+            thread.join(POLL)
         _kill(self.processes)
+        self.processes.clear()
         self._make(plan)
 
     def _start(self) -> Iterator[Any]:
@@ -176,6 +194,7 @@ class WatchedLoader:
 
     def _open(self) -> Iterator[Any]:
         others = set(multiprocessing.active_children())
+        self.worked_before = self.worked.sum().item()
         try:
             return iter(self.loader)
         finally:  # even if only some have started
@@ -184,9 +203,11 @@ class WatchedLoader:
 
     def _take_over(self, processes: list[Any]) -> None:
         """Kill the workers with the loader or the program; do not report deaths during a step."""
-        self.processes = processes
-        # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
-        atexit.register(Finalize(self, _kill, [processes], exitpriority=100))
+        if self.at_exit is None:  # one for all: it keeps the processes, and their files
+            # At exit this runs before torch and multiprocessing send SIGTERM, which workers ignore.
+            self.at_exit = Finalize(self, _kill, [self.processes], exitpriority=100)
+            atexit.register(self.at_exit)
+        self.processes[:] = processes
         with suppress(ValueError):  # outside the main thread
             # torch's SIGCHLD handler can raise at any line, even in backward. While it waits for a
             # batch, DataLoader checks its workers every POLL seconds.

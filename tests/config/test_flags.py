@@ -163,3 +163,12 @@ def test_number_outside_of_its_range_is_named(kind, text, expected):
 def test_flags_name_every_data_set_by_name():
     assert set(datasets.DATASETS) == {*flags.NEED_PATH, *flags.HAVE_EVAL_DATA}
     assert {"auto", *flags.DATA_SETS.split(", ")} == set(datasets.DATASETS)
+
+
+def test_cores_are_at_most_those_of_the_container(tmp_path, monkeypatch):
+    """Kubernetes limits the CPU time; a process there sees all cores of the machine."""
+    monkeypatch.setattr(flags.os, "sched_getaffinity", lambda process: range(96))
+    for text, expected in (("800000 100000", 8), ("150000 100000", 2), ("max 100000", 96)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert flags.cpu_cores(str(tmp_path / "cpu.max")) == expected
+    assert flags.cpu_cores(str(tmp_path / "none")) == 96

@@ -2,14 +2,17 @@
 # Licensed under the MIT License; see LICENSE.
 """The number of loader processes that is found by measurement."""
 
+import gc
 import itertools
 import logging
 import os
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data._utils import pin_memory
 
 import datasets
 from config.parser import finetune_parser, parse
@@ -106,8 +109,65 @@ def test_samples_and_their_order_do_not_depend_on_changes_of_the_plan(start):
         loader.tuner = Scripted({1: Plan(3), 3: Plan(3, 4), 4: Plan(1), 5: Plan(2), 7: Plan(1)})
         for epoch in range(3):
             assert read(loader, epoch, start) == read(expected, epoch, start)
+            assert len(loader) == len(expected)  # hooks may ask, within an epoch too
         assert loader.tuner.seen > 4
         assert loader.shared_memory(10) == loader.plan.held * BATCH * 10
+
+
+def read_with_changes(count, **options):
+    """Read batches while the plan changes `count` times; returns the loader."""
+    loader = make_loader(1, **options)
+    loader.tuner = Scripted({1 + n: Plan(1 + n % 2, 2 + n % 3) for n in range(count)})
+    read(loader, 0)
+    return loader
+
+
+def test_changes_leave_no_file_open():
+    counts = []
+    for changes in (2, 8):
+        loader = read_with_changes(changes)
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/fd")))
+        del loader
+    assert counts[1] <= counts[0]
+
+
+def test_changes_end_the_thread_that_copies_to_page_locked_memory(monkeypatch):
+    """A batch of a killed process is cut off, and the thread that receives it would fail."""
+    for name, value in (("is_available", True), ("current_accelerator", torch.device("cuda"))):
+        monkeypatch.setattr(torch.accelerator, name, lambda *args, value=value: value)
+    for name in ("current_device_index", "set_device_index"):
+        monkeypatch.setattr(torch.accelerator, name, lambda *args: 0)
+    monkeypatch.setattr(pin_memory, "pin_memory", lambda data, device: data)
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    read_with_changes(8, pin_memory=True)
+    assert not errors
+
+
+def test_loader_draws_nothing_from_the_generator_of_the_training():
+    before = torch.get_rng_state()
+    read_with_changes(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_processes_that_cannot_start_do_not_end_the_run(monkeypatch, caplog):
+    """The machine may have a limit of processes that the first ones did not reach."""
+    calls, fork = itertools.count(1), os.fork
+
+    def fork_twice():
+        if next(calls) == 3:
+            raise BlockingIOError("no more processes")
+        return fork()
+
+    loader = make_loader(1)
+    loader.tuner = Scripted({2: Plan(2)})
+    monkeypatch.setattr(os, "fork", fork_twice)
+    assert read(loader, 0) == read(make_loader(0), 0)
+    assert (loader.plan, loader.tuner) == (Plan(1), None)
+    assert caplog.messages == [
+        "loader: 2 processes cannot be started: no more processes; it stays at 1"
+    ]
 
 
 LAST = [index for _, index in TrainSampler(COUNT, 3, 0, 1)][-1]
@@ -151,6 +211,7 @@ def test_tuner_gets_the_time_of_workers_and_of_waiting():
             time.sleep(20 * 0.01)  # a step in which the worker fills its queue
     waited, worked = zip(*(call[:2] for call in calls), strict=True)
     assert sorted(worked) == list(worked)
+    assert worked[0] == 0  # before the first batch: short epochs are loaded while it is awaited
     assert worked[-1] >= 0.01 * COUNT
     assert sum(waited) > 0
 

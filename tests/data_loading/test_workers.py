@@ -553,7 +553,7 @@ def test_worker_that_ignores_the_limit_ends_the_run():
 def test_workers_that_do_not_answer_between_epochs_are_replaced(monkeypatch):
     loader = watched(0, 24, 1)
     assert len(list(loader)) == 1
-    before = loader.processes
+    before = loader.processes[:]
     os.kill(before[0].pid, signal.SIGSTOP)
     assert len(list(loader)) == 1
     assert loader.processes != before
