@@ -122,6 +122,8 @@ class WatchedLoader:
         if self.interrupted:  # its workers may still read, and DataLoader would wait for them
             self._replace_workers(self.plan)
         self.interrupted, self.waited = True, 0.0
+        if self.tuner is not None:
+            self.sampler.skipped = 0  # of an earlier change of the plan
         batches, self.taken, asked = self._start(), 0, time.perf_counter()
         while True:
             try:

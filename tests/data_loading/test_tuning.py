@@ -108,7 +108,9 @@ def test_samples_and_their_order_do_not_depend_on_changes_of_the_plan(start):
         expected, loader = make_loader(0, rank, 2), make_loader(1, rank, 2)
         loader.tuner = Scripted({1: Plan(3), 3: Plan(3, 4), 4: Plan(1), 5: Plan(2), 7: Plan(1)})
         for epoch in range(3):
-            assert read(loader, epoch, start) == read(expected, epoch, start)
+            whole = read(expected, epoch, start)
+            assert read(loader, epoch, start) == whole
+        assert [batch.tolist() for batch in loader] == whole  # again, without set_epoch
             assert len(loader) == len(expected)  # hooks may ask, within an epoch too
         assert loader.tuner.seen > 4
         assert loader.shared_memory(10) == loader.plan.held * BATCH * 10
