@@ -110,8 +110,8 @@ def test_samples_and_their_order_do_not_depend_on_changes_of_the_plan(start):
         for epoch in range(3):
             whole = read(expected, epoch, start)
             assert read(loader, epoch, start) == whole
-        assert [batch.tolist() for batch in loader] == whole  # again, without set_epoch
             assert len(loader) == len(expected)  # hooks may ask, within an epoch too
+        assert [batch.tolist() for batch in loader] == whole  # again, without set_epoch
         assert loader.tuner.seen > 4
         assert loader.shared_memory(10) == loader.plan.held * BATCH * 10
 
