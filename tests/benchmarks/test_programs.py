@@ -330,6 +330,7 @@ def test_loader_has_a_row_for_each_way_to_read(tmp_path):
                 "ours, folder",
                 "ours, pack",
                 "ours, --ram_cache",
+                "ours, folder, as sent to a GPU",
                 *fast,
                 *others,
             ]
