@@ -4,6 +4,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ SMALL = (
     "--input_size 16 --stem_stride 1 --batch_size 4 --epochs 1 --warmup_epochs 0 --device cpu "
     "--kernels torch --log_dir none --update_freq 1"
 )
+SECTIONS = ("Sources", "Tables", "Tasks", "Packing", "Images in memory")  # of docs/data.md
 MODELS = {
     "main_pretrain.py": "--model tests.tiny:fcmae --decoder_embed_dim 8 --picture_freq 0",
     "main_finetune.py": "--model tests.tiny:classifier --val_split 0.2 --aa rand-m9-mstd0.5-inc1 "
@@ -66,15 +68,24 @@ def test_weights_do_not_depend_on_what_holds_the_images(script, tmp_path):
 
 
 def commands_of_sources() -> list[str]:
-    """Commands of the section Sources of docs/data.md."""
+    """Training commands of the sections of docs/data.md that teach a source."""
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    section = text[text.index("## Sources") : text.index("## Class names")]
-    blocks = [content for language, content in FENCE.findall(section) if language == "sh"]
-    return [line for block in blocks for line in block.splitlines()]
+    commands = []
+    for section in SECTIONS:
+        content = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        blocks = [block for language, block in FENCE.findall(content) if language == "sh"]
+        lines = "".join(blocks).replace("\\\n", "").splitlines()
+        found = [line for line in lines if not line.startswith("python pack.py")]
+        assert found, section
+        commands += found  # test_pack.py runs those of pack.py
+    return commands
 
 
-def make_documented_data(folder: Path) -> None:
-    """Write what the commands of docs/data.md read."""
+@pytest.fixture(scope="module")
+def documented_data(tmp_path_factory):
+    """A folder with what the commands of docs/data.md read."""
+    pytest.importorskip("pyarrow")
+    folder = tmp_path_factory.mktemp("docs")
     root = write_photos(folder / "photos")
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
     FORMS["zip file"](root, names, folder)
@@ -84,25 +95,30 @@ def make_documented_data(folder: Path) -> None:
     (folder / "hub" / "data").mkdir(parents=True)
     parquet = FORMS["Parquet file"](root, names, folder)
     parquet.rename(folder / "hub" / "data" / "train-00000-of-00001.parquet")
+    (folder / "table").mkdir()
+    write_photos(folder / "table", "a", 8)
+    rows = [f"a/{n}.jpg,{'xy'[n % 2]},{n},{n + 1},{'val' if n > 5 else 'train'}" for n in range(8)]
+    table = "\n".join(["image,label,width,height,split", *rows])
+    (folder / "table" / "photos.csv").write_text(table)
+    shutil.copytree(FORMS["pack"](root, names, folder), folder / "small")
     food = folder / "food" / "food-101"  # as torchvision unpacks it
     write_photos(food / "images", ["apple_pie", "waffles"], 4)
     (food / "meta").mkdir()
     for part, numbers in (("train", (0, 1, 2)), ("test", (3,))):
         listed = {name: [f"{name}/{n}" for n in numbers] for name in ("apple_pie", "waffles")}
         (food / "meta" / f"{part}.json").write_text(json.dumps(listed))
+    return folder
 
 
 @pytest.mark.parametrize("command", commands_of_sources())
-def test_documented_commands_run(command, tmp_path):
-    pytest.importorskip("pyarrow")
-    make_documented_data(tmp_path)
-    _, script, *words = shlex.split(command)
+def test_documented_commands_run(command, documented_data, tmp_path):
+    _, script, *words = shlex.split(command, comments=True)
     pretrains = script == "main_pretrain.py"
     model = "tests.tiny:fcmae" if pretrains else "tests.tiny:classifier"
-    words = [model if word == "convnextv2_atto" else word for word in words]
+    words = [model if word == "convnextv2_atto" else word for word in words if word != "--dry_run"]
     words += shlex.split("--decoder_embed_dim 8 --picture_freq 0" if pretrains else "--aa none")
-    words += shlex.split(f"{SMALL} --num_workers 0 --output_dir run")
+    words += shlex.split(f"{SMALL} --num_workers 0 --output_dir {tmp_path}")
     output = tmp_path / "output.txt"
-    processes = start_script(script, words, [(output, output)], cwd=tmp_path)
+    processes = start_script(script, words, [(output, output)], cwd=documented_data)
     assert exit_codes(processes, TIME_LIMIT_S) == [0], output.read_text()
-    assert (tmp_path / "run" / "checkpoint-0.pth").exists()
+    assert (tmp_path / "checkpoint-0.pth").exists()
