@@ -29,7 +29,8 @@ from data_loading.parquet import (
     read_json,
     readable,
 )
-from errors import UserError, first_few, first_line, resolve, resolve_for
+from data_loading.tables import require_column
+from errors import UserError, first_few, first_line, resolve
 
 # Usual names of columns of images, and of paths of image files.
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "photo", "picture")
@@ -55,7 +56,7 @@ def find_image_column(files: Sequence[str], given: str | None = None) -> ImageCo
     kinds = {field.name: _image_kind(field.type) for field in schema}
     columns = first_few((f"{field.name} ({field.type})" for field in schema), 9)
     if given:
-        resolve_for("--image_column", given, kinds, f"column of {path}")
+        require_column("--image_column", given, kinds, path)
         if not kinds[given]:
             raise UserError(
                 f"--image_column {given}: its type is {schema.field(given).type}; expected bytes, "

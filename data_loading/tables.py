@@ -23,7 +23,7 @@ from data_loading.files import Names
 from data_loading.formats import extensions
 from data_loading.index import Listing
 from data_loading.labels import order_classes
-from errors import UserError, first_few, plural, resolve_for
+from errors import UserError, did_you_mean, first_few, plural, sentences
 
 IMAGES = ("image", "path", "file", "filename", "file_name", "filepath", "image_path", "img")
 LABELS = ("label", "labels", "class", "classes", "target", "targets", "category", "tags")
@@ -87,8 +87,8 @@ class Table:
         return name in self.class_names and not isinstance(self.columns[name], np.ndarray)
 
     def find(self, name: str, flag: str) -> str:
-        """Return the name of a column that a flag gives; UserError with close matches."""
-        resolve_for(flag, name, dict.fromkeys(self.columns), f"column of {self.path}")
+        """Return the name of a column that a flag gives; UserError if there is none."""
+        require_column(flag, name, self.columns, self.path)
         return name
 
     def refuse(self, rows: Iterable[int], problem: str, expected: str) -> None:
@@ -111,6 +111,14 @@ class Table:
         }
         images = None if self.images is None else [self.images[row] for row in rows]
         return replace(self, columns=columns, lines=self.lines[rows], images=images)
+
+
+def require_column(flag: str, name: str, columns: Iterable[str], path: str) -> None:
+    """Raise UserError with the columns there are if `name`, given by a flag, is none of them."""
+    names = list(columns)
+    if name not in names:
+        hint = sentences(did_you_mean(name, names), f"Known: {first_few(names, 20)}.")
+        raise UserError(f"{flag}: unknown column of {path} {name!r}. {hint}")
 
 
 def _first_of(rows: Sequence[int], texts: Sequence[Any]) -> str:

@@ -147,7 +147,10 @@ def test_pretraining_needs_no_labels(make):
         ("image,x\n0.png,nan\n", {"kind": "number"}, "line 2: x is 'nan'"),
         ("image,a,b\n0.png,1,2\n", {"labels": ["a", "b"]}, "line 2: b is '2', expected 0 or 1"),
         ("image,a,b\n0.png,1,1\n", {"labels": "ab", "kind": "class"}, "has one column; use"),
-        ("image,label\n0.png,a\n", {"labels": ["lable"]}, "Did you mean 'label'?"),
+        (
+            "image,label\n0.png,a\n", {"labels": ["lable"]},
+            "t.csv 'lable'. Did you mean 'label'? Known: image, label.",
+        ),
         ("image,label\n0.png,a\n", {"image": "imag"}, "--image_column: unknown column of"),
         ("image,label,w\n0.png,a,-1\n", {"weight": "w"}, "w is '-1', expected a number of"),
         ("image,label,split\n0.png,a,train\n0.png,a,x\n", {}, "line 3: split is 'x', expected"),
