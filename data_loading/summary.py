@@ -45,6 +45,14 @@ def describe_similar_classes(names: Iterable[str]) -> str:
     return f"classes with nearly the same name: {first_few(found)}; {fix}" if found else ""
 
 
+def describe_fractions(names: Iterable[str]) -> str:
+    """Describe classes whose names are fractions, as in a column of prices; '' if none are."""
+    number = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
+    found = [name for name in names if number.fullmatch(name) and float(name) % 1]
+    fix = "if they are numbers to predict, give --task regression"
+    return f"classes are called {first_few(found)}; {fix}" if found else ""
+
+
 def describe_outputs(count: int, kind: str, some: str = "") -> str:
     """Return `of 3 classes`, `with any of 3 classes` or `with 3 numbers`; some: such as `2 of `."""
     return f"{IN_LOG[kind]} {some}{plural(count, NOUN[kind])}"
@@ -74,5 +82,6 @@ def log_dataset(
     get_logger().info(text, name, plural(len(dataset), "image"), classes, source, used, remarks)
     if kind == "class" and (problem := describe_class_problem(dataset, nb_classes)):
         get_logger().warning("%s: %s", name, problem)
-    if is_train and kind != "number" and (similar := describe_similar_classes(names)):
-        get_logger().warning("%s: %s", name, similar)
+    if is_train and kind != "number":
+        for odd in filter(None, (describe_similar_classes(names), describe_fractions(names))):
+            get_logger().warning("%s: %s", name, odd)

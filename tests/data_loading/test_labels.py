@@ -9,7 +9,7 @@ import pytest
 from timm.data import ImageNetInfo
 
 from data_loading.labels import Head, class_names, find_positions
-from data_loading.summary import describe_similar_classes
+from data_loading.summary import describe_fractions, describe_similar_classes
 from errors import UserError
 
 ABC = Head("it.pth", ["ant", "bee", "cat"], 3)
@@ -34,6 +34,13 @@ def test_classes_of_one_name_are_told():
     found = "classes with nearly the same name: crane and crane (2) and crane (3), owl and OWL; if"
     assert describe_similar_classes(names).startswith(found)
     assert not describe_similar_classes(["crane", "owl", "owls", "1", "2"])
+
+
+def test_column_of_numbers_is_told_to_be_no_classes():
+    """Each price in a column became a class of its own, without a word."""
+    said = "classes are called 0.5, -1.5e-3, .25 and 1 more; if they are numbers to predict, give"
+    assert describe_fractions(["0.5", "-1.5e-3", ".25", "cat", "7.5", "7"]).startswith(said)
+    assert not describe_fractions(["1.0", "2.0", "7", "v1.5", "1.2.3", "cat", ""])
 
 
 def test_names_that_are_not_one_to_one_with_labels():

@@ -527,6 +527,16 @@ def test_flags_of_columns_are_never_ignored(source, flag, said, script, photos, 
         build(args)
 
 
+def test_table_of_numbers_asks_for_regression(tmp_path, caplog):
+    (tmp_path / "1.png").write_bytes(png())
+    for price in ("7.5", "7"):
+        (tmp_path / "a.csv").write_text(f"image,price\n1.png,{price}\n1.png,8\n")
+        caplog.clear()
+        words = ["--data_path", str(tmp_path / "a.csv")]
+        datasets.build_dataset(True, options.parse(options.finetune_parser(), words))
+        assert ("numbers to predict, give --task regression" in caplog.text) is (price == "7.5")
+
+
 CASES = ["Cat", "cat", "dog"]
 
 
