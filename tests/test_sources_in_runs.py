@@ -2,9 +2,11 @@
 # Licensed under the MIT License; see LICENSE.
 """Whole runs on every kind of source: the same weights, and the commands of docs/data.md."""
 
+import io
 import json
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,37 @@ def commands_of_sources() -> list[str]:
     return commands
 
 
+def write_archives(root: Path, names: list[str], folder: Path) -> None:
+    """Write a zip file, tar files, a WebDataset, Parquet, Arrow and a pack of the same images."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    FORMS["zip file"](root, names, folder)
+    shards = FORMS["3 tar files"](root, names, folder)
+    (folder / "web").mkdir()
+    for number in range(2):
+        (shards / f"{number:06d}.tar").rename(shards / f"photos-{number:04d}.tar")
+        with tarfile.open(folder / "web" / f"{number:04d}.tar", "w") as file:
+            for name in names[number::2]:
+                file.add(root / name, name)
+                label = json.dumps({"animal": name[0], "id": 1}).encode()
+                member = tarfile.TarInfo(name.replace(".jpg", ".json"))
+                member.size = len(label)
+                file.addfile(member, io.BytesIO(label))
+    (folder / "hub" / "data").mkdir(parents=True)
+    (folder / "saved").mkdir()
+    images = FORMS["Parquet file"](root, names, folder)
+    images = images.rename(folder / "hub" / "data" / "train-00000-of-00001.parquet")
+    table, saved = parquet.read_table(images), "data-00000-of-00001.arrow"
+    with (
+        pyarrow.OSFile(str(folder / "saved" / saved), "wb") as file,
+        ipc.new_stream(file, table.schema) as stream,
+    ):
+        stream.write_table(table)
+    (folder / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": saved}]}))
+    shutil.copytree(FORMS["pack"](root, names, folder), folder / "small")
+
+
 @pytest.fixture(scope="module")
 def documented_data(tmp_path_factory):
     """A folder with what the commands of docs/data.md read."""
@@ -88,19 +121,14 @@ def documented_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     root = write_photos(folder / "photos")
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.jpg"))
-    FORMS["zip file"](root, names, folder)
-    shards = FORMS["3 tar files"](root, names, folder)
-    for number in range(2):
-        (shards / f"{number:06d}.tar").rename(shards / f"photos-{number:04d}.tar")
-    (folder / "hub" / "data").mkdir(parents=True)
-    parquet = FORMS["Parquet file"](root, names, folder)
-    parquet.rename(folder / "hub" / "data" / "train-00000-of-00001.parquet")
-    (folder / "table").mkdir()
+    write_archives(root, names, folder)
+    shutil.copytree(root / "a", folder / "flat")
     write_photos(folder / "table", "a", 8)
-    rows = [f"a/{n}.jpg,{'xy'[n % 2]},{n},{n + 1},{'val' if n > 5 else 'train'}" for n in range(8)]
-    table = "\n".join(["image,label,width,height,split", *rows])
-    (folder / "table" / "photos.csv").write_text(table)
-    shutil.copytree(FORMS["pack"](root, names, folder), folder / "small")
+    rows = ["image,label,width,height,tags,weight,split"]
+    for n in range(8):
+        part = "val" if n > 5 else "train"
+        rows.append(f"a/{n}.jpg,{'xy'[n % 2]},{n},{n + 1},{'x|y' if n % 3 else 'y'},{n},{part}")
+    (folder / "table" / "photos.csv").write_text("\n".join(rows))
     food = folder / "food" / "food-101"  # as torchvision unpacks it
     write_photos(food / "images", ["apple_pie", "waffles"], 4)
     (food / "meta").mkdir()
