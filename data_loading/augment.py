@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
-from config.augmentation import TRIVIAL, policy_problems
+from config.augmentation import ENDED, TRIVIAL, policy_problems
 from data_loading.decode import from_pil
 from data_loading.erasing import RandomErasing
 from errors import UserError
@@ -64,10 +64,7 @@ class Augmentation:
 
     def geometric(self) -> "Augmentation":
         """Return the crop, flips and right-angle turns alone, as from --aug_off_epoch on."""
-        return replace(
-            self, aa=None, color_jitter=None, pca_lighting=0.0, grayscale_prob=0.0,
-            gaussian_blur_prob=0.0, reprob=0.0,
-        )  # fmt: skip
+        return replace(self, **{name: getattr(Augmentation, name) for name in ENDED})
 
 
 class RandomFlip:

@@ -2,14 +2,33 @@
 # Licensed under the MIT License; see LICENSE.
 """Hooks and a tracker as a user may bring them: --hook tests.fakes:Counter(start=3) and so on."""
 
+import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from parallel.process_group import get_logger
+from training import run_lock
 from training.hooks import Hook, Run
 
 CALLS: list[tuple] = []  # of the tracker, in order
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Collect the lines that a script run in this process logs, then release its folder."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    get_logger().addHandler(handler)
+    try:
+        yield messages
+    finally:
+        get_logger().removeHandler(handler)
+        run_lock.acquire_run_lock("")
 
 
 class Counter(Hook):

@@ -7,7 +7,6 @@ script's `main` in this process, with the training of an epoch left out, and loo
 """
 
 import argparse
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,7 @@ from config import parser as options
 from data_loading.split import list_labels
 from models import kernels
 from models.layers import DropPath
-from parallel.process_group import get_logger
 from tests import fakes, tiny
-from training import run_lock
 from training.stepper import autocast
 
 MAINS = {"pretrain": main_pretrain, "finetune": main_finetune}
@@ -122,22 +119,17 @@ def build(script: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
         built.val, built.metrics = data_loader, metrics
         return {"acc1": 50.0, "loss": 1.0}
 
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
     monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
     if script == "finetune":
         monkeypatch.setattr(main, "evaluate", evaluate)
         monkeypatch.setattr(main, "evaluate_ema", evaluate)
     PATHS.clear()
     fakes.CALLS.clear()
-    get_logger().addHandler(handler)
     try:
-        main.main(args)
+        with fakes.logged() as messages:
+            main.main(args)
     finally:
-        get_logger().removeHandler(handler)
         torch.use_deterministic_algorithms(False)
-        run_lock.acquire_run_lock("")
     built.text, built.paths = "\n".join(messages), list(PATHS)
     built.kernels = kernels.autotune.autotuner.mode
     return built

@@ -4,7 +4,6 @@
 
 import csv
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +23,8 @@ from data_loading.samplers import TrainSampler, balance
 from data_loading.targets import Scale
 from errors import UserError
 from models.convnextv2 import convnextv2_atto
-from parallel.process_group import get_logger
-from tests import tiny
+from tests import fakes, tiny
 from tests.groups import run_script
-from training import run_lock
 from training.criterion import build_criterion
 from training.evaluation import Metrics
 from training.resume import compare_args
@@ -60,15 +57,8 @@ def rows(tmp_path):
 
 def run(words: str) -> list[str]:
     """Run main_finetune.py in this process; returns its log lines."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    get_logger().addHandler(handler)
-    try:
+    with fakes.logged() as messages:
         main_finetune.main(parse(finetune_parser(), f"{BASE} {words}".split()))
-    finally:
-        get_logger().removeHandler(handler)
-        run_lock.acquire_run_lock("")
     return messages
 
 

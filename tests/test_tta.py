@@ -3,7 +3,6 @@
 """Evaluations over several views of each image, through main_finetune.py and its engine."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ from data_loading.targets import Scale
 from data_loading.transforms import create_eval_transform, mean_and_std
 from data_loading.tta import Views
 from errors import UserError
-from parallel.process_group import get_logger
-from tests import tiny
-from training import run_lock
+from tests import fakes, tiny
 from training.criterion import Criterion
 from training.evaluation import Metrics
 from training.hooks import Reporter
@@ -35,15 +32,8 @@ TEN_CROP = "--tta hflip five_crop --crop_pct 0.8"
 
 def finetune(words: str) -> list[str]:
     """Run main_finetune.py in this process; returns its log lines."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    get_logger().addHandler(handler)
-    try:
+    with fakes.logged() as messages:
         main_finetune.main(options.parse(options.finetune_parser(), f"{TINY} {words}".split()))
-    finally:
-        get_logger().removeHandler(handler)
-        run_lock.acquire_run_lock("")
     return messages
 
 
