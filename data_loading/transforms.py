@@ -8,7 +8,6 @@ python -c "from data_loading import transforms; print(transforms.create_eval_tra
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -191,9 +190,13 @@ def build_mean_and_std(args: Any) -> tuple[list, list]:
 
 def build_augmentation(args: Any) -> Augmentation:
     """Build the augmentation of the flags; those of old runs lack some, which were off."""
-    names = {field.name for field in fields(Augmentation)}
-    own = {name: value for name, value in vars(args).items() if name in names}
-    return Augmentation(**own | {"fill": build_mean_and_std(args)[0]})
+    names = (
+        "scale", "ratio", "train_interpolation", "hflip", "vflip", "rot90", "aa", "color_jitter",
+        "color_jitter_prob", "pca_lighting", "grayscale_prob", "gaussian_blur_prob", "reprob",
+        "remode", "recount",
+    )  # fmt: skip
+    own = {name: getattr(args, name) for name in names if name in vars(args)}
+    return Augmentation(fill=build_mean_and_std(args)[0], **own)
 
 
 def create_pretrain_transform(
