@@ -25,6 +25,7 @@ LAYERS = (
     "optim_factory",
     "weights",
     "datasets",
+    "insight",
     "training",
     "engine_pretrain engine_finetune",
     "visualize export predict probe pack hubconf",
