@@ -48,12 +48,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Use:
-    """Flags of a run that advice depends on; num_workers: None if it is measured."""
+    """Flags of a run that advice depends on.
+
+    num_workers: None if it is measured. files: the images are files, in folders or others.
+    """
 
     batch_size: int = 64
     update_freq: int = 1
     num_workers: int | None = None
     cores: int = 1  # of this process
+    files: bool = True
     decode: str = "exact"
     ram_cache: bool = False
     compile: bool = False
@@ -73,9 +77,9 @@ def advise(load: Load, use: Use) -> tuple[str, str] | None:
         return "host", _about_host(load, use)
     if has_memory and use.update_freq > 1:
         return "batch", (
-            f"the batch is small: {use.update_freq} forward passes make a step, and "
+            f"the batch is small: a step has {use.update_freq} forward passes, and "
             f"{1 - load.memory:.0%} of the GPU memory is free; raise --batch_size, now "
-            f"{use.batch_size}, and lower --update_freq as much (--effective_batch does it for you)"
+            f"{use.batch_size}, and lower --update_freq as much, or give --effective_batch"
         )
     if load.share("comm") >= COMMUNICATES:
         return "communication", _about_communication(load, use)
@@ -89,6 +93,8 @@ def _about_loader(load: Load, use: Use) -> str:
             f"drop --num_workers {use.num_workers}, and the number of loader processes is measured "
             f"(a process has {use.cores} CPU cores here)"
         )
+    if not use.files:
+        return f"{text}try more CPU cores or less augmentation"
     more = ["--decode fast"] * (use.decode == "exact") + ["--ram_cache"] * (not use.ram_cache)
     return f"{text}try {', '.join([*more, 'smaller images (pack.py --size)'])} or more CPU cores"
 
@@ -115,7 +121,7 @@ def _about_communication(load: Load, use: Use) -> str:
     flags = ["--grad_compression bf16"] * (use.grad_compression == "none")
     flags += ["a larger --batch_size", "--update_freq 2 or more"]
     return (
-        "communication is the limit: steps wait for the gradients of other processes in "
+        "communication is the limit: steps wait for gradients of other processes in "
         f"{load.share('comm'):.0%} of the time; try {' or '.join(flags)}; perhaps one process is "
         "slower than the others"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from config.flags import LISTED
 from config.sizes import batch_sizes
 from data_loading.stages import ByEpoch
 from data_loading.tuning import most_workers
@@ -134,7 +135,8 @@ def build_speed(
     """Build the `Speed` of a run; flops: of training on one image, by epoch, None if not known."""
     flags = vars(args)
     own = {each.name: flags[each.name] for each in fields(Use) if each.name in flags}
-    use = Use(**own | {"cores": most_workers()})
+    files = flags.get("data_set", "auto") in LISTED
+    use = Use(**own | {"cores": most_workers(), "files": files})
     if "batch_size" in flags:
         *_, size = batch_sizes(args).values()
         freq = max(1, steps.base[1] // (size * get_world_size()))
@@ -147,6 +149,6 @@ def find_peak(args: Any, device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     precision = choose_amp(args.amp, args.use_amp, device)
-    if precision == "none" and torch.backends.cuda.matmul.allow_tf32:
+    if precision == "none" and torch.get_float32_matmul_precision() != "highest":
         precision = "tf32"
     return peak_flops(torch.cuda.get_device_name(device), precision)
