@@ -153,7 +153,11 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("main", [main_pretrain, main_finetune], ids=lambda main: main.__name__)
+@pytest.mark.parametrize(
+    "main",
+    [pytest.param(main_pretrain, marks=pytest.mark.slow), main_finetune],
+    ids=lambda main: main.__name__,
+)
 def test_a_run_tells_where_its_time_goes(main, tmp_path):
     """In the lines, in TensorBoard and in log.txt, by the same names, as shares of the whole."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
