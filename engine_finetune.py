@@ -57,7 +57,7 @@ def train_one_epoch(
         return loop.criterion(outputs, targets), main_output(outputs)
 
     names = ["loss", "grad_norm", *["class_acc"] * (loop.kind == "class")]
-    meters = loop.reporter.begin_epoch(names, data_loader)
+    meters = loop.reporter.begin_epoch(names, data_loader, stepper)
     stepper.begin_epoch(len(data_loader))
     # The guard reruns bad steps to find their first NaN.
     loop.guard.begin_epoch(state, lambda *inputs: compute_loss(*inputs)[0])

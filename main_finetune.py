@@ -35,7 +35,7 @@ from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, restore_loss
 from training.checkpoint_manager import build_checkpoint_manager
 from training.confusion import report_classes
-from training.costs import log_cost
+from training.costs import log_cost, training_flops
 from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model_without_ddp = models.build_classifier(args, nb_classes).to(device)
     n_parameters = log_cost(args, model_without_ddp)
+    flops = training_flops(args, model_without_ddp)  # of an image, for the MFU
 
     # --- 4. weights -------------------------------------------------------------------------
     source = run.resume_point.source or args.finetune or args.model * args.pretrained
@@ -142,7 +143,9 @@ def main(args: argparse.Namespace) -> None:
     bad_images = BadImages(
         run.output_dir, data_loader_train, *data_loaders_val, active=args.on_bad_image == "skip"
     )
-    reporter = build_reporter(args, run.output_dir, device, state, steps, nb_classes > 5, classes)
+    reporter = build_reporter(
+        args, run.output_dir, device, state, steps, nb_classes > 5, classes, flops
+    )
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

@@ -426,6 +426,9 @@ FLAGS["checkpoints and logs"] = (
     ("--hook", REPEATED, None,
      "csv, histograms(every=5), predictions ...: names of docs/hooks.md, or package.module:MyHook; "
      "may be given several times", "+"),
+    ("--profile", BOOL, False,
+     "trace some optimizer steps for ui.perfetto.dev and list the most expensive operations; as "
+     "--hook profiler, which takes arguments"),
     ("--tracker", TEXT, None,
      "experiment tracker: wandb, trackio or package.module:function, perhaps with arguments of its "
      "init, such as 'wandb(mode=offline)'; default: none"),

@@ -341,6 +341,7 @@ SHARED: dict[str, Row] = {
         "--progress bar", lambda b: type(b.loop.reporter.hooks[0]).__name__, "LineHook", "BarHook",
     ),
     "hook": ("--hook csv", lambda b: b.files("metrics.csv"), [], ["metrics.csv"]),
+    "profile": ("--profile", lambda b: [*b.loop.reporter.observers], [], ["profiler"]),
     "tracker": (
         "--tracker tests.fakes:tracker", lambda b: [*b.loop.reporter.observers], [],
         ["tests.fakes:tracker"],

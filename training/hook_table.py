@@ -7,7 +7,7 @@ python -c "from training.hook_table import HOOKS; print(*HOOKS)"
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from training.log_files import ConfusionHook, CsvHook, ImageHook, JsonHook, Sche
 from training.log_lines import BarHook, LineHook
 from training.predictions import PredictionsHook
 from training.profiler import ProfilerHook
+from training.speed import build_speed
 from training.steps import Steps
 from training.tensorboard import (
     GraphHook,
@@ -54,9 +55,16 @@ IN_EVALUATION = ("costs", "predictions")  # those that act with --eval, besides 
 
 
 def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
-    """Return the call and the class of each --hook by its name, which is that of its state."""
+    """Return the call and the class of each --hook by its name, which is that of its state.
+
+    --profile is the same as --hook profiler, and leaves the arguments to that if both are given.
+    """
     found: dict[str, tuple[Call, Callable[..., Hook]]] = {}
-    for text in args.hook or ():
+    texts = list(args.hook or ())
+    given = any(parse_call(text, "--hook").name == "profiler" for text in texts)
+    if vars(args).get("profile") and not (given or vars(args).get("eval")):
+        texts.append("profiler")
+    for text in texts:
         call = parse_call(text, "--hook")
         make = resolve_for("--hook", call.name, HOOKS, "hook", importable=True)
         if not callable(make):
@@ -136,10 +144,12 @@ def build_reporter(
     steps: Steps,
     top5: bool = True,
     classes: Sequence[str] | None = None,
+    flops: Mapping[int, float] | None = None,
 ) -> Reporter:
     """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
 
     top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
+    flops: of training on one image, by epoch, for the MFU.
     """
     return Reporter(
         [],
@@ -150,6 +160,7 @@ def build_reporter(
         open_hooks=partial(_build_hooks, args, folder, top5, classes),
         observers=create_hooks(args),
         run=Run(args, folder, state, device, classes),
+        speed=build_speed(args, device, steps, flops),
     )
 
 
