@@ -37,6 +37,7 @@ from training.phases import build_phases
 from training.pictures import ReconstructionImages
 from training.report import last_line, plain
 from training.resume import auto_load_model
+from training.run_record import build_run_record
 from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -99,7 +100,15 @@ def main(args: argparse.Namespace) -> None:
     state.recount_steps(steps, len(dataset_train))
     phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
-    reporter = build_reporter(args, run.output_dir, device, state, steps)
+    record = build_run_record(
+        args,
+        run.output_dir,
+        run.resume_point,
+        {"train": dataset_train},
+        n_parameters,
+        mask_ratio=1 - visible / patches,
+    )
+    reporter = build_reporter(args, run.output_dir, device, state, steps, record=record)
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

@@ -105,6 +105,9 @@ class Hook:
     def on_phase_end(self, run: Run) -> None:
         """Called after the training of an epoch and after an evaluation, before the save."""
 
+    def on_save(self, run: Run) -> None:
+        """Called on rank 0 before each checkpoint is written, within epochs too."""
+
     def on_end(self, run: Run) -> None:
         """Called once when the run ends or fails, the last hook first."""
 
@@ -187,9 +190,15 @@ class Reporter:
             get_logger().info(text, first_few(names))
 
     def hook_states(self) -> dict[str, Any]:
-        """Return the states of hooks as an entry of a checkpoint, nothing if no hook has one."""
+        """Notify the hooks of a save; return their states as an entry of the checkpoint.
+
+        Nothing if no hook has one.
+        """
         states = {}
-        for name, hook in self.observers.items() if is_main_process() else ():
+        if not is_main_process():
+            return {}
+        self._notify("on_save", self.run)
+        for name, hook in self.observers.items():
             try:
                 state = hook.state_dict()
                 if wrong := _not_plain(state):
