@@ -40,7 +40,7 @@ from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
-from training.eval_sets import best_prefix, build_eval_sets, first_set
+from training.eval_sets import best_prefix, build_eval_sets, datasets_by_name, first_set
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
 from training.hook_table import build_eval_reporter, build_reporter
@@ -48,6 +48,7 @@ from training.phases import build_phases
 from training.precise_bn import build_precise_bn
 from training.report import describe_evaluation, last_line, plain, small_stats
 from training.resume import auto_load_model, choose_evaluated
+from training.run_record import build_run_record
 from training.schedules import build_schedule
 from training.setup import (
     TrainLoop,
@@ -146,6 +147,8 @@ def main(args: argparse.Namespace) -> None:
     reporter = build_reporter(
         args, run.output_dir, device, state, steps, nb_classes > 5, classes, flops
     )
+    data = {"train": dataset_train} | datasets_by_name(eval_sets)
+    reporter.record = build_run_record(args, run.output_dir, run.resume_point, data, n_parameters)
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

@@ -37,6 +37,7 @@ from training.phases import build_phases
 from training.pictures import ReconstructionImages
 from training.report import last_line, plain
 from training.resume import auto_load_model
+from training.run_record import build_run_record
 from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -101,6 +102,14 @@ def main(args: argparse.Namespace) -> None:
     phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
     reporter = build_reporter(args, run.output_dir, device, state, steps, flops=flops)
+    reporter.record = build_run_record(
+        args,
+        run.output_dir,
+        run.resume_point,
+        {"train": dataset_train},
+        n_parameters,
+        mask_ratio=1 - visible / patches,
+    )
     reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
     loop = TrainLoop(
         stepper,

@@ -5,6 +5,7 @@
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 python visualize.py data --data_path photos
 python visualize.py stats --data_path photos
+python visualize.py runs runs --sort test_acc1
 """
 
 import argparse
@@ -19,9 +20,13 @@ from typing import Any
 from config.checks import shape_problems
 from config.parser import finalize, pretrain_parser
 from config.views import parse_view
+from errors import UserError, plural, print_quickly
+from insight.runs import print_runs
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
     view, args = parse_view()
+    if view == "runs":
+        sys.exit(print_quickly(print_runs, args))
 
 import numpy as np
 from PIL import Image
@@ -48,7 +53,6 @@ from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes,
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
-from errors import UserError, plural
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
@@ -229,7 +233,7 @@ def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedIma
     return MixedImages(parts)
 
 
-VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
+VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats, "runs": print_runs}
 
 if __name__ == "__main__":
     launch(VIEWS[view], args)

@@ -31,7 +31,8 @@ VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-
 
   python visualize.py --checkpoint runs/photos
   python visualize.py data --help    draw what a training script sees
-  python visualize.py stats --help   print mean, std, sizes and classes"""
+  python visualize.py stats --help   print mean, std, sizes and classes
+  python visualize.py runs --help    list runs with their results"""
 FINETUNE_ONLY = (
     "label smoothing and mixing",
     "loss",
@@ -170,7 +171,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def describe_versions() -> str:
+def find_versions() -> dict[str, str]:
     """Return the versions of the toolkit, Python and the main libraries, without loading them."""
     own = ROOT / "pyproject.toml"
     text = own.read_text(encoding="utf-8") if own.exists() else ""
@@ -179,7 +180,12 @@ def describe_versions() -> str:
     for name in (PACKAGE,) * (found is None) + LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    return versions
+
+
+def describe_versions() -> str:
+    """Return the versions of `find_versions` in one line."""
+    return ", ".join(f"{name} {version}" for name, version in find_versions().items())
 
 
 def _list_models(parser: Any, value: Any) -> str:

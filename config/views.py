@@ -13,7 +13,7 @@ from typing import Any
 
 from config import parser as parsers
 from config import recipes
-from config.flags import CORES, COUNT, PATH
+from config.flags import BOOL, CORES, COUNT, NAME, PATH
 from errors import did_you_mean
 
 STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.
@@ -35,6 +35,16 @@ per epoch.
 Takes all flags of main_pretrain.py or main_finetune.py, and their defaults:
 those of main_finetune.py if one of the flags is only for it, or with --script
 finetune."""
+RUNS_AIM = """List the runs in a folder and in those below it: script, model, recipe, status,
+epochs, the last and the best value of a metric, time.
+
+  python visualize.py runs runs
+  python visualize.py runs runs --sort test_acc1
+  python visualize.py runs runs --json
+
+Without --sort the newest run comes first, with the metric that chooses its
+best checkpoint. Runs of earlier versions have no run.json; what their log.txt
+and args.yaml tell is listed."""
 SCRIPTS = {"pretrain": parsers.pretrain_parser, "finetune": parsers.finetune_parser}
 STATS_FLAGS = """
 --data_set --data_path --eval_data_path --data_index --image_column --label_column --image_root
@@ -50,6 +60,18 @@ OF_DATA = (
     ("--num_images", COUNT, 4, "number of images, one per row"),
     ("--num_epochs", COUNT, 4, "number of epochs, one per column"),
 )
+OF_RUNS = (
+    ("folder", {"metavar": "DIR"}, "runs", "folder with the folders of runs", "?"),
+    ("--sort", NAME, None, "metric of log.txt to show, the best run first; default: newest first"),
+    ("--json", BOOL, False, "print JSON with all metrics instead of a table"),
+)
+
+
+def runs_parser() -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py runs`."""
+    parser = parsers.Parser("%(prog)s runs [DIR] [FLAGS]", RUNS_AIM)
+    parsers.add_rows(parser, "list", OF_RUNS)
+    return parser
 
 
 def stats_parser() -> argparse.ArgumentParser:
@@ -95,6 +117,11 @@ def choose_script(words: Sequence[str]) -> str:
     return "finetune" if names & (finetune - pretrain) else "pretrain"
 
 
+def parse_runs(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py runs`."""
+    return runs_parser().parse_args(words)
+
+
 def parse_stats(words: Sequence[str]) -> argparse.Namespace:
     """Parse the flags of `visualize.py stats`."""
     parser = stats_parser()
@@ -119,6 +146,7 @@ VIEWS: dict[str, Callable[[Sequence[str]], Any]] = {
     "reconstructions": parse_reconstructions,
     "data": parse_data,
     "stats": parse_stats,
+    "runs": parse_runs,
 }
 
 

@@ -39,7 +39,14 @@ EXPECTED_PAGES = (
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
+WRITTEN = {
+    "log.txt",
+    "run.json",
+    "profile.txt",
+    "bad_images.txt",
+    "args.yaml",
+    "mine.yaml",
+}  # by runs, users
 OTHER_COMMANDS = {"pip", "tensorboard"}
 OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard, docker and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",
@@ -204,7 +211,7 @@ def test_commands_are_read_from_all_forms(tmp_path):
 
 def test_every_flag_named_in_the_docs_exists():
     parsers = [options.visualize_parser(), options.export_parser(), options.pack_parser()]
-    parsers += [views.stats_parser(), views.data_parser()]
+    parsers += [views.stats_parser(), views.data_parser(), views.runs_parser()]
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())
         options.add_submitit_args(parsers[-1])

@@ -195,6 +195,7 @@ def _build_hooks(
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
             files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
             at_epoch_end |= files[1].misses
+            files += [reporter.record] if reporter.record else []
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:

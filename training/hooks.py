@@ -107,6 +107,9 @@ class Hook:
     def on_phase_end(self, run: Run) -> None:
         """Called after the training of an epoch and after an evaluation, before the save."""
 
+    def on_save(self, run: Run) -> None:
+        """Called on rank 0 before each checkpoint is written, within epochs too."""
+
     def on_end(self, run: Run) -> None:
         """Called once when the run ends or fails, the last hook first."""
 
@@ -150,7 +153,8 @@ class Reporter:
     ranks those with `every_rank`. steps: optimizer steps of the run.
     open_hooks: called on rank 0 on entering the run, since hooks create files. observers: hooks of
     --hook and --tracker on this rank, by name, of which `open_hooks` decides the order. speed:
-    measures where the time goes; default: without advice and MFU.
+    measures where the time goes; default: without advice and MFU. record: hook that writes
+    run.json, if the run has a folder.
     """
 
     hooks: list[Hook]
@@ -162,6 +166,7 @@ class Reporter:
     observers: Mapping[str, Hook] = field(default_factory=dict)
     run: Run | None = None
     speed: Speed | None = None
+    record: Hook | None = None
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
@@ -193,9 +198,15 @@ class Reporter:
             get_logger().info(text, first_few(names))
 
     def hook_states(self) -> dict[str, Any]:
-        """Return the states of hooks as an entry of a checkpoint, nothing if no hook has one."""
+        """Notify the hooks of a save; return their states as an entry of the checkpoint.
+
+        Nothing if no hook has one.
+        """
         states = {}
-        for name, hook in self.observers.items() if is_main_process() else ():
+        if not is_main_process():
+            return {}
+        self._notify("on_save", self.run)
+        for name, hook in self.observers.items():
             try:
                 state = hook.state_dict()
                 if wrong := _not_plain(state):

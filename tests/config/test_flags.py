@@ -89,7 +89,11 @@ PARSERS = {
     "pack": options.pack_parser,
 }
 
-VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
+VIEWS = {
+    "visualize data": views.data_parser,
+    "visualize stats": views.stats_parser,
+    "visualize runs": views.runs_parser,
+}
 
 
 def value_of(action: argparse.Action, text: str) -> object:
