@@ -1,10 +1,11 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Draw reconstructions of a pre-trained model, or training images; print statistics of a data set.
+"""Draw reconstructions or training images, print statistics of a data set, report on runs.
 
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 python visualize.py data --data_path photos
 python visualize.py stats --data_path photos
+python visualize.py report runs/demo/pretrain
 """
 
 import argparse
@@ -48,7 +49,8 @@ from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes,
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
-from errors import UserError, plural
+from errors import UserError, format_bytes, plural
+from insight.report_page import write_report
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
@@ -229,7 +231,13 @@ def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedIma
     return MixedImages(parts)
 
 
-VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
+def report(args: argparse.Namespace) -> None:
+    """Write the report of one run, or of several side by side."""
+    path = write_report(args.runs, args.output)
+    print(f"{path}: {plural(len(args.runs), 'run')}, {format_bytes(path.stat().st_size)}")
+
+
+VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats, "report": report}
 
 if __name__ == "__main__":
     launch(VIEWS[view], args)

@@ -23,6 +23,7 @@ from training.checkpoint import TrainState
 from training.costs import CostsHook
 from training.export_hook import ExportHook
 from training.hooks import Hook, Reporter, Run
+from training.html_report import HtmlReport
 from training.log_files import ConfusionHook, CsvHook, ImageHook, JsonHook, ScheduleHook
 from training.log_lines import BarHook, LineHook
 from training.predictions import PredictionsHook
@@ -184,6 +185,7 @@ def _build_hooks(
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
             files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
             at_epoch_end |= files[1].misses
+            hooks += [HtmlReport(folder)] if args.report else []  # ends after those files
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:

@@ -90,6 +90,7 @@ PARSERS = {
 }
 
 VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
+VIEWS |= {"visualize report": views.report_parser}
 
 
 def value_of(action: argparse.Action, text: str) -> object:
