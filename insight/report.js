@@ -6,6 +6,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const hiddenRuns = new Set();
 const charts = [];
+const MOST_ROWS = 14; // of the values at a point
 let smoothing = 0;
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -170,7 +171,7 @@ class Chart {
       const ceiling = high > 80 && high <= 100 ? 100 : Infinity; // of a rate
       [low, high] = [Math.max(low - pad, floor), Math.min(high + pad, ceiling)];
     }
-    const marks = this.log ? logTicks(low, high) : ticks(low, high, 4);
+    const marks = this.log ? logTicks(low, high) : ticks(low, high, 5);
     const widest = Math.max(...marks.map((mark) => format(mark).length), 1);
     const box = { left: 12 + widest * 6.6, right: width - 10, top: 8, bottom: height - 24 };
     const depth = (y) => (this.log ? Math.log(y / low) / Math.log(high / low) : (y - low) / (high - low));
@@ -254,10 +255,13 @@ class Chart {
     const { top, bottom } = this.scale.box;
     this.marker.append(element("line", { x1: at, x2: at, y1: top, y2: bottom, class: "cursor" }));
     this.tip.replaceChildren(html("b", `epoch ${format(x)}`));
-    const rows = this.shown().map((series) => ({ series, i: series.x.indexOf(x) }));
-    for (const { series, i } of rows.filter((row) => row.i >= 0)) {
+    const rows = this.shown()
+      .map((series) => ({ series, i: series.x.indexOf(x) }))
+      .filter((row) => row.i >= 0);
+    for (const [place, { series, i }] of rows.entries()) {
       const spot = { cx: at, cy: this.scale.y(series.y[i]), r: 4, class: `dot ${series.color}` };
       this.marker.append(element("circle", spot));
+      if (place >= MOST_ROWS) continue;
       const swatch = element("svg", { width: 18, height: 12, class: "swatch" });
       const line = { x1: 1, x2: 17, y1: 6, y2: 6, class: `${series.color} ${series.dash}` };
       swatch.append(element("line", line));
@@ -266,6 +270,8 @@ class Chart {
       row.append(swatch, html("span", series.name), html("span", smoothed));
       this.tip.append(row);
     }
+    const left = rows.length - MOST_ROWS;
+    if (left > 0) this.tip.append(html("b", `and ${left} more, in the table below`));
     const space = this.scale.width - at;
     const onLeft = space < this.tip.offsetWidth + 14;
     const place = onLeft ? at - this.tip.offsetWidth - 12 : at + 12;

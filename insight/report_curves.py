@@ -27,10 +27,11 @@ SHARES = {  # key of log.txt -> name
     "time_optimizer": "optimizer",
     "time_comm": "communication",
 }
+SPELLED = {"knn": "kNN", "map": "mAP", "f1": "F1", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
+SPELLED |= {"1pct": "1%", "10pct": "10%", "grn": "GRN", "mfu": "MFU", "ema": "EMA"}
 LOWER = re.compile(
     r"loss|rmse|mae|mse|error|cost|nll|brier|ece|dead|saturated|skipped|bad_steps|perplexity"
 )
-PERCENT = re.compile(r"acc\d*|probe_|f1|precision|recall|map|exact_match|top\d|balanced")
 
 
 class Place(NamedTuple):
@@ -116,10 +117,10 @@ def place(key: str, keys: Collection[str]) -> Place:
     for pattern, group, chart, goal in TABLE:
         if found := re.fullmatch(pattern, key):
             label = next(filter(None, reversed(found.groups())), key.removeprefix("train_"))
-            return Place(group, chart or _words(key), _words(label), goal)
+            return Place(group, chart or _title(key), _words(label), goal)
     found = re.fullmatch(r"(train|test)_(.+?)(_ema)?", key)
     if not found:
-        return Place("Other", _words(key), _words(key))
+        return Place("Other", _title(key), _words(key))
     split, name, ema = found.groups()
     group = "Loss" if name.endswith("loss") else "Metrics"
     name, where = _without_set(split, name, keys)
@@ -142,13 +143,19 @@ def _without_set(split: str, name: str, keys: Collection[str]) -> tuple[str, str
 
 
 def metric_name(name: str) -> str:
-    """Return the title of a metric: `top-1 accuracy` for acc1."""
+    """Return the title of a metric: `Top-1 accuracy` for acc1."""
     found = re.fullmatch(r"acc(\d+)", name)
-    return f"Top-{found[1]} accuracy" if found else _words(name)
+    return f"Top-{found[1]} accuracy" if found else SPELLED.get(name) or _title(name)
 
 
 def _words(key: str) -> str:
-    return key.replace("_", " ").strip()
+    words = key.replace("_", " ").split()
+    return " ".join(SPELLED.get(word, word) for word in words)
+
+
+def _title(key: str) -> str:
+    words = _words(key)
+    return words[:1].upper() + words[1:]
 
 
 def read_values(run: RunData) -> dict[str, list[float | None]]:

@@ -71,8 +71,8 @@ def _alarms(run: RunData) -> list[Note]:
     notes = []
     for text, epochs in found.items():
         lasts = epochs[-1] == run.rows[-1]["at"]
-        when = f"({describe_epochs(epochs)}{'' if lasts else ', not since'})"
-        notes.append(Note("warning" if lasts else "info", f"{text} {when}"))
+        when = describe_epochs(epochs).capitalize() + ("" if lasts else ", not since")
+        notes.append(Note("warning" if lasts else "info", f"{when}: {text}"))
     return notes
 
 

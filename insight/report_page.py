@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
@@ -24,6 +25,7 @@ NAME = "report.html"
 LIMIT, ROOM = 2_000_000, 40_000  # bytes of a page, of which some are for its head
 RECONSTRUCTIONS, WORST_IMAGES = "reconstructions", "worst_images"
 COLORS, DASHES = 8, 4  # of curves, as in report.css
+COMMON = ("Images per second", "Duration")  # numbers of all runs, which come last
 LABELS = {"error": "Error", "warning": "Warning", "advice": "Advice", "info": "Note"}
 HERE = Path(__file__).parent
 
@@ -131,14 +133,21 @@ def _describe_run(run: RunData) -> str:
     return f"{flags['model']}, {kind}" + f" on {data}" * bool(data)
 
 
-Fact = tuple[str, str, str]  # label, value, remark
+class Fact(NamedTuple):
+    """A number for the top of the page. goal: as in `Series`, of the values of several runs."""
+
+    label: str
+    text: str
+    remark: str
+    value: float | None = None
+    goal: str = ""
 
 
 def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
     """Return the most important numbers of a run."""
     planned = number(run.flags.get("epochs"))
     epochs = f"{run.epochs_done:g}" + (f" of {planned:g}" if planned else "")
-    facts = [("Epochs", epochs, describe_status(run))]
+    facts = [Fact("Epochs", epochs, describe_status(run))]
     for group, most in (("Metrics", 1), ("Loss", 2), ("Probes", 2), ("Speed", 1)):
         own = [s for c in charts if c.group == group for s in c.series if s.run == index]
         titles = {id(s): c.title for c in charts for s in c.series}
@@ -146,38 +155,48 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
         for series in own[:most]:
             facts.append(_fact(series, titles[id(series)]))
     seconds = number(run.record.get("seconds"))
-    return facts + ([("Duration", duration(seconds), "")] if seconds is not None else [])
+    return facts + ([Fact("Duration", duration(seconds), "")] if seconds is not None else [])
 
 
 def _fact(series: Series, title: str) -> Fact:
-    label = title if title.lower() in ("images per second",) else f"{title}, {series.label}"
-    if title.startswith(("Top-", "Probes")) or series.label == title.lower():
-        label = title if title.startswith("Top-") else f"{series.label} probe"
+    labels = {"Loss": f"{series.label.capitalize()} loss", "Probes": f"{series.label} probe"}
     value, epoch = series.best or series.last
     remark = "last" if series.best is None else f"best, epoch {epoch:g}"
-    return label, figure_of(value), remark
+    return Fact(labels.get(title, title), figure_of(value), remark, value, series.goal)
 
 
 def _tiles(facts: Sequence[Fact]) -> Html:
     tiles = [
         tag("div", tag("dt", label), tag("dd", tag("b", value), tag("small", remark)))
-        for label, value, remark in facts
+        for label, value, remark, *_ in facts
     ]
     return tag("dl", tiles, class_="tiles")
 
 
 def _comparison(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
     """Return the table that compares runs: a row a run, a column a fact."""
-    facts = [{f[0]: f for f in _facts(run, index, charts)} for index, run in enumerate(runs)]
+    facts = [{f.label: f for f in _facts(run, index, charts)} for index, run in enumerate(runs)]
     labels = [*dict.fromkeys(label for of_run in facts for label in of_run)]
-    rows = []
+    labels.sort(key=lambda label: label in COMMON)
+    rows, best = [], {label: _best([f[label] for f in facts if label in f]) for label in labels}
+    if len({"mask_ratio" in run.flags for run in runs}) > 1:
+        best = dict.fromkeys(labels)  # losses of pre-training and fine-tuning do not compare
     for index, of_run in enumerate(facts):
         cells: list[Html] = [join([_swatch(index), runs[index].name])]
         for label in labels:
-            _, value, remark = of_run.get(label, ("", "–", ""))
-            cells.append(join([tag("b", value), tag("small", remark)]))
+            fact = of_run.get(label, Fact(label, "–", ""))
+            name = "b" if fact.value is not None and fact.value == best[label] else "span"
+            cells.append(join([tag(name, fact.text), tag("small", fact.remark)]))
         rows.append(cells)
     return table(["run", *labels], rows, "facts", "runs compared")
+
+
+def _best(facts: Sequence[Fact]) -> float | None:
+    """Return the best value of several runs, None where there is none or nothing to compare."""
+    values = [fact.value for fact in facts if fact.value is not None]
+    if len(values) < 2 or not facts[0].goal:
+        return None
+    return min(values) if facts[0].goal == "min" else max(values)
 
 
 def _swatch(color: int, dash: int = 0) -> Html:
@@ -201,7 +220,7 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
     found += [tag("li", tag("strong", "Note"), tag("span", text), class_="info") for text in more]
     if not any(level in ("error", "warning") for level, _ in items):
         text = tag("span", "No alarms in the logs.")
-        found.insert(0, tag("li", tag("strong", "Fine"), text, class_="fine"))
+        found.insert(0, tag("li", tag("strong", "OK"), text, class_="fine"))
     return tag("section", tag("h2", "Notes"), tag("ul", found, class_="notes"), id="notes")
 
 
@@ -219,7 +238,8 @@ def _toolbar(runs: Sequence[RunData]) -> Html:
     )
     log = tag("button", "Log axis", class_="switch", type="button", id="log", aria_pressed="false")
     parts = [tag("div", chips, class_="chips"), tag("div", smoothing, log, class_="controls")]
-    return tag("div", parts, class_="toolbar", role="toolbar", aria_label="curves")
+    kind = "toolbar" if chips else "toolbar short"
+    return tag("div", parts, class_=kind, role="toolbar", aria_label="curves")
 
 
 def _curves(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:

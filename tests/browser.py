@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 FLAGS += ["--no-first-run", "--hide-scrollbars", "--disable-background-networking"]
@@ -35,8 +37,11 @@ def find() -> str | None:
 
 def install() -> str:
     """Return the program; install Debian's package if it is missing. RuntimeError if it fails."""
-    if found := find():
-        return found
+    with FileLock(Path(tempfile.gettempdir(), "install-chromium.lock")):  # one worker of pytest
+        return find() or _install()
+
+
+def _install() -> str:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise RuntimeError("no Chromium, and no root with apt-get to install it")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

@@ -29,16 +29,16 @@ from tests.insight.written import finetune_rows, pretrain_rows, write_run
         ("test_acc1", ("Metrics", "Top-1 accuracy", "test", "max")),
         ("test_sketch_acc1_ema", ("Metrics", "Top-1 accuracy", "test sketch EMA", "max")),
         ("train_class_acc", ("Metrics", "Top-1 accuracy", "train", "max")),
-        ("test_balanced_acc", ("Metrics", "balanced acc", "test", "max")),
-        ("test_rmse", ("Metrics", "rmse", "test", "min")),
+        ("test_balanced_acc", ("Metrics", "Balanced acc", "test", "max")),
+        ("test_rmse", ("Metrics", "RMSE", "test", "min")),
         ("train_lr", ("Learning rate", "Learning rate", "lr", "")),
-        ("probe_knn", ("Probes", "Probes", "knn", "max")),
-        ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10pct", "max")),
+        ("probe_knn", ("Probes", "Probes", "kNN", "max")),
+        ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
         ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage2", "")),
         ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
         ("rank_me", ("Health of the network", "Rank of the features", "rank me", "")),
         ("images_per_s", ("Speed", "Images per second", "images per s", "")),
-        ("anything", ("Other", "anything", "anything", "")),
+        ("anything", ("Other", "Anything", "anything", "")),
     ],
 )
 def test_place_of_a_key(key, expected):
@@ -100,7 +100,7 @@ def test_many_charts_are_limited_and_said(tmp_path):
     rows = [{"epoch": 0} | {f"own{index}": 1.0 for index in range(70)}]
     charts, notes = build_charts([read_run(write_run(tmp_path / "run", rows))])
     assert len(charts) == report_curves.MOST_CHARTS
-    assert notes == ["10 more charts are not shown, such as own60."]
+    assert notes == ["10 more charts are not shown, such as Own60."]
 
 
 def test_log_axis_from_the_start_only_over_many_decades(tmp_path):

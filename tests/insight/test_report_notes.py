@@ -42,9 +42,9 @@ def test_alarms_come_once_with_their_epochs_and_old_ones_are_no_warnings(tmp_pat
         row["alarms"] = ["Features collapse."]
     rows[2]["advice"] = "Use more workers."
     assert notes_of(tmp_path, rows) == [
-        ("warning", "Features collapse. (epochs 4 to 6)"),
+        ("warning", "Epochs 4 to 6: Features collapse."),
         ("advice", "Use more workers."),
-        ("info", "The loss stalls. (epoch 2, not since)"),
+        ("info", "Epoch 2, not since: The loss stalls."),
     ]
 
 
