@@ -19,7 +19,7 @@ import yaml
 
 from errors import UserError, first_few, first_line, plural
 
-MOST_RUNS = 16  # in one report: more curves cannot be told from each other
+MOST_RUNS = 16  # in one report: more curves look alike
 MOST_ANSWERS = 200_000  # rows of predictions.csv that are read
 WORST = 12  # wrong answers with the highest probability that are kept
 PLACE = ("epoch", "after_epochs")  # keys of log.txt that say when
@@ -47,7 +47,7 @@ class Answers:
 
 @dataclass
 class RunData:
-    """What a run's folder holds.
+    """Content of a run's folder.
 
     rows: lines of log.txt by epoch, with `at`, the number of epochs done. record: run.json, {} if
     there is none. confusions, answers: by evaluation, '' for the first one. pictures: files by

@@ -53,7 +53,7 @@ def build_page(runs: Sequence[RunData]) -> str:
     sections = [
         _notes(runs, notes),
         _curves(runs, charts),
-        None,  # pictures, which fill what is left of LIMIT
+        None,  # pictures, which fill the rest of LIMIT
         None,  # results, with the worst images
         _time(runs, charts),
         tag("section", tag("h2", "Configuration"), tables.flags_tables(runs), id="configuration"),

@@ -185,7 +185,6 @@ def _build_hooks(
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
             files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
             at_epoch_end |= files[1].misses
-            hooks += [HtmlReport(folder)] if args.report else []  # ends after those files
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:
@@ -194,4 +193,5 @@ def _build_hooks(
             "or free some space"
         ) from error
     bars = [BarHook(args.epochs, state, steps.total)] if bar else []
-    return [*bars, *hooks, *reporter.observers.values(), *files]
+    pages = [HtmlReport(folder)] if folder and args.report else []  # ends after the other files
+    return [*bars, *hooks, *pages, *reporter.observers.values(), *files]
