@@ -1,11 +1,12 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Draw reconstructions of a pre-trained model, or training images; print statistics of a data set.
+"""Draw reconstructions or training images, print statistics of a data set, report on runs.
 
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 python visualize.py data --data_path photos
 python visualize.py stats --data_path photos
 python visualize.py runs runs --sort test_acc1
+python visualize.py report runs/demo/pretrain
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 from config.checks import shape_problems
 from config.parser import finalize, pretrain_parser
 from config.views import parse_view
-from errors import UserError, plural, print_quickly
+from errors import UserError, format_bytes, plural, print_quickly
 from insight.runs import print_runs
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
@@ -53,6 +54,7 @@ from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes,
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
+from insight.report_page import write_report
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
@@ -233,7 +235,14 @@ def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedIma
     return MixedImages(parts)
 
 
-VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats, "runs": print_runs}
+def report(args: argparse.Namespace) -> None:
+    """Write the report of one run, or of several side by side."""
+    path = write_report(args.runs, args.output)
+    print(f"{path}: {plural(len(args.runs), 'run')}, {format_bytes(path.stat().st_size)}")
+
+
+VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
+VIEWS |= {"runs": print_runs, "report": report}
 
 if __name__ == "__main__":
     launch(VIEWS[view], args)

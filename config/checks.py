@@ -88,9 +88,9 @@ opt_eps opt_betas momentum weight_decay weight_decay_end no_weight_decay param_g
 clip_grad clip_mode pretrained freeze_backbone reset_head head_init_scale layer_decay
 layer_decay_type eval_freq patience min_delta precise_bn
 model_ema_decay model_ema_force_cpu model_ema_eval cuda_graphs grad_checkpointing on_spike
-spike_factor snapshot_freq max_bad_steps log_dir print_freq profile tracker project tags progress
-auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps save_ckpt_every_minutes
-max_minutes async_save max_save_failures shard grad_compression sync_bn sync_bn_group
+spike_factor snapshot_freq max_bad_steps log_dir print_freq profile tracker project tags report
+progress auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps
+save_ckpt_every_minutes max_minutes async_save max_save_failures shard grad_compression sync_bn sync_bn_group
 """
 
 

@@ -435,6 +435,7 @@ FLAGS["checkpoints and logs"] = (
     ("--project", NAME, PROJECT, "project of --tracker"),
     ("--tags", TEXT, None, "tags of the run in --tracker; default: none", "+"),
     ("--progress", ("auto", "bar", "lines"), "auto", "progress display; auto: a bar on a terminal"),
+    ("--report", BOOL, True, "write report.html into --output_dir: curves, images, notes, flags"),
     ("--auto_resume", BOOL, True, "continue from the newest checkpoint in --output_dir"),
     ("--sha256", TEXT, "", "expected SHA-256 of the checkpoint, 64 hexadecimal digits"),
     ("--save_ckpt", BOOL, True, "write checkpoints"),

@@ -45,6 +45,15 @@ epochs, the last and the best value of a metric, time.
 Without --sort the newest run comes first, with the metric that chooses its
 best checkpoint. Runs of earlier versions have no run.json; what their log.txt
 and args.yaml tell is listed."""
+REPORT_AIM = """Write the report of a run as one HTML file, or of several runs side by side:
+notes, curves, reconstructions, results by class, times, flags, machine.
+
+  python visualize.py report runs/demo/pretrain
+  python visualize.py report runs/first runs/second --output compared.html
+
+RUN is the --output_dir of a training script. The file needs no server and no
+network, so it can be sent by mail. Runs write their own report as they train,
+unless --report is false."""
 SCRIPTS = {"pretrain": parsers.pretrain_parser, "finetune": parsers.finetune_parser}
 STATS_FLAGS = """
 --data_set --data_path --eval_data_path --data_index --image_column --label_column --image_root
@@ -53,6 +62,10 @@ STATS_FLAGS = """
 OF_STATS = (
     ("--num_images", COUNT, None, "images to measure, drawn by --seed; default: all"),
     ("--split", ("train", "val"), "train", "images to measure; not every data set has val"),
+)
+OF_REPORT = (
+    ("runs", {"metavar": "RUN"}, None, "folders of runs", "+"),
+    ("--output", PATH, None, "HTML file to write; default: report.html in the first RUN"),
 )
 OF_DATA = (
     ("--script", tuple(SCRIPTS), None, "training script whose flags are given; default: by them"),
@@ -80,6 +93,13 @@ def stats_parser() -> argparse.ArgumentParser:
     parsers.add_flags(parser, "data", STATS_FLAGS)
     parser.set_defaults(num_workers=CORES)
     parsers.add_rows(parser, "choice of images", OF_STATS)
+    return parser
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py report`."""
+    parser = parsers.Parser("%(prog)s report RUN [RUN ...] [--output FILE]", REPORT_AIM)
+    parsers.add_rows(parser, "report", OF_REPORT)
     return parser
 
 
@@ -131,6 +151,11 @@ def parse_stats(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def parse_report(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py report`."""
+    return report_parser().parse_args(words)
+
+
 def parse_data(words: Sequence[str]) -> parsers.FrozenNamespace:
     """Parse the flags of `visualize.py data`."""
     return parsers.parse(data_parser(choose_script(words)), words)
@@ -147,6 +172,7 @@ VIEWS: dict[str, Callable[[Sequence[str]], Any]] = {
     "data": parse_data,
     "stats": parse_stats,
     "runs": parse_runs,
+    "report": parse_report,
 }
 
 

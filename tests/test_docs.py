@@ -212,6 +212,7 @@ def test_commands_are_read_from_all_forms(tmp_path):
 def test_every_flag_named_in_the_docs_exists():
     parsers = [options.visualize_parser(), options.export_parser(), options.pack_parser()]
     parsers += [views.stats_parser(), views.data_parser(), views.runs_parser()]
+    parsers += [views.report_parser()]
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())
         options.add_submitit_args(parsers[-1])

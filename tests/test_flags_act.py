@@ -340,6 +340,7 @@ SHARED: dict[str, Row] = {
     "progress": (
         "--progress bar", lambda b: type(b.loop.reporter.hooks[0]).__name__, "LineHook", "BarHook",
     ),
+    "report": ("--report false", lambda b: b.files("report.html"), ["report.html"], []),
     "hook": ("--hook csv", lambda b: b.files("metrics.csv"), [], ["metrics.csv"]),
     "profile": ("--profile", lambda b: [*b.loop.reporter.observers], [], ["profiler"]),
     "tracker": (

@@ -52,6 +52,7 @@ PARSERS = {
     "visualize.py data": views.data_parser,
     "visualize.py stats": views.stats_parser,
     "visualize.py runs": views.runs_parser,
+    "visualize.py report": views.report_parser,
     "export.py": options.export_parser,
     "pack.py": options.pack_parser,
 }

@@ -23,6 +23,7 @@ from training.checkpoint import TrainState
 from training.costs import CostsHook
 from training.export_hook import ExportHook
 from training.hooks import Hook, Reporter, Run
+from training.html_report import HtmlReport
 from training.log_files import ConfusionHook, CsvHook, ImageHook, JsonHook, ScheduleHook
 from training.log_lines import BarHook, LineHook
 from training.predictions import PredictionsHook
@@ -204,4 +205,5 @@ def _build_hooks(
             "or free some space"
         ) from error
     bars = [BarHook(args.epochs, state, steps.total)] if bar else []
-    return [*bars, *hooks, *reporter.observers.values(), *files]
+    pages = [HtmlReport(folder)] if folder and args.report else []  # ends after the other files
+    return [*bars, *hooks, *pages, *reporter.observers.values(), *files]

@@ -43,6 +43,7 @@ LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune",
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
 LOCAL += ("pretrained", "reset_head", "hook", "tracker", "project", "tags")
+LOCAL += ("report",)
 KEPT = {*INHERITED, *RESUMED} - {*EVAL_ONLY}
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 

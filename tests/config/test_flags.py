@@ -93,6 +93,7 @@ VIEWS = {
     "visualize data": views.data_parser,
     "visualize stats": views.stats_parser,
     "visualize runs": views.runs_parser,
+    "visualize report": views.report_parser,
 }
 
 

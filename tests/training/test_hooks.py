@@ -364,20 +364,24 @@ def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_pat
     assert read_image(str(tmp_path / "dreams" / "epoch-2.png")).max() == 255
 
 
+FILES = ("ConfusionHook", "JsonHook", "ImageHook")
+
+
 @pytest.mark.parametrize(
     ("folder", "flags", "expected"),
     [
         (False, {}, ["LineHook"]),
         (False, {"log_dir": "tb"}, ["LineHook", "TensorboardHook"]),
         (False, {"progress": "bar"}, ["BarHook", "LineHook"]),
-        (True, {"log_dir": "none"}, ["LineHook", "ConfusionHook", "JsonHook", "ImageHook"]),
-        (True, {}, ["LineHook", "TensorboardHook", "ConfusionHook", "JsonHook", "ImageHook"]),
+        (True, {"log_dir": "none"}, ["LineHook", "HtmlReport", *FILES]),
+        (True, {"report": False}, ["LineHook", "TensorboardHook", *FILES]),
+        (True, {}, ["LineHook", "TensorboardHook", "HtmlReport", *FILES]),
     ],
 )
 def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
     monkeypatch.chdir(tmp_path)
     defaults = {"epochs": 1, "progress": "lines", "log_dir": None, "print_freq": 1}
-    defaults |= {"hook": None, "tracker": None}
+    defaults |= {"hook": None, "tracker": None, "report": True}
     args = SimpleNamespace(**(defaults | flags))
     place = tmp_path if folder else None
     with hook_table.build_reporter(args, place, CPU, TrainState(), Steps.even(10)) as reporter:
