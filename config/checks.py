@@ -55,6 +55,7 @@ _SAVES = (
     "--save_ckpt true with an output folder",
     lambda args: args.save_ckpt and args.output_dir != "",
 )
+_PROBES = "--probe_every above 0", lambda args: args.probe_every
 _WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
@@ -67,6 +68,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
     "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
+    **dict.fromkeys(("probe_data", "probe_images", "probes"), _PROBES),
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
     "model_key": _WEIGHTS,
     "model_prefix": _WEIGHTS,

@@ -41,6 +41,11 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return encoder
 
 
+def as_input(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return images in the data type of the encoder's weights."""
+    return images.to(next(encoder.parameters()).dtype)
+
+
 def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     """(N, C, H, W) whole images -> (N, D) float32: what the classifier of fine-tuning gets.
 
@@ -49,7 +54,7 @@ def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     layers of a network's own head before its last one are part of it.
     """
     encoder = encoder_of(model)
-    maps = encoder.forward_features(images)
+    maps = encoder.forward_features(as_input(encoder, images))
     if isinstance(encoder, ConvNeXtV2):
         pooled = encoder.norm(maps.float().mean((-2, -1)))
         bare = isinstance(encoder.norm, nn.Identity)
