@@ -55,6 +55,7 @@ _SAVES = (
     "--save_ckpt true with an output folder",
     lambda args: args.save_ckpt and args.output_dir != "",
 )
+_PROBES = "--probe_every above 0", lambda args: args.probe_every
 _WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
@@ -67,6 +68,7 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
     "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
+    **dict.fromkeys(("probe_data", "probe_images", "probes"), _PROBES),
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
     "model_key": _WEIGHTS,
     "model_prefix": _WEIGHTS,
@@ -90,7 +92,8 @@ layer_decay_type eval_freq patience min_delta precise_bn
 model_ema_decay model_ema_force_cpu model_ema_eval cuda_graphs grad_checkpointing on_spike
 spike_factor snapshot_freq max_bad_steps log_dir print_freq profile tracker project tags report
 progress auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps
-save_ckpt_every_minutes max_minutes async_save max_save_failures shard grad_compression sync_bn sync_bn_group
+save_ckpt_every_minutes max_minutes async_save max_save_failures shard grad_compression sync_bn
+sync_bn_group
 """
 
 
