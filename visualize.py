@@ -8,11 +8,9 @@ python visualize.py stats --data_path photos
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +36,9 @@ from config.flags import (
     needs_path,
 )
 from config.tasks import OF_TABLES, may_be_table
-from data_loading.files import Names
-from data_loading.folders import FolderFiles
-from data_loading.images import Images
-from data_loading.index import Listing
+from data_loading.inputs import Inputs
 from data_loading.mixed import MixedImages, reading_order
-from data_loading.sources import DatasetSpec, UnknownSource, open_images
+from data_loading.sources import DatasetSpec
 from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes, keep_samples
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
@@ -215,18 +210,9 @@ def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
 def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedImages:
     """Return the images of --images: image files, and all that --data_path takes."""
     image, split, root = map(typed.get, ("image_column", "split_column", "image_root"))
-    columns, parts = Columns(image, split=split, root=root or ""), []
-    skips = args.on_bad_image == "skip"
-    for path in args.images:
-        spec = DatasetSpec(path, columns=columns, labeled=False, skip_missing=skips, shuffled=False)
-        try:
-            parts.append(open_images("auto", spec, args.split == "train"))
-        except UnknownSource:  # an image file
-            names = Names.pack([os.fsencode(os.path.expanduser(path))])
-            parts.append(Images(partial(FolderFiles, ""), Listing(names, {}, {}), path))
-        except UserError as error:
-            raise UserError(str(error).replace("--data_path", "--images")) from error
-    return MixedImages(parts)
+    columns, skips = Columns(image, split=split, root=root or ""), args.on_bad_image == "skip"
+    spec = DatasetSpec(columns=columns, labeled=False, skip_missing=skips, shuffled=False)
+    return Inputs(spec, train=args.split == "train").open(args.images)
 
 
 VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
