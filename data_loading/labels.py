@@ -8,6 +8,7 @@ python -c "from data_loading.labels import Head; print(Head('weights', ('ant', '
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from data_loading.targets import Scale, Targets
@@ -103,6 +104,15 @@ def imagenet_names() -> dict[str, list[str]]:
         "by ImageNet's names": info.label_names(),
         "by ImageNet's English names": [_simplify(name.partition(",")[0]) for name in english],
     }
+
+
+def imagenet_classes() -> list[str]:
+    """Return ImageNet's names in English, the first of each: `tench`, ..., `crane (2)`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    names = [info.index_to_description(place).partition(",")[0] for place in range(IMAGENET)]
+    return class_names(SimpleNamespace(classes=names))
 
 
 def _simplify(name: str) -> str:

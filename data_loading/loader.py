@@ -60,15 +60,23 @@ class DeviceLoader:
         self.loader.set_epoch(epoch, start, stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _, batch in self.pairs():
+            if batch is not None:  # an evaluation may have left out all
+                yield batch
+
+    def pairs(self) -> Iterator[tuple[tuple, tuple[Tensor, Tensor, Tensor] | None]]:
+        """Yield each batch of `collate`, and what iteration gives of it; None without images."""
         start = time.perf_counter()
         for batch in self.loader:
             self.wait_seconds += time.perf_counter() - start
             if isinstance(batch, UserError):
                 raise batch
             self.bad |= dict(batch[3])
-            if len(batch[0]):  # an evaluation may have left out all
+            found = None
+            if len(batch[0]):
                 self._check_range(batch[0])
-                yield self._to_device(batch)
+                found = self._to_device(batch)
+            yield batch, found
             start = time.perf_counter()
 
     def reload(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:

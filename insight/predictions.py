@@ -36,7 +36,7 @@ def best_classes(
     if count == 1:
         found = outputs.argmax(1, keepdim=True)
     else:
-        found = outputs.argsort(1, descending=True, stable=True)[:, :count]
+        found = outputs.argsort(dim=1, descending=True, stable=True)[:, :count]
     chances = outputs.sigmoid() if activation == "sigmoid" else outputs.softmax(1)
     broken = unusable(outputs)[:, None]
     return torch.where(broken, -1, found), chances.gather(1, found)

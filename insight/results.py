@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,8 @@ from insight.predictions import number
 from utils import explain, write_atomically
 
 PLAN, STATE = "plan.json", "state.pth"  # in the folder of the parts
-ROWS = 10_000  # of a row group in Parquet
+TEXT, ROWS = ".jsonl", ".pth"  # of a part
+GROUP = 10_000  # rows of a row group in Parquet
 Records = Iterable[dict[str, Any]]
 Fields = Mapping[str, type]  # name -> str, float, list[str] or list[float]
 
@@ -73,9 +75,9 @@ def write_parquet(file: BinaryIO, records: Records, fields: Fields) -> None:
 
 
 def chunks(records: Records) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records in lists of up to ROWS."""
+    """Yield the records in lists of up to GROUP."""
     waiting = iter(records)
-    while group := list(itertools.islice(waiting, ROWS)):
+    while group := list(itertools.islice(waiting, GROUP)):
         yield group
 
 
@@ -117,12 +119,12 @@ class Parts:
     def __init__(self, out: Path, plan: Mapping[str, Any], overwrite: bool = False) -> None:
         self.out, self.folder = out, folder_of(out)
         self.plan = json.loads(json.dumps(plan))
-        if (held := self._read_plan()) is not None and held != self.plan and not overwrite:
+        held = self._read_plan()
+        self.continues = held == self.plan
+        if held is not None and not (self.continues or overwrite):
             raise UserError(self._difference(held))
-        if held != self.plan:
-            if out.exists() and not overwrite:
-                raise UserError(f"{out} exists; choose another --out, or give --overwrite true")
-            self._begin()
+        if out.exists() and not (self.continues or overwrite):
+            raise UserError(f"{out} exists; choose another --out, or give --overwrite true")
 
     def _read_plan(self) -> dict[str, Any] | None:
         try:
@@ -130,9 +132,8 @@ class Parts:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.folder / PLAN} is damaged ({error}); remove the folder"
-            ) from error
+            text = f"{self.folder / PLAN} is damaged ({error}); remove the folder"
+            raise UserError(text) from error
 
     def _difference(self, held: Mapping[str, Any]) -> str:
         changed = [f"{n} {held.get(n)} (now {x})" for n, x in self.plan.items() if x != held.get(n)]
@@ -141,53 +142,112 @@ class Parts:
             f"{first_few(changed)}; give the same, another --out, or --overwrite true"
         )
 
-    def _begin(self) -> None:
-        """Remove what is left of other results, and write the plan."""
-        for path in self.folder.glob("*"):
-            if path.name == PLAN or path.name == STATE or path.suffix == ".jsonl":
-                path.unlink()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(json.dumps(self.plan, indent=1), self.folder / PLAN)
+    def begin(self) -> dict[str, Any]:
+        """Prepare the folder; returns the state after the last finished part, with `parts` of it.
 
-    def path(self, part: int) -> Path:
-        """Return the file of a part, counted from 0."""
-        return self.folder / f"{part:08d}.jsonl"
+        Leftovers of other results are removed.
+        """
+        if self.continues:
+            return self._state()
+        with disk_errors(self.out):
+            for path in self.folder.glob("*"):
+                if path.name in (PLAN, STATE) or path.suffix in (TEXT, ROWS):
+                    path.unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(json.dumps(self.plan, indent=1), self.folder / PLAN)
+        return {"parts": 0}
 
-    def done(self) -> tuple[int, dict[str, Any]]:
-        """Return how many parts are finished, and the state after the last of them."""
-        if (self.folder / STATE).exists():
-            try:
-                state = torch.load(self.folder / STATE, weights_only=True)
-                return state["parts"], state
-            except Exception as error:  # torch raises nearly anything for damaged files
-                raise UserError(
-                    f"{self.folder / STATE} is damaged ({error}); give --overwrite true"
-                ) from error
-        return next(n for n in itertools.count() if not self.path(n).exists()), {}
+    def _state(self) -> dict[str, Any]:
+        try:
+            return torch.load(self.folder / STATE, weights_only=True)
+        except FileNotFoundError:
+            return {"parts": 0}
+        except Exception as error:  # torch raises nearly anything for damaged files
+            text = f"{self.folder / STATE} is damaged ({error}); remove {self.folder}"
+            raise UserError(text) from error
+
+    def _path(self, part: int, suffix: str = TEXT) -> Path:
+        return self.folder / f"{part:08d}{suffix}"
 
     def write(
-        self, part: int, records: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
+        self,
+        part: int,
+        records: Sequence[Mapping[str, Any]],
+        state: Mapping[str, Any],
+        rows: torch.Tensor | None = None,
     ) -> None:
-        """Write a part; state: of what is added up over all images, empty for nothing."""
+        """Write a part, counted from 0, and then the state, of all parts up to it.
+
+        rows: numbers of the part that the end needs too; None for nothing.
+        """
         text = "".join(json.dumps(record) + "\n" for record in records)
         with disk_errors(self.out):
-            write_atomically(text, self.path(part))
-            if state:
-                held = {**state, "parts": part + 1}
-                write_atomically(lambda file: torch.save(held, file), self.folder / STATE)
+            write_atomically(text, self._path(part))
+            if rows is not None:
+                write_atomically(partial(torch.save, rows), self._path(part, ROWS))
+            held = {**state, "parts": part + 1}
+            write_atomically(partial(torch.save, held), self.folder / STATE)
+
+    def rows(self, count: int) -> list[torch.Tensor]:
+        """Return the rows of the first parts, as far as they have some."""
+        paths = [self._path(part, ROWS) for part in range(count)]
+        return [torch.load(path, weights_only=True) for path in paths if path.exists()]
 
     def records(self, count: int) -> Iterator[dict[str, Any]]:
-        """Yield the records of all parts in order."""
+        """Yield the records of the first parts, in order."""
         for part in range(count):
-            with open(self.path(part), encoding="utf-8") as file:
+            with open(self._path(part), encoding="utf-8") as file:
                 yield from map(json.loads, file)
 
-    def finish(self, count: int, fields: Fields) -> None:
-        """Write the file of all parts, and remove their folder."""
-        write = WRITERS[self.out.suffix]
+    def finish(self, count: int, fields: Fields) -> int:
+        """Write the file of all parts; returns the number of records with an error."""
+        write, bad = WRITERS[self.out.suffix], 0
+
+        def counted() -> Iterator[dict[str, Any]]:
+            nonlocal bad
+            for record in self.records(count):
+                bad += record["error"] is not None
+                yield record
+
         with disk_errors(self.out):
-            write_atomically(lambda file: write(file, self.records(count), fields), self.out)
+            write_atomically(lambda file: write(file, counted(), fields), self.out)
+        return bad
+
+    def remove(self) -> None:
+        """Remove the folder of the parts."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Shown:
+    """The first records alone, in memory, for a command without --out."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.kept, self.bad = count, [], 0
+
+    def begin(self) -> dict[str, Any]:
+        """Return the state of a new start."""
+        return {"parts": 0}
+
+    def write(self, part: int, records: Sequence[Mapping[str, Any]], *_: Any) -> None:
+        """Keep the first records of a part, and count those with an error."""
+        self.kept += records[: self.count - len(self.kept)]
+        self.bad += sum(record["error"] is not None for record in records)
+
+    def rows(self, count: int) -> list[torch.Tensor]:
+        """Return the rows of the first parts, of which there are none."""
+        return []
+
+    def finish(self, count: int, fields: Fields) -> int:
+        """Print the table; returns the number of all records with an error."""
+        shown = {n: [cell(record[n]) for record in self.kept] for n in fields}
+        shown = {n: column for n, column in shown.items() if n == "path" or any(column)}
+        widths = [max(map(len, [name, *column])) for name, column in shown.items()]
+        for row in [[*shown], *map(list, zip(*shown.values(), strict=True))]:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+        return self.bad
+
+    def remove(self) -> None:
+        """Do nothing: there are no files."""
 
 
 @contextlib.contextmanager
