@@ -108,17 +108,29 @@ def open_inputs(args: argparse.Namespace, trained: Trained) -> tuple[Transformed
         if args.labels == "true":
             raise UserError("--labels true: paths on standard input have no labels; give a table")
         return transformed(data, trained, None), False
-    if args.labels != "false":
-        try:
-            return open_labeled(args, trained), True
-        except UserError as error:
-            if args.labels == "true":
-                raise
-            problem = error
-    data = open_images(args, trained, labeled=False)
-    if args.labels == "auto":
-        get_logger().info("predictions alone, no evaluation: %s", problem)
-    return transformed(in_input_order(data), trained, None), False
+    labeled = find_labeled(args, trained) if args.labels != "false" else None
+    if labeled is not None:
+        return labeled, True
+    data = in_input_order(open_images(args, trained, labeled=False))
+    return transformed(data, trained, None), False
+
+
+def find_labeled(args: argparse.Namespace, trained: Trained) -> TransformedDataset | None:
+    """Return the inputs with labels; None, with --labels auto, if these cannot be used."""
+    must = args.labels == "true"
+    try:
+        data = open_images(args, trained, labeled=True)
+    except UserError:
+        if must:
+            raise
+        return None
+    try:
+        return with_labels(data, trained, must)
+    except UserError as error:
+        if must:
+            raise
+        get_logger().info("predictions alone, no evaluation: %s", error)
+        return None
 
 
 def read_paths() -> list[str]:
@@ -149,18 +161,18 @@ def open_images(args: argparse.Namespace, trained: Trained, labeled: bool) -> Mi
     return data
 
 
-def open_labeled(args: argparse.Namespace, trained: Trained) -> TransformedDataset:
-    """Open all inputs with labels; UserError if they have none, or other than the checkpoint's."""
-    data = open_images(args, trained, labeled=True)
-    if data.kind is None:
-        raise UserError("the input has no labels")
+def with_labels(data: MixedImages, trained: Trained, must: bool) -> TransformedDataset:
+    """Return images with labels as outputs of the checkpoint; UserError if they do not fit.
+
+    must: also match classes by number or position.
+    """
     if data.kind != trained.kind:
         raise UserError(f"the labels are of another task than {trained.weights.path} has")
     names, head = data.classes, trained.head
     if trained.kind == "number":
         return transformed(in_input_order(data), trained, find_outputs(names, head, "INPUT"))
     order, how = order_of_head(names, head)
-    if order is None or (how not in SURE and args.labels == "auto"):
+    if order is None or not (must or how in SURE):
         raise UserError(differences(names, head, "INPUT"))
     positions = find_positions(names, head, "INPUT")
     return transformed(in_input_order(data), trained, positions, order)
@@ -236,7 +248,7 @@ class Batches(Sampler):
 
 @dataclass
 class Found:
-    """What a rank has found for a part: rows of numbers, and images that cannot be read."""
+    """Results of a rank for a part: rows of numbers, and images that cannot be read."""
 
     rows: list[Tensor]
     bad: list[tuple[int, str]]  # position, reason

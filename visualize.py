@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Draw reconstructions of a pre-trained model, or training images; print statistics of a data set.
+"""Draw reconstructions, training images or what a network looks at; print statistics of a data set.
 
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 python visualize.py data --data_path photos
@@ -14,14 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from config import predict_flags
 from config.checks import shape_problems
 from config.parser import finalize, pretrain_parser
-from config.views import parse_view
+from config.views import OF_EXPLAIN, parse_view
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
     view, args = parse_view()
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -47,13 +49,16 @@ from errors import UserError, plural
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
+from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
+from training.trained import load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags
 
 AT_ONCE = 8  # images that a worker measures before it reports
+MASKS = 8  # of `explain`
 
 
 def main(args: argparse.Namespace) -> None:
@@ -215,7 +220,55 @@ def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedIma
     return Inputs(spec, train=args.split == "train").open(args.images)
 
 
-VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
+def explain(args: argparse.Namespace) -> None:
+    """Draw where a classifier looks, or where the reconstruction of a pre-trained model errs."""
+    device = init_distributed_mode(args.device or "auto")
+    flags = predict_flags.flags_of_evaluation(args, OF_EXPLAIN)
+    weights = read_source(flags, args.checkpoint)
+    is_masked = any(unwrap(name).startswith(DECODER) for name in weights.state)
+    for name in ("target", "layer") if is_masked else ("num_masks",):
+        if getattr(args, name) is not None:
+            kind = "classifiers" if is_masked else "pre-trained models with a decoder"
+            raise UserError(f"--{name} is for {kind}, which {weights.path} is not; drop it")
+    if is_masked:
+        picture, what = explain_masked(args, weights, device)
+    else:
+        if not args.images:
+            raise UserError("--images is missing; give images, or all that --data_path takes")
+        trained = load_trained(flags, args.checkpoint, device)
+        given = {name: vars(args)[name] for name in ("image_column", "split_column", "image_root")}
+        skips = trained.flags.replace(on_bad_image=args.on_bad_image or "error")
+        loader = reading_loader(skips, given_images(args, given), device)
+        picture, what = explain_classifier(
+            trained, loader, args.num_images, args.target, args.layer or ""
+        )
+    save_picture(to_pil_image(picture.mul(255).add(0.5).clamp(0, 255).byte()), args.output)
+    print(f"{args.output}: {what}")
+
+
+def explain_masked(
+    args: argparse.Namespace, weights: Pretrained, device: torch.device
+) -> tuple[torch.Tensor, str]:
+    """Draw the error maps of a pre-trained model."""
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    flags = argparse.Namespace(**find_flags(weights, given))
+    loader = reading_loader(flags, find_data(flags, given), device)
+    model = build_fcmae(flags).to(device).eval()
+    weights.load(model, new=())
+    return explain_autoencoder(model, loader, args.num_images, flags.seed, args.num_masks or MASKS)
+
+
+def reading_loader(args: argparse.Namespace, data: Any, device: torch.device) -> Any:
+    """Return a loader that reads images as an evaluation does, in this process."""
+    transform = datasets.build_transform(False, args)
+    on_bad = "leave out" if args.on_bad_image == "skip" else "error"
+    dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+    dataset.map_values(vars(args).get("value_range"))
+    mean_std = datasets.build_mean_and_std(args)
+    return datasets.DeviceLoader(WatchedLoader(dataset, [], 1), device, *mean_std)
+
+
+VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats, "explain": explain}
 
 if __name__ == "__main__":
     launch(VIEWS[view], args)

@@ -97,9 +97,14 @@ def predict_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "- reads paths from standard input; give it alone, or the other inputs without it"
 
 
-def flags_of_evaluation(args: argparse.Namespace) -> FrozenNamespace:
-    """Return the flags of main_finetune.py --eval, with those that were given here."""
-    own = {row[0].removeprefix("--") for row in PREDICT}
+def flags_of_evaluation(
+    args: argparse.Namespace, rows: Sequence[tuple] = PREDICT
+) -> FrozenNamespace:
+    """Return the flags of main_finetune.py --eval, with those that were given here.
+
+    rows: of the flags that it does not have.
+    """
+    own = {row[0].removeprefix("--") for row in rows}
     given = {name: x for name, x in vars(args).items() if name not in own and x is not None}
     defaults = vars(parsers.finetune_parser().parse_args([]))
     # Only those that predict images are needed: a file in `data_path` would bring its --val_split.

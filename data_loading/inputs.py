@@ -30,7 +30,7 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Inputs:
-    """How to open the paths of a command.
+    """Opens the paths of a command as one data set.
 
     spec: of each path, but for the path. layout: as in `open_images`. train: take the part for
     training, where the data has several. flag: that names the paths, for messages. is_own: they
@@ -51,6 +51,11 @@ class Inputs:
             group = [*names]
             opened = [image_files(group)] if is_file else map(self._open, group)
             parts += [images for each in opened for images in getattr(each, "parts", [each])]
+        lacking = [part.path for part in parts if part.targets is None and self.spec.labeled]
+        if lacking:
+            raise UserError(
+                f"{self.flag} {lacking[0]} has no labels; give a table or class folders"
+            )
         return MixedImages(parts)
 
     def expand(self, path: str) -> list[str]:

@@ -91,7 +91,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Answers:
-    """How the outputs of a network become the fields of a result.
+    """Turns the outputs of a network into the fields of a result.
 
     kind: of the targets: class, multi or number. activation: softmax or sigmoid. count: of outputs.
     names: of classes or numbers, None if unknown. scale: of numbers. topk: best classes to list.

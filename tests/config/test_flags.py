@@ -8,7 +8,7 @@ import hashlib
 import pytest
 
 import datasets
-from config import flags, views
+from config import flags, predict_flags, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -87,9 +87,11 @@ PARSERS = {
     "visualize": options.visualize_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
 }
 
 VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
+VIEWS["visualize explain"] = views.explain_parser
 
 
 def value_of(action: argparse.Action, text: str) -> object:
