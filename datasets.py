@@ -445,19 +445,26 @@ def build_loader(
     else:
         batch_size = int(1.5 * args.batch_size)  # as official: no backward
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
-    loader = WatchedLoader(
+    loader = build_workers(dataset, sampler, batch_size, args, drop_last=is_train)
+    if args.num_workers is None and is_train and not vars(args).get("dry_run"):
+        loader.tuner = Tuner(most_workers())
+    views = ONE_VIEW if is_train else build_views(args)
+    return DeviceLoader(loader, device, *build_mean_and_std(args), views)
+
+
+def build_workers(
+    dataset: TransformedDataset, sampler: Any, batch_size: int | ByEpoch, args: Any, **options: Any
+) -> WatchedLoader:
+    """Build a loader of this rank's samples; options: more of them for DataLoader."""
+    return WatchedLoader(
         dataset,
         sampler,
         batch_size,
         first_workers() if args.num_workers is None else args.num_workers,
         SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
-        drop_last=is_train,
+        **options,
     )
-    if args.num_workers is None and is_train and not vars(args).get("dry_run"):
-        loader.tuner = Tuner(most_workers())
-    views = ONE_VIEW if is_train else build_views(args)
-    return DeviceLoader(loader, device, *build_mean_and_std(args), views)
 
 
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:

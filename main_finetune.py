@@ -211,6 +211,8 @@ def main(args: argparse.Namespace) -> None:
             last = phases.ends_run(phase, state, best)
             report = partial(loop.reporter.end_epoch, log_stats)
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
+            if loop.reporter.worst and phase.evaluates and (last or state.is_best()):
+                loop.reporter.image("worst_images", loop.reporter.worst.draw)
     log.info("%s", last_line(args, run.output_dir, state))
 
 

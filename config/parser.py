@@ -32,7 +32,9 @@ VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-
   python visualize.py --checkpoint runs/photos
   python visualize.py data --help    draw what a training script sees
   python visualize.py stats --help   print mean, std, sizes and classes
-  python visualize.py runs --help    list runs with their results"""
+  python visualize.py runs --help    list runs with their results
+  python visualize.py report --help  write the report of runs as one HTML file
+  python visualize.py explain --help draw where a network looks"""
 FINETUNE_ONLY = (
     "label smoothing and mixing",
     "loss",

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from data_loading.targets import Scale, Targets
@@ -131,6 +132,15 @@ def imagenet_names() -> dict[str, list[str]]:
         "by ImageNet's names": info.label_names(),
         "by ImageNet's English names": [_simplify(name.partition(",")[0]) for name in english],
     }
+
+
+def imagenet_classes() -> list[str]:
+    """Return ImageNet's names in English, the first of each: `tench`, ..., `crane (2)`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    names = [info.index_to_description(place).partition(",")[0] for place in range(IMAGENET)]
+    return class_names(SimpleNamespace(classes=names))
 
 
 def _simplify(name: str) -> str:

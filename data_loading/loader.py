@@ -60,17 +60,24 @@ class DeviceLoader:
         self.loader.set_epoch(epoch, start, stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _, batch in self.pairs():
+            if batch is not None:  # an evaluation may have left out all
+                yield batch
+
+    def pairs(self) -> Iterator[tuple[tuple, tuple[Tensor, Tensor, Tensor] | None]]:
+        """Yield each batch of `collate`, and what iteration gives of it; None without images."""
         self.mark("rest")
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
             self.bad |= dict(batch[3])
-            if len(batch[0]):  # an evaluation may have left out all
+            found = None
+            if len(batch[0]):
                 self._check_range(batch[0])
-                parts = self._to_device(batch)
-                self.mark("data")
-                yield parts
-                self.mark("rest")
+                found = self._to_device(batch)
+            self.mark("data")
+            yield batch, found
+            self.mark("rest")
 
     def reload(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
         """Read the batch of these samples as it was in an epoch, in this process."""

@@ -22,7 +22,7 @@ from PIL import Image
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from config import checks, tool_flags, views
+from config import checks, predict_flags, tool_flags, views
 from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
@@ -140,6 +140,7 @@ SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "submitit_finetune.py": parse_job("finetune"),
     "export.py": parse_export,
     "pack.py": parse_pack,
+    "predict.py": predict_flags.parse,
     "visualize.py": views.parse_view,
 }
 
@@ -212,7 +213,8 @@ def test_commands_are_read_from_all_forms(tmp_path):
 def test_every_flag_named_in_the_docs_exists():
     parsers = [options.visualize_parser(), options.export_parser(), options.pack_parser()]
     parsers += [views.stats_parser(), views.data_parser(), views.runs_parser()]
-    parsers += [views.report_parser()]
+    parsers += [views.report_parser(), views.explain_parser()]
+    parsers.append(predict_flags.predict_parser())
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())
         options.add_submitit_args(parsers[-1])

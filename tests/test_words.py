@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from config import parser as options
-from config import views
+from config import predict_flags, views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/RESULTS.md")]
@@ -55,6 +55,8 @@ PARSERS = {
     "visualize.py report": views.report_parser,
     "export.py": options.export_parser,
     "pack.py": options.pack_parser,
+    "predict.py": predict_flags.predict_parser,
+    "visualize.py explain": views.explain_parser,
 }
 
 

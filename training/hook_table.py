@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from config.calls import Call, accepted, parse_call
+from config.flags import is_pretraining
 from config.parser import dump_args
 from errors import UserError, a_type, describe_error, resolve_for
+from models.heads import implied_activation
 from parallel.process_group import get_logger, is_main_process
 from training.checkpoint import TrainState
 from training.costs import CostsHook
@@ -38,6 +40,7 @@ from training.tensorboard import (
     log_folder,
 )
 from training.trackers import build_tracker
+from training.worst_images import WorstImages
 from utils import write_atomically
 
 HOOKS: dict[str, Callable[..., Hook]] = {
@@ -152,6 +155,9 @@ def build_reporter(
     top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
     flops: of training on one image, by epoch, for the MFU.
     """
+    worst = None
+    if folder and not is_pretraining(vars(args)):
+        worst = WorstImages(implied_activation(args.loss or "ce"), classes)
     return Reporter(
         [],
         device,
@@ -162,6 +168,7 @@ def build_reporter(
         observers=create_hooks(args),
         run=Run(args, folder, state, device, classes),
         speed=build_speed(args, device, steps, flops),
+        worst=worst,
     )
 
 

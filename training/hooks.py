@@ -34,6 +34,7 @@ from training.report import Record
 from training.speed import Speed
 from training.stepper import Stepper
 from training.steps import Steps
+from training.worst_images import WorstImages
 
 PLAIN = (type(None), bool, int, float, str, bytes)  # besides tensors, dicts, lists and tuples
 
@@ -154,7 +155,8 @@ class Reporter:
     open_hooks: called on rank 0 on entering the run, since hooks create files. observers: hooks of
     --hook and --tracker on this rank, by name, of which `open_hooks` decides the order. speed:
     measures where the time goes; default: without advice and MFU. record: hook that writes
-    run.json, if the run has a folder.
+    run.json, if the run has a folder. worst: collects the worst images of each evaluation of the
+    first set, without EMA weights.
     """
 
     hooks: list[Hook]
@@ -167,6 +169,7 @@ class Reporter:
     run: Run | None = None
     speed: Speed | None = None
     record: Hook | None = None
+    worst: WorstImages | None = None
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
@@ -257,6 +260,8 @@ class Reporter:
         """Notify the hooks that a pass over `loader` begins; phase: train or test."""
         self.run.phase, self.run.split, self.run.kind = phase, split, kind
         self.run.loader, self.run.last_batch = loader, None
+        if self._collects_worst():
+            self.worst.begin(loader, kind)
         self._notify("on_phase_start", self.run)
 
     def end_phase(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -277,9 +282,14 @@ class Reporter:
 
     def after_evaluated(self, batch: Batch) -> None:
         """Notify the hooks of a batch of an evaluation."""
+        if self._collects_worst():
+            self.worst.add(batch)
         self._show(batch)
         for hook in self.observers.values():
             self._call(hook, "on_step", self.run)
+
+    def _collects_worst(self) -> bool:
+        return self.worst is not None and (self.run.phase, self.run.split) == ("test", "")
 
     def _show(self, batch: Batch | None) -> None:
         """Keep the batch for hooks; without any, its memory is free for the next one."""

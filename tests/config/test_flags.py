@@ -8,7 +8,7 @@ import hashlib
 import pytest
 
 import datasets
-from config import flags, views
+from config import flags, predict_flags, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -87,6 +87,7 @@ PARSERS = {
     "visualize": options.visualize_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
 }
 
 VIEWS = {
@@ -94,6 +95,7 @@ VIEWS = {
     "visualize stats": views.stats_parser,
     "visualize runs": views.runs_parser,
     "visualize report": views.report_parser,
+    "visualize explain": views.explain_parser,
 }
 
 

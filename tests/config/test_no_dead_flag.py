@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 from config import parser as options
-from config import recipes
+from config import predict_flags, recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
 # Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
-RESOLVED["pack"] = set()
+RESOLVED["pack"] = RESOLVED["predict"] = set()
 GET = ("vars(args).get", "flags.get")
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
     "main_finetune": options.finetune_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
 }
 
 
