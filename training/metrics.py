@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from insight.scores import average_precision, r_squared
 from training.meters import unusable
 
 DEFAULTS = {  # by kind of targets; mixed labels are of training alone
@@ -368,16 +369,6 @@ def area_under_roc(scores: Tensor, positive: Tensor) -> float | None:
     return 100 * wins / (2 * positives * negatives)
 
 
-def average_precision(scores: Tensor, positive: Tensor) -> float | None:
-    """Mean, over the positives (N,), of the precision among scores that are at least as high."""
-    ordered, own = scores.sort().values, scores[positive].sort().values
-    if not len(own):
-        return None
-    hits = len(own) - torch.searchsorted(own, own)
-    answers = len(ordered) - torch.searchsorted(ordered, own)
-    return 100 * (hits.double() / answers).mean().item()
-
-
 def one_versus_rest(score: Callable[[Tensor, Tensor], float | None], average: str) -> Metric:
     """Mean of `score` over the classes for which it is defined, or a list of all of them."""
     one_of("average", average, ("macro", "per_class"))
@@ -427,15 +418,12 @@ def rmse() -> Metric:
 def r2() -> Metric:
     """1 - squared error / variance of the targets; the mean of all numbers if there are several.
 
-    It takes all outputs, since the variance as a difference of sums would lose its digits.
+    It takes all outputs, since the variance as a difference of sums would lose its digits. NaN if a
+    number never varies.
     """
 
     def whole(outputs: Tensor, targets: Tensor, kind: str) -> float:
-        outputs, targets = outputs.double(), targets.double()
-        error = (outputs - targets).square().sum(0)
-        spread = (targets - targets.mean(0)).square().sum(0)
-        found = torch.where(spread > 0, 1 - error / spread, torch.nan)  # constant targets: NaN
-        return found.mean().item()
+        return r_squared(outputs, targets).mean().item()
 
     return Metric(("number",), whole=whole)
 
