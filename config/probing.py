@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config import checks, flags, phases, recipes
 from config import parser as parsers
-from config.flags import COUNT, FRACTION, NAME, PATH, POSITIVE, SOURCES, number
+from config.flags import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, SOURCES, number
 from errors import did_you_mean
 
 AIMS = {
@@ -39,7 +39,7 @@ labels of the rows; .safetensors and .parquet hold them too.""",
 
   python probe.py neighbors runs/photos --data_path photos --k 5
 
-Numbers are cosine distances: 0 for equal features, 1 for unrelated ones.""",
+Numbers are cosine distances: 0 for equal features, about 1 for unrelated ones.""",
     "duplicates": """Find images that are nearly the same, also of training and evaluation data.
 
   python probe.py duplicates runs/photos --data_path photos --split all
@@ -78,9 +78,12 @@ LAYER = (
     "--layer", NAME, None,
     "module whose output, averaged over positions, is used; default: the classifier's input",
 )
+CENTER = (
+    "--center", BOOL, True, "subtract the mean of all features before they are compared by cosine",
+)
 ROWS = {
     "accuracy": (
-        ("--probes", PROBES, PROBES, "probes to fit", "+"),
+        ("--probes", PROBES, PROBES, "probes to fit, some of knn ridge logistic", "+"),
         ("--k", COUNT, 20, "neighbors that vote"),
         ("--temperature", POSITIVE, 0.07, "of the votes: exp(cosine similarity / temperature)"),
         ("--fractions", FRACTION, (1.0,),
@@ -97,19 +100,19 @@ ROWS = {
         ("--num_images", COUNT, 8, "number of images, one per row, spread evenly"),
         ("--output", PATH, "neighbors.png", "PNG file to write"),
         ("--split", ("train", "val"), "train", "images to find neighbors of; not all data has val"),
-        LAYER,
+        CENTER, LAYER,
     ),
     "duplicates": (
         ("--threshold", COSINE, 0.97, "smallest cosine similarity of a pair"),
         ("--num_images", COUNT, 10, "largest number of groups in the picture, one per row"),
         ("--output", PATH, "duplicates.csv", "CSV file to write; the picture is a .png next to it"),
-        EITHER, LAYER,
+        EITHER, CENTER, LAYER,
     ),
     "outliers": (
         ("--k", COUNT, 10, "neighbor whose distance counts"),
         ("--num_images", COUNT, 24, "number of images in the picture"),
         ("--output", PATH, "outliers.csv", "CSV file to write; the picture is a .png next to it"),
-        EITHER, LAYER,
+        EITHER, CENTER, LAYER,
     ),
     "map": (
         ("--method", ("pca", "tsne", "umap"), "pca",
@@ -173,10 +176,11 @@ def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.Frozen
     words = [*(sys.argv[1:] if words is None else words)]
     view = words.pop(0) if words and words[0] in AIMS else "accuracy"
     parser = probe_parser(view)
-    if len(words) > 1 and not (words[0].startswith("-") or words[1].startswith("-")):
-        if hint := did_you_mean(words[0], AIMS):
-            parser.error(f"unknown sub-command {words[0]!r}. {hint}")
-    values, given, typed = recipes.read_flags(parser, words)
+    two = [word for word in words[:2] if not word.startswith("-")]  # and not flags
+    if len(two) == 2 and (hint := did_you_mean(two[0], AIMS)):
+        parser.error(f"unknown sub-command {two[0]!r}. {hint}")
+    values, typed = vars(parser.parse_args(words)), {*recipes.flags_set_by(parser, words)}
+    given = typed
     source = values["checkpoint"]
     library = flags.library_of(source)
     if library:

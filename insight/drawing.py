@@ -16,10 +16,10 @@ from torch import Tensor
 
 INK, GRAY, LIGHT, GRID = "#1f2933", "#6b7785", "#9aa5b1", "#e4e7eb"
 GOOD, BAD, BLUE = "#2f8f4e", "#c8402f", "#3b6fb6"
-COLORS = (  # of classes: Tableau 10 and its light variants, by Maureen Stone
-    "#4e79a7 #f28e2b #59a14f #e15759 #b07aa1 #76b7b2 #edc948 #ff9da7 #9c755f #8a8d91 "
-    "#a0cbe8 #ffbe7d #8cd17d #ff8f86 #d4a6c8 #499894 #b6992d #d37295 #d7b5a6 #4a4e54"
-).split()
+# Colors of classes: Tableau 10 by Maureen Stone, and lighter or darker variants.
+COLORS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#ff9da7"]
+COLORS += ["#9c755f", "#8a8d91", "#a0cbe8", "#ffbe7d", "#8cd17d", "#ff8f86", "#d4a6c8", "#499894"]
+COLORS += ["#b6992d", "#d37295", "#d7b5a6", "#4a4e54"]
 MOST_IN_LEGEND = 20
 CELL = 112  # pixels of an image in a grid, at least
 SCALE = 3  # of a map before it is made smaller, for smooth dots

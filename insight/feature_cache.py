@@ -150,6 +150,14 @@ def hash_weights(model: nn.Module, left_out: Iterable[str] = ()) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(*parts: bytes) -> str:
+    """Return a SHA-256 of several texts; where one ends counts too."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:".encode() + part)
+    return digest.hexdigest()
+
+
 def hash_images(data: Any) -> str | None:
     """Return a SHA-256 of which images a data set has, in its order; None if it cannot tell.
 

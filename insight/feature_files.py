@@ -44,12 +44,12 @@ def write_csv(names: Sequence[str], rows: Sequence[Sequence], path: Path) -> Non
     """Write rows below a line of column names, atomically. UserError if that fails."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([names, *rows])
-    _write(text.getvalue().encode(errors="backslashreplace"), path)
+    write_output(text.getvalue().encode(errors="backslashreplace"), path)
 
 
 def write_npy(table: Table, path: Path) -> list[Path]:
     """Write features, and a .csv next to them with row, image, part, label and class."""
-    _write(lambda file: np.save(file, table.features.numpy()), path)
+    write_output(lambda file: np.save(file, table.features.numpy()), path)
     rows = zip(range(len(table.images)), *_columns(table).values(), strict=True)
     listing = path.with_suffix(".csv")
     write_csv(("row", *_columns(table)), [*rows], listing)
@@ -70,7 +70,7 @@ def write_safetensors(table: Table, path: Path) -> list[Path]:
     tensors = {"features": table.features}
     if table.labels is not None:
         tensors["labels"] = table.labels
-    _write(save(tensors, texts | table.about), path)
+    write_output(save(tensors, texts | table.about), path)
     return [path]
 
 
@@ -83,7 +83,7 @@ def write_parquet(table: Table, path: Path) -> list[Path]:
     columns = dict(_columns(table))
     columns["feature"] = pa.FixedSizeListArray.from_arrays(flat, table.features.shape[1])
     rows = pa.table(columns).replace_schema_metadata(table.about)
-    _write(lambda file: parquet.write_table(rows, pa.PythonFile(file, "w")), path)
+    write_output(lambda file: parquet.write_table(rows, pa.PythonFile(file, "w")), path)
     return [path]
 
 
@@ -115,7 +115,7 @@ def _printable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _write(content: object, path: Path) -> None:
+def write_output(content: object, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(content, path)

@@ -5,6 +5,7 @@
 python probe.py runs/photos --data_path photos --probes logistic
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,22 +41,23 @@ class Logistic:
 def fit_logistic(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> Logistic:
     """Fit a classifier to features (N, D) with labels (N,) in 0..classes-1.
 
-    Each of PENALTIES is fitted without HELD_OUT of the images of each class; the one with the best
-    accuracy on these, of equal ones the strongest, is fitted to all images.
+    Each of PENALTIES is fitted without HELD_OUT of the images of each class; the one with the
+    lowest cross-entropy on these is fitted to all images. The accuracy of few images would be too
+    coarse to choose by.
     """
     features = features.float()
     mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), std, 1.0)  # of constant features
     scaled = (features - mean) / std
     held = hold_out(labels, HELD_OUT, seed)
-    best, accuracy = PENALTIES[-1], -1.0
+    best, lowest = max(PENALTIES), math.inf
     if held.any():
         start = _zeros(scaled, classes)
         for penalty in sorted(PENALTIES, reverse=True):  # each starts from the last one's weights
             start = _fit(scaled[~held], labels[~held], penalty, start)
-            right = _logits(scaled[held], start).argmax(1) == labels[held]
-            if right.double().mean().item() > accuracy:
-                best, accuracy = penalty, right.double().mean().item()
+            loss = F.cross_entropy(_logits(scaled[held], start), labels[held]).item()
+            if loss < lowest:
+                best, lowest = penalty, loss
     weights = _fit(scaled, labels, best, _zeros(scaled, classes))
     return Logistic(weights[:-1], weights[-1], mean, std, best)
 
