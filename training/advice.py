@@ -21,7 +21,7 @@ STEPS, SECONDS = 50, 20.0  # that a piece of advice is based on, at least
 
 @dataclass(frozen=True)
 class Load:
-    """What some optimizer steps took.
+    """Time and memory of some optimizer steps.
 
     seconds: of each part, as StepClock has them. caught_up: steps at whose end the GPU had nothing
     left to do; None where that is not known. memory: fraction of the GPU's that is used; None on

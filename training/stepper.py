@@ -226,7 +226,7 @@ class Stepper:
             )
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
         self.mark: Callable[[str], None] = no_mark
-        # With fsdp it is spread over forward and backward, and not to be told from them.
+        # With fsdp it is spread over forward and backward, and no mark can separate it.
         self.communicates = get_world_size() > 1 and not sharding.is_fsdp(self.model)
         # Not at the first step: if it were skipped, fused SGD would not initialize its momentum.
         self.skips_on_device = False
