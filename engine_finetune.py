@@ -127,6 +127,8 @@ def evaluate(
                 losses, counts = criterion.per_image(logits, labels)
                 logits, labels = metrics.in_units(logits, labels)
                 metrics.update(logits, labels, losses, counts)
+                if logits.ndim == 3:  # of the heads of a linear probe, hooks see the best one
+                    logits, losses = main_output(logits), losses[:, :1]
                 reporter.after_evaluated(Batch(images, labels, logits, losses, ids))
     finally:
         criterion.train(was_training)

@@ -10,6 +10,7 @@ import gc
 from dataclasses import replace
 from functools import partial
 
+from config.linear_probe import optimizer_flags
 from config.parser import finetune_parser as get_args_parser
 from config.parser import parse
 
@@ -44,6 +45,7 @@ from training.eval_sets import best_prefix, build_eval_sets, datasets_by_name, f
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
 from training.hook_table import build_eval_reporter, build_reporter
+from training.linear_probe import build_linear_probe
 from training.phases import build_phases
 from training.precise_bn import build_precise_bn
 from training.report import describe_evaluation, last_line, plain, small_stats
@@ -97,7 +99,8 @@ def main(args: argparse.Namespace) -> None:
 
     # --- 4. weights -------------------------------------------------------------------------
     source = run.resume_point.source or args.finetune or args.model * args.pretrained
-    new_head = args.reset_head or run.head is None or not run.head.fits(targets)
+    new_head = args.reset_head or args.linear_probe
+    new_head |= run.head is None or not run.head.fits(targets)
     if run.weights:  # a run is restored in step 7
         run.weights.load(model_without_ddp, classes=classes, reset_head=new_head)
     elif args.layer_decay < 1 and not source:
@@ -117,16 +120,20 @@ def main(args: argparse.Namespace) -> None:
     run.parallelism.shard(model_without_ddp, ema_module)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     criterion = build_criterion(args, nb_classes, device, dataset_train, targets.kind)
+    network, criterion, metrics, own_state = build_linear_probe(
+        args, model_without_ddp, criterion, metrics
+    )  # without --linear_probe nothing changes
     evaluation = device, amp, criterion, metrics
     precise_bn = build_precise_bn(args, model_without_ddp, data_loader_train, device, amp)
-    optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
+    flags = optimizer_flags(args)
+    optimizer = build_optimizer(flags, network, lr, run.parallelism.mode, criterion)
     lr_schedule = build_schedule(args, optimizer, lr, steps)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
         model_without_ddp.compile()
-    model = model_without_ddp
+    model = network
     if args.cuda_graphs:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         model = Graphed(model_without_ddp, device, amp, [shape])
@@ -135,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     stepper = Stepper(model, optimizer, device, amp, run.update_freq, *limits, criterion)
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module, criterion)
+    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module, own_state)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
     best_metric = best_prefix(args) + metrics.best
     state.choose_best(best_metric, metrics.lower_is_better)
@@ -180,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             next(iter(data_loaders_val), None),
-            lambda batches: evaluate(batches, model_without_ddp, *evaluation),
+            lambda batches: evaluate(batches, network, *evaluation),
             more_val=data_loaders_val[1:],
         )
         return check_run(plan)
@@ -198,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             for each in eval_sets if phase.evaluates else ():
                 names = reporter, each.split()
-                test_stats = evaluate(each.loader, model_without_ddp, *evaluation, *names)
+                test_stats = evaluate(each.loader, network, *evaluation, *names)
                 log_stats |= each.named(test_stats)
                 if args.model_ema_eval:
                     names = reporter, each.split("ema")

@@ -353,6 +353,9 @@ FLAGS["optimizer and schedule"] = (
 FLAGS["pretrained weights and head"] = (
     ("--pretrained", BOOL, False, "weights that timm or torchvision publishes for its --model"),
     ("--freeze_backbone", BOOL, False, "train the classifier only, the rest in evaluation mode"),
+    ("--linear_probe", BOOL, False, "train several linear heads on frozen features, as in MAE"),
+    ("--linear_probe_blr", POSITIVE, None,
+     "their peak learning rates per 256 images of an optimizer step; default: by --opt", "+"),
     ("--model_key", NAME, MODEL_KEY, "keys of the weights in the checkpoint, tried in order"),
     ("--use_ema", BOOL, False, "use the checkpoint's EMA weights"),
     ("--model_prefix", TEXT, "", "prefix to strip from names of weights; others are ignored"),

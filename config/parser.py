@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from config import checks, flags, recipes, tool_flags
 from config.flags import as_typed
+from config.linear_probe import imply_flags
 from config.paths import absolute, map_sources
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
@@ -334,6 +335,7 @@ def finalize(
     new["input_size"], sizes = split_sizes(new["input_size"])
     new["input_sizes"] = sizes or new.get("input_sizes", "")
     clear_scheduled(new, new if given is None else given)
+    imply_flags(new, new if given is None else given, typed)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
     new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]

@@ -34,6 +34,7 @@ GROUPS = (
     "--class_weights inverse --model_ema --model_ema_decay 0.5 --model_ema_eval "
     "--model_ema_force_cpu --num_samples 9 --aug_repeats 2 --label_fraction 0.5",
     "--sched linear(0,1) --grad_checkpointing --sync_bn --sync_bn_group 2",
+    "--linear_probe --linear_probe_blr 1 2",
     "--cuda_graphs",
 )
 NOT_TRIED = {"pretrained", "ram_cache"}  # for networks of other libraries; for image files

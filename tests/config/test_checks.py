@@ -79,6 +79,7 @@ def test_flags_that_may_be_empty_exist():
 # --- flags that need others ------------------------------------------------------------------
 
 NEEDS = {  # flag with a value: what it needs to act
+    "--linear_probe_blr 2.5": "--linear_probe",
     "--layer_decay_type group": "--layer_decay 0.5",
     "--mixup_mode elem": "--cutmix 1",
     "--mixup_prob 0.5": "--cutmix_minmax 0.2 0.8",
