@@ -254,7 +254,7 @@ class Chart {
     const at = this.scale.x(x);
     const { top, bottom } = this.scale.box;
     this.marker.append(element("line", { x1: at, x2: at, y1: top, y2: bottom, class: "cursor" }));
-    this.tip.replaceChildren(html("b", `epoch ${format(x)}`));
+    this.tip.replaceChildren(html("b", `${this.spec.axis} ${format(x)}`));
     const rows = this.shown()
       .map((series) => ({ series, i: series.x.indexOf(x) }))
       .filter((row) => row.i >= 0);

@@ -270,12 +270,12 @@ def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
                    data_dash=dash % DASHES)  # fmt: skip
         cells = [tag("th", name, scope="row"), tag("td", figure_of(series.last[0]))]
         if best := series.best:
-            at = tag("small", f" epoch {best[1]:g}")
+            at = tag("small", f" {chart.axis} {best[1]:g}")
             cells.append(tag("td", figure_of(best[0]), at))
         elif has_best:
             cells.append(tag("td", "–"))
         rows.append(tag("tr", cells))
-    titles = ("", "last", "best")[: 2 + has_best]
+    titles = ("", "last", "best" if chart.axis == "epoch" else "lowest")[: 2 + has_best]
     heads = tag("tr", [tag("th", text, scope="col") for text in titles])
     values = tag("table", tag("thead", heads), tag("tbody", rows), class_="values")
     log = tag("button", "log", class_="log", type="button", aria_pressed="false",

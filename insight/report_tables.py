@@ -303,6 +303,13 @@ def _data(part: str) -> Callable[[Mapping[str, Any]], str]:
     return describe
 
 
+def _sessions(sessions: Any) -> str:
+    """Return how many processes, one after the other, have trained the run; '' for one."""
+    if not isinstance(sessions, list) or len(sessions) < 2:
+        return ""
+    return f"{len(sessions)}, resumed {plural(len(sessions) - 1, 'time')}"
+
+
 def _packages(record: Mapping[str, Any]) -> str:
     packages = _mapping(record, "packages")
     names = [name for name in PACKAGES if name in packages]
@@ -332,6 +339,7 @@ FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "seed": _plain("seed"),
     "weights from": _plain("finetuned_from"),
     "resumed from": _plain("resumed_from"),
+    "sessions": lambda record: _sessions(record.get("sessions")),
     "device": _device,
     "host": _plain("host"),
     "platform": _plain("platform"),
