@@ -108,9 +108,9 @@ class Chart:
 
     @property
     def log(self) -> bool:
-        """True where a log axis shows more from the start: positive, over three decades."""
+        """True where a log axis shows more from the start: a loss over three decades."""
         values = [y for series in self.series for y in series.y]
-        return min(values) > 0 and max(values) / min(values) > 1000
+        return self.group == "Loss" and 0 < 1000 * min(values) < max(values)
 
 
 def place(key: str, keys: Collection[str]) -> Place:

@@ -91,11 +91,11 @@ def figure_of(value: float | int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return `45 s`, `3 min 20 s`, `2 h 5 min` or `3 d 4 h`; a dash for None."""
+    """Return `45 s`, `3 min 20 s`, `12 min`, `2 h 5 min` or `3 d 4 h`; a dash for None."""
     if seconds is None or seconds < 0:
         return "–"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    if 600 <= seconds < 3600:
+        return f"{seconds / 60:.0f} min"
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     for (name, size), (low_name, low) in zip(units, units[1:], strict=False):
         if seconds >= size:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
-from insight.report_curves import Chart, Series, as_json, build_charts
+from insight.report_curves import SPELLED, Chart, Series, as_json, build_charts
 from insight.report_data import RunData, number, read_runs
 from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
 from insight.report_notes import describe_status, find_notes
@@ -152,6 +152,7 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
         own = [s for c in charts if c.group == group for s in c.series if s.run == index]
         titles = {id(s): c.title for c in charts for s in c.series}
         own = [s for s in own if group != "Metrics" or s.label.startswith("test")]
+        own = [s for s in own if group != "Speed" or s.key == "images_per_s"]
         for series in own[:most]:
             facts.append(_fact(series, titles[id(series)]))
     seconds = number(run.record.get("seconds"))
@@ -159,7 +160,8 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
 
 
 def _fact(series: Series, title: str) -> Fact:
-    labels = {"Loss": f"{series.label.capitalize()} loss", "Probes": f"{series.label} probe"}
+    name = series.label if series.label in SPELLED.values() else series.label.capitalize()
+    labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
     value, epoch = series.best or series.last
     remark = "last" if series.best is None else f"best, epoch {epoch:g}"
     return Fact(labels.get(title, title), figure_of(value), remark, value, series.goal)

@@ -123,7 +123,7 @@ def test_many_charts_are_limited_and_said(tmp_path):
 
 
 def test_log_axis_from_the_start_only_over_many_decades(tmp_path):
-    rows = [{"epoch": e, "train_loss": 10.0**-e, "train_lr": 1.0 - e / 5} for e in range(5)]
+    rows = [{"epoch": e, "train_loss": 10.0**-e, "train_lr": 10.0**-e} for e in range(5)]
     charts, _ = build_charts([read_run(write_run(tmp_path / "run", rows))])
     assert [(chart.title, chart.log) for chart in charts] == [
         ("Loss", True),
