@@ -21,6 +21,7 @@ from errors import UserError, first_few, first_line, plural
 
 MOST_RUNS = 16  # in one report: more curves look alike
 MOST_ANSWERS = 200_000  # rows of predictions.csv that are read
+MOST_CLASSES = 2000  # of a confusion matrix: a larger one takes seconds
 WORST = 12  # wrong answers with the highest probability that are kept
 PLACE = ("epoch", "after_epochs")  # keys of log.txt that say when
 Row = dict[str, Any]
@@ -221,6 +222,8 @@ def _read_table(run: RunData, file: Path, into: dict[str, Any], read: Any) -> No
 def read_confusion(rows: Iterator[Sequence[str]]) -> Confusion:
     """Read confusion.csv: a row of answers, then a row for each true class. Raises ValueError."""
     _, *answers = next(rows)
+    if len(answers) > MOST_CLASSES:
+        raise ValueError(f"{len(answers)} classes are more than the {MOST_CLASSES} of a report")
     names, matrix = [], []
     for name, *counts in rows:
         names.append(name)

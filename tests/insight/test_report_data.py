@@ -95,6 +95,13 @@ def test_other_damaged_files_are_named(tmp_path):
     assert read_run(run).flags == {"lr": 1}  # of a run without args.yaml
 
 
+def test_huge_confusion_matrices_are_left_out_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_data, "MOST_CLASSES", 3)
+    found = read_run(write_run(tmp_path / "run", pretrain_rows(1), classes=CLASSES))
+    assert found.confusions == {}
+    assert "4 classes are more than the 3 of a report" in found.problems[0]
+
+
 def test_worst_answers_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", pretrain_rows(1))
     rows = [
