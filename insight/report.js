@@ -47,9 +47,9 @@ function smooth(values, weight) {
   });
 }
 
-// About `count` round numbers from low to high.
-function ticks(low, high, count) {
-  const rough = (high - low) / count;
+// About `count` round numbers from low to high, `least` or more from each other.
+function ticks(low, high, count, least = 0) {
+  const rough = Math.max((high - low) / count, least);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((each) => each * power >= rough * 0.999);
   const first = Math.ceil(low / step - 1e-9);
@@ -214,7 +214,8 @@ class Chart {
       svg.append(element("text", place, format(mark)));
     }
     const count = Math.max(2, Math.floor((box.right - box.left) / 75));
-    for (const mark of ticks(left, right, count)) {
+    const whole = this.xs().every(Number.isInteger) ? 1 : 0;
+    for (const mark of ticks(left, right, count, whole)) {
       const place = { x: x(mark), y: height - 6, "text-anchor": "middle", class: "x" };
       svg.append(element("text", place, format(mark)));
     }

@@ -68,7 +68,7 @@ def table(
 ) -> Html:
     """Return a table that scrolls by itself; the first cell of a row is its heading.
 
-    A row may be a tuple (class, cells). label: for screen readers.
+    A row may be a tuple (class, cells). head: may be empty. label: for screen readers.
     """
     body = []
     for row in rows:
@@ -77,7 +77,8 @@ def table(
         cells = [tag("th", first, scope="row"), *(tag("td", cell) for cell in others)]
         body.append(tag("tr", cells, class_=kind))
     top = tag("tr", [tag("th", cell, scope="col") for cell in head])
-    inner = tag("table", tag("thead", top), tag("tbody", body), class_=class_ or None)
+    heads = tag("thead", top) if head else None
+    inner = tag("table", heads, tag("tbody", body), class_=class_ or None)
     return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 

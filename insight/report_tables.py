@@ -220,7 +220,7 @@ def flags_tables(runs: Sequence[RunData]) -> Html:
         typed = runs[0].record.get("typed")
         marked = [name for name in names if isinstance(typed, list) and name in typed]
         rows = [("marked", [f"--{name}", show(runs[0].flags.get(name))]) for name in marked]
-        first = table(("flag", "value"), rows, "words", "flags that were typed") if rows else None
+        first = table((), rows, "words", "flags that were typed") if rows else None
         if not isinstance(typed, list):
             why = "run.json is missing, so it is not known which flags were typed."
             first = tag("p", why, class_="dim")
@@ -245,7 +245,7 @@ def machine_table(runs: Sequence[RunData]) -> Html:
     for name in names:
         cells = [facts.get(name, "–") for facts in known]
         rows.append(("marked" if len(set(cells)) > 1 else "", [name, *cells]))
-    head = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
+    head = ["", *(run.name for run in runs)] if len(runs) > 1 else []
     return table(head, rows, "words", "machine and versions")
 
 
