@@ -85,8 +85,7 @@ class Chart {
     this.series = spec.series.map((series, index) => ({
       ...series,
       name: this.buttons[index].textContent,
-      color: `c${this.buttons[index].dataset.color}`,
-      dash: `d${this.buttons[index].dataset.dash}`,
+      style: this.buttons[index].dataset.style, // color and dash, as classes
     }));
     this.positive = this.series.some((series) => series.y.some((y) => y > 0));
     this.logButton = figure.querySelector("button.log");
@@ -227,13 +226,13 @@ class Chart {
     const { x, y } = this.scale;
     const path = (ys) => ys.map((value, i) =>
       `${i ? "L" : "M"}${x(series.x[i]).toFixed(1)} ${y(value).toFixed(1)}`).join("");
-    const kind = `curve ${series.color} ${series.dash}`;
+    const kind = `curve ${series.style}`;
     if (smoothing) svg.append(element("path", { d: path(series.raw), class: `${kind} raw` }));
     const curve = element("path", { d: path(series.y), class: kind });
     curve.dataset.run = series.run;
     svg.append(curve);
     if (series.x.length === 1) {
-      const dot = { cx: x(series.x[0]), cy: y(series.y[0]), r: 3.5, class: series.color };
+      const dot = { cx: x(series.x[0]), cy: y(series.y[0]), r: 3.5, class: series.style };
       svg.append(element("circle", dot));
     }
   }
@@ -260,11 +259,11 @@ class Chart {
       .map((series) => ({ series, i: series.x.indexOf(x) }))
       .filter((row) => row.i >= 0);
     for (const [place, { series, i }] of rows.entries()) {
-      const spot = { cx: at, cy: this.scale.y(series.y[i]), r: 4, class: `dot ${series.color}` };
+      const spot = { cx: at, cy: this.scale.y(series.y[i]), r: 4, class: `dot ${series.style}` };
       this.marker.append(element("circle", spot));
       if (place >= MOST_ROWS) continue;
       const swatch = element("svg", { width: 18, height: 12, class: "swatch" });
-      const line = { x1: 1, x2: 17, y1: 6, y2: 6, class: `${series.color} ${series.dash}` };
+      const line = { x1: 1, x2: 17, y1: 6, y2: 6, class: series.style };
       swatch.append(element("line", line));
       const row = html("div");
       const smoothed = smoothing ? `${format(series.y[i])} (${format(series.raw[i])})` : format(series.raw[i]);

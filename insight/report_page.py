@@ -15,7 +15,7 @@ from typing import NamedTuple
 from errors import UserError
 from insight import report_tables as tables
 from insight.report_curves import SPELLED, Chart, Series, as_json, build_charts
-from insight.report_data import RunData, number, read_runs
+from insight.report_data import RunData, labels_of, number, read_runs
 from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
 from insight.report_notes import describe_status, find_notes
 from insight.report_pictures import Picture, collect_pictures
@@ -201,8 +201,13 @@ def _best(facts: Sequence[Fact]) -> float | None:
     return min(values) if facts[0].goal == "min" else max(values)
 
 
+def _style(color: int, dash: int) -> str:
+    """Return the classes of a curve in report.css: colors that repeat have other dashes."""
+    return f"c{color % COLORS} d{(dash + 2 * (color // COLORS)) % DASHES}"
+
+
 def _swatch(color: int, dash: int = 0) -> Html:
-    line = tag("line", x1=1, x2=17, y1=6, y2=6, class_=f"c{color % COLORS} d{dash % DASHES}")
+    line = tag("line", x1=1, x2=17, y1=6, y2=6, class_=_style(color, dash))
     return tag("svg", line, width=18, height=12, class_="swatch", aria_hidden="true")
 
 
@@ -228,9 +233,9 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
 
 def _toolbar(runs: Sequence[RunData]) -> Html:
     chips = [
-        tag("button", _swatch(index), tag("span", run.name), class_="chip", type="button",
+        tag("button", _swatch(index), tag("span", label), class_="chip", type="button",
             aria_pressed="true", data_run=index)
-        for index, run in enumerate(runs)
+        for index, label in enumerate(labels_of([run.name for run in runs]))
     ] if len(runs) > 1 else []  # fmt: skip
     smoothing = tag(
         "label",
@@ -260,16 +265,17 @@ def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
     """Return a chart: the place for its drawing, then last and best value of each curve."""
     several = len(runs) > 1
     labels = [*dict.fromkeys(series.label for series in chart.series)]
+    names = labels_of([run.name for run in runs])
     has_best = any(series.goal for series in chart.series)
     rows = []
     for place, series in enumerate(chart.series):
         color = series.run if several else place
-        dash = labels.index(series.label) if several else place // COLORS
-        words = [runs[series.run].name] if several else []
+        dash = labels.index(series.label) if several else 0
+        words = [names[series.run]] if several else []
         words += [series.label] if not several or len(labels) > 1 else []
-        name = tag("button", _swatch(color, dash), tag("span", " · ".join(words)), type="button",
-                   aria_pressed="true", data_series=place, data_color=color % COLORS,
-                   data_dash=dash % DASHES)  # fmt: skip
+        parts, style = [_swatch(color, dash), tag("span", " · ".join(words))], _style(color, dash)
+        name = tag("button", parts, type="button", aria_pressed="true", data_series=place,
+                   data_style=style)  # fmt: skip
         cells = [tag("th", name, scope="row"), tag("td", figure_of(series.last[0]))]
         if best := series.best:
             at = tag("small", f" {chart.axis} {best[1]:g}")

@@ -8,7 +8,7 @@ import pytest
 
 from errors import UserError
 from insight import report_data
-from insight.report_data import evenly, number, parse_line, read_run, read_runs
+from insight.report_data import evenly, labels_of, number, parse_line, read_run, read_runs
 from tests.insight.written import CLASSES, RECORD, pretrain_rows, write_run
 
 
@@ -66,6 +66,13 @@ def test_runs_of_one_name_get_names_that_differ(tmp_path):
         read_runs([folders[0], tmp_path / "b" / ".." / "a" / "run"])
     with pytest.raises(UserError, match="got 17 runs, expected at most 16"):
         read_runs([f"run{index}" for index in range(17)])
+
+
+def test_legends_leave_out_a_long_beginning_that_names_share():
+    names = ["pretrain-convnextv2_atto-lr1e-3", "pretrain-convnextv2_atto-lr2e-3"]
+    assert labels_of(names) == ["…lr1e-3", "…lr2e-3"]
+    assert labels_of(names[:1]) == names[:1]
+    assert labels_of(["run_a", "run_b"]) == ["run_a", "run_b"]
 
 
 def test_a_run_before_its_first_epoch_can_be_read(tmp_path):
