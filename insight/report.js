@@ -47,9 +47,9 @@ function smooth(values, weight) {
   });
 }
 
-// About `count` round numbers from low to high.
-function ticks(low, high, count) {
-  const rough = (high - low) / count;
+// About `count` round numbers from low to high, `least` or more from each other.
+function ticks(low, high, count, least = 0) {
+  const rough = Math.max((high - low) / count, least);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((each) => each * power >= rough * 0.999);
   const first = Math.ceil(low / step - 1e-9);
@@ -85,8 +85,7 @@ class Chart {
     this.series = spec.series.map((series, index) => ({
       ...series,
       name: this.buttons[index].textContent,
-      color: `c${this.buttons[index].dataset.color}`,
-      dash: `d${this.buttons[index].dataset.dash}`,
+      style: this.buttons[index].dataset.style, // color and dash, as classes
     }));
     this.positive = this.series.some((series) => series.y.some((y) => y > 0));
     this.logButton = figure.querySelector("button.log");
@@ -214,7 +213,8 @@ class Chart {
       svg.append(element("text", place, format(mark)));
     }
     const count = Math.max(2, Math.floor((box.right - box.left) / 75));
-    for (const mark of ticks(left, right, count)) {
+    const whole = this.xs().every(Number.isInteger) ? 1 : 0;
+    for (const mark of ticks(left, right, count, whole)) {
       const place = { x: x(mark), y: height - 6, "text-anchor": "middle", class: "x" };
       svg.append(element("text", place, format(mark)));
     }
@@ -226,13 +226,13 @@ class Chart {
     const { x, y } = this.scale;
     const path = (ys) => ys.map((value, i) =>
       `${i ? "L" : "M"}${x(series.x[i]).toFixed(1)} ${y(value).toFixed(1)}`).join("");
-    const kind = `curve ${series.color} ${series.dash}`;
+    const kind = `curve ${series.style}`;
     if (smoothing) svg.append(element("path", { d: path(series.raw), class: `${kind} raw` }));
     const curve = element("path", { d: path(series.y), class: kind });
     curve.dataset.run = series.run;
     svg.append(curve);
     if (series.x.length === 1) {
-      const dot = { cx: x(series.x[0]), cy: y(series.y[0]), r: 3.5, class: series.color };
+      const dot = { cx: x(series.x[0]), cy: y(series.y[0]), r: 3.5, class: series.style };
       svg.append(element("circle", dot));
     }
   }
@@ -254,16 +254,16 @@ class Chart {
     const at = this.scale.x(x);
     const { top, bottom } = this.scale.box;
     this.marker.append(element("line", { x1: at, x2: at, y1: top, y2: bottom, class: "cursor" }));
-    this.tip.replaceChildren(html("b", `epoch ${format(x)}`));
+    this.tip.replaceChildren(html("b", `${this.spec.axis} ${format(x)}`));
     const rows = this.shown()
       .map((series) => ({ series, i: series.x.indexOf(x) }))
       .filter((row) => row.i >= 0);
     for (const [place, { series, i }] of rows.entries()) {
-      const spot = { cx: at, cy: this.scale.y(series.y[i]), r: 4, class: `dot ${series.color}` };
+      const spot = { cx: at, cy: this.scale.y(series.y[i]), r: 4, class: `dot ${series.style}` };
       this.marker.append(element("circle", spot));
       if (place >= MOST_ROWS) continue;
       const swatch = element("svg", { width: 18, height: 12, class: "swatch" });
-      const line = { x1: 1, x2: 17, y1: 6, y2: 6, class: `${series.color} ${series.dash}` };
+      const line = { x1: 1, x2: 17, y1: 6, y2: 6, class: series.style };
       swatch.append(element("line", line));
       const row = html("div");
       const smoothed = smoothing ? `${format(series.y[i])} (${format(series.raw[i])})` : format(series.raw[i]);

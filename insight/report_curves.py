@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from insight.report_data import RunData, number
+from insight.report_data import RunData, evenly, number
 
 GROUPS = ("Loss", "Metrics", "Probes", "Learning rate", "Health of the network", "Speed", "Other")
 MOST_CHARTS = 60
-STAGES = 16  # values of a list that become curves
+LAYERS = "_blocks"  # end of the keys of lists with a value for each block of the network
 POINTS, FEWEST_POINTS = 600, 40  # of a curve
 POINT_BYTES = 14  # of a point in the page, about
 CURVE_BYTES = 700_000  # of all curves of a page, about
@@ -54,7 +54,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     (r"(train)_class_acc", "Metrics", "Top-1 accuracy", "max"),
     (r"probe_(.+_\d+pct\w*)", "Probes", "Probes, few labels", "max"),
     (r"probe_(.+)", "Probes", "Probes", "max"),
-    (r"(holdout)_loss", "Loss", "Loss", "min"),
+    (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
     (r"train_grad_norm|grad_norm_?(.*)", "Health of the network", "Gradient norm", ""),
     (r"rank_me|effective_rank", "Health of the network", "Rank of the features", ""),
     (
@@ -99,17 +99,18 @@ class Series:
 
 @dataclass
 class Chart:
-    """Curves that share a plot."""
+    """Curves that share a plot. axis: unit of x, `epoch` or `block`."""
 
     group: str
     title: str
     series: list[Series] = field(default_factory=list)
+    axis: str = "epoch"
 
     @property
     def log(self) -> bool:
-        """True where a log axis shows more from the start: positive, over three decades."""
+        """True where a log axis shows more from the start: a loss over three decades."""
         values = [y for series in self.series for y in series.y]
-        return min(values) > 0 and max(values) / min(values) > 1000
+        return self.group == "Loss" and 0 < 1000 * min(values) < max(values)
 
 
 def place(key: str, keys: Collection[str]) -> Place:
@@ -159,23 +160,16 @@ def _title(key: str) -> str:
 
 
 def read_values(run: RunData) -> dict[str, list[float | None]]:
-    """Return the numbers of log.txt by key, a value a row.
-
-    A short list, a value for each stage, becomes a key for each of its values.
-    """
+    """Return the numbers of log.txt by key, a value a row."""
     found: dict[str, list[float | None]] = {}
     for index, row in enumerate(run.rows):
         for key, value in row.items():
             if key in NOT_CURVES or key in SHARES:
                 continue
-            parts = [(key, value)]
-            if isinstance(value, list) and not key.startswith("test_") and len(value) <= STAGES:
-                parts = [(f"{key}_{place}", part) for place, part in enumerate(value)]
-            for name, part in parts:
-                if (known := number(part)) is not None:
-                    if name not in found:
-                        found[name] = [None] * len(run.rows)
-                    found[name][index] = known
+            if (known := number(value)) is not None:
+                if key not in found:
+                    found[key] = [None] * len(run.rows)
+                found[key][index] = known
     return found
 
 
@@ -193,12 +187,37 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
             if points:
                 x, y = ([*column] for column in zip(*points, strict=True))
                 chart.series.append(Series(index, key, spot.label, x, y, spot.goal))
-    ordered = sorted(charts.values(), key=lambda chart: GROUPS.index(chart.group))
+    found = [*charts.values(), *build_layer_charts(runs)]
+    ordered = sorted(found, key=lambda chart: GROUPS.index(chart.group))
     for chart in ordered:
         chart.series.sort(key=lambda series: series.run)  # of one key in the order of the keys
     left = [chart.title for chart in ordered[MOST_CHARTS:]]
     notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
     return ordered[:MOST_CHARTS], notes
+
+
+def build_layer_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Return charts over the blocks of the network, from lists of log.txt with a value a block.
+
+    Of one run they show the first, the middle and the last epoch, of several runs the last one.
+    """
+    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
+    charts = []
+    for key in [key for key in keys if key.endswith(LAYERS)]:
+        spot = place(key.removesuffix(LAYERS), keys)
+        chart = Chart(spot.group, f"{spot.chart} by block", axis="block")
+        for index, run in enumerate(runs):
+            rows = [row for row in run.rows if _is_curve(row.get(key))]
+            for row in evenly(rows, 3 if len(runs) == 1 else 1):
+                x = [float(block) for block in range(1, len(row[key]) + 1)]
+                label = f"epoch {row['at']:g}" if len(runs) == 1 else "last epoch"
+                chart.series.append(Series(index, key, label, x, [*map(float, row[key])], "min"))
+        charts += [chart] if chart.series else []
+    return charts
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and None not in map(number, value)
 
 
 def sample(series: Series, most: int) -> tuple[list[float], list[float]]:
@@ -229,6 +248,7 @@ def as_json(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     return [
         {
             "title": chart.title,
+            "axis": chart.axis,
             "log": chart.log,
             "series": [
                 {"run": each.run, "label": each.label} | _points(*sample(each, most))

@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from errors import UserError, first_few, first_line, plural
 
 MOST_RUNS = 16  # in one report: more curves look alike
 MOST_ANSWERS = 200_000  # rows of predictions.csv that are read
+MOST_CLASSES = 2000  # of a confusion matrix: a larger one takes seconds
+LONG = 12  # letters that names share, from which legends leave them out
 WORST = 12  # wrong answers with the highest probability that are kept
 PLACE = ("epoch", "after_epochs")  # keys of log.txt that say when
 Row = dict[str, Any]
@@ -115,6 +118,13 @@ def short_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]
+
+
+def labels_of(names: Sequence[str]) -> list[str]:
+    """Return names for legends: a long beginning that all of them share becomes an ellipsis."""
+    shared = os.path.commonprefix([*names]) if len(names) > 1 else ""
+    length = max((shared.rfind(mark) + 1 for mark in "-_./ "), default=0)
+    return [f"…{name[length:]}" for name in names] if length >= LONG else [*names]
 
 
 def read_run(folder: str | Path) -> RunData:
@@ -221,6 +231,8 @@ def _read_table(run: RunData, file: Path, into: dict[str, Any], read: Any) -> No
 def read_confusion(rows: Iterator[Sequence[str]]) -> Confusion:
     """Read confusion.csv: a row of answers, then a row for each true class. Raises ValueError."""
     _, *answers = next(rows)
+    if len(answers) > MOST_CLASSES:
+        raise ValueError(f"{len(answers)} classes are more than the {MOST_CLASSES} of a report")
     names, matrix = [], []
     for name, *counts in rows:
         names.append(name)

@@ -68,7 +68,7 @@ def table(
 ) -> Html:
     """Return a table that scrolls by itself; the first cell of a row is its heading.
 
-    A row may be a tuple (class, cells). label: for screen readers.
+    A row may be a tuple (class, cells). head: may be empty. label: for screen readers.
     """
     body = []
     for row in rows:
@@ -77,7 +77,8 @@ def table(
         cells = [tag("th", first, scope="row"), *(tag("td", cell) for cell in others)]
         body.append(tag("tr", cells, class_=kind))
     top = tag("tr", [tag("th", cell, scope="col") for cell in head])
-    inner = tag("table", tag("thead", top), tag("tbody", body), class_=class_ or None)
+    heads = tag("thead", top) if head else None
+    inner = tag("table", heads, tag("tbody", body), class_=class_ or None)
     return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
@@ -91,11 +92,11 @@ def figure_of(value: float | int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return `45 s`, `3 min 20 s`, `2 h 5 min` or `3 d 4 h`; a dash for None."""
+    """Return `45 s`, `3 min 20 s`, `12 min`, `2 h 5 min` or `3 d 4 h`; a dash for None."""
     if seconds is None or seconds < 0:
         return "–"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    if 600 <= seconds < 3600:
+        return f"{seconds / 60:.0f} min"
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     for (name, size), (low_name, low) in zip(units, units[1:], strict=False):
         if seconds >= size:

@@ -5,6 +5,7 @@
 python visualize.py report runs/demo/pretrain
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,20 +60,25 @@ def _text(value: Any) -> str:
 def sentences_of(value: Any) -> list[str]:
     """Return the sentences of a value of log.txt: a list of them, one, or none."""
     values = value if isinstance(value, list) else [value]
-    return [_text(each) for each in values if isinstance(each, str) and each.strip()]
+    texts = [_text(each) for each in values if isinstance(each, str) and each.strip()]
+    return [text[:1].upper() + text[1:] for text in texts]
 
 
 def _alarms(run: RunData) -> list[Note]:
-    """The alarms of log.txt, each once with its epochs; those that have ended are no warnings."""
-    found: dict[str, list[float]] = {}
+    """The alarms of log.txt, each once with its epochs; those that have ended are no warnings.
+
+    Alarms that differ in numbers alone are one, which has the numbers of its last epoch.
+    """
+    found: dict[str, list[tuple[float, str]]] = {}
     for row in run.rows:
         for text in sentences_of(row.get("alarms")):
-            found.setdefault(text, []).append(row["at"])
+            found.setdefault(re.sub(r"[\d.,]+", "", text), []).append((row["at"], text))
     notes = []
-    for text, epochs in found.items():
-        lasts = epochs[-1] == run.rows[-1]["at"]
-        when = describe_epochs(epochs).capitalize() + ("" if lasts else ", not since")
-        notes.append(Note("warning" if lasts else "info", f"{when}: {text}"))
+    for places in found.values():
+        epochs, (last, text) = [at for at, _ in places], places[-1]
+        lasts = last == run.rows[-1]["at"]
+        when = describe_epochs(epochs) + ("" if lasts else ", not since")
+        notes.append(Note("warning" if lasts else "info", f"{text} ({when})"))
     return notes
 
 
@@ -82,22 +88,19 @@ def _advice(run: RunData) -> list[Note]:
 
 
 def _skipped(run: RunData) -> list[Note]:
-    """Optimizer steps that were skipped; a share, or a number of steps."""
-    for key in ("skipped_updates", "bad_steps", "skipped_steps"):
-        pairs = zip([row["at"] for row in run.rows], run.values(key), strict=True)
-        bad = [(at, value) for at, value in pairs if value]
-        if bad:
-            most = max(value for _, value in bad)
-            size = f"{100 * most:.2g}%" if most <= 1 else f"{most:g}"
-            return [
-                Note(
-                    "warning",
-                    f"Optimizer steps were skipped for NaN, Inf or a loss spike, at most {size} "
-                    f"in an epoch ({describe_epochs([at for at, _ in bad])}). console.log names "
-                    "the images. Try a lower --lr, a longer --warmup_epochs or --clip_grad 1.",
-                )
-            ]
-    return []
+    """Optimizer steps that were skipped, in percent."""
+    bad = [(at, value) for at, value in _series(run, "skipped_updates") if value]
+    if not bad:
+        return []
+    most, when = max(value for _, value in bad), describe_epochs([at for at, _ in bad])
+    return [
+        Note(
+            "warning",
+            f"Up to {most:.2g}% of the optimizer steps were skipped for NaN, Inf or a loss spike "
+            f"({when}). console.log names the images. Try a lower --lr, a longer --warmup_epochs "
+            "or --clip_grad 1.",
+        )
+    ]
 
 
 def _not_finite(run: RunData) -> list[Note]:
@@ -118,9 +121,13 @@ def _series(run: RunData, key: str) -> list[tuple[float, float]]:
 
 
 def _diverged(run: RunData) -> list[Note]:
-    """A training loss that rose far above its lowest value and stayed there."""
+    """A training loss that rose far above its lowest value and stayed there.
+
+    Not if an alarm of the last epoch says it.
+    """
     points = _series(run, "train_loss")
-    if len(points) < AGAIN:
+    said = run.rows and str(run.rows[-1].get("alarms", ""))
+    if len(points) < AGAIN or (said and "divergence" in said):
         return []
     at, low = min(points, key=lambda point: point[1])
     last = min(value for _, value in points[-2:])

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
-from insight.report_curves import Chart, Series, as_json, build_charts
-from insight.report_data import RunData, number, read_runs
+from insight.report_curves import SPELLED, Chart, Series, as_json, build_charts
+from insight.report_data import RunData, labels_of, number, read_runs
 from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
 from insight.report_notes import describe_status, find_notes
 from insight.report_pictures import Picture, collect_pictures
@@ -152,6 +152,7 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
         own = [s for c in charts if c.group == group for s in c.series if s.run == index]
         titles = {id(s): c.title for c in charts for s in c.series}
         own = [s for s in own if group != "Metrics" or s.label.startswith("test")]
+        own = [s for s in own if group != "Speed" or s.key == "images_per_s"]
         for series in own[:most]:
             facts.append(_fact(series, titles[id(series)]))
     seconds = number(run.record.get("seconds"))
@@ -159,7 +160,8 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
 
 
 def _fact(series: Series, title: str) -> Fact:
-    labels = {"Loss": f"{series.label.capitalize()} loss", "Probes": f"{series.label} probe"}
+    name = series.label if series.label in SPELLED.values() else series.label.capitalize()
+    labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
     value, epoch = series.best or series.last
     remark = "last" if series.best is None else f"best, epoch {epoch:g}"
     return Fact(labels.get(title, title), figure_of(value), remark, value, series.goal)
@@ -199,8 +201,13 @@ def _best(facts: Sequence[Fact]) -> float | None:
     return min(values) if facts[0].goal == "min" else max(values)
 
 
+def _style(color: int, dash: int) -> str:
+    """Return the classes of a curve in report.css: colors that repeat have other dashes."""
+    return f"c{color % COLORS} d{(dash + 2 * (color // COLORS)) % DASHES}"
+
+
 def _swatch(color: int, dash: int = 0) -> Html:
-    line = tag("line", x1=1, x2=17, y1=6, y2=6, class_=f"c{color % COLORS} d{dash % DASHES}")
+    line = tag("line", x1=1, x2=17, y1=6, y2=6, class_=_style(color, dash))
     return tag("svg", line, width=18, height=12, class_="swatch", aria_hidden="true")
 
 
@@ -226,9 +233,9 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
 
 def _toolbar(runs: Sequence[RunData]) -> Html:
     chips = [
-        tag("button", _swatch(index), tag("span", run.name), class_="chip", type="button",
+        tag("button", _swatch(index), tag("span", label), class_="chip", type="button",
             aria_pressed="true", data_run=index)
-        for index, run in enumerate(runs)
+        for index, label in enumerate(labels_of([run.name for run in runs]))
     ] if len(runs) > 1 else []  # fmt: skip
     smoothing = tag(
         "label",
@@ -258,24 +265,25 @@ def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
     """Return a chart: the place for its drawing, then last and best value of each curve."""
     several = len(runs) > 1
     labels = [*dict.fromkeys(series.label for series in chart.series)]
+    names = labels_of([run.name for run in runs])
     has_best = any(series.goal for series in chart.series)
     rows = []
     for place, series in enumerate(chart.series):
         color = series.run if several else place
-        dash = labels.index(series.label) if several else place // COLORS
-        words = [runs[series.run].name] if several else []
+        dash = labels.index(series.label) if several else 0
+        words = [names[series.run]] if several else []
         words += [series.label] if not several or len(labels) > 1 else []
-        name = tag("button", _swatch(color, dash), tag("span", " · ".join(words)), type="button",
-                   aria_pressed="true", data_series=place, data_color=color % COLORS,
-                   data_dash=dash % DASHES)  # fmt: skip
+        parts, style = [_swatch(color, dash), tag("span", " · ".join(words))], _style(color, dash)
+        name = tag("button", parts, type="button", aria_pressed="true", data_series=place,
+                   data_style=style)  # fmt: skip
         cells = [tag("th", name, scope="row"), tag("td", figure_of(series.last[0]))]
         if best := series.best:
-            at = tag("small", f" epoch {best[1]:g}")
+            at = tag("small", f" {chart.axis} {best[1]:g}")
             cells.append(tag("td", figure_of(best[0]), at))
         elif has_best:
             cells.append(tag("td", "–"))
         rows.append(tag("tr", cells))
-    titles = ("", "last", "best")[: 2 + has_best]
+    titles = ("", "last", "best" if chart.axis == "epoch" else "lowest")[: 2 + has_best]
     heads = tag("tr", [tag("th", text, scope="col") for text in titles])
     values = tag("table", tag("thead", heads), tag("tbody", rows), class_="values")
     log = tag("button", "log", class_="log", type="button", aria_pressed="false",

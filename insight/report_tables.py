@@ -220,7 +220,7 @@ def flags_tables(runs: Sequence[RunData]) -> Html:
         typed = runs[0].record.get("typed")
         marked = [name for name in names if isinstance(typed, list) and name in typed]
         rows = [("marked", [f"--{name}", show(runs[0].flags.get(name))]) for name in marked]
-        first = table(("flag", "value"), rows, "words", "flags that were typed") if rows else None
+        first = table((), rows, "words", "flags that were typed") if rows else None
         if not isinstance(typed, list):
             why = "run.json is missing, so it is not known which flags were typed."
             first = tag("p", why, class_="dim")
@@ -245,7 +245,7 @@ def machine_table(runs: Sequence[RunData]) -> Html:
     for name in names:
         cells = [facts.get(name, "–") for facts in known]
         rows.append(("marked" if len(set(cells)) > 1 else "", [name, *cells]))
-    head = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
+    head = ["", *(run.name for run in runs)] if len(runs) > 1 else []
     return table(head, rows, "words", "machine and versions")
 
 
@@ -303,6 +303,13 @@ def _data(part: str) -> Callable[[Mapping[str, Any]], str]:
     return describe
 
 
+def _sessions(sessions: Any) -> str:
+    """Return how many processes, one after the other, have trained the run; '' for one."""
+    if not isinstance(sessions, list) or len(sessions) < 2:
+        return ""
+    return f"{len(sessions)}, resumed {plural(len(sessions) - 1, 'time')}"
+
+
 def _packages(record: Mapping[str, Any]) -> str:
     packages = _mapping(record, "packages")
     names = [name for name in PACKAGES if name in packages]
@@ -332,6 +339,7 @@ FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "seed": _plain("seed"),
     "weights from": _plain("finetuned_from"),
     "resumed from": _plain("resumed_from"),
+    "sessions": lambda record: _sessions(record.get("sessions")),
     "device": _device,
     "host": _plain("host"),
     "platform": _plain("platform"),

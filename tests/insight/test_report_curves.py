@@ -59,7 +59,26 @@ def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
     assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
     assert not {"epoch", "n parameters", "time data"} & {*titles}
     distance = next(chart for chart in charts if chart.title == "Channel cosine distance")
-    assert [series.label for series in distance.series] == ["0", "1", "2", "3"]
+    assert [s.label for s in distance.series] == ["feature distance", "stage1", "stage2"]
+
+
+def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
+    rows = pretrain_rows(5)
+    rows[-1]["feature_distance_blocks"] = [0.1, None, 0.2]  # of a network with NaN
+    runs = read_runs([write_run(tmp_path / name, rows) for name in "ab"])
+    title = "Channel cosine distance by block"
+    alone, both = (
+        next(chart for chart in build_charts(some)[0] if chart.title == title)
+        for some in (runs[:1], runs)
+    )
+    assert alone.axis == "block"
+    assert [series.label for series in alone.series] == ["epoch 1", "epoch 2", "epoch 4"]
+    assert alone.series[0].x == [1, 2, 3, 4]
+    assert alone.series[0].y == rows[0]["feature_distance_blocks"]
+    assert [(series.run, series.label) for series in both.series] == [
+        (0, "last epoch"),
+        (1, "last epoch"),
+    ]
 
 
 def test_missing_values_leave_no_point(tmp_path):
@@ -104,7 +123,7 @@ def test_many_charts_are_limited_and_said(tmp_path):
 
 
 def test_log_axis_from_the_start_only_over_many_decades(tmp_path):
-    rows = [{"epoch": e, "train_loss": 10.0**-e, "train_lr": 1.0 - e / 5} for e in range(5)]
+    rows = [{"epoch": e, "train_loss": 10.0**-e, "train_lr": 10.0**-e} for e in range(5)]
     charts, _ = build_charts([read_run(write_run(tmp_path / "run", rows))])
     assert [(chart.title, chart.log) for chart in charts] == [
         ("Loss", True),

@@ -8,7 +8,7 @@ import pytest
 
 from errors import UserError
 from insight import report_data
-from insight.report_data import evenly, number, parse_line, read_run, read_runs
+from insight.report_data import evenly, labels_of, number, parse_line, read_run, read_runs
 from tests.insight.written import CLASSES, RECORD, pretrain_rows, write_run
 
 
@@ -68,6 +68,13 @@ def test_runs_of_one_name_get_names_that_differ(tmp_path):
         read_runs([f"run{index}" for index in range(17)])
 
 
+def test_legends_leave_out_a_long_beginning_that_names_share():
+    names = ["pretrain-convnextv2_atto-lr1e-3", "pretrain-convnextv2_atto-lr2e-3"]
+    assert labels_of(names) == ["…lr1e-3", "…lr2e-3"]
+    assert labels_of(names[:1]) == names[:1]
+    assert labels_of(["run_a", "run_b"]) == ["run_a", "run_b"]
+
+
 def test_a_run_before_its_first_epoch_can_be_read(tmp_path):
     run = write_run(
         tmp_path / "run", record=RECORD | {"status": "failed", "error": "out of memory"}
@@ -93,6 +100,13 @@ def test_other_damaged_files_are_named(tmp_path):
     assert names == ["run.json", "args.yaml", "confusion.csv", "predictions.csv"]
     (run / "run.json").write_text(json.dumps({"arguments": {"lr": 1}}))
     assert read_run(run).flags == {"lr": 1}  # of a run without args.yaml
+
+
+def test_huge_confusion_matrices_are_left_out_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_data, "MOST_CLASSES", 3)
+    found = read_run(write_run(tmp_path / "run", pretrain_rows(1), classes=CLASSES))
+    assert found.confusions == {}
+    assert "4 classes are more than the 3 of a report" in found.problems[0]
 
 
 def test_worst_answers_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):

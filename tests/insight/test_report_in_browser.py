@@ -86,6 +86,16 @@ def test_a_click_on_a_run_hides_its_curves_and_another_shows_them(chromium, page
     assert chromium.errors == []
 
 
+def test_epochs_have_whole_numbers_on_the_axis(chromium, tmp_path):
+    """Three epochs had marks at 1, 1.2, 1.4 ..."""
+    chromium.open(write_report([write_run(tmp_path / "run", pretrain_rows(3))]))
+    assert ticks(chromium, "x") == [1, 2, 3]
+    chromium.open(write_report([write_run(tmp_path / "one", pretrain_rows(1))]))
+    assert ticks(chromium, "x") == [0, 1, 2]
+    assert count(chromium, "[data-chart='0'] circle") == 2  # a line of one point is invisible
+    assert chromium.errors == []
+
+
 def test_all_runs_hidden_leave_an_empty_plot(chromium, page):
     chromium.open(page)
     for run in range(3):

@@ -38,13 +38,13 @@ def test_the_end_of_a_run_is_described(record, level, said, tmp_path):
 def test_alarms_come_once_with_their_epochs_and_old_ones_are_no_warnings(tmp_path):
     rows = pretrain_rows(6)
     rows[1]["alarms"] = ["The loss stalls."]
-    for row in rows[3:]:
-        row["alarms"] = ["Features collapse."]
-    rows[2]["advice"] = "Use more workers."
+    for index, row in enumerate(rows[3:]):
+        row["alarms"] = [f"collapse: rank_me {4.5 + index} has fallen from 40.0"]
+    rows[2]["advice"] = "use more workers."
     assert notes_of(tmp_path, rows) == [
-        ("warning", "Epochs 4 to 6: Features collapse."),
+        ("warning", "Collapse: rank_me 6.5 has fallen from 40.0 (epochs 4 to 6)"),
         ("advice", "Use more workers."),
-        ("info", "Epoch 2, not since: The loss stalls."),
+        ("info", "The loss stalls. (epoch 2, not since)"),
     ]
 
 
@@ -66,22 +66,25 @@ def test_divergence_is_said_and_a_single_spike_is_none(tmp_path):
     assert notes_of(tmp_path, rows) == []
     rows[-2]["train_loss"] = 4.0
     ((level, said),) = notes_of(tmp_path, rows)
+    rows[-1]["alarms"] = ["divergence: train_loss 5 is 8 times its lowest value"]
+    assert [text[:20] for _, text in notes_of(tmp_path, rows)] == ["Divergence: train_lo"]
     assert (level, said[:52]) == ("warning", "The training loss rose from 0.6207 (epoch 4) to 4: t")
 
 
 def test_losses_that_were_not_finite_and_skipped_steps_are_said(tmp_path):
     rows = pretrain_rows(4)
     rows[2]["train_loss"] = None
-    rows[1]["skipped_updates"], rows[2]["skipped_updates"] = 0.0, 0.25
+    rows[1]["skipped_updates"], rows[2]["skipped_updates"] = 0.0, 0.5
     (first, nan), (second, skipped) = notes_of(tmp_path, rows)
     assert (first, second) == ("error", "warning")
     assert nan.startswith("train_loss was NaN or infinite (epoch 3).")
-    assert "at most 25% in an epoch (epoch 3)" in skipped
+    assert skipped.startswith("Up to 0.5% of the optimizer steps were skipped")
+    assert "loss spike (epoch 3)." in skipped
 
 
 def test_thousands_of_alarms_do_not_fill_the_page(tmp_path):
     rows = pretrain_rows(2)
-    rows[-1]["alarms"] = [f"alarm {index}" for index in range(1000)]
+    rows[-1]["alarms"] = ["alarm" + "x" * index for index in range(1000)]
     found = notes_of(tmp_path, rows)
     assert len(found) == MOST + 1
     assert found[-1].text == "970 more notes left out."

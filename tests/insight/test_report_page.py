@@ -5,7 +5,9 @@
 import json
 import random
 import re
+import shlex
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -29,6 +31,7 @@ from tests.insight.written import (
 )
 
 EVIL = """</script><script>alert(1)</script><img src=x onerror=alert(2)>"'&<!--"""
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "insight.md"
 VOID = {"meta", "img", "input", "rect", "line", "path", "br"}
 
 
@@ -197,8 +200,8 @@ def test_elements_are_escaped_and_numbers_are_short():
     assert [figure_of(x) for x in (0.123456, 98.876, 12345.6, 1e-7, None)] == [
         "0.1235", "98.88", "12,346", "1e-07", "–"
     ]  # fmt: skip
-    assert [duration(x) for x in (4, 130, 7500, 3600, 270000, None)] == [
-        "4 s", "2 min 10 s", "2 h 5 min", "1 h", "3 d 3 h", "–"
+    assert [duration(x) for x in (4, 130, 1300, 7500, 3600, 270000, None)] == [
+        "4 s", "2 min 10 s", "22 min", "2 h 5 min", "1 h", "3 d 3 h", "–"
     ]  # fmt: skip
 
 
@@ -225,3 +228,18 @@ def test_class_names_are_shown_for_all_sets(tmp_path):
     page = build_page(read_runs([run]))
     assert "<h3>sketch</h3>" in page
     assert "owl as cat: 3 of 10 (30%)" in page
+
+
+def test_commands_of_the_docs_write_reports(tmp_path, monkeypatch):
+    section = DOCS.read_text(encoding="utf-8").partition("## Report")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "first", "second"):
+        write_run(tmp_path / "runs" / name, pretrain_rows(2), RECORD)
+    for line in block.splitlines():
+        python, script, *words = shlex.split(line)
+        assert (python, script) == ("python", "visualize.py")
+        view, args = views.parse_view(words)
+        visualize.VIEWS[view](args)
+    assert "<h1>photos</h1>" in (tmp_path / "runs/photos/report.html").read_text()
+    assert "<h1>2 runs</h1>" in (tmp_path / "compared.html").read_text()

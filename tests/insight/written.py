@@ -47,9 +47,12 @@ def pretrain_rows(epochs: int = 12, speed: float = 1.0) -> list[dict[str, Any]]:
             "n_parameters": 3590336, "holdout_loss": 1.02 - 0.55 * done,
             "probe_knn": 30 + 50 * done, "probe_linear": 35 + 52 * done,
             "probe_knn_1pct": 20 + 30 * done, "probe_linear_10pct": 24 + 40 * done,
-            "rank_me": 40 + 100 * done, "feature_distance": [0.9, 0.8 * done, 0.7, 0.6 * done],
-            "grn_gamma_0": done, "grn_beta_0": 0.5 * done, "dead_channels": 0.02 * (1 - done),
-            "images_per_s": 900 + 60 * math.sin(epoch), "mfu": 0.31, **SHARES,
+            "rank_me": 40 + 100 * done, "feature_distance": 0.5 * done,
+            "feature_distance_stage1": 0.4 * done, "feature_distance_stage2": 0.6 * done,
+            "feature_distance_blocks": [0.5 * done, 0.3 * done, 0.6 * done, 0.6 * done],
+            "grn_gamma_stage1": done, "grn_beta_stage1": 0.5 * done,
+            "dead_channels": 2 * (1 - done), "mfu": 0.31, **SHARES,
+            "images_per_s": 900 + 60 * math.sin(epoch),
         })  # fmt: skip
     return rows
 
