@@ -56,7 +56,6 @@ _SAVES = (
     "--save_ckpt true with an output folder",
     lambda args: args.save_ckpt and args.output_dir != "",
 )
-_PROBES = "--probe_every above 0", lambda args: args.probe_every
 _WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
     "linear_probe_blr": ("--linear_probe true", lambda args: args.linear_probe),
@@ -70,7 +69,6 @@ NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to
     "remode": ("--reprob above 0", lambda args: args.reprob > 0),
     "recount": ("--reprob above 0", lambda args: args.reprob > 0),
     "progressive_batch": ("--input_size with sizes by epoch", lambda args: args.input_sizes),
-    **dict.fromkeys(("probe_data", "probe_images", "probes"), _PROBES),
     "model_ema_decay": ("--model_ema true", lambda args: args.model_ema),
     "model_key": _WEIGHTS,
     "model_prefix": _WEIGHTS,
@@ -140,10 +138,17 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
-    if not flags.is_pretraining(values):
-        yield from _finetune_problems(args)
-    elif args.crop_pct is not None:
+    own = _pretrain_problems if flags.is_pretraining(values) else _finetune_problems
+    yield from own(args)
+
+
+def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
+    for name in ("probe_data", "probe_images", "probes"):
+        if name in args.typed and not args.probe_every:
+            value = as_typed(vars(args)[name])
+            yield f"--{name} {value} needs --probe_every above 0; add it, or drop --{name}"
 
 
 def _data_problems(args: argparse.Namespace) -> Iterator[str]:

@@ -210,7 +210,7 @@ class FixedImages:
 
 
 class Probes:
-    """What a run measures every `--probe_every` epochs, without an effect on what it trains."""
+    """Measure a network every `--probe_every` epochs, without an effect on what it trains."""
 
     def __init__(self, args: Any, own: Any, model: nn.Module, stepper: Stepper) -> None:
         """own: the raw training data. Every rank must create it."""
@@ -332,15 +332,12 @@ class Probes:
 
     def _steps(self, state: TrainState) -> dict[str, float]:
         """Return gradient norms of the last step, and skipped steps since the last probe."""
-        found = {}
-        if self.stepper.watched_norms is not None:
-            names = [f"grad_norm_{name}" for name in self.stages]
-            found = dict(zip(names, self.stepper.watched_norms.tolist(), strict=True))
-        steps, bad = (
-            now - before for now, before in zip(_count(state), state.probed_at, strict=True)
-        )
-        state.probed_at = _count(state)
-        return found | {"skipped_updates": 100 * max(bad, 0) / steps} if steps > 0 else found
+        names = [f"grad_norm_{name}" for name in self.stages]
+        found = dict(zip(names, state.probed.get("norms", ()), strict=False))  # none before a step
+        before, now = state.probed.get("steps", [0, 0]), [state.global_step, state.bad_steps]
+        state.probed["steps"] = now
+        steps, bad = now[0] - before[0], now[1] - before[1]
+        return found | ({"skipped_updates": 100 * max(bad, 0) / steps} if steps > 0 else {})
 
     # --- alarms -----------------------------------------------------------------------------------
 
@@ -369,10 +366,6 @@ def _some(batches: Iterable[tuple[Tensor, ...]], seconds: float) -> Iterator[tup
         yield batch
         if time.perf_counter() - start > seconds:
             return
-
-
-def _count(state: TrainState) -> list[int]:
-    return [state.global_step, state.bad_steps]
 
 
 def is_shown(name: str) -> bool:

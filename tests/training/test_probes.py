@@ -5,6 +5,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Tensor
 import main_pretrain
 from config import parser as options
 from errors import UserError
+from insight.alarms import ALARMS
 from insight.evaluators import Labeled
+from insight.health import LayerSums
 from models import build_fcmae
 from tests import tiny
-from tests.groups import run_script
+from tests.groups import results_of, run_ranks, run_script
 from training import probes
 from training.checkpoint import TrainState
 from training.probe_data import choose, default_images
@@ -28,6 +31,7 @@ from training.probes import Evaluators, Probes, read_history
 from training.stepper import Stepper
 from training.tensorboard import scalar_tag
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 WORDS = (
     "--input_size 16 --stem_stride 1 --batch_size 6 --lr 0.01 --num_workers 0 --device cpu "
@@ -404,3 +408,113 @@ def test_networks_without_known_features_have_the_loss_alone(monkeypatch, log):
     found = own.measure(model, TrainState(1))
     assert list(found) == ["holdout_loss"]
     assert "probes: no features: Net has no forward_features" in log.text
+
+
+# --- what the docs say ----------------------------------------------------------------------------
+
+
+def section_of(title: str) -> str:
+    text = (ROOT / "docs/insight.md").read_text(encoding="utf-8")
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def blocks_of(title: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", section_of(title), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_commands_and_code_of_the_docs_run(tmp_path, monkeypatch, capsys):
+    """Each with a toy network, for one epoch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("photos", "labeled"):
+        folder_of(tmp_path / name, {"ant": 12, "bee": 15})
+    (own,) = blocks_of("Probes while pre-training", "python")
+    path = tmp_path / re.match(r"# (\S+)\n", own)[1]
+    path.parent.mkdir()
+    path.write_text(own)
+    commands = "".join(blocks_of("Probes while pre-training", "sh")).splitlines()
+    toy = "--model tests.tiny:fcmae --device cpu --num_workers 0 --epochs 1 --warmup_epochs 0"
+    toy += " --batch_size 9 --input_size 16 --stem_stride 1 --log_dir none --picture_freq 0"
+    for command in commands:
+        python, script, *words = shlex.split(command)
+        assert (python, script) == ("python", "main_pretrain.py")
+        words = [*words, *toy.split(), *["--output_dir", "last"] * ("--output_dir" not in words)]
+        main_pretrain.main(options.parse(main_pretrain.get_args_parser(), words))
+    line = json.loads((tmp_path / "last/log.txt").read_text())
+    names = {"probe_knn_10", "probe_linear", "probe_nearest_mean", "probe_nearest_mean_10pct"}
+    assert names <= set(line)
+    assert len(commands) == 3
+    (code,) = blocks_of("Alarms", "python")
+    capsys.readouterr()
+    exec(code, {})
+    assert "Error" not in capsys.readouterr().out
+
+
+def test_docs_name_every_measure(tmp_path):
+    own, model = made(f"{COLORS} --probe_every 1")
+    found = own.measure(model, TrainState(1, global_step=3, probed={"norms": [1.0] * 5}))
+    text = section_of("Probes while pre-training") + section_of("Health of the network")
+    rows = re.findall(r"^\| (.*?) \|", text, re.MULTILINE)
+    known = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    own_names = {re.sub(r"stage\d", "stage1", name).replace("_knn_5", "_knn") for name in found}
+    assert own_names - known == set()
+    assert {kind for kind, _ in ALARMS} == set(
+        re.findall(r"^\| `([a-z ]+)` \|", section_of("Alarms"), re.MULTILINE)
+    )
+
+
+def test_tensorboard_has_the_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = f"{COLORS} --epochs 1 --output_dir {tmp_path} --log_dir {tmp_path / 'board'}"
+    main_pretrain.main(parse(words))
+    line = json.loads((tmp_path / "log.txt").read_text())
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    for tag, name in (("probe/linear", "probe_linear"), ("health/rank_me", "rank_me")):
+        (event,) = events.Scalars(tag)
+        assert event.value == pytest.approx(line[name])
+        assert event.step == 4
+
+
+# --- other networks and several ranks -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_other_networks_have_the_measures_that_apply(tmp_path):
+    """Their BatchNorm must not learn from a probe: it would change the run."""
+    words = "--data_set tests.tiny:colors --epochs 2 --model timm:resnet10t --input_size 32"
+    words += " --patch_size 16 --stem_stride 2 --probe_every"
+    lines = run(f"{words} 1", tmp_path / "probed")
+    run(f"{words} 0", tmp_path / "plain")
+    expected = {"rank_me", "feature_distance", "dead_channels", "saturated_channels"}
+    expected |= {"grad_norm_encoder", "grad_norm_decoder", "holdout_loss", "probe_linear"}
+    assert expected <= set(lines[-1])
+    assert not [name for name in lines[-1] if "stage" in name or name.startswith("grn")]
+    one, other = (
+        torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True)["model"]
+        for name in ("probed", "plain")
+    )
+    assert bits_of(one) == bits_of(other)
+
+
+def buffers(rank: int, folder: Path) -> list[float]:
+    model = torch.nn.BatchNorm1d(1)
+    model.running_mean.fill_(rank + 1)
+    with probes._buffers_of_rank_0(model):
+        inside = model.running_mean.item()
+    return [inside, model.running_mean.item()]
+
+
+def sums(rank: int, folder: Path) -> list[Any]:
+    """Rank 1 has no images."""
+    own = LayerSums([1, 2], [torch.ones(4), torch.full((6,), 2.0)]) if rank == 0 else None
+    loss = torch.tensor([3.0, 2.0] if rank == 0 else [0.0, 0.0], dtype=torch.float64)
+    total, layers = probes._sum_over_ranks(loss, own, CPU)
+    return [total.tolist(), list(layers.stages), [x.tolist() for x in layers.values]]
+
+
+def test_ranks_share_statistics_and_sums(tmp_path):
+    first, second = results_of(run_ranks([buffers, sums], 2, tmp_path))
+    assert (first["buffers"], second["buffers"]) == ([1, 1], [1, 2])
+    assert first["sums"] == second["sums"] == [[3, 2], [1, 2], [[1] * 4, [2] * 6]]
