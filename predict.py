@@ -6,6 +6,7 @@ python predict.py runs/finetune photos --out results.csv
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -286,14 +287,14 @@ class Job:
         first = store[1]["parts"]
         loader = self.build_loader(first * self.batches)
         self.predict(loader, store[0], first)
-        fields = self.answers.fields()
+        fields = self.answers.fields
         bad = from_main_process(lambda: store[0].finish(self.parts, fields))
         seconds = time.monotonic() - began
         new = len(self.dataset) - first * self.batches * self.size
         if out is not None:
-            text = "%s: %s, %d of them could not be used (see the column error), %.0f images/s"
             images = plural(f"{len(self.dataset):,}", "image")
-            get_logger().info(text, out, images, bad, max(new, 0) / seconds)
+            images += f", {bad:,} of them could not be used (see the column error)" * bool(bad)
+            get_logger().info("%s: %s, %.0f images/s", out, images, max(new, 0) / seconds)
         elif bad:
             get_logger().warning("%s could not be used", plural(bad, "image"))
         if self.evaluation is not None:
@@ -415,46 +416,47 @@ class Job:
         """Gather a part from all ranks and write it on rank 0; every rank must call it."""
         where = "cpu" if self.device.type == "mps" else self.device
         empty = torch.empty(0, sum(self.widths), dtype=torch.float64, device=where)
-        rows = gather_rows(torch.cat([empty, *found.rows]))
-        bad = dict(item for of_rank in all_gather(found.bad) for item in of_rank)
-        from_main_process(lambda: self.store(part, rows.cpu(), bad, store))
+        rows = torch.cat([empty, *found.rows])
+        mine = self.records(rows.cpu()) | {
+            place: self.answers.bad(self.path_of(place), reason) for place, reason in found.bad
+        }
+        lines = all_gather({place: json.dumps(record) for place, record in mine.items()})
+        rows = gather_rows(rows) if self.evaluation is not None else None
+        from_main_process(lambda: self.store(part, lines, rows, store))
 
-    def store(self, part: int, rows: Tensor, bad: dict[int, str], store: Any) -> None:
+    def store(
+        self, part: int, lines: list[dict[int, str]], rows: Tensor | None, store: Any
+    ) -> None:
         """Write the records of a part, in order, and the state of the evaluation."""
-        rows = rows[rows[:, 0].argsort()]
-        records: dict[int, dict[str, Any]] = {}
-        for place, reason in bad.items():
-            records[place] = self.answers.bad(self.path_of(place), reason)
-        for batch in self.split(rows):
-            records |= self.records(batch)
+        found = {place: line for of_rank in lines for place, line in of_rank.items()}
         span = self.batches * self.size
         expected = range(len(self.dataset))[part * span : (part + 1) * span]
-        assert sorted(records) == [*expected], "each image has one record"
+        assert sorted(found) == [*expected], "each image has one record"
         state: dict[str, Any] = {"kernels": autotuner.state()}
         lists = None
         if self.evaluation is not None:
+            self.evaluate(rows.cpu())
             state["evaluation"], lists = self.evaluation.state(), self.evaluation.new_rows()
-        store.write(part, [records[place] for place in expected], state, lists)
+        store.write(part, [found[place] for place in expected], state, lists)
 
-    def split(self, rows: Tensor) -> Iterator[Tensor]:
-        """Yield the rows of each batch, in order."""
+    def evaluate(self, rows: Tensor) -> None:
+        """Add the rows of a part to the evaluation, batch by batch, in order."""
+        rows = rows[rows[:, 0].argsort()]
         numbers = rows[:, 0].long() // self.size
         _, counts = numbers.unique_consecutive(return_counts=True)
-        yield from rows.split(counts.tolist()) if len(rows) else ()
+        for batch in rows.split(counts.tolist()) if len(rows) else ():
+            ids, _, outputs, targets, losses, counted = batch.split(self.widths, 1)
+            self.evaluation.add(ids[:, 0], outputs, targets, torch.cat([losses, counted], 1))
 
     def records(self, rows: Tensor) -> dict[int, dict[str, Any]]:
-        """Return the records of a batch by position, and add it to the evaluation."""
+        """Return the records of images by position; rows: of `add`, on the CPU."""
         ids, best, outputs, *labels = rows.split(self.widths, 1)
         places = ids[:, 0].long().tolist()
-        shown = self.answers.in_units(best).tolist()
-        plain = outputs.tolist()
-        pairs = zip(places, shown, plain, strict=True)
+        pairs = zip(places, self.answers.in_units(best).tolist(), outputs.tolist(), strict=True)
         found = {n: self.answers.record(self.path_of(n), *row) for n, *row in pairs}
-        if self.evaluation is not None:
-            targets, losses, counts = labels
-            both = torch.cat([losses, counts], 1)
-            targets = self.evaluation.add(ids[:, 0], outputs, targets, both).tolist()
-            for place, row, loss in zip(places, targets, losses.sum(1).tolist(), strict=True):
+        if labels:
+            targets, losses = self.answers.in_units(labels[0]).tolist(), labels[1].sum(1).tolist()
+            for place, row, loss in zip(places, targets, losses, strict=True):
                 found[place] |= self.answers.targets(row, loss)
         return found
 

@@ -5,8 +5,10 @@
 python -c "from insight.predictions import best_classes as f; import torch; print(f(torch.eye(3)))"
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,13 +35,19 @@ def best_classes(
     where outputs are NaN or +Inf.
     """
     outputs = outputs.float()
-    if count == 1:
-        found = outputs.argmax(1, keepdim=True)
-    else:
-        found = outputs.argsort(dim=1, descending=True, stable=True)[:, :count]
+    found = outputs.argmax(1, keepdim=True) if count == 1 else _ranked(outputs, count)
     chances = outputs.sigmoid() if activation == "sigmoid" else outputs.softmax(1)
     broken = unusable(outputs)[:, None]
     return torch.where(broken, -1, found), chances.gather(1, found)
+
+
+def _ranked(outputs: Tensor, count: int) -> Tensor:
+    """(N, K) -> (N, count) classes by falling output; of equal outputs the first is better."""
+    if outputs.device.type == "cpu":  # where a whole sort takes longer than a network may
+        values, found = outputs.topk(min(count + 1, outputs.shape[1]))
+        if not (values[:, 1:] == values[:, :-1]).any():
+            return found[:, :count]
+    return outputs.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def columns(targets: Tensor, outputs: Tensor, kind: str, activation: str) -> tuple[Tensor, ...]:
@@ -112,9 +120,10 @@ class Answers:
         """Best classes to list: none for numbers."""
         return 0 if self.kind == "number" else min(self.topk, self.count)
 
+    @cached_property
     def fields(self) -> dict[str, type]:
-        """Return the name and type of each field of a result: str, float, or list of these."""
-        target, answer = ([f"{part}{end}" for end in self._ends()] for part in PARTS)
+        """Name and type of each field of a result: str, float, or list of these."""
+        target, answer = ([f"{part}{end}" for end in self._ends] for part in PARTS)
         several, found = self.kind == "multi", {"path": str}
         text, value = (list[str], list[float]) if several else (str, float)
         kind = float if self.kind == "number" else text
@@ -122,12 +131,13 @@ class Answers:
         found |= {"loss": float} if self.labeled else {}
         found |= dict.fromkeys(answer, kind)
         found |= {} if self.kind == "number" else {"probability": value}
-        for place in range(1 if several else 2, self.listed + 1):
-            found |= {f"class_{place}": str, f"probability_{place}": float}
+        for name, probability in self._places[not several :]:
+            found |= {name: str, probability: float}
         return found | {"error": str}
 
+    @cached_property
     def _ends(self) -> list[str]:
-        """Return the endings of the fields with targets and predictions: `_NAME` of each number."""
+        """Endings of the fields with targets and predictions: `_NAME` of each number."""
         if self.kind != "number" or self.count == 1:
             return [""]
         return [f"_{name}" for name in self.names or range(self.count)]
@@ -152,23 +162,30 @@ class Answers:
 
         best: a row of `columns`. outputs: of the network, for several classes.
         """
-        found = dict.fromkeys(self.fields()) | {"path": plain(path)}
+        found = dict.fromkeys(self.fields) | {"path": plain(path)}
         if self.kind == "number":
-            ends = [f"{PARTS[1]}{end}" for end in self._ends()]
+            ends = [f"{PARTS[1]}{end}" for end in self._ends]
             broken = not torch.tensor(best).isfinite().all()
             values = dict.fromkeys(ends) if broken else dict(zip(ends, best, strict=True))
             return found | {"error": BROKEN if broken else None} | rounded(values)
         if best[0] < 0:
             return found | {"error": BROKEN}
-        names = [name_of(label, self.names) for label in best[: self.listed]]
-        for place, (name, chance) in enumerate(zip(names, best[self.listed :], strict=True), 1):
-            found |= rounded({f"class_{place}": name, f"probability_{place}": chance})
+        pairs = zip(self._places, best[: self.listed], best[self.listed :], strict=True)
+        for (name, probability), label, chance in pairs:
+            found[name], found[probability] = name_of(label, self.names), _rounded(chance)
+        if self.kind == "multi":
+            likely, chances = likely_classes(outputs, self.threshold)
+            named = [name_of(label, self.names) for label in likely]
+            found |= {"prediction": named, "probability": _rounded(chances)}
+        return found
+
+    @cached_property
+    def _places(self) -> list[tuple[str, str]]:
+        """Fields of the best classes and of their probabilities, the best first."""
+        found = [(f"class_{n}", f"probability_{n}") for n in range(1, self.listed + 1)]
         if self.kind == "class":
-            first = found.pop("class_1"), found.pop("probability_1")
-            return found | dict(zip(("prediction", "probability"), first, strict=True))
-        likely, chances = likely_classes(outputs, self.threshold)
-        named = [name_of(label, self.names) for label in likely]
-        return found | rounded({"prediction": named, "probability": chances})
+            found[0] = PARTS[1], "probability"
+        return found
 
     def targets(self, row: Sequence[float], loss: float) -> dict[str, Any]:
         """Return the fields of the target of an image, in the units of the data, and its loss."""
@@ -177,27 +194,29 @@ class Answers:
         elif self.kind == "multi":
             found = {PARTS[0]: [name_of(k, self.names) for k, x in enumerate(row) if x > 0]}
         else:
-            ends = [f"{PARTS[0]}{end}" for end in self._ends()]
+            ends = [f"{PARTS[0]}{end}" for end in self._ends]
             found = dict(zip(ends, row, strict=True))
         return rounded(found | {"loss": loss})
 
     def bad(self, path: str, reason: str) -> dict[str, Any]:
         """Return the fields of an image that cannot be read."""
-        return dict.fromkeys(self.fields()) | {"path": plain(path), "error": plain(reason)}
+        return dict.fromkeys(self.fields) | {"path": plain(path), "error": plain(reason)}
 
 
 PARTS = ("target", "prediction")
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Round numbers to 6 significant digits, so that all formats hold the same ones."""
+    """Round numbers to 6 significant digits, for all formats; None for NaN and Inf, as JSON has."""
     return {name: _rounded(value) for name, value in values.items()}
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [*map(_rounded, value)]
-    return float(number(value)) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(number(value)) if math.isfinite(value) else None
+    return value
 
 
 def plain(text: str) -> str:

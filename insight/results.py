@@ -172,17 +172,16 @@ class Parts:
     def write(
         self,
         part: int,
-        records: Sequence[Mapping[str, Any]],
+        lines: Sequence[str],
         state: Mapping[str, Any],
         rows: torch.Tensor | None = None,
     ) -> None:
         """Write a part, counted from 0, and then the state, of all parts up to it.
 
-        rows: numbers of the part that the end needs too; None for nothing.
+        lines: records as JSON. rows: numbers of the part that the end needs too; None for nothing.
         """
-        text = "".join(json.dumps(record) + "\n" for record in records)
         with disk_errors(self.out):
-            write_atomically(text, self._path(part))
+            write_atomically("".join(f"{line}\n" for line in lines), self._path(part))
             if rows is not None:
                 write_atomically(partial(torch.save, rows), self._path(part, ROWS))
             held = {**state, "parts": part + 1}
@@ -228,8 +227,9 @@ class Shown:
         """Return the state of a new start."""
         return {"parts": 0}
 
-    def write(self, part: int, records: Sequence[Mapping[str, Any]], *_: Any) -> None:
+    def write(self, part: int, lines: Sequence[str], *_: Any) -> None:
         """Keep the first records of a part, and count those with an error."""
+        records = [json.loads(line) for line in lines]
         self.kept += records[: self.count - len(self.kept)]
         self.bad += sum(record["error"] is not None for record in records)
 

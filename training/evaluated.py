@@ -58,10 +58,10 @@ class Evaluation:
         """Return the columns of targets, losses and counts in the rows of an image."""
         return (1 if self.kind == "class" else self.count, self.terms, self.terms)
 
-    def add(self, ids: Tensor, outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    def add(self, ids: Tensor, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
         """Add a batch: ids (N,), outputs (N, K), targets (N, ...), losses and counts (N, 2 T).
 
-        All are float64 on the CPU. Returns the targets in the units of the data, (N, ...).
+        All are float64 on the CPU, as the network gave and took them.
         """
         outputs, targets = outputs.to(self.device), targets.to(self.device)
         outputs = outputs.float()  # as the network gave them
@@ -73,7 +73,6 @@ class Evaluation:
         parts = [part.cpu() for part in parts]
         if self.worst.count:
             self.worst.add(ids, values.sum(1).cpu(), parts)
-        return targets.cpu().view(len(ids), -1)
 
     # --- to continue in another process -----------------------------------------------------------
 

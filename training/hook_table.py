@@ -157,7 +157,7 @@ def build_reporter(
     """
     worst = None
     if folder and not is_pretraining(vars(args)):
-        worst = WorstImages(implied_activation(args.loss or "ce"), classes)
+        worst = WorstImages(implied_activation(vars(args).get("loss") or "ce"), classes)
     return Reporter(
         [],
         device,

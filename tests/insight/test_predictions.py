@@ -41,11 +41,11 @@ def record(answers: Answers, outputs: list[float]) -> dict:
 
 def test_record_of_a_class():
     answers = Answers("class", "softmax", 3, NAMES, topk=2)
-    assert [*answers.fields()] == [
+    assert [*answers.fields] == [
         "path", "prediction", "probability", "class_2", "probability_2", "error",
     ]  # fmt: skip
     found = record(answers, [0.0, math.log(3), math.log(2)])
-    assert [*found] == [*answers.fields()]
+    assert [*found] == [*answers.fields]
     assert found == {
         "path": "a.png", "prediction": "bee", "probability": 0.5,
         "class_2": "cat", "probability_2": 0.333333, "error": None,
@@ -53,7 +53,7 @@ def test_record_of_a_class():
 
 
 def test_there_are_no_more_classes_to_list_than_the_network_has():
-    fields = Answers("class", "softmax", 2, None, topk=5).fields()
+    fields = Answers("class", "softmax", 2, None, topk=5).fields
     assert "class_2" in fields
     assert "class_3" not in fields
 
@@ -74,7 +74,7 @@ def test_numbers_are_in_the_units_of_the_data():
     answers = Answers("number", "identity", 2, ["width", "height"], scale)
     found = record(answers, [1.5, -2.0])
     assert (found["prediction_width"], found["prediction_height"]) == (13.0, -2.0)
-    assert [*Answers("number", "identity", 1, ["age"]).fields()] == ["path", "prediction", "error"]
+    assert [*Answers("number", "identity", 1, ["age"]).fields] == ["path", "prediction", "error"]
 
 
 @pytest.mark.parametrize("kind", ["class", "multi", "number"])
@@ -90,7 +90,12 @@ def test_targets_are_named_as_predictions_are():
     assert answers.targets([1, 0, 1], 0.25) == {"target": ["ant", "cat"], "loss": 0.25}
     answers = Answers("number", "identity", 2, ["w", "h"], labeled=True)
     assert answers.targets([1.0, 2.5], 1.0) == {"target_w": 1.0, "target_h": 2.5, "loss": 1.0}
-    assert [*answers.fields()][:4] == ["path", "target_w", "target_h", "loss"]
+    assert [*answers.fields][:4] == ["path", "target_w", "target_h", "loss"]
+
+
+def test_values_that_json_does_not_have_are_none():
+    answers = Answers("class", "softmax", 3, NAMES, labeled=True)
+    assert answers.targets([1], math.nan) == {"target": "bee", "loss": None}
 
 
 def test_names_that_are_no_text_can_be_written():

@@ -18,12 +18,14 @@ RECORDS = [
     {"path": 'c"d.png', "names": None, "values": None, "x": None, "error": "no\nimage"},
 ]
 
+LINES = [json.dumps(record) for record in RECORDS]
+
 
 def finished(out, records=RECORDS):
     parts = Parts(out, {"a": 1})
     parts.begin()
     for number, record in enumerate(records):
-        parts.write(number, [record], {})
+        parts.write(number, [json.dumps(record)], {})
     bad = parts.finish(len(records), FIELDS)
     parts.remove()
     return bad
@@ -55,7 +57,7 @@ def test_parts_are_kept_for_the_same_plan_alone(tmp_path):
     out = tmp_path / "r.csv"
     parts = Parts(out, {"topk": 5, "size": (32, 32)})
     assert parts.begin() == {"parts": 0}
-    parts.write(0, RECORDS, {"sum": torch.tensor([1.5])})
+    parts.write(0, LINES, {"sum": torch.tensor([1.5])})
     parts = Parts(out, {"topk": 5, "size": (32, 32)})
     state = parts.begin()
     assert (state["parts"], state["sum"].tolist()) == (1, [1.5])
@@ -70,7 +72,7 @@ def test_a_part_without_its_state_is_not_finished(tmp_path):
     """A program may be killed between the two writes: the sums lack this part."""
     parts = Parts(tmp_path / "r.csv", {})
     parts.begin()
-    parts.write(0, RECORDS, {"sum": 1})
+    parts.write(0, LINES, {"sum": 1})
     (parts.folder / "00000001.jsonl").write_text("{}")
     again = Parts(tmp_path / "r.csv", {})
     assert again.begin()["parts"] == 1
@@ -112,12 +114,12 @@ def test_a_full_disk_is_an_error_that_says_how_to_continue(tmp_path, monkeypatch
 
     monkeypatch.setattr("insight.results.write_atomically", full)
     with pytest.raises(UserError, match="No space left.*the same command continues"):
-        parts.write(0, RECORDS, {})
+        parts.write(0, LINES, {})
 
 
 def test_table_shows_the_first_records_and_counts_all_errors(capsys):
     shown = Shown(1)
-    shown.write(0, RECORDS, {})
+    shown.write(0, LINES, {})
     assert shown.finish(1, FIELDS) == 1
     assert capsys.readouterr().out == (
         "path     names    values    x\na,b.png  ant|bee  0.5|0.25  0.1\n"
