@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from training.frozen import (
     check_labels,
     class_means,
     compute_features,
+    find_module,
     open_parts,
 )
 
@@ -206,7 +208,7 @@ def write_features(args: Any) -> None:
     if (found := gather(args)) is None:
         return
     subject, sets = found
-    about = {"checkpoint": subject.name, "layer": str(args.layer or "")}
+    about = {"checkpoint": subject.name, "layer": subject.layer}
     table = feature_files.join([each.table(about) for each in sets])
     written = feature_files.WRITERS[path.suffix](table, path)
     count, width = table.features.shape
@@ -413,7 +415,8 @@ def class_texts(images: ImageSet) -> list[str]:
 def draw_selectivity(args: Any) -> None:
     """Draw and print the class selectivity of the channels of each layer."""
     subject = build_subject(args)
-    layers = find_layers(subject.model, args.layers or ())
+    find = partial(find_module, subject.args, subject.model, flag="--layers")
+    layers = [find(name) for name in args.layers or ()] or find_layers(subject.model)
     (images,) = open_parts(subject, (args.split,), labeled=True)
     check_labels(images)
     means = class_means(subject, images, layers)

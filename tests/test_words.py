@@ -7,12 +7,13 @@ import io
 import re
 import tokenize
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from config import parser as options
-from config import views
+from config import probing, views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/RESULTS.md")]
@@ -53,7 +54,7 @@ PARSERS = {
     "visualize.py stats": views.stats_parser,
     "export.py": options.export_parser,
     "pack.py": options.pack_parser,
-}
+} | {f"probe.py {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
 
 
 def faults(text: str) -> list[str]:

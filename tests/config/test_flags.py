@@ -4,11 +4,12 @@
 
 import argparse
 import hashlib
+from functools import partial
 
 import pytest
 
 import datasets
-from config import flags, views
+from config import flags, probing, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -90,6 +91,7 @@ PARSERS = {
 }
 
 VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
+VIEWS |= {f"probe {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
 
 
 def value_of(action: argparse.Action, text: str) -> object:
