@@ -133,6 +133,7 @@ def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> 
     else:
         model = fit_logistic(*train, classes, args.seed)
         outputs, chosen = model(val.features), {"penalty": model.penalty}
+        chosen["whitened"] = model.whitened
     result = {"score": score(outputs, val.targets, kind)}
     if kind == "class":
         share = result["score"] / 100
@@ -166,7 +167,7 @@ def accuracy_lines(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]
     sizes = f"{about['train_images']:,} training and {about['val_images']:,} evaluation images"
     yield f"{about['checkpoint']} on {about['data']}: {about['features']} features, {sizes}"
     has_top5 = any("top5" in result for result in results)
-    yield f"{'probe':9} {'images':>8}  {about['score']:17}{'top-5':9}"[: 100 if has_top5 else 37]
+    yield f"{'probe':9} {'images':>8}  {about['score']:17}{'top-5' * has_top5}".rstrip()
     for result in results:
         text = f"{result['score']:.2f}%"
         if "standard_error" in result:
@@ -174,6 +175,7 @@ def accuracy_lines(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]
         top5 = f"{result['top5']:<9.2f}" if has_top5 else ""
         keys = ("k", "temperature", "penalty")
         chosen = ", ".join(f"{key} {result[key]:g}" for key in keys if key in result)
+        chosen += ", whitened" * result.get("whitened", False)
         yield f"{result['probe']:9} {result['images']:8,}  {text:17}{top5}{chosen}"
     if "chance" in about:
         yield f"{'chance':9} {'':8}  {about['chance']:.2f}%, by the commonest training class"

@@ -276,8 +276,8 @@ def check_labels(images: ImageSet) -> None:
     if labels is not None and len(found := labels.unique()) < 2:
         name = describe_label(images.dataset, found[0])
         raise UserError(
-            f"{images.part}: all images are of one class, {name!r}, so there is nothing to tell "
-            "apart; give data of two classes or more"
+            f"{images.part}: all images are of one class, {name!r}, so there is nothing to learn; "
+            "give data of two classes or more"
         )
 
 

@@ -52,6 +52,27 @@ def test_features_of_any_scale_and_constant_ones_are_fitted():
     assert model(x).isfinite().all()
 
 
+def test_directions_of_small_variance_are_found():
+    """Features of masked pre-training separate classes where they vary least."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=generator))[0]
+    x = torch.randn(400, 20, generator=generator) * torch.logspace(1, -2, 20)
+    x[:, -1] += 0.05 * labels
+    x = x @ turn
+    model = fit_logistic(x[:200], labels[:200], 2)
+    assert model.whitened
+    assert (model(x[200:]).argmax(1) == labels[200:]).double().mean() > 0.95
+    white = (x - x.mean(0)) @ logistic.whiten(x - x.mean(0))
+    torch.testing.assert_close(white.T @ white / 400, torch.eye(20), atol=1e-3, rtol=0)
+
+
+def test_equal_features_have_no_direction():
+    assert logistic.whiten(torch.zeros(5, 3)).shape == (3, 0)
+    model = fit_logistic(torch.ones(20, 3), torch.arange(20) % 2, 2)
+    assert model(torch.ones(1, 3)).isfinite().all()
+
+
 def test_a_part_of_each_class_is_held_out():
     labels = torch.tensor([0] * 10 + [1] * 5 + [2])
     held = hold_out(labels, 0.2, seed=0)
