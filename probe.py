@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from training.frozen import (
     check_labels,
     class_means,
     compute_features,
+    find_module,
     open_parts,
 )
 
@@ -131,6 +133,7 @@ def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> 
     else:
         model = fit_logistic(*train, classes, args.seed)
         outputs, chosen = model(val.features), {"penalty": model.penalty}
+        chosen["whitened"] = model.whitened
     result = {"score": score(outputs, val.targets, kind)}
     if kind == "class":
         share = result["score"] / 100
@@ -164,7 +167,7 @@ def accuracy_lines(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]
     sizes = f"{about['train_images']:,} training and {about['val_images']:,} evaluation images"
     yield f"{about['checkpoint']} on {about['data']}: {about['features']} features, {sizes}"
     has_top5 = any("top5" in result for result in results)
-    yield f"{'probe':9} {'images':>8}  {about['score']:17}{'top-5':9}"[: 100 if has_top5 else 37]
+    yield f"{'probe':9} {'images':>8}  {about['score']:17}{'top-5' * has_top5}".rstrip()
     for result in results:
         text = f"{result['score']:.2f}%"
         if "standard_error" in result:
@@ -172,6 +175,7 @@ def accuracy_lines(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]
         top5 = f"{result['top5']:<9.2f}" if has_top5 else ""
         keys = ("k", "temperature", "penalty")
         chosen = ", ".join(f"{key} {result[key]:g}" for key in keys if key in result)
+        chosen += ", whitened" * result.get("whitened", False)
         yield f"{result['probe']:9} {result['images']:8,}  {text:17}{top5}{chosen}"
     if "chance" in about:
         yield f"{'chance':9} {'':8}  {about['chance']:.2f}%, by the commonest training class"
@@ -206,7 +210,7 @@ def write_features(args: Any) -> None:
     if (found := gather(args)) is None:
         return
     subject, sets = found
-    about = {"checkpoint": subject.name, "layer": str(args.layer or "")}
+    about = {"checkpoint": subject.name, "layer": subject.layer}
     table = feature_files.join([each.table(about) for each in sets])
     written = feature_files.WRITERS[path.suffix](table, path)
     count, width = table.features.shape
@@ -413,7 +417,8 @@ def class_texts(images: ImageSet) -> list[str]:
 def draw_selectivity(args: Any) -> None:
     """Draw and print the class selectivity of the channels of each layer."""
     subject = build_subject(args)
-    layers = find_layers(subject.model, args.layers or ())
+    find = partial(find_module, subject.args, subject.model, flag="--layers")
+    layers = [find(name) for name in args.layers or ()] or find_layers(subject.model)
     (images,) = open_parts(subject, (args.split,), labeled=True)
     check_labels(images)
     means = class_means(subject, images, layers)

@@ -190,7 +190,8 @@ def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.Frozen
         values, given = values | {"model": source, "pretrained": True}, given | {"model"}
     else:
         values["finetune"] = source
-    args = vars(parsers.finetune_parser().parse_args([])) | values
+    plain = {"aa": "none"}  # nothing is augmented; the default refuses images of many channels
+    args = vars(parsers.finetune_parser().parse_args([])) | plain | values
     args = parsers.finalize(argparse.Namespace(**args), given, typed)
     for problem in (*checks.problems(args), *problems(view, args)):
         parser.error(problem)

@@ -57,11 +57,14 @@ def write_npy(table: Table, path: Path) -> list[Path]:
 
 
 def write_safetensors(table: Table, path: Path) -> list[Path]:
-    """Write the tensors `features` and `labels`; names are JSON lists in the metadata."""
+    """Write the tensors `features` and `labels`; `images`, `parts` and `classes`
+    are JSON lists in the metadata.
+    """
     from safetensors.torch import save
 
-    lists = {name: _columns(table)[name] for name in ("image", "part", "class")}
-    texts = {f"{name}s": json.dumps(values) for name, values in lists.items()}
+    columns = _columns(table)
+    lists = {"images": "image", "parts": "part", "classes": "class"}
+    texts = {name: json.dumps(columns[column]) for name, column in lists.items()}
     if sum(map(len, texts.values())) > LARGEST_HEADER:
         raise UserError(
             f"--output {path}: safetensors files hold at most 100 MB of names, and these are "

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from insight.evaluators import exact_dtype
+
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 0.2  # fraction of the images of each class
 STEPS = 100  # of L-BFGS for one penalty, at most
 AT_ONCE = 1 << 25  # logits that are held at once
+SMALLEST = 1e-8  # variance of a direction over the largest one, below which it is rounding
 TOLERANCE = 1e-5  # largest value of the gradient at the end
 
 
@@ -24,7 +27,8 @@ class Logistic:
     """A classifier (N, D) -> (N, K) on standardized features.
 
     weight: (D, K); bias: (K,); mean, std: (D,) of the training features. penalty: the one that was
-    chosen, of half the sum of the squared weights in the mean cross-entropy.
+    chosen, of half the sum of the squared weights in the mean cross-entropy. whitened: these
+    weights are those of features whose correlations were removed.
     """
 
     weight: Tensor
@@ -32,6 +36,7 @@ class Logistic:
     mean: Tensor
     std: Tensor
     penalty: float
+    whitened: bool
 
     def __call__(self, features: Tensor) -> Tensor:
         """(N, D) -> logits (N, K)."""
@@ -41,25 +46,41 @@ class Logistic:
 def fit_logistic(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> Logistic:
     """Fit a classifier to features (N, D) with labels (N,) in 0..classes-1.
 
-    Each of PENALTIES is fitted without HELD_OUT of the images of each class; the one with the
-    lowest cross-entropy on these is fitted to all images. The accuracy of few images would be too
-    coarse to choose by.
+    Each of PENALTIES is fitted without HELD_OUT of the images of each class, to standardized and
+    to whitened features; the one with the lowest cross-entropy on the held-out images is fitted to
+    all. Their accuracy would be too coarse to choose by.
     """
     features = features.float()
     mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), std, 1.0)  # of constant features
     scaled = (features - mean) / std
-    held = hold_out(labels, HELD_OUT, seed)
-    best, lowest = max(PENALTIES), math.inf
-    if held.any():
-        start = _zeros(scaled, classes)
+    directions, held = whiten(scaled), hold_out(labels, HELD_OUT, seed)
+    best, lowest = (max(PENALTIES), False), math.inf
+    for whitened in (False, True) if held.any() else ():
+        inputs = scaled @ directions if whitened else scaled
+        start = _zeros(inputs, classes)
         for penalty in sorted(PENALTIES, reverse=True):  # each starts from the last one's weights
-            start = _fit(scaled[~held], labels[~held], penalty, start)
-            loss = F.cross_entropy(_logits(scaled[held], start), labels[held]).item()
+            start = _fit(inputs[~held], labels[~held], penalty, start)
+            loss = F.cross_entropy(_logits(inputs[held], start), labels[held]).item()
             if loss < lowest:
-                best, lowest = penalty, loss
-    weights = _fit(scaled, labels, best, _zeros(scaled, classes))
-    return Logistic(weights[:-1], weights[-1], mean, std, best)
+                best, lowest = (penalty, whitened), loss
+    penalty, whitened = best
+    inputs = scaled @ directions if whitened else scaled
+    weights = _fit(inputs, labels, penalty, _zeros(inputs, classes))
+    weight = directions @ weights[:-1] if whitened else weights[:-1]
+    return Logistic(weight, weights[-1], mean, std, penalty, whitened)
+
+
+def whiten(features: Tensor) -> Tensor:
+    """Return (D, r) that makes centered features (N, D) uncorrelated, with variance 1.
+
+    r counts the directions in which they vary. Features of masked pre-training vary little in
+    directions that separate classes, which a penalty on the others' scale would hide.
+    """
+    exact = features.to(exact_dtype(features.device))
+    values, vectors = torch.linalg.eigh(exact.T @ exact / len(exact))
+    kept = values > SMALLEST * values[-1].clamp(min=1e-30)
+    return (vectors[:, kept] / values[kept].sqrt()).float()
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> Tensor:

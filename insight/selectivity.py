@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError, did_you_mean, first_few
+from errors import UserError
 from models.convnextv2 import Block
 from parallel.process_group import all_reduce_sum
 
@@ -34,21 +34,15 @@ ACTIVATIONS = (
 SILENT = 1e-12  # largest mean activity of a channel that counts as never active
 
 
-def find_layers(model: nn.Module, names: Sequence[str] = ()) -> list[str]:
+def find_layers(model: nn.Module) -> list[str]:
     """Return the layers whose channels are looked at, in the order of the network.
 
-    names: modules that the user chose; none for all. Of a ConvNeXt of this toolkit: its blocks,
-    whose activities are those after the GELU; of other networks: modules of ACTIVATIONS.
-    UserError if there are none, or a name is unknown.
+    Of a ConvNeXt of this toolkit: its blocks, whose activities are those after the GELU; of other
+    networks: modules of ACTIVATIONS. UserError if there are none.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    for name in names:
-        if name not in modules:
-            hint = did_you_mean(name, modules) or f"It has {first_few(modules, 10)}"
-            raise UserError(f"--layers: {type(model).__name__} has no module {name!r}. {hint}")
     blocks = [name for name, module in modules.items() if isinstance(module, Block)]
-    found = [name for name, module in modules.items() if _is_activation(module)]
-    layers = [*names] or blocks or found
+    layers = blocks or [name for name, module in modules.items() if _is_activation(module)]
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in ACTIVATIONS)
         raise UserError(

@@ -22,7 +22,7 @@ from PIL import Image
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from config import checks, predict_flags, tool_flags, views
+from config import checks, predict_flags, probing, tool_flags, views
 from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
@@ -141,6 +141,7 @@ SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "export.py": parse_export,
     "pack.py": parse_pack,
     "predict.py": predict_flags.parse,
+    "probe.py": probing.parse_probe,
     "visualize.py": views.parse_view,
 }
 
@@ -184,6 +185,7 @@ def test_every_command_is_valid(page, monkeypatch):
         "python submitit_pretrain.py --data_path d --nodse 3",
         "python export.py runs --to onnx --labels names.txt",
         "python pack.py photos",
+        "python probe.py map runs --data_path d --k 5",
         "python benchmarks/step.py --no_such_flag",
         "python benchmarks/no_such_file.py",
         "make no_such_target",
@@ -215,6 +217,7 @@ def test_every_flag_named_in_the_docs_exists():
     parsers += [views.stats_parser(), views.data_parser(), views.runs_parser()]
     parsers += [views.report_parser(), views.explain_parser()]
     parsers.append(predict_flags.predict_parser())
+    parsers += [probing.probe_parser(view) for view in probing.AIMS]
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())
         options.add_submitit_args(parsers[-1])

@@ -21,6 +21,7 @@ SCRIPTS = [
     "export.py",
     "pack.py",
     "predict.py",
+    "probe.py",
     "benchmarks/cifar.py",
     "benchmarks/curves.py",
     "benchmarks/gpu.py",

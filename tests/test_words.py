@@ -7,12 +7,13 @@ import io
 import re
 import tokenize
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from config import parser as options
-from config import predict_flags, views
+from config import predict_flags, probing, views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/RESULTS.md")]
@@ -57,7 +58,7 @@ PARSERS = {
     "pack.py": options.pack_parser,
     "predict.py": predict_flags.predict_parser,
     "visualize.py explain": views.explain_parser,
-}
+} | {f"probe.py {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
 
 
 def faults(text: str) -> list[str]:

@@ -32,12 +32,13 @@ from data_loading.rng import seed_all
 from data_loading.sources import DatasetSpec
 from data_loading.split import Part, list_labels, list_values, split
 from data_loading.stats import choose
-from errors import UserError, first_few, plural, resolve_for
+from errors import UserError, first_few, plural
 from insight import feature_cache
 from insight.feature_cache import FeatureCache
 from insight.feature_files import Table, as_table
 from insight.features import extract, pooled_features
 from insight.selectivity import ClassMeans, pool
+from models.attach import find_block, trace
 from models.masked import evaluating
 from models.parts import features as module_outputs
 from models.parts import find_classifier
@@ -65,7 +66,8 @@ FOUND = {"multi": "several labels", "number": "numbers", "none": "no labels"}  #
 class Subject:
     """A checkpoint whose features are looked at.
 
-    args: with the flags that the checkpoint brings. model: in evaluation mode, on `device`.
+    args: with the flags that the checkpoint brings. model: in evaluation mode, on `device`. layer:
+    path of the module whose output is used, '' for the input of the classifier.
     """
 
     args: Any
@@ -73,6 +75,7 @@ class Subject:
     amp: str
     model: nn.Module
     cache: FeatureCache
+    layer: str = ""
 
     @property
     def name(self) -> str:
@@ -86,8 +89,8 @@ class Subject:
 
     def pool(self, model: nn.Module, images: Tensor) -> Tensor:
         """(N, C, H, W) -> features (N, D) float32, of --layer or of the classifier's input."""
-        if layer := vars(self.args).get("layer"):
-            found = module_outputs(model, images, [layer])[layer].float()
+        if self.layer:
+            found = module_outputs(model, images, [self.layer])[self.layer].float()
             return pool(found, is_last=hasattr(model, "inner_layout")).flatten(1)
         if hasattr(model, "forward_features"):
             return pooled_features(model, images)
@@ -108,8 +111,7 @@ def build_subject(args: Any) -> Subject:
     seed_all(args.seed)  # of parts that the weights lack
     model = models.build_classifier(args, count).to(device).eval()
     weights.load(model, reset_head=True)  # no classifier is used
-    check_layer(model, vars(args).get("layer"))
-    return Subject(args, device, amp, model, cache)
+    return Subject(args, device, amp, model, cache, _find_layer(args, model))
 
 
 def _read_weights(args: Any) -> Pretrained:
@@ -126,19 +128,31 @@ def _read_weights(args: Any) -> Pretrained:
         raise UserError(text.replace("choose another --model", "choose another")) from error
 
 
-def check_layer(model: nn.Module, layer: str | None) -> None:
-    """Raise UserError for a --layer that a network lacks, or that is its classifier."""
-    classifier = find_classifier(model)
+def find_module(args: Any, model: nn.Module, name: str, flag: str) -> str:
+    """Return the path of a module that gives features; of a list of blocks, its last one.
+
+    UserError, which names the flag, for one that a network lacks or does not call.
+    """
+    shapes, _ = trace(model, (args.in_chans, *args.input_size))
+    try:
+        return find_block(model, name, shapes)
+    except UserError as error:
+        raise UserError(str(error).replace("--heads", flag)) from error
+
+
+def _find_layer(args: Any, model: nn.Module) -> str:
+    """Return the path of --layer, '' for the input of the classifier."""
+    classifier, layer = find_classifier(model), vars(args).get("layer")
+    if layer and f"{layer}.".startswith(classifier):
+        raise UserError(f"--layer {layer}: the classifier is not used; choose another module")
     if layer:
-        modules = {name: module for name, module in model.named_modules() if name}
-        resolve_for("--layer", layer, modules, "module")
-        if f"{layer}.".startswith(classifier):
-            raise UserError(f"--layer {layer}: the classifier is not used; choose another module")
-    elif not (classifier or hasattr(model, "forward_features")):
+        return find_module(args, model, layer, "--layer")
+    if not (classifier or hasattr(model, "forward_features")):
         raise UserError(
             f"the classifier of {type(model).__name__} is not found, so its features are not "
             "known; name a module with --layer"
         )
+    return ""
 
 
 def classifier_input(model: nn.Module, images: Tensor) -> Tensor:
@@ -262,8 +276,8 @@ def check_labels(images: ImageSet) -> None:
     if labels is not None and len(found := labels.unique()) < 2:
         name = describe_label(images.dataset, found[0])
         raise UserError(
-            f"{images.part}: all images are of one class, {name!r}, so there is nothing to tell "
-            "apart; give data of two classes or more"
+            f"{images.part}: all images are of one class, {name!r}, so there is nothing to learn; "
+            "give data of two classes or more"
         )
 
 
@@ -319,8 +333,7 @@ def compute_features(subject: Subject, images: ImageSet) -> FeatureSet | None:
         held = {"ids": found.ids, "features": found.features, "labels": found.labels}
         return {name: value.cpu() for name, value in held.items()}
 
-    layer = {"layer": str(vars(subject.args).get("layer"))}
-    held = _cached(subject, images, layer, compute, "features")
+    held = _cached(subject, images, {"layer": subject.layer}, compute, "features")
     if held is None:
         return None
     broken = held["ids"][~held["features"].isfinite().all(1)].tolist()
