@@ -208,21 +208,22 @@ def check_picture(problems: list[str], draw: Callable[[], Tensor | None]) -> Non
 
 def log_plan(run: PlannedRun) -> None:
     """Log where the run starts, its steps, parameters and learning rates."""
-    state, schedule = run.loop.state, run.loop.schedule
-    total = schedule.total
+    state, total = run.loop.state, run.loop.schedule.total
     start = f"{run.source or 'random weights'}, {describe_progress(state)} of {total}"
     log_result("start", start)
     accumulation = plural(run.loop.stepper.update_freq, "accumulation step")
     factors = f"{run.args.batch_size} x {accumulation} x {plural(get_world_size(), 'process')}"
-    steps = f"{plural(total, 'step')} in the run"
-    log_result("step", f"{plural(state.effective_batch, 'image')} = {factors}; {steps}")
+    steps = plural(total, "step")
+    log_result("step", f"{plural(state.effective_batch, 'image')} = {factors}; {steps} in the run")
     groups = run.loop.stepper.optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
-    low, high = (limit(group["lr_scale"] for group in groups) for limit in (min, max))
-    layers = f", learning rate x {low:.3g} to {high:.3g} by layer" * (low < high)
+    scales = [group["lr_scale"] for group in groups]
+    span = f", learning rate x {min(scales):.3g} to {max(scales):.3g} by layer"
+    layers = span * (min(scales) < max(scales))
     log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
+    schedule = run.loop.schedule
     for number, row in enumerate(lr_rows(schedule, state.global_step)):
         log_result("" if number else "lr", row)
     for name, curve in schedule.options.items():
@@ -470,8 +471,7 @@ def log_time(run: PlannedRun, rate: float, evaluation: float) -> None:
     epoch = len(loader) * run.args.batch_size * get_world_size() / rate + evaluation
     left = plural(f"{epochs:.4g}", "epoch")
     each, rest = timedelta(seconds=round(epoch)), timedelta(seconds=round(epoch * epochs))
-    several = vars(run.args).get("input_sizes")  # the speed is that of the last
-    note = "with images of the last size, " if several else ""
+    note = "with images of the last size, " * bool(vars(run.args).get("input_sizes"))
     log_result("time", f"{note}{each} per epoch, {rest} for the {left} left, without saves")
 
 
