@@ -58,7 +58,7 @@ print(len(names), sorted(own & set(sys.modules)))
 def test_commands_run_the_scripts(folder):
     (package,) = importlib.metadata.distributions(path=[str(folder / "site")])
     names = [entry.name for entry in package.entry_points]
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names:
         assert "usage:" in run(folder, folder / "site" / "bin" / name, "--help")
     assert "convnextv2_atto" in run(
@@ -71,6 +71,7 @@ def test_commands_run_the_scripts(folder):
     finetune = "convnextv2-finetune --finetune run --data_path FOLDER_OF_CLASSES"
     assert f"next: convnextv2-visualize --checkpoint run, or {finetune}\n" in said
     assert (folder / "run" / "checkpoint-0.pth").exists()
+    assert "ResizeObserver" in (folder / "run" / "report.html").read_text()  # of insight/report.js
 
 
 @pytest.mark.slow
