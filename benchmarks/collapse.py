@@ -5,7 +5,7 @@
 python benchmarks/collapse.py --folder runs/collapse --output assets/collapse.png
 
 Each run is one of main_pretrain.py; one that is there already is only drawn. The faults: GRN is
-removed, and the learning rate is 50 times too large.
+removed, and the learning rate is 50 and 500 times too large.
 """
 
 import argparse
@@ -30,8 +30,9 @@ RUNS = {  # title -> network, learning rate
     "healthy": ("healthy", LR),
     "without GRN": ("without_grn", LR),
     "learning rate x 50": ("healthy", 50 * LR),
+    "learning rate x 500": ("healthy", 500 * LR),
 }
-COLORS = ("#1b7f4d", "#d1641d", "#7a3fb5")
+COLORS = dict(zip(RUNS, ("#1b7f4d", "#2f6fd0", "#d1641d", "#7a3fb5"), strict=True))
 PANELS = ("train_loss", "rank_me", "feature_distance", "dead_channels", "probe_knn", "probe_linear")
 WIDTH, HEIGHT, GAP = 300, 170, 44  # pixels of a panel
 INK, FAINT = "#303030", "#c8c8c8"
@@ -55,9 +56,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/collapse"), help="of the runs")
     parser.add_argument("--data_path", default="", help="images; default: the embedded digits")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--probe_every", type=int, default=2)
     parser.add_argument("--more", default="", help="other flags of main_pretrain.py")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=[*RUNS], help="runs to do")
     parser.add_argument("--output", type=Path, help="PNG file to draw")
     return parser
 
@@ -87,13 +89,16 @@ def points(log: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]
     return [(row["epoch"] + 1, row[name]) for row in log if row.get(name) is not None]
 
 
-def draw_panel(name: str, logs: Sequence[Sequence[dict[str, Any]]]) -> Image.Image:
+def draw_panel(name: str, logs: dict[str, list[dict[str, Any]]]) -> Image.Image:
     """Draw the curves of one value, a color for each run."""
     panel = Image.new("RGB", (WIDTH + 2 * GAP, HEIGHT + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
-    curves = [points(log, name) for log in logs]
-    values = [y for curve in curves for _, y in curve] or [0.0]
-    last = max((x for curve in curves for x, _ in curve), default=1)
+    curves = {title: points(log, name) for title, log in logs.items()}
+    first = [y for _, y in next(iter(curves.values()))]
+    limit = 2 * max(first) if any(first) else math.inf  # a loss of 1e7 would hide the other curves
+    curves = {title: [(x, min(y, limit)) for x, y in curve] for title, curve in curves.items()}
+    values = [y for curve in curves.values() for _, y in curve] or [0.0]
+    last = max((x for curve in curves.values() for x, _ in curve), default=1)
     low, high = min(0.0, *values), max(values)
     high = high if high > low else low + 1
     step = 10 ** math.floor(math.log10(high - low))
@@ -106,16 +111,15 @@ def draw_panel(name: str, logs: Sequence[Sequence[dict[str, Any]]]) -> Image.Ima
         draw.line([place(0, n * step), place(last, n * step)], fill=FAINT)
         x, y = place(0, n * step)
         draw.text((x - 5, y), f"{n * step:.6g}", font=font, fill=INK, anchor="rm")
-    for curve, color in zip(curves, COLORS, strict=True):
-        places = [place(*point) for point in curve]
-        draw.line(places, fill=color, width=2, joint="curve")
+    for title, curve in curves.items():
+        draw.line([place(*point) for point in curve], fill=COLORS[title], width=2, joint="curve")
     draw.text((GAP, GAP - 10), name, font=ImageFont.load_default(15), fill=INK, anchor="lb")
     draw.text((GAP + WIDTH, GAP + HEIGHT + 6), f"epoch {last:g}", font=font, fill=INK, anchor="rt")
     return panel
 
 
-def draw_runs(logs: Sequence[Sequence[dict[str, Any]]]) -> Image.Image:
-    """Draw all panels in two rows, and what the colors mean."""
+def draw_runs(logs: dict[str, list[dict[str, Any]]]) -> Image.Image:
+    """Draw all panels in two rows, and the titles of the runs in their colors."""
     panels = [draw_panel(name, logs) for name in PANELS]
     width, height = panels[0].size
     columns = len(panels) // 2
@@ -123,8 +127,8 @@ def draw_runs(logs: Sequence[Sequence[dict[str, Any]]]) -> Image.Image:
     for number, panel in enumerate(panels):
         whole.paste(panel, (number % columns * width, GAP // 2 + number // columns * height))
     draw, font, x = ImageDraw.Draw(whole), ImageFont.load_default(16), GAP
-    for title, color in zip(RUNS, COLORS, strict=True):
-        draw.line([(x, 20), (x + 24, 20)], fill=color, width=4)
+    for title in logs:
+        draw.line([(x, 20), (x + 24, 20)], fill=COLORS[title], width=4)
         draw.text((x + 32, 20), title, font=font, fill=INK, anchor="lm")
         x += 60 + int(draw.textlength(title, font=font))
     return whole
@@ -132,12 +136,12 @@ def draw_runs(logs: Sequence[Sequence[dict[str, Any]]]) -> Image.Image:
 
 def main(args: argparse.Namespace) -> None:
     """Train, print the last values and alarms of each run, and draw the curves."""
-    logs = []
-    for title in RUNS:
-        logs.append(read(train(title, args)))
-        last = {name: (points(logs[-1], name) or [(0, math.nan)])[-1][1] for name in PANELS}
-        print(f"| {title} | " + " | ".join(f"{name} {x:.3g}" for name, x in last.items()) + " |")
-        for alarm in dict.fromkeys(text for row in logs[-1] for text in row.get("alarms", ())):
+    logs = {}
+    for title in args.only:
+        logs[title] = log = read(train(title, args))
+        last = [(name, points(log, name)) for name in PANELS]
+        print(f"| {title} | " + " | ".join(f"{n} {x[-1][1]:.3g}" for n, x in last if x) + " |")
+        for alarm in dict.fromkeys(text for row in log for text in row.get("alarms", ())):
             print(f"    {alarm}")
     if args.output:
         draw_runs(logs).quantize(32).save(args.output, optimize=True)

@@ -74,6 +74,8 @@ def extract(
 ) -> Features | None:
     """Return the features of all ranks' images on rank 0, on `device`; None on other ranks.
 
+    Those of MPS are on the CPU, since it has no float64 and no eigenvalues.
+
     Every rank must call it with batches of its own (images, labels, ids) on `device`, as of
     `DeviceLoader`; a rank may have fewer than others, or none. An image that several have counts
     once. model: not wrapped; it runs in eval mode, which is undone. dtype: of autocast, None for
@@ -105,4 +107,6 @@ def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) ->
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
     features, labels = (rows[order][first] for rows in joined[1:])
+    if device.type == "mps":
+        ids, first, features, labels = (x.cpu() for x in (ids, first, features, labels))
     return Features(ids[first], features, labels if shapes[2][1] else labels[:, 0])

@@ -205,10 +205,13 @@ def _create(args: Any, path: str, data_set: str, train: bool, labeled: bool = Tr
     )
     try:
         return datasets.create_dataset(data_set, spec, train)
-    except UserError:
+    except UserError as error:  # such as no folder val/, no column of splits
         if train:
             raise
-        return None  # no folder val/, no column of splits
+        if not labeled:  # once
+            text = "probes: no evaluation images in the data (%s)"
+            get_logger().info(text, first_line(error).split(";")[0])
+        return None
     except Exception as error:
         if train or not is_code(data_set):
             raise

@@ -24,7 +24,7 @@ from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
 from data_loading.workers import WatchedLoader
-from errors import UserError, describe_error, plural, resolve_for
+from errors import UserError, describe_error, first_line, plural, resolve_for
 from insight.alarms import find_alarms, kind_of
 from insight.evaluators import EVALUATORS, Labeled, few_labels, take
 from insight.features import Features, encoder_of, extract
@@ -195,7 +195,7 @@ class FixedImages:
             visible = visible_patches(h * w, network.mask_ratio)
             mask = random_mask(mask_noise(0, MASKS, ids, h * w), visible)
             with autocast(images.device, amp):
-                loss = network(images, mask, visible)[0]
+                loss = network.forward(images, mask, visible)[0]  # without --compile
             total += torch.tensor([loss.item() * len(images), len(images)], dtype=torch.float64)
         return total
 
@@ -280,15 +280,17 @@ class Probes:
         if not found.features.isfinite().all():
             return {"features_finite": False}
         values = {}
-        if self.data.kind:
-            first = found.ids < self.data.train_count
-            labeled = Labeled(found.features, found.labels)
-            try:
+        try:
+            if self.data.kind:
+                first = found.ids < self.data.train_count
+                labeled = Labeled(found.features, found.labels)
                 sets = [take(labeled, places) for places in (first, ~first)]
                 values = self.evaluators.run(*sets, self.data.kind)
-            except UserError as error:
-                get_logger().warning("probes: no scores of labels: %s", error)
-        return values | {"rank_me": rank_me(found.features)}
+            values["rank_me"] = rank_me(found.features)
+        except (UserError, RuntimeError) as error:  # such as of memory
+            text = "probes: not all values after this epoch: %s; the run continues"
+            get_logger().warning(text, first_line(error))
+        return values
 
     def _health(self, network: FCMAE) -> dict[str, Any]:
         """Return the loss on the fixed set and measures of activations and GRN."""
