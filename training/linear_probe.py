@@ -81,14 +81,14 @@ class SweepMetrics:
     def values(self) -> dict[str, Any]:
         """Return the metrics of the best head, its rate, and the best metric of each head.
 
-        It becomes the classifier of the network. Every rank must call it.
+        It becomes the classifier in checkpoints. Every rank must call it.
         """
         found = [metrics.values() for metrics in self.heads]
         name, best, held = self.one.best, 0, None
         for number, values in enumerate(found):
             if is_better(values[name], held, self.one.lower_is_better):
                 best, held = number, values[name]
-        self.network.choose(best)
+        self.network.sweep.choose(best)
         pairs = zip(self.rates, found, strict=True)
         each = {f"{name}_blr{rate:g}": values[name] for rate, values in pairs}
         return found[best] | {"best_blr": self.rates[best]} | each
