@@ -63,15 +63,15 @@ class SweepMetrics:
             metrics.reset(device)
 
     def in_units(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N, heads, K) and targets as they are: each head has its own metrics."""
-        return logits, targets
+        """Return (N, heads, K) outputs and targets in the units of the data."""
+        pairs = [self.heads[0].in_units(each, targets) for each in logits.unbind(1)]
+        return torch.stack([outputs for outputs, _ in pairs], 1), pairs[0][1]
 
     def update(self, logits: Tensor, targets: Tensor, losses: Tensor, counts: Tensor) -> None:
         """Add a batch: (N, heads, K) outputs, targets, (N, heads) losses and counts."""
         for column, number in enumerate(self.network.sweep.order()):
-            metrics, part = self.heads[number], slice(column, column + 1)
-            own = metrics.in_units(logits[:, column], targets)
-            metrics.update(*own, losses[:, part], counts[:, part])
+            part = slice(column, column + 1)
+            self.heads[number].update(logits[:, column], targets, losses[:, part], counts[:, part])
 
     def reduce(self) -> tuple[int, int]:
         """Sum over all ranks; returns the number of images, and of those unusable for all heads."""

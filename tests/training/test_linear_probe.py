@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import main_finetune
@@ -276,6 +277,32 @@ def test_interrupted_probe_ends_with_the_same_bits(probed, tmp_path):
         assert ours[part].keys() == theirs[part].keys()
         assert all(torch.equal(ours[part][name], x) for name, x in theirs[part].items())
     assert log(tmp_path) == log(probed)
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "better"),
+    [("", "map", max), ("--task regression --label_column x y", "rmse", min)],
+)
+def test_other_labels_have_their_metrics_in_their_units(words, metric, better, tmp_path):
+    lines = ["image,tags,x,y,split"]
+    for number in range(20):
+        red, green = 12 * number, 200 * (number % 2)
+        Image.new("RGB", (16, 16), (red, green, 0)).save(tmp_path / f"{number}.png")
+        tags = "|".join(["red"] * (red > 120) + ["green"] * (green > 0))
+        split = "train" if number % 5 else "val"
+        lines.append(f"{number}.png,{tags},{1000 + number},{number % 2},{split}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    data = ["--data_set", "auto", "--data_path", str(tmp_path / "t.csv")]
+    (*_, entry) = train(tmp_path / "run", *data, *words.split(), *SGD, "--hook", "predictions")
+    heads = [entry[f"test_{metric}_blr{rate}"] for rate in ("0.5", "5", "50")]
+    assert entry[f"test_{metric}"] == better(heads)
+    done = run("main_finetune.py", *FINETUNE, *data, "--eval", "--resume", tmp_path / "run")
+    assert (
+        f"{metric} {better(e[f'test_{metric}'] for e in log(tmp_path / 'run')):.4g}" in done.stdout
+    )
+    if metric == "rmse":  # of numbers around 1000
+        rows = (tmp_path / "run" / "predictions.csv").read_text()
+        assert len(re.findall(r"\b(9|10)\d\d\.", rows)) >= 4
 
 
 @pytest.mark.slow
