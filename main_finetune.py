@@ -152,9 +152,8 @@ def main(args: argparse.Namespace) -> None:
     )
     data = {"train": dataset_train} | datasets_by_name(eval_sets)
     record = build_run_record(args, run.output_dir, run.resume_point, data, n_parameters)
-    shown = nb_classes > 5, classes, record
-    reporter = build_reporter(args, run.output_dir, device, state, steps, *shown)
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    reporter = build_reporter(args, run.output_dir, device, state, steps, nb_classes > 5, classes)
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,

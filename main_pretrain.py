@@ -108,8 +108,8 @@ def main(args: argparse.Namespace) -> None:
         n_parameters,
         mask_ratio=1 - visible / patches,
     )
-    reporter = build_reporter(args, run.output_dir, device, state, steps, record=record)
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    reporter = build_reporter(args, run.output_dir, device, state, steps)
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,

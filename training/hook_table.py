@@ -136,12 +136,10 @@ def build_reporter(
     steps: Steps,
     top5: bool = True,
     classes: Sequence[str] | None = None,
-    record: Hook | None = None,
 ) -> Reporter:
     """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
 
     top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
-    record: writes run.json into `folder`.
     """
     return Reporter(
         [],
@@ -149,7 +147,7 @@ def build_reporter(
         state,
         steps=steps,
         print_freq=args.print_freq,
-        open_hooks=partial(_build_hooks, args, folder, top5, classes, record),
+        open_hooks=partial(_build_hooks, args, folder, top5, classes),
         observers=create_hooks(args),
         run=Run(args, folder, state, device, classes),
     )
@@ -172,7 +170,6 @@ def _build_hooks(
     folder: Path | None,
     top5: bool,
     classes: Sequence[str] | None,
-    record: Hook | None,
     reporter: Reporter,
 ) -> list[Hook]:
     state, steps = reporter.state, reporter.steps
@@ -187,7 +184,7 @@ def _build_hooks(
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
             files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
             at_epoch_end |= files[1].misses
-            files += [record] if record else []
+            files += [reporter.record] if reporter.record else []
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:
