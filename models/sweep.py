@@ -89,11 +89,15 @@ class LinearSweep(nn.Module):
         return [(self.first + number) % count for number in range(count)]
 
     @torch.no_grad()
-    def choose(self, best: int, classifier: nn.Linear) -> None:
-        """Make a head the best one, and fold it with the standardization into a classifier."""
+    def choose(self, best: int) -> None:
+        """Make a head the best one."""
         self.first = best
         self.best.fill_(best)
-        head, scale = self.heads[best], self.norm.scale()
+
+    @torch.no_grad()
+    def fold(self, classifier: nn.Linear) -> None:
+        """Copy the best head into a classifier, together with the standardization."""
+        head, scale = self.heads[self.first], self.norm.scale()
         weight = head.weight * scale.to(head.weight)
         classifier.weight.copy_(weight)
         classifier.bias.copy_(head.bias - weight @ self.norm.running_mean.to(weight))
@@ -102,7 +106,7 @@ class LinearSweep(nn.Module):
 class SweepNetwork(nn.Module):
     """A frozen classifier and a sweep of heads in its place: images -> (N, heads, K).
 
-    `network` stays an ordinary classifier, whose last layer `choose` replaces by the best head.
+    `network` stays an ordinary classifier: its state dict has the best head as the last layer.
     """
 
     def __init__(self, network: nn.Module, heads: int) -> None:
@@ -117,6 +121,7 @@ class SweepNetwork(nn.Module):
         self.sweep.to(torch.promote_types(classifier.weight.dtype, torch.float32))
         self.kept: list[Tensor] = []
         classifier.register_forward_pre_hook(self._keep)
+        network.register_state_dict_pre_hook(self._fold)
 
     @property
     def classifier(self) -> nn.Linear:
@@ -125,6 +130,9 @@ class SweepNetwork(nn.Module):
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.kept = [inputs[0].detach()]
+
+    def _fold(self, *_: Any) -> None:
+        self.sweep.fold(self.classifier)
 
     def features(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D), the input of the classifier."""
@@ -142,10 +150,6 @@ class SweepNetwork(nn.Module):
         features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.sweep(features.to(self.sweep.heads[0].weight.dtype))
-
-    def choose(self, best: int) -> None:
-        """Make a head the classifier of the network."""
-        self.sweep.choose(best, self.classifier)
 
 
 def _find_linear(network: nn.Module) -> str:
