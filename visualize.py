@@ -52,7 +52,7 @@ from training.checkpoint import TrainState
 from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
-from training.trained import load_trained, read_source
+from training.trained import has_decoder, load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags
@@ -225,7 +225,7 @@ def explain(args: argparse.Namespace) -> None:
     device = init_distributed_mode(args.device or "auto")
     flags = predict_flags.flags_of_evaluation(args, OF_EXPLAIN)
     weights = read_source(flags, args.checkpoint)
-    is_masked = any(unwrap(name).startswith(DECODER) for name in weights.state)
+    is_masked = has_decoder(weights)
     for name in ("target", "layer") if is_masked else ("num_masks",):
         if getattr(args, name) is not None:
             kind = "classifiers" if is_masked else "pre-trained models with a decoder"
