@@ -29,7 +29,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 import datasets
-from config.paths import map_sources
+from config.paths import absolute, map_sources
 from data_loading.dataset import TransformedDataset
 from data_loading.inputs import Inputs, image_files, in_input_order
 from data_loading.labels import Head, differences, find_outputs, find_positions, order_of_head
@@ -314,8 +314,9 @@ class Job:
                 value.view(torch.uint8).numpy(), zlib.crc32(name.encode(), weights)
             )
         names = zlib.crc32(b"\0".join(data.dataset.encoded_names()))
-        plan = {"checkpoint": self.trained.weights.path, "weights": weights}
-        plan["input"] = [map_sources(path, os.path.abspath) for path in self.args.input]
+        path = absolute(self.trained.weights.path)
+        plan: dict[str, Any] = {"checkpoint": path, "weights": weights}
+        plan["input"] = [map_sources(path, absolute) for path in self.args.input]
         plan |= {
             "images": len(data),
             "names": zlib.crc32(np.ascontiguousarray(data.indices), names),

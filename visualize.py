@@ -237,8 +237,9 @@ def explain(args: argparse.Namespace) -> None:
             raise UserError("--images is missing; give images, or all that --data_path takes")
         trained = load_trained(flags, args.checkpoint, device)
         given = {name: vars(args)[name] for name in ("image_column", "split_column", "image_root")}
-        skips = trained.flags.replace(on_bad_image=args.on_bad_image or "error")
-        loader = reading_loader(skips, given_images(args, given), device)
+        reading = {"on_bad_image": args.on_bad_image or "error", "tta": None}
+        data = given_images(args, given)
+        loader = reading_loader(trained.flags.replace(**reading), data, device)
         picture, what = explain_classifier(
             trained, loader, args.num_images, args.target, args.layer or ""
         )
