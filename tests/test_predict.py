@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -436,6 +437,29 @@ def test_metrics_of_all_outputs_continue_too(tmp_path, monkeypatch):
     for name in (".json", "-metrics.json"):
         whole, killed = (tmp_path / f"{each}{name}" for each in ("whole", "killed"))
         assert killed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_change_of_the_loader_processes_loses_no_image(tmp_path, monkeypatch):
+    """They are restarted with the images that are left."""
+    expected = results("it.pth labeled", tmp_path / "r.json")
+    changes = iter([2, 1])
+
+    def after_batch(self, plan, *words):
+        return replace(plan, workers=next(changes, plan.workers))
+
+    monkeypatch.setattr(predict.Tuner, "after_batch", after_batch)
+    monkeypatch.setattr("datasets.first_workers", lambda: 1)
+    words = BASE.replace("--num_workers 0 ", "").replace("batch_size 4", "batch_size 2")
+    predict.main(predict_flags.parse(f"it.pth labeled {words} --out {tmp_path}/s.json".split()))
+    assert next(changes, None) is None
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert paths(found) == paths(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert one["error"] == other["error"]
+        if not one["error"]:
+            assert one["probability"] == pytest.approx(other["probability"], rel=1e-4)
 
 
 @pytest.mark.slow
