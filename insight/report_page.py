@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
-from insight.report_curves import SPELLED, Chart, Series, as_json, build_charts
+from insight.report_curves import PERCENT, SPELLED, Chart, Series, as_json, build_charts
 from insight.report_data import RunData, labels_of, number, read_runs
 from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
 from insight.report_notes import describe_status, find_notes
@@ -164,7 +164,8 @@ def _fact(series: Series, title: str) -> Fact:
     labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
     value, epoch = series.best or series.last
     remark = "last" if series.best is None else f"best, epoch {epoch:g}"
-    return Fact(labels.get(title, title), figure_of(value), remark, value, series.goal)
+    text = figure_of(value) + "%" * bool(PERCENT.fullmatch(series.key))
+    return Fact(labels.get(title, title), text, remark, value, series.goal)
 
 
 def _tiles(facts: Sequence[Fact]) -> Html:
