@@ -126,6 +126,7 @@ def test_runs_of_earlier_versions_have_a_page_too(tmp_path):
     text = Reader(build_page(read_runs([run]))).text
     assert "args.yaml is missing, so the flags are unknown." in text
     assert "No epoch is done yet." in text
+    assert "No alarms" not in text  # nothing is known
 
 
 def test_markup_of_files_is_text(tmp_path):
