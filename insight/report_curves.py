@@ -32,6 +32,7 @@ SPELLED |= {"1pct": "1%", "10pct": "10%", "grn": "GRN", "mfu": "MFU", "ema": "EM
 LOWER = re.compile(
     r"loss|rmse|mae|mse|error|cost|nll|brier|ece|dead|saturated|skipped|bad_steps|perplexity"
 )
+PERCENT = re.compile(r"test_(\w+_)?acc\d+(_ema)?|probe_(knn|linear)")
 
 
 class Place(NamedTuple):

@@ -166,13 +166,15 @@ def _read_log(run: RunData) -> None:
     if not path.is_file():
         run.problems.append("log.txt is missing: no epoch is done, or its logs were deleted.")
         return
-    with path.open("rb") as file:
-        for count, line in enumerate(file, 1):
+    try:
+        for count, line in enumerate(path.read_bytes().splitlines(), 1):
             row = parse_line(line)
             if row is not None:
                 rows[row["at"]] = row
             elif line.strip():
                 damaged.append(count)
+    except OSError as error:
+        run.problems.append(f"log.txt cannot be read ({error.strerror or error}).")
     if damaged:
         kind = "line" if len(damaged) == 1 else "lines"
         run.problems.append(
