@@ -22,6 +22,7 @@ from config import flags, probing
 from data_loading.rng import fold_in
 from errors import UserError
 from insight import feature_cache
+from insight.feature_cache import FeatureCache
 from models import create_model
 from tests import tiny
 from tests.groups import run_script
@@ -296,6 +297,20 @@ def test_sub_commands_share_features_until_something_changes(tmp_path, extracted
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**9))
     run(f"features {out}/f.npy")
     assert len(extracted) == len(changes) + 2
+
+
+def test_key_is_the_same_in_every_process(tmp_path, monkeypatch):
+    """The text of a transform held the address of a function."""
+    keys, real = [], FeatureCache.read
+
+    def read(self: FeatureCache, key: dict) -> Any:
+        keys.append(key)
+        return real(self, key)
+
+    monkeypatch.setattr(FeatureCache, "read", read)
+    run(f"features --output {tmp_path}/f.npy --input_size 64 --crop_pct 0.875 --max_images 2")
+    assert "_crop_ends" in keys[0]["transform"]
+    assert " 0x" not in json.dumps(keys[0])
 
 
 def test_cache_lies_where_the_flag_says_or_is_off(tmp_path, extracted):
