@@ -35,6 +35,7 @@ from training.freeze import build_freezer
 from training.hook_table import build_reporter
 from training.phases import build_phases
 from training.pictures import ReconstructionImages
+from training.probes import build_probes
 from training.report import last_line, plain
 from training.resume import auto_load_model
 from training.schedules import build_schedule
@@ -115,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
     )
     reconstructions = ReconstructionImages(args, dataset_train.dataset, device, amp)
     draw = partial(reconstructions.draw, model_without_ddp)
+    probes = build_probes(args, dataset_train.dataset, model_without_ddp, stepper)
     if args.dry_run:
         plan = PlannedRun(
             args,
@@ -124,11 +126,13 @@ def main(args: argparse.Namespace) -> None:
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             draw=partial(draw, TrainState(args.epochs)),
+            more_work=lambda: probes.seconds_per_epoch(model_without_ddp) if probes else 0.0,
         )
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
+    # To save although no batch comes.
+    loop.checkpoints.watch(data_loader_train, probes and probes.loader)
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         loop.reporter.image("reconstructions", partial(draw, state), only_missing=True)
         while not phases.done(state):
@@ -137,7 +141,10 @@ def main(args: argparse.Namespace) -> None:
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
             entries = phases.end(phase, state, loop.reporter)
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
-            state.stats = plain(log_stats | entries | {"n_parameters": n_parameters})
+            stats = log_stats | entries | {"n_parameters": n_parameters}
+            if probes is not None:  # what it measures joins them
+                stats = probes.after_epoch(model_without_ddp, state, stats, run.output_dir)
+            state.stats = plain(stats)
             report = loop.reporter.end_epoch
             loop.checkpoints.end_epoch(state, last=phase.is_last, report=report)  # then report
             loop.reporter.image("reconstructions", partial(draw, state))

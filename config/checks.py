@@ -133,10 +133,17 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--cuda_graphs true has no second derivatives for --opt {args.opt}; drop one"
     if not (args.resume or values.get("finetune") or _has_checkpoint(args.output_dir)):
         yield from shape_problems(args)  # otherwise once the flags of the checkpoint are known
-    if not flags.is_pretraining(values):
-        yield from _finetune_problems(args)
-    elif args.crop_pct is not None:
+    own = _pretrain_problems if flags.is_pretraining(values) else _finetune_problems
+    yield from own(args)
+
+
+def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
+    for name in ("probe_data", "probe_images", "probes"):
+        if name in args.typed and not args.probe_every:
+            value = as_typed(vars(args)[name])
+            yield f"--{name} {value} needs --probe_every above 0; add it, or drop --{name}"
 
 
 def _data_problems(args: argparse.Namespace) -> Iterator[str]:

@@ -9,13 +9,12 @@ python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 
 import argparse
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from config.cores import cpu_cores
 from config.sizes import parse_sizes, write_sizes
 from config.tasks import TASKS
 
@@ -144,16 +143,6 @@ AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
 EPOCHS = number("whole (0, inf)")
 
 
-def cpu_cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Return the CPU cores that this process may use; limit: file of a container's, if any."""
-    affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no such file; max, which stands for no limit
-        quota, period = map(int, Path(limit).read_text().split())
-        cores = min(cores, -(-quota // period))
-    return cores
-
-
 def size(text: str) -> int | str:
     """Read a side in pixels, or the checked text of sizes by epoch."""
     if ":" not in text:
@@ -230,6 +219,14 @@ FLAGS["masked autoencoder"] = (
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
     ("--picture_freq", FROM_0, 10, "epochs between reconstruction images; 0: none"),
+)
+FLAGS["probes and alarms"] = (
+    ("--probe_every", FROM_0, 10, "epochs between probes of the network, and alarms; 0: neither"),
+    ("--probe_data", PATH, "", "labeled data for probes, as --data_path; default: the run's own"),
+    ("--probe_images", COUNT, None,
+     "labeled images of a probe; default: 1/4 of the training images, 500 to 24,000"),
+    ("--probes", TEXT, ("knn", "linear"),
+     "evaluators of features: knn(k=20), linear(standardize=True), or package.module:name", "+"),
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),

@@ -40,7 +40,7 @@ FINETUNE_ONLY = (
     "evaluation and EMA",
 )
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
-SOURCES = ("data_path", "eval_data_path")  # one path or several
+SOURCES = ("data_path", "eval_data_path", "probe_data")  # one path or several
 READ = (*SOURCES, "image_root", "finetune", "resume")  # a path, or another source
 
 
@@ -243,7 +243,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
 def finetune_parser() -> argparse.ArgumentParser:
     """Return the parser of main_finetune.py."""
     aim = "Fine-tune a classifier, train it from scratch, or evaluate it (--eval)."
-    parser = _main_parser("finetune", aim, "masked autoencoder")
+    parser = _main_parser("finetune", aim, "masked autoencoder", "probes and alarms")
     data_set = next(action for action in parser._actions if action.dest == "data_set")
     data_set.help = data_set.help.replace(" folder,", "")  # it has no labels
     resume = next(action for action in parser._actions if action.dest == "resume")

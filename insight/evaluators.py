@@ -192,7 +192,7 @@ def _quality_left_out(fitted: Tensor, influence: Tensor, targets: Tensor, kind: 
     """
     if kind == "class":  # the denominator changes no order
         left_out = fitted.scatter_add_(1, targets[:, None], -influence)
-        return (left_out.argmax(1) == targets).double().mean().item()
+        return (left_out.argmax(1) == targets).float().mean().item()
     left_out = (fitted - influence * targets) / (1 - influence).clamp(min=1e-9)
     return -(left_out - targets).square().mean().item()
 

@@ -41,6 +41,11 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return encoder
 
 
+def as_input(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return images in the data type of the encoder's weights."""
+    return images.to(next(encoder.parameters()).dtype)
+
+
 def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     """(N, C, H, W) whole images -> (N, D) float32: what the classifier of fine-tuning gets.
 
@@ -49,7 +54,7 @@ def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     layers of a network's own head before its last one are part of it.
     """
     encoder = encoder_of(model)
-    maps = encoder.forward_features(images)
+    maps = encoder.forward_features(as_input(encoder, images))
     if isinstance(encoder, ConvNeXtV2):
         pooled = encoder.norm(maps.float().mean((-2, -1)))
         bare = isinstance(encoder.norm, nn.Identity)
@@ -68,6 +73,8 @@ def extract(
     pool: Callable[[nn.Module, Tensor], Tensor] = pooled_features,
 ) -> Features | None:
     """Return the features of all ranks' images on rank 0, on `device`; None on other ranks.
+
+    Those of MPS are on the CPU, since it has no float64 and no eigenvalues.
 
     Every rank must call it with batches of its own (images, labels, ids) on `device`, as of
     `DeviceLoader`; a rank may have fewer than others, or none. An image that several have counts
@@ -100,4 +107,6 @@ def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) ->
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
     features, labels = (rows[order][first] for rows in joined[1:])
+    if device.type == "mps":
+        ids, first, features, labels = (x.cpu() for x in (ids, first, features, labels))
     return Features(ids[first], features, labels if shapes[2][1] else labels[:, 0])

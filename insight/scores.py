@@ -18,7 +18,7 @@ def score(outputs: Tensor, targets: Tensor, kind: str) -> float:
     R squared is 0 for the mean of the targets, and below 0 for worse outputs. The last two are
     means over the columns that have a score: those with a positive, or whose numbers vary.
     """
-    targets = torch.as_tensor(targets, device=outputs.device)
+    outputs, targets = outputs.cpu(), torch.as_tensor(targets).cpu()
     if kind == "class":
         return 100 * (outputs.argmax(1) == targets).double().mean().item()
     if kind == "number":
@@ -44,8 +44,7 @@ def average_precision(scores: Tensor, positive: Tensor) -> float | None:
 
 def r_squared(outputs: Tensor, targets: Tensor) -> Tensor:
     """1 - squared error / variance of the targets, of each column of (N, K); NaN if it is 0."""
-    dtype = torch.float32 if outputs.device.type == "mps" else torch.float64
-    outputs, targets = outputs.to(dtype), targets.to(dtype)
+    outputs, targets = outputs.double(), targets.double()
     error = (outputs - targets).square().sum(0)
     spread = (targets - targets.mean(0)).square().sum(0)
     return torch.where(spread > 0, 1 - error / spread, torch.nan)

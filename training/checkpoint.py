@@ -48,6 +48,7 @@ class TrainState:
     since_best: int = 0  # evaluations in a row without a better metric, for --patience
     watched: dict[str, float] = field(default_factory=dict)  # the metrics that it compares with
     epoch_start: int = 0  # `global_step` at the beginning of this epoch
+    probed: dict[str, list] = field(default_factory=dict)  # what the next probe goes by
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":

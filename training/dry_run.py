@@ -73,6 +73,7 @@ class PlannedRun:
     evaluate: Callable[[Any], dict] | None = None
     draw: Callable[[], Tensor | None] | None = None  # an image as the run writes it, on rank 0
     more_val: Sequence[DeviceLoader] = ()  # of other evaluation sets
+    more_work: Callable[[], float] = lambda: 0.0  # measures its seconds per epoch
 
 
 def check_run(run: PlannedRun) -> None:
@@ -207,22 +208,21 @@ def check_picture(problems: list[str], draw: Callable[[], Tensor | None]) -> Non
 
 def log_plan(run: PlannedRun) -> None:
     """Log where the run starts, its steps, parameters and learning rates."""
-    state, total = run.loop.state, run.loop.schedule.total
+    state, schedule = run.loop.state, run.loop.schedule
+    total = schedule.total
     start = f"{run.source or 'random weights'}, {describe_progress(state)} of {total}"
     log_result("start", start)
     accumulation = plural(run.loop.stepper.update_freq, "accumulation step")
     factors = f"{run.args.batch_size} x {accumulation} x {plural(get_world_size(), 'process')}"
-    steps = plural(total, "step")
-    log_result("step", f"{plural(state.effective_batch, 'image')} = {factors}; {steps} in the run")
+    steps = f"{plural(total, 'step')} in the run"
+    log_result("step", f"{plural(state.effective_batch, 'image')} = {factors}; {steps}")
     groups = run.loop.stepper.optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     decayed = sum(n for n, group in zip(counts, groups, strict=True) if group["decayed"])
     text = f"{sum(counts) / 1e6:.2f}M trainable, {decayed / 1e6:.2f}M with weight decay"
-    scales = [group["lr_scale"] for group in groups]
-    span = f", learning rate x {min(scales):.3g} to {max(scales):.3g} by layer"
-    layers = span * (min(scales) < max(scales))
+    low, high = (limit(group["lr_scale"] for group in groups) for limit in (min, max))
+    layers = f", learning rate x {low:.3g} to {high:.3g} by layer" * (low < high)
     log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
-    schedule = run.loop.schedule
     for number, row in enumerate(lr_rows(schedule, state.global_step)):
         log_result("" if number else "lr", row)
     for name, curve in schedule.options.items():
@@ -444,7 +444,7 @@ def measure_speed(probe: StepProbe) -> None:
     rate = times * images / max(all_gather(time.perf_counter() - start))
     slower = "loader" if loader < model else "model"
     log_result("together", f"{rate:.1f} images/s, limited by the {slower}")
-    evaluation = measure_evaluation(probe) if run.data_loader_val is not None else 0.0
+    evaluation = measure_evaluation(probe) if run.data_loader_val is not None else run.more_work()
     log_time(run, rate, evaluation)
 
 

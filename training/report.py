@@ -19,6 +19,7 @@ from typing import Any
 
 from config.flags import as_typed, command, is_code, is_pretraining
 from errors import plural
+from insight.health import is_measure
 from training.checkpoint import TrainState
 from training.steps import count_total
 
@@ -140,6 +141,7 @@ def format_stats(stats: Record, top5: bool) -> str:
         f"{key} {value:.4g}" if isinstance(value, int | float) else f"{key} {value}"
         for key, value in stats.items()
         if key not in NOT_SHOWN
+        and not is_measure(key)  # a probe has a line of its own
         and not isinstance(value, list)
         and not undefined(key, value)
         and (top5 or not re.match(r"test_(\w+_)?acc5", key))

@@ -211,6 +211,8 @@ class Stepper:
         if self.clip_mode == "agc":
             last = set(map(id, _last_layer(self.model)))
             self.adaptive = [p for p in self.parameters if id(p) not in last]
+        self.watched: list[list[nn.Parameter]] = []  # whose gradient norms a probe shows
+        self.watched_norms: Tensor | None = None  # theirs, (n,), in the last step of a phase
         self.local_optimizer = sharding.local_optimizer(self.optimizer)
         # adahessian; it differentiates the scaled gradients and would not unscale the result
         self.second_order = getattr(self.local_optimizer, "is_second_order", False)
@@ -295,12 +297,21 @@ class Stepper:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(grads)
+        if self.watched and self.batches_left == 0:
+            self.watched_norms = torch.stack([*map(self._norm_of, self.watched)])
         if self.clip_grad is not None:
             self._clip(grads, norm)
         norm = sharding.full_tensor(norm).detach()
         taken = self._finish_step(norm)
         self._open_window()
         return StepResult(taken, norm)
+
+    def _norm_of(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Return the norm of the gradients of these parameters, as a tensor on the device."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads:
+            return torch.zeros((), device=self.device)
+        return sharding.full_tensor(nn.utils.get_total_norm(grads)).detach().to(self.device)
 
     def _clip(self, grads: list[Tensor], norm: Tensor) -> None:
         """Clip the gradients in place; `norm` is theirs."""

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 import datasets
-from config import flags, probing, views
+from config import cores, flags, probing, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -169,8 +169,8 @@ def test_flags_name_every_data_set_by_name():
 
 def test_cores_are_at_most_those_of_the_container(tmp_path, monkeypatch):
     """Kubernetes limits the CPU time; a process there sees all cores of the machine."""
-    monkeypatch.setattr(flags.os, "sched_getaffinity", lambda process: range(96))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: range(96))
     for text, expected in (("800000 100000", 8), ("150000 100000", 2), ("max 100000", 96)):
         (tmp_path / "cpu.max").write_text(f"{text}\n")
-        assert flags.cpu_cores(str(tmp_path / "cpu.max")) == expected
-    assert flags.cpu_cores(str(tmp_path / "none")) == 96
+        assert cores.cpu_cores(str(tmp_path / "cpu.max")) == expected
+    assert cores.cpu_cores(str(tmp_path / "none")) == 96
