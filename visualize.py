@@ -5,6 +5,7 @@
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 python visualize.py data --data_path photos
 python visualize.py stats --data_path photos
+python visualize.py explain runs/demo/finetune --images photos
 """
 
 import argparse
