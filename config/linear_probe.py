@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 # Optimizer -> default learning rates of the heads, per 256 images of an optimizer step. MAE uses
-# 0.1 with LARS and 16384 images a step; 2,000 steps of 64 images do best with 30 to 100.
+# 0.1 with LARS and 16384 images a step; shorter runs in smaller steps need larger ones.
 RATES = {
     "lars": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
     "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),  # and others
