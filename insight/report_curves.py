@@ -65,8 +65,13 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
         "",
     ),
     (r"grn_(.+)", "Health of the network", "GRN parameters", ""),
-    (r"(dead|saturated)_channels_?.*", "Health of the network", "Dead and saturated channels", ""),
-    (r"(skipped|bad)_\w+", "Health of the network", "Skipped steps", ""),
+    (
+        r"(dead|saturated)_channels_?.*",
+        "Health of the network",
+        "Dead and saturated channels, %",
+        "",
+    ),
+    (r"(skipped|bad)_\w+", "Health of the network", "Skipped steps, %", ""),
     (r"images_per_s", "Speed", "Images per second", ""),
     (r"mfu", "Speed", "Model FLOPs utilization", ""),
     (r"(?:train_)?(loss_scale|.*memory\w*)", "Other", "", ""),
@@ -151,7 +156,7 @@ def metric_name(name: str) -> str:
 
 
 def _words(key: str) -> str:
-    words = key.replace("_", " ").split()
+    words = re.sub(r"stage(\d)", r"stage \1", key.replace("_", " ")).split()
     return " ".join(SPELLED.get(word, word) for word in words)
 
 

@@ -34,7 +34,7 @@ from tests.insight.written import finetune_rows, pretrain_rows, write_run
         ("train_lr", ("Learning rate", "Learning rate", "lr", "")),
         ("probe_knn", ("Probes", "Probes", "kNN", "max")),
         ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
-        ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage2", "")),
+        ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage 2", "")),
         ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
         ("rank_me", ("Health of the network", "Rank of the features", "rank me", "")),
         ("images_per_s", ("Speed", "Images per second", "images per s", "")),
@@ -59,7 +59,7 @@ def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
     assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
     assert not {"epoch", "n parameters", "time data"} & {*titles}
     distance = next(chart for chart in charts if chart.title == "Channel cosine distance")
-    assert [s.label for s in distance.series] == ["feature distance", "stage1", "stage2"]
+    assert [s.label for s in distance.series] == ["feature distance", "stage 1", "stage 2"]
 
 
 def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
