@@ -28,15 +28,17 @@ from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
-from training.costs import log_cost, log_masks
+from training.costs import log_cost, log_masks, training_flops
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.freeze import build_freezer
 from training.hook_table import build_reporter
 from training.phases import build_phases
 from training.pictures import ReconstructionImages
+from training.probes import build_probes
 from training.report import last_line, plain
 from training.resume import auto_load_model
+from training.run_record import build_run_record
 from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -59,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model_without_ddp = models.build_fcmae(args).to(device)
     n_parameters = log_cost(args, model_without_ddp)
+    flops = training_flops(args, model_without_ddp)  # of an image, for the MFU
     patches, visible = log_masks(args, model_without_ddp)  # of images of --input_size
 
     # --- 4. weights -------------------------------------------------------------------------
@@ -99,8 +102,16 @@ def main(args: argparse.Namespace) -> None:
     state.recount_steps(steps, len(dataset_train))
     phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
-    reporter = build_reporter(args, run.output_dir, device, state, steps)
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    reporter = build_reporter(args, run.output_dir, device, state, steps, flops=flops)
+    record = build_run_record(
+        args,
+        run.output_dir,
+        run.resume_point,
+        {"train": dataset_train},
+        n_parameters,
+        mask_ratio=1 - visible / patches,
+    )
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,
@@ -115,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
     )
     reconstructions = ReconstructionImages(args, dataset_train.dataset, device, amp)
     draw = partial(reconstructions.draw, model_without_ddp)
+    probes = build_probes(args, dataset_train.dataset, model_without_ddp, stepper)
     if args.dry_run:
         plan = PlannedRun(
             args,
@@ -124,11 +136,13 @@ def main(args: argparse.Namespace) -> None:
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             draw=partial(draw, TrainState(args.epochs)),
+            more_work=lambda: probes.seconds_per_epoch(model_without_ddp) if probes else 0.0,
         )
         return check_run(plan)
 
     # --- 8. epoch loop ----------------------------------------------------------------------
-    loop.checkpoints.watch(data_loader_train)  # to save although no batch comes
+    # To save although no batch comes.
+    loop.checkpoints.watch(data_loader_train, probes and probes.loader)
     with loop.checkpoints, loop.reporter:  # handle stop signals; open the log files
         loop.reporter.image("reconstructions", partial(draw, state), only_missing=True)
         while not phases.done(state):
@@ -137,7 +151,10 @@ def main(args: argparse.Namespace) -> None:
             train_stats = train_one_epoch(model, model_without_ddp, data_loader_train, loop)
             entries = phases.end(phase, state, loop.reporter)
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
-            state.stats = plain(log_stats | entries | {"n_parameters": n_parameters})
+            stats = log_stats | entries | {"n_parameters": n_parameters}
+            if probes is not None:  # what it measures joins them
+                stats = probes.after_epoch(model_without_ddp, state, stats, run.output_dir)
+            state.stats = plain(stats)
             report = loop.reporter.end_epoch
             loop.checkpoints.end_epoch(state, last=phase.is_last, report=report)  # then report
             loop.reporter.image("reconstructions", partial(draw, state))

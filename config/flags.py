@@ -9,13 +9,12 @@ python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 
 import argparse
 import math
-import os
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from config.cores import cpu_cores
 from config.sizes import parse_sizes, write_sizes
 from config.tasks import TASKS
 
@@ -144,16 +143,6 @@ AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
 EPOCHS = number("whole (0, inf)")
 
 
-def cpu_cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Return the CPU cores that this process may use; limit: file of a container's, if any."""
-    affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no such file; max, which stands for no limit
-        quota, period = map(int, Path(limit).read_text().split())
-        cores = min(cores, -(-quota // period))
-    return cores
-
-
 def size(text: str) -> int | str:
     """Read a side in pixels, or the checked text of sizes by epoch."""
     if ":" not in text:
@@ -230,6 +219,13 @@ FLAGS["masked autoencoder"] = (
     ("--decoder_depth", COUNT, 1, "decoder blocks"),
     ("--decoder_embed_dim", COUNT, 512, "decoder channels"),
     ("--picture_freq", FROM_0, 10, "epochs between reconstruction images; 0: none"),
+)
+FLAGS["probes and alarms"] = (
+    ("--probe_every", FROM_0, 10, "epochs between probes of the network, and alarms; 0: neither"),
+    ("--probe_data", PATH, "", "labeled data for probes, as --data_path; default: the run's own"),
+    ("--probe_images", COUNT, None,
+     "labeled images of a probe; default: 1/4 of the training images, 500 to 24,000"),
+    ("--probes", TEXT, ("knn", "linear"), "evaluators: knn(k=20), linear, package.module:own", "+"),
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
@@ -356,6 +352,9 @@ FLAGS["optimizer and schedule"] = (
 FLAGS["pretrained weights and head"] = (
     ("--pretrained", BOOL, False, "weights that timm or torchvision publishes for its --model"),
     ("--freeze_backbone", BOOL, False, "train the classifier only, the rest in evaluation mode"),
+    ("--linear_probe", BOOL, False, "train several linear heads on frozen features, as in MAE"),
+    ("--linear_probe_blr", POSITIVE, None,
+     "their peak learning rates per 256 images of an optimizer step; default: by --opt", "+"),
     ("--model_key", NAME, MODEL_KEY, "keys of the weights in the checkpoint, tried in order"),
     ("--use_ema", BOOL, False, "use the checkpoint's EMA weights"),
     ("--model_prefix", TEXT, "", "prefix to strip from names of weights; others are ignored"),
@@ -426,6 +425,9 @@ FLAGS["checkpoints and logs"] = (
     ("--hook", REPEATED, None,
      "csv, histograms(every=5), predictions ...: names of docs/hooks.md, or package.module:MyHook; "
      "may be given several times", "+"),
+    ("--profile", BOOL, False,
+     "trace some optimizer steps for ui.perfetto.dev and list the most expensive operations; as "
+     "--hook profiler, which takes arguments"),
     ("--tracker", TEXT, None,
      "experiment tracker: wandb, trackio or package.module:function, perhaps with arguments of its "
      "init, such as 'wandb(mode=offline)'; default: none"),

@@ -52,7 +52,7 @@ def read_flags(
     Returns all flags, the names of those that one of the three sets, and of those that the command
     line sets. The value of `recipe` becomes a text for the log: its name and its flags.
     """
-    typed = _flags_set_by(parser, argv)
+    typed = flags_set_by(parser, argv)
     if typed.get("recipe") == "list":
         with pipe_may_close():
             print(listing())
@@ -86,7 +86,7 @@ def script_of(name: str) -> str:
     return found["script"] if "script" in found else script_of(found["base"])
 
 
-def _flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Flags:
+def flags_set_by(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Flags:
     """Parse words, and return only the flags that they set, without defaults."""
     unset = object()
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
@@ -122,7 +122,7 @@ def _read(parser: argparse.ArgumentParser, option: str, typed: Flags) -> Flags:
             hint = hint or did_you_mean(str(key), actions)
             parser.error(sentences(f"unknown key {key!r}.", hint))
         words += _words(parser, actions[key], value)
-    flags = _flags_set_by(parser, words) | nulls
+    flags = flags_set_by(parser, words) | nulls
     parser.source = ""
     return flags
 

@@ -7,6 +7,8 @@ script's `main` in this process, with the training of an epoch left out, and loo
 """
 
 import argparse
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +185,11 @@ def images_per_epoch(built: Built) -> dict[int, int]:
     return dict(Counter(Counter(index % 26 for _, index in built.train.loader.sampler).values()))
 
 
+def rows_of(built: Built) -> list[dict]:
+    """The lines of log.txt."""
+    return [json.loads(line) for line in (built.folder / "log.txt").read_text().splitlines()]
+
+
 def kept_labels(built: Built) -> torch.Tensor:
     """The labels of the images to train on."""
     return torch.from_numpy(list_labels(built.train.loader.dataset.dataset))
@@ -342,6 +349,7 @@ SHARED: dict[str, Row] = {
     ),
     "report": ("--report false", lambda b: b.files("report.html"), ["report.html"], []),
     "hook": ("--hook csv", lambda b: b.files("metrics.csv"), [], ["metrics.csv"]),
+    "profile": ("--profile", lambda b: [*b.loop.reporter.observers], [], ["profiler"]),
     "tracker": (
         "--tracker tests.fakes:tracker", lambda b: [*b.loop.reporter.observers], [],
         ["tests.fakes:tracker"],
@@ -400,6 +408,20 @@ PRETRAIN: dict[str, Row] = {
         lambda b: b.files("reconstructions/*"),
         ["epoch-1.png"],
         ["epoch-0.png", "epoch-1.png"],
+    ),
+    "probe_every": (
+        "--probe_every 0", lambda b: [("rank_me" in row) for row in rows_of(b)], [True] * 2,
+        [False] * 2,
+    ),
+    "probe_images": (
+        "--probe_images 12", lambda b: "10 images to learn from and 2 to score" in b.text, False,
+        True, "--probes linear",
+    ),
+    "probes": (
+        "--probes knn(k=3)",
+        lambda b: [name for name in rows_of(b)[0] if re.fullmatch(r"probe_[a-z]+(_\d+)?", name)],
+        ["probe_knn", "probe_linear"],
+        ["probe_knn_3"],
     ),
     "imagenet_default_mean_and_std": (
         "--imagenet_default_mean_and_std false",
@@ -575,6 +597,8 @@ ELSEWHERE = {
     "tests/test_datasets.py": "pin_mem eval_data_path dist_eval",
     "tests/weights/test_library.py": "pretrained",
     "tests/training/test_phases.py": "min_delta",
+    "tests/training/test_probes.py": "probe_data",
+    "tests/training/test_linear_probe.py": "linear_probe linear_probe_blr",
     "tests/training/test_precise_bn.py": "precise_bn",
     "tests/models/test_heads.py": "reset_head",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused

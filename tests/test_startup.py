@@ -20,6 +20,8 @@ SCRIPTS = [
     "visualize.py",
     "export.py",
     "pack.py",
+    "predict.py",
+    "probe.py",
     "benchmarks/cifar.py",
     "benchmarks/curves.py",
     "benchmarks/gpu.py",

@@ -97,6 +97,8 @@ class AnomalyGuard:
         Stores the counters in `state`, for a checkpoint.
         """
         problem = self._check(state)
+        if self.stepper.watched_norms is not None:
+            state.probed["norms"] = self.stepper.watched_norms.tolist()
         # Keys of the first version, so that checkpoints of all versions load.
         rollbacks = {"returns": self.rollbacks, "returned_at": self.last_rollback}
         state.epoch_sums["guard"] = self.stepper.state() | rollbacks

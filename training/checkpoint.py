@@ -48,6 +48,7 @@ class TrainState:
     since_best: int = 0  # evaluations in a row without a better metric, for --patience
     watched: dict[str, float] = field(default_factory=dict)  # the metrics that it compares with
     epoch_start: int = 0  # `global_step` at the beginning of this epoch
+    probed: dict[str, list] = field(default_factory=dict)  # what the next probe goes by
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "TrainState":
@@ -111,6 +112,10 @@ class TrainState:
         self.best = self.best | {name: values[name] for name in improved}
         self.best_epochs = self.best_epochs | dict.fromkeys(improved, self.position)
         return improved
+
+    def is_best(self) -> bool:
+        """Return True if the weights, without EMA, have just become the best."""
+        return self.best_epochs.get("best") == self.position
 
     def count_without_better(self, values: Mapping[str, float | None], min_delta: float) -> None:
         """Count evaluations in a row in which no value is better by more than `min_delta`.

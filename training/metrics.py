@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from insight.scores import average_precision, r_squared
 from training.meters import unusable
 
 DEFAULTS = {  # by kind of targets; mixed labels are of training alone
@@ -83,6 +84,12 @@ class Batch:
         positive = self.targets >= 0.5
         answer = torch.sigmoid(self.logits) >= (0.5 if threshold is None else threshold)
         return torch.where(self.broken[:, None], ~positive, answer), positive
+
+    def confidences(self, bins: int) -> tuple[Tensor, Tensor]:
+        """(N,) bins of the confidence in the best class, as for `ece`, and the confidence."""
+        sure = self.logits.to(self.dtype).softmax(1).amax(1).masked_fill(self.broken, 1.0)
+        edges = torch.linspace(0, 1, bins + 1, dtype=self.dtype, device=sure.device)[1:-1]
+        return torch.bucketize(sure, edges), sure
 
     def class_counts(self, threshold: float | None = None) -> Tensor:
         """(3, K) images of each class: right answers, all answers, all targets."""
@@ -323,9 +330,7 @@ def ece(bins: int = 15) -> Metric:
     positive_int("bins", bins)
 
     def add(batch: Batch) -> Tensor:
-        sure = batch.logits.to(batch.dtype).softmax(1).amax(1).masked_fill(batch.broken, 1.0)
-        edges = torch.linspace(0, 1, bins + 1, dtype=batch.dtype, device=sure.device)[1:-1]
-        place = torch.bucketize(sure, edges)
+        place, sure = batch.confidences(bins)
         distance = torch.zeros(bins, dtype=batch.dtype, device=sure.device)
         return distance.index_add_(0, place, sure - batch.gains[:, 0])
 
@@ -366,16 +371,6 @@ def area_under_roc(scores: Tensor, positive: Tensor) -> float | None:
     ranks = torch.searchsorted(ordered, own) + torch.searchsorted(ordered, own, right=True) + 1
     wins = ranks.sum().item() - positives * (positives + 1)
     return 100 * wins / (2 * positives * negatives)
-
-
-def average_precision(scores: Tensor, positive: Tensor) -> float | None:
-    """Mean, over the positives (N,), of the precision among scores that are at least as high."""
-    ordered, own = scores.sort().values, scores[positive].sort().values
-    if not len(own):
-        return None
-    hits = len(own) - torch.searchsorted(own, own)
-    answers = len(ordered) - torch.searchsorted(ordered, own)
-    return 100 * (hits.double() / answers).mean().item()
 
 
 def one_versus_rest(score: Callable[[Tensor, Tensor], float | None], average: str) -> Metric:
@@ -427,15 +422,12 @@ def rmse() -> Metric:
 def r2() -> Metric:
     """1 - squared error / variance of the targets; the mean of all numbers if there are several.
 
-    It takes all outputs, since the variance as a difference of sums would lose its digits.
+    It takes all outputs, since the variance as a difference of sums would lose its digits. NaN if a
+    number never varies.
     """
 
     def whole(outputs: Tensor, targets: Tensor, kind: str) -> float:
-        outputs, targets = outputs.double(), targets.double()
-        error = (outputs - targets).square().sum(0)
-        spread = (targets - targets.mean(0)).square().sum(0)
-        found = torch.where(spread > 0, 1 - error / spread, torch.nan)  # constant targets: NaN
-        return found.mean().item()
+        return r_squared(outputs, targets).mean().item()
 
     return Metric(("number",), whole=whole)
 

@@ -48,6 +48,7 @@ from training.hook_table import check_built_in_hooks, check_hooks, idle_hooks
 from training.hooks import Reporter
 from training.metrics import default_metrics
 from training.precise_bn import check_norms
+from training.probes import check_probes
 from training.resume import ResumePoint, find_resume_point
 from training.run_folder import create_run_folder, folder_name
 from training.schedules import Schedule, build_curves
@@ -91,7 +92,8 @@ def setup_process(args: Any) -> tuple[torch.device, str]:
 
 def check_flags(args: Any) -> None:
     """Raise UserError, before the data is listed, for values of flags that cannot work."""
-    for check in (models.check_model, build_optimizer_call, build_rules, build_curves, check_hooks):
+    checks = models.check_model, build_optimizer_call, build_rules, build_curves, check_hooks
+    for check in (*checks, check_probes):
         check(args)
     check_heads_and_task(args)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config.flags import as_typed, is_pretraining
 from errors import UserError
+from insight.health import is_measure
 from parallel.state_dict import full_state_dict
 from training.checkpoint import TrainState
 from training.hooks import Hook, Run
@@ -29,6 +30,16 @@ def log_folder(log_dir: str | None, output_dir: Path | None) -> Path | None:
     if log_dir is None:
         return output_dir and output_dir / "tensorboard"
     return None if log_dir in ("", "none") else Path(log_dir)
+
+
+def scalar_tag(name: str) -> str:
+    """Return the tag of a value of an epoch by its name in log.txt, '' for one that is not shown.
+
+    `test/acc1`, `probe/knn`, `health/rank_me`.
+    """
+    if name.startswith(("test_", "probe_")):
+        return name.replace("_", "/", 1)
+    return f"health/{name}" if is_measure(name) else ""
 
 
 class TensorboardHook(Hook):
@@ -66,8 +77,8 @@ class TensorboardHook(Hook):
             self.folder.mkdir(exist_ok=True)  # fails while the run's own folder is missing
             self.writer = self.open()
         for key, value in stats.items():
-            if key.startswith("test_") and isinstance(value, int | float):
-                self.write("add_scalar", f"test/{key[5:]}", value, state.global_step)
+            if (tag := scalar_tag(key)) and isinstance(value, int | float):
+                self.write("add_scalar", tag, value, state.global_step)
         self.write("flush")
 
     def on_image(self, name: str, image: Tensor, state: TrainState) -> None:

@@ -4,11 +4,12 @@
 
 import argparse
 import hashlib
+from functools import partial
 
 import pytest
 
 import datasets
-from config import flags, views
+from config import cores, flags, predict_flags, probing, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -87,10 +88,17 @@ PARSERS = {
     "visualize": options.visualize_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
 }
 
-VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
-VIEWS |= {"visualize report": views.report_parser}
+VIEWS = {
+    "visualize data": views.data_parser,
+    "visualize stats": views.stats_parser,
+    "visualize runs": views.runs_parser,
+    "visualize report": views.report_parser,
+    "visualize explain": views.explain_parser,
+}
+VIEWS |= {f"probe {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
 
 
 def value_of(action: argparse.Action, text: str) -> object:
@@ -168,8 +176,8 @@ def test_flags_name_every_data_set_by_name():
 
 def test_cores_are_at_most_those_of_the_container(tmp_path, monkeypatch):
     """Kubernetes limits the CPU time; a process there sees all cores of the machine."""
-    monkeypatch.setattr(flags.os, "sched_getaffinity", lambda process: range(96))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: range(96))
     for text, expected in (("800000 100000", 8), ("150000 100000", 2), ("max 100000", 96)):
         (tmp_path / "cpu.max").write_text(f"{text}\n")
-        assert flags.cpu_cores(str(tmp_path / "cpu.max")) == expected
-    assert flags.cpu_cores(str(tmp_path / "none")) == 96
+        assert cores.cpu_cores(str(tmp_path / "cpu.max")) == expected
+    assert cores.cpu_cores(str(tmp_path / "none")) == 96

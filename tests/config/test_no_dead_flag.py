@@ -5,22 +5,32 @@
 import argparse
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from config import parser as options
-from config import recipes
+from config import predict_flags, probing, recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
 # Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
-RESOLVED["pack"] = set()
+RESOLVED |= {"pack": set(), "predict": set(), "probe": set()}
 GET = ("vars(args).get", "flags.get")
+
+
+def probe_actions() -> list[argparse.Action]:
+    """Return the flags of all sub-commands of probe.py."""
+    return [action for view in probing.AIMS for action in probing.probe_parser(view)._actions]
+
+
 PARSERS = {
     "main_pretrain": options.pretrain_parser,
     "main_finetune": options.finetune_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
+    "probe": lambda: SimpleNamespace(_actions=probe_actions()),
 }
 
 

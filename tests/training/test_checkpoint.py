@@ -103,6 +103,7 @@ def test_checkpoint_loads_with_weights_only_and_is_complete(tmp_path):
             "phase_end": 0,
             "steps_per_epoch": 0,
             "epoch_start": 0,
+            "probed": {},
             "since_best": 0,
             "watched": {},
         },

@@ -192,7 +192,10 @@ def test_pretraining_is_tried_and_leaves_no_trace(said, tmp_path):
     flags = ["--num_workers", 1, "--output_dir", tmp_path / "runs" / "new", "--amp", "fp16"]
     assert dry("pretrain", *flags) == 0
     found = re.findall(r"^([a-z]+) +\S", said().partition("to --output_dir\n")[2], re.MULTILINE)
-    assert found == ["train", "picture", *LABELS[1:], "dry"]
+    labels = ["train", "picture", *LABELS[1:], "dry"]
+    labels.insert(labels.index("time"), "probes")
+    assert found == labels
+    assert re.search(r"probes +about 0:00:\d\d each, of \d+ images, 2 times in the run", said())
     assert "step 1/" not in said()
     assert not (tmp_path / "runs").exists()
 

@@ -1,0 +1,209 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Sub-commands of probe.py, their flags and checks.
+
+python probe.py neighbors runs/photos --data_path photos --k 5
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from config import checks, flags, phases, recipes
+from config import parser as parsers
+from config.flags import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, SOURCES, number
+from errors import did_you_mean
+
+AIMS = {
+    "accuracy": """Measure how well frozen features separate classes: k nearest neighbors,
+a ridge and a logistic linear probe, fitted to the training images.
+
+  python probe.py runs/photos --data_path photos --val_split 0.2
+  python probe.py timm:resnet18 --data_path photos --val_split 0.2
+
+Other sub-commands, each with its own --help:
+  features     write features to .npy, .safetensors or .parquet
+  neighbors    draw images with their nearest neighbors
+  duplicates   list and draw near-duplicates
+  outliers     list and draw images that are far from all others
+  map          draw the images as points in two dimensions
+  selectivity  class selectivity of the channels of each layer""",
+    "features": """Write the features of all images, with names and labels.
+
+  python probe.py features runs/photos --data_path photos --output photos.npy
+
+.npy holds (images, channels) float32, and a .csv next to it the names and
+labels of the rows; .safetensors and .parquet hold them too.""",
+    "neighbors": """Draw images and their nearest neighbors among the training images.
+
+  python probe.py neighbors runs/photos --data_path photos --k 5
+
+Numbers are cosine distances: 0 for equal features, about 1 for unrelated ones.""",
+    "duplicates": """Find images that are nearly the same, also of training and evaluation data.
+
+  python probe.py duplicates runs/photos --data_path photos --split all
+
+All pairs are compared. The CSV file has a line per pair over the threshold;
+pairs that share an image are one group.""",
+    "outliers": """Rank images by the distance to their k-th nearest neighbor.
+
+  python probe.py outliers runs/photos --data_path photos
+
+The CSV file has a line per image, the most distant first, and the fraction of
+its k neighbors that have its class: near 0 suggests a wrong label.""",
+    "map": """Draw the features of all images in two dimensions, colored by class.
+
+  python probe.py map runs/photos --data_path photos --method pca""",
+    "selectivity": """Draw and print the class selectivity index of the channels of each layer.
+
+  python probe.py selectivity runs/photos --data_path photos
+
+(largest - others) / (largest + others) of the mean activities of a channel for
+each class: 0 if it is equally active for all, 1 if it is for one class alone.""",
+}
+PROBES = ("knn", "ridge", "logistic")
+FEATURE_SUFFIXES = (".npy", ".safetensors", ".parquet")
+COSINE = number("float [-1, 1]")
+# fmt: off
+COMMON = (
+    ("checkpoint", {"metavar": "CHECKPOINT"}, None, f"{SOURCES}; or torchvision:NAME"),
+    ("--feature_cache", PATH, None,
+     "folder of computed features, or none; default: ~/.cache/convnextv2/features"),
+    ("--max_images", COUNT, None, "largest number of images of a part, drawn by --seed"),
+)
+SPLIT = ("--split", ("train", "val"), "train", "images to use; not all data has val")
+EITHER = ("--split", ("train", "val", "all"), "train", "images to use; not all data has val")
+LAYER = (
+    "--layer", NAME, None,
+    "module whose output, averaged over positions, is used; default: the classifier's input",
+)
+CENTER = (
+    "--center", BOOL, True, "subtract the mean of all features before they are compared by cosine",
+)
+ROWS = {
+    "accuracy": (
+        ("--probes", PROBES, PROBES, "probes to fit, some of knn ridge logistic", "+"),
+        ("--k", COUNT, 20, "neighbors that vote"),
+        ("--temperature", POSITIVE, 0.07, "of the votes: exp(cosine similarity / temperature)"),
+        ("--fractions", FRACTION, (1.0,),
+         "fractions of the training images of each class to fit the probes to", "+"),
+        ("--output", PATH, None, "JSON file to write the results to; default: none"),
+        LAYER,
+    ),
+    "features": (
+        ("--output", PATH, "features.npy", "file to write: .npy, .safetensors or .parquet"),
+        EITHER, LAYER,
+    ),
+    "neighbors": (
+        ("--k", COUNT, 6, "neighbors of an image"),
+        ("--num_images", COUNT, 8, "number of images, one per row, spread evenly"),
+        ("--output", PATH, "neighbors.png", "PNG file to write"),
+        ("--split", ("train", "val"), "train", "images to find neighbors of; not all data has val"),
+        CENTER, LAYER,
+    ),
+    "duplicates": (
+        ("--threshold", COSINE, 0.97, "smallest cosine similarity of a pair"),
+        ("--num_images", COUNT, 10, "largest number of groups in the picture, one per row"),
+        ("--output", PATH, "duplicates.csv", "CSV file to write; the picture is a .png next to it"),
+        EITHER, CENTER, LAYER,
+    ),
+    "outliers": (
+        ("--k", COUNT, 10, "neighbor whose distance counts"),
+        ("--num_images", COUNT, 24, "number of images in the picture"),
+        ("--output", PATH, "outliers.csv", "CSV file to write; the picture is a .png next to it"),
+        EITHER, CENTER, LAYER,
+    ),
+    "map": (
+        ("--method", ("pca", "tsne", "umap"), "pca",
+         "pca; tsne needs scikit-learn, and umap umap-learn"),
+        ("--output", PATH, "map.png", "PNG file to write"),
+        EITHER, LAYER,
+    ),
+    "selectivity": (
+        ("--layers", NAME, None,
+         "modules to look at; default: blocks of ConvNeXt, or all activation functions", "+"),
+        ("--output", PATH, "selectivity.png", "PNG file to write"),
+        SPLIT,
+    ),
+}
+# fmt: on
+SUFFIXES = {
+    "accuracy": (".json",),
+    "features": FEATURE_SUFFIXES,
+    "duplicates": (".csv",),
+    "outliers": (".csv",),
+} | dict.fromkeys(("neighbors", "map", "selectivity"), (".png",))
+DATA = """
+--data_set --data_path --eval_data_path --val_split --data_index --task --image_column
+--label_column --image_root --split_column --nb_classes --on_bad_image
+"""
+PREPROCESSING = """
+--input_size --crop_pct --imagenet_default_mean_and_std --mean --std --value_range --in_chans
+"""
+WEIGHTS = "--model --stem_stride --model_key --use_ema --model_prefix --sha256"
+MACHINE = "--device --amp --batch_size --num_workers --seed"
+OF_FILES = ("model", "model_key", "use_ema", "model_prefix", "sha256")
+TEXTS = {
+    "data_path": "data: all that main_finetune.py takes; without labels for some sub-commands",
+    "nb_classes": "number of classes, for data sets without class names",
+    "seed": "random seed of draws, and of --method",
+}
+
+
+def probe_parser(view: str = "accuracy") -> parsers.Parser:
+    """Return the parser of a sub-command."""
+    name = "" if view == "accuracy" else f"{view} "
+    parser = parsers.Parser(f"%(prog)s {name}CHECKPOINT --data_path DATA [FLAGS]", AIMS[view])
+    parsers.add_rows(parser, "start here", [COMMON[0], *ROWS[view], *COMMON[1:]])
+    parsers.add_flags(parser, "data", DATA)
+    parsers.add_flags(parser, "preprocessing", PREPROCESSING)
+    parsers.add_flags(parser, "choice of weights", WEIGHTS)
+    parsers.add_flags(parser, "machine", MACHINE)
+    for action in parser._actions:
+        action.help = TEXTS.get(action.dest, action.help)
+        if action.dest == "input_size":  # sizes by epoch are for training
+            action.type = flags.COUNT["type"]
+    return parser
+
+
+def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.FrozenNamespace]:
+    """Return a sub-command, and the flags of main_finetune.py with those of probe.py.
+
+    Without a sub-command as the first word it is `accuracy`. CHECKPOINT is --finetune, or --model
+    with --pretrained for a network of timm or torchvision.
+    """
+    words = [*(sys.argv[1:] if words is None else words)]
+    view = words.pop(0) if words and words[0] in AIMS else "accuracy"
+    parser = probe_parser(view)
+    two = [word for word in words[:2] if not word.startswith("-")]  # and not flags
+    if len(two) == 2 and (hint := did_you_mean(two[0], AIMS)):
+        parser.error(f"unknown sub-command {two[0]!r}. {hint}")
+    values, typed = vars(parser.parse_args(words)), {*recipes.flags_set_by(parser, words)}
+    given = typed
+    source = values["checkpoint"]
+    library = flags.library_of(source)
+    if library:
+        problem = next((name for name in OF_FILES if name in typed), "")
+        if problem:
+            parser.error(f"--{problem} is for a file of weights, not for {source}; drop it")
+        values, given = values | {"model": source, "pretrained": True}, given | {"model"}
+    else:
+        values["finetune"] = source
+    plain = {"aa": "none"}  # nothing is augmented; the default refuses images of many channels
+    args = vars(parsers.finetune_parser().parse_args([])) | plain | values
+    args = parsers.finalize(argparse.Namespace(**args), given, typed)
+    for problem in (*checks.problems(args), *problems(view, args)):
+        parser.error(problem)
+    return view, args
+
+
+def problems(view: str, args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each flag of probe.py that cannot work."""
+    if args.output is not None and not args.output.endswith(SUFFIXES[view]):
+        expected = " or ".join(SUFFIXES[view])
+        yield f"--output {args.output}: expected a name that ends in {expected}"
+    if len(phases.eval_sets(args.eval_data_path)) > 1:
+        yield f"--eval_data_path {args.eval_data_path}: give one set"
+    if args.feature_cache not in (None, "none") and Path(args.feature_cache).is_file():
+        yield f"--feature_cache {args.feature_cache} is a file; give a folder, or none"
