@@ -10,6 +10,7 @@ from insight.report_curves import (
     Series,
     as_json,
     build_charts,
+    lowest_of,
     mean_shares,
     place,
     points_for,
@@ -79,6 +80,15 @@ def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
         (0, "last epoch"),
         (1, "last epoch"),
     ]
+
+
+def test_metrics_of_a_user_have_the_direction_of_the_record(tmp_path):
+    rows, best = [{"epoch": e, "test_cost_5": 3.0 - e} for e in range(3)], {"value": 1.0}
+    for lower, expected in ((True, (1, 3)), (False, (3, 1))):
+        record = {"best": {"test_cost_5": best | {"lower_is_better": lower}}}
+        (chart,) = build_charts([read_run(write_run(tmp_path / "run", rows, record))])[0]
+        assert chart.series[0].best == expected
+    assert lowest_of(read_run(write_run(tmp_path / "odd", rows, {"best": {"x": 3}}))) == set()
 
 
 def test_missing_values_leave_no_point(tmp_path):
