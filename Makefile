@@ -33,11 +33,13 @@ demo: install
 		--eval --resume $(DEMO)/finetune
 	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
 		--split val --output $(DEMO)/reconstructions.png
+	$(BIN)/python visualize.py report $(DEMO)/pretrain $(DEMO)/finetune --output $(DEMO)/report.html
 	@echo
 	@echo "accuracy          the line above with top-1, top-5 and loss"
 	@echo "reconstructions   $(DEMO)/reconstructions.png (input, visible patches, reconstruction)"
 	@echo "an epoch a line   $(DEMO)/pretrain/log.txt and $(DEMO)/finetune/log.txt"
 	@echo "curves            $(BIN)/tensorboard --logdir $(DEMO)"
+	@echo "report            $(DEMO)/report.html: open it in a browser"
 
 test: install lint
 	$(BIN)/python tests/run.py -m "not slow"

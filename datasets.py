@@ -24,6 +24,7 @@ from data_loading.dataset import TransformedDataset
 from data_loading.images import Images
 from data_loading.labels import (
     Head,
+    check_column,
     class_names,
     differences,
     find_outputs,
@@ -293,6 +294,10 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
     rows = data.dataset if isinstance(data, Part) else data
     is_table = isinstance(rows, Images) and rows.is_table
     check_columns(rows, args)
+    for part in _tables(rows) if is_train and spec.kind is None else ():
+        if part.listing.metadata.get("classes_of_cells"):
+            column = part.listing.metadata["columns"]["labels"][0]
+            check_column(part.classes, part.example_of, f"{part.path}: {column}")
     if is_train and is_table and rows.kind == "class" and len(rows.classes) == 1:
         raise UserError(
             f"{args.data_path}: all rows are of one class, {rows.classes[0]!r}, so there is "
@@ -300,6 +305,12 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
             "a number --task regression"
         )
     return data
+
+
+def _tables(data: Any) -> list[Images]:
+    """Return the parts of a data set whose labels are in columns."""
+    parts = data.parts if isinstance(data, MixedImages) else [data]
+    return [part for part in parts if isinstance(part, Images) and part.is_table]
 
 
 def check_columns(data: Any, args: Any) -> None:
@@ -434,19 +445,26 @@ def build_loader(
     else:
         batch_size = int(1.5 * args.batch_size)  # as official: no backward
         sampler = EvalSampler(len(dataset), rank, world_size, args.dist_eval)
-    loader = WatchedLoader(
+    loader = build_workers(dataset, sampler, batch_size, args, drop_last=is_train)
+    if args.num_workers is None and is_train and not vars(args).get("dry_run"):
+        loader.tuner = Tuner(most_workers())
+    views = ONE_VIEW if is_train else build_views(args)
+    return DeviceLoader(loader, device, *build_mean_and_std(args), views)
+
+
+def build_workers(
+    dataset: TransformedDataset, sampler: Any, batch_size: int | ByEpoch, args: Any, **options: Any
+) -> WatchedLoader:
+    """Build a loader of this rank's samples; options: more of them for DataLoader."""
+    return WatchedLoader(
         dataset,
         sampler,
         batch_size,
         first_workers() if args.num_workers is None else args.num_workers,
         SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
         pin_memory=args.pin_mem and torch.cuda.is_available(),  # without CUDA torch warns
-        drop_last=is_train,
+        **options,
     )
-    if args.num_workers is None and is_train and not vars(args).get("dry_run"):
-        loader.tuner = Tuner(most_workers())
-    views = ONE_VIEW if is_train else build_views(args)
-    return DeviceLoader(loader, device, *build_mean_and_std(args), views)
 
 
 def build_weights(dataset: TransformedDataset, sampling: str) -> Tensor | None:

@@ -57,7 +57,7 @@ def train_one_epoch(
         return loop.criterion(outputs, targets), main_output(outputs)
 
     names = ["loss", "grad_norm", *["class_acc"] * (loop.kind == "class")]
-    meters = loop.reporter.begin_epoch(names, data_loader)
+    meters = loop.reporter.begin_epoch(names, data_loader, stepper)
     stepper.begin_epoch(len(data_loader))
     # The guard reruns bad steps to find their first NaN.
     loop.guard.begin_epoch(state, lambda *inputs: compute_loss(*inputs)[0])
@@ -127,6 +127,8 @@ def evaluate(
                 losses, counts = criterion.per_image(logits, labels)
                 logits, labels = metrics.in_units(logits, labels)
                 metrics.update(logits, labels, losses, counts)
+                if logits.ndim == 3:  # of the heads of a linear probe, hooks see the best one
+                    logits, losses = main_output(logits), losses[:, :1]
                 reporter.after_evaluated(Batch(images, labels, logits, losses, ids))
     finally:
         criterion.train(was_training)

@@ -32,7 +32,7 @@ def train_one_epoch(
         seed_all(loop.seed, step, micro, get_rank())  # drop path
         return masked_loss(network, model_without_ddp, images, ids, loop.seed, state.epoch)
 
-    meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader)
+    meters = loop.reporter.begin_epoch(["loss", "grad_norm"], data_loader, stepper)
     stepper.begin_epoch(len(data_loader))
     loop.guard.begin_epoch(state, compute_loss)  # to rerun bad steps and find their first NaN
     # A resumed epoch may have no batch left: it ends with the learning rate of its last step.

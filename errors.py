@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to continue
@@ -90,6 +90,17 @@ def pipe_may_close() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         sys.exit()
+
+
+def print_quickly(main: Callable[[Any], None], args: Any) -> int:
+    """Call a `main` that needs no torch, as `launch` does; returns the exit code."""
+    try:
+        with pipe_may_close():
+            main(args)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def see_working_folder() -> None:

@@ -10,6 +10,7 @@ import gc
 from dataclasses import replace
 from functools import partial
 
+from config.linear_probe import optimizer_flags
 from config.parser import finetune_parser as get_args_parser
 from config.parser import parse
 
@@ -35,19 +36,21 @@ from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, restore_loss
 from training.checkpoint_manager import build_checkpoint_manager
 from training.confusion import report_classes
-from training.costs import log_cost
+from training.costs import log_cost, training_flops
 from training.criterion import build_criterion
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.ema import build_ema
-from training.eval_sets import best_prefix, build_eval_sets, first_set
+from training.eval_sets import best_prefix, build_eval_sets, datasets_by_name, first_set
 from training.evaluation import build_metrics
 from training.freeze import build_freezer
 from training.hook_table import build_eval_reporter, build_reporter
+from training.linear_probe import build_linear_probe
 from training.phases import build_phases
 from training.precise_bn import build_precise_bn
 from training.report import describe_evaluation, last_line, plain, small_stats
 from training.resume import auto_load_model, choose_evaluated
+from training.run_record import build_run_record
 from training.schedules import build_schedule
 from training.setup import (
     TrainLoop,
@@ -92,10 +95,12 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model_without_ddp = models.build_classifier(args, nb_classes).to(device)
     n_parameters = log_cost(args, model_without_ddp)
+    flops = training_flops(args, model_without_ddp)  # of an image, for the MFU
 
     # --- 4. weights -------------------------------------------------------------------------
     source = run.resume_point.source or args.finetune or args.model * args.pretrained
-    new_head = args.reset_head or run.head is None or not run.head.fits(targets)
+    new_head = args.reset_head or args.linear_probe
+    new_head |= run.head is None or not run.head.fits(targets)
     if run.weights:  # a run is restored in step 7
         run.weights.load(model_without_ddp, classes=classes, reset_head=new_head)
     elif args.layer_decay < 1 and not source:
@@ -115,16 +120,20 @@ def main(args: argparse.Namespace) -> None:
     run.parallelism.shard(model_without_ddp, ema_module)
     lr = scale_lr(args.lr, args.blr, run.effective_batch)
     criterion = build_criterion(args, nb_classes, device, dataset_train, targets.kind)
+    network, criterion, metrics, own_state = build_linear_probe(
+        args, model_without_ddp, criterion, metrics
+    )  # without --linear_probe nothing changes
     evaluation = device, amp, criterion, metrics
     precise_bn = build_precise_bn(args, model_without_ddp, data_loader_train, device, amp)
-    optimizer = build_optimizer(args, model_without_ddp, lr, run.parallelism.mode, criterion)
+    flags = optimizer_flags(args)
+    optimizer = build_optimizer(flags, network, lr, run.parallelism.mode, criterion)
     lr_schedule = build_schedule(args, optimizer, lr, steps)
     log.info("peak lr %.3g, precision %s", lr, amp)
 
     # --- 6. wrap ----------------------------------------------------------------------------
     if args.compile:
         model_without_ddp.compile()
-    model = model_without_ddp
+    model = network
     if args.cuda_graphs:
         shape = (args.batch_size, args.in_chans, *args.input_size)
         model = Graphed(model_without_ddp, device, amp, [shape])
@@ -133,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     stepper = Stepper(model, optimizer, device, amp, run.update_freq, *limits, criterion)
 
     # --- 7. resume --------------------------------------------------------------------------
-    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module, criterion)
+    parts = TrainableParts(model_without_ddp, optimizer, stepper.scaler, ema_module, own_state)
     state = auto_load_model(run.resume_point, parts, args.start_epoch)
     best_metric = best_prefix(args) + metrics.best
     state.choose_best(best_metric, metrics.lower_is_better)
@@ -142,8 +151,12 @@ def main(args: argparse.Namespace) -> None:
     bad_images = BadImages(
         run.output_dir, data_loader_train, *data_loaders_val, active=args.on_bad_image == "skip"
     )
-    reporter = build_reporter(args, run.output_dir, device, state, steps, nb_classes > 5, classes)
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    reporter = build_reporter(
+        args, run.output_dir, device, state, steps, nb_classes > 5, classes, flops
+    )
+    data = {"train": dataset_train} | datasets_by_name(eval_sets)
+    record = build_run_record(args, run.output_dir, run.resume_point, data, n_parameters)
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,
@@ -174,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
             lambda batches, probe: train_one_epoch(model, model_without_ddp, batches, probe),
             data_loader_train,
             next(iter(data_loaders_val), None),
-            lambda batches: evaluate(batches, model_without_ddp, *evaluation),
+            lambda batches: evaluate(batches, network, *evaluation),
             more_val=data_loaders_val[1:],
         )
         return check_run(plan)
@@ -192,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
             log_stats = {f"train_{name}": value for name, value in train_stats.items()}
             for each in eval_sets if phase.evaluates else ():
                 names = reporter, each.split()
-                test_stats = evaluate(each.loader, model_without_ddp, *evaluation, *names)
+                test_stats = evaluate(each.loader, network, *evaluation, *names)
                 log_stats |= each.named(test_stats)
                 if args.model_ema_eval:
                     names = reporter, each.split("ema")
@@ -205,6 +218,8 @@ def main(args: argparse.Namespace) -> None:
             last = phases.ends_run(phase, state, best)
             report = partial(loop.reporter.end_epoch, log_stats)
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
+            if loop.reporter.worst and phase.evaluates and (last or state.is_best()):
+                loop.reporter.image("worst_images", loop.reporter.worst.draw)
     log.info("%s", last_line(args, run.output_dir, state))
 
 

@@ -28,7 +28,7 @@ from parallel.sharding import sync_batch_norm
 from training.anomaly import build_guard
 from training.checkpoint import TrainableParts, TrainState
 from training.checkpoint_manager import build_checkpoint_manager
-from training.costs import log_cost, log_masks
+from training.costs import log_cost, log_masks, training_flops
 from training.cuda_graphs import Graphed
 from training.dry_run import PlannedRun, check_run
 from training.freeze import build_freezer
@@ -38,6 +38,7 @@ from training.pictures import ReconstructionImages
 from training.probes import build_probes
 from training.report import last_line, plain
 from training.resume import auto_load_model
+from training.run_record import build_run_record
 from training.schedules import build_schedule
 from training.setup import TrainLoop, setup_process, setup_run
 from training.stepper import Stepper
@@ -60,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all(args.seed)
     model_without_ddp = models.build_fcmae(args).to(device)
     n_parameters = log_cost(args, model_without_ddp)
+    flops = training_flops(args, model_without_ddp)  # of an image, for the MFU
     patches, visible = log_masks(args, model_without_ddp)  # of images of --input_size
 
     # --- 4. weights -------------------------------------------------------------------------
@@ -100,8 +102,16 @@ def main(args: argparse.Namespace) -> None:
     state.recount_steps(steps, len(dataset_train))
     phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
-    reporter = build_reporter(args, run.output_dir, device, state, steps)
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    reporter = build_reporter(args, run.output_dir, device, state, steps, flops=flops)
+    record = build_run_record(
+        args,
+        run.output_dir,
+        run.resume_point,
+        {"train": dataset_train},
+        n_parameters,
+        mask_ratio=1 - visible / patches,
+    )
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,

@@ -1,29 +1,36 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Draw reconstructions of a pre-trained model, or training images; print statistics of a data set.
+"""Draw images, reconstructions and what a network looks at; print statistics; report on runs.
 
 python visualize.py --checkpoint runs/demo/pretrain/checkpoint-9.pth --output reconstructions.png
 python visualize.py data --data_path photos
 python visualize.py stats --data_path photos
+python visualize.py runs runs --sort test_acc1
+python visualize.py report runs/demo/pretrain
+python visualize.py explain runs/demo/finetune --images photos
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from config import predict_flags
 from config.checks import shape_problems
 from config.parser import finalize, pretrain_parser
-from config.views import parse_view
+from config.views import OF_EXPLAIN, parse_view
+from errors import UserError, format_bytes, plural, print_quickly
+from insight.runs import print_runs
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
     view, args = parse_view()
+    if view == "runs":
+        sys.exit(print_quickly(print_runs, args))
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -38,27 +45,27 @@ from config.flags import (
     needs_path,
 )
 from config.tasks import OF_TABLES, may_be_table
-from data_loading.files import Names
-from data_loading.folders import FolderFiles
-from data_loading.images import Images
-from data_loading.index import Listing
+from data_loading.inputs import Inputs
 from data_loading.mixed import MixedImages, reading_order
-from data_loading.sources import DatasetSpec, UnknownSource, open_images
+from data_loading.sources import DatasetSpec
 from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes, keep_samples
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
-from errors import UserError, plural
+from insight.report_page import write_report
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
 from training.checkpoint import TrainState
+from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
+from training.trained import has_decoder, load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags
 
 AT_ONCE = 8  # images that a worker measures before it reports
+MASKS = 8  # of `explain`
 
 
 def main(args: argparse.Namespace) -> None:
@@ -215,21 +222,68 @@ def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
 def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedImages:
     """Return the images of --images: image files, and all that --data_path takes."""
     image, split, root = map(typed.get, ("image_column", "split_column", "image_root"))
-    columns, parts = Columns(image, split=split, root=root or ""), []
-    skips = args.on_bad_image == "skip"
-    for path in args.images:
-        spec = DatasetSpec(path, columns=columns, labeled=False, skip_missing=skips, shuffled=False)
-        try:
-            parts.append(open_images("auto", spec, args.split == "train"))
-        except UnknownSource:  # an image file
-            names = Names.pack([os.fsencode(os.path.expanduser(path))])
-            parts.append(Images(partial(FolderFiles, ""), Listing(names, {}, {}), path))
-        except UserError as error:
-            raise UserError(str(error).replace("--data_path", "--images")) from error
-    return MixedImages(parts)
+    columns, skips = Columns(image, split=split, root=root or ""), args.on_bad_image == "skip"
+    spec = DatasetSpec(columns=columns, labeled=False, skip_missing=skips, shuffled=False)
+    return Inputs(spec, train=args.split == "train").open(args.images)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the report of one run, or of several side by side."""
+    path = write_report(args.runs, args.output)
+    print(f"{path}: {plural(len(args.runs), 'run')}, {format_bytes(path.stat().st_size)}")
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Draw where a classifier looks, or where the reconstruction of a pre-trained model errs."""
+    device = init_distributed_mode(args.device or "auto")
+    flags = predict_flags.flags_of_evaluation(args, OF_EXPLAIN)
+    weights = read_source(flags, args.checkpoint)
+    is_masked = has_decoder(weights)
+    for name in ("target", "layer") if is_masked else ("num_masks",):
+        if getattr(args, name) is not None:
+            kind = "classifiers" if is_masked else "pre-trained models with a decoder"
+            raise UserError(f"--{name} is for {kind}, which {weights.path} is not; drop it")
+    if is_masked:
+        picture, what = explain_masked(args, weights, device)
+    else:
+        if not args.images:
+            raise UserError("--images is missing; give images, or all that --data_path takes")
+        trained = load_trained(flags, args.checkpoint, device)
+        given = {name: vars(args)[name] for name in ("image_column", "split_column", "image_root")}
+        reading = {"on_bad_image": args.on_bad_image or "error", "tta": None}
+        data = given_images(args, given)
+        loader = reading_loader(trained.flags.replace(**reading), data, device)
+        picture, what = explain_classifier(
+            trained, loader, args.num_images, args.target, args.layer or ""
+        )
+    save_picture(to_pil_image(picture.mul(255).add(0.5).clamp(0, 255).byte()), args.output)
+    print(f"{args.output}: {what}")
+
+
+def explain_masked(
+    args: argparse.Namespace, weights: Pretrained, device: torch.device
+) -> tuple[torch.Tensor, str]:
+    """Draw the error maps of a pre-trained model."""
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    flags = argparse.Namespace(**find_flags(weights, given))
+    loader = reading_loader(flags, find_data(flags, given), device)
+    model = build_fcmae(flags).to(device).eval()
+    weights.load(model, new=())
+    return explain_autoencoder(model, loader, args.num_images, flags.seed, args.num_masks or MASKS)
+
+
+def reading_loader(args: argparse.Namespace, data: Any, device: torch.device) -> Any:
+    """Return a loader that reads images as an evaluation does, in this process."""
+    transform = datasets.build_transform(False, args)
+    on_bad = "leave out" if args.on_bad_image == "skip" else "error"
+    dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+    dataset.map_values(vars(args).get("value_range"))
+    mean_std = datasets.build_mean_and_std(args)
+    return datasets.DeviceLoader(WatchedLoader(dataset, [], 1), device, *mean_std)
 
 
 VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}
+VIEWS |= {"runs": print_runs, "report": report, "explain": explain}
 
 if __name__ == "__main__":
     launch(VIEWS[view], args)

@@ -112,9 +112,19 @@ def digest(folder: Path) -> dict[str, str]:
     for path in sorted([folder / "log.txt", *folder.rglob("*.png")]):
         if path.exists():
             name = path.relative_to(folder).as_posix()
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = untimed(path) if name == "log.txt" else path.read_bytes()
+            found[name] = hashlib.sha256(content).hexdigest()
     found["TensorBoard"] = json.dumps(scalars(folder / "tensorboard"))
     return found
+
+
+def untimed(log: Path) -> bytes:
+    """Return the lines of log.txt without what two equal runs do not share."""
+    from training.report import SPEED
+
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    kept = [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
+    return json.dumps(kept).encode()
 
 
 def _feed(marks, value: object) -> None:
@@ -140,7 +150,9 @@ def scalars(folder: Path) -> dict[str, list]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    timed = ("images_per_s", "data_wait", "memory_mb", "eta_s")
+    from training.report import SPEED
+
+    timed = (*SPEED, "memory_mb", "eta_s")
     tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith(timed)]
     return {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in sorted(tags)}
 

@@ -104,8 +104,6 @@ class InMemory:
     `DeviceLoader` would copy on a stream that does not wait for crops made on the GPU.
     """
 
-    wait_seconds = 0.0  # there is no loader to wait for
-
     def __init__(
         self,
         images: np.ndarray,

@@ -202,7 +202,7 @@ def table_of_choices(where: dict[str, str], args: argparse.Namespace) -> str:
 
 def rates(output: str) -> list[tuple[int, int]]:
     """(images/s, % of time spent waiting for data) of every log line of a run."""
-    found = re.findall(r"images/s (\d+) +data_wait (\d+)%", output)
+    found = re.findall(r"images/s (\d+) +data (\d+)%", output)
     return [(int(rate), int(share)) for rate, share in found]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from config import flags, tool_flags
 from config.augmentation import augmentation_problems, ends_some, image_problems
 from config.flags import as_typed
+from config.linear_probe import linear_probe_problems
 from config.phases import phase_problems
 from config.schedules import schedule_problems
 from config.sizes import size_problems, sizes_by_epoch
@@ -57,6 +58,7 @@ _SAVES = (
 )
 _WEIGHTS = "--finetune or --resume", lambda args: args.resume or vars(args).get("finetune")
 NEEDS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # flag: what it needs to act, and a test
+    "linear_probe_blr": ("--linear_probe true", lambda args: args.linear_probe),
     "layer_decay_type": ("--layer_decay below 1", lambda args: args.layer_decay < 1),
     "mixup_mode": _MIXING,
     "mixup_prob": _MIXING,
@@ -85,18 +87,21 @@ gaussian_blur_prob reprob remode recount smoothing mixup cutmix cutmix_minmax
 mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch aug_off_epoch class_weights warmup_epochs
 warmup_steps start_epoch update_freq effective_batch progressive_batch sched sched_options opt
 opt_eps opt_betas momentum weight_decay weight_decay_end no_weight_decay param_group freeze
-clip_grad clip_mode pretrained freeze_backbone reset_head head_init_scale layer_decay
+clip_grad clip_mode pretrained freeze_backbone linear_probe linear_probe_blr reset_head
+head_init_scale layer_decay
 layer_decay_type eval_freq patience min_delta precise_bn
 model_ema_decay model_ema_force_cpu model_ema_eval cuda_graphs grad_checkpointing on_spike
-spike_factor snapshot_freq max_bad_steps log_dir print_freq tracker project tags progress
-auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps save_ckpt_every_minutes
-max_minutes async_save max_save_failures shard grad_compression sync_bn sync_bn_group
+spike_factor snapshot_freq max_bad_steps log_dir print_freq profile tracker project tags report
+progress auto_resume save_ckpt save_ckpt_freq save_ckpt_num save_ckpt_every_steps
+save_ckpt_every_minutes max_minutes async_save max_save_failures shard grad_compression sync_bn
+sync_bn_group
 """
 
 
 def problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each combination of flags that cannot work."""
     values = vars(args)
+    yield from linear_probe_problems(args)
     for one, other, reason in CONFLICTS + IN_TRAINING * (not values.get("eval")):
         if values.get(one) and values.get(other):
             both = f"--{one} {as_typed(values[one])} and --{other} {as_typed(values[other])}"

@@ -225,8 +225,7 @@ FLAGS["probes and alarms"] = (
     ("--probe_data", PATH, "", "labeled data for probes, as --data_path; default: the run's own"),
     ("--probe_images", COUNT, None,
      "labeled images of a probe; default: 1/4 of the training images, 500 to 24,000"),
-    ("--probes", TEXT, ("knn", "linear"),
-     "evaluators of features: knn(k=20), linear(standardize=True), or package.module:name", "+"),
+    ("--probes", TEXT, ("knn", "linear"), "evaluators: knn(k=20), linear, package.module:own", "+"),
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
@@ -353,6 +352,9 @@ FLAGS["optimizer and schedule"] = (
 FLAGS["pretrained weights and head"] = (
     ("--pretrained", BOOL, False, "weights that timm or torchvision publishes for its --model"),
     ("--freeze_backbone", BOOL, False, "train the classifier only, the rest in evaluation mode"),
+    ("--linear_probe", BOOL, False, "train several linear heads on frozen features, as in MAE"),
+    ("--linear_probe_blr", POSITIVE, None,
+     "their peak learning rates per 256 images of an optimizer step; default: by --opt", "+"),
     ("--model_key", NAME, MODEL_KEY, "keys of the weights in the checkpoint, tried in order"),
     ("--use_ema", BOOL, False, "use the checkpoint's EMA weights"),
     ("--model_prefix", TEXT, "", "prefix to strip from names of weights; others are ignored"),
@@ -423,12 +425,16 @@ FLAGS["checkpoints and logs"] = (
     ("--hook", REPEATED, None,
      "csv, histograms(every=5), predictions ...: names of docs/hooks.md, or package.module:MyHook; "
      "may be given several times", "+"),
+    ("--profile", BOOL, False,
+     "trace some optimizer steps for ui.perfetto.dev and list the most expensive operations; as "
+     "--hook profiler, which takes arguments"),
     ("--tracker", TEXT, None,
      "experiment tracker: wandb, trackio or package.module:function, perhaps with arguments of its "
      "init, such as 'wandb(mode=offline)'; default: none"),
     ("--project", NAME, PROJECT, "project of --tracker"),
     ("--tags", TEXT, None, "tags of the run in --tracker; default: none", "+"),
     ("--progress", ("auto", "bar", "lines"), "auto", "progress display; auto: a bar on a terminal"),
+    ("--report", BOOL, True, "write report.html into --output_dir: curves, images, notes, flags"),
     ("--auto_resume", BOOL, True, "continue from the newest checkpoint in --output_dir"),
     ("--sha256", TEXT, "", "expected SHA-256 of the checkpoint, 64 hexadecimal digits"),
     ("--save_ckpt", BOOL, True, "write checkpoints"),

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from config import checks, flags, recipes, tool_flags
 from config.flags import as_typed
+from config.linear_probe import imply_flags
 from config.paths import absolute, map_sources
 from config.phases import map_eval_paths
 from config.schedules import clear_scheduled
@@ -31,7 +32,10 @@ VISUALIZE_HELP = """Draw images, their masks and their reconstructions by a pre-
 
   python visualize.py --checkpoint runs/photos
   python visualize.py data --help    draw what a training script sees
-  python visualize.py stats --help   print mean, std, sizes and classes"""
+  python visualize.py stats --help   print mean, std, sizes and classes
+  python visualize.py runs --help    list runs with their results
+  python visualize.py report --help  write the report of runs as one HTML file
+  python visualize.py explain --help draw where a network looks"""
 FINETUNE_ONLY = (
     "label smoothing and mixing",
     "loss",
@@ -170,7 +174,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def describe_versions() -> str:
+def find_versions() -> dict[str, str]:
     """Return the versions of the toolkit, Python and the main libraries, without loading them."""
     own = ROOT / "pyproject.toml"
     text = own.read_text(encoding="utf-8") if own.exists() else ""
@@ -179,7 +183,12 @@ def describe_versions() -> str:
     for name in (PACKAGE,) * (found is None) + LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    return versions
+
+
+def describe_versions() -> str:
+    """Return the versions of `find_versions` in one line."""
+    return ", ".join(f"{name} {version}" for name, version in find_versions().items())
 
 
 def _list_models(parser: Any, value: Any) -> str:
@@ -326,6 +335,7 @@ def finalize(
     new["input_size"], sizes = split_sizes(new["input_size"])
     new["input_sizes"] = sizes or new.get("input_sizes", "")
     clear_scheduled(new, new if given is None else given)
+    imply_flags(new, new if given is None else given, typed)
     if new["warmup_epochs"] is None:
         new["warmup_epochs"] = min(40.0 if pretrain else 20.0, new["epochs"] / 5)
     new["aa"] = None if new["aa"] in ("", "none", "None") else new["aa"]

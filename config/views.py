@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from config import checks, predict_flags, recipes
 from config import parser as parsers
-from config import recipes
-from config.flags import CORES, COUNT, PATH
+from config.flags import BOOL, CORES, COUNT, NAME, PATH, SOURCES
 from errors import did_you_mean
 
 STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.
@@ -35,6 +35,33 @@ per epoch.
 Takes all flags of main_pretrain.py or main_finetune.py, and their defaults:
 those of main_finetune.py if one of the flags is only for it, or with --script
 finetune."""
+RUNS_AIM = """List the runs in a folder and in those below it: script, model, recipe, status,
+epochs, the last and the best value of a metric, time.
+
+  python visualize.py runs runs
+  python visualize.py runs runs --sort test_acc1
+  python visualize.py runs runs --json
+
+Without --sort the newest run comes first, with the metric that chooses its
+best checkpoint. Runs of earlier versions have no run.json; what their log.txt
+and args.yaml tell is listed."""
+REPORT_AIM = """Write the report of a run as one HTML file, or of several runs side by side:
+notes, curves, reconstructions, results by class, times, flags, machine.
+
+  python visualize.py report runs/demo/pretrain
+  python visualize.py report runs/first runs/second --output compared.html
+
+RUN is the --output_dir of a training script. The file needs no server and no
+network, so it can be sent by mail. Runs write their own report as they train,
+unless --report is false."""
+EXPLAIN_AIM = """Draw where a classifier looks, by Grad-CAM; of a pre-trained model, where its
+reconstruction errs.
+
+  python visualize.py explain runs/finetune --images photos
+  python visualize.py explain runs/finetune --images photos --target cat
+  python visualize.py explain runs/pretrain
+
+Flags that are not given are those of the checkpoint."""
 SCRIPTS = {"pretrain": parsers.pretrain_parser, "finetune": parsers.finetune_parser}
 STATS_FLAGS = """
 --data_set --data_path --eval_data_path --data_index --image_column --label_column --image_root
@@ -44,12 +71,57 @@ OF_STATS = (
     ("--num_images", COUNT, None, "images to measure, drawn by --seed; default: all"),
     ("--split", ("train", "val"), "train", "images to measure; not every data set has val"),
 )
+OF_REPORT = (
+    ("runs", {"metavar": "RUN"}, None, "folders of runs", "+"),
+    ("--output", PATH, None, "HTML file to write; default: report.html in the first RUN"),
+)
 OF_DATA = (
     ("--script", tuple(SCRIPTS), None, "training script whose flags are given; default: by them"),
     ("--output", PATH, "data.png", "PNG file to write"),
     ("--num_images", COUNT, 4, "number of images, one per row"),
     ("--num_epochs", COUNT, 4, "number of epochs, one per column"),
 )
+OF_RUNS = (
+    ("folder", {"metavar": "DIR"}, "runs", "folder with the folders of runs", "?"),
+    ("--sort", NAME, None, "metric of log.txt to show, the best run first; default: newest first"),
+    ("--json", BOOL, False, "print JSON with all metrics instead of a table"),
+)
+
+
+def runs_parser() -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py runs`."""
+    parser = parsers.Parser("%(prog)s runs [DIR] [FLAGS]", RUNS_AIM)
+    parsers.add_rows(parser, "list", OF_RUNS)
+    return parser
+
+
+OF_EXPLAIN = (
+    ("source", {"metavar": "CHECKPOINT"}, None, f"{SOURCES}; or give --checkpoint", "?"),
+    ("--checkpoint", PATH, None, "the same as CHECKPOINT"),
+    ("--output", PATH, "explain.png", "PNG file to write"),
+    (
+        "--images",
+        PATH,
+        None,
+        "image files, or all that --data_path takes; default: those of the pre-training run",
+        "+",
+    ),
+    ("--num_images", COUNT, 8, "number of images, spread over all"),
+    ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),
+    (
+        "--target",
+        NAME,
+        None,
+        "classifier: class to explain, by name or number; default: the predicted one of each image",
+    ),
+    ("--layer", NAME, None, "classifier: module that gives the map; default: the last map"),
+    ("--num_masks", COUNT, None, "pre-trained model: masks to average over; default: 8"),
+)
+EXPLAIN_FLAGS = """
+--model --head --heads --model_key --use_ema --model_prefix --sha256 --device --seed --input_size
+--crop_pct --imagenet_default_mean_and_std --mean --std --value_range --image_column --image_root
+--split_column --on_bad_image
+"""
 
 
 def stats_parser() -> argparse.ArgumentParser:
@@ -61,12 +133,32 @@ def stats_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def report_parser() -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py report`."""
+    parser = parsers.Parser("%(prog)s report RUN [RUN ...] [--output FILE]", REPORT_AIM)
+    parsers.add_rows(parser, "report", OF_REPORT)
+    return parser
+
+
 def data_parser(script: str = "pretrain") -> argparse.ArgumentParser:
     """Return the parser of `visualize.py data`: that of a training script with some more flags."""
     parser = SCRIPTS[script]()
     parser.usage, parser.description = "%(prog)s data [FLAGS]", DATA_AIM
     parser.everyday = " ".join([parser.everyday, *(row[0][2:] for row in OF_DATA)])
     parsers.add_rows(parser, "drawing", OF_DATA)
+    return parser
+
+
+def explain_parser() -> argparse.ArgumentParser:
+    """Return the parser of `visualize.py explain`; unset flags are those of the checkpoint."""
+    parser = parsers.Parser("%(prog)s explain CHECKPOINT [FLAGS]", EXPLAIN_AIM)
+    parsers.add_rows(parser, "drawing", OF_EXPLAIN)
+    parsers.add_flags(parser, "overrides of the checkpoint's flags", EXPLAIN_FLAGS)
+    parser.set_defaults(**{word.removeprefix("--"): None for word in EXPLAIN_FLAGS.split()})
+    for action in parser._actions:
+        action.help = predict_flags.TEXTS.get(action.dest, action.help)
+        if action.dest == "input_size":
+            action.type = COUNT["type"]
     return parser
 
 
@@ -95,6 +187,11 @@ def choose_script(words: Sequence[str]) -> str:
     return "finetune" if names & (finetune - pretrain) else "pretrain"
 
 
+def parse_runs(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py runs`."""
+    return runs_parser().parse_args(words)
+
+
 def parse_stats(words: Sequence[str]) -> argparse.Namespace:
     """Parse the flags of `visualize.py stats`."""
     parser = stats_parser()
@@ -104,9 +201,29 @@ def parse_stats(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def parse_report(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py report`."""
+    return report_parser().parse_args(words)
+
+
 def parse_data(words: Sequence[str]) -> parsers.FrozenNamespace:
     """Parse the flags of `visualize.py data`."""
     return parsers.parse(data_parser(choose_script(words)), words)
+
+
+def parse_explain(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `visualize.py explain`; one of CHECKPOINT and --checkpoint is given."""
+    parser = explain_parser()
+    args = parser.parse_args(words)
+    if bool(args.source) == bool(args.checkpoint):
+        both = "are the same; give one" if args.source else "are missing; give a checkpoint"
+        parser.error(f"CHECKPOINT and --checkpoint {both}")
+    args.checkpoint = args.source or args.checkpoint
+    if len(args.input_size or ()) > 2:
+        parser.error(f"--input_size: got {len(args.input_size)} numbers, expected one or two")
+    for problem in checks.problems(predict_flags.flags_of_evaluation(args, OF_EXPLAIN)):
+        parser.error(problem)
+    return args
 
 
 def parse_reconstructions(words: Sequence[str]) -> argparse.Namespace:
@@ -119,6 +236,9 @@ VIEWS: dict[str, Callable[[Sequence[str]], Any]] = {
     "reconstructions": parse_reconstructions,
     "data": parse_data,
     "stats": parse_stats,
+    "runs": parse_runs,
+    "report": parse_report,
+    "explain": parse_explain,
 }
 
 

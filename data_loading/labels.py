@@ -5,9 +5,11 @@
 python -c "from data_loading.labels import Head; print(Head('weights', ('ant', 'bee'), 2))"
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from data_loading.targets import Scale, Targets
@@ -49,7 +51,8 @@ def order_classes(names: Iterable[str]) -> list[str]:
 def class_names(dataset: Any) -> list[str] | None:
     """Return the class names of a data set in the order of its labels, None if it has none.
 
-    A second class of the same name becomes `name (2)`; a class with several names has the first.
+    A class with several names, a tuple, has the first; if another class has that too, as in
+    torchvision's ImageNet, it becomes `name (2)`. UserError for other classes of one name.
     """
     labels, listed = getattr(dataset, "class_to_idx", None), getattr(dataset, "classes", None)
     if labels is None and listed is None:
@@ -65,8 +68,34 @@ def class_names(dataset: Any) -> list[str] | None:
     for label in sorted(labels):
         name = str(labels[label])
         seen[name] += 1
+        if seen[name] > 1 and not (listed is not None and isinstance(listed[label], tuple)):
+            both = [n for n in sorted(labels) if str(labels[n]) == name][:2]
+            raise UserError(
+                f"two classes of the data set are called {name!r}, with the labels {both[0]} and "
+                f"{both[1]}; give each class a name of its own"
+            )
         names.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
     return names
+
+
+def check_column(names: Sequence[str], example_of: Callable[[int], str], column: str) -> None:
+    """Raise UserError for labels of a table of which some are numbers and others are not.
+
+    example_of: a label -> a line that has it. column: its name, with that of the file.
+    """
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+    kinds: dict[bool, list[int]] = {True: [], False: []}
+    for label, name in enumerate(names):
+        kinds[bool(number.fullmatch(name))].append(label)
+    if kinds[True] and kinds[False]:
+        numbers, others = (
+            first_few((f"{names[label]} ({example_of(label)})" for label in labels), 3)
+            for labels in kinds.values()
+        )
+        raise UserError(
+            f"{column} mixes numbers, {numbers}, and names, {others}; correct the table, or if all "
+            "are names of classes, give --task classification or multi_label"
+        )
 
 
 def order_of_head(names: Sequence[str], head: Head) -> tuple[list[str] | None, str]:
@@ -103,6 +132,15 @@ def imagenet_names() -> dict[str, list[str]]:
         "by ImageNet's names": info.label_names(),
         "by ImageNet's English names": [_simplify(name.partition(",")[0]) for name in english],
     }
+
+
+def imagenet_classes() -> list[str]:
+    """Return ImageNet's names in English, the first of each: `tench`, ..., `crane (2)`."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    names = [info.index_to_description(place).partition(",")[0] for place in range(IMAGENET)]
+    return class_names(SimpleNamespace(classes=names))
 
 
 def _simplify(name: str) -> str:

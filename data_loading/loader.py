@@ -5,8 +5,7 @@
 python -c "from data_loading import loader; print(loader.DeviceLoader.__doc__)"
 """
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +23,11 @@ class DeviceLoader:
     """A loader's batches on `device`: images (N, C, H, W) float, normalized, channels_last.
 
     The loader's images are uint8 in 0..255 or float in 0..1. Random erasing acts on the normalized
-    ones. Raises the UserErrors that `TransformedDataset` returned. `wait_seconds` sums the time
-    spent waiting for the loader; `bad` maps the images that `--on_bad_image skip` skipped to
-    reasons. On CUDA a batch is copied on a stream of its own, so that the copy overlaps with the
-    step before it. views: those of each image, over which an evaluation averages.
+    ones. Raises the UserErrors that `TransformedDataset` returned. `mark("rest")` is called when a
+    batch is asked for and `mark("data")` when it is ready, so that training can measure the wait;
+    `bad` maps the images that `--on_bad_image skip` skipped to reasons. On CUDA a batch is copied
+    on a stream of its own, so that the copy overlaps with the step before it. views: those of each
+    image, over which an evaluation averages.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DeviceLoader:
             white: torch.tensor([[white * x for x in values] for values in (mean, std)]).to(device)
             for white in (1.0, 255.0)
         }
-        self.wait_seconds = 0.0
+        self.mark: Callable[[str], None] = lambda part: None
         self.bad: dict[str, str] = {}
         self.range_is_known = False
         self.copy_stream = None
@@ -60,16 +60,24 @@ class DeviceLoader:
         self.loader.set_epoch(epoch, start, stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        start = time.perf_counter()
+        for _, batch in self.pairs():
+            if batch is not None:  # an evaluation may have left out all
+                yield batch
+
+    def pairs(self) -> Iterator[tuple[tuple, tuple[Tensor, Tensor, Tensor] | None]]:
+        """Yield each batch of `collate`, and what iteration gives of it; None without images."""
+        self.mark("rest")
         for batch in self.loader:
-            self.wait_seconds += time.perf_counter() - start
             if isinstance(batch, UserError):
                 raise batch
             self.bad |= dict(batch[3])
-            if len(batch[0]):  # an evaluation may have left out all
+            found = None
+            if len(batch[0]):
                 self._check_range(batch[0])
-                yield self._to_device(batch)
-            start = time.perf_counter()
+                found = self._to_device(batch)
+            self.mark("data")
+            yield batch, found
+            self.mark("rest")
 
     def reload(self, epoch: int, ids: Tensor) -> tuple[Tensor, ...]:
         """Read the batch of these samples as it was in an epoch, in this process."""

@@ -352,7 +352,8 @@ def list_table(table: Table, given: Columns, kind: str | None, labeled: bool) ->
 
     given: the columns as far as flags name them. kind: of the targets; None if the cells tell it.
     arrays: `targets`, (N,) labels or (N, K) rows; `weights` for sampling, if there is a column;
-    `lines` of the table.
+    `lines` of the table. metadata: also `classes_of_cells`, True if the cells of one column name
+    the classes.
     """
     columns = choose_columns(table, given, labeled)
     names = table.images
@@ -366,6 +367,8 @@ def list_table(table: Table, given: Columns, kind: str | None, labeled: bool) ->
     if columns.weight:
         arrays["weights"] = read_numbers(table, [columns.weight], least=0)[:, 0]
     metadata = {"classes": classes, "kind": kind if classes else None, "unit": table.unit}
+    if kind in ("class", "multi") and len(columns.labels) == 1:
+        metadata["classes_of_cells"] = columns.labels[0] not in table.class_names
     metadata |= {"columns": {"image": columns.image, "labels": columns.labels}}
     metadata["columns"] |= {"split": columns.split, "weight": columns.weight}
     return Listing(Names.pack(map(os.fsencode, names)), arrays, metadata)

@@ -21,7 +21,7 @@ STALL_EPOCHS = 5  # after which the loss must have fallen below it
 LOWEST_RANK = 2.0
 RANK_FALL = 0.4  # of its highest
 LOWEST_DISTANCE = 0.05  # of 0.5 for unrelated channels
-MOST_DEAD = 50.0  # percent
+MOST_IDLE = 50.0  # percent of channels that are dead or saturated
 MOST_SKIPPED = 5.0  # percent
 WORSE = 3.0  # points of nearest neighbors below the first probe, in three probes in a row
 
@@ -101,9 +101,12 @@ def collapse(history: Sequence[Record]) -> Iterator[str]:
             f"feature_distance {distances[-1]:.3f}: channels show nearly the same map (unrelated "
             f"ones have 0.5). {remedy}"
         )
-    dead = _values(history[-1:], "dead_channels")
-    if dead and dead[0] > MOST_DEAD:
-        yield f"{dead[0]:.0f}% of the channels are dead, zero for every image. {remedy}"
+    dead, saturated = (_values(history[-1:], f"{kind}_channels") for kind in ("dead", "saturated"))
+    if sum(dead + saturated) > MOST_IDLE:
+        yield (
+            f"{sum(dead):.0f}% of the channels are dead and {sum(saturated):.0f}% saturated: they "
+            f"are the same for every image. {remedy}"
+        )
 
 
 def stall(history: Sequence[Record]) -> Iterator[str]:
@@ -121,8 +124,9 @@ def stall(history: Sequence[Record]) -> Iterator[str]:
         name = "probe_knn" if _values(history, "probe_knn") else "probe_linear"
         yield (
             f"{name} {scores[-1]:.1f}% is below its first value, {scores[0]:.1f}%, for three "
-            "probes: the features get worse for the labels. Compare probe_linear; if that falls "
-            "too, raise --mask_ratio or --patch_size, and try another crop (--scale 0.2 1)"
+            "probes: the features get worse for the labels. If rank_me is low or probe_linear "
+            "falls too, lower --lr; otherwise it may be harmless, or --mask_ratio or --patch_size "
+            "is too small"
         )
 
 

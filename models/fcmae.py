@@ -140,8 +140,8 @@ class FCMAE(nn.Module):
         x = x.reshape(n, h, cells, w, cells, s, s, c).permute(0, 2, 5, 4, 6, 7, 1, 3)
         return x.reshape(n, -1, h, w)  # (N, [cell row, row, cell column, column, channel], h, w)
 
-    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean loss of the pixels of removed patches, a scalar in float32 or better."""
+    def pixel_errors(self, images: Tensor, pred: Tensor) -> Tensor:
+        """Return the loss of each value of all patches, (N, L, p*p*C), in float32 or better."""
         target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
         if self.norm_pix_loss:
             # (x - mean) / sqrt(var + 1e-6) in one pass. The official variance is the unbiased one,
@@ -150,7 +150,11 @@ class FCMAE(nn.Module):
             ratio = (n - 1) / n
             target = F.layer_norm(target, (n,), eps=1e-6 * ratio) * ratio**0.5
         pred = pred.flatten(2).transpose(1, 2)  # (N, L, p*p*C)
-        error = RECON_LOSSES[self.recon_loss](pred.to(target.dtype) - target).mean(-1)  # (N, L)
+        return RECON_LOSSES[self.recon_loss](pred.to(target.dtype) - target)
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean loss of the pixels of removed patches, a scalar in float32 or better."""
+        error = self.pixel_errors(images, pred).mean(-1)  # (N, L)
         return (error * mask).sum() / mask.sum()
 
     def forward(

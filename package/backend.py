@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "convnextv2_toolkit"
 OWN = {"package", "hubconf.py"}  # for installation and for torch.hub
 DATA = ("recipes", "assets")  # files that the code reads
+PAGES = ("insight/report.css", "insight/report.js")
 METADATA = ("README.md", "LICENSE", "requirements.txt")
 
 
@@ -59,6 +60,8 @@ def write_tree(folder: Path) -> None:
         target.write_text(prefix_imports((ROOT / path).read_text("utf-8"), modules), "utf-8")
     for name in DATA:
         shutil.copytree(ROOT / name, package / name)
+    for name in PAGES:
+        shutil.copy(ROOT / name, package / name)
     for name in METADATA:
         shutil.copy(ROOT / name, folder / name)
     project = (ROOT / "pyproject.toml").read_text("utf-8")

@@ -169,6 +169,16 @@ def sync_gradients(model: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
+def before_gradient_sync(loss: Tensor, call: Callable[[], None]) -> None:
+    """Let `loss.backward()` call `call` when it has computed all gradients of this process.
+
+    That is before it waits for their averages over all processes: autograd calls what was queued
+    first, and DistributedDataParallel queues its wait once the last gradient is ready.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback  # as FSDP2 does
+    loss.register_hook(lambda grad: queue(call))
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Average gradients over all processes: of parameters outside DistributedDataParallel."""

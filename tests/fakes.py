@@ -3,13 +3,16 @@
 """Hooks and a tracker as a user may bring them: --hook tests.fakes:Counter(start=3) and so on."""
 
 import logging
+import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from errors import TrainingStopped
 from parallel.process_group import get_logger
 from training import run_lock
 from training.hooks import Hook, Run
@@ -78,7 +81,7 @@ class Disturbing(Hook):
         np.random.seed(np.random.randint(100))
         random.seed(random.random())
 
-    on_start = on_phase_start = on_step = on_phase_end = on_log = on_epoch = disturb
+    on_start = on_phase_start = on_step = on_phase_end = on_log = on_epoch = on_save = disturb
 
 
 class Failing(Hook):
@@ -140,3 +143,16 @@ class FakeTracker:
 def tracker() -> FakeTracker:
     """Return a tracker."""
     return FakeTracker()
+
+
+class Dies(Hook):
+    """Ends the process after so many steps: by SIGKILL, or by an error."""
+
+    def __init__(self, step: int, error: str = "") -> None:
+        self.step, self.error = step, error
+
+    def on_step(self, run: Run) -> None:
+        if run.phase == "train" and run.state.global_step == self.step:
+            if self.error:
+                raise TrainingStopped(self.error)
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -26,7 +26,7 @@ from parallel import process_group
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 120
 PRELOAD = ["pytest", "timm.optim", "torch.distributed.fsdp", "torch.distributed.optim"]
-PRELOAD += ["main_pretrain", "main_finetune", "visualize", "export", "tests.tiny"]
+PRELOAD += ["main_pretrain", "main_finetune", "visualize", "export", "predict", "tests.tiny"]
 PRELOAD += ["torch.utils.tensorboard", "safetensors.torch"]
 Job = Callable[[int, Path], Any]  # (rank, folder) -> plain types and tensors
 

@@ -861,13 +861,15 @@ def test_batches_normalize_like_totensor_and_normalize():
     data = TransformedDataset(samples, keep, 0, nb_classes=2)
     loader = WatchedLoader(data, EvalSampler(2, 0, 1), 2)
     batches = DeviceLoader(loader, "cpu", *mean_and_std())
+    marks: list[str] = []
+    batches.mark = marks.append
     ((x, labels, ids),) = list(batches)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in mean_and_std())
     torch.testing.assert_close(x, (images / 255 - mean) / std)
     torch.testing.assert_close(batches.normalize(images / 255), x)
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (labels.tolist(), ids.tolist(), labels.dtype) == ([1, 1], [0, 1], torch.int64)
-    assert batches.wait_seconds > 0
+    assert marks == ["rest", "data", "rest"]  # asked for, ready, and asked for the next
 
 
 def ramp(low, high):

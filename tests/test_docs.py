@@ -22,7 +22,7 @@ from PIL import Image
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from config import checks, probing, tool_flags, views
+from config import checks, predict_flags, probing, tool_flags, views
 from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
@@ -39,7 +39,14 @@ EXPECTED_PAGES = (
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WRITTEN = {"log.txt", "profile.txt", "bad_images.txt", "args.yaml", "mine.yaml"}  # by runs, users
+WRITTEN = {
+    "log.txt",
+    "run.json",
+    "profile.txt",
+    "bad_images.txt",
+    "args.yaml",
+    "mine.yaml",
+}  # by runs, users
 OTHER_COMMANDS = {"pip", "tensorboard"}
 OTHER_FLAGS = {  # of torchrun, srun, pip, tensorboard, docker and official programs
     "--nproc_per_node", "--max-restarts", "--local-rank", "--nodes", "--ntasks-per-node",
@@ -133,6 +140,7 @@ SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "submitit_finetune.py": parse_job("finetune"),
     "export.py": parse_export,
     "pack.py": parse_pack,
+    "predict.py": predict_flags.parse,
     "probe.py": probing.parse_probe,
     "visualize.py": views.parse_view,
 }
@@ -153,6 +161,8 @@ def check(words: Sequence[str]) -> None:
         except SystemExit as end:  # --help and --recipe list print something and end
             code = end.code
         assert code == 0, shlex.join(words)
+    elif rest[0] == "-m":
+        importlib.import_module(rest[1]).get_args_parser().parse_args(rest[2:])
     else:
         assert (ROOT / rest[0]).is_file(), f"no such script: {rest[0]}"
         module = importlib.import_module(rest[0].removesuffix(".py").replace("/", "."))
@@ -180,6 +190,7 @@ def test_every_command_is_valid(page, monkeypatch):
         "python probe.py map runs --data_path d --k 5",
         "python benchmarks/step.py --no_such_flag",
         "python benchmarks/no_such_file.py",
+        "python -m tests.browser report.html",
         "make no_such_target",
         "conda install torch",
     ],
@@ -206,7 +217,9 @@ def test_commands_are_read_from_all_forms(tmp_path):
 
 def test_every_flag_named_in_the_docs_exists():
     parsers = [options.visualize_parser(), options.export_parser(), options.pack_parser()]
-    parsers += [views.stats_parser(), views.data_parser()]
+    parsers += [views.stats_parser(), views.data_parser(), views.runs_parser()]
+    parsers += [views.report_parser(), views.explain_parser()]
+    parsers.append(predict_flags.predict_parser())
     parsers += [probing.probe_parser(view) for view in probing.AIMS]
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())

@@ -23,8 +23,8 @@ GROUPS = (
     "--weight_decay_end 0.3 --param_group head:lr=3 --freeze stages.0 --clip_grad 1 "
     "--clip_mode agc --layer_decay 0.5 --layer_decay_type group --patience 2 --min_delta 0.1 "
     "--precise_bn 8 --head_init_scale 9 --on_spike rollback --spike_factor 9 --snapshot_freq 2 "
-    "--decode fast "
-    "--max_bad_steps 1 --log_dir tb --print_freq 1 --tracker wandb --project p --tags a "
+    "--decode fast --report false "
+    "--max_bad_steps 1 --log_dir tb --print_freq 1 --profile --tracker wandb --project p --tags a "
     "--progress bar --auto_resume false --save_ckpt_freq 2 --save_ckpt_num 1 --async_save "
     "--save_ckpt_every_steps 1 --save_ckpt_every_minutes 1 --max_minutes 1 --max_save_failures 0 "
     "--shard zero1 --grad_compression bf16 --mixup_off_epoch 9 --aug_off_epoch 9 "
@@ -34,6 +34,7 @@ GROUPS = (
     "--class_weights inverse --model_ema --model_ema_decay 0.5 --model_ema_eval "
     "--model_ema_force_cpu --num_samples 9 --aug_repeats 2 --label_fraction 0.5",
     "--sched linear(0,1) --grad_checkpointing --sync_bn --sync_bn_group 2",
+    "--linear_probe --linear_probe_blr 1 2",
     "--cuda_graphs",
 )
 NOT_TRIED = {"pretrained", "ram_cache"}  # for networks of other libraries; for image files

@@ -347,7 +347,9 @@ SHARED: dict[str, Row] = {
     "progress": (
         "--progress bar", lambda b: type(b.loop.reporter.hooks[0]).__name__, "LineHook", "BarHook",
     ),
+    "report": ("--report false", lambda b: b.files("report.html"), ["report.html"], []),
     "hook": ("--hook csv", lambda b: b.files("metrics.csv"), [], ["metrics.csv"]),
+    "profile": ("--profile", lambda b: [*b.loop.reporter.observers], [], ["profiler"]),
     "tracker": (
         "--tracker tests.fakes:tracker", lambda b: [*b.loop.reporter.observers], [],
         ["tests.fakes:tracker"],
@@ -596,6 +598,7 @@ ELSEWHERE = {
     "tests/weights/test_library.py": "pretrained",
     "tests/training/test_phases.py": "min_delta",
     "tests/training/test_probes.py": "probe_data",
+    "tests/training/test_linear_probe.py": "linear_probe linear_probe_blr",
     "tests/training/test_precise_bn.py": "precise_bn",
     "tests/models/test_heads.py": "reset_head",
     "tests/config/test_parser.py": "crop_pct resplit",  # refused

@@ -37,7 +37,7 @@ MODEL_LAYERS = (
     "models.kernels",
     "models.layers models.sparse models.arguments models.parts",
     "models.convnextv2 models.backbones models.heads models.anynet models.classic models.resnext3d",
-    "models.masked models.fcmae models.attach",
+    "models.masked models.fcmae models.attach models.sweep",
     "models",
 )
 SUBMITIT = {"config", "parallel"}  # submitit_* name a main and do not import it

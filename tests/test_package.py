@@ -71,6 +71,7 @@ def test_commands_run_the_scripts(folder):
     finetune = "convnextv2-finetune --finetune run --data_path FOLDER_OF_CLASSES"
     assert f"next: convnextv2-visualize --checkpoint run, or {finetune}\n" in said
     assert (folder / "run" / "checkpoint-0.pth").exists()
+    assert "ResizeObserver" in (folder / "run" / "report.html").read_text()  # of insight/report.js
 
 
 @pytest.mark.slow

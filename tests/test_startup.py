@@ -20,6 +20,7 @@ SCRIPTS = [
     "visualize.py",
     "export.py",
     "pack.py",
+    "predict.py",
     "probe.py",
     "benchmarks/cifar.py",
     "benchmarks/curves.py",

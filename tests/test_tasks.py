@@ -187,6 +187,19 @@ def test_classes_of_an_evaluation_are_found_by_name(rows):
         datasets.build_dataset(True, args)
 
 
+def test_labels_that_mix_numbers_and_names_are_asked_about(rows):
+    """A `7,5` or a `cat` among numbers became a class of its own, without a word."""
+    text = (rows / "t.csv").read_text()
+    (rows / "mixed.csv").write_text(text.replace(",other,train", ",7.5,train", 1))
+    words = f"--data_path {rows / 'mixed.csv'} --label_column color"
+    args = parse(finetune_parser(), f"{BASE} {words}".split())
+    said = r"mixed.csv: color mixes numbers, 7.5 \(line \d+\), and names, green .*, other .*; corr"
+    with pytest.raises(UserError, match=said):
+        datasets.build_dataset(True, args)
+    data, count = datasets.build_dataset(True, args.replace(task="classification"))
+    assert (count, data.classes) == (3, ["7.5", "green", "other"])
+
+
 def test_evaluation_needs_no_weights_and_takes_them_for_no_label(rows):
     """A table without the weights of the training was refused; one with them got a label more."""
     row = "{number}.png,{label},0\n"

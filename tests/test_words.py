@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from config import parser as options
-from config import probing, views
+from config import predict_flags, probing, views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/RESULTS.md")]
@@ -52,8 +52,12 @@ PARSERS = {
     "visualize.py": options.visualize_parser,
     "visualize.py data": views.data_parser,
     "visualize.py stats": views.stats_parser,
+    "visualize.py runs": views.runs_parser,
+    "visualize.py report": views.report_parser,
     "export.py": options.export_parser,
     "pack.py": options.pack_parser,
+    "predict.py": predict_flags.predict_parser,
+    "visualize.py explain": views.explain_parser,
 } | {f"probe.py {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
 
 

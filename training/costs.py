@@ -6,6 +6,7 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --hook "costs(
 """
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from models.fcmae import visible_patches
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
 from training.log_files import at_least
+from training.speed import find_peak
 
 aten = torch.ops.aten
 # Convolutions and matrix products: their outputs are the activations of "Designing Network Design
@@ -147,6 +149,40 @@ def log_cost(args: Any, model: torch.nn.Module) -> int:
     costs = [f"{macs[h, w] / 1e9:.3f} GMACs per {h}x{w} image" for h, w in (*earlier, last)]
     get_logger().info("%s: %s, %s", args.model, count, ", ".join(costs))
     return parameters
+
+
+def training_flops(args: Any, model: nn.Module) -> dict[int, float] | None:
+    """Return the FLOPs of training on one image, by the first epoch of each image size.
+
+    Three times the forward pass, since backward computes the gradients of inputs and of weights;
+    of a masked autoencoder, what it computes of the visible patches, and its decoder. What is
+    computed again with --grad_checkpointing does not count. None if the peak of the device is not
+    known, if parts are frozen, and if the network does not run without data. It is counted on a
+    copy without memory, in torch's own operations, so that no kernel hides any.
+    """
+    parameters = list(model.parameters())
+    frozen = vars(args).get("freeze") or not all(p.requires_grad for p in parameters)
+    if frozen or find_peak(args, parameters[0].device) is None:
+        return None
+    try:
+        empty = without_memory(model)
+        sizes = sizes_by_epoch(args).items()
+        macs = {epoch: measure(empty, args.in_chans, size)["Global"][0] for epoch, size in sizes}
+    except Exception as error:  # of any library, or a user's
+        text = "%s: mfu is not known, since its FLOPs cannot be counted (%s)"
+        get_logger().info(text, args.model, first_line(error))
+        return None
+    return {epoch: 3.0 * 2 * count for epoch, count in macs.items()}
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device, which allocates nothing."""
+    replaced: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        replaced[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, replaced)
 
 
 def log_masks(args: Any, model: nn.Module) -> tuple[int, int]:

@@ -44,6 +44,7 @@ from training import hooks, run_lock
 from training.anomaly import AnomalyGuard
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
+from training.profiler import profile_probe
 from training.report import describe_progress
 from training.schedules import curve_rows, lr_rows
 from training.setup import TrainLoop
@@ -82,7 +83,8 @@ def check_run(run: PlannedRun) -> None:
     Raises TrainingStopped on every rank if rank 0 found problems. It trains for some steps, so the
     weights and the optimizer state are useless afterwards.
     """
-    get_logger().info("dry run: this takes about a minute and writes nothing to --output_dir")
+    writes = "only the profile" if run.args.profile else "nothing"
+    get_logger().info("dry run: this takes about a minute and writes %s to --output_dir", writes)
     epoch = last_stage(run.args)  # its images are the largest
     run.data_loader_train.set_epoch(epoch)  # and its batches may be smaller
     problems: list[str] = []  # those of data and of shared memory are the same on all ranks
@@ -208,10 +210,8 @@ def check_picture(problems: list[str], draw: Callable[[], Tensor | None]) -> Non
 
 def log_plan(run: PlannedRun) -> None:
     """Log where the run starts, its steps, parameters and learning rates."""
-    state, schedule = run.loop.state, run.loop.schedule
-    total = schedule.total
-    start = f"{run.source or 'random weights'}, {describe_progress(state)} of {total}"
-    log_result("start", start)
+    state, total = run.loop.state, run.loop.schedule.total
+    log_result("start", f"{run.source or 'random weights'}, {describe_progress(state)} of {total}")
     accumulation = plural(run.loop.stepper.update_freq, "accumulation step")
     factors = f"{run.args.batch_size} x {accumulation} x {plural(get_world_size(), 'process')}"
     steps = f"{plural(total, 'step')} in the run"
@@ -223,9 +223,9 @@ def log_plan(run: PlannedRun) -> None:
     low, high = (limit(group["lr_scale"] for group in groups) for limit in (min, max))
     layers = f", learning rate x {low:.3g} to {high:.3g} by layer" * (low < high)
     log_result("parameters", f"{text}, in {plural(len(groups), 'group')}{layers}")
-    for number, row in enumerate(lr_rows(schedule, state.global_step)):
+    for number, row in enumerate(lr_rows(run.loop.schedule, state.global_step)):
         log_result("" if number else "lr", row)
-    for name, curve in schedule.options.items():
+    for name, curve in run.loop.schedule.options.items():
         for number, row in enumerate(curve_rows(partial(curve.at, total=total), total, {})):
             log_result("" if number else name, row)
 
@@ -248,8 +248,6 @@ def check_folder(problems: list[str], run: PlannedRun) -> None:
 
 class FirstBatches:
     """The next `times` of endless batches, in place of a loader."""
-
-    wait_seconds = 0.0
 
     def __init__(self, batches: Iterator[Any], times: int, views: Views = ONE_VIEW) -> None:
         self.batches, self.times, self.views = batches, times, views
@@ -280,10 +278,11 @@ class StepProbe:
         batch = views.repeat(self.run.data_loader_train.normalize(images)), labels, ids
         return FirstBatches(map(deepcopy, repeat(batch)), times, views)  # mixup works in place
 
-    def train(self, batches: FirstBatches) -> None:
+    def train(self, batches: FirstBatches, observers: Sequence[hooks.Hook] = ()) -> None:
         """Train one epoch on these batches."""
         state = TrainState()
-        reporter = hooks.Reporter([], self.device, state, Steps.even(NEVER), NEVER)
+        reporter = hooks.Reporter([*observers], self.device, state, Steps.even(NEVER), NEVER)
+        reporter.run.folder = self.run.folder
         self.run.train_epoch(batches, replace(self.loop, state=state, reporter=reporter))
         self.bad_steps += state.bad_steps
         self.loop.checkpoints.vote.wait()  # for the last exchange between ranks
@@ -341,6 +340,7 @@ def check_steps(problems: list[str], probe: StepProbe, skip: str) -> None:
         log_result("skipped", "speed and time: the batch does not fit in memory")
     else:
         measure_speed(probe)
+        profile_probe(probe, size)
     if probe.bad_steps and run.loop.stepper.amp != "fp16":
         found = f"{probe.bad_steps} of the steps tried had NaN, Inf or a loss spike"
         problems.append(f"{found}; lower --lr or --blr")

@@ -5,7 +5,7 @@
 python -c "from training.eval_sets import EvalSet; print(EvalSet('sketch', 'sketch_', None))"
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class EvalSet:
 def first_set(args: Any) -> Any:
     """Return `args` with the first evaluation set alone."""
     return args.replace(eval_data_path=next(iter(eval_sets(args.eval_data_path).values())) or None)
+
+
+def datasets_by_name(sets: Sequence[EvalSet]) -> dict[str, TransformedDataset]:
+    """Return the data sets as `val` and, of later sets, `val_NAME`."""
+    return {f"val_{each.prefix}"[:-1]: each.loader.loader.dataset for each in sets}
 
 
 def best_prefix(args: Any) -> str:

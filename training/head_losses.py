@@ -49,8 +49,13 @@ class HeadLosses(nn.Module):
 
 
 def main_output(outputs: Outputs) -> Tensor:
-    """Return the output of the head that is evaluated, the first one."""
-    return outputs if isinstance(outputs, Tensor) else next(iter(outputs.values()))
+    """Return the output of the head that is evaluated, the first one.
+
+    outputs: (N, K), those of several heads by name, or (N, heads, K) of a linear probe.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs[:, 0] if outputs.ndim == 3 else outputs
+    return next(iter(outputs.values()))
 
 
 def losses_by_head(args: Any, text: str, early: bool = False) -> dict[str, str]:

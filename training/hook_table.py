@@ -7,7 +7,7 @@ python -c "from training.hook_table import HOOKS; print(*HOOKS)"
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,21 @@ import torch
 from torch import nn
 
 from config.calls import Call, accepted, parse_call
+from config.flags import is_pretraining
 from config.parser import dump_args
 from errors import UserError, a_type, describe_error, resolve_for
+from models.heads import implied_activation
 from parallel.process_group import get_logger, is_main_process
 from training.checkpoint import TrainState
 from training.costs import CostsHook
 from training.export_hook import ExportHook
 from training.hooks import Hook, Reporter, Run
+from training.html_report import HtmlReport
 from training.log_files import ConfusionHook, CsvHook, ImageHook, JsonHook, ScheduleHook
 from training.log_lines import BarHook, LineHook
 from training.predictions import PredictionsHook
 from training.profiler import ProfilerHook
+from training.speed import build_speed
 from training.steps import Steps
 from training.tensorboard import (
     GraphHook,
@@ -36,6 +40,7 @@ from training.tensorboard import (
     log_folder,
 )
 from training.trackers import build_tracker
+from training.worst_images import WorstImages
 from utils import write_atomically
 
 HOOKS: dict[str, Callable[..., Hook]] = {
@@ -54,9 +59,16 @@ IN_EVALUATION = ("costs", "predictions")  # those that act with --eval, besides 
 
 
 def find_hooks(args: Any) -> dict[str, tuple[Call, Callable[..., Hook]]]:
-    """Return the call and the class of each --hook by its name, which is that of its state."""
+    """Return the call and the class of each --hook by its name, which is that of its state.
+
+    --profile is the same as --hook profiler, and leaves the arguments to that if both are given.
+    """
     found: dict[str, tuple[Call, Callable[..., Hook]]] = {}
-    for text in args.hook or ():
+    texts = list(args.hook or ())
+    given = any(parse_call(text, "--hook").name == "profiler" for text in texts)
+    if vars(args).get("profile") and not (given or vars(args).get("eval")):
+        texts.append("profiler")
+    for text in texts:
         call = parse_call(text, "--hook")
         make = resolve_for("--hook", call.name, HOOKS, "hook", importable=True)
         if not callable(make):
@@ -136,11 +148,16 @@ def build_reporter(
     steps: Steps,
     top5: bool = True,
     classes: Sequence[str] | None = None,
+    flops: Mapping[int, float] | None = None,
 ) -> Reporter:
     """Build the reporter; on entering it, rank 0 opens the hooks that the flags choose.
 
     top5: show top-5 accuracies, which say nothing with five classes or fewer. classes: their names.
+    flops: of training on one image, by epoch, for the MFU.
     """
+    worst = None
+    if folder and not is_pretraining(vars(args)):
+        worst = WorstImages(implied_activation(vars(args).get("loss") or "ce"), classes)
     return Reporter(
         [],
         device,
@@ -150,6 +167,8 @@ def build_reporter(
         open_hooks=partial(_build_hooks, args, folder, top5, classes),
         observers=create_hooks(args),
         run=Run(args, folder, state, device, classes),
+        speed=build_speed(args, device, steps, flops),
+        worst=worst,
     )
 
 
@@ -184,6 +203,7 @@ def _build_hooks(
             write_atomically(dump_args(args), folder / "args.yaml")  # for --config
             files = [ConfusionHook(folder, classes), JsonHook(folder, state), ImageHook(folder)]
             at_epoch_end |= files[1].misses
+            files += [reporter.record] if reporter.record else []
         if logs:
             hooks.append(TensorboardHook(logs, state, at_epoch_end))
     except OSError as error:
@@ -192,4 +212,5 @@ def _build_hooks(
             "or free some space"
         ) from error
     bars = [BarHook(args.epochs, state, steps.total)] if bar else []
-    return [*bars, *hooks, *reporter.observers.values(), *files]
+    pages = [HtmlReport(folder)] if folder and args.report else []  # ends after the other files
+    return [*bars, *hooks, *pages, *reporter.observers.values(), *files]

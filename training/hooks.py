@@ -31,7 +31,10 @@ from training import run_lock
 from training.checkpoint import TrainableParts, TrainState
 from training.meters import Means
 from training.report import Record
+from training.speed import Speed
+from training.stepper import Stepper
 from training.steps import Steps
+from training.worst_images import WorstImages
 
 PLAIN = (type(None), bool, int, float, str, bytes)  # besides tensors, dicts, lists and tuples
 
@@ -105,6 +108,9 @@ class Hook:
     def on_phase_end(self, run: Run) -> None:
         """Called after the training of an epoch and after an evaluation, before the save."""
 
+    def on_save(self, run: Run) -> None:
+        """Called on rank 0 before each checkpoint is written, within epochs too."""
+
     def on_end(self, run: Run) -> None:
         """Called once when the run ends or fails, the last hook first."""
 
@@ -147,7 +153,10 @@ class Reporter:
     Reading meters is collective, so every rank has a reporter; only rank 0 has hooks, and other
     ranks those with `every_rank`. steps: optimizer steps of the run.
     open_hooks: called on rank 0 on entering the run, since hooks create files. observers: hooks of
-    --hook and --tracker on this rank, by name, of which `open_hooks` decides the order.
+    --hook and --tracker on this rank, by name, of which `open_hooks` decides the order. speed:
+    measures where the time goes; default: without advice and MFU. record: hook that writes
+    run.json, if the run has a folder. worst: collects the worst images of each evaluation of the
+    first set, without EMA weights.
     """
 
     hooks: list[Hook]
@@ -158,11 +167,16 @@ class Reporter:
     open_hooks: Callable[["Reporter"], list[Hook]] | None = None
     observers: Mapping[str, Hook] = field(default_factory=dict)
     run: Run | None = None
+    speed: Speed | None = None
+    record: Hook | None = None
+    worst: WorstImages | None = None
 
     def __post_init__(self) -> None:
         self.run_start, self.first_step = time.perf_counter(), self.state.global_step
         self.kernels_logged, self.failed = False, set()  # hooks whose failure is reported
         self.run = self.run or Run(None, None, self.state, self.device)
+        self.speed = self.speed or Speed(self.device)
+        self.phase_speed: Record = {}  # of the last phase of training
 
     @classmethod
     def quiet(cls, device: torch.device) -> "Reporter":
@@ -172,9 +186,17 @@ class Reporter:
     # --- the run ----------------------------------------------------------------------------
 
     def attach(
-        self, parts: TrainableParts, schedule: Any, saved: Mapping[str, Any] | None = None
+        self,
+        parts: TrainableParts,
+        schedule: Any,
+        saved: Mapping[str, Any] | None = None,
+        record: Hook | None = None,
     ) -> None:
-        """Show hooks the parts of the run, and give them their states of a checkpoint."""
+        """Show hooks the parts of the run, and give them their states of a checkpoint.
+
+        record: the hook that writes run.json.
+        """
+        self.record = record
         self.run.model, self.run.optimizer = parts.model, parts.optimizer
         self.run.model_ema, self.run.schedule = parts.model_ema, schedule
         saved = dict(saved or {})
@@ -187,9 +209,15 @@ class Reporter:
             get_logger().info(text, first_few(names))
 
     def hook_states(self) -> dict[str, Any]:
-        """Return the states of hooks as an entry of a checkpoint, nothing if no hook has one."""
+        """Notify the hooks of a save; return their states as an entry of the checkpoint.
+
+        Nothing if no hook has one.
+        """
         states = {}
-        for name, hook in self.observers.items() if is_main_process() else ():
+        if not is_main_process():
+            return {}
+        self._notify("on_save", self.run)
+        for name, hook in self.observers.items():
             try:
                 state = hook.state_dict()
                 if wrong := _not_plain(state):
@@ -217,13 +245,21 @@ class Reporter:
 
     # --- phases -----------------------------------------------------------------------------
 
-    def begin_epoch(self, names: Sequence[str], batches: DeviceLoader) -> Means:
-        """Return the meters of an epoch, which continue those of an interrupted one."""
-        self.means, self.batches = Means(names, self.device), batches
+    def begin_epoch(
+        self, names: Sequence[str], batches: DeviceLoader, stepper: Stepper | None = None
+    ) -> Means:
+        """Return the meters of an epoch, which continue those of an interrupted one.
+
+        stepper: makes the steps whose parts are timed.
+        """
+        self.means = Means(names, self.device)
         if "means" in self.state.epoch_sums:
             self.means.restore(self.state.epoch_sums["means"])
-        self._begin_window()
+        batches.mark = self.speed.clock.mark
+        if stepper is not None:
+            self.speed.watch(stepper)
         self.begin_phase("train", batches)
+        self.speed.begin_phase()
         return self.means
 
     def begin_phase(
@@ -232,10 +268,14 @@ class Reporter:
         """Notify the hooks that a pass over `loader` begins; phase: train or test."""
         self.run.phase, self.run.split, self.run.kind = phase, split, kind
         self.run.loader, self.run.last_batch = loader, None
+        if self._collects_worst():
+            self.worst.begin(loader, kind)
         self._notify("on_phase_start", self.run)
 
     def end_phase(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Notify the hooks of the values of a phase, and return them."""
+        """Notify the hooks of the values of a phase, and return them; all ranks must call it."""
+        if self.run.phase == "train":
+            self.phase_speed = self.speed.end_phase(self.state.epoch)
         self.run.scalars = dict(values)
         self._notify("on_phase_end", self.run)
         self.run.last_batch = None
@@ -243,20 +283,21 @@ class Reporter:
 
     # --- steps ------------------------------------------------------------------------------
 
-    def _begin_window(self) -> None:
-        self.window_start, self.images = time.perf_counter(), 0
-        self.waited_before = self.batches.wait_seconds
-
     def after_batch(self, images: int, batch: Batch | None = None) -> None:
         """Count the images of a micro-batch; every rank has as many."""
-        self.images += images * get_world_size()
+        self.speed.after_batch(images * get_world_size())
         self._show(batch)
 
     def after_evaluated(self, batch: Batch) -> None:
         """Notify the hooks of a batch of an evaluation."""
+        if self._collects_worst():
+            self.worst.add(batch)
         self._show(batch)
         for hook in self.observers.values():
             self._call(hook, "on_step", self.run)
+
+    def _collects_worst(self) -> bool:
+        return self.worst is not None and (self.run.phase, self.run.split) == ("test", "")
 
     def _show(self, batch: Batch | None) -> None:
         """Keep the batch for hooks; without any, its memory is free for the next one."""
@@ -268,6 +309,7 @@ class Reporter:
 
         Every rank must call it.
         """
+        self.speed.after_step()
         steps_done = self.state.global_step - self.first_step
         before, size = self.steps.within(self.state.global_step - 1)
         step = before + 1  # of the epoch
@@ -287,20 +329,18 @@ class Reporter:
                 get_logger().info("kernels chosen: %s", autotuner.summary())
             autotuner.save()
             self.kernels_logged = True
-        self._begin_window()
+        self.speed.end_line()
         return True
 
     def _record(self, means: Record, lr: float, step: int) -> Record:
         """Return the values of a log line of this step."""
-        now = time.perf_counter()
-        window = max(now - self.window_start, 1e-9)
         left = self.steps.total - self.state.global_step
         _, size = self.steps.within(self.state.global_step - 1)
-        seconds_per_step = (now - self.run_start) / (self.state.global_step - self.first_step)
+        seconds = time.perf_counter() - self.run_start
+        seconds_per_step = seconds / (self.state.global_step - self.first_step)
         return means | {
             "lr": lr,
-            "images_per_s": self.images / window,
-            "data_wait": (self.batches.wait_seconds - self.waited_before) / window,
+            **self.speed.line(self.state.epoch),
             "memory_mb": peak_memory_mb(self.device),
             "eta_s": seconds_per_step * left,
             "step": step,
@@ -313,10 +353,11 @@ class Reporter:
         """Notify the hooks of an epoch's values; raises if this run lost its output folder.
 
         stats: with large confusion matrices, which `state.stats` does not hold: a resumed run that
-        writes the missed line of an epoch cannot write confusion.csv again.
+        writes the missed line of an epoch cannot write confusion.csv again, nor its speed.
         """
         run_lock.check()
-        self._notify("on_epoch", dict(self.state.stats if stats is None else stats), self.state)
+        stats = self.state.stats if stats is None else stats
+        self._notify("on_epoch", stats | self.phase_speed, self.state)
 
     def image(
         self, name: str, draw: Callable[[], Tensor | None], only_missing: bool = False

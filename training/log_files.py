@@ -163,10 +163,10 @@ def write_csv(names: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -
     write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
 
 
-def needs_folder(args: Any, name: str) -> None:
-    """Raise UserError if the run writes no files."""
+def needs_folder(args: Any, name: str, flag: str = "") -> None:
+    """Raise UserError if the run writes no files. flag: that asks for the hook, if not --hook."""
     if args.output_dir == "" or (args.output_dir is None and vars(args).get("eval")):
-        raise UserError(f"--hook {name} writes into --output_dir; give a folder")
+        raise UserError(f"{flag or f'--hook {name}'} writes into --output_dir; give a folder")
 
 
 def at_least(value: Any, low: int, name: str) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from insight.predictions import unusable
 from parallel.process_group import all_gather, all_reduce_sum, get_rank, get_world_size
 
 
@@ -92,8 +93,3 @@ def is_better(value: float | None, best: float | None, lower_is_better: bool = F
     if value is None or not math.isfinite(value):
         return False
     return best is None or (value < best if lower_is_better else value > best)
-
-
-def unusable(logits: Tensor) -> Tensor:
-    """(N, K) logits -> (N,) bool, True if one is NaN or +Inf; -Inf may exclude a class."""
-    return ~(logits < torch.inf).all(1)

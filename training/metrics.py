@@ -85,6 +85,12 @@ class Batch:
         answer = torch.sigmoid(self.logits) >= (0.5 if threshold is None else threshold)
         return torch.where(self.broken[:, None], ~positive, answer), positive
 
+    def confidences(self, bins: int) -> tuple[Tensor, Tensor]:
+        """(N,) bins of the confidence in the best class, as for `ece`, and the confidence."""
+        sure = self.logits.to(self.dtype).softmax(1).amax(1).masked_fill(self.broken, 1.0)
+        edges = torch.linspace(0, 1, bins + 1, dtype=self.dtype, device=sure.device)[1:-1]
+        return torch.bucketize(sure, edges), sure
+
     def class_counts(self, threshold: float | None = None) -> Tensor:
         """(3, K) images of each class: right answers, all answers, all targets."""
         if self.kind == "multi":
@@ -324,9 +330,7 @@ def ece(bins: int = 15) -> Metric:
     positive_int("bins", bins)
 
     def add(batch: Batch) -> Tensor:
-        sure = batch.logits.to(batch.dtype).softmax(1).amax(1).masked_fill(batch.broken, 1.0)
-        edges = torch.linspace(0, 1, bins + 1, dtype=batch.dtype, device=sure.device)[1:-1]
-        place = torch.bucketize(sure, edges)
+        place, sure = batch.confidences(bins)
         distance = torch.zeros(bins, dtype=batch.dtype, device=sure.device)
         return distance.index_add_(0, place, sure - batch.gains[:, 0])
 

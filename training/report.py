@@ -25,11 +25,13 @@ from training.steps import count_total
 
 Record = dict[str, float]
 # What a step's line shows in a place of its own; values with other names follow the loss.
-PLACED = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb", "eta_s")
-PLACED += ("step", "steps")
+TIMES = ("time_data", "time_forward", "time_backward", "time_optimizer", "time_comm")
+SPEED = ("images_per_s", *TIMES, "mfu", "advice")  # what differs between two equal runs
+PLACED = ("loss", "lr", "grad_norm", *SPEED, "memory_mb", "eta_s", "step", "steps")
 MOST_LOGGED = 100  # classes of a confusion matrix in log.txt
 # In an epoch's line:
 NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "after_epochs", "step", "n_parameters")
+NOT_SHOWN += SPEED
 
 
 def plain(stats: Mapping[str, Any]) -> Record:
@@ -118,10 +120,12 @@ def format_record(record: Record) -> str:
         if name not in PLACED and not undefined(name, value)
     )
     memory = record["memory_mb"]  # NaN where it is not known
+    shares = {name.removeprefix("time_"): record.get(name) for name in (*TIMES, "mfu")}
+    shares = {name: f"{100 * x:.0f}%" for name, x in shares.items() if x is not None}
     return (
         f"loss {record['loss']:.4f}  {more}lr {record['lr']:.2e}  "
         f"grad_norm {record['grad_norm']:.2f}  images/s {record['images_per_s']:.0f}  "
-        f"data_wait {100 * record['data_wait']:.0f}%  "
+        + "".join(f"{name} {share}  " for name, share in shares.items())
         + f"memory {memory:.0f} MB  " * math.isfinite(memory)
         + f"eta {timedelta(seconds=round(record['eta_s']))}"
     )

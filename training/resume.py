@@ -34,15 +34,21 @@ REQUIRED = ("model", "optimizer", "state")  # entries without which no run can r
 # Flags that a resumed run must not change, and flags whose changes are not worth a line.
 FIXED = ("model", "data_set", "opt", "in_chans", "stem_stride", "patch_size", "norm_pix_loss")
 FIXED += ("decoder_depth", "decoder_embed_dim", "recon_loss", "val_split", "freeze_backbone")
-FIXED += ("head", "heads")
+FIXED += ("head", "heads", "linear_probe", "linear_probe_blr")
 FIXED += ("task", "normalize_targets", "label_fraction")
 IN_EPOCH = ("seed", "sampling", "weight_column")  # the order of an epoch depends on these
 IN_EPOCH += ("num_samples", "aug_repeats")
-ADDED = ("label_fraction", "num_samples", "aug_repeats")  # not stored by earlier versions
+ADDED = (
+    "label_fraction",
+    "num_samples",
+    "aug_repeats",
+    "linear_probe",
+)  # not stored by earlier versions
 LOCAL = ("output_dir", "log_dir", "resume", "auto_resume", "sha256", "finetune", "use_ema")
 LOCAL += ("head_init_scale", "config", "recipe", "data_index", "local_rank", "world_size")
 LOCAL += ("dist_url", "progress", "dry_run", "shard", "grad_checkpointing", "best_metric")
 LOCAL += ("pretrained", "reset_head", "hook", "tracker", "project", "tags")
+LOCAL += ("report",)
 KEPT = {*INHERITED, *RESUMED} - {*EVAL_ONLY}
 ATTEMPTS, PAUSE = 3, 1.0  # to read a checkpoint, and seconds between them
 

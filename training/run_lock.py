@@ -13,12 +13,12 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
+from config.run_files import LOCK as NAME
+from config.run_files import SILENCE
 from errors import TrainingStopped, UserError
 from parallel.process_group import from_main_process, get_logger
 
-NAME = ".lock"
 BEAT = 5.0  # seconds between heartbeats
-SILENCE = 60.0  # seconds without a heartbeat after which another run may take over the folder
 
 _held: list[SoftFileLease] = []  # by this process, at most one
 
@@ -112,6 +112,11 @@ def describe_holder(folder: Path) -> str | None:
 def is_lost() -> bool:
     """Return True if the heartbeats of this process found that it lost its lock."""
     return any(lease.compromise is not None and _find_loss(lease) for lease in _held)
+
+
+def find_loss() -> str:
+    """Return why this process, on rank 0, has lost its folder to another run, '' if it has not."""
+    return next(filter(None, map(_find_loss, _held)), "")
 
 
 def check() -> None:

@@ -22,8 +22,9 @@ In plain PyTorch, as long as every loss and gradient is finite, `Stepper` does t
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from errors import UserError
 from parallel import sharding
 from parallel.process_group import all_reduce_sum, get_logger, get_world_size
+from training.step_clock import no_mark
 from weights.fit import find_classifier
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,6 +188,8 @@ class Stepper:
         result = stepper.step(loss, ids)      # None until the accumulation window closes
         skipped, bad = stepper.read()         # at log lines and before a checkpoint
 
+    `mark` is called with the name of each part of a step when it ends, as StepClock.mark.
+
     torch's fused optimizers skip a step on the device, so the host reads nothing from it between
     two `read`s. With other optimizers the host waits for the finite check of each step.
     """
@@ -221,6 +225,9 @@ class Stepper:
                 "--opt adahessian does not work with --amp fp16; use --amp bf16 or none"
             )
         self.can_skip = getattr(self.local_optimizer, "_step_supports_amp_scaling", False)
+        self.mark: Callable[[str], None] = no_mark
+        # With fsdp it is spread over forward and backward, and no mark can separate it.
+        self.communicates = get_world_size() > 1 and not sharding.is_fsdp(self.model)
         # Not at the first step: if it were skipped, fused SGD would not initialize its momentum.
         self.skips_on_device = False
         if not self.can_skip:
@@ -268,11 +275,13 @@ class Stepper:
     @contextlib.contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Wrap forward and loss in autocast; only the last micro-batch reduces gradients."""
+        self.mark("rest")
         if self.micro == 0:  # not earlier: a rollback may replace the buffers between two steps
             self.saved_buffers = SavedBuffers(self.modules)
         last = self.micro + 1 == self.window
         with sharding.sync_gradients(self.model, last), autocast(self.device, self.amp):
             yield
+        self.mark("forward")
 
     def step(self, loss: Tensor, ids: Tensor | None = None) -> StepResult | None:
         """Run backward and, after the last micro-batch of the window, the optimizer step.
@@ -284,12 +293,11 @@ class Stepper:
         """
         self.loss += loss.detach() / self.window
         self.ids += [] if ids is None else [ids]
-        self.scaler.scale(loss / self.window).backward(create_graph=self.second_order)
+        self._backward(self.scaler.scale(loss / self.window))
         self.micro += 1
         self.batches_left -= 1
         if self.micro < self.window:
             return None
-        sharding.average_gradients(self.loss_parameters)  # those of the model are, in backward
         if any(parameter.grad is None for parameter in self.parameters):
             sharding.check_gradients(self.model)
         for parameter in self.frozen:
@@ -304,7 +312,22 @@ class Stepper:
         norm = sharding.full_tensor(norm).detach()
         taken = self._finish_step(norm)
         self._open_window()
+        self.mark("optimizer")
         return StepResult(taken, norm)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Run backward; after the last micro-batch of a window all gradients are averages.
+
+        DistributedDataParallel averages them while backward computes others. What is left when the
+        last one is computed, and only that, is time for communication.
+        """
+        is_last = self.micro + 1 == self.window
+        if self.communicates and is_last:
+            sharding.before_gradient_sync(loss, partial(self.mark, "backward"))
+        loss.backward(create_graph=self.second_order)
+        if is_last:
+            sharding.average_gradients(self.loss_parameters)  # which are not in the model
+        self.mark("comm" if self.communicates and is_last else "backward")
 
     def _norm_of(self, parameters: list[nn.Parameter]) -> Tensor:
         """Return the norm of the gradients of these parameters, as a tensor on the device."""
@@ -327,7 +350,11 @@ class Stepper:
         """Take or skip the step and record its values; returns a bool tensor, True if taken."""
         bad = torch.stack([~torch.isfinite(self.loss), ~torch.isfinite(norm)])
         values = torch.cat([self.loss.nan_to_num(0.0, 0.0, 0.0)[None], bad.to(self.loss.dtype)])
+        if self.communicates:
+            self.mark("optimizer")
         loss, bad_losses, bad_norms = all_reduce_sum(values).unbind()  # over all ranks
+        if self.communicates:
+            self.mark("comm")
         loss, loss_ok = loss / get_world_size(), bad_losses == 0
         spike = self._is_spike(loss)
         taken = loss_ok & (bad_norms == 0) & ~spike

@@ -262,7 +262,7 @@ def test_a_part_writes_down_what_it_has_at_its_limit(tmp_path):
 
 
 def test_rates_are_read_from_log_lines():
-    line = "epoch 1/1  step 4/4  loss 0.9  lr 0.0e+00  grad_norm 0.16  images/s 389  data_wait 19%"
+    line = "epoch 1/1  step 4/4  loss 0.9  lr 0.0e+00  grad_norm 0.16  images/s 389  data 19%"
     assert gpu_parts.rates(f"{line}\nepoch 1/1 done\n{line}") == [(389, 19)] * 2
 
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 
-from config import checks, flags
+from config import checks, flags, predict_flags
 from config import parser as options
 
 PARSERS = {
@@ -17,6 +17,7 @@ PARSERS = {
     "visualize": options.visualize_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
 }
 DIGITS = ["--data_set", "DIGITS"]
 MAY_BE_EMPTY = {"output_dir", "log_dir", "resume", "finetune", "model_prefix", "aa"}
@@ -46,8 +47,8 @@ def texts(kind):
 @pytest.mark.parametrize("kind", PARSERS)
 def test_an_empty_text_is_refused_unless_it_has_a_meaning(kind, capsys):
     """It is what an unset shell variable gives: `--sched "$S"`."""
-    for name in sorted({*texts(kind)} - {"checkpoint", "source", "dest"}):
-        words = ["x"] * (kind in ("export", "pack")) + [f"--{name}", ""]
+    for name in sorted({*texts(kind)} - {"checkpoint", "source", "dest", "input"}):
+        words = ["x"] * {"export": 1, "pack": 1, "predict": 2}.get(kind, 0) + [f"--{name}", ""]
         if name in MAY_BE_EMPTY:
             assert vars(PARSERS[kind]().parse_args(words))[name] == ""
             continue
@@ -78,6 +79,7 @@ def test_flags_that_may_be_empty_exist():
 # --- flags that need others ------------------------------------------------------------------
 
 NEEDS = {  # flag with a value: what it needs to act
+    "--linear_probe_blr 2.5": "--linear_probe",
     "--layer_decay_type group": "--layer_decay 0.5",
     "--mixup_mode elem": "--cutmix 1",
     "--mixup_prob 0.5": "--cutmix_minmax 0.2 0.8",

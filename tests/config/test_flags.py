@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 import datasets
-from config import cores, flags, probing, views
+from config import cores, flags, predict_flags, probing, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -88,9 +88,16 @@ PARSERS = {
     "visualize": options.visualize_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
 }
 
-VIEWS = {"visualize data": views.data_parser, "visualize stats": views.stats_parser}
+VIEWS = {
+    "visualize data": views.data_parser,
+    "visualize stats": views.stats_parser,
+    "visualize runs": views.runs_parser,
+    "visualize report": views.report_parser,
+    "visualize explain": views.explain_parser,
+}
 VIEWS |= {f"probe {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
 
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from config import parser as options
-from config import probing, recipes
+from config import predict_flags, probing, recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
 # Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
 RESOLVED = {"main_pretrain": {"crop_pct"}, "main_finetune": {"resplit"}, "export": set()}
-RESOLVED |= {"pack": set(), "probe": set()}
+RESOLVED |= {"pack": set(), "predict": set(), "probe": set()}
 GET = ("vars(args).get", "flags.get")
 
 
@@ -29,6 +29,7 @@ PARSERS = {
     "main_finetune": options.finetune_parser,
     "export": options.export_parser,
     "pack": options.pack_parser,
+    "predict": predict_flags.predict_parser,
     "probe": lambda: SimpleNamespace(_actions=probe_actions()),
 }
 

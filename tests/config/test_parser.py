@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from config import parser as options
+from config import predict_flags
 
 PARSERS = {"pretrain": options.pretrain_parser, "finetune": options.finetune_parser}
 DIGITS = ["--data_set", "DIGITS"]
@@ -638,7 +639,13 @@ def test_help_tells_which_checkpoint_is_evaluated():
 
 
 @pytest.mark.parametrize(
-    "build", [options.export_parser, options.visualize_parser, options.pack_parser]
+    "build",
+    [
+        options.export_parser,
+        options.visualize_parser,
+        options.pack_parser,
+        predict_flags.predict_parser,
+    ],
 )
 def test_help_of_other_scripts_shows_all_their_flags(build, capsys):
     text = answer(capsys, build(), "--help")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from config import parser as options
+from config import predict_flags
 from config.sizes import describe_sizes, parse_sizes, sizes_by_epoch, write_sizes
 
 TEXT = "128:0,160:50,224:80"
@@ -125,7 +126,9 @@ def test_flags_can_be_finalized_again():
     assert (again.input_size, again.input_sizes) == ((224, 224), TEXT)
 
 
-@pytest.mark.parametrize("build", [options.export_parser, options.visualize_parser])
+@pytest.mark.parametrize(
+    "build", [options.export_parser, options.visualize_parser, predict_flags.predict_parser]
+)
 def test_other_scripts_take_one_size(build, capsys):
     with pytest.raises(SystemExit):
         build().parse_args(["--input_size", TEXT])

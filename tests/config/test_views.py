@@ -19,7 +19,7 @@ def test_reconstructions_need_no_first_word():
 
 
 def test_unknown_word_is_refused_with_a_hint(capsys):
-    for word, hint in (("stat", "Did you mean 'stats'"), ("photos", "expected reconstructions, ")):
+    for word, hint in (("stat", "Did you mean 'stats'"), ("folder", "expected reconstructions, ")):
         with pytest.raises(SystemExit):
             views.parse_view([word])
         assert hint in capsys.readouterr().err

@@ -281,11 +281,11 @@ def ranks_write(rank: int, folder: Path) -> dict:
         own_hooks = len(reporter.hooks)
         recorder = Recorder()
         reporter.hooks.append(recorder)
-        waited = SimpleNamespace(wait_seconds=0.0)
-        means = reporter.begin_epoch(["loss", "grad_norm"], waited)
+        batches = SimpleNamespace()
+        means = reporter.begin_epoch(["loss", "grad_norm"], batches)
         means.update(1, loss=torch.tensor(float(rank)), grad_norm=torch.tensor(1.0))
         reporter.after_batch(4)
-        images = reporter.images
+        images = reporter.speed.images
         running.global_step += 1
         reporter.after_step(lr=0.1)
         running.epoch, running.stats = 1, {"train_loss": 1.0, "epoch": 0}

@@ -2,9 +2,11 @@
 # Licensed under the MIT License; see LICENSE.
 """Built-in hooks of --hook: CSV files, costs, profile, predictions, TensorBoard, export."""
 
+import gzip
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from training import (
     confusion,
     costs,
     eval_sets,
+    hook_table,
     hooks,
     log_files,
     predictions,
@@ -214,10 +217,85 @@ def test_profile_is_of_the_steps_after_the_skipped_ones(tmp_path):
         hook.on_step(run)
     hook.on_phase_end(run)
     hook.on_end(run)
-    events = json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
-    names = [event["name"] for event in events if event.get("ph") == "X"]
+    names = names_in(tmp_path / "profile.json")
     assert (names.count("aten::sin"), names.count("aten::cos")) == (2, 0)
-    assert "aten::sin" in (tmp_path / "profile.txt").read_text()
+    table = (tmp_path / "profile.txt").read_text()
+    assert "aten::sin" in table
+    assert "ProfilerStep" not in table  # a step is no operation
+
+
+def names_in(trace: Path) -> list[str]:
+    """Names of what has a beginning and an end in a Chrome trace, which must be valid JSON."""
+    data = trace.read_bytes()
+    data = gzip.decompress(data) if trace.suffix == ".gz" else data
+    events = [event for event in json.loads(data)["traceEvents"] if event.get("ph") == "X"]
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events)
+    assert {type(event["pid"]) for event in events} <= {int, str}
+    return [event["name"] for event in events]
+
+
+def profile_of(folder, steps: int, start: int = 0) -> Path:
+    """Profile all steps of a run that resumes after `start` steps; returns the trace."""
+    run = run_in(folder, TrainState(global_step=start))
+    hook, run.phase = profiler.ProfilerHook(steps=steps, skip=0), "train"
+    hook.on_phase_start(run)
+    for _ in range(steps):
+        torch.ones(2).sin()
+        run.state.global_step += 1
+        hook.on_step(run)
+    hook.on_end(run)
+    (trace,) = folder.glob("profile.json*")
+    return trace
+
+
+def test_steps_in_a_trace_have_their_numbers_in_the_run(tmp_path):
+    names = names_in(profile_of(tmp_path, steps=2, start=7))
+    steps = [name for name in names if name.startswith("ProfilerStep")]
+    assert sorted(steps) == ["ProfilerStep#8", "ProfilerStep#9"]
+
+
+def test_large_trace_is_compressed_and_no_old_one_stays(tmp_path, monkeypatch):
+    """Perfetto reads both; profile.json next to it would be of another run."""
+    assert profile_of(tmp_path, 1).name == "profile.json"
+    monkeypatch.setattr(profiler, "LARGE", 100)
+    assert profile_of(tmp_path, 1).name == "profile.json.gz"
+    assert "aten::sin" in names_in(tmp_path / "profile.json.gz")
+    monkeypatch.undo()
+    assert profile_of(tmp_path, 1).name == "profile.json"
+
+
+def test_files_of_a_profile_are_named_at_the_end_again(tmp_path, log):
+    """Thousands of log lines come in between."""
+    profile_of(tmp_path, 1)
+    last = log.messages[-1]
+    assert last == (
+        f"{tmp_path}/profile.json: a trace of 1 step for https://ui.perfetto.dev; "
+        f"{tmp_path}/profile.txt: the ten most expensive operations"
+    )
+    assert log.messages[0].startswith(last + "\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", []),
+        ("--profile", ["profiler"]),
+        ("--profile --hook csv", ["csv", "profiler"]),
+        ("--profile --hook profiler(steps=7)", ["profiler(steps=7)"]),
+        ("--profile --eval --finetune x", []),
+    ],
+)
+def test_profile_is_the_hook(words, expected, tmp_path):
+    words = f"--data_set DIGITS --output_dir {tmp_path} {words}".split()
+    args = options.parse(options.finetune_parser(), words)
+    assert [str(call) for call, _ in hook_table.find_hooks(args).values()] == expected
+
+
+def test_profile_without_a_folder_is_refused():
+    words = ["--data_set", "DIGITS", "--output_dir", "none", "--profile"]
+    args = options.parse(options.pretrain_parser(), words)
+    with pytest.raises(UserError, match=r"^--profile writes into --output_dir; give a folder$"):
+        hook_table.check_hooks(args)
 
 
 def test_profile_of_one_step_says_so(tmp_path, log):

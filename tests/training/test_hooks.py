@@ -29,7 +29,8 @@ RECORD = {
     "grad_norm": 1.25,
     "lr": 5e-8,
     "images_per_s": 1234.5,
-    "data_wait": 0.25,
+    "time_data": 0.25,
+    "time_forward": 0.5,
     "memory_mb": 100.0,
     "eta_s": 3723.4,
     "step": 20,
@@ -136,7 +137,7 @@ def test_log_line_shows_small_learning_rates_and_time_left(log):
     log_lines.LineHook(epochs=5).on_log(RECORD, TrainState(epoch=2))
     assert log.messages == [
         "epoch 3/5  step 20/100  loss 0.7500  lr 5.00e-08  grad_norm 1.25  images/s 1234  "
-        "data_wait 25%  memory 100 MB  eta 1:02:03"
+        "data 25%  forward 50%  memory 100 MB  eta 1:02:03"
     ]
 
 
@@ -290,11 +291,13 @@ def test_log_record_by_hand(clock):
     state, recorder = TrainState(epoch=1, global_step=4), Recorder()
     reporter = hooks.Reporter([recorder], CPU, state, Steps.even(4, 3), print_freq=3)
     batches = DeviceLoader([], CPU, [0.5], [0.5])
-    means = reporter.begin_epoch(["loss"], batches)
+    stepper = SimpleNamespace(can_skip=True)
+    means = reporter.begin_epoch(["loss"], batches, stepper)
     for step, loss in enumerate([1.0, 2.0, 6.0, 5.0]):
         means.update(2, loss=torch.tensor(loss))
-        clock.now += 0.5
-        batches.wait_seconds += 0.125
+        for mark, part in ((batches.mark, "data"), (stepper.mark, "backward")):
+            clock.now += 0.125 if part == "data" else 0.375
+            mark(part)
         reporter.after_batch(2)
         state.global_step += 1
         reporter.after_step(lr=0.1 * (step + 1))
@@ -305,7 +308,8 @@ def test_log_record_by_hand(clock):
     assert first["loss"] == 3.0
     assert first["lr"] == pytest.approx(0.3)
     assert first["images_per_s"] == pytest.approx(6 / 1.5)
-    assert first["data_wait"] == pytest.approx(0.25)
+    assert (first["time_data"], first["time_backward"]) == (0.25, 0.75)
+    assert "time_forward" not in first  # never marked, as communication of a process alone
     assert first["eta_s"] == pytest.approx(0.5 * 5)  # 7 of 12 steps are done, 0.5 s each
     assert (first["step"], first["steps"]) == (3, 4)
     assert last["loss"] == 5.0  # of step 4 alone
@@ -360,20 +364,24 @@ def test_picture_that_a_killed_run_did_not_draw_is_drawn_when_it_resumes(tmp_pat
     assert read_image(str(tmp_path / "dreams" / "epoch-2.png")).max() == 255
 
 
+FILES = ("ConfusionHook", "JsonHook", "ImageHook")
+
+
 @pytest.mark.parametrize(
     ("folder", "flags", "expected"),
     [
         (False, {}, ["LineHook"]),
         (False, {"log_dir": "tb"}, ["LineHook", "TensorboardHook"]),
         (False, {"progress": "bar"}, ["BarHook", "LineHook"]),
-        (True, {"log_dir": "none"}, ["LineHook", "ConfusionHook", "JsonHook", "ImageHook"]),
-        (True, {}, ["LineHook", "TensorboardHook", "ConfusionHook", "JsonHook", "ImageHook"]),
+        (True, {"log_dir": "none"}, ["LineHook", "HtmlReport", *FILES]),
+        (True, {"report": False}, ["LineHook", "TensorboardHook", *FILES]),
+        (True, {}, ["LineHook", "TensorboardHook", "HtmlReport", *FILES]),
     ],
 )
 def test_flags_choose_the_hooks(tmp_path, monkeypatch, folder, flags, expected):
     monkeypatch.chdir(tmp_path)
     defaults = {"epochs": 1, "progress": "lines", "log_dir": None, "print_freq": 1}
-    defaults |= {"hook": None, "tracker": None}
+    defaults |= {"hook": None, "tracker": None, "report": True}
     args = SimpleNamespace(**(defaults | flags))
     place = tmp_path if folder else None
     with hook_table.build_reporter(args, place, CPU, TrainState(), Steps.even(10)) as reporter:

@@ -18,7 +18,7 @@ from training.checkpoint_manager import CheckpointManager, NoMoreBatches
 from training.hooks import Reporter
 from training.phases import Phases
 from training.precise_bn import PreciseBn
-from training.report import count_epochs, describe_end, describe_time
+from training.report import SPEED, count_epochs, describe_end, describe_time
 from training.schedules import build_schedule
 from training.steps import Steps
 
@@ -125,7 +125,9 @@ def test_words_for_parts_of_epochs():
 
 
 def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    """Lines of log.txt, without what two equal runs do not share."""
+    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
+    return [{name: x for name, x in line.items() if name not in SPEED} for line in lines]
 
 
 def last(folder: Path) -> dict:

@@ -1,0 +1,285 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The curves of a report: which keys of log.txt share a chart, and their last and best values.
+
+python -c "from insight.report_curves import place; print(place('test_acc1_ema', {'test_acc1'}))"
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from insight.report_data import RunData, evenly, number
+
+GROUPS = ("Loss", "Metrics", "Probes", "Learning rate", "Health of the network", "Speed", "Other")
+MOST_CHARTS = 60
+LAYERS = "_blocks"  # end of the keys of lists with a value for each block of the network
+POINTS, FEWEST_POINTS = 600, 40  # of a curve
+POINT_BYTES = 14  # of a point in the page, about
+CURVE_BYTES = 700_000  # of all curves of a page, about
+NOT_CURVES = {"epoch", "after_epochs", "at", "step", "n_parameters", "alarms", "advice"}
+SHARES = {  # key of log.txt -> name
+    "time_data": "data",
+    "time_forward": "forward",
+    "time_backward": "backward",
+    "time_optimizer": "optimizer",
+    "time_comm": "communication",
+}
+SPELLED = {"knn": "kNN", "map": "mAP", "f1": "F1", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
+SPELLED |= {"1pct": "1%", "10pct": "10%", "grn": "GRN", "mfu": "MFU", "ema": "EMA"}
+LOWER = re.compile(
+    r"loss|rmse|mae|mse|error|cost|nll|brier|ece|dead|saturated|skipped|bad_steps|perplexity"
+)
+PERCENT = re.compile(r"test_(\w+_)?acc\d+(_ema)?|probe_(knn|linear)")
+
+
+class Place(NamedTuple):
+    """The place of a key: group, title of its chart, label of its curve, and a hint.
+
+    goal: `min`, `max`, or '' where no value is the best.
+    """
+
+    group: str
+    chart: str
+    label: str
+    goal: str = ""
+
+
+# Regular expression of keys -> group, chart, goal. The label is what the last bracket matches, or
+# the key without `train_`. The first that matches the whole key counts.
+TABLE: tuple[tuple[str, str, str, str], ...] = (
+    (r"train_lr|lr|learning_rate", "Learning rate", "Learning rate", ""),
+    (r"(?:train_)?(weight_decay|momentum|update_freq|batch_size)", "Learning rate", "", ""),
+    (r"(train)_class_acc", "Metrics", "Top-1 accuracy", "max"),
+    (r"probe_(.+_\d+pct\w*)", "Probes", "Probes, few labels", "max"),
+    (r"probe_(.+)", "Probes", "Probes", "max"),
+    (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
+    (r"train_grad_norm|grad_norm_?(.*)", "Health of the network", "Gradient norm", ""),
+    (r"rank_me|effective_rank", "Health of the network", "Rank of the features", ""),
+    (
+        r"feature_distance_?(.*)|channel_distance_?(.*)",
+        "Health of the network",
+        "Channel cosine distance",
+        "",
+    ),
+    (r"grn_(.+)", "Health of the network", "GRN parameters", ""),
+    (r"(dead|saturated)_channels_?.*", "Health of the network", "Dead and saturated channels", ""),
+    (r"(skipped|bad)_\w+", "Health of the network", "Skipped steps", ""),
+    (r"images_per_s", "Speed", "Images per second", ""),
+    (r"mfu", "Speed", "Model FLOPs utilization", ""),
+    (r"(?:train_)?(loss_scale|.*memory\w*)", "Other", "", ""),
+)
+
+
+@dataclass
+class Series:
+    """A curve: x, the epochs done, and y. run: its number. label: `train`, `test`, `knn` ..."""
+
+    run: int
+    key: str
+    label: str
+    x: list[float]
+    y: list[float]
+    goal: str = ""
+
+    @property
+    def last(self) -> tuple[float, float]:
+        """The last value and its epoch."""
+        return self.y[-1], self.x[-1]
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """The best value and its epoch, None where no value is the best."""
+        if not self.goal:
+            return None
+        value = min(self.y) if self.goal == "min" else max(self.y)
+        return value, self.x[self.y.index(value)]
+
+
+@dataclass
+class Chart:
+    """Curves that share a plot. axis: unit of x, `epoch` or `block`."""
+
+    group: str
+    title: str
+    series: list[Series] = field(default_factory=list)
+    axis: str = "epoch"
+
+    @property
+    def log(self) -> bool:
+        """True where a log axis shows more from the start: a loss over three decades."""
+        values = [y for series in self.series for y in series.y]
+        return self.group == "Loss" and 0 < 1000 * min(values) < max(values)
+
+
+def place(key: str, keys: Collection[str]) -> Place:
+    """Return the place of a key of log.txt; keys: all that runs have, to recognize sets."""
+    for pattern, group, chart, goal in TABLE:
+        if found := re.fullmatch(pattern, key):
+            label = next(filter(None, reversed(found.groups())), key.removeprefix("train_"))
+            return Place(group, chart or _title(key), _words(label), goal)
+    found = re.fullmatch(r"(train|test)_(.+?)(_ema)?", key)
+    if not found:
+        return Place("Other", _title(key), _words(key))
+    split, name, ema = found.groups()
+    group = "Loss" if name.endswith("loss") else "Metrics"
+    name, where = _without_set(split, name, keys)
+    goal = "min" if LOWER.search(name) else "max"
+    label = " ".join(filter(None, (split, where, "EMA" * bool(ema))))
+    if group == "Loss":
+        more = name.removesuffix("loss").strip("_")
+        return Place(group, "Loss", " ".join(filter(None, (label, _words(more)))), "min")
+    return Place(group, metric_name(name), label, goal)
+
+
+def _without_set(split: str, name: str, keys: Collection[str]) -> tuple[str, str]:
+    """Split `sketch_acc1` into acc1 and sketch, if there is a key `test_acc1` too."""
+    parts = name.split("_")
+    for count in range(1, len(parts)):
+        rest = "_".join(parts[count:])
+        if split == "test" and f"test_{rest}" in keys:
+            return rest, "_".join(parts[:count])
+    return name, ""
+
+
+def metric_name(name: str) -> str:
+    """Return the title of a metric: `Top-1 accuracy` for acc1."""
+    found = re.fullmatch(r"acc(\d+)", name)
+    return f"Top-{found[1]} accuracy" if found else SPELLED.get(name) or _title(name)
+
+
+def _words(key: str) -> str:
+    words = key.replace("_", " ").split()
+    return " ".join(SPELLED.get(word, word) for word in words)
+
+
+def _title(key: str) -> str:
+    words = _words(key)
+    return words[:1].upper() + words[1:]
+
+
+def read_values(run: RunData) -> dict[str, list[float | None]]:
+    """Return the numbers of log.txt by key, a value a row."""
+    found: dict[str, list[float | None]] = {}
+    for index, row in enumerate(run.rows):
+        for key, value in row.items():
+            if key in NOT_CURVES or key in SHARES:
+                continue
+            if (known := number(value)) is not None:
+                if key not in found:
+                    found[key] = [None] * len(run.rows)
+                found[key][index] = known
+    return found
+
+
+def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
+    """Return the charts of some runs in the order of GROUPS, and sentences on what is left out."""
+    values = [read_values(run) for run in runs]
+    keys = dict.fromkeys(key for of_run in values for key in of_run)
+    charts: dict[tuple[str, str], Chart] = {}
+    for key in keys:
+        spot = place(key, keys)
+        chart = charts.setdefault((spot.group, spot.chart), Chart(spot.group, spot.chart))
+        for index, run in enumerate(runs):
+            pairs = zip([row["at"] for row in run.rows], values[index].get(key, ()), strict=False)
+            points = [(x, y) for x, y in pairs if y is not None]
+            if points:
+                x, y = ([*column] for column in zip(*points, strict=True))
+                chart.series.append(Series(index, key, spot.label, x, y, spot.goal))
+    found = [*charts.values(), *build_layer_charts(runs)]
+    ordered = sorted(found, key=lambda chart: GROUPS.index(chart.group))
+    for chart in ordered:
+        chart.series.sort(key=lambda series: series.run)  # of one key in the order of the keys
+    left = [chart.title for chart in ordered[MOST_CHARTS:]]
+    notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
+    return ordered[:MOST_CHARTS], notes
+
+
+def build_layer_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Return charts over the blocks of the network, from lists of log.txt with a value a block.
+
+    Of one run they show the first, the middle and the last epoch, of several runs the last one.
+    """
+    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
+    charts = []
+    for key in [key for key in keys if key.endswith(LAYERS)]:
+        spot = place(key.removesuffix(LAYERS), keys)
+        chart = Chart(spot.group, f"{spot.chart} by block", axis="block")
+        for index, run in enumerate(runs):
+            rows = [row for row in run.rows if _is_curve(row.get(key))]
+            for row in evenly(rows, 3 if len(runs) == 1 else 1):
+                x = [float(block) for block in range(1, len(row[key]) + 1)]
+                label = f"epoch {row['at']:g}" if len(runs) == 1 else "last epoch"
+                chart.series.append(Series(index, key, label, x, [*map(float, row[key])], "min"))
+        charts += [chart] if chart.series else []
+    return charts
+
+
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and None not in map(number, value)
+
+
+def sample(series: Series, most: int) -> tuple[list[float], list[float]]:
+    """Return at most about `most` points of a curve: the lowest and the highest of equal parts.
+
+    The first and the last point, the minimum and the maximum stay.
+    """
+    x, y = series.x, series.y
+    if len(y) <= most:
+        return x, y
+    parts = max(most // 2 - 1, 1)
+    kept = {0, len(y) - 1}
+    for part in range(parts):
+        here = range(part * len(y) // parts, (part + 1) * len(y) // parts)
+        kept |= {min(here, key=y.__getitem__), max(here, key=y.__getitem__)}
+    return [x[i] for i in sorted(kept)], [y[i] for i in sorted(kept)]
+
+
+def points_for(charts: Sequence[Chart]) -> int:
+    """Return how many points a curve may have, so that all fit into CURVE_BYTES."""
+    curves = sum(len(chart.series) for chart in charts)
+    return max(FEWEST_POINTS, min(POINTS, CURVE_BYTES // (POINT_BYTES * max(curves, 1))))
+
+
+def as_json(charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    """Return the charts for the script of the page."""
+    most = points_for(charts)
+    return [
+        {
+            "title": chart.title,
+            "axis": chart.axis,
+            "log": chart.log,
+            "series": [
+                {"run": each.run, "label": each.label} | _points(*sample(each, most))
+                for each in chart.series
+            ],
+        }
+        for chart in charts
+    ]
+
+
+def _points(x: Sequence[float], y: Sequence[float]) -> Mapping[str, list[float]]:
+    return {"x": [_short(value) for value in x], "y": [_short(value) for value in y]}
+
+
+def _short(value: float) -> float:
+    """Round to 6 digits, and write integers without a point."""
+    value = float(f"{value:.6g}")
+    return int(value) if value == int(value) and abs(value) < 1e15 else value
+
+
+def mean_shares(run: RunData) -> dict[str, float]:
+    """Return the mean shares of the time, 0 to 1, by name; `other` is the rest. {} if unknown."""
+    means = {}
+    for key, name in SHARES.items():
+        known = [value for value in run.values(key) if value is not None]
+        if known:
+            means[name] = max(sum(known) / len(known), 0.0)
+    total = sum(means.values())
+    if not means or not math.isfinite(total) or total <= 0:
+        return {}
+    if total < 0.995:
+        return means | {"other": 1 - total}
+    return {name: share / max(total, 1.0) for name, share in means.items()}

@@ -1,0 +1,349 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Tables of a report: results by class, where the time went, flags, machine.
+
+python visualize.py report runs/demo/finetune
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from errors import format_bytes, plural
+from insight.report_curves import SHARES, mean_shares
+from insight.report_data import Answers, Confusion, RunData, number
+from insight.report_html import Html, duration, figure_of, join, short, table, tag
+
+CELLS = 6000  # of all confusion matrices of a page, which limits their classes
+MOST_CLASSES, FEWEST_CLASSES = 30, 8
+NUMBERED = 16  # classes up to which cells show their number
+MOST_ROWS = 100  # of a table of classes
+CELL = 29  # units of the drawing
+SHARE_NAMES = (*SHARES.values(), "other")
+PACKAGES = ("torch", "torchvision", "numpy", "timm", "triton")  # shown first
+NOT_FLAGS = {"typed", "given"}
+
+
+# --- classes --------------------------------------------------------------------------------
+
+
+def class_rows(confusion: Confusion) -> list[tuple[str, float | None, float | None, int, str]]:
+    """Return name, recall and precision in percent, images, and the most frequent wrong answer.
+
+    The class with the lowest recall comes first; those without images come last.
+    """
+    answered = [sum(column) for column in zip(*confusion.matrix, strict=True)]
+    rows = []
+    for index, counts in enumerate(confusion.matrix):
+        right, total = counts[index], sum(counts)
+        wrong = [(count, place) for place, count in enumerate(counts) if place != index and count]
+        count, place = max(wrong, key=lambda pair: (pair[0], -pair[1]), default=(0, 0))
+        mistaken = f"{confusion.answers[place]} ({count})" if count else ""
+        recall = 100 * right / total if total else None
+        precision = 100 * right / answered[index] if answered[index] else None
+        rows.append((confusion.classes[index], recall, precision, total, mistaken))
+    return sorted(rows, key=lambda row: (row[1] is None, row[1] or 0))
+
+
+def class_table(confusion: Confusion, most: int) -> Html:
+    """Return the table of the classes with the lowest recall, at most `most`."""
+    rows = class_rows(confusion)
+    most = max(min(most, MOST_ROWS), FEWEST_CLASSES)
+    cells = [
+        [name, figure_of(recall), figure_of(precision), figure_of(images), mistaken or "–"]
+        for name, recall, precision, images, mistaken in rows[:most]
+    ]
+    head = ("class", "recall %", "precision %", "images", "most often mistaken for")
+    parts = [table(head, cells, "numbers words-last", "results of each class")]
+    if len(rows) > most:
+        text = f"The {most} classes with the lowest recall of {len(rows)}."
+        parts.append(tag("p", text, class_="dim"))
+    return join(parts)
+
+
+def most_confused(confusion: Confusion, most: int) -> list[int]:
+    """Return the classes with the most wrong images, as row or as answer, in their own order."""
+    count = len(confusion.matrix)
+    wrong = [0] * count
+    for true, row in enumerate(confusion.matrix):
+        for answer, images in enumerate(row):
+            if answer != true:
+                wrong[true] += images
+                if answer < count:
+                    wrong[answer] += images
+    worst = sorted(range(count), key=lambda index: (-wrong[index], index))[:most]
+    return sorted(worst)
+
+
+def matrix_size(matrices: int) -> int:
+    """Return how many classes a confusion matrix shows if there are so many matrices."""
+    fits = int(math.sqrt(CELLS / max(matrices, 1)))
+    return max(FEWEST_CLASSES, min(MOST_CLASSES, fits))
+
+
+def matrix_picture(confusion: Confusion, most: int) -> Html:
+    """Return the confusion matrix as SVG; of many classes those that are confused most."""
+    kept = most_confused(confusion, most)
+    columns = kept + [i for i in range(len(confusion.answers)) if i >= len(confusion.matrix)]
+    names = [short(confusion.classes[index], 14) for index in kept]
+    top = [short(confusion.answers[index], 14) for index in columns]
+    left = 12 + 6.6 * max(map(len, names))
+    above = 12 + 6.6 * max(map(len, top)) * 0.75
+    parts = [tag("title", "Confusion matrix: a row for each true class, a column for each answer")]
+    for y, name in enumerate(names):
+        middle = above + (y + 0.5) * CELL
+        place = {"x": f"{left - 6:.1f}", "y": f"{middle + 4:.1f}"}
+        parts.append(tag("text", name, **place, text_anchor="end"))
+    for x, name in enumerate(top):
+        middle = left + (x + 0.5) * CELL
+        turn = f"translate({middle + 3:.1f} {above - 6:.1f}) rotate(-50)"
+        parts.append(tag("text", name, transform=turn))
+    for y, true in enumerate(kept):
+        total = sum(confusion.matrix[true])
+        for x, answer in enumerate(columns):
+            images = confusion.matrix[true][answer]
+            parts.append(_cell(confusion, (true, answer), images, total, (left, above, x, y)))
+    width, height = left + len(columns) * CELL + 24, above + len(kept) * CELL + 2
+    view = f"0 0 {width:.0f} {height:.0f}"
+    drawing = tag("svg", parts, viewBox=view, role="img", class_="matrix", width=f"{width:.0f}")
+    text = "Rows are true classes, columns are answers; color is the share of the row."
+    if len(kept) < len(confusion.matrix):
+        text += f" The {len(kept)} most confused of {len(confusion.matrix)} classes."
+    return join([drawing, tag("p", text, class_="dim")])
+
+
+def _cell(
+    confusion: Confusion,
+    where: tuple[int, int],
+    images: int,
+    total: int,
+    place: tuple[float, float, int, int],
+) -> Html:
+    true, answer = where
+    left, above, x, y = place
+    corner = {"x": f"{left + x * CELL + 1:.1f}", "y": f"{above + y * CELL + 1:.1f}"}
+    size = {"width": CELL - 2, "height": CELL - 2, "rx": 3}
+    if not images:
+        return tag("rect", **corner, **size, class_="none")
+    share, kind = images / total, "right" if true == answer else "wrong"
+    said = f"{short(confusion.classes[true], 60)} as {short(confusion.answers[answer], 60)}: "
+    title = tag("title", f"{said}{images} of {total} ({100 * share:.3g}%)")
+    opacity = f"{0.12 + 0.88 * share:.2f}"
+    parts = [tag("rect", title, **corner, **size, class_=kind, fill_opacity=opacity)]
+    if len(confusion.matrix) <= NUMBERED and images < 10_000:
+        at = {"x": f"{left + (x + 0.5) * CELL:.1f}", "y": f"{above + (y + 0.5) * CELL + 3.5:.1f}"}
+        ink = "on" if share > 0.5 else "off"
+        parts.append(tag("text", str(images), **at, text_anchor="middle", class_=f"count {ink}"))
+    return join(parts)
+
+
+def answers_table(answers: Answers) -> Html:
+    """Return the table of the wrong answers with the highest probability."""
+    rows = [
+        [path, target, answer, "–" if answer == "no answer" else f"{100 * chance:.1f}"]
+        for path, target, answer, chance in answers.worst
+    ]
+    of = f"{answers.read:,} images" if answers.is_whole else f"the first {answers.read:,} images"
+    text = f"{answers.wrong:,} of {of} have a wrong answer; those with the highest probability:"
+    head = ("image", "true class", "answer", "probability %")
+    return join([tag("p", text, class_="dim"), table(head, rows, "words", "worst answers")])
+
+
+# --- time -----------------------------------------------------------------------------------
+
+
+def shares_picture(runs: Sequence[RunData]) -> Html | None:
+    """Return a bar of the shares of the time for each run; None if no run has them."""
+    known = [(run, mean_shares(run)) for run in runs]
+    known = [(run, shares) for run, shares in known if shares]
+    if not known:
+        return None
+    names = [name for name in SHARE_NAMES if any(name in shares for _, shares in known)]
+    legend = [
+        tag("li", _swatch(f"s{SHARE_NAMES.index(name)}"), name, class_="key") for name in names
+    ]
+    rows = []
+    for run, shares in known:
+        parts, x = [tag("title", "Share of the time: " + _describe(shares))], 0.0
+        for name, share in shares.items():
+            kind = f"s{SHARE_NAMES.index(name)}"
+            box = {"x": f"{x:.2f}", "y": 0, "width": f"{100 * share:.2f}", "height": 10}
+            title = tag("title", f"{name} {100 * share:.1f}%")
+            parts.append(tag("rect", title, **box, class_=kind))
+            x += 100 * share
+        bar = {"viewBox": "0 0 100 10", "preserveAspectRatio": "none", "role": "img"}
+        drawing = tag("svg", parts, **bar, class_="shares")
+        texts = [tag("span", f"{name} {100 * share:.0f}%") for name, share in shares.items()]
+        label = tag("p", run.name, class_="bar-name") if len(runs) > 1 else None
+        rows.append(join([label, drawing, tag("p", texts, class_="dim spread")]))
+    return join([tag("ul", legend, class_="legend"), rows])
+
+
+def _describe(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f}%" for name, share in shares.items())
+
+
+def _swatch(kind: str) -> Html:
+    box = tag("rect", width=12, height=12, rx=3, class_=kind)
+    return tag("svg", box, width=12, height=12, aria_hidden="true")
+
+
+# --- flags and machine ----------------------------------------------------------------------
+
+
+def show(value: Any) -> str:
+    """Return the value of a flag or of run.json as text."""
+    if value is None or value == "" or value == []:
+        return "–"
+    if isinstance(value, list | tuple):
+        return short(" ".join(map(str, value)))
+    if isinstance(value, dict):
+        return short(json.dumps(value, default=str))
+    return short(str(value).lower() if isinstance(value, bool) else value)
+
+
+def flags_tables(runs: Sequence[RunData]) -> Html:
+    """Return the flags: those that differ, or of one run those that were typed, and the rest."""
+    names = [*dict.fromkeys(name for run in runs for name in run.flags if name not in NOT_FLAGS)]
+    if not names:
+        return tag("p", "args.yaml is missing, so the flags are unknown.", class_="dim")
+    if len(runs) > 1:
+        marked = [name for name in names if len({show(run.flags.get(name)) for run in runs}) > 1]
+        rows = [("marked", [f"--{n}", *(show(run.flags.get(n)) for run in runs)]) for n in marked]
+        head = ["flag", *(run.name for run in runs)]
+        first = table(head, rows, "words", "flags that differ") if rows else None
+        words = plural(len(marked), "flag") + " differ" + "s" * (len(marked) == 1)
+        first = join([tag("p", f"{words} between the runs.", class_="dim"), first])
+        rest = "equal"
+    else:
+        typed = runs[0].record.get("typed")
+        marked = [name for name in names if isinstance(typed, list) and name in typed]
+        rows = [("marked", [f"--{name}", show(runs[0].flags.get(name))]) for name in marked]
+        first = table((), rows, "words", "flags that were typed") if rows else None
+        if not isinstance(typed, list):
+            why = "run.json is missing, so it is not known which flags were typed."
+            first = tag("p", why, class_="dim")
+        rest = "other"
+    others = [name for name in names if name not in marked]
+    pairs = [
+        tag("div", tag("dt", f"--{name}"), tag("dd", show(runs[0].flags.get(name))))
+        for name in others
+    ]
+    summary = tag("summary", f"{plural(len(others), f'{rest} flag')}")
+    return join([first, tag("details", summary, tag("dl", pairs, class_="pairs"))])
+
+
+def machine_table(runs: Sequence[RunData]) -> Html:
+    """Return versions, machine, git state and data of each run; rows that differ are marked."""
+    known = [describe_machine(run.record) for run in runs]
+    names = [*dict.fromkeys(name for facts in known for name in facts)]
+    if not names:
+        text = "run.json is missing: the run is older than it, or has written nothing yet."
+        return tag("p", text, class_="dim")
+    rows = []
+    for name in names:
+        cells = [facts.get(name, "–") for facts in known]
+        rows.append(("marked" if len(set(cells)) > 1 else "", [name, *cells]))
+    head = ["", *(run.name for run in runs)] if len(runs) > 1 else []
+    return table(head, rows, "words", "machine and versions")
+
+
+def describe_machine(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the facts of run.json by name; those that are missing are left out."""
+    facts = {label: make(record) for label, make in FACTS.items()}
+    return {label: text for label, text in facts.items() if text}
+
+
+def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _git(record: Mapping[str, Any]) -> str:
+    git = _mapping(record, "git")
+    if not git.get("commit"):
+        return ""
+    text = f"{str(git['commit'])[:12]} on {show(git.get('branch'))}"
+    changed, lines = number(git.get("changed_files")), number(git.get("diff_lines"))
+    if isinstance(git.get("changed_files"), list):
+        changed = len(git["changed_files"])
+    if not changed:
+        return f"{text}, no changes"
+    text += f", {plural(int(changed), 'changed file')}"
+    size = number(git.get("diff_bytes"))
+    return text + f" ({lines:.0f} lines, {format_bytes(size)})" * (None not in (lines, size))
+
+
+def _device(record: Mapping[str, Any]) -> str:
+    device = _mapping(record, "device")
+    name, count = device.get("name") or device.get("type"), number(device.get("count"))
+    if not name:
+        return ""
+    text = f"{count:.0f} x {name}" if count and count > 1 else str(name)
+    extra = [
+        f"{plural(int(value), noun)}"
+        for key, noun in (("processes", "process"), ("cpu_cores", "CPU core"))
+        if (value := number(device.get(key)))
+    ]
+    return short(", ".join([text, *extra]))
+
+
+def _data(part: str) -> Callable[[Mapping[str, Any]], str]:
+    def describe(record: Mapping[str, Any]) -> str:
+        data = _mapping(_mapping(record, "data"), part)
+        if not data:
+            return ""
+        images, classes = number(data.get("images")), number(data.get("classes"))
+        words = [f"{images:,.0f} images"] if images is not None else []
+        words += [plural(int(classes), "class")] if classes else []
+        words += [f"fingerprint {data['fingerprint']}"] if data.get("fingerprint") else []
+        return short(f"{show(data.get('source'))}: {', '.join(words)}")
+
+    return describe
+
+
+def _sessions(sessions: Any) -> str:
+    """Return how many processes, one after the other, have trained the run; '' for one."""
+    if not isinstance(sessions, list) or len(sessions) < 2:
+        return ""
+    return f"{len(sessions)}, resumed {plural(len(sessions) - 1, 'time')}"
+
+
+def _packages(record: Mapping[str, Any]) -> str:
+    packages = _mapping(record, "packages")
+    names = [name for name in PACKAGES if name in packages]
+    names += [name for name in packages if name not in names]
+    return short(", ".join(f"{name} {packages[name]}" for name in names))
+
+
+def _plain(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda record: show(record[key]) if record.get(key) not in (None, "") else ""
+
+
+def _count(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda record: figure_of(number(record.get(key))) if number(record.get(key)) else ""
+
+
+FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "script": _plain("script"),
+    "recipe": _plain("recipe"),
+    "started": _plain("start"),
+    "ended": _plain("end"),
+    "duration": lambda record: duration(s) if (s := number(record.get("seconds"))) else "",
+    "data": _data("train"),
+    "evaluation data": _data("val"),
+    "parameters": _count("parameters"),
+    "optimizer steps": _count("steps_done"),
+    "effective mask ratio": _count("mask_ratio"),
+    "seed": _plain("seed"),
+    "weights from": _plain("finetuned_from"),
+    "resumed from": _plain("resumed_from"),
+    "sessions": lambda record: _sessions(record.get("sessions")),
+    "device": _device,
+    "host": _plain("host"),
+    "platform": _plain("platform"),
+    "Python": _plain("python"),
+    "packages": _packages,
+    "git": _git,
+}

@@ -1,0 +1,139 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Keys of log.txt share a chart with their kind; long curves keep their spikes."""
+
+import pytest
+
+from insight import report_curves
+from insight.report_curves import (
+    GROUPS,
+    Series,
+    as_json,
+    build_charts,
+    mean_shares,
+    place,
+    points_for,
+    sample,
+)
+from insight.report_data import read_run, read_runs
+from tests.insight.written import finetune_rows, pretrain_rows, write_run
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train_loss", ("Loss", "Loss", "train", "min")),
+        ("test_loss_ema", ("Loss", "Loss", "test EMA", "min")),
+        ("holdout_loss", ("Loss", "Loss", "holdout", "min")),
+        ("test_sketch_loss", ("Loss", "Loss", "test sketch", "min")),
+        ("test_acc1", ("Metrics", "Top-1 accuracy", "test", "max")),
+        ("test_sketch_acc1_ema", ("Metrics", "Top-1 accuracy", "test sketch EMA", "max")),
+        ("train_class_acc", ("Metrics", "Top-1 accuracy", "train", "max")),
+        ("test_balanced_acc", ("Metrics", "Balanced acc", "test", "max")),
+        ("test_rmse", ("Metrics", "RMSE", "test", "min")),
+        ("train_lr", ("Learning rate", "Learning rate", "lr", "")),
+        ("probe_knn", ("Probes", "Probes", "kNN", "max")),
+        ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
+        ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage2", "")),
+        ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
+        ("rank_me", ("Health of the network", "Rank of the features", "rank me", "")),
+        ("images_per_s", ("Speed", "Images per second", "images per s", "")),
+        ("anything", ("Other", "Anything", "anything", "")),
+    ],
+)
+def test_place_of_a_key(key, expected):
+    assert place(key, {"test_acc1", "test_loss"}) == expected
+    assert expected[0] in GROUPS
+
+
+def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
+    folders = [write_run(tmp_path / "pre", pretrain_rows(4))]
+    folders.append(write_run(tmp_path / "fine", finetune_rows(3)))
+    charts, notes = build_charts(read_runs(folders))
+    loss = charts[0]
+    assert notes == []
+    assert [(s.run, s.label, len(s.y)) for s in loss.series] == [
+        (0, "train", 4), (0, "holdout", 4), (1, "train", 3), (1, "test", 3), (1, "test EMA", 3)
+    ]  # fmt: skip
+    titles = [chart.title for chart in charts]
+    assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
+    assert not {"epoch", "n parameters", "time data"} & {*titles}
+    distance = next(chart for chart in charts if chart.title == "Channel cosine distance")
+    assert [s.label for s in distance.series] == ["feature distance", "stage1", "stage2"]
+
+
+def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
+    rows = pretrain_rows(5)
+    rows[-1]["feature_distance_blocks"] = [0.1, None, 0.2]  # of a network with NaN
+    runs = read_runs([write_run(tmp_path / name, rows) for name in "ab"])
+    title = "Channel cosine distance by block"
+    alone, both = (
+        next(chart for chart in build_charts(some)[0] if chart.title == title)
+        for some in (runs[:1], runs)
+    )
+    assert alone.axis == "block"
+    assert [series.label for series in alone.series] == ["epoch 1", "epoch 2", "epoch 4"]
+    assert alone.series[0].x == [1, 2, 3, 4]
+    assert alone.series[0].y == rows[0]["feature_distance_blocks"]
+    assert [(series.run, series.label) for series in both.series] == [
+        (0, "last epoch"),
+        (1, "last epoch"),
+    ]
+
+
+def test_missing_values_leave_no_point(tmp_path):
+    rows = [{"epoch": 0, "train_loss": None}, {"epoch": 1, "train_loss": 2.0, "alarms": ["x"]}]
+    (chart,) = build_charts([read_run(write_run(tmp_path / "run", rows))])[0]
+    assert (chart.series[0].x, chart.series[0].y) == ([2], [2])
+
+
+def test_best_is_the_lowest_loss_and_the_highest_accuracy():
+    x = [1.0, 2.0, 3.0]
+    assert Series(0, "test_loss", "test", x, [3.0, 1.0, 2.0], "min").best == (1, 2)
+    assert Series(0, "test_acc1", "test", x, [3.0, 1.0, 3.0], "max").best == (3, 1)
+    assert Series(0, "train_lr", "lr", x, [3.0, 1.0, 3.0]).best is None
+
+
+def test_a_long_curve_keeps_its_ends_and_its_spikes():
+    x = [float(index) for index in range(10_000)]
+    y = [1.0] * 10_000
+    y[4321], y[77], y[0], y[-1] = 50.0, -50.0, 2.0, 3.0
+    xs, ys = sample(Series(0, "train_loss", "train", x, y), 100)
+    assert len(xs) <= 100
+    assert xs == sorted(xs)
+    assert {(4321, 50), (77, -50), (0, 2), (9999, 3)} <= {*zip(xs, ys, strict=True)}
+
+
+def test_many_curves_get_fewer_points(tmp_path, monkeypatch):
+    run = read_run(write_run(tmp_path / "run", pretrain_rows(1000)))
+    charts, _ = build_charts([run])
+    assert points_for(charts) == report_curves.POINTS
+    monkeypatch.setattr(report_curves, "CURVE_BYTES", 20_000)
+    most = points_for(charts)
+    assert report_curves.FEWEST_POINTS < most < 200
+    lengths = [len(s["y"]) for chart in as_json(charts) for s in chart["series"]]
+    assert max(lengths) <= most
+
+
+def test_many_charts_are_limited_and_said(tmp_path):
+    rows = [{"epoch": 0} | {f"own{index}": 1.0 for index in range(70)}]
+    charts, notes = build_charts([read_run(write_run(tmp_path / "run", rows))])
+    assert len(charts) == report_curves.MOST_CHARTS
+    assert notes == ["10 more charts are not shown, such as Own60."]
+
+
+def test_log_axis_from_the_start_only_over_many_decades(tmp_path):
+    rows = [{"epoch": e, "train_loss": 10.0**-e, "train_lr": 10.0**-e} for e in range(5)]
+    charts, _ = build_charts([read_run(write_run(tmp_path / "run", rows))])
+    assert [(chart.title, chart.log) for chart in charts] == [
+        ("Loss", True),
+        ("Learning rate", False),
+    ]
+
+
+def test_shares_are_means_and_the_rest_is_other(tmp_path):
+    rows = [{"epoch": 0, "time_data": 0.2, "time_forward": 0.3, "time_comm": None}]
+    rows.append({"epoch": 1, "time_data": 0.4, "time_forward": 0.3})
+    found = mean_shares(read_run(write_run(tmp_path / "run", rows)))
+    assert found == pytest.approx({"data": 0.3, "forward": 0.3, "other": 0.4})
+    assert mean_shares(read_run(write_run(tmp_path / "old", [{"epoch": 0}]))) == {}

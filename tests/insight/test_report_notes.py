@@ -1,0 +1,96 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""A report says in words what went wrong in a run, and nothing if nothing did."""
+
+import pytest
+
+from insight.report_data import read_run
+from insight.report_notes import MOST, describe_epochs, find_notes
+from tests.insight.written import FLAGS, RECORD, finetune_rows, pretrain_rows, write_run
+
+
+def notes_of(tmp_path, rows, record=RECORD, flags=FLAGS):
+    return find_notes(read_run(write_run(tmp_path / "run", rows, record, flags)))
+
+
+def test_a_good_run_has_no_notes(tmp_path):
+    assert notes_of(tmp_path, pretrain_rows()) == []
+    assert notes_of(tmp_path, pretrain_rows(), record=None) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "level", "said"),
+    [
+        ({"status": "failed", "error": "CUDA out\nof memory"}, "error",
+         "The run failed after 3 epochs: CUDA out of memory"),
+        ({"status": "failed"}, "error", "The run failed after 3 epochs: no reason was written"),
+        ({"status": "stopped", "error": "SIGTERM"}, "warning",
+         "The run was stopped after 3 epochs (SIGTERM). Rerun it to continue."),
+        ({"status": "running"}, "info",
+         "The run had not ended when this was written, after 3 epochs."),
+        ({}, "info", "3 of 12 epochs are done: the run is running, was stopped, or has failed."),
+    ],
+)  # fmt: skip
+def test_the_end_of_a_run_is_described(record, level, said, tmp_path):
+    assert notes_of(tmp_path, pretrain_rows(3), record) == [(level, said)]
+
+
+def test_alarms_come_once_with_their_epochs_and_old_ones_are_no_warnings(tmp_path):
+    rows = pretrain_rows(6)
+    rows[1]["alarms"] = ["The loss stalls."]
+    for index, row in enumerate(rows[3:]):
+        row["alarms"] = [f"collapse: rank_me {4.5 + index} has fallen from 40.0"]
+    rows[2]["advice"] = "use more workers."
+    assert notes_of(tmp_path, rows) == [
+        ("warning", "Collapse: rank_me 6.5 has fallen from 40.0 (epochs 4 to 6)"),
+        ("advice", "Use more workers."),
+        ("info", "The loss stalls. (epoch 2, not since)"),
+    ]
+
+
+def test_overfitting_needs_a_rising_test_loss_and_a_falling_training_loss(tmp_path):
+    rows = finetune_rows()
+    ((level, said),) = notes_of(tmp_path, rows)
+    assert level == "warning"
+    assert "lowest in epoch 5 (0.5) and has risen to 0.85" in said
+    assert "fell from 0.32 to 0.1333" in said
+    assert notes_of(tmp_path, rows[:7]) == []  # two evaluations after the minimum
+    for row in rows:
+        row["train_loss"] = 0.4
+    assert notes_of(tmp_path, rows) == []
+
+
+def test_divergence_is_said_and_a_single_spike_is_none(tmp_path):
+    rows = pretrain_rows(6)
+    rows[-1]["train_loss"] = 5.0
+    assert notes_of(tmp_path, rows) == []
+    rows[-2]["train_loss"] = 4.0
+    ((level, said),) = notes_of(tmp_path, rows)
+    rows[-1]["alarms"] = ["divergence: train_loss 5 is 8 times its lowest value"]
+    assert [text[:20] for _, text in notes_of(tmp_path, rows)] == ["Divergence: train_lo"]
+    assert (level, said[:41]) == ("warning", "Divergence: train_loss 5 is 8.1 times its")
+
+
+def test_losses_that_were_not_finite_and_skipped_steps_are_said(tmp_path):
+    rows = pretrain_rows(4)
+    rows[2]["train_loss"] = None
+    rows[1]["skipped_updates"], rows[2]["skipped_updates"] = 0.0, 0.5
+    (first, nan), (second, skipped) = notes_of(tmp_path, rows)
+    assert (first, second) == ("error", "warning")
+    assert nan.startswith("train_loss was NaN or infinite (epoch 3).")
+    assert skipped.startswith("Up to 0.5% of the optimizer steps were skipped")
+    assert "loss spike (epoch 3)." in skipped
+
+
+def test_thousands_of_alarms_do_not_fill_the_page(tmp_path):
+    rows = pretrain_rows(2)
+    rows[-1]["alarms"] = ["alarm" + "x" * index for index in range(1000)]
+    found = notes_of(tmp_path, rows)
+    assert len(found) == MOST + 1
+    assert found[-1].text == "970 more notes left out."
+
+
+def test_epochs_in_words():
+    assert describe_epochs([3]) == "epoch 3"
+    assert describe_epochs([3, 4, 4.5, 5]) == "epochs 3 to 5"
+    assert describe_epochs([1, 4, 9, 12, 20]) == "epochs 1, 4, 9 and 2 more"

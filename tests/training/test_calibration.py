@@ -1,0 +1,44 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Accuracy by confidence."""
+
+import math
+
+import pytest
+import torch
+
+from training import calibration
+from training.evaluation import Metrics
+
+
+def test_rows_are_means_of_the_images_of_a_bin():
+    """Confidences 0.6, 0.6 and 0.9 in bins of a fifth; the last image is wrong."""
+    metrics = Metrics(["ece(bins=5)"], None, 2)
+    metrics.metrics["reliability"] = calibration.reliability(5)
+    metrics.reset("cpu")
+    logits = torch.tensor([[math.log(0.55), math.log(0.45)]] * 2 + [[math.log(0.1), math.log(0.9)]])
+    metrics.update(logits, torch.tensor([0, 1, 0]), torch.zeros(3))
+    metrics.reduce()
+    stats = metrics.values()
+    rows = stats["reliability"]
+    assert [row[0] for row in rows] == [0, 0, 2, 0, 1]
+    assert rows[2][1:] == pytest.approx([55, 50])
+    assert rows[4][1:] == pytest.approx([90, 0])
+    assert rows[0][1:] == [None, None]
+    gap = sum(row[0] * abs(row[1] - row[2]) for row in rows if row[0]) / 3
+    assert stats["ece_5"] == pytest.approx(gap)
+
+
+def test_table_has_the_bins_with_images():
+    lines = calibration.describe([[0, None, None], [1200, 75.25, 60.0]])
+    assert len(lines) == 2
+    assert lines[1].split() == ["50.0-100.0", "%", "1,200", "75.25", "%", "60.00", "%"]
+
+
+def test_diagram_has_a_box_as_high_as_the_accuracy():
+    blue = (59, 117, 175)
+    picture = calibration.draw([[0, None, None], [4, 90.0, 50.0]], "title")
+    x = calibration.EDGE + calibration.SIDE * 3 // 4
+    column = [picture.getpixel((x, y)) for y in range(picture.height)]
+    first = column.index(blue)
+    assert abs(first - (calibration.EDGE + calibration.SIDE // 2)) <= 1

@@ -1,0 +1,131 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""Pictures of `visualize.py explain`: each image, and where the network looks or errs.
+
+python visualize.py explain runs/finetune --images photos --target cat
+"""
+
+import torch
+from torch import Tensor
+
+from data_loading.loader import DeviceLoader
+from errors import UserError, did_you_mean, first_few
+from insight.attribution import enlarge, error_map, find_map, grad_cam
+from insight.predictions import best_classes, name_of, number
+from models.fcmae import FCMAE
+from models.heads import implied_activation
+from training.picture_grid import draw_grid
+from training.pictures import as_rgb, scale_to_show
+from training.trained import Trained
+
+AT_ONCE = 16  # images
+STRENGTH = 0.5  # of the colors over the image
+
+
+def heat_colors(heat: Tensor) -> Tensor:
+    """(N, H, W) in 0 to 1 -> (N, 3, H, W) colors from blue over green to red."""
+    centers = heat.new_tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
+    return (1.5 - (4 * heat[:, None] - centers).abs()).clamp(0, 1)
+
+
+def overlay(images: Tensor, heat: Tensor) -> Tensor:
+    """(N, 3, H, W) and heat (N, H, W), both in 0 to 1 -> images under the colors of the heat."""
+    gray = images.mean(1, keepdim=True)
+    return (1 - STRENGTH) * gray + STRENGTH * heat_colors(heat)
+
+
+def find_target(text: str | None, trained: Trained) -> int | None:
+    """Return the output that --target names, a class or its number; None for the predicted one."""
+    names, count = trained.names, trained.head.count
+    if text is None:
+        return 0 if trained.kind == "number" else None
+    if names and text in names:
+        return list(names).index(text)
+    if text.isdecimal() and int(text) < count:
+        return int(text)
+    hint = did_you_mean(text, names or ()) or f"Known: {first_few(names or range(count), 10)}"
+    raise UserError(f"--target {text}: {trained.weights.path} has no such class. {hint}")
+
+
+def read_images(loader: DeviceLoader, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Return `count` images spread over the data, (N, C, H, W), their ids and their names."""
+    dataset = loader.loader.dataset
+    count = min(count, len(dataset))
+    images, _, ids = loader.reload(0, torch.arange(count) * len(dataset) // count)
+    if not len(images):
+        raise UserError("none of the images can be read; give others with --images")
+    names = [dataset.name_of(n).removeprefix("image ").rpartition("/")[2] for n in ids.tolist()]
+    return images, ids, names
+
+
+def shown(images: Tensor, loader: DeviceLoader) -> Tensor:
+    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1."""
+    scale = scale_to_show(loader.mean, loader.std)
+    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in scale)
+    return as_rgb(images * std + mean).clamp(0, 1)
+
+
+def explain_classifier(
+    trained: Trained, loader: DeviceLoader, count: int, target: str | None, layer: str
+) -> tuple[Tensor, str]:
+    """Draw images with their Grad-CAM: (3, height, width) in 0 to 1, and what was drawn.
+
+    target: class to explain, None for the predicted one. layer: module that gives the map.
+    """
+    index = find_target(target, trained)
+    images, _, names = read_images(loader, count)
+    layer, last = find_map(trained.network, tuple(images.shape[1:]), layer)
+    maps, outputs = [], []
+    for part in images.split(AT_ONCE):
+        targets = None if index is None else torch.full((len(part),), index, device=part.device)
+        found = grad_cam(trained.network, part, layer, last, targets)
+        maps.append(enlarge(found[0], part.shape[-2:]))
+        outputs.append(found[1])
+    pictures = shown(images, loader)
+    seen = overlay(pictures, torch.cat(maps))
+    texts = describe(torch.cat(outputs), trained, index)
+    cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
+    titles = [text for pair in zip(names, texts, strict=True) for text in pair]
+    caption = f"Grad-CAM of {layer}: red parts speak for the class; each map has its own scale"
+    return draw_grid(cells, titles, 4, caption), f"Grad-CAM of {layer}"
+
+
+def describe(outputs: Tensor, trained: Trained, index: int | None) -> list[str]:
+    """Return a title for each image: the explained class and its probability, or the number."""
+    if trained.kind == "number":
+        scale = trained.head.scale
+        values = outputs[:, index].double().cpu()
+        if scale is not None:
+            values = values * scale.std[index] + scale.mean[index]
+        return [f"{name_of(index, trained.names)} {number(x)}" for x in values.tolist()]
+    activation = implied_activation(trained.flags.loss or "ce")
+    activation = "sigmoid" if trained.kind == "multi" else activation
+    best, _ = best_classes(outputs, activation)
+    chosen = best[:, 0].clamp(min=0) if index is None else torch.full_like(best[:, 0], index)
+    outputs = outputs.float()
+    chances = outputs.sigmoid() if activation == "sigmoid" else outputs.softmax(1)
+    found = chances.gather(1, chosen[:, None])[:, 0].tolist()
+    pairs = zip(chosen.tolist(), found, strict=True)
+    return [f"{name_of(label, trained.names)} {chance:.2f}" for label, chance in pairs]
+
+
+def explain_autoencoder(
+    model: FCMAE, loader: DeviceLoader, count: int, seed: int, masks: int
+) -> tuple[Tensor, str]:
+    """Draw images with their error maps: (3, height, width) in 0 to 1, and what was drawn."""
+    images, ids, names = read_images(loader, count)
+    parts = zip(images.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
+    errors = torch.cat([error_map(model, part, own, seed, masks) for part, own in parts])
+    h, w = model.grid_size(*images.shape[-2:])
+    patches = errors.unflatten(2, (w, -1)).unflatten(1, (h, -1)).mean((2, 4))  # (N, h, w)
+    pictures, side = shown(images, loader), model.patch_size
+    heat = patches / patches.amax((1, 2), keepdim=True)
+    heat = heat.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    cells = [each for pair in zip(pictures, overlay(pictures, heat), strict=True) for each in pair]
+    means = [f"mean error {x:.3g}" for x in errors.mean((1, 2)).tolist()]
+    titles = [text for pair in zip(names, means, strict=True) for text in pair]
+    caption = (
+        f"reconstruction error of each patch while it is hidden, over {masks} masks; red is the "
+        "largest of the image"
+    )
+    return draw_grid(cells, titles, 4, caption), f"error maps over {masks} masks"
