@@ -225,7 +225,7 @@ FLAGS["probes and alarms"] = (
     ("--probe_data", PATH, "", "labeled data for probes, as --data_path; default: the run's own"),
     ("--probe_images", COUNT, None,
      "labeled images of a probe; default: 1/4 of the training images, 500 to 24,000"),
-    ("--probes", TEXT, ("knn", "linear"), "evaluators: knn(k=20), linear, package.module:own", "+"),
+    ("--probes", TEXT, ("knn", "linear"), "evaluators: knn(k=9), linear, package.module:name", "+"),
 )
 FLAGS["data"] = (
     ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),

@@ -38,7 +38,7 @@ def find_notes(run: RunData) -> list[Note]:
 
 def end_notes(run: RunData) -> list[Note]:
     """Say how the run ended, unless it is complete."""
-    status, error = run.record.get("status"), _text(run.record.get("error"))
+    status, error = run.status, _text(run.record.get("error"))
     done, planned = describe_rows(run), number(run.flags.get("epochs"))
     if status == "failed":
         return [Note("error", f"The run failed after {done}: {error or 'no reason was written'}")]
@@ -47,7 +47,10 @@ def end_notes(run: RunData) -> list[Note]:
         return [Note("warning", f"The run was stopped after {done}{why}. Rerun it to continue.")]
     if status == "running":
         return [Note("info", f"The run had not ended when this was written, after {done}.")]
-    if status is None and planned and run.epochs_done < planned:
+    if status == "killed":
+        why = "no process holds its folder, and it could not note its end"
+        return [Note("warning", f"The run was killed after {done}: {why}. Rerun it to continue.")]
+    if not status and planned and run.epochs_done < planned:
         of = f"{run.epochs_done:g} of {planned:g} epochs are done"
         return [Note("info", f"{of}: the run is running, was stopped, or has failed.")]
     return []
@@ -160,8 +163,8 @@ def describe_epochs(epochs: Sequence[float]) -> str:
 
 
 def describe_status(run: RunData) -> str:
-    """Return the status of run.json; without one `complete`, or `incomplete`."""
-    if status := run.record.get("status"):
-        return _text(status)
+    """Return the status of the run; where it is unknown `complete`, or `incomplete`."""
+    if run.status:
+        return _text(run.status)
     planned = number(run.flags.get("epochs"))
     return "complete" if planned and run.epochs_done >= planned else "incomplete"

@@ -116,7 +116,7 @@ def test_pretraining_leaves_everything_it_promises(pretrained):
     assert [entry["epoch"] for entry in log(pretrained)] == [0, 1]
     assert log(pretrained)[1]["train_loss"] < log(pretrained)[0]["train_loss"]
     names = {path.name for path in pretrained.iterdir()}
-    assert names >= {"checkpoint-0.pth", "checkpoint-1.pth", "args.yaml", "log.txt"}
+    assert names >= {"checkpoint-0.pth", "checkpoint-1.pth", "args.yaml", "log.txt", "report.html"}
     assert list((pretrained / "tensorboard").glob("events.*"))
     picture = np.asarray(Image.open(pretrained / "reconstructions" / "epoch-1.png"))
     assert picture.ndim == 3

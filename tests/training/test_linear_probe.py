@@ -127,7 +127,7 @@ def test_lars_adapts_weights_and_not_biases():
     assert groups == [(0.25, True), (0.25, False), (1.0, True), (1.0, False)]
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
     args = linear_probe.optimizer_flags(parsed("--opt", "lars(always_adapt=False)"))
-    optimizer = build_optimizer(args, network_of(6), lr=4.0)
+    optimizer = build_optimizer(args, network_of(len(args.linear_probe_blr)), lr=4.0)
     assert not any(group["always_adapt"] for group in optimizer.param_groups)
 
 
