@@ -96,7 +96,7 @@ def chosen_probes(args: Any, kind: str) -> list[str]:
     if kind != "class" and "logistic" in args.probes and "probes" in args.typed:
         raise UserError(
             "--probes logistic needs one class per image, and the data has others; use knn and "
-            "ridge"
+            "linear"
         )
     return [
         name for name in PROBES if name in args.probes and (kind == "class" or name != "logistic")
@@ -126,7 +126,7 @@ def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> 
     if name == "knn":
         outputs = knn_outputs(train, val, kind, args.k, args.temperature)
         chosen: dict[str, Any] = {"k": args.k, "temperature": args.temperature}
-    elif name == "ridge":
+    elif name == "linear":
         ridge = fit_ridge(train, kind, classes)
         outputs, chosen = ridge.outputs(val.features), {"penalty": ridge.penalty}
     else:

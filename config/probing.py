@@ -17,7 +17,8 @@ from errors import did_you_mean
 
 AIMS = {
     "accuracy": """Measure how well frozen features separate classes: k nearest neighbors,
-a ridge and a logistic linear probe, fitted to the training images.
+a linear probe by ridge regression and a logistic one, fitted to the training
+images.
 
   python probe.py runs/photos --data_path photos --val_split 0.2
   python probe.py timm:resnet18 --data_path photos --val_split 0.2
@@ -62,7 +63,7 @@ its k neighbors that have its class: near 0 suggests a wrong label.""",
 (largest - others) / (largest + others) of the mean activities of a channel for
 each class: 0 if it is equally active for all, 1 if it is for one class alone.""",
 }
-PROBES = ("knn", "ridge", "logistic")
+PROBES = ("knn", "linear", "logistic")
 FEATURE_SUFFIXES = (".npy", ".safetensors", ".parquet")
 COSINE = number("float [-1, 1]")
 # fmt: off
@@ -83,7 +84,7 @@ CENTER = (
 )
 ROWS = {
     "accuracy": (
-        ("--probes", PROBES, PROBES, "probes to fit, some of knn ridge logistic", "+"),
+        ("--probes", PROBES, PROBES, "probes to fit; linear is ridge regression", "+"),
         ("--k", COUNT, 20, "neighbors that vote"),
         ("--temperature", POSITIVE, 0.07, "of the votes: exp(cosine similarity / temperature)"),
         ("--fractions", FRACTION, (1.0,),

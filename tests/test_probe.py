@@ -98,7 +98,7 @@ def test_probes_of_separable_classes_find_them(tmp_path, capsys):
     assert found["chance"] == pytest.approx(30)  # 3 of 10 are blue, as is the first of equals
     rows = found["results"]
     assert [(row["probe"], row["images"]) for row in rows] == [
-        (name, images) for images in (24, 12) for name in ("knn", "ridge", "logistic")
+        (name, images) for images in (24, 12) for name in ("knn", "linear", "logistic")
     ]
     assert all(row["score"] == 90 for row in rows[:3])  # the copy has a wrong class
     # Wilson's interval, which is not empty at 100%.
@@ -109,9 +109,9 @@ def test_probes_of_separable_classes_find_them(tmp_path, capsys):
 
 
 def test_order_of_probes_does_not_depend_on_the_flag(tmp_path):
-    run(f"accuracy --k 3 --probes ridge knn --output {tmp_path}/r.json")
+    run(f"accuracy --k 3 --probes linear knn --output {tmp_path}/r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [row["probe"] for row in found] == ["knn", "ridge"]
+    assert [row["probe"] for row in found] == ["knn", "linear"]
 
 
 def test_files_of_features_have_the_same_rows(tmp_path):
@@ -453,7 +453,7 @@ def test_numbers_are_probed_by_regression_and_not_by_logistic(tmp_path):
     run(f"{words} --output {tmp_path}/r.json", tmp_path / "t.csv")
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["score"] == "R squared"
-    assert [row["probe"] for row in found["results"]] == ["knn", "ridge"]
+    assert [row["probe"] for row in found["results"]] == ["knn", "linear"]
     assert all(row["score"] > 80 for row in found["results"])
     with pytest.raises(UserError, match="--probes logistic needs one class per image"):
         run(f"{words} --probes logistic", tmp_path / "t.csv")
