@@ -36,7 +36,7 @@ from insight.evaluators import (
 )
 from insight.feature_files import Table, write_csv, write_output
 from insight.logistic import fit_logistic
-from insight.neighbors import group, near_duplicates, nearest, normalize
+from insight.neighbors import check_k, group, near_duplicates, nearest, normalize
 from insight.scores import SCORES, score
 from insight.selectivity import find_layers, summarize
 from parallel.process_group import is_main_process, launch
@@ -114,11 +114,8 @@ def check_fits(args: Any, train: ImageSet) -> None:
         count = round(fraction * len(train))
         if labels is not None:
             count = len(few_labels(labels, fraction, args.seed))
-        if "knn" in args.probes and args.k > count:
-            raise UserError(
-                f"--k {args.k}, but there are {plural(count, 'training image')} to find neighbors "
-                f"among at fraction {fraction:g}; give --k {max(count, 1)} or less"
-            )
+        if "knn" in args.probes:
+            check_k(args.k, count, f" at fraction {fraction:g}" * (fraction < 1))
 
 
 def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> dict[str, Any]:
@@ -233,7 +230,7 @@ def write_features(args: Any) -> None:
 def draw_neighbors(args: Any) -> None:
     """Draw images of a part with the most similar training images."""
     names = BOTH if args.split == "val" else ("train",)
-    if (found := gather(args, check_k, names)) is None:
+    if (found := gather(args, check_neighbors, names)) is None:
         return
     frozen, sets = found
     gallery, queries = sets[0], sets[-1]
@@ -269,17 +266,13 @@ def center(args: Any, features: Tensor) -> Tensor:
     return features.mean(0) if args.center else features.new_zeros(())
 
 
-def check_k(args: Any, parts: list[ImageSet]) -> None:
+def check_neighbors(args: Any, parts: list[ImageSet]) -> None:
     """Raise UserError if there are too few images to have k neighbors."""
     if len(parts) == 1 or args.split == "all":
         available = sum(map(len, parts)) - 1
     else:
         available = len(parts[0])
-    if args.k > available:
-        raise UserError(
-            f"--k {args.k}, but an image has {available} others to compare with; give --k "
-            f"{max(available, 1)} or less, or more images"
-        )
+    check_k(args.k, available)
 
 
 def join_words(*words: str) -> str:
@@ -367,13 +360,13 @@ def duplicates_line(args: Any, table: Table, pairs: Tensor, groups: Tensor) -> s
 
 def rank_outliers(args: Any) -> None:
     """Rank images by the distance to their k-th nearest neighbor, and draw the first."""
-    if (found := gather(args, check_k)) is None:
+    if (found := gather(args, check_neighbors)) is None:
         return
     frozen, sets = found
     table = feature_files.join([each.table() for each in sets])
     table.features -= center(args, table.features)
     features, count = table.features.to(frozen.device), len(table.images)
-    similar, places = nearest(features, features, args.k, torch.arange(count), "neighbors")
+    similar, places = nearest(features, features, args.k, torch.arange(count), bar="neighbors")
     far, rows = 1 - similar[:, -1], []
     for row in far.argsort(descending=True, stable=True).tolist():
         near = places[row].tolist()

@@ -364,11 +364,11 @@ def make_bad_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("accuracy --k 25", "--k 25, but there are 24 training images .* give --k 24 or less"),
-        ("accuracy --k 13 --fractions 0.5", "12 training images to find .* at fraction 0.5"),
-        ("neighbors --k 24", "--k 24, but an image has 23 others"),
-        ("neighbors --k 25 --split val", "--k 25, but an image has 24 others"),
-        ("outliers --split all --k 34", "--k 34, but an image has 33 others"),
+        ("accuracy --k 25", "k 25: there are only 24 images to find neighbors among; lower k"),
+        ("accuracy --k 13 --fractions 0.5", "only 12 images .* at fraction 0.5; lower k"),
+        ("neighbors --k 24", "k 24: there are only 23 images"),
+        ("neighbors --k 25 --split val", "k 25: there are only 24 images"),
+        ("outliers --split all --k 34", "k 34: there are only 33 images"),
         ("accuracy --data ONE", "train: all images are of one class, 'red', so there is nothing"),
         ("selectivity --data ONE", "train: all images are of one class, 'red'"),
         ("accuracy --k 1 --data OTHERS", "val has classes that train does not know: fox"),
