@@ -155,8 +155,8 @@ def main(args: argparse.Namespace) -> None:
         args, run.output_dir, device, state, steps, nb_classes > 5, classes, flops
     )
     data = {"train": dataset_train} | datasets_by_name(eval_sets)
-    reporter.record = build_run_record(args, run.output_dir, run.resume_point, data, n_parameters)
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    record = build_run_record(args, run.output_dir, run.resume_point, data, n_parameters)
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,

@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     phases = build_phases(args, steps)
     bad_images = BadImages(run.output_dir, data_loader_train, active=args.on_bad_image == "skip")
     reporter = build_reporter(args, run.output_dir, device, state, steps, flops=flops)
-    reporter.record = build_run_record(
+    record = build_run_record(
         args,
         run.output_dir,
         run.resume_point,
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
         n_parameters,
         mask_ratio=1 - visible / patches,
     )
-    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"))
+    reporter.attach(parts, lr_schedule, run.resume_point.entry("hooks"), record)
     loop = TrainLoop(
         stepper,
         lr_schedule,

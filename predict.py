@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 import datasets
-from config.paths import map_sources
+from config.paths import absolute, map_sources
 from data_loading.dataset import TransformedDataset
 from data_loading.inputs import Inputs, image_files, in_input_order
 from data_loading.labels import Head, differences, find_outputs, find_positions, order_of_head
@@ -66,6 +66,9 @@ SHOWN = 20  # images of the table that is printed without --out
 PART = 1024  # images that are written at once
 LARGEST = 2**24  # numbers of a part that rank 0 gathers, at most, unless a batch has more
 TOPK = 5
+VERSION = 1  # of the files of parts
+IN_PLAN = ("batch_size", "model", "input_size", "crop_pct", "mean", "std", "value_range", "tta")
+IN_PLAN += ("imagenet_default_mean_and_std", "compile")
 SURE = ("", "by ImageNet's names", "by ImageNet's English names")  # matches of class names
 
 
@@ -219,6 +222,15 @@ def build_answers(args: argparse.Namespace, trained: Trained, labeled: bool) -> 
     )
 
 
+def checksum(state: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the names and values of weights."""
+    found = 0
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found = zlib.crc32(value.numpy(), zlib.crc32(name.encode(), found))
+    return found
+
+
 class Batches(Sampler):
     """Keys (0, position) of every world_size-th batch, from batch number `first` on.
 
@@ -282,13 +294,11 @@ class Job:
     def run(self, out: Path | None) -> None:
         """Predict what no finished part holds, and write the results."""
         began = time.monotonic()
-        plan = self.plan() if out is not None else {}
-        store = self.open_store(out, plan)
-        first = store[1]["parts"]
+        store, state = self.open_store(out)
+        first = state["parts"]
         loader = self.build_loader(first * self.batches)
-        self.predict(loader, store[0], first)
-        fields = self.answers.fields
-        bad = from_main_process(lambda: store[0].finish(self.parts, fields))
+        self.predict(loader, store, first)
+        bad = from_main_process(lambda: store.finish(self.parts, self.answers.fields))
         seconds = time.monotonic() - began
         new = len(self.dataset) - first * self.batches * self.size
         if out is not None:
@@ -301,50 +311,30 @@ class Job:
             self.evaluation.report(out, loader, " ".join(self.args.input))
         acquire_run_lock("")  # releases it
         if is_main_process():
-            store[0].remove()
+            store.remove()
 
     def plan(self) -> dict[str, Any]:
         """Return what decides the results, as plain values."""
-        flags, data = self.trained.flags, self.dataset.dataset
-        state = self.trained.weights.state
-        weights = 0
-        for name in sorted(state):
-            value = state[name].detach().cpu().contiguous().reshape(-1)
-            weights = zlib.crc32(
-                value.view(torch.uint8).numpy(), zlib.crc32(name.encode(), weights)
-            )
+        flags, data = vars(self.trained.flags), self.dataset.dataset
+        plan: dict[str, Any] = {"version": VERSION, "weights": checksum(self.trained.weights.state)}
+        plan["checkpoint"] = absolute(self.trained.weights.path)
+        plan["input"] = [map_sources(path, absolute) for path in self.args.input]
         names = zlib.crc32(b"\0".join(data.dataset.encoded_names()))
-        plan = {"checkpoint": self.trained.weights.path, "weights": weights}
-        plan["input"] = [map_sources(path, os.path.abspath) for path in self.args.input]
-        plan |= {
-            "images": len(data),
-            "names": zlib.crc32(np.ascontiguousarray(data.indices), names),
-        }
-        plan |= {"labels": self.answers.labeled, "topk": self.answers.topk}
-        plan |= {"threshold": self.answers.threshold, "classes": self.answers.names}
-        names = (
-            "batch_size",
-            "input_size",
-            "crop_pct",
-            "mean",
-            "std",
-            "value_range",
-            "tta",
-            "model",
-        )
-        plan |= {name: vars(flags)[name] for name in names}
-        plan["imagenet_default_mean_and_std"] = flags.imagenet_default_mean_and_std
-        plan |= {"amp": self.amp, "compile": flags.compile, "device": self.device.type}
+        plan["names"] = zlib.crc32(np.ascontiguousarray(data.indices), names)
+        plan |= {"images": len(data), "classes": self.answers.names, "topk": self.answers.topk}
+        plan |= {"threshold": self.answers.threshold, "labels": self.answers.labeled}
+        plan |= {name: flags[name] for name in IN_PLAN}
+        plan |= {"amp": self.amp, "device": self.device.type}
         if self.answers.labeled:
             targets = np.ascontiguousarray(data.dataset.targets)
             plan |= {"targets": zlib.crc32(targets), "num_worst": self.args.num_worst}
         return plan
 
-    def open_store(self, out: Path | None, plan: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def open_store(self, out: Path | None) -> tuple[Any, dict[str, Any]]:
         """Return where results are written, and the state of the parts that are finished."""
         if out is None:
             return Shown(SHOWN), {"parts": 0}
-        store = from_main_process(lambda: Parts(out, plan, self.args.overwrite))
+        store = from_main_process(lambda: Parts(out, self.plan(), self.args.overwrite))
         try:
             acquire_run_lock(str(folder_of(out)))
         except UserError as error:

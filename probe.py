@@ -89,18 +89,18 @@ def measure_accuracy(args: Any) -> None:
 
 
 def chosen_probes(args: Any, kind: str) -> list[str]:
-    """Return the probes in their order; without a choice those that labels of a kind allow."""
-    return [name for name in PROBES if name in args.probes and (name, kind) in possible(args, kind)]
+    """Return the probes of --probes in their order; without that flag those for a kind of labels.
 
-
-def possible(args: Any, kind: str) -> set[tuple[str, str]]:
-    """Return (probe, kind) for all probes that can be run; a typed one that cannot is an error."""
+    UserError for a typed one that these labels do not allow.
+    """
     if kind != "class" and "logistic" in args.probes and "probes" in args.typed:
         raise UserError(
             "--probes logistic needs one class per image, and the data has others; use knn and "
             "ridge"
         )
-    return {(name, kind) for name in PROBES if kind == "class" or name != "logistic"}
+    return [
+        name for name in PROBES if name in args.probes and (kind == "class" or name != "logistic")
+    ]
 
 
 def check_probes(args: Any, train: ImageSet) -> None:
@@ -125,7 +125,6 @@ def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> 
     classes = class_count(train, val) if kind == "class" else 0
     if name == "knn":
         outputs = knn_outputs(train, val, kind, args.k, args.temperature)
-        outputs = torch.nn.functional.pad(outputs, (0, max(classes - outputs.shape[1], 0)))
         chosen: dict[str, Any] = {"k": args.k, "temperature": args.temperature}
     elif name == "ridge":
         ridge = fit_ridge(train, kind, classes)
@@ -136,12 +135,20 @@ def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> 
         chosen["whitened"] = model.whitened
     result = {"score": score(outputs, val.targets, kind)}
     if kind == "class":
-        share = result["score"] / 100
-        result["standard_error"] = 100 * math.sqrt(share * (1 - share) / len(val.targets))
+        result["standard_error"] = standard_error(result["score"] / 100, len(val.targets))
         if classes > TOP5:
             best = outputs.topk(TOP5, dim=1).indices
             result["top5"] = 100 * (best == val.targets[:, None]).any(1).double().mean().item()
     return result | chosen
+
+
+def standard_error(share: float, count: int) -> float:
+    """Return half of Wilson's interval of a share of `count` images, in percent.
+
+    Unlike the usual sqrt(share * (1 - share) / count) it is not 0 at 100%.
+    """
+    variance = share * (1 - share) / count + 1 / (4 * count**2)
+    return 100 * math.sqrt(variance) / (1 + 1 / count)
 
 
 def describe_accuracy(subject: Subject, train: Labeled, val: Labeled, kind: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ from training.checkpoint import TrainState
 from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
-from training.trained import load_trained, read_source
+from training.trained import has_decoder, load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags
@@ -238,7 +238,7 @@ def explain(args: argparse.Namespace) -> None:
     device = init_distributed_mode(args.device or "auto")
     flags = predict_flags.flags_of_evaluation(args, OF_EXPLAIN)
     weights = read_source(flags, args.checkpoint)
-    is_masked = any(unwrap(name).startswith(DECODER) for name in weights.state)
+    is_masked = has_decoder(weights)
     for name in ("target", "layer") if is_masked else ("num_masks",):
         if getattr(args, name) is not None:
             kind = "classifiers" if is_masked else "pre-trained models with a decoder"
@@ -250,8 +250,9 @@ def explain(args: argparse.Namespace) -> None:
             raise UserError("--images is missing; give images, or all that --data_path takes")
         trained = load_trained(flags, args.checkpoint, device)
         given = {name: vars(args)[name] for name in ("image_column", "split_column", "image_root")}
-        skips = trained.flags.replace(on_bad_image=args.on_bad_image or "error")
-        loader = reading_loader(skips, given_images(args, given), device)
+        reading = {"on_bad_image": args.on_bad_image or "error", "tta": None}
+        data = given_images(args, given)
+        loader = reading_loader(trained.flags.replace(**reading), data, device)
         picture, what = explain_classifier(
             trained, loader, args.num_images, args.target, args.layer or ""
         )

@@ -10,8 +10,11 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 # Optimizer -> default learning rates of the heads, per 256 images of an optimizer step. MAE uses
-# one of LARS, 0.1 in steps of 16384 images; shorter runs in smaller steps need larger ones.
-RATES = {"lars": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
+# 0.1 with LARS and 16384 images a step; shorter runs in smaller steps need larger ones.
+RATES = {
+    "lars": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),  # and others
+}
 # Values of flags that are not given: MAE's. Images are cropped and flipped, and nothing else.
 IMPLIED = {
     "opt": "lars",

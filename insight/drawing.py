@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 INK, GRAY, LIGHT, GRID = "#1f2933", "#6b7785", "#9aa5b1", "#e4e7eb"
 GOOD, BAD, BLUE = "#2f8f4e", "#c8402f", "#3b6fb6"
@@ -21,7 +22,7 @@ COLORS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#ed
 COLORS += ["#9c755f", "#8a8d91", "#a0cbe8", "#ffbe7d", "#8cd17d", "#ff8f86", "#d4a6c8", "#499894"]
 COLORS += ["#b6992d", "#d37295", "#d7b5a6", "#4a4e54"]
 MOST_IN_LEGEND = 20
-CELL = 112  # pixels of an image in a grid, at least
+CELL, WIDE = 112, 160  # pixels of an image in a grid, at least; with long texts
 SCALE = 3  # of a map before it is made smaller, for smooth dots
 
 
@@ -57,10 +58,15 @@ def fit_text(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont,
     return "…"
 
 
-def draw_grid(rows: Sequence[Sequence[Cell]], title: str, heads: Sequence[str] = ()) -> Image.Image:
-    """Draw rows of images of equal width, with a title, and perhaps names of the columns."""
+def draw_grid(
+    rows: Sequence[Sequence[Cell]], title: str, heads: Sequence[str] = (), least: int = CELL
+) -> Image.Image:
+    """Draw rows of images of equal width, with a title, and perhaps names of the columns.
+
+    least: pixels of the width, at least; smaller images are enlarged by a whole factor.
+    """
     width = max(cell.image.width for row in rows for cell in row)
-    width *= -(-CELL // width)
+    width *= -(-least // width)
     gap, line, columns = 12, 18, max(map(len, rows))
     text, bold = ImageFont.load_default(13), ImageFont.load_default(16)
     total = max(2 * gap + columns * (width + gap) - gap, 320)
@@ -82,6 +88,16 @@ def draw_grid(rows: Sequence[Sequence[Cell]], title: str, heads: Sequence[str] =
                 draw.text(place, fit_text(draw, words, text, width), color, text)
         top += height + gap + 4
     return canvas
+
+
+def draw_images(images: Sequence[Tensor], texts: Sequence[str], columns: int, title: str) -> Tensor:
+    """Draw images (3, H, W) in 0 to 1 with lines of text below: (3, height, width) in 0 to 1."""
+    pairs = zip(images, texts, strict=True)
+    cells = [
+        Cell(to_pil_image(x.cpu().float().clamp(0, 1)), text.splitlines()) for x, text in pairs
+    ]
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    return to_tensor(draw_grid(rows, title, least=WIDE))
 
 
 def _height(cell: Cell, width: int) -> int:

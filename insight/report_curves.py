@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from insight.report_data import RunData, evenly, number
+from insight.runs import lower_is_better
 
 GROUPS = ("Loss", "Metrics", "Probes", "Learning rate", "Health of the network", "Speed", "Other")
 MOST_CHARTS = 60
@@ -29,9 +30,7 @@ SHARES = {  # key of log.txt -> name
 }
 SPELLED = {"knn": "kNN", "map": "mAP", "f1": "F1", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 SPELLED |= {"1pct": "1%", "10pct": "10%", "grn": "GRN", "mfu": "MFU", "ema": "EMA"}
-LOWER = re.compile(
-    r"loss|rmse|mae|mse|error|cost|nll|brier|ece|dead|saturated|skipped|bad_steps|perplexity"
-)
+PERCENT = re.compile(r"test_(\w+_)?acc\d+(_ema)?|probe_(knn|linear)")
 
 
 class Place(NamedTuple):
@@ -64,8 +63,13 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
         "",
     ),
     (r"grn_(.+)", "Health of the network", "GRN parameters", ""),
-    (r"(dead|saturated)_channels_?.*", "Health of the network", "Dead and saturated channels", ""),
-    (r"(skipped|bad)_\w+", "Health of the network", "Skipped steps", ""),
+    (
+        r"(dead|saturated)_channels_?.*",
+        "Health of the network",
+        "Dead and saturated channels, %",
+        "",
+    ),
+    (r"(skipped|bad)_\w+", "Health of the network", "Skipped steps, %", ""),
     (r"images_per_s", "Speed", "Images per second", ""),
     (r"mfu", "Speed", "Model FLOPs utilization", ""),
     (r"(?:train_)?(loss_scale|.*memory\w*)", "Other", "", ""),
@@ -113,8 +117,11 @@ class Chart:
         return self.group == "Loss" and 0 < 1000 * min(values) < max(values)
 
 
-def place(key: str, keys: Collection[str]) -> Place:
-    """Return the place of a key of log.txt; keys: all that runs have, to recognize sets."""
+def place(key: str, keys: Collection[str], lowest: Collection[str] = ()) -> Place:
+    """Return the place of a key of log.txt; keys: all that runs have, to recognize sets.
+
+    lowest: keys of a user's metrics of which the lowest value is the best.
+    """
     for pattern, group, chart, goal in TABLE:
         if found := re.fullmatch(pattern, key):
             label = next(filter(None, reversed(found.groups())), key.removeprefix("train_"))
@@ -125,7 +132,7 @@ def place(key: str, keys: Collection[str]) -> Place:
     split, name, ema = found.groups()
     group = "Loss" if name.endswith("loss") else "Metrics"
     name, where = _without_set(split, name, keys)
-    goal = "min" if LOWER.search(name) else "max"
+    goal = "min" if lower_is_better(key, lowest) else "max"
     label = " ".join(filter(None, (split, where, "EMA" * bool(ema))))
     if group == "Loss":
         more = name.removesuffix("loss").strip("_")
@@ -150,7 +157,7 @@ def metric_name(name: str) -> str:
 
 
 def _words(key: str) -> str:
-    words = key.replace("_", " ").split()
+    words = re.sub(r"stage(\d)", r"stage \1", key.replace("_", " ")).split()
     return " ".join(SPELLED.get(word, word) for word in words)
 
 
@@ -177,9 +184,10 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     """Return the charts of some runs in the order of GROUPS, and sentences on what is left out."""
     values = [read_values(run) for run in runs]
     keys = dict.fromkeys(key for of_run in values for key in of_run)
+    lowest = {name for run in runs for name in lowest_of(run)}
     charts: dict[tuple[str, str], Chart] = {}
     for key in keys:
-        spot = place(key, keys)
+        spot = place(key, keys, lowest)
         chart = charts.setdefault((spot.group, spot.chart), Chart(spot.group, spot.chart))
         for index, run in enumerate(runs):
             pairs = zip([row["at"] for row in run.rows], values[index].get(key, ()), strict=False)
@@ -194,6 +202,15 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     left = [chart.title for chart in ordered[MOST_CHARTS:]]
     notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
     return ordered[:MOST_CHARTS], notes
+
+
+def lowest_of(run: RunData) -> set[str]:
+    """Return the metrics that run.json says are best where they are lowest."""
+    best = run.record.get("best")
+    known = best.items() if isinstance(best, Mapping) else ()
+    return {
+        name for name, each in known if isinstance(each, Mapping) and each.get("lower_is_better")
+    }
 
 
 def build_layer_charts(runs: Sequence[RunData]) -> list[Chart]:

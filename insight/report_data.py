@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
+from config.run_files import ARGS, LOG, RECORD
 from errors import UserError, first_few, first_line, plural
+from insight.runs import is_alive
 
 MOST_RUNS = 16  # in one report: more curves look alike
 MOST_ANSWERS = 200_000  # rows of predictions.csv that are read
@@ -52,6 +54,7 @@ class Answers:
 class RunData:
     """Content of a run's folder.
 
+    status: running, finished, stopped, failed, killed, or '' if it is unknown.
     rows: lines of log.txt by epoch, with `at`, the number of epochs done. record: run.json, {} if
     there is none. confusions, answers: by evaluation, '' for the first one. pictures: files by
     name and epoch, which counts from 1. problems: sentences on files that could not be read.
@@ -59,6 +62,7 @@ class RunData:
 
     folder: Path
     name: str = ""
+    status: str = ""
     rows: list[Row] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
@@ -133,13 +137,14 @@ def read_run(folder: str | Path) -> RunData:
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{folder} {found}; expected the folder of a run (its --output_dir)")
-    if not any((path / name).is_file() for name in ("log.txt", "run.json", "args.yaml")):
+    if not any((path / name).is_file() for name in (LOG, RECORD, ARGS)):
         raise UserError(_no_run(path))
     run = RunData(path, path.resolve().name)
     _read_log(run)
-    run.record = _mapping(run, "run.json", json.loads)
-    run.flags = _mapping(run, "args.yaml", yaml.safe_load)
+    run.record = _mapping(run, RECORD, json.loads)
+    run.flags = _mapping(run, ARGS, yaml.safe_load)
     run.flags = run.flags or dict(_part(run.record, "arguments"))
+    run.status = _status(run)
     for file in sorted(path.glob("confusion*.csv")):
         _read_table(run, file, run.confusions, read_confusion)
     for file in sorted(path.glob("predictions*.csv")):
@@ -148,11 +153,19 @@ def read_run(folder: str | Path) -> RunData:
     return run
 
 
+def _status(run: RunData) -> str:
+    """Return the status of run.json; a run that could not note its end was killed."""
+    noted = str(run.record.get("status") or "")
+    if noted in ("", "running") and is_alive(run.folder):
+        return "running"
+    return "killed" if noted == "running" else noted
+
+
 def _no_run(path: Path) -> str:
-    runs = sorted(file.parent.name for file in path.glob("*/log.txt"))
+    runs = sorted(file.parent.name for file in path.glob(f"*/{LOG}"))
     hint = f"; it holds runs: {first_few(runs)}. Name them" if runs else ""
     expected = "expected the folder of a run (its --output_dir)"
-    return f"{path} has no log.txt, run.json or args.yaml, {expected}{hint}"
+    return f"{path} has no {LOG}, {RECORD} or {ARGS}, {expected}{hint}"
 
 
 def _part(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -162,17 +175,19 @@ def _part(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _read_log(run: RunData) -> None:
     """Read log.txt. Later lines of the same epoch replace earlier ones."""
-    path, damaged, rows = run.folder / "log.txt", [], {}
+    path, damaged, rows = run.folder / LOG, [], {}
     if not path.is_file():
         run.problems.append("log.txt is missing: no epoch is done, or its logs were deleted.")
         return
-    with path.open("rb") as file:
-        for count, line in enumerate(file, 1):
+    try:
+        for count, line in enumerate(path.read_bytes().splitlines(), 1):
             row = parse_line(line)
             if row is not None:
                 rows[row["at"]] = row
             elif line.strip():
                 damaged.append(count)
+    except OSError as error:
+        run.problems.append(f"log.txt cannot be read ({error.strerror or error}).")
     if damaged:
         kind = "line" if len(damaged) == 1 else "lines"
         run.problems.append(

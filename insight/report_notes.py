@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from errors import first_few, plural
+from insight.alarms import divergence
 from insight.report_data import RunData, describe_rows, number
 
 LEVELS = ("error", "warning", "advice", "info")  # the most urgent first
 MOST = 30  # notes of a run
 RISE = 0.05  # of the test loss over its minimum that counts as overfitting
 AGAIN = 3  # evaluations after the minimum, before this is said
-DIVERGED = 1.5  # times the lowest training loss
 
 
 class Note(NamedTuple):
@@ -38,7 +38,7 @@ def find_notes(run: RunData) -> list[Note]:
 
 def end_notes(run: RunData) -> list[Note]:
     """Say how the run ended, unless it is complete."""
-    status, error = run.record.get("status"), _text(run.record.get("error"))
+    status, error = run.status, _text(run.record.get("error"))
     done, planned = describe_rows(run), number(run.flags.get("epochs"))
     if status == "failed":
         return [Note("error", f"The run failed after {done}: {error or 'no reason was written'}")]
@@ -47,7 +47,10 @@ def end_notes(run: RunData) -> list[Note]:
         return [Note("warning", f"The run was stopped after {done}{why}. Rerun it to continue.")]
     if status == "running":
         return [Note("info", f"The run had not ended when this was written, after {done}.")]
-    if status is None and planned and run.epochs_done < planned:
+    if status == "killed":
+        why = "no process holds its folder, and it could not note its end"
+        return [Note("warning", f"The run was killed after {done}: {why}. Rerun it to continue.")]
+    if not status and planned and run.epochs_done < planned:
         of = f"{run.epochs_done:g} of {planned:g} epochs are done"
         return [Note("info", f"{of}: the run is running, was stopped, or has failed.")]
     return []
@@ -121,25 +124,10 @@ def _series(run: RunData, key: str) -> list[tuple[float, float]]:
 
 
 def _diverged(run: RunData) -> list[Note]:
-    """A training loss that rose far above its lowest value and stayed there.
-
-    Not if an alarm of the last epoch says it.
-    """
-    points = _series(run, "train_loss")
-    said = run.rows and str(run.rows[-1].get("alarms", ""))
-    if len(points) < AGAIN or (said and "divergence" in said):
+    """The alarm of divergence for the last epoch of a run without alarms, such as fine-tuning."""
+    if any("alarms" in row for row in run.rows) or _not_finite(run):
         return []
-    at, low = min(points, key=lambda point: point[1])
-    last = min(value for _, value in points[-2:])
-    if low <= 0 or last < DIVERGED * low:
-        return []
-    return [
-        Note(
-            "warning",
-            f"The training loss rose from {low:.4g} (epoch {at:g}) to {last:.4g}: the run diverges."
-            " Try a lower --lr, a longer --warmup_epochs or --clip_grad 1.",
-        )
-    ]
+    return [Note("warning", f"Divergence: {text}.") for text in divergence(run.rows)]
 
 
 def _overfitting(run: RunData) -> list[Note]:
@@ -175,8 +163,8 @@ def describe_epochs(epochs: Sequence[float]) -> str:
 
 
 def describe_status(run: RunData) -> str:
-    """Return the status of run.json; without one `complete`, or `incomplete`."""
-    if status := run.record.get("status"):
-        return _text(status)
+    """Return the status of the run; where it is unknown `complete`, or `incomplete`."""
+    if run.status:
+        return _text(run.status)
     planned = number(run.flags.get("epochs"))
     return "complete" if planned and run.epochs_done >= planned else "incomplete"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
-from insight.report_curves import SPELLED, Chart, Series, as_json, build_charts
+from insight.report_curves import PERCENT, SPELLED, Chart, Series, as_json, build_charts
 from insight.report_data import RunData, labels_of, number, read_runs
 from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
 from insight.report_notes import describe_status, find_notes
@@ -27,7 +27,7 @@ RECONSTRUCTIONS, WORST_IMAGES = "reconstructions", "worst_images"
 COLORS, DASHES = 8, 4  # of curves, as in report.css
 COMMON = ("Images per second", "Duration")  # numbers of all runs, which come last
 LABELS = {"error": "Error", "warning": "Warning", "advice": "Advice", "info": "Note"}
-HERE = Path(__file__).parent
+HERE, PARTS = Path(__file__).parent, ("report.css", "report.js")
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -36,10 +36,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises UserError if a folder holds no run, or if the file cannot be written.
     """
     path = Path(output) if output else Path(folders[0]).expanduser() / NAME
-    runs = read_runs(folders)
+    content = build_page(read_runs(folders)).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(build_page(runs).encode(), path)
+        write_atomically(content, path)
     except OSError as error:
         raise UserError(f"cannot write --output {path}: {error.strerror or error}") from error
     return path
@@ -49,7 +49,7 @@ def build_page(runs: Sequence[RunData]) -> str:
     """Return the page of some runs, which have names; at most LIMIT bytes."""
     charts, notes = build_charts(runs)
     payload = script_json({"runs": [run.name for run in runs], "charts": as_json(charts)})
-    css, script = ((HERE / name).read_text(encoding="utf-8") for name in NAME_OF_PARTS)
+    css, script = ((HERE / name).read_text(encoding="utf-8") for name in PARTS)
     sections = [
         _notes(runs, notes),
         _curves(runs, charts),
@@ -69,9 +69,6 @@ def build_page(runs: Sequence[RunData]) -> str:
     sections[3] = _results(evaluations, _albums(runs, worst))
     body = [_head(runs, charts), tag("main", *filter(None, sections)), _foot()]
     return _document(", ".join(run.name for run in runs), body, (payload, css, script))
-
-
-NAME_OF_PARTS = ("report.css", "report.js")
 
 
 def _document(title: str, body: Sequence[Html], parts: tuple[Html, str, str]) -> str:
@@ -164,7 +161,8 @@ def _fact(series: Series, title: str) -> Fact:
     labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
     value, epoch = series.best or series.last
     remark = "last" if series.best is None else f"best, epoch {epoch:g}"
-    return Fact(labels.get(title, title), figure_of(value), remark, value, series.goal)
+    text = figure_of(value) + "%" * bool(PERCENT.fullmatch(series.key))
+    return Fact(labels.get(title, title), text, remark, value, series.goal)
 
 
 def _tiles(facts: Sequence[Fact]) -> Html:
@@ -225,7 +223,7 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
     items.sort(key=lambda item: [*LABELS].index(item[0]))
     found = [item for _, item in items]
     found += [tag("li", tag("strong", "Note"), tag("span", text), class_="info") for text in more]
-    if not any(level in ("error", "warning") for level, _ in items):
+    if any(run.rows for run in runs) and not {"error", "warning"} & {level for level, _ in items}:
         text = tag("span", "No alarms in the logs.")
         found.insert(0, tag("li", tag("strong", "OK"), text, class_="fine"))
     return tag("section", tag("h2", "Notes"), tag("ul", found, class_="notes"), id="notes")
@@ -308,8 +306,9 @@ def _pictures(
 def _albums(runs: Sequence[RunData], pictures: Sequence[Picture]) -> list[Html]:
     """Return the albums of the runs for each name, under a title."""
     names = [*dict.fromkeys(picture.name for picture in pictures)]
+    names.sort(key=lambda name: name != RECONSTRUCTIONS)
     parts = []
-    for name in sorted(names, key=lambda name: name != RECONSTRUCTIONS):
+    for name in names:
         own = [picture for picture in pictures if picture.name == name]
         albums = [
             _album(runs, [picture for picture in own if picture.run == index])

@@ -25,6 +25,7 @@ from utils import explain, write_atomically
 
 PLAN, STATE = "plan.json", "state.pth"  # in the folder of the parts
 TEXT, ROWS = ".jsonl", ".pth"  # of a part
+LETTERS = 80  # of a value in a message
 GROUP = 10_000  # rows of a row group in Parquet
 Records = Iterable[dict[str, Any]]
 Fields = Mapping[str, type]  # name -> str, float, list[str] or list[float]
@@ -136,7 +137,8 @@ class Parts:
             raise UserError(text) from error
 
     def _difference(self, held: Mapping[str, Any]) -> str:
-        changed = [f"{n} {held.get(n)} (now {x})" for n, x in self.plan.items() if x != held.get(n)]
+        pairs = [(n, held.get(n), x) for n, x in self.plan.items() if x != held.get(n)]
+        changed = [f"{n} {str(old)[:LETTERS]} (now {str(new)[:LETTERS]})" for n, old, new in pairs]
         return (
             f"{self.folder} holds the beginning of results with other arguments: "
             f"{first_few(changed)}; give the same, another --out, or --overwrite true"

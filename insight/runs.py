@@ -110,7 +110,7 @@ def read_run(folder: Path, root: Path | None = None) -> FoundRun:
     else:
         _take_flags(run)
     _read_log(run)
-    if run.status in ("", "running") and _is_alive(folder):
+    if run.status in ("", "running") and is_alive(folder):
         run.status = "running"
     elif run.status == "running":  # it could not note its end
         run.status = "killed"
@@ -191,7 +191,7 @@ def _number(value: Any) -> float | None:
     return value if known and math.isfinite(value) else None
 
 
-def _is_alive(folder: Path) -> bool:
+def is_alive(folder: Path) -> bool:
     """Return True if a run holds the folder: its heartbeat is recent, by this machine's clock."""
     try:
         return time.time() - (folder / LOCK).stat().st_mtime < SILENCE

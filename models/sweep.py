@@ -76,11 +76,13 @@ class LinearSweep(nn.Module):
         return torch.stack([self._logits(number, x) for number in self.order()], 1)
 
     def _logits(self, number: int, x: Tensor) -> Tensor:
-        """(N, D) -> (N, K); zeros, without a gradient, if the head has diverged.
+        """(N, D) -> (N, K); in training zeros, without a gradient, if the head has diverged.
 
         Its NaN would end the training of the others.
         """
         logits = self.heads[number](x)
+        if not self.training:
+            return logits
         return torch.where(torch.isfinite(logits).all(), logits, torch.zeros_like(logits))
 
     def order(self) -> list[int]:
@@ -88,12 +90,20 @@ class LinearSweep(nn.Module):
         count = len(self.heads)
         return [(self.first + number) % count for number in range(count)]
 
+    def finite(self) -> list[bool]:
+        """Return for each head whether all of its weights are finite."""
+        return [all(p.isfinite().all().item() for p in head.parameters()) for head in self.heads]
+
     @torch.no_grad()
-    def choose(self, best: int, classifier: nn.Linear) -> None:
-        """Make a head the best one, and fold it with the standardization into a classifier."""
+    def choose(self, best: int) -> None:
+        """Make a head the best one."""
         self.first = best
         self.best.fill_(best)
-        head, scale = self.heads[best], self.norm.scale()
+
+    @torch.no_grad()
+    def fold(self, classifier: nn.Linear) -> None:
+        """Copy the best head into a classifier, together with the standardization."""
+        head, scale = self.heads[self.first], self.norm.scale()
         weight = head.weight * scale.to(head.weight)
         classifier.weight.copy_(weight)
         classifier.bias.copy_(head.bias - weight @ self.norm.running_mean.to(weight))
@@ -102,7 +112,7 @@ class LinearSweep(nn.Module):
 class SweepNetwork(nn.Module):
     """A frozen classifier and a sweep of heads in its place: images -> (N, heads, K).
 
-    `network` stays an ordinary classifier, whose last layer `choose` replaces by the best head.
+    `network` stays an ordinary classifier: its state dict has the best head as the last layer.
     """
 
     def __init__(self, network: nn.Module, heads: int) -> None:
@@ -117,6 +127,7 @@ class SweepNetwork(nn.Module):
         self.sweep.to(torch.promote_types(classifier.weight.dtype, torch.float32))
         self.kept: list[Tensor] = []
         classifier.register_forward_pre_hook(self._keep)
+        network.register_state_dict_pre_hook(self._fold)
 
     @property
     def classifier(self) -> nn.Linear:
@@ -125,6 +136,9 @@ class SweepNetwork(nn.Module):
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.kept = [inputs[0].detach()]
+
+    def _fold(self, *_: Any) -> None:
+        self.sweep.fold(self.classifier)
 
     def features(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D), the input of the classifier."""
@@ -142,10 +156,6 @@ class SweepNetwork(nn.Module):
         features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.sweep(features.to(self.sweep.heads[0].weight.dtype))
-
-    def choose(self, best: int) -> None:
-        """Make a head the classifier of the network."""
-        self.sweep.choose(best, self.classifier)
 
 
 def _find_linear(network: nn.Module) -> str:

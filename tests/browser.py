@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
@@ -227,8 +228,8 @@ class Browser:
         Path(path).write_bytes(base64.b64decode(answer["data"]))
 
 
-def main(words: Sequence[str]) -> None:
-    """Write a picture of a page."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m tests.browser`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page")
     parser.add_argument("picture")
@@ -236,7 +237,13 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("height", type=int, help="0: of the whole page")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--run", default="", help="JavaScript to run before")
-    args = parser.parse_args(words)
+    parser.add_argument("--colors", type=int, help="colors of the PNG file; default: all")
+    return parser
+
+
+def main(words: Sequence[str]) -> None:
+    """Write a picture of a page."""
+    args = get_args_parser().parse_args(words)
     with Browser(install()) as browser:
         height = args.height or 900
         browser.open(args.page, args.width, height, args.dark)
@@ -248,6 +255,9 @@ def main(words: Sequence[str]) -> None:
             browser.settle()
         time.sleep(0.3)  # lazy pictures
         browser.screenshot(args.picture)
+        if args.colors:  # a smaller file
+            image = Image.open(args.picture).convert("RGB")
+            image.quantize(args.colors, dither=Image.Dither.NONE).save(args.picture, optimize=True)
         print("\n".join([args.picture, *browser.errors]))
 
 

@@ -35,7 +35,7 @@ PAGES += [ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORKING, HOOKS = ROOT / "docs/forking.md", ROOT / "docs/hooks.md"
 EXPECTED_PAGES = (
     "data pretraining finetuning models checkpoints distributed slurm weights performance "
-    "configuration forking hooks troubleshooting from-official from-classy-vision"
+    "configuration forking hooks troubleshooting from-official from-classy-vision insight predict"
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -161,6 +161,8 @@ def check(words: Sequence[str]) -> None:
         except SystemExit as end:  # --help and --recipe list print something and end
             code = end.code
         assert code == 0, shlex.join(words)
+    elif rest[0] == "-m":
+        importlib.import_module(rest[1]).get_args_parser().parse_args(rest[2:])
     else:
         assert (ROOT / rest[0]).is_file(), f"no such script: {rest[0]}"
         module = importlib.import_module(rest[0].removesuffix(".py").replace("/", "."))
@@ -188,6 +190,7 @@ def test_every_command_is_valid(page, monkeypatch):
         "python probe.py map runs --data_path d --k 5",
         "python benchmarks/step.py --no_such_flag",
         "python benchmarks/no_such_file.py",
+        "python -m tests.browser report.html",
         "make no_such_target",
         "conda install torch",
     ],

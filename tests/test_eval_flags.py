@@ -24,7 +24,7 @@ GROUPS = (
     "--clip_mode agc --layer_decay 0.5 --layer_decay_type group --patience 2 --min_delta 0.1 "
     "--precise_bn 8 --head_init_scale 9 --on_spike rollback --spike_factor 9 --snapshot_freq 2 "
     "--decode fast --report false "
-    "--max_bad_steps 1 --log_dir tb --print_freq 1 --tracker wandb --project p --tags a "
+    "--max_bad_steps 1 --log_dir tb --print_freq 1 --profile --tracker wandb --project p --tags a "
     "--progress bar --auto_resume false --save_ckpt_freq 2 --save_ckpt_num 1 --async_save "
     "--save_ckpt_every_steps 1 --save_ckpt_every_minutes 1 --max_minutes 1 --max_save_failures 0 "
     "--shard zero1 --grad_compression bf16 --mixup_off_epoch 9 --aug_off_epoch 9 "

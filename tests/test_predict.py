@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -439,6 +441,29 @@ def test_metrics_of_all_outputs_continue_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_change_of_the_loader_processes_loses_no_image(tmp_path, monkeypatch):
+    """They are restarted with the images that are left."""
+    expected = results("it.pth labeled", tmp_path / "r.json")
+    changes = iter([2, 1])
+
+    def after_batch(self, plan, *words):
+        return replace(plan, workers=next(changes, plan.workers))
+
+    monkeypatch.setattr(predict.Tuner, "after_batch", after_batch)
+    monkeypatch.setattr("datasets.first_workers", lambda: 1)
+    words = BASE.replace("--num_workers 0 ", "").replace("batch_size 4", "batch_size 2")
+    predict.main(predict_flags.parse(f"it.pth labeled {words} --out {tmp_path}/s.json".split()))
+    assert next(changes, None) is None
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert paths(found) == paths(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert one["error"] == other["error"]
+        if not one["error"]:
+            assert one["probability"] == pytest.approx(other["probability"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(place, tmp_path):
     for ranks, workers in ((1, 0), (2, 0), (3, 1)):
         (tmp_path / str(ranks)).mkdir()
@@ -449,6 +474,39 @@ def test_two_processes_write_the_file_of_one(place, tmp_path):
         for ranks in "23":
             assert (tmp_path / ranks / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
     assert sorted(os.listdir(tmp_path / "2")) == sorted(os.listdir(tmp_path / "1"))
+
+
+def fatal(**kwargs) -> torch.nn.Module:
+    """A classifier that ends its process at a call, without any clean-up: FATAL=3."""
+    network, calls = tiny.classifier(**kwargs), iter(range(1, 10**6))
+
+    def count(*words: object) -> None:
+        if next(calls) == int(os.environ.get("FATAL", "0")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    network.register_forward_hook(count)
+    return network
+
+
+@pytest.mark.slow
+def test_after_a_kill_another_number_of_processes_continues(place, tmp_path):
+    names = sorted(path for path in Path("labeled").rglob("*.png"))
+    rows = [f"{names[n % 11].absolute()},{names[n % 11].parent.name}" for n in range(2300)]
+    (tmp_path / "a.csv").write_text("\n".join(["image,label", *rows]))
+    base = ["it.pth", tmp_path / "a.csv", "--device", "cpu", "--num_workers", 0, "--kernels"]
+    base += ["torch", "--batch_size", 128, "--model", "tests.test_predict:fatal", "--out"]
+    (tmp_path / "whole").mkdir()
+    run_here("predict.py", [*base, tmp_path / "whole/r.csv"], 1, tmp_path, place)
+    outputs = [(tmp_path / f"killed-{rank}.txt",) * 2 for rank in range(2)]
+    words = [*base, tmp_path / "killed/r.csv"]
+    processes = start_script("predict.py", words, outputs, {"FATAL": "7"}, cwd=place)
+    assert -signal.SIGKILL in exit_codes(processes, 120)
+    assert not (tmp_path / "killed/r.csv").exists()
+    said = run_here("predict.py", words, 1, tmp_path, place)
+    assert "continues after 1024 of 2300 images" in said
+    for name in sorted(os.listdir(tmp_path / "whole")):
+        whole, killed = (tmp_path / folder / name for folder in ("whole", "killed"))
+        assert killed.read_bytes() == whole.read_bytes()
 
 
 def run_here(script: str, words: list, ranks: int, folder: Path, cwd: Path, expect: int = 0) -> str:

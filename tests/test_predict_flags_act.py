@@ -329,6 +329,15 @@ def test_every_flag_of_explain_is_tried():
     assert {*EXPLAIN} == flags
 
 
+def test_views_of_the_checkpoint_are_not_explained(place, tmp_path, monkeypatch):
+    """With five crops the image was five times as high."""
+    monkeypatch.chdir(place)
+    views = {"tta": ["five_crop"], "crop_pct": 0.5}
+    save_checkpoint(tmp_path / "a.pth", args=views)
+    words = f"{tmp_path}/a.pth --images images {MODEL} --device cpu --output {tmp_path}/a.png"
+    assert images(drawn(words, monkeypatch)).shape == (6, 3, 16, 16)
+
+
 def test_wrong_explanations_are_refused(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     base = "--device cpu --output a.png"

@@ -91,7 +91,7 @@ def test_training_accuracy_is_of_classes_alone(monkeypatch):
     class Asked(Exception):
         pass
 
-    def begin_epoch(names: list, batches: object) -> None:
+    def begin_epoch(names: list, batches: object, stepper: object) -> None:
         raise Asked(*names)
 
     monkeypatch.setattr(engine_finetune, "training_mode", lambda model: None)

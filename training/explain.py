@@ -11,10 +11,10 @@ from torch import Tensor
 from data_loading.loader import DeviceLoader
 from errors import UserError, did_you_mean, first_few
 from insight.attribution import enlarge, error_map, find_map, grad_cam
+from insight.drawing import draw_images
 from insight.predictions import best_classes, name_of, number
 from models.fcmae import FCMAE
 from models.heads import implied_activation
-from training.picture_grid import draw_grid
 from training.pictures import as_rgb, scale_to_show
 from training.trained import Trained
 
@@ -86,8 +86,8 @@ def explain_classifier(
     texts = describe(torch.cat(outputs), trained, index)
     cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
     titles = [text for pair in zip(names, texts, strict=True) for text in pair]
-    caption = f"Grad-CAM of {layer}: red parts speak for the class; each map has its own scale"
-    return draw_grid(cells, titles, 4, caption), f"Grad-CAM of {layer}"
+    title = f"Grad-CAM of {layer}: red speaks for the class; each map has its own scale"
+    return draw_images(cells, titles, 4, title), f"Grad-CAM of {layer}"
 
 
 def describe(outputs: Tensor, trained: Trained, index: int | None) -> list[str]:
@@ -124,8 +124,5 @@ def explain_autoencoder(
     cells = [each for pair in zip(pictures, overlay(pictures, heat), strict=True) for each in pair]
     means = [f"mean error {x:.3g}" for x in errors.mean((1, 2)).tolist()]
     titles = [text for pair in zip(names, means, strict=True) for text in pair]
-    caption = (
-        f"reconstruction error of each patch while it is hidden, over {masks} masks; red is the "
-        "largest of the image"
-    )
-    return draw_grid(cells, titles, 4, caption), f"error maps over {masks} masks"
+    title = f"Error of each patch while it is hidden, mean of {masks} masks; red: the largest"
+    return draw_images(cells, titles, 4, title), f"error maps over {masks} masks"

@@ -6,6 +6,7 @@ python probe.py features runs/photos --data_path photos --output photos.npy
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -426,7 +427,7 @@ def _key(subject: Subject, images: ImageSet, which: Mapping[str, str]) -> dict[s
         "images": found,
         "labels": feature_cache.hash_bytes(values, repr(words).encode()),
         "labeled": str(images.labeled),
-        "transform": repr(dataset.transform),
+        "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(dataset.transform)),  # of functions
         "precision": f"{subject.device.type} {subject.amp}",
         "libraries": " ".join(metadata.version(name) for name in LIBRARIES),
         **flags,

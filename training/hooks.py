@@ -186,9 +186,17 @@ class Reporter:
     # --- the run ----------------------------------------------------------------------------
 
     def attach(
-        self, parts: TrainableParts, schedule: Any, saved: Mapping[str, Any] | None = None
+        self,
+        parts: TrainableParts,
+        schedule: Any,
+        saved: Mapping[str, Any] | None = None,
+        record: Hook | None = None,
     ) -> None:
-        """Show hooks the parts of the run, and give them their states of a checkpoint."""
+        """Show hooks the parts of the run, and give them their states of a checkpoint.
+
+        record: the hook that writes run.json.
+        """
+        self.record = record
         self.run.model, self.run.optimizer = parts.model, parts.optimizer
         self.run.model_ema, self.run.schedule = parts.model_ema, schedule
         saved = dict(saved or {})

@@ -63,15 +63,15 @@ class SweepMetrics:
             metrics.reset(device)
 
     def in_units(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (N, heads, K) and targets as they are: each head has its own metrics."""
-        return logits, targets
+        """Return (N, heads, K) outputs and targets in the units of the data."""
+        pairs = [self.heads[0].in_units(each, targets) for each in logits.unbind(1)]
+        return torch.stack([outputs for outputs, _ in pairs], 1), pairs[0][1]
 
     def update(self, logits: Tensor, targets: Tensor, losses: Tensor, counts: Tensor) -> None:
         """Add a batch: (N, heads, K) outputs, targets, (N, heads) losses and counts."""
         for column, number in enumerate(self.network.sweep.order()):
-            metrics, part = self.heads[number], slice(column, column + 1)
-            own = metrics.in_units(logits[:, column], targets)
-            metrics.update(*own, losses[:, part], counts[:, part])
+            part = slice(column, column + 1)
+            self.heads[number].update(logits[:, column], targets, losses[:, part], counts[:, part])
 
     def reduce(self) -> tuple[int, int]:
         """Sum over all ranks; returns the number of images, and of those unusable for all heads."""
@@ -81,14 +81,22 @@ class SweepMetrics:
     def values(self) -> dict[str, Any]:
         """Return the metrics of the best head, its rate, and the best metric of each head.
 
-        It becomes the classifier of the network. Every rank must call it.
+        It becomes the classifier in checkpoints; heads that have diverged are passed over. Every
+        rank must call it. UserError if all have diverged.
         """
         found = [metrics.values() for metrics in self.heads]
-        name, best, held = self.one.best, 0, None
+        name, best, held, usable = self.one.best, None, None, self.network.sweep.finite()
         for number, values in enumerate(found):
-            if is_better(values[name], held, self.one.lower_is_better):
+            if usable[number] and is_better(values[name], held, self.one.lower_is_better):
                 best, held = number, values[name]
-        self.network.choose(best)
+        if best is None and any(usable):  # a metric that is not defined for these images
+            best = usable.index(True)
+        if best is None:
+            raise UserError(
+                "all heads of --linear_probe have diverged; give lower rates with "
+                "--linear_probe_blr"
+            )
+        self.network.sweep.choose(best)
         pairs = zip(self.rates, found, strict=True)
         each = {f"{name}_blr{rate:g}": values[name] for rate, values in pairs}
         return found[best] | {"best_blr": self.rates[best]} | each

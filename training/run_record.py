@@ -303,7 +303,8 @@ def describe_git(folder: Path) -> dict[str, Any] | None:
     """Return the state of the toolkit's files in git; None if they are in no repository.
 
     changed_files: number of files that differ from the commit, and of new Python files; diff_lines
-    and diff_bytes: size of `git diff HEAD`. Hooks and other programs of the repository do not run.
+    and diff_bytes: size of `git diff HEAD`. Hooks, monitors and diff programs of the repository do
+    not run.
     """
 
     drop = [name for name in os.environ if name[:4] == "GIT_" and name[:10] != "GIT_CONFIG"]

@@ -22,7 +22,7 @@ from parallel.process_group import get_logger
 from training.checkpoint import restore_loss
 from training.criterion import build_criterion
 from training.setup import check_start, check_task, read_weights, settle_task
-from weights.convert import DECODER
+from weights.convert import unwrap
 from weights.fit import fit_weights
 from weights.library import read_library_weights
 from weights.pretrained import Pretrained
@@ -61,7 +61,7 @@ def load_trained(flags: Any, source: str, device: torch.device) -> Trained:
     """Load a classifier, or a network that predicts numbers; UserError if it has no head."""
     weights = read_source(flags, source)
     saved = weights.saved
-    if is_pretraining(saved.flags) or any(name.startswith(DECODER) for name in weights.state):
+    if is_pretraining(saved.flags) or has_decoder(weights):
         raise UserError(_without_head(weights.path))
     flags = inherit_flags(flags, saved)
     check_task(flags)
@@ -78,6 +78,12 @@ def load_trained(flags: Any, source: str, device: torch.device) -> Trained:
     head = Head(weights.path, saved.head.names, count, kind, saved.head.scale)
     names = name_outputs(weights, head)
     return Trained(flags, network.eval(), weights, head, names, kind, criterion)
+
+
+def has_decoder(weights: Pretrained) -> bool:
+    """Return True for the weights of a masked autoencoder with its decoder."""
+    names = {unwrap(name) for name in weights.state}
+    return "mask_token" in names and any(name.startswith("pred.") for name in names)
 
 
 def _without_head(path: str) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data_loading.loader import DeviceLoader
 from errors import plural
+from insight.drawing import draw_images
 from insight.predictions import columns, words
 from parallel.process_group import all_gather, gather_rows
-from training.picture_grid import draw_grid
 from training.pictures import as_rgb, scale_to_show
 
 COUNT, COLUMNS = 16, 4
@@ -108,5 +108,5 @@ def draw_rows(
         chances = ", ".join(f"{float(x):.2f}" for x in filter(None, probability.split("|")))
         values = ", ".join(filter(None, [f"p {chances}" * bool(chances), f"loss {loss:.3g}"]))
         texts.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}\n{name}")
-    caption = f"the {plural(len(kept), 'image')} of the highest losses; p: probability"
-    return draw_grid([shown[int(row[1])] for row in kept], texts, COLUMNS, caption)
+    title = f"{plural(len(kept), 'image')} of the highest losses; p: probability"
+    return draw_images([shown[int(row[1])] for row in kept], texts, COLUMNS, title)

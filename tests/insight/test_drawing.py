@@ -13,6 +13,7 @@ from insight.drawing import (
     class_colors,
     draw_grid,
     draw_histograms,
+    draw_images,
     draw_map,
     fit_text,
 )
@@ -88,3 +89,11 @@ def test_histogram_shows_values_where_they_are():
     places = [round(x / box.width, 1) for x, height in enumerate(columns) if height]
     assert {*places} <= {0.2, 0.3, 0.9}
     assert max(columns) == max(columns[40:60]) > 2 * max(columns[165:]) > 0
+
+
+def test_images_as_tensors_have_their_texts_below_in_rows():
+    images = [torch.full((3, 80, 160), value) for value in (0.0, 0.5, 1.0)]
+    picture = draw_images(images, ["first\nline", "a word that is too long " * 9, ""], 2, "title")
+    assert picture.shape[0] == 3
+    assert picture.shape[2] < 2 * 160 + 60  # long texts are cut
+    assert (picture.sum(0) == 0).sum() >= 80 * 160  # the black one, as it is

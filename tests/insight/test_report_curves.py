@@ -10,6 +10,7 @@ from insight.report_curves import (
     Series,
     as_json,
     build_charts,
+    lowest_of,
     mean_shares,
     place,
     points_for,
@@ -34,7 +35,7 @@ from tests.insight.written import finetune_rows, pretrain_rows, write_run
         ("train_lr", ("Learning rate", "Learning rate", "lr", "")),
         ("probe_knn", ("Probes", "Probes", "kNN", "max")),
         ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
-        ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage2", "")),
+        ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage 2", "")),
         ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
         ("rank_me", ("Health of the network", "Rank of the features", "rank me", "")),
         ("images_per_s", ("Speed", "Images per second", "images per s", "")),
@@ -59,7 +60,7 @@ def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
     assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
     assert not {"epoch", "n parameters", "time data"} & {*titles}
     distance = next(chart for chart in charts if chart.title == "Channel cosine distance")
-    assert [s.label for s in distance.series] == ["feature distance", "stage1", "stage2"]
+    assert [s.label for s in distance.series] == ["feature distance", "stage 1", "stage 2"]
 
 
 def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
@@ -79,6 +80,15 @@ def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
         (0, "last epoch"),
         (1, "last epoch"),
     ]
+
+
+def test_metrics_of_a_user_have_the_direction_of_the_record(tmp_path):
+    rows, best = [{"epoch": e, "test_cost_5": 3.0 - e} for e in range(3)], {"value": 1.0}
+    for lower, expected in ((True, (1, 3)), (False, (3, 1))):
+        record = {"best": {"test_cost_5": best | {"lower_is_better": lower}}}
+        (chart,) = build_charts([read_run(write_run(tmp_path / "run", rows, record))])[0]
+        assert chart.series[0].best == expected
+    assert lowest_of(read_run(write_run(tmp_path / "odd", rows, {"best": {"x": 3}}))) == set()
 
 
 def test_missing_values_leave_no_point(tmp_path):

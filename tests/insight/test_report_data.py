@@ -22,6 +22,15 @@ def test_damaged_lines_are_named_and_the_others_kept(tmp_path):
     assert found.problems == [said]
 
 
+def test_a_log_that_the_disk_does_not_give_is_a_note(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, "Permission denied")
+
+    run = write_run(tmp_path / "run", pretrain_rows(1))
+    monkeypatch.setattr(report_data.Path, "read_bytes", fail)
+    assert read_run(run).problems == ["log.txt cannot be read (Permission denied)."]
+
+
 def test_repeated_epochs_count_once_and_those_within_an_epoch_have_their_place(tmp_path):
     rows = [{"epoch": 0, "train_loss": 3}, {"after_epochs": 1.5, "test_acc1": 7}]
     rows += [{"epoch": 1, "train_loss": 2}, {"epoch": 0, "train_loss": 1}]

@@ -26,13 +26,22 @@ def test_a_good_run_has_no_notes(tmp_path):
         ({"status": "failed"}, "error", "The run failed after 3 epochs: no reason was written"),
         ({"status": "stopped", "error": "SIGTERM"}, "warning",
          "The run was stopped after 3 epochs (SIGTERM). Rerun it to continue."),
-        ({"status": "running"}, "info",
-         "The run had not ended when this was written, after 3 epochs."),
+        ({"status": "running"}, "warning",
+         "The run was killed after 3 epochs: no process holds its folder, and it could not note "
+         "its end. Rerun it to continue."),
         ({}, "info", "3 of 12 epochs are done: the run is running, was stopped, or has failed."),
     ],
 )  # fmt: skip
 def test_the_end_of_a_run_is_described(record, level, said, tmp_path):
     assert notes_of(tmp_path, pretrain_rows(3), record) == [(level, said)]
+
+
+def test_a_run_that_holds_its_folder_is_running(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    said = "The run had not ended when this was written, after 3 epochs."
+    for record in ({"status": "running"}, None):
+        assert notes_of(tmp_path, pretrain_rows(3), record) == [("info", said)]
 
 
 def test_alarms_come_once_with_their_epochs_and_old_ones_are_no_warnings(tmp_path):
@@ -68,7 +77,7 @@ def test_divergence_is_said_and_a_single_spike_is_none(tmp_path):
     ((level, said),) = notes_of(tmp_path, rows)
     rows[-1]["alarms"] = ["divergence: train_loss 5 is 8 times its lowest value"]
     assert [text[:20] for _, text in notes_of(tmp_path, rows)] == ["Divergence: train_lo"]
-    assert (level, said[:52]) == ("warning", "The training loss rose from 0.6207 (epoch 4) to 4: t")
+    assert (level, said[:41]) == ("warning", "Divergence: train_loss 5 is 8.1 times its")
 
 
 def test_losses_that_were_not_finite_and_skipped_steps_are_said(tmp_path):

@@ -86,6 +86,20 @@ def test_sections_come_in_order_with_the_alarms_first(page):
     assert text.index("Features collapse") < text.index("Smoothing") < text.index("--mask_ratio")
 
 
+def test_top_of_the_page_has_the_best_values(folders):
+    text = Reader(build_page(read_runs(folders[2:]))).text
+    assert "Top-1 accuracy90%best, epoch 7" in text
+    assert "Test loss0.5best, epoch 5" in text
+    text = Reader(build_page(read_runs(folders[:1]))).text
+    assert "kNN probe77.51%best, epoch 12" in text
+    assert "Epochs12 of 12finished" in text
+    page = build_page(read_runs(folders[:2]))
+    assert "<b>77.51%</b><small>best, epoch 12" in page  # the better one of two runs
+    assert "<span>64.94%</span><small>best, epoch 12" in page
+    page = build_page(read_runs(folders[1:]))  # their losses do not compare
+    assert "<b>" not in page.partition("<main>")[0]
+
+
 def test_differing_flags_are_marked_and_equal_ones_are_not(folders):
     page = build_page(read_runs(folders[:2]))
     marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
@@ -112,6 +126,7 @@ def test_runs_of_earlier_versions_have_a_page_too(tmp_path):
     text = Reader(build_page(read_runs([run]))).text
     assert "args.yaml is missing, so the flags are unknown." in text
     assert "No epoch is done yet." in text
+    assert "No alarms" not in text  # nothing is known
 
 
 def test_markup_of_files_is_text(tmp_path):

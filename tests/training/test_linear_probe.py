@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import main_finetune
@@ -79,13 +80,13 @@ def test_heads_start_alike_and_the_backbone_is_frozen():
     names = [name for name, p in network.named_parameters() if p.requires_grad]
     assert names == [f"sweep.heads.{n}.{part}" for n in range(3) for part in ("weight", "bias")]
     images = torch.randn(4, 3, 16, 16)
-    before = {name: value.clone() for name, value in network.network.state_dict().items()}
+    before = {name: value.clone() for name, value in network.network.named_parameters()}
     outputs = network.train()(images)
     assert outputs.shape == (4, 3, 3)
     assert torch.equal(outputs[:, 0], outputs[:, 2])
     outputs.sum().backward()
     assert all(p.grad is None for p in network.network.parameters())
-    after = network.network.state_dict()
+    after = dict(network.network.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
@@ -126,7 +127,7 @@ def test_lars_adapts_weights_and_not_biases():
     assert groups == [(0.25, True), (0.25, False), (1.0, True), (1.0, False)]
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
     args = linear_probe.optimizer_flags(parsed("--opt", "lars(always_adapt=False)"))
-    optimizer = build_optimizer(args, network_of(6), lr=4.0)
+    optimizer = build_optimizer(args, network_of(len(args.linear_probe_blr)), lr=4.0)
     assert not any(group["always_adapt"] for group in optimizer.param_groups)
 
 
@@ -142,6 +143,30 @@ def test_diverged_head_does_not_end_the_others():
     assert sweep.heads[0].weight.grad.abs().sum() > 0
 
 
+def test_diverged_head_is_never_the_best():
+    """Its outputs were taken for zeros in evaluation: the answer was class 0 for all images."""
+    network = network_of().eval()
+    metrics = SweepMetrics(Metrics(["acc1"], outputs=3), network, (1.0, 9.0))
+    network.sweep.heads = network.sweep.heads[:2]
+    with torch.no_grad():
+        network.sweep.heads[1].weight.fill_(torch.inf)
+        network.sweep.heads[0].bias[1] = 9.0  # answers class 1, and all images are of class 0
+    metrics.reset(CPU)
+    with torch.no_grad():
+        outputs = network(torch.randn(8, 3, 16, 16))
+    assert not outputs[:, 1].isfinite().all()
+    losses = torch.ones(8, 2)
+    metrics.update(outputs, torch.zeros(8, dtype=torch.int64), losses, torch.ones_like(losses))
+    metrics.reduce()
+    assert (values := metrics.values())["best_blr"] == 1.0
+    assert values["acc1"] == 0.0
+    assert all(p.isfinite().all() for p in network.network.state_dict().values())
+    with torch.no_grad():
+        network.sweep.heads[0].bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="all heads of --linear_probe have diverged; give lower"):
+        metrics.values()
+
+
 def test_best_head_is_folded_into_the_classifier():
     network = network_of().train()
     with torch.no_grad():
@@ -152,8 +177,10 @@ def test_best_head_is_folded_into_the_classifier():
     network.eval()
     images = torch.randn(4, 3, 16, 16)
     expected = network(images)
-    network.choose(2)
-    ordinary = network.network(images)
+    network.sweep.choose(2)
+    ordinary = tiny.classifier(stem_stride=1, num_classes=3).eval()
+    ordinary.load_state_dict(network.network.state_dict())
+    ordinary = ordinary(images)
     assert torch.allclose(ordinary, expected[:, 2], atol=1e-4)
     again = network(images)  # in another order, the best first
     assert torch.equal(again, expected[:, [2, 0, 1]])
@@ -191,13 +218,21 @@ def test_lowest_is_the_best_of_a_loss_and_nan_is_never():
 def test_hooks_see_the_outputs_of_the_best_head():
     """They expect (N, K)."""
     network, seen = network_of(3).eval(), []
-    network.choose(1)
+    network.sweep.choose(1)
     batch = torch.randn(4, 3, 16, 16), torch.arange(4) % 3, torch.arange(4)
     reporter = type("R", (), {"begin_phase": lambda *a: None, "end_phase": lambda s, v: v})()
     reporter.after_evaluated = seen.append
     metrics = SweepMetrics(Metrics(outputs=3), network, (1, 2, 3))
     evaluate([batch], network, CPU, "none", SweepLoss(Criterion(), 3), metrics, reporter)
     assert (seen[0].outputs.shape, seen[0].loss.shape) == ((4, 3), (4, 1))
+
+
+def test_checkpoints_without_an_evaluation_have_a_trained_head(tmp_path):
+    """The classifier was the random one until the first evaluation."""
+    train(tmp_path, *SGD, "--eval_freq", "2")
+    assert "test_acc1" not in log(tmp_path)[0]
+    done = run("main_finetune.py", *FINETUNE, "--eval", "--resume", tmp_path / "checkpoint-0.pth")
+    assert float(re.search(r"top-1 ([\d.]+)%", done.stdout)[1]) > 50
 
 
 @pytest.mark.parametrize("layer", [nn.Identity(), nn.Linear(10, 3, bias=False), None])
@@ -266,6 +301,32 @@ def test_interrupted_probe_ends_with_the_same_bits(probed, tmp_path):
         assert ours[part].keys() == theirs[part].keys()
         assert all(torch.equal(ours[part][name], x) for name, x in theirs[part].items())
     assert log(tmp_path) == log(probed)
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "better"),
+    [("", "map", max), ("--task regression --label_column x y", "rmse", min)],
+)
+def test_other_labels_have_their_metrics_in_their_units(words, metric, better, tmp_path):
+    lines = ["image,tags,x,y,split"]
+    for number in range(20):
+        red, green = 12 * number, 200 * (number % 2)
+        Image.new("RGB", (16, 16), (red, green, 0)).save(tmp_path / f"{number}.png")
+        tags = "|".join(["red"] * (red > 120) + ["green"] * (green > 0))
+        split = "train" if number % 5 else "val"
+        lines.append(f"{number}.png,{tags},{1000 + number},{number % 2},{split}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    data = ["--data_set", "auto", "--data_path", str(tmp_path / "t.csv")]
+    (*_, entry) = train(tmp_path / "run", *data, *words.split(), *SGD, "--hook", "predictions")
+    heads = [entry[f"test_{metric}_blr{rate}"] for rate in ("0.5", "5", "50")]
+    assert entry[f"test_{metric}"] == better(heads)
+    done = run("main_finetune.py", *FINETUNE, *data, "--eval", "--resume", tmp_path / "run")
+    assert (
+        f"{metric} {better(e[f'test_{metric}'] for e in log(tmp_path / 'run')):.4g}" in done.stdout
+    )
+    if metric == "rmse":  # of numbers around 1000
+        rows = (tmp_path / "run" / "predictions.csv").read_text()
+        assert len(re.findall(r"\b(9|10)\d\d\.", rows)) >= 4
 
 
 @pytest.mark.slow

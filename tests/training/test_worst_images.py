@@ -13,7 +13,6 @@ import main_finetune
 from config import parser as options
 from tests import fakes
 from tests.groups import results_of, run_ranks
-from training.picture_grid import draw_grid
 from training.worst_images import Worst
 
 LOSSES = [0.5, 3.0, 0.1, 3.0, math.nan, 2.0, 0.0]
@@ -80,12 +79,3 @@ def test_a_run_draws_them_at_its_best_and_last_epochs(tmp_path):
 def test_a_run_without_a_folder_collects_none(monkeypatch):
     monkeypatch.setattr(Worst, "add", lambda *words: 1 / 0)
     finetune("--epochs 1 --output_dir none")
-
-
-def test_grid_places_images_and_texts():
-    images = [torch.full((3, 80, 160), value) for value in (0.0, 0.5, 1.0)]
-    grid = draw_grid(images, ["first\nline", "a word that is too long " * 9, ""], 2, "caption")
-    assert grid.shape[0] == 3
-    assert grid.shape[2] < 2 * 160 + 50  # long texts are cut
-    dark = (grid.sum(0) == 0).sum()
-    assert dark >= 80 * 160  # the black one, as it is
