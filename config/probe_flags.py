@@ -13,6 +13,7 @@ from pathlib import Path
 from config import checks, flags, phases, recipes
 from config import parser as parsers
 from config.flags import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, SOURCES, number
+from config.tool_flags import OF_FILES
 from errors import did_you_mean
 
 AIMS = {
@@ -144,7 +145,6 @@ PREPROCESSING = """
 """
 WEIGHTS = "--model --stem_stride --model_key --use_ema --model_prefix --sha256"
 MACHINE = "--device --amp --batch_size --num_workers --seed"
-OF_FILES = ("model", "model_key", "use_ema", "model_prefix", "sha256")
 TEXTS = {
     "data_path": "data: all that main_finetune.py takes; without labels for some sub-commands",
     "nb_classes": "number of classes, for data sets without class names",
@@ -185,7 +185,7 @@ def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.Frozen
     source = values["checkpoint"]
     library = flags.library_of(source)
     if library:
-        problem = next((name for name in OF_FILES if name in typed), "")
+        problem = next((name for name in ("model", *OF_FILES) if name in typed), "")
         if problem:
             parser.error(f"--{problem} is for a file of weights, not for {source}; drop it")
         values, given = values | {"model": source, "pretrained": True}, given | {"model"}

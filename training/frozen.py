@@ -46,10 +46,9 @@ from models.parts import features as module_outputs
 from models.parts import find_classifier
 from parallel.process_group import broadcast, from_main_process, get_logger, is_main_process
 from training.pictures import as_rgb
-from training.setup import check_start, read_weights, setup_process, user_modules
+from training.setup import check_start, setup_process, user_modules
 from training.stepper import DTYPES, autocast
-from weights.library import read_library_weights
-from weights.pretrained import Pretrained
+from training.trained import read_source
 from weights.saved_run import inherit_flags
 
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # whose versions may change features
@@ -105,7 +104,7 @@ def load_frozen(args: Any) -> FrozenModel:
     folder = Path(args.feature_cache or feature_cache.default_folder()).expanduser()
     cache = FeatureCache(None if off else folder)
     from_main_process(cache.check)
-    weights = _read_weights(args)
+    weights = read_source(args, args.checkpoint)
     args = inherit_flags(args, weights.saved)
     count = weights.saved.head.count
     check_start(args, weights, count)
@@ -115,30 +114,13 @@ def load_frozen(args: Any) -> FrozenModel:
     return FrozenModel(args, device, amp, model, cache, _find_layer(args, model))
 
 
-def _read_weights(args: Any) -> Pretrained:
-    if not args.pretrained:
-        return read_weights(args, args.finetune, args.sha256)
-    size = args.input_size if "input_size" in args.given else None
-    try:
-        return read_library_weights(args.model, size)
-    except UserError as error:
-        words = {"--pretrained: ": "", "--finetune FILE": "it as CHECKPOINT with --model"}
-        text = str(error)
-        for word, own in words.items():
-            text = text.replace(word, own)
-        raise UserError(text.replace("choose another --model", "choose another")) from error
-
-
 def find_module(args: Any, model: nn.Module, name: str, flag: str) -> str:
     """Return the path of a module that gives features; of a list of blocks, its last one.
 
     UserError, which names the flag, for one that a network lacks or does not call.
     """
     shapes, _ = trace(model, (args.in_chans, *args.input_size))
-    try:
-        return find_block(model, name, shapes)
-    except UserError as error:
-        raise UserError(str(error).replace("--heads", flag)) from error
+    return find_block(model, name, shapes, flag)
 
 
 def _find_layer(args: Any, model: nn.Module) -> str:
