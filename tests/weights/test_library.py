@@ -90,7 +90,7 @@ def test_no_network_says_what_to_do(monkeypatch):
 def test_run_names_its_flags_if_weights_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fails)
     words = f"--model {TIMM} --pretrained --input_size 32"
-    with pytest.raises(UserError, match="^--pretrained: no weights .* load it with --finetune FILE"):
+    with pytest.raises(UserError, match="^--pretrained: no weights .* it with --finetune FILE"):
         build("finetune", words, tmp_path / "run", monkeypatch)
 
 
