@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Predict the classes of images, or numbers, with any checkpoint; evaluate them if labeled.
 
-python predict.py runs/finetune photos --out results.csv
+python predict.py runs/finetune photos --output results.csv
 """
 
 import argparse
@@ -62,7 +62,7 @@ from training.setup import setup_process
 from training.stepper import autocast
 from training.trained import Trained, load_trained
 
-SHOWN = 20  # images of the table that is printed without --out
+SHOWN = 20  # images of the table that is printed without --output
 PART = 1024  # images that are written at once
 LARGEST = 2**24  # numbers of a part that rank 0 gathers, at most, unless a batch has more
 TOPK = 5
@@ -75,7 +75,7 @@ SURE = ("", "by ImageNet's names", "by ImageNet's English names")  # matches of 
 def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     """Predict all images of the inputs."""
     args, flags = parsed
-    out = Path(args.out).expanduser() if args.out else None
+    out = Path(args.output).expanduser() if args.output else None
     if out is not None:
         from_main_process(lambda: check_place(out))
     device, amp = setup_process(flags)
@@ -86,7 +86,7 @@ def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     if labeled and dataset.classes and not trained.head.names:
         trained = replace(trained, names=dataset.classes)  # as the data names them
     if out is None and not labeled and len(dataset) > SHOWN:
-        text = "the first %d of %d images; --out results.csv predicts and writes all of them"
+        text = "the first %d of %d images; --output results.csv predicts and writes all of them"
         get_logger().info(text, SHOWN, len(dataset))
         dataset.dataset = Part(dataset.dataset, np.arange(SHOWN))
     answers = build_answers(args, trained, labeled)
@@ -338,7 +338,7 @@ class Job:
         try:
             acquire_run_lock(str(folder_of(out)))
         except UserError as error:
-            raise UserError(str(error).replace("--output_dir", "--out")) from error
+            raise UserError(str(error).replace("--output_dir", "--output")) from error
         state = from_main_process(store.begin)
         autotuner.restore(state.get("kernels", {}), self.device)
         done = state["parts"]

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Evaluation of predictions with labels: metrics, classes, calibration and the worst images.
 
-python predict.py runs/finetune labeled --out results.csv
+python predict.py runs/finetune labeled --output results.csv
 """
 
 import json
@@ -118,7 +118,7 @@ class Evaluation:
             try:
                 self._write(out, stats, rows, loader)
             except OSError as error:
-                raise UserError(f"cannot write next to --out {out} ({error})") from error
+                raise UserError(f"cannot write next to --output {out} ({error})") from error
 
     def _write(self, out: Path, stats: Mapping[str, Any], rows: Any, loader: DeviceLoader) -> None:
         """Write the metrics, tables and pictures: `results-metrics.json` and so on."""

@@ -86,7 +86,7 @@ def explain_classifier(
     texts = describe(torch.cat(outputs), trained, index)
     cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
     titles = [text for pair in zip(names, texts, strict=True) for text in pair]
-    title = f"Grad-CAM of {layer}: red speaks for the class; each map has its own scale"
+    title = f"Grad-CAM of {layer}: red raises the class score; each map has its own scale"
     return draw_images(cells, titles, 4, title), f"Grad-CAM of {layer}"
 
 

@@ -89,7 +89,7 @@ def test_rows_of_parts_are_in_order(tmp_path):
 def test_an_existing_file_is_not_replaced_unasked(tmp_path):
     out = tmp_path / "r.csv"
     finished(out)
-    with pytest.raises(UserError, match=r"r.csv exists; choose another --out, or give --overwrite"):
+    with pytest.raises(UserError, match=r"r.csv exists; choose another --output, or"):
         Parts(out, {"a": 1})
     Parts(out, {"a": 1}, overwrite=True)
 
