@@ -63,7 +63,7 @@ def seen(words: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(target, name, call)
 
     with monkeypatch.context() as monkeypatch:
-        keep(predict.Job, "build_loader", "loader")
+        keep(predict.PredictionJob, "build_loader", "loader")
         keep(predict, "load_trained", "trained")
         keep(setup.process_group, "init_distributed_mode", "device")
         keep(setup, "set_kernels", "kernels")

@@ -16,7 +16,7 @@ from insight.predictions import best_classes, name_of, number
 from models.fcmae import FCMAE
 from models.heads import implied_activation
 from training.pictures import as_rgb, scale_to_show
-from training.trained import Trained
+from training.trained_model import TrainedModel
 
 AT_ONCE = 16  # images
 STRENGTH = 0.5  # of the colors over the image
@@ -34,7 +34,7 @@ def overlay(images: Tensor, heat: Tensor) -> Tensor:
     return (1 - STRENGTH) * gray + STRENGTH * heat_colors(heat)
 
 
-def find_target(text: str | None, trained: Trained) -> int | None:
+def find_target(text: str | None, trained: TrainedModel) -> int | None:
     """Return the output that --target names, a class or its number; None for the predicted one."""
     names, count = trained.names, trained.head.count
     if text is None:
@@ -66,7 +66,7 @@ def shown(images: Tensor, loader: DeviceLoader) -> Tensor:
 
 
 def explain_classifier(
-    trained: Trained, loader: DeviceLoader, count: int, target: str | None, layer: str
+    trained: TrainedModel, loader: DeviceLoader, count: int, target: str | None, layer: str
 ) -> tuple[Tensor, str]:
     """Draw images with their Grad-CAM: (3, height, width) in 0 to 1, and what was drawn.
 
@@ -90,7 +90,7 @@ def explain_classifier(
     return draw_images(cells, titles, 4, title), f"Grad-CAM of {layer}"
 
 
-def describe(outputs: Tensor, trained: Trained, index: int | None) -> list[str]:
+def describe(outputs: Tensor, trained: TrainedModel, index: int | None) -> list[str]:
     """Return a title for each image: the explained class and its probability, or the number."""
     if trained.kind == "number":
         scale = trained.head.scale

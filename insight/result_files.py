@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Files of results: parts that are kept if a program is killed, and one file of them at the end.
 
-python -c "from insight.results import WRITERS; print(*WRITERS)"
+python -c "from insight.result_files import WRITERS; print(*WRITERS)"
 """
 
 import contextlib

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from errors import UserError
-from insight.results import WRITERS, Parts, Shown, check_place, folder_of
+from insight.result_files import WRITERS, Parts, Shown, check_place, folder_of
 
 FIELDS = {"path": str, "names": list[str], "values": list[float], "x": float, "error": str}
 RECORDS = [
@@ -112,7 +112,7 @@ def test_a_full_disk_is_an_error_that_says_how_to_continue(tmp_path, monkeypatch
     def full(content, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("insight.results.write_atomically", full)
+    monkeypatch.setattr("insight.result_files.write_atomically", full)
     with pytest.raises(UserError, match="No space left.*the same command continues"):
         parts.write(0, LINES, {})
 

@@ -25,7 +25,7 @@ from training.evaluation import Metrics
 from training.log_files import write_csv
 from training.metrics import MOST_CLASSES, default_metrics
 from training.report import describe_evaluation, plain
-from training.trained import Trained
+from training.trained_model import TrainedModel
 from training.worst_images import Worst, draw_rows
 from utils import write_atomically
 
@@ -40,7 +40,7 @@ class Evaluation:
     outputs, which `new_rows` gives part by part.
     """
 
-    def __init__(self, trained: Trained, device: torch.device, worst: int) -> None:
+    def __init__(self, trained: TrainedModel, device: torch.device, worst: int) -> None:
         self.kind, self.names, count = trained.kind, trained.names, trained.head.count
         extra = {"class": ["ece", PER_CLASS], "multi": [PER_CLASS], "number": []}[self.kind]
         extra += ["confusion"] * (self.kind == "class" and count <= MOST_CLASSES)
