@@ -413,7 +413,8 @@ class PredictionJob:
         empty = torch.empty(0, sum(self.widths), dtype=torch.float64, device=where)
         rows = torch.cat([empty, *found.rows])
         mine = self.records_of(rows.cpu()) | {
-            place: self.records.bad(self.path_of(place), reason) for place, reason in found.bad
+            place: self.records.bad(self.dataset.path_of(place), reason)
+            for place, reason in found.bad
         }
         lines = all_gather({place: json.dumps(record) for place, record in mine.items()})
         rows = gather_rows(rows) if self.evaluation is not None else None
@@ -448,16 +449,12 @@ class PredictionJob:
         ids, best, outputs, *labels = rows.split(self.widths, 1)
         places = ids[:, 0].long().tolist()
         pairs = zip(places, self.records.in_units(best).tolist(), outputs.tolist(), strict=True)
-        found = {n: self.records.record(self.path_of(n), *row) for n, *row in pairs}
+        found = {n: self.records.record(self.dataset.path_of(n), *row) for n, *row in pairs}
         if labels:
             targets, losses = self.records.in_units(labels[0]).tolist(), labels[1].sum(1).tolist()
             for place, row, loss in zip(places, targets, losses, strict=True):
                 found[place] |= self.records.targets(row, loss)
         return found
-
-    def path_of(self, position: int) -> str:
-        """Return the path of an image, or its place in an archive."""
-        return self.dataset.name_of(position).removeprefix("image ")
 
 
 if __name__ == "__main__":

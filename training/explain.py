@@ -15,7 +15,7 @@ from insight.drawing import draw_images
 from insight.predictions import best_classes, name_of, number
 from models.fcmae import FCMAE
 from models.heads import implied_activation
-from training.pictures import as_rgb, scale_to_show
+from training.pictures import to_show
 from training.trained_model import TrainedModel
 
 AT_ONCE = 16  # images
@@ -54,15 +54,8 @@ def read_images(loader: DeviceLoader, count: int) -> tuple[Tensor, Tensor, list[
     images, _, ids = loader.reload(0, torch.arange(count) * len(dataset) // count)
     if not len(images):
         raise UserError("none of the images can be read; give others with --images")
-    names = [dataset.name_of(n).removeprefix("image ").rpartition("/")[2] for n in ids.tolist()]
+    names = [dataset.path_of(n).rpartition("/")[2] for n in ids.tolist()]
     return images, ids, names
-
-
-def shown(images: Tensor, loader: DeviceLoader) -> Tensor:
-    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1."""
-    scale = scale_to_show(loader.mean, loader.std)
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in scale)
-    return as_rgb(images * std + mean).clamp(0, 1)
 
 
 def explain_classifier(
@@ -81,7 +74,7 @@ def explain_classifier(
         found = grad_cam(trained.network, part, layer, last, targets)
         maps.append(enlarge(found[0], part.shape[-2:]))
         outputs.append(found[1])
-    pictures = shown(images, loader)
+    pictures = to_show(images, loader.mean, loader.std)
     seen = overlay(pictures, torch.cat(maps))
     texts = describe(torch.cat(outputs), trained, index)
     cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
@@ -118,7 +111,7 @@ def explain_autoencoder(
     errors = torch.cat([error_map(model, part, own, seed, masks) for part, own in parts])
     h, w = model.grid_size(*images.shape[-2:])
     patches = errors.unflatten(2, (w, -1)).unflatten(1, (h, -1)).mean((2, 4))  # (N, h, w)
-    pictures, side = shown(images, loader), model.patch_size
+    pictures, side = to_show(images, loader.mean, loader.std), model.patch_size
     heat = patches / patches.amax((1, 2), keepdim=True)
     heat = heat.repeat_interleave(side, 1).repeat_interleave(side, 2)
     cells = [each for pair in zip(pictures, overlay(pictures, heat), strict=True) for each in pair]
