@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from errors import first_few, plural
-from insight.alarms import divergence
-from insight.report_data import RunData, describe_rows, number
+from insight.alarms import divergence, kind_of
+from insight.report_data import Row, RunData, describe_rows, number
 
 LEVELS = ("error", "warning", "advice", "info")  # the most urgent first
 MOST = 30  # notes of a run
@@ -85,15 +85,20 @@ def _alarms(run: RunData) -> list[Note]:
     return notes
 
 
+def _has_alarm(row: Row, kind: str) -> bool:
+    alarms = row.get("alarms")
+    return isinstance(alarms, list) and kind in [kind_of(str(alarm)) for alarm in alarms]
+
+
 def _advice(run: RunData) -> list[Note]:
     """The advice of the last epoch that gave one."""
     return [Note("advice", text) for text in sentences_of(run.last("advice"))]
 
 
 def _skipped(run: RunData) -> list[Note]:
-    """Optimizer steps that were skipped, in percent."""
+    """Optimizer steps that were skipped, in percent; nothing where an alarm says it."""
     bad = [(at, value) for at, value in _series(run, "skipped_updates") if value]
-    if not bad:
+    if not bad or any(_has_alarm(row, "skipped steps") for row in run.rows):
         return []
     most, when = max(value for _, value in bad), describe_epochs([at for at, _ in bad])
     return [
@@ -107,10 +112,11 @@ def _skipped(run: RunData) -> list[Note]:
 
 
 def _not_finite(run: RunData) -> list[Note]:
-    """Losses that log.txt has as null, which stands for NaN and Inf."""
+    """Losses that log.txt has as null, which stands for NaN and Inf, without an alarm."""
+    rows = [row for row in run.rows if not _has_alarm(row, "divergence")]
     notes = []
     for key in ("train_loss", "test_loss", "test_loss_ema", "holdout_loss"):
-        bad = [row["at"] for row in run.rows if key in row and number(row[key]) is None]
+        bad = [row["at"] for row in rows if key in row and number(row[key]) is None]
         if bad:
             text = f"{key} was NaN or infinite ({describe_epochs(bad)}). Try a lower --lr, "
             notes.append(Note("error", text + "--clip_grad 1 or --amp none."))

@@ -4,6 +4,7 @@
 
 import pytest
 
+from insight.alarms import find_alarms
 from insight.report_data import read_run
 from insight.report_notes import MOST, describe_epochs, find_notes
 from tests.insight.written import FLAGS, RECORD, finetune_rows, pretrain_rows, write_run
@@ -89,6 +90,17 @@ def test_losses_that_were_not_finite_and_skipped_steps_are_said(tmp_path):
     assert nan.startswith("train_loss was NaN or infinite (epoch 3).")
     assert skipped.startswith("Up to 0.5% of the optimizer steps were skipped")
     assert "loss spike (epoch 3)." in skipped
+
+
+def test_an_alarm_says_it_alone(tmp_path):
+    """One bad epoch had two notes on the same loss, and two on its skipped steps."""
+    rows = pretrain_rows(4)
+    rows[3] |= {"train_loss": None, "skipped_updates": 40.0}
+    rows[3]["alarms"] = find_alarms(rows)
+    kinds = ["Divergence", "Skipped steps"]
+    assert [text.split(":")[0] for _, text in notes_of(tmp_path, rows)] == kinds
+    rows[1]["train_loss"] = None  # of an epoch without an alarm
+    assert "train_loss was NaN or infinite (epoch 2)." in notes_of(tmp_path, rows)[0].text
 
 
 def test_thousands_of_alarms_do_not_fill_the_page(tmp_path):
