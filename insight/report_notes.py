@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from errors import first_few, plural
 from insight.alarms import divergence, kind_of
-from insight.report_data import Row, RunData, describe_rows, number
+from insight.report_data import describe_rows
+from insight.run_data import Row, RunData, number
 
 LEVELS = ("error", "warning", "advice", "info")  # the most urgent first
 MOST = 30  # notes of a run

@@ -12,8 +12,9 @@ from typing import Any
 
 from errors import format_bytes, plural
 from insight.report_curves import SHARES, mean_shares
-from insight.report_data import Answers, Confusion, RunData, number
+from insight.report_data import Answers, Confusion
 from insight.report_html import Html, duration, figure_of, join, short, table, tag
+from insight.run_data import RunData, number, part
 
 CELLS = 6000  # of all confusion matrices of a page, which limits their classes
 MOST_CLASSES, FEWEST_CLASSES = 30, 8
@@ -255,19 +256,12 @@ def describe_machine(record: Mapping[str, Any]) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
-def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = record.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def _git(record: Mapping[str, Any]) -> str:
-    git = _mapping(record, "git")
+    git = part(record, "git")
     if not git.get("commit"):
         return ""
     text = f"{str(git['commit'])[:12]} on {show(git.get('branch'))}"
     changed, lines = number(git.get("changed_files")), number(git.get("diff_lines"))
-    if isinstance(git.get("changed_files"), list):
-        changed = len(git["changed_files"])
     if not changed:
         return f"{text}, no changes"
     text += f", {plural(int(changed), 'changed file')}"
@@ -276,7 +270,7 @@ def _git(record: Mapping[str, Any]) -> str:
 
 
 def _device(record: Mapping[str, Any]) -> str:
-    device = _mapping(record, "device")
+    device = part(record, "device")
     name, count = device.get("name") or device.get("type"), number(device.get("count"))
     if not name:
         return ""
@@ -289,9 +283,9 @@ def _device(record: Mapping[str, Any]) -> str:
     return short(", ".join([text, *extra]))
 
 
-def _data(part: str) -> Callable[[Mapping[str, Any]], str]:
+def _data(name: str) -> Callable[[Mapping[str, Any]], str]:
     def describe(record: Mapping[str, Any]) -> str:
-        data = _mapping(_mapping(record, "data"), part)
+        data = part(part(record, "data"), name)
         if not data:
             return ""
         images, classes = number(data.get("images")), number(data.get("classes"))
@@ -311,7 +305,7 @@ def _sessions(sessions: Any) -> str:
 
 
 def _packages(record: Mapping[str, Any]) -> str:
-    packages = _mapping(record, "packages")
+    packages = part(record, "packages")
     names = [name for name in PACKAGES if name in packages]
     names += [name for name in packages if name not in names]
     return short(", ".join(f"{name} {packages[name]}" for name in names))

@@ -7,7 +7,6 @@ python main_pretrain.py --recipe digits_pretrain --output_dir runs/probed --prob
 
 import contextlib
 import inspect
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import datasets
 from config.calls import Call, accepted, parse_call
+from config.run_files import LOG, parse_line, position_of
 from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
@@ -58,7 +58,6 @@ from training.probe_data import (
     describe_held_out,
     open_held_out,
 )
-from training.report import position_of
 from training.stepper import DTYPES, Stepper, autocast
 
 HELD_OUT = 256  # images of the loss on a fixed set, at most
@@ -379,11 +378,11 @@ def is_shown(name: str) -> bool:
 
 def read_history(folder: Path | None, position: float) -> list[dict[str, Any]]:
     """Return the values of log.txt of the epochs before `position`, [] without a file."""
-    path = folder and folder / "log.txt"
+    path = folder and folder / LOG
     if path is None or not path.exists():
         return []
-    lines = path.read_bytes().splitlines()
-    return [json.loads(line) for line in lines if position_of(line) < position]
+    rows = map(parse_line, path.read_bytes().splitlines())
+    return [row for row in rows if position_of(row) < position]
 
 
 @contextlib.contextmanager

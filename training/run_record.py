@@ -24,7 +24,7 @@ import torch
 
 from config.flags import cpu_cores, is_pretraining
 from config.parser import PACKAGE, absolute_paths, find_versions
-from config.run_files import RECORD
+from config.run_files import PLACES, RECORD
 from config.sizes import as_one_flag
 from data_loading.dataset import TransformedDataset
 from data_loading.fingerprint import describe_source, fingerprint
@@ -42,7 +42,6 @@ GIT_SECONDS = 5.0  # for each call of git
 # Packages that are not required: their versions are noted if the run has imported them.
 OPTIONAL = ("wandb", "trackio", "pyarrow", "tifffile", "triton", "safetensors", "huggingface_hub")
 OPTIONAL += ("transformers", "onnx", "onnxruntime", "pandas", "sklearn", "umap")
-PLACES = ("epoch", "after_epochs", "step", "n_parameters")  # values of log.txt that are no metrics
 LOST = "ended by a failure of another process; see console.log"
 GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
 

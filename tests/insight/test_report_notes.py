@@ -5,8 +5,8 @@
 import pytest
 
 from insight.alarms import find_alarms
-from insight.report_data import read_run
 from insight.report_notes import MOST, describe_epochs, find_notes
+from insight.run_data import read_run
 from tests.insight.written import FLAGS, RECORD, finetune_rows, pretrain_rows, write_run
 
 
