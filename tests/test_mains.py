@@ -240,7 +240,7 @@ def test_log_of_finetuning(tmp_path, monkeypatch):
 
 
 def test_log_of_pretraining(tmp_path, monkeypatch):
-    built = build("pretrain", "--mask_ratio 0.5", tmp_path / "run", monkeypatch)
+    built = build("pretrain", "--mask_ratio 0.5 --probe_every 0", tmp_path / "run", monkeypatch)
     n_parameters = sum(p.numel() for p in built.inner.parameters())
     stats = {"train_loss": 1.0, "train_lr": 0.0, "n_parameters": n_parameters}
     assert log(built) == [stats | {"epoch": epoch} for epoch in range(2)]
@@ -618,15 +618,16 @@ def test_epoch_is_saved_before_its_hooks_and_logged_if_one_ends_the_run(
     script, tmp_path, monkeypatch
 ):
     """The epoch was lost, and each restart ended in the same way."""
-    whole = build(script, "", tmp_path / "whole", monkeypatch)
+    own = "--probe_every 0" * (script == "pretrain")  # a probe comes at the end of each run
+    whole = build(script, own, tmp_path / "whole", monkeypatch)
     build_hooks = hook_table._build_hooks
     for epoch in range(2):
         with monkeypatch.context() as fatal:
             fatal.setattr(hook_table, "_build_hooks", lambda *a: [Fatal(), *build_hooks(*a)])
             with pytest.raises(Killed):
-                build(script, "--epochs 3", tmp_path / "run", fatal)
+                build(script, f"--epochs 3 {own}", tmp_path / "run", fatal)
         assert (tmp_path / "run" / f"checkpoint-{epoch}.pth").exists()
-        run = build(script, f"--epochs {epoch + 1}", tmp_path / "run", monkeypatch)
+        run = build(script, f"--epochs {epoch + 1} {own}", tmp_path / "run", monkeypatch)
         assert run.epochs == []
         assert log(run) == log(whole)[: epoch + 1]
         assert f"epoch {epoch + 1}/{epoch + 1} done  train_loss 1" in run.text

@@ -58,7 +58,7 @@ print(len(names), sorted(own & set(sys.modules)))
 def test_commands_run_the_scripts(folder):
     (package,) = importlib.metadata.distributions(path=[str(folder / "site")])
     names = [entry.name for entry in package.entry_points]
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         assert "usage:" in run(folder, folder / "site" / "bin" / name, "--help")
     assert "convnextv2_atto" in run(
