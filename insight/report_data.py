@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Folders of runs, read for a report: with confusion matrices, wrong answers and pictures.
+"""Folders of runs, read for a report: with confusion matrices, wrong predictions and pictures.
 
 python -c "from insight.report_data import read_runs; print(read_runs(['runs/demo/finetune']))"
 """
@@ -19,24 +19,25 @@ from errors import UserError, first_line, plural
 from insight.run_data import RunData, read_into
 
 MOST_RUNS = 16  # in one report: more curves look alike
-MOST_ANSWERS = 200_000  # rows of predictions.csv that are read
+MOST_PREDICTIONS = 200_000  # rows of predictions.csv that are read
 MOST_CLASSES = 2000  # of a confusion matrix: a larger one takes seconds
 LONG = 12  # letters that names share, from which legends leave them out
-WORST = 12  # wrong answers with the highest probability that are kept
+NONE = "no prediction"  # of an image with NaN or Inf outputs
+WORST = 12  # wrong predictions with the highest probability that are kept
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Numbers of images by true class (rows) and answer (columns)."""
+    """Numbers of images by true class (rows) and predicted class (columns)."""
 
     classes: Sequence[str]
-    answers: Sequence[str]  # the classes, perhaps with `no answer`
+    columns: Sequence[str]  # the classes, perhaps with one for images without a prediction
     matrix: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The most confident wrong answers of predictions.csv: (path, target, prediction, chance)."""
+class WrongPredictions:
+    """The most confident wrong rows of predictions.csv: (path, target, prediction, probability)."""
 
     worst: Sequence[tuple[str, str, str, float]]
     wrong: int
@@ -48,12 +49,12 @@ class Answers:
 class ReportData(RunData):
     """Content of a run's folder with the files that a report shows.
 
-    confusions, answers: by evaluation, '' for the first one. pictures: files by name and epoch,
+    confusions, predictions: by evaluation, '' for the first one. pictures: files by name and epoch,
     which counts from 1.
     """
 
     confusions: dict[str, Confusion] = field(default_factory=dict)
-    answers: dict[str, Answers] = field(default_factory=dict)
+    predictions: dict[str, WrongPredictions] = field(default_factory=dict)
     pictures: dict[str, dict[int, Path]] = field(default_factory=dict)
 
 
@@ -101,7 +102,7 @@ def read_for_report(folder: str | Path) -> ReportData:
     for file in sorted(run.folder.glob("confusion*.csv")):
         _read_table(run, file, run.confusions, read_confusion)
     for file in sorted(run.folder.glob("predictions*.csv")):
-        _read_table(run, file, run.answers, read_answers)
+        _read_table(run, file, run.predictions, read_predictions)
     _find_pictures(run)
     return run
 
@@ -119,35 +120,35 @@ def _read_table(run: ReportData, file: Path, into: dict[str, Any], read: Any) ->
 
 
 def read_confusion(rows: Iterator[Sequence[str]]) -> Confusion:
-    """Read confusion.csv: a row of answers, then a row for each true class. Raises ValueError."""
-    _, *answers = next(rows)
-    if len(answers) > MOST_CLASSES:
-        raise ValueError(f"{len(answers)} classes are more than the {MOST_CLASSES} of a report")
+    """Read confusion.csv: a row of names, then a row for each true class. Raises ValueError."""
+    _, *columns = next(rows)
+    if len(columns) > MOST_CLASSES:
+        raise ValueError(f"{len(columns)} classes are more than the {MOST_CLASSES} of a report")
     names, matrix = [], []
     for name, *counts in rows:
         names.append(name)
         matrix.append([*map(int, counts)])
     widths = {len(row) for row in matrix}
-    if not matrix or widths != {len(answers)} or not len(matrix) <= len(answers):
-        raise ValueError(f"{len(matrix)} rows do not match {len(answers)} columns")
-    return Confusion(names, answers, matrix)
+    if not matrix or widths != {len(columns)} or not len(matrix) <= len(columns):
+        raise ValueError(f"{len(matrix)} rows do not match {len(columns)} columns")
+    return Confusion(names, columns, matrix)
 
 
-def read_answers(rows: Iterator[Sequence[str]]) -> Answers | None:
+def read_predictions(rows: Iterator[Sequence[str]]) -> WrongPredictions | None:
     """Read predictions.csv of one class an image; None for numbers and for several classes."""
     place = {name: index for index, name in enumerate(next(rows))}
     columns = [place[name] for name in ("path", "target", "prediction", "probability")]
     wrong, read = [], 0
-    for row in itertools.islice(rows, MOST_ANSWERS):
-        path, target, answer, chance = (row[column] for column in columns)
+    for row in itertools.islice(rows, MOST_PREDICTIONS):
+        path, target, predicted, chance = (row[column] for column in columns)
         read += 1
-        if "|" in target + answer + chance or (answer and not chance):
+        if "|" in target + predicted + chance or (predicted and not chance):
             return None
-        if target != answer:
-            wrong.append((float(chance or 1), path, target, answer or "no answer"))
+        if target != predicted:
+            wrong.append((float(chance or 1), path, target, predicted or NONE))
     wrong.sort(key=lambda each: (-each[0], each[1]))
-    worst = [(path, target, answer, chance) for chance, path, target, answer in wrong[:WORST]]
-    return Answers(worst, len(wrong), read, next(rows, None) is None)
+    worst = [(path, target, predicted, chance) for chance, path, target, predicted in wrong[:WORST]]
+    return WrongPredictions(worst, len(wrong), read, next(rows, None) is None)
 
 
 def _find_pictures(run: ReportData) -> None:

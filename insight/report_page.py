@@ -344,19 +344,19 @@ def _album(runs: Sequence[RunData], pictures: Sequence[Picture]) -> Html:
 
 
 def _evaluations(runs: Sequence[ReportData]) -> list[Html]:
-    """Return confusion matrices, tables of classes, and the most confident wrong answers."""
+    """Return confusion matrices, tables of classes, and the most confident wrong predictions."""
     count = sum(len(run.confusions) for run in runs)
     size, parts = tables.matrix_size(count), []
     for run in runs:
-        for name in dict.fromkeys([*run.confusions, *run.answers]):
+        for name in dict.fromkeys([*run.confusions, *run.predictions]):
             titles = ([run.name] if len(runs) > 1 else []) + ([name] if name else [])
             parts += [tag("h3", " · ".join(titles))] if titles else []
             if confusion := run.confusions.get(name):
                 most = tables.MOST_ROWS * 4 // count
                 pair = tables.matrix_picture(confusion, size), tables.class_table(confusion, most)
                 parts.append(tag("div", [tag("div", part) for part in pair], class_="pair"))
-            if answers := run.answers.get(name):
-                parts.append(tables.answers_table(answers))
+            if predictions := run.predictions.get(name):
+                parts.append(tables.predictions_table(predictions))
     return parts
 
 

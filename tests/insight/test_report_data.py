@@ -106,7 +106,7 @@ def test_other_damaged_files_are_named(tmp_path):
     ):
         (run / name).write_text(text)
     found = read_for_report(run)
-    assert (found.record, found.flags, found.confusions, found.answers) == ({}, {}, {}, {})
+    assert (found.record, found.flags, found.confusions, found.predictions) == ({}, {}, {}, {})
     names = [problem.split(" cannot be read")[0] for problem in found.problems]
     assert names == ["run.json", "args.yaml", "confusion.csv", "predictions.csv"]
     (run / "run.json").write_text(json.dumps({"arguments": {"lr": 1}}))
@@ -120,7 +120,7 @@ def test_huge_confusion_matrices_are_left_out_with_a_note(tmp_path, monkeypatch)
     assert "4 classes are more than the 3 of a report" in found.problems[0]
 
 
-def test_worst_answers_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
+def test_worst_predictions_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", pretrain_rows(1))
     rows = [
         "path,target,prediction,probability",
@@ -131,12 +131,12 @@ def test_worst_answers_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
     (run / "predictions.csv").write_text("\n".join([*rows, "d,cat,,"]))  # d: NaN outputs
     (run / "predictions-sketch-ema.csv").write_text("\n".join(rows[:2]))
     (run / "predictions-tags.csv").write_text("\n".join([rows[0], "a,cat|dog,cat,0.9"]))
-    found = read_for_report(run).answers
+    found = read_for_report(run).predictions
     assert [row[0] for row in found[""].worst] == ["d", "c", "b"]
     assert (found[""].wrong, found[""].read, found[""].is_whole) == (3, 4, True)
-    assert [*found] == ["sketch-ema", ""]  # several classes an image have no single answer
-    monkeypatch.setattr(report_data, "MOST_ANSWERS", 2)
-    found = read_for_report(run).answers[""]
+    assert [*found] == ["sketch-ema", ""]  # several classes an image have no single prediction
+    monkeypatch.setattr(report_data, "MOST_PREDICTIONS", 2)
+    found = read_for_report(run).predictions[""]
     assert (found.read, found.is_whole) == (2, False)
 
 
