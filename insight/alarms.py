@@ -75,7 +75,7 @@ def divergence(history: Sequence[Record]) -> Iterator[str]:
 
 def skipped(history: Sequence[Record]) -> Iterator[str]:
     """Yield an alarm if many optimizer steps are skipped."""
-    if (values := _values(history[-1:], "skipped_updates")) and values[0] > MOST_SKIPPED:
+    if (values := _values(history[-1:], "skipped_steps")) and values[0] > MOST_SKIPPED:
         yield (
             f"{values[0]:.0f}% of the optimizer steps since the last probe were skipped, for NaN, "
             "Inf or loss spikes. Lower --lr, or use --amp bf16 in place of fp16"

@@ -64,7 +64,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
         "Dead and saturated channels, %",
         "",
     ),
-    ("skipped_updates", "Health of the network", "Skipped steps, %", ""),
+    ("skipped_steps", "Health of the network", "Skipped steps, %", ""),
     (r"images_per_s", "Speed", "Images per second", ""),
     (r"mfu", "Speed", "Model FLOPs utilization", ""),
 )

@@ -62,8 +62,8 @@ def _text(value: Any) -> str:
 
 
 def sentences_of(value: Any) -> list[str]:
-    """Return the sentences of a value of log.txt: a list of them, one, or none."""
-    values = value if isinstance(value, list) else [value]
+    """Return the sentences of a value of log.txt, a list if it is there and not damaged."""
+    values = value if isinstance(value, list) else ()
     texts = [_text(each) for each in values if isinstance(each, str) and each.strip()]
     return [text[:1].upper() + text[1:] for text in texts]
 
@@ -87,8 +87,7 @@ def _alarms(run: RunData) -> list[Note]:
 
 
 def _has_alarm(row: Row, kind: str) -> bool:
-    alarms = row.get("alarms")
-    return isinstance(alarms, list) and kind in [kind_of(str(alarm)) for alarm in alarms]
+    return kind in [kind_of(text).lower() for text in sentences_of(row.get("alarms"))]
 
 
 def _advice(run: RunData) -> list[Note]:
@@ -98,7 +97,7 @@ def _advice(run: RunData) -> list[Note]:
 
 def _skipped(run: RunData) -> list[Note]:
     """Optimizer steps that were skipped, in percent; nothing where an alarm says it."""
-    bad = [(at, value) for at, value in _series(run, "skipped_updates") if value]
+    bad = [(at, value) for at, value in _series(run, "skipped_steps") if value]
     if not bad or any(_has_alarm(row, "skipped steps") for row in run.rows):
         return []
     most, when = max(value for _, value in bad), describe_epochs([at for at, _ in bad])

@@ -338,7 +338,7 @@ class Probes:
         before, now = state.probed.get("steps", [0, 0]), [state.global_step, state.bad_steps]
         state.probed["steps"] = now
         steps, bad = now[0] - before[0], now[1] - before[1]
-        return found | ({"skipped_updates": 100 * max(bad, 0) / steps} if steps > 0 else {})
+        return found | ({"skipped_steps": 100 * max(bad, 0) / steps} if steps > 0 else {})
 
     # --- alarms -----------------------------------------------------------------------------------
 

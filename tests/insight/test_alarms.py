@@ -21,7 +21,7 @@ def healthy(epochs: int = 30) -> list[dict]:
                 "rank_me": 60 - epoch / 2,  # falls from that of random weights
                 "feature_distance": 0.4,
                 "dead_channels": 1.0,
-                "skipped_updates": 0.0,
+                "skipped_steps": 0.0,
                 "holdout_loss": 0.7,
             }
         history.append(record)
@@ -59,7 +59,7 @@ def test_nothing_known_raises_no_alarm():
         (changed(holdout_loss=math.inf), "divergence", "holdout_loss is not finite"),
         (changed(features_finite=False), "divergence", "features hold NaN"),
         (changed(2, train_loss=0.9), "divergence", "train_loss 0.9 is 1.4 times its lowest value"),
-        (changed(skipped_updates=12.0), "skipped steps", "12% of the optimizer steps"),
+        (changed(skipped_steps=12.0), "skipped steps", "12% of the optimizer steps"),
         (changed(rank_me=1.2), "collapse", "rank_me 1.2: all images get nearly the same"),
         (changed(rank_me=10.0), "collapse", "rank_me 10.0 has fallen from 59.5"),
         (changed(feature_distance=0.01), "collapse", "feature_distance 0.010"),
