@@ -37,7 +37,7 @@ from insight.health import (
     rank_me,
 )
 from models.fcmae import FCMAE, random_mask, visible_patches
-from models.masked import evaluating
+from models.parts import evaluating
 from parallel import sharding
 from parallel.process_group import (
     all_gather,
