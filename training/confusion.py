@@ -5,8 +5,6 @@
 python -c "from training import confusion as c; print(c.describe({'confusion': [[3, 1], [0, 4]]}))"
 """
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from errors import UserError, plural
 from parallel.process_group import get_logger, is_main_process
-from utils import write_atomically
+from utils import write_csv
 
 ROWS, PAIRS = 20, 5  # of a table, and pairs, at most
 NO_PREDICTION = "no prediction"  # column of images with NaN or Inf outputs
@@ -29,11 +27,9 @@ def write_confusion(
     matrix: Sequence[Sequence[int]], classes: Sequence[str] | None, path: Path
 ) -> None:
     """Write numbers of images as CSV: a row for each true class, a column for each prediction."""
-    names, text = name_classes(len(matrix), classes), io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["true class", *[*names, NO_PREDICTION][: len(matrix[0])]])
-    table.writerows([name, *row] for name, row in zip(names, matrix, strict=True))
-    write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
+    names = name_classes(len(matrix), classes)
+    columns = ["true class", *[*names, NO_PREDICTION][: len(matrix[0])]]
+    write_csv(columns, [[name, *row] for name, row in zip(names, matrix, strict=True)], path)
 
 
 def confusion_file(key: str) -> str:

@@ -6,7 +6,6 @@ python main_finetune.py --recipe digits_finetune --output_dir runs/digits --hook
 """
 
 import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from training.checkpoint import TrainState, checkpoint_name
 from training.confusion import confusion_file, write_confusion
 from training.hooks import Hook, Run
 from training.report import Record, log_entry
-from utils import write_atomically
+from utils import write_atomically, write_csv
 
 
 class JsonHook(Hook):
@@ -120,7 +119,7 @@ class CsvHook(Hook):
         self.rows[position_of(place)] = place | values
         names = dict.fromkeys(name for row in self.rows.values() for name in row if name)
         rows = [[row.get(name, "") for name in names] for row in self.rows.values()]
-        write_csv([*names], rows, self.path)
+        write_csv(names, rows, self.path)
 
 
 class ScheduleHook(Hook):
@@ -146,14 +145,6 @@ class ScheduleHook(Hook):
             for step in steps
         ]
         write_csv(["step", "lr", "weight_decay", *names], rows, run.folder / "schedule.csv")
-
-
-def write_csv(names: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
-    """Write rows under a line of names, atomically."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerows([names, *rows])
-    write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
 
 
 def needs_folder(args: Any, name: str, flag: str = "") -> None:
