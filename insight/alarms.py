@@ -83,7 +83,7 @@ def divergence(history: Sequence[Record]) -> Iterator[str]:
 
 def skipped(history: Sequence[Record]) -> Iterator[str]:
     """Yield an alarm if many optimizer steps are skipped."""
-    if (values := _values(history, "skipped_updates")) and values[-1] > MOST_SKIPPED:
+    if (values := _values(history, "skipped_steps")) and values[-1] > MOST_SKIPPED:
         yield (
             f"{values[-1]:.0f}% of the optimizer steps since the last probe were skipped, for NaN, "
             "Inf or loss spikes. Lower --lr, or use --amp bf16 in place of fp16"

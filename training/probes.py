@@ -7,7 +7,6 @@ python main_pretrain.py --recipe digits_pretrain --output_dir runs/probed --prob
 
 import contextlib
 import inspect
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import datasets
 from config.calls import Call, accepted, parse_call
+from config.run_files import LOG, parse_line, position_of
 from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
@@ -38,7 +38,7 @@ from insight.health import (
     rank_me,
 )
 from models.fcmae import FCMAE, random_mask, visible_patches
-from models.masked import evaluating
+from models.parts import evaluating
 from parallel import sharding
 from parallel.process_group import (
     all_gather,
@@ -59,7 +59,6 @@ from training.probe_data import (
     describe_held_out,
     open_held_out,
 )
-from training.report import position_of
 from training.stepper import DTYPES, Stepper, autocast
 
 HELD_OUT = 256  # images of the loss on a fixed set, at most
@@ -340,7 +339,7 @@ class Probes:
         before, now = state.probed.get("steps", [0, 0]), [state.global_step, state.bad_steps]
         state.probed["steps"] = now
         steps, bad = now[0] - before[0], now[1] - before[1]
-        return found | ({"skipped_updates": 100 * max(bad, 0) / steps} if steps > 0 else {})
+        return found | ({"skipped_steps": 100 * max(bad, 0) / steps} if steps > 0 else {})
 
     # --- alarms -----------------------------------------------------------------------------------
 
@@ -381,11 +380,11 @@ def is_shown(name: str) -> bool:
 
 def read_history(folder: Path | None, position: float) -> list[dict[str, Any]]:
     """Return the values of log.txt of the epochs before `position`, [] without a file."""
-    path = folder and folder / "log.txt"
+    path = folder and folder / LOG
     if path is None or not path.exists():
         return []
-    lines = path.read_bytes().splitlines()
-    return [json.loads(line) for line in lines if position_of(line) < position]
+    rows = map(parse_line, path.read_bytes().splitlines())
+    return [row for row in rows if position_of(row) < position]
 
 
 @contextlib.contextmanager

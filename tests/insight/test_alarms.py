@@ -21,7 +21,7 @@ def healthy(epochs: int = 30) -> list[dict]:
                 "rank_me": 60 - epoch / 2,  # falls from that of random weights
                 "feature_distance": 0.4,
                 "dead_channels": 1.0,
-                "skipped_updates": 0.0,
+                "skipped_steps": 0.0,
                 "holdout_loss": 0.7,
             }
         history.append(record)
@@ -63,7 +63,7 @@ def test_nothing_known_raises_no_alarm():
             "divergence",
             "train_loss 0.9 is far above its lowest",
         ),
-        (changed(skipped_updates=12.0), "skipped steps", "12% of the optimizer steps"),
+        (changed(skipped_steps=12.0), "skipped steps", "12% of the optimizer steps"),
         (changed(rank_me=1.2), "collapse", "rank_me 1.2: all images get nearly the same"),
         (changed(rank_me=10.0), "collapse", "rank_me 10.0 has fallen from 59.5"),
         (changed(feature_distance=0.01), "collapse", "feature_distance 0.010"),
@@ -82,7 +82,7 @@ def test_planted_faults_raise_their_alarm(history, kind, words):
 
 def test_alarms_of_probes_hold_until_the_next_probe():
     """They vanished in the epochs between two probes, and were logged anew after each."""
-    for values in ({"skipped_updates": 12.0}, {"dead_channels": 80.0}):
+    for values in ({"skipped_steps": 12.0}, {"dead_channels": 80.0}):
         history = [*changed(**values), {"train_loss": 0.6}]
         (alarm,) = find_alarms(history)
         assert without_numbers(alarm) == without_numbers(find_alarms(history[:-1])[0])
