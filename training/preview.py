@@ -21,6 +21,7 @@ import datasets
 from config.flags import is_pretraining
 from config.sizes import describe_sizes
 from data_loading.dataset import TransformedDataset
+from data_loading.labels import describe_label
 from data_loading.loader import DeviceLoader
 from data_loading.mixing import build_mixup
 from data_loading.rng import mask_noise, seed_all
@@ -32,7 +33,6 @@ from optim_factory import choose_update_freq
 from training.pictures import GRAY, INK, MIN_WIDTH, to_show
 from training.steps import build_steps
 
-ROUNDING = 1e-5  # of a normalized number in float32
 SHARE = 0.005  # of a class in a mixed label, below which it is not named
 
 
@@ -163,21 +163,6 @@ def _batches(loader: DeviceLoader, epoch: int) -> Iterator[list[int]]:
     while len(batch := [index for _, index in islice(keys, size)]):
         if len(batch) == size:
             yield batch
-
-
-def describe_label(dataset: TransformedDataset, label: Tensor) -> str:
-    """Return the class of a label, the classes of several, or the numbers of a regression."""
-    names = dataset.classes
-    if dataset.kind == "class":
-        return str(names[int(label)]) if names else f"class {int(label)}"
-    if dataset.kind == "multi":
-        found = [str(names[i]) if names else str(i) for i in label.nonzero().flatten().tolist()]
-        return ", ".join(found) or "no class"
-    if dataset.targets.scale is not None:
-        mean, std = dataset.targets.scale.tensors()
-        label = label.double() * std + mean
-        label = torch.where(label.abs() < ROUNDING * std, 0.0, label)
-    return ", ".join(f"{value:.4g}" for value in label.tolist())
 
 
 def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: float) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 import models
 from config.flags import is_code, is_pretraining, library_of
 from config.tasks import TASKS
+from config.tool_flags import OF_FILES
 from data_loading.labels import IMAGENET, Head, imagenet_classes
 from errors import UserError
 from models.parts import find_classifier
@@ -27,8 +28,6 @@ from weights.fit import fit_weights
 from weights.library import read_library_weights
 from weights.pretrained import Pretrained
 from weights.saved_run import inherit_flags
-
-OF_FILES = ("model_key", "model_prefix", "use_ema", "sha256")
 
 
 @dataclass(frozen=True)
