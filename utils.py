@@ -6,11 +6,13 @@ python -c "import utils; print(utils.get_rank())"
 """
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,6 +85,18 @@ def write_atomically(content: str | bytes | Callable[[BinaryIO], Any], path: Pat
             raise
     finally:
         os.close(folder)
+
+
+def as_csv(names: Iterable[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return rows below a line of column names; bytes of names that are no UTF-8 as \\x.."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([[*names], *rows])
+    return text.getvalue().encode(errors="backslashreplace")
+
+
+def write_csv(names: Iterable[str], rows: Iterable[Sequence[Any]], path: Path) -> None:
+    """Write rows below a line of column names, atomically."""
+    write_atomically(as_csv(names, rows), path)
 
 
 class _Watched:

@@ -59,7 +59,7 @@ from training.checkpoint import TrainState
 from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
-from training.trained import has_decoder, load_trained, read_source
+from training.trained_model import has_decoder, load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags

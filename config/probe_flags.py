@@ -146,6 +146,7 @@ PREPROCESSING = """
 WEIGHTS = "--model --stem_stride --model_key --use_ema --model_prefix --sha256"
 MACHINE = "--device --amp --batch_size --num_workers --seed"
 TEXTS = {
+    "input_size": parsers.OF_CHECKPOINT["input_size"],
     "data_path": "data: all that main_finetune.py takes; without labels for some sub-commands",
     "nb_classes": "number of classes, for data sets without class names",
     "seed": "random seed of draws, and of --method",
@@ -161,10 +162,7 @@ def probe_parser(view: str = "accuracy") -> parsers.Parser:
     parsers.add_flags(parser, "preprocessing", PREPROCESSING)
     parsers.add_flags(parser, "choice of weights", WEIGHTS)
     parsers.add_flags(parser, "machine", MACHINE)
-    for action in parser._actions:
-        action.help = TEXTS.get(action.dest, action.help)
-        if action.dest == "input_size":  # sizes by epoch are for training
-            action.type = flags.COUNT["type"]
+    parsers.adapt_flags(parser, TEXTS)
     return parser
 
 

@@ -161,7 +161,7 @@ def imagenet_classes() -> list[str]:
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    names = [info.index_to_description(place).partition(",")[0] for place in range(IMAGENET)]
+    names = [tuple(info.index_to_description(n).split(", ")) for n in range(IMAGENET)]
     return class_names(SimpleNamespace(classes=names))
 
 

@@ -5,8 +5,6 @@
 python probe.py features runs/photos --data_path photos --output photos.parquet
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from utils import explain, write_atomically
+from utils import as_csv, explain, write_atomically
 
 LARGEST_HEADER = 90_000_000  # bytes of names in a safetensors file, which allows 100 MB
 
@@ -42,9 +40,7 @@ class Table:
 
 def write_csv(names: Sequence[str], rows: Sequence[Sequence], path: Path) -> None:
     """Write rows below a line of column names, atomically. UserError if that fails."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([names, *rows])
-    write_output(text.getvalue().encode(errors="backslashreplace"), path)
+    write_output(as_csv(names, rows), path)
 
 
 def write_npy(table: Table, path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.convnextv2 import ConvNeXtV2
-from models.masked import evaluating
+from models.parts import evaluating
 from parallel import sharding
 from parallel.process_group import all_gather, gather_rows, is_main_process
 

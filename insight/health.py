@@ -22,7 +22,7 @@ DEAD = 0.01  # of the mean over the layer's channels
 CONSTANT = 0.05  # standard deviation over the mean's size
 # Beginnings of the names in log.txt of what probes measure.
 MEASURES = ("probe_", "rank_me", "holdout_loss", "fixed_train_loss", "feature", "dead_channels")
-MEASURES += ("saturated_channels", "grn_", "grad_norm_", "skipped_updates")
+MEASURES += ("saturated_channels", "grn_", "grad_norm_", "skipped_steps")
 
 
 def is_measure(name: str) -> bool:

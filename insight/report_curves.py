@@ -11,7 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from insight.report_data import RunData, evenly, number
+from config.run_files import PLACES
+from insight.report_data import evenly
+from insight.run_data import RunData, number
 from insight.runs import lower_is_better
 
 GROUPS = ("Loss", "Metrics", "Probes", "Learning rate", "Health of the network", "Speed", "Other")
@@ -20,7 +22,6 @@ LAYERS = "_blocks"  # end of the keys of lists with a value for each block of th
 POINTS, FEWEST_POINTS = 600, 40  # of a curve
 POINT_BYTES = 14  # of a point in the page, about
 CURVE_BYTES = 700_000  # of all curves of a page, about
-NOT_CURVES = {"epoch", "after_epochs", "at", "step", "n_parameters", "alarms", "advice"}
 SHARES = {  # key of log.txt -> name
     "time_data": "data",
     "time_forward": "forward",
@@ -48,20 +49,14 @@ class Place(NamedTuple):
 # Regular expression of keys -> group, chart, goal. The label is what the last bracket matches, or
 # the key without `train_`. The first that matches the whole key counts.
 TABLE: tuple[tuple[str, str, str, str], ...] = (
-    (r"train_lr|lr|learning_rate", "Learning rate", "Learning rate", ""),
-    (r"(?:train_)?(weight_decay|momentum|update_freq|batch_size)", "Learning rate", "", ""),
+    ("train_lr", "Learning rate", "Learning rate", ""),
     (r"(train)_class_acc", "Metrics", "Top-1 accuracy", "max"),
     (r"probe_(.+_\d+pct\w*)", "Probes", "Probes, few labels", "max"),
     (r"probe_(.+)", "Probes", "Probes", "max"),
     (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
     (r"train_grad_norm|grad_norm_?(.*)", "Health of the network", "Gradient norm", ""),
-    (r"rank_me|effective_rank", "Health of the network", "Rank of the features", ""),
-    (
-        r"feature_distance_?(.*)|channel_distance_?(.*)",
-        "Health of the network",
-        "Channel cosine distance",
-        "",
-    ),
+    ("rank_me", "Health of the network", "Rank of the features", ""),
+    (r"feature_distance_?(.*)", "Health of the network", "Channel cosine distance", ""),
     (r"grn_(.+)", "Health of the network", "GRN parameters", ""),
     (
         r"(dead|saturated)_channels_?.*",
@@ -69,10 +64,9 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
         "Dead and saturated channels, %",
         "",
     ),
-    (r"(skipped|bad)_\w+", "Health of the network", "Skipped steps, %", ""),
+    ("skipped_steps", "Health of the network", "Skipped steps, %", ""),
     (r"images_per_s", "Speed", "Images per second", ""),
     (r"mfu", "Speed", "Model FLOPs utilization", ""),
-    (r"(?:train_)?(loss_scale|.*memory\w*)", "Other", "", ""),
 )
 
 
@@ -171,7 +165,7 @@ def read_values(run: RunData) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     for index, row in enumerate(run.rows):
         for key, value in row.items():
-            if key in NOT_CURVES or key in SHARES:
+            if key in (*PLACES, *SHARES, "at"):
                 continue
             if (known := number(value)) is not None:
                 if key not in found:
@@ -184,7 +178,7 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     """Return the charts of some runs in the order of GROUPS, and sentences on what is left out."""
     values = [read_values(run) for run in runs]
     keys = dict.fromkeys(key for of_run in values for key in of_run)
-    lowest = {name for run in runs for name in lowest_of(run)}
+    lowest = {name for run in runs for name in run.lowest}
     charts: dict[tuple[str, str], Chart] = {}
     for key in keys:
         spot = place(key, keys, lowest)
@@ -202,15 +196,6 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     left = [chart.title for chart in ordered[MOST_CHARTS:]]
     notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
     return ordered[:MOST_CHARTS], notes
-
-
-def lowest_of(run: RunData) -> set[str]:
-    """Return the metrics that run.json says are best where they are lowest."""
-    best = run.record.get("best")
-    known = best.items() if isinstance(best, Mapping) else ()
-    return {
-        name for name, each in known if isinstance(each, Mapping) and each.get("lower_is_better")
-    }
 
 
 def build_layer_charts(runs: Sequence[RunData]) -> list[Chart]:

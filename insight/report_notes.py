@@ -5,13 +5,13 @@
 python visualize.py report runs/demo/pretrain
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from errors import first_few, plural
-from insight.alarms import divergence
-from insight.report_data import RunData, describe_rows, number
+from insight.alarms import divergence, kind_of, without_numbers
+from insight.report_data import describe_rows
+from insight.run_data import Row, RunData, number
 
 LEVELS = ("error", "warning", "advice", "info")  # the most urgent first
 MOST = 30  # notes of a run
@@ -61,8 +61,8 @@ def _text(value: Any) -> str:
 
 
 def sentences_of(value: Any) -> list[str]:
-    """Return the sentences of a value of log.txt: a list of them, one, or none."""
-    values = value if isinstance(value, list) else [value]
+    """Return the sentences of a value of log.txt, a list if it is there and not damaged."""
+    values = value if isinstance(value, list) else ()
     texts = [_text(each) for each in values if isinstance(each, str) and each.strip()]
     return [text[:1].upper() + text[1:] for text in texts]
 
@@ -75,7 +75,7 @@ def _alarms(run: RunData) -> list[Note]:
     found: dict[str, list[tuple[float, str]]] = {}
     for row in run.rows:
         for text in sentences_of(row.get("alarms")):
-            found.setdefault(re.sub(r"[\d.,]+", "", text), []).append((row["at"], text))
+            found.setdefault(without_numbers(text), []).append((row["at"], text))
     notes = []
     for places in found.values():
         epochs, (last, text) = [at for at, _ in places], places[-1]
@@ -85,15 +85,19 @@ def _alarms(run: RunData) -> list[Note]:
     return notes
 
 
+def _has_alarm(row: Row, kind: str) -> bool:
+    return kind in [kind_of(text).lower() for text in sentences_of(row.get("alarms"))]
+
+
 def _advice(run: RunData) -> list[Note]:
     """The advice of the last epoch that gave one."""
     return [Note("advice", text) for text in sentences_of(run.last("advice"))]
 
 
 def _skipped(run: RunData) -> list[Note]:
-    """Optimizer steps that were skipped, in percent."""
-    bad = [(at, value) for at, value in _series(run, "skipped_updates") if value]
-    if not bad:
+    """Optimizer steps that were skipped, in percent; nothing where an alarm says it."""
+    bad = [(at, value) for at, value in _series(run, "skipped_steps") if value]
+    if not bad or any(_has_alarm(row, "skipped steps") for row in run.rows):
         return []
     most, when = max(value for _, value in bad), describe_epochs([at for at, _ in bad])
     return [
@@ -107,10 +111,11 @@ def _skipped(run: RunData) -> list[Note]:
 
 
 def _not_finite(run: RunData) -> list[Note]:
-    """Losses that log.txt has as null, which stands for NaN and Inf."""
+    """Losses that log.txt has as null, which stands for NaN and Inf, without an alarm."""
+    rows = [row for row in run.rows if not _has_alarm(row, "divergence")]
     notes = []
     for key in ("train_loss", "test_loss", "test_loss_ema", "holdout_loss"):
-        bad = [row["at"] for row in run.rows if key in row and number(row[key]) is None]
+        bad = [row["at"] for row in rows if key in row and number(row[key]) is None]
         if bad:
             text = f"{key} was NaN or infinite ({describe_epochs(bad)}). Try a lower --lr, "
             notes.append(Note("error", text + "--clip_grad 1 or --amp none."))

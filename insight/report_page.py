@@ -15,10 +15,11 @@ from typing import NamedTuple
 from errors import UserError
 from insight import report_tables as tables
 from insight.report_curves import PERCENT, SPELLED, Chart, Series, as_json, build_charts
-from insight.report_data import RunData, labels_of, number, read_runs
+from insight.report_data import ReportData, labels_of, read_runs
 from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
 from insight.report_notes import describe_status, find_notes
 from insight.report_pictures import Picture, collect_pictures
+from insight.run_data import RunData, number
 from utils import write_atomically
 
 NAME = "report.html"
@@ -45,7 +46,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     return path
 
 
-def build_page(runs: Sequence[RunData]) -> str:
+def build_page(runs: Sequence[ReportData]) -> str:
     """Return the page of some runs, which have names; at most LIMIT bytes."""
     charts, notes = build_charts(runs)
     payload = script_json({"runs": [run.name for run in runs], "charts": as_json(charts)})
@@ -342,20 +343,20 @@ def _album(runs: Sequence[RunData], pictures: Sequence[Picture]) -> Html:
     return tag("figure", tag("figcaption", name, choice), images, class_="album")
 
 
-def _evaluations(runs: Sequence[RunData]) -> list[Html]:
-    """Return confusion matrices, tables of classes, and the most confident wrong answers."""
+def _evaluations(runs: Sequence[ReportData]) -> list[Html]:
+    """Return confusion matrices, tables of classes, and the most confident wrong predictions."""
     count = sum(len(run.confusions) for run in runs)
     size, parts = tables.matrix_size(count), []
     for run in runs:
-        for name in dict.fromkeys([*run.confusions, *run.answers]):
+        for name in dict.fromkeys([*run.confusions, *run.predictions]):
             titles = ([run.name] if len(runs) > 1 else []) + ([name] if name else [])
             parts += [tag("h3", " · ".join(titles))] if titles else []
             if confusion := run.confusions.get(name):
                 most = tables.MOST_ROWS * 4 // count
                 pair = tables.matrix_picture(confusion, size), tables.class_table(confusion, most)
                 parts.append(tag("div", [tag("div", part) for part in pair], class_="pair"))
-            if answers := run.answers.get(name):
-                parts.append(tables.answers_table(answers))
+            if predictions := run.predictions.get(name):
+                parts.append(tables.predictions_table(predictions))
     return parts
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, features
 
 from errors import first_line
-from insight.report_data import RunData, evenly
+from insight.report_data import ReportData, evenly
 
 MOST = 24  # pictures in a page
 OF_A_RUN = 8  # at most, of one name
@@ -37,7 +37,7 @@ class Picture:
     height: int
 
 
-def collect_pictures(runs: Sequence[RunData], room: int) -> tuple[list[Picture], list[str]]:
+def collect_pictures(runs: Sequence[ReportData], room: int) -> tuple[list[Picture], list[str]]:
     """Return pictures of all runs in at most `room` bytes of text, and sentences on those left out.
 
     Of many epochs some are chosen evenly, the first and the last among them.

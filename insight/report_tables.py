@@ -12,8 +12,9 @@ from typing import Any
 
 from errors import format_bytes, plural
 from insight.report_curves import SHARES, mean_shares
-from insight.report_data import Answers, Confusion, RunData, number
+from insight.report_data import NONE, Confusion, WrongPredictions
 from insight.report_html import Html, duration, figure_of, join, short, table, tag
+from insight.run_data import RunData, number, part
 
 CELLS = 6000  # of all confusion matrices of a page, which limits their classes
 MOST_CLASSES, FEWEST_CLASSES = 30, 8
@@ -29,19 +30,19 @@ NOT_FLAGS = {"typed", "given"}
 
 
 def class_rows(confusion: Confusion) -> list[tuple[str, float | None, float | None, int, str]]:
-    """Return name, recall and precision in percent, images, and the most frequent wrong answer.
+    """Return name, recall and precision in percent, images, and the most frequent wrong prediction.
 
     The class with the lowest recall comes first; those without images come last.
     """
-    answered = [sum(column) for column in zip(*confusion.matrix, strict=True)]
+    predicted = [sum(column) for column in zip(*confusion.matrix, strict=True)]
     rows = []
     for index, counts in enumerate(confusion.matrix):
         right, total = counts[index], sum(counts)
         wrong = [(count, place) for place, count in enumerate(counts) if place != index and count]
         count, place = max(wrong, key=lambda pair: (pair[0], -pair[1]), default=(0, 0))
-        mistaken = f"{confusion.answers[place]} ({count})" if count else ""
+        mistaken = f"{confusion.columns[place]} ({count})" if count else ""
         recall = 100 * right / total if total else None
-        precision = 100 * right / answered[index] if answered[index] else None
+        precision = 100 * right / predicted[index] if predicted[index] else None
         rows.append((confusion.classes[index], recall, precision, total, mistaken))
     return sorted(rows, key=lambda row: (row[1] is None, row[1] or 0))
 
@@ -63,15 +64,15 @@ def class_table(confusion: Confusion, most: int) -> Html:
 
 
 def most_confused(confusion: Confusion, most: int) -> list[int]:
-    """Return the classes with the most wrong images, as row or as answer, in their own order."""
+    """Return the classes with the most wrong images, as row or as column, in their own order."""
     count = len(confusion.matrix)
     wrong = [0] * count
     for true, row in enumerate(confusion.matrix):
-        for answer, images in enumerate(row):
-            if answer != true:
+        for predicted, images in enumerate(row):
+            if predicted != true:
                 wrong[true] += images
-                if answer < count:
-                    wrong[answer] += images
+                if predicted < count:
+                    wrong[predicted] += images
     worst = sorted(range(count), key=lambda index: (-wrong[index], index))[:most]
     return sorted(worst)
 
@@ -85,12 +86,12 @@ def matrix_size(matrices: int) -> int:
 def matrix_picture(confusion: Confusion, most: int) -> Html:
     """Return the confusion matrix as SVG; of many classes those that are confused most."""
     kept = most_confused(confusion, most)
-    columns = kept + [i for i in range(len(confusion.answers)) if i >= len(confusion.matrix)]
+    columns = kept + [i for i in range(len(confusion.columns)) if i >= len(confusion.matrix)]
     names = [short(confusion.classes[index], 14) for index in kept]
-    top = [short(confusion.answers[index], 14) for index in columns]
+    top = [short(confusion.columns[index], 14) for index in columns]
     left = 12 + 6.6 * max(map(len, names))
     above = 12 + 6.6 * max(map(len, top)) * 0.75
-    parts = [tag("title", "Confusion matrix: a row for each true class, a column for each answer")]
+    parts = [tag("title", "Confusion matrix: rows are true classes, columns predicted ones")]
     for y, name in enumerate(names):
         middle = above + (y + 0.5) * CELL
         place = {"x": f"{left - 6:.1f}", "y": f"{middle + 4:.1f}"}
@@ -101,13 +102,13 @@ def matrix_picture(confusion: Confusion, most: int) -> Html:
         parts.append(tag("text", name, transform=turn))
     for y, true in enumerate(kept):
         total = sum(confusion.matrix[true])
-        for x, answer in enumerate(columns):
-            images = confusion.matrix[true][answer]
-            parts.append(_cell(confusion, (true, answer), images, total, (left, above, x, y)))
+        for x, predicted in enumerate(columns):
+            images = confusion.matrix[true][predicted]
+            parts.append(_cell(confusion, (true, predicted), images, total, (left, above, x, y)))
     width, height = left + len(columns) * CELL + 24, above + len(kept) * CELL + 2
     view = f"0 0 {width:.0f} {height:.0f}"
     drawing = tag("svg", parts, viewBox=view, role="img", class_="matrix", width=f"{width:.0f}")
-    text = "Rows are true classes, columns are answers; color is the share of the row."
+    text = "Rows are true classes, columns are predicted ones; color is the share of the row."
     if len(kept) < len(confusion.matrix):
         text += f" The {len(kept)} most confused of {len(confusion.matrix)} classes."
     return join([drawing, tag("p", text, class_="dim")])
@@ -120,14 +121,14 @@ def _cell(
     total: int,
     place: tuple[float, float, int, int],
 ) -> Html:
-    true, answer = where
+    true, predicted = where
     left, above, x, y = place
     corner = {"x": f"{left + x * CELL + 1:.1f}", "y": f"{above + y * CELL + 1:.1f}"}
     size = {"width": CELL - 2, "height": CELL - 2, "rx": 3}
     if not images:
         return tag("rect", **corner, **size, class_="none")
-    share, kind = images / total, "right" if true == answer else "wrong"
-    said = f"{short(confusion.classes[true], 60)} as {short(confusion.answers[answer], 60)}: "
+    share, kind = images / total, "right" if true == predicted else "wrong"
+    said = f"{short(confusion.classes[true], 60)} as {short(confusion.columns[predicted], 60)}: "
     title = tag("title", f"{said}{images} of {total} ({100 * share:.3g}%)")
     opacity = f"{0.12 + 0.88 * share:.2f}"
     parts = [tag("rect", title, **corner, **size, class_=kind, fill_opacity=opacity)]
@@ -138,16 +139,17 @@ def _cell(
     return join(parts)
 
 
-def answers_table(answers: Answers) -> Html:
-    """Return the table of the wrong answers with the highest probability."""
+def predictions_table(predictions: WrongPredictions) -> Html:
+    """Return the table of the wrong predictions with the highest probability."""
     rows = [
-        [path, target, answer, "–" if answer == "no answer" else f"{100 * chance:.1f}"]
-        for path, target, answer, chance in answers.worst
+        [path, target, predicted, "–" if predicted == NONE else f"{100 * chance:.1f}"]
+        for path, target, predicted, chance in predictions.worst
     ]
-    of = f"{answers.read:,} images" if answers.is_whole else f"the first {answers.read:,} images"
-    text = f"{answers.wrong:,} of {of} have a wrong answer; those with the highest probability:"
-    head = ("image", "true class", "answer", "probability %")
-    return join([tag("p", text, class_="dim"), table(head, rows, "words", "worst answers")])
+    of = "" if predictions.is_whole else "the first "
+    of += f"{predictions.read:,} predictions"
+    text = f"{predictions.wrong:,} of {of} are wrong; those with the highest probability:"
+    head = ("image", "true class", "prediction", "probability %")
+    return join([tag("p", text, class_="dim"), table(head, rows, "words", "wrong predictions")])
 
 
 # --- time -----------------------------------------------------------------------------------
@@ -255,19 +257,12 @@ def describe_machine(record: Mapping[str, Any]) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
-def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = record.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def _git(record: Mapping[str, Any]) -> str:
-    git = _mapping(record, "git")
+    git = part(record, "git")
     if not git.get("commit"):
         return ""
     text = f"{str(git['commit'])[:12]} on {show(git.get('branch'))}"
     changed, lines = number(git.get("changed_files")), number(git.get("diff_lines"))
-    if isinstance(git.get("changed_files"), list):
-        changed = len(git["changed_files"])
     if not changed:
         return f"{text}, no changes"
     text += f", {plural(int(changed), 'changed file')}"
@@ -276,7 +271,7 @@ def _git(record: Mapping[str, Any]) -> str:
 
 
 def _device(record: Mapping[str, Any]) -> str:
-    device = _mapping(record, "device")
+    device = part(record, "device")
     name, count = device.get("name") or device.get("type"), number(device.get("count"))
     if not name:
         return ""
@@ -289,9 +284,9 @@ def _device(record: Mapping[str, Any]) -> str:
     return short(", ".join([text, *extra]))
 
 
-def _data(part: str) -> Callable[[Mapping[str, Any]], str]:
+def _data(name: str) -> Callable[[Mapping[str, Any]], str]:
     def describe(record: Mapping[str, Any]) -> str:
-        data = _mapping(_mapping(record, "data"), part)
+        data = part(part(record, "data"), name)
         if not data:
             return ""
         images, classes = number(data.get("images")), number(data.get("classes"))
@@ -311,7 +306,7 @@ def _sessions(sessions: Any) -> str:
 
 
 def _packages(record: Mapping[str, Any]) -> str:
-    packages = _mapping(record, "packages")
+    packages = part(record, "packages")
     names = [name for name in PACKAGES if name in packages]
     names += [name for name in packages if name not in names]
     return short(", ".join(f"{name} {packages[name]}" for name in names))

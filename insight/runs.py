@@ -8,26 +8,23 @@ It needs no torch, so the table appears at once.
 """
 
 import json
-import math
 import os
-import re
 import sys
 import time
 from calendar import timegm
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from config.flags import is_pretraining
-from config.recipes import read_values
-from config.run_files import ARGS, LOCK, LOG, RECORD, SILENCE
-from errors import UserError, did_you_mean, first_few, first_line, sentences
+from config.run_files import ARGS, LOG, PLACES, RECORD
+from errors import UserError, did_you_mean, first_few, sentences
+from insight.run_data import RunData, number, part, read_run
 
 # Parts of the names of metrics of which the lowest value is the best.
 LOWEST = {"loss", "rmse", "mae", "ece", "dead", "saturated", "skipped"}
-PLACES = ("epoch", "after_epochs", "step", "n_parameters")  # values of log.txt that are no metrics
 SHOWN = ("acc1", "map", "rmse")  # metrics of tasks, to show if a run names none of its own
 UNKNOWN = "-"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -83,7 +80,7 @@ def find_runs(root: Path) -> list[FoundRun]:
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"{root} {problem}; give the folder that holds the folders of runs")
-    found = [read_run(folder, root) for folder in _run_folders(root)]
+    found = [describe(read_run(folder), root) for folder in _run_folders(root)]
     if not found:
         raise UserError(
             f"no run in {root}: no folder there holds {RECORD}, or {LOG} with {ARGS}; give the "
@@ -100,103 +97,40 @@ def _run_folders(root: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def read_run(folder: Path, root: Path | None = None) -> FoundRun:
-    """Read the run in a folder; its name is the path below `root`."""
-    name = folder.relative_to(root).as_posix() if root and folder != root else folder.name
-    run = FoundRun(name or str(folder), folder)
-    record = _read_record(run)
-    if record:
-        _take_record(run, record)
-    else:
-        _take_flags(run)
-    _read_log(run)
-    if run.status in ("", "running") and is_alive(folder):
-        run.status = "running"
-    elif run.status == "running":  # it could not note its end
-        run.status = "killed"
-    if not run.main:
-        names = [n for s in SHOWN for n in run.metrics if n.startswith("test_") and n.endswith(s)]
-        run.main = next((n for n in (*names, "train_loss", *run.metrics) if n in run.metrics), "")
-    return run
+def describe(run: RunData, root: Path | None = None) -> FoundRun:
+    """Return the row of a run, which is called by its path below `root`."""
+    below = run.folder.relative_to(root).as_posix() if root and run.folder != root else ""
+    found = FoundRun(below or run.name, run.folder, recipe=run.recipe, status=run.status)
+    if run.flags:
+        found.script = "main_pretrain" if is_pretraining(run.flags) else "main_finetune"
+    for name in ("script", "error", "start", "end"):
+        setattr(found, name, str(run.record.get(name) or getattr(found, name)))
+    found.model, found.epochs = str(run.flags.get("model", "")), number(run.flags.get("epochs"))
+    found.seconds, found.epochs_done = number(run.record.get("seconds")), run.epochs_done
+    found.lowest, found.metrics = run.lowest, find_metrics(run)
+    names = [n for s in SHOWN for n in found.metrics if n.startswith("test_") and n.endswith(s)]
+    names = (*run.best, *names, "train_loss", *found.metrics)
+    found.main = next((name for name in names if name in found.metrics), "")
+    found.notes = [f"{run.folder}: {problem}" for problem in run.problems]
+    return found
 
 
-def _read_record(run: FoundRun) -> dict[str, Any]:
-    """Return the content of run.json, {} without one; a damaged one is noted."""
-    path = run.folder / RECORD
-    try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
-            raise ValueError("expected an object with arguments")
-        return record
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        run.notes.append(f"{path} is damaged ({first_line(error)}); what {LOG} and {ARGS} tell")
-    return {}
-
-
-def _take_record(run: FoundRun, record: Mapping[str, Any]) -> None:
-    flags = record["arguments"]
-    for name in ("script", "recipe", "status", "error", "start", "end"):
-        setattr(run, name, str(record.get(name) or ""))
-    run.model, run.epochs = str(flags.get("model", "")), _number(flags.get("epochs"))
-    run.seconds, run.epochs_done = (_number(record.get(n)) for n in ("seconds", "epochs_done"))
-    best, final = (record.get(name) or {} for name in ("best", "final"))
-    run.main = next(iter(best), "")
-    run.lowest = {name for name, each in best.items() if each.get("lower_is_better")}
-    run.metrics = {name: Value(_number(value)) for name, value in final.items()}
-    for name, each in best.items():
-        value, epoch = (_number(each.get(key)) for key in ("value", "epoch"))
-        run.metrics[name] = Value(_number(final.get(name)), value, epoch)
-
-
-def _take_flags(run: FoundRun) -> None:
-    """Take what args.yaml tells: runs of earlier versions have no run.json."""
-    path = run.folder / ARGS
-    try:
-        flags = read_values(path)
-        found = re.match(r"# recipe (\S+?):?\s", path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        run.notes.append(f"{path}: {error}")
-        return
-    run.script = "main_pretrain" if is_pretraining(flags) else "main_finetune"
-    run.recipe, run.model = found[1] if found else "", str(flags.get("model", ""))
-    run.epochs = _number(flags.get("epochs"))
-
-
-def _read_log(run: FoundRun) -> None:
-    """Take last and best values from log.txt, of which a power cut may have left half a line."""
-    try:
-        lines = (run.folder / LOG).read_bytes().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            values = json.loads(line)
-            place = values.get("after_epochs") or values["epoch"] + 1
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        run.epochs_done = max(run.epochs_done or 0, place)
-        for name, value in values.items():
-            if (value := _number(value)) is None or name in PLACES:
+def find_metrics(run: RunData) -> dict[str, Value]:
+    """Return the last and the best values in run.json and log.txt."""
+    final = part(run.record, "final")
+    found = {name: Value(number(value)) for name, value in final.items()}
+    for name, each in run.best.items():
+        best = number(each.get("value")), number(each.get("epoch"))
+        found[name] = Value(number(final.get(name)), *best)
+    for row in run.rows:
+        for name, value in row.items():
+            if (value := number(value)) is None or name in (*PLACES, "at"):
                 continue
-            held = run.metrics.get(name, Value(None))
+            held = found.get(name, Value(None))
             better = held.best is None or is_better(name, value, held.best, run.lowest)
-            best = (value, place) if better else (held.best, held.epoch)
-            run.metrics[name] = Value(value, *best)
-
-
-def _number(value: Any) -> float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if known and math.isfinite(value) else None
-
-
-def is_alive(folder: Path) -> bool:
-    """Return True if a run holds the folder: its heartbeat is recent, by this machine's clock."""
-    try:
-        return time.time() - (folder / LOCK).stat().st_mtime < SILENCE
-    except OSError:
-        return False
+            best = (value, row["at"]) if better else (held.best, held.epoch)
+            found[name] = Value(value, *best)
+    return found
 
 
 # --- order and output -------------------------------------------------------------------------

@@ -10,9 +10,8 @@ its mask in a tensor subclass, so the network runs its own code; an operation wi
 masked form is refused by name.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from errors import UserError, first_line
 from models.convnextv2 import set_grad_checkpointing
 from models.fcmae import FCMAE
+from models.parts import evaluating
 from models.sparse import PatchGrid
 
 PROBE = 64  # pixels along the side of an image that finds the stride of a network
@@ -84,18 +84,6 @@ class MaskedFCMAE(FCMAE):
         grid = PatchGrid(mask, self.grid_size(*images.shape[-2:]), visible)
         images = masked(cleaned(masked(images, grid)), grid, clean=True)
         return cleaned(self.encoder.forward_features(images))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model and its parts in eval mode, and back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def try_backward(encoder: nn.Module, images: Tensor) -> None:

@@ -1,11 +1,12 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Parts of any network: its stem, its classifier, a frozen backbone, feature maps.
+"""Parts of any network: its stem, its classifier, a frozen backbone, feature maps; eval mode.
 
 python -c "from models import parts; print(parts.STEMS)"
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -209,3 +210,15 @@ class KeepOutputs(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)[:, self.places]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model and its parts in eval mode, and back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

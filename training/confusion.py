@@ -5,8 +5,6 @@
 python -c "from training import confusion as c; print(c.describe({'confusion': [[3, 1], [0, 4]]}))"
 """
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 
 from errors import UserError, plural
 from parallel.process_group import get_logger, is_main_process
-from utils import write_atomically
+from utils import write_csv
 
 ROWS, PAIRS = 20, 5  # of a table, and pairs, at most
-NO_ANSWER = "no answer"  # column of images with NaN or Inf outputs
+NO_PREDICTION = "no prediction"  # column of images with NaN or Inf outputs
 
 
 def name_classes(count: int, classes: Sequence[str] | None) -> list[str]:
@@ -28,12 +26,10 @@ def name_classes(count: int, classes: Sequence[str] | None) -> list[str]:
 def write_confusion(
     matrix: Sequence[Sequence[int]], classes: Sequence[str] | None, path: Path
 ) -> None:
-    """Write numbers of images as CSV: a row for each true class, a column for each answer."""
-    names, text = name_classes(len(matrix), classes), io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["true class", *[*names, NO_ANSWER][: len(matrix[0])]])
-    table.writerows([name, *row] for name, row in zip(names, matrix, strict=True))
-    write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
+    """Write numbers of images as CSV: a row for each true class, a column for each prediction."""
+    names = name_classes(len(matrix), classes)
+    columns = ["true class", *[*names, NO_PREDICTION][: len(matrix[0])]]
+    write_csv(columns, [[name, *row] for name, row in zip(names, matrix, strict=True)], path)
 
 
 def confusion_file(key: str) -> str:
@@ -111,16 +107,16 @@ def report_classes(
             raise UserError(
                 f"cannot write {path} ({error}); choose another --output_dir"
             ) from error
-        get_logger().info("%s: images of each true class by answer", path)
+        get_logger().info("%s: images of each true class by predicted class", path)
 
 
 def confused_pairs(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> list[str]:
-    """Return a line of the most frequent wrong answers."""
+    """Return a line of the most frequent wrong predictions."""
     wrong = [
-        (count, f"{names[true]} as {[*names, NO_ANSWER][answer]}")
+        (count, f"{names[true]} as {[*names, NO_PREDICTION][predicted]}")
         for true, row in enumerate(matrix)
-        for answer, count in enumerate(row)
-        if count and answer != true
+        for predicted, count in enumerate(row)
+        if count and predicted != true
     ]
     wrong.sort(key=lambda pair: -pair[0])
     most = ", ".join(f"{pair} ({count})" for count, pair in wrong[:PAIRS])

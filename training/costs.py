@@ -5,10 +5,8 @@
 python main_finetune.py --data_set DIGITS --model convnextv2_atto --hook "costs(depth=2)"
 """
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from config.sizes import describe_size, sizes_by_epoch
 from errors import UserError, first_line
 from models.fcmae import visible_patches
+from models.parts import evaluating
 from parallel.process_group import get_logger
 from training.hooks import Hook, Run
 from training.log_files import at_least
@@ -58,24 +57,12 @@ class ActivationCounter(TorchDispatchMode):
         return output
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode, and afterwards back into their own."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 @torch.no_grad()
 def measure(model: nn.Module, in_chans: int, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """(multiply-adds, activations) of one image by name of a module; Global is the whole model."""
     flops, activations = FlopCounterMode(display=False), ActivationCounter()
     image = torch.zeros(1, in_chans, *size, device=next(model.parameters()).device)
-    with evaluation_mode(model), flops, activations:
+    with evaluating(model), flops, activations:
         model._call_impl(image)  # not as compiled
     macs = {name: sum(ops.values()) // 2 for name, ops in flops.get_flop_counts().items()}
     names = {**macs, **activations.counts}

@@ -38,7 +38,7 @@ class HtmlReport(Hook):
 
     def write(self) -> bool:
         """Write the report, unless another run has taken over the folder; True if it is written."""
-        if run_lock.find_loss():
+        if run_lock.is_taken_over():
             return False
         start = time.monotonic()
         write_report([self.folder])

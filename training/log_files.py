@@ -6,10 +6,9 @@ python main_finetune.py --recipe digits_finetune --output_dir runs/digits --hook
 """
 
 import csv
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from typing import Any
 from torch import Tensor
 from torchvision.utils import save_image
 
+from config.run_files import LOG, parse_line, position_of
 from errors import UserError
 from training.checkpoint import TrainState, checkpoint_name
 from training.confusion import confusion_file, write_confusion
 from training.hooks import Hook, Run
-from training.report import Record, log_entry, position_of
-from utils import write_atomically
+from training.report import Record, log_entry
+from utils import write_atomically, write_csv
 
 
 class JsonHook(Hook):
@@ -34,9 +34,9 @@ class JsonHook(Hook):
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
-        self.path = folder / "log.txt"
+        self.path = folder / LOG
         self.written = self.path.read_bytes() if self.path.exists() else b""
-        lines = {line + b"\n": position_of(line) for line in self.written.splitlines()}
+        lines = {line + b"\n": position_of(parse_line(line)) for line in self.written.splitlines()}
         now = state.position
         last = now if state.at_phase_end else math.nextafter(now, -math.inf)
         self.content = b"".join(line for line, position in lines.items() if position <= last)
@@ -109,25 +109,17 @@ class CsvHook(Hook):
         self.path, self.rows = run.folder / "metrics.csv", {}
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = {_position(row): row for row in csv.DictReader(file)}
+                rows = {position_of(row): row for row in csv.DictReader(file)}
             now, whole = run.state.position, run.state.at_phase_end
             self.rows = {at: row for at, row in rows.items() if at < now or (whole and at == now)}
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
         values = {name: value for name, value in stats.items() if not isinstance(value, list)}
         place = {name: stats[name] for name in ("epoch", "after_epochs") if name in stats}
-        self.rows[_position(place)] = place | values
+        self.rows[position_of(place)] = place | values
         names = dict.fromkeys(name for row in self.rows.values() for name in row if name)
         rows = [[row.get(name, "") for name in names] for row in self.rows.values()]
-        write_csv([*names], rows, self.path)
-
-
-def _position(row: Mapping[str, Any]) -> float:
-    """Return the epochs done at a row; inf for half a row, as after a power cut."""
-    try:
-        return float(row["after_epochs"]) if row.get("after_epochs") else float(row["epoch"]) + 1
-    except (KeyError, TypeError, ValueError):
-        return math.inf
+        write_csv(names, rows, self.path)
 
 
 class ScheduleHook(Hook):
@@ -153,14 +145,6 @@ class ScheduleHook(Hook):
             for step in steps
         ]
         write_csv(["step", "lr", "weight_decay", *names], rows, run.folder / "schedule.csv")
-
-
-def write_csv(names: Sequence[str], rows: Sequence[Sequence[Any]], path: Path) -> None:
-    """Write rows under a line of names, atomically."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerows([names, *rows])
-    write_atomically(text.getvalue().encode(errors="backslashreplace"), path)
 
 
 def needs_folder(args: Any, name: str, flag: str = "") -> None:

@@ -30,7 +30,7 @@ from errors import UserError, plural
 from models import build_fcmae
 from models.fcmae import random_mask, visible_patches
 from optim_factory import choose_update_freq
-from training.pictures import GRAY, INK, MIN_WIDTH, as_rgb, scale_to_show
+from training.pictures import GRAY, INK, MIN_WIDTH, to_show
 from training.steps import build_steps
 
 SHARE = 0.005  # of a class in a mixed label, below which it is not named
@@ -83,9 +83,8 @@ def build_preview(args: Any, count: int, epochs: int) -> Preview:
 
 def name_row(dataset: TransformedDataset, index: int) -> str:
     """Return the last three parts of the path of an image, or `image number 7`."""
-    name = dataset.name_of(index)
-    is_file = not name.startswith("image number ")
-    return "/".join(name.removeprefix("image ").split("/")[-3:]) if is_file else name
+    path = dataset.path_of(index)
+    return dataset.name_of(index) if path == f"number {index}" else "/".join(path.split("/")[-3:])
 
 
 Cells = dict[int, tuple[Tensor, str]]  # number of an image -> what is seen of it, and its text
@@ -164,12 +163,6 @@ def _batches(loader: DeviceLoader, epoch: int) -> Iterator[list[int]]:
     while len(batch := [index for _, index in islice(keys, size)]):
         if len(batch) == size:
             yield batch
-
-
-def to_show(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1."""
-    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in scale_to_show(mean, std))
-    return as_rgb((images * std + mean).clamp(0, 1))
 
 
 def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: float) -> str:

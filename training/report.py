@@ -8,7 +8,6 @@ Epochs count from 1 here, and from 0 in file names and log.txt, as in the offici
 """
 
 import contextlib
-import json
 import math
 import re
 import shlex
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from config.flags import as_typed, command, is_code, is_pretraining
+from config.run_files import PLACES
 from errors import plural
 from insight.health import is_measure
 from training.checkpoint import TrainState
@@ -30,8 +30,7 @@ SPEED = ("images_per_s", *TIMES, "mfu", "advice")  # what differs between two eq
 PLACED = ("loss", "lr", "grad_norm", *SPEED, "memory_mb", "eta_s", "step", "steps")
 MOST_LOGGED = 100  # classes of a confusion matrix in log.txt
 # In an epoch's line:
-NOT_SHOWN = ("train_lr", "train_grad_norm", "epoch", "after_epochs", "step", "n_parameters")
-NOT_SHOWN += SPEED
+NOT_SHOWN = ("train_lr", "train_grad_norm", *PLACES, *SPEED)
 
 
 def plain(stats: Mapping[str, Any]) -> Record:
@@ -54,15 +53,6 @@ def _plain(value: Any) -> Any:
 def log_entry(stats: Record) -> Record:
     """Return the values of an epoch for log.txt: None for NaN and Inf, which are not valid JSON."""
     return {key: _finite(value) for key, value in small_stats(stats).items()}
-
-
-def position_of(line: bytes) -> float:
-    """Return the epochs done at a line of log.txt; inf for half a line, as after a power cut."""
-    try:
-        values = json.loads(line)
-        return values["after_epochs"] if "after_epochs" in values else values["epoch"] + 1
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def small_stats(stats: Record) -> Record:

@@ -114,9 +114,9 @@ def is_lost() -> bool:
     return any(lease.compromise is not None and _find_loss(lease) for lease in _held)
 
 
-def find_loss() -> str:
-    """Return why this process, on rank 0, has lost its folder to another run, '' if it has not."""
-    return next(filter(None, map(_find_loss, _held)), "")
+def is_taken_over() -> bool:
+    """Return True if this process, on rank 0, has lost its folder; reads the lock file."""
+    return any(map(_find_loss, _held))
 
 
 def check() -> None:

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from config.flags import cpu_cores, is_pretraining
+from config.cores import cpu_cores, cpu_name
+from config.flags import is_pretraining
 from config.parser import PACKAGE, absolute_paths, find_versions
-from config.run_files import RECORD
+from config.run_files import PLACES, RECORD
 from config.sizes import as_one_flag
 from data_loading.dataset import TransformedDataset
 from data_loading.fingerprint import describe_source, fingerprint
@@ -42,7 +43,6 @@ GIT_SECONDS = 5.0  # for each call of git
 # Packages that are not required: their versions are noted if the run has imported them.
 OPTIONAL = ("wandb", "trackio", "pyarrow", "tifffile", "triton", "safetensors", "huggingface_hub")
 OPTIONAL += ("transformers", "onnx", "onnxruntime", "pandas", "sklearn", "umap")
-PLACES = ("epoch", "after_epochs", "step", "n_parameters")  # values of log.txt that are no metrics
 LOST = "ended by a failure of another process; see console.log"
 GIT = ("git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
 
@@ -98,7 +98,7 @@ class RunRecord(Hook):
             self._write("failed", LOST)
 
     def _write(self, status: str, error: str | None = None) -> None:
-        if run_lock.find_loss():  # the folder is another run's by now
+        if run_lock.is_taken_over():  # the folder is another run's by now
             return
         text = json.dumps(self.content(status, error, time.time()), indent=1, allow_nan=False)
         write_atomically(without_passwords(text) + "\n", self.path)
@@ -270,15 +270,6 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "processes": processes,
         "cpu_cores": cpu_cores(),
     }
-
-
-def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the CPU; info: file in which Linux names it."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def find_packages() -> dict[str, str]:

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import models
 from config.checks import idle_in_evaluation
 from config.flags import is_code, is_pretraining, library_of
+from config.parser import LIBRARIES
 from config.sizes import as_one_flag
 from config.tasks import possible_kinds, task_flags
 from data_loading.labels import Head
@@ -60,7 +61,6 @@ from weights.saved_run import SavedRun, inherit_flags, kept_head, read_saved_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_FLAGS = ("local_rank", "num_workers")  # flags that may differ between ranks
-LIBRARIES = ("torch", "torchvision", "timm", "numpy")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Speed:
         """Return the values of the phase for log.txt; every rank must call it as `line`."""
         now = self._now()
         values = self._values(self._load(self.phase, now), self.phase, now, epoch)
-        return values | ({"advice": "; ".join(self.advice)} if self.advice else {})
+        return values | ({"advice": self.advice} if self.advice else {})
 
     def _load(self, start: Mark, end: Mark) -> Load:
         own = [end.seconds[part] - start.seconds[part] for part in NAMES]

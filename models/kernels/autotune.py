@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from config.cores import cpu_name
 from errors import UserError
 from parallel.process_group import agree, get_logger
 from utils import write_atomically
@@ -236,9 +236,4 @@ def _machine(kind: str) -> str:
 
 @cache
 def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    fields = dict(re.findall(r"^(.*?)\s*: (.*)$", text, re.MULTILINE))
-    return " ".join(fields.get(key, "") for key in ("model name", "cpu family", "model"))
+    return cpu_name(numbers=True)

@@ -10,13 +10,13 @@ from insight.report_curves import (
     Series,
     as_json,
     build_charts,
-    lowest_of,
     mean_shares,
     place,
     points_for,
     sample,
 )
-from insight.report_data import read_run, read_runs
+from insight.report_data import read_runs
+from insight.run_data import read_run
 from tests.insight.written import finetune_rows, pretrain_rows, write_run
 
 
@@ -88,7 +88,7 @@ def test_metrics_of_a_user_have_the_direction_of_the_record(tmp_path):
         record = {"best": {"test_cost_5": best | {"lower_is_better": lower}}}
         (chart,) = build_charts([read_run(write_run(tmp_path / "run", rows, record))])[0]
         assert chart.series[0].best == expected
-    assert lowest_of(read_run(write_run(tmp_path / "odd", rows, {"best": {"x": 3}}))) == set()
+    assert read_run(write_run(tmp_path / "odd", rows, {"best": {"x": 3}})).lowest == set()
 
 
 def test_missing_values_leave_no_point(tmp_path):

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from errors import UserError
-from insight import report_data
-from insight.report_data import evenly, labels_of, number, parse_line, read_run, read_runs
+from insight import report_data, run_data
+from insight.report_data import evenly, labels_of, read_for_report, read_runs
+from insight.run_data import number, read_run
 from tests.insight.written import CLASSES, RECORD, pretrain_rows, write_run
 
 
@@ -27,8 +28,8 @@ def test_a_log_that_the_disk_does_not_give_is_a_note(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     run = write_run(tmp_path / "run", pretrain_rows(1))
-    monkeypatch.setattr(report_data.Path, "read_bytes", fail)
-    assert read_run(run).problems == ["log.txt cannot be read (Permission denied)."]
+    monkeypatch.setattr(run_data.Path, "read_bytes", fail)
+    assert read_run(run).problems[0] == "log.txt cannot be read (Permission denied)."
 
 
 def test_repeated_epochs_count_once_and_those_within_an_epoch_have_their_place(tmp_path):
@@ -40,12 +41,13 @@ def test_repeated_epochs_count_once_and_those_within_an_epoch_have_their_place(t
     assert found.last("test_acc1") == 7
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "null", "3", "{}", '{"epoch": null}', '{"epoch": true}', '{"epoch": 1e999}', "[" * 9**5],
-)
-def test_lines_without_an_epoch_are_damaged(text):
-    assert parse_line(text.encode()) is None
+def test_flags_and_recipe_are_those_of_the_record_or_of_args_yaml(tmp_path):
+    arguments = {"lr": 1, "recipe": "tiny: --lr 1", "config": None}
+    run = write_run(tmp_path / "run", (), {"arguments": arguments, "recipe": "tiny"}, {"lr": 2})
+    assert (read_run(run).flags, read_run(run).recipe) == ({"lr": 1}, "tiny")
+    (run / "run.json").unlink()
+    (run / "args.yaml").write_text("# recipe old: --lr 3\nlr: 3\n")
+    assert (read_run(run).flags, read_run(run).recipe) == ({"lr": 3}, "old")
 
 
 def test_values_that_are_no_numbers():
@@ -65,7 +67,7 @@ def test_folders_that_hold_no_run_are_refused(tmp_path):
         ("runs", "it holds runs: one. Name them"),
     ):
         with pytest.raises(UserError, match=said):
-            read_run(tmp_path / name)
+            read_for_report(tmp_path / name)
 
 
 def test_runs_of_one_name_get_names_that_differ(tmp_path):
@@ -89,7 +91,7 @@ def test_a_run_before_its_first_epoch_can_be_read(tmp_path):
         tmp_path / "run", record=RECORD | {"status": "failed", "error": "out of memory"}
     )
     (run / "log.txt").unlink()
-    found = read_run(run)
+    found = read_for_report(run)
     assert (found.rows, found.record["error"]) == ([], "out of memory")
     assert "log.txt is missing" in found.problems[0]
 
@@ -103,8 +105,8 @@ def test_other_damaged_files_are_named(tmp_path):
         ("predictions.csv", "path,prediction\nx,y\n"),
     ):
         (run / name).write_text(text)
-    found = read_run(run)
-    assert (found.record, found.flags, found.confusions, found.answers) == ({}, {}, {}, {})
+    found = read_for_report(run)
+    assert (found.record, found.flags, found.confusions, found.predictions) == ({}, {}, {}, {})
     names = [problem.split(" cannot be read")[0] for problem in found.problems]
     assert names == ["run.json", "args.yaml", "confusion.csv", "predictions.csv"]
     (run / "run.json").write_text(json.dumps({"arguments": {"lr": 1}}))
@@ -113,12 +115,12 @@ def test_other_damaged_files_are_named(tmp_path):
 
 def test_huge_confusion_matrices_are_left_out_with_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(report_data, "MOST_CLASSES", 3)
-    found = read_run(write_run(tmp_path / "run", pretrain_rows(1), classes=CLASSES))
+    found = read_for_report(write_run(tmp_path / "run", pretrain_rows(1), classes=CLASSES))
     assert found.confusions == {}
     assert "4 classes are more than the 3 of a report" in found.problems[0]
 
 
-def test_worst_answers_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
+def test_worst_predictions_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", pretrain_rows(1))
     rows = [
         "path,target,prediction,probability",
@@ -129,12 +131,12 @@ def test_worst_answers_are_the_most_confident_wrong_ones(tmp_path, monkeypatch):
     (run / "predictions.csv").write_text("\n".join([*rows, "d,cat,,"]))  # d: NaN outputs
     (run / "predictions-sketch-ema.csv").write_text("\n".join(rows[:2]))
     (run / "predictions-tags.csv").write_text("\n".join([rows[0], "a,cat|dog,cat,0.9"]))
-    found = read_run(run).answers
+    found = read_for_report(run).predictions
     assert [row[0] for row in found[""].worst] == ["d", "c", "b"]
     assert (found[""].wrong, found[""].read, found[""].is_whole) == (3, 4, True)
-    assert [*found] == ["sketch-ema", ""]  # several classes an image have no single answer
-    monkeypatch.setattr(report_data, "MOST_ANSWERS", 2)
-    found = read_run(run).answers[""]
+    assert [*found] == ["sketch-ema", ""]  # several classes an image have no single prediction
+    monkeypatch.setattr(report_data, "MOST_PREDICTIONS", 2)
+    found = read_for_report(run).predictions[""]
     assert (found.read, found.is_whole) == (2, False)
 
 
@@ -142,7 +144,7 @@ def test_pictures_are_found_by_name_and_epoch(tmp_path):
     drawn = {"reconstructions": [11, 3], "worst_images": [0]}
     run = write_run(tmp_path / "run", pretrain_rows(1), pictures=drawn)
     (run / "reconstructions" / "epoch-x.png").touch()
-    found = read_run(run).pictures
+    found = read_for_report(run).pictures
     assert {name: [*files] for name, files in found.items()} == {
         "reconstructions": [4, 12],
         "worst_images": [1],

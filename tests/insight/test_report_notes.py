@@ -4,8 +4,9 @@
 
 import pytest
 
-from insight.report_data import read_run
+from insight.alarms import find_alarms
 from insight.report_notes import MOST, describe_epochs, find_notes
+from insight.run_data import read_run
 from tests.insight.written import FLAGS, RECORD, finetune_rows, pretrain_rows, write_run
 
 
@@ -49,10 +50,11 @@ def test_alarms_come_once_with_their_epochs_and_old_ones_are_no_warnings(tmp_pat
     rows[1]["alarms"] = ["The loss stalls."]
     for index, row in enumerate(rows[3:]):
         row["alarms"] = [f"collapse: rank_me {4.5 + index} has fallen from 40.0"]
-    rows[2]["advice"] = "use more workers."
+    rows[2]["advice"] = ["use more workers.", "try --compile"]
     assert notes_of(tmp_path, rows) == [
         ("warning", "Collapse: rank_me 6.5 has fallen from 40.0 (epochs 4 to 6)"),
         ("advice", "Use more workers."),
+        ("advice", "Try --compile"),
         ("info", "The loss stalls. (epoch 2, not since)"),
     ]
 
@@ -77,18 +79,29 @@ def test_divergence_is_said_and_a_single_spike_is_none(tmp_path):
     ((level, said),) = notes_of(tmp_path, rows)
     rows[-1]["alarms"] = ["divergence: train_loss 5 is 8 times its lowest value"]
     assert [text[:20] for _, text in notes_of(tmp_path, rows)] == ["Divergence: train_lo"]
-    assert (level, said[:41]) == ("warning", "Divergence: train_loss 5 is 8.1 times its")
+    assert (level, said[:41]) == ("warning", "Divergence: train_loss 5 is far above its")
 
 
 def test_losses_that_were_not_finite_and_skipped_steps_are_said(tmp_path):
     rows = pretrain_rows(4)
     rows[2]["train_loss"] = None
-    rows[1]["skipped_updates"], rows[2]["skipped_updates"] = 0.0, 0.5
+    rows[1]["skipped_steps"], rows[2]["skipped_steps"] = 0.0, 0.5
     (first, nan), (second, skipped) = notes_of(tmp_path, rows)
     assert (first, second) == ("error", "warning")
     assert nan.startswith("train_loss was NaN or infinite (epoch 3).")
     assert skipped.startswith("Up to 0.5% of the optimizer steps were skipped")
     assert "loss spike (epoch 3)." in skipped
+
+
+def test_an_alarm_says_it_alone(tmp_path):
+    """One bad epoch had two notes on the same loss, and two on its skipped steps."""
+    rows = pretrain_rows(4)
+    rows[3] |= {"train_loss": None, "skipped_steps": 40.0}
+    rows[3]["alarms"] = find_alarms(rows)
+    kinds = ["Divergence", "Skipped steps"]
+    assert [text.split(":")[0] for _, text in notes_of(tmp_path, rows)] == kinds
+    rows[1]["train_loss"] = None  # of an epoch without an alarm
+    assert "train_loss was NaN or infinite (epoch 2)." in notes_of(tmp_path, rows)[0].text
 
 
 def test_thousands_of_alarms_do_not_fill_the_page(tmp_path):

@@ -130,7 +130,9 @@ def test_runs_of_earlier_versions_have_a_page_too(tmp_path):
 
 
 def test_markup_of_files_is_text(tmp_path):
-    rows = [{"epoch": 0, "train_loss": 1.0, f"test_{EVIL}": 2.0, "alarms": [EVIL], "advice": EVIL}]
+    rows = [
+        {"epoch": 0, "train_loss": 1.0, f"test_{EVIL}": 2.0, "alarms": [EVIL], "advice": [EVIL]}
+    ]
     record = RECORD | {"status": "failed", "error": EVIL, "host": EVIL, "typed": ["model"]}
     record["git"] = {"commit": EVIL, "branch": EVIL}
     flags = FLAGS | {"model": EVIL, EVIL: EVIL, "data_path": EVIL}

@@ -17,7 +17,8 @@ from config import views
 from config.run_files import SILENCE
 from errors import UserError
 from insight import runs
-from insight.runs import find_runs, read_run, sort_runs
+from insight.run_data import read_run
+from insight.runs import describe, find_runs, sort_runs
 from training.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +145,7 @@ def test_damaged_record_is_noted_and_the_rest_is_listed(text, tmp_path, capsys):
     write(tmp_path / "b", RECORD)
     runs.print_runs(views.parse_runs([str(tmp_path)]))
     out, err = capsys.readouterr()
-    assert "run.json is damaged" in err
+    assert f"note: {tmp_path / 'a'}: run.json cannot be read" in err
     assert "convnextv2_nano" in out
     assert len(out.splitlines()) == 3
 
@@ -152,7 +153,7 @@ def test_damaged_record_is_noted_and_the_rest_is_listed(text, tmp_path, capsys):
 def test_half_a_line_and_lists_are_left_out(tmp_path):
     lines = [*epochs("test_acc1", 5), '{"epoch": 1, "test_ac', "[]", '"x"', '{"test_acc1": 9}']
     lines += ['{"after_epochs": 1.5, "test_acc1": null, "test_confusion": [[1]], "alarms": ["a"]}']
-    run = read_run(write(tmp_path, None, *lines))
+    run = describe(read_run(write(tmp_path, None, *lines)))
     assert (run.epochs_done, run.metrics["test_acc1"]) == (1.5, runs.Value(5, 5, 1))
     assert {*run.metrics} == {"test_acc1", "lr"}
 

@@ -138,7 +138,7 @@ def write_examples(folder: Path) -> list[Path]:
     rows = pretrain_rows(speed=0.4)
     for row in rows[8:]:
         row["alarms"] = ["Features collapse: RankMe fell to 3 of 320. Try a lower --lr."]
-    rows[-1]["advice"] = "The loader is the limit: 31% of the time waits for data."
+    rows[-1]["advice"] = ["the loader is the limit: steps wait for data in 31% of the time"]
     flags = FLAGS | {"lr": 2e-3, "mask_ratio": 0.75, "output_dir": "runs/high"}
     record = RECORD | {"arguments": flags, "mask_ratio": 0.75}
     second = write_run(folder / "high", rows, record, flags, pictures=drawn)

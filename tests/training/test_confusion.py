@@ -49,7 +49,7 @@ def test_table_of_many_classes_is_short():
 def test_file_has_names_and_a_column_for_images_without_an_answer(tmp_path):
     write_confusion([[8, 2, 0, 1], [0, 0, 0, 0], [1, 3, 4, 0]], NAMES, tmp_path / "a.csv")
     assert (tmp_path / "a.csv").read_text() == (
-        'true class,ant,bee,"water, still",no answer\n'
+        'true class,ant,bee,"water, still",no prediction\n'
         "ant,8,2,0,1\nbee,0,0,0,0\n"
         '"water, still",1,3,4,0\n'
     )

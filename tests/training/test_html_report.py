@@ -92,6 +92,6 @@ def test_no_report_without_a_folder_or_in_one_that_another_run_took_over(tmp_pat
     monkeypatch.chdir(tmp_path)
     run("finetune", "", "none")
     assert os.listdir(tmp_path) == []
-    monkeypatch.setattr(html_report.run_lock, "find_loss", lambda: "taken over")
+    monkeypatch.setattr(html_report.run_lock, "is_taken_over", lambda: True)
     run("finetune", "", tmp_path / "lost")
     assert not (tmp_path / "lost" / "report.html").exists()

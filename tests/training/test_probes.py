@@ -176,13 +176,13 @@ def test_log_has_every_measure_under_its_name(tmp_path, capsys):
     stages = range(1, 5)
     expected = {"probe_knn_5", "probe_linear", "rank_me", "holdout_loss", "feature_distance"}
     expected |= {"feature_distance_blocks", "dead_channels", "saturated_channels"}
-    expected |= {"grad_norm_decoder", "skipped_updates"}
+    expected |= {"grad_norm_decoder", "skipped_steps"}
     for name in ("feature_distance", "grn_gamma", "grn_beta", "grad_norm"):
         expected |= {f"{name}_stage{stage}" for stage in stages}
     own = {name for name in line if is_measure(name)}
     assert own == expected
     assert all(math.isfinite(line[name]) for name in own - {"feature_distance_blocks"})
-    assert line["skipped_updates"] == 0
+    assert line["skipped_steps"] == 0
     assert line["grad_norm_stage1"] > 0
     said = capsys.readouterr().out
     assert "no probe_knn_5_10pct: 0.1 of 26 images is less than one for each of 3" in said
@@ -290,9 +290,9 @@ def test_nan_in_features_is_told_and_raises_the_alarm(tmp_path):
 def test_skipped_steps_are_those_since_the_last_probe():
     own, model = made(f"{COLORS} --probe_every 1")
     state = TrainState(1, global_step=10, bad_steps=1)
-    assert own.measure(model, state)["skipped_updates"] == 10
+    assert own.measure(model, state)["skipped_steps"] == 10
     state.global_step, state.bad_steps = 30, 11
-    assert own.measure(model, state)["skipped_updates"] == 50
+    assert own.measure(model, state)["skipped_steps"] == 50
 
 
 def test_images_are_the_same_for_every_seed_and_of_every_class():

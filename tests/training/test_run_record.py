@@ -231,7 +231,7 @@ def test_process_that_another_ends_notes_it(tmp_path):
 def test_run_that_lost_its_folder_writes_no_record(tmp_path, monkeypatch):
     hook = hook_in(tmp_path)
     (tmp_path / "run.json").unlink()  # and another run begins there
-    monkeypatch.setattr(run_record.run_lock, "find_loss", lambda: "taken over")
+    monkeypatch.setattr(run_record.run_lock, "is_taken_over", lambda: True)
     hook.on_end(SimpleNamespace(error=None))
     assert not (tmp_path / "run.json").exists()
 

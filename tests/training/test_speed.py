@@ -80,7 +80,7 @@ def test_advice_is_logged_once_and_belongs_to_its_phase(host, log):
         speed.end_line()
     (message,) = log.messages
     assert message.startswith("advice: the loader is the limit: steps wait for data in 50% of the ")
-    assert speed.end_phase(0)["advice"] == message.removeprefix("advice: ")
+    assert speed.end_phase(0)["advice"] == [message.removeprefix("advice: ")]
     speed.begin_phase()
     assert "advice" not in speed.end_phase(1)
 
