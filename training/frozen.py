@@ -27,11 +27,9 @@ import models
 from config.flags import is_code
 from data_loading.bad_images import BadImages
 from data_loading.dataset import Replacement, TransformedDataset
-from data_loading.images import Images
 from data_loading.labels import describe_label
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
-from data_loading.sources import DatasetSpec
 from data_loading.split import Part, list_labels, list_values, split
 from data_loading.stats import choose
 from errors import UserError, first_few, plural
@@ -48,7 +46,7 @@ from parallel.process_group import broadcast, from_main_process, get_logger, is_
 from training.pictures import as_rgb
 from training.setup import check_start, setup_process, user_modules
 from training.stepper import DTYPES, autocast
-from training.trained import read_source
+from training.trained_model import read_source
 from weights.saved_run import inherit_flags
 
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # whose versions may change features
@@ -228,24 +226,10 @@ def _open_part(args: Any, name: str, head: Any, labeled: bool) -> ImageSet:
 def _open_unlabeled(args: Any, is_train: bool, problem: UserError) -> TransformedDataset:
     """Open images without labels; raises `problem`, which says more, if that fails too."""
     splits = args.val_split > 0
-    spec = DatasetSpec(
-        args.data_path,
-        args.eval_data_path,
-        args.input_size,
-        data_index=args.data_index,
-        columns=datasets.build_columns(args),
-        labeled=False,
-        skip_missing=args.on_bad_image == "skip",
-    )
-    try:
-        data = datasets.create_dataset(args.data_set, spec, is_train or splits)
-    except UserError:
-        raise problem from None
-    if isinstance(data, Images) and args.label_column:  # named labels that cannot be read
-        raise problem
+    spec = datasets.build_spec(args, columns=datasets.build_columns(args, args.label_column))
+    data = datasets.create_unlabeled(args.data_set, spec, is_train or splits, problem)
     data = split(data, args.val_split, is_train) if splits else data
-    dataset = TransformedDataset(data, None, args.seed, args.in_chans)
-    return dataset.map_values(args.value_range)
+    return datasets.eval_dataset(data, args)
 
 
 def check_labels(images: ImageSet) -> None:
