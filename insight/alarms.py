@@ -10,12 +10,14 @@ An alarm begins with its kind and a colon. The thresholds are far from what heal
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
 
 RISE = 1.2  # times the lowest loss, in two epochs in a row
+SMALL = 0.1  # of the loss of the first epoch, below which a rise does not matter
 HARDLY = 0.97  # of the loss of the first epoch
 STALL_EPOCHS = 5  # after which the loss must have fallen below it
 LOWEST_RANK = 2.0
@@ -34,6 +36,11 @@ def find_alarms(history: Sequence[Record]) -> list[str]:
 def kind_of(alarm: str) -> str:
     """Return the kind of an alarm, such as `collapse`."""
     return alarm.partition(":")[0]
+
+
+def without_numbers(alarm: str) -> str:
+    """Return an alarm without its numbers, which is equal for the same problem in two epochs."""
+    return re.sub(r"[\d.,]+", "", alarm)
 
 
 def _values(history: Sequence[Record], *names: str) -> list[float]:
@@ -65,19 +72,20 @@ def divergence(history: Sequence[Record]) -> Iterator[str]:
         )
         return
     losses = _values(history, "train_loss")
-    if len(losses) > 2 and min(losses[-2:]) > RISE * (lowest := min(losses)):
+    lowest, recent = min(losses, default=0.0), min(losses[-2:], default=0.0)
+    if len(losses) > 2 and recent > RISE * lowest and recent > SMALL * losses[0]:
         yield (
-            f"train_loss {losses[-1]:.4g} is {losses[-1] / lowest:.2g} times its lowest value, "
-            f"{lowest:.4g}. Resume an earlier checkpoint with a lower --lr (half of it), or "
-            "--clip_grad 1; a longer --warmup_epochs helps if it happened early"
+            f"train_loss {losses[-1]:.4g} is far above its lowest value, {lowest:.4g}. Resume an "
+            "earlier checkpoint with a lower --lr (half of it), or --clip_grad 1; a longer "
+            "--warmup_epochs helps if it happened early"
         )
 
 
 def skipped(history: Sequence[Record]) -> Iterator[str]:
     """Yield an alarm if many optimizer steps are skipped."""
-    if (values := _values(history[-1:], "skipped_steps")) and values[0] > MOST_SKIPPED:
+    if (values := _values(history, "skipped_steps")) and values[-1] > MOST_SKIPPED:
         yield (
-            f"{values[0]:.0f}% of the optimizer steps since the last probe were skipped, for NaN, "
+            f"{values[-1]:.0f}% of the optimizer steps since the last probe were skipped, for NaN, "
             "Inf or loss spikes. Lower --lr, or use --amp bf16 in place of fp16"
         )
 
@@ -101,7 +109,8 @@ def collapse(history: Sequence[Record]) -> Iterator[str]:
             f"feature_distance {distances[-1]:.3f}: channels show nearly the same map (unrelated "
             f"ones have 0.5). {remedy}"
         )
-    dead, saturated = (_values(history[-1:], f"{kind}_channels") for kind in ("dead", "saturated"))
+    idle = (_values(history, f"{kind}_channels") for kind in ("dead", "saturated"))
+    dead, saturated = (values[-1:] for values in idle)
     if sum(dead + saturated) > MOST_IDLE:
         yield (
             f"{sum(dead):.0f}% of the channels are dead and {sum(saturated):.0f}% saturated: they "

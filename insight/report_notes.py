@@ -5,12 +5,11 @@
 python visualize.py report runs/demo/pretrain
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from errors import first_few, plural
-from insight.alarms import divergence, kind_of
+from insight.alarms import divergence, kind_of, without_numbers
 from insight.report_data import describe_rows
 from insight.run_data import Row, RunData, number
 
@@ -76,7 +75,7 @@ def _alarms(run: RunData) -> list[Note]:
     found: dict[str, list[tuple[float, str]]] = {}
     for row in run.rows:
         for text in sentences_of(row.get("alarms")):
-            found.setdefault(re.sub(r"[\d.,]+", "", text), []).append((row["at"], text))
+            found.setdefault(without_numbers(text), []).append((row["at"], text))
     notes = []
     for places in found.values():
         epochs, (last, text) = [at for at, _ in places], places[-1]

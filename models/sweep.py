@@ -76,17 +76,23 @@ class LinearSweep(nn.Module):
         return torch.stack([self._logits(number, x) for number in self.order()], 1)
 
     def _logits(self, number: int, x: Tensor) -> Tensor:
-        """(N, D) -> (N, K); zeros, without a gradient, if the head has diverged.
+        """(N, D) -> (N, K); in training zeros, without a gradient, if the head has diverged.
 
         Its NaN would end the training of the others.
         """
         logits = self.heads[number](x)
+        if not self.training:
+            return logits
         return torch.where(torch.isfinite(logits).all(), logits, torch.zeros_like(logits))
 
     def order(self) -> list[int]:
         """Return the numbers of the heads in the order of the outputs."""
         count = len(self.heads)
         return [(self.first + number) % count for number in range(count)]
+
+    def finite(self) -> list[bool]:
+        """Return for each head whether all of its weights are finite."""
+        return [all(p.isfinite().all().item() for p in head.parameters()) for head in self.heads]
 
     @torch.no_grad()
     def choose(self, best: int) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -34,27 +33,6 @@ PATIENCE = 120.0  # seconds for an answer: the machine may be busy
 def find() -> str | None:
     """Return the program, None if there is none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
-
-
-def install() -> str:
-    """Return the program; install Debian's package if it is missing. RuntimeError if it fails."""
-    with FileLock(Path(tempfile.gettempdir(), "install-chromium.lock")):  # one worker of pytest
-        return find() or _install()
-
-
-def _install() -> str:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise RuntimeError("no Chromium, and no root with apt-get to install it")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    words = ["apt-get", "install", "--yes", "--no-install-recommends", "chromium"]
-    done = None
-    for before in ([], ["apt-get", "update"]):
-        if before:
-            subprocess.run(before, env=environment, capture_output=True, check=False)
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and (found := find()):
-            return found
-    raise RuntimeError(f"{' '.join(words)} failed: {done.stderr.strip()[-500:]}")
 
 
 class Browser:
@@ -244,7 +222,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> None:
     """Write a picture of a page."""
     args = get_args_parser().parse_args(words)
-    with Browser(install()) as browser:
+    program = find()
+    if program is None:
+        sys.exit("no Chromium: install Debian's package chromium")
+    with Browser(program) as browser:
         height = args.height or 900
         browser.open(args.page, args.width, height, args.dark)
         if args.height == 0:

@@ -81,13 +81,21 @@ class SweepMetrics:
     def values(self) -> dict[str, Any]:
         """Return the metrics of the best head, its rate, and the best metric of each head.
 
-        It becomes the classifier in checkpoints. Every rank must call it.
+        It becomes the classifier in checkpoints; heads that have diverged are passed over. Every
+        rank must call it. UserError if all have diverged.
         """
         found = [metrics.values() for metrics in self.heads]
-        name, best, held = self.one.best, 0, None
+        name, best, held, usable = self.one.best, None, None, self.network.sweep.finite()
         for number, values in enumerate(found):
-            if is_better(values[name], held, self.one.lower_is_better):
+            if usable[number] and is_better(values[name], held, self.one.lower_is_better):
                 best, held = number, values[name]
+        if best is None and any(usable):  # a metric that is not defined for these images
+            best = usable.index(True)
+        if best is None:
+            raise UserError(
+                "all heads of --linear_probe have diverged; give lower rates with "
+                "--linear_probe_blr"
+            )
         self.network.sweep.choose(best)
         pairs = zip(self.rates, found, strict=True)
         each = {f"{name}_blr{rate:g}": values[name] for rate, values in pairs}

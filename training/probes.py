@@ -7,6 +7,7 @@ python main_pretrain.py --recipe digits_pretrain --output_dir runs/probed --prob
 
 import contextlib
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -25,7 +26,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
 from data_loading.workers import WatchedLoader
 from errors import UserError, describe_error, first_line, plural, resolve_for
-from insight.alarms import find_alarms, kind_of
+from insight.alarms import find_alarms, without_numbers
 from insight.evaluators import EVALUATORS, Labeled, few_labels, take
 from insight.features import Features, encoder_of, extract
 from insight.health import (
@@ -96,9 +97,7 @@ class Evaluators:
                     part = take(train, few_labels(train.targets, share, 0, kind))
                     found |= self._values(name, ending, part, test, kind)
                 except UserError as error:
-                    if not ending:
-                        raise
-                    self._refuse(name + ending, error)
+                    self._refuse(name + ending, error, is_expected=bool(ending))
         return found
 
     def _values(
@@ -114,10 +113,12 @@ class Evaluators:
         except Exception as error:  # of a user's own
             raise UserError(f"--probes {call}: {describe_error(error)}") from error
 
-    def _refuse(self, name: str, error: UserError) -> None:
+    def _refuse(self, name: str, error: UserError, is_expected: bool = True) -> None:
+        """Log a reason once; is_expected: such as too few images, and not one of a failure."""
         if str(error) not in self.refused:
             self.refused.add(str(error))
-            get_logger().info("probes: no %s: %s", name, error)
+            level = logging.INFO if is_expected else logging.WARNING
+            get_logger().log(level, "probes: no %s: %s", name, error)
 
     def try_out(self, data: ProbeData, columns: int = 4) -> None:
         """Run them on random features of as many images; UserError if one fails."""
@@ -278,18 +279,18 @@ class Probes:
         """Return the scores and the rank of features."""
         if not found.features.isfinite().all():
             return {"features_finite": False}
-        values = {}
+        values, scores = {}, {}
         try:
+            values["rank_me"] = rank_me(found.features)
             if self.data.kind:
                 first = found.ids < self.data.train_count
                 labeled = Labeled(found.features, found.labels)
                 sets = [take(labeled, places) for places in (first, ~first)]
-                values = self.evaluators.run(*sets, self.data.kind)
-            values["rank_me"] = rank_me(found.features)
+                scores = self.evaluators.run(*sets, self.data.kind)
         except (UserError, RuntimeError) as error:  # such as of memory
             text = "probes: not all values after this epoch: %s; the run continues"
             get_logger().warning(text, first_line(error))
-        return values
+        return scores | values
 
     def _health(self, network: FCMAE) -> dict[str, Any]:
         """Return the loss on the fixed set and measures of activations and GRN."""
@@ -350,10 +351,11 @@ class Probes:
             return stats
         if self.history is None:
             self.history = read_history(folder, state.position)
-        before = {kind_of(text) for text in (self.history or [{}])[-1].get("alarms", ())}
+        last = (self.history or [{}])[-1].get("alarms", ())
+        before = {without_numbers(text) for text in last}
         alarms = find_alarms([*self.history, stats])
         for text in alarms:
-            if kind_of(text) not in before:
+            if without_numbers(text) not in before:
                 get_logger().warning("alarm after epoch %g: %s", state.position, text)
         stats = stats | ({"alarms": alarms} if alarms else {})
         self.history.append(stats)

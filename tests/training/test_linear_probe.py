@@ -143,6 +143,30 @@ def test_diverged_head_does_not_end_the_others():
     assert sweep.heads[0].weight.grad.abs().sum() > 0
 
 
+def test_diverged_head_is_never_the_best():
+    """Its outputs were taken for zeros in evaluation: the answer was class 0 for all images."""
+    network = network_of().eval()
+    metrics = SweepMetrics(Metrics(["acc1"], outputs=3), network, (1.0, 9.0))
+    network.sweep.heads = network.sweep.heads[:2]
+    with torch.no_grad():
+        network.sweep.heads[1].weight.fill_(torch.inf)
+        network.sweep.heads[0].bias[1] = 9.0  # answers class 1, and all images are of class 0
+    metrics.reset(CPU)
+    with torch.no_grad():
+        outputs = network(torch.randn(8, 3, 16, 16))
+    assert not outputs[:, 1].isfinite().all()
+    losses = torch.ones(8, 2)
+    metrics.update(outputs, torch.zeros(8, dtype=torch.int64), losses, torch.ones_like(losses))
+    metrics.reduce()
+    assert (values := metrics.values())["best_blr"] == 1.0
+    assert values["acc1"] == 0.0
+    assert all(p.isfinite().all() for p in network.network.state_dict().values())
+    with torch.no_grad():
+        network.sweep.heads[0].bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="all heads of --linear_probe have diverged; give lower"):
+        metrics.values()
+
+
 def test_best_head_is_folded_into_the_classifier():
     network = network_of().train()
     with torch.no_grad():
