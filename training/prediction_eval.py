@@ -50,7 +50,7 @@ class Evaluation:
             self.metrics.metrics["reliability"] = calibration.reliability()
         self.terms, self.device = len(trained.criterion.terms), device
         self.metrics.reset(device, self.terms)
-        self.activation = implied_activation(trained.flags.loss or "ce")
+        self.activation = self.metrics.activation = implied_activation(trained.flags.loss or "ce")
         self.worst, self.count = Worst(worst, "cpu"), count
         self.saved = 0  # entries of `metrics.rows` that `new_rows` has given
 
