@@ -316,7 +316,7 @@ class PartJob:
     def named_bad(self) -> dict[str, str]:
         """Return the reasons of bad images by name."""
         found = sorted((int(self.numbers[n]), why) for n, why in self.writer.all_bad().items())
-        return {self.images.name_of(n).removeprefix("image "): why for n, why in found}
+        return {self.images.path_of(n): why for n, why in found}
 
     def finish(self) -> dict[str, Any]:
         """Write the list of the images; returns what pack.json says of the part."""

@@ -2,12 +2,13 @@
 # Licensed under the MIT License; see LICENSE.
 """Predict the classes of images, or numbers, with any checkpoint; evaluate them if labeled.
 
-python predict.py runs/finetune photos --out results.csv
+python predict.py runs/finetune photos --output results.csv
 """
 
 import argparse
 import json
 import os
+import stat
 import sys
 import time
 import zlib
@@ -35,14 +36,14 @@ from data_loading.inputs import Inputs, image_files, in_input_order
 from data_loading.labels import Head, differences, find_outputs, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
 from data_loading.mixed import MixedImages
-from data_loading.sources import DatasetSpec
+from data_loading.sources import TABLES, DatasetSpec
 from data_loading.split import Part
 from data_loading.targets import Targets
 from data_loading.tta import build_views
 from data_loading.tuning import Tuner, most_workers
 from errors import UserError, plural
-from insight.predictions import LIKELY, Answers
-from insight.results import Parts, Shown, check_place, folder_of
+from insight.predictions import LIKELY, PredictionRecords
+from insight.result_files import Parts, Shown, check_place, folder_of
 from models.heads import implied_activation
 from models.kernels.autotune import autotuner
 from parallel.process_group import (
@@ -56,26 +57,26 @@ from parallel.process_group import (
     is_main_process,
     launch,
 )
-from training.evaluated import Evaluation
+from training.prediction_eval import Evaluation
 from training.run_lock import acquire_run_lock
 from training.setup import setup_process
 from training.stepper import autocast
-from training.trained import Trained, load_trained
+from training.trained_model import TrainedModel, load_trained
 
-SHOWN = 20  # images of the table that is printed without --out
+SHOWN = 20  # images of the table that is printed without --output
 PART = 1024  # images that are written at once
 LARGEST = 2**24  # numbers of a part that rank 0 gathers, at most, unless a batch has more
 TOPK = 5
 VERSION = 1  # of the files of parts
 IN_PLAN = ("batch_size", "model", "input_size", "crop_pct", "mean", "std", "value_range", "tta")
-IN_PLAN += ("imagenet_default_mean_and_std", "compile")
+IN_PLAN += ("imagenet_default_mean_and_std", "compile", "kernels")
 SURE = ("", "by ImageNet's names", "by ImageNet's English names")  # matches of class names
 
 
 def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     """Predict all images of the inputs."""
     args, flags = parsed
-    out = Path(args.out).expanduser() if args.out else None
+    out = Path(args.output).expanduser() if args.output else None
     if out is not None:
         from_main_process(lambda: check_place(out))
     device, amp = setup_process(flags)
@@ -86,11 +87,11 @@ def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     if labeled and dataset.classes and not trained.head.names:
         trained = replace(trained, names=dataset.classes)  # as the data names them
     if out is None and not labeled and len(dataset) > SHOWN:
-        text = "the first %d of %d images; --out results.csv predicts and writes all of them"
+        text = "the first %d of %d images; --output results.csv predicts and writes all of them"
         get_logger().info(text, SHOWN, len(dataset))
         dataset.dataset = Part(dataset.dataset, np.arange(SHOWN))
-    answers = build_answers(args, trained, labeled)
-    job = Job(args, trained, answers, dataset, device, amp)
+    records = build_records(args, trained, labeled)
+    job = PredictionJob(args, trained, records, dataset, device, amp)
     try:
         job.run(out)
     except KeyboardInterrupt:
@@ -103,7 +104,7 @@ def main(parsed: tuple[argparse.Namespace, Any]) -> None:
 # --- inputs ---------------------------------------------------------------------------------------
 
 
-def open_inputs(args: argparse.Namespace, trained: Trained) -> tuple[TransformedDataset, bool]:
+def open_inputs(args: argparse.Namespace, trained: TrainedModel) -> tuple[TransformedDataset, bool]:
     """Return the images in the order of the inputs, and True if they have labels to use."""
     paths = args.input
     if paths == [predict_flags.PLACE]:
@@ -112,29 +113,33 @@ def open_inputs(args: argparse.Namespace, trained: Trained) -> tuple[Transformed
         if args.labels == "true":
             raise UserError("--labels true: paths on standard input have no labels; give a table")
         return transformed(data, trained, None), False
-    labeled = find_labeled(args, trained) if args.labels != "false" else None
+    labeled, reason = find_labeled(args, trained) if args.labels != "false" else (None, "")
     if labeled is not None:
         return labeled, True
     data = in_input_order(open_images(args, trained, labeled=False))
+    if reason:
+        get_logger().info("predictions alone, no evaluation: %s", reason)
     return transformed(data, trained, None), False
 
 
-def find_labeled(args: argparse.Namespace, trained: Trained) -> TransformedDataset | None:
-    """Return the inputs with labels; None, with --labels auto, if these cannot be used."""
+def find_labeled(
+    args: argparse.Namespace, trained: TrainedModel
+) -> tuple[TransformedDataset | None, str]:
+    """Return the inputs with labels; None and why, with --labels auto, if these cannot be used."""
     must = args.labels == "true"
     try:
         data = open_images(args, trained, labeled=True)
-    except UserError:
-        if must:
-            raise
-        return None
-    try:
-        return with_labels(data, trained, must)
     except UserError as error:
         if must:
             raise
-        get_logger().info("predictions alone, no evaluation: %s", error)
-        return None
+        has_table = any(path.lower().endswith(TABLES) for path in args.input)
+        return None, str(error) if has_table else ""  # other images need not have labels
+    try:
+        return with_labels(data, trained, must), ""
+    except UserError as error:
+        if must:
+            raise
+        return None, str(error)
 
 
 def read_paths() -> list[str]:
@@ -150,7 +155,7 @@ def read_paths() -> list[str]:
     return paths
 
 
-def open_images(args: argparse.Namespace, trained: Trained, labeled: bool) -> MixedImages:
+def open_images(args: argparse.Namespace, trained: TrainedModel, labeled: bool) -> MixedImages:
     """Open all inputs; they have the labels of the checkpoint's task, or none."""
     flags = trained.flags
     labels = flags.label_column if labeled else ()
@@ -165,7 +170,7 @@ def open_images(args: argparse.Namespace, trained: Trained, labeled: bool) -> Mi
     return data
 
 
-def with_labels(data: MixedImages, trained: Trained, must: bool) -> TransformedDataset:
+def with_labels(data: MixedImages, trained: TrainedModel, must: bool) -> TransformedDataset:
     """Return images with labels as outputs of the checkpoint; UserError if they do not fit.
 
     must: also match classes by number or position.
@@ -183,7 +188,10 @@ def with_labels(data: MixedImages, trained: Trained, must: bool) -> TransformedD
 
 
 def transformed(
-    data: Part, trained: Trained, positions: list[int] | None, order: Sequence[str] | None = None
+    data: Part,
+    trained: TrainedModel,
+    positions: list[int] | None,
+    order: Sequence[str] | None = None,
 ) -> TransformedDataset:
     """Return the images as the network takes them; positions: of their labels, None without."""
     flags, count = trained.flags, None if positions is None else trained.head.count
@@ -196,10 +204,12 @@ def transformed(
     return dataset.map_values(flags.value_range)
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
-def build_answers(args: argparse.Namespace, trained: Trained, labeled: bool) -> Answers:
+def build_records(
+    args: argparse.Namespace, trained: TrainedModel, labeled: bool
+) -> PredictionRecords:
     """Return how outputs become results; UserError for flags that the task does not have."""
     path = trained.weights.path
     if args.topk is not None and trained.kind == "number":
@@ -210,7 +220,7 @@ def build_answers(args: argparse.Namespace, trained: Trained, labeled: bool) -> 
     if trained.kind == "multi":
         activation = "sigmoid"
     head: Head = trained.head
-    return Answers(
+    return PredictionRecords(
         trained.kind,
         activation,
         head.count,
@@ -229,6 +239,15 @@ def checksum(state: Mapping[str, Tensor]) -> int:
         value = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         found = zlib.crc32(value.numpy(), zlib.crc32(name.encode(), found))
     return found
+
+
+def describe_file(path: str) -> str:
+    """Return the size and time of an input that is one file, such as an archive; '' for others."""
+    try:
+        facts = os.stat(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return ""
+    return f"{facts.st_size} {facts.st_mtime_ns}" if stat.S_ISREG(facts.st_mode) else ""
 
 
 class Batches(Sampler):
@@ -260,32 +279,32 @@ class Batches(Sampler):
 
 
 @dataclass
-class Found:
+class PartResults:
     """Results of a rank for a part: rows of numbers, and images that cannot be read."""
 
     rows: list[Tensor]
     bad: list[tuple[int, str]]  # position, reason
 
 
-class Job:
+class PredictionJob:
     """Predicts the images of a data set in parts, on all ranks."""
 
     def __init__(
         self,
         args: argparse.Namespace,
-        trained: Trained,
-        answers: Answers,
+        trained: TrainedModel,
+        records: PredictionRecords,
         dataset: TransformedDataset,
         device: torch.device,
         amp: str,
     ) -> None:
-        self.args, self.trained, self.answers, self.dataset = args, trained, answers, dataset
+        self.args, self.trained, self.records, self.dataset = args, trained, records, dataset
         self.device, self.amp, self.size = device, amp, trained.flags.batch_size
-        self.views, labeled = build_views(trained.flags), answers.labeled
+        self.views, labeled = build_views(trained.flags), records.labeled
         self.evaluation = Evaluation(trained, device, args.num_worst) if labeled else None
-        self.sends_outputs = labeled or answers.kind == "multi"
-        count = answers.count
-        self.widths = [1, 2 * answers.listed or count, count * self.sends_outputs]
+        self.sends_outputs = labeled or records.kind == "multi"
+        count = records.count
+        self.widths = [1, 2 * records.listed or count, count * self.sends_outputs]
         self.widths += self.evaluation.widths() if self.evaluation else ()
         most = min(PART, LARGEST // sum(self.widths))
         self.batches = max(1, most // self.size)  # of a part
@@ -298,7 +317,7 @@ class Job:
         first = state["parts"]
         loader = self.build_loader(first * self.batches)
         self.predict(loader, store, first)
-        bad = from_main_process(lambda: store.finish(self.parts, self.answers.fields))
+        bad = from_main_process(lambda: store.finish(self.parts, self.records.fields))
         seconds = time.monotonic() - began
         new = len(self.dataset) - first * self.batches * self.size
         if out is not None:
@@ -319,13 +338,17 @@ class Job:
         plan: dict[str, Any] = {"version": VERSION, "weights": checksum(self.trained.weights.state)}
         plan["checkpoint"] = absolute(self.trained.weights.path)
         plan["input"] = [map_sources(path, absolute) for path in self.args.input]
-        names = zlib.crc32(b"\0".join(data.dataset.encoded_names()))
+        plan["files"] = [describe_file(path) for path in self.args.input]
+        plan["image_root"] = absolute(flags["image_root"] or ".")
+        names = 0
+        for name in data.dataset.encoded_names():
+            names = zlib.crc32(name + b"\0", names)
         plan["names"] = zlib.crc32(np.ascontiguousarray(data.indices), names)
-        plan |= {"images": len(data), "classes": self.answers.names, "topk": self.answers.topk}
-        plan |= {"threshold": self.answers.threshold, "labels": self.answers.labeled}
+        plan |= {"images": len(data), "classes": self.records.names, "topk": self.records.topk}
+        plan |= {"threshold": self.records.threshold, "labels": self.records.labeled}
         plan |= {name: flags[name] for name in IN_PLAN}
         plan |= {"amp": self.amp, "device": self.device.type}
-        if self.answers.labeled:
+        if self.records.labeled:
             targets = np.ascontiguousarray(data.dataset.targets)
             plan |= {"targets": zlib.crc32(targets), "num_worst": self.args.num_worst}
         return plan
@@ -338,7 +361,7 @@ class Job:
         try:
             acquire_run_lock(str(folder_of(out)))
         except UserError as error:
-            raise UserError(str(error).replace("--output_dir", "--out")) from error
+            raise UserError(str(error).replace("--output_dir", "--output")) from error
         state = from_main_process(store.begin)
         autotuner.restore(state.get("kernels", {}), self.device)
         done = state["parts"]
@@ -372,7 +395,7 @@ class Job:
             waiting = None
             for part in range(first, self.parts):
                 waiting = waiting or next(groups, None)
-                found = Found([], [])
+                found = PartResults([], [])
                 if waiting is not None and waiting[0] == part:
                     for number, batch in waiting[1]:
                         self.add(found, sampler.positions(number), *batch)
@@ -381,7 +404,7 @@ class Job:
                 self.write(part, found, store)
 
     @torch.inference_mode()
-    def add(self, found: Found, positions: range, read: tuple, batch: tuple | None) -> None:
+    def add(self, found: PartResults, positions: range, read: tuple, batch: tuple | None) -> None:
         """Predict a batch. read: of `collate`; batch: on the device, None without images."""
         used = set(read[2].tolist())
         unread = [place for place in positions if place not in used]
@@ -392,23 +415,24 @@ class Job:
         with autocast(self.device, self.amp):
             outputs = self.views.mean_output(self.trained.network, images)
         outputs = outputs.float()
-        if outputs.shape != (len(ids), self.answers.count):
+        if outputs.shape != (len(ids), self.records.count):
             got = f"outputs of shape {tuple(outputs.shape)} for {len(ids)} images"
-            raise UserError(f"the network gives {got}, expected {self.answers.count} for each")
-        parts = [ids, self.answers.columns(outputs)] + [outputs] * self.sends_outputs
+            raise UserError(f"the network gives {got}, expected {self.records.count} for each")
+        parts = [ids, self.records.columns(outputs)] + [outputs] * self.sends_outputs
         if self.evaluation is not None:
             parts += [labels, *self.trained.criterion.per_image(outputs, labels)]
         parts = [part.reshape(len(ids), -1) for part in parts]
         parts = [part.cpu() if part.device.type == "mps" else part for part in parts]
         found.rows.append(torch.cat([part.double() for part in parts], 1))
 
-    def write(self, part: int, found: Found, store: Any) -> None:
+    def write(self, part: int, found: PartResults, store: Any) -> None:
         """Gather a part from all ranks and write it on rank 0; every rank must call it."""
         where = "cpu" if self.device.type == "mps" else self.device
         empty = torch.empty(0, sum(self.widths), dtype=torch.float64, device=where)
         rows = torch.cat([empty, *found.rows])
-        mine = self.records(rows.cpu()) | {
-            place: self.answers.bad(self.path_of(place), reason) for place, reason in found.bad
+        mine = self.records_of(rows.cpu()) | {
+            place: self.records.bad(self.dataset.path_of(place), reason)
+            for place, reason in found.bad
         }
         lines = all_gather({place: json.dumps(record) for place, record in mine.items()})
         rows = gather_rows(rows) if self.evaluation is not None else None
@@ -438,21 +462,17 @@ class Job:
             ids, _, outputs, targets, losses, counted = batch.split(self.widths, 1)
             self.evaluation.add(ids[:, 0], outputs, targets, torch.cat([losses, counted], 1))
 
-    def records(self, rows: Tensor) -> dict[int, dict[str, Any]]:
+    def records_of(self, rows: Tensor) -> dict[int, dict[str, Any]]:
         """Return the records of images by position; rows: of `add`, on the CPU."""
         ids, best, outputs, *labels = rows.split(self.widths, 1)
         places = ids[:, 0].long().tolist()
-        pairs = zip(places, self.answers.in_units(best).tolist(), outputs.tolist(), strict=True)
-        found = {n: self.answers.record(self.path_of(n), *row) for n, *row in pairs}
+        pairs = zip(places, self.records.in_units(best).tolist(), outputs.tolist(), strict=True)
+        found = {n: self.records.record(self.dataset.path_of(n), *row) for n, *row in pairs}
         if labels:
-            targets, losses = self.answers.in_units(labels[0]).tolist(), labels[1].sum(1).tolist()
+            targets, losses = self.records.in_units(labels[0]).tolist(), labels[1].sum(1).tolist()
             for place, row, loss in zip(places, targets, losses, strict=True):
-                found[place] |= self.answers.targets(row, loss)
+                found[place] |= self.records.targets(row, loss)
         return found
-
-    def path_of(self, position: int) -> str:
-        """Return the path of an image, or its place in an archive."""
-        return self.dataset.name_of(position).removeprefix("image ")
 
 
 if __name__ == "__main__":

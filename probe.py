@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config.probing import PROBES, parse_probe
+from config.probe_flags import PROBES, parse_probe
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     view, args = parse_probe()
@@ -36,19 +36,20 @@ from insight.evaluators import (
 )
 from insight.feature_files import Table, write_csv, write_output
 from insight.logistic import fit_logistic
-from insight.neighbors import group, near_duplicates, nearest, normalize
+from insight.neighbors import check_k, group, near_duplicates, nearest, normalize
 from insight.scores import SCORES, score
 from insight.selectivity import find_layers, summarize
 from parallel.process_group import is_main_process, launch
+from training.confusion import name_classes
 from training.frozen import (
     FeatureSet,
+    FrozenModel,
     ImageSet,
-    Subject,
-    build_subject,
     check_labels,
     class_means,
     compute_features,
     find_module,
+    load_frozen,
     open_parts,
 )
 
@@ -62,14 +63,14 @@ TOP5 = 5  # classes from which on the top 5 say something: more than that many
 
 def measure_accuracy(args: Any) -> None:
     """Print how well frozen features separate classes; --output writes the same as JSON."""
-    subject = build_subject(args)
-    parts = open_parts(subject, BOTH, labeled=True)
-    args = subject.args
-    check_probes(args, parts[0])
-    found = [compute_features(subject, each) for each in parts]
+    frozen = load_frozen(args)
+    parts = open_parts(frozen, BOTH, labeled=True)
+    args = frozen.args
+    check_fits(args, parts[0])
+    found = [compute_features(frozen, each) for each in parts]
     if not is_main_process():
         return
-    device, kind = subject.device, parts[0].kind
+    device, kind = frozen.device, parts[0].kind
     train, val = (Labeled(each.features.to(device), each.labels.to(device)) for each in found)
     check_features(train, val, kind)
     probes = chosen_probes(args, kind)
@@ -80,7 +81,7 @@ def measure_accuracy(args: Any) -> None:
         for name in probes:
             results.append({"probe": name, "fraction": fraction, "images": len(some.targets)})
             results[-1] |= run_probe(name, some, val, kind, args)
-    about = describe_accuracy(subject, train, val, kind)
+    about = describe_accuracy(frozen, train, val, kind)
     print("\n".join(accuracy_lines(about, results)))
     if args.output:
         text = json.dumps(about | {"results": results}, indent=2) + "\n"
@@ -96,14 +97,14 @@ def chosen_probes(args: Any, kind: str) -> list[str]:
     if kind != "class" and "logistic" in args.probes and "probes" in args.typed:
         raise UserError(
             "--probes logistic needs one class per image, and the data has others; use knn and "
-            "ridge"
+            "linear"
         )
     return [
         name for name in PROBES if name in args.probes and (kind == "class" or name != "logistic")
     ]
 
 
-def check_probes(args: Any, train: ImageSet) -> None:
+def check_fits(args: Any, train: ImageSet) -> None:
     """Raise UserError, before features are computed, for probes that cannot be fitted."""
     if train.kind == "class":
         check_labels(train)
@@ -113,11 +114,8 @@ def check_probes(args: Any, train: ImageSet) -> None:
         count = round(fraction * len(train))
         if labels is not None:
             count = len(few_labels(labels, fraction, args.seed))
-        if "knn" in args.probes and args.k > count:
-            raise UserError(
-                f"--k {args.k}, but there are {plural(count, 'training image')} to find neighbors "
-                f"among at fraction {fraction:g}; give --k {max(count, 1)} or less"
-            )
+        if "knn" in args.probes:
+            check_k(args.k, count, f" at fraction {fraction:g}" * (fraction < 1))
 
 
 def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def run_probe(name: str, train: Labeled, val: Labeled, kind: str, args: Any) -> 
     if name == "knn":
         outputs = knn_outputs(train, val, kind, args.k, args.temperature)
         chosen: dict[str, Any] = {"k": args.k, "temperature": args.temperature}
-    elif name == "ridge":
+    elif name == "linear":
         ridge = fit_ridge(train, kind, classes)
         outputs, chosen = ridge.outputs(val.features), {"penalty": ridge.penalty}
     else:
@@ -151,11 +149,13 @@ def standard_error(share: float, count: int) -> float:
     return 100 * math.sqrt(variance) / (1 + 1 / count)
 
 
-def describe_accuracy(subject: Subject, train: Labeled, val: Labeled, kind: str) -> dict[str, Any]:
+def describe_accuracy(
+    frozen: FrozenModel, train: Labeled, val: Labeled, kind: str
+) -> dict[str, Any]:
     """Return what was measured, and for classes the accuracy of always saying the commonest one."""
-    args = subject.args
+    args = frozen.args
     about = {
-        "checkpoint": subject.name,
+        "checkpoint": frozen.name,
         "data": args.data_path or args.data_set,
         "score": SCORES[kind],
         "features": train.features.shape[1],
@@ -195,19 +195,19 @@ def gather(
     args: Any,
     check: Callable[[Any, list[ImageSet]], None] | None = None,
     names: Sequence[str] = (),
-) -> tuple[Subject, list[FeatureSet]] | None:
+) -> tuple[FrozenModel, list[FeatureSet]] | None:
     """Return the features of the parts that --split names; None on other ranks than the first.
 
     check: raises UserError for data that cannot be used, before features are computed. names: of
     other parts.
     """
     names = names or (BOTH if args.split == "all" else (args.split,))
-    subject = build_subject(args)
-    parts = open_parts(subject, names)
+    frozen = load_frozen(args)
+    parts = open_parts(frozen, names)
     if check:
         check(args, parts)
-    found = [compute_features(subject, each) for each in parts]
-    return (subject, found) if is_main_process() else None
+    found = [compute_features(frozen, each) for each in parts]
+    return (frozen, found) if is_main_process() else None
 
 
 def write_features(args: Any) -> None:
@@ -216,8 +216,8 @@ def write_features(args: Any) -> None:
     feature_files.check_writer(path)
     if (found := gather(args)) is None:
         return
-    subject, sets = found
-    about = {"checkpoint": subject.name, "layer": subject.layer}
+    frozen, sets = found
+    about = {"checkpoint": frozen.name, "layer": frozen.layer}
     table = feature_files.join([each.table(about) for each in sets])
     written = feature_files.WRITERS[path.suffix](table, path)
     count, width = table.features.shape
@@ -230,15 +230,15 @@ def write_features(args: Any) -> None:
 def draw_neighbors(args: Any) -> None:
     """Draw images of a part with the most similar training images."""
     names = BOTH if args.split == "val" else ("train",)
-    if (found := gather(args, check_k, names)) is None:
+    if (found := gather(args, check_neighbors, names)) is None:
         return
-    subject, sets = found
+    frozen, sets = found
     gallery, queries = sets[0], sets[-1]
     count = min(args.num_images, len(queries.ids))
     rows = torch.arange(count) * len(queries.ids) // count  # spread evenly
     own = rows if queries is gallery else None
-    known = gallery.features.to(subject.device)
-    wanted = queries.features[rows].to(subject.device)
+    known = gallery.features.to(frozen.device)
+    wanted = queries.features[rows].to(frozen.device)
     middle = center(args, known)
     similar, places = nearest(wanted - middle, known - middle, args.k, own)
     texts, own_texts = gallery.texts(), queries.texts()
@@ -251,7 +251,7 @@ def draw_neighbors(args: Any) -> None:
             words = join_words(f"{max(0.0, 1 - value):.3f}", texts[place])
             line.append(make_cell(gallery, place, words, frame))
         cells.append(line)
-    title = f"Nearest training images by features of {subject.name}, with cosine distances"
+    title = f"Nearest training images by features of {frozen.name}, with cosine distances"
     title += "; green: same class" * any(own_texts)
     heads = ("image", *(f"neighbor {number + 1}" for number in range(args.k)))
     write_picture(drawing.draw_grid(cells, title, heads), args.output)
@@ -266,17 +266,13 @@ def center(args: Any, features: Tensor) -> Tensor:
     return features.mean(0) if args.center else features.new_zeros(())
 
 
-def check_k(args: Any, parts: list[ImageSet]) -> None:
+def check_neighbors(args: Any, parts: list[ImageSet]) -> None:
     """Raise UserError if there are too few images to have k neighbors."""
     if len(parts) == 1 or args.split == "all":
         available = sum(map(len, parts)) - 1
     else:
         available = len(parts[0])
-    if args.k > available:
-        raise UserError(
-            f"--k {args.k}, but an image has {available} others to compare with; give --k "
-            f"{max(available, 1)} or less, or more images"
-        )
+    check_k(args.k, available)
 
 
 def join_words(*words: str) -> str:
@@ -298,10 +294,10 @@ def find_duplicates(args: Any) -> None:
     """List pairs of images over a similarity, and draw them in groups."""
     if (found := gather(args)) is None:
         return
-    subject, sets = found
+    frozen, sets = found
     table = feature_files.join([each.table() for each in sets])
     table.features -= center(args, table.features)
-    pairs, similar = near_duplicates(table.features.to(subject.device), args.threshold, "pairs")
+    pairs, similar = near_duplicates(table.features.to(frozen.device), args.threshold, "pairs")
     groups = group(pairs, len(table.images))
     columns = [table.images, table.parts, table.classes]
     rows = []
@@ -313,7 +309,7 @@ def find_duplicates(args: Any) -> None:
     write_csv(("group", "similarity", *names), rows, Path(args.output))
     print(duplicates_line(args, table, pairs, groups))
     if len(pairs):
-        title = f"Near-duplicates by features of {subject.name}: cosine similarity to the first"
+        title = f"Near-duplicates by features of {frozen.name}: cosine similarity to the first"
         cells = duplicate_cells(args, sets, table, groups)
         picture = str(Path(args.output).with_suffix(".png"))
         write_picture(drawing.draw_grid(cells, title), picture)
@@ -364,13 +360,13 @@ def duplicates_line(args: Any, table: Table, pairs: Tensor, groups: Tensor) -> s
 
 def rank_outliers(args: Any) -> None:
     """Rank images by the distance to their k-th nearest neighbor, and draw the first."""
-    if (found := gather(args, check_k)) is None:
+    if (found := gather(args, check_neighbors)) is None:
         return
-    subject, sets = found
+    frozen, sets = found
     table = feature_files.join([each.table() for each in sets])
     table.features -= center(args, table.features)
-    features, count = table.features.to(subject.device), len(table.images)
-    similar, places = nearest(features, features, args.k, torch.arange(count), "neighbors")
+    features, count = table.features.to(frozen.device), len(table.images)
+    similar, places = nearest(features, features, args.k, torch.arange(count), bar="neighbors")
     far, rows = 1 - similar[:, -1], []
     for row in far.argsort(descending=True, stable=True).tolist():
         near = places[row].tolist()
@@ -384,7 +380,7 @@ def rank_outliers(args: Any) -> None:
     cell, cells = cell_maker(sets), []
     for row in rows[: args.num_images]:
         cells.append(cell(row[0], join_words(f"{float(row[4]):.3f}", row[3])))
-    title = f"Outliers by features of {subject.name}: distance to neighbor {args.k}"
+    title = f"Outliers by features of {frozen.name}: distance to neighbor {args.k}"
     picture = str(Path(args.output).with_suffix(".png"))
     lines = [cells[start : start + ROW] for start in range(0, len(cells), ROW)]
     write_picture(drawing.draw_grid(lines, title), picture)
@@ -401,11 +397,13 @@ def draw_map(args: Any) -> None:
     embedding.check_method(args.method)
     if (found := gather(args, check_map)) is None:
         return
-    subject, sets = found
+    frozen, sets = found
     table = feature_files.join([each.table() for each in sets])
     points, axes = embedding.embed(table.features, args.method, args.seed)
-    names = class_texts(sets[0].images) if table.labels is not None else []
-    title = f"{embedding.TITLES[args.method]} of features of {subject.name}"
+    dataset, names = sets[0].images.dataset, []
+    if table.labels is not None:
+        names = name_classes(dataset.nb_classes, dataset.classes)
+    title = f"{embedding.TITLES[args.method]} of features of {frozen.name}"
     write_picture(drawing.draw_map(points, table.labels, names, title, axes), args.output, True)
     print(f"{args.output}: {plural(len(points), 'image')}, {axes[0]}, {axes[1]}")
 
@@ -415,20 +413,14 @@ def check_map(args: Any, parts: list[ImageSet]) -> None:
     embedding.check_count(sum(map(len, parts)), args.method)
 
 
-def class_texts(images: ImageSet) -> list[str]:
-    """Return the names of the classes, or their numbers."""
-    dataset = images.dataset
-    return [str(x) for x in dataset.classes or range(dataset.nb_classes)]
-
-
 def draw_selectivity(args: Any) -> None:
     """Draw and print the class selectivity of the channels of each layer."""
-    subject = build_subject(args)
-    find = partial(find_module, subject.args, subject.model, flag="--layers")
-    layers = [find(name) for name in args.layers or ()] or find_layers(subject.model)
-    (images,) = open_parts(subject, (args.split,), labeled=True)
+    frozen = load_frozen(args)
+    find = partial(find_module, frozen.args, frozen.model, flag="--layers")
+    layers = [find(name) for name in args.layers or ()] or find_layers(frozen.model)
+    (images,) = open_parts(frozen, (args.split,), labeled=True)
     check_labels(images)
-    means = class_means(subject, images, layers)
+    means = class_means(frozen, images, layers)
     if means is None:
         return
     if len(next(iter(means.values()))) < 2:
@@ -443,7 +435,7 @@ def draw_selectivity(args: Any) -> None:
         count = means[name].shape[1]
         print(f"{name:{width}}  {count:8}  {silent:6}  {' '.join(texts)}")
         drawn.append((name, index, f"mean {facts[0]:.2f}" if active else "silent"))
-    title = f"Class selectivity of {subject.name} on {plural(len(images), 'image')}"
+    title = f"Class selectivity of {frozen.name} on {plural(len(images), 'image')}"
     axis = "class selectivity index of the channels; red: mean"
     write_picture(drawing.draw_histograms(drawn, title, axis), args.output, True)
     print(args.output)

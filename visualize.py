@@ -59,7 +59,7 @@ from training.checkpoint import TrainState
 from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
-from training.trained import has_decoder, load_trained, read_source
+from training.trained_model import has_decoder, load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags
@@ -239,7 +239,7 @@ def explain(args: argparse.Namespace) -> None:
     flags = predict_flags.flags_of_evaluation(args, OF_EXPLAIN)
     weights = read_source(flags, args.checkpoint)
     is_masked = has_decoder(weights)
-    for name in ("target", "layer") if is_masked else ("num_masks",):
+    for name in ("target", "layer") if is_masked else ("num_masks", "seed"):
         if getattr(args, name) is not None:
             kind = "classifiers" if is_masked else "pre-trained models with a decoder"
             raise UserError(f"--{name} is for {kind}, which {weights.path} is not; drop it")

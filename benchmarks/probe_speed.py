@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from insight.evaluators import EVALUATORS, Labeled, few_labels, take
 
-SHARES = (1.0, 0.1, 0.01)
+LABEL_FRACTIONS = (1.0, 0.1, 0.01)
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -55,14 +55,14 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.train} x {args.test} x {args.columns}, {args.classes} classes, {args.device}")
     print("| evaluator | labels | s | score |\n|---|---|---|---|")
     for name, evaluate in EVALUATORS.items():
-        for share in SHARES:
-            own = take(train, few_labels(train.targets, share, seed=0))
+        for fraction in LABEL_FRACTIONS:
+            own = take(train, few_labels(train.targets, fraction, seed=0))
             seconds = []
             for _ in range(args.rounds):
                 start = time.perf_counter()
                 found = evaluate(own, test)  # a number of the host
                 seconds.append(time.perf_counter() - start)
-            print(f"| {name} | {share:.0%} | {min(seconds):.2f} | {found:.1f} |")
+            print(f"| {name} | {fraction:.0%} | {min(seconds):.2f} | {found:.1f} |")
 
 
 if __name__ == "__main__":

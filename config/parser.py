@@ -43,6 +43,14 @@ FINETUNE_ONLY = (
     "pretrained weights and head",
     "evaluation and EMA",
 )
+# Help texts of flags that a tool takes from the checkpoint.
+OF_CHECKPOINT = {
+    "input_size": "image side in pixels, or height and width; default: the checkpoint's",
+    "model": "timm:NAME, torchvision:NAME or package.module:function of another network; default: "
+    "the checkpoint's",
+    "head": "the checkpoint's --head again, to allow running its package.module:name",
+    "heads": "the checkpoint's --heads again, to allow running its package.module:name",
+}
 WRITTEN = ("output_dir", "log_dir", "data_index")  # flags with the path of a folder to write
 SOURCES = ("data_path", "eval_data_path", "probe_data")  # one path or several
 READ = (*SOURCES, "image_root", "finetune", "resume")  # a path, or another source
@@ -219,6 +227,17 @@ def add_rows(parser: argparse.ArgumentParser, title: str, rows: Iterable[tuple])
         group.add_argument(*names.split(), default=default, help=text, **options)
 
 
+def adapt_flags(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> None:
+    """Give flags of the training scripts other help texts, by name, for a tool.
+
+    --input_size takes one size: sizes by epoch are for training.
+    """
+    for action in parser._actions:
+        action.help = texts.get(action.dest, action.help)
+        if action.dest == "input_size":
+            action.type = flags.COUNT["type"]
+
+
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `submitit_*.py` that describe the job to those of a main script."""
     add_flags(parser, flags.JOB)
@@ -270,7 +289,7 @@ def visualize_parser() -> argparse.ArgumentParser:
     add_flags(parser, "overrides of the run's flags", names)
     unset = [word.removeprefix("--") for word in names.split() if word != "--device"]
     parser.set_defaults(**dict.fromkeys(unset))
-    _take_one_size(parser)
+    adapt_flags(parser, {"input_size": OF_CHECKPOINT["input_size"]})
     return parser
 
 
@@ -283,21 +302,8 @@ def export_parser() -> argparse.ArgumentParser:
     add_flags(parser, "overrides of the run's flags", f"{names} --mean --std --value_range")
     unset = ("model", "head", "heads", "input_size", "imagenet_default_mean_and_std")
     parser.set_defaults(**dict.fromkeys(unset))
-    text = "timm:NAME, torchvision:NAME or package.module:function of another network"
-    texts = {"model": f"{text}; default: the checkpoint's"}
-    _take_one_size(parser)
-    for name in ("head", "heads"):
-        texts[name] = f"the checkpoint's --{name} again, to allow running its package.module:name"
-    for action in parser._actions:
-        action.help = texts.get(action.dest, action.help)
+    adapt_flags(parser, OF_CHECKPOINT)
     return parser
-
-
-def _take_one_size(parser: argparse.ArgumentParser) -> None:
-    """Refuse sizes by epoch, which are for training."""
-    action = next(action for action in parser._actions if action.dest == "input_size")
-    action.type = flags.COUNT["type"]
-    action.help = "image side in pixels, or height and width; default: the run's"
 
 
 def pack_parser() -> argparse.ArgumentParser:
@@ -306,8 +312,7 @@ def pack_parser() -> argparse.ArgumentParser:
     add_flags(parser, "pack")
     add_flags(parser, "what the source is", tool_flags.PACK_SHARED)
     parser.set_defaults(num_workers=flags.CORES)
-    for action in parser._actions:
-        action.help = tool_flags.PACK_TEXTS.get(action.dest, action.help)
+    adapt_flags(parser, tool_flags.PACK_TEXTS)
     return parser
 
 

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Flags of predict.py, and those of main_finetune.py --eval that follow from them.
 
-python predict.py runs/finetune photos --out results.csv
+python predict.py runs/finetune photos --output results.csv
 """
 
 import argparse
@@ -17,35 +17,36 @@ from config.parser import FrozenNamespace
 
 HELP = """Predict the classes of images, or numbers, with any checkpoint.
 
-  python predict.py runs/finetune photos                    # a table
-  python predict.py runs/finetune photos --out results.csv  # a file
+  python predict.py runs/finetune photos                       # a table
+  python predict.py runs/finetune photos --output results.csv  # a file
   python predict.py timm:resnet18.a1_in1k "photos/*.jpg" --topk 3
-  find photos -name "*.jpg" | python predict.py runs/finetune - --out a.json
-  torchrun --nproc_per_node=8 predict.py runs/finetune photos --out a.parquet
+  find photos -name "*.jpg" | python predict.py runs/finetune - --output a.json
+  torchrun --nproc_per_node=8 predict.py runs/finetune photos --output a.parquet
 
 INPUT is an image, a pattern in quotes, - for paths on standard input, or
 whatever --data_path of the training scripts takes: a folder, a table, a zip
 file, tar shards, Parquet. Image size, crop, mean, std and class names are those
-of the checkpoint. Unreadable images are passed over and listed with the reason.
+of the checkpoint. Unreadable images are skipped and listed with the reason.
 The same command continues an interrupted one. If the input has labels, with the
 class names of the checkpoint, it is evaluated too."""
-FORMATS = (".csv", ".json", ".jsonl", ".parquet")  # of --out, by its suffix
+FORMATS = (".csv", ".json", ".jsonl", ".parquet")  # of --output, by its suffix
 # fmt: off
 PREDICT = (
     ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
     ("input", {"metavar": "INPUT"}, None, "images: see above; several are taken in this order",
      "+"),
-    ("--out", PATH, None,
+    ("--output --out", PATH, None,
      f"file to write, {', '.join(FORMATS)}; default: the first images are printed as a table"),
-    ("--overwrite", BOOL, False, "replace an existing --out, and start again"),
+    ("--overwrite", BOOL, False, "replace an existing --output, and parts of other arguments"),
     ("--topk", COUNT, None, "most likely classes to list per image; default: 5"),
     ("--threshold", number("float (0, 1)"), None,
      "multi-label: probability from which on a class is predicted; default: 0.5"),
     ("--labels", ("auto", "true", "false"), "auto",
      "use the labels of the input: true, false, or auto: if they are classes of the checkpoint"),
     ("--split", ("val", "train"), "val",
-     "of tables with --split_column, and of shards named train and val: what to take"),
-    ("--num_worst", FROM_0, 16, "with labels and --out: images to draw, of the highest losses"),
+     "part of the data to predict, for tables with --split_column and shards named train and val"),
+    ("--num_worst", FROM_0, 16,
+     "number of highest-loss images to draw (needs labels and --output)"),
 )
 # fmt: on
 SHARED = {
@@ -56,14 +57,10 @@ SHARED = {
     "--imagenet_default_mean_and_std --mean --std --value_range",
 }
 TEXTS = {
+    **parsers.OF_CHECKPOINT,
     "batch_size": "images per process in each forward pass; default: 64",
-    "input_size": "image side in pixels, or height and width; default: the checkpoint's",
     "label_column": "table: columns of labels, * for all others; default: the checkpoint's",
     "image_column": "table: column of image files; default: the checkpoint's, or image, path ...",
-    "model": "timm:NAME, torchvision:NAME or package.module:function of another network; default: "
-    "the checkpoint's",
-    "head": "the checkpoint's --head again, to allow running its package.module:name",
-    "heads": "the checkpoint's --heads again, to allow running its package.module:name",
 }
 PLACE = "-"  # stands for the input where the flags of --eval need a --data_path
 
@@ -76,21 +73,18 @@ def predict_parser() -> argparse.ArgumentParser:
         parsers.add_flags(parser, title, names)
     names = " ".join(SHARED.values()).replace("--", "").split()
     parser.set_defaults(**dict.fromkeys(names))
-    for action in parser._actions:
-        action.help = TEXTS.get(action.dest, action.help)
-        if action.dest == "input_size":
-            action.type = COUNT["type"]  # without sizes by epoch, which are for training
+    parsers.adapt_flags(parser, TEXTS)
     return parser
 
 
 def predict_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of predict.py that cannot work."""
-    suffix = Path(args.out or "a.csv").suffix
+    suffix = Path(args.output or "a.csv").suffix
     if suffix not in FORMATS:
-        got = f"--out {args.out}: unknown suffix {suffix!r}" if suffix else f"--out {args.out}"
-        yield f"{got}; expected a name that ends in {', '.join(FORMATS)}"
-    if args.overwrite and not args.out:
-        yield "--overwrite true needs --out; give both or neither"
+        unknown = f": unknown suffix {suffix!r}" if suffix else ""
+        yield f"--output {args.output}{unknown}; expected a name that ends in {', '.join(FORMATS)}"
+    if args.overwrite and not args.output:
+        yield "--overwrite true needs --output; give both or neither"
     if len(args.input_size or ()) > 2:
         yield f"--input_size: got {len(args.input_size)} numbers, expected one or two"
     if PLACE in args.input and len(args.input) > 1:
@@ -104,7 +98,7 @@ def flags_of_evaluation(
 
     rows: of the flags that it does not have.
     """
-    own = {row[0].removeprefix("--") for row in rows}
+    own = {row[0].split()[0].removeprefix("--") for row in rows}
     given = {name: x for name, x in vars(args).items() if name not in own and x is not None}
     defaults = vars(parsers.finetune_parser().parse_args([]))
     # Only those that predict images are needed: a file in `data_path` would bring its --val_split.

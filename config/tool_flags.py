@@ -34,6 +34,8 @@ if outputs differ from the network's by over 1e-5 of the largest (--half: 1e-2).
 GRAPHS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 TARGETS = {"timm": ".safetensors", "hf": "", "official": ".pth", "safetensors": ".safetensors"}
 TARGETS |= GRAPHS
+# Flags that choose weights of a file, and mean nothing for the published ones of a library.
+OF_FILES = ("model_key", "model_prefix", "use_ema", "sha256")
 FOR_ANY_NETWORK = (*GRAPHS, "safetensors")  # the others are for a ConvNeXt with a linear classifier
 
 PACK_HELP = """Pack images of any source into tar shards, which are read fast in any order.

@@ -96,8 +96,7 @@ def runs_parser() -> argparse.ArgumentParser:
 
 
 OF_EXPLAIN = (
-    ("source", {"metavar": "CHECKPOINT"}, None, f"{SOURCES}; or give --checkpoint", "?"),
-    ("--checkpoint", PATH, None, "the same as CHECKPOINT"),
+    ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
     ("--output", PATH, "explain.png", "PNG file to write"),
     (
         "--images",
@@ -155,10 +154,7 @@ def explain_parser() -> argparse.ArgumentParser:
     parsers.add_rows(parser, "drawing", OF_EXPLAIN)
     parsers.add_flags(parser, "overrides of the checkpoint's flags", EXPLAIN_FLAGS)
     parser.set_defaults(**{word.removeprefix("--"): None for word in EXPLAIN_FLAGS.split()})
-    for action in parser._actions:
-        action.help = predict_flags.TEXTS.get(action.dest, action.help)
-        if action.dest == "input_size":
-            action.type = COUNT["type"]
+    parsers.adapt_flags(parser, predict_flags.TEXTS)
     return parser
 
 
@@ -212,13 +208,9 @@ def parse_data(words: Sequence[str]) -> parsers.FrozenNamespace:
 
 
 def parse_explain(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of `visualize.py explain`; one of CHECKPOINT and --checkpoint is given."""
+    """Parse the flags of `visualize.py explain`."""
     parser = explain_parser()
     args = parser.parse_args(words)
-    if bool(args.source) == bool(args.checkpoint):
-        both = "are the same; give one" if args.source else "are missing; give a checkpoint"
-        parser.error(f"CHECKPOINT and --checkpoint {both}")
-    args.checkpoint = args.source or args.checkpoint
     if len(args.input_size or ()) > 2:
         parser.error(f"--input_size: got {len(args.input_size)} numbers, expected one or two")
     for problem in checks.problems(predict_flags.flags_of_evaluation(args, OF_EXPLAIN)):

@@ -215,10 +215,14 @@ class TransformedDataset(Dataset):
         path = entry[0] if isinstance(entry, tuple | list) and entry else entry
         return str(path) if isinstance(path, str | os.PathLike) else None
 
-    def name_of(self, index: int) -> str:
-        """Return `image PATH`, or `image number 7` if the dataset has no files."""
+    def path_of(self, index: int) -> str:
+        """Return the path of an image, or `number 7` if the dataset has no files."""
         index %= len(self)
-        return f"image {self._file(index) or f'number {index}'}"
+        return self._file(index) or f"number {index}"
+
+    def name_of(self, index: int) -> str:
+        """Return `image PATH`, or `image number 7`, for messages."""
+        return f"image {self.path_of(index)}"
 
 
 def describe_error(error: Exception) -> str:

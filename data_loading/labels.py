@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data_loading.targets import Scale, Targets
 from errors import UserError, first_few, plural
 from parallel.process_group import get_logger
 
 IMAGENET = 1000  # classes
+ROUNDING = 1e-5  # of a normalized number in float32
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,24 @@ def class_names(dataset: Any) -> list[str] | None:
             )
         names.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
     return names
+
+
+def describe_label(dataset: Any, label: Tensor) -> str:
+    """Return the class of a label, the classes of several, or the numbers of a regression.
+
+    dataset: a `TransformedDataset`. label: (), (K,) of several classes, or (D,) numbers.
+    """
+    names = dataset.classes
+    if dataset.kind == "class":
+        return str(names[int(label)]) if names else f"class {int(label)}"
+    if dataset.kind == "multi":
+        found = [str(names[i]) if names else str(i) for i in label.nonzero().flatten().tolist()]
+        return ", ".join(found) or "no class"
+    if dataset.targets.scale is not None:
+        mean, std = dataset.targets.scale.tensors()
+        label = label.double() * std + mean
+        label = torch.where(label.abs() < ROUNDING * std, 0.0, label)
+    return ", ".join(f"{value:.4g}" for value in label.tolist())
 
 
 def check_column(names: Sequence[str], example_of: Callable[[int], str], column: str) -> None:
@@ -139,7 +161,7 @@ def imagenet_classes() -> list[str]:
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    names = [info.index_to_description(place).partition(",")[0] for place in range(IMAGENET)]
+    names = [tuple(info.index_to_description(n).split(", ")) for n in range(IMAGENET)]
     return class_names(SimpleNamespace(classes=names))
 
 

@@ -39,7 +39,6 @@ def find_map(network: nn.Module, size: tuple[int, int, int], name: str = "") -> 
     if not found or not is_map(called[found]):
         maps = [path for path in spatial if is_map(called[path])]
         known = first_few(maps[-5:], 5) or "no module here"
-        known = first_few(maps[-5:], 5) or "no module here"
         raise UserError(
             f"{type(network).__name__} ends in tokens or features, not in a map (N, C, h, w), "
             f"which Grad-CAM needs; give --layer NAME, of {known}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from insight.neighbors import normalize
 
 PACKAGES = {  # method -> module, package of pip
     "pca": ("torch", "torch"),
@@ -68,7 +69,7 @@ def embed(features: Tensor, method: str, seed: int) -> tuple[Tensor, list[str]]:
         points, fractions = pca(features)
         return points, [f"PC {i + 1} ({x:.0%} of variance)" for i, x in enumerate(fractions)]
     check_method(method)
-    unit = torch.nn.functional.normalize(features.float().cpu(), dim=1).numpy()
+    unit = normalize(features.cpu()).numpy()
     if method == "tsne":
         from sklearn.manifold import TSNE
 

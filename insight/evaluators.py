@@ -14,15 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_loading.rng import fold_in_each
 from data_loading.samplers import rarest_classes
 from errors import UserError, plural
+from insight.neighbors import nearest
 from insight.scores import score
 
-SIMILARITIES = 1 << 24  # computed at once: 64 MiB in float32
 # Of the linear probe, in units of the mean variance of the features.
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FEW = 0xFE3  # stream of the draws of `few_labels`
@@ -80,26 +79,15 @@ def knn_outputs(
     if not (isinstance(k, int) and k >= 1 and temperature > 0):
         got = f"k {k} and temperature {temperature}"
         raise UserError(f"{got}: expected an integer of at least 1, and a number above 0")
-    if k > len(train.features):
-        count = plural(len(train.features), "image")
-        raise UserError(f"k {k}: there are only {count} to find neighbors among; lower k")
-    classes = class_count(train, test) if kind == "class" else 0
     # On GPUs float32 products may be of TF32, with 10 bits.
-    device = train.features.device
-    dtype = torch.float64 if device.type == "cuda" else torch.float32
-    known = F.normalize(train.features.to(dtype), dim=1).T
-    parts = []
-    for chunk in test.features.split(max(1, SIMILARITIES // len(train.features))):
-        similarity = F.normalize(chunk.to(dtype), dim=1) @ known  # (m, N)
-        values, places = similarity.topk(k, dim=1)
-        weights = (values / temperature).softmax(1)  # (m, k)
-        targets = train.targets[places]  # (m, k), or (m, k, K)
-        if kind == "class":
-            votes = weights.new_zeros(len(chunk), classes).scatter_add_(1, targets, weights)
-        else:
-            votes = torch.einsum("mk,mkd->md", weights, targets.to(dtype))
-        parts.append(votes)
-    return torch.cat(parts)
+    dtype = torch.float64 if train.features.device.type == "cuda" else torch.float32
+    similar, places = nearest(test.features, train.features, k, dtype=dtype)
+    weights = (similar / temperature).softmax(1)  # (M, k)
+    targets = train.targets[places]  # (M, k), or (M, k, K)
+    if kind == "class":
+        votes = weights.new_zeros(len(weights), class_count(train, test))
+        return votes.scatter_add_(1, targets, weights)
+    return torch.einsum("mk,mkd->md", weights, targets.to(dtype))
 
 
 def knn(

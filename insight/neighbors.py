@@ -11,35 +11,48 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, plural
 
-AT_ONCE = 1 << 25  # similarities that are held at once: 128 MiB of float32
+AT_ONCE = 1 << 24  # similarities that are held at once: 64 MiB of float32
 MOST_PAIRS = 2_000_000  # near-duplicates; a lower threshold would say nothing about duplicates
 
 
-def normalize(features: Tensor) -> Tensor:
-    """(N, D) -> (N, D) float32 rows of length 1; a row of zeros stays so."""
-    return torch.nn.functional.normalize(features.float(), dim=1)
+def normalize(features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N, D) -> (N, D) rows of length 1 in `dtype`; a row of zeros stays so."""
+    return torch.nn.functional.normalize(features.to(dtype), dim=1)
+
+
+def check_k(k: int, available: int, where: str = "") -> None:
+    """Raise UserError if there are fewer than k images to find neighbors among.
+
+    where: added to the message, such as ` at fraction 0.1`.
+    """
+    if k > available:
+        raise UserError(
+            f"k {k}: there are only {plural(available, 'image')} to find neighbors among{where}; "
+            "lower k, or give more images"
+        )
 
 
 def nearest(
-    queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None, bar: str = ""
+    queries: Tensor,
+    gallery: Tensor,
+    k: int,
+    own: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    bar: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Return the k most similar rows of `gallery` (G, D) for each of `queries` (Q, D).
 
     own: (Q,) the row of the gallery that each query is itself, and that is left out; -1 for none.
-    bar: text of a progress bar, '' for none. Returns cosine similarities (Q, k), the largest
-    first, and rows of the gallery (Q, k). UserError if the gallery has too few rows.
+    dtype: of the similarities. bar: text of a progress bar, '' for none. Returns cosine
+    similarities (Q, k), the largest first, and rows of the gallery (Q, k), on the device of the
+    features. UserError if the gallery has too few rows.
     """
-    available = len(gallery) - int(own is not None and bool((own >= 0).any()))
-    if k > available:
-        raise UserError(
-            f"--k {k}, but an image has {available} others to compare with; give --k {available} "
-            "or less, or more images"
-        )
-    queries, gallery = normalize(queries), normalize(gallery)
-    similar = torch.empty(len(queries), k)
-    places = torch.empty(len(queries), k, dtype=torch.long)
+    check_k(k, len(gallery) - int(own is not None and bool((own >= 0).any())))
+    queries, gallery = normalize(queries, dtype), normalize(gallery, dtype)
+    similar = queries.new_empty(len(queries), k)
+    places = torch.empty(len(queries), k, dtype=torch.long, device=queries.device)
     rows = max(1, AT_ONCE // len(gallery))
     for part in _parts(len(queries), rows, bar):
         found = queries[part] @ gallery.T
@@ -47,8 +60,7 @@ def nearest(
             mine = own[part].to(found.device)
             has = (mine >= 0).nonzero()[:, 0]
             found[has, mine[has]] = -torch.inf
-        values, indices = found.topk(k, dim=1)
-        similar[part], places[part] = values.cpu(), indices.cpu()
+        similar[part], places[part] = found.topk(k, dim=1)
     return similar, places
 
 

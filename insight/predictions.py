@@ -98,7 +98,7 @@ def number(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Answers:
+class PredictionRecords:
     """Turns the outputs of a network into the fields of a result.
 
     kind: of the targets: class, multi or number. activation: softmax or sigmoid. count: of outputs.

@@ -164,13 +164,19 @@ def _contains(block: str, classifier: str) -> bool:
     return f"{block}.".startswith(classifier) or classifier.startswith(f"{block}.")
 
 
-def find_block(model: nn.Module, name: str, shapes: Mapping[str, Any]) -> str:
-    """Return the path of a block that gives features; of a list of blocks, its last one."""
+def find_block(
+    model: nn.Module, name: str, shapes: Mapping[str, Any], flag: str = "--heads"
+) -> str:
+    """Return the path of a block that gives features; of a list of blocks, its last one.
+
+    shapes: of the outputs of modules, as of `trace`. UserError, which names the flag, for a block
+    that a network lacks or does not call.
+    """
     known = {path for path, _ in model.named_modules() if path}
     if name not in known:
         outline = first_few(_outline(model), 40)
         hint = f"{did_you_mean(name, known)} Blocks: {outline}".strip()
-        raise UserError(f"--heads: unknown block {name!r}. {hint}")
+        raise UserError(f"{flag}: unknown block {name!r}. {hint}")
     path = name
     while path not in shapes and isinstance(model.get_submodule(path), nn.Sequential):
         children = [key for key, _ in model.get_submodule(path).named_children()]
@@ -178,10 +184,10 @@ def find_block(model: nn.Module, name: str, shapes: Mapping[str, Any]) -> str:
             break
         path = f"{path}.{children[-1]}"
     if path not in shapes:
-        raise UserError(f"--heads: {name} is not called by {type(model).__name__}; choose another")
+        raise UserError(f"{flag}: {name} is not called by {type(model).__name__}; choose another")
     if shapes[path] is None or not 2 <= len(shapes[path]) <= 4:
         raise UserError(
-            f"--heads: {name} gives {shapes[path] or 'no tensor'}, expected a map (N, C, h, w), "
+            f"{flag}: {name} gives {shapes[path] or 'no tensor'}, expected a map (N, C, h, w), "
             "tokens (N, L, C) or features (N, C); choose another block"
         )
     return path

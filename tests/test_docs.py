@@ -22,7 +22,7 @@ from PIL import Image
 import engine_pretrain
 import main_finetune
 import main_pretrain
-from config import checks, predict_flags, probing, tool_flags, views
+from config import checks, predict_flags, probe_flags, tool_flags, views
 from config import parser as options
 from data_loading.rng import fold_in
 from parallel import submit
@@ -141,7 +141,7 @@ SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "export.py": parse_export,
     "pack.py": parse_pack,
     "predict.py": predict_flags.parse,
-    "probe.py": probing.parse_probe,
+    "probe.py": probe_flags.parse_probe,
     "visualize.py": views.parse_view,
 }
 
@@ -220,7 +220,7 @@ def test_every_flag_named_in_the_docs_exists():
     parsers += [views.stats_parser(), views.data_parser(), views.runs_parser()]
     parsers += [views.report_parser(), views.explain_parser()]
     parsers.append(predict_flags.predict_parser())
-    parsers += [probing.probe_parser(view) for view in probing.AIMS]
+    parsers += [probe_flags.probe_parser(view) for view in probe_flags.AIMS]
     for kind in ("pretrain", "finetune"):
         parsers.append(getattr(options, f"{kind}_parser")())
         options.add_submitit_args(parsers[-1])

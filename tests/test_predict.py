@@ -25,7 +25,7 @@ import predict
 from config import parser as options
 from config import predict_flags
 from errors import UserError
-from insight.results import cell
+from insight.result_files import cell
 from models import create_model
 from tests import fakes, tiny
 from tests.groups import exit_codes, start_script
@@ -85,7 +85,7 @@ def run(words: str) -> list[str]:
 
 
 def results(words: str, out: Path) -> list[dict]:
-    run(f"{words} --out {out} --overwrite")
+    run(f"{words} --output {out} --overwrite")
     return json.loads(out.read_text())
 
 
@@ -105,7 +105,7 @@ def test_predictions_are_those_of_main_finetune(place, tmp_path):
     )
     main_finetune.main(options.parse(options.finetune_parser(), words.split()))
     expected = [*csv.DictReader((tmp_path / "predictions.csv").open())]
-    run(f"it.pth labeled --out {tmp_path}/r.csv --tta hflip")
+    run(f"it.pth labeled --output {tmp_path}/r.csv --tta hflip")
     found = [row for row in csv.DictReader((tmp_path / "r.csv").open()) if not row["error"]]
     assert [{name: row[name] for name in expected[0]} for row in found] == expected
     assert len({row["prediction"] for row in found}) > 1
@@ -132,7 +132,7 @@ def test_probabilities_are_those_of_a_loop_in_plain_pytorch(place, tmp_path):
 def test_all_formats_agree(suffix, tmp_path):
     expected = results("it.pth labeled", tmp_path / "r.json")
     out = tmp_path / f"r.{suffix}"
-    run(f"it.pth labeled --out {out}")
+    run(f"it.pth labeled --output {out}")
     if suffix == "csv":
         found = [*csv.DictReader(out.open())]
         expected = [{name: cell(value) for name, value in row.items()} for row in expected]
@@ -189,7 +189,7 @@ def test_inputs_are_taken_in_order(tmp_path):
 
 
 def test_paths_on_standard_input(tmp_path, monkeypatch):
-    """Files that are not there are passed over like those that cannot be read."""
+    """Missing files are skipped like those that cannot be read."""
     text = b"flat/03.png\n\nflat/none.png\r\nflat/00.png\n"
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
     found = results("it.pth -", tmp_path / "r.json")
@@ -215,7 +215,7 @@ def test_folders_with_parts_are_taken_as_a_whole(tmp_path):
         ("it.pth flat --labels true", "flat: no class folders; expected"),
         ("it.pth flat --topk 2 --threshold 0.5", "--threshold is for --task multi_label, which it"),
         ("it.pth flat --label_column x", "--label_column: flat has no columns; drop it"),
-        ("it.pth flat --out flat", "unknown suffix|--out flat"),
+        ("it.pth flat --output flat", "unknown suffix|--output flat"),
         ("it.pth flat --model tests.tiny:classifier --input_size 4", "use larger images"),
     ],
 )
@@ -247,7 +247,7 @@ def test_pre_trained_weights_are_refused_with_what_to_do(tmp_path):
 
 def test_classes_without_names_are_numbers_and_a_line_says_so(tmp_path):
     save_checkpoint(tmp_path / "a.pth", names=None)
-    lines = run(f"{tmp_path}/a.pth flat --out {tmp_path}/r.json")
+    lines = run(f"{tmp_path}/a.pth flat --output {tmp_path}/r.json")
     assert f"{tmp_path}/a.pth stores no class names; their numbers are shown, 0 to 2" in lines
     found = json.loads((tmp_path / "r.json").read_text())
     assert {row["prediction"] for row in found} <= {"0", "1", "2"}
@@ -258,7 +258,7 @@ def test_published_weights_of_1000_classes_have_the_names_of_imagenet(tmp_path):
     held = torch.load(path, weights_only=True)
     del held["outputs"]  # that runs of this toolkit store
     torch.save(held, path)
-    lines = run(f"{path} flat --out {tmp_path}/r.json --topk 1000")
+    lines = run(f"{path} flat --output {tmp_path}/r.json --topk 1000")
     assert f"{path} stores no class names; those of ImageNet are shown" in lines
     row = json.loads((tmp_path / "r.json").read_text())[0]
     names = {x for name, x in row.items() if name.startswith("class_")} | {row["prediction"]}
@@ -277,7 +277,7 @@ def test_networks_of_libraries_bring_their_preprocessing(tmp_path, monkeypatch):
     loaded = []
     real = predict.load_trained
     monkeypatch.setattr(predict, "load_trained", lambda *a: loaded.append(real(*a)) or loaded[-1])
-    words = f"timm:resnet18 flat --device cpu --num_workers 0 --out {tmp_path}/r.json"
+    words = f"timm:resnet18 flat --device cpu --num_workers 0 --output {tmp_path}/r.json"
     predict.main(predict_flags.parse(words.split()))
     flags = loaded[0].flags
     assert (flags.input_size, flags.crop_pct, flags.mean[0]) == ((64, 64), 0.5, 0.1)
@@ -332,7 +332,7 @@ def test_numbers_are_predicted_in_the_units_of_the_data(tmp_path):
 
 
 def test_labels_that_are_classes_of_the_checkpoint_make_an_evaluation(tmp_path):
-    lines = run(f"it.pth labeled --out {tmp_path}/r.csv")
+    lines = run(f"it.pth labeled --output {tmp_path}/r.csv")
     rows = [row for row in csv.DictReader((tmp_path / "r.csv").open()) if row["target"]]
     right = [row["target"] == row["prediction"] for row in rows]
     stats = json.loads((tmp_path / "r-metrics.json").read_text())
@@ -366,7 +366,16 @@ def test_labels_of_other_classes_are_not_used_unless_asked_for(tmp_path):
         run(f"it.pth {tmp_path}/x --labels true")
 
 
-def test_labels_can_be_left_alone(tmp_path):
+def test_a_table_whose_labels_are_not_found_is_named(tmp_path):
+    """It was predicted without an evaluation, and without a word about --label_column."""
+    (tmp_path / "a.csv").write_text(
+        f"image,species,size\n{Path('labeled/ant/00.png').absolute()},ant,3\n"
+    )
+    (line,) = [line for line in run(f"it.pth {tmp_path}/a.csv") if "no evaluation" in line]
+    assert "name those of the labels with --label_column" in line
+
+
+def test_labels_can_be_ignored(tmp_path):
     found = results("it.pth labeled --labels false", tmp_path / "r.json")
     assert "target" not in found[0]
     assert not (tmp_path / "r-metrics.json").exists()
@@ -375,7 +384,7 @@ def test_labels_can_be_left_alone(tmp_path):
 def test_without_a_file_the_first_images_are_shown(monkeypatch, capsys):
     monkeypatch.setattr(predict, "SHOWN", 3)
     lines = run("it.pth labeled --labels false --topk 1")
-    assert "the first 3 of 11 images; --out results.csv predicts and writes all of them" in lines
+    assert "the first 3 of 11 images; --output results.csv predicts and writes all of them" in lines
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["path", "prediction", "probability"]
     assert [line.split()[0] for line in shown[1:]] == [f"labeled/ant/0{n}.png" for n in (0, 3, 6)]
@@ -410,8 +419,8 @@ def test_a_killed_command_continues_bit_for_bit(after, suffix, tmp_path, monkeyp
     names = [f"a.{suffix}", "a-metrics.json", "a-confusion.csv", "a-worst.png", "a-calibration.csv"]
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    run(f"it.pth labeled --out {tmp_path}/whole/a.{suffix}")
-    words = f"it.pth labeled --out {tmp_path}/killed/a.{suffix}"
+    run(f"it.pth labeled --output {tmp_path}/whole/a.{suffix}")
+    words = f"it.pth labeled --output {tmp_path}/killed/a.{suffix}"
     killed_at(after, words)
     with pytest.raises(UserError, match="other arguments: topk 5 .now 2."):
         run(f"{words} --topk 2")
@@ -420,8 +429,28 @@ def test_a_killed_command_continues_bit_for_bit(after, suffix, tmp_path, monkeyp
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
-    with pytest.raises(UserError, match="exists; choose another --out"):
+    with pytest.raises(UserError, match="exists; choose another --output"):
         run(words)
+
+
+def test_other_images_do_not_continue(tmp_path, monkeypatch):
+    """A run with another --image_root, or another archive, was mixed with the first one."""
+    monkeypatch.setattr(predict, "PART", 4)
+    for root in ("a", "b"):
+        shutil.copytree("labeled", tmp_path / root)
+    names = [path.relative_to("labeled") for path in sorted(Path("labeled").rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("\n".join(["image", *map(str, names)]))
+    words = (
+        f"it.pth {tmp_path}/t.csv --output {tmp_path}/r.csv --labels false --image_root {tmp_path}"
+    )
+    killed_at(1, f"{words}/a")
+    with pytest.raises(UserError, match="other arguments: image_root"):
+        run(f"{words}/b")
+    (tmp_path / "t.csv").write_text("\n".join(["image", *map(str, names)]) + "\n")
+    with pytest.raises(UserError, match="other arguments: files"):
+        run(f"{words}/a")
+    lines = run(f"{words}/b --overwrite true")
+    assert not [line for line in lines if "continues after" in line]
 
 
 def test_metrics_of_all_outputs_continue_too(tmp_path, monkeypatch):
@@ -431,7 +460,7 @@ def test_metrics_of_all_outputs_continue_too(tmp_path, monkeypatch):
     names = [path for path in sorted(Path("labeled").rglob("*.png")) if path.name != "05.png"]
     rows = [f"{path.absolute()},{'|'.join(CLASSES[: n % 4])}" for n, path in enumerate(names)]
     (tmp_path / "a.csv").write_text("\n".join(["image,tags", *rows]))
-    words = f"{tmp_path}/a.pth {tmp_path}/a.csv --label_column tags --out {tmp_path}"
+    words = f"{tmp_path}/a.pth {tmp_path}/a.csv --label_column tags --output {tmp_path}"
     run(f"{words}/whole.json")
     killed_at(2, f"{words}/killed.json")
     run(f"{words}/killed.json")
@@ -452,7 +481,7 @@ def test_a_change_of_the_loader_processes_loses_no_image(tmp_path, monkeypatch):
     monkeypatch.setattr(predict.Tuner, "after_batch", after_batch)
     monkeypatch.setattr("datasets.first_workers", lambda: 1)
     words = BASE.replace("--num_workers 0 ", "").replace("batch_size 4", "batch_size 2")
-    predict.main(predict_flags.parse(f"it.pth labeled {words} --out {tmp_path}/s.json".split()))
+    predict.main(predict_flags.parse(f"it.pth labeled {words} --output {tmp_path}/s.json".split()))
     assert next(changes, None) is None
     found = json.loads((tmp_path / "s.json").read_text())
     assert paths(found) == paths(expected)
@@ -467,7 +496,7 @@ def test_a_change_of_the_loader_processes_loses_no_image(tmp_path, monkeypatch):
 def test_two_processes_write_the_file_of_one(place, tmp_path):
     for ranks, workers in ((1, 0), (2, 0), (3, 1)):
         (tmp_path / str(ranks)).mkdir()
-        words = ["it.pth", "labeled", "--out", tmp_path / str(ranks) / "a.csv", *BASE.split()]
+        words = ["it.pth", "labeled", "--output", tmp_path / str(ranks) / "a.csv", *BASE.split()]
         words += ["--num_workers", workers]
         run_here("predict.py", words, ranks, tmp_path, place)
     for name in sorted(os.listdir(tmp_path / "1")):
@@ -494,7 +523,7 @@ def test_after_a_kill_another_number_of_processes_continues(place, tmp_path):
     rows = [f"{names[n % 11].absolute()},{names[n % 11].parent.name}" for n in range(2300)]
     (tmp_path / "a.csv").write_text("\n".join(["image,label", *rows]))
     base = ["it.pth", tmp_path / "a.csv", "--device", "cpu", "--num_workers", 0, "--kernels"]
-    base += ["torch", "--batch_size", 128, "--model", "tests.test_predict:fatal", "--out"]
+    base += ["torch", "--batch_size", 128, "--model", "tests.test_predict:fatal", "--output"]
     (tmp_path / "whole").mkdir()
     run_here("predict.py", [*base, tmp_path / "whole/r.csv"], 1, tmp_path, place)
     outputs = [(tmp_path / f"killed-{rank}.txt",) * 2 for rank in range(2)]

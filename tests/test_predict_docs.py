@@ -89,8 +89,8 @@ def test_documented_commands_run(command, place, tmp_path):
         pytest.importorskip("pyarrow")
     said = run(command, place, tmp_path)
     words = shlex.split(command)
-    if "--out" in words:
-        out = place / words[words.index("--out") + 1]
+    if "--output" in words:
+        out = place / words[words.index("--output") + 1]
         assert out.stat().st_size > 0
         assert not out.with_name(f"{out.name}.parts").exists()
     elif "explain" in words:

@@ -63,7 +63,7 @@ def seen(words: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(target, name, call)
 
     with monkeypatch.context() as monkeypatch:
-        keep(predict.Job, "build_loader", "loader")
+        keep(predict.PredictionJob, "build_loader", "loader")
         keep(predict, "load_trained", "trained")
         keep(setup.process_group, "init_distributed_mode", "device")
         keep(setup, "set_kernels", "kernels")
@@ -77,7 +77,7 @@ def seen(words: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def rows(found: Any) -> list[dict]:
-    return json.loads(Path(found.job.args.out).read_text())
+    return json.loads(Path(found.job.args.output).read_text())
 
 
 def paths(found: Any) -> list[str]:
@@ -90,7 +90,7 @@ BASE = "--device cpu --num_workers 0 --kernels torch"
 ROWS: dict[str, tuple] = {
     "checkpoint": ("= all.pth images", lambda f: f.trained.weights.path, "it.pth", "all.pth"),
     "input": ("= it.pth images images/cat", lambda f: len(rows(f)), 6, 8),
-    "out": ("", lambda f: Path(f.job.args.out or "none").exists(), False, True),
+    "output": ("", lambda f: Path(f.job.args.output or "none").exists(), False, True),
     "overwrite": ("--overwrite", lambda f: len(rows(f)), "refused", 6),
     "topk": ("--topk 2", lambda f: "class_3" in rows(f)[0], True, False),
     "threshold": (
@@ -168,7 +168,7 @@ def test_flag_of_predict_acts(flag, place, tmp_path, monkeypatch):
             out.write_text("")
         line = f"{more[2:]} {MODEL}" if more.startswith("= ") else f"{base} {more}"
         first, second, rest = f"{line} ".split(" ", 2)
-        to = "" if flag == "out" and not number else f"--out {out}"
+        to = "" if flag == "output" and not number else f"--output {out}"
         if more.startswith("= "):  # more inputs may follow
             line = f"{line} {BASE} {to}"
         else:
@@ -187,9 +187,9 @@ def test_every_flag_of_predict_is_tried():
 
 def test_flags_that_cannot_work_together_are_refused(capsys):
     for words, message in {
-        "a b --out c.png": "--out c.png: unknown suffix '.png'; expected a name that ends in .csv",
-        "a b --out c": "--out c; expected a name that ends in .csv, .json, .jsonl, .parquet",
-        "a b --overwrite": "--overwrite true needs --out",
+        "a b --out c.png": "--output c.png: unknown suffix '.png'; expected a name that ends in",
+        "a b --output c": "--output c; expected a name that ends in .csv, .json, .jsonl, .parquet",
+        "a b --overwrite": "--overwrite true needs --output",
         "a - b": "- reads paths from standard input; give it alone",
         "a b --input_size 1 2 3": "--input_size: got 3 numbers, expected one or two",
         "a b --mean 0.5": "--mean and --std belong together",
@@ -234,12 +234,8 @@ def images(found: SimpleNamespace) -> torch.Tensor:
 
 FINE, PRE = f"it.pth --images images {MODEL}", "pre.pth --model tests.tiny:fcmae"
 EXPLAIN: dict[str, tuple] = {
-    "source": (
-        f"= all.pth --images images {MODEL}", lambda f: f.read_source[1].path, "it.pth", "all.pth",
-    ),
     "checkpoint": (
-        f"= --checkpoint all.pth --images images {MODEL}", lambda f: f.read_source[1].path,
-        "it.pth", "all.pth",
+        f"= all.pth --images images {MODEL}", lambda f: f.read_source[1].path, "it.pth", "all.pth",
     ),
     "output": ("--output b.png", lambda f: Path("b.png").exists(), False, True),
     "images": ("--images images/ant", lambda f: len(f.files), 6, 2),
@@ -351,7 +347,6 @@ def test_wrong_explanations_are_refused(place, monkeypatch, capsys):
     }.items():
         with pytest.raises(UserError, match=message):
             drawn(f"{words} {base}", monkeypatch)
-    for words, message in {"a --checkpoint b": "are the same; give one", "": "are missing"}.items():
-        with pytest.raises(SystemExit):
-            views.parse_explain(words.split())
-        assert f"CHECKPOINT and --checkpoint {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        views.parse_explain([])
+    assert "the following arguments are required: CHECKPOINT" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import probe
-from config import flags, probing
+from config import flags, probe_flags
 from data_loading.rng import fold_in
 from errors import UserError
 from insight import feature_cache
@@ -78,7 +78,9 @@ def run(words: str, data: Path | str = "photos", common: str = COMMON) -> None:
     view, *rest = words.split()
     if not any(word.endswith(".pth") for word in rest[:1]):
         rest = ["tiny.pth", *rest]
-    view, args = probing.parse_probe([view, *rest, *common.replace("photos", str(data)).split()])
+    view, args = probe_flags.parse_probe(
+        [view, *rest, *common.replace("photos", str(data)).split()]
+    )
     probe.VIEWS[view](args)
 
 
@@ -98,7 +100,7 @@ def test_probes_of_separable_classes_find_them(tmp_path, capsys):
     assert found["chance"] == pytest.approx(30)  # 3 of 10 are blue, as is the first of equals
     rows = found["results"]
     assert [(row["probe"], row["images"]) for row in rows] == [
-        (name, images) for images in (24, 12) for name in ("knn", "ridge", "logistic")
+        (name, images) for images in (24, 12) for name in ("knn", "linear", "logistic")
     ]
     assert all(row["score"] == 90 for row in rows[:3])  # the copy has a wrong class
     # Wilson's interval, which is not empty at 100%.
@@ -109,9 +111,9 @@ def test_probes_of_separable_classes_find_them(tmp_path, capsys):
 
 
 def test_order_of_probes_does_not_depend_on_the_flag(tmp_path):
-    run(f"accuracy --k 3 --probes ridge knn --output {tmp_path}/r.json")
+    run(f"accuracy --k 3 --probes linear knn --output {tmp_path}/r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [row["probe"] for row in found] == ["knn", "ridge"]
+    assert [row["probe"] for row in found] == ["knn", "linear"]
 
 
 def test_files_of_features_have_the_same_rows(tmp_path):
@@ -238,7 +240,7 @@ def test_pretrained_encoder_and_library_weights_have_features(tmp_path, monkeypa
     rest = f"--data_path photos --device cpu --num_workers 0 --max_images 4 --output {tmp_path}"
     for source, size, width in ((tmp_path / "pre.pth", "16", 320), (name, "32", 1024)):
         words = f"features {source} --input_size {size} {rest}/f.npy"
-        probe.write_features(probing.parse_probe(words.split())[1])
+        probe.write_features(probe_flags.parse_probe(words.split())[1])
         found = np.load(tmp_path / "f.npy")
         assert found.shape == (4, width)
         assert np.isfinite(found).all()
@@ -250,7 +252,7 @@ def test_network_without_forward_features_gives_the_input_of_its_classifier(tmp_
     torch.save({"model": model.state_dict()}, tmp_path / "other.pth")
     words = f"features {tmp_path}/other.pth --model tests.tiny:other --input_size 16 "
     words += f"--data_path photos --device cpu --num_workers 0 --output {tmp_path}/f.npy"
-    probe.write_features(probing.parse_probe(words.split())[1])
+    probe.write_features(probe_flags.parse_probe(words.split())[1])
     assert np.load(tmp_path / "f.npy").shape == (24, 8)
 
 
@@ -362,11 +364,11 @@ def make_bad_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("accuracy --k 25", "--k 25, but there are 24 training images .* give --k 24 or less"),
-        ("accuracy --k 13 --fractions 0.5", "12 training images to find .* at fraction 0.5"),
-        ("neighbors --k 24", "--k 24, but an image has 23 others"),
-        ("neighbors --k 25 --split val", "--k 25, but an image has 24 others"),
-        ("outliers --split all --k 34", "--k 34, but an image has 33 others"),
+        ("accuracy --k 25", "k 25: there are only 24 images to find neighbors among; lower k"),
+        ("accuracy --k 13 --fractions 0.5", "only 12 images .* at fraction 0.5; lower k"),
+        ("neighbors --k 24", "k 24: there are only 23 images"),
+        ("neighbors --k 25 --split val", "k 25: there are only 24 images"),
+        ("outliers --split all --k 34", "k 34: there are only 33 images"),
         ("accuracy --data ONE", "train: all images are of one class, 'red', so there is nothing"),
         ("selectivity --data ONE", "train: all images are of one class, 'red'"),
         ("accuracy --k 1 --data OTHERS", "val has classes that train does not know: fox"),
@@ -428,7 +430,7 @@ def test_features_that_are_not_finite_are_named(tmp_path):
 def test_wrong_flags_are_refused_at_once(words, problem, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
-        probing.parse_probe(words.replace("FILE", str(tmp_path / "file")).split())
+        probe_flags.parse_probe(words.replace("FILE", str(tmp_path / "file")).split())
     assert problem in capsys.readouterr().err
 
 
@@ -453,7 +455,7 @@ def test_numbers_are_probed_by_regression_and_not_by_logistic(tmp_path):
     run(f"{words} --output {tmp_path}/r.json", tmp_path / "t.csv")
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["score"] == "R squared"
-    assert [row["probe"] for row in found["results"]] == ["knn", "ridge"]
+    assert [row["probe"] for row in found["results"]] == ["knn", "linear"]
     assert all(row["score"] > 80 for row in found["results"])
     with pytest.raises(UserError, match="--probes logistic needs one class per image"):
         run(f"{words} --probes logistic", tmp_path / "t.csv")
@@ -565,9 +567,9 @@ def see(view: str, words: str) -> Any:
     kept, pairs = [], common.split()
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         kept += [] if name in given else [name, value]
-    output = [] if "--output" in given else ["--output", f"{view}{probing.SUFFIXES[view][0]}"]
+    output = [] if "--output" in given else ["--output", f"{view}{probe_flags.SUFFIXES[view][0]}"]
     try:
-        _, args = probing.parse_probe([view, source, *kept, *rest, *output])
+        _, args = probe_flags.parse_probe([view, source, *kept, *rest, *output])
         args = args.replace(output=str(folder / args.output), feature_cache="none")
         probe.VIEWS[view](args)
     except (UserError, SystemExit) as error:
@@ -575,16 +577,16 @@ def see(view: str, words: str) -> Any:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("view", probing.AIMS)
+@pytest.mark.parametrize("view", probe_flags.AIMS)
 def test_every_flag_has_a_row(view):
     """Those that all sub-commands have are tested with one of them."""
-    names = {action.dest for action in probing.probe_parser(view)._actions} - {"help"}
-    own = {row[0].removeprefix("--") for row in probing.ROWS[view]}
+    names = {action.dest for action in probe_flags.probe_parser(view)._actions} - {"help"}
+    own = {row[0].removeprefix("--") for row in probe_flags.ROWS[view]}
     shared = {"output", "layer", "split"}
     assert own - shared <= set(ACTS[view])
     assert names - own <= {*ACTS["features"], *ELSEWHERE}
     assert set(ACTS[view]) <= names
-    assert set(probing.AIMS) == set(probe.VIEWS) == set(ACTS)
+    assert set(probe_flags.AIMS) == set(probe.VIEWS) == set(ACTS)
     assert flags.library_of("timm:resnet18") == "timm"
 
 
@@ -592,7 +594,7 @@ def test_every_flag_has_a_row(view):
 @pytest.mark.parametrize("view", ["features", "selectivity"])
 def test_two_processes_give_the_same_bytes(view, place, tmp_path):
     words = f"{view} {place}/tiny.pth {COMMON}".replace("photos", f"{place}/photos").split()
-    suffix = probing.SUFFIXES[view][0]
+    suffix = probe_flags.SUFFIXES[view][0]
     for ranks in (1, 2):
         out = "--feature_cache", tmp_path / f"{ranks}", "--output", tmp_path / f"{ranks}{suffix}"
         run_script("probe.py", *words, *out, ranks=ranks, folder=tmp_path)
@@ -626,11 +628,13 @@ def test_commands_of_the_documentation_run(of_the_docs, capsys):
     """With small networks, and without training them."""
     page = ROOT / "docs/insight.md"
     found = [words[2:] for words in commands(page) if words[:2] == ["python", "probe.py"]]
-    assert {words[0] for words in found} >= set(probing.AIMS) - {"accuracy"}
+    assert {words[0] for words in found} >= set(probe_flags.AIMS) - {"accuracy"}
     for words in found:
         few = ["--k", "3", "--fractions", "1", "0.5"]  # the test has only 20 photos
-        more = few * (words[0] not in probing.AIMS and "DIGITS" not in words)
-        view, args = probing.parse_probe([*words, *more, "--num_workers", "0", "--device", "cpu"])
+        more = few * (words[0] not in probe_flags.AIMS and "DIGITS" not in words)
+        view, args = probe_flags.parse_probe(
+            [*words, *more, "--num_workers", "0", "--device", "cpu"]
+        )
         if vars(args).get("method") == "tsne" and not find_spec("sklearn"):
             with pytest.raises(UserError, match="pip install scikit-learn"):
                 probe.draw_map(args)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from config import parser as options
-from config import predict_flags, probing, views
+from config import predict_flags, probe_flags, views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/RESULTS.md")]
@@ -58,7 +58,7 @@ PARSERS = {
     "pack.py": options.pack_parser,
     "predict.py": predict_flags.predict_parser,
     "visualize.py explain": views.explain_parser,
-} | {f"probe.py {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
+} | {f"probe.py {view}": partial(probe_flags.probe_parser, view) for view in probe_flags.AIMS}
 
 
 def faults(text: str) -> list[str]:

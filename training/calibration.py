@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Calibration of a classifier: accuracy by confidence, as a table and as a reliability diagram.
 
-python predict.py runs/finetune labeled --out results.csv
+python predict.py runs/finetune labeled --output results.csv
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ from config.calls import Call, accepted, parse_call
 from config.phases import split_best_metric
 from data_loading.targets import KINDS, Scale
 from errors import UserError, a_type, describe_error, first_few, plural, resolve
+from models.heads import implied_activation
 from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
 from training.metrics import METRICS, Batch, Metric, default_metrics
 from training.report import plain
@@ -46,6 +47,7 @@ class Metrics:
         scale: Scale | None = None,
     ) -> None:
         self.kind, self.outputs, self.scale = kind, outputs, scale
+        self.activation = "softmax"  # of the outputs of one class per image
         self.metrics: dict[str, Metric] = {}
         self.texts: dict[str, str] = {}  # name in log.txt -> as typed
         for text in words or default_metrics(kind):
@@ -137,7 +139,8 @@ class Metrics:
         counts: as losses, 0 for an image that does not count in the mean of a loss, otherwise 1.
         """
         targets = self._checked(logits, targets)
-        batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
+        about = self.kind, self.ranks, self.dtype, self.activation
+        batch = Batch(logits, targets, *about)
         images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
         broken = batch.broken.sum(dtype=self.dtype)
         counts = torch.ones_like(losses) if counts is None else counts
@@ -270,6 +273,7 @@ def build_metrics(
             problem = problem or error
     else:
         raise problem
+    metrics.activation = implied_activation(vars(args).get("loss") or "ce")
     if outputs:
         metrics.try_out()
     return metrics

@@ -15,8 +15,8 @@ from insight.drawing import draw_images
 from insight.predictions import best_classes, name_of, number
 from models.fcmae import FCMAE
 from models.heads import implied_activation
-from training.pictures import as_rgb, scale_to_show
-from training.trained import Trained
+from training.pictures import to_show
+from training.trained_model import TrainedModel
 
 AT_ONCE = 16  # images
 STRENGTH = 0.5  # of the colors over the image
@@ -34,7 +34,7 @@ def overlay(images: Tensor, heat: Tensor) -> Tensor:
     return (1 - STRENGTH) * gray + STRENGTH * heat_colors(heat)
 
 
-def find_target(text: str | None, trained: Trained) -> int | None:
+def find_target(text: str | None, trained: TrainedModel) -> int | None:
     """Return the output that --target names, a class or its number; None for the predicted one."""
     names, count = trained.names, trained.head.count
     if text is None:
@@ -54,19 +54,12 @@ def read_images(loader: DeviceLoader, count: int) -> tuple[Tensor, Tensor, list[
     images, _, ids = loader.reload(0, torch.arange(count) * len(dataset) // count)
     if not len(images):
         raise UserError("none of the images can be read; give others with --images")
-    names = [dataset.name_of(n).removeprefix("image ").rpartition("/")[2] for n in ids.tolist()]
+    names = [dataset.path_of(n).rpartition("/")[2] for n in ids.tolist()]
     return images, ids, names
 
 
-def shown(images: Tensor, loader: DeviceLoader) -> Tensor:
-    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1."""
-    scale = scale_to_show(loader.mean, loader.std)
-    mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in scale)
-    return as_rgb(images * std + mean).clamp(0, 1)
-
-
 def explain_classifier(
-    trained: Trained, loader: DeviceLoader, count: int, target: str | None, layer: str
+    trained: TrainedModel, loader: DeviceLoader, count: int, target: str | None, layer: str
 ) -> tuple[Tensor, str]:
     """Draw images with their Grad-CAM: (3, height, width) in 0 to 1, and what was drawn.
 
@@ -81,16 +74,16 @@ def explain_classifier(
         found = grad_cam(trained.network, part, layer, last, targets)
         maps.append(enlarge(found[0], part.shape[-2:]))
         outputs.append(found[1])
-    pictures = shown(images, loader)
+    pictures = to_show(images, loader.mean, loader.std)
     seen = overlay(pictures, torch.cat(maps))
     texts = describe(torch.cat(outputs), trained, index)
     cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
     titles = [text for pair in zip(names, texts, strict=True) for text in pair]
-    title = f"Grad-CAM of {layer}: red speaks for the class; each map has its own scale"
+    title = f"Grad-CAM of {layer}: red raises the class score; each map has its own scale"
     return draw_images(cells, titles, 4, title), f"Grad-CAM of {layer}"
 
 
-def describe(outputs: Tensor, trained: Trained, index: int | None) -> list[str]:
+def describe(outputs: Tensor, trained: TrainedModel, index: int | None) -> list[str]:
     """Return a title for each image: the explained class and its probability, or the number."""
     if trained.kind == "number":
         scale = trained.head.scale
@@ -118,7 +111,7 @@ def explain_autoencoder(
     errors = torch.cat([error_map(model, part, own, seed, masks) for part, own in parts])
     h, w = model.grid_size(*images.shape[-2:])
     patches = errors.unflatten(2, (w, -1)).unflatten(1, (h, -1)).mean((2, 4))  # (N, h, w)
-    pictures, side = shown(images, loader), model.patch_size
+    pictures, side = to_show(images, loader.mean, loader.std), model.patch_size
     heat = patches / patches.amax((1, 2), keepdim=True)
     heat = heat.repeat_interleave(side, 1).repeat_interleave(side, 2)
     cells = [each for pair in zip(pictures, overlay(pictures, heat), strict=True) for each in pair]

@@ -28,6 +28,7 @@ from config.flags import is_code
 from data_loading.bad_images import BadImages
 from data_loading.dataset import Replacement, TransformedDataset
 from data_loading.images import Images
+from data_loading.labels import describe_label
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
 from data_loading.sources import DatasetSpec
@@ -45,11 +46,9 @@ from models.parts import features as module_outputs
 from models.parts import find_classifier
 from parallel.process_group import broadcast, from_main_process, get_logger, is_main_process
 from training.pictures import as_rgb
-from training.preview import describe_label
-from training.setup import check_start, read_weights, setup_process, user_modules
+from training.setup import check_start, setup_process, user_modules
 from training.stepper import DTYPES, autocast
-from weights.library import read_library_weights
-from weights.pretrained import Pretrained
+from training.trained import read_source
 from weights.saved_run import inherit_flags
 
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # whose versions may change features
@@ -64,8 +63,8 @@ FOUND = {"multi": "several labels", "number": "numbers", "none": "no labels"}  #
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A checkpoint whose features are looked at.
+class FrozenModel:
+    """A checkpoint whose features are read, without training it.
 
     args: with the flags that the checkpoint brings. model: in evaluation mode, on `device`. layer:
     path of the module whose output is used, '' for the input of the classifier.
@@ -98,35 +97,21 @@ class Subject:
         return classifier_input(model, images)
 
 
-def build_subject(args: Any) -> Subject:
+def load_frozen(args: Any) -> FrozenModel:
     """Load the checkpoint that the flags name; UserError before data is listed if it is wrong."""
     device, amp = setup_process(args)
     off = args.feature_cache == "none"
     folder = Path(args.feature_cache or feature_cache.default_folder()).expanduser()
     cache = FeatureCache(None if off else folder)
     from_main_process(cache.check)
-    weights = _read_weights(args)
+    weights = read_source(args, args.checkpoint)
     args = inherit_flags(args, weights.saved)
     count = weights.saved.head.count
     check_start(args, weights, count)
     seed_all(args.seed)  # of parts that the weights lack
     model = models.build_classifier(args, count).to(device).eval()
     weights.load(model, reset_head=True)  # no classifier is used
-    return Subject(args, device, amp, model, cache, _find_layer(args, model))
-
-
-def _read_weights(args: Any) -> Pretrained:
-    if not args.pretrained:
-        return read_weights(args, args.finetune, args.sha256)
-    size = args.input_size if "input_size" in args.given else None
-    try:
-        return read_library_weights(args.model, size)
-    except UserError as error:
-        words = {"--pretrained: ": "", "--finetune FILE": "it as CHECKPOINT with --model"}
-        text = str(error)
-        for word, own in words.items():
-            text = text.replace(word, own)
-        raise UserError(text.replace("choose another --model", "choose another")) from error
+    return FrozenModel(args, device, amp, model, cache, _find_layer(args, model))
 
 
 def find_module(args: Any, model: nn.Module, name: str, flag: str) -> str:
@@ -135,10 +120,7 @@ def find_module(args: Any, model: nn.Module, name: str, flag: str) -> str:
     UserError, which names the flag, for one that a network lacks or does not call.
     """
     shapes, _ = trace(model, (args.in_chans, *args.input_size))
-    try:
-        return find_block(model, name, shapes)
-    except UserError as error:
-        raise UserError(str(error).replace("--heads", flag)) from error
+    return find_block(model, name, shapes, flag)
 
 
 def _find_layer(args: Any, model: nn.Module) -> str:
@@ -212,7 +194,7 @@ class ImageSet:
         return to_pil_image(as_rgb(image[None].clamp(0, 1))[0])
 
 
-def open_parts(subject: Subject, names: Sequence[str], labeled: bool = False) -> list[ImageSet]:
+def open_parts(frozen: FrozenModel, names: Sequence[str], labeled: bool = False) -> list[ImageSet]:
     """Open the train and val images that `names` lists; labels of val are those of train.
 
     labeled: UserError for data without labels.
@@ -220,7 +202,7 @@ def open_parts(subject: Subject, names: Sequence[str], labeled: bool = False) ->
     found: list[ImageSet] = []
     for name in names:
         head = found[0].dataset.head("train") if found and found[0].labeled else None
-        found.append(_open_part(subject.args, name, head, labeled))
+        found.append(_open_part(frozen.args, name, head, labeled))
     return found
 
 
@@ -316,7 +298,7 @@ class FeatureSet:
         )
 
 
-def compute_features(subject: Subject, images: ImageSet) -> FeatureSet | None:
+def compute_features(frozen: FrozenModel, images: ImageSet) -> FeatureSet | None:
     """Return the features of images from the cache, or compute them on all ranks.
 
     Every rank must call it; the result is on rank 0, None on others. UserError if some features
@@ -324,17 +306,17 @@ def compute_features(subject: Subject, images: ImageSet) -> FeatureSet | None:
     """
 
     def compute() -> dict[str, Tensor] | None:
-        loader = _build_loader(subject, images)
-        dtype = DTYPES.get(subject.amp) if subject.amp != "none" else None
+        loader = _build_loader(frozen, images)
+        dtype = DTYPES.get(frozen.amp) if frozen.amp != "none" else None
         batches = _with_bar(loader, images)
-        found = extract(subject.model, batches, subject.device, dtype, subject.pool)
-        _report_bad(subject, loader)
+        found = extract(frozen.model, batches, frozen.device, dtype, frozen.pool)
+        _report_bad(frozen, loader)
         if found is None:
             return None
         held = {"ids": found.ids, "features": found.features, "labels": found.labels}
         return {name: value.cpu() for name, value in held.items()}
 
-    held = _cached(subject, images, {"layer": subject.layer}, compute, "features")
+    held = _cached(frozen, images, {"layer": frozen.layer}, compute, "features")
     if held is None:
         return None
     broken = held["ids"][~held["features"].isfinite().all(1)].tolist()
@@ -349,7 +331,7 @@ def compute_features(subject: Subject, images: ImageSet) -> FeatureSet | None:
 
 
 def class_means(
-    subject: Subject, images: ImageSet, layers: Sequence[str]
+    frozen: FrozenModel, images: ImageSet, layers: Sequence[str]
 ) -> dict[str, Tensor] | None:
     """Return the mean activities (K, C) by layer, from the cache or computed on all ranks.
 
@@ -357,36 +339,36 @@ def class_means(
     """
 
     def compute() -> dict[str, Tensor] | None:
-        counter = ClassMeans(subject.model, layers, images.dataset.nb_classes)
-        loader = _build_loader(subject, images)
-        with torch.no_grad(), evaluating(subject.model), counter.watch():
+        counter = ClassMeans(frozen.model, layers, images.dataset.nb_classes)
+        loader = _build_loader(frozen, images)
+        with torch.no_grad(), evaluating(frozen.model), counter.watch():
             for batch, labels, _ in _with_bar(loader, images):
-                with autocast(subject.device, subject.amp):
-                    subject.model(batch)
+                with autocast(frozen.device, frozen.amp):
+                    frozen.model(batch)
                 counter.count(labels)
-        _report_bad(subject, loader)
-        means = counter.reduce(subject.device)
+        _report_bad(frozen, loader)
+        means = counter.reduce(frozen.device)
         return means if is_main_process() else None
 
     which = {"layers": json.dumps([*layers])}
-    found = _cached(subject, images, which, compute, "activities")
+    found = _cached(frozen, images, which, compute, "activities")
     return found and {name: found[name] for name in layers}
 
 
 def _cached(
-    subject: Subject,
+    frozen: FrozenModel,
     images: ImageSet,
     which: Mapping[str, str],
     compute: Callable[[], dict[str, Tensor] | None],
     what: str,
 ) -> dict[str, Tensor] | None:
     """Return tensors from the cache on rank 0, or compute and store them; None on other ranks."""
-    find_key = partial(_key, subject, images, which)
+    find_key = partial(_key, frozen, images, which)
     key = from_main_process(find_key)
-    held = subject.cache.read(key) if is_main_process() else None
+    held = frozen.cache.read(key) if is_main_process() else None
     count, log = plural(f"{len(images):,}", "image"), get_logger()
     if broadcast(held is not None):
-        path = subject.cache.path(key)
+        path = frozen.cache.path(key)
         log.info("%s: %s of %s from the cache, %s", images.part, what, count, path)
         return held
     start = time.perf_counter()
@@ -397,9 +379,9 @@ def _cached(
     path, note = None, ""
     if key is not None and find_key() != key:
         note = "; not cached, since files have changed meanwhile"
-    elif path := subject.cache.write(key, held):
+    elif path := frozen.cache.write(key, held):
         note = f", cached in {path}"
-    elif subject.cache.folder and key is None:
+    elif frozen.cache.folder and key is None:
         note = "; not cached, since the data set lists neither files nor pixels"
     rate = len(images) / seconds
     text = "%s: %s of %s computed in %.1f s (%.0f images/s)%s"
@@ -407,10 +389,10 @@ def _cached(
     return held
 
 
-def _key(subject: Subject, images: ImageSet, which: Mapping[str, str]) -> dict[str, str] | None:
+def _key(frozen: FrozenModel, images: ImageSet, which: Mapping[str, str]) -> dict[str, str] | None:
     """Return all that features depend on, None if the images cannot be recognized again."""
-    args, dataset = subject.args, images.dataset
-    if subject.cache.folder is None or is_code(args.data_set):  # whose code may change
+    args, dataset = frozen.args, images.dataset
+    if frozen.cache.folder is None or is_code(args.data_set):  # whose code may change
         return None
     if (found := feature_cache.hash_images(dataset.dataset)) is None:
         return None
@@ -422,21 +404,21 @@ def _key(subject: Subject, images: ImageSet, which: Mapping[str, str]) -> dict[s
     code = {name: path.read_bytes() for name, path in user_modules(vars(args)).items()}
     return {
         "version": feature_cache.VERSION,
-        "weights": subject.weights_hash,
+        "weights": frozen.weights_hash,
         "code": feature_cache.hash_bytes(*code.values()),
         "images": found,
         "labels": feature_cache.hash_bytes(values, repr(words).encode()),
         "labeled": str(images.labeled),
         "transform": re.sub(r" at 0x[0-9a-f]+", "", repr(dataset.transform)),  # of functions
-        "precision": f"{subject.device.type} {subject.amp}",
+        "precision": f"{frozen.device.type} {frozen.amp}",
         "libraries": " ".join(metadata.version(name) for name in LIBRARIES),
         **flags,
         **which,
     }
 
 
-def _build_loader(subject: Subject, images: ImageSet) -> DeviceLoader:
-    return datasets.build_loader(images.dataset, False, subject.args, subject.device)
+def _build_loader(frozen: FrozenModel, images: ImageSet) -> DeviceLoader:
+    return datasets.build_loader(images.dataset, False, frozen.args, frozen.device)
 
 
 def _with_bar(loader: DeviceLoader, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -449,5 +431,5 @@ def _with_bar(loader: DeviceLoader, images: ImageSet) -> Iterator[tuple[Tensor, 
             bar.update(min(round(share), bar.total - bar.n))
 
 
-def _report_bad(subject: Subject, loader: DeviceLoader) -> None:
-    BadImages(None, loader, active=subject.args.on_bad_image == "skip").write()
+def _report_bad(frozen: FrozenModel, loader: DeviceLoader) -> None:
+    BadImages(None, loader, active=frozen.args.on_bad_image == "skip").write()

@@ -73,7 +73,7 @@ class Run:
 
     def name_of(self, number: int) -> str:
         """Return the path of an image of the phase, or `number 7` if the data has no files."""
-        return self.loader.loader.dataset.name_of(number).removeprefix("image ")
+        return self.loader.loader.dataset.path_of(number)
 
     @property
     def is_complete(self) -> bool:

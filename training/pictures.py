@@ -115,6 +115,12 @@ def as_rgb(images: Tensor) -> Tensor:
     return images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
+def to_show(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1; mean and std: of the normalization."""
+    mean, std = (images.new_tensor(x).view(-1, 1, 1) for x in scale_to_show(mean, std))
+    return as_rgb((images * std + mean).clamp(0, 1))
+
+
 @torch.no_grad()
 def reconstruct(
     model: FCMAE, images: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]

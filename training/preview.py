@@ -21,6 +21,7 @@ import datasets
 from config.flags import is_pretraining
 from config.sizes import describe_sizes
 from data_loading.dataset import TransformedDataset
+from data_loading.labels import describe_label
 from data_loading.loader import DeviceLoader
 from data_loading.mixing import build_mixup
 from data_loading.rng import mask_noise, seed_all
@@ -29,10 +30,9 @@ from errors import UserError, plural
 from models import build_fcmae
 from models.fcmae import random_mask, visible_patches
 from optim_factory import choose_update_freq
-from training.pictures import GRAY, INK, MIN_WIDTH, as_rgb, scale_to_show
+from training.pictures import GRAY, INK, MIN_WIDTH, to_show
 from training.steps import build_steps
 
-ROUNDING = 1e-5  # of a normalized number in float32
 SHARE = 0.005  # of a class in a mixed label, below which it is not named
 
 
@@ -83,9 +83,8 @@ def build_preview(args: Any, count: int, epochs: int) -> Preview:
 
 def name_row(dataset: TransformedDataset, index: int) -> str:
     """Return the last three parts of the path of an image, or `image number 7`."""
-    name = dataset.name_of(index)
-    is_file = not name.startswith("image number ")
-    return "/".join(name.removeprefix("image ").split("/")[-3:]) if is_file else name
+    path = dataset.path_of(index)
+    return dataset.name_of(index) if path == f"number {index}" else "/".join(path.split("/")[-3:])
 
 
 Cells = dict[int, tuple[Tensor, str]]  # number of an image -> what is seen of it, and its text
@@ -164,27 +163,6 @@ def _batches(loader: DeviceLoader, epoch: int) -> Iterator[list[int]]:
     while len(batch := [index for _, index in islice(keys, size)]):
         if len(batch) == size:
             yield batch
-
-
-def to_show(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalized (N, C, H, W) -> (N, 3, H, W) in 0 to 1."""
-    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in scale_to_show(mean, std))
-    return as_rgb((images * std + mean).clamp(0, 1))
-
-
-def describe_label(dataset: TransformedDataset, label: Tensor) -> str:
-    """Return the class of a label, the classes of several, or the numbers of a regression."""
-    names = dataset.classes
-    if dataset.kind == "class":
-        return str(names[int(label)]) if names else f"class {int(label)}"
-    if dataset.kind == "multi":
-        found = [str(names[i]) if names else str(i) for i in label.nonzero().flatten().tolist()]
-        return ", ".join(found) or "no class"
-    if dataset.targets.scale is not None:
-        mean, std = dataset.targets.scale.tensors()
-        label = label.double() * std + mean
-        label = torch.where(label.abs() < ROUNDING * std, 0.0, label)
-    return ", ".join(f"{value:.4g}" for value in label.tolist())
 
 
 def describe_mixture(dataset: TransformedDataset, label: Tensor, smoothing: float) -> str:

@@ -64,7 +64,11 @@ from training.stepper import DTYPES, Stepper, autocast
 HELD_OUT = 256  # images of the loss on a fixed set, at most
 MEASURED = 32  # of them, whose activations are measured
 CHUNK = 16  # images at once, since widened features take memory
-SHARES = {"": 1.0, "_10pct": 0.1, "_1pct": 0.01}  # ending of a name -> fraction of the labels
+LABEL_FRACTIONS = {
+    "": 1.0,
+    "_10pct": 0.1,
+    "_1pct": 0.01,
+}  # ending of a name -> fraction of the labels
 MASKS = 0  # epoch of the masks of the fixed set, which never change
 TRIED_S = 3.0  # seconds to measure the speed for a dry run
 
@@ -91,10 +95,10 @@ class Evaluators:
     def run(self, train: Labeled, test: Labeled, kind: str) -> dict[str, float]:
         """Return all values in percent, with few labels too where there are enough images."""
         found = {}
-        for ending, share in SHARES.items():
+        for ending, fraction in LABEL_FRACTIONS.items():
             for name in self.calls:
                 try:
-                    part = take(train, few_labels(train.targets, share, 0, kind))
+                    part = take(train, few_labels(train.targets, fraction, 0, kind))
                     found |= self._values(name, ending, part, test, kind)
                 except UserError as error:
                     self._refuse(name + ending, error, is_expected=bool(ending))

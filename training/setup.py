@@ -227,7 +227,10 @@ def _read_start(args: Any, point: ResumePoint, check: bool = True) -> Pretrained
         return None
     if not source and vars(args).get("pretrained"):
         size = args.input_size if "input_size" in args.given else None
-        return read_library_weights(args.model, size)
+        try:
+            return read_library_weights(args.model, size)
+        except UserError as error:
+            raise UserError(f"--pretrained: {error} with --finetune FILE") from error
     return read_weights(args, source, args.sha256, check) if source else None
 
 

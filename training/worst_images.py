@@ -16,7 +16,7 @@ from errors import plural
 from insight.drawing import draw_images
 from insight.predictions import columns, words
 from parallel.process_group import all_gather, gather_rows
-from training.pictures import as_rgb, scale_to_show
+from training.pictures import to_show
 
 COUNT, COLUMNS = 16, 4
 LETTERS = 60  # of a path that are shown: its end
@@ -95,16 +95,14 @@ def draw_rows(
     """
     images, _, found = loader.reload(0, rows[:, 1].long())
     images = loader.views.center(images)
-    mean, std = (
-        images.new_tensor(x).view(-1, 1, 1) for x in scale_to_show(loader.mean, loader.std)
-    )
-    shown = dict(zip(found.tolist(), as_rgb(images * std + mean).clamp(0, 1), strict=True))
+    pictures = to_show(images, loader.mean, loader.std)
+    shown = dict(zip(found.tolist(), pictures, strict=True))
     kept = [row for row in rows.tolist() if int(row[1]) in shown]
     dataset = loader.loader.dataset
     texts = []
     for loss, number, *rest in kept:
         true, answer, probability = words(rest, kind, classes)
-        name = dataset.name_of(int(number)).removeprefix("image ")[-LETTERS:].rpartition("/")[2]
+        name = dataset.path_of(int(number))[-LETTERS:].rpartition("/")[2]
         chances = ", ".join(f"{float(x):.2f}" for x in filter(None, probability.split("|")))
         values = ", ".join(filter(None, [f"p {chances}" * bool(chances), f"loss {loss:.3g}"]))
         texts.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}\n{name}")

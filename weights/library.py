@@ -31,8 +31,8 @@ def read_library_weights(model: str, size: tuple[int, int] | None = None) -> Pre
         tag, state, flags = main_process_first(partial(read, network, tag, options, size))
     except Exception as error:  # of any library: of the network, of the disk, of the arguments
         raise UserError(
-            f"--pretrained: no weights for {model} ({first_line(error)}); choose another --model, "
-            "check the network, or get the file elsewhere and give --finetune FILE"
+            f"no weights for {model} ({first_line(error)}); choose another network, check the "
+            "connection, or get the file elsewhere and load it"
         ) from error
     name = f"{library}:{network}.{tag}" if tag else f"{library}:{network}"
     state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}

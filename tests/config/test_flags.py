@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 import datasets
-from config import cores, flags, predict_flags, probing, views
+from config import cores, flags, predict_flags, probe_flags, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -98,7 +98,7 @@ VIEWS = {
     "visualize report": views.report_parser,
     "visualize explain": views.explain_parser,
 }
-VIEWS |= {f"probe {view}": partial(probing.probe_parser, view) for view in probing.AIMS}
+VIEWS |= {f"probe {view}": partial(probe_flags.probe_parser, view) for view in probe_flags.AIMS}
 
 
 def value_of(action: argparse.Action, text: str) -> object:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from config import parser as options
-from config import predict_flags, probing, recipes
+from config import predict_flags, probe_flags, recipes
 
 ROOT = Path(options.__file__).resolve().parents[1]
 # Flags that config/checks.py only refuses. recipes.FILES are read by config/recipes.py.
@@ -21,7 +21,9 @@ GET = ("vars(args).get", "flags.get")
 
 def probe_actions() -> list[argparse.Action]:
     """Return the flags of all sub-commands of probe.py."""
-    return [action for view in probing.AIMS for action in probing.probe_parser(view)._actions]
+    return [
+        action for view in probe_flags.AIMS for action in probe_flags.probe_parser(view)._actions
+    ]
 
 
 PARSERS = {

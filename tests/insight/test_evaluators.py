@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import probe_speed
 from errors import UserError
-from insight import evaluators
+from insight import neighbors
 from insight.evaluators import PENALTIES, Labeled, few_labels, fit_ridge, knn, knn_outputs, linear
 from insight.scores import average_precision, score
 
@@ -57,7 +57,7 @@ def test_neighbors_vote_as_in_loops(kind):
 def test_chunks_of_neighbors_give_the_same(monkeypatch):
     train, test = made(40, 6), made(9, 6, seed=1)
     whole = knn_outputs(train, test, k=5)
-    monkeypatch.setattr(evaluators, "SIMILARITIES", 80)  # two images at once
+    monkeypatch.setattr(neighbors, "AT_ONCE", 80)  # two images at once
     torch.testing.assert_close(knn_outputs(train, test, k=5), whole)
 
 

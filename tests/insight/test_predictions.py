@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_loading.targets import Scale
-from insight.predictions import BROKEN, Answers, best_classes, likely_classes, words
+from insight.predictions import BROKEN, PredictionRecords, best_classes, likely_classes, words
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -33,19 +33,19 @@ def test_outputs_that_are_not_finite_have_no_class():
     assert best_classes(outputs, count=2)[0].tolist() == [[-1, -1], [-1, -1], [0, 1]]
 
 
-def record(answers: Answers, outputs: list[float]) -> dict:
-    best = answers.columns(torch.tensor([outputs]))
-    row = answers.in_units(best)[0].tolist()
-    return answers.record("a.png", row, outputs)
+def record(records: PredictionRecords, outputs: list[float]) -> dict:
+    best = records.columns(torch.tensor([outputs]))
+    row = records.in_units(best)[0].tolist()
+    return records.record("a.png", row, outputs)
 
 
 def test_record_of_a_class():
-    answers = Answers("class", "softmax", 3, NAMES, topk=2)
-    assert [*answers.fields] == [
+    records = PredictionRecords("class", "softmax", 3, NAMES, topk=2)
+    assert [*records.fields] == [
         "path", "prediction", "probability", "class_2", "probability_2", "error",
     ]  # fmt: skip
-    found = record(answers, [0.0, math.log(3), math.log(2)])
-    assert [*found] == [*answers.fields]
+    found = record(records, [0.0, math.log(3), math.log(2)])
+    assert [*found] == [*records.fields]
     assert found == {
         "path": "a.png", "prediction": "bee", "probability": 0.5,
         "class_2": "cat", "probability_2": 0.333333, "error": None,
@@ -53,53 +53,57 @@ def test_record_of_a_class():
 
 
 def test_there_are_no_more_classes_to_list_than_the_network_has():
-    fields = Answers("class", "softmax", 2, None, topk=5).fields
+    fields = PredictionRecords("class", "softmax", 2, None, topk=5).fields
     assert "class_2" in fields
     assert "class_3" not in fields
 
 
 def test_record_of_several_classes_has_all_from_the_threshold_on():
     outputs = [math.log(3), -9.0, 0.0]  # 0.75, 0.0001, 0.5
-    answers = Answers("multi", "sigmoid", 3, NAMES, topk=1)
-    found = record(answers, outputs)
+    records = PredictionRecords("multi", "sigmoid", 3, NAMES, topk=1)
+    found = record(records, outputs)
     assert (found["prediction"], found["probability"]) == (["ant", "cat"], [0.75, 0.5])
     assert (found["class_1"], found["probability_1"]) == ("ant", 0.75)
-    higher = Answers("multi", "sigmoid", 3, NAMES, topk=1, threshold=0.6)
+    higher = PredictionRecords("multi", "sigmoid", 3, NAMES, topk=1, threshold=0.6)
     assert record(higher, outputs)["prediction"] == ["ant"]
     assert likely_classes(outputs, 0.8) == ([], [])
 
 
 def test_numbers_are_in_the_units_of_the_data():
     scale = Scale((10.0, 0.0), (2.0, 1.0))
-    answers = Answers("number", "identity", 2, ["width", "height"], scale)
-    found = record(answers, [1.5, -2.0])
+    records = PredictionRecords("number", "identity", 2, ["width", "height"], scale)
+    found = record(records, [1.5, -2.0])
     assert (found["prediction_width"], found["prediction_height"]) == (13.0, -2.0)
-    assert [*Answers("number", "identity", 1, ["age"]).fields] == ["path", "prediction", "error"]
+    assert [*PredictionRecords("number", "identity", 1, ["age"]).fields] == [
+        "path",
+        "prediction",
+        "error",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["class", "multi", "number"])
 def test_outputs_that_are_not_finite_are_an_error_of_the_image(kind):
-    found = record(Answers(kind, "softmax", 3, NAMES), [0.0, math.nan, 1.0])
+    found = record(PredictionRecords(kind, "softmax", 3, NAMES), [0.0, math.nan, 1.0])
     assert found.pop("error") == BROKEN
     assert found.pop("path") == "a.png"
     assert {*found.values()} == {None}
 
 
 def test_targets_are_named_as_predictions_are():
-    answers = Answers("multi", "sigmoid", 3, NAMES, labeled=True)
-    assert answers.targets([1, 0, 1], 0.25) == {"target": ["ant", "cat"], "loss": 0.25}
-    answers = Answers("number", "identity", 2, ["w", "h"], labeled=True)
-    assert answers.targets([1.0, 2.5], 1.0) == {"target_w": 1.0, "target_h": 2.5, "loss": 1.0}
-    assert [*answers.fields][:4] == ["path", "target_w", "target_h", "loss"]
+    records = PredictionRecords("multi", "sigmoid", 3, NAMES, labeled=True)
+    assert records.targets([1, 0, 1], 0.25) == {"target": ["ant", "cat"], "loss": 0.25}
+    records = PredictionRecords("number", "identity", 2, ["w", "h"], labeled=True)
+    assert records.targets([1.0, 2.5], 1.0) == {"target_w": 1.0, "target_h": 2.5, "loss": 1.0}
+    assert [*records.fields][:4] == ["path", "target_w", "target_h", "loss"]
 
 
 def test_values_that_json_does_not_have_are_none():
-    answers = Answers("class", "softmax", 3, NAMES, labeled=True)
-    assert answers.targets([1], math.nan) == {"target": "bee", "loss": None}
+    records = PredictionRecords("class", "softmax", 3, NAMES, labeled=True)
+    assert records.targets([1], math.nan) == {"target": "bee", "loss": None}
 
 
 def test_names_that_are_no_text_can_be_written():
-    bad = Answers("class", "softmax", 2).bad("caf\udce9.png", "no image")
+    bad = PredictionRecords("class", "softmax", 2).bad("caf\udce9.png", "no image")
     assert bad["path"].encode() == b"caf\\udce9.png"
 
 

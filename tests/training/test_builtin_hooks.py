@@ -95,7 +95,7 @@ def predict(
     folder, kind: str, outputs: list, targets: list, split: str = "", loss: str | None = None
 ) -> list[str]:
     """Rows of predictions.csv for images 1 and 0, in two batches."""
-    data = SimpleNamespace(name_of=lambda index: f"image photos/{index}.jpg")
+    data = SimpleNamespace(path_of=lambda index: f"photos/{index}.jpg")
     run = run_in(folder, classes=["cat", "dog", "eel"], loss=loss)
     run.phase, run.kind, run.split = "test", kind, split
     run.loader = SimpleNamespace(loader=SimpleNamespace(dataset=data))

@@ -29,6 +29,20 @@ def test_rows_are_means_of_the_images_of_a_bin():
     assert stats["ece_5"] == pytest.approx(gap)
 
 
+def test_confidence_is_the_probability_that_predictions_show():
+    """It was the softmax for weights of --loss bce, whose predictions are sigmoids."""
+    metrics = Metrics(["ece(bins=1)"], None, 3)
+    metrics.metrics["reliability"] = calibration.reliability(1)
+    metrics.activation = "sigmoid"
+    metrics.reset("cpu")
+    logits = torch.tensor([[-3.0, -2.0, -4.0], [1.0, -5.0, -5.0]])
+    metrics.update(logits, torch.tensor([1, 0]), torch.zeros(2))
+    metrics.reduce()
+    ((_, sure, right),) = metrics.values()["reliability"]
+    assert sure == pytest.approx(100 * torch.tensor([-2.0, 1.0]).sigmoid().mean().item())
+    assert right == 100.0
+
+
 def test_table_has_the_bins_with_images():
     lines = calibration.describe([[0, None, None], [1200, 75.25, 60.0]])
     assert len(lines) == 2

@@ -17,7 +17,7 @@ from config.parser import parse
 from data_loading.mixing import Mixing
 from errors import UserError
 from training import preview
-from training.pictures import GRAY, as_rgb, scale_to_show
+from training.pictures import GRAY, as_rgb, scale_to_show, to_show
 
 COMMON = "--data_set tests.tiny:colors --data_path x --input_size 16 --stem_stride 1 --seed 3 "
 COMMON += "--num_workers 0 --device cpu"
@@ -81,7 +81,7 @@ def test_mixed_images_and_labels_are_those_of_the_run(monkeypatch):
     mean, std = datasets.build_mean_and_std(args)
     known = {}
     for images, labels in training:
-        for image, label in zip(preview.to_show(images, mean, std), labels, strict=True):
+        for image, label in zip(to_show(images, mean, std), labels, strict=True):
             known[image.numpy().tobytes()] = label
     cells = [image for row in shown.images for image in row if image is not None]
     assert len(cells) >= 5

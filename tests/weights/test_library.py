@@ -83,8 +83,15 @@ def test_no_network_says_what_to_do(monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fails)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fails)
     for name in (TIMM, TORCHVISION):
-        with pytest.raises(UserError, match=r"no weights for .*Temporary failure.*--finetune FILE"):
+        with pytest.raises(UserError, match=r"^no weights for .*Temporary failure.*load it$"):
             read_library_weights(name)
+
+
+def test_run_names_its_flags_if_weights_cannot_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fails)
+    words = f"--model {TIMM} --pretrained --input_size 32"
+    with pytest.raises(UserError, match="^--pretrained: no weights .* it with --finetune FILE"):
+        build("finetune", words, tmp_path / "run", monkeypatch)
 
 
 def test_network_without_weights_is_named():

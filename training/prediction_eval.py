@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Evaluation of predictions with labels: metrics, classes, calibration and the worst images.
 
-python predict.py runs/finetune labeled --out results.csv
+python predict.py runs/finetune labeled --output results.csv
 """
 
 import json
@@ -25,7 +25,7 @@ from training.evaluation import Metrics
 from training.log_files import write_csv
 from training.metrics import MOST_CLASSES, default_metrics
 from training.report import describe_evaluation, plain
-from training.trained import Trained
+from training.trained_model import TrainedModel
 from training.worst_images import Worst, draw_rows
 from utils import write_atomically
 
@@ -40,7 +40,7 @@ class Evaluation:
     outputs, which `new_rows` gives part by part.
     """
 
-    def __init__(self, trained: Trained, device: torch.device, worst: int) -> None:
+    def __init__(self, trained: TrainedModel, device: torch.device, worst: int) -> None:
         self.kind, self.names, count = trained.kind, trained.names, trained.head.count
         extra = {"class": ["ece", PER_CLASS], "multi": [PER_CLASS], "number": []}[self.kind]
         extra += ["confusion"] * (self.kind == "class" and count <= MOST_CLASSES)
@@ -50,7 +50,7 @@ class Evaluation:
             self.metrics.metrics["reliability"] = calibration.reliability()
         self.terms, self.device = len(trained.criterion.terms), device
         self.metrics.reset(device, self.terms)
-        self.activation = implied_activation(trained.flags.loss or "ce")
+        self.activation = self.metrics.activation = implied_activation(trained.flags.loss or "ce")
         self.worst, self.count = Worst(worst, "cpu"), count
         self.saved = 0  # entries of `metrics.rows` that `new_rows` has given
 
@@ -118,7 +118,7 @@ class Evaluation:
             try:
                 self._write(out, stats, rows, loader)
             except OSError as error:
-                raise UserError(f"cannot write next to --out {out} ({error})") from error
+                raise UserError(f"cannot write next to --output {out} ({error})") from error
 
     def _write(self, out: Path, stats: Mapping[str, Any], rows: Any, loader: DeviceLoader) -> None:
         """Write the metrics, tables and pictures: `results-metrics.json` and so on."""

@@ -13,11 +13,13 @@ from pathlib import Path
 from config import checks, flags, phases, recipes
 from config import parser as parsers
 from config.flags import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, SOURCES, number
+from config.tool_flags import OF_FILES
 from errors import did_you_mean
 
 AIMS = {
     "accuracy": """Measure how well frozen features separate classes: k nearest neighbors,
-a ridge and a logistic linear probe, fitted to the training images.
+a linear probe by ridge regression and a logistic one, fitted to the training
+images.
 
   python probe.py runs/photos --data_path photos --val_split 0.2
   python probe.py timm:resnet18 --data_path photos --val_split 0.2
@@ -62,7 +64,7 @@ its k neighbors that have its class: near 0 suggests a wrong label.""",
 (largest - others) / (largest + others) of the mean activities of a channel for
 each class: 0 if it is equally active for all, 1 if it is for one class alone.""",
 }
-PROBES = ("knn", "ridge", "logistic")
+PROBES = ("knn", "linear", "logistic")
 FEATURE_SUFFIXES = (".npy", ".safetensors", ".parquet")
 COSINE = number("float [-1, 1]")
 # fmt: off
@@ -83,7 +85,7 @@ CENTER = (
 )
 ROWS = {
     "accuracy": (
-        ("--probes", PROBES, PROBES, "probes to fit, some of knn ridge logistic", "+"),
+        ("--probes", PROBES, PROBES, "probes to fit; linear is ridge regression", "+"),
         ("--k", COUNT, 20, "neighbors that vote"),
         ("--temperature", POSITIVE, 0.07, "of the votes: exp(cosine similarity / temperature)"),
         ("--fractions", FRACTION, (1.0,),
@@ -143,8 +145,8 @@ PREPROCESSING = """
 """
 WEIGHTS = "--model --stem_stride --model_key --use_ema --model_prefix --sha256"
 MACHINE = "--device --amp --batch_size --num_workers --seed"
-OF_FILES = ("model", "model_key", "use_ema", "model_prefix", "sha256")
 TEXTS = {
+    "input_size": parsers.OF_CHECKPOINT["input_size"],
     "data_path": "data: all that main_finetune.py takes; without labels for some sub-commands",
     "nb_classes": "number of classes, for data sets without class names",
     "seed": "random seed of draws, and of --method",
@@ -160,10 +162,7 @@ def probe_parser(view: str = "accuracy") -> parsers.Parser:
     parsers.add_flags(parser, "preprocessing", PREPROCESSING)
     parsers.add_flags(parser, "choice of weights", WEIGHTS)
     parsers.add_flags(parser, "machine", MACHINE)
-    for action in parser._actions:
-        action.help = TEXTS.get(action.dest, action.help)
-        if action.dest == "input_size":  # sizes by epoch are for training
-            action.type = flags.COUNT["type"]
+    parsers.adapt_flags(parser, TEXTS)
     return parser
 
 
@@ -184,7 +183,7 @@ def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.Frozen
     source = values["checkpoint"]
     library = flags.library_of(source)
     if library:
-        problem = next((name for name in OF_FILES if name in typed), "")
+        problem = next((name for name in ("model", *OF_FILES) if name in typed), "")
         if problem:
             parser.error(f"--{problem} is for a file of weights, not for {source}; drop it")
         values, given = values | {"model": source, "pretrained": True}, given | {"model"}

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Files of results: parts that are kept if a program is killed, and one file of them at the end.
 
-python -c "from insight.results import WRITERS; print(*WRITERS)"
+python -c "from insight.result_files import WRITERS; print(*WRITERS)"
 """
 
 import contextlib
@@ -93,20 +93,20 @@ WRITERS: dict[str, Callable[[BinaryIO, Records, Fields], None]] = {
 def check_place(out: Path) -> None:
     """Raise UserError if `out` cannot be written, before anything is computed."""
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give the name of a file in it")
+        raise UserError(f"--output {out} is a folder; give the name of a file in it")
     if out.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"--out {out}: Parquet needs pyarrow: pip install pyarrow, or choose .csv"
+                f"--output {out}: Parquet needs pyarrow: pip install pyarrow, or choose .csv"
             ) from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another place") from error
+        raise UserError(f"--output {out}: {error.strerror}; choose another place") from error
     if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder is not writable for you; choose another place")
+        raise UserError(f"--output {out}: the folder is not writable for you; choose another place")
 
 
 class Parts:
@@ -125,7 +125,7 @@ class Parts:
         if held is not None and not (self.continues or overwrite):
             raise UserError(self._difference(held))
         if out.exists() and not (self.continues or overwrite):
-            raise UserError(f"{out} exists; choose another --out, or give --overwrite true")
+            raise UserError(f"{out} exists; choose another --output, or give --overwrite true")
 
     def _read_plan(self) -> dict[str, Any] | None:
         try:
@@ -141,7 +141,7 @@ class Parts:
         changed = [f"{n} {str(old)[:LETTERS]} (now {str(new)[:LETTERS]})" for n, old, new in pairs]
         return (
             f"{self.folder} holds the beginning of results with other arguments: "
-            f"{first_few(changed)}; give the same, another --out, or --overwrite true"
+            f"{first_few(changed)}; give the same, another --output, or --overwrite true"
         )
 
     def begin(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Parts:
 
 
 class Shown:
-    """The first records alone, in memory, for a command without --out."""
+    """The first records alone, in memory, for a command without --output."""
 
     def __init__(self, count: int) -> None:
         self.count, self.kept, self.bad = count, [], 0
@@ -259,7 +259,7 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"--out {out}: {explain(error)}; finished parts are kept, and the same command "
+            f"--output {out}: {explain(error)}; finished parts are kept, and the same command "
             "continues"
         ) from error
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from errors import UserError
-from insight.results import WRITERS, Parts, Shown, check_place, folder_of
+from insight.result_files import WRITERS, Parts, Shown, check_place, folder_of
 
 FIELDS = {"path": str, "names": list[str], "values": list[float], "x": float, "error": str}
 RECORDS = [
@@ -89,7 +89,7 @@ def test_rows_of_parts_are_in_order(tmp_path):
 def test_an_existing_file_is_not_replaced_unasked(tmp_path):
     out = tmp_path / "r.csv"
     finished(out)
-    with pytest.raises(UserError, match=r"r.csv exists; choose another --out, or give --overwrite"):
+    with pytest.raises(UserError, match=r"r.csv exists; choose another --output, or"):
         Parts(out, {"a": 1})
     Parts(out, {"a": 1}, overwrite=True)
 
@@ -112,7 +112,7 @@ def test_a_full_disk_is_an_error_that_says_how_to_continue(tmp_path, monkeypatch
     def full(content, path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("insight.results.write_atomically", full)
+    monkeypatch.setattr("insight.result_files.write_atomically", full)
     with pytest.raises(UserError, match="No space left.*the same command continues"):
         parts.write(0, LINES, {})
 

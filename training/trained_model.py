@@ -15,6 +15,7 @@ from torch import nn
 import models
 from config.flags import is_code, is_pretraining, library_of
 from config.tasks import TASKS
+from config.tool_flags import OF_FILES
 from data_loading.labels import IMAGENET, Head, imagenet_classes
 from errors import UserError
 from models.parts import find_classifier
@@ -28,11 +29,9 @@ from weights.library import read_library_weights
 from weights.pretrained import Pretrained
 from weights.saved_run import inherit_flags
 
-OF_FILES = ("model_key", "model_prefix", "use_ema", "sha256")
-
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A network in evaluation mode.
 
     flags: of main_finetune.py --eval, with those of the checkpoint. head: what the checkpoint says
@@ -57,7 +56,7 @@ def read_source(flags: Any, source: str) -> Pretrained:
     return read_library_weights(source, flags.input_size if "input_size" in flags.given else None)
 
 
-def load_trained(flags: Any, source: str, device: torch.device) -> Trained:
+def load_trained(flags: Any, source: str, device: torch.device) -> TrainedModel:
     """Load a classifier, or a network that predicts numbers; UserError if it has no head."""
     weights = read_source(flags, source)
     saved = weights.saved
@@ -77,7 +76,7 @@ def load_trained(flags: Any, source: str, device: torch.device) -> Trained:
     criterion.eval()
     head = Head(weights.path, saved.head.names, count, kind, saved.head.scale)
     names = name_outputs(weights, head)
-    return Trained(flags, network.eval(), weights, head, names, kind, criterion)
+    return TrainedModel(flags, network.eval(), weights, head, names, kind, criterion)
 
 
 def has_decoder(weights: Pretrained) -> bool:
