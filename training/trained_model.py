@@ -17,6 +17,7 @@ from config.flags import is_code, is_pretraining, library_of
 from config.tasks import TASKS
 from data_loading.labels import IMAGENET, Head, imagenet_classes
 from errors import UserError
+from models.heads import implied_activation
 from models.parts import find_classifier
 from parallel.process_group import get_logger
 from training.checkpoint import restore_loss
@@ -46,6 +47,11 @@ class TrainedModel:
     names: Sequence[str] | None
     kind: str
     criterion: Any
+
+    @property
+    def activation(self) -> str:
+        """The function that turns outputs into probabilities: softmax, sigmoid or identity."""
+        return "sigmoid" if self.kind == "multi" else implied_activation(self.flags.loss or "ce")
 
 
 def read_source(flags: Any, source: str) -> Pretrained:
