@@ -44,7 +44,6 @@ from data_loading.tuning import Tuner, most_workers
 from errors import UserError, plural
 from insight.predictions import LIKELY, PredictionRecords
 from insight.result_files import Parts, Shown, check_place, folder_of
-from models.heads import implied_activation
 from models.kernels.autotune import autotuner
 from parallel.process_group import (
     all_gather,
@@ -55,7 +54,9 @@ from parallel.process_group import (
     get_rank,
     get_world_size,
     is_main_process,
+    join_rows,
     launch,
+    pack_rows,
 )
 from training.prediction_eval import Evaluation
 from training.run_lock import acquire_run_lock
@@ -216,13 +217,10 @@ def build_records(
         raise UserError(f"--topk is for classes, and {path} predicts numbers; drop it")
     if args.threshold is not None and trained.kind != "multi":
         raise UserError(f"--threshold is for --task multi_label, which {path} is not; drop it")
-    activation = implied_activation(trained.flags.loss or "ce")
-    if trained.kind == "multi":
-        activation = "sigmoid"
     head: Head = trained.head
     return PredictionRecords(
         trained.kind,
-        activation,
+        trained.activation,
         head.count,
         trained.names,
         head.scale,
@@ -421,15 +419,11 @@ class PredictionJob:
         parts = [ids, self.records.columns(outputs)] + [outputs] * self.sends_outputs
         if self.evaluation is not None:
             parts += [labels, *self.trained.criterion.per_image(outputs, labels)]
-        parts = [part.reshape(len(ids), -1) for part in parts]
-        parts = [part.cpu() if part.device.type == "mps" else part for part in parts]
-        found.rows.append(torch.cat([part.double() for part in parts], 1))
+        found.rows.append(pack_rows(parts))
 
     def write(self, part: int, found: PartResults, store: Any) -> None:
         """Gather a part from all ranks and write it on rank 0; every rank must call it."""
-        where = "cpu" if self.device.type == "mps" else self.device
-        empty = torch.empty(0, sum(self.widths), dtype=torch.float64, device=where)
-        rows = torch.cat([empty, *found.rows])
+        rows = join_rows(found.rows, self.device, sum(self.widths))
         mine = self.records_of(rows.cpu()) | {
             place: self.records.bad(self.dataset.path_of(place), reason)
             for place, reason in found.bad

@@ -25,7 +25,7 @@ import predict
 from config import parser as options
 from config import predict_flags
 from errors import UserError
-from insight.result_files import cell
+from insight.predictions import cell
 from models import create_model
 from tests import fakes, tiny
 from tests.groups import exit_codes, start_script

@@ -20,7 +20,14 @@ from config.phases import split_best_metric
 from data_loading.targets import KINDS, Scale
 from errors import UserError, a_type, describe_error, first_few, plural, resolve
 from models.heads import implied_activation
-from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
+from parallel.process_group import (
+    all_reduce_sum,
+    from_main_process,
+    gather_rows,
+    get_logger,
+    join_rows,
+    pack_rows,
+)
 from training.metrics import METRICS, Batch, Metric, default_metrics
 from training.report import plain
 
@@ -149,8 +156,7 @@ class Metrics:
         parts += [metric.add(batch) for metric in self.metrics.values() if metric.add]
         self.sums += torch.cat(parts)
         if self.rows_needed:
-            columns = [part.view(len(logits), -1) for part in (logits, targets)]
-            self.rows.append(torch.cat([part.to(self._row_dtype()) for part in columns], 1))
+            self.rows.append(pack_rows([logits, targets], self._row_dtype()))
 
     def _row_dtype(self) -> torch.dtype:
         return self.dtype if self.kind == "number" else torch.float32  # exact for class labels
@@ -203,8 +209,7 @@ class Metrics:
     def _gather(self) -> Tensor | None:
         """Return the rows of all ranks on rank 0, on the device if it has float64."""
         width = self.outputs + (1 if self.kind == "class" else self.outputs)
-        empty = torch.empty(0, width, dtype=self._row_dtype(), device=self.sums.device)
-        rows = gather_rows(torch.cat([empty, *self.rows]))
+        rows = gather_rows(join_rows(self.rows, self.sums.device, width, self._row_dtype()))
         self.rows = []
         return rows.cpu() if rows is not None and rows.device.type == "mps" else rows
 
