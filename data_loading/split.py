@@ -101,12 +101,7 @@ def keep_fraction(dataset: Any, fraction: float, seed: int, kind: str) -> Part:
         _images(part.dataset)[1][part.indices], return_index=True, return_inverse=True
     )
     labels, draws = labels[first], _draws(part.dataset, LABELED, seed)[part.indices][first]
-    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    order = np.lexsort((draws, labels))  # class by class, the lowest draws first
-    rank = np.empty(len(order), int)  # of an image within its class
-    rank[order] = np.arange(len(order)) - (counts.cumsum() - counts)[labels[order]]
-    kept = rank < np.rint(fraction * counts).clip(min=1)[labels]
-    indices = part.indices[kept[images]]
+    indices = part.indices[lowest_draws(labels, draws, fraction)[images]]
     get_logger().info(
         "train: %s of %s images (--label_fraction %g, seed %d)",
         *(f"{len(held):,}" for held in (indices, part)),
@@ -114,6 +109,18 @@ def keep_fraction(dataset: Any, fraction: float, seed: int, kind: str) -> Part:
         seed,
     )
     return Part(part.dataset, indices)
+
+
+def lowest_draws(labels: np.ndarray, draws: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose `fraction` of the samples of each class, rounded, and at least one.
+
+    labels: (N,). draws: (N,), the lowest of each class are chosen. Returns (N,) bool.
+    """
+    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.lexsort((draws, labels))  # class by class, the lowest draws first
+    rank = np.empty(len(order), int)  # of a sample within its class
+    rank[order] = np.arange(len(order)) - (counts.cumsum() - counts)[labels[order]]
+    return rank < np.rint(fraction * counts).clip(min=1)[labels]
 
 
 def _list_strata(dataset: Any, kind: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_loading.rng import fold_in_each
 from data_loading.samplers import rarest_classes
+from data_loading.split import lowest_draws
 from errors import UserError, plural
 from insight.neighbors import nearest
 from insight.scores import score
@@ -209,17 +210,14 @@ def few_labels(targets: Tensor, fraction: float, seed: int, kind: str = "class")
     if kind == "multi":
         own = rarest_classes(own)[0]
     labels = own.numpy() if kind != "number" else np.zeros(len(own), int)
-    _, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if fraction * len(labels) < len(counts):
+    classes = len(np.unique(labels))
+    if fraction * len(labels) < classes:
         raise UserError(
             f"{fraction:g} of {plural(len(labels), 'image')} is less than one for each of "
-            f"{plural(len(counts), 'class')}; raise the fraction, or give more images"
+            f"{plural(classes, 'class')}; raise the fraction, or give more images"
         )
     draws = fold_in_each(np.arange(len(labels)), seed, FEW)
-    order = np.lexsort((draws, labels))  # class by class
-    rank = np.empty(len(order), int)  # of an image within its class
-    rank[order] = np.arange(len(order)) - (counts.cumsum() - counts)[labels[order]]
-    kept = rank < np.rint(fraction * counts).clip(min=1)[labels]
+    kept = lowest_draws(labels, draws, fraction)
     return torch.from_numpy(np.flatnonzero(kept)).to(targets.device)
 
 

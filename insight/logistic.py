@@ -8,14 +8,18 @@ python probe.py runs/photos --data_path photos --probes logistic
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_loading.rng import fold_in_each
+from data_loading.split import lowest_draws
 from insight.evaluators import exact_dtype
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 0.2  # fraction of the images of each class
+STREAM = 0x401D  # of the draws of `hold_out`
 STEPS = 100  # of L-BFGS for one penalty, at most
 AT_ONCE = 1 << 25  # logits that are held at once
 SMALLEST = 1e-8  # variance of a direction over the largest one, below which it is rounding
@@ -88,18 +92,10 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
     A class with one image keeps it for the fit.
     """
-    draws = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
-    draws = draws.to(labels.device)
-    order = draws.argsort(stable=True)
-    order = order[labels[order].argsort(stable=True)]  # class by class, the lowest draws first
-    _, counts = labels.unique(return_counts=True)
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.arange(len(labels), device=labels.device) - starts
-    sizes = counts.repeat_interleave(counts)
-    taken = (fraction * sizes).round().clamp(min=1).where(sizes > 1, 0)
-    held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    held[order[rank < taken]] = True
-    return held
+    own = labels.cpu().numpy()
+    held = lowest_draws(own, fold_in_each(np.arange(len(own)), seed, STREAM), fraction)
+    _, places, counts = np.unique(own, return_inverse=True, return_counts=True)
+    return torch.from_numpy(held & (counts > 1)[places]).to(labels.device)
 
 
 def _zeros(features: Tensor, classes: int) -> Tensor:
