@@ -21,12 +21,11 @@ from insight.predictions import columns
 from parallel.process_group import get_logger, is_main_process
 from training import calibration, confusion
 from training.evaluation import Metrics
-from training.log_files import write_csv
 from training.metrics import MOST_CLASSES, default_metrics
 from training.report import describe_evaluation, plain
 from training.trained_model import TrainedModel
 from training.worst_images import Worst, draw_rows
-from utils import write_atomically
+from utils import write_atomically, write_csv
 
 PER_CLASS = "f1(average=per_class)"
 

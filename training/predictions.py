@@ -15,7 +15,8 @@ from models.heads import implied_activation
 from parallel.process_group import gather_rows, join_rows, pack_rows
 from training.confusion import csv_name
 from training.hooks import Hook, Run
-from training.log_files import needs_folder, write_csv
+from training.log_files import needs_folder
+from utils import write_csv
 
 
 class PredictionsHook(Hook):
