@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from config import parser as options
 from training import calibration
-from training.evaluation import Metrics
+from training.evaluation import Metrics, build_metrics
 
 
 def test_rows_are_means_of_the_images_of_a_bin():
@@ -56,3 +57,10 @@ def test_diagram_has_a_box_as_high_as_the_accuracy():
     column = [picture.getpixel((x, y)) for y in range(picture.height)]
     first = column.index(blue)
     assert abs(first - (calibration.EDGE + calibration.SIDE // 2)) <= 1
+
+
+def test_a_run_measures_the_probabilities_that_its_loss_implies():
+    words = ["--data_path", "photos", "--loss", "bce", "--metrics", "acc1", "ece"]
+    args = options.parse(options.finetune_parser(), words)
+    assert build_metrics(args, 3).activation == "sigmoid"
+    assert build_metrics(args.replace(loss=None), 3).activation == "softmax"
