@@ -8,6 +8,7 @@ python predict.py runs/finetune photos --output results.csv
 import argparse
 import json
 import os
+import stat
 import sys
 import time
 import zlib
@@ -35,7 +36,7 @@ from data_loading.inputs import Inputs, image_files, in_input_order
 from data_loading.labels import Head, differences, find_outputs, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
 from data_loading.mixed import MixedImages
-from data_loading.sources import DatasetSpec
+from data_loading.sources import TABLES, DatasetSpec
 from data_loading.split import Part
 from data_loading.targets import Targets
 from data_loading.tta import build_views
@@ -43,7 +44,6 @@ from data_loading.tuning import Tuner, most_workers
 from errors import UserError, plural
 from insight.predictions import LIKELY, PredictionRecords
 from insight.result_files import Parts, Shown, check_place, folder_of
-from models.heads import implied_activation
 from models.kernels.autotune import autotuner
 from parallel.process_group import (
     all_gather,
@@ -54,7 +54,9 @@ from parallel.process_group import (
     get_rank,
     get_world_size,
     is_main_process,
+    join_rows,
     launch,
+    pack_rows,
 )
 from training.prediction_eval import Evaluation
 from training.run_lock import acquire_run_lock
@@ -68,7 +70,7 @@ LARGEST = 2**24  # numbers of a part that rank 0 gathers, at most, unless a batc
 TOPK = 5
 VERSION = 1  # of the files of parts
 IN_PLAN = ("batch_size", "model", "input_size", "crop_pct", "mean", "std", "value_range", "tta")
-IN_PLAN += ("imagenet_default_mean_and_std", "compile")
+IN_PLAN += ("imagenet_default_mean_and_std", "compile", "kernels")
 SURE = ("", "by ImageNet's names", "by ImageNet's English names")  # matches of class names
 
 
@@ -112,29 +114,33 @@ def open_inputs(args: argparse.Namespace, trained: TrainedModel) -> tuple[Transf
         if args.labels == "true":
             raise UserError("--labels true: paths on standard input have no labels; give a table")
         return transformed(data, trained, None), False
-    labeled = find_labeled(args, trained) if args.labels != "false" else None
+    labeled, reason = find_labeled(args, trained) if args.labels != "false" else (None, "")
     if labeled is not None:
         return labeled, True
     data = in_input_order(open_images(args, trained, labeled=False))
+    if reason:
+        get_logger().info("predictions alone, no evaluation: %s", reason)
     return transformed(data, trained, None), False
 
 
-def find_labeled(args: argparse.Namespace, trained: TrainedModel) -> TransformedDataset | None:
-    """Return the inputs with labels; None, with --labels auto, if these cannot be used."""
+def find_labeled(
+    args: argparse.Namespace, trained: TrainedModel
+) -> tuple[TransformedDataset | None, str]:
+    """Return the inputs with labels; None and why, with --labels auto, if these cannot be used."""
     must = args.labels == "true"
     try:
         data = open_images(args, trained, labeled=True)
-    except UserError:
-        if must:
-            raise
-        return None
-    try:
-        return with_labels(data, trained, must)
     except UserError as error:
         if must:
             raise
-        get_logger().info("predictions alone, no evaluation: %s", error)
-        return None
+        has_table = any(path.lower().endswith(TABLES) for path in args.input)
+        return None, str(error) if has_table else ""  # other images need not have labels
+    try:
+        return with_labels(data, trained, must), ""
+    except UserError as error:
+        if must:
+            raise
+        return None, str(error)
 
 
 def read_paths() -> list[str]:
@@ -211,13 +217,10 @@ def build_records(
         raise UserError(f"--topk is for classes, and {path} predicts numbers; drop it")
     if args.threshold is not None and trained.kind != "multi":
         raise UserError(f"--threshold is for --task multi_label, which {path} is not; drop it")
-    activation = implied_activation(trained.flags.loss or "ce")
-    if trained.kind == "multi":
-        activation = "sigmoid"
     head: Head = trained.head
     return PredictionRecords(
         trained.kind,
-        activation,
+        trained.activation,
         head.count,
         trained.names,
         head.scale,
@@ -234,6 +237,15 @@ def checksum(state: Mapping[str, Tensor]) -> int:
         value = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         found = zlib.crc32(value.numpy(), zlib.crc32(name.encode(), found))
     return found
+
+
+def describe_file(path: str) -> str:
+    """Return the size and time of an input that is one file, such as an archive; '' for others."""
+    try:
+        facts = os.stat(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return ""
+    return f"{facts.st_size} {facts.st_mtime_ns}" if stat.S_ISREG(facts.st_mode) else ""
 
 
 class Batches(Sampler):
@@ -324,7 +336,11 @@ class PredictionJob:
         plan: dict[str, Any] = {"version": VERSION, "weights": checksum(self.trained.weights.state)}
         plan["checkpoint"] = absolute(self.trained.weights.path)
         plan["input"] = [map_sources(path, absolute) for path in self.args.input]
-        names = zlib.crc32(b"\0".join(data.dataset.encoded_names()))
+        plan["files"] = [describe_file(path) for path in self.args.input]
+        plan["image_root"] = absolute(flags["image_root"] or ".")
+        names = 0
+        for name in data.dataset.encoded_names():
+            names = zlib.crc32(name + b"\0", names)
         plan["names"] = zlib.crc32(np.ascontiguousarray(data.indices), names)
         plan |= {"images": len(data), "classes": self.records.names, "topk": self.records.topk}
         plan |= {"threshold": self.records.threshold, "labels": self.records.labeled}
@@ -403,15 +419,11 @@ class PredictionJob:
         parts = [ids, self.records.columns(outputs)] + [outputs] * self.sends_outputs
         if self.evaluation is not None:
             parts += [labels, *self.trained.criterion.per_image(outputs, labels)]
-        parts = [part.reshape(len(ids), -1) for part in parts]
-        parts = [part.cpu() if part.device.type == "mps" else part for part in parts]
-        found.rows.append(torch.cat([part.double() for part in parts], 1))
+        found.rows.append(pack_rows(parts))
 
     def write(self, part: int, found: PartResults, store: Any) -> None:
         """Gather a part from all ranks and write it on rank 0; every rank must call it."""
-        where = "cpu" if self.device.type == "mps" else self.device
-        empty = torch.empty(0, sum(self.widths), dtype=torch.float64, device=where)
-        rows = torch.cat([empty, *found.rows])
+        rows = join_rows(found.rows, self.device, sum(self.widths))
         mine = self.records_of(rows.cpu()) | {
             place: self.records.bad(self.dataset.path_of(place), reason)
             for place, reason in found.bad

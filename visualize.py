@@ -218,7 +218,7 @@ def explain(args: argparse.Namespace) -> None:
     flags = predict_flags.flags_of_evaluation(args, OF_EXPLAIN)
     weights = read_source(flags, args.checkpoint)
     is_masked = has_decoder(weights)
-    for name in ("target", "layer") if is_masked else ("num_masks",):
+    for name in ("target", "layer") if is_masked else ("num_masks", "seed"):
         if getattr(args, name) is not None:
             kind = "classifiers" if is_masked else "pre-trained models with a decoder"
             raise UserError(f"--{name} is for {kind}, which {weights.path} is not; drop it")

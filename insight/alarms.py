@@ -1,6 +1,6 @@
 # Copyright (c) the ConvNeXt V2 toolkit authors.
 # Licensed under the MIT License; see LICENSE.
-"""Alarms of a pre-training run in words: divergence, collapse, stall, as functions of its history.
+"""Alarms of a pre-training run: divergence, collapse, stall, as functions of its history.
 
 python -c "from insight.alarms import find_alarms; print(find_alarms([{'train_loss': None}]))"
 

@@ -36,9 +36,23 @@ def best_classes(
     """
     outputs = outputs.float()
     found = outputs.argmax(1, keepdim=True) if count == 1 else _ranked(outputs, count)
-    chances = outputs.sigmoid() if activation == "sigmoid" else outputs.softmax(1)
     broken = unusable(outputs)[:, None]
-    return torch.where(broken, -1, found), chances.gather(1, found)
+    return torch.where(broken, -1, found), probabilities(outputs, activation).gather(1, found)
+
+
+def probabilities(outputs: Tensor, activation: str) -> Tensor:
+    """(N, K) outputs -> (N, K) float32 probabilities; activation: softmax or sigmoid."""
+    outputs = outputs.float()
+    return outputs.sigmoid() if activation == "sigmoid" else outputs.softmax(1)
+
+
+def in_units(values: Tensor, scale: Scale | None) -> Tensor:
+    """(N, D) numbers of the network -> those of the data, float64 on the CPU."""
+    values = values.cpu().double()
+    if scale is None:
+        return values
+    mean, std = scale.tensors()
+    return values * std + mean
 
 
 def _ranked(outputs: Tensor, count: int) -> Tensor:
@@ -57,25 +71,39 @@ def columns(targets: Tensor, outputs: Tensor, kind: str, activation: str) -> tup
     return targets, *best_classes(outputs, activation)
 
 
-def words(row: Sequence[float], kind: str, classes: Sequence[str] | None) -> list[str]:
+def texts(row: Sequence[float], kind: str, names: Sequence[str] | None) -> list[str]:
     """Return target, prediction and probability of a row of `columns` as text.
 
     Several classes, or numbers, are joined by `|`; texts are empty where there is no answer.
     """
-    if kind == "class":
-        target, prediction, probability = row
-        if prediction < 0:  # NaN or Inf outputs
-            return [name_of(target, classes), "", ""]
-        return [name_of(target, classes), name_of(prediction, classes), number(probability)]
-    targets, outputs = row[: len(row) // 2], row[len(row) // 2 :]
+    width = 1 if kind == "class" else len(row) // 2  # of the target
+    target, answer = row[:width], row[width:]
+    return [cell(x) for x in (read_target(target, kind, names), *read_answer(answer, kind, names))]
+
+
+def read_target(row: Sequence[float], kind: str, names: Sequence[str] | None) -> list[Any]:
+    """Return the class of an image, its classes, or its numbers."""
     if kind == "number":
-        return ["|".join(map(number, part)) for part in (targets, outputs)] + [""]
-    likely, chances = likely_classes(outputs)
-    return [
-        "|".join(name_of(k, classes) for k, x in enumerate(targets) if x > 0),
-        "|".join(name_of(k, classes) for k in likely),
-        "|".join(map(number, chances)),
-    ]
+        return [*row]
+    labels = row if kind == "class" else [k for k, x in enumerate(row) if x > 0]
+    return [name_of(label, names) for label in labels]
+
+
+def read_answer(
+    row: Sequence[float], kind: str, names: Sequence[str] | None, threshold: float = LIKELY
+) -> tuple[list[Any], list[float]]:
+    """Return what is predicted for an image, in a list, and the probability of each class.
+
+    row: of one class the best class and its probability, otherwise the outputs. The lists are empty
+    if the class is -1.
+    """
+    if kind == "number":
+        return [*row], []
+    if kind == "class":
+        labels, chances = (row[:1], row[1:]) if row[0] >= 0 else ((), ())
+    else:
+        labels, chances = likely_classes(row, threshold)
+    return [name_of(label, names) for label in labels], [*chances]
 
 
 def likely_classes(
@@ -95,6 +123,13 @@ def name_of(label: float, classes: Sequence[str] | None) -> str:
 def number(value: float) -> str:
     """Write a number with 6 significant digits."""
     return f"{value:.{DIGITS}g}"
+
+
+def cell(value: Any) -> str:
+    """Return a value as a cell of a table: lists are joined by `|`, None is empty."""
+    if isinstance(value, list):
+        return "|".join(map(cell, value))
+    return "" if value is None else number(value) if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -151,11 +186,7 @@ class PredictionRecords:
 
     def in_units(self, values: Tensor) -> Tensor:
         """(N, D) numbers of the network -> those of the data, float64 on the CPU."""
-        values = values.cpu().double()
-        if self.kind != "number" or self.scale is None:
-            return values
-        mean, std = self.scale.tensors()
-        return values * std + mean
+        return in_units(values, self.scale if self.kind == "number" else None)
 
     def record(self, path: str, best: Sequence[float], outputs: Sequence[float]) -> dict[str, Any]:
         """Return the fields of an image, without its target.
@@ -174,8 +205,7 @@ class PredictionRecords:
         for (name, probability), label, chance in pairs:
             found[name], found[probability] = name_of(label, self.names), _rounded(chance)
         if self.kind == "multi":
-            likely, chances = likely_classes(outputs, self.threshold)
-            named = [name_of(label, self.names) for label in likely]
+            named, chances = read_answer(outputs, self.kind, self.names, self.threshold)
             found |= {"prediction": named, "probability": _rounded(chances)}
         return found
 
@@ -189,14 +219,10 @@ class PredictionRecords:
 
     def targets(self, row: Sequence[float], loss: float) -> dict[str, Any]:
         """Return the fields of the target of an image, in the units of the data, and its loss."""
-        if self.kind == "class":
-            found: dict[str, Any] = {PARTS[0]: name_of(row[0], self.names)}
-        elif self.kind == "multi":
-            found = {PARTS[0]: [name_of(k, self.names) for k, x in enumerate(row) if x > 0]}
-        else:
-            ends = [f"{PARTS[0]}{end}" for end in self._ends]
-            found = dict(zip(ends, row, strict=True))
-        return rounded(found | {"loss": loss})
+        target = read_target(row, self.kind, self.names)
+        values = [target] if self.kind == "multi" else target
+        found = zip([f"{PARTS[0]}{end}" for end in self._ends], values, strict=True)
+        return rounded(dict(found) | {"loss": loss})
 
     def bad(self, path: str, reason: str) -> dict[str, Any]:
         """Return the fields of an image that cannot be read."""

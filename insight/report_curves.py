@@ -54,19 +54,14 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     (r"probe_(.+_\d+pct\w*)", "Probes", "Probes, few labels", "max"),
     (r"probe_(.+)", "Probes", "Probes", "max"),
     (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
-    (r"train_grad_norm|grad_norm_?(.*)", "Health of the network", "Gradient norm", ""),
+    (r"train_grad_norm|grad_norm_(.+)", "Health of the network", "Gradient norm", ""),
     ("rank_me", "Health of the network", "Rank of the features", ""),
     (r"feature_distance_?(.*)", "Health of the network", "Channel cosine distance", ""),
     (r"grn_(.+)", "Health of the network", "GRN parameters", ""),
-    (
-        r"(dead|saturated)_channels_?.*",
-        "Health of the network",
-        "Dead and saturated channels, %",
-        "",
-    ),
+    (r"(dead|saturated)_channels", "Health of the network", "Dead and saturated channels, %", ""),
     ("skipped_steps", "Health of the network", "Skipped steps, %", ""),
-    (r"images_per_s", "Speed", "Images per second", ""),
-    (r"mfu", "Speed", "Model FLOPs utilization", ""),
+    ("images_per_s", "Speed", "Images per second", ""),
+    ("mfu", "Speed", "Model FLOPs utilization", ""),
 )
 
 

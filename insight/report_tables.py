@@ -23,7 +23,6 @@ MOST_ROWS = 100  # of a table of classes
 CELL = 29  # units of the drawing
 SHARE_NAMES = (*SHARES.values(), "other")
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "triton")  # shown first
-NOT_FLAGS = {"typed", "given"}
 
 
 # --- classes --------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def show(value: Any) -> str:
 
 def flags_tables(runs: Sequence[RunData]) -> Html:
     """Return the flags: those that differ, or of one run those that were typed, and the rest."""
-    names = [*dict.fromkeys(name for run in runs for name in run.flags if name not in NOT_FLAGS)]
+    names = [*dict.fromkeys(name for run in runs for name in run.flags)]
     if not names:
         return tag("p", "args.yaml is missing, so the flags are unknown.", class_="dim")
     if len(runs) > 1:

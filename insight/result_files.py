@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from errors import UserError, first_few
-from insight.predictions import number
+from insight.predictions import cell
 from utils import explain, write_atomically
 
 PLAN, STATE = "plan.json", "state.pth"  # in the folder of the parts
@@ -29,13 +29,6 @@ LETTERS = 80  # of a value in a message
 GROUP = 10_000  # rows of a row group in Parquet
 Records = Iterable[dict[str, Any]]
 Fields = Mapping[str, type]  # name -> str, float, list[str] or list[float]
-
-
-def cell(value: Any) -> str:
-    """Return a value as a cell of a table: lists are joined by `|`, nothing is empty."""
-    if isinstance(value, list):
-        return "|".join(map(cell, value))
-    return "" if value is None else number(value) if isinstance(value, float) else str(value)
 
 
 def write_csv(file: BinaryIO, records: Records, fields: Fields) -> None:

@@ -9,11 +9,12 @@ import contextlib
 import gc
 import io
 import logging
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,37 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     if parts is None:
         return None
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def pack_rows(parts: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Join tensors (N, ...) of a batch as columns of (N, W), without waiting for the device.
+
+    float64 holds ids and class numbers exactly; rows of MPS, which lacks it, are moved to the CPU.
+    """
+    columns = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
+    return torch.cat([part.to(_place_for(dtype, part.device)).to(dtype) for part in columns], 1)
+
+
+def join_rows(
+    parts: Sequence[Tensor],
+    device: torch.device | str,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Concatenate rows of `pack_rows` from `device`, of which there may be none.
+
+    width: of the rows; None: agreed on by all ranks, so every rank must call it.
+    """
+    if width is None:
+        width = max(all_gather(parts[0].shape[1] if parts else 0))
+    return torch.cat([torch.empty(0, width, dtype=dtype, device=_place_for(dtype, device)), *parts])
+
+
+def _place_for(dtype: torch.dtype, device: torch.device | str) -> torch.device:
+    """Return the device, or the CPU if the device does not have the dtype."""
+    device = torch.device(device)
+    missing = device.type == "mps" and dtype == torch.float64
+    return torch.device("cpu") if missing else device
 
 
 def broadcast(value: Any) -> Any:

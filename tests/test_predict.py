@@ -25,7 +25,7 @@ import predict
 from config import parser as options
 from config import predict_flags
 from errors import UserError
-from insight.result_files import cell
+from insight.predictions import cell
 from models import create_model
 from tests import fakes, tiny
 from tests.groups import exit_codes, start_script
@@ -366,6 +366,15 @@ def test_labels_of_other_classes_are_not_used_unless_asked_for(tmp_path):
         run(f"it.pth {tmp_path}/x --labels true")
 
 
+def test_a_table_whose_labels_are_not_found_is_named(tmp_path):
+    """It was predicted without an evaluation, and without a word about --label_column."""
+    (tmp_path / "a.csv").write_text(
+        f"image,species,size\n{Path('labeled/ant/00.png').absolute()},ant,3\n"
+    )
+    (line,) = [line for line in run(f"it.pth {tmp_path}/a.csv") if "no evaluation" in line]
+    assert "name those of the labels with --label_column" in line
+
+
 def test_labels_can_be_ignored(tmp_path):
     found = results("it.pth labeled --labels false", tmp_path / "r.json")
     assert "target" not in found[0]
@@ -422,6 +431,26 @@ def test_a_killed_command_continues_bit_for_bit(after, suffix, tmp_path, monkeyp
     assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
     with pytest.raises(UserError, match="exists; choose another --output"):
         run(words)
+
+
+def test_other_images_do_not_continue(tmp_path, monkeypatch):
+    """A run with another --image_root, or another archive, was mixed with the first one."""
+    monkeypatch.setattr(predict, "PART", 4)
+    for root in ("a", "b"):
+        shutil.copytree("labeled", tmp_path / root)
+    names = [path.relative_to("labeled") for path in sorted(Path("labeled").rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("\n".join(["image", *map(str, names)]))
+    words = (
+        f"it.pth {tmp_path}/t.csv --output {tmp_path}/r.csv --labels false --image_root {tmp_path}"
+    )
+    killed_at(1, f"{words}/a")
+    with pytest.raises(UserError, match="other arguments: image_root"):
+        run(f"{words}/b")
+    (tmp_path / "t.csv").write_text("\n".join(["image", *map(str, names)]) + "\n")
+    with pytest.raises(UserError, match="other arguments: files"):
+        run(f"{words}/a")
+    lines = run(f"{words}/b --overwrite true")
+    assert not [line for line in lines if "continues after" in line]
 
 
 def test_metrics_of_all_outputs_continue_too(tmp_path, monkeypatch):

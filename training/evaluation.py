@@ -19,7 +19,15 @@ from config.calls import Call, accepted, parse_call
 from config.phases import split_best_metric
 from data_loading.targets import KINDS, Scale
 from errors import UserError, a_type, describe_error, first_few, plural, resolve
-from parallel.process_group import all_reduce_sum, from_main_process, gather_rows, get_logger
+from models.heads import implied_activation
+from parallel.process_group import (
+    all_reduce_sum,
+    from_main_process,
+    gather_rows,
+    get_logger,
+    join_rows,
+    pack_rows,
+)
 from training.metrics import METRICS, Batch, Metric, default_metrics
 from training.report import plain
 
@@ -46,6 +54,7 @@ class Metrics:
         scale: Scale | None = None,
     ) -> None:
         self.kind, self.outputs, self.scale = kind, outputs, scale
+        self.activation = "softmax"  # of the outputs of one class per image
         self.metrics: dict[str, Metric] = {}
         self.texts: dict[str, str] = {}  # name in log.txt -> as typed
         for text in words or default_metrics(kind):
@@ -137,7 +146,8 @@ class Metrics:
         counts: as losses, 0 for an image that does not count in the mean of a loss, otherwise 1.
         """
         targets = self._checked(logits, targets)
-        batch = Batch(logits, targets, self.kind, self.ranks, self.dtype)
+        about = self.kind, self.ranks, self.dtype, self.activation
+        batch = Batch(logits, targets, *about)
         images = torch.full((), len(logits), dtype=self.dtype, device=self.sums.device)
         broken = batch.broken.sum(dtype=self.dtype)
         counts = torch.ones_like(losses) if counts is None else counts
@@ -146,8 +156,7 @@ class Metrics:
         parts += [metric.add(batch) for metric in self.metrics.values() if metric.add]
         self.sums += torch.cat(parts)
         if self.rows_needed:
-            columns = [part.view(len(logits), -1) for part in (logits, targets)]
-            self.rows.append(torch.cat([part.to(self._row_dtype()) for part in columns], 1))
+            self.rows.append(pack_rows([logits, targets], self._row_dtype()))
 
     def _row_dtype(self) -> torch.dtype:
         return self.dtype if self.kind == "number" else torch.float32  # exact for class labels
@@ -200,8 +209,7 @@ class Metrics:
     def _gather(self) -> Tensor | None:
         """Return the rows of all ranks on rank 0, on the device if it has float64."""
         width = self.outputs + (1 if self.kind == "class" else self.outputs)
-        empty = torch.empty(0, width, dtype=self._row_dtype(), device=self.sums.device)
-        rows = gather_rows(torch.cat([empty, *self.rows]))
+        rows = gather_rows(join_rows(self.rows, self.sums.device, width, self._row_dtype()))
         self.rows = []
         return rows.cpu() if rows is not None and rows.device.type == "mps" else rows
 
@@ -270,6 +278,7 @@ def build_metrics(
             problem = problem or error
     else:
         raise problem
+    metrics.activation = implied_activation(vars(args).get("loss") or "ce")
     if outputs:
         metrics.try_out()
     return metrics

@@ -12,9 +12,8 @@ from data_loading.loader import DeviceLoader
 from errors import UserError, did_you_mean, first_few
 from insight.attribution import enlarge, error_map, find_map, grad_cam
 from insight.drawing import draw_images
-from insight.predictions import best_classes, name_of, number
+from insight.predictions import best_classes, in_units, name_of, number, probabilities
 from models.fcmae import FCMAE
-from models.heads import implied_activation
 from training.pictures import to_show
 from training.trained_model import TrainedModel
 
@@ -86,19 +85,12 @@ def explain_classifier(
 def describe(outputs: Tensor, trained: TrainedModel, index: int | None) -> list[str]:
     """Return a title for each image: the explained class and its probability, or the number."""
     if trained.kind == "number":
-        scale = trained.head.scale
-        values = outputs[:, index].double().cpu()
-        if scale is not None:
-            values = values * scale.std[index] + scale.mean[index]
+        values = in_units(outputs, trained.head.scale)[:, index]
         return [f"{name_of(index, trained.names)} {number(x)}" for x in values.tolist()]
-    activation = implied_activation(trained.flags.loss or "ce")
-    activation = "sigmoid" if trained.kind == "multi" else activation
-    best, _ = best_classes(outputs, activation)
-    chosen = best[:, 0].clamp(min=0) if index is None else torch.full_like(best[:, 0], index)
-    outputs = outputs.float()
-    chances = outputs.sigmoid() if activation == "sigmoid" else outputs.softmax(1)
-    found = chances.gather(1, chosen[:, None])[:, 0].tolist()
-    pairs = zip(chosen.tolist(), found, strict=True)
+    best, _ = best_classes(outputs, trained.activation)
+    chosen = best.clamp(min=0) if index is None else torch.full_like(best, index)  # (N, 1)
+    found = probabilities(outputs, trained.activation).gather(1, chosen)
+    pairs = zip(chosen[:, 0].tolist(), found[:, 0].tolist(), strict=True)
     return [f"{name_of(label, trained.names)} {chance:.2f}" for label, chance in pairs]
 
 

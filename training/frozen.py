@@ -39,9 +39,8 @@ from insight.feature_files import Table, as_table
 from insight.features import extract, pooled_features
 from insight.selectivity import ClassMeans, pool
 from models.attach import find_block, trace
-from models.masked import evaluating
+from models.parts import evaluating, find_classifier
 from models.parts import features as module_outputs
-from models.parts import find_classifier
 from parallel.process_group import broadcast, from_main_process, get_logger, is_main_process
 from training.pictures import as_rgb
 from training.setup import check_start, setup_process, user_modules

@@ -38,11 +38,19 @@ class Batch:
     """Outputs and targets of a batch, with the quantities that several metrics use.
 
     logits: (N, K) float. kind: of targets. ranks: number of best classes that metrics look at.
+    activation: that makes probabilities of logits of one class per image, softmax or sigmoid.
     """
 
     def __init__(
-        self, logits: Tensor, targets: Tensor, kind: str, ranks: int, dtype: torch.dtype
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        kind: str,
+        ranks: int,
+        dtype: torch.dtype,
+        activation: str = "softmax",
     ) -> None:
+        self.activation = activation
         self.logits, self.targets, self.kind, self.dtype = logits, targets, kind, dtype
         self.outputs = logits.shape[1]
         self.ranks = min(ranks, self.outputs)
@@ -87,7 +95,9 @@ class Batch:
 
     def confidences(self, bins: int) -> tuple[Tensor, Tensor]:
         """(N,) bins of the confidence in the best class, as for `ece`, and the confidence."""
-        sure = self.logits.to(self.dtype).softmax(1).amax(1).masked_fill(self.broken, 1.0)
+        logits = self.logits.to(self.dtype)
+        chances = logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(1)
+        sure = chances.amax(1).masked_fill(self.broken, 1.0)
         edges = torch.linspace(0, 1, bins + 1, dtype=self.dtype, device=sure.device)[1:-1]
         return torch.bucketize(sure, edges), sure
 
@@ -324,6 +334,7 @@ def hamming(threshold: float = 0.5) -> Metric:
 def ece(bins: int = 15) -> Metric:
     """Expected calibration error (Guo et al. 2017): distance of confidence and accuracy.
 
+    The confidence is the softmax of the best class, or its sigmoid if --loss implies that.
     Bins of confidence are (0, 1/bins], (1/bins, 2/bins] and so on, weighted by their images. An
     image without a usable output has confidence 1 and is wrong.
     """

@@ -18,16 +18,14 @@ from torchvision.utils import save_image
 from data_loading.loader import DeviceLoader
 from errors import UserError, plural
 from insight.predictions import columns
-from models.heads import implied_activation
 from parallel.process_group import get_logger, is_main_process
 from training import calibration, confusion
 from training.evaluation import Metrics
-from training.log_files import write_csv
 from training.metrics import MOST_CLASSES, default_metrics
 from training.report import describe_evaluation, plain
 from training.trained_model import TrainedModel
 from training.worst_images import Worst, draw_rows
-from utils import write_atomically
+from utils import write_atomically, write_csv
 
 PER_CLASS = "f1(average=per_class)"
 
@@ -50,7 +48,7 @@ class Evaluation:
             self.metrics.metrics["reliability"] = calibration.reliability()
         self.terms, self.device = len(trained.criterion.terms), device
         self.metrics.reset(device, self.terms)
-        self.activation = implied_activation(trained.flags.loss or "ce")
+        self.activation = self.metrics.activation = trained.activation
         self.worst, self.count = Worst(worst, "cpu"), count
         self.saved = 0  # entries of `metrics.rows` that `new_rows` has given
 

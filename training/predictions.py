@@ -7,16 +7,16 @@ python main_finetune.py --config runs/digits/args.yaml --eval --hook predictions
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from errors import UserError
-from insight.predictions import columns, words
+from insight.predictions import columns, texts
 from models.heads import implied_activation
-from parallel.process_group import all_gather, gather_rows
+from parallel.process_group import gather_rows, join_rows, pack_rows
 from training.confusion import csv_name
 from training.hooks import Hook, Run
-from training.log_files import needs_folder, write_csv
+from training.log_files import needs_folder
+from utils import write_csv
 
 
 class PredictionsHook(Hook):
@@ -43,26 +43,19 @@ class PredictionsHook(Hook):
         if run.phase == "test":
             batch = run.last_batch
             activation = implied_activation(run.args.loss or "ce")
-            kept = (batch.ids, *columns(batch.targets, batch.outputs, run.kind, activation))
-            kept = [part.view(len(batch.ids), -1) for part in kept]
-            kept = [part.cpu() if part.device.type == "mps" else part for part in kept]
-            self.parts.append(torch.cat([part.double() for part in kept], 1))
+            kept = columns(batch.targets, batch.outputs, run.kind, activation)
+            self.parts.append(pack_rows([batch.ids, *kept]))
 
     def on_phase_end(self, run: Run) -> None:
         if run.phase != "test":
             return
-        width = max((part.shape[1] for part in self.parts), default=0)
-        width = max(all_gather(width))
-        empty = torch.empty(0, width, dtype=torch.float64, device=run.device)
-        rows = gather_rows(torch.cat([*self.parts, empty]))
+        rows = gather_rows(join_rows(self.parts, run.device))
         self.parts = []
         if rows is None:
             return
-        rows = rows.cpu()
-        rows = rows[rows[:, 0].argsort()]
         table = [
-            [run.name_of(int(row[0])), *words(row[1:], run.kind, run.classes)]
-            for row in rows.tolist()
+            [run.name_of(int(number)), *texts(row, run.kind, run.classes)]
+            for number, *row in sorted(rows.tolist(), key=lambda row: row[0])
         ]
         name = csv_name("predictions", run.split)
         run.folder.mkdir(parents=True, exist_ok=True)  # of --eval

@@ -18,6 +18,7 @@ from config.tasks import TASKS
 from config.tool_flags import OF_FILES
 from data_loading.labels import IMAGENET, Head, imagenet_classes
 from errors import UserError
+from models.heads import implied_activation
 from models.parts import find_classifier
 from parallel.process_group import get_logger
 from training.checkpoint import restore_loss
@@ -45,6 +46,11 @@ class TrainedModel:
     names: Sequence[str] | None
     kind: str
     criterion: Any
+
+    @property
+    def activation(self) -> str:
+        """The function that turns outputs into probabilities: softmax, sigmoid or identity."""
+        return "sigmoid" if self.kind == "multi" else implied_activation(self.flags.loss or "ce")
 
 
 def read_source(flags: Any, source: str) -> Pretrained:

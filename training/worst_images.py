@@ -14,8 +14,8 @@ from torch import Tensor
 from data_loading.loader import DeviceLoader
 from errors import plural
 from insight.drawing import draw_images
-from insight.predictions import columns, words
-from parallel.process_group import all_gather, gather_rows
+from insight.predictions import columns, texts
+from parallel.process_group import gather_rows, join_rows, pack_rows
 from training.pictures import to_show
 
 COUNT, COLUMNS = 16, 4
@@ -34,20 +34,15 @@ class Worst:
 
     def add(self, ids: Tensor, losses: Tensor, parts: Sequence[Tensor]) -> None:
         """Add images: numbers (N,), losses (N,), and tensors (N,) or (N, D) to keep."""
-        kept = [part.reshape(len(ids), -1) for part in (losses, ids, *parts)]
-        kept = [part.cpu() if part.device.type == "mps" else part for part in kept]
-        rows = torch.cat([part.double() for part in kept], 1)
+        rows = pack_rows([losses, ids, *parts])
         rows = rows if self.rows is None else torch.cat([self.rows, rows])
         self.rows = choose(rows, self.count)
 
     def merged(self) -> Tensor | None:
         """Return the worst rows of all ranks on rank 0, None on others; every rank must call it."""
-        width = max(all_gather(0 if self.rows is None else self.rows.shape[1]))
-        rows = self.rows
-        if rows is None:
-            rows = torch.empty(0, width, dtype=torch.float64, device=self.device)
-        rows = gather_rows(rows)
-        return None if rows is None else choose(rows, self.count).cpu()
+        parts = [] if self.rows is None else [self.rows]
+        rows = gather_rows(join_rows(parts, self.device))
+        return choose(rows, self.count).cpu() if rows is not None and len(rows) else rows
 
 
 def choose(rows: Tensor, count: int) -> Tensor:
@@ -99,12 +94,12 @@ def draw_rows(
     shown = dict(zip(found.tolist(), pictures, strict=True))
     kept = [row for row in rows.tolist() if int(row[1]) in shown]
     dataset = loader.loader.dataset
-    texts = []
+    lines = []
     for loss, number, *rest in kept:
-        true, answer, probability = words(rest, kind, classes)
+        true, answer, probability = texts(rest, kind, classes)
         name = dataset.path_of(int(number))[-LETTERS:].rpartition("/")[2]
         chances = ", ".join(f"{float(x):.2f}" for x in filter(None, probability.split("|")))
         values = ", ".join(filter(None, [f"p {chances}" * bool(chances), f"loss {loss:.3g}"]))
-        texts.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}\n{name}")
+        lines.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}\n{name}")
     title = f"{plural(len(kept), 'image')} of the highest losses; p: probability"
-    return draw_images([shown[int(row[1])] for row in kept], texts, COLUMNS, title)
+    return draw_images([shown[int(row[1])] for row in kept], lines, COLUMNS, title)

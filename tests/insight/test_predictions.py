@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_loading.targets import Scale
-from insight.predictions import BROKEN, PredictionRecords, best_classes, likely_classes, words
+from insight.predictions import BROKEN, PredictionRecords, best_classes, likely_classes, texts
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -107,8 +107,8 @@ def test_names_that_are_no_text_can_be_written():
     assert bad["path"].encode() == b"caf\\udce9.png"
 
 
-def test_words_are_those_of_predictions_csv():
-    assert words([1, 0, 0.123456789], "class", NAMES) == ["bee", "ant", "0.123457"]
-    assert words([1, -1, 0.5], "class", None) == ["1", "", ""]
-    assert words([1, 0, 0, 5], "multi", ["x", "y"]) == ["x", "x|y", "0.5|0.993307"]
-    assert words([1.5, 2.5], "number", ["x"]) == ["1.5", "2.5", ""]
+def test_texts_are_those_of_predictions_csv():
+    assert texts([1, 0, 0.123456789], "class", NAMES) == ["bee", "ant", "0.123457"]
+    assert texts([1, -1, 0.5], "class", None) == ["1", "", ""]
+    assert texts([1, 0, 0, 5], "multi", ["x", "y"]) == ["x", "x|y", "0.5|0.993307"]
+    assert texts([1.5, 2.5], "number", ["x"]) == ["1.5", "2.5", ""]

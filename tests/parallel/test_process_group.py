@@ -103,6 +103,24 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 # --- the end of a script --------------------------------------------------------------------
 
 
+def test_rows_hold_large_ids_exactly_and_parts_without_columns():
+    """As float32, id 2**24 + 1 would be another image; `reshape(0, -1)` is an error."""
+    ids, values = torch.tensor([2**24 + 1, 3]), torch.tensor([[[0.5, 1.0]], [[2.0, 3.0]]])
+    rows = process_group.pack_rows([ids, values, torch.empty(2, 0)])
+    assert rows.tolist() == [[2**24 + 1, 0.5, 1.0], [3, 2.0, 3.0]]
+    assert process_group.pack_rows([ids[:0], values[:0]]).shape == (0, 3)
+    assert process_group.pack_rows([ids], torch.float32).dtype == torch.float32
+
+
+def test_rows_are_joined_without_any_batch_and_where_float64_exists():
+    """A rank without images has no batch, and MPS has no float64."""
+    rows = torch.ones(2, 3, dtype=torch.float64)
+    assert process_group.join_rows([rows, rows], "cpu").shape == (4, 3)
+    assert process_group.join_rows([], "cpu").shape == (0, 0)
+    empty = process_group.join_rows([], "mps", width=3)
+    assert (empty.shape, empty.device.type, empty.dtype) == ((0, 3), "cpu", torch.float64)
+
+
 def fail(error: BaseException):
     def main(args):
         raise error

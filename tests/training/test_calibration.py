@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from config import parser as options
 from training import calibration
-from training.evaluation import Metrics
+from training.evaluation import Metrics, build_metrics
 
 
 def test_rows_are_means_of_the_images_of_a_bin():
@@ -29,6 +30,20 @@ def test_rows_are_means_of_the_images_of_a_bin():
     assert stats["ece_5"] == pytest.approx(gap)
 
 
+def test_confidence_is_the_probability_that_predictions_show():
+    """It was the softmax for weights of --loss bce, whose predictions are sigmoids."""
+    metrics = Metrics(["ece(bins=1)"], None, 3)
+    metrics.metrics["reliability"] = calibration.reliability(1)
+    metrics.activation = "sigmoid"
+    metrics.reset("cpu")
+    logits = torch.tensor([[-3.0, -2.0, -4.0], [1.0, -5.0, -5.0]])
+    metrics.update(logits, torch.tensor([1, 0]), torch.zeros(2))
+    metrics.reduce()
+    ((_, sure, right),) = metrics.values()["reliability"]
+    assert sure == pytest.approx(100 * torch.tensor([-2.0, 1.0]).sigmoid().mean().item())
+    assert right == 100.0
+
+
 def test_table_has_the_bins_with_images():
     lines = calibration.describe([[0, None, None], [1200, 75.25, 60.0]])
     assert len(lines) == 2
@@ -42,3 +57,10 @@ def test_diagram_has_a_box_as_high_as_the_accuracy():
     column = [picture.getpixel((x, y)) for y in range(picture.height)]
     first = column.index(blue)
     assert abs(first - (calibration.EDGE + calibration.SIDE // 2)) <= 1
+
+
+def test_a_run_measures_the_probabilities_that_its_loss_implies():
+    words = ["--data_path", "photos", "--loss", "bce", "--metrics", "acc1", "ece"]
+    args = options.parse(options.finetune_parser(), words)
+    assert build_metrics(args, 3).activation == "sigmoid"
+    assert build_metrics(args.replace(loss=None), 3).activation == "softmax"

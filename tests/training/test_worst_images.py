@@ -46,6 +46,10 @@ def test_only_the_worst_are_kept_in_memory():
         assert len(worst.rows) == 2
 
 
+def test_an_evaluation_without_images_has_no_worst_ones():
+    assert len(Worst(3).merged()) == 0
+
+
 def merged(rank: int, folder: Path) -> list:
     worst = Worst(3)
     if rank < 2:  # the third rank has no images
