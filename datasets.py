@@ -26,6 +26,7 @@ from data_loading.labels import (
     Head,
     check_column,
     class_names,
+    describe_one_class,
     find_outputs,
     find_positions,
     order_of_head,
@@ -222,9 +223,8 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
             check_column(part.classes, part.example_of, f"{part.path}: {column}")
     if is_train and is_table and rows.kind == "class" and len(rows.classes) == 1:
         raise UserError(
-            f"{args.data_path}: all rows are of one class, {rows.classes[0]!r}, so there is "
-            "nothing to learn. For yes or no give a column of 0 and 1 and --task multi_label; for "
-            "a number --task regression"
+            f"{args.data_path}: {describe_one_class(rows.classes[0], 'rows')}. For yes or no give "
+            "a column of 0 and 1 and --task multi_label; for a number --task regression"
         )
     return data
 

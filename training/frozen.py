@@ -27,7 +27,7 @@ import models
 from config.flags import is_code
 from data_loading.bad_images import BadImages
 from data_loading.dataset import Replacement, TransformedDataset
-from data_loading.labels import describe_label
+from data_loading.labels import describe_label, describe_one_class
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
 from data_loading.split import Part, list_labels, list_values, split
@@ -240,11 +240,8 @@ def check_labels(images: ImageSet) -> None:
         )
     labels = images.labels()
     if labels is not None and len(found := labels.unique()) < 2:
-        name = describe_label(images.dataset, found[0])
-        raise UserError(
-            f"{images.part}: all images are of one class, {name!r}, so there is nothing to learn; "
-            "give data of two classes or more"
-        )
+        problem = describe_one_class(describe_label(images.dataset, found[0]))
+        raise UserError(f"{images.part}: {problem}; give images of two classes or more")
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -407,7 +404,8 @@ def _build_loader(frozen: FrozenModel, images: ImageSet) -> DeviceLoader:
 def _with_bar(loader: DeviceLoader, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield batches below a progress bar of all images on rank 0's terminal."""
     hidden = None if is_main_process() else True
-    with tqdm(total=len(images), desc=images.part, unit=" images", disable=hidden) as bar:
+    options = {"desc": images.part, "unit": " images", "leave": False, "disable": hidden}
+    with tqdm(total=len(images), **options) as bar:
         share = len(images) / max(len(loader), 1)  # of a batch of all ranks
         for batch in loader:
             yield batch

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 import datasets
 from config.flags import LISTED, is_code
 from data_loading.dataset import Replacement, TransformedDataset
-from data_loading.labels import Head, class_names, find_outputs, find_positions
+from data_loading.labels import Head, class_names, describe_one_class, find_outputs, find_positions
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in_each
 from data_loading.samplers import EvalSampler
@@ -164,8 +164,8 @@ def open_pair(args: Any, path: str, own: Any) -> tuple[TransformedDataset, Trans
     names = class_names(train)
     count = len(names) if names is not None else _count_outputs(train, kind)
     if kind == "class" and count < 2:
-        one = f", {names[0]!r}" if names else ""
-        raise UserError(f"all images are of one class{one}, so there is nothing to distinguish")
+        problem = describe_one_class(names[0] if names else None)
+        raise UserError(f"{problem}; give images of two classes or more")
     head = Head("the probes' training images", names, count, kind)
     positions = None
     if names is not None and (other := class_names(test)) is not None:
