@@ -153,7 +153,10 @@ def standard_error(share: float, count: int) -> float:
 def describe_accuracy(
     frozen: FrozenModel, train: Labeled, val: Labeled, kind: str
 ) -> dict[str, Any]:
-    """Return what was measured, and for classes the accuracy of always saying the commonest one."""
+    """Return what was measured.
+
+    chance: for classes, the accuracy of always answering the most frequent training class.
+    """
     args = frozen.args
     about = {
         "checkpoint": frozen.name,
@@ -186,7 +189,7 @@ def accuracy_lines(about: Mapping[str, Any], results: Sequence[Mapping[str, Any]
         chosen += ", whitened" * result.get("whitened", False)
         yield f"{result['probe']:9} {result['images']:8,}  {text:17}{top5}{chosen}"
     if "chance" in about:
-        yield f"{'chance':9} {'':8}  {about['chance']:.2f}%, by the commonest training class"
+        yield f"{'chance':9} {'':8}  {about['chance']:.2f}%, by the most frequent training class"
 
 
 # --- features -------------------------------------------------------------------------------------

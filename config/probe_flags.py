@@ -87,7 +87,7 @@ ROWS = {
     "accuracy": (
         ("--probes", PROBES, PROBES, "probes to fit; linear is ridge regression", "+"),
         ("--k", COUNT, 20, "neighbors that vote"),
-        ("--temperature", POSITIVE, 0.07, "of the votes: exp(cosine similarity / temperature)"),
+        ("--temperature", POSITIVE, 0.07, "softmax temperature of the neighbor votes"),
         ("--fractions", FRACTION, (1.0,),
          "fractions of the training images of each class to fit the probes to", "+"),
         ("--output", PATH, None, "JSON file to write the results to; default: none"),
@@ -147,7 +147,7 @@ WEIGHTS = "--model --stem_stride --model_key --use_ema --model_prefix --sha256"
 MACHINE = "--device --amp --batch_size --num_workers --seed"
 TEXTS = {
     "input_size": parsers.OF_CHECKPOINT["input_size"],
-    "data_path": "data: all that main_finetune.py takes; without labels for some sub-commands",
+    "data_path": "data: whatever main_finetune.py takes; without labels for some sub-commands",
     "nb_classes": "number of classes, for data sets without class names",
     "seed": "random seed of draws, and of --method",
 }

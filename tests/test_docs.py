@@ -35,7 +35,8 @@ PAGES += [ROOT / "assets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORKING, HOOKS = ROOT / "docs/forking.md", ROOT / "docs/hooks.md"
 EXPECTED_PAGES = (
     "data pretraining finetuning models checkpoints distributed slurm weights performance "
-    "configuration forking hooks troubleshooting from-official from-classy-vision insight predict"
+    "configuration forking hooks troubleshooting from-official from-classy-vision insight predict "
+    "probe"
 )
 README_LINES, WIDTH = 220, 100
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

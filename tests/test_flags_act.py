@@ -414,7 +414,7 @@ PRETRAIN: dict[str, Row] = {
         [False] * 2,
     ),
     "probe_images": (
-        "--probe_images 12", lambda b: "10 images to learn from and 2 to score" in b.text, False,
+        "--probe_images 12", lambda b: "10 training and 2 test images" in b.text, False,
         True, "--probes linear",
     ),
     "probes": (

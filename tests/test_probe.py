@@ -606,7 +606,7 @@ def test_two_processes_give_the_same_bytes(view, place, tmp_path):
 
 @pytest.fixture
 def of_the_docs(tmp_path, place, monkeypatch) -> None:
-    """A folder with the runs and photos that docs/insight.md names; hubs give weights of ours."""
+    """A folder with the runs and photos that docs/probe.md names; hubs give weights of ours."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "photos/train", "photos")
     torch.manual_seed(0)
@@ -626,7 +626,7 @@ def of_the_docs(tmp_path, place, monkeypatch) -> None:
 @pytest.mark.slow
 def test_commands_of_the_documentation_run(of_the_docs, capsys):
     """With small networks, and without training them."""
-    page = ROOT / "docs/insight.md"
+    page = ROOT / "docs/probe.md"
     found = [words[2:] for words in commands(page) if words[:2] == ["python", "probe.py"]]
     assert {words[0] for words in found} >= set(probe_flags.AIMS) - {"accuracy"}
     for words in found:

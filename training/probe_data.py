@@ -71,7 +71,7 @@ def _numbered(sample: tuple, number: int) -> tuple:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Images whose features are probed: those to learn from, and then those to score.
+    """Images whose features are probed: training images, and then test images.
 
     kind: of their labels, None without labels.
     """
@@ -112,7 +112,7 @@ def build_probe_data(args: Any, own: Any, device: torch.device) -> ProbeData:
     counts = [len(places) for _, places in sets]
     names = f" ({first_few(train.classes)})" if train.classes else ""
     get_logger().info(
-        "probes: labels of %s: %d images to learn from and %d to score, %s%s",
+        "probes: labels of %s: %d training and %d test images, %s%s",
         args.probe_data or "the training data",
         *counts,
         describe_outputs(train.nb_classes, kind).strip(),
@@ -151,7 +151,7 @@ def choose(data: Any, count: int, kind: str = "class") -> np.ndarray:
 
 
 def open_pair(args: Any, path: str, own: Any) -> tuple[TransformedDataset, TransformedDataset]:
-    """Open labeled images to learn from and to score, with equal class labels.
+    """Open labeled training and test images, with equal class labels.
 
     path: of --probe_data, '' for the training data of the run. Data without evaluation images of
     its own gives a fifth of its images, of each class.

@@ -207,7 +207,7 @@ def test_labels_of_other_data(tmp_path, capsys):
     (line,) = run(words, tmp_path / "run")
     assert line["probe_linear"] == 100
     said = capsys.readouterr().out
-    found = r"(\d+) images to learn from and (\d+) to score, of 3 classes \(ant, bee, cat\)"
+    found = r"(\d+) training and (\d+) test images, of 3 classes \(ant, bee, cat\)"
     counts = re.search(rf"labels of {path}: {found}", said).groups()
     assert sum(map(int, counts)) == 30
 
@@ -228,7 +228,7 @@ def test_loss_on_training_images_has_another_name(tmp_path, capsys):
     assert line["fixed_train_loss"] > 0
     said = capsys.readouterr().out
     assert "fixed_train_loss of 26 training images (the data has no others)" in said
-    learned, scored = re.search(r"(\d+) images to learn from and (\d+) to score", said).groups()
+    learned, scored = re.search(r"(\d+) training and (\d+) test images", said).groups()
     assert int(learned) + int(scored) == 26  # about a fifth is held out
     assert 0 < int(scored) < 13
 
