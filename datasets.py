@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from config.sizes import batch_sizes, describe_size, describe_sizes, sizes_by_epoch
-from config.tasks import OF_TABLES, TASK_OF, known_kind
+from config.tasks import OF_TABLES, known_kind
 from data_loading.augment import Augmentation
 from data_loading.builtin import Digits, Synthetic, cifar
 from data_loading.dataset import TransformedDataset
@@ -26,21 +26,29 @@ from data_loading.labels import (
     Head,
     check_column,
     class_names,
-    differences,
+    describe_one_class,
     find_outputs,
     find_positions,
     order_of_head,
 )
 from data_loading.loader import DeviceLoader
 from data_loading.mixed import Listed, MixedImages
+from data_loading.outputs import (
+    check_table,
+    choose_scale,
+    count_outputs,
+    find_kind,
+    head_to_keep,
+    own_count,
+)
 from data_loading.ram_cache import hold_in_ram
 from data_loading.samplers import EvalSampler, TrainSampler, balance, check_global_batch
 from data_loading.sources import DatasetSpec, open_images
 from data_loading.split import Part, keep_fraction, list_labels, list_values, split
 from data_loading.stages import ByEpoch, by_epoch
-from data_loading.summary import NOUN, log_dataset
+from data_loading.summary import log_dataset
 from data_loading.tables import Columns
-from data_loading.targets import Scale, Targets, find_scale
+from data_loading.targets import Targets
 from data_loading.torchvision_sets import PREFIX, torchvision_set
 from data_loading.transforms import (
     build_augmentation,
@@ -53,7 +61,7 @@ from data_loading.transforms import (
 from data_loading.tta import ONE_VIEW, build_views
 from data_loading.tuning import Tuner, first_workers, most_workers
 from data_loading.workers import WatchedLoader
-from errors import UserError, first_few, plural, resolve
+from errors import UserError, resolve
 from parallel.process_group import get_logger, get_rank, get_world_size
 
 SAMPLE_TIMEOUT = 1800.0  # seconds, half of the time that ranks wait for each other
@@ -94,6 +102,21 @@ def create_dataset(data_set: str, spec: DatasetSpec, train: bool) -> Any:
     return data
 
 
+def create_unlabeled(data_set: str, spec: DatasetSpec, train: bool, problem: UserError) -> Any:
+    """Create a data set without its labels, which raised `problem`.
+
+    That is raised again if the images cannot be opened either, since it says more, and if a column
+    of labels was named.
+    """
+    try:
+        data = create_dataset(data_set, replace(spec, labeled=False), train)
+    except UserError:
+        raise problem from None
+    if isinstance(data, Images) and spec.columns.labels:
+        raise problem
+    return data
+
+
 def on_bad_image(is_train: bool, args: Any) -> str:
     """Return `on_bad` of `TransformedDataset`; evaluation must not count another image instead."""
     return {"error": "error", "skip": "replace" if is_train else "leave out"}[args.on_bad_image]
@@ -129,27 +152,27 @@ def build_dataset(
     """
     kept = head if resumes or not is_train else None
     data, part = _create_labeled(is_train, args, kept), "train" if is_train else "val"
-    kind = _find_kind(data, args, kept)
+    kind = find_kind(data, args, kept)
     if is_train and args.label_fraction < 1:
         data = keep_fraction(data, args.label_fraction, args.seed, kind)
     names = classes = class_names(data)
     if is_train and head and names is not None:
         rows = data.dataset if isinstance(data, Part) else data
         in_folders = isinstance(rows, Images) and not rows.is_table
-        head = _head_to_keep(names, head, resumes, kind, in_folders)
+        head = head_to_keep(names, head, resumes, kind, in_folders)
     elif is_train and head and not resumes:
-        own = _own_count(data, kind) or args.nb_classes
+        own = own_count(data, kind) or args.nb_classes
         head = head if kind == head.kind == "number" and head.count == own else None
     positions = None
     if head and names is not None:
         find = find_outputs if kind == "number" else find_positions
-        _check_table(data, names, head, part)
+        check_table(data, names, head, part)
         positions = find(names, head, part)
         classes = head.names or (order_of_head(names, head)[0] if kind != "number" else names)
     elif head and head.names is not None:
         text = "%s has no class names, so its labels are taken for positions in %s"
         get_logger().info(text, part, head.source)
-    count = _count_outputs(data, args, head, kind, part)
+    count = count_outputs(data, args, head, kind, part)
     used = describe_sizes(args) if is_train else describe_size(args.input_size)
     log_dataset(data, is_train, used, count, kind)
     hold_images(data, args, part)
@@ -162,106 +185,10 @@ def build_dataset(
         on_bad_image(is_train, args),
         classes=classes,
     )
-    scale = _find_scale(data, args, head, classes) if kind == "number" else None
+    scale = choose_scale(data, args, head, classes) if kind == "number" else None
     dataset.expect(Targets(kind, count, positions, scale))
     dataset.map_values(vars(args).get("value_range"))
     return dataset.decode_fast(is_train and vars(args).get("decode") == "fast"), count
-
-
-def _find_kind(data: Any, args: Any, head: Head | None) -> str:
-    """Return the kind of the targets: what the data says, or else the flags, or else the head."""
-    own, told = getattr(data, "kind", None), known_kind(vars(args))
-    if own not in (None, *TASK_OF):
-        got = f"--data_set {args.data_set} has kind = {own!r}"
-        raise UserError(f"{got}, expected class, multi or number; correct it")
-    if own and told and own != told:
-        got = f"--task {args.task}, but --data_set {args.data_set} has kind = {own!r}"
-        raise UserError(f"{got}; pass --task {TASK_OF[own]}, or correct the data set")
-    kind = own or told or (head and head.kind) or "class"
-    if head and head.kind not in (None, kind):
-        raise UserError(
-            f"the data is for --task {TASK_OF[kind]}, and {head.source} for {TASK_OF[head.kind]}; "
-            "give the data of that task"
-        )
-    return kind
-
-
-def _count_outputs(data: Any, args: Any, head: Head | None, kind: str, part: str) -> int:
-    """Return the number of outputs; UserError if it is unknown, or not that of --nb_classes."""
-    nouns = "numbers" if kind == "number" else "classes"
-    count = (head and head.count) or _own_count(data, kind)
-    if count is None and args.nb_classes is None:
-        raise UserError(
-            f"--data_set {args.data_set} has no class names; set their number with --nb_classes"
-            if kind == "class"
-            else f"--data_set {args.data_set} has no names; set how many {nouns} an image has with "
-            "--nb_classes"
-        )
-    if args.nb_classes and count not in (None, args.nb_classes):
-        owner = head.source if head else f"the {part} data"
-        raise UserError(
-            f"--nb_classes {args.nb_classes}, but {owner} has {plural(count, NOUN[kind])}; drop "
-            "--nb_classes or fix the data"
-        )
-    return count or args.nb_classes
-
-
-def _own_count(data: Any, kind: str) -> int | None:
-    """Return the number of outputs that a data set tells, or None."""
-    if (names := class_names(data)) is not None:
-        return len(names)
-    if kind == "class" or (rows := list_values(data, "targets")) is None:
-        return None
-    return rows.shape[1] if rows.ndim == 2 else 1
-
-
-def _find_scale(
-    data: Any, args: Any, head: Head | None, names: Sequence[str] | None
-) -> Scale | None:
-    """Return mean and std of the numbers: those of the head, or else of the training data."""
-    if head is not None:  # its outputs are in these units, or in those of the data
-        own, asked = head.scale is not None, args.normalize_targets
-        if own != asked and (own or "normalize_targets" in getattr(args, "typed", ())):
-            own, asked = ("true" if value else "false" for value in (own, asked))
-            raise UserError(
-                f"--normalize_targets {asked}, but {head.source} was trained with {own} and its "
-                "head is kept; drop it, or train a new head: --finetune with --reset_head true"
-            )
-        return head.scale
-    if not args.normalize_targets:
-        return None
-    rows = list_values(data, "targets")
-    if rows is None:
-        raise UserError(
-            f"--normalize_targets: --data_set {args.data_set} does not list its numbers; give it a "
-            "list `targets` with those of each image, or pass --normalize_targets false"
-        )
-    rows = np.asarray(rows, np.float64).reshape(len(rows), -1)
-    if names is not None and rows.shape[1] != len(names):
-        got = f"{plural(rows.shape[1], 'number')} for each image in `targets`"
-        raise UserError(f"--data_set {args.data_set} has {got}, and {plural(len(names), 'name')}")
-    scale = find_scale(rows, names or range(rows.shape[1]))
-    pairs = zip(scale.mean, scale.std, strict=True)
-    texts = [f"{mean:.4g} and {std:.4g}" for mean, std in pairs]
-    get_logger().info("train: mean and std of the numbers: %s", first_few(texts, 5))
-    return scale
-
-
-def _check_table(data: Any, names: Sequence[str], head: Head, part: str) -> None:
-    """Raise UserError with lines of a table for classes that a head does not know."""
-    rows = data.dataset if isinstance(data, Part) else data
-    if not (isinstance(rows, Images) and rows.is_table) or rows.kind == "number" or not head.names:
-        return
-    if order_of_head(names, head)[0] is None:
-        unknown = [
-            f"{name} ({rows.example_of(label)})"
-            for label, name in enumerate(names)
-            if name not in head.names
-        ]
-        raise UserError(
-            f"{part}: {rows.path} has classes that {head.source} does not know: "
-            f"{first_few(unknown, 5)}; correct the table"
-        )
 
 
 def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
@@ -271,15 +198,11 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
             "--data_set folder has no labels, so main_pretrain.py alone can use it; expected class "
             "folders: --data_set image_folder or IMNET"
         )
-    spec = DatasetSpec(
-        args.data_path,
-        args.eval_data_path,
-        height_and_width(args.input_size),
-        args.nb_classes or (head.count if head and not is_train else None),
-        args.data_index,
-        known_kind(vars(args)) or (head.kind if head else None),
-        build_columns(args, args.label_column, args.weight_column, is_train),
-        skip_missing=args.on_bad_image == "skip",
+    spec = build_spec(
+        args,
+        nb_classes=args.nb_classes or (head.count if head and not is_train else None),
+        kind=known_kind(vars(args)) or (head.kind if head else None),
+        columns=build_columns(args, args.label_column, args.weight_column, is_train),
     )
     splits = args.val_split > 0
     with naming_source(args, head):
@@ -300,9 +223,8 @@ def _create_labeled(is_train: bool, args: Any, head: Head | None) -> Any:
             check_column(part.classes, part.example_of, f"{part.path}: {column}")
     if is_train and is_table and rows.kind == "class" and len(rows.classes) == 1:
         raise UserError(
-            f"{args.data_path}: all rows are of one class, {rows.classes[0]!r}, so there is "
-            "nothing to learn. For yes or no give a column of 0 and 1 and --task multi_label; for "
-            "a number --task regression"
+            f"{args.data_path}: {describe_one_class(rows.classes[0], 'rows')}. For yes or no give "
+            "a column of 0 and 1 and --task multi_label; for a number --task regression"
         )
     return data
 
@@ -338,34 +260,26 @@ def naming_source(args: Any, head: Head | None) -> Iterator[None]:
         raise UserError(f"{error} --{names[0]} is taken from {head.source}; give it") from error
 
 
+def build_spec(args: Any, **changes: Any) -> DatasetSpec:
+    """Build the settings of `create_dataset`; changes: of its fields, such as labeled=False."""
+    spec = DatasetSpec(
+        args.data_path,
+        vars(args).get("eval_data_path"),
+        data_index=args.data_index,
+        columns=build_columns(args),
+        skip_missing=args.on_bad_image == "skip",
+    )
+    if "input_size" in vars(args):
+        spec = replace(spec, input_size=height_and_width(args.input_size))
+    return replace(spec, **changes)
+
+
 def build_columns(
     args: Any, labels: Sequence[str] | None = (), weight: str | None = None, is_train: bool = True
 ) -> Columns:
     """Build the names of the columns of a table; evaluation leaves the weights out."""
     weights = (weight, None) if is_train else (None, weight)
     return Columns(args.image_column, labels or (), args.split_column, *weights, args.image_root)
-
-
-def _head_to_keep(
-    names: Sequence[str], head: Head, resumes: bool, kind: str, in_folders: bool
-) -> Head | None:
-    """Return `head` if it has these classes, or None; UserError if a run must resume with it."""
-    if (kind == "number") != (head.kind == "number"):
-        return None
-    if head.names is not None:
-        same = set(names) == set(head.names)
-        if resumes and not same:
-            raise UserError(differences(names, head, "train"))
-        return head if same else None
-    if resumes and in_folders:  # of an earlier version, which sorted folders as text
-        return replace(head, names=sorted(names))
-    if resumes or not head.count:  # of an earlier version, or of data without names
-        return head if resumes and kind == "number" else None
-    order, _ = order_of_head(names, head)
-    if order is None or set(order) != set(names):
-        return None
-    find_positions(names, head, "train")  # logs how they are matched
-    return replace(head, names=order)
 
 
 def build_datasets(
@@ -409,17 +323,7 @@ def hold_images(data: Any, args: Any, part: str) -> None:
 
 def build_pretrain_dataset(args: Any) -> TransformedDataset:
     """Build the training images of any dataset; pre-training ignores their labels."""
-    size = height_and_width(args.input_size)
-    columns = build_columns(args)
-    spec = DatasetSpec(
-        args.data_path,
-        input_size=size,
-        data_index=args.data_index,
-        columns=columns,
-        labeled=False,
-        skip_missing=args.on_bad_image == "skip",
-    )
-    data = create_dataset(args.data_set, spec, train=True)
+    data = create_dataset(args.data_set, build_spec(args, labeled=False), train=True)
     check_columns(data, args)
     log_dataset(data, True, describe_sizes(args))
     hold_images(data, args, "train")
@@ -427,6 +331,23 @@ def build_pretrain_dataset(args: Any) -> TransformedDataset:
     dataset = TransformedDataset(data, transform, args.seed, args.in_chans, on_bad=on_bad)
     dataset.map_values(vars(args).get("value_range"))
     return dataset.decode_fast(vars(args).get("decode") == "fast")
+
+
+def eval_dataset(data: Any, args: Any, on_bad: str | None = None) -> TransformedDataset:
+    """Return images as an evaluation reads them, without labels.
+
+    on_bad: of `TransformedDataset`; default: that of an evaluation.
+    """
+    on_bad, transform = on_bad or on_bad_image(False, args), build_transform(False, args)
+    dataset = TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+    return dataset.map_values(vars(args).get("value_range"))
+
+
+def build_reader(
+    dataset: TransformedDataset, args: Any, device: torch.device | str
+) -> DeviceLoader:
+    """Build a loader whose `reload` reads chosen images, in this process."""
+    return DeviceLoader(WatchedLoader(dataset, [], 1), device, *build_mean_and_std(args))
 
 
 def build_loader(

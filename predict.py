@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -42,6 +42,7 @@ from data_loading.targets import Targets
 from data_loading.tta import build_views
 from data_loading.tuning import Tuner, most_workers
 from errors import UserError, plural
+from insight.feature_cache import checksum
 from insight.predictions import LIKELY, PredictionRecords
 from insight.result_files import Parts, Shown, check_place, folder_of
 from models.kernels.autotune import autotuner
@@ -228,15 +229,6 @@ def build_records(
         args.threshold or LIKELY,
         labeled,
     )
-
-
-def checksum(state: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of the names and values of weights."""
-    found = 0
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(value.numpy(), zlib.crc32(name.encode(), found))
-    return found
 
 
 def describe_file(path: str) -> str:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_loading.labels import describe_one_class
 from errors import UserError, plural
 from insight import drawing, embedding, feature_files
 from insight.drawing import BAD, GOOD, Cell
@@ -424,7 +425,8 @@ def draw_selectivity(args: Any) -> None:
     if means is None:
         return
     if len(next(iter(means.values()))) < 2:
-        raise UserError(f"{images.part}: all images are of one class; give two classes or more")
+        problem = describe_one_class()
+        raise UserError(f"{images.part}: {problem}; give images of two classes or more")
     width = max(map(len, layers))
     print(f"{'layer':{width}}  channels  silent   mean  median  over 0.5")
     drawn = []

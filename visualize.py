@@ -13,7 +13,6 @@ python visualize.py explain runs/demo/finetune --images photos
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def print_stats(args: argparse.Namespace) -> None:
     """Print statistics of the images of a data set, and the flags to paste."""
     init_distributed_mode("cpu")
     data = open_data(args)
-    on_bad = "leave out" if args.on_bad_image == "skip" else "error"
+    on_bad = datasets.on_bad_image(False, args)
     dataset = MeasuredDataset(data, args.in_chans, on_bad).map_values(args.value_range)
     chosen = choose(len(data), args.num_images, args.seed)
     order = reading_order(data)
@@ -135,24 +134,12 @@ def open_data(args: argparse.Namespace) -> Any:
     is_train = args.split == "train"
     if needs_path(args.data_set) and not (args.data_path or (args.eval_data_path and not is_train)):
         raise UserError("--data_path is missing; give the folder, table or archive of the data")
-    columns = Columns(
-        args.image_column, args.label_column or (), args.split_column, root=args.image_root
-    )
-    spec = DatasetSpec(
-        args.data_path,
-        args.eval_data_path,
-        data_index=args.data_index,
-        columns=columns,
-        skip_missing=args.on_bad_image == "skip",
-    )
+    spec = datasets.build_spec(args, columns=datasets.build_columns(args, args.label_column))
     try:
         return datasets.create_dataset(args.data_set, spec, is_train)
     except UserError as error:
         problem = error
-    try:
-        data = datasets.create_dataset(args.data_set, replace(spec, labeled=False), is_train)
-    except UserError:
-        raise problem from None  # with labels it has more to say
+    data = datasets.create_unlabeled(args.data_set, spec, is_train, problem)
     print(f"no labels: {problem}", file=sys.stderr)
     return data
 
@@ -205,15 +192,7 @@ def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
         raise UserError(f"--data_index needs image files, not --data_set {args.data_set}; drop it")
     if needs_path(args.data_set) and not args.data_path:
         raise UserError(f"{args.checkpoint} names no images; give --images")
-    spec = DatasetSpec(
-        args.data_path,
-        args.eval_data_path,
-        args.input_size,
-        data_index=args.data_index,
-        columns=datasets.build_columns(args),
-        labeled=False,
-        skip_missing=args.on_bad_image == "skip",
-    )
+    spec = datasets.build_spec(args, labeled=False)
     data = datasets.create_dataset(args.data_set, spec, train=args.split == "train")
     datasets.check_columns(data, argparse.Namespace(given=typed, **typed))
     return data
@@ -274,12 +253,7 @@ def explain_masked(
 
 def reading_loader(args: argparse.Namespace, data: Any, device: torch.device) -> Any:
     """Return a loader that reads images as an evaluation does, in this process."""
-    transform = datasets.build_transform(False, args)
-    on_bad = "leave out" if args.on_bad_image == "skip" else "error"
-    dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
-    dataset.map_values(vars(args).get("value_range"))
-    mean_std = datasets.build_mean_and_std(args)
-    return datasets.DeviceLoader(WatchedLoader(dataset, [], 1), device, *mean_std)
+    return datasets.build_reader(datasets.eval_dataset(data, args), args, device)
 
 
 VIEWS = {"reconstructions": main, "data": draw_data, "stats": print_stats}

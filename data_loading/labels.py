@@ -82,6 +82,15 @@ def class_names(dataset: Any) -> list[str] | None:
     return names
 
 
+def describe_one_class(name: Any = None, things: str = "images") -> str:
+    """Return the text for data of a single class, to which the caller adds what to do.
+
+    name: of the class, or its label; None if unknown.
+    """
+    only = "" if name is None else f", {name!r}"
+    return f"all {things} are of one class{only}, so there is nothing to learn"
+
+
 def describe_label(dataset: Any, label: Tensor) -> str:
     """Return the class of a label, the classes of several, or the numbers of a regression.
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from data_loading.labels import class_names
+from data_loading.labels import class_names, describe_one_class
 from data_loading.mixed import Listed
 from data_loading.split import Part
 from data_loading.tables import SPLITS
@@ -28,8 +28,7 @@ def describe_class_problem(dataset: Any, nb_classes: int | None) -> str:
     names = class_names(dataset) or ()
     fix = "give the folder that directly holds one folder of images per class"
     if nb_classes == 1:
-        only = f", {names[0]!r}" if names else ""
-        return f"all images are of one class{only}, so there is nothing to learn; {fix}"
+        return f"{describe_one_class(names[0] if names else None)}; {fix}"
     if nb_classes and names and SPLITS.issuperset(map(str.lower, names)):
         return f"the classes are called {first_few(names)}, like parts of a data set; {fix}"
     return ""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_loading.labels import describe_one_class
 from data_loading.rng import fold_in_each
 from data_loading.samplers import rarest_classes
 from data_loading.split import lowest_draws
@@ -55,10 +56,8 @@ def check_features(train: Labeled, test: Labeled, kind: str) -> None:
         got = f"{train.features.shape[1]} and {test.features.shape[1]}"
         raise UserError(f"train and test features have {got} columns, expected the same network")
     if kind == "class" and len(found := train.targets.unique()) < 2:
-        raise UserError(
-            f"all {plural(len(train.targets), 'image')} to learn from have the class "
-            f"{found.item()}, so there is nothing to distinguish; give images of at least 2 classes"
-        )
+        problem = describe_one_class(found.item(), "training images")
+        raise UserError(f"{problem}; give images of two classes or more")
 
 
 def class_count(train: Labeled, test: Labeled) -> int:

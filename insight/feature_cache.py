@@ -85,7 +85,7 @@ class FeatureCache:
         if self.folder is None or key is None:
             return None
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        about = {"key": _text(key), "checksum": str(_checksum(tensors))}
+        about = {"key": _text(key), "checksum": str(checksum(tensors))}
         path = self.path(key)
         try:
             write_atomically(save(tensors, about), path)
@@ -113,12 +113,13 @@ def _read(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
         if about.get("key") != _text(key):
             raise ValueError("it has another key")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if about.get("checksum") != str(_checksum(tensors)):
+    if about.get("checksum") != str(checksum(tensors)):
         raise ValueError("its checksum is wrong")
     return tensors
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the names and values of tensors, whatever their order."""
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), value))

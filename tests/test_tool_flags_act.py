@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import export
 import pack
 import visualize
@@ -170,18 +171,19 @@ def drawn(words: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Draw; returns what was made for it."""
     found = SimpleNamespace()
 
-    def keep(name: str) -> None:
-        real = getattr(visualize, name)
+    def keep(name: str, module: Any = visualize) -> None:
+        real = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             setattr(found, name, (args, real(*args, **kwargs)))
             return getattr(found, name)[1]
 
-        monkeypatch.setattr(visualize, name, call)
+        monkeypatch.setattr(module, name, call)
 
     with monkeypatch.context() as monkeypatch:
-        for name in ("ReconstructionImages", "DatasetSpec", "init_distributed_mode", "build_fcmae"):
+        for name in ("ReconstructionImages", "init_distributed_mode", "build_fcmae"):
             keep(name)
+        keep("build_spec", datasets)
         visualize.main(options.visualize_parser().parse_args(words.split()))
     found.drawing = found.ReconstructionImages[1]
     return found
@@ -234,7 +236,7 @@ VISUALIZE: dict[str, Row] = {
     "data_set": ("--data_set tests.test_tool_flags_act:one", data, 26, 1),
     "data_path": ("--data_path there", data, 26, 20),
     "eval_data_path": (
-        "--eval_data_path e", lambda found: found.DatasetSpec[1].eval_data_path, None, "e",
+        "--eval_data_path e", lambda found: found.build_spec[1].eval_data_path, None, "e",
     ),
     "image_column": (f"{ROWS} --image_column other", files, [], ["photos/two.png"] * 2),
     "image_root": (f"{ROWS} --image_root more", files, [], ["more/one.png"] * 2),

@@ -27,11 +27,9 @@ import models
 from config.flags import is_code
 from data_loading.bad_images import BadImages
 from data_loading.dataset import Replacement, TransformedDataset
-from data_loading.images import Images
-from data_loading.labels import describe_label
+from data_loading.labels import describe_label, describe_one_class
 from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
-from data_loading.sources import DatasetSpec
 from data_loading.split import Part, list_labels, list_values, split
 from data_loading.stats import choose
 from errors import UserError, first_few, plural
@@ -47,7 +45,7 @@ from parallel.process_group import broadcast, from_main_process, get_logger, is_
 from training.pictures import as_rgb
 from training.setup import check_start, setup_process, user_modules
 from training.stepper import DTYPES, autocast
-from training.trained import read_source
+from training.trained_model import read_source
 from weights.saved_run import inherit_flags
 
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # whose versions may change features
@@ -227,24 +225,10 @@ def _open_part(args: Any, name: str, head: Any, labeled: bool) -> ImageSet:
 def _open_unlabeled(args: Any, is_train: bool, problem: UserError) -> TransformedDataset:
     """Open images without labels; raises `problem`, which says more, if that fails too."""
     splits = args.val_split > 0
-    spec = DatasetSpec(
-        args.data_path,
-        args.eval_data_path,
-        args.input_size,
-        data_index=args.data_index,
-        columns=datasets.build_columns(args),
-        labeled=False,
-        skip_missing=args.on_bad_image == "skip",
-    )
-    try:
-        data = datasets.create_dataset(args.data_set, spec, is_train or splits)
-    except UserError:
-        raise problem from None
-    if isinstance(data, Images) and args.label_column:  # named labels that cannot be read
-        raise problem
+    spec = datasets.build_spec(args, columns=datasets.build_columns(args, args.label_column))
+    data = datasets.create_unlabeled(args.data_set, spec, is_train or splits, problem)
     data = split(data, args.val_split, is_train) if splits else data
-    dataset = TransformedDataset(data, None, args.seed, args.in_chans)
-    return dataset.map_values(args.value_range)
+    return datasets.eval_dataset(data, args)
 
 
 def check_labels(images: ImageSet) -> None:
@@ -256,11 +240,8 @@ def check_labels(images: ImageSet) -> None:
         )
     labels = images.labels()
     if labels is not None and len(found := labels.unique()) < 2:
-        name = describe_label(images.dataset, found[0])
-        raise UserError(
-            f"{images.part}: all images are of one class, {name!r}, so there is nothing to learn; "
-            "give data of two classes or more"
-        )
+        problem = describe_one_class(describe_label(images.dataset, found[0]))
+        raise UserError(f"{images.part}: {problem}; give images of two classes or more")
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -423,7 +404,8 @@ def _build_loader(frozen: FrozenModel, images: ImageSet) -> DeviceLoader:
 def _with_bar(loader: DeviceLoader, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield batches below a progress bar of all images on rank 0's terminal."""
     hidden = None if is_main_process() else True
-    with tqdm(total=len(images), desc=images.part, unit=" images", disable=hidden) as bar:
+    options = {"desc": images.part, "unit": " images", "leave": False, "disable": hidden}
+    with tqdm(total=len(images), **options) as bar:
         share = len(images) / max(len(loader), 1)  # of a batch of all ranks
         for batch in loader:
             yield batch

@@ -17,7 +17,6 @@ from torchvision.utils import make_grid
 
 import datasets
 from data_loading.rng import mask_noise
-from data_loading.workers import WatchedLoader
 from models.fcmae import FCMAE, random_mask, visible_patches
 from parallel import sharding
 from parallel.process_group import is_main_process
@@ -57,15 +56,10 @@ class ReconstructionImages:
         self.picture_freq, self.epochs, self.seed = args.picture_freq, args.epochs, args.seed
         self.device, self.amp, self.name = device, amp, name
         self.mean, self.std = datasets.build_mean_and_std(args)
-        transform = datasets.build_transform(False, args)
-        on_bad = "replace" if args.on_bad_image == "skip" else "error"
-        dataset = datasets.TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
-        dataset.map_values(vars(args).get("value_range"))
+        dataset = datasets.eval_dataset(data, args, datasets.on_bad_image(True, args))
         count = min(count, len(data))
         self.ids = torch.arange(count) * len(data) // count
-        self.loader = datasets.DeviceLoader(
-            WatchedLoader(dataset, [], 1), device, self.mean, self.std
-        )
+        self.loader = datasets.build_reader(dataset, args, device)
         self.images: Tensor | None = None  # (N, C, H, W), normalized
 
     def read(self, model: FCMAE) -> None:

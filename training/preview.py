@@ -25,7 +25,6 @@ from data_loading.labels import describe_label
 from data_loading.loader import DeviceLoader
 from data_loading.mixing import build_mixup
 from data_loading.rng import mask_noise, seed_all
-from data_loading.workers import WatchedLoader
 from errors import UserError, plural
 from models import build_fcmae
 from models.fcmae import random_mask, visible_patches
@@ -93,7 +92,7 @@ Cells = dict[int, tuple[Tensor, str]]  # number of an image -> what is seen of i
 def _plain(dataset: TransformedDataset, args: Any, ids: Tensor, epochs: int) -> Iterator[Cells]:
     """Yield the images of each epoch, without patches that pre-training hides."""
     mean, std = datasets.build_mean_and_std(args)
-    loader = DeviceLoader(WatchedLoader(dataset, [], 1), "cpu", mean, std)
+    loader = datasets.build_reader(dataset, args, "cpu")
     patch = find_patch(args) if is_pretraining(vars(args)) else 0
     for epoch in range(epochs):
         images, labels, found = loader.reload(epoch, ids)

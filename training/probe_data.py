@@ -15,9 +15,8 @@ from torch.utils.data import Dataset
 
 import datasets
 from config.flags import LISTED, is_code
-from data_loading.arrange import DatasetSpec
 from data_loading.dataset import Replacement, TransformedDataset
-from data_loading.labels import Head, class_names, find_outputs, find_positions
+from data_loading.labels import Head, class_names, describe_one_class, find_outputs, find_positions
 from data_loading.loader import DeviceLoader
 from data_loading.rng import fold_in_each
 from data_loading.samplers import EvalSampler
@@ -25,9 +24,6 @@ from data_loading.split import list_labels, list_values, split
 from data_loading.summary import describe_outputs
 from data_loading.tables import Columns
 from data_loading.targets import Targets
-from data_loading.transforms import height_and_width
-from data_loading.tuning import first_workers
-from data_loading.workers import WatchedLoader
 from errors import UserError, describe_error, first_few, first_line, plural
 from insight.evaluators import few_labels
 from parallel.process_group import get_logger, get_rank, get_world_size
@@ -168,8 +164,8 @@ def open_pair(args: Any, path: str, own: Any) -> tuple[TransformedDataset, Trans
     names = class_names(train)
     count = len(names) if names is not None else _count_outputs(train, kind)
     if kind == "class" and count < 2:
-        one = f", {names[0]!r}" if names else ""
-        raise UserError(f"all images are of one class{one}, so there is nothing to distinguish")
+        problem = describe_one_class(names[0] if names else None)
+        raise UserError(f"{problem}; give images of two classes or more")
     head = Head("the probes' training images", names, count, kind)
     positions = None
     if names is not None and (other := class_names(test)) is not None:
@@ -193,15 +189,13 @@ def open_labeled(args: Any, path: str, own: Any, train: bool) -> Any:
 
 def _create(args: Any, path: str, data_set: str, train: bool, labeled: bool = True) -> Any:
     """Create a data set; None for evaluation images that it does not have."""
-    index = f"{args.data_index}/probes" if args.data_index else ""
-    spec = DatasetSpec(
-        path or args.data_path,
-        None,
-        height_and_width(args.input_size),
-        data_index=index,
+    spec = datasets.build_spec(
+        args,
+        data_path=path or args.data_path,
+        eval_data_path=None,
+        data_index=f"{args.data_index}/probes" if args.data_index else "",
         columns=Columns() if path else datasets.build_columns(args),
         labeled=labeled,
-        skip_missing=args.on_bad_image == "skip",
     )
     try:
         return datasets.create_dataset(data_set, spec, train)
@@ -231,26 +225,17 @@ def _transformed(
     args: Any, data: Any, head: Head | None, positions: Sequence[int] | None = None
 ) -> TransformedDataset:
     """Apply the transform of evaluation; head: None for images without labels."""
-    on_bad = "leave out" if args.on_bad_image == "skip" else "error"
-    transform = datasets.build_transform(False, args)
-    found = TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
+    found = datasets.eval_dataset(data, args)
     if head is not None:
         found.classes = head.names
         found.expect(Targets(head.kind, head.count, positions))
-    return found.map_values(vars(args).get("value_range"))
+    return found
 
 
 def build_probe_loader(args: Any, data: Dataset, device: torch.device) -> DeviceLoader:
     """Build this rank's loader of the images, each of which comes once over all ranks."""
-    loader = WatchedLoader(
-        data,
-        EvalSampler(len(data), get_rank(), get_world_size()),
-        args.batch_size,
-        first_workers() if args.num_workers is None else args.num_workers,
-        datasets.SAMPLE_TIMEOUT if args.data_timeout is None else args.data_timeout,
-        pin_memory=args.pin_mem and torch.cuda.is_available(),
-        drop_last=False,
-    )
+    sampler = EvalSampler(len(data), get_rank(), get_world_size())
+    loader = datasets.build_workers(data, sampler, args.batch_size, args, drop_last=False)
     return DeviceLoader(loader, device, *datasets.build_mean_and_std(args))
 
 

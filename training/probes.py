@@ -21,10 +21,8 @@ from torch import Tensor, nn
 import datasets
 from config.calls import Call, accepted, parse_call
 from config.run_files import LOG, parse_line, position_of
-from data_loading.dataset import TransformedDataset
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
-from data_loading.workers import WatchedLoader
 from errors import UserError, describe_error, first_line, plural, resolve_for
 from insight.alarms import find_alarms, without_numbers
 from insight.evaluators import EVALUATORS, Labeled, few_labels, take
@@ -163,12 +161,8 @@ class FixedImages:
 
     def __init__(self, args: Any, own: Any, device: torch.device) -> None:
         data, self.is_held_out = open_held_out(args, own)
-        on_bad = "replace" if args.on_bad_image == "skip" else "error"
-        transform = datasets.build_transform(False, args)
-        dataset = TransformedDataset(data, transform, 0, args.in_chans, on_bad=on_bad)
-        dataset.map_values(vars(args).get("value_range"))
-        mean_std = datasets.build_mean_and_std(args)
-        self.loader = DeviceLoader(WatchedLoader(dataset, [], 1), device, *mean_std)
+        dataset = datasets.eval_dataset(data, args, datasets.on_bad_image(True, args))
+        self.loader = datasets.build_reader(dataset, args, device)
         self.name = "holdout_loss" if self.is_held_out else "fixed_train_loss"
         count = min(HELD_OUT, max(MEASURED, len(own) // 10), len(data))
         ids = torch.from_numpy(choose(data, count, kind=""))

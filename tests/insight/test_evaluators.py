@@ -166,7 +166,7 @@ def test_features_that_all_agree_give_the_most_frequent_class():
 @pytest.mark.parametrize("evaluate", [knn, linear])
 def test_one_class_is_refused(evaluate):
     one = Labeled(torch.randn(30, 4), torch.full((30,), 2))
-    with pytest.raises(UserError, match="class 2, so there is nothing to distinguish"):
+    with pytest.raises(UserError, match="one class, 2, so there is nothing to learn"):
         evaluate(one, made(9, 4))
 
 
