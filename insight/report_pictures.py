@@ -70,7 +70,7 @@ def encode(path: Path, limit: int) -> tuple[str, int, int]:
     Raises ValueError if it is too large for that, or OSError if it cannot be read.
     """
     kind = "WEBP" if features.check("webp") else "JPEG"
-    with Image.open(path) as file:
+    with Image.open(path, formats=["PNG"]) as file:
         if file.width * file.height > MOST_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels are too many")
         image = file.convert("RGB")

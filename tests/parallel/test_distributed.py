@@ -274,7 +274,8 @@ def ranks_write(rank: int, folder: Path) -> dict:
     acquire_run_lock(str(own))
     parts, state = TrainableParts(model, optimizer), TrainState(epoch=1, global_step=1)
     utils.save_model(own, parts, state, {"args": {"epochs": 1}}, improved=["best"])
-    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, report=False)
+    args.dry_run = False
     args.hook = args.tracker = None
     running = TrainState()
     with hook_table.build_reporter(args, own, CPU, running, Steps.even(1)) as reporter:
@@ -380,7 +381,8 @@ def ranks_wait_for_batches(rank: int, folder: Path) -> dict[str, list]:
 
 def ranks_cannot_write(rank: int, folder: Path) -> list[str]:
     """Make args.yaml, log.txt or TensorBoard's folder unwritable."""
-    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, dry_run=False)
+    args = SimpleNamespace(epochs=1, progress="lines", log_dir=None, print_freq=1, report=False)
+    args.dry_run = False
     args.hook = args.tracker = None
     messages = []
     for number, name in enumerate(["args.yaml", "log.txt", "tensorboard"]):
