@@ -370,7 +370,8 @@ def rank_outliers(args: Any) -> None:
     table = feature_files.join([each.table() for each in sets])
     table.features -= center(args, table.features)
     features, count = table.features.to(frozen.device), len(table.images)
-    similar, places = nearest(features, features, args.k, torch.arange(count), bar="neighbors")
+    found = nearest(features, features, args.k, torch.arange(count), bar="neighbors")
+    similar, places = (values.cpu() for values in found)
     far, rows = 1 - similar[:, -1], []
     for row in far.argsort(descending=True, stable=True).tolist():
         near = places[row].tolist()

@@ -147,7 +147,7 @@ WEIGHTS = "--model --stem_stride --model_key --use_ema --model_prefix --sha256"
 MACHINE = "--device --amp --batch_size --num_workers --seed"
 TEXTS = {
     "input_size": parsers.OF_CHECKPOINT["input_size"],
-    "data_path": "data: whatever main_finetune.py takes; without labels for some sub-commands",
+    "data_path": "data: whatever main_finetune.py takes; some sub-commands need no labels",
     "nb_classes": "number of classes, for data sets without class names",
     "seed": "random seed of draws, and of --method",
 }

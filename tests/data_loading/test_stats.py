@@ -107,6 +107,15 @@ def test_images_without_labels_and_bad_ones_are_reported(tmp_path, capsys):
         printed([], capsys)
 
 
+def test_named_column_of_labels_is_never_left_out(tmp_path, capsys):
+    make(tmp_path, "photos")
+    (tmp_path / "rows.csv").write_text("image,kind\na/1.png,x\na/2.png,y\n")
+    words = ["--data_path", tmp_path / "rows.csv", "--num_workers", 0]
+    assert printed(words, capsys)[0].startswith("images   2 of 2")
+    with pytest.raises(UserError, match="--label_column: .*colour"):
+        printed([*words, "--label_column", "colour"], capsys)
+
+
 def test_classes_of_rows_are_counted():
     data = Colors(4)
     data.kind, data.targets = "multi", torch.tensor([[1, 0, 1]] * 3 + [[0, 1, 1]])
