@@ -202,6 +202,9 @@ def problems(view: str, args: argparse.Namespace) -> Iterator[str]:
     if args.output is not None and not args.output.endswith(SUFFIXES[view]):
         expected = " or ".join(SUFFIXES[view])
         yield f"--output {args.output}: expected a name that ends in {expected}"
+    for name in ("k", "temperature"):
+        if view == "accuracy" and name in args.typed and "knn" not in args.probes:
+            yield f"--{name} is for --probes knn, which is not among them; drop it"
     if len(phases.eval_sets(args.eval_data_path)) > 1:
         yield f"--eval_data_path {args.eval_data_path}: give one set"
     if args.feature_cache not in (None, "none") and Path(args.feature_cache).is_file():

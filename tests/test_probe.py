@@ -423,6 +423,7 @@ def test_features_that_are_not_finite_are_named(tmp_path):
         ("map c.pth --data_path d --k 3", "unrecognized argument '--k'"),
         ("duplicates c.pth --data_path d --threshold 2", "expected a number in"),
         ("c.pth --data_path d --feature_cache FILE", "is a file; give a folder, or none"),
+        ("c.pth --data_path d --probes linear --k 5", "--k is for --probes knn, which is not"),
         ("c.pth --data_path d --mean 0.5", "--mean and --std belong together"),
         ("--data_path d", "required: CHECKPOINT"),
     ],
