@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config.flags import AMOUNT, BELOW_1, CHANCE, COUNT, FRACTION, FROM_0
+from config.kinds import AMOUNT, BELOW_1, CHANCE, COUNT, FRACTION, FROM_0
 
 HELP = """Train a network on CIFAR-10, in three runs for each seed:
   pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning

@@ -9,7 +9,8 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from config.flags import AMOUNT, CHANCE, COUNT, FROM_0, POSITIVE, as_typed, number
+from config.flags import as_typed
+from config.kinds import AMOUNT, CHANCE, COUNT, FROM_0, POSITIVE, number
 from config.sizes import sizes_by_epoch
 from errors import did_you_mean
 

@@ -145,7 +145,7 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
 def _pretrain_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.crop_pct is not None:
         yield "--crop_pct is for evaluation, and pre-training has none; leave it out"
-    for name in ("probe_data", "probe_images", "probes"):
+    for name in ("probe_data", "probe_images", "probe_label_column", "probes"):
         if name in args.typed and not args.probe_every:
             value = as_typed(vars(args)[name])
             yield f"--{name} {value} needs --probe_every above 0; add it, or drop --{name}"

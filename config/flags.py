@@ -7,24 +7,32 @@ config/tool_flags.py and config/views.py declare those of other scripts alone.
 python -c "from config import flags; print(*flags.FLAGS, sep=chr(10))"
 """
 
-import argparse
-import math
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from config.cores import cpu_cores
-from config.sizes import parse_sizes, write_sizes
+from config.kinds import (
+    AMOUNT,
+    ANY,
+    BELOW_1,
+    BOOL,
+    CHANCE,
+    COUNT,
+    EPOCHS,
+    FRACTION,
+    FROM_0,
+    FROM_MINUS_1,
+    NAME,
+    PATH,
+    POSITIVE,
+    REPEATED,
+    SIZE,
+    TEXT,
+    number,
+)
 from config.tasks import TASKS
-
-
-def str2bool(text: str) -> bool:
-    """Read `true`, `yes`, `on`, `t`, `y`, `1` or one of their opposites, in any case."""
-    for value, words in ((True, "true yes on t y 1"), (False, "false no off f n 0")):
-        if text.lower() in words.split():
-            return value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
 
 
 def as_typed(value: Any) -> str:
@@ -73,44 +81,6 @@ def command(script: str) -> str:
     return f"convnextv2-{script.removeprefix('main_')}"
 
 
-class Repeated(argparse.Action):
-    """A flag that may be given several times, each time with one value or more."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        held = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, [*(held if isinstance(held, list) else []), *values])
-
-
-def number(kind: str) -> dict[str, Any]:
-    """Return argparse's type and metavar of `int [1, inf)`; a round bracket excludes its bound.
-
-    NaN is refused. A `whole` is a float that becomes an int if it is one, so that 3 stays 3. The
-    type's `range` is a text for help and errors: `>=1`, or `in (0,1]`; its
-    `holds(value)` tests a number.
-    """
-    name, _, span = kind.partition(" ")
-    first, last = span[1:-1].split(", ")
-    low = math.nextafter(float(first), math.inf) if span[0] == "(" else float(first)
-    high = math.nextafter(float(last), -math.inf) if span[-1] == ")" else float(last)
-
-    def convert(text: str) -> float:
-        try:
-            value = int(text) if name == "int" else float(text)
-            value = int(value) if name == "whole" and value.is_integer() else value
-        except ValueError:
-            value = math.nan
-        if not convert.holds(value):
-            expected = f"{'an integer' if name == 'int' else 'a number'} {convert.range}"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
-        return value
-
-    above = f"{'>' if span[0] == '(' else '>='}{first}"
-    has_two_ends = last != "inf" or first == "-inf"
-    convert.holds = lambda value: low <= value <= high
-    convert.range = f"in {span.replace(' ', '')}" if has_two_ends else above
-    return {"type": convert, "metavar": "INT" if name == "int" else "FLOAT"}
-
-
 # Flags in --help of the training scripts and of submitit; --help all shows the others too.
 EVERYDAY = """
 model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
@@ -135,28 +105,6 @@ It saves before its time limit, and continues when it is requeued.
 The last group of flags describes the job. BOOL is true or false (or yes/no,
 1/0); the flag alone means true."""
 JOB = "SLURM job (submitit)"  # group of the flags that only submitit_*.py has
-BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
-PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
-REPEATED = TEXT | {"action": Repeated}
-COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
-AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")
-EPOCHS = number("whole (0, inf)")
-
-
-def size(text: str) -> int | str:
-    """Read a side in pixels, or the checked text of sizes by epoch."""
-    if ":" not in text:
-        return COUNT["type"](text)
-    try:
-        return write_sizes(parse_sizes(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-size.holds, size.range = COUNT["type"].holds, COUNT["type"].range
-SIZE = COUNT | {"type": size}
-ANY = number("float (-inf, inf)")
-CHANCE, BELOW_1, FRACTION = map(number, ("float [0, 1]", "float [0, 1)", "float (0, 1]"))
 CORES = cpu_cores()
 KERNELS = ("auto", "torch", "triton")
 LISTED = ("auto", "IMNET", "image_folder", "folder", "table")  # --data_index lists their images
@@ -223,6 +171,9 @@ FLAGS["masked autoencoder"] = (
 FLAGS["probes and alarms"] = (
     ("--probe_every", FROM_0, 10, "epochs between probes of the network, and alarms; 0: neither"),
     ("--probe_data", PATH, "", "labeled data for probes, as --data_path; default: the run's own"),
+    ("--probe_label_column", NAME, None,
+     "table: columns of labels for probes, * for all others; default: label, class, target ...",
+     "+"),
     ("--probe_images", COUNT, None,
      "labeled images of a probe; default: 1/4 of the training images, 500 to 24,000"),
     ("--probes", TEXT, ("knn", "linear"), "evaluators: knn(k=9), linear, package.module:name", "+"),

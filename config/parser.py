@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import checks, flags, recipes, tool_flags
+from config import checks, flags, kinds, recipes, tool_flags
 from config.flags import as_typed
 from config.linear_probe import imply_flags
 from config.paths import absolute, map_sources
@@ -235,7 +235,7 @@ def adapt_flags(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> No
     for action in parser._actions:
         action.help = texts.get(action.dest, action.help)
         if action.dest == "input_size":
-            action.type = flags.COUNT["type"]
+            action.type = kinds.COUNT["type"]
 
 
 def add_submitit_args(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from config import checks
 from config import parser as parsers
-from config.flags import BOOL, COUNT, FROM_0, PATH, SOURCES, number
+from config.flags import SOURCES
+from config.kinds import BOOL, COUNT, FROM_0, PATH, number
 from config.parser import FrozenNamespace
 
 HELP = """Predict the classes of images, or numbers, with any checkpoint.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from config import checks, flags, phases, recipes
 from config import parser as parsers
-from config.flags import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, SOURCES, number
+from config.flags import SOURCES
+from config.kinds import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, number
 from config.tool_flags import OF_FILES
 from errors import did_you_mean
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.flags import as_typed, is_pretraining, library_of, str2bool
+from config.flags import as_typed, is_pretraining, library_of
+from config.kinds import str2bool
 from config.sizes import as_one_flag
 from errors import did_you_mean, first_line, pipe_may_close, sentences
 
@@ -23,7 +24,7 @@ YAML, CHECKPOINTS = (".yaml", ".yml"), (".pth", ".pt")
 MAY_HOLD_COLONS = """
 data_path eval_data_path data_index image_root output_dir log_dir finetune resume param_group freeze
 no_weight_decay tags image_column label_column split_column weight_column model_key model_prefix
-device dist_url input_size
+device dist_url input_size probe_data probe_label_column
 """
 # Pairs of flags for the same thing: one on the command line replaces the other in a file.
 ONE_OF = (

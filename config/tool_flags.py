@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from config.flags import BOOL, COUNT, PATH, SOURCES, number
+from config.flags import SOURCES
+from config.kinds import BOOL, COUNT, PATH, number
 
 EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from config import checks, predict_flags, recipes
 from config import parser as parsers
-from config.flags import BOOL, CORES, COUNT, NAME, PATH, SOURCES
+from config.flags import CORES, SOURCES
+from config.kinds import BOOL, COUNT, NAME, PATH
 from errors import did_you_mean
 
 STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.

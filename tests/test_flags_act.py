@@ -597,7 +597,7 @@ ELSEWHERE = {
     "tests/test_datasets.py": "pin_mem eval_data_path dist_eval",
     "tests/weights/test_library.py": "pretrained",
     "tests/training/test_phases.py": "min_delta",
-    "tests/training/test_probes.py": "probe_data",
+    "tests/training/test_probes.py": "probe_data probe_label_column",
     "tests/training/test_linear_probe.py": "linear_probe linear_probe_blr",
     "tests/training/test_precise_bn.py": "precise_bn",
     "tests/models/test_heads.py": "reset_head",

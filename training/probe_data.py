@@ -6,7 +6,7 @@ python main_pretrain.py --data_set DIGITS --model convnextv2_atto --probe_data p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,10 @@ def build_probe_data(args: Any, own: Any, device: torch.device) -> ProbeData:
     except UserError as error:
         if args.probe_data:
             raise UserError(f"--probe_data {args.probe_data}: {error}") from error
-        reason = first_line(error).split(";")[0]
         text = "probes: no labels in the training data (%s); --probe_data DATA gives some"
-        get_logger().info(text, reason)
+        if args.probe_label_column:
+            raise
+        get_logger().info(text, first_line(error))
         return _unlabeled(args, own, min(wanted, len(own)), device)
     test_count = min(len(test), max(wanted // TESTED, 1))
     train_count = min(len(train), max(wanted - test_count, 1))
@@ -189,19 +190,21 @@ def open_labeled(args: Any, path: str, own: Any, train: bool) -> Any:
 
 def _create(args: Any, path: str, data_set: str, train: bool, labeled: bool = True) -> Any:
     """Create a data set; None for evaluation images that it does not have."""
+    columns = Columns() if path else datasets.build_columns(args)
     spec = datasets.build_spec(
         args,
         data_path=path or args.data_path,
         eval_data_path=None,
         data_index=f"{args.data_index}/probes" if args.data_index else "",
-        columns=Columns() if path else datasets.build_columns(args),
+        columns=replace(columns, labels=tuple(args.probe_label_column or ())),
         labeled=labeled,
     )
     try:
         return datasets.create_dataset(data_set, spec, train)
     except UserError as error:  # such as no folder val/, no column of splits
         if train:
-            raise
+            text = str(error).replace("--label_column", "--probe_label_column")
+            raise UserError(text.replace(f"--data_path {path}: ", "")) from error
         if not labeled:  # once
             text = "probes: no evaluation images in the data (%s)"
             get_logger().info(text, first_line(error).split(";")[0])

@@ -221,7 +221,7 @@ class Probes:
             encoder_of(model)
             self.data = build_probe_data(args, own, stepper.device)
         except UserError as error:
-            if args.probe_data:
+            if args.probe_data or args.probe_label_column:
                 raise
             get_logger().info("probes: no features: %s", error)
         if self.data is not None and self.data.kind:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 import datasets
-from config import cores, flags, predict_flags, probe_flags, views
+from config import cores, flags, kinds, predict_flags, probe_flags, views
 from config import parser as options
 
 # Each flag of commit f388030 with the first digits of a hash of its names, default, choices, number
@@ -166,7 +166,7 @@ def test_help_names_kind_range_and_default(script):
 )
 def test_number_outside_of_its_range_is_named(kind, text, expected):
     with pytest.raises(argparse.ArgumentTypeError, match=expected):
-        flags.number(kind)["type"](text)
+        kinds.number(kind)["type"](text)
 
 
 def test_flags_name_every_data_set_by_name():

@@ -222,6 +222,42 @@ def test_probe_data_that_cannot_be_used_is_refused(classes, words, tmp_path):
         run(f"{COLORS} --epochs 1 --probe_data {tmp_path / 'photos'}", tmp_path / "run")
 
 
+def table_of(folder: Path) -> Path:
+    """A table of images with two columns that could be their labels."""
+    folder_of(folder, {"ant": 12, "bee": 12})
+    rows = [
+        f"{path.relative_to(folder)},{path.parent.name},{n}"
+        for n, path in enumerate(sorted(folder.rglob("*.png")))
+    ]
+    (folder / "t.csv").write_text("\n".join(["image,species,weight_g", *rows]))
+    return folder / "t.csv"
+
+
+def test_table_with_several_columns_needs_the_one_of_the_labels(tmp_path, capsys):
+    """The error named --label_column, which pre-training does not have."""
+    words = f"{COLORS} --epochs 1 --probe_data {table_of(tmp_path / 'photos')}"
+    with pytest.raises(UserError, match="name those of the labels with --probe_label_column"):
+        run(words, tmp_path / "run")
+    (line,) = run(f"{words} --probe_label_column species", tmp_path / "run")
+    assert line["probe_linear"] == 100
+    assert "of 2 classes (ant, bee)" in capsys.readouterr().out
+
+
+def test_labels_of_the_training_table_itself(tmp_path, capsys):
+    words = f"--data_path {table_of(tmp_path / 'photos')} --epochs 1"
+    (line,) = run(words, tmp_path / "a")
+    assert "probe_linear" not in line
+    said = capsys.readouterr().out
+    assert "no labels in the training data (" in said
+    assert "--probe_label_column" in said
+    (line,) = run(f"{words} --probe_label_column species", tmp_path / "b")
+    assert line["probe_linear"] == 100
+    with pytest.raises(
+        UserError, match="--probe_label_column: unknown column of .*'color'. Known: image"
+    ):
+        run(f"{words} --probe_label_column color", tmp_path / "c")
+
+
 def test_loss_on_training_images_has_another_name(tmp_path, capsys):
     (line,) = run("--data_set tests.training.test_probes:no_val --epochs 1", tmp_path)
     assert "holdout_loss" not in line
