@@ -16,6 +16,7 @@ import torch
 from data_loading.loader import DeviceLoader
 from errors import UserError
 from models.kernels import autotune, ops
+from parallel.process_group import all_gather
 from tests import tiny
 from tests.groups import results_of, run_ranks
 from tests.test_end_to_end import PRETRAIN, assert_same, run, weights
@@ -611,6 +612,7 @@ def choice_of_rank(rank: int, folder: Path) -> list[str]:
     autotune.cache_file("cpu").write_text(json.dumps(cached))
     keys = (0, 1, 2, 3) if rank == 0 else (3, 2, 1, 0)
     taken = {key: choose(key=(key,)) for key in keys}
+    all_gather(0)  # rank 0, which holds what they agree on, must not end before the others
     return [taken[key] for key in range(4)]
 
 
