@@ -452,8 +452,8 @@ def test_numbers_are_probed_by_regression_and_not_by_logistic(tmp_path):
         photo(number).save(tmp_path / f"{number}.png")
         lines.append(f"{number}.png,{number % 3 + 0.25},{'val' if number > 11 else 'train'}")
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    words = "accuracy --task regression --k 3"
-    run(f"{words} --output {tmp_path}/r.json", tmp_path / "t.csv")
+    words = "accuracy --task regression"
+    run(f"{words} --k 3 --output {tmp_path}/r.json", tmp_path / "t.csv")
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["score"] == "R squared"
     assert [row["probe"] for row in found["results"]] == ["knn", "linear"]
