@@ -216,10 +216,12 @@ def main(args: argparse.Namespace) -> None:
             key = f"test_{best_metric}"
             best = {"best": log_stats.get(key), "best-ema": log_stats.get(f"{key}_ema")}
             last = phases.ends_run(phase, state, best)
+            if loop.reporter.worst and phase.evaluates and (last or state.improves(best["best"])):
+                loop.reporter.image(
+                    "worst_images", loop.reporter.worst.draw
+                )  # a rerun draws it too
             report = partial(loop.reporter.end_epoch, log_stats)
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
-            if loop.reporter.worst and phase.evaluates and (last or state.is_best()):
-                loop.reporter.image("worst_images", loop.reporter.worst.draw)
     log.info("%s", last_line(args, run.output_dir, state))
 
 

@@ -113,9 +113,9 @@ class TrainState:
         self.best_epochs = self.best_epochs | dict.fromkeys(improved, self.position)
         return improved
 
-    def is_best(self) -> bool:
-        """Return True if the weights, without EMA, have just become the best."""
-        return self.best_epochs.get("best") == self.position
+    def improves(self, value: float | None) -> bool:
+        """Return True if this metric of the weights, without EMA, is better than the best so far."""
+        return is_better(value, self.best.get("best"), self.lower_is_better)
 
     def count_without_better(self, values: Mapping[str, float | None], min_delta: float) -> None:
         """Count evaluations in a row in which no value is better by more than `min_delta`.

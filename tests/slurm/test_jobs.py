@@ -22,7 +22,8 @@ NODES = ["--nodes", 2, "--ngpus", 0, "--cpus_per_task", 1, "--timeout", 10]
 SIX = ["--batch_size", 3, "--epochs", 6]  # 24 steps on two ranks
 # Runs whose weights are compared must not choose kernels by timing, each beside other work.
 PRETRAIN = [*PRETRAIN_AUTO, "--kernels", "torch"]
-SLOW = ["--picture_freq", 0, "--save_ckpt_every_steps", 1]  # pictures read images too
+SLOW = ["--picture_freq", 0, "--probe_every", 0]  # pictures and probes read images too
+SLOW += ["--save_ckpt_every_steps", 1]
 SLOW += ["--data_set", "tests.tiny:slow", "--data_path"]
 
 
