@@ -217,9 +217,7 @@ def main(args: argparse.Namespace) -> None:
             best = {"best": log_stats.get(key), "best-ema": log_stats.get(f"{key}_ema")}
             last = phases.ends_run(phase, state, best)
             if loop.reporter.worst and phase.evaluates and (last or state.improves(best["best"])):
-                loop.reporter.image(
-                    "worst_images", loop.reporter.worst.draw
-                )  # a rerun draws it too
+                loop.reporter.image("worst_images", loop.reporter.worst.draw)  # a rerun does too
             report = partial(loop.reporter.end_epoch, log_stats)
             loop.checkpoints.end_epoch(state, best, last, report)  # save, then report
     log.info("%s", last_line(args, run.output_dir, state))

@@ -114,7 +114,7 @@ class TrainState:
         return improved
 
     def improves(self, value: float | None) -> bool:
-        """Return True if this metric of the weights, without EMA, is better than the best so far."""
+        """Return True if this metric of the weights, without EMA, is better than any before."""
         return is_better(value, self.best.get("best"), self.lower_is_better)
 
     def count_without_better(self, values: Mapping[str, float | None], min_delta: float) -> None:
