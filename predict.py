@@ -219,6 +219,8 @@ def build_records(
     if args.threshold is not None and trained.kind != "multi":
         raise UserError(f"--threshold is for --task multi_label, which {path} is not; drop it")
     head: Head = trained.head
+    if args.topk is not None and args.topk > head.count:
+        raise UserError(f"--topk {args.topk}: {path} has {head.count} classes; give fewer")
     return PredictionRecords(
         trained.kind,
         trained.activation,

@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from config.kinds import AMOUNT, BELOW_1, CHANCE, COUNT, FRACTION, FROM_0
 
+SWITCH = {"type": int, "choices": [0, 1]}
+
 HELP = """Train a network on CIFAR-10, in three runs for each seed:
   pretrained  FCMAE pre-training on --pretrain_images, then --epochs of fine-tuning
   scratch     --epochs of the same training from random weights
@@ -45,6 +47,7 @@ SETTINGS = {  # flag: (kind, default on a GPU, default on a CPU, help)
     "drop_path": (BELOW_1, 0.1, 0.0, "stochastic depth, not in pre-training"),
     "patch_size": (COUNT, 8, 8, "pixels, side of a mask patch; a multiple of the total stride"),
     "mask_ratio": (CHANCE, 0.6, 0.6, "fraction of patches removed"),
+    "norm_pix_loss": (SWITCH, 1, 1, "1: normalize each target patch; 0: plain pixels"),
     "decoder_embed_dim": (COUNT, 256, 64, "channels of the decoder's one block"),
     "pretrain_images": (COUNT, 20000, 20000, "to pre-train on, as many of each class"),
     "train_images": (COUNT, 20000, 20000, "with labels, to train on, as many of each class"),
@@ -69,11 +72,20 @@ SETTINGS = {  # flag: (kind, default on a GPU, default on a CPU, help)
 }
 
 
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    near = ROOT.parent / "shared/data/cifar10_jpeg.zip"
+    parser.add_argument("--data", type=Path, default=near, help=f"the zip [{near}]")
+
+
+def argument(kind: dict | None) -> dict:
+    """Return argparse's arguments of a setting."""
+    return {**kind, "metavar": "N"} if kind else {}
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage="%(prog)s [FLAGS]", description=HELP, allow_abbrev=False)
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
-    near = ROOT.parent / "shared/data/cifar10_jpeg.zip"
-    parser.add_argument("--data", type=Path, default=near, help=f"the zip [{near}]")
+    add_data_flag(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, CPU), cpu, cuda")
     parser.add_argument("--amp", choices=["none", "bf16"], help="[bf16 on CUDA, else none]")
@@ -86,8 +98,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     longer = {**FROM_0, "metavar": "N", "help": "instead of the rule for `longer`; 0: leave it out"}
     parser.add_argument("--longer_epochs", **longer)
     for flag, (kind, large, small, text) in SETTINGS.items():
-        check = {**kind, "metavar": "N"} if kind else {}
-        parser.add_argument(f"--{flag}", help=f"{text} [GPU {large}, CPU {small}]", **check)
+        text = f"{text} [GPU {large}, CPU {small}]"
+        parser.add_argument(f"--{flag}", help=text, **argument(kind))
     parser.set_defaults(cutmix_minmax=None, mixup_switch_prob=0.5, mixup_mode="batch")
     return parser
 

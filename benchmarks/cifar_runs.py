@@ -192,6 +192,7 @@ def autoencoder(args: Namespace) -> FCMAE:
         "patch_size": args.patch_size,
         "mask_ratio": args.mask_ratio,
         "decoder_embed_dim": args.decoder_embed_dim,
+        "norm_pix_loss": bool(args.norm_pix_loss),
     }
     if "/" in args.model:
         return FCMAE(classifier(args, num_classes=0), **own)
@@ -257,8 +258,16 @@ def train(
     return seconds, tested
 
 
-def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[str, Tensor]]:
-    """Pre-train FCMAE; returns the seconds of each epoch, and the weights for a classifier."""
+def pretrain(
+    seed: int,
+    data: Data,
+    args: Namespace,
+    test: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Pre-train FCMAE; returns the seconds of each epoch, and the weights for a classifier.
+
+    test: called with the network as `classify` calls it.
+    """
     batches = InMemory(*data["pretrain"], args.pretrain_batch_size, args.device, seed, args.pad)
     seed_all(seed)
     model = autoencoder(args).to(args.device)
@@ -269,32 +278,58 @@ def pretrain(seed: int, data: Data, args: Namespace) -> tuple[list[float], dict[
     loop = empty_loop(seed)
     recipe = {"lr": args.pretrain_lr, "betas": (0.9, 0.95)}
     title, epochs = f"seed {seed} pre-training", args.pretrain_epochs
-    seconds, _ = train(title, model, one_epoch, loop, batches, epochs, args, **recipe)
+    tested = partial(test, model) if test else dict
+    seconds, _ = train(title, model, one_epoch, loop, batches, epochs, args, tested, **recipe)
     return seconds, model.state_dict()
+
+
+def classify(
+    title: str,
+    seed: int,
+    epochs: int,
+    data: Data,
+    args: Namespace,
+    test: Callable[[nn.Module], dict[str, float]],
+    weights: dict[str, Tensor] | None,
+    lr: float,
+) -> tuple[list[float], dict[str, float]]:
+    """Train a classifier on data["train"], from `weights` of pre-training or from random ones.
+
+    Returns the seconds of each epoch without `test`, and the last result of `test`.
+    """
+    classes = int(data["train"][1].max()) + 1
+    batches = InMemory(*data["train"], args.batch_size, args.device, seed, args.pad, args.cutout)
+    seed_all(seed)
+    head = {"num_classes": classes, "head_init_scale": 0.001 if weights else 1.0}
+    model = classifier(args, drop_path_rate=args.drop_path, **head).to(args.device)
+    recipe = {"lr": lr}
+    if weights:
+        Pretrained("FCMAE", {"model": weights}).load(model)
+        recipe |= {"layer_decay": args.layer_decay}
+    mixup = build_mixup(args, classes)
+    fast = called(model, args, [(args.batch_size, 3, *batches.size)])
+    one_epoch = partial(engine_finetune.train_one_epoch, fast, model)
+    loop = empty_loop(seed)
+    loop.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
+    loop.mixup = mixup
+    return train(
+        title, model, one_epoch, loop, batches, epochs, args, partial(test, model), **recipe
+    )
+
+
+def accuracy(images: InMemory, model: nn.Module, args: Namespace) -> dict[str, float]:
+    """Evaluate a classifier on a split."""
+    return engine_finetune.evaluate(images, model, args.device, args.amp)
 
 
 def run(name: str, seed: int, epochs: int, data: Data, args: Namespace) -> dict:
     """Do one of cifar.RUNS; returns its accuracy and times in plain types."""
-    start, classes = time.perf_counter(), int(data["train"][1].max()) + 1
-    pretraining, weights = pretrain(seed, data, args) if name == "pretrained" else ([], {})
-    batches = InMemory(*data["train"], args.batch_size, args.device, seed, args.pad, args.cutout)
+    start = time.perf_counter()
+    pretraining, weights = pretrain(seed, data, args) if name == "pretrained" else ([], None)
     val = InMemory(*data["val"], 1000, args.device)
-    seed_all(seed)
-    head = {"num_classes": classes, "head_init_scale": 0.001 if weights else 1.0}
-    model = classifier(args, drop_path_rate=args.drop_path, **head).to(args.device)
-    recipe = {"lr": args.scratch_lr}
-    if weights:
-        Pretrained("FCMAE", {"model": weights}).load(model)
-        recipe = {"lr": args.finetune_lr, "layer_decay": args.layer_decay}
-    mixup = build_mixup(args, classes)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)
-    fast = called(model, args, [(args.batch_size, 3, *batches.size)])
-    one_epoch = partial(engine_finetune.train_one_epoch, fast, model)
-    loop = empty_loop(seed)
-    loop.criterion, loop.mixup = criterion, mixup
-    test = partial(engine_finetune.evaluate, val, model, args.device, args.amp)
-    title = f"seed {seed} {name}"
-    training, tested = train(title, model, one_epoch, loop, batches, epochs, args, test, **recipe)
+    test = partial(accuracy, val, args=args)
+    lr = args.finetune_lr if weights else args.scratch_lr
+    training, tested = classify(f"seed {seed} {name}", seed, epochs, data, args, test, weights, lr)
     return {
         "run": name,
         "seed": seed,

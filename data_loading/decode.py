@@ -168,6 +168,8 @@ def _open(file: str | BinaryIO) -> Image.Image:
     finally:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     width, height = image.size
+    if width * height == 1:
+        raise BadImage("it is a single pixel, as a placeholder on a web page is")
     if width * height > MAX_PIXELS:
         raise BadImage(
             f"it has {width} x {height} pixels, above the limit of {MAX_PIXELS}: it may be a "

@@ -43,8 +43,8 @@ class Header(NamedTuple):
 def read_header(data: bytes, max_pixels: int) -> Header | None:
     """Read the header of a file that `decode_jpeg` can decode.
 
-    None for what PIL must decode or refuse: CMYK, more than `max_pixels` pixels, a damaged header,
-    other formats, and everything where simplejpeg is not installed.
+    None for what PIL must decode or refuse: CMYK, one pixel, more than `max_pixels`, a damaged
+    header, other formats, and everything where simplejpeg is not installed.
     """
     if simplejpeg is None or not data.startswith(START):
         return None
@@ -52,7 +52,7 @@ def read_header(data: bytes, max_pixels: int) -> Header | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    known = space in SPACES and height * width <= max_pixels
+    known = space in SPACES and 1 < height * width <= max_pixels
     return Header(height, width, SPACES[space]) if known else None
 
 

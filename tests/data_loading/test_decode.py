@@ -251,7 +251,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000), (20000, 1)])
+@pytest.mark.parametrize("size", [(1, 2), (20000, 10), (10, 20000), (20000, 1)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_smallest_and_longest_images_pass_every_transform(tmp_path, name, size):
     path = tmp_path / "a.png"
@@ -279,6 +279,14 @@ def test_long_image_is_cut_before_it_is_enlarged_and_its_center_stays():
 
 
 # --- files that are no images ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif"])
+def test_a_single_pixel_is_no_image(kind):
+    """Placeholders of web pages were trained on, and given a class."""
+    Image.new("RGB", (1, 1), "red").save(file := io.BytesIO(), kind)
+    with pytest.raises(BadImage, match="single pixel"):
+        load_image(file.getvalue())
 
 
 SIZES = {(20_000, 10_000): False, (2**14, 2**14): False, (2**14, 2**14 + 1): True}

@@ -35,7 +35,7 @@ SAVED = {  # options of PIL
     "optimized": {"optimize": True, "quality": 30},
     "profile and comment": {"icc_profile": bytes(9999), "comment": b"a comment"},
 }
-SIZES = [(1, 1), (7, 5), (16, 16), (97, 61), (130, 200)]
+SIZES = [(1, 2), (7, 5), (16, 16), (97, 61), (130, 200)]
 
 
 def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
