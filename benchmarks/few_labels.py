@@ -75,6 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--finetune_lrs", default=[1e-3, 2e-3, 4e-3], help="[0.001 0.002 0.004]", **rates)
     add("--scratch_lrs", default=[1e-3, 2e-3, 4e-3], help="[0.001 0.002 0.004]", **rates)
     add("--choose_images", default=2000, help="of --val_images [2000]", **COUNT)
+    add("--k", default=20, help="neighbors of the kNN probe [20]", **COUNT)
     add("--jobs", default=2, help="runs at a time, on a thread each [2]", **COUNT)
     add("--amp", choices=["none", "bf16"], default="bf16", help="[bf16]")
     add("--compile", action="store_true", help="torch.compile the networks")
@@ -184,7 +185,8 @@ class Probes:
         dtype = torch.bfloat16 if self.args.amp == "bf16" else None
         found = [extract(model, batches, "cpu", dtype) for batches in self.batches]
         train, choose = (Labeled(each.features, each.labels) for each in found)
-        scores = {"knn": evaluators.knn(train, choose), "linear": evaluators.linear(train, choose)}
+        scores = {"knn": evaluators.knn(train, choose, k=self.args.k)}
+        scores["linear"] = evaluators.linear(train, choose)
         for count, places in self.few.items():
             few = evaluators.take(train, torch.from_numpy(places))
             scores[f"linear_{count}"] = evaluators.linear(few, choose)
@@ -396,17 +398,21 @@ def table(head: str, rows: list[list[Any]]) -> Iterator[str]:
 def check(args: Namespace) -> None:
     """Raise UserError for settings that do not fit together, before anything is read."""
     if len(args.epochs) != len(args.labels):
-        raise UserError(f"--epochs {args.epochs}, but --labels {args.labels}; give as many of both")
-    if max(args.labels) > args.pretrain_images:
-        raise UserError(f"--labels {max(args.labels)}: above --pretrain_images; lower it")
-    if args.batch_size > min(args.labels):
-        raise UserError(f"a batch of {args.batch_size}, but --labels {min(args.labels)}; lower it")
-    if args.pretrain_batch_size > args.pretrain_images:
-        raise UserError("--pretrain_batch_size: above --pretrain_images; lower it")
+        counts = [shown(values) for values in (args.epochs, args.labels)]
+        raise UserError("--epochs {}, but --labels {}; give as many of both".format(*counts))
+    limits = (  # what must not be above what
+        ("labels", max(args.labels), "pretrain_images", args.pretrain_images),
+        ("pretrain_batch_size", args.pretrain_batch_size, "pretrain_images", args.pretrain_images),
+        ("k", args.k, "pretrain_images", args.pretrain_images),
+        ("batch_size", args.batch_size, "labels", min(args.labels)),
+        ("choose_images", args.choose_images, "val_images", args.val_images - 1),
+    )
+    for flag, value, other, limit in limits:
+        if value > limit:
+            own = shown(getattr(args, other))
+            raise UserError(f"--{flag} {value}: too many for --{other} {own}; lower it")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: mixup mixes pairs; make it even")
-    if args.choose_images >= args.val_images:
-        raise UserError(f"--choose_images {args.choose_images}: not below --val_images; lower it")
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"{args.output}: there is no folder {args.output.parent}; make it first")
 

@@ -1,0 +1,163 @@
+# Copyright (c) the ConvNeXt V2 toolkit authors.
+# Licensed under the MIT License; see LICENSE.
+"""The benchmark of few labels: what is compared is fair, and a stopped program goes on."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import few_labels
+from benchmarks.cifar_runs import autoencoder
+from benchmarks.few_labels import BestEpoch, Job, Runs
+from errors import UserError
+from tests.test_end_to_end import run
+
+TOY = (
+    "--model 1,1/4,8 --decoder_embed_dim 8 --pretrain_images 16 --val_images 8 --choose_images 4 "
+    "--pretrain_epochs 2 --pretrain_batch_size 8 --batch_size 4 --cutout 4 --amp none --jobs 1 "
+    "--labels 4 8 --epochs 2 1 --seeds 3 5 --finetune_lrs 1e-3 2e-3 --scratch_lrs 1e-3 --k 3"
+)
+
+
+def parse(*words: object, folder: object = "runs") -> Namespace:
+    argv = [*TOY.split(), "--folder", str(folder), *map(str, words)]
+    return few_labels.get_args_parser().parse_args(argv)
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the cells of the tables of a page, without their heads."""
+    found: list[list[list[str]]] = []
+    for line in text.splitlines():
+        if line.startswith("|---"):
+            found.append([])
+        elif line.startswith("|") and found:
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+    return [[row for row in rows if row[0].isdecimal()] for rows in found]  # without next heads
+
+
+@pytest.mark.slow
+def test_the_table_is_that_of_the_runs_and_a_second_call_only_reports(toy_zip, tmp_path):
+    words = [*TOY.split(), "--data", toy_zip, "--folder", tmp_path / "runs"]
+    output = tmp_path / "table.md"
+    first = run("benchmarks/few_labels.py", *words, "--output", output)
+    assert output.read_text(encoding="utf-8").strip() == first.stdout.strip()
+    rows = [json.loads(line) for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()]
+    by_job = {tuple(row[key] for key in Job._fields): row for row in rows}
+    # 1 cost, 2 of pre-training, 3 learning rates x 2 for the first seed, then 2 + 4 for each number
+    assert len(by_job) == len(rows) == 1 + 2 + 2 * 3 + 2 * (2 + 2)
+    cost = next(row["cost"] for row in rows if row["run"] == "cost")
+    assert cost > 0
+    accuracies = tables(first.stdout)[0]
+    assert [row[:2] for row in accuracies][:3] == [
+        ["4", title] for title in few_labels.RUNS.values()
+    ]
+    for number, (labels, epochs) in enumerate(((4, 2), (8, 1))):
+        tuned, scratch, longer = accuracies[3 * number : 3 * number + 3]
+        lrs = {lr: max(by_job["pretrained", labels, 3, lr]["curve"]) for lr in (1e-3, 2e-3)}
+        assert float(tuned[3]) == max(lrs, key=lrs.get)
+        assert (tuned[2], scratch[2]) == (f"2 + {epochs}", str(epochs))
+        assert int(longer[2]) == few_labels.longer_epochs(labels, epochs, cost, parse())
+        for name, row in zip(few_labels.RUNS, (tuned, scratch, longer), strict=True):
+            own = [by_job[name, labels, seed, float(row[3])]["acc1"] for seed in (3, 5)]
+            assert row[-1] == ", ".join(f"{value:.2f}" for value in own)
+    assert len(tables(first.stdout)[-1]) == 2  # probes of two epochs
+    again = run("benchmarks/few_labels.py", *words)
+    assert again.stdout == first.stdout
+    assert again.stderr == ""  # nothing was run again
+
+
+def test_images_with_labels_are_drawn_by_seed_and_others_choose_than_are_reported():
+    """The epoch would be chosen on the images that are reported, or seeds share their labels."""
+    labels = np.repeat(np.arange(2), 20)
+    data = {name: (np.arange(40)[:, None], labels) for name in ("train", "val")}
+    found = {}
+    for seed in (0, 1):
+        for count in (4, 8, 40):
+            images, own = few_labels.split(data, parse(), Job("scratch", count, seed, 1.0))["train"]
+            found[seed, count] = set(images[:, 0].tolist())
+            assert len(found[seed, count]) == count
+            assert (np.bincount(own) == count // 2).all()
+        assert found[seed, 4] < found[seed, 8]
+    assert found[0, 4] != found[1, 4]
+    parts = few_labels.split(data, parse(), Job("scratch", 4, 0, 1.0))
+    choose, test = (set(parts[name][0][:, 0].tolist()) for name in ("choose", "test"))
+    assert len(choose) == 4
+    assert choose | test == set(range(40))
+    assert not choose & test
+    whole = few_labels.split(data, parse(), Job("pretraining", 0, 1, 1.0))
+    assert len(whole["train"][0]) == len(whole["pretrain"][0]) == 40
+
+
+def test_best_epoch_keeps_the_weights_of_its_evaluation(monkeypatch):
+    """The last weights would be reported with the best epoch."""
+    found: Iterator[float] = iter([10.0, 30.0, 30.0, 20.0])
+    monkeypatch.setattr(few_labels, "accuracy", lambda *_: {"acc1": next(found)})
+    model, best = nn.Linear(1, 1), BestEpoch(None, parse())
+    for value in range(4):
+        nn.init.constant_(model.weight, value)
+        best(model)
+    assert best.best == 1
+    assert best.load().weight.item() == 1.0
+    assert best.curve == [10.0, 30.0, 30.0, 20.0]
+
+
+def test_epochs_of_as_much_compute():
+    """16 images x 2 epochs at 0.7 are 22.4 images of training: 5.6 epochs of 4 of the 6 images."""
+    assert few_labels.longer_epochs(6, 3, 0.7, parse()) == 3 + 6
+    assert few_labels.longer_epochs(8, 3, 0.5, parse()) == 3 + 2
+
+
+def test_learning_rate_is_not_chosen_by_the_reported_accuracy(tmp_path):
+    runs = Runs(parse(folder=tmp_path), "own")
+    for lr, curve, acc1 in ((1e-3, [20.0, 50.0], 40.0), (2e-3, [45.0, 30.0], 90.0)):
+        job = Job("pretrained", 4, 3, lr)
+        runs.add(job, job._asdict() | {"curve": curve, "acc1": acc1})
+    assert runs.best_rate("pretrained", 4) == 1e-3
+    assert Runs(parse(folder=tmp_path), "own").best_rate("pretrained", 4) == 1e-3
+    with pytest.raises(UserError, match="of other settings, own; name another"):
+        Runs(parse(folder=tmp_path), "others")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epochs 3", "--epochs 3, but --labels 4 8; give as many of both"),
+        ("--labels 4 17", "--labels 17: too many for --pretrain_images 16; lower it"),
+        ("--batch_size 6", "--batch_size 6: too many for --labels 4 8; lower it"),
+        ("--batch_size 3", "--batch_size 3: mixup mixes pairs; make it even"),
+        ("--pretrain_batch_size 64", "--pretrain_batch_size 64: too many for --pretrain_images 16"),
+        ("--choose_images 8", "--choose_images 8: too many for --val_images 8; lower it"),
+        ("--k 17", "--k 17: too many for --pretrain_images 16; lower it"),
+        ("--output no/table.md", "no/table.md: there is no folder no; make it first"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        few_labels.check(parse(*words.split()))
+
+
+def test_damaged_results_are_named(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"run": "scr', encoding="utf-8")
+    with pytest.raises(UserError, match="runs.jsonl: not of this program"):
+        Runs(parse(folder=tmp_path), "own")
+
+
+def test_probes_are_of_frozen_features(toy_zip):
+    """A network in training mode would move its features."""
+    args = parse("--data", toy_zip, "--labels", 4, 16)
+    args.device = torch.device("cpu")
+    few_labels.start_process(args)
+    images = few_labels.split(few_labels._DATA, args, Job("pretraining", 0, 0, 1e-3))
+    probes = few_labels.Probes(images, args)
+    model = autoencoder(args).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = probes(model)
+    assert [*scores] == ["knn", "linear", "linear_4", "linear_16"]
+    assert scores["linear"] == scores["linear_16"] == 100.0  # one class is dark, the other bright
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
