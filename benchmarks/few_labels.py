@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
@@ -49,8 +49,9 @@ OWN = {  # what differs from cifar.py's settings for a CPU
     "model": "1,3/32,96",
     "patch_size": 4,
     "norm_pix_loss": 0,
-    "pretrain_epochs": 20,
+    "pretrain_epochs": 30,
     "pretrain_batch_size": 64,
+    "layer_decay": 0.75,
     "cutmix": 1.0,
     "mixup_prob": 0.8,
     "cutout": 8,
@@ -58,6 +59,8 @@ OWN = {  # what differs from cifar.py's settings for a CPU
 }
 # What a run of this program decides by itself.
 DECIDED = ("train_images", "epochs", "finetune_lr", "scratch_lr", "eval_every")
+# What the key of a run says, so that a folder may be extended by more of them.
+IN_JOBS = ("labels", "epochs", "seeds", "finetune_lrs", "scratch_lrs")
 EVALUATIONS = 20  # points of a learning curve, among which is the best epoch
 PROBES = 5  # of pre-training
 
@@ -72,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--labels", default=[250, 1000, 4000], help="numbers of labels [250 1000 4000]", **many)
     add("--epochs", default=[200, 100, 50], help="of each number [200 100 50]", **many)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    add("--finetune_lrs", default=[1e-3, 2e-3, 4e-3], help="[0.001 0.002 0.004]", **rates)
+    add("--finetune_lrs", default=[2e-3, 4e-3, 8e-3], help="[0.002 0.004 0.008]", **rates)
     add("--scratch_lrs", default=[1e-3, 2e-3, 4e-3], help="[0.001 0.002 0.004]", **rates)
     add("--choose_images", default=2000, help="of --val_images [2000]", **COUNT)
     add("--k", default=20, help="neighbors of the kNN probe [20]", **COUNT)
@@ -104,7 +107,6 @@ from insight.evaluators import Labeled
 from insight.features import extract
 from parallel import process_group
 
-RATES = {"pretrained": "finetune_lrs", "scratch": "scratch_lrs"}
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the epochs, in the table of curves
 COST_BATCHES, COST_ROUNDS = 20, 5
 
@@ -116,6 +118,10 @@ class Job(NamedTuple):
     labels: int
     seed: int
     lr: float
+    epochs: int
+
+
+COST = Job("cost", 0, 0, 0.0, 0)  # of an image of pre-training / one of training
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -208,12 +214,12 @@ def start_process(args: Namespace) -> None:
     _DATA.update(load(args.data, counts))
 
 
-def do(job: Job, epochs: int, args: Namespace) -> dict[str, Any]:
+def do(job: Job, args: Namespace) -> dict[str, Any]:
     """Train; returns a row of plain values."""
     images = split(_DATA, args, job)
     points = EVALUATIONS if job.labels else PROBES
-    args = Namespace(**vars(args) | {"eval_every": -(-epochs // points)})
-    row = job._asdict() | {"epochs": epochs, "machine": machine(args.device)}
+    args = Namespace(**vars(args) | {"eval_every": -(-job.epochs // points)})
+    row = job._asdict() | {"machine": machine(args.device)}
     if not job.labels:
         probes = Probes(images, args)
         seconds, weights = pretrain(job.seed, images, args, probes)
@@ -224,9 +230,9 @@ def do(job: Job, epochs: int, args: Namespace) -> dict[str, Any]:
         weights = torch.load(weights_path(args.folder, job.seed), weights_only=True)
     best = BestEpoch(InMemory(*images["choose"], 1000, args.device), args)
     title = f"{job.run} {job.labels} labels seed {job.seed} lr {job.lr}"
-    seconds, _ = classify(title, job.seed, epochs, images, args, best, weights, job.lr)
+    seconds, _ = classify(title, job.seed, job.epochs, images, args, best, weights, job.lr)
     tested = accuracy(InMemory(*images["test"], 1000, args.device), best.load(), args)
-    epoch = min((best.best + 1) * args.eval_every, epochs)
+    epoch = min((best.best + 1) * args.eval_every, job.epochs)
     row |= {"acc1": tested["acc1"], "curve": best.curve, "best_epoch": epoch}
     return row | {"seconds": sum(seconds)}
 
@@ -234,7 +240,7 @@ def do(job: Job, epochs: int, args: Namespace) -> dict[str, Any]:
 def relative_cost(args: Namespace) -> float:
     """Return the time of an image of pre-training / that of one of training, measured in turns."""
     count = COST_BATCHES * max(args.pretrain_batch_size, args.batch_size)
-    images = split(_DATA, args, Job("cost", min(count, args.pretrain_images), 0, 1e-3))
+    images = split(_DATA, args, Job("cost", min(count, args.pretrain_images), 0, 1e-3, 2))
     images["pretrain"] = images["train"]
     args = Namespace(**vars(args) | {"pretrain_epochs": 2, "eval_every": 2})
     count, ratios = len(images["train"][1]), []
@@ -288,51 +294,53 @@ class Runs:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | {"settings": self.settings}) + "\n")
 
-    def do_all(self, pool: Executor, jobs: dict[Job, int]) -> None:
-        """Do what is not finished. jobs: their epochs."""
-        todo = {job: epochs for job, epochs in jobs.items() if job not in self.rows}
-        futures = {pool.submit(do, job, todo[job], self.args): job for job in todo}
+    @property
+    def cost(self) -> float:
+        """That of an image of pre-training / one of training, of this folder."""
+        return self.rows[COST]["cost"]
+
+    def do_all(self, pool: Executor, jobs: Iterable[Job]) -> None:
+        """Do those that are not finished."""
+        todo = [job for job in jobs if job not in self.rows]
+        futures = {pool.submit(do, job, self.args): job for job in todo}
         for future in as_completed(futures):
             self.add(futures[future], future.result())
 
-    def best_rate(self, run: str, labels: int) -> float:
-        """Return the learning rate with the best chosen epoch, with the first seed."""
-        rates = getattr(self.args, RATES[run])
-        jobs = [Job(run, labels, self.args.seeds[0], lr) for lr in rates]
-        return max(jobs, key=lambda job: max(self.rows[job]["curve"])).lr
+    def pretraining(self) -> list[Job]:
+        """Return the jobs of pre-training, one for each seed."""
+        lr, epochs = self.args.pretrain_lr, self.args.pretrain_epochs
+        return [Job("pretraining", 0, seed, lr, epochs) for seed in self.args.seeds]
 
-    def of(self, run: str, labels: int) -> list[dict[str, Any]]:
-        """Return the rows of all seeds, with the best learning rate."""
-        lr = self.best_rate("pretrained" if run == "pretrained" else "scratch", labels)
-        return [self.rows[Job(run, labels, seed, lr)] for seed in self.args.seeds]
+    def tuning(self, run: str, labels: int) -> list[Job]:
+        """Return the jobs that find the best learning rate, with the first seed."""
+        epochs = self.args.epochs[self.args.labels.index(labels)]
+        return [Job(run, labels, self.args.seeds[0], lr, epochs) for lr in self._rates(run)]
+
+    def _rates(self, run: str) -> list[float]:
+        return self.args.finetune_lrs if run == "pretrained" else self.args.scratch_lrs
+
+    def of(self, run: str, labels: int) -> list[Job]:
+        """Return the jobs of all seeds, with the best learning rate."""
+        tuned = self.tuning("scratch" if run == "longer" else run, labels)
+        best = max(tuned, key=lambda job: max(self.rows[job]["curve"]))
+        epochs = best.epochs
+        if run == "longer":
+            epochs = longer_epochs(labels, epochs, self.cost, self.args)
+        return [Job(run, labels, seed, best.lr, epochs) for seed in self.args.seeds]
 
 
 def do_all(runs: Runs, args: Namespace) -> None:
     """Pre-train, choose learning rates, then do the other seeds and the longer runs."""
-    first, *others = args.seeds
-    cost = Job("cost", 0, 0, 0.0)
-    if cost not in runs.rows:
+    if COST not in runs.rows:
         start_process(args)
-        runs.add(cost, cost._asdict() | {"cost": relative_cost(args)})
-    cost, epochs = runs.rows[cost]["cost"], dict(zip(args.labels, args.epochs, strict=True))
+        runs.add(COST, COST._asdict() | {"cost": relative_cost(args)})
     context = get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, start_process, (args,)) as pool:
-        pretraining = [Job("pretraining", 0, seed, args.pretrain_lr) for seed in args.seeds]
-        runs.do_all(pool, dict.fromkeys(pretraining, args.pretrain_epochs))
-        tuning = [
-            (Job(run, labels, first, lr), epochs[labels])
-            for labels, (run, rates) in itertools.product(args.labels, RATES.items())
-            for lr in getattr(args, rates)
-        ]
-        runs.do_all(pool, dict(tuning))
-        rest = {}
-        for labels in args.labels:
-            lrs = {run: runs.best_rate(run, labels) for run in RATES}
-            more = longer_epochs(labels, epochs[labels], cost, args)
-            rest |= {Job("longer", labels, seed, lrs["scratch"]): more for seed in args.seeds}
-            pairs = itertools.product(lrs.items(), others)
-            rest |= {Job(run, labels, seed, lr): epochs[labels] for (run, lr), seed in pairs}
-        runs.do_all(pool, rest)
+        scratch, tuned = ([runs.tuning(run, n) for n in args.labels] for run in list(RUNS)[1::-1])
+        runs.do_all(pool, itertools.chain(runs.pretraining(), *scratch))
+        runs.do_all(pool, itertools.chain(*tuned))
+        every = itertools.product(reversed(RUNS), args.labels)  # the longest first
+        runs.do_all(pool, itertools.chain(*itertools.starmap(runs.of, every)))
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -342,7 +350,7 @@ def report(runs: Runs, args: Namespace) -> str:
     """Markdown: settings, accuracies, leads, learning curves, and probes of pre-training."""
     rows, ahead, curves = [], [], []
     for labels, (run, title) in itertools.product(args.labels, RUNS.items()):
-        own = runs.of(run, labels)
+        own = [runs.rows[job] for job in runs.of(run, labels)]
         acc = [row["acc1"] for row in own]
         before = f"{args.pretrain_epochs} + " if run == "pretrained" else ""
         best = ", ".join(str(row["best_epoch"]) for row in own)
@@ -353,9 +361,9 @@ def report(runs: Runs, args: Namespace) -> str:
         curves.append([labels, title, *(f"{point:.1f}" for point in points)])
         if run != "pretrained":
             pairs = zip(runs.of("pretrained", labels), acc, strict=True)
-            gaps = [row["acc1"] - other for row, other in pairs]
+            gaps = [runs.rows[job]["acc1"] - other for job, other in pairs]
             ahead.append([labels, title, mean_and_each(gaps, "+.2f")])
-    done = [runs.rows[Job("pretraining", 0, seed, args.pretrain_lr)] for seed in args.seeds]
+    done = [runs.rows[job] for job in runs.pretraining()]
     names = [*done[0]["probes"][0]]
     every = -(-args.pretrain_epochs // PROBES)
     probes = []
@@ -363,13 +371,12 @@ def report(runs: Runs, args: Namespace) -> str:
         scores = [statistics.mean(probe[name] for probe in several) for name in names]
         epoch = min((number + 1) * every, args.pretrain_epochs)
         probes.append([epoch, *(f"{score:.1f}" for score in scores)])
-    cost = next(row["cost"] for job, row in runs.rows.items() if job.run == "cost")
     seconds = sum(row.get("seconds", 0) for row in runs.rows.values())
     lines = [
         f"### Few labels of {args.pretrain_images} images of CIFAR-10, `{args.model}`\n",
-        f"`{runs.settings}`",
+        f"`{runs.settings} {settings_of(args, IN_JOBS)}`",
         *dict.fromkeys(row["machine"] for row in runs.rows.values() if "machine" in row),
-        f"An image of pre-training costs {cost:.2f} of one in training. All trainings took "
+        f"An image of pre-training costs {runs.cost:.2f} of one in training. All trainings took "
         f"{seconds / 60:.0f} minutes of a thread.",
         *table("labels | training | epochs | learning rate | best epochs | top-1 % | each", rows),
         *table("labels | FCMAE is ahead of | points | each seed", ahead),
@@ -420,9 +427,8 @@ def check(args: Namespace) -> None:
 def main(args: Namespace) -> None:
     check(args)
     args.device = torch.device("cpu")
-    own = ("folder", "data", "output", "jobs", "device", "compile", "cuda_graphs")
-    values = {name: value for name, value in vars(args).items() if name not in own}
-    settings = " ".join(f"--{name} {shown(value)}" for name, value in values.items())
+    apart = ("folder", "data", "output", "jobs", "device", "compile", "cuda_graphs", *IN_JOBS)
+    settings = settings_of(args, [name for name in vars(args) if name not in apart])
     args.folder.mkdir(parents=True, exist_ok=True)
     runs = Runs(args, settings + " --compile" * args.compile)
     do_all(runs, args)
@@ -430,6 +436,11 @@ def main(args: Namespace) -> None:
     if args.output:
         with args.output.open("a", encoding="utf-8") as file:
             file.write(text + "\n\n")
+
+
+def settings_of(args: Namespace, names: Iterable[str]) -> str:
+    """Return flags as on a command line."""
+    return " ".join(f"--{name} {shown(getattr(args, name))}" for name in names)
 
 
 def shown(value: Any) -> str:

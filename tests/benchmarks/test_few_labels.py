@@ -47,7 +47,7 @@ def test_the_table_is_that_of_the_runs_and_a_second_call_only_reports(toy_zip, t
     first = run("benchmarks/few_labels.py", *words, "--output", output)
     assert output.read_text(encoding="utf-8").strip() == first.stdout.strip()
     rows = [json.loads(line) for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()]
-    by_job = {tuple(row[key] for key in Job._fields): row for row in rows}
+    by_job = {tuple(row[key] for key in Job._fields[:-1]): row for row in rows}
     # 1 cost, 2 of pre-training, 3 learning rates x 2 for the first seed, then 2 + 4 for each number
     assert len(by_job) == len(rows) == 1 + 2 + 2 * 3 + 2 * (2 + 2)
     cost = next(row["cost"] for row in rows if row["run"] == "cost")
@@ -78,18 +78,20 @@ def test_images_with_labels_are_drawn_by_seed_and_others_choose_than_are_reporte
     found = {}
     for seed in (0, 1):
         for count in (4, 8, 40):
-            images, own = few_labels.split(data, parse(), Job("scratch", count, seed, 1.0))["train"]
+            images, own = few_labels.split(data, parse(), Job("scratch", count, seed, 1.0, 1))[
+                "train"
+            ]
             found[seed, count] = set(images[:, 0].tolist())
             assert len(found[seed, count]) == count
             assert (np.bincount(own) == count // 2).all()
         assert found[seed, 4] < found[seed, 8]
     assert found[0, 4] != found[1, 4]
-    parts = few_labels.split(data, parse(), Job("scratch", 4, 0, 1.0))
+    parts = few_labels.split(data, parse(), Job("scratch", 4, 0, 1.0, 1))
     choose, test = (set(parts[name][0][:, 0].tolist()) for name in ("choose", "test"))
     assert len(choose) == 4
     assert choose | test == set(range(40))
     assert not choose & test
-    whole = few_labels.split(data, parse(), Job("pretraining", 0, 1, 1.0))
+    whole = few_labels.split(data, parse(), Job("pretraining", 0, 1, 1.0, 1))
     assert len(whole["train"][0]) == len(whole["pretrain"][0]) == 40
 
 
@@ -115,10 +117,11 @@ def test_epochs_of_as_much_compute():
 def test_learning_rate_is_not_chosen_by_the_reported_accuracy(tmp_path):
     runs = Runs(parse(folder=tmp_path), "own")
     for lr, curve, acc1 in ((1e-3, [20.0, 50.0], 40.0), (2e-3, [45.0, 30.0], 90.0)):
-        job = Job("pretrained", 4, 3, lr)
+        job = Job("pretrained", 4, 3, lr, 2)
         runs.add(job, job._asdict() | {"curve": curve, "acc1": acc1})
-    assert runs.best_rate("pretrained", 4) == 1e-3
-    assert Runs(parse(folder=tmp_path), "own").best_rate("pretrained", 4) == 1e-3
+    expected = [Job("pretrained", 4, seed, 1e-3, 2) for seed in (3, 5)]
+    assert runs.of("pretrained", 4) == expected
+    assert Runs(parse(folder=tmp_path), "own").of("pretrained", 4) == expected
     with pytest.raises(UserError, match="of other settings, own; name another"):
         Runs(parse(folder=tmp_path), "others")
 
@@ -152,7 +155,7 @@ def test_probes_are_of_frozen_features(toy_zip):
     args = parse("--data", toy_zip, "--labels", 4, 16)
     args.device = torch.device("cpu")
     few_labels.start_process(args)
-    images = few_labels.split(few_labels._DATA, args, Job("pretraining", 0, 0, 1e-3))
+    images = few_labels.split(few_labels._DATA, args, Job("pretraining", 0, 0, 1e-3, 1))
     probes = few_labels.Probes(images, args)
     model = autoencoder(args).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
