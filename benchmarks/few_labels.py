@@ -336,8 +336,9 @@ def do_all(runs: Runs, args: Namespace) -> None:
         runs.add(COST, COST._asdict() | {"cost": relative_cost(args)})
     context = get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context, start_process, (args,)) as pool:
-        scratch, tuned = ([runs.tuning(run, n) for n in args.labels] for run in list(RUNS)[1::-1])
+        scratch = [runs.tuning("scratch", labels) for labels in args.labels]
         runs.do_all(pool, itertools.chain(runs.pretraining(), *scratch))
+        tuned = [runs.tuning("pretrained", labels) for labels in args.labels]
         runs.do_all(pool, itertools.chain(*tuned))
         every = itertools.product(reversed(RUNS), args.labels)  # the longest first
         runs.do_all(pool, itertools.chain(*itertools.starmap(runs.of, every)))
