@@ -214,11 +214,16 @@ def start_process(args: Namespace) -> None:
     _DATA.update(load(args.data, counts))
 
 
+def eval_every(epochs: int, points: int) -> int:
+    """Return the epochs between at most `points` evaluations, the last after all epochs."""
+    return math.ceil(epochs / points)
+
+
 def do(job: Job, args: Namespace) -> dict[str, Any]:
     """Train; returns a row of plain values."""
     images = split(_DATA, args, job)
-    points = EVALUATIONS if job.labels else PROBES
-    args = Namespace(**vars(args) | {"eval_every": -(-job.epochs // points)})
+    every = eval_every(job.epochs, EVALUATIONS if job.labels else PROBES)
+    args = Namespace(**vars(args) | {"eval_every": every})
     row = job._asdict() | {"machine": machine(args.device)}
     if not job.labels:
         probes = Probes(images, args)
@@ -232,7 +237,7 @@ def do(job: Job, args: Namespace) -> dict[str, Any]:
     title = f"{job.run} {job.labels} labels seed {job.seed} lr {job.lr}"
     seconds, _ = classify(title, job.seed, job.epochs, images, args, best, weights, job.lr)
     tested = accuracy(InMemory(*images["test"], 1000, args.device), best.load(), args)
-    epoch = min((best.best + 1) * args.eval_every, job.epochs)
+    epoch = min((best.best + 1) * every, job.epochs)
     row |= {"acc1": tested["acc1"], "curve": best.curve, "best_epoch": epoch}
     return row | {"seconds": sum(seconds)}
 
@@ -349,50 +354,70 @@ def do_all(runs: Runs, args: Namespace) -> None:
 
 def report(runs: Runs, args: Namespace) -> str:
     """Markdown: settings, accuracies, leads, learning curves, and probes of pre-training."""
-    rows, ahead, curves = [], [], []
-    for labels, (run, title) in itertools.product(args.labels, RUNS.items()):
-        own = [runs.rows[job] for job in runs.of(run, labels)]
-        acc = [row["acc1"] for row in own]
-        before = f"{args.pretrain_epochs} + " if run == "pretrained" else ""
-        best = ", ".join(str(row["best_epoch"]) for row in own)
-        cells = [labels, title, f"{before}{own[0]['epochs']}", own[0]["lr"], best]
-        rows.append([*cells, mean_and_each(acc, ".2f")])
-        curve = np.mean([row["curve"] for row in own], 0)
-        points = [curve[max(math.ceil(share * len(curve)), 1) - 1] for share in SHARES]
-        curves.append([labels, title, *(f"{point:.1f}" for point in points)])
-        if run != "pretrained":
-            pairs = zip(runs.of("pretrained", labels), acc, strict=True)
-            gaps = [runs.rows[job]["acc1"] - other for job, other in pairs]
-            ahead.append([labels, title, mean_and_each(gaps, "+.2f")])
-    done = [runs.rows[job] for job in runs.pretraining()]
-    names = [*done[0]["probes"][0]]
-    every = -(-args.pretrain_epochs // PROBES)
-    probes = []
-    for number, several in enumerate(zip(*(row["probes"] for row in done), strict=True)):
-        scores = [statistics.mean(probe[name] for probe in several) for name in names]
-        epoch = min((number + 1) * every, args.pretrain_epochs)
-        probes.append([epoch, *(f"{score:.1f}" for score in scores)])
     seconds = sum(row.get("seconds", 0) for row in runs.rows.values())
+    every = list(itertools.product(args.labels, RUNS))
+    shares = [f"{share:.0%}" for share in SHARES]
+    probes = [*runs.rows[runs.pretraining()[0]]["probes"][0]]
     lines = [
         f"### Few labels of {args.pretrain_images} images of CIFAR-10, `{args.model}`\n",
         f"`{runs.settings} {settings_of(args, IN_JOBS)}`",
         *dict.fromkeys(row["machine"] for row in runs.rows.values() if "machine" in row),
         f"An image of pre-training costs {runs.cost:.2f} of one in training. All trainings took "
         f"{seconds / 60:.0f} minutes of a thread.",
-        *table("labels | training | epochs | learning rate | best epochs | top-1 % | each", rows),
-        *table("labels | FCMAE is ahead of | points | each seed", ahead),
+        *table(
+            "labels | training | epochs | learning rate | best epochs | top-1 % | each seed",
+            [accuracy_row(runs, labels, run) for labels, run in every],
+        ),
+        *table(
+            "labels | FCMAE is ahead of | points | each seed",
+            [lead_row(runs, labels, run) for labels, run in every if run != "pretrained"],
+        ),
         "\nTop-1 % on the images that choose the epoch, by the share of the epochs, mean of seeds:",
-        *table(" | ".join(["labels", "training", *(f"{x:.0%}" for x in SHARES)]), curves),
+        *table(
+            " | ".join(["labels", "training", *shares]),
+            [curve_row(runs, labels, run) for labels, run in every],
+        ),
         "\nProbes of frozen features over the epochs of pre-training, top-1 %, mean of seeds:",
-        *table(" | ".join(["epoch", *map(describe_probe, names)]), probes),
+        *table(" | ".join(["epoch", *map(describe_probe, probes)]), probe_rows(runs)),
     ]
     return "\n".join(lines)
 
 
+def accuracy_row(runs: Runs, labels: int, run: str) -> list[Any]:
+    own = [runs.rows[job] for job in runs.of(run, labels)]
+    before = f"{runs.args.pretrain_epochs} + " if run == "pretrained" else ""
+    best = ", ".join(str(row["best_epoch"]) for row in own)
+    cells = [labels, RUNS[run], f"{before}{own[0]['epochs']}", own[0]["lr"], best]
+    return [*cells, mean_and_each([row["acc1"] for row in own], ".2f")]
+
+
+def lead_row(runs: Runs, labels: int, run: str) -> list[Any]:
+    """Cells of what fine-tuning after pre-training is ahead by, seed by seed."""
+    pairs = zip(runs.of("pretrained", labels), runs.of(run, labels), strict=True)
+    leads = [runs.rows[job]["acc1"] - runs.rows[other]["acc1"] for job, other in pairs]
+    return [labels, RUNS[run], mean_and_each(leads, "+.2f")]
+
+
+def curve_row(runs: Runs, labels: int, run: str) -> list[Any]:
+    curve = np.mean([runs.rows[job]["curve"] for job in runs.of(run, labels)], 0)
+    places = [max(math.ceil(share * len(curve)), 1) - 1 for share in SHARES]
+    return [labels, RUNS[run], *(f"{curve[place]:.1f}" for place in places)]
+
+
+def probe_rows(runs: Runs) -> list[list[Any]]:
+    epochs, rows = runs.args.pretrain_epochs, []
+    seeds = [runs.rows[job]["probes"] for job in runs.pretraining()]
+    for number, probes in enumerate(zip(*seeds, strict=True), 1):
+        means = [statistics.mean(probe[name] for probe in probes) for name in probes[0]]
+        epoch = min(number * eval_every(epochs, PROBES), epochs)
+        rows.append([epoch, *(f"{mean:.1f}" for mean in means)])
+    return rows
+
+
 def describe_probe(name: str) -> str:
-    """Return the title of a probe's column."""
+    """`linear_1000` -> `linear, 1000 labels`"""
     kind, _, labels = name.partition("_")
-    return f"{ {'knn': 'kNN', 'linear': 'linear'}[kind] }, {labels or 'all'} labels"
+    return f"{kind.replace('knn', 'kNN')}, {labels or 'all'} labels"
 
 
 def table(head: str, rows: list[list[Any]]) -> Iterator[str]:
