@@ -184,9 +184,16 @@ def with_labels(data: MixedImages, trained: TrainedModel, must: bool) -> Transfo
         return transformed(in_input_order(data), trained, find_outputs(names, head, "INPUT"))
     order, how = order_of_head(names, head)
     if order is None or not (must or how in SURE):
-        raise UserError(differences(names, head, "INPUT"))
+        raise UserError(differences(names, head, "INPUT", advise(names)))
     positions = find_positions(names, head, "INPUT")
     return transformed(in_input_order(data), trained, positions, order)
+
+
+def advise(names: Sequence[str]) -> str:
+    """Return what to give as INPUT, whose classes have these names and are not the checkpoint's."""
+    if {"train", "val"} <= set(names):
+        return "To evaluate, give the folder val in it, which has a folder for each class"
+    return "To evaluate, give images with labels of these classes"
 
 
 def transformed(
@@ -219,8 +226,9 @@ def build_records(
     if args.threshold is not None and trained.kind != "multi":
         raise UserError(f"--threshold is for --task multi_label, which {path} is not; drop it")
     head: Head = trained.head
-    if args.topk is not None and args.topk > head.count:
-        raise UserError(f"--topk {args.topk}: {path} has {head.count} classes; give fewer")
+    if (args.topk or 0) > head.count:
+        text = "--topk %d: all %d classes of %s are listed"
+        get_logger().info(text, args.topk, head.count, path)
     return PredictionRecords(
         trained.kind,
         trained.activation,
@@ -318,11 +326,14 @@ class PredictionJob:
             get_logger().info("%s: %s, %.0f images/s", out, images, max(new, 0) / seconds)
         elif bad:
             get_logger().warning("%s could not be used", plural(bad, "image"))
-        if self.evaluation is not None:
-            self.evaluation.report(out, loader, " ".join(self.args.input))
+        about, is_empty = " ".join(self.args.input), bad == len(self.dataset)
+        if self.evaluation is not None and not is_empty:
+            self.evaluation.report(out, loader, about)
         acquire_run_lock("")  # releases it
         if is_main_process():
             store.remove()
+        if is_empty:
+            raise UserError(f"{about}: no image could be used; the column error says why")
 
     def plan(self) -> dict[str, Any]:
         """Return what decides the results, as plain values."""

@@ -59,12 +59,15 @@ def list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> List
             found = plural(len(empty), "class folder")
             text = "%s: left out %s without images: %s"
             get_logger().warning(text, root, found, first_few(empty))
-    elif empty or not names:
-        found = f"no images in {plural(len(empty), 'class folder')}: {first_few(empty)}"
+    elif not names:
         raise UserError(
-            f"{root}: {found if names else 'no class folders'}; expected one folder of images "
-            f"per class ({' '.join(extensions())}): fill or remove empty ones; images without "
-            f"labels are for main_pretrain.py{rest}"
+            f"{root}: no class folders; expected one folder of images per class, or a table of "
+            f"labels (only main_pretrain.py needs none){rest}"
+        )
+    elif empty:
+        raise UserError(
+            f"{root}: no images in {plural(len(empty), 'class folder')}: {first_few(empty)}; "
+            f"expected some of {' '.join(extensions())}: fill or remove empty folders{rest}"
         )
     arrays, metadata = {}, {"left_out": dict(left_out), "shared": shared}
     if labeled:

@@ -222,8 +222,8 @@ def find_outputs(names: Sequence[str], head: Head, kind: str) -> list[int]:
     raise UserError(differences(names, head, kind))
 
 
-def differences(names: Sequence[str], head: Head, kind: str) -> str:
-    """Return the message for class names of a data set that do not fit a head."""
+def differences(names: Sequence[str], head: Head, kind: str, advice: str = "") -> str:
+    """Return the message for class names of a data set that do not fit a head, and what to do."""
     if head.names is None:
         return (
             f"{kind} has {plural(len(names), 'class')}, {head.source} {head.count} without names "
@@ -239,4 +239,4 @@ def differences(names: Sequence[str], head: Head, kind: str) -> str:
         texts += [f"{kind} has classes that {head.source} does not know: {first_few(unknown, 5)}"]
     if absent:
         texts += [f"{kind} lacks classes of {head.source}: {first_few(absent, 5)}"]
-    return f"{'; '.join(texts)}. Rename, remove or restore these {things}"
+    return f"{'; '.join(texts)}. {advice or f'Rename, remove or restore these {things}'}"

@@ -98,8 +98,8 @@ def collapse(history: Sequence[Record]) -> Iterator[str]:
     ranks = _values(history, "rank_me")
     if ranks and ranks[-1] < LOWEST_RANK:
         yield (
-            f"rank_me {ranks[-1]:.1f}: all images get nearly the same features, which use "
-            f"{ranks[-1]:.1f} directions. {remedy}"
+            f"rank_me {ranks[-1]:.3g}: all images get nearly the same features, which use "
+            f"{ranks[-1]:.3g} directions. {remedy}"
         )
     elif len(ranks) > 2 and ranks[-1] < RANK_FALL * max(ranks):
         yield f"rank_me {ranks[-1]:.1f} has fallen from {max(ranks):.1f}. {remedy}"

@@ -23,6 +23,7 @@ COLORS += ["#9c755f", "#8a8d91", "#a0cbe8", "#ffbe7d", "#8cd17d", "#ff8f86", "#d
 COLORS += ["#b6992d", "#d37295", "#d7b5a6", "#4a4e54"]
 MOST_IN_LEGEND = 20
 CELL, WIDE = 112, 160  # pixels of an image in a grid, at least; with long texts
+WIDEST_TITLE = 1000  # pixels to which a title may widen a grid
 SCALE = 3  # of a map before it is made smaller, for smooth dots
 
 
@@ -69,7 +70,8 @@ def draw_grid(
     width *= -(-least // width)
     gap, line, columns = 12, 18, max(map(len, rows))
     text, bold = ImageFont.load_default(13), ImageFont.load_default(16)
-    total = max(2 * gap + columns * (width + gap) - gap, 320)
+    needed = min(round(bold.getlength(title)) + 2 * gap, WIDEST_TITLE)
+    total = max(2 * gap + columns * (width + gap) - gap, needed)
     top = gap + 28 + (line + 2) * bool(heads)
     heights = [max(_height(cell, width) + line * len(cell.lines) for cell in row) for row in rows]
     canvas = Image.new("RGB", (total, top + sum(heights) + (gap + 4) * len(rows)), "white")

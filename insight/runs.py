@@ -171,9 +171,8 @@ def rows_of(runs: Sequence[FoundRun], metric: str = "") -> list[tuple[str, ...]]
 def _cells(run: FoundRun, metric: str) -> tuple[str, ...]:
     value = run.metrics.get(metric, Value(None))
     best = _text(value.best)
-    best += f" (epoch {round(value.epoch, 3):g})" * (
-        value.best is not None and value.epoch is not None
-    )
+    if value.best is not None and value.epoch is not None:
+        best += f" (epoch {round(value.epoch, 3):g})"
     epochs = f"{round(run.epochs_done or 0, 3):g}"
     epochs += f"/{run.epochs:g}" * (run.epochs is not None)
     seconds = "" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))

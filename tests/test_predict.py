@@ -166,9 +166,15 @@ def test_a_batch_of_unreadable_images_alone(tmp_path):
     assert len({row["probability"] for row in found}) == 2
 
 
-def test_an_image_of_one_pixel(tmp_path):
-    Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
-    (found,) = results(f"it.pth {tmp_path}/one.png", tmp_path / "r.json")
+@pytest.mark.parametrize("labeled", [False, True])
+def test_inputs_without_any_image_that_can_be_used_are_an_error(tmp_path, labeled):
+    """The exit code was 0, so a script went on; the results say why."""
+    folder = tmp_path / "x" / "ant" if labeled else tmp_path / "x"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (1, 1), "red").save(folder / "one.png")
+    with pytest.raises(UserError, match="x: no image could be used; the column error says why"):
+        run(f"it.pth {tmp_path}/x --output {tmp_path}/r.json")
+    (found,) = json.loads((tmp_path / "r.json").read_text())
     assert "single pixel" in found["error"]
     assert found["prediction"] is None
 
@@ -326,8 +332,7 @@ def test_numbers_are_predicted_in_the_units_of_the_data(tmp_path):
     assert stats["mae"] == pytest.approx(sum(map(abs, errors)) / 2, rel=1e-4)
     with pytest.raises(UserError, match="--topk is for classes, and .* predicts numbers"):
         run(f"{tmp_path}/a.pth flat --topk 2")
-    with pytest.raises(UserError, match="--topk 4: .*it.pth has 3 classes; give fewer"):
-        run("it.pth flat --topk 4")
+    assert "--topk 4: all 3 classes of it.pth are listed" in run("it.pth flat --topk 4")
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -364,6 +369,10 @@ def test_labels_of_other_classes_are_not_used_unless_asked_for(tmp_path):
     (line,) = [line for line in lines if line.startswith("predictions alone, no evaluation")]
     assert not [line for line in run("it.pth flat") if line.startswith("predictions alone")]
     assert "classes that it.pth does not know: dog" in line
+    assert "To evaluate, give images with labels of these classes" in line
+    write_images(tmp_path, ["y/train/ant/1.png", "y/val/ant/2.png"])
+    lines = run(f"it.pth {tmp_path}/y")
+    assert "give the folder val in it" in " ".join(lines)
     with pytest.raises(UserError, match="does not know: dog"):
         run(f"it.pth {tmp_path}/x --labels true")
 

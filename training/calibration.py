@@ -18,12 +18,21 @@ SIDE, EDGE, FONT = 360, 56, 14  # of the diagram, its margins and its letters, i
 BLUE, RED, INK, PALE = "#3b75af", "#c44e52", "#303030", "#d9d9d9"
 
 
-def reliability(bins: int = BINS) -> Metric:
-    """A row for each bin of confidence: images, mean confidence and accuracy in percent."""
+def reliability(kind: str, bins: int = BINS) -> Metric:
+    """A row for each bin of confidence: answers, mean confidence and accuracy in percent.
+
+    kind: of the targets. Of several classes an image has an answer for each of them, the
+    confidence is the probability of the class, and accuracy the share of images that have it.
+    """
 
     def add(batch: Batch) -> Tensor:
-        place, sure = batch.confidences(bins)
-        columns = torch.stack([torch.ones_like(sure), sure, batch.gains[:, 0]], 1)
+        if kind == "multi":
+            place, sure = batch.likelihoods(bins)
+            right = batch.targets.to(sure.dtype).flatten()
+        else:
+            place, sure = batch.confidences(bins)
+            right = batch.gains[:, 0]
+        columns = torch.stack([torch.ones_like(sure), sure, right], 1)
         return columns.new_zeros(bins, 3).index_add_(0, place, columns).flatten()
 
     def value(sums: Tensor, images: int) -> list[list[float | None]]:
@@ -31,27 +40,33 @@ def reliability(bins: int = BINS) -> Metric:
         means = [[ratio(x, row[0]) if row[0] else None for x in row[1:]] for row in rows]
         return [[int(row[0]), *mean] for row, mean in zip(rows, means, strict=True)]
 
-    return Metric(("class",), add, value, size=lambda outputs: 3 * bins, best="")
+    return Metric((kind,), add, value, size=lambda outputs: 3 * bins, best="")
 
 
 Rows = Sequence[Sequence[float | None]]
+HEADS = {  # what a row counts, its confidence and its accuracy, by kind of the targets
+    "class": ("images", "confidence", "accuracy"),
+    "multi": ("answers", "probability", "frequency"),
+}
 
 
-def describe(rows: Rows) -> list[str]:
+def describe(rows: Rows, kind: str = "class") -> list[str]:
     """Return the lines of a table of the bins that have images."""
-    lines = ["confidence      images  mean confidence  accuracy"]
+    counted, sure, right = HEADS[kind]
+    lines = [f"{sure:11}  {counted:>11}  {f'mean {sure}':>16}  {right:>9}"]
     for number, (images, sure, right) in enumerate(rows):
         if images:
             low, high = (100 * x / len(rows) for x in (number, number + 1))
-            lines.append(f"{low:5.1f}-{high:5.1f} %  {images:8,}  {sure:13.2f} %  {right:6.2f} %")
+            lines.append(f"{low:5.1f}-{high:5.1f} %  {images:9,}  {sure:14.2f} %  {right:7.2f} %")
     return lines
 
 
-def draw(rows: Rows, title: str = "") -> Image.Image:
+def draw(rows: Rows, kind: str = "class", title: str = "") -> Image.Image:
     """Draw accuracy by confidence, the diagonal of a calibrated network, and shares of images."""
     canvas = Image.new("RGB", (SIDE + 2 * EDGE, SIDE + 2 * EDGE), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
     total, width = sum(row[0] for row in rows), SIDE / len(rows)
+    counted, confidence, accuracy = HEADS[kind]
 
     def place(x: float, y: float) -> tuple[float, float]:
         return EDGE + SIDE * x, EDGE + SIDE * (1 - y)
@@ -70,7 +85,7 @@ def draw(rows: Rows, title: str = "") -> Image.Image:
     for percent in (0, 50, 100):
         pen.text((EDGE + SIDE * percent / 100, EDGE + SIDE + 6), f"{percent} %", INK, font, "mt")
         pen.text((EDGE - 6, EDGE + SIDE * (1 - percent / 100)), f"{percent} %", INK, font, "rm")
-    pen.text((EDGE + SIDE / 2, SIDE + 2 * EDGE - 8), "confidence", INK, font, "ms")
-    pen.text((EDGE, EDGE - 24), "accuracy (boxes), images (gray)", INK, font, "ls")
+    pen.text((EDGE + SIDE / 2, SIDE + 2 * EDGE - 8), confidence, INK, font, "ms")
+    pen.text((EDGE, EDGE - 24), f"{accuracy} (boxes), {counted} (gray)", INK, font, "ls")
     pen.text((EDGE, EDGE - 6), title, INK, font, "ls")
     return canvas

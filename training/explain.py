@@ -78,7 +78,8 @@ def explain_classifier(
     texts = describe(torch.cat(outputs), trained, index)
     cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
     titles = [text for pair in zip(names, texts, strict=True) for text in pair]
-    title = f"Grad-CAM of {layer}: red raises the class score; each map has its own scale"
+    score = "predicted number" if trained.kind == "number" else "score of the class"
+    title = f"Grad-CAM of {layer}: red raises the {score}; each map has its own scale"
     return draw_images(cells, titles, 4, title), f"Grad-CAM of {layer}"
 
 

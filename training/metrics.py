@@ -34,6 +34,12 @@ def default_metrics(kind: str) -> tuple[str, ...]:
     return DEFAULTS[kind]
 
 
+def _bins(chances: Tensor, count: int) -> Tensor:
+    """(N,) probabilities -> (N,) numbers of bins of equal width, for `ece`."""
+    edges = torch.linspace(0, 1, count + 1, dtype=chances.dtype, device=chances.device)
+    return torch.bucketize(chances, edges[1:-1])
+
+
 class Batch:
     """Outputs and targets of a batch, with the quantities that several metrics use.
 
@@ -98,8 +104,17 @@ class Batch:
         logits = self.logits.to(self.dtype)
         chances = logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(1)
         sure = chances.amax(1).masked_fill(self.broken, 1.0)
-        edges = torch.linspace(0, 1, bins + 1, dtype=self.dtype, device=sure.device)[1:-1]
-        return torch.bucketize(sure, edges), sure
+        return _bins(sure, bins), sure
+
+    def likelihoods(self, bins: int) -> tuple[Tensor, Tensor]:
+        """(N * K,) bins of the probability of each class of several, and the probability.
+
+        Broken outputs are as wrong as can be.
+        """
+        wrong = 1 - self.targets.to(self.dtype)
+        chances = self.logits.to(self.dtype).sigmoid()
+        chances = torch.where(self.broken[:, None], wrong, chances).flatten()
+        return _bins(chances, bins), chances
 
     def class_counts(self, threshold: float | None = None) -> Tensor:
         """(3, K) images of each class: right answers, all answers, all targets."""

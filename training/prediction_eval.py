@@ -44,8 +44,8 @@ class Evaluation:
         extra += ["confusion"] * (self.kind == "class" and count <= MOST_CLASSES)
         words = [*default_metrics(self.kind), *extra]
         self.metrics = Metrics(words, None, count, self.kind, trained.head.scale)
-        if self.kind == "class":
-            self.metrics.metrics["reliability"] = calibration.reliability()
+        if self.kind != "number":
+            self.metrics.metrics["reliability"] = calibration.reliability(self.kind)
         self.terms, self.device = len(trained.criterion.terms), device
         self.metrics.reset(device, self.terms)
         self.activation = self.metrics.activation = trained.activation
@@ -109,7 +109,8 @@ class Evaluation:
         log.info("%s: %s on %s", about, text, plural(images, "image"))
         if broken:
             log.warning("NaN or Inf outputs for %s, counted as wrong", plural(broken, "image"))
-        lines = confusion.describe(stats, self.names) + (calibration.describe(rows) if rows else [])
+        lines = confusion.describe(stats, self.names)
+        lines += calibration.describe(rows, self.kind) if rows else []
         for line in lines:
             log.info("%s", line)
         if out is not None:
@@ -140,9 +141,9 @@ class Evaluation:
             write_csv(["class", *lists], without_none(table), place("classes.csv"))
             written.append("classes.csv")
         if rows:
-            header = ("images", "confidence", "accuracy")
-            write_csv(header, without_none(rows), place("calibration.csv"))
-            picture = calibration.draw(rows, f"ECE {stats['ece']:.2f} %")
+            write_csv(calibration.HEADS[self.kind], without_none(rows), place("calibration.csv"))
+            title = f"ECE {stats['ece']:.2f} %" if self.kind == "class" else ""
+            picture = calibration.draw(rows, self.kind, title)
             write_atomically(partial(picture.save, format="PNG"), place("calibration.png"))
             written += ["calibration.csv", "calibration.png"]
         if self.worst.rows is not None and len(self.worst.rows):

@@ -426,11 +426,11 @@ def _warn_if_too_short(args: Any, lr: float, steps: int) -> None:
         return
     kind = "pretrain" if is_pretraining(vars(args)) else "ft"
     recipe = "" if args.recipe else f", or use --recipe small_data_{kind}"
+    raised = "--lr (0.0005 suits adamw and batches of 16) or " if lr < 5e-4 else ""
     get_logger().warning(
         "peak lr %.3g for %s moves a weight by %.2g at most, and initial weights have a "
-        "standard deviation of %g: the run will hardly learn. Raise --lr (0.0005 suits adamw "
-        "and batches of 16) or --epochs%s",
-        lr, plural(steps, "step"), lr * steps, INITIAL_STD, recipe,
+        "standard deviation of %g: the run will hardly learn. Raise %s--epochs%s",
+        lr, plural(steps, "step"), lr * steps, INITIAL_STD, raised, recipe,
     )  # fmt: skip
 
 

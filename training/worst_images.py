@@ -98,8 +98,23 @@ def draw_rows(
     for loss, number, *rest in kept:
         true, answer, probability = texts(rest, kind, classes)
         name = dataset.path_of(int(number))[-LETTERS:].rpartition("/")[2]
-        chances = ", ".join(f"{float(x):.2f}" for x in filter(None, probability.split("|")))
-        values = ", ".join(filter(None, [f"p {chances}" * bool(chances), f"loss {loss:.3g}"]))
+        if kind == "number":
+            values = describe_errors(rest)
+        else:
+            chances = ", ".join(f"{float(x):.2f}" for x in filter(None, probability.split("|")))
+            values = ", ".join(filter(None, [f"p {chances}" * bool(chances), f"loss {loss:.3g}"]))
         lines.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}\n{name}")
-    title = f"{plural(len(kept), 'image')} of the highest losses; p: probability"
+    title = f"{plural(len(kept), 'image')} of the highest losses"
+    title += "" if kind == "number" else "; p: probability"
     return draw_images([shown[int(row[1])] for row in kept], lines, COLUMNS, title)
+
+
+def describe_errors(row: Sequence[float]) -> str:
+    """Return the errors of an image's numbers, in units of the data, as its loss is not.
+
+    row: targets and outputs.
+    """
+    half = len(row) // 2
+    pairs = zip(row[:half], row[half:], strict=True)
+    errors = ", ".join(f"{abs(target - output):.3g}" for target, output in pairs)
+    return f"error {errors}" if half == 1 else f"errors {errors}"

@@ -49,7 +49,8 @@ def test_grid_shows_each_image_enlarged_with_its_frame():
     assert ImageColor.getrgb(BAD) in found
     assert picture.width >= 2 * 112
     narrow = draw_grid([[Cell(Image.new("RGB", (3, 200)))]], "a title that is longer than the rest")
-    assert narrow.width >= 320  # room for the title
+    assert narrow.width >= 240  # room for the title
+    assert draw_grid([cells], 30 * "long title ").width == 1000
 
 
 def test_points_are_at_their_places_in_the_color_of_their_class():

@@ -63,6 +63,16 @@ def test_table_has_a_line_a_run_and_the_newest_first(tmp_path, capsys):
     assert rows[1][9:12] == ["(epoch", "2)", "1:01:02"]
 
 
+def test_run_without_the_metric_is_in_the_table(tmp_path, capsys):
+    """A run that had not finished an epoch, or lacked the metric of --sort, was a traceback."""
+    write(tmp_path / "a", RECORD | {"script": "main_pretrain", "best": {}, "final": {}})
+    write(tmp_path / "b", RECORD, *epochs("test_acc1", 60, 80, 70))
+    for words in ((), ("--sort", "test_acc1")):
+        rows = printed(capsys, tmp_path, *words).splitlines()[1:]
+        (line,) = [row.split() for row in rows if row.startswith("a ")]
+        assert line[6:9] == [words[1] if words else "-", "-", "-"]
+
+
 def test_time_zone_of_the_machine_is_used(monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()

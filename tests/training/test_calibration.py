@@ -15,7 +15,7 @@ from training.evaluation import Metrics, build_metrics
 def test_rows_are_means_of_the_images_of_a_bin():
     """Confidences 0.6, 0.6 and 0.9 in bins of a fifth; the last image is wrong."""
     metrics = Metrics(["ece(bins=5)"], None, 2)
-    metrics.metrics["reliability"] = calibration.reliability(5)
+    metrics.metrics["reliability"] = calibration.reliability("class", 5)
     metrics.reset("cpu")
     logits = torch.tensor([[math.log(0.55), math.log(0.45)]] * 2 + [[math.log(0.1), math.log(0.9)]])
     metrics.update(logits, torch.tensor([0, 1, 0]), torch.zeros(3))
@@ -33,7 +33,7 @@ def test_rows_are_means_of_the_images_of_a_bin():
 def test_confidence_is_the_probability_that_predictions_show():
     """It was the softmax for weights of --loss bce, whose predictions are sigmoids."""
     metrics = Metrics(["ece(bins=1)"], None, 3)
-    metrics.metrics["reliability"] = calibration.reliability(1)
+    metrics.metrics["reliability"] = calibration.reliability("class", 1)
     metrics.activation = "sigmoid"
     metrics.reset("cpu")
     logits = torch.tensor([[-3.0, -2.0, -4.0], [1.0, -5.0, -5.0]])
@@ -44,6 +44,26 @@ def test_confidence_is_the_probability_that_predictions_show():
     assert right == 100.0
 
 
+def test_each_class_of_several_is_an_answer():
+    """Images of several classes had no calibration; a broken output is as wrong as can be."""
+    metrics = Metrics(["f1"], None, 2, "multi")
+    metrics.metrics["reliability"] = calibration.reliability("multi", 5)
+    metrics.reset("cpu")
+    logits = torch.tensor([[0.3, 0.9], [0.3, 0.5]]).logit()
+    broken = torch.full((1, 2), math.nan)
+    targets = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    metrics.update(torch.cat([logits, broken]), targets, torch.zeros(3))
+    metrics.reduce()
+    rows = metrics.values()["reliability"]
+    assert rows[1] == pytest.approx([2, 30, 50])
+    assert rows[2] == pytest.approx([1, 50, 100])
+    assert rows[4] == pytest.approx([2, 95, 50])  # 0.9 with the class, and 1 without it
+    assert rows[0] == pytest.approx([1, 0, 100])
+    assert calibration.describe(rows, "multi")[0].split() == [
+        "probability", "answers", "mean", "probability", "frequency",
+    ]  # fmt: skip
+
+
 def test_table_has_the_bins_with_images():
     lines = calibration.describe([[0, None, None], [1200, 75.25, 60.0]])
     assert len(lines) == 2
@@ -52,7 +72,7 @@ def test_table_has_the_bins_with_images():
 
 def test_diagram_has_a_box_as_high_as_the_accuracy():
     blue = (59, 117, 175)
-    picture = calibration.draw([[0, None, None], [4, 90.0, 50.0]], "title")
+    picture = calibration.draw([[0, None, None], [4, 90.0, 50.0]], "class", "title")
     x = calibration.EDGE + calibration.SIDE * 3 // 4
     column = [picture.getpixel((x, y)) for y in range(picture.height)]
     first = column.index(blue)
