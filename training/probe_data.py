@@ -100,7 +100,7 @@ def build_probe_data(args: Any, own: Any, device: torch.device) -> ProbeData:
         text = "probes: no labels in the training data (%s); --probe_data DATA gives some"
         if args.probe_label_column:
             raise
-        get_logger().info(text, first_line(error).partition(";")[0])
+        get_logger().info(text, first_line(error).partition("; expected")[0])
         return _unlabeled(args, own, min(wanted, len(own)), device)
     test_count = min(len(test), max(wanted // TESTED, 1))
     train_count = min(len(train), max(wanted - test_count, 1))
