@@ -144,7 +144,7 @@ class Fact(NamedTuple):
 def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
     """Return the most important numbers of a run."""
     planned = number(run.flags.get("epochs"))
-    epochs = f"{run.epochs_done:g}" + (f" of {planned:g}" if planned else "")
+    epochs = f"{round(run.epochs_done, 3):g}" + (f" of {planned:g}" if planned else "")
     facts = [Fact("Epochs", epochs, describe_status(run))]
     for group, most in (("Metrics", 1), ("Loss", 2), ("Probes", 2), ("Speed", 1)):
         own = [s for c in charts if c.group == group for s in c.series if s.run == index]
@@ -253,7 +253,9 @@ def _curves(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
     cards = [_card(runs, index, chart) for index, chart in shown]
     content = [_toolbar(runs), tag("div", cards, class_="charts")]
     if not charts:
-        content = [tag("p", "No epoch is done yet.", class_="dim")]
+        begun = all(run.epochs_done < 1 for run in runs)
+        text = "No epoch is done yet." if begun else "log.txt holds no values."
+        content = [tag("p", text, class_="dim")]
     else:
         text = "The curves are drawn by the script of this page; the tables hold their values."
         content.append(tag("noscript", tag("p", text)))
