@@ -63,7 +63,7 @@ def class_table(confusion: Confusion, most: int) -> Html:
     rows = class_rows(confusion)
     most = max(min(most, MOST_ROWS), FEWEST_CLASSES)
     cells = [
-        [_name(name), *map(figure_of, (recall, precision, images)), _name(mistaken or "–")]
+        [_name(name), *map(figure_of, (recall, precision, images)), _mistaken(mistaken)]
         for name, recall, precision, images, mistaken in rows[:most]
     ]
     head = ("class", "recall %", "precision %", "images", "most often mistaken for")
@@ -77,6 +77,11 @@ def class_table(confusion: Confusion, most: int) -> Html:
 def _name(text: str) -> Html:
     shown = shorten_middle(text, LONG_NAME)
     return tag("span", shown, title=None if shown == text else text)
+
+
+def _mistaken(text: str) -> Html:
+    name, mark, count = text.rpartition(" (")
+    return join([_name(name), mark, count]) if text else Html("–")
 
 
 def most_confused(confusion: Confusion, most: int) -> list[int]:
@@ -173,7 +178,7 @@ def _cell(
 def predictions_table(predictions: WrongPredictions) -> Html:
     """Return the table of the wrong predictions with the highest probability."""
     rows = [
-        [path, target, predicted, "–" if predicted == NONE else f"{100 * chance:.1f}"]
+        [path, _name(target), _name(predicted), "–" if predicted == NONE else f"{100 * chance:.1f}"]
         for path, target, predicted, chance in predictions.worst
     ]
     of = "" if predictions.is_whole else "the first "
@@ -182,7 +187,9 @@ def predictions_table(predictions: WrongPredictions) -> Html:
         return tag("p", f"None of {of} is wrong.", class_="dim")
     text = f"{predictions.wrong:,} of {of} are wrong; those with the highest probability:"
     head = ("image", "true class", "prediction", "probability %")
-    return join([tag("p", text, class_="dim"), table(head, rows, "words", "wrong predictions")])
+    return join(
+        [tag("p", text, class_="dim"), table(head, rows, "words named", "wrong predictions")]
+    )
 
 
 # --- time -----------------------------------------------------------------------------------
