@@ -74,14 +74,14 @@ def class_table(confusion: Confusion, most: int) -> Html:
     return join(parts)
 
 
-def _name(text: str) -> Html:
+def _name(text: str, count: str = "") -> Html:
     shown = shorten_middle(text, LONG_NAME)
-    return tag("span", shown, title=None if shown == text else text)
+    return tag("span", shown + count, title=None if shown == text else text)
 
 
 def _mistaken(text: str) -> Html:
     name, mark, count = text.rpartition(" (")
-    return join([_name(name), mark, count]) if text else Html("–")
+    return _name(name, mark + count) if text else Html("–")
 
 
 def most_confused(confusion: Confusion, most: int) -> list[int]:

@@ -219,7 +219,7 @@ def test_long_names_of_classes_are_cut_in_the_middle(tmp_path):
     assert shorten_middle("01234", 5) == "01234"
     run = write_run(tmp_path / "run", pretrain_rows(1), classes=names)
     page = build_page(read_runs([run]))
-    labels = re.findall(r">(a_soft[^<]*…[^<]*)<", page)
+    labels = re.findall(r">(a_soft[^<(]*…[^<(]*?)(?: \(\d+\))?<", page)
     assert {len(label) for label in labels} <= {16, 40}
     assert len({*labels}) == 6  # of three names, short in the matrix and longer in tables
     assert page.count(f'title="{names[0]}"') >= 1
