@@ -27,12 +27,26 @@ function html(name, text = "", kind = "") {
   return made;
 }
 
-function format(value) {
+function format(value, digits = 4) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replace(/\.?0+e/, "e");
-  if (size >= 1000) return Math.round(value).toLocaleString("en");
-  return String(Number(value.toPrecision(4)));
+  if (size >= 1e6 || size < 1e-4) {
+    return value.toExponential(digits - 2).replace(/(\.\d*?)0+e/, "$1e").replace(".e", "e");
+  }
+  if (size >= 1000) {
+    const whole = Math.floor(Math.log10(size)) + 1;
+    return value.toLocaleString("en", { maximumFractionDigits: Math.max(digits - whole, 0) });
+  }
+  return String(Number(value.toPrecision(digits)));
+}
+
+// Texts of the marks of an axis, with as many digits as it takes to tell them apart.
+function formatMarks(marks) {
+  for (let digits = 4; digits < 15; digits++) {
+    const texts = marks.map((mark) => format(mark, digits));
+    if (new Set(texts).size === texts.length) return texts;
+  }
+  return marks.map(String);
 }
 
 // The exponential moving average of TensorBoard, without its pull towards zero at the start.
@@ -171,11 +185,12 @@ class Chart {
       [low, high] = [Math.max(low - pad, floor), Math.min(high + pad, ceiling)];
     }
     const marks = this.log ? logTicks(low, high) : ticks(low, high, 5);
-    const widest = Math.max(...marks.map((mark) => format(mark).length), 1);
+    const texts = formatMarks(marks);
+    const widest = Math.max(...texts.map((text) => text.length), 1);
     const box = { left: 12 + widest * 6.6, right: width - 10, top: 8, bottom: height - 24 };
     const depth = (y) => (this.log ? Math.log(y / low) / Math.log(high / low) : (y - low) / (high - low));
     return {
-      width, height, box, marks, left, right,
+      width, height, box, marks, texts, left, right,
       x: (x) => box.left + ((x - left) / (right - left)) * (box.right - box.left),
       y: (y) => box.bottom - depth(y) * (box.bottom - box.top),
     };
@@ -204,13 +219,13 @@ class Chart {
   }
 
   drawAxes(svg) {
-    const { width, height, box, marks, left, right, x, y } = this.scale;
+    const { width, height, box, marks, texts, left, right, x, y } = this.scale;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    for (const mark of marks) {
+    for (const [i, mark] of marks.entries()) {
       const line = { x1: box.left, x2: box.right, y1: y(mark), y2: y(mark), class: "gridline" };
       svg.append(element("line", line));
       const place = { x: box.left - 7, y: y(mark) + 4, "text-anchor": "end", class: "y" };
-      svg.append(element("text", place, format(mark)));
+      svg.append(element("text", place, texts[i]));
     }
     const count = Math.max(2, Math.floor((box.right - box.left) / 75));
     const whole = this.xs().every(Number.isInteger) ? 1 : 0;
@@ -262,8 +277,8 @@ class Chart {
       const spot = { cx: at, cy: this.scale.y(series.y[i]), r: 4, class: `dot ${series.style}` };
       this.marker.append(element("circle", spot));
       if (place >= MOST_ROWS) continue;
-      const swatch = element("svg", { width: 18, height: 12, class: "swatch" });
-      const line = { x1: 1, x2: 17, y1: 6, y2: 6, class: series.style };
+      const swatch = element("svg", { width: 30, height: 12, class: "swatch" });
+      const line = { x1: 1, x2: 29, y1: 6, y2: 6, class: series.style };
       swatch.append(element("line", line));
       const row = html("div");
       const smoothed = smoothing ? `${format(series.y[i])} (${format(series.raw[i])})` : format(series.raw[i]);

@@ -18,6 +18,7 @@ from insight.runs import lower_is_better
 
 GROUPS = ("Loss", "Metrics", "Probes", "Learning rate", "Health of the network", "Speed", "Other")
 MOST_CHARTS = 60
+COLORS, DASHES = 8, 8  # of curves, as in report.css
 LAYERS = "_blocks"  # end of the keys of lists with a value for each block of the network
 POINTS, FEWEST_POINTS = 600, 40  # of a curve
 POINT_BYTES = 14  # of a point in the page, about
@@ -31,6 +32,9 @@ SHARES = {  # key of log.txt -> name
 }
 SPELLED = {"knn": "kNN", "map": "mAP", "f1": "F1", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
 SPELLED |= {"1pct": "1%", "10pct": "10%", "grn": "GRN", "mfu": "MFU", "ema": "EMA"}
+LABELS = {"train_lr": "learning rate", "rank_me": "RankMe", "images_per_s": "images/s"}
+LABELS |= {"test_best_blr": "best head"}
+HEAD = re.compile(r"_blr(\d\S*)$")  # end of the keys of a head of --linear_probe: its learning rate
 PERCENT = re.compile(r"test_(\w+_)?acc\d+(_ema)?|probe_(knn|linear)")
 
 
@@ -50,18 +54,20 @@ class Place(NamedTuple):
 # the key without `train_`. The first that matches the whole key counts.
 TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("train_lr", "Learning rate", "Learning rate", ""),
+    ("test_best_blr", "Learning rate", "Learning rate of the best head", ""),
     (r"(train)_class_acc", "Metrics", "Top-1 accuracy", "max"),
     (r"probe_(.+_\d+pct\w*)", "Probes", "Probes, few labels", "max"),
     (r"probe_(.+)", "Probes", "Probes", "max"),
     (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
     (r"train_grad_norm|grad_norm_(.+)", "Health of the network", "Gradient norm", ""),
-    ("rank_me", "Health of the network", "Rank of the features", ""),
+    ("rank_me", "Health of the network", "Rank of the features", "max"),
     (r"feature_distance_?(.*)", "Health of the network", "Channel cosine distance", ""),
-    (r"grn_(.+)", "Health of the network", "GRN parameters", ""),
+    (r"grn_gamma_(.+)", "Health of the network", "GRN gamma", ""),
+    (r"grn_beta_(.+)", "Health of the network", "GRN beta", ""),
     (r"(dead|saturated)_channels", "Health of the network", "Dead and saturated channels, %", ""),
     ("skipped_steps", "Health of the network", "Skipped steps, %", ""),
-    ("images_per_s", "Speed", "Images per second", ""),
-    ("mfu", "Speed", "Model FLOPs utilization", ""),
+    ("images_per_s", "Speed", "Images per second", "max"),
+    ("mfu", "Speed", "Model FLOPs utilization", "max"),
 )
 
 
@@ -100,6 +106,11 @@ class Chart:
     axis: str = "epoch"
 
     @property
+    def labels(self) -> list[str]:
+        """The labels of the curves, each once."""
+        return [*dict.fromkeys(series.label for series in self.series)]
+
+    @property
     def log(self) -> bool:
         """True where a log axis shows more from the start: a loss over three decades."""
         values = [y for series in self.series for y in series.y]
@@ -114,11 +125,15 @@ def place(key: str, keys: Collection[str], lowest: Collection[str] = ()) -> Plac
     for pattern, group, chart, goal in TABLE:
         if found := re.fullmatch(pattern, key):
             label = next(filter(None, reversed(found.groups())), key.removeprefix("train_"))
-            return Place(group, chart or _title(key), _words(label), goal)
+            return Place(group, chart or _title(key), LABELS.get(key) or _words(label), goal)
     found = re.fullmatch(r"(train|test)_(.+?)(_ema)?", key)
     if not found:
         return Place("Other", _title(key), _words(key))
     split, name, ema = found.groups()
+    if head := HEAD.search(name):
+        goal = "min" if lower_is_better(key.removesuffix(head[0]), lowest) else "max"
+        title = f"{metric_name(name.removesuffix(head[0]))} of each head"
+        return Place("Metrics", title, f"blr {head[1]}", goal)
     group = "Loss" if name.endswith("loss") else "Metrics"
     name, where = _without_set(split, name, keys)
     goal = "min" if lower_is_better(key, lowest) else "max"
@@ -188,9 +203,43 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     ordered = sorted(found, key=lambda chart: GROUPS.index(chart.group))
     for chart in ordered:
         chart.series.sort(key=lambda series: series.run)  # of one key in the order of the keys
+    most = labels_in_chart(len(runs))
+    ordered = [part for chart in ordered for part in split_chart(chart, most)]
     left = [chart.title for chart in ordered[MOST_CHARTS:]]
     notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
     return ordered[:MOST_CHARTS], notes
+
+
+def labels_in_chart(runs: int) -> int:
+    """Return how many labels a chart may have so that all of its curves look different."""
+    if runs == 1:
+        return COLORS * DASHES
+    return DASHES // math.ceil(runs / COLORS)
+
+
+def style_of(run: int, label: int, runs: int) -> tuple[int, int]:
+    """Return color and dash of a curve; label: its number in the chart.
+
+    Of one run each label has its color, of several runs each run.
+    """
+    if runs == 1:
+        return label % COLORS, label // COLORS
+    return run % COLORS, run // COLORS * labels_in_chart(runs) + label
+
+
+def split_chart(chart: Chart, most: int) -> list[Chart]:
+    """Return charts of at most `most` labels each, which hold the curves of one."""
+    labels = chart.labels
+    count = math.ceil(len(labels) / most)
+    if count < 2:
+        return [chart]
+    parts = []
+    for index in range(count):
+        own = labels[index * most : (index + 1) * most]
+        series = [each for each in chart.series if each.label in own]
+        title = f"{chart.title}, part {index + 1} of {count}"
+        parts.append(Chart(chart.group, title, series, chart.axis))
+    return parts
 
 
 def build_layer_charts(runs: Sequence[RunData]) -> list[Chart]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from config.run_files import LOG
 from errors import UserError, first_line, plural
-from insight.run_data import RunData, read_into
+from insight.run_data import RunData, number, read_into
 
 MOST_RUNS = 16  # in one report: more curves look alike
 MOST_PREDICTIONS = 200_000  # rows of predictions.csv that are read
@@ -97,7 +97,8 @@ def read_for_report(folder: str | Path) -> ReportData:
     """Read the folder of a run. Raises UserError if there is none, or no run in it."""
     run = ReportData(Path(folder).expanduser())
     read_into(run)
-    if not (run.folder / LOG).exists():
+    begun = run.status not in ("", "finished") and run.epochs_done < 1
+    if not begun and not (run.folder / LOG).exists():
         run.problems.insert(0, f"{LOG} is missing: no epoch is done, or its logs were deleted.")
     for file in sorted(run.folder.glob("confusion*.csv")):
         _read_table(run, file, run.confusions, read_confusion)
@@ -172,7 +173,9 @@ def evenly(items: Iterable[Any], most: int) -> list[Any]:
     return [items[place * (len(items) - 1) // (most - 1)] for place in range(most)]
 
 
-def describe_rows(run: RunData) -> str:
-    """Return `12 epochs`, or how many there are within an epoch."""
-    done = run.epochs_done
-    return plural(int(done) if done == int(done) else round(done, 3), "epoch")
+def describe_place(run: RunData) -> str:
+    """Return `after 12 epochs`, or within an epoch `in epoch 13, at step 250`."""
+    done, step = run.epochs_done, number(run.record.get("steps_done"))
+    if step is None or (done and done == int(done)):
+        return f"after {plural(int(done) if done == int(done) else round(done, 3), 'epoch')}"
+    return f"in epoch {int(done) + 1}, at step {step:.0f}"

@@ -7,6 +7,7 @@ python -c "from insight.report_html import tag; print(tag('td', '</script>', tit
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -61,6 +62,20 @@ def short(value: Any, most: int = LONGEST) -> str:
     """Return a value as text, shortened with an ellipsis."""
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def shorten_middle(text: str, most: int) -> str:
+    """Return a name, shortened in the middle: names often differ at their ends."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
+def with_flags(text: Any) -> list[Any]:
+    """Return a text in which flags such as `--mask_ratio` do not break at the end of a line."""
+    parts = re.split(r"(--\w+)", short(text))
+    return [tag("span", part, class_="flag") if i % 2 else part for i, part in enumerate(parts)]
 
 
 def table(

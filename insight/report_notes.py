@@ -5,12 +5,13 @@
 python visualize.py report runs/demo/pretrain
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from errors import first_few, plural
 from insight.alarms import divergence, kind_of, without_numbers
-from insight.report_data import describe_rows
+from insight.report_data import describe_place
 from insight.run_data import Row, RunData, number
 
 LEVELS = ("error", "warning", "advice", "info")  # the most urgent first
@@ -37,21 +38,24 @@ def find_notes(run: RunData) -> list[Note]:
 
 
 def end_notes(run: RunData) -> list[Note]:
-    """Say how the run ended, unless it is complete."""
+    """Say how the run ended, unless it is complete; an error that says where says it alone."""
     status, error = run.status, _text(run.record.get("error"))
-    done, planned = describe_rows(run), number(run.flags.get("epochs"))
+    place, planned = describe_place(run), number(run.flags.get("epochs"))
     if status == "failed":
-        return [Note("error", f"The run failed after {done}: {error or 'no reason was written'}")]
+        where = "" if re.search(r"\bepoch \d", error) else f" {place}"
+        return [Note("error", f"The run failed{where}: {error or 'no reason was written'}")]
     if status == "stopped":
+        if " " in error:  # a sentence, with place and remedy, and not the name of an exception
+            return [Note("warning", error[0].upper() + error[1:])]
         why = f" ({error})" if error else ""
-        return [Note("warning", f"The run was stopped after {done}{why}. Rerun it to continue.")]
+        return [Note("warning", f"The run was stopped {place}{why}. Rerun it to continue.")]
     if status == "running":
-        return [Note("info", f"The run had not ended when this was written, after {done}.")]
+        return [Note("info", f"The run had not ended when this was written, {place}.")]
     if status == "killed":
         why = "no process holds its folder, and it could not note its end"
-        return [Note("warning", f"The run was killed after {done}: {why}. Rerun it to continue.")]
+        return [Note("warning", f"The run was killed {place}: {why}. Rerun it to continue.")]
     if not status and planned and run.epochs_done < planned:
-        of = f"{run.epochs_done:g} of {planned:g} epochs are done"
+        of = f"{round(run.epochs_done, 3):g} of {planned:g} epochs are done"
         return [Note("info", f"{of}: the run is running, was stopped, or has failed.")]
     return []
 

@@ -14,9 +14,26 @@ from typing import NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
-from insight.report_curves import PERCENT, SPELLED, Chart, Series, as_json, build_charts
+from insight.report_curves import (
+    PERCENT,
+    SPELLED,
+    Chart,
+    Series,
+    as_json,
+    build_charts,
+    style_of,
+)
 from insight.report_data import ReportData, labels_of, read_runs
-from insight.report_html import Html, duration, figure_of, join, script_json, table, tag
+from insight.report_html import (
+    Html,
+    duration,
+    figure_of,
+    join,
+    script_json,
+    table,
+    tag,
+    with_flags,
+)
 from insight.report_notes import describe_status, find_notes
 from insight.report_pictures import Picture, collect_pictures
 from insight.run_data import RunData, number
@@ -25,7 +42,6 @@ from utils import write_atomically
 NAME = "report.html"
 LIMIT, ROOM = 2_000_000, 40_000  # bytes of a page, of which some are for its head
 RECONSTRUCTIONS, WORST_IMAGES = "reconstructions", "worst_images"
-COLORS, DASHES = 8, 4  # of curves, as in report.css
 COMMON = ("Images per second", "Duration")  # numbers of all runs, which come last
 LABELS = {"error": "Error", "warning": "Warning", "advice": "Advice", "info": "Note"}
 HERE, PARTS = Path(__file__).parent, ("report.css", "report.js")
@@ -144,7 +160,7 @@ class Fact(NamedTuple):
 def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
     """Return the most important numbers of a run."""
     planned = number(run.flags.get("epochs"))
-    epochs = f"{run.epochs_done:g}" + (f" of {planned:g}" if planned else "")
+    epochs = f"{round(run.epochs_done, 3):g}" + (f" of {planned:g}" if planned else "")
     facts = [Fact("Epochs", epochs, describe_status(run))]
     for group, most in (("Metrics", 1), ("Loss", 2), ("Probes", 2), ("Speed", 1)):
         own = [s for c in charts if c.group == group for s in c.series if s.run == index]
@@ -152,16 +168,17 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
         own = [s for s in own if group != "Metrics" or s.label.startswith("test")]
         own = [s for s in own if group != "Speed" or s.key == "images_per_s"]
         for series in own[:most]:
-            facts.append(_fact(series, titles[id(series)]))
+            facts.append(_fact(series, titles[id(series)], group == "Speed"))
     seconds = number(run.record.get("seconds"))
     return facts + ([Fact("Duration", duration(seconds), "")] if seconds is not None else [])
 
 
-def _fact(series: Series, title: str) -> Fact:
+def _fact(series: Series, title: str, is_last: bool) -> Fact:
     name = series.label if series.label in SPELLED.values() else series.label.capitalize()
     labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
-    value, epoch = series.best or series.last
-    remark = "last" if series.best is None else f"best, epoch {epoch:g}"
+    best = None if is_last else series.best
+    value, epoch = best or series.last
+    remark = "last" if best is None else f"best, epoch {epoch:g}"
     text = figure_of(value) + "%" * bool(PERCENT.fullmatch(series.key))
     return Fact(labels.get(title, title), text, remark, value, series.goal)
 
@@ -183,7 +200,8 @@ def _comparison(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
     if len({"mask_ratio" in run.flags for run in runs}) > 1:
         best = dict.fromkeys(labels)  # losses of pre-training and fine-tuning do not compare
     for index, of_run in enumerate(facts):
-        cells: list[Html] = [join([_swatch(index), runs[index].name])]
+        swatch = _swatch(_style(index, 0, len(runs)))
+        cells: list[Html] = [join([swatch, runs[index].name])]
         for label in labels:
             fact = of_run.get(label, Fact(label, "–", ""))
             name = "b" if fact.value is not None and fact.value == best[label] else "span"
@@ -200,14 +218,15 @@ def _best(facts: Sequence[Fact]) -> float | None:
     return min(values) if facts[0].goal == "min" else max(values)
 
 
-def _style(color: int, dash: int) -> str:
-    """Return the classes of a curve in report.css: colors that repeat have other dashes."""
-    return f"c{color % COLORS} d{(dash + 2 * (color // COLORS)) % DASHES}"
+def _style(run: int, label: int, runs: int) -> str:
+    """Return the classes of a curve in report.css."""
+    color, dash = style_of(run, label, runs)
+    return f"c{color} d{dash}"
 
 
-def _swatch(color: int, dash: int = 0) -> Html:
-    line = tag("line", x1=1, x2=17, y1=6, y2=6, class_=_style(color, dash))
-    return tag("svg", line, width=18, height=12, class_="swatch", aria_hidden="true")
+def _swatch(style: str) -> Html:
+    line = tag("line", x1=1, x2=29, y1=6, y2=6, class_=style)
+    return tag("svg", line, width=30, height=12, class_="swatch", aria_hidden="true")
 
 
 # --- sections -------------------------------------------------------------------------------
@@ -219,8 +238,8 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
         for note in find_notes(run):
             who = tag("span", run.name, class_="who") if len(runs) > 1 else None
             level = tag("strong", LABELS[note.level])
-            items.append((note.level, tag("li", level, who, tag("span", note.text, class_="said"),
-                                          class_=note.level)))  # fmt: skip
+            said = tag("span", with_flags(note.text), class_="said")
+            items.append((note.level, tag("li", level, who, said, class_=note.level)))
     items.sort(key=lambda item: [*LABELS].index(item[0]))
     found = [item for _, item in items]
     found += [tag("li", tag("strong", "Note"), tag("span", text), class_="info") for text in more]
@@ -232,8 +251,8 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
 
 def _toolbar(runs: Sequence[RunData]) -> Html:
     chips = [
-        tag("button", _swatch(index), tag("span", label), class_="chip", type="button",
-            aria_pressed="true", data_run=index)
+        tag("button", _swatch(_style(index, 0, len(runs))), tag("span", label), class_="chip",
+            type="button", aria_pressed="true", data_run=index)
         for index, label in enumerate(labels_of([run.name for run in runs]))
     ] if len(runs) > 1 else []  # fmt: skip
     smoothing = tag(
@@ -253,7 +272,9 @@ def _curves(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
     cards = [_card(runs, index, chart) for index, chart in shown]
     content = [_toolbar(runs), tag("div", cards, class_="charts")]
     if not charts:
-        content = [tag("p", "No epoch is done yet.", class_="dim")]
+        begun = all(run.epochs_done < 1 for run in runs)
+        text = "No epoch is done yet." if begun else "log.txt holds no values."
+        content = [tag("p", text, class_="dim")]
     else:
         text = "The curves are drawn by the script of this page; the tables hold their values."
         content.append(tag("noscript", tag("p", text)))
@@ -262,17 +283,16 @@ def _curves(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
 
 def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
     """Return a chart: the place for its drawing, then last and best value of each curve."""
-    several = len(runs) > 1
-    labels = [*dict.fromkeys(series.label for series in chart.series)]
+    several, labels = len(runs) > 1, chart.labels
     names = labels_of([run.name for run in runs])
     has_best = any(series.goal for series in chart.series)
     rows = []
     for place, series in enumerate(chart.series):
-        color = series.run if several else place
-        dash = labels.index(series.label) if several else 0
+        number = labels.index(series.label) if several else place
+        style = _style(series.run, number, len(runs))
         words = [names[series.run]] if several else []
         words += [series.label] if not several or len(labels) > 1 else []
-        parts, style = [_swatch(color, dash), tag("span", " · ".join(words))], _style(color, dash)
+        parts = [_swatch(style), tag("span", " · ".join(words))]
         name = tag("button", parts, type="button", aria_pressed="true", data_series=place,
                    data_style=style)  # fmt: skip
         cells = [tag("th", name, scope="row"), tag("td", figure_of(series.last[0]))]

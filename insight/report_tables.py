@@ -7,13 +7,23 @@ python visualize.py report runs/demo/finetune
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from errors import format_bytes, plural
 from insight.report_curves import SHARES, mean_shares
 from insight.report_data import NONE, Confusion, WrongPredictions
-from insight.report_html import Html, duration, figure_of, join, short, table, tag
+from insight.report_html import (
+    Html,
+    duration,
+    figure_of,
+    join,
+    short,
+    shorten_middle,
+    table,
+    tag,
+)
 from insight.run_data import RunData, number, part
 
 CELLS = 6000  # of all confusion matrices of a page, which limits their classes
@@ -21,6 +31,8 @@ MOST_CLASSES, FEWEST_CLASSES = 30, 8
 NUMBERED = 16  # classes up to which cells show their number
 MOST_ROWS = 100  # of a table of classes
 CELL = 29  # units of the drawing
+LETTER, TURN = 6.8, 50  # mean width of a letter there; degrees by which names of columns are turned
+NAME, LONG_NAME = 16, 40  # letters of the name of a class in a matrix and in a table
 SHARE_NAMES = (*SHARES.values(), "other")
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "triton")  # shown first
 
@@ -51,15 +63,25 @@ def class_table(confusion: Confusion, most: int) -> Html:
     rows = class_rows(confusion)
     most = max(min(most, MOST_ROWS), FEWEST_CLASSES)
     cells = [
-        [name, figure_of(recall), figure_of(precision), figure_of(images), mistaken or "–"]
+        [_name(name), *map(figure_of, (recall, precision, images)), _mistaken(mistaken)]
         for name, recall, precision, images, mistaken in rows[:most]
     ]
     head = ("class", "recall %", "precision %", "images", "most often mistaken for")
-    parts = [table(head, cells, "numbers words-last", "results of each class")]
+    parts = [table(head, cells, "numbers classes", "results of each class")]
     if len(rows) > most:
         text = f"The {most} classes with the lowest recall of {len(rows)}."
         parts.append(tag("p", text, class_="dim"))
     return join(parts)
+
+
+def _name(text: str, count: str = "") -> Html:
+    shown = shorten_middle(text, LONG_NAME)
+    return tag("span", shown + count, title=None if shown == text else text)
+
+
+def _mistaken(text: str) -> Html:
+    name, mark, count = text.rpartition(" (")
+    return _name(name, mark + count) if text else Html("–")
 
 
 def most_confused(confusion: Confusion, most: int) -> list[int]:
@@ -86,31 +108,45 @@ def matrix_picture(confusion: Confusion, most: int) -> Html:
     """Return the confusion matrix as SVG; of many classes those that are confused most."""
     kept = most_confused(confusion, most)
     columns = kept + [i for i in range(len(confusion.columns)) if i >= len(confusion.matrix)]
-    names = [short(confusion.classes[index], 14) for index in kept]
-    top = [short(confusion.columns[index], 14) for index in columns]
-    left = 12 + 6.6 * max(map(len, names))
-    above = 12 + 6.6 * max(map(len, top)) * 0.75
+    names = [confusion.classes[index] for index in kept]
+    top = [confusion.columns[index] for index in columns]
+    left = 12 + max(map(_width, names))
+    above = 12 + max(map(_width, top)) * math.sin(math.radians(TURN))
+    right = left + len(columns) * CELL
     parts = [tag("title", "Confusion matrix: rows are true classes, columns predicted ones")]
     for y, name in enumerate(names):
         middle = above + (y + 0.5) * CELL
         place = {"x": f"{left - 6:.1f}", "y": f"{middle + 4:.1f}"}
-        parts.append(tag("text", name, **place, text_anchor="end"))
+        parts.append(_label(name, **place, text_anchor="end"))
     for x, name in enumerate(top):
         middle = left + (x + 0.5) * CELL
-        turn = f"translate({middle + 3:.1f} {above - 6:.1f}) rotate(-50)"
-        parts.append(tag("text", name, transform=turn))
+        turn = f"translate({middle + 3:.1f} {above - 6:.1f}) rotate(-{TURN})"
+        parts.append(_label(name, transform=turn))
+        right = max(right, middle + 10 + _width(name) * math.cos(math.radians(TURN)))
     for y, true in enumerate(kept):
         total = sum(confusion.matrix[true])
         for x, predicted in enumerate(columns):
             images = confusion.matrix[true][predicted]
             parts.append(_cell(confusion, (true, predicted), images, total, (left, above, x, y)))
-    width, height = left + len(columns) * CELL + 24, above + len(kept) * CELL + 2
+    width, height = right + 2, above + len(kept) * CELL + 2
     view = f"0 0 {width:.0f} {height:.0f}"
     drawing = tag("svg", parts, viewBox=view, role="img", class_="matrix", width=f"{width:.0f}")
     text = "Rows are true classes, columns are predicted ones; color is the share of the row."
     if len(kept) < len(confusion.matrix):
         text += f" The {len(kept)} most confused of {len(confusion.matrix)} classes."
     return join([drawing, tag("p", text, class_="dim")])
+
+
+def _width(name: str) -> float:
+    """Return the width of the name of a class, of which letters of East Asia have twice as much."""
+    shown = shorten_middle(name, NAME)
+    return LETTER * sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in shown)
+
+
+def _label(name: str, **attributes: Any) -> Html:
+    shown = shorten_middle(name, NAME)
+    whole = tag("title", name) if shown != name else None
+    return tag("text", shown, whole, **attributes)
 
 
 def _cell(
@@ -127,7 +163,8 @@ def _cell(
     if not images:
         return tag("rect", **corner, **size, class_="none")
     share, kind = images / total, "right" if true == predicted else "wrong"
-    said = f"{short(confusion.classes[true], 60)} as {short(confusion.columns[predicted], 60)}: "
+    names = confusion.classes[true], confusion.columns[predicted]
+    said = " as ".join(shorten_middle(name, 60) for name in names) + ": "
     title = tag("title", f"{said}{images} of {total} ({100 * share:.3g}%)")
     opacity = f"{0.12 + 0.88 * share:.2f}"
     parts = [tag("rect", title, **corner, **size, class_=kind, fill_opacity=opacity)]
@@ -141,14 +178,18 @@ def _cell(
 def predictions_table(predictions: WrongPredictions) -> Html:
     """Return the table of the wrong predictions with the highest probability."""
     rows = [
-        [path, target, predicted, "–" if predicted == NONE else f"{100 * chance:.1f}"]
+        [path, _name(target), _name(predicted), "–" if predicted == NONE else f"{100 * chance:.1f}"]
         for path, target, predicted, chance in predictions.worst
     ]
     of = "" if predictions.is_whole else "the first "
     of += f"{predictions.read:,} predictions"
+    if not predictions.wrong:
+        return tag("p", f"None of {of} is wrong.", class_="dim")
     text = f"{predictions.wrong:,} of {of} are wrong; those with the highest probability:"
     head = ("image", "true class", "prediction", "probability %")
-    return join([tag("p", text, class_="dim"), table(head, rows, "words", "wrong predictions")])
+    return join(
+        [tag("p", text, class_="dim"), table(head, rows, "words named", "wrong predictions")]
+    )
 
 
 # --- time -----------------------------------------------------------------------------------
@@ -204,6 +245,12 @@ def show(value: Any) -> str:
     return short(str(value).lower() if isinstance(value, bool) else value)
 
 
+def show_flag(run: RunData, name: str) -> str:
+    """Return the value of a flag; a dash if the run has no such flag."""
+    value = run.flags.get(name)
+    return show(value) if name not in run.flags or value not in (None, "", [], ()) else "none"
+
+
 def flags_tables(runs: Sequence[RunData]) -> Html:
     """Return the flags: those that differ, or of one run those that were typed, and the rest."""
     names = [*dict.fromkeys(name for run in runs for name in run.flags)]
@@ -211,7 +258,9 @@ def flags_tables(runs: Sequence[RunData]) -> Html:
         return tag("p", "args.yaml is missing, so the flags are unknown.", class_="dim")
     if len(runs) > 1:
         marked = [name for name in names if len({show(run.flags.get(name)) for run in runs}) > 1]
-        rows = [("marked", [f"--{n}", *(show(run.flags.get(n)) for run in runs)]) for n in marked]
+        rows = [
+            ("marked", [f"--{name}", *(show_flag(run, name) for run in runs)]) for name in marked
+        ]
         head = ["flag", *(run.name for run in runs)]
         first = table(head, rows, "words", "flags that differ") if rows else None
         words = plural(len(marked), "flag") + " differ" + "s" * (len(marked) == 1)
@@ -220,17 +269,14 @@ def flags_tables(runs: Sequence[RunData]) -> Html:
     else:
         typed = runs[0].record.get("typed")
         marked = [name for name in names if isinstance(typed, list) and name in typed]
-        rows = [("marked", [f"--{name}", show(runs[0].flags.get(name))]) for name in marked]
+        rows = [("marked", [f"--{n}", show_flag(runs[0], n)]) for n in marked]
         first = table((), rows, "words", "flags that were typed") if rows else None
         if not isinstance(typed, list):
             why = "run.json is missing, so it is not known which flags were typed."
             first = tag("p", why, class_="dim")
         rest = "other"
     others = [name for name in names if name not in marked]
-    pairs = [
-        tag("div", tag("dt", f"--{name}"), tag("dd", show(runs[0].flags.get(name))))
-        for name in others
-    ]
+    pairs = [tag("div", tag("dt", f"--{n}"), tag("dd", show_flag(runs[0], n))) for n in others]
     summary = tag("summary", f"{plural(len(others), f'{rest} flag')}")
     return join([first, tag("details", summary, tag("dl", pairs, class_="pairs"))])
 

@@ -112,6 +112,11 @@ class CostsHook(Hook):
             get_logger().info("%s", line)
 
 
+def _count_text(count: int) -> str:
+    """Return `3.71M`; numbers under 100,000 in full."""
+    return f"{count / 1e6:.2f}M" if count >= 100_000 else f"{count:,}"
+
+
 def log_cost(args: Any, model: torch.nn.Module) -> int:
     """Log the number of parameters and the GMACs per image; returns the number of parameters.
 
@@ -119,8 +124,8 @@ def log_cost(args: Any, model: torch.nn.Module) -> int:
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - parameters
-    count = f"{(parameters + frozen) / 1e6:.2f}M parameters"
-    count += f" ({parameters / 1e6:.3g}M trained)" if frozen else ""
+    count = f"{_count_text(parameters + frozen)} parameters"
+    count += f" ({_count_text(parameters)} trained)" if frozen else ""
     *earlier, last = sizes_by_epoch(args).values()
     macs = {last: measure(model, args.in_chans, last)["Global"][0]}
     for size in earlier:

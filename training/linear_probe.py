@@ -21,10 +21,11 @@ from training.meters import is_better
 
 
 class SweepLoss(nn.Module):
-    """Sum of the losses of all heads, (N, heads, K) and targets -> a scalar.
+    """Mean of the losses of all heads, (N, heads, K) and targets -> a scalar.
 
-    Heads share nothing that is trained, so the gradient of each is that of its own loss. (N, K) of
-    an ordinary classifier, as in a rerun of a bad step, have the loss of one head.
+    Its gradient is that of their sum: heads share nothing that is trained, so each gets that of its
+    own loss. (N, K) of an ordinary classifier, as in a rerun of a bad step, have the loss of one
+    head.
     """
 
     def __init__(self, criterion: nn.Module, heads: int) -> None:
@@ -35,7 +36,9 @@ class SweepLoss(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.ndim == 2:
             return self.criterion(outputs, targets)
-        return torch.stack([self.criterion(each, targets) for each in outputs.unbind(1)]).sum()
+        losses = torch.stack([self.criterion(each, targets) for each in outputs.unbind(1)])
+        total = losses.sum()
+        return losses.mean().detach() + (total - total.detach())  # the last part is 0
 
     def per_image(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(N, heads) losses of each image and head, and as many counts; see `Criterion`."""

@@ -64,6 +64,7 @@ class RunRecord(Hook):
         self.path = folder / RECORD if folder else None
         self.facts, self.datasets, self.resumed_from = dict(facts), datasets, resumed_from
         self.start, self.final, self.before = time.time(), {}, {}
+        self.logged = 0.0  # epochs done at the last line of log.txt
 
     def on_start(self, run: Run) -> None:
         own = bool(self.resumed_from) and Path(self.resumed_from).resolve().parent
@@ -77,7 +78,7 @@ class RunRecord(Hook):
         if not self.facts["finetuned_from"]:
             self.facts["finetuned_from"] = self.before.get("finetuned_from")
         self.final = metrics_of(run.state.stats)
-        self.run = run
+        self.run, self.logged = run, float(run.state.epoch)
         self._write("running")
         atexit.register(self._leave)
 
@@ -85,7 +86,7 @@ class RunRecord(Hook):
         self._write("running")
 
     def on_epoch(self, stats: Record, state: TrainState) -> None:
-        self.final = metrics_of(stats)
+        self.final, self.logged = metrics_of(stats), state.position
         self._write("running")
 
     def on_end(self, run: Run) -> None:
@@ -102,6 +103,14 @@ class RunRecord(Hook):
             return
         text = json.dumps(self.content(status, error, time.time()), indent=1, allow_nan=False)
         write_atomically(without_passwords(text) + "\n", self.path)
+
+    def epochs_done(self) -> float:
+        """Return the number of epochs done: an epoch is whole once log.txt has its line.
+
+        One that has made its last step is not: that step may be bad, or its evaluation may fail.
+        """
+        done = self.run.state.position
+        return done - 1 if done == int(done) and done > self.logged else done
 
     def content(self, status: str, error: str | None, now: float) -> dict[str, Any]:
         """Return the content of run.json at a time in seconds since 1970."""
@@ -131,7 +140,7 @@ class RunRecord(Hook):
             "platform": platform.platform(),
             "host": session["host"],
             "resumed_from": session["resumed_from"],
-            "epochs_done": state.position,
+            "epochs_done": self.epochs_done(),
             "steps_done": state.global_step,
             "final": self.final,
             "best": best_of(state),

@@ -2,6 +2,9 @@
 # Licensed under the MIT License; see LICENSE.
 """Keys of log.txt share a chart with their kind; long curves keep their spikes."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from insight import report_curves
@@ -10,10 +13,12 @@ from insight.report_curves import (
     Series,
     as_json,
     build_charts,
+    labels_in_chart,
     mean_shares,
     place,
     points_for,
     sample,
+    style_of,
 )
 from insight.report_data import read_runs
 from insight.run_data import read_run
@@ -32,13 +37,16 @@ from tests.insight.written import finetune_rows, pretrain_rows, write_run
         ("train_class_acc", ("Metrics", "Top-1 accuracy", "train", "max")),
         ("test_balanced_acc", ("Metrics", "Balanced acc", "test", "max")),
         ("test_rmse", ("Metrics", "RMSE", "test", "min")),
-        ("train_lr", ("Learning rate", "Learning rate", "lr", "")),
+        ("train_lr", ("Learning rate", "Learning rate", "learning rate", "")),
         ("probe_knn", ("Probes", "Probes", "kNN", "max")),
         ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
         ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage 2", "")),
         ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
-        ("rank_me", ("Health of the network", "Rank of the features", "rank me", "")),
-        ("images_per_s", ("Speed", "Images per second", "images per s", "")),
+        ("rank_me", ("Health of the network", "Rank of the features", "RankMe", "max")),
+        ("images_per_s", ("Speed", "Images per second", "images/s", "max")),
+        ("test_acc1_blr0.1", ("Metrics", "Top-1 accuracy of each head", "blr 0.1", "max")),
+        ("test_rmse_blr1e-05", ("Metrics", "RMSE of each head", "blr 1e-05", "min")),
+        ("test_best_blr", ("Learning rate", "Learning rate of the best head", "best head", "")),
         ("anything", ("Other", "Anything", "anything", "")),
     ],
 )
@@ -79,6 +87,41 @@ def test_lists_with_a_value_for_each_block_are_drawn_over_the_blocks(tmp_path):
     assert [(series.run, series.label) for series in both.series] == [
         (0, "last epoch"),
         (1, "last epoch"),
+    ]
+
+
+@pytest.mark.parametrize("runs", [1, 2, 8, 9, 16])
+def test_all_curves_of_a_chart_look_different(runs):
+    """Two of six gradient norms were solid blue when several runs were shown."""
+    labels = labels_in_chart(runs)
+    styles = [style_of(run, label, runs) for run in range(runs) for label in range(labels)]
+    assert len({*styles}) == len(styles) == runs * labels
+    assert labels >= 4
+    css = (Path(report_curves.__file__).parent / "report.css").read_text()
+    for color, dash in styles:
+        assert f"line.c{color}, path.c{color} {{" in css
+        assert dash == 0 or f".d{dash} {{ stroke-dasharray" in css  # 0 is solid
+    patterns = re.findall(r"stroke-dasharray: ([\d ]+);", css)
+    assert len(patterns) == len({*patterns}) >= report_curves.DASHES
+
+
+def test_a_chart_with_more_labels_than_styles_is_split(tmp_path):
+    rows = [{"epoch": e} | {f"grad_norm_part{i}": 1.0 + e for i in range(11)} for e in range(2)]
+    found = read_runs([write_run(tmp_path / name, rows) for name in "ab"])
+    charts, _ = build_charts(found)
+    assert [(chart.title, len(chart.labels)) for chart in charts] == [
+        ("Gradient norm, part 1 of 2", 8),
+        ("Gradient norm, part 2 of 2", 3),
+    ]
+    assert all(len(chart.series) == 2 * len(chart.labels) for chart in charts)
+    assert [len(chart.labels) for chart in build_charts(found[:1])[0]] == [11]
+
+
+def test_gamma_and_beta_of_grn_have_charts_of_their_own():
+    places = [place(f"grn_{name}_stage1", ()) for name in ("gamma", "beta")]
+    assert [(spot.chart, spot.label) for spot in places] == [
+        ("GRN gamma", "stage 1"),
+        ("GRN beta", "stage 1"),
     ]
 
 

@@ -96,6 +96,17 @@ def test_a_run_before_its_first_epoch_can_be_read(tmp_path):
     assert "log.txt is missing" in found.problems[0]
 
 
+@pytest.mark.parametrize("status", ["failed", "stopped", "running"])
+def test_missing_log_is_no_problem_before_the_first_epoch_is_done(status, tmp_path):
+    """The note said `no epoch is done, or its logs were deleted` of each run that had failed."""
+    record = RECORD | {"status": status, "epochs_done": 0.5}
+    run = write_run(tmp_path / "run", record=record)
+    (run / "log.txt").unlink()
+    assert read_for_report(run).problems == []
+    (run / "run.json").write_text(json.dumps(record | {"epochs_done": 3}))
+    assert "log.txt is missing" in read_for_report(run).problems[0]
+
+
 def test_other_damaged_files_are_named(tmp_path):
     run = write_run(tmp_path / "run", pretrain_rows(1), classes=CLASSES)
     for name, text in (

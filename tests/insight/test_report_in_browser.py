@@ -70,6 +70,68 @@ def test_nothing_is_wider_than_the_window(chromium, page, width):
     assert wide == []
 
 
+@pytest.mark.parametrize("width", [390, 700, 1000, 1280])
+def test_tiles_leave_no_gap(chromium, tmp_path, width):
+    """At 1000 pixels the second row was one tile and an empty block."""
+    run = write_run(tmp_path / "run", pretrain_rows(2), RECORD)
+    chromium.open(write_report([run]), width)
+    assert count(chromium, ".tiles > div") == 7
+    assert (
+        chromium.evaluate(
+            "(() => { const size = e => { const b = e.getBoundingClientRect(); "
+            "return b.width * b.height; }; const all = document.querySelector('.tiles'); "
+            "return [...all.children].map(size).reduce((a, b) => a + b) / size(all); })()"
+        )
+        > 0.96
+    )  # the rest are lines between them
+
+
+def test_a_flag_in_a_note_stays_in_one_line(chromium, tmp_path):
+    """A line ended with `raise --` and the next began with `mask_ratio`."""
+    rows = pretrain_rows(2)
+    rows[-1]["advice"] = [f"{'x' * index} try --mask_ratio 0.6" for index in range(30)]
+    chromium.open(write_report([write_run(tmp_path / "run", rows)]), 390)
+    lines = chromium.evaluate(
+        "[...document.querySelectorAll('.said .flag')].map(e => e.getClientRects().length)"
+    )
+    assert lines == [1] * 30
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(0.9948, 0.994801), (1234.5, 1234.6), (0.5, 0.5), (2e6, 2e6 + 20), (1e-6, 1.00001e-6)],
+)
+def test_marks_of_a_flat_curve_differ(chromium, tmp_path, values):
+    """Four marks of a nearly constant loss were all labeled 0.9948."""
+    rows = [{"epoch": e, "train_loss": value} for e, value in enumerate(values)]
+    chromium.open(write_report([write_run(tmp_path / "run", rows)]))
+    marks = chromium.evaluate("[...document.querySelectorAll('text.y')].map(e => e.textContent)")
+    assert len(marks) > 1
+    assert len({*marks}) == len(marks)
+    assert chromium.evaluate(
+        "[...document.querySelectorAll('text.y')].every(e => e.getBBox().x >= 0)"
+    )
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_names_of_classes_have_room(chromium, tmp_path, width):
+    """The last column's name was cut at the right edge, and those of the table had 8 lines."""
+    names = [f"WWW_a_soft-coated_wheaten_terrier_of_the_north_{index}" for index in range(9)]
+    run = write_run(tmp_path / "run", pretrain_rows(2), classes=[*names, "犬" * 20])
+    chromium.open(write_report([run]), width)
+    outside = chromium.evaluate(
+        "(() => { const all = document.querySelector('.matrix').getBoundingClientRect(); "
+        "return [...document.querySelectorAll('.matrix text')].filter(e => { "
+        "const b = e.getBoundingClientRect(); return b.right > all.right + 1 || "
+        "b.left < all.left - 1 || b.top < all.top - 1; }).map(e => e.textContent); })()"
+    )
+    assert outside == []
+    rows = chromium.evaluate(
+        "[...document.querySelectorAll('#results tbody tr')].map(e => e.offsetHeight)"
+    )
+    assert max(rows) < 110  # four lines
+
+
 def test_a_click_on_a_run_hides_its_curves_and_another_shows_them(chromium, page):
     chromium.open(page)
     chip = ".chip[data-run='1']"

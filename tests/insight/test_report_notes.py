@@ -37,6 +37,28 @@ def test_the_end_of_a_run_is_described(record, level, said, tmp_path):
     assert notes_of(tmp_path, pretrain_rows(3), record) == [(level, said)]
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"status": "failed", "error": "no memory", "epochs_done": 0, "steps_done": 15},
+         "The run failed in epoch 1, at step 15: no memory"),
+        ({"status": "failed", "error": "no memory", "epochs_done": 3.25, "steps_done": 49},
+         "The run failed in epoch 4, at step 49: no memory"),
+        ({"status": "failed", "error": "NaN in epoch 4, step 49", "epochs_done": 3.25,
+          "steps_done": 49}, "The run failed: NaN in epoch 4, step 49"),
+        ({"status": "stopped", "epochs_done": 2.067, "steps_done": 31},
+         "The run was stopped in epoch 3, at step 31. Rerun it to continue."),
+        ({"status": "stopped", "epochs_done": 2.067, "steps_done": 31,
+          "error": "stopped by SIGTERM in epoch 3, step 31; checkpoint saved. Exit code 75: ..."},
+         "Stopped by SIGTERM in epoch 3, step 31; checkpoint saved. Exit code 75: ..."),
+    ],
+)  # fmt: skip
+def test_an_end_within_an_epoch_is_named_once(record, said, tmp_path):
+    """`failed after 1 epoch` was said of a run in its first one, and SIGTERM's place twice."""
+    rows = pretrain_rows(int(record["epochs_done"]))
+    assert [note.text for note in notes_of(tmp_path, rows, record)] == [said]
+
+
 def test_a_run_that_holds_its_folder_is_running(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()

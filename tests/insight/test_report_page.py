@@ -16,10 +16,15 @@ import visualize
 from config import views
 from errors import UserError
 from insight import report_page
-from insight.report_data import read_runs
-from insight.report_html import duration, figure_of, script_json, tag
+from insight.report_data import WrongPredictions, read_runs
+from insight.report_html import duration, figure_of, script_json, shorten_middle, tag
 from insight.report_page import LIMIT, build_page, write_report
-from insight.report_tables import class_rows, describe_machine, most_confused
+from insight.report_tables import (
+    class_rows,
+    describe_machine,
+    most_confused,
+    predictions_table,
+)
 from tests.insight.written import (
     CLASSES,
     FLAGS,
@@ -197,6 +202,52 @@ def test_rows_of_classes_and_the_most_confused_ones(folders):
         ("cat", 100, pytest.approx(100 * 10 / 13), 10, ""),
     ]
     assert most_confused(confusion, 2) == [0, 3]  # cat and owl, in their own order
+
+
+def test_no_wrong_prediction_is_a_sentence_without_a_table():
+    """`0 of 42 predictions are wrong; those with the highest probability:` had an empty table."""
+    assert predictions_table(WrongPredictions([], 0, 42, True)) == (
+        '<p class="dim">None of 42 predictions is wrong.</p>'
+    )
+    assert "<table" in predictions_table(WrongPredictions([("a", "b", "c", 0.5)], 1, 42, True))
+
+
+def test_long_names_of_classes_are_cut_in_the_middle(tmp_path):
+    """`soft-coated_wheaten_terrier_1` and `..._2` looked alike."""
+    names = [f"a_soft-coated_wheaten_terrier_of_the_north_{index}" for index in range(3)]
+    assert shorten_middle("0123456789", 5) == "01…89"
+    assert shorten_middle("01234", 5) == "01234"
+    run = write_run(tmp_path / "run", pretrain_rows(1), classes=names)
+    page = build_page(read_runs([run]))
+    labels = re.findall(r">(a_soft[^<(]*…[^<(]*?)(?: \(\d+\))?<", page)
+    assert {len(label) for label in labels} <= {16, 40}
+    assert len({*labels}) == 6  # of three names, short in the matrix and longer in tables
+    assert page.count(f'title="{names[0]}"') >= 1
+
+
+def test_flags_that_are_none_differ_from_missing_ones(tmp_path):
+    """A typed `--aa none` was shown as a dash."""
+    record = RECORD | {"arguments": FLAGS | {"aa": None}, "typed": ["aa"]}
+    runs = [write_run(tmp_path / "a", pretrain_rows(1), record)]
+    text = Reader(build_page(read_runs(runs))).text
+    assert "--aanone" in text
+    record = RECORD | {"arguments": FLAGS | {"aa": "rand"}}
+    runs.append(write_run(tmp_path / "b", pretrain_rows(1), record))
+    runs.append(write_run(tmp_path / "c", pretrain_rows(1), RECORD | {"arguments": FLAGS}))
+    assert "--aanonerand–" in Reader(build_page(read_runs(runs))).text
+
+
+def test_heads_of_a_linear_probe_share_a_card(tmp_path):
+    """Each had a card of its own, and its rate was called best."""
+    row = {"train_loss": 1.0, "test_acc1": 50.0, "test_best_blr": 3.0}
+    row |= {f"test_acc1_blr{rate:g}": 50.0 for rate in (0.1, 3, 1e-5)}
+    page = build_page(read_runs([write_run(tmp_path / "run", [{"epoch": 0} | row])]))
+    cards = re.findall(r"<h3>(.*?)</h3>.*?<table class=\"values\">(.*?)</table>", page)
+    titles = ["Loss", "Top-1 accuracy", "Top-1 accuracy of each head"]
+    assert [title for title, _ in cards] == [*titles, "Learning rate of the best head"]
+    assert [label in cards[2][1] for label in ("blr 0.1", "blr 3", "blr 1e-05")] == [True] * 3
+    assert "best</th>" in cards[1][1]
+    assert "best</th>" not in cards[3][1]
 
 
 def test_machine_of_a_record():

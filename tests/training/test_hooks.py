@@ -524,6 +524,17 @@ def test_cost_of_atto_is_the_published_one(log):
     assert log.messages == ["convnextv2_atto: 3.71M parameters, 0.547 GMACs per 224x224 image"]
 
 
+def test_few_parameters_are_counted_in_full(log):
+    """A linear probe had `0.00M parameters (3.3e-05M trained)`."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 10, 1), torch.nn.Flatten(), torch.nn.Linear(10, 3)
+    )
+    model[0].requires_grad_(False)
+    args = SimpleNamespace(model="own", in_chans=3, input_size=(1, 1))
+    assert costs.log_cost(args, model) == 33
+    assert log.messages[0].startswith("own: 73 parameters (33 trained), ")
+
+
 def test_image_hook_writes_png_files_by_epoch(tmp_path):
     image = torch.zeros(3, 4, 5)
     image[0, 1, 2], image[2, 3, 4] = 1.0, 0.5

@@ -119,6 +119,19 @@ def test_each_head_trains_as_if_it_were_alone(opt):
     assert not torch.allclose(together[0], together[1], rtol=1e-2)
 
 
+def test_loss_is_the_mean_over_heads_and_its_gradient_that_of_their_sum():
+    """The sum of seven heads was shown next to the test loss of one."""
+    outputs, labels = torch.randn(8, 3, 4), torch.arange(8) % 4
+    heads = [each.clone().requires_grad_() for each in outputs.unbind(1)]
+    losses = [Criterion()(head, labels) for head in heads]
+    torch.stack(losses).sum().backward()
+    outputs.requires_grad_()
+    loss = SweepLoss(Criterion(), 3)(outputs, labels)
+    loss.backward()
+    assert loss.item() == torch.stack(losses).mean().item()
+    assert all(torch.equal(outputs.grad[:, n], head.grad) for n, head in enumerate(heads))
+
+
 def test_lars_adapts_weights_and_not_biases():
     """As in MAE; without weight decay timm's lars would be plain SGD."""
     args = linear_probe.optimizer_flags(parsed("--linear_probe_blr", "1", "4"))

@@ -105,6 +105,15 @@ def test_failing_run_notes_its_error(tmp_path):
     assert found["end"] is not None
 
 
+def test_epoch_without_its_line_in_the_log_is_not_done(tmp_path):
+    """A run that failed in its last step or evaluation had an epoch that log.txt lacked."""
+    with pytest.raises(TrainingStopped):
+        train(main_finetune, FINETUNE, tmp_path, "--hook", "tests.fakes:Dies(step=4, error='x')")
+    found = record_of(tmp_path)
+    assert (found["epochs_done"], found["steps_done"]) == (0, 4)
+    assert not (tmp_path / "log.txt").exists()
+
+
 def test_stopped_run_says_so_and_continues_its_record(tmp_path, monkeypatch):
     words = [*FINETUNE, "--max_minutes", "1e-9"]
     with pytest.raises(Preempted):
