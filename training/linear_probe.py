@@ -21,9 +21,9 @@ from training.meters import is_better
 
 
 class SweepLoss(nn.Module):
-    """Mean of the losses of all heads, (N, heads, K) and targets -> a scalar.
+    """Median of the losses of all heads, (N, heads, K) and targets -> a scalar.
 
-    Its gradient is that of their sum: heads share nothing that is trained, so each gets that of its
+    A mean would show those whose rate is too high. Its gradient is that of their sum: heads share nothing that is trained, so each gets that of its
     own loss. (N, K) of an ordinary classifier, as in a rerun of a bad step, have the loss of one
     head.
     """
@@ -38,7 +38,7 @@ class SweepLoss(nn.Module):
             return self.criterion(outputs, targets)
         losses = torch.stack([self.criterion(each, targets) for each in outputs.unbind(1)])
         total = losses.sum()
-        return losses.mean().detach() + (total - total.detach())  # the last part is 0
+        return losses.detach().median() + (total - total.detach())  # the last part is 0
 
     def per_image(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(N, heads) losses of each image and head, and as many counts; see `Criterion`."""
