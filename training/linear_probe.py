@@ -24,8 +24,8 @@ class SweepLoss(nn.Module):
     """Median of the losses of all heads, (N, heads, K) and targets -> a scalar.
 
     A mean would show those whose rate is too high. Its gradient is that of their sum: heads share
-    nothing that is trained, so each gets that of its own loss. (N, K) of an ordinary classifier, as in a rerun of a bad step, have the loss of one
-    head.
+    nothing that is trained, so each gets that of its own loss. (N, K) of an ordinary classifier, as
+    in a rerun of a bad step, have the loss of one head.
     """
 
     def __init__(self, criterion: nn.Module, heads: int) -> None:
