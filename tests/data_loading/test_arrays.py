@@ -134,13 +134,14 @@ def test_sixteen_bit_png_keeps_its_depth_with_a_value_range():
 
 def test_color_of_sixteen_bits_that_pillow_cuts_is_refused_in_full_depth():
     """Pillow would give the upper byte, and 255 of 65,535 is nearly black."""
-    row = b"\0" + struct.pack(">3H", 0xFF12, 0x8034, 0x0056)
-    parts = (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(row))
+    row = 2 * struct.pack(">3H", 0xFF12, 0x8034, 0x0056)
+    head = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(b"\0" + row))
     data = b"\x89PNG\r\n\x1a\n"
     for kind, body in (*parts, (b"IEND", b"")):
         data += struct.pack(">I", len(body)) + kind + body
         data += struct.pack(">I", zlib.crc32(kind + body))
-    pnm = b"P6 # deep\n1 1\n65535\n" + struct.pack(">3H", 0xFF12, 0x8034, 0x0056)
+    pnm = b"P6 # deep\n2 1\n65535\n" + row
     for file in (data, pnm):
         assert read(file, 3).dtype == torch.uint8
         with pytest.raises(BadImage, match="16 bits and several channels, of which Pillow reads 8"):
