@@ -192,7 +192,7 @@ def with_labels(data: MixedImages, trained: TrainedModel, must: bool) -> Transfo
 def advise(names: Sequence[str]) -> str:
     """Return what to give as INPUT, whose classes have these names and are not the checkpoint's."""
     if {"train", "val"} <= set(names):
-        return "To evaluate, give the folder val in it, which has a folder for each class"
+        return "To evaluate, give its subfolder val, which has a folder for each class"
     return "To evaluate, give images with labels of these classes"
 
 

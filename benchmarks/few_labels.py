@@ -286,7 +286,9 @@ class Runs:
             rows = [json.loads(line) for line in text.splitlines()]
             other = next((x["settings"] for x in rows if x["settings"] != self.settings), "")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}: not of this program ({error}); name another") from error
+            raise UserError(
+                f"{self.path}: holds no results of this program ({error}); name another folder"
+            ) from error
         if other:
             raise UserError(
                 f"--folder {self.args.folder}: of other settings, {other}; name another"

@@ -372,7 +372,7 @@ def test_labels_of_other_classes_are_not_used_unless_asked_for(tmp_path):
     assert "To evaluate, give images with labels of these classes" in line
     write_images(tmp_path, ["y/train/ant/1.png", "y/val/ant/2.png"])
     lines = run(f"it.pth {tmp_path}/y")
-    assert "give the folder val in it" in " ".join(lines)
+    assert "give its subfolder val" in " ".join(lines)
     with pytest.raises(UserError, match="does not know: dog"):
         run(f"it.pth {tmp_path}/x --labels true")
 

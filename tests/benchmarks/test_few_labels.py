@@ -146,7 +146,7 @@ def test_settings_that_do_not_fit_together_are_refused(words, message):
 
 def test_damaged_results_are_named(tmp_path):
     (tmp_path / "runs.jsonl").write_text('{"run": "scr', encoding="utf-8")
-    with pytest.raises(UserError, match="runs.jsonl: not of this program"):
+    with pytest.raises(UserError, match="runs.jsonl: holds no results of this program"):
         Runs(parse(folder=tmp_path), "own")
 
 
