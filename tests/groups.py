@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from parallel import process_group
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT_S = 120
+TIME_LIMIT_S = 300  # a run that takes longer hangs
 PRELOAD = ["pytest", "timm.optim", "torch.distributed.fsdp", "torch.distributed.optim"]
 PRELOAD += ["main_pretrain", "main_finetune", "visualize", "export", "predict", "tests.tiny"]
 PRELOAD += ["torch.utils.tensorboard", "safetensors.torch"]

@@ -28,7 +28,7 @@ from errors import UserError
 from insight.predictions import cell
 from models import create_model
 from tests import fakes, tiny
-from tests.groups import exit_codes, start_script
+from tests.groups import TIME_LIMIT_S, exit_codes, start_script
 
 CLASSES = ["ant", "bee", "cat"]
 ARGS = {
@@ -540,7 +540,7 @@ def test_after_a_kill_another_number_of_processes_continues(place, tmp_path):
     outputs = [(tmp_path / f"killed-{rank}.txt",) * 2 for rank in range(2)]
     words = [*base, tmp_path / "killed/r.csv"]
     processes = start_script("predict.py", words, outputs, {"FATAL": "7"}, cwd=place)
-    assert -signal.SIGKILL in exit_codes(processes, 120)
+    assert -signal.SIGKILL in exit_codes(processes, TIME_LIMIT_S)
     assert not (tmp_path / "killed/r.csv").exists()
     said = run_here("predict.py", words, 1, tmp_path, place)
     assert "continues after 1024 of 2300 images" in said
@@ -552,6 +552,6 @@ def test_after_a_kill_another_number_of_processes_continues(place, tmp_path):
 def run_here(script: str, words: list, ranks: int, folder: Path, cwd: Path, expect: int = 0) -> str:
     outputs = [folder / f"output-{ranks}-{rank}.txt" for rank in range(ranks)]
     processes = start_script(script, words, [(each, each) for each in outputs], cwd=cwd)
-    codes = exit_codes(processes, 120)
+    codes = exit_codes(processes, TIME_LIMIT_S)
     assert codes == [expect] * ranks, "\n".join(each.read_text() for each in outputs)
     return outputs[0].read_text()

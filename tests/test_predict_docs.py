@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models import create_model
-from tests.groups import exit_codes, start_script
+from tests.groups import TIME_LIMIT_S, exit_codes, start_script
 from tests.test_docs import FENCE, ROOT
 from tests.test_predict import CLASSES, write_images
 
@@ -79,7 +79,7 @@ def run(command: str, folder: Path, tmp_path: Path) -> str:
     outputs = [tmp_path / f"{rank}.txt" for rank in range(ranks)]
     rest = [*words[first + 1 :], "--device", "cpu"]
     processes = start_script(words[first], rest, [(x, x) for x in outputs], cwd=folder)
-    assert exit_codes(processes, 120) == [0] * ranks, outputs[0].read_text()
+    assert exit_codes(processes, TIME_LIMIT_S) == [0] * ranks, outputs[0].read_text()
     return outputs[0].read_text()
 
 
