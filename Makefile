@@ -26,10 +26,10 @@ active:
 	@touch $@
 
 demo: install
-	$(BIN)/python main_pretrain.py --config recipes/digits_pretrain.yaml --output_dir $(DEMO)/pretrain
-	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
+	$(BIN)/python main_pretrain.py --recipe digits_pretrain --output_dir $(DEMO)/pretrain
+	$(BIN)/python main_finetune.py --recipe digits_finetune \
 		--finetune $(DEMO)/pretrain --output_dir $(DEMO)/finetune
-	$(BIN)/python main_finetune.py --config recipes/digits_finetune.yaml \
+	$(BIN)/python main_finetune.py --recipe digits_finetune \
 		--eval --resume $(DEMO)/finetune
 	$(BIN)/python visualize.py --checkpoint $(DEMO)/pretrain \
 		--split val --output $(DEMO)/reconstructions.png

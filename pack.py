@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Pack images of any source into tar shards with their labels, resized if asked, and verify them.
 
-python pack.py photos packed --size 256
+python pack.py labeled packed --size 256
 """
 
 import argparse

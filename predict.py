@@ -360,7 +360,8 @@ class PredictionJob:
         """Return where results are written, and the state of the parts that are finished."""
         if out is None:
             return Shown(SHOWN), {"parts": 0}
-        store = from_main_process(lambda: Parts(out, self.plan(), self.args.overwrite))
+        how = self.args.overwrite, self.evaluation is not None
+        store = from_main_process(lambda: Parts(out, self.plan(), *how))
         try:
             acquire_run_lock(str(folder_of(out)))
         except UserError as error:

@@ -2,7 +2,7 @@
 # Licensed under the MIT License; see LICENSE.
 """Measure, write and look at the features of a checkpoint, without training it.
 
-python probe.py runs/photos --data_path photos --val_split 0.2
+python probe.py runs/photos --data_path labeled
 """
 
 import io
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config.probe_flags import PROBES, parse_probe
+from config.probe_flags import PROBES, parse_probe, side_file
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     view, args = parse_probe()
@@ -315,7 +315,7 @@ def find_duplicates(args: Any) -> None:
     if len(pairs):
         title = f"Near-duplicates by features of {frozen.name}: cosine similarity to the first"
         cells = duplicate_cells(args, sets, table, groups)
-        picture = str(Path(args.output).with_suffix(".png"))
+        picture = side_file(Path(args.output))
         write_picture(drawing.draw_grid(cells, title), picture)
         print(picture)
 
@@ -386,7 +386,7 @@ def rank_outliers(args: Any) -> None:
     for row in rows[: args.num_images]:
         cells.append(cell(row[0], join_words(f"{float(row[4]):.3f}", row[3])))
     title = f"Outliers by features of {frozen.name}: distance to neighbor {args.k}"
-    picture = str(Path(args.output).with_suffix(".png"))
+    picture = side_file(Path(args.output))
     lines = [cells[start : start + ROW] for start in range(0, len(cells), ROW)]
     write_picture(drawing.draw_grid(lines, title), picture)
     middle = far.median().item()
@@ -447,7 +447,7 @@ def draw_selectivity(args: Any) -> None:
     print(args.output)
 
 
-def write_picture(picture: Image.Image, path: str, drawn: bool = False) -> None:
+def write_picture(picture: Image.Image, path: str | Path, drawn: bool = False) -> None:
     """Write a PNG file, and its folder if there is none.
 
     drawn: the picture shows no images, and 256 colors are enough.

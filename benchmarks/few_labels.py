@@ -29,11 +29,11 @@ HELP = """Compare three ways to train on a few labels, all with the same augment
   pretrained  FCMAE on all images without labels, then --epochs of fine-tuning
   scratch     the same --epochs from random weights
   longer      from random weights, with the compute of pre-training and fine-tuning together
-The learning rate of fine-tuning and that from random weights are the best of --finetune_lrs and
---scratch_lrs for each number of labels, with the first seed; `longer` takes that of `scratch`. Each
-run reports the accuracy of its best epoch. Learning rates and epochs are chosen by --choose_images
-of val/, and accuracies are those of the others. The compute of an image of pre-training, relative
-to one of training, is measured first, by updates of both in turn.
+Learning rates are the best of --finetune_lrs, --scratch_lrs and --longer_lrs for each number of
+labels, with the first seed; without --longer_lrs, `longer` takes the rate of `scratch`. Each run
+reports the accuracy of its best epoch. Learning rates and epochs are chosen by --choose_images of
+val/, and accuracies are those of the others. The compute of an image of pre-training, relative to
+one of training, is measured first, by updates of both in turn.
 
   python benchmarks/few_labels.py --folder runs/few_labels     # the same command resumes
   python benchmarks/few_labels.py --folder runs/few1000 --labels 1000 --epochs 100 --seeds 0
@@ -57,12 +57,20 @@ OWN = {  # what differs from cifar.py's settings for a CPU
     "cutout": 8,
     "val_images": 10000,
 }
+RATES = {
+    "finetune_lrs": [0.002, 0.004, 0.008, 0.016],
+    "scratch_lrs": [0.0005, 0.001, 0.002, 0.004],
+}
 # What a run of this program decides by itself.
 DECIDED = ("train_images", "epochs", "finetune_lr", "scratch_lr", "eval_every")
 # What the key of a run says, so that a folder may be extended by more of them.
-IN_JOBS = ("labels", "epochs", "seeds", "finetune_lrs", "scratch_lrs")
+IN_JOBS = ("labels", "epochs", "seeds", "finetune_lrs", "scratch_lrs", "longer_lrs")
 EVALUATIONS = 20  # points of a learning curve, among which is the best epoch
 PROBES = 5  # of pre-training
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -73,10 +81,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="of finished runs and weights, to resume from")
     add("--labels", default=[250, 1000, 4000], help="numbers of labels [250 1000 4000]", **many)
-    add("--epochs", default=[200, 100, 50], help="of each number [200 100 50]", **many)
+    add("--epochs", default=[200, 100, 30], help="of each number [200 100 30]", **many)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    add("--finetune_lrs", default=[2e-3, 4e-3, 8e-3], help="[0.002 0.004 0.008]", **rates)
-    add("--scratch_lrs", default=[1e-3, 2e-3, 4e-3], help="[0.001 0.002 0.004]", **rates)
+    for flag, values in RATES.items():
+        add(f"--{flag}", default=values, help=f"[{shown(values)}]", **rates)
+    add("--longer_lrs", help="[the best of --scratch_lrs]", **rates)
     add("--choose_images", default=2000, help="of --val_images [2000]", **COUNT)
     add("--k", default=20, help="neighbors of the kNN probe [20]", **COUNT)
     add("--jobs", default=2, help="runs at a time, on a thread each [2]", **COUNT)
@@ -106,6 +115,7 @@ from insight import evaluators
 from insight.evaluators import Labeled
 from insight.features import extract
 from parallel import process_group
+from utils import write_atomically
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the epochs, in the table of curves
 COST_BATCHES, COST_ROUNDS = 20, 5
@@ -283,7 +293,10 @@ class Runs:
     def _read(self) -> list[dict[str, Any]]:
         try:
             text = read(self.path) if self.path.exists() else ""
-            rows = [json.loads(line) for line in text.splitlines()]
+            whole, end, rest = text.rpartition("\n")
+            if rest:  # the program was killed while it wrote
+                write_atomically(whole + end, self.path)
+            rows = [json.loads(line) for line in whole.splitlines()]
             other = next((x["settings"] for x in rows if x["settings"] != self.settings), "")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -307,11 +320,21 @@ class Runs:
         return self.rows[COST]["cost"]
 
     def do_all(self, pool: Executor, jobs: Iterable[Job]) -> None:
-        """Do those that are not finished."""
+        """Do those that are not finished. After an error the others that have begun are stored."""
         todo = [job for job in jobs if job not in self.rows]
         futures = {pool.submit(do, job, self.args): job for job in todo}
+        errors: list[BaseException] = []
         for future in as_completed(futures):
-            self.add(futures[future], future.result())
+            if future.cancelled():
+                continue
+            if error := future.exception():
+                errors.append(error)
+                for other in futures:
+                    other.cancel()
+            else:
+                self.add(futures[future], future.result())
+        if errors:
+            raise errors[0]
 
     def pretraining(self) -> list[Job]:
         """Return the jobs of pre-training, one for each seed."""
@@ -320,19 +343,20 @@ class Runs:
 
     def tuning(self, run: str, labels: int) -> list[Job]:
         """Return the jobs that find the best learning rate, with the first seed."""
-        epochs = self.args.epochs[self.args.labels.index(labels)]
-        return [Job(run, labels, self.args.seeds[0], lr, epochs) for lr in self._rates(run)]
+        rates = {"pretrained": self.args.finetune_lrs, "scratch": self.args.scratch_lrs}
+        rates["longer"] = self.args.longer_lrs or []
+        epochs, seed = self._epochs(run, labels), self.args.seeds[0]
+        return [Job(run, labels, seed, lr, epochs) for lr in rates[run]]
 
-    def _rates(self, run: str) -> list[float]:
-        return self.args.finetune_lrs if run == "pretrained" else self.args.scratch_lrs
+    def _epochs(self, run: str, labels: int) -> int:
+        epochs = self.args.epochs[self.args.labels.index(labels)]
+        return longer_epochs(labels, epochs, self.cost, self.args) if run == "longer" else epochs
 
     def of(self, run: str, labels: int) -> list[Job]:
         """Return the jobs of all seeds, with the best learning rate."""
-        tuned = self.tuning("scratch" if run == "longer" else run, labels)
+        tuned = self.tuning(run, labels) or self.tuning("scratch", labels)
         best = max(tuned, key=lambda job: max(self.rows[job]["curve"]))
-        epochs = best.epochs
-        if run == "longer":
-            epochs = longer_epochs(labels, epochs, self.cost, self.args)
+        epochs = self._epochs(run, labels)
         return [Job(run, labels, seed, best.lr, epochs) for seed in self.args.seeds]
 
 
@@ -345,7 +369,7 @@ def do_all(runs: Runs, args: Namespace) -> None:
     with ProcessPoolExecutor(args.jobs, context, start_process, (args,)) as pool:
         scratch = [runs.tuning("scratch", labels) for labels in args.labels]
         runs.do_all(pool, itertools.chain(runs.pretraining(), *scratch))
-        tuned = [runs.tuning("pretrained", labels) for labels in args.labels]
+        tuned = [runs.tuning(r, n) for r in ("longer", "pretrained") for n in args.labels]
         runs.do_all(pool, itertools.chain(*tuned))
         every = itertools.product(reversed(RUNS), args.labels)  # the longest first
         runs.do_all(pool, itertools.chain(*itertools.starmap(runs.of, every)))
@@ -469,10 +493,6 @@ def main(args: Namespace) -> None:
 def settings_of(args: Namespace, names: Iterable[str]) -> str:
     """Return flags as on a command line."""
     return " ".join(f"--{name} {shown(getattr(args, name))}" for name in names)
-
-
-def shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

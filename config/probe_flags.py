@@ -6,14 +6,17 @@ python probe.py neighbors runs/photos --data_path photos --k 5
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from config import checks, flags, phases, recipes
 from config import parser as parsers
 from config.flags import SOURCES
 from config.kinds import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, number
+from config.paths import split_sources
 from config.tool_flags import OF_FILES
 from errors import did_you_mean
 
@@ -22,8 +25,8 @@ AIMS = {
 a linear probe by ridge regression and a logistic one, fitted to the training
 images.
 
-  python probe.py runs/photos --data_path photos --val_split 0.2
-  python probe.py timm:resnet18 --data_path photos --val_split 0.2
+  python probe.py runs/photos --data_path labeled
+  python probe.py timm:resnet18 --data_path labeled
 
 Other sub-commands, each with its own --help:
   features     write features to .npy, .safetensors or .parquet
@@ -36,8 +39,8 @@ Other sub-commands, each with its own --help:
 
   python probe.py features runs/photos --data_path photos --output photos.npy
 
-.npy holds (images, channels) float32, and a .csv next to it the names and
-labels of the rows; .safetensors and .parquet hold them too.""",
+.npy holds (images, channels) float32, and photos-rows.csv next to it the names
+and labels of the rows; .safetensors and .parquet hold them too.""",
     "neighbors": """Draw images and their nearest neighbors among the training images.
 
   python probe.py neighbors runs/photos --data_path photos --k 5
@@ -45,7 +48,7 @@ labels of the rows; .safetensors and .parquet hold them too.""",
 Numbers are cosine distances: 0 for equal features, about 1 for unrelated ones.""",
     "duplicates": """Find images that are nearly the same, also of training and evaluation data.
 
-  python probe.py duplicates runs/photos --data_path photos --split all
+  python probe.py duplicates runs/photos --data_path labeled --split all
 
 All pairs are compared. The CSV file has a line per pair over the threshold;
 pairs that share an image are one group.""",
@@ -60,7 +63,7 @@ its k neighbors that have its class: near 0 suggests a wrong label.""",
   python probe.py map runs/photos --data_path photos --method pca""",
     "selectivity": """Draw and print the class selectivity index of the channels of each layer.
 
-  python probe.py selectivity runs/photos --data_path photos
+  python probe.py selectivity runs/photos --data_path labeled
 
 (largest - others) / (largest + others) of the mean activities of a channel for
 each class: 0 if it is equally active for all, 1 if it is for one class alone.""",
@@ -198,11 +201,32 @@ def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.Frozen
     return view, args
 
 
+def side_file(path: Path) -> Path:
+    """Return the second file that is written next to a .npy or .csv of --output."""
+    endings = {".npy": "-rows.csv", ".csv": ".png"}
+    return path.with_name(path.stem + endings[path.suffix])
+
+
+def _overwritten(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for each file to write that is an input."""
+    path = Path(args.output).expanduser()
+    written = [path, side_file(path)] if path.suffix in (".npy", ".csv") else [path]
+    read = [args.checkpoint]
+    with suppress(ValueError):  # reported by `checks.problems`
+        for text in filter(None, [args.data_path, *phases.eval_sets(args.eval_data_path).values()]):
+            read += [source for source, _ in split_sources(text)]
+    for each in filter(Path.is_file, written):
+        if any(os.path.isfile(source) and each.samefile(source) for source in read):
+            yield f"--output {args.output} would overwrite {each}, an input; give another name"
+
+
 def problems(view: str, args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of probe.py that cannot work."""
     if args.output is not None and not args.output.endswith(SUFFIXES[view]):
         expected = " or ".join(SUFFIXES[view])
         yield f"--output {args.output}: expected a name that ends in {expected}"
+    elif args.output is not None:
+        yield from _overwritten(args)
     for name in ("k", "temperature"):
         if view == "accuracy" and name in args.typed and "knn" not in args.probes:
             yield f"--{name} is for --probes knn, which is not among them; drop it"

@@ -31,7 +31,7 @@ def find_map(network: nn.Module, size: tuple[int, int, int], name: str = "") -> 
         resolve(name, dict.fromkeys(shapes), "module", importable=False)
         if not is_map(shapes[name]):
             raise UserError(f"--layer {name} gives {shapes[name]}, expected a map (N, C, h, w)")
-        return name, is_channels_last(network, shapes[name], size)
+        return name, is_channels_last(network, name, shapes[name], size)
     heads = find_classifier(network)
     called = {path: x for path, x in shapes.items() if not f"{path}.".startswith(heads or ("/",))}
     spatial = [path for path, shape in called.items() if is_map(shape) or is_tokens(shape)]
@@ -43,7 +43,7 @@ def find_map(network: nn.Module, size: tuple[int, int, int], name: str = "") -> 
             f"{type(network).__name__} ends in tokens or features, not in a map (N, C, h, w), "
             f"which Grad-CAM needs; give --layer NAME, of {known}"
         )
-    return found, is_channels_last(network, called[found], size)
+    return found, is_channels_last(network, found, called[found], size)
 
 
 def is_map(shape: Any) -> bool:

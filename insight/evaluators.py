@@ -210,7 +210,7 @@ def few_labels(targets: Tensor, fraction: float, seed: int, kind: str = "class")
         own = rarest_classes(own)[0]
     labels = own.numpy() if kind != "number" else np.zeros(len(own), int)
     classes = len(np.unique(labels))
-    if fraction * len(labels) < classes:
+    if round(fraction * len(labels)) < classes:
         raise UserError(
             f"{fraction:g} of {plural(len(labels), 'image')} is less than one for each of "
             f"{plural(classes, 'class')}; raise the fraction, or give more images"

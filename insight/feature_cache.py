@@ -25,7 +25,7 @@ from errors import UserError, first_line
 from parallel.process_group import get_logger
 from utils import explain, write_atomically
 
-VERSION = "1"  # of what is computed; a change of it makes all files stale
+VERSION = "2"  # of what is computed; a change of it makes all files stale
 SUFFIX = ".safetensors"
 ARRAYS = ("images", "data")  # attributes with the pixels of data sets that are held in memory
 

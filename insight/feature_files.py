@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.probe_flags import side_file
 from errors import UserError
 from utils import as_csv, explain, write_atomically
 
@@ -44,10 +45,10 @@ def write_csv(names: Sequence[str], rows: Sequence[Sequence], path: Path) -> Non
 
 
 def write_npy(table: Table, path: Path) -> list[Path]:
-    """Write features, and a .csv next to them with row, image, part, label and class."""
+    """Write features, and in NAME-rows.csv next to them row, image, part, label and class."""
     write_output(lambda file: np.save(file, table.features.numpy()), path)
     rows = zip(range(len(table.images)), *_columns(table).values(), strict=True)
-    listing = path.with_suffix(".csv")
+    listing = side_file(path)
     write_csv(("row", *_columns(table)), [*rows], listing)
     return [path, listing]
 

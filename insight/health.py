@@ -171,8 +171,7 @@ def parameters_by_stage(model: nn.Module) -> Mapping[str, list[nn.Parameter]]:
         top, *rest = name.split(".")
         key = "encoder" if top == "encoder" else "decoder"
         if is_convnext and top == "encoder" and len(rest) > 1 and rest[1].isdecimal():
-            key = (
-                f"stage{int(rest[1]) + 1}"  # encoder.stages.0.1..., encoder.downsample_layers.0...
-            )
+            # encoder.stages.0.1..., encoder.downsample_layers.0...
+            key = f"stage{int(rest[1]) + 1}"
         found.setdefault(key, []).append(parameter)
     return found

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from errors import UserError, plural
 
+ROUNDING = 1e-6  # of a cosine similarity in float32; equal rows have 1 less about that
 AT_ONCE = 1 << 24  # similarities that are held at once: 64 MiB of float32
 MOST_PAIRS = 2_000_000  # near-duplicates; a lower threshold would say nothing about duplicates
 
@@ -65,19 +66,19 @@ def nearest(
 
 
 def near_duplicates(features: Tensor, threshold: float, bar: str = "") -> tuple[Tensor, Tensor]:
-    """Return all pairs of rows whose cosine similarity is at least a threshold.
+    """Return all pairs of rows whose cosine similarity is at least a threshold, up to rounding.
 
     features: (N, D). Returns pairs (P, 2) with the smaller number first, sorted by similarity, and
     similarities (P,). UserError if there are more than MOST_PAIRS.
     """
-    unit, count = normalize(features), len(features)
+    unit, count, least = normalize(features), len(features), threshold - ROUNDING
     rows = max(1, AT_ONCE // max(count, 1))
     pairs, similar, held = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0)], 0
     for part in _parts(count, rows, bar):
         found = unit[part] @ unit[part.start :].T
         # Above the diagonal: each pair once, and no row with itself.
-        places = (found.triu(1) >= threshold).nonzero()
-        if threshold <= 0:  # triu leaves zeros, which count then
+        places = (found.triu(1) >= least).nonzero()
+        if least <= 0:  # triu leaves zeros, which count then
             places = places[places[:, 1] > places[:, 0]]
         held += len(places)
         if held > MOST_PAIRS:

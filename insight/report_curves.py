@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from config.run_files import PLACES
 from insight.report_data import evenly
 from insight.run_data import RunData, number
-from insight.runs import lower_is_better
+from insight.runs import goal_of
 
 GROUPS = ("Loss", "Metrics", "Probes", "Learning rate", "Health of the network", "Speed", "Other")
 MOST_CHARTS = 60
@@ -131,12 +131,12 @@ def place(key: str, keys: Collection[str], lowest: Collection[str] = ()) -> Plac
         return Place("Other", _title(key), _words(key))
     split, name, ema = found.groups()
     if head := HEAD.search(name):
-        goal = "min" if lower_is_better(key.removesuffix(head[0]), lowest) else "max"
+        goal = goal_of(key.removesuffix(head[0]), lowest)
         title = f"{metric_name(name.removesuffix(head[0]))} of each head"
         return Place("Metrics", title, f"blr {head[1]}", goal)
     group = "Loss" if name.endswith("loss") else "Metrics"
     name, where = _without_set(split, name, keys)
-    goal = "min" if lower_is_better(key, lowest) else "max"
+    goal = goal_of(key, lowest)
     label = " ".join(filter(None, (split, where, "EMA" * bool(ema))))
     if group == "Loss":
         more = name.removesuffix("loss").strip("_")

@@ -118,7 +118,7 @@ def _not_finite(run: RunData) -> list[Note]:
     """Losses that log.txt has as null, which stands for NaN and Inf, without an alarm."""
     rows = [row for row in run.rows if not _has_alarm(row, "divergence")]
     notes = []
-    for key in ("train_loss", "test_loss", "test_loss_ema", "holdout_loss"):
+    for key in ("train_loss", "test_loss", "test_loss_ema", "holdout_loss", "fixed_train_loss"):
         bad = [row["at"] for row in rows if key in row and number(row[key]) is None]
         if bad:
             text = f"{key} was NaN or infinite ({describe_epochs(bad)}). Try a lower --lr, "

@@ -27,6 +27,9 @@ PLAN, STATE = "plan.json", "state.pth"  # in the folder of the parts
 TEXT, ROWS = ".jsonl", ".pth"  # of a part
 LETTERS = 80  # of a value in a message
 GROUP = 10_000  # rows of a row group in Parquet
+# Files that an evaluation writes next to the results.
+SIDE_FILES = ("metrics.json", "confusion.csv", "classes.csv", "calibration.csv", "calibration.png")
+SIDE_FILES += ("worst.png",)
 Records = Iterable[dict[str, Any]]
 Fields = Mapping[str, type]  # name -> str, float, list[str] or list[float]
 
@@ -83,6 +86,12 @@ WRITERS: dict[str, Callable[[BinaryIO, Records, Fields], None]] = {
 }
 
 
+def side_file(out: Path, name: str) -> Path:
+    """Return the path of one of SIDE_FILES of an evaluation."""
+    assert name in SIDE_FILES, name
+    return out.with_name(f"{out.stem}-{name}")
+
+
 def check_place(out: Path) -> None:
     """Raise UserError if `out` cannot be written, before anything is computed."""
     if out.is_dir():
@@ -107,18 +116,22 @@ class Parts:
 
     A part is written at once or not at all, so that a program that is killed loses the part that it
     was working on. plan: plain values that decide the results; a folder of another plan is refused,
-    or replaced with `overwrite`.
+    or replaced with `overwrite`. evaluates: SIDE_FILES are written too.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, out: Path, plan: Mapping[str, Any], overwrite: bool = False, evaluates: bool = False
+    ) -> None:
         self.out, self.folder = out, folder_of(out)
         self.plan = json.loads(json.dumps(plan))
         held = self._read_plan()
         self.continues = held == self.plan
         if held is not None and not (self.continues or overwrite):
             raise UserError(self._difference(held))
-        if out.exists() and not (self.continues or overwrite):
-            raise UserError(f"{out} exists; choose another --output, or give --overwrite true")
+        written = [out, *(side_file(out, name) for name in SIDE_FILES if evaluates)]
+        there = [path for path in written if path.exists()]
+        if there and not (self.continues or overwrite):
+            raise UserError(f"{there[0]} exists; choose another --output, or give --overwrite true")
 
     def _read_plan(self) -> dict[str, Any] | None:
         try:

@@ -9,6 +9,7 @@ It needs no torch, so the table appears at once.
 
 import json
 import os
+import re
 import sys
 import time
 from calendar import timegm
@@ -24,7 +25,12 @@ from errors import UserError, did_you_mean, first_few, sentences
 from insight.run_data import RunData, number, part, read_run
 
 # Parts of the names of metrics of which the lowest value is the best.
-LOWEST = {"loss", "rmse", "mae", "ece", "dead", "saturated", "skipped"}
+LOWEST = {"loss", "rmse", "mae", "ece"}
+# Those of which neither the lowest nor the highest value is the best.
+NEITHER = re.compile(
+    r"train_lr|test_best_blr|train_grad_norm|grad_norm_.+|time_.+|feature_distance.*|grn_.+|"
+    "(dead|saturated)_channels|skipped_steps|n_parameters"
+)
 SHOWN = ("acc1", "map", "rmse")  # metrics of tasks, to show if a run names none of its own
 UNKNOWN = "-"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -68,7 +74,7 @@ class FoundRun:
     def as_json(self) -> dict[str, Any]:
         """Return the run as JSON's types."""
         values = {name: vars(value) for name, value in self.metrics.items()}
-        shown = {name: value for name, value in vars(self).items() if name not in ("lowest",)}
+        shown = {name: value for name, value in vars(self).items() if name != "lowest"}
         return shown | {"folder": str(self.folder), "metrics": values}
 
 
@@ -127,8 +133,9 @@ def find_metrics(run: RunData) -> dict[str, Value]:
             if (value := number(value)) is None or name in (*PLACES, "at"):
                 continue
             held = found.get(name, Value(None))
-            better = held.best is None or is_better(name, value, held.best, run.lowest)
-            best = (value, row["at"]) if better else (held.best, held.epoch)
+            best = (value, row["at"])
+            if not is_better(name, value, held.best, run.lowest):
+                best = (held.best, held.epoch)
             found[name] = Value(value, *best)
     return found
 
@@ -136,24 +143,33 @@ def find_metrics(run: RunData) -> dict[str, Value]:
 # --- order and output -------------------------------------------------------------------------
 
 
-def lower_is_better(name: str, lowest: Iterable[str] = ()) -> bool:
-    """Return True for a metric of which the lowest value is the best; lowest: names of others."""
-    return name in lowest or not LOWEST.isdisjoint(name.split("_"))
+def goal_of(name: str, lowest: Iterable[str] = ()) -> str:
+    """Return `min` or `max`, which is the best of a metric, '' if neither is.
+
+    lowest: names of metrics of which the lowest is.
+    """
+    if NEITHER.fullmatch(name):
+        return ""
+    return "min" if name in lowest or not LOWEST.isdisjoint(name.split("_")) else "max"
 
 
-def is_better(name: str, value: float, other: float, lowest: Iterable[str] = ()) -> bool:
-    """Return True if a value of a metric is better than another one."""
-    return value < other if lower_is_better(name, lowest) else value > other
+def is_better(name: str, value: float, best: float | None, lowest: Iterable[str] = ()) -> bool:
+    """Return True if a value of a metric is better than the best one so far."""
+    goal = goal_of(name, lowest)
+    return goal != "" and (best is None or (value < best if goal == "min" else value > best))
 
 
 def sort_runs(runs: Sequence[FoundRun], metric: str) -> list[FoundRun]:
-    """Return the runs by the best value of a metric, the best run first, those without it last."""
+    """Return the runs by the best value of a metric, the best run first, those without it last.
+
+    By the last value, the highest first, where no value is the best.
+    """
     if not any(metric in run.metrics for run in runs):
         known = sorted({name for run in runs for name in run.metrics})
         hint = did_you_mean(metric, known)
         listed = f"The runs have {first_few(known, 40) or 'no metrics yet'}"
         raise UserError(f"--sort: no run has the metric {metric!r}. {sentences(hint, listed)}")
-    sign = 1 if any(lower_is_better(metric, run.lowest) for run in runs) else -1
+    sign = 1 if any(goal_of(metric, run.lowest) == "min" for run in runs) else -1
 
     def key(run: FoundRun) -> tuple[bool, float]:
         value = run.metrics.get(metric, Value(None))
@@ -174,7 +190,7 @@ def _cells(run: FoundRun, metric: str) -> tuple[str, ...]:
     if value.best is not None and value.epoch is not None:
         best += f" (epoch {round(value.epoch, 3):g})"
     epochs = f"{round(run.epochs_done or 0, 3):g}"
-    epochs += f"/{run.epochs:g}" * (run.epochs is not None)
+    epochs += "" if run.epochs is None else f"/{run.epochs:g}"
     seconds = "" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
     script = run.script.removeprefix("main_")
     cells = (run.name, script, run.model, run.recipe, run.status, epochs)

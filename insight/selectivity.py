@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
+from models.attach import is_channels_last
 from models.convnextv2 import Block
 from parallel.process_group import all_reduce_sum
 
@@ -63,11 +64,14 @@ class ClassMeans:
     """Mean activity of each channel of each layer for each class, over images of all ranks.
 
     `count(labels)` while the network runs within `watch()`: the activity of a channel for an image
-    is the mean of its positive values over all positions.
+    is the mean of its positive values over all positions. classes: number of them. size: channels,
+    height and width of the images.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], classes: int) -> None:
-        self.model, self.layers, self.classes = model, [*layers], classes
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], classes: int, size: Sequence[int]
+    ) -> None:
+        self.model, self.layers, self.classes, self.size = model, [*layers], classes, size
         self.found: dict[str, Tensor] = {}  # of the last batch, (N, C)
         self.sums: dict[str, Tensor] = {}  # (K, C)
         self.images: Tensor | None = None  # (K,)
@@ -95,7 +99,8 @@ class ClassMeans:
                 f"--layers: {name} gives {got}, expected (N, C), (N, L, C) or a map; choose others"
             )
         values = F.gelu(output.float()) if is_block else output.float()
-        self.found[name] = pool(values.relu(), is_block)
+        is_last = is_block or is_channels_last(self.model, name, output.shape, self.size)
+        self.found[name] = pool(values.relu(), is_last)
 
     def count(self, labels: Tensor) -> None:
         """Add the batch that the network has just got; labels: (N,)."""
@@ -138,17 +143,15 @@ class ClassMeans:
 
 
 def pool(values: Tensor, is_last: bool = False) -> Tensor:
-    """Mean over positions: (N, C), (N, L, C), (N, C, H, W) or (N, H, W, C) -> (N, C).
+    """Mean over positions: (N, C), (N, L, C) or (N, C, H, W) -> (N, C).
 
-    is_last: channels are known to be last. Otherwise a map with equal sides at 1 and 2, and another
-    at 3, has its channels last, as in networks with linear layers on maps.
+    is_last: maps are (N, H, W, C).
     """
     if values.ndim == 2:
         return values
     if values.ndim == 3:
         return values.mean(1)
-    _, one, two, three = values.shape
-    return values.mean((1, 2) if is_last or (one == two != three) else (2, 3))
+    return values.mean((1, 2) if is_last else (2, 3))
 
 
 def selectivity_index(means: Tensor) -> tuple[Tensor, int]:

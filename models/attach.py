@@ -9,7 +9,7 @@ python main_finetune.py --data_set DIGITS --model convnextv2_atto --input_size 3
 import contextlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -28,6 +28,7 @@ from models.heads import (
     implied_activation,
     parse_heads,
 )
+from models.layers import PatchConv
 from models.parts import find_classifier, replace_module
 from parallel.process_group import get_logger
 
@@ -61,7 +62,7 @@ def replace_classifier(
             raise UserError(
                 f"{flag} {call} needs a map (N, C, h, w), and {name} has {got}; use linear or mlp"
             )
-        is_last = not hasattr(model, "inner_layout") and is_channels_last(model, shape, size)
+        is_last = not hasattr(model, "inner_layout") and is_channels_last(model, path, shape, size)
         head = create_head(call, shape[3 if is_last else 1], options)
         _check_map(head, call, shape[1:3] if is_last else shape[2:], options)
         if is_last:
@@ -137,7 +138,7 @@ def add_heads(
     built = {}
     for name, (call, _) in heads.items():
         shape = shapes[blocks[name]]
-        is_first = len(shape) == 4 and not is_channels_last(model, shape, size)
+        is_first = len(shape) == 4 and not is_channels_last(model, blocks[name], shape, size)
         head = create_head(call, shape[1 if is_first else -1], options)
         if getattr(head, "takes_maps", False) and len(shape) != 4:
             maps = [path for path in _outline(model) if len(shapes.get(path) or ()) == 4]
@@ -149,7 +150,7 @@ def add_heads(
         _check_map(head, call, shape[2:] if is_first else shape[1:3], options)
         fit_to_network(model, head)
         built[name] = head
-    last = {b for b in blocks.values() if is_channels_last(model, shapes[b], size)}
+    last = {b for b in blocks.values() if is_channels_last(model, b, shapes[b], size)}
     model.named_heads = NamedHeads(built, blocks, last)
     for prefix in set(classifier) - set(own):
         replace_module(model, prefix[:-1], nn.Identity())
@@ -288,9 +289,16 @@ def _freeze_unused(model: nn.Module, size: tuple[int, int, int]) -> None:
         get_logger().warning(text, plural(len(unused), "tensor"), first_few(unused))
 
 
-def is_channels_last(model: nn.Module, shape: tuple[int, ...], size: tuple[int, int, int]) -> bool:
-    """Return True for a map (N, h, w, C): its sides are in proportion to those of the images."""
-    if len(shape) != 4:
+def is_channels_last(
+    model: nn.Module, path: str, shape: Sequence[int], size: Sequence[int]
+) -> bool:
+    """Return True if a module gives maps (N, h, w, C), and not (N, C, h, w) or no maps.
+
+    shape: of its output, whose sides tell it: those of a map are in proportion to those of the
+    images. size: channels, height and width of the images.
+    """
+    module = model.get_submodule(path)
+    if len(shape) != 4 or (isinstance(module, nn.Conv2d) and not isinstance(module, PatchConv)):
         return False
     if layout := getattr(model, "inner_layout", ""):
         return layout == "NHWC"

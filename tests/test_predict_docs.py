@@ -46,7 +46,7 @@ def place(tmp_path_factory) -> Path:
         torch.save(held, folder / "runs/finetune" / name)
     names = [f"{name}/{n}.jpg" for name in CLASSES for n in range(3)]
     write_images(folder / "photos", names)
-    shutil.copytree(folder / "photos", folder / "labeled")
+    shutil.copytree(folder / "photos", folder / "labeled/val")
     shutil.make_archive(str(folder / "photos"), "zip", folder, "photos")
     rows = ["image,label", *(f"../photos/{name},{name[:3]}" for name in names)]
     (folder / "table").mkdir()

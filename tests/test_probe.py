@@ -121,7 +121,7 @@ def test_files_of_features_have_the_same_rows(tmp_path):
         if suffix == "parquet":
             pytest.importorskip("pyarrow")
         run(f"features --split all --output {tmp_path}/f.{suffix}")
-    rows, features = read_csv(tmp_path / "f.csv"), np.load(tmp_path / "f.npy")
+    rows, features = read_csv(tmp_path / "f-rows.csv"), np.load(tmp_path / "f.npy")
     assert features.shape == (34, 10)
     assert rows[0] == {
         "row": "0",
@@ -376,6 +376,7 @@ def make_bad_data(folder: Path) -> None:
         ("map --max_images 2", "a map of 2 images says nothing"),
         ("features --layer stages.7", "--layer: unknown block 'stages.7'. Did you mean 'stages"),
         ("features --layer head", "--layer head: the classifier is not used"),
+        ("selectivity --layers head", "--layers head: the classifier is not used"),
         ("selectivity --layers blok", "--layers: unknown block 'blok'. Blocks: downsample"),
         ("features none.pth", "checkpoint none.pth does not exist"),
         ("features decoder.pth", "decoder.pth: .*"),
@@ -422,16 +423,21 @@ def test_features_that_are_not_finite_are_named(tmp_path):
         ("c.pth --data_path d --fractions 1.5", "expected a number in"),
         ("map c.pth --data_path d --k 3", "unrecognized argument '--k'"),
         ("duplicates c.pth --data_path d --threshold 2", "expected a number in"),
-        ("c.pth --data_path d --feature_cache FILE", "is a file; give a folder, or none"),
+        ("c.pth --data_path d --feature_cache p.png", "is a file; give a folder, or none"),
         ("c.pth --data_path d --probes linear --k 5", "--k is for --probes knn, which is not"),
         ("c.pth --data_path d --mean 0.5", "--mean and --std belong together"),
         ("--data_path d", "required: CHECKPOINT"),
+        ("duplicates c.pth --data_path a-rows.csv --output a-rows.csv", "an input; give another"),
+        ("features c.pth --data_path a-rows.csv --output a.npy", "overwrite a-rows.csv, an input"),
+        ("map c.pth --data_path d --eval_data_path a=p.png --output p.png", "p.png, an input"),
     ],
 )
-def test_wrong_flags_are_refused_at_once(words, problem, tmp_path, capsys):
-    (tmp_path / "file").touch()
+def test_wrong_flags_are_refused_at_once(words, problem, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a-rows.csv", "p.png"):
+        (tmp_path / name).touch()
     with pytest.raises(SystemExit):
-        probe_flags.parse_probe(words.replace("FILE", str(tmp_path / "file")).split())
+        probe_flags.parse_probe(words.split())
     assert problem in capsys.readouterr().err
 
 
@@ -609,7 +615,8 @@ def test_two_processes_give_the_same_bytes(view, place, tmp_path):
 def of_the_docs(tmp_path, place, monkeypatch) -> None:
     """A folder with the runs and photos that docs/probe.md names; hubs give weights of ours."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(place / "photos/train", "photos")
+    shutil.copytree(place / "photos/train", "photos")  # README: labeled has train/ and val/
+    shutil.copytree(place / "photos", "labeled")
     torch.manual_seed(0)
     atto = create_model("convnextv2_atto", num_classes=10).state_dict()
     run = {"model": "convnextv2_atto", "input_size": (32, 32)}
@@ -631,7 +638,7 @@ def test_commands_of_the_documentation_run(of_the_docs, capsys):
     found = [words[2:] for words in commands(page) if words[:2] == ["python", "probe.py"]]
     assert {words[0] for words in found} >= set(probe_flags.AIMS) - {"accuracy"}
     for words in found:
-        few = ["--k", "3", "--fractions", "1", "0.5"]  # the test has only 20 photos
+        few = ["--k", "3", "--fractions", "1", "0.5"]  # the test has only 24 photos
         more = few * (words[0] not in probe_flags.AIMS and "DIGITS" not in words)
         view, args = probe_flags.parse_probe(
             [*words, *more, "--num_workers", "0", "--device", "cpu"]

@@ -38,7 +38,7 @@ from insight.feature_cache import FeatureCache
 from insight.feature_files import Table, as_table
 from insight.features import extract, pooled_features
 from insight.selectivity import ClassMeans, pool
-from models.attach import find_block, trace
+from models.attach import find_block, is_channels_last, trace
 from models.parts import evaluating, find_classifier
 from models.parts import features as module_outputs
 from parallel.process_group import broadcast, from_main_process, get_logger, is_main_process
@@ -88,7 +88,8 @@ class FrozenModel:
         """(N, C, H, W) -> features (N, D) float32, of --layer or of the classifier's input."""
         if self.layer:
             found = module_outputs(model, images, [self.layer])[self.layer].float()
-            return pool(found, is_last=hasattr(model, "inner_layout")).flatten(1)
+            is_last = is_channels_last(model, self.layer, found.shape, images.shape[1:])
+            return pool(found, is_last).flatten(1)
         if hasattr(model, "forward_features"):
             return pooled_features(model, images)
         return classifier_input(model, images)
@@ -114,20 +115,20 @@ def load_frozen(args: Any) -> FrozenModel:
 def find_module(args: Any, model: nn.Module, name: str, flag: str) -> str:
     """Return the path of a module that gives features; of a list of blocks, its last one.
 
-    UserError, which names the flag, for one that a network lacks or does not call.
+    UserError, which names the flag, for one that a network lacks or does not call, and for its
+    classifier, whose weights are random.
     """
+    if f"{name}.".startswith(find_classifier(model)):
+        raise UserError(f"{flag} {name}: the classifier is not used; choose another module")
     shapes, _ = trace(model, (args.in_chans, *args.input_size))
     return find_block(model, name, shapes, flag)
 
 
 def _find_layer(args: Any, model: nn.Module) -> str:
     """Return the path of --layer, '' for the input of the classifier."""
-    classifier, layer = find_classifier(model), vars(args).get("layer")
-    if layer and f"{layer}.".startswith(classifier):
-        raise UserError(f"--layer {layer}: the classifier is not used; choose another module")
-    if layer:
+    if layer := vars(args).get("layer"):
         return find_module(args, model, layer, "--layer")
-    if not (classifier or hasattr(model, "forward_features")):
+    if not (find_classifier(model) or hasattr(model, "forward_features")):
         raise UserError(
             f"the classifier of {type(model).__name__} is not found, so its features are not "
             "known; name a module with --layer"
@@ -144,7 +145,7 @@ def classifier_input(model: nn.Module, images: Tensor) -> Tensor:
         model(images)
     finally:
         handle.remove()
-    return pool(found[-1].float())
+    return pool(found[-1].float(), is_last=isinstance(layer, nn.Linear))
 
 
 # --- the images -----------------------------------------------------------------------------------
@@ -319,7 +320,8 @@ def class_means(
     """
 
     def compute() -> dict[str, Tensor] | None:
-        counter = ClassMeans(frozen.model, layers, images.dataset.nb_classes)
+        size = (frozen.args.in_chans, *frozen.args.input_size)
+        counter = ClassMeans(frozen.model, layers, images.dataset.nb_classes, size)
         loader = _build_loader(frozen, images)
         with torch.no_grad(), evaluating(frozen.model), counter.watch():
             for batch, labels, _ in _with_bar(loader, images):

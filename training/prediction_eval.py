@@ -18,6 +18,7 @@ from torchvision.utils import save_image
 from data_loading.loader import DeviceLoader
 from errors import UserError, plural
 from insight.predictions import columns
+from insight.result_files import side_file
 from parallel.process_group import get_logger, is_main_process
 from training import calibration, confusion
 from training.evaluation import Metrics
@@ -121,10 +122,7 @@ class Evaluation:
 
     def _write(self, out: Path, stats: Mapping[str, Any], rows: Any, loader: DeviceLoader) -> None:
         """Write the metrics, tables and pictures: `results-metrics.json` and so on."""
-
-        def place(name: str) -> Path:
-            return out.with_name(f"{out.stem}-{name}")
-
+        place = partial(side_file, out)
         values = {name: x for name, x in stats.items() if not isinstance(x, list)}
         written = ["metrics.json"]
         text = json.dumps({n: x if x == x else None for n, x in values.items()}, indent=1)

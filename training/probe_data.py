@@ -205,9 +205,9 @@ def _create(args: Any, path: str, data_set: str, train: bool, labeled: bool = Tr
         if train:
             text = str(error).replace("--label_column", "--probe_label_column")
             raise UserError(text.replace(f"--data_path {path}: ", "")) from error
-        if not labeled:  # once
-            text = "probes: no evaluation images in the data (%s)"
-            get_logger().info(text, first_line(error).split(";")[0])
+        if path or not labeled:  # once
+            text = "probes: no evaluation images in %s (%s)"
+            get_logger().info(text, path or "the data", first_line(error).split(";")[0])
         return None
     except Exception as error:
         if train or not is_code(data_set):

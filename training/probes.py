@@ -308,8 +308,8 @@ class Probes:
         seconds, images = broadcast(self._estimate(model))
         times = len({1, *range(self.every, int(self.epochs) + 1, self.every), self.epochs})
         each = timedelta(seconds=max(1, round(seconds)))
-        text = "%-12s about %s each, of %d images, %d times in the run"
-        get_logger().info(text, "probes", each, images, times)
+        text = "%-12s about %s each, of %d images, %s in the run"
+        get_logger().info(text, "probes", each, images, plural(times, "time"))
         return seconds * times / self.epochs
 
     def _estimate(self, model: nn.Module) -> tuple[float, int]:

@@ -5,6 +5,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from benchmarks import few_labels
 from benchmarks.cifar_runs import autoencoder
-from benchmarks.few_labels import BestEpoch, Job, Runs
+from benchmarks.few_labels import COST, BestEpoch, Job, Runs
 from errors import UserError
 from tests.test_end_to_end import run
 
@@ -144,8 +145,66 @@ def test_settings_that_do_not_fit_together_are_refused(words, message):
         few_labels.check(parse(*words.split()))
 
 
+def test_longer_runs_have_a_learning_rate_of_their_own_if_asked(tmp_path):
+    rates = ["--scratch_lrs", "0.001", "--longer_lrs", "0.001", "0.002"]
+    for args, lr in ((parse(*rates, folder=tmp_path), 2e-3), (parse(folder=tmp_path), 1e-3)):
+        runs = Runs(args, "own")
+        runs.rows[COST] = {"cost": 0.5}
+        for name, rate, best in (("scratch", 1e-3, 9), ("longer", 1e-3, 5), ("longer", 2e-3, 7)):
+            job = Job(name, 4, 3, rate, runs._epochs(name, 4))
+            runs.rows[job] = {"curve": [best]}
+        runs.rows |= {job: {"curve": [1]} for job in runs.tuning("scratch", 4)[1:]}
+        assert [job.lr for job in runs.of("longer", 4)] == [lr] * 2
+
+
+def test_an_error_keeps_the_runs_that_have_begun(tmp_path, monkeypatch):
+    """Hours of training would be lost; those that wait are not begun."""
+    jobs = [Job("scratch", 4, seed, 1e-3, 1) for seed in range(20)]
+    begun = []
+
+    def do(job: Job, args: object) -> dict:
+        begun.append(job)
+        if job.seed == 0:
+            raise RuntimeError("out of memory")
+        return job._asdict()
+
+    monkeypatch.setattr(few_labels, "do", do)
+    runs = Runs(parse(folder=tmp_path), "own")
+    pool = Pool()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runs.do_all(pool, jobs)
+    assert begun == jobs[:3]
+    assert [*Runs(parse(folder=tmp_path), "own").rows] == [*runs.rows] == jobs[1:3]
+
+
+class Pool:
+    """Runs three jobs, and then no more."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def submit(self, function, *args) -> Future:
+        future, self.count = Future(), self.count + 1
+        if self.count <= 3:
+            try:
+                future.set_result(function(*args))
+            except RuntimeError as error:
+                future.set_exception(error)
+        return future
+
+
+def test_half_a_line_of_a_killed_program_is_dropped(tmp_path):
+    job, other = (Job("scratch", 4, seed, 1e-3, 1) for seed in (3, 5))
+    Runs(parse(folder=tmp_path), "own").add(job, job._asdict())
+    with (tmp_path / "runs.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"run": "scr')
+    runs = Runs(parse(folder=tmp_path), "own")
+    runs.add(other, other._asdict())
+    assert [*Runs(parse(folder=tmp_path), "own").rows] == [job, other]
+
+
 def test_damaged_results_are_named(tmp_path):
-    (tmp_path / "runs.jsonl").write_text('{"run": "scr', encoding="utf-8")
+    (tmp_path / "runs.jsonl").write_text('{"run": "scr\n', encoding="utf-8")
     with pytest.raises(UserError, match="runs.jsonl: holds no results of this program"):
         Runs(parse(folder=tmp_path), "own")
 

@@ -78,6 +78,14 @@ def test_convnext_agrees_with_gradients_of_its_last_stage():
     assert outputs.shape == (2, 3)
 
 
+def test_convolution_of_a_convnext_gives_its_channels_first():
+    """The other maps of the network have them last; the rows of a map would be taken for them."""
+    network = tiny.classifier(num_classes=3, stem_stride=1, head_init_scale=50).eval()
+    found, last = find_map(network, (3, 16, 24), "stages.0.0.dwconv")
+    maps, _ = grad_cam(network, torch.randn(2, 3, 16, 24), found, last)
+    assert maps.shape == (2, 16, 24)
+
+
 def test_parameters_get_no_gradients():
     network = Plain().eval()
     grad_cam(network, images(), "conv", False)

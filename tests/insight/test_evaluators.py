@@ -217,6 +217,12 @@ def test_few_labels_depend_on_the_seed_alone_and_are_nested():
     assert set(few_labels(targets, 0.01, seed=3).tolist()) < set(chosen.tolist())
 
 
+def test_one_label_of_each_class_is_not_lost_by_rounding():
+    """3 / 47 * 47 is below 3 in floating point."""
+    targets = torch.arange(47) % 3
+    assert targets[few_labels(targets, 3 / 47, 0)].sort().values.tolist() == [0, 1, 2]
+
+
 def test_few_labels_of_several_classes_and_of_numbers():
     rows = torch.zeros(100, 2)
     rows[:, 0], rows[:10, 1] = 1, 1

@@ -53,6 +53,15 @@ def test_equal_images_are_a_pair_at_1(features):
     assert values.item() == pytest.approx(1)
 
 
+def test_all_copies_are_found_at_threshold_1():
+    """In float32 the product of a row of length 1 with itself is often 0.9999999."""
+    torch.manual_seed(0)
+    half = torch.randn(200, 33)
+    pairs, values = near_duplicates(torch.cat([half, half]), 1.0)
+    assert sorted(pairs.tolist()) == [[row, row + 200] for row in range(200)]
+    assert (values > 0.99999).all()
+
+
 def test_too_many_pairs_are_refused_before_memory_is_full(features, monkeypatch):
     monkeypatch.setattr(neighbors, "MOST_PAIRS", 10)
     with pytest.raises(UserError, match="--threshold -1: over 10 pairs .* raise it"):

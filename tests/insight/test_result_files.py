@@ -92,6 +92,10 @@ def test_an_existing_file_is_not_replaced_unasked(tmp_path):
     with pytest.raises(UserError, match=r"r.csv exists; choose another --output, or"):
         Parts(out, {"a": 1})
     Parts(out, {"a": 1}, overwrite=True)
+    (tmp_path / "s-classes.csv").write_text("precious")
+    Parts(tmp_path / "s.csv", {})
+    with pytest.raises(UserError, match=r"s-classes.csv exists; choose another --output, or"):
+        Parts(tmp_path / "s.csv", {}, evaluates=True)
 
 
 def test_places_that_cannot_be_written_are_refused_at_the_start(tmp_path, monkeypatch):

@@ -115,8 +115,18 @@ def test_direction_of_each_metric_is_that_of_the_training():
     for name, make in METRICS.items():
         metric = make()
         if metric.best:
-            assert runs.lower_is_better(f"test_{name}") == (metric.best == "lowest"), name
-            assert runs.lower_is_better(f"test_b_{name}_ema") == (metric.best == "lowest"), name
+            expected = "min" if metric.best == "lowest" else "max"
+            assert runs.goal_of(f"test_{name}") == expected, name
+            assert runs.goal_of(f"test_b_{name}_ema") == expected, name
+
+
+def test_no_learning_rate_or_share_of_the_time_is_the_best(tmp_path):
+    """The run that waits longest for its data would be called the best."""
+    for name, values in (("a", (0.9, 0.1)), ("b", (0.2, 0.3))):
+        write(tmp_path / name, RECORD | {"best": {}}, *epochs("time_data", *values))
+    found = sort_runs(find_runs(tmp_path), "time_data")
+    held = [(run.name, *vars(run.metrics["time_data"]).values()) for run in found]
+    assert held == [("b", 0.3, None, None), ("a", 0.1, None, None)]
 
 
 def test_unknown_metric_names_those_there_are(tmp_path):
@@ -158,6 +168,9 @@ def test_damaged_record_is_noted_and_the_rest_is_listed(text, tmp_path, capsys):
     assert f"note: {tmp_path / 'a'}: run.json cannot be read" in err
     assert "convnextv2_nano" in out
     assert len(out.splitlines()) == 3
+    (tmp_path / "a" / "args.yaml").unlink()  # nor is the number of epochs known
+    runs.print_runs(views.parse_runs([str(tmp_path)]))
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_half_a_line_and_lists_are_left_out(tmp_path):

@@ -24,14 +24,13 @@ def test_positions_are_averaged_and_channels_kept():
     values = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
     torch.testing.assert_close(pool(values), values.mean((2, 3)))
     last = values.permute(0, 2, 3, 1)
-    torch.testing.assert_close(pool(last), values.mean((2, 3)))
     torch.testing.assert_close(pool(last, is_last=True), values.mean((2, 3)))
     assert pool(torch.ones(2, 7, 5)).shape == (2, 5)
     assert pool(torch.ones(2, 5)).shape == (2, 5)
 
 
 def count(model: nn.Module, layers: list[str], images: torch.Tensor, labels: list[int]) -> dict:
-    counter = ClassMeans(model, layers, 3)
+    counter = ClassMeans(model, layers, 3, images.shape[1:])
     with torch.no_grad(), counter.watch():
         for part, label in zip(images.split(2), torch.tensor(labels).split(2), strict=True):
             model(part)
@@ -65,12 +64,38 @@ def test_activation_functions_are_the_layers_of_other_networks():
     torch.testing.assert_close(means["1"][0], active[::2].mean(0).detach())
 
 
+@pytest.mark.parametrize("size", [(16, 16), (16, 32), (32, 8)])
+def test_channels_are_found_for_images_of_any_shape(size):
+    """Rows of a map would be reported as channels."""
+    own, other = tiny.classifier(num_classes=3, stem_stride=1).eval(), Maps()
+    images, labels = torch.randn(2, 3, *size), [0, 1]
+    layers = ["downsample_layers.1", "stages.0.0.dwconv", "stages.1"]
+    means = count(own, layers, images, labels)
+    widths = [tiny.SIZE[1][1], tiny.SIZE[1][0], tiny.SIZE[1][1]]
+    assert [means[name].shape[1] for name in layers] == widths
+    means = count(other, ["first", "last"], images, labels)
+    assert [means[name].shape[1] for name in ("first", "last")] == [5, 6]
+    expected = other.last(other.first(images).permute(0, 2, 3, 1)).relu().mean((1, 2))
+    torch.testing.assert_close(means["last"], expected.detach().double())
+
+
+class Maps(nn.Module):
+    """Gives a map in one layout and then one in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 5, 1), nn.Linear(5, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(images).permute(0, 2, 3, 1)).mean((1, 2))
+
+
 def test_layers_that_are_not_known_or_not_called_are_refused():
     model = tiny.other(3)
     with pytest.raises(UserError, match="Other has no module that is one of ReLU.*--layers"):
         find_layers(model)
     unused = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ReLU()})
-    counter = ClassMeans(unused, ["b"], 2)
+    counter = ClassMeans(unused, ["b"], 2, (3, 4, 4))
     with counter.watch(), pytest.raises(UserError, match="b is not called by ModuleDict"):
         counter.count(torch.tensor([0]))
 

@@ -210,6 +210,7 @@ def test_labels_of_other_data(tmp_path, capsys):
     found = r"(\d+) training and (\d+) test images, of 3 classes \(ant, bee, cat\)"
     counts = re.search(rf"labels of {path}: {found}", said).groups()
     assert sum(map(int, counts)) == 30
+    assert f"no evaluation images in {path} ({path} does not say which images are for" in said
 
 
 @pytest.mark.parametrize(
