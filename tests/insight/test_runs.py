@@ -119,6 +119,12 @@ def test_direction_of_each_metric_is_that_of_the_training():
             assert runs.lower_is_better(f"test_b_{name}_ema") == (metric.best == "lowest"), name
 
 
+def test_run_without_a_log_has_the_values_of_its_record(tmp_path):
+    folder = write(tmp_path / "run", RECORD)
+    (folder / "log.txt").unlink()
+    assert describe(read_run(folder)).metrics == {"test_acc1": runs.Value(70.0, 80.0, 2.0)}
+
+
 def test_unknown_metric_names_those_there_are(tmp_path):
     write(tmp_path / "a", RECORD, *epochs("test_acc1", 1))
     with pytest.raises(UserError, match=r"'test_acc'.*Did you mean 'test_acc1'.*lr, test_acc1"):
