@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from config import flags, probe_flags
 from data_loading.rng import fold_in
 from errors import UserError
 from insight import feature_cache
+from insight.evaluators import Labeled
 from insight.feature_cache import FeatureCache
 from models import create_model
 from tests import tiny
@@ -110,6 +112,16 @@ def test_probes_of_separable_classes_find_them(tmp_path, capsys):
     assert re.search(r"knn +24  90.00% ± 9.75 +k 3, temperature 0.07", said)
 
 
+def test_top5_counts_the_five_best_of_many_classes():
+    labels = torch.arange(28) % 7
+    sets = [Labeled(torch.eye(7)[labels], labels)] * 2
+    sets[1] = Labeled(sets[1].features, (labels + (labels == 0)).clone())  # a seventh is wrong
+    args = Namespace(k=4, temperature=0.07, seed=0)
+    found = [probe.run_probe(name, *sets, "class", args) for name in ("knn", "linear")]
+    assert [row["score"] for row in found] == pytest.approx([600 / 7] * 2)
+    assert all(row["score"] <= row["top5"] <= 100 for row in found)
+
+
 def test_order_of_probes_does_not_depend_on_the_flag(tmp_path):
     run(f"accuracy --k 3 --probes linear knn --output {tmp_path}/r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]
@@ -187,13 +199,27 @@ def test_copies_in_train_and_val_are_found(tmp_path, capsys):
 def test_image_that_is_unlike_the_others_comes_first(place, tmp_path, capsys):
     shutil.copytree("photos", tmp_path / "data")
     Image.new("RGB", (18, 18), "white").save(tmp_path / "data/train/red/white.png")
+    shutil.copy("photos/train/red/2.png", tmp_path / "data/train/green/red.png")
     run(f"outliers --k 2 --output {tmp_path}/o.csv", tmp_path / "data")
     rows = read_csv(tmp_path / "o.csv")
-    assert (len(rows), rows[0]["image"]) == (25, f"{tmp_path}/data/train/red/white.png")
+    assert (len(rows), rows[0]["image"]) == (26, f"{tmp_path}/data/train/red/white.png")
     values = [float(row["distance"]) for row in rows]
     assert values == sorted(values, reverse=True)
-    assert [row["rank"] for row in rows] == [str(n + 1) for n in range(25)]
+    assert [row["rank"] for row in rows] == [str(n + 1) for n in range(26)]
     assert sum(float(row["same_class"]) for row in rows) > 20
+    run(f"features --output {tmp_path}/f.npy", tmp_path / "data")
+    x = torch.from_numpy(np.load(tmp_path / "f.npy"))
+    x = torch.nn.functional.normalize(x - x.mean(0))
+    similar = (x @ x.T).fill_diagonal_(-2)  # an image is not its own neighbor
+    near, places = similar.topk(2)
+    assert values == pytest.approx(sorted((1 - near[:, 1]).tolist(), reverse=True), abs=1e-5)
+    own = {row["image"]: row["class"] for row in read_csv(tmp_path / "f.csv")}
+    classes = [*own.values()]
+    for image, found in zip(own, places.tolist(), strict=True):
+        (row,) = (row for row in rows if row["image"] == image)
+        same = sum(classes[place] == own[image] for place in found) / 2
+        assert float(row["same_class"]) == same
+    assert "0.500" in {row["same_class"] for row in rows}
 
 
 def test_map_and_selectivity_are_drawn(tmp_path, capsys):
