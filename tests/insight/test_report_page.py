@@ -236,12 +236,15 @@ def test_shares_of_the_time_lie_side_by_side(tmp_path):
 
 
 def test_the_last_picture_is_shown_first(tmp_path):
-    run = write_run(tmp_path / "run", pretrain_rows(3), pictures={"reconstructions": [0, 1, 2]})
+    """Also of more epochs than there is room for."""
+    drawn = {"reconstructions": range(12)}
+    run = write_run(tmp_path / "run", pretrain_rows(12), pictures=drawn)
     elements = Reader(build_page(read_runs([run]))).elements
     shown = [a["data-epoch"] for name, a in elements if name == "img" and "hidden" not in a]
     buttons = [a for name, a in elements if name == "button" and "data-epoch" in a]
     pressed = [a["data-epoch"] for a in buttons if a["aria-pressed"] == "true"]
-    assert shown == pressed == ["3"]
+    assert shown == pressed == ["12"]
+    assert buttons[0]["data-epoch"] == "1"
 
 
 def test_lowest_loss_of_several_runs_is_the_best(tmp_path):
