@@ -182,6 +182,30 @@ def test_neighbors_have_the_class_of_the_image(tmp_path, capsys):
     run(f"neighbors --k 24 --split val --num_images 1 --output {tmp_path}/m.png")  # all of train
 
 
+def test_neighbors_are_those_of_images_of_all_the_data(tmp_path, monkeypatch):
+    """The first images of a sorted folder are of one class."""
+    seen, real = [], probe.drawing.draw_grid
+    monkeypatch.setattr(probe.drawing, "draw_grid", lambda *w: seen.append(w[0]) or real(*w))
+    run(f"neighbors --k 2 --num_images 3 --output {tmp_path}/n.png")
+    assert [row[0].lines[0] for row in seen[0]] == [*CLASSES]
+
+
+def test_other_processes_write_no_accuracy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "is_main_process", lambda: False)
+    run(f"accuracy --k 3 --output {tmp_path}/r.json")
+    assert "chance" not in capsys.readouterr().out
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_groups_of_duplicates_are_in_order(tmp_path):
+    shutil.copytree("photos", tmp_path / "data")
+    for copy, of in (("blue/a", "blue/0"), ("blue/b", "blue/0"), ("red/c", "red/2")):
+        train = tmp_path / "data/train"
+        shutil.copy(train / f"{of}.png", train / f"{copy}.png")
+    run(f"duplicates --threshold 0.9999 --output {tmp_path}/d.csv", tmp_path / "data")
+    assert [row["group"] for row in read_csv(tmp_path / "d.csv")] == ["1", "1", "1", "2"]
+
+
 def test_copies_in_train_and_val_are_found(tmp_path, capsys):
     run(f"duplicates --split all --threshold 0.9999 --output {tmp_path}/d.csv")
     assert "1 pair in 1 group of 34 images" in (said := capsys.readouterr().out)
@@ -232,6 +256,15 @@ def test_map_and_selectivity_are_drawn(tmp_path, capsys):
     assert all(0 < float(row[3]) < 1 for row in rows)
     for name in ("m", "s"):
         assert Image.open(tmp_path / f"{name}.png").width > 200
+
+
+def test_columns_of_the_selectivity_are_those_of_the_head(tmp_path, monkeypatch, capsys):
+    index = torch.tensor([0.0, 0.1, 0.8])
+    monkeypatch.setattr(probe, "summarize", lambda means: [(name, index, 2) for name in means])
+    run(f"selectivity --layers stages.0 --output {tmp_path}/s.png")
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert head == ["layer", "channels", "silent", "mean", "median", "over", "0.5"]
+    assert row == ["stages.0.0", "16", "2", "0.300", "0.100", "33.3%"]
 
 
 def test_images_without_labels_are_enough_for_all_but_probes(tmp_path):
@@ -539,6 +572,7 @@ BASES = {
     "on_bad_image": "--data_path broken", "val_split": "--data_path photos/train",
     "nb_classes": "--data_set tests.test_probe:nameless",
     "model_prefix": "several.pth --model_key other",
+    "duplicates center": "--threshold 0.5", "duplicates num_images": "--threshold 0",
 }  # fmt: skip
 
 
@@ -577,7 +611,8 @@ def sources(place) -> None:
 
 @pytest.mark.parametrize(("view", "flag"), [(v, f) for v, rows in ACTS.items() for f in rows])
 def test_flag_acts(view, flag, sources):
-    seen = [see(view, words) for words in (BASES.get(flag, ""), ACTS[view][flag])]
+    base = BASES.get(f"{view} {flag}", BASES.get(flag, ""))
+    seen = [see(view, words) for words in (base, ACTS[view][flag])]
     assert seen[0] != seen[1]
 
 
