@@ -71,6 +71,13 @@ def test_labels_are_found_by_their_names():
     assert json.loads(Path("r-metrics.json").read_text())["acc1"] == pytest.approx(100 * right / 7)
 
 
+def test_classes_without_names_are_called_as_the_labels_are():
+    save_checkpoint(Path("it.pth"), names=None)
+    rows = results("it.pth labeled --labels true", Path("r.json"))
+    assert {row["prediction"] for row in rows} <= {*CLASSES}
+    assert [row["class"] for row in table("r-classes.csv")] == CLASSES
+
+
 def test_tables_next_to_the_results_are_those_of_the_rows(monkeypatch):
     """With a loss whose probabilities are sigmoids."""
     names = ["bee", "ant", "cat"]
@@ -88,6 +95,18 @@ def test_tables_next_to_the_results_are_those_of_the_rows(monkeypatch):
     assert sure == pytest.approx(100 * sum(row["probability"] for row in rows), rel=1e-4)
     losses = sorted((row["loss"] for row in rows), reverse=True)
     assert drawn[0][:, 0].tolist() == pytest.approx(losses, rel=1e-4)  # the worst first
+
+
+def test_metrics_that_are_not_defined_are_null():
+    """R squared of one image is 0 / 0, and NaN is no JSON."""
+    task = {"task": "regression", "loss": "l2"}
+    save_checkpoint(Path("a.pth"), outputs=1, names=["w"], args=task)
+    Path("a.csv").write_text("image,w\nlabeled/ant/0.png,2.5\n")
+    (row,) = results("a.pth a.csv --label_column w", Path("r.json"))
+    text = Path("r-metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["r2"] is None
+    assert json.loads(text)["mae"] == pytest.approx(abs(row["prediction"] - 2.5), rel=1e-4)
 
 
 # --- interruptions --------------------------------------------------------------------------------
