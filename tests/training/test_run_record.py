@@ -3,6 +3,7 @@
 """run.json: what it holds at the start, at saves, and at the end of finished and failed runs."""
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -14,15 +15,23 @@ import torch
 import main_finetune
 import main_pretrain
 from config import parser as options
+from data_loading.dataset import TransformedDataset
 from errors import Preempted, TrainingStopped, UserError
-from tests import fakes
+from tests import fakes, tiny
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 from training import run_record
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.hooks import Run
 from training.resume import ResumePoint
-from training.run_record import best_of, build_run_record, describe_end, describe_git
+from training.run_record import (
+    as_json,
+    best_of,
+    build_run_record,
+    describe_data,
+    describe_end,
+    describe_git,
+)
 
 KEYS = """
 version script status error start end seconds arguments typed recipe seed mask_ratio git packages
@@ -228,6 +237,22 @@ def test_values_that_json_lacks_are_none(tmp_path):
     found = record_of(tmp_path)
     assert found["final"] == {"train_loss": None, "test_acc1": 5}
     assert found["best"] == {"test_loss": {"value": None, "epoch": None, "lower_is_better": True}}
+
+
+def test_flags_that_json_lacks_are_texts():
+    """One with Inf would end the run."""
+    flags = {"a": (math.inf, 1.5, True), "path": Path("x"), "none": None}
+    assert as_json(flags) == {"a": ["inf", 1.5, True], "path": "x", "none": None}
+
+
+def test_data_has_a_fingerprint_of_its_own():
+    args = SimpleNamespace(data_set="mine")
+    marks = [
+        describe_data(TransformedDataset(tiny.Colors(count), None, 0, 3, 3), args)["fingerprint"]
+        for count in (26, 26, 25)
+    ]
+    assert marks[0] is not None
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_best_metrics_have_their_names_and_epochs():
