@@ -206,6 +206,8 @@ def test_rows_of_classes_and_the_most_confused_ones(folders):
         ("cat", 100, pytest.approx(100 * 10 / 13), 10, ""),
     ]
     assert most_confused(confusion, 2) == [0, 3]  # cat and owl, in their own order
+    missed = Confusion("abc", "abc", ((0, 2, 2), (0, 5, 0), (0, 0, 5)))
+    assert most_confused(missed, 1) == [0]  # never predicted, so no column has it
 
 
 def test_classes_without_images_come_last():
