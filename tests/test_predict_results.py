@@ -5,6 +5,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_tables_next_to_the_results_are_those_of_the_rows(monkeypatch):
     assert sure == pytest.approx(100 * sum(row["probability"] for row in rows), rel=1e-4)
     losses = sorted((row["loss"] for row in rows), reverse=True)
     assert drawn[0][:, 0].tolist() == pytest.approx(losses, rel=1e-4)  # the worst first
+
+
+def test_batches_are_evaluated_in_their_order():
+    """Several processes would give sums that differ in their last bits from those of one."""
+    job, seen = object.__new__(predict.PredictionJob), []
+    job.size, job.widths = 2, [1] * 6
+    job.evaluation = SimpleNamespace(add=lambda ids, *rest: seen.append(ids.tolist()))
+    job.evaluate(torch.tensor([[4.0], [2.0], [3.0], [0.0], [1.0]]).expand(5, 6))
+    assert seen == [[0, 1], [2, 3], [4]]
 
 
 def test_metrics_that_are_not_defined_are_null():
