@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from config import flags, probe_flags
 from data_loading.rng import fold_in
 from errors import UserError
 from insight import feature_cache
+from insight.evaluators import Labeled
 from insight.feature_cache import FeatureCache
 from models import create_model
 from tests import tiny
@@ -110,6 +112,16 @@ def test_probes_of_separable_classes_find_them(tmp_path, capsys):
     assert re.search(r"knn +24  90.00% ± 9.75 +k 3, temperature 0.07", said)
 
 
+def test_top5_counts_the_five_best_of_many_classes():
+    labels = torch.arange(28) % 7
+    sets = [Labeled(torch.eye(7)[labels], labels)] * 2
+    sets[1] = Labeled(sets[1].features, (labels + (labels == 0)).clone())  # a seventh is wrong
+    args = Namespace(k=4, temperature=0.07, seed=0)
+    found = [probe.run_probe(name, *sets, "class", args) for name in ("knn", "linear")]
+    assert [row["score"] for row in found] == pytest.approx([600 / 7] * 2)
+    assert all(row["score"] <= row["top5"] <= 100 for row in found)
+
+
 def test_order_of_probes_does_not_depend_on_the_flag(tmp_path):
     run(f"accuracy --k 3 --probes linear knn --output {tmp_path}/r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]
@@ -170,6 +182,30 @@ def test_neighbors_have_the_class_of_the_image(tmp_path, capsys):
     run(f"neighbors --k 24 --split val --num_images 1 --output {tmp_path}/m.png")  # all of train
 
 
+def test_neighbors_are_those_of_images_of_all_the_data(tmp_path, monkeypatch):
+    """The first images of a sorted folder are of one class."""
+    seen, real = [], probe.drawing.draw_grid
+    monkeypatch.setattr(probe.drawing, "draw_grid", lambda *w: seen.append(w[0]) or real(*w))
+    run(f"neighbors --k 2 --num_images 3 --output {tmp_path}/n.png")
+    assert [row[0].lines[0] for row in seen[0]] == [*CLASSES]
+
+
+def test_other_processes_write_no_accuracy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "is_main_process", lambda: False)
+    run(f"accuracy --k 3 --output {tmp_path}/r.json")
+    assert "chance" not in capsys.readouterr().out
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_groups_of_duplicates_are_in_order(tmp_path):
+    shutil.copytree("photos", tmp_path / "data")
+    for copy, of in (("blue/a", "blue/0"), ("blue/b", "blue/0"), ("red/c", "red/2")):
+        train = tmp_path / "data/train"
+        shutil.copy(train / f"{of}.png", train / f"{copy}.png")
+    run(f"duplicates --threshold 0.9999 --output {tmp_path}/d.csv", tmp_path / "data")
+    assert [row["group"] for row in read_csv(tmp_path / "d.csv")] == ["1", "1", "1", "2"]
+
+
 def test_copies_in_train_and_val_are_found(tmp_path, capsys):
     run(f"duplicates --split all --threshold 0.9999 --output {tmp_path}/d.csv")
     assert "1 pair in 1 group of 34 images" in (said := capsys.readouterr().out)
@@ -187,13 +223,27 @@ def test_copies_in_train_and_val_are_found(tmp_path, capsys):
 def test_image_that_is_unlike_the_others_comes_first(place, tmp_path, capsys):
     shutil.copytree("photos", tmp_path / "data")
     Image.new("RGB", (18, 18), "white").save(tmp_path / "data/train/red/white.png")
+    shutil.copy("photos/train/red/2.png", tmp_path / "data/train/green/red.png")
     run(f"outliers --k 2 --output {tmp_path}/o.csv", tmp_path / "data")
     rows = read_csv(tmp_path / "o.csv")
-    assert (len(rows), rows[0]["image"]) == (25, f"{tmp_path}/data/train/red/white.png")
+    assert (len(rows), rows[0]["image"]) == (26, f"{tmp_path}/data/train/red/white.png")
     values = [float(row["distance"]) for row in rows]
     assert values == sorted(values, reverse=True)
-    assert [row["rank"] for row in rows] == [str(n + 1) for n in range(25)]
+    assert [row["rank"] for row in rows] == [str(n + 1) for n in range(26)]
     assert sum(float(row["same_class"]) for row in rows) > 20
+    run(f"features --output {tmp_path}/f.npy", tmp_path / "data")
+    x = torch.from_numpy(np.load(tmp_path / "f.npy"))
+    x = torch.nn.functional.normalize(x - x.mean(0))
+    similar = (x @ x.T).fill_diagonal_(-2)  # an image is not its own neighbor
+    near, places = similar.topk(2)
+    assert values == pytest.approx(sorted((1 - near[:, 1]).tolist(), reverse=True), abs=1e-5)
+    own = {row["image"]: row["class"] for row in read_csv(tmp_path / "f.csv")}
+    classes = [*own.values()]
+    for image, found in zip(own, places.tolist(), strict=True):
+        (row,) = (row for row in rows if row["image"] == image)
+        same = sum(classes[place] == own[image] for place in found) / 2
+        assert float(row["same_class"]) == same
+    assert "0.500" in {row["same_class"] for row in rows}
 
 
 def test_map_and_selectivity_are_drawn(tmp_path, capsys):
@@ -206,6 +256,15 @@ def test_map_and_selectivity_are_drawn(tmp_path, capsys):
     assert all(0 < float(row[3]) < 1 for row in rows)
     for name in ("m", "s"):
         assert Image.open(tmp_path / f"{name}.png").width > 200
+
+
+def test_columns_of_the_selectivity_are_those_of_the_head(tmp_path, monkeypatch, capsys):
+    index = torch.tensor([0.0, 0.1, 0.8])
+    monkeypatch.setattr(probe, "summarize", lambda means: [(name, index, 2) for name in means])
+    run(f"selectivity --layers stages.0 --output {tmp_path}/s.png")
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert head == ["layer", "channels", "silent", "mean", "median", "over", "0.5"]
+    assert row == ["stages.0.0", "16", "2", "0.300", "0.100", "33.3%"]
 
 
 def test_images_without_labels_are_enough_for_all_but_probes(tmp_path):
@@ -519,6 +578,7 @@ BASES = {
     "on_bad_image": "--data_path broken", "val_split": "--data_path photos/train",
     "nb_classes": "--data_set tests.test_probe:nameless",
     "model_prefix": "several.pth --model_key other",
+    "duplicates center": "--threshold 0.5", "duplicates num_images": "--threshold 0",
 }  # fmt: skip
 
 
@@ -557,7 +617,8 @@ def sources(place) -> None:
 
 @pytest.mark.parametrize(("view", "flag"), [(v, f) for v, rows in ACTS.items() for f in rows])
 def test_flag_acts(view, flag, sources):
-    seen = [see(view, words) for words in (BASES.get(flag, ""), ACTS[view][flag])]
+    base = BASES.get(f"{view} {flag}", BASES.get(flag, ""))
+    seen = [see(view, words) for words in (base, ACTS[view][flag])]
     assert seen[0] != seen[1]
 
 

@@ -70,6 +70,21 @@ def test_nothing_known_raises_no_alarm():
         (changed(dead_channels=80.0), "collapse", "80% of the channels are dead and 0% saturated"),
         (changed(saturated_channels=60.0), "collapse", "1% of the channels are dead and 60%"),
         (changed(30, train_loss=0.99), "stall", "train_loss 0.99 after 30 epochs"),
+        (
+            [{"train_loss": loss} for loss in (1.0, 1.15, 1.1, 1.0, 1.0, 1.0)],
+            "stall",
+            "train_loss 1 after 6 epochs, and 1 in the first",
+        ),
+        (
+            [{"rank_me": rank} for rank in (60.0, 40.0, 30.0, 20.0)],  # a little in each probe
+            "collapse",
+            "rank_me 20.0 has fallen from 60.0",
+        ),
+        (
+            changed(dead_channels=30.0, saturated_channels=25.0),
+            "collapse",
+            "30% of the channels are dead and 25% saturated",
+        ),
         (changed(29, probe_knn=20.0), "stall", "probe_knn 20.0% is below its first value, 31.0%"),
     ],
 )
@@ -92,6 +107,7 @@ def test_an_alarm_ends_with_its_cause():
     history = changed(feature_distance=0.01)
     assert kinds(history) == ["collapse"]
     assert kinds([*history, {**healthy()[-1]}]) == []
+    assert kinds([*changed(skipped_steps=12.0), {"skipped_steps": 0.0}]) == []
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,7 @@ def test_an_alarm_ends_with_its_cause():
         [{"train_loss": x} for x in (1, 0.5, 0, 1e-6, 1e-6)],
         changed(30, train_loss=0.99)[:5],  # too early
         changed(29, probe_knn=29.0),  # within the noise
+        changed(1, probe_knn=20.0),  # one probe alone
     ],
 )
 def test_what_is_not_clear_raises_no_alarm(history):

@@ -27,6 +27,14 @@ def test_pca_gives_the_directions_of_largest_variance():
     assert pca(features)[0].equal(points)
 
 
+def test_sign_of_a_direction_is_that_of_its_largest_weight():
+    """A map would be mirrored on another machine."""
+    for seed in range(6):
+        features = torch.randn(30, 5, generator=torch.Generator().manual_seed(seed)).double()
+        directions = (features - features.mean(0)).T @ pca(features)[0]
+        assert (directions.gather(0, directions.abs().argmax(0, keepdim=True)) > 0).all()
+
+
 def test_a_single_channel_makes_a_line():
     points, fractions = pca(torch.arange(4.0)[:, None])
     assert points[:, 1].tolist() == [0] * 4

@@ -145,6 +145,13 @@ def test_noise_gets_a_large_penalty_and_a_clear_rule_a_small_one():
     assert noise.penalty > 100 * rule.penalty
 
 
+def test_of_equally_good_penalties_the_largest_is_chosen():
+    targets = torch.arange(20) % 2
+    ridge = fit_ridge(Labeled(torch.eye(2)[targets], targets), "class", 2)
+    assert ridge.quality == (1.0,) * len(PENALTIES)
+    assert ridge.penalty == max(PENALTIES)
+
+
 def test_dead_and_repeated_features_do_no_harm():
     train, test = made(40, 6), made(30, 6, seed=1)
     wider = [
@@ -174,8 +181,9 @@ def test_one_class_is_refused(evaluate):
 def test_features_of_a_diverged_network_are_refused(evaluate):
     bad = made(30, 4)
     bad.features[3, 1] = math.nan
-    with pytest.raises(UserError, match="NaN or Inf"):
-        evaluate(bad, made(9, 4))
+    for sets, name in (((bad, made(9, 4)), "train"), ((made(30, 4), bad), "test")):
+        with pytest.raises(UserError, match=f"the {name} features hold NaN or Inf"):
+            evaluate(*sets)
 
 
 @pytest.mark.parametrize(

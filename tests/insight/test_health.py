@@ -134,6 +134,18 @@ def test_dead_and_saturated_channels_are_counted():
     assert found["saturated_channels"] == pytest.approx(100 * 2 / channels)
 
 
+def test_a_dead_channel_is_not_saturated_too():
+    """Both shares add up in the alarm, which would count it twice."""
+    model, channels = fcmae(), sum(4 * dim for dim in SIZE[1])
+    layer = model.encoder.stages[3][0].pwconv1
+    with torch.no_grad():
+        layer.weight[:3] = 0
+        layer.bias[:3] = 1e-4  # constant, and nearly 0
+    found = describe_layers(layer_sums(model, IMAGES))
+    assert found["dead_channels"] == pytest.approx(100 * 3 / channels)
+    assert found["saturated_channels"] == 0
+
+
 def test_channels_that_copy_each_other_have_a_small_distance():
     model = fcmae()
     healthy = describe_layers(layer_sums(model, IMAGES))["feature_distance_stage3"]

@@ -81,6 +81,14 @@ def test_a_part_of_each_class_is_held_out():
     assert not torch.equal(held, hold_out(labels, 0.2, seed=1))
 
 
+def test_last_fit_is_to_all_images(monkeypatch):
+    """The fit that is reported would lack the images that chose its penalty."""
+    rows, real = [], logistic._fit
+    monkeypatch.setattr(logistic, "_fit", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
+    fit_logistic(*blobs(60, 3, 2, 0.7), 3)
+    assert rows == [48] * 2 * len(PENALTIES) + [60]
+
+
 def test_single_images_of_each_class_are_fitted():
     model = fit_logistic(torch.eye(3), torch.arange(3), 3)
     assert model(torch.eye(3)).argmax(1).tolist() == [0, 1, 2]

@@ -145,6 +145,7 @@ def test_best_is_the_lowest_loss_and_the_highest_accuracy():
     assert Series(0, "test_loss", "test", x, [3.0, 1.0, 2.0], "min").best == (1, 2)
     assert Series(0, "test_acc1", "test", x, [3.0, 1.0, 3.0], "max").best == (3, 1)
     assert Series(0, "train_lr", "lr", x, [3.0, 1.0, 3.0]).best is None
+    assert Series(0, "test_loss", "test", x, [3.0, 1.0, 2.0], "min").last == (2, 3)
 
 
 def test_a_long_curve_keeps_its_ends_and_its_spikes():
@@ -182,6 +183,8 @@ def test_log_axis_from_the_start_only_over_many_decades(tmp_path):
         ("Loss", True),
         ("Learning rate", False),
     ]
+    rows = [{"epoch": e, "train_loss": 2.0 - 0.1 * e} for e in range(5)]
+    assert not build_charts([read_run(write_run(tmp_path / "run", rows))])[0][0].log
 
 
 def test_shares_are_means_and_the_rest_is_other(tmp_path):
@@ -190,3 +193,6 @@ def test_shares_are_means_and_the_rest_is_other(tmp_path):
     found = mean_shares(read_run(write_run(tmp_path / "run", rows)))
     assert found == pytest.approx({"data": 0.3, "forward": 0.3, "other": 0.4})
     assert mean_shares(read_run(write_run(tmp_path / "old", [{"epoch": 0}]))) == {}
+    rows = [{"epoch": 0, "time_data": 0.9, "time_forward": 0.6}]  # of two clocks
+    found = mean_shares(read_run(write_run(tmp_path / "more", rows)))
+    assert found == pytest.approx({"data": 0.6, "forward": 0.4})

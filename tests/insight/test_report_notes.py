@@ -137,4 +137,5 @@ def test_thousands_of_alarms_do_not_fill_the_page(tmp_path):
 def test_epochs_in_words():
     assert describe_epochs([3]) == "epoch 3"
     assert describe_epochs([3, 4, 4.5, 5]) == "epochs 3 to 5"
+    assert describe_epochs([3, 5]) == "epochs 3, 5"
     assert describe_epochs([1, 4, 9, 12, 20]) == "epochs 1, 4, 9 and 2 more"

@@ -16,15 +16,19 @@ import visualize
 from config import views
 from errors import UserError
 from insight import report_page
-from insight.report_data import WrongPredictions, read_runs
+from insight.report_data import Confusion, WrongPredictions, read_runs
 from insight.report_html import duration, figure_of, script_json, shorten_middle, tag
 from insight.report_page import LIMIT, build_page, write_report
 from insight.report_tables import (
     class_rows,
     describe_machine,
+    machine_table,
+    matrix_picture,
     most_confused,
     predictions_table,
+    shares_picture,
 )
+from insight.run_data import read_run
 from tests.insight.written import (
     CLASSES,
     FLAGS,
@@ -202,6 +206,60 @@ def test_rows_of_classes_and_the_most_confused_ones(folders):
         ("cat", 100, pytest.approx(100 * 10 / 13), 10, ""),
     ]
     assert most_confused(confusion, 2) == [0, 3]  # cat and owl, in their own order
+    missed = Confusion("abc", "abc", ((0, 2, 2), (0, 5, 0), (0, 0, 5)))
+    assert most_confused(missed, 1) == [0]  # never predicted, so no column has it
+
+
+def test_classes_without_images_come_last():
+    """Their recall is unknown, and not the lowest."""
+    confusion = Confusion(("a", "b"), ("a", "b"), ((0, 0), (1, 3)))
+    assert [row[0] for row in class_rows(confusion)] == ["b", "a"]
+
+
+def test_diagonal_of_the_confusion_matrix_is_right():
+    """The colors of right and wrong would be the other way round."""
+    drawing = matrix_picture(Confusion(("a", "b"), ("a", "b"), ((3, 1), (0, 2))), 8)
+    assert re.findall(r'class="(right|wrong|none)"', drawing) == ["right", "wrong", "none", "right"]
+
+
+def test_rows_of_the_machine_that_differ_are_marked(tmp_path):
+    other = RECORD | {"seed": 1, "packages": RECORD["packages"] | {"torch": "2.9.0"}}
+    runs = [read_run(write_run(tmp_path / n, (), r)) for n, r in (("a", RECORD), ("b", other))]
+    marked = re.findall(r'<tr class="marked"><th scope="row">([\w ]+)', machine_table(runs))
+    assert marked == ["seed", "packages"]
+
+
+def test_shares_of_the_time_lie_side_by_side(tmp_path):
+    row = {"epoch": 0, "time_data": 0.25, "time_forward": 0.5, "time_backward": 0.25}
+    bar = shares_picture([read_run(write_run(tmp_path / "run", [row]))])
+    assert re.findall(r'<rect x="([\d.]+)" y="0" width="([\d.]+)"', bar) == [
+        ("0.00", "25.00"), ("25.00", "50.00"), ("75.00", "25.00"),
+    ]  # fmt: skip
+
+
+def test_the_last_picture_is_shown_first(tmp_path):
+    """Also of more epochs than there is room for."""
+    drawn = {"reconstructions": range(12)}
+    run = write_run(tmp_path / "run", pretrain_rows(12), pictures=drawn)
+    elements = Reader(build_page(read_runs([run]))).elements
+    shown = [a["data-epoch"] for name, a in elements if name == "img" and "hidden" not in a]
+    buttons = [a for name, a in elements if name == "button" and "data-epoch" in a]
+    pressed = [a["data-epoch"] for a in buttons if a["aria-pressed"] == "true"]
+    assert shown == pressed == ["12"]
+    assert buttons[0]["data-epoch"] == "1"
+
+
+def test_lowest_loss_of_several_runs_is_the_best(tmp_path):
+    rows = {name: [{"epoch": 0, "train_loss": loss}] for name, loss in (("a", 2.5), ("b", 1.5))}
+    page = build_page(read_runs([write_run(tmp_path / name, rows[name]) for name in rows]))
+    assert re.findall(r"<b>(.*?)</b>", page.partition("<main>")[0]) == ["1.5"]
+
+
+def test_errors_of_any_run_come_before_notes_of_others(tmp_path):
+    states = {"a": {"status": "running"}, "b": {"status": "failed", "error": "no memory"}}
+    runs = [write_run(tmp_path / n, pretrain_rows(2), RECORD | r) for n, r in states.items()]
+    levels = re.findall(r'<li class="(\w+)"><strong>', build_page(read_runs(runs)))
+    assert levels[:2] == ["error", "warning"]
 
 
 def test_no_wrong_prediction_is_a_sentence_without_a_table():

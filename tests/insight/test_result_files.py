@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from errors import UserError
+from insight import result_files
 from insight.result_files import WRITERS, Parts, Shown, check_place, folder_of
+from utils import write_atomically
 
 FIELDS = {"path": str, "names": list[str], "values": list[float], "x": float, "error": str}
 RECORDS = [
@@ -35,6 +37,7 @@ def test_formats_hold_the_same(tmp_path):
     pyarrow = pytest.importorskip("pyarrow.parquet")
     for suffix in WRITERS:
         assert finished(tmp_path / f"r{suffix}") == 1
+    assert finished(tmp_path / "more.csv", [*RECORDS, RECORDS[0]]) == 1  # those with an error
     assert json.loads((tmp_path / "r.json").read_text()) == RECORDS
     assert [*map(json.loads, (tmp_path / "r.jsonl").open())] == RECORDS
     assert pyarrow.read_table(tmp_path / "r.parquet").to_pylist() == RECORDS
@@ -78,6 +81,37 @@ def test_a_part_without_its_state_is_not_finished(tmp_path):
     assert again.begin()["parts"] == 1
 
 
+class Killed(BaseException):
+    """As by SIGKILL."""
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_part_counts_once_all_of_it_is_written(writes, tmp_path, monkeypatch):
+    """A kill would lose records that the state says are there."""
+    parts, left, real = Parts(tmp_path / "r.csv", {}), iter(range(writes)), write_atomically
+    parts.begin()
+
+    def write(content, path):
+        if next(left, None) is None:
+            raise Killed
+        real(content, path)
+
+    monkeypatch.setattr(result_files, "write_atomically", write)
+    with pytest.raises(Killed):
+        parts.write(0, LINES, {}, torch.ones(2))
+    assert Parts(tmp_path / "r.csv", {}).begin()["parts"] == 0
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    out = tmp_path / "r.csv"
+    parts = Parts(out, {})
+    parts.begin()
+    parts.write(0, LINES, {})
+    with pytest.raises(UserError, match="the same command continues"):
+        parts.finish(2, FIELDS)  # the second part is lost
+    assert not out.exists()
+
+
 def test_rows_of_parts_are_in_order(tmp_path):
     parts = Parts(tmp_path / "r.csv", {})
     parts.begin()
@@ -96,6 +130,9 @@ def test_an_existing_file_is_not_replaced_unasked(tmp_path):
     Parts(tmp_path / "s.csv", {})
     with pytest.raises(UserError, match=r"s-classes.csv exists; choose another --output, or"):
         Parts(tmp_path / "s.csv", {}, evaluates=True)
+    parts = Parts(out, {"a": 2}, overwrite=True)  # killed between the file and the end
+    parts.begin()
+    assert Parts(out, {"a": 2}).continues
 
 
 def test_places_that_cannot_be_written_are_refused_at_the_start(tmp_path, monkeypatch):
@@ -119,6 +156,14 @@ def test_a_full_disk_is_an_error_that_says_how_to_continue(tmp_path, monkeypatch
     monkeypatch.setattr("insight.result_files.write_atomically", full)
     with pytest.raises(UserError, match="No space left.*the same command continues"):
         parts.write(0, LINES, {})
+
+
+def test_table_ends_after_its_last_record_also_in_later_parts(capsys):
+    shown = Shown(3)
+    for part in range(3):
+        shown.write(part, LINES, {})
+    assert shown.finish(3, FIELDS) == 3
+    assert len(capsys.readouterr().out.replace("no\nimage", "").splitlines()) == 1 + 3
 
 
 def test_table_shows_the_first_records_and_counts_all_errors(capsys):

@@ -129,6 +129,12 @@ def test_no_learning_rate_or_share_of_the_time_is_the_best(tmp_path):
     assert held == [("b", 0.3, None, None), ("a", 0.1, None, None)]
 
 
+def test_run_without_a_log_has_the_values_of_its_record(tmp_path):
+    folder = write(tmp_path / "run", RECORD)
+    (folder / "log.txt").unlink()
+    assert describe(read_run(folder)).metrics == {"test_acc1": runs.Value(70.0, 80.0, 2.0)}
+
+
 def test_unknown_metric_names_those_there_are(tmp_path):
     write(tmp_path / "a", RECORD, *epochs("test_acc1", 1))
     with pytest.raises(UserError, match=r"'test_acc'.*Did you mean 'test_acc1'.*lr, test_acc1"):

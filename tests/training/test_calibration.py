@@ -76,7 +76,19 @@ def test_diagram_has_a_box_as_high_as_the_accuracy():
     x = calibration.EDGE + calibration.SIDE * 3 // 4
     column = [picture.getpixel((x, y)) for y in range(picture.height)]
     first = column.index(blue)
-    assert abs(first - (calibration.EDGE + calibration.SIDE // 2)) <= 1
+    middle = calibration.EDGE + calibration.SIDE // 2
+    assert abs(first - middle) <= 1
+    x = calibration.EDGE + calibration.SIDE * 9 // 10
+    assert picture.getpixel((x, middle - 2)) == blue  # the dot at the mean confidence
+
+
+def test_gray_of_the_diagram_is_the_share_of_all_images():
+    """Of the largest bin it would look as if all were there."""
+    picture = calibration.draw([[1, 20.0, 0.0], [1, 90.0, 0.0], [6, 95.0, 0.0]], "class")
+    x, bottom = calibration.EDGE + calibration.SIDE * 5 // 6, calibration.EDGE + calibration.SIDE
+    column = [picture.getpixel((x, y)) for y in range(picture.height)]
+    height = bottom - column.index((217, 217, 217))  # PALE
+    assert height == pytest.approx(calibration.SIDE * 6 / 8, abs=2)
 
 
 def test_a_run_measures_the_probabilities_that_its_loss_implies():

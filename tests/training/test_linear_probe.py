@@ -217,6 +217,12 @@ def test_metrics_are_those_of_each_head_by_hand():
     assert (found["acc1_blr0.1"], found["acc1_blr1"]) == (25, 100)
     assert found["loss"] == pytest.approx(Criterion()(right, labels).item(), abs=1e-6)
     assert network.sweep.order() == [1, 0]
+    metrics.reset(CPU, len(loss.terms))  # the best head comes first from now on
+    outputs = torch.stack([right, torch.full_like(wrong, torch.nan)], 1)
+    metrics.update(outputs, labels, *loss.per_image(outputs, labels))
+    assert metrics.reduce() == (4, 0)  # one head alone is unusable
+    found = metrics.values()
+    assert (found["acc1_blr0.1"], found["acc1_blr1"]) == (0, 100)
     assert (metrics.best, metrics.lower_is_better) == ("acc1", False)
 
 

@@ -3,6 +3,7 @@
 """run.json: what it holds at the start, at saves, and at the end of finished and failed runs."""
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -14,15 +15,23 @@ import torch
 import main_finetune
 import main_pretrain
 from config import parser as options
+from data_loading.dataset import TransformedDataset
 from errors import Preempted, TrainingStopped, UserError
-from tests import fakes
+from tests import fakes, tiny
 from tests.test_end_to_end import FINETUNE, PRETRAIN, run
 from training import run_record
 from training.checkpoint import TrainState
 from training.checkpoint_manager import CheckpointManager
 from training.hooks import Run
 from training.resume import ResumePoint
-from training.run_record import build_run_record, describe_git
+from training.run_record import (
+    as_json,
+    best_of,
+    build_run_record,
+    describe_data,
+    describe_end,
+    describe_git,
+)
 
 KEYS = """
 version script status error start end seconds arguments typed recipe seed mask_ratio git packages
@@ -230,6 +239,59 @@ def test_values_that_json_lacks_are_none(tmp_path):
     assert found["best"] == {"test_loss": {"value": None, "epoch": None, "lower_is_better": True}}
 
 
+def test_flags_that_json_lacks_are_texts():
+    """One with Inf would end the run."""
+    flags = {"a": (math.inf, 1.5, True), "path": Path("x"), "none": None}
+    assert as_json(flags) == {"a": ["inf", 1.5, True], "path": "x", "none": None}
+
+
+def test_data_has_a_fingerprint_of_its_own():
+    args = SimpleNamespace(data_set="mine")
+    marks = [
+        describe_data(TransformedDataset(tiny.Colors(count), None, 0, 3, 3), args)["fingerprint"]
+        for count in (26, 26, 25)
+    ]
+    assert marks[0] is not None
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_best_metrics_have_their_names_and_epochs():
+    """The epoch was that of the record and not of the metric."""
+    state = TrainState(5, best={"best": 70.0, "best-ema": 72.0})
+    state.best_epochs = {"best": 3, "best-ema": 4}
+    assert best_of(state) == {
+        "test_acc1": {"value": 70.0, "epoch": 3, "lower_is_better": False},
+        "test_acc1_ema": {"value": 72.0, "epoch": 4, "lower_is_better": False},
+    }
+
+
+def test_resumed_run_keeps_its_origin_and_its_last_metrics(tmp_path):
+    """A rerun without --finetune, which ends before its first epoch, had neither."""
+    hook_in(tmp_path, finetune="weights.pth").on_end(SimpleNamespace(error=None))
+    before = record_of(tmp_path)["finetuned_from"]
+    saved = {"model": {}, "optimizer": {}, "state": {"stats": {"train_loss": 0.5}}}
+    hook = hook_in(tmp_path, ResumePoint(str(tmp_path / "checkpoint-0.pth"), saved))
+    hook.on_start(
+        Run(hook.run.args, tmp_path, TrainState(1, stats={"train_loss": 0.5}), torch.device("cpu"))
+    )
+    hook.on_end(SimpleNamespace(error=None))
+    found = record_of(tmp_path)
+    assert before.endswith("weights.pth")
+    assert (found["finetuned_from"], found["final"]) == (before, {"train_loss": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, ("finished", None)),
+        (KeyboardInterrupt(), ("stopped", "KeyboardInterrupt")),
+        (ZeroDivisionError("x\ny"), ("failed", "ZeroDivisionError: x")),
+    ],
+)
+def test_end_of_a_run(error, expected):
+    assert describe_end(error) == expected
+
+
 def test_process_that_another_ends_notes_it(tmp_path):
     hook = hook_in(tmp_path)
     hook._leave()
@@ -271,6 +333,8 @@ def test_git_state_counts_changes(repository):
     command = ["git", "-C", str(repository), "diff", "HEAD"]
     diff = subprocess.run(command, check=True, capture_output=True).stdout
     assert (changed["diff_lines"], changed["diff_bytes"]) == (diff.count(b"\n"), len(diff))
+    git(repository, "add", "errors.py")  # not committed, so the commit is still another code
+    assert describe_git(repository) == changed
 
 
 def test_git_runs_no_program_of_the_repository(repository):

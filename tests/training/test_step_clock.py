@@ -167,6 +167,19 @@ def test_time_outside_of_training_is_left_out(clock, stream):
     assert sum(clock.read().values()) == pytest.approx(9e-3)
 
 
+def test_events_of_an_epoch_that_was_broken_off_are_dropped(clock, stream):
+    """They come before the new start, so their time would be negative."""
+    stream.work(3)
+    clock.mark("forward")
+    stream.work(1000)  # a resume, before the device has run the above
+    clock.start()
+    stream.work(2)
+    clock.mark("data")
+    stream.wait()
+    seconds = clock.read()
+    assert (seconds["forward"], seconds["data"]) == (0, pytest.approx(2e-3))
+
+
 def test_steps_in_which_the_gpu_runs_out_of_work_are_counted(clock, stream):
     """Once for each step, also where several parts of it count as optimizer."""
     for kept_ahead in (True, False, True, True):

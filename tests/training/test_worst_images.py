@@ -4,6 +4,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from PIL import Image
 
 import main_finetune
 from config import parser as options
-from tests import fakes
+from data_loading.dataset import TransformedDataset
+from data_loading.loader import DeviceLoader
+from data_loading.workers import WatchedLoader
+from tests import fakes, tiny
 from tests.groups import results_of, run_ranks
-from training.worst_images import Worst
+from training import worst_images
+from training.hooks import Batch
+from training.worst_images import Worst, WorstImages, describe_errors, draw_rows
 
 LOSSES = [0.5, 3.0, 0.1, 3.0, math.nan, 2.0, 0.0]
 
@@ -44,6 +50,45 @@ def test_only_the_worst_are_kept_in_memory():
     for _ in range(5):
         add(worst, [0, 1, 2])
         assert len(worst.rows) == 2
+
+
+def batch(ids: list[int], loss: float) -> Batch:
+    outputs = torch.tensor([[0.0, 2.0]]).expand(len(ids), 2)
+    losses = torch.full((len(ids), 2), loss / 2)  # of two terms
+    return Batch(torch.zeros(len(ids), 3, 8, 8), torch.zeros(len(ids)), outputs, losses,
+                 torch.tensor(ids))  # fmt: skip
+
+
+def test_each_evaluation_has_its_own_worst_images():
+    """Those of the first epoch have the highest losses, and would stay for the whole run."""
+    images, loader = WorstImages("softmax", count=3), SimpleNamespace(device="cpu")
+    for ids, loss in (([0, 1], 9.0), ([2, 3], 1.0)):
+        images.begin(loader, "class")
+        images.add(batch(ids, loss))
+    rows = images.worst.merged()
+    assert numbers(rows) == [2, 3]
+    assert rows[:, 0].tolist() == [1.0, 1.0]  # the sum of the terms
+
+
+def test_texts_name_target_and_prediction(monkeypatch):
+    seen = []
+    monkeypatch.setattr(worst_images, "draw_images", lambda *words: seen.append(words))
+    data = TransformedDataset(tiny.Colors(9), lambda image: image, 0)
+    loader = DeviceLoader(WatchedLoader(data, [], 1), "cpu", [0.5] * 3, [0.25] * 3)
+    rows = torch.tensor([[2.5, 7, 0, 1, 0.75], [0.5, 3, 2, 0, 0.5]])
+    draw_rows(rows, loader, "class", ("ant", "bee", "cat"))
+    pictures, texts, *_ = seen[0]
+    assert texts == [
+        "true: ant\npredicted: bee\np 0.75, loss 2.5\nnumber 7",
+        "true: cat\npredicted: ant\np 0.50, loss 0.5\nnumber 3",
+    ]
+    bright = [int(picture.mean((1, 2)).argmax()) for picture in pictures]
+    assert bright == [7 % 3, 3 % 3]
+
+
+def test_errors_of_numbers_have_no_sign():
+    assert describe_errors([1.0, 3.5]) == "error 2.5"
+    assert describe_errors([1.0, 2.0, 3.0, 1.5]) == "errors 2, 0.5"
 
 
 def test_an_evaluation_without_images_has_no_worst_ones():
