@@ -29,6 +29,7 @@ from insight.predictions import cell
 from models import create_model
 from tests import fakes, tiny
 from tests.groups import exit_codes, start_script
+from training import worst_images
 
 CLASSES = ["ant", "bee", "cat"]
 ARGS = {
@@ -361,6 +362,18 @@ def test_labels_that_are_classes_of_the_checkpoint_make_an_evaluation(tmp_path):
     assert stats["ece"] == pytest.approx(sum(gaps) / 10, rel=1e-4)
     for name in ("calibration", "worst"):
         assert Image.open(tmp_path / f"r-{name}.png").width > 200
+
+
+def test_worst_images_are_named_with_their_folder(tmp_path, monkeypatch):
+    """Files of several classes may have one name."""
+    drawn, real = [], worst_images.draw_images
+    keep = lambda *words: drawn.append(words) or real(*words)  # noqa: E731
+    monkeypatch.setattr(worst_images, "draw_images", keep)
+    rows = results("it.pth labeled --num_worst 3", tmp_path / "r.json")
+    rows = sorted((row for row in rows if row["target"]), key=lambda row: -row["loss"])[:3]
+    _, texts, paths, *_ = drawn[0]
+    assert [*paths] == [row["path"] for row in rows]
+    assert [text.splitlines()[0] for text in texts] == [f"true: {row['target']}" for row in rows]
 
 
 def test_labels_of_other_classes_are_not_used_unless_asked_for(tmp_path):

@@ -21,7 +21,7 @@ import probe
 from config import flags, probe_flags
 from data_loading.rng import fold_in
 from errors import UserError
-from insight import feature_cache
+from insight import drawing, feature_cache
 from insight.feature_cache import FeatureCache
 from models import create_model
 from tests import tiny
@@ -168,6 +168,20 @@ def test_neighbors_have_the_class_of_the_image(tmp_path, capsys):
     assert (0x2F, 0x8F, 0x4E) in frames  # the green of the same class
     assert (0xC8, 0x40, 0x2F) not in frames
     run(f"neighbors --k 24 --split val --num_images 1 --output {tmp_path}/m.png")  # all of train
+
+
+@pytest.mark.parametrize("view", ["neighbors --k 2", "duplicates --split all", "outliers --k 2"])
+def test_pictures_tell_which_image_is_where(view, tmp_path, monkeypatch):
+    """Files of several classes may have one name."""
+    grids, real = [], drawing.draw_grid
+    monkeypatch.setattr(drawing, "draw_grid", lambda *words: grids.append(words[0]) or real(*words))
+    words = f"{view} --threshold 0.9999" if "duplicates" in view else view
+    run(f"{words} --output {tmp_path}/a.{'png' if 'neighbors' in view else 'csv'}")
+    cells = [cell for row in grids[0] for cell in row]
+    assert len(cells) > 1
+    assert all(re.fullmatch(r"photos/(train|val)/[a-z]+/\w+\.png", cell.path) for cell in cells)
+    if "duplicates" in view:
+        assert [cell.lines[1] for cell in cells] == ["train", "val"]
 
 
 def test_copies_in_train_and_val_are_found(tmp_path, capsys):
