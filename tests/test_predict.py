@@ -354,11 +354,10 @@ def test_labels_that_are_classes_of_the_checkpoint_make_an_evaluation(tmp_path):
     assert sum(int(matrix[n + 1][n + 1]) for n in range(3)) == sum(right)
     bins = [*csv.DictReader((tmp_path / "r-calibration.csv").open())]
     assert sum(int(row["images"]) for row in bins) == 10
-    gaps = [
-        int(r["images"]) * abs(float(r["confidence"]) - float(r["accuracy"]))
-        for r in bins
-        if int(r["images"])
-    ]
+    assert [*bins[1].values()][:2] == ["6.67", "13.33"]
+    used = [row for row in bins if int(row["images"])]
+    assert all(float(r["from"]) <= float(r["confidence"]) <= float(r["to"]) for r in used)
+    gaps = [int(r["images"]) * abs(float(r["confidence"]) - float(r["accuracy"])) for r in used]
     assert stats["ece"] == pytest.approx(sum(gaps) / 10, rel=1e-4)
     for name in ("calibration", "worst"):
         assert Image.open(tmp_path / f"r-{name}.png").width > 200
