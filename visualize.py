@@ -20,7 +20,7 @@ from config import predict_flags
 from config.checks import shape_problems
 from config.parser import finalize, pretrain_parser
 from config.views import OF_EXPLAIN, parse_view
-from errors import UserError, format_bytes, plural, print_quickly
+from errors import UserError, format_bytes, plural, print_quickly, problem_of
 from insight.runs import print_runs
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
@@ -140,7 +140,7 @@ def open_data(args: argparse.Namespace) -> Any:
     except UserError as error:
         problem = error
     data = datasets.create_unlabeled(args.data_set, spec, is_train, problem)
-    print(f"no labels: {problem}", file=sys.stderr)
+    print(f"no labels: {problem_of(problem)}", file=sys.stderr)
     return data
 
 

@@ -219,7 +219,7 @@ def test_folders_with_parts_are_taken_as_a_whole(tmp_path):
     [
         ("it.pth none.png", "INPUT none.png: no such file or folder"),
         ("it.pth x/*.jpg", r"INPUT x/\*.jpg: no file matches this pattern"),
-        ("it.pth flat --labels true", "flat: no class folders; expected"),
+        ("it.pth flat --labels true", "flat has no class folders; expected"),
         ("it.pth flat --topk 2 --threshold 0.5", "--threshold is for --task multi_label, which it"),
         ("it.pth flat --label_column x", "--label_column: flat has no columns; drop it"),
         ("it.pth flat --output flat", "unknown suffix|--output flat"),
