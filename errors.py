@@ -64,6 +64,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(" .") or type(error).__name__
 
 
+def problem_of(error: BaseException) -> str:
+    """Return an error's message without what was expected and the fix: the part before `;`."""
+    return first_line(error).partition("; ")[0]
+
+
 def describe_error(error: Exception) -> str:
     """Return the type, place and first line of an error in a user's code; a UserError as it is."""
     if isinstance(error, UserError):

@@ -285,13 +285,13 @@ def join_words(*words: str) -> str:
 
 
 def make_cell(features: FeatureSet, row: int, text: str, frame: str = "", part: str = "") -> Cell:
-    """Return the picture of an image with a text and the end of its name below it.
+    """Return the picture of an image with a text and its name below it.
 
     part: train or val, where images of both are shown.
     """
     number = int(features.ids[row])
-    name = f"{part} {features.images.name_of(number).rpartition('/')[2]}".strip()
-    return Cell(features.images.picture(number), [text, name] if text else [name], frame)
+    lines = [*filter(None, (text, part))]
+    return Cell(features.images.picture(number), lines, frame, features.images.name_of(number))
 
 
 def find_duplicates(args: Any) -> None:

@@ -20,7 +20,7 @@ from config import predict_flags
 from config.checks import shape_problems
 from config.parser import finalize, pretrain_parser
 from config.views import OF_EXPLAIN, parse_view
-from errors import UserError, format_bytes, plural, print_quickly
+from errors import UserError, format_bytes, plural, print_quickly, problem_of
 from insight.runs import print_runs
 
 if __name__ == "__main__":  # parse the flags before torch is loaded, so that --help is fast
@@ -58,7 +58,7 @@ from training.checkpoint import TrainState
 from training.explain import explain_autoencoder, explain_classifier
 from training.pictures import TITLES, ReconstructionImages
 from training.preview import build_preview, describe, draw_preview
-from training.trained_model import has_decoder, load_trained, read_source
+from training.trained_model import TrainedModel, has_decoder, load_trained, read_source
 from weights.convert import DECODER, describe_decoder, unwrap
 from weights.pretrained import Pretrained, read_pretrained
 from weights.saved_run import inherit_flags
@@ -140,7 +140,7 @@ def open_data(args: argparse.Namespace) -> Any:
     except UserError as error:
         problem = error
     data = datasets.create_unlabeled(args.data_set, spec, is_train, problem)
-    print(f"no labels: {problem}", file=sys.stderr)
+    print(f"no labels: {problem_of(problem)}", file=sys.stderr)
     return data
 
 
@@ -198,11 +198,29 @@ def find_data(args: argparse.Namespace, typed: Mapping[str, Any]) -> Any:
     return data
 
 
-def given_images(args: argparse.Namespace, typed: Mapping[str, Any]) -> MixedImages:
-    """Return the images of --images: image files, and all that --data_path takes."""
+def with_labels(
+    args: argparse.Namespace, typed: Mapping[str, Any], trained: TrainedModel
+) -> MixedImages | None:
+    """Return the images of --images if all have labels that the network knows, None otherwise."""
+    try:
+        data = given_images(args, typed, trained.kind)
+    except UserError:  # they need none
+        return None
+    is_known = data.kind == trained.kind and {*data.classes} <= {*(trained.names or ())}
+    return data if is_known and len(data) == len(given_images(args, typed)) else None
+
+
+def given_images(
+    args: argparse.Namespace, typed: Mapping[str, Any], kind: str | None = None
+) -> MixedImages:
+    """Return the images of --images: image files, and all that --data_path takes.
+
+    kind: of their labels, None for images without.
+    """
     image, split, root = map(typed.get, ("image_column", "split_column", "image_root"))
     columns, skips = Columns(image, split=split, root=root or ""), args.on_bad_image == "skip"
-    spec = DatasetSpec(columns=columns, labeled=False, skip_missing=skips, shuffled=False)
+    labels = {"kind": kind, "labeled": True} if kind else {"labeled": False}
+    spec = DatasetSpec(columns=columns, skip_missing=skips, shuffled=False, **labels)
     return Inputs(spec, train=args.split == "train").open(args.images)
 
 
@@ -230,7 +248,7 @@ def explain(args: argparse.Namespace) -> None:
         trained = load_trained(flags, args.checkpoint, device)
         given = {name: vars(args)[name] for name in ("image_column", "split_column", "image_root")}
         reading = {"on_bad_image": args.on_bad_image or "error", "tta": None}
-        data = given_images(args, given)
+        data = with_labels(args, given, trained) or given_images(args, given)
         loader = reading_loader(trained.flags.replace(**reading), data, device)
         picture, what = explain_classifier(
             trained, loader, args.num_images, args.target, args.layer or ""

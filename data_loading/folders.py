@@ -61,7 +61,7 @@ def list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> List
             get_logger().warning(text, root, found, first_few(empty))
     elif not names:
         raise UserError(
-            f"{root}: no class folders; expected one folder of images per class, or a table of "
+            f"{root} has no class folders; expected one folder of images per class, or a table of "
             f"labels (only main_pretrain.py needs none){rest}"
         )
     elif empty:

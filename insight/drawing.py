@@ -8,7 +8,8 @@ python -c "from insight.drawing import class_colors; print(class_colors(3))"
 import colorsys
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -29,11 +30,15 @@ SCALE = 3  # of a map before it is made smaller, for smooth dots
 
 @dataclass
 class Cell:
-    """An image of a grid with lines of text below it, and a color of its frame, '' for none."""
+    """An image of a grid, with lines of text and the end of its path below it.
+
+    frame: its color, '' for none. path: of the image, '' to show none.
+    """
 
     image: Image.Image
     lines: Sequence[str] = ()
     frame: str = ""
+    path: str = ""
 
 
 def class_colors(count: int) -> list[str]:
@@ -59,6 +64,29 @@ def fit_text(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont,
     return "…"
 
 
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return folder and file of each path, and folders above where two would have one name."""
+    whole = {path: PurePath(path).as_posix() for path in paths}
+    names, count = {}, 2
+    while len({*names.values()}) < len({*whole.values()}):
+        names = {path: "/".join(full.split("/")[-count:]) for path, full in whole.items()}
+        count += 1
+    return names
+
+
+def wrap_name(name: str, font: ImageFont.FreeTypeFont, room: int) -> list[str]:
+    """Break a path into lines of so many pixels, after a `/` if the rest needs a line anyway."""
+    lines = []
+    while font.getlength(name) > room and len(name) > 1:
+        fits = len(name) - 1
+        while font.getlength(name[:fits]) > room and fits > 1:
+            fits -= 1
+        end = name.rfind("/", 0, fits) + 1 or fits
+        lines.append(name[:end])
+        name = name[end:]
+    return [*lines, name]
+
+
 def draw_grid(
     rows: Sequence[Sequence[Cell]], title: str, heads: Sequence[str] = (), least: int = CELL
 ) -> Image.Image:
@@ -70,6 +98,7 @@ def draw_grid(
     width *= -(-least // width)
     gap, line, columns = 12, 18, max(map(len, rows))
     text, bold = ImageFont.load_default(13), ImageFont.load_default(16)
+    rows = _with_names(rows, text, width)
     needed = min(round(bold.getlength(title)) + 2 * gap, WIDEST_TITLE)
     total = max(2 * gap + columns * (width + gap) - gap, needed)
     top = gap + 28 + (line + 2) * bool(heads)
@@ -92,14 +121,35 @@ def draw_grid(
     return canvas
 
 
-def draw_images(images: Sequence[Tensor], texts: Sequence[str], columns: int, title: str) -> Tensor:
-    """Draw images (3, H, W) in 0 to 1 with lines of text below: (3, height, width) in 0 to 1."""
-    pairs = zip(images, texts, strict=True)
+def draw_images(
+    images: Sequence[Tensor], texts: Sequence[str], paths: Sequence[str], columns: int, title: str
+) -> Tensor:
+    """Draw images (3, H, W) in 0 to 1 with texts and names below: (3, height, width) in 0 to 1.
+
+    texts: of one or several lines. paths: of the images, '' for those without a name.
+    """
     cells = [
-        Cell(to_pil_image(x.cpu().float().clamp(0, 1)), text.splitlines()) for x, text in pairs
+        Cell(to_pil_image(x.cpu().float().clamp(0, 1)), text.splitlines(), path=path)
+        for x, text, path in zip(images, texts, paths, strict=True)
     ]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     return to_tensor(draw_grid(rows, title, least=WIDE))
+
+
+def _with_names(
+    rows: Sequence[Sequence[Cell]], font: ImageFont.FreeTypeFont, width: int
+) -> list[list[Cell]]:
+    """Return the cells with the names of their images as further lines."""
+    names = short_names([cell.path for row in rows for cell in row if cell.path])
+    return [
+        [
+            replace(cell, lines=[*cell.lines, *wrap_name(names[cell.path], font, width)])
+            if cell.path
+            else cell
+            for cell in row
+        ]
+        for row in rows
+    ]
 
 
 def _height(cell: Cell, width: int) -> int:

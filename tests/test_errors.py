@@ -15,6 +15,7 @@ from errors import (
     first_few,
     first_line,
     plural,
+    problem_of,
     resolve,
     sentences,
 )
@@ -101,6 +102,11 @@ def test_first_line_can_be_followed_by_other_punctuation():
     """A message of timm with a period made `model (224).; choose another`."""
     assert first_line(ValueError("\nwrong size (224).\nmore")) == "wrong size (224)"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_problem_of_a_message_has_no_remedy():
+    assert problem_of(UserError("a has no labels; give b; or c")) == "a has no labels"
+    assert problem_of(UserError("a has no labels.")) == "a has no labels"
 
 
 def test_did_you_mean_is_empty_without_a_close_match():

@@ -29,6 +29,7 @@ from insight.predictions import cell
 from models import create_model
 from tests import fakes, tiny
 from tests.groups import TIME_LIMIT_S, exit_codes, start_script
+from training import worst_images
 
 CLASSES = ["ant", "bee", "cat"]
 ARGS = {
@@ -218,7 +219,7 @@ def test_folders_with_parts_are_taken_as_a_whole(tmp_path):
     [
         ("it.pth none.png", "INPUT none.png: no such file or folder"),
         ("it.pth x/*.jpg", r"INPUT x/\*.jpg: no file matches this pattern"),
-        ("it.pth flat --labels true", "flat: no class folders; expected"),
+        ("it.pth flat --labels true", "flat has no class folders; expected"),
         ("it.pth flat --topk 2 --threshold 0.5", "--threshold is for --task multi_label, which it"),
         ("it.pth flat --label_column x", "--label_column: flat has no columns; drop it"),
         ("it.pth flat --output flat", "unknown suffix|--output flat"),
@@ -353,14 +354,25 @@ def test_labels_that_are_classes_of_the_checkpoint_make_an_evaluation(tmp_path):
     assert sum(int(matrix[n + 1][n + 1]) for n in range(3)) == sum(right)
     bins = [*csv.DictReader((tmp_path / "r-calibration.csv").open())]
     assert sum(int(row["images"]) for row in bins) == 10
-    gaps = [
-        int(r["images"]) * abs(float(r["confidence"]) - float(r["accuracy"]))
-        for r in bins
-        if int(r["images"])
-    ]
+    assert [*bins[1].values()][:2] == ["6.67", "13.33"]
+    used = [row for row in bins if int(row["images"])]
+    assert all(float(r["from"]) <= float(r["confidence"]) <= float(r["to"]) for r in used)
+    gaps = [int(r["images"]) * abs(float(r["confidence"]) - float(r["accuracy"])) for r in used]
     assert stats["ece"] == pytest.approx(sum(gaps) / 10, rel=1e-4)
     for name in ("calibration", "worst"):
         assert Image.open(tmp_path / f"r-{name}.png").width > 200
+
+
+def test_worst_images_are_named_with_their_folder(tmp_path, monkeypatch):
+    """Files of several classes may have one name."""
+    drawn, real = [], worst_images.draw_images
+    keep = lambda *words: drawn.append(words) or real(*words)  # noqa: E731
+    monkeypatch.setattr(worst_images, "draw_images", keep)
+    rows = results("it.pth labeled --num_worst 3", tmp_path / "r.json")
+    rows = sorted((row for row in rows if row["target"]), key=lambda row: -row["loss"])[:3]
+    _, texts, paths, *_ = drawn[0]
+    assert [*paths] == [row["path"] for row in rows]
+    assert [text.splitlines()[0] for text in texts] == [f"true: {row['target']}" for row in rows]
 
 
 def test_labels_of_other_classes_are_not_used_unless_asked_for(tmp_path):

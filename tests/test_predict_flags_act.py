@@ -325,6 +325,43 @@ def test_every_flag_of_explain_is_tried():
     assert {*EXPLAIN} == flags
 
 
+def captions(words: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return the text and the path below each image and each map."""
+    with monkeypatch.context() as context:
+        found, picture = [], torch.zeros(3, 1, 1)
+        keep = lambda *words: found.append(words) or picture  # noqa: E731
+        context.setattr(explain, "draw_images", keep)
+        context.setattr(visualize, "save_picture", lambda *words: None)
+        drawn(f"{words} --device cpu", context)
+    _, texts, paths, *_ = found[0]
+    return [*zip(texts, paths, strict=True)]
+
+
+def test_explanations_tell_image_and_true_class(place, monkeypatch):
+    """With class folders half of the captions were the same."""
+    monkeypatch.chdir(place)
+    found = captions(f"{FINE} --target bee", monkeypatch)
+    names = [f"{name}/{n:02d}.png" for n, name in enumerate(("ant", "bee", "cat", "ant"))]
+    expected = [(f"true: {name[:3]}", f"images/{name}") for name in (*names[::3], names[1])]
+    assert found[0:6:2] == expected
+    assert all(text.startswith("bee 0.") and not path for text, path in found[1::2])
+
+
+def test_labels_that_are_not_of_the_checkpoint_are_no_true_classes(place, tmp_path, monkeypatch):
+    """Of a folder 2026 the class is not 2026; images without labels need none."""
+    write_images(tmp_path, ["ant/0.png", "2026/1.png"])
+    write_images(tmp_path / "loose", ["ant/0.png", "1.png"])  # which class folders leave out
+    monkeypatch.chdir(place)
+    for images, count in ((tmp_path, 4), (tmp_path / "loose", 2), (tmp_path / "ant", 1)):
+        found = captions(f"it.pth --images {images} {MODEL}", monkeypatch)
+        assert [text for text, _ in found[::2]] == [""] * count
+    rows = ["image,label", "ant/00.png,ant|bee", "bee/01.png,"]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    words = f"multi.pth --images {tmp_path}/rows.csv --image_root images {MODEL}"
+    texts = [text for text, _ in captions(words, monkeypatch)[::2]]
+    assert texts == ["true: ant|bee", "true: -"]
+
+
 def test_views_of_the_checkpoint_are_not_explained(place, tmp_path, monkeypatch):
     """With five crops the image was five times as high."""
     monkeypatch.chdir(place)

@@ -22,7 +22,7 @@ import probe
 from config import flags, probe_flags
 from data_loading.rng import fold_in
 from errors import UserError
-from insight import feature_cache
+from insight import drawing, feature_cache
 from insight.evaluators import Labeled
 from insight.feature_cache import FeatureCache
 from models import create_model
@@ -204,6 +204,20 @@ def test_groups_of_duplicates_are_in_order(tmp_path):
         shutil.copy(train / f"{of}.png", train / f"{copy}.png")
     run(f"duplicates --threshold 0.9999 --output {tmp_path}/d.csv", tmp_path / "data")
     assert [row["group"] for row in read_csv(tmp_path / "d.csv")] == ["1", "1", "1", "2"]
+
+
+@pytest.mark.parametrize("view", ["neighbors --k 2", "duplicates --split all", "outliers --k 2"])
+def test_pictures_tell_which_image_is_where(view, tmp_path, monkeypatch):
+    """Files of several classes may have one name."""
+    grids, real = [], drawing.draw_grid
+    monkeypatch.setattr(drawing, "draw_grid", lambda *words: grids.append(words[0]) or real(*words))
+    words = f"{view} --threshold 0.9999" if "duplicates" in view else view
+    run(f"{words} --output {tmp_path}/a.{'png' if 'neighbors' in view else 'csv'}")
+    cells = [cell for row in grids[0] for cell in row]
+    assert len(cells) > 1
+    assert all(re.fullmatch(r"photos/(train|val)/[a-z]+/\w+\.png", cell.path) for cell in cells)
+    if "duplicates" in view:
+        assert [cell.lines[1] for cell in cells] == ["train", "val"]
 
 
 def test_copies_in_train_and_val_are_found(tmp_path, capsys):

@@ -6,6 +6,7 @@ python predict.py runs/finetune labeled --output results.csv
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -19,10 +20,11 @@ BLUE, RED, INK, PALE = "#3b75af", "#c44e52", "#303030", "#d9d9d9"
 
 
 def reliability(kind: str, bins: int = BINS) -> Metric:
-    """A row for each bin of confidence: answers, mean confidence and accuracy in percent.
+    """A row for each bin of confidence: its range, answers, mean confidence and accuracy.
 
-    kind: of the targets. Of several classes an image has an answer for each of them, the
-    confidence is the probability of the class, and accuracy the share of images that have it.
+    All but the answers are in percent; the means are None where there are none. kind: of the
+    targets. Of several classes an image has an answer for each of them, the confidence is the
+    probability of the class, and accuracy the share of images that have it.
     """
 
     def add(batch: Batch) -> Tensor:
@@ -38,25 +40,26 @@ def reliability(kind: str, bins: int = BINS) -> Metric:
     def value(sums: Tensor, images: int) -> list[list[float | None]]:
         rows = sums.view(-1, 3).tolist()
         means = [[ratio(x, row[0]) if row[0] else None for x in row[1:]] for row in rows]
-        return [[int(row[0]), *mean] for row, mean in zip(rows, means, strict=True)]
+        ends = [round(100 * number / bins, 2) for number in range(bins + 1)]
+        both = zip(pairwise(ends), rows, means, strict=True)
+        return [[*span, int(row[0]), *mean] for span, row, mean in both]
 
     return Metric((kind,), add, value, size=lambda outputs: 3 * bins, best="")
 
 
 Rows = Sequence[Sequence[float | None]]
-HEADS = {  # what a row counts, its confidence and its accuracy, by kind of the targets
-    "class": ("images", "confidence", "accuracy"),
-    "multi": ("answers", "probability", "frequency"),
+HEADS = {  # the range of a row, what it counts, its confidence and its accuracy, by kind
+    "class": ("from", "to", "images", "confidence", "accuracy"),
+    "multi": ("from", "to", "answers", "probability", "frequency"),
 }
 
 
 def describe(rows: Rows, kind: str = "class") -> list[str]:
     """Return the lines of a table of the bins that have images."""
-    counted, sure, right = HEADS[kind]
+    counted, sure, right = HEADS[kind][2:]
     lines = [f"{sure:11}  {counted:>11}  {f'mean {sure}':>16}  {right:>9}"]
-    for number, (images, sure, right) in enumerate(rows):
+    for low, high, images, sure, right in rows:
         if images:
-            low, high = (100 * x / len(rows) for x in (number, number + 1))
             lines.append(f"{low:5.1f}-{high:5.1f} %  {images:9,}  {sure:14.2f} %  {right:7.2f} %")
     return lines
 
@@ -65,13 +68,13 @@ def draw(rows: Rows, kind: str = "class", title: str = "") -> Image.Image:
     """Draw accuracy by confidence, the diagonal of a calibrated network, and shares of images."""
     canvas = Image.new("RGB", (SIDE + 2 * EDGE, SIDE + 2 * EDGE), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
-    total, width = sum(row[0] for row in rows), SIDE / len(rows)
-    counted, confidence, accuracy = HEADS[kind]
+    total, width = sum(row[2] for row in rows), SIDE / len(rows)
+    counted, confidence, accuracy = HEADS[kind][2:]
 
     def place(x: float, y: float) -> tuple[float, float]:
         return EDGE + SIDE * x, EDGE + SIDE * (1 - y)
 
-    for number, (images, sure, right) in enumerate(rows):
+    for number, (*_, images, sure, right) in enumerate(rows):
         left = number / len(rows)
         if images:
             share = place(left, images / total), place(left + 1 / len(rows), 0)

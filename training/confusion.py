@@ -64,7 +64,7 @@ def describe(stats: Mapping[str, Any], classes: Sequence[str] | None = None) -> 
     names = name_classes(len(first), classes)
     tested = [i for i in range(len(first)) if first[i] is not None]
     worst = sorted(tested, key=first.__getitem__)[:ROWS]
-    rows = [["class", *columns]]
+    rows = [["class", *map(head_of, columns)]]
     rows += [[names[i], *(cell(column[i]) for column in columns.values())] for i in worst]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -73,6 +73,11 @@ def describe(stats: Mapping[str, Any], classes: Sequence[str] | None = None) -> 
     if len(tested) > ROWS:
         lines[0] += f"  (the worst {ROWS} of {plural(len(tested), 'class')})"
     return lines + (confused_pairs(matrix, names) if matrix else [])
+
+
+def head_of(metric: str) -> str:
+    """Return the head of a column of classes: `f1` for the metric `f1_per_class`."""
+    return metric.removesuffix("_per_class")
 
 
 def cell(value: float | None) -> str:

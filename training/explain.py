@@ -5,6 +5,10 @@
 python visualize.py explain runs/finetune --images photos --target cat
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +16,15 @@ from data_loading.loader import DeviceLoader
 from errors import UserError, did_you_mean, first_few
 from insight.attribution import enlarge, error_map, find_map, grad_cam
 from insight.drawing import draw_images
-from insight.predictions import best_classes, in_units, name_of, number, probabilities
+from insight.predictions import (
+    best_classes,
+    cell,
+    in_units,
+    name_of,
+    number,
+    probabilities,
+    read_target,
+)
 from models.fcmae import FCMAE
 from training.pictures import to_show
 from training.trained_model import TrainedModel
@@ -47,14 +59,21 @@ def find_target(text: str | None, trained: TrainedModel) -> int | None:
 
 
 def read_images(loader: DeviceLoader, count: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Return `count` images spread over the data, (N, C, H, W), their ids and their names."""
+    """Return `count` images spread over the data, (N, C, H, W), their ids and their paths."""
     dataset = loader.loader.dataset
     count = min(count, len(dataset))
     images, _, ids = loader.reload(0, torch.arange(count) * len(dataset) // count)
     if not len(images):
         raise UserError("none of the images can be read; give others with --images")
-    names = [dataset.path_of(n).rpartition("/")[2] for n in ids.tolist()]
-    return images, ids, names
+    return images, ids, [dataset.path_of(n) for n in ids.tolist()]
+
+
+def true_texts(data: Any, ids: Tensor) -> list[str]:
+    """Return `true: cat` for each image of a data set by its label, '' without labels."""
+    if data.targets is None:
+        return [""] * len(ids)
+    rows = [np.atleast_1d(data.targets[number]).tolist() for number in ids.tolist()]
+    return [f"true: {cell(read_target(row, data.kind, data.classes)) or '-'}" for row in rows]
 
 
 def explain_classifier(
@@ -65,7 +84,7 @@ def explain_classifier(
     target: class to explain, None for the predicted one. layer: module that gives the map.
     """
     index = find_target(target, trained)
-    images, _, names = read_images(loader, count)
+    images, ids, paths = read_images(loader, count)
     layer, last = find_map(trained.network, tuple(images.shape[1:]), layer)
     maps, outputs = [], []
     for part in images.split(AT_ONCE):
@@ -76,11 +95,11 @@ def explain_classifier(
     pictures = to_show(images, loader.mean, loader.std)
     seen = overlay(pictures, torch.cat(maps))
     texts = describe(torch.cat(outputs), trained, index)
-    cells = [each for pair in zip(pictures, seen, strict=True) for each in pair]
-    titles = [text for pair in zip(names, texts, strict=True) for text in pair]
+    known = true_texts(loader.loader.dataset.dataset, ids)
     score = "predicted number" if trained.kind == "number" else "score of the class"
     title = f"Grad-CAM of {layer}: red raises the {score}; each map has its own scale"
-    return draw_images(cells, titles, 4, title), f"Grad-CAM of {layer}"
+    picture = draw_pairs((pictures, known), (seen, texts), paths, title)
+    return picture, f"Grad-CAM of {layer}"
 
 
 def describe(outputs: Tensor, trained: TrainedModel, index: int | None) -> list[str]:
@@ -99,7 +118,7 @@ def explain_autoencoder(
     model: FCMAE, loader: DeviceLoader, count: int, seed: int, masks: int
 ) -> tuple[Tensor, str]:
     """Draw images with their error maps: (3, height, width) in 0 to 1, and what was drawn."""
-    images, ids, names = read_images(loader, count)
+    images, ids, paths = read_images(loader, count)
     parts = zip(images.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
     errors = torch.cat([error_map(model, part, own, seed, masks) for part, own in parts])
     h, w = model.grid_size(*images.shape[-2:])
@@ -107,8 +126,24 @@ def explain_autoencoder(
     pictures, side = to_show(images, loader.mean, loader.std), model.patch_size
     heat = patches / patches.amax((1, 2), keepdim=True)
     heat = heat.repeat_interleave(side, 1).repeat_interleave(side, 2)
-    cells = [each for pair in zip(pictures, overlay(pictures, heat), strict=True) for each in pair]
     means = [f"mean error {x:.3g}" for x in errors.mean((1, 2)).tolist()]
-    titles = [text for pair in zip(names, means, strict=True) for text in pair]
     title = f"Error of each patch while it is hidden, mean of {masks} masks; red: the largest"
-    return draw_images(cells, titles, 4, title), f"error maps over {masks} masks"
+    left, right = (pictures, [""] * len(paths)), (overlay(pictures, heat), means)
+    return draw_pairs(left, right, paths, title), f"error maps over {masks} masks"
+
+
+def draw_pairs(
+    left: tuple[Tensor, Sequence[str]],
+    right: tuple[Tensor, Sequence[str]],
+    paths: Sequence[str],
+    title: str,
+) -> Tensor:
+    """Draw images with their maps to the right, two pairs a row: (3, height, width) in 0 to 1.
+
+    left, right: (N, 3, H, W) in 0 to 1, and N texts. paths: of the images.
+    """
+    images, texts = (
+        [each for pair in zip(*both, strict=True) for each in pair]
+        for both in zip(left, right, strict=True)
+    )
+    return draw_images(images, texts, [name for path in paths for name in (path, "")], 4, title)

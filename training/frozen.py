@@ -32,7 +32,7 @@ from data_loading.loader import DeviceLoader
 from data_loading.rng import seed_all
 from data_loading.split import Part, list_labels, list_values, split
 from data_loading.stats import choose
-from errors import UserError, first_few, plural
+from errors import UserError, first_few, plural, problem_of
 from insight import feature_cache
 from insight.feature_cache import FeatureCache
 from insight.feature_files import Table, as_table
@@ -212,7 +212,7 @@ def _open_part(args: Any, name: str, head: Any, labeled: bool) -> ImageSet:
         if labeled or head is not None:
             raise
         dataset, has_labels = _open_unlabeled(args, is_train, error), False
-        get_logger().info("%s: no labels (%s)", name, error)
+        get_logger().info("%s: no labels: %s", name, problem_of(error))
     dataset.transform = datasets.build_transform(False, args)
     dataset.on_bad = datasets.on_bad_image(False, args)
     chosen = np.asarray(choose(len(dataset), args.max_images, args.seed))

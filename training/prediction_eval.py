@@ -136,7 +136,9 @@ class Evaluation:
         if lists:
             names = confusion.name_classes(self.count, self.names)
             table = zip(names, *lists.values(), strict=True)
-            write_csv(["class", *lists], without_none(table), place("classes.csv"))
+            write_csv(
+                ["class", *map(confusion.head_of, lists)], without_none(table), place("classes.csv")
+            )
             written.append("classes.csv")
         if rows:
             write_csv(calibration.HEADS[self.kind], without_none(rows), place("calibration.csv"))

@@ -23,7 +23,7 @@ from config.calls import Call, accepted, parse_call
 from config.run_files import LOG, parse_line, position_of
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
-from errors import UserError, describe_error, first_line, plural, resolve_for
+from errors import UserError, describe_error, first_line, resolve_for
 from insight.alarms import find_alarms, without_numbers
 from insight.evaluators import EVALUATORS, Labeled, few_labels, take
 from insight.features import Features, encoder_of, extract
@@ -228,7 +228,8 @@ class Probes:
             own = "probes" in getattr(args, "typed", ())
             (self.evaluators.try_out if own else self.evaluators.drop_unfit)(self.data)
         held = describe_held_out(self.fixed.count, self.fixed.is_held_out)
-        times = f"after epoch 1, every {plural(self.every, 'epoch')} and at the end"
+        times = f"after epoch 1, every {self.every} epochs and at the end"
+        times = "after every epoch" if self.every == 1 else times
         get_logger().info("probes: %s; %s", held, times)
         stepper.watched = [*self.stages.values()]
         self.history: list[dict[str, Any]] | None = None  # of the epochs before, on rank 0

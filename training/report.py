@@ -21,6 +21,7 @@ from config.run_files import PLACES
 from errors import plural
 from insight.health import is_measure
 from training.checkpoint import TrainState
+from training.metrics import METRICS
 from training.steps import count_total
 
 Record = dict[str, float]
@@ -29,6 +30,10 @@ TIMES = ("time_data", "time_forward", "time_backward", "time_optimizer", "time_c
 SPEED = ("images_per_s", *TIMES, "mfu", "advice")  # what differs between two equal runs
 PLACED = ("loss", "lr", "grad_norm", *SPEED, "memory_mb", "eta_s", "step", "steps")
 MOST_LOGGED = 100  # classes of a confusion matrix in log.txt
+OTHER_UNITS = ("mae", "rmse", "r2")  # the metrics that are no rates in percent
+RATE = re.compile(
+    rf"({'|'.join(name for name in METRICS if name not in OTHER_UNITS)})(_[\d.]+|_micro|_macro)*"
+)
 # In an epoch's line:
 NOT_SHOWN = ("train_lr", "train_grad_norm", *PLACES, *SPEED)
 
@@ -148,9 +153,10 @@ def undefined(name: str, value: Any) -> bool:
 
 
 def describe_metric(name: str, value: float) -> str:
-    """Return a metric with its value: `top-1 81.41%`, `loss 0.8373`, `f1 80.25`."""
-    if name in ("acc1", "acc5"):
-        return f"top-{name[3:]} {value:.2f}%"
+    """Return a metric with its value: `top-1 81.41%`, `f1 80.25%`, `loss 0.8373`, `mae 3.412`."""
+    if RATE.fullmatch(name):
+        shown = f"top-{name[3:]}" if name in ("acc1", "acc5") else name
+        return f"{shown} {value:.2f}%"
     return f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.4g}"
 
 

@@ -19,7 +19,6 @@ from parallel.process_group import gather_rows, join_rows, pack_rows
 from training.pictures import to_show
 
 COUNT, COLUMNS = 16, 4
-LETTERS = 60  # of a path that are shown: its end
 
 
 class Worst:
@@ -94,19 +93,20 @@ def draw_rows(
     shown = dict(zip(found.tolist(), pictures, strict=True))
     kept = [row for row in rows.tolist() if int(row[1]) in shown]
     dataset = loader.loader.dataset
-    lines = []
+    texts_below, paths = [], []
     for loss, number, *rest in kept:
         true, answer, probability = texts(rest, kind, classes)
-        name = dataset.path_of(int(number))[-LETTERS:].rpartition("/")[2]
+        paths.append(dataset.path_of(int(number)))
         if kind == "number":
             values = describe_errors(rest)
         else:
             chances = ", ".join(f"{float(x):.2f}" for x in filter(None, probability.split("|")))
             values = ", ".join(filter(None, [f"p {chances}" * bool(chances), f"loss {loss:.3g}"]))
-        lines.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}\n{name}")
+        texts_below.append(f"true: {true or '-'}\npredicted: {answer or '-'}\n{values}")
     title = f"{plural(len(kept), 'image')} of the highest losses"
     title += "" if kind == "number" else "; p: probability"
-    return draw_images([shown[int(row[1])] for row in kept], lines, COLUMNS, title)
+    images = [shown[int(row[1])] for row in kept]
+    return draw_images(images, texts_below, paths, COLUMNS, title)
 
 
 def describe_errors(row: Sequence[float]) -> str:

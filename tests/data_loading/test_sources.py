@@ -162,7 +162,7 @@ def test_images_without_labels_are_refused_in_fine_tuning(tmp_path):
     pack = pack_zip(root, tmp_path / "flat.zip", names_of(root))
     with pytest.raises(UserError, match="flat.zip: 3 images of 3 are in no class folder: 2.png"):
         open_images("auto", DatasetSpec(str(pack)), True)
-    with pytest.raises(UserError, match="flat: no class folders; expected one folder of images"):
+    with pytest.raises(UserError, match="flat has no class folders; expected one folder of images"):
         open_images("auto", DatasetSpec(str(root)), True)
     for path in (root, pack):
         assert len(open_images("auto", DatasetSpec(str(path), labeled=False), True)) == 3

@@ -107,6 +107,14 @@ def test_images_without_labels_and_bad_ones_are_reported(tmp_path, capsys):
         printed([], capsys)
 
 
+def test_data_without_labels_is_called_so_without_a_remedy(tmp_path, capsys):
+    """It said `expected one folder of images per class; left out 5 files`, and used all of them."""
+    make(tmp_path, "photos")
+    words = ["--data_path", str(tmp_path / "a"), "--num_workers", "0"]
+    visualize.print_stats(views.parse_stats(words))
+    assert capsys.readouterr().err == f"no labels: {tmp_path}/a has no class folders\n"
+
+
 def test_named_column_of_labels_is_never_left_out(tmp_path, capsys):
     make(tmp_path, "photos")
     (tmp_path / "rows.csv").write_text("image,kind\na/1.png,x\na/2.png,y\n")

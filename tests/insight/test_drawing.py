@@ -16,6 +16,8 @@ from insight.drawing import (
     draw_images,
     draw_map,
     fit_text,
+    short_names,
+    wrap_name,
 )
 
 
@@ -37,6 +39,43 @@ def test_long_names_are_shortened_in_the_middle():
     assert text.endswith(".jpeg")
     assert fit_text(draw, "short", font, 120) == "short"
     assert fit_text(draw, "any", font, 1) == "…"
+
+
+def test_names_of_different_images_differ():
+    """With class folders four of eight captions were the same."""
+    paths = ["photos/cat/0.jpg", "photos/dog/0.jpg", "photos/cat/1.jpg", "photos/cat/0.jpg"]
+    assert [*short_names(paths).values()] == ["cat/0.jpg", "dog/0.jpg", "cat/1.jpg"]
+    deep = ["photos/cat/old/0.jpg", "photos/dog/old/0.jpg"]
+    assert [*short_names(deep).values()] == ["cat/old/0.jpg", "dog/old/0.jpg"]
+    assert short_names(["number 7", "/1.jpg", "a//b/1.jpg", "a/b/1.jpg"]) == {
+        "number 7": "number 7",
+        "/1.jpg": "/1.jpg",
+        "a//b/1.jpg": "b/1.jpg",
+        "a/b/1.jpg": "b/1.jpg",
+    }
+    assert short_names([]) == {}
+
+
+def test_no_letter_of_a_long_name_is_lost():
+    """Shortened in the middle, names that differ only there looked the same."""
+    font = ImageFont.load_default(13)
+    names = [f"n03045698/n03045698_{n}_n03045698_cloak.JPEG" for n in range(1201, 1204)]
+    for name in names:
+        lines = wrap_name(name, font, 112)
+        assert "".join(lines) == name
+        assert lines[0] == "n03045698/"
+        assert all(font.getlength(line) <= 112 for line in lines)
+    assert wrap_name("cat/1.jpg", font, 112) == ["cat/1.jpg"]
+    assert wrap_name("abc", font, 1) == ["a", "b", "c"]
+
+
+def test_grid_has_room_for_names():
+    image = Image.new("RGB", (112, 8))
+    cells = [Cell(image, ["a"]), Cell(image, ["a"], path="photos/cat/1.jpg")]
+    cells.append(Cell(image, ["a"], path=f"photos/{30 * 'm'}/1.jpg"))
+    heights = [draw_grid([[cell]], "title").height for cell in cells]
+    assert heights[1] - heights[0] == 18  # a line
+    assert heights[2] > heights[1] + 18
 
 
 def test_grid_shows_each_image_enlarged_with_its_frame():
@@ -94,7 +133,8 @@ def test_histogram_shows_values_where_they_are():
 
 def test_images_as_tensors_have_their_texts_below_in_rows():
     images = [torch.full((3, 80, 160), value) for value in (0.0, 0.5, 1.0)]
-    picture = draw_images(images, ["first\nline", "a word that is too long " * 9, ""], 2, "title")
+    texts = ["first\nline", "a word that is too long " * 9, ""]
+    picture = draw_images(images, texts, ["", "", "cat/1.png"], 2, "title")
     assert picture.shape[0] == 3
     assert picture.shape[2] < 2 * 160 + 60  # long texts are cut
     assert (picture.sum(0) == 0).sum() >= 80 * 160  # the black one, as it is

@@ -22,11 +22,11 @@ def test_rows_are_means_of_the_images_of_a_bin():
     metrics.reduce()
     stats = metrics.values()
     rows = stats["reliability"]
-    assert [row[0] for row in rows] == [0, 0, 2, 0, 1]
-    assert rows[2][1:] == pytest.approx([55, 50])
-    assert rows[4][1:] == pytest.approx([90, 0])
-    assert rows[0][1:] == [None, None]
-    gap = sum(row[0] * abs(row[1] - row[2]) for row in rows if row[0]) / 3
+    assert [row[2] for row in rows] == [0, 0, 2, 0, 1]
+    assert rows[2] == pytest.approx([40, 60, 2, 55, 50])
+    assert rows[4] == pytest.approx([80, 100, 1, 90, 0])
+    assert rows[0] == [0, 20, 0, None, None]
+    gap = sum(row[2] * abs(row[3] - row[4]) for row in rows if row[2]) / 3
     assert stats["ece_5"] == pytest.approx(gap)
 
 
@@ -39,7 +39,7 @@ def test_confidence_is_the_probability_that_predictions_show():
     logits = torch.tensor([[-3.0, -2.0, -4.0], [1.0, -5.0, -5.0]])
     metrics.update(logits, torch.tensor([1, 0]), torch.zeros(2))
     metrics.reduce()
-    ((_, sure, right),) = metrics.values()["reliability"]
+    ((*_, sure, right),) = metrics.values()["reliability"]
     assert sure == pytest.approx(100 * torch.tensor([-2.0, 1.0]).sigmoid().mean().item())
     assert right == 100.0
 
@@ -55,24 +55,25 @@ def test_each_class_of_several_is_an_answer():
     metrics.update(torch.cat([logits, broken]), targets, torch.zeros(3))
     metrics.reduce()
     rows = metrics.values()["reliability"]
-    assert rows[1] == pytest.approx([2, 30, 50])
-    assert rows[2] == pytest.approx([1, 50, 100])
-    assert rows[4] == pytest.approx([2, 95, 50])  # 0.9 with the class, and 1 without it
-    assert rows[0] == pytest.approx([1, 0, 100])
+    assert rows[1] == pytest.approx([20, 40, 2, 30, 50])
+    assert rows[2] == pytest.approx([40, 60, 1, 50, 100])
+    assert rows[4] == pytest.approx([80, 100, 2, 95, 50])  # 0.9 with the class, 1 without it
+    assert rows[0] == pytest.approx([0, 20, 1, 0, 100])
     assert calibration.describe(rows, "multi")[0].split() == [
         "probability", "answers", "mean", "probability", "frequency",
     ]  # fmt: skip
 
 
 def test_table_has_the_bins_with_images():
-    lines = calibration.describe([[0, None, None], [1200, 75.25, 60.0]])
+    lines = calibration.describe([[0, 50, 0, None, None], [50, 100, 1200, 75.25, 60.0]])
     assert len(lines) == 2
     assert lines[1].split() == ["50.0-100.0", "%", "1,200", "75.25", "%", "60.00", "%"]
 
 
 def test_diagram_has_a_box_as_high_as_the_accuracy():
     blue = (59, 117, 175)
-    picture = calibration.draw([[0, None, None], [4, 90.0, 50.0]], "class", "title")
+    rows = [[0, 50, 0, None, None], [50, 100, 4, 90.0, 50.0]]
+    picture = calibration.draw(rows, "class", "title")
     x = calibration.EDGE + calibration.SIDE * 3 // 4
     column = [picture.getpixel((x, y)) for y in range(picture.height)]
     first = column.index(blue)

@@ -32,9 +32,9 @@ def test_table_has_the_worst_classes_first_and_leaves_out_those_without_images()
 def test_table_has_a_column_for_each_metric_of_classes():
     stats = {"f1": 5.0, "f1_per_class": [70.0, 12.5], "class_accuracy": [60.0, 80.0]}
     assert describe(stats | {"auroc_per_class": [None, 9.0]}, NAMES[:2]) == [
-        "class  accuracy  f1_per_class  auroc_per_class",
-        "ant       60.00         70.00                -",
-        "bee       80.00         12.50             9.00",
+        "class  accuracy     f1  auroc",
+        "ant       60.00  70.00      -",
+        "bee       80.00  12.50   9.00",
     ]
 
 

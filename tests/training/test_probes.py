@@ -279,6 +279,7 @@ def test_planted_collapse_warns_once_and_is_in_the_log(tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert said.count("alarm after epoch 1: collapse: rank_me 1.1") == 1
     assert said.count("alarm after epoch") == 1
+    assert re.search(r"^probes: holdout_loss .*; after every epoch$", said, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -104,7 +104,9 @@ def test_next_command_of_a_run_without_evaluation_evaluates():
     [
         ("acc5", 90.0, "best top-5 90.00% in epoch 2"),
         ("loss", 0.51234, "best loss 0.5123 in epoch 2"),
-        ("f1_micro", 71.236, "best f1_micro 71.24 in epoch 2"),
+        ("f1_micro", 71.236, "best f1_micro 71.24% in epoch 2"),
+        ("precision_5", 30.0, "best precision_5 30.00% in epoch 2"),
+        ("my_f1", 0.25, "best my_f1 0.25 in epoch 2"),
         ("r2", -0.01234567, "best r2 -0.01235 in epoch 2"),
     ],
 )
@@ -117,7 +119,7 @@ def test_last_line_names_the_metric(metric, value, expected):
 def test_evaluation_shows_numbers_only_and_the_loss_last():
     stats = {"loss": 0.5, "acc1": 80.0, "acc5": 99.0, "f1": 75.5, "confusion": [[1]], "ece": 1.25}
     assert describe_evaluation(stats, True) == (
-        "top-1 80.00%, top-5 99.00%, f1 75.5, ece 1.25, loss 0.5000"
+        "top-1 80.00%, top-5 99.00%, f1 75.50%, ece 1.25%, loss 0.5000"
     )
     stats = {"loss": 0.5, "acc1": 80.0, "acc5": 99.0}
     assert describe_evaluation(stats, False) == "top-1 80.00%, loss 0.5000"
