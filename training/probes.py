@@ -23,7 +23,7 @@ from config.calls import Call, accepted, parse_call
 from config.run_files import LOG, parse_line, position_of
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
-from errors import UserError, describe_error, first_line, resolve_for
+from errors import UserError, describe_error, first_line, plural, resolve_for
 from insight.alarms import find_alarms, without_numbers
 from insight.evaluators import EVALUATORS, Labeled, few_labels, take
 from insight.features import Features, encoder_of, extract
