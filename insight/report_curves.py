@@ -5,6 +5,7 @@
 python -c "from insight.report_curves import place; print(place('test_acc1_ema', {'test_acc1'}))"
 """
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -98,12 +99,13 @@ class Series:
 
 @dataclass
 class Chart:
-    """Curves that share a plot. axis: unit of x, `epoch` or `block`."""
+    """Curves that share a plot. axis: unit of x, `epoch` or `block`. numbers: see number_labels."""
 
     group: str
     title: str
     series: list[Series] = field(default_factory=list)
     axis: str = "epoch"
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -193,21 +195,46 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     for key in keys:
         spot = place(key, keys, lowest)
         chart = charts.setdefault((spot.group, spot.chart), Chart(spot.group, spot.chart))
+        label = _words(key) if spot.label in chart.labels else spot.label  # no two look alike
         for index, run in enumerate(runs):
             pairs = zip([row["at"] for row in run.rows], values[index].get(key, ()), strict=False)
             points = [(x, y) for x, y in pairs if y is not None]
             if points:
                 x, y = ([*column] for column in zip(*points, strict=True))
-                chart.series.append(Series(index, key, spot.label, x, y, spot.goal))
+                chart.series.append(Series(index, key, label, x, y, spot.goal))
     found = [*charts.values(), *build_layer_charts(runs)]
     ordered = sorted(found, key=lambda chart: GROUPS.index(chart.group))
     for chart in ordered:
         chart.series.sort(key=lambda series: series.run)  # of one key in the order of the keys
     most = labels_in_chart(len(runs))
     ordered = [part for chart in ordered for part in split_chart(chart, most)]
-    left = [chart.title for chart in ordered[MOST_CHARTS:]]
-    notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
-    return ordered[:MOST_CHARTS], notes
+    kept, left = ordered[:MOST_CHARTS], [chart.title for chart in ordered[MOST_CHARTS:]]
+    number_labels(kept, most)
+    return kept, [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
+
+
+def number_labels(charts: Sequence[Chart], most: int) -> None:
+    """Number the labels of a page, so that one looks the same in all of its charts.
+
+    Two labels of a chart have different numbers, below `most`. If those do not suffice, a label
+    has another number in some charts.
+    """
+    shared: dict[str, list[set[str]]] = {}  # label -> labels of each chart that has it
+    for chart in charts:
+        for label in chart.labels:
+            shared.setdefault(label, []).append({*chart.labels})
+    known: dict[str, int] = {}
+    for label, lists in shared.items():
+        known[label] = _lowest_free({known[each] for part in lists for each in part & known.keys()})
+    for chart in charts:
+        chart.numbers = {label: known[label] for label in chart.labels if known[label] < most}
+        for label in chart.labels:
+            if label not in chart.numbers:
+                chart.numbers[label] = _lowest_free({*chart.numbers.values()})
+
+
+def _lowest_free(taken: Collection[int]) -> int:
+    return next(number for number in itertools.count() if number not in taken)
 
 
 def labels_in_chart(runs: int) -> int:
@@ -218,7 +245,7 @@ def labels_in_chart(runs: int) -> int:
 
 
 def style_of(run: int, label: int, runs: int) -> tuple[int, int]:
-    """Return color and dash of a curve; label: its number in the chart.
+    """Return color and dash of a curve; label: its number, see `number_labels`.
 
     Of one run each label has its color, of several runs each run.
     """

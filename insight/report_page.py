@@ -288,8 +288,7 @@ def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
     has_best = any(series.goal for series in chart.series)
     rows = []
     for place, series in enumerate(chart.series):
-        number = labels.index(series.label) if several else place
-        style = _style(series.run, number, len(runs))
+        style = _style(series.run, chart.numbers[series.label], len(runs))
         words = [names[series.run]] if several else []
         words += [series.label] if not several or len(labels) > 1 else []
         parts = [_swatch(style), tag("span", " · ".join(words))]

@@ -10,11 +10,13 @@ import pytest
 from insight import report_curves
 from insight.report_curves import (
     GROUPS,
+    Chart,
     Series,
     as_json,
     build_charts,
     labels_in_chart,
     mean_shares,
+    number_labels,
     place,
     points_for,
     sample,
@@ -103,6 +105,41 @@ def test_all_curves_of_a_chart_look_different(runs):
         assert dash == 0 or f".d{dash} {{ stroke-dasharray" in css  # 0 is solid
     patterns = re.findall(r"stroke-dasharray: ([\d ]+);", css)
     assert len(patterns) == len({*patterns}) >= report_curves.DASHES
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_label_looks_the_same_in_all_charts_of_a_page(tmp_path, runs):
+    """`test` was orange in one chart and blue in the next, which has no `train`."""
+    rows = [a | b for a, b in zip(pretrain_rows(3), finetune_rows(3), strict=True)]
+    folders = [write_run(tmp_path / f"run{index}", rows) for index in range(runs)]
+    charts, _ = build_charts(read_runs(folders))
+    numbers: dict[str, set[int]] = {}
+    for chart in charts:
+        assert len({*chart.numbers.values()}) == len(chart.labels) == len(chart.numbers)
+        for label, number in chart.numbers.items():
+            numbers.setdefault(label, set()).add(number)
+    assert {label for label, found in numbers.items() if len(found) > 1} == set()
+    for label in ("train", "test", "test EMA", "stage 1"):
+        assert sum(label in chart.labels for chart in charts) > 1
+    assert numbers["train"] == numbers["RankMe"] == {0}  # styles are few: alone, the first one
+
+
+def test_labels_for_which_styles_do_not_suffice_differ_within_each_chart():
+    pairs = ("ab", "bc", "ca")  # three labels, each with each other one, and two styles
+    charts = [
+        Chart("Loss", pair, [Series(0, each, each, [1], [1]) for each in pair]) for pair in pairs
+    ]
+    number_labels(charts, 2)
+    assert [sorted(chart.numbers.values()) for chart in charts] == [[0, 1]] * 3
+
+
+def test_keys_with_the_same_label_have_curves_that_differ(tmp_path):
+    rows = [{"epoch": 0, "train_class_acc": 50.0, "train_acc1": 40.0}]
+    (chart,) = build_charts([read_run(write_run(tmp_path / "run", rows))])[0]
+    assert [(series.label, series.y) for series in chart.series] == [
+        ("train", [50]),
+        ("train acc1", [40]),
+    ]
 
 
 def test_a_chart_with_more_labels_than_styles_is_split(tmp_path):

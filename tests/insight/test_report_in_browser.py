@@ -157,6 +157,28 @@ def test_epochs_have_whole_numbers_on_the_axis(chromium, tmp_path):
     assert chromium.errors == []
 
 
+def test_rare_values_have_marks_and_all_charts_the_same_epochs(chromium, tmp_path):
+    """Three probes in 30 epochs looked like a curve, over another range than the loss."""
+    rows = [{"epoch": e, "train_loss": 1 / (e + 1)} for e in range(30)]
+    for epoch in (9, 19):
+        rows[epoch] |= {"probe_knn": 50.0 + epoch, "rank_me": 9.0}
+    chromium.open(write_report([write_run(tmp_path / "run", rows)]))
+    marks = "[...document.querySelectorAll('.chart')].map(e => e.querySelectorAll('circle').length)"
+    assert chromium.evaluate(marks) == [0, 2, 2]
+    assert (
+        chromium.evaluate("charts.map(chart => [chart.scale.left, chart.scale.right])")
+        == [[1, 30]] * 3
+    )
+    axes = chromium.evaluate(
+        "charts.map(c => [...c.figure.querySelectorAll('text.x')].map(e => e.textContent).join())"
+    )
+    assert len({*axes}) == 1
+    short = write_run(tmp_path / "short", rows[:12])
+    chromium.open(write_report([tmp_path / "run", short]))
+    chromium.click(".chip[data-run='0']")
+    assert chromium.evaluate("charts.map(chart => chart.scale.right)") == [12] * 3
+
+
 def test_all_runs_hidden_leave_an_empty_plot(chromium, page):
     chromium.open(page)
     for run in range(3):
