@@ -192,15 +192,18 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     keys = dict.fromkeys(key for of_run in values for key in of_run)
     lowest = {name for run in runs for name in run.lowest}
     charts: dict[tuple[str, str], Chart] = {}
+    owners: dict[tuple[str, str], str] = {}  # (chart, label) -> key
     for key in keys:
         spot = place(key, keys, lowest)
-        chart = charts.setdefault((spot.group, spot.chart), Chart(spot.group, spot.chart))
-        label = _words(key) if spot.label in chart.labels else spot.label  # no two look alike
+        is_first = owners.setdefault((spot.chart, spot.label), key) == key
+        label = spot.label if is_first else _words(key)  # no two of a chart are alike
         for index, run in enumerate(runs):
             pairs = zip([row["at"] for row in run.rows], values[index].get(key, ()), strict=False)
             points = [(x, y) for x, y in pairs if y is not None]
             if points:
                 x, y = ([*column] for column in zip(*points, strict=True))
+                title = title_in(spot, run, runs)
+                chart = charts.setdefault((spot.group, title), Chart(spot.group, title))
                 chart.series.append(Series(index, key, label, x, y, spot.goal))
     found = [*charts.values(), *build_layer_charts(runs)]
     ordered = sorted(found, key=lambda chart: GROUPS.index(chart.group))
@@ -211,6 +214,13 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     kept, left = ordered[:MOST_CHARTS], [chart.title for chart in ordered[MOST_CHARTS:]]
     number_labels(kept, most)
     return kept, [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
+
+
+def title_in(spot: Place, run: RunData, runs: Sequence[RunData]) -> str:
+    """Return the title of a run's chart: losses of pre-training and fine-tuning do not compare."""
+    if spot.group == "Loss" and len({each.kind for each in runs}) > 1:
+        return f"{spot.chart}, {run.kind or 'unknown script'}"
+    return spot.chart
 
 
 def number_labels(charts: Sequence[Chart], most: int) -> None:

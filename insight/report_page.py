@@ -141,10 +141,9 @@ def _describe_run(run: RunData) -> str:
     flags = run.flags
     if not flags.get("model"):
         return ""
-    kind = "pre-training" if "mask_ratio" in flags else "fine-tuning"
     data = flags.get("data_set") if flags.get("data_set") not in (None, "auto") else ""
     data = data or Path(str(flags.get("data_path") or "")).name
-    return f"{flags['model']}, {kind}" + f" on {data}" * bool(data)
+    return f"{flags['model']}, {run.kind}" + f" on {data}" * bool(data)
 
 
 class Fact(NamedTuple):
@@ -163,24 +162,23 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
     epochs = f"{round(run.epochs_done, 3):g}" + (f" of {planned:g}" if planned else "")
     facts = [Fact("Epochs", epochs, describe_status(run))]
     for group, most in (("Metrics", 1), ("Loss", 2), ("Probes", 2), ("Speed", 1)):
-        own = [s for c in charts if c.group == group for s in c.series if s.run == index]
-        titles = {id(s): c.title for c in charts for s in c.series}
-        own = [s for s in own if group != "Metrics" or s.label.startswith("test")]
-        own = [s for s in own if group != "Speed" or s.key == "images_per_s"]
-        for series in own[:most]:
-            facts.append(_fact(series, titles[id(series)], group == "Speed"))
+        own = [(s, c) for c in charts if c.group == group for s in c.series if s.run == index]
+        own = [(s, c) for s, c in own if group != "Metrics" or s.label.startswith("test")]
+        own = [(s, c) for s, c in own if group != "Speed" or s.key == "images_per_s"]
+        facts += [_fact(series, chart) for series, chart in own[:most]]
     seconds = number(run.record.get("seconds"))
     return facts + ([Fact("Duration", duration(seconds), "")] if seconds is not None else [])
 
 
-def _fact(series: Series, title: str, is_last: bool) -> Fact:
-    name = series.label if series.label in SPELLED.values() else series.label.capitalize()
+def _fact(series: Series, chart: Chart) -> Fact:
+    first, *others = series.label.split(" ")
+    name = " ".join([first if first in SPELLED.values() else first.capitalize(), *others])
     labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
-    best = None if is_last else series.best
+    best = None if chart.group == "Speed" else series.best
     value, epoch = best or series.last
     remark = "last" if best is None else f"best, epoch {epoch:g}"
     text = figure_of(value) + "%" * bool(PERCENT.fullmatch(series.key))
-    return Fact(labels.get(title, title), text, remark, value, series.goal)
+    return Fact(labels.get(chart.group, chart.title), text, remark, value, series.goal)
 
 
 def _tiles(facts: Sequence[Fact]) -> Html:
@@ -192,14 +190,25 @@ def _tiles(facts: Sequence[Fact]) -> Html:
 
 
 def _comparison(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
-    """Return the table that compares runs: a row a run, a column a fact."""
-    facts = [{f.label: f for f in _facts(run, index, charts)} for index, run in enumerate(runs)]
-    labels = [*dict.fromkeys(label for of_run in facts for label in of_run)]
+    """Return the tables that compare the runs, one for each kind of training."""
+    kinds: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        kinds.setdefault(run.kind, []).append(index)
+    parts = []
+    for kind, numbers in kinds.items():
+        title = tag("h3", kind.capitalize() or "Unknown script") if len(kinds) > 1 else None
+        parts += [title, _facts_table(runs, numbers, charts)]
+    return join(parts)
+
+
+def _facts_table(runs: Sequence[RunData], numbers: Sequence[int], charts: Sequence[Chart]) -> Html:
+    """Return the table of some of the runs: a row a run, a column a fact."""
+    facts = {index: {f.label: f for f in _facts(runs[index], index, charts)} for index in numbers}
+    labels = [*dict.fromkeys(label for of_run in facts.values() for label in of_run)]
     labels.sort(key=lambda label: label in COMMON)
-    rows, best = [], {label: _best([f[label] for f in facts if label in f]) for label in labels}
-    if len({"mask_ratio" in run.flags for run in runs}) > 1:
-        best = dict.fromkeys(labels)  # losses of pre-training and fine-tuning do not compare
-    for index, of_run in enumerate(facts):
+    rows = []
+    best = {label: _best([f[label] for f in facts.values() if label in f]) for label in labels}
+    for index, of_run in facts.items():
         swatch = _swatch(_style(index, 0, len(runs)))
         cells: list[Html] = [join([swatch, runs[index].name])]
         for label in labels:

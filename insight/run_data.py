@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config.flags import is_pretraining
 from config.recipes import FILES, read_values
 from config.run_files import ARGS, LOCK, LOG, RECORD, SILENCE, parse_line, position_of
 from errors import UserError, first_few, first_line
@@ -49,6 +50,13 @@ class RunData:
     def last(self, key: str) -> Any:
         """Return the last value of a key of log.txt that is there, otherwise None."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
+
+    @property
+    def kind(self) -> str:
+        """The kind of training, `pre-training` or `fine-tuning`; '' if the flags are unknown."""
+        if not self.flags:
+            return ""
+        return "pre-training" if is_pretraining(self.flags) else "fine-tuning"
 
     @property
     def epochs_done(self) -> float:

@@ -61,11 +61,9 @@ def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
     folders = [write_run(tmp_path / "pre", pretrain_rows(4))]
     folders.append(write_run(tmp_path / "fine", finetune_rows(3)))
     charts, notes = build_charts(read_runs(folders))
-    loss = charts[0]
     assert notes == []
-    assert [(s.run, s.label, len(s.y)) for s in loss.series] == [
-        (0, "train", 4), (0, "holdout", 4), (1, "train", 3), (1, "test", 3), (1, "test EMA", 3)
-    ]  # fmt: skip
+    rate = next(chart for chart in charts if chart.title == "Learning rate")
+    assert [(series.run, len(series.y)) for series in rate.series] == [(0, 4), (1, 3)]
     titles = [chart.title for chart in charts]
     assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
     assert not {"epoch", "n parameters", "time data"} & {*titles}
@@ -105,6 +103,24 @@ def test_all_curves_of_a_chart_look_different(runs):
         assert dash == 0 or f".d{dash} {{ stroke-dasharray" in css  # 0 is solid
     patterns = re.findall(r"stroke-dasharray: ([\d ]+);", css)
     assert len(patterns) == len({*patterns}) >= report_curves.DASHES
+
+
+def test_losses_of_pretraining_and_finetuning_have_charts_of_their_own(tmp_path):
+    """Reconstruction loss and cross-entropy shared an axis, as if they could be compared."""
+    fine = {"model": "convnextv2_atto"}
+    folders = [write_run(tmp_path / "pre", pretrain_rows(4))]
+    folders.append(write_run(tmp_path / "fine", finetune_rows(3), flags=fine))
+    charts = [chart for chart in build_charts(read_runs(folders))[0] if chart.group == "Loss"]
+    assert [(chart.title, {series.run for series in chart.series}) for chart in charts] == [
+        ("Loss, pre-training", {0}),
+        ("Loss, fine-tuning", {1}),
+    ]
+    assert [chart.labels for chart in charts] == [
+        ["train", "holdout"],
+        ["train", "test", "test EMA"],
+    ]
+    folders[0] = write_run(tmp_path / "fine2", finetune_rows(3), flags=fine)
+    assert build_charts(read_runs(folders))[0][0].title == "Loss"
 
 
 @pytest.mark.parametrize("runs", [1, 2])

@@ -114,6 +114,40 @@ def test_differing_flags_are_marked_and_equal_ones_are_not(folders):
                                                 "batch_size"]  # fmt: skip
 
 
+def test_flags_and_facts_of_one_script_alone_are_not_compared(folders):
+    """54 flags of a pre-training and a fine-tuning run differed, most of them in one alone."""
+    page = build_page(read_runs(folders))
+    marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
+    assert marked == ["lr", "mask_ratio", "output_dir"]  # of the two pre-training runs
+    page = build_page(read_runs(folders[1:]))
+    marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
+    assert marked == ["lr", "output_dir"]
+    folded = page.partition("1 flag of pre-training alone</summary>")[2]
+    assert re.findall(r"<dt>--(\w+)</dt><dd>(.*?)</dd>", folded) == [("mask_ratio", "0.75")]
+    head = page.partition("<main>")[0]
+    assert re.findall(r"<h3>(.*?)</h3>", head) == ["Pre-training", "Fine-tuning"]
+    first, second = re.findall(r"<thead>(.*?)</thead>", head)
+    assert ("Holdout loss" in first, "Test loss" in first) == (True, False)
+    assert ("Holdout loss" in second, "Test loss" in second) == (False, True)
+
+
+def test_flags_of_some_runs_of_a_kind_name_them(tmp_path):
+    runs = [write_run(tmp_path / name, (), flags=FLAGS) for name in "ab"]
+    runs.append(write_run(tmp_path / "new", (), flags=FLAGS | {"fresh": 3}))
+    text = Reader(build_page(read_runs(runs))).text
+    assert "1 flag of new alone--fresh3" in text
+    assert "0 flags differ between the runs." in text
+
+
+def test_times_of_runs_are_not_marked(tmp_path):
+    """Start, end and duration differ between any two runs."""
+    other = RECORD | {"start": "2026-12-01", "end": "2026-12-02", "seconds": 7.0, "host": "node8"}
+    runs = [write_run(tmp_path / "a", (), RECORD), write_run(tmp_path / "b", (), other)]
+    table = build_page(read_runs(runs)).partition('id="machine"')[2]
+    assert re.findall(r'<tr class="marked"><th scope="row">(.*?)<', table) == ["host"]
+    assert "2026-12-01" in table
+
+
 def test_typed_flags_of_one_run_are_marked(folders):
     page = build_page(read_runs(folders[:1]))
     marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
