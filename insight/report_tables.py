@@ -202,10 +202,6 @@ def shares_picture(runs: Sequence[RunData]) -> Html | None:
     known = [(run, shares) for run, shares in known if shares]
     if not known:
         return None
-    names = [name for name in SHARE_NAMES if any(name in shares for _, shares in known)]
-    legend = [
-        tag("li", _swatch(f"s{SHARE_NAMES.index(name)}"), name, class_="key") for name in names
-    ]
     rows = []
     for run, shares in known:
         parts, x = [tag("title", "Share of the time: " + _describe(shares))], 0.0
@@ -217,10 +213,14 @@ def shares_picture(runs: Sequence[RunData]) -> Html | None:
             x += 100 * share
         bar = {"viewBox": "0 0 100 10", "preserveAspectRatio": "none", "role": "img"}
         drawing = tag("svg", parts, **bar, class_="shares")
-        texts = [tag("span", f"{name} {100 * share:.0f}%") for name, share in shares.items()]
+        texts = [
+            tag("span", _swatch(f"s{SHARE_NAMES.index(name)}"), f"{name} {100 * share:.0f}%",
+                class_="key")
+            for name, share in shares.items()
+        ]  # fmt: skip
         label = tag("p", run.name, class_="bar-name") if len(runs) > 1 else None
         rows.append(join([label, drawing, tag("p", texts, class_="dim spread")]))
-    return join([tag("ul", legend, class_="legend"), rows])
+    return join(rows)
 
 
 def _describe(shares: Mapping[str, float]) -> str:
@@ -265,8 +265,12 @@ def _own_flags(run: RunData, names: Sequence[str]) -> Html:
     typed = run.record.get("typed")
     marked = [name for name in names if isinstance(typed, list) and name in typed]
     rows = [("marked", [f"--{name}", show_flag(run, name)]) for name in marked]
-    if isinstance(typed, list) and "recipe" in typed and run.recipe:
-        rows.insert(0, ("marked", ["--recipe", run.recipe]))
+    files = {"recipe": run.recipe, "config": part(run.record, "arguments").get("config")}
+    rows[:0] = [
+        ("marked", [f"--{name}", show(value)])
+        for name, value in files.items()
+        if value and isinstance(typed, list) and name in typed
+    ]
     first = table((), rows, "words", "flags that were typed") if rows else None
     if not isinstance(typed, list):
         why = "run.json is missing, so it is not known which flags were typed."

@@ -31,7 +31,7 @@ class RunData:
     status: running, finished, stopped, failed, killed, or '' if it is unknown.
     rows: lines of log.txt by epoch, with `at`, the number of epochs done. record: run.json, {} if
     there is none. recipe: its name, '' for none. problems: sentences on files that could not be
-    read.
+    read. warnings: those before the first epoch, as `read_warnings` finds them for a report.
     """
 
     folder: Path
@@ -42,6 +42,7 @@ class RunData:
     flags: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def values(self, key: str) -> list[float | None]:
         """Return the values of a key of log.txt, a value a row; None where it is missing or NaN."""

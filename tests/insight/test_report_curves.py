@@ -40,8 +40,8 @@ from tests.insight.written import finetune_rows, pretrain_rows, write_run
         ("test_balanced_acc", ("Metrics", "Balanced acc", "test", "max")),
         ("test_rmse", ("Metrics", "RMSE", "test", "min")),
         ("train_lr", ("Learning rate", "Learning rate", "learning rate", "")),
-        ("probe_knn", ("Probes", "Probes", "kNN", "max")),
-        ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
+        ("probe_knn", ("Probes", "Probes, %", "kNN", "max")),
+        ("probe_linear_10pct", ("Probes", "Probes with few labels, %", "linear 10%", "max")),
         ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage 2", "")),
         ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
         ("rank_me", ("Health of the network", "Rank of the features", "RankMe", "max")),
@@ -65,7 +65,7 @@ def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
     rate = next(chart for chart in charts if chart.title == "Learning rate")
     assert [(series.run, len(series.y)) for series in rate.series] == [(0, 4), (1, 3)]
     titles = [chart.title for chart in charts]
-    assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
+    assert titles.index("Probes, %") < titles.index("Learning rate") < titles.index("Gradient norm")
     assert not {"epoch", "n parameters", "time data"} & {*titles}
     distance = next(chart for chart in charts if chart.title == "Channel cosine distance")
     assert [s.label for s in distance.series] == ["feature distance", "stage 1", "stage 2"]

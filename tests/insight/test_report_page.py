@@ -29,6 +29,7 @@ from tests.insight.written import (
     CLASSES,
     FLAGS,
     RECORD,
+    finetune_rows,
     pretrain_rows,
     write_examples,
     write_picture,
@@ -82,7 +83,7 @@ def test_sections_come_in_order_with_the_alarms_first(page):
     Reader(page)
     found = re.findall(r"<h2>(.*?)</h2>", page)
     assert found == [
-        "Notes", "Curves", "Reconstructions over epochs", "Results of the last evaluation",
+        "Notes", "Curves", "Pictures", "Results of the last evaluation",
         "Where the time went", "Configuration", "Machine",
     ]  # fmt: skip
     text = Reader(page).text
@@ -153,6 +154,52 @@ def test_typed_flags_of_one_run_are_marked(folders):
     marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
     assert marked == ["model", "data_path", "epochs"]
     assert 'class="chip"' not in page  # there is no other run to hide
+
+
+def test_a_typed_recipe_and_config_are_shown(tmp_path):
+    """Both were left out: no flag of the run, but of its command line."""
+    typed = {"recipe": "tiny: --lr 1", "config": "own.yaml"}
+    record = RECORD | {"arguments": FLAGS | typed, "typed": ["lr", *typed], "recipe": "tiny"}
+    page = build_page(read_runs([write_run(tmp_path / "run", (), record)]))
+    marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)</th><td>(.*?)</td>', page)
+    assert marked == [("recipe", "tiny"), ("config", "own.yaml"), ("lr", "0.001")]
+    record |= {"typed": ["lr"]}
+    page = build_page(read_runs([write_run(tmp_path / "run", (), record)]))
+    assert "--recipe" not in page
+
+
+def test_links_have_the_words_of_the_titles(page):
+    """A link `Pictures` led to `Reconstructions over epochs`."""
+    links = re.findall(r'<a href="#(\w+)">(.*?)</a>', page)
+    sections = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', page)
+    assert sections == links
+    assert len(links) == 7
+
+
+def test_results_without_a_confusion_matrix_name_the_flag(tmp_path, folders):
+    said = "For a confusion matrix and a table of classes use --metrics acc1 acc5 confusion."
+    flags = {"model": "convnextv2_atto"}
+    run = write_run(tmp_path / "run", finetune_rows(2), flags=flags)
+    assert said in Reader(build_page(read_runs([run]))).text
+    assert said not in Reader(build_page(read_runs(folders))).text  # which have them
+    numbers = write_run(tmp_path / "rmse", [{"epoch": 0, "test_rmse": 1.0}], flags=flags)
+    assert said not in Reader(build_page(read_runs([numbers]))).text
+
+
+def test_shares_of_the_time_have_each_name_once(folders):
+    """A legend had the names, and the line below them again."""
+    card = build_page(read_runs(folders[:1])).partition("Shares of the time</h3>")[2]
+    card = card.partition('class="charts"')[0]
+    card = re.sub("<title>.*?</title>", "", card)  # which appear under the mouse
+    assert Reader(card.rpartition("</div>")[0]).text == (
+        "data 31%forward 24%backward 35%optimizer 6%other 4%"
+    )
+
+
+def test_value_of_the_last_block_is_called_so(page):
+    """`last` was read as the last epoch."""
+    card = page.partition("Channel cosine distance by block</h3>")[2].partition("</figure>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', card) == ["", "last block", "lowest"]
 
 
 def test_runs_of_earlier_versions_have_a_page_too(tmp_path):
