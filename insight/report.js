@@ -259,7 +259,7 @@ class Chart {
     if (series.x.length > MARKED) return;
     const radius = series.x.length === 1 ? 3.5 : 3;
     for (const [i, at] of series.x.entries()) {
-      const mark = { cx: x(at), cy: y(series.y[i]), r: radius, class: series.style };
+      const mark = { cx: x(at), cy: y(series.raw[i]), r: radius, class: series.style };
       svg.append(element("circle", mark));
     }
   }
